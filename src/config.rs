@@ -1,8 +1,35 @@
 //! A configuration file: text in, [`Config`] or [`Diagnostic`]s out. Pure.
+//!
+//!     text ── document ──> Node ── decode ──> rules ── check ──> Config
+//!                                    └─────────┴─────> Problems ── document ──> Diagnostics
+//!
+//! `document` reads by `yaml` and `toml`; `vocabulary` holds the words, `scalar` and `host` judge single values, `schema` describes it all.
 
+mod check;
+mod decode;
+mod diagnostic;
+mod document;
+mod host;
+mod path;
+mod scalar;
+mod schema;
+mod toml;
+mod vocabulary;
+mod yaml;
+
+use std::fmt;
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
+
+use diagnostic::{Complaint, Problem};
+use document::Document;
+
+pub use check::{KEY_ENTRIES, UPSTREAMS};
+pub use diagnostic::{Diagnostic, Related, Severity};
+pub use host::{Host, upstream_refusal};
+pub use path::Path;
+pub use schema::schema;
 
 /// What happens to a matched packet here, after it was sent to its upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -52,4 +79,138 @@ pub struct Ports {
 pub struct Key {
     pub address: Ipv4Addr,
     pub ports: Vec<Ports>,
+}
+
+/// A valid configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The file's own; the command line may replace them. May be empty.
+    pub interfaces: Vec<String>,
+    pub rules: Vec<Rule>,
+    /// What is probably not meant.
+    pub warnings: Vec<Diagnostic>,
+    document: Document,
+}
+
+/// What to do with the packets to one key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// Unique among the rules; the key's text where the file gives none.
+    pub name: String,
+    /// Overlaps no other rule's.
+    pub key: Key,
+    pub action: Action,
+    pub strategy: Strategy,
+    pub hash: Hash,
+    pub source: Source,
+    /// At least one.
+    pub upstreams: Vec<Upstream>,
+    /// The rule's place in the file.
+    pub at: Path,
+}
+
+/// A host that packets are sent to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Upstream {
+    /// Unique in its rule.
+    pub name: Option<String>,
+    pub address: Host,
+    /// Host byte order; none: the port that the packet was sent to.
+    pub port: Option<u16>,
+    /// The upstream's place in the file.
+    pub at: Path,
+}
+
+impl Config {
+    /// Reads and judges a file's text. Neither file nor network is touched.
+    ///
+    /// `name` is for the messages, and says the format: TOML if it ends in `.toml`, else YAML, which
+    /// JSON is too.
+    ///
+    /// # Errors
+    ///
+    /// All that is wrong, in the file's order: at most 20 errors, and one more that counts the rest.
+    pub fn parse(name: &str, text: &str) -> Result<Config, Vec<Diagnostic>> {
+        let document = Document::new(name, text);
+        let node = document.read()?;
+        let mut decoded = decode::decode(&node);
+        check::check(&mut decoded);
+        if !decoded.problems.is_empty() {
+            let locate = |problem: &Problem| document.diagnose(Severity::Error, problem);
+            return Err(decoded.problems.diagnose(locate));
+        }
+        drop(node);
+        let mut config = Config {
+            interfaces: decoded.interfaces,
+            rules: decoded.rules,
+            warnings: Vec::new(),
+            document,
+        };
+        if let Some(at) = decoded.empty {
+            let warning = config.warning(&at, "no rules: nothing will match");
+            config.warnings.push(warning);
+        }
+        Ok(config)
+    }
+
+    /// An error of a later stage, shown with the place in the file that it is about.
+    pub fn error(&self, at: &Path, message: impl Into<String>) -> Diagnostic {
+        self.diagnose(Severity::Error, at, message.into())
+    }
+
+    /// Like [`Config::error`].
+    pub fn warning(&self, at: &Path, message: impl Into<String>) -> Diagnostic {
+        self.diagnose(Severity::Warning, at, message.into())
+    }
+
+    /// Costs one pass over the file's text.
+    fn diagnose(&self, severity: Severity, at: &Path, message: String) -> Diagnostic {
+        let problem = Problem {
+            at: at.clone().into(),
+            complaint: Complaint::new(message),
+            related: None,
+        };
+        self.document.diagnose(severity, &problem)
+    }
+}
+
+impl Ports {
+    /// How many ports these are.
+    pub fn count(&self) -> usize {
+        usize::from(self.last).saturating_sub(self.first.into()) + 1
+    }
+
+    pub fn contains(&self, port: u16) -> bool {
+        (self.first..=self.last).contains(&port)
+    }
+}
+
+/// `2055` or `6343-6350`
+impl fmt::Display for Ports {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.first == self.last {
+            true => self.first.fmt(f),
+            false => write!(f, "{}-{}", self.first, self.last),
+        }
+    }
+}
+
+/// The address and the first port or range, which is also the name of a rule that has no other.
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.ports.first() {
+            Some(ports) => write!(f, "{}:{ports}", self.address),
+            None => self.address.fmt(f),
+        }
+    }
+}
+
+impl Upstream {
+    /// `10.0.9.11:9995`, or without the port where it is the packet's own.
+    pub fn endpoint(&self) -> String {
+        match self.port {
+            Some(port) => format!("{}:{port}", self.address),
+            None => self.address.to_string(),
+        }
+    }
 }

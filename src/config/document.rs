@@ -1,0 +1,171 @@
+//! The text of a configuration file: read into a tree, and searched for the position of a value.
+//!
+//! The tree has no positions. They are looked up in the text again when there is something to say
+//! about a place, so that a good file pays nothing for them.
+
+use std::borrow::Cow;
+
+use super::diagnostic::{
+    Complaint, Diagnostic, Excerpt, Place, Problem, Related, Severity, shorten,
+};
+use super::path::Path;
+use super::{toml, yaml};
+
+/// A value of the file, of whatever format.
+#[derive(Debug)]
+pub(super) enum Node<'t> {
+    Null,
+    Bool(bool),
+    Int(i128),
+    Float(f64),
+    Text(Cow<'t, str>),
+    /// TOML has dates; no field of ours has.
+    Date,
+    List(Vec<Node<'t>>),
+    Map(Vec<Entry<'t>>),
+}
+
+/// A field of a map: its name and its value.
+pub(super) type Entry<'t> = (Cow<'t, str>, Node<'t>);
+
+impl Node<'_> {
+    /// What stands there, for a message: "the number 5".
+    pub fn describe(&self) -> String {
+        match self {
+            Node::Null => "nothing".into(),
+            Node::Bool(value) => format!("the boolean {value}"),
+            Node::Int(value) => format!("the number {value}"),
+            Node::Float(value) => format!("the number {value:?}"),
+            Node::Text(text) => format!("the text `{}`", shorten(text)),
+            Node::Date => "a date".into(),
+            Node::List(_) => "a list".into(),
+            Node::Map(_) => "a map".into(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    /// JSON too, which is YAML.
+    Yaml,
+    Toml,
+}
+
+/// A file's name and text.
+#[derive(Clone, Debug)]
+pub(super) struct Document {
+    name: String,
+    text: String,
+    format: Format,
+}
+
+/// Why a text cannot be read.
+pub(super) struct Fault {
+    pub complaint: Complaint,
+    pub path: Path,
+    /// Byte offset into the text.
+    pub offset: usize,
+}
+
+impl Document {
+    pub fn new(name: &str, text: &str) -> Document {
+        let extension = std::path::Path::new(name).extension();
+        let toml = extension.is_some_and(|extension| extension.eq_ignore_ascii_case("toml"));
+        Document {
+            name: name.into(),
+            text: text.into(),
+            format: if toml { Format::Toml } else { Format::Yaml },
+        }
+    }
+
+    pub fn read(&self) -> Result<Node<'_>, Vec<Diagnostic>> {
+        let node = match self.format {
+            Format::Toml => toml::read(&self.text),
+            Format::Yaml => yaml::read(&self.text),
+        };
+        node.map_err(|fault| {
+            let Complaint { message, help } = fault.complaint;
+            let position = Position::new(&self.text, fault.offset);
+            vec![self.diagnostic(Severity::Error, position, &fault.path, message, help)]
+        })
+    }
+
+    pub fn diagnose(&self, severity: Severity, problem: &Problem) -> Diagnostic {
+        let Complaint { message, help } = &problem.complaint;
+        let position = self.position(&problem.at);
+        let related = problem.related.as_ref().map(|(place, label)| {
+            let position = self.position(place);
+            Related {
+                line: position.line,
+                column: position.column,
+                field: place.path.to_string(),
+                label: (*label).into(),
+                excerpt: position.excerpt(&self.text),
+            }
+        });
+        let path = &problem.at.path;
+        let diagnostic = self.diagnostic(severity, position, path, message.clone(), help.clone());
+        Diagnostic {
+            related,
+            ..diagnostic
+        }
+    }
+
+    fn diagnostic(
+        &self,
+        severity: Severity,
+        position: Position,
+        path: &Path,
+        message: String,
+        help: Option<String>,
+    ) -> Diagnostic {
+        Diagnostic {
+            severity,
+            file: self.name.clone(),
+            line: position.line,
+            column: position.column,
+            field: path.to_string(),
+            message,
+            help,
+            related: None,
+            excerpt: position.excerpt(&self.text),
+        }
+    }
+
+    /// Where a place is in the text; where nothing is there, its nearest ancestor.
+    fn position(&self, place: &Place) -> Position {
+        let offset = match self.format {
+            Format::Toml => toml::find(&self.text, place),
+            Format::Yaml => yaml::find(&self.text, place),
+        };
+        Position::new(&self.text, offset.unwrap_or(0))
+    }
+}
+
+/// Line and column, both counted from 1, the column in characters.
+struct Position {
+    line: usize,
+    column: usize,
+    /// Byte offset of the line's first character.
+    start: usize,
+}
+
+impl Position {
+    /// Of a byte offset; one behind the last word of the text means that word's end.
+    fn new(text: &str, offset: usize) -> Position {
+        let end = offset.min(text.trim_end().len());
+        let offset = (0..=end).rev().find(|&at| text.is_char_boundary(at));
+        let before = &text[..offset.unwrap_or(0)];
+        let start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        Position {
+            line: before.matches('\n').count() + 1,
+            column: before[start..].chars().count() + 1,
+            start,
+        }
+    }
+
+    fn excerpt(&self, text: &str) -> Excerpt {
+        let line = text[self.start..].lines().next().unwrap_or("");
+        Excerpt::new(line, self.column)
+    }
+}

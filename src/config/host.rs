@@ -1,0 +1,166 @@
+//! Addresses and host names.
+
+use std::fmt;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::diagnostic::{Complaint, shorten};
+
+/// An upstream's address: as it is, or under a name that is resolved later.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum Host {
+    Address(Ipv4Addr),
+    /// A valid host name, as it was written.
+    Name(String),
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Host::Address(address) => address.fmt(f),
+            Host::Name(name) => name.fmt(f),
+        }
+    }
+}
+
+impl From<Host> for String {
+    fn from(host: Host) -> String {
+        host.to_string()
+    }
+}
+
+impl TryFrom<String> for Host {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Host, String> {
+        text.parse()
+    }
+}
+
+impl FromStr for Host {
+    type Err = String;
+
+    /// Refuses what is neither an IPv4 address nor a host name, and addresses that no upstream can have.
+    fn from_str(text: &str) -> Result<Host, String> {
+        upstream(text).map_err(|complaint| complaint.message)
+    }
+}
+
+/// Why an upstream cannot have this address; none if it can.
+///
+/// For addresses that names resolve to, too.
+pub fn upstream_refusal(address: Ipv4Addr) -> Option<String> {
+    if address.is_loopback() {
+        let why = "a redirected packet cannot reach a loopback address";
+        return Some(format!("{address} cannot be an upstream: {why}"));
+    }
+    refusal(address)
+}
+
+/// Why no packet can be addressed to a host by this address.
+fn refusal(address: Ipv4Addr) -> Option<String> {
+    let why = match address.octets() {
+        [0, ..] => "0.0.0.0/8 means no host",
+        [255, 255, 255, 255] => "it is the broadcast address",
+        [224..=239, ..] => "224.0.0.0/4 is multicast",
+        [240..=255, ..] => "240.0.0.0/4 is reserved",
+        _ => return None,
+    };
+    Some(format!("{address} is not a host's address: {why}"))
+}
+
+/// The address that a rule matches.
+pub(super) fn key(text: &str) -> Result<Ipv4Addr, Complaint> {
+    if let Some(address) = address(text)? {
+        return match refusal(address) {
+            Some(why) => Err(Complaint::new(why)),
+            None => Ok(address),
+        };
+    }
+    let complaint = Complaint::new(format!("`{}` is not an IPv4 address", shorten(text)));
+    Err(match host_name(text) {
+        Ok(_) => complaint.help("a key has an address, like 10.0.0.5, and no host name"),
+        Err(_) => complaint,
+    })
+}
+
+/// The address or host name of an upstream.
+pub(super) fn upstream(text: &str) -> Result<Host, Complaint> {
+    match address(text)? {
+        Some(address) => match upstream_refusal(address) {
+            Some(why) => Err(Complaint::new(why)),
+            None => Ok(Host::Address(address)),
+        },
+        None => host_name(text).map(|name| Host::Name(name.into())),
+    }
+}
+
+/// None for what does not look like an address.
+fn address(text: &str) -> Result<Option<Ipv4Addr>, Complaint> {
+    if let Ok(address) = text.parse() {
+        return Ok(Some(address));
+    }
+    let inside = text.trim_start_matches('[').trim_end_matches(']');
+    if inside.parse::<Ipv6Addr>().is_ok() {
+        let message = format!("{} is an IPv6 address, and IPv6 is not built yet", inside);
+        return Err(Complaint::new(message));
+    }
+    let complaint = || Complaint::new(format!("`{}` is not an IPv4 address", shorten(text)));
+    if let Some((host, port)) = text.split_once(':')
+        && port.parse::<u16>().is_ok()
+    {
+        let help = format!(
+            "the port is a field of its own: `address: {}`, `port: {port}`",
+            shorten(host)
+        );
+        return Err(complaint().help(help));
+    }
+    if let Some((network, _)) = text.split_once('/')
+        && network.parse::<Ipv4Addr>().is_ok()
+    {
+        return Err(complaint().help("a network has no place here, only one address"));
+    }
+    // A resolver takes 1.2.3 and 0x7f.1 for addresses; whoever writes them made a mistake.
+    if text.rsplit('.').next().is_some_and(is_number) {
+        let help = "an address is four numbers from 0 to 255, without leading zeros, like 10.0.0.5";
+        return Err(complaint().help(help));
+    }
+    Ok(None)
+}
+
+fn is_number(label: &str) -> bool {
+    let hexadecimal = label.strip_prefix("0x").or(label.strip_prefix("0X"));
+    !label.is_empty() && label.bytes().all(|byte| byte.is_ascii_digit())
+        || hexadecimal.is_some_and(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+/// By RFC 1123; an underscore is let through, since container engines resolve names that have one.
+fn host_name(text: &str) -> Result<&str, Complaint> {
+    let complaint = |help: &str| {
+        let message = format!(
+            "`{}` is neither an IPv4 address nor a host name",
+            shorten(text)
+        );
+        Err(Complaint::new(message).help(help))
+    };
+    let name = text.strip_suffix('.').unwrap_or(text);
+    if name.len() > 253 {
+        return complaint("a host name has at most 253 characters");
+    }
+    for label in name.split('.') {
+        if label.is_empty() || label.len() > 63 {
+            return complaint("each part between the dots of a host name has 1 to 63 characters");
+        }
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+        if !label.bytes().all(allowed) {
+            return complaint("a host name is made of letters, digits, `-` and `.`");
+        }
+        if label.starts_with('-') || label.ends_with('-') {
+            return complaint("no part of a host name begins or ends with `-`");
+        }
+    }
+    Ok(text)
+}

@@ -1,0 +1,157 @@
+//! Single values: ports, names, interfaces.
+
+use super::diagnostic::{Complaint, shorten};
+use super::document::Node;
+use super::host;
+use super::{Host, Ports};
+
+use std::net::Ipv4Addr;
+
+type Result<T> = std::result::Result<T, Complaint>;
+
+/// The longest name, in bytes.
+const NAME: usize = 64;
+
+/// The longest interface name, in bytes: IFNAMSIZ less the final zero.
+pub(super) const INTERFACE: usize = 15;
+
+const PORTS_HELP: &str =
+    "one port is `2055`, a range `\"6343-6350\"`, several are a list: `[2055, \"6343-6350\"]`";
+
+pub(super) fn expected<T>(what: &str, found: &Node<'_>) -> Result<T> {
+    let found = found.describe();
+    Err(Complaint::new(format!("expected {what}, found {found}")))
+}
+
+fn text<'n>(node: &'n Node<'_>, what: &str) -> Result<&'n str> {
+    match node {
+        Node::Text(text) => Ok(text),
+        _ => expected(what, node),
+    }
+}
+
+pub(super) fn version(node: &Node<'_>) -> Result<()> {
+    match node {
+        Node::Int(1) => Ok(()),
+        Node::Int(other) => Err(Complaint::new(format!(
+            "version {other} is unknown: this udplb understands version 1"
+        ))),
+        Node::Text(text) if text == "1" => expected("the number 1", node)
+            .map_err(|complaint: Complaint| complaint.help("write `version: 1`, without quotes")),
+        _ => expected("the number 1", node),
+    }
+}
+
+pub(super) fn key_address(node: &Node<'_>) -> Result<Ipv4Addr> {
+    host::key(text(node, "an IPv4 address")?)
+}
+
+pub(super) fn upstream_address(node: &Node<'_>) -> Result<Host> {
+    host::upstream(text(node, "an IPv4 address or a host name")?)
+}
+
+/// A port in host byte order, written as a number or, as people quote it, as text.
+pub(super) fn port(node: &Node<'_>) -> Result<u16> {
+    match node {
+        Node::Int(number) => port_number(*number),
+        Node::Text(text) => match number(text) {
+            Some(number) => port_number(number),
+            None if range(text).is_some() => Err(Complaint::new(format!(
+                "`{text}` is a range, and only one port can stand here"
+            ))),
+            None => Err(not_a_port(text)),
+        },
+        Node::List(_) => Err(Complaint::new("only one port can stand here, found a list")),
+        _ => expected("a port (1 to 65535)", node),
+    }
+}
+
+/// A port or a range of ports.
+pub(super) fn ports(node: &Node<'_>) -> Result<Ports> {
+    if let Node::Text(text) = node
+        && let Some((first, last)) = range(text)
+    {
+        let (first, last) = (port_number(first)?, port_number(last)?);
+        if first > last {
+            let message = format!("the range {first}-{last} runs backwards");
+            let help = format!("did you mean `{last}-{first}`?");
+            return Err(Complaint::new(message).help(help));
+        }
+        return Ok(Ports { first, last });
+    }
+    let port = port(node)?;
+    Ok(Ports {
+        first: port,
+        last: port,
+    })
+}
+
+fn range(text: &str) -> Option<(i128, i128)> {
+    let (first, last) = text.split_once('-')?;
+    Some((number(first.trim_end())?, number(last.trim_start())?))
+}
+
+/// Decimal digits without a leading zero, which elsewhere means octal.
+fn number(text: &str) -> Option<i128> {
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    let plain = !text.starts_with('0') || text == "0";
+    if digits && plain {
+        text.parse().ok()
+    } else {
+        None
+    }
+}
+
+fn port_number(number: i128) -> Result<u16> {
+    match u16::try_from(number) {
+        Ok(port) if port > 0 => Ok(port),
+        _ => Err(Complaint::new(format!(
+            "{number} is not a UDP port (1 to 65535)"
+        ))),
+    }
+}
+
+fn not_a_port(text: &str) -> Complaint {
+    Complaint::new(format!("`{}` is not a UDP port", shorten(text))).help(PORTS_HELP)
+}
+
+/// The name of a rule or an upstream.
+pub(super) fn name(node: &Node<'_>) -> Result<String> {
+    let name = match node {
+        Node::Int(_) | Node::Float(_) | Node::Bool(_) => {
+            return expected("a name", node)
+                .map_err(|complaint: Complaint| complaint.help("put it in quotes"));
+        }
+        _ => text(node, "a name")?,
+    };
+    let refuse = |why: &str| {
+        let message = format!("`{}` cannot be a name: {why}", shorten(name));
+        Err(Complaint::new(message))
+    };
+    let forbidden = |c: char| c.is_whitespace() || c.is_control() || c == '/';
+    match name {
+        "" => refuse("it is empty"),
+        _ if name.len() > NAME => refuse("it is longer than 64 bytes"),
+        _ if name.contains(forbidden) => refuse("it has a blank, a control character or a `/`"),
+        _ => Ok(name.into()),
+    }
+}
+
+/// By the kernel's own rules.
+pub(super) fn interface(node: &Node<'_>) -> Result<String> {
+    let name = text(node, "an interface")?;
+    let refuse = |why: &str| {
+        let message = format!("`{}` cannot be an interface: {why}", shorten(name));
+        Err(Complaint::new(message))
+    };
+    let forbidden = |c: char| c.is_whitespace() || c.is_control() || c == '/' || c == ':';
+    match name {
+        "" => refuse("its name is empty"),
+        "." | ".." => refuse("the kernel refuses that name"),
+        _ if name.len() > INTERFACE => refuse("its name is longer than 15 bytes"),
+        _ if name.contains(forbidden) => {
+            refuse("its name has a blank, a control character, a `/` or a `:`")
+        }
+        _ => Ok(name.into()),
+    }
+}

@@ -1,0 +1,95 @@
+//! TOML text. The parser's own tree has a span for every value.
+
+use ::toml::de::{DeArray, DeTable, DeValue};
+
+use super::diagnostic::{Complaint, Part, Place};
+use super::document::{Fault, Node};
+use super::path::{Path, Step};
+
+pub(super) fn read(text: &str) -> Result<Node<'_>, Fault> {
+    match DeTable::parse(text) {
+        Ok(table) => Ok(map(table.into_inner())),
+        Err(error) => Err(Fault {
+            complaint: Complaint::new(error.message()),
+            path: Path::default(),
+            offset: error.span().map_or(0, |span| span.start),
+        }),
+    }
+}
+
+/// Recursion is bounded: the parser refuses what is nested deeper than 80 levels.
+fn node(value: DeValue<'_>) -> Node<'_> {
+    match value {
+        DeValue::String(text) => Node::Text(text),
+        DeValue::Integer(number) => i128::from_str_radix(number.as_str(), number.radix())
+            .map_or(Node::Float(f64::INFINITY), Node::Int),
+        DeValue::Float(number) => Node::Float(number.as_str().parse().unwrap_or(f64::NAN)),
+        DeValue::Boolean(value) => Node::Bool(value),
+        DeValue::Datetime(_) => Node::Date,
+        DeValue::Array(values) => {
+            let values = values.into_iter().map(|value| node(value.into_inner()));
+            Node::List(values.collect())
+        }
+        DeValue::Table(table) => map(table),
+    }
+}
+
+fn map(table: DeTable<'_>) -> Node<'_> {
+    let entries = table
+        .into_iter()
+        .map(|(name, value)| (name.into_inner(), node(value.into_inner())));
+    Node::Map(entries.collect())
+}
+
+/// The byte offset of a place; where nothing is there, of its nearest ancestor.
+pub(super) fn find(text: &str, place: &Place) -> Option<usize> {
+    let root = DeTable::parse(text).ok()?;
+    let (last, parents) = match place.path.0.split_last() {
+        Some((last, parents)) if place.part == Part::Name => (Some(last), parents),
+        _ => (None, &place.path.0[..]),
+    };
+    let mut offset = root.span().start;
+    let mut here = Inside::Map(root.get_ref());
+    for step in parents {
+        let Some((at, inside)) = here.enter(step) else {
+            return Some(offset);
+        };
+        (offset, here) = (at, inside);
+    }
+    let name = last.and_then(|name| here.name(name));
+    Some(name.unwrap_or(offset))
+}
+
+/// The value that a search has come to.
+enum Inside<'a> {
+    Map(&'a DeTable<'a>),
+    List(&'a DeArray<'a>),
+    Scalar,
+}
+
+impl<'a> Inside<'a> {
+    fn enter(&self, step: &Step) -> Option<(usize, Inside<'a>)> {
+        let value = match (self, step) {
+            (Inside::Map(table), Step::Field(name)) => table.get(name.as_ref()),
+            (Inside::List(array), Step::Index(index)) => array.get(*index),
+            _ => None,
+        }?;
+        let inside = match value.get_ref() {
+            DeValue::Table(table) => Inside::Map(table),
+            DeValue::Array(array) => Inside::List(array),
+            _ => Inside::Scalar,
+        };
+        Some((value.span().start, inside))
+    }
+
+    /// The byte offset of a field's name.
+    fn name(&self, step: &Step) -> Option<usize> {
+        match (self, step) {
+            (Inside::Map(table), Step::Field(name)) => {
+                let (name, _) = table.get_key_value(name.as_ref())?;
+                Some(name.span().start)
+            }
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,451 @@
+//! The words of a configuration file, each said once: decoding, suggestions and the schema read them
+//! from here.
+//!
+//! A word that is planned but not built yet is marked `.later()`. To build it, remove the mark and
+//! decode it: a new choice like `maglev` becomes a variant of its enum, a new field is read in `decode`.
+
+use super::diagnostic::{Complaint, shorten};
+
+/// Which of the two forms a file has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Root {
+    /// The bare list of rules, which has fewer words.
+    List,
+    /// The map with `version: 1`.
+    Map,
+}
+
+/// A field of a map.
+#[derive(Debug)]
+pub struct Field {
+    pub name: &'static str,
+    pub about: &'static str,
+    pub shape: Shape,
+    pub required: bool,
+    pub built: bool,
+    pub in_list: bool,
+}
+
+/// What a field's value is.
+#[derive(Clone, Copy, Debug)]
+pub enum Shape {
+    Version,
+    /// A rule's or an upstream's name.
+    Name,
+    Interfaces,
+    /// An IPv4 address.
+    Address,
+    /// An IPv4 address or a host name.
+    Host,
+    Port,
+    /// A port, a range, or a list of them; in a bare list one port.
+    Ports,
+    Choice(&'static Choice),
+    Map(&'static Table),
+    /// A list of maps.
+    Maps(&'static Table),
+    /// Not built yet.
+    Later,
+}
+
+/// The fields of a map.
+#[derive(Debug)]
+pub struct Table {
+    /// What the map is, with its article: "a rule".
+    pub what: &'static str,
+    pub fields: &'static [&'static Field],
+}
+
+/// A field whose value is one word out of several.
+#[derive(Debug)]
+pub struct Choice {
+    pub field: Field,
+    pub words: &'static [Word],
+    /// What holds where nothing is said: in a bare list, in a map.
+    default_list: &'static str,
+    default_map: &'static str,
+}
+
+#[derive(Debug)]
+pub struct Word {
+    /// Also what serde calls the variant of the enum.
+    pub name: &'static str,
+    pub built: bool,
+    pub in_list: bool,
+}
+
+impl Field {
+    const fn new(name: &'static str, shape: Shape, about: &'static str) -> Field {
+        Field {
+            name,
+            about,
+            shape,
+            required: false,
+            built: true,
+            in_list: false,
+        }
+    }
+
+    const fn required(self) -> Field {
+        Field {
+            required: true,
+            ..self
+        }
+    }
+
+    const fn in_list(self) -> Field {
+        Field {
+            in_list: true,
+            ..self
+        }
+    }
+
+    const fn later(name: &'static str) -> Field {
+        Field {
+            built: false,
+            ..Field::new(name, Shape::Later, "")
+        }
+    }
+
+    pub fn is_usable(&self, root: Root) -> bool {
+        self.built && (root == Root::Map || self.in_list)
+    }
+}
+
+impl Word {
+    const fn new(name: &'static str) -> Word {
+        Word {
+            name,
+            built: true,
+            in_list: false,
+        }
+    }
+
+    const fn in_list(self) -> Word {
+        Word {
+            in_list: true,
+            ..self
+        }
+    }
+
+    const fn later(self) -> Word {
+        Word {
+            built: false,
+            ..self
+        }
+    }
+
+    pub fn is_usable(&self, root: Root) -> bool {
+        self.built && (root == Root::Map || self.in_list)
+    }
+}
+
+pub static VERSION: Field =
+    Field::new("version", Shape::Version, "The version of this format: 1.").required();
+pub static INTERFACES: Field = Field::new(
+    "interfaces",
+    Shape::Interfaces,
+    "The network interfaces whose incoming packets are looked at. The option -i replaces them.",
+);
+pub static DEFAULTS: Field = Field::new(
+    "defaults",
+    Shape::Map(&OPTIONS_MAP),
+    "Options for all rules that do not say otherwise.",
+);
+pub static RULES: Field = Field::new("rules", Shape::Maps(&RULE_MAP), "The rules.").required();
+
+pub static NAME: Field = Field::new(
+    "name",
+    Shape::Name,
+    "The rule's name, unique in the file. By default the key: `10.0.0.5:2055`.",
+);
+pub static KEY: Field = Field::new(
+    "key",
+    Shape::Map(&KEY_MAP),
+    "The destination that the rule matches.",
+)
+.required()
+.in_list();
+pub static OPTIONS: Field = Field::new(
+    "options",
+    Shape::Map(&OPTIONS_MAP),
+    "How matched packets are treated.",
+)
+.in_list();
+pub static UPSTREAM: Field = Field::new(
+    "upstream",
+    Shape::Maps(&UPSTREAM_MAP),
+    "The hosts that matched packets are sent to.",
+)
+.required()
+.in_list();
+
+pub static KEY_ADDRESS: Field = Field::new(
+    "address",
+    Shape::Address,
+    "The destination address of the packet, IPv4.",
+)
+.required()
+.in_list();
+pub static KEY_PORT: Field = Field::new(
+    "port",
+    Shape::Ports,
+    "The destination port of the packet: one, a range like \"6343-6350\", or a list of both.",
+)
+.required()
+.in_list();
+
+pub static TC_ACTION: Choice = Choice {
+    field: Field::new("tc_action", Shape::Choice(&TC_ACTION), "What happens to the packet here: `pass` delivers it locally besides, `block` ends its way.").in_list(),
+    words: &[Word::new("pass").in_list(), Word::new("block").in_list()],
+    default_list: "pass",
+    default_map: "pass",
+};
+pub static MODE: Choice = Choice {
+    field: Field::new(
+        "mode",
+        Shape::Choice(&MODE),
+        "Whether one upstream gets the packet.",
+    ),
+    words: &[Word::new("balance"), Word::new("replicate").later()],
+    default_list: "balance",
+    default_map: "balance",
+};
+pub static SOURCE: Choice = Choice {
+    field: Field::new(
+        "source",
+        Shape::Choice(&SOURCE),
+        "The source address that the upstream sees: `vip` is the key's address, `preserve` the sender's.",
+    ),
+    words: &[
+        Word::new("vip"),
+        Word::new("preserve"),
+        Word::new("egress").later(),
+    ],
+    default_list: "vip",
+    default_map: "vip",
+};
+pub static STRATEGY: Choice = Choice {
+    field: Field::new(
+        "strategy",
+        Shape::Choice(&STRATEGY),
+        "What of the packet selects its upstream.",
+    )
+    .in_list(),
+    words: &[
+        Word::new("src-port").in_list(),
+        Word::new("src-ip").in_list(),
+        Word::new("src-ip-port"),
+        Word::new("random").later(),
+        Word::new("payload").later(),
+    ],
+    default_list: "src-port",
+    default_map: "src-ip-port",
+};
+pub static HASH: Choice = Choice {
+    field: Field::new(
+        "hash",
+        Shape::Choice(&HASH),
+        "How what was selected becomes an upstream.",
+    ),
+    words: &[Word::new("modulo"), Word::new("maglev").later()],
+    default_list: "modulo",
+    default_map: "maglev",
+};
+
+pub static UPSTREAM_NAME: Field = Field::new(
+    "name",
+    Shape::Name,
+    "The upstream's name, unique in the rule.",
+);
+pub static UPSTREAM_ADDRESS: Field = Field::new(
+    "address",
+    Shape::Host,
+    "The upstream's IPv4 address or host name.",
+)
+.required()
+.in_list();
+pub static UPSTREAM_PORT: Field = Field::new(
+    "port",
+    Shape::Port,
+    "The upstream's port. By default the one that the packet was sent to.",
+)
+.in_list();
+
+pub static ROOT_MAP: Table = Table {
+    what: "a configuration",
+    fields: &[&VERSION, &INTERFACES, &DEFAULTS, &RULES],
+};
+pub static RULE_MAP: Table = Table {
+    what: "a rule",
+    fields: &[&NAME, &KEY, &OPTIONS, &UPSTREAM, &Field::later("mirror")],
+};
+pub static KEY_MAP: Table = Table {
+    what: "a key",
+    fields: &[&KEY_ADDRESS, &KEY_PORT, &Field::later("from")],
+};
+pub static OPTIONS_MAP: Table = Table {
+    what: "options",
+    fields: &[
+        &TC_ACTION.field,
+        &MODE.field,
+        &SOURCE.field,
+        &STRATEGY.field,
+        &HASH.field,
+        &Field::later("fragments"),
+        &Field::later("health"),
+        &Field::later("payload"),
+    ],
+};
+pub static UPSTREAM_MAP: Table = Table {
+    what: "an upstream",
+    fields: &[
+        &UPSTREAM_NAME,
+        &UPSTREAM_ADDRESS,
+        &UPSTREAM_PORT,
+        &Field::later("weight"),
+        &Field::later("state"),
+        &Field::later("source"),
+        &Field::later("sample"),
+    ],
+};
+
+static TABLES: [&Table; 5] = [&ROOT_MAP, &RULE_MAP, &KEY_MAP, &OPTIONS_MAP, &UPSTREAM_MAP];
+
+impl Table {
+    /// The field of that name, if it can be used in such a file.
+    pub fn field(&self, name: &str, root: Root) -> Result<&'static Field, Complaint> {
+        let field = self.fields.iter().find(|field| field.name == name);
+        match field {
+            None => Err(self.unknown(name, root)),
+            Some(field) if !field.built => Err(not_built(name)),
+            Some(field) if !field.is_usable(root) => Err(map_only(&format!("`{name}`"))),
+            Some(field) => Ok(field),
+        }
+    }
+
+    fn unknown(&self, name: &str, root: Root) -> Complaint {
+        let holds = |table: &&&Table| {
+            let mut fields = table.fields.iter();
+            fields.any(|field| field.name == name && field.is_usable(root))
+        };
+        let help = match (TABLES.iter().find(holds), self.nearest(name, root)) {
+            (Some(table), _) => format!("`{name}` is a field of {}", table.what),
+            (None, Some(near)) => format!("did you mean `{near}`?"),
+            (None, None) => format!("known here: {}", list(&self.usable(root))),
+        };
+        Complaint::new(format!("unknown field `{}`", shorten(name))).help(help)
+    }
+
+    /// The field that was probably meant by a name that is none.
+    pub fn nearest(&self, name: &str, root: Root) -> Option<&'static str> {
+        nearest(name, &self.usable(root))
+    }
+
+    fn usable(&self, root: Root) -> Vec<&'static str> {
+        let usable = self.fields.iter().filter(|field| field.is_usable(root));
+        usable.map(|field| field.name).collect()
+    }
+}
+
+impl Choice {
+    /// The word of that name, if it can be used in such a file.
+    pub fn word(&'static self, name: &str, root: Root) -> Result<&'static Word, Complaint> {
+        let word = self.words.iter().find(|word| word.name == name);
+        match word {
+            None => Err(self.unknown(name, root)),
+            Some(word) if !word.built => Err(not_built(name)),
+            Some(word) if !word.is_usable(root) => Err(map_only(&format!("`{name}`"))),
+            Some(word) => Ok(word),
+        }
+    }
+
+    fn unknown(&self, name: &str, root: Root) -> Complaint {
+        let names = self.usable(root);
+        let help = match nearest(name, &names) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => format!("known here: {}", list(&names)),
+        };
+        Complaint::new(format!("unknown word `{}`", shorten(name))).help(help)
+    }
+
+    pub fn usable(&self, root: Root) -> Vec<&'static str> {
+        let words = self.words.iter().filter(|word| word.is_usable(root));
+        words.map(|word| word.name).collect()
+    }
+
+    pub fn default(&self, root: Root) -> &'static str {
+        match root {
+            Root::List => self.default_list,
+            Root::Map => self.default_map,
+        }
+    }
+
+    /// The word that holds where nothing is said. It may not be built yet.
+    pub fn default_word(&'static self, root: Root) -> Result<&'static Word, Complaint> {
+        let name = self.default(root);
+        let mut built = self.words.iter().filter(|word| word.built);
+        built.find(|word| word.name == name).ok_or_else(|| {
+            let usable = self.usable(root).into_iter();
+            let say: Vec<_> = usable
+                .map(|word| format!("`{}: {word}`", self.field.name))
+                .collect();
+            Complaint::new(format!(
+                "{name}, the default, is not built yet: say {}",
+                say.join(" or ")
+            ))
+        })
+    }
+
+    /// All words that can be used in such a file, for a message.
+    pub fn list(&self, root: Root) -> String {
+        format!("one of {}", list(&self.usable(root)))
+    }
+}
+
+pub fn not_built(name: &str) -> Complaint {
+    Complaint::new(format!("`{name}` is not built yet"))
+}
+
+pub fn map_only(what: &str) -> Complaint {
+    Complaint::new(format!("{what} needs the map form of the file"))
+        .help("write `version: 1` at its top and the list under `rules:`")
+}
+
+/// `a`, `b`, `c`
+fn list(words: &[&str]) -> String {
+    let words: Vec<_> = words.iter().map(|word| format!("`{word}`")).collect();
+    words.join(", ")
+}
+
+/// The known word that `word` is probably a slip of.
+fn nearest(word: &str, known: &[&'static str]) -> Option<&'static str> {
+    let word: Vec<char> = word.to_lowercase().replace('_', "-").chars().collect();
+    if word.len() > 32 {
+        return None;
+    }
+    let slips = |known: &str| {
+        let known: Vec<char> = known.replace('_', "-").chars().collect();
+        distance(&word, &known)
+    };
+    let near = known.iter().map(|known| (slips(known), *known)).min()?;
+    (near.0 <= (word.len() / 3).max(1) && near.0 < word.len()).then_some(near.1)
+}
+
+/// How many characters to insert, delete, replace or swap with their neighbour to make `b` out of `a`.
+fn distance(a: &[char], b: &[char]) -> usize {
+    let mut older = vec![0; b.len() + 1];
+    let mut last: Vec<usize> = (0..=b.len()).collect();
+    for i in 0..a.len() {
+        let mut row = vec![i + 1; b.len() + 1];
+        for j in 0..b.len() {
+            let replaced = last[j] + usize::from(a[i] != b[j]);
+            row[j + 1] = replaced.min(last[j + 1] + 1).min(row[j] + 1);
+            if i > 0 && j > 0 && a[i] == b[j - 1] && a[i - 1] == b[j] {
+                row[j + 1] = row[j + 1].min(older[j - 1] + 1);
+            }
+        }
+        older = std::mem::replace(&mut last, row);
+    }
+    last[b.len()]
+}
