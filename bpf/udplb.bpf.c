@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/* The packet's way: parse, match, select, rewrite and forward, count. */
+#include <stdbool.h>
+#include <stddef.h>
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/pkt_cls.h>
+#include <linux/udp.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_core_read.h>
+
+#include "udplb.h"
+#include "parse.h"
+#include "rewrite.h"
+#include "forward.h"
+
+static __noinline void count(struct __sk_buff *skb, __u32 id, enum verdict verdict)
+{
+	__u32 chunk = id / COUNTERS_PER_CHUNK, index = id % COUNTERS_PER_CHUNK;
+	void *inner = bpf_map_lookup_elem(&counters, &chunk);
+	struct counters *counters = inner ? bpf_map_lookup_elem(inner, &index) : NULL;
+	struct counter *counter;
+
+	if (!counters)
+		return;
+	counter = &counters->of[verdict];
+	counter->packets += skb->gso_segs ?: 1;
+	counter->bytes += skb->len;
+}
+
+static __always_inline const struct rule *match(const struct packet *packet)
+{
+	struct rule_key key = {
+		.address = packet->ip->daddr,
+		.port = packet->udp->dest,
+	};
+
+	return bpf_map_lookup_elem(&rules, &key);
+}
+
+/* The key of the strategy; the first two are those of udplb's first version, bit for bit. */
+static __always_inline __u32 selection_key(const struct packet *packet, enum strategy strategy)
+{
+	__u16 port = packet->udp->source;
+	__u64 hash;
+
+	switch (strategy) {
+	case STRATEGY_SRC_PORT:
+		return __builtin_bswap16(bpf_ntohs(port)); /* as a little-endian number */
+	case STRATEGY_SRC_IP:
+		return bpf_ntohl(packet->ip->saddr);
+	default:
+		/* the finalizer of MurmurHash3 */
+		hash = (__u64)bpf_ntohl(packet->ip->saddr) << 16 | bpf_ntohs(port);
+		hash ^= hash >> 33;
+		hash *= 0xff51afd7ed558ccdULL;
+		hash ^= hash >> 33;
+		hash *= 0xc4ceb9fe1a85ec53ULL;
+		return hash ^ hash >> 33;
+	}
+}
+
+static __always_inline const struct upstream *select(const struct packet *packet, const struct rule *rule)
+{
+	const struct slot_line *line;
+	__u32 slot, index;
+
+	slot = rule->first_slot;
+	if (rule->slots > 1)
+		slot += selection_key(packet, rule->strategy) % rule->slots;
+	index = slot / SLOTS_PER_LINE;
+	line = bpf_map_lookup_elem(&slots, &index);
+	if (!line)
+		return NULL;
+	index = line->upstream[slot % SLOTS_PER_LINE];
+	return bpf_map_lookup_elem(&upstreams, &index);
+}
+
+static __always_inline int handle(struct __sk_buff *skb, struct packet *packet, const struct rule *rule,
+				  enum parsed parsed)
+{
+	int action = rule->action == ACTION_BLOCK ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	const struct upstream *upstream = NULL;
+	enum verdict verdict;
+	__be32 source;
+
+	if (parsed == PARSED_FIRST_FRAGMENT) {
+		verdict = VERDICT_FRAGMENT;
+	} else if (!well_formed(skb, packet)) {
+		verdict = VERDICT_MALFORMED;
+	} else if (!(upstream = select(packet, rule))) {
+		verdict = VERDICT_NO_UPSTREAM;
+	} else if (packet->ip->ttl <= 1) {
+		verdict = VERDICT_TTL;
+	} else {
+		source = rule->source == SOURCE_VIP ? packet->ip->daddr : packet->ip->saddr;
+		if (rule->action == ACTION_BLOCK)
+			verdict = forward(skb, packet, upstream, source, &action);
+		else
+			verdict = copy(skb, packet, upstream, source, &action);
+	}
+	count(skb, upstream ? upstream->id : rule->id, verdict);
+	return action;
+}
+
+SEC("tc")
+int udplb(struct __sk_buff *skb)
+{
+	const struct rule *rule;
+	struct packet packet;
+	enum parsed parsed;
+
+	parsed = parse(skb, &packet);
+	if (parsed == PARSED_OTHER)
+		return TC_ACT_UNSPEC;
+	if (parsed == PARSED_LATER_FRAGMENT) {
+		count(skb, 0, VERDICT_FRAGMENT);
+		return TC_ACT_UNSPEC;
+	}
+	rule = match(&packet);
+	if (!rule)
+		return TC_ACT_UNSPEC;
+	if (skb->pkt_type != PACKET_HOST) {
+		count(skb, rule->id, VERDICT_NOT_FOR_US);
+		return TC_ACT_UNSPEC;
+	}
+	return handle(skb, &packet, rule, parsed);
+}
+
+const char LICENSE[] SEC("license") = "Dual BSD/GPL";
