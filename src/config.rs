@@ -165,11 +165,8 @@ impl Config {
 
     /// Costs one pass over the file's text.
     fn diagnose(&self, severity: Severity, at: &Path, message: String) -> Diagnostic {
-        let problem = Problem {
-            at: at.clone().into(),
-            complaint: Complaint::new(message),
-            related: None,
-        };
+        let problem =
+            Problem { at: at.clone().into(), complaint: Complaint::new(message), related: None };
         self.document.diagnose(severity, &problem)
     }
 }

@@ -1,1 +1,46 @@
-fn main(){}
+//! The entry point: arguments in, exit code out.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use udplb::cli::{Cli, Global};
+use udplb::{commands, failure::Failure};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            // clap's own code, 2, means pending changes here
+            return ExitCode::from(if error.use_stderr() { 64 } else { 0 });
+        }
+    };
+    log_to_stderr(&cli.global);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(commands::run(&cli)),
+        Err(error) => Err(Failure::Failed(error.into())),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => {
+            eprintln!("{failure}");
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn log_to_stderr(global: &Global) {
+    let level = match (global.quiet, global.verbose) {
+        (true, _) => log::LevelFilter::Error,
+        (false, 0) => log::LevelFilter::Warn,
+        (false, 1) => log::LevelFilter::Info,
+        (false, _) => log::LevelFilter::Debug,
+    };
+    env_logger::Builder::new()
+        .filter_module("udplb", level)
+        .format_timestamp(None)
+        .format_target(false)
+        .parse_env("RUST_LOG")
+        .init();
+}

@@ -67,10 +67,7 @@ fn own_key(rule: &Rule, problems: &mut Problems) {
         let same_port = upstream.port.is_none_or(within);
         if upstream.address == Host::Address(rule.key.address) && same_port {
             let message = "the upstream is the rule's own key, to which it would send in a circle";
-            problems.push(
-                upstream.at.field(words::UPSTREAM_ADDRESS.name),
-                Complaint::new(message),
-            );
+            problems.push(upstream.at.field(words::UPSTREAM_ADDRESS.name), Complaint::new(message));
         }
     }
 }
@@ -106,10 +103,7 @@ fn endpoints(rule: &Rule, problems: &mut Problems) {
         let (first, again) = (&rule.upstreams[first], &rule.upstreams[again]);
         problems.push_pair(
             again.at.clone(),
-            Complaint::new(format!(
-                "{} is an upstream of the rule already",
-                again.endpoint()
-            )),
+            Complaint::new(format!("{} is an upstream of the rule already", again.endpoint())),
             first.at.clone(),
             "the same upstream",
         );
@@ -138,12 +132,7 @@ fn names(rules: &[Rule], problems: &mut Problems) {
             rule.at.field(field.name)
         };
         let message = format!("two rules are named `{}`", again.name);
-        problems.push_pair(
-            at(again),
-            Complaint::new(message),
-            at(first),
-            "the first of that name",
-        );
+        problems.push_pair(at(again), Complaint::new(message), at(first), "the first of that name");
     }
 }
 
@@ -187,11 +176,7 @@ fn overlaps(rules: &[Rule], problems: &mut Problems) {
 
 fn overlap(rules: &[Rule], one: Claim, other: Claim, problems: &mut Problems) {
     let in_file = |claim: &Claim| (claim.rule, claim.nth);
-    let (first, again) = if in_file(&one) < in_file(&other) {
-        (one, other)
-    } else {
-        (other, one)
-    };
+    let (first, again) = if in_file(&one) < in_file(&other) { (one, other) } else { (other, one) };
     let at = |claim: Claim| {
         let rule = &rules[claim.rule];
         let at = rule.at.field(words::KEY.name).field(words::KEY_PORT.name);
@@ -210,10 +195,7 @@ fn overlap(rules: &[Rule], one: Claim, other: Claim, problems: &mut Problems) {
         (true, false) => format!("{ports} overlaps {} of the same key", first.ports),
         (false, true) => format!("{ports} of rule `{new}` is already matched by rule `{old}`"),
         (false, false) => {
-            format!(
-                "{ports} of rule `{new}` overlaps {} of rule `{old}`",
-                first.ports
-            )
+            format!("{ports} of rule `{new}` overlaps {} of rule `{old}`", first.ports)
         }
     };
     let label = "first defined here";

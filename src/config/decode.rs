@@ -135,18 +135,13 @@ impl Decoder {
 
     /// Notes the complaint, if it is one.
     fn note<T>(&mut self, at: &Trail<'_>, result: Result<T, Complaint>) -> Option<T> {
-        result
-            .map_err(|complaint| self.complain(at, complaint))
-            .ok()
+        result.map_err(|complaint| self.complain(at, complaint)).ok()
     }
 
     fn no_root(&mut self, node: &Node<'_>) {
         let message = match node {
             Node::Null => "the file is empty".into(),
-            _ => format!(
-                "expected a map or a list of rules, found {}",
-                node.describe()
-            ),
+            _ => format!("expected a map or a list of rules, found {}", node.describe()),
         };
         let help =
             "a configuration is a map with `version: 1` and `rules:`, or a bare list of rules";
@@ -165,10 +160,7 @@ impl Decoder {
         if let Some(node) = fields.get(&words::INTERFACES) {
             self.interfaces(node, &at.field(words::INTERFACES.name));
         }
-        let defaults = self.options(
-            fields.get(&words::DEFAULTS),
-            &at.field(words::DEFAULTS.name),
-        );
+        let defaults = self.options(fields.get(&words::DEFAULTS), &at.field(words::DEFAULTS.name));
         if let Some(node) = fields.get(&words::RULES) {
             let at = at.field(words::RULES.name);
             if let Some(rules) = self.list(node, "a list of rules", &at) {
@@ -247,15 +239,10 @@ impl Decoder {
         let upstreams = fields.get(&words::UPSTREAM);
         let upstreams =
             upstreams.and_then(|node| self.upstreams(node, &at.field(words::UPSTREAM.name)));
-        let several = upstreams
-            .as_ref()
-            .is_some_and(|upstreams| upstreams.len() > 1);
+        let several = upstreams.as_ref().is_some_and(|upstreams| upstreams.len() > 1);
         let options = self.options(fields.get(&words::OPTIONS), &at.field(words::OPTIONS.name));
-        let chosen = self.settle_all(
-            &options.or(defaults),
-            several,
-            &at.field(words::OPTIONS.name),
-        );
+        let chosen =
+            self.settle_all(&options.or(defaults), several, &at.field(words::OPTIONS.name));
 
         let (name, key, chosen) = (name?, key?, chosen?);
         Some(Rule {
@@ -281,12 +268,7 @@ impl Decoder {
             said => self.settle(said, &words::HASH, at),
         };
         mode?;
-        Some(Chosen {
-            action: action?,
-            source: source?,
-            strategy: strategy?,
-            hash: hash?,
-        })
+        Some(Chosen { action: action?, source: source?, strategy: strategy?, hash: hash? })
     }
 
     /// The value of an option after all defaults.
@@ -324,10 +306,7 @@ impl Decoder {
             let at = at.field(words::KEY_PORT.name);
             self.ports(node, &at)
         });
-        Some(Key {
-            address: address?,
-            ports: ports?,
-        })
+        Some(Key { address: address?, ports: ports? })
     }
 
     fn ports(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Vec<Ports>> {
@@ -358,10 +337,7 @@ impl Decoder {
     fn upstreams(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Vec<Upstream>> {
         let nodes = self.list(node, "a list of upstreams", at)?;
         if nodes.is_empty() {
-            self.complain(
-                at,
-                Complaint::new("no upstreams: a rule needs at least one"),
-            );
+            self.complain(at, Complaint::new("no upstreams: a rule needs at least one"));
             return None;
         }
         let upstreams: Vec<_> = nodes
@@ -387,12 +363,7 @@ impl Decoder {
                 self.note(&at, scalar::port(node)).map(Some)
             }
         };
-        Some(Upstream {
-            name: name?,
-            address: address?,
-            port: port?,
-            at: at.path(),
-        })
+        Some(Upstream { name: name?, address: address?, port: port?, at: at.path() })
     }
 
     fn options(&mut self, node: Option<&Node<'_>>, at: &Trail<'_>) -> Options {

@@ -66,11 +66,7 @@ impl fmt::Display for Diagnostic {
             Severity::Error => "error",
             Severity::Warning => "warning",
         };
-        write!(
-            f,
-            "{severity}: {}:{}:{}: ",
-            self.file, self.line, self.column
-        )?;
+        write!(f, "{severity}: {}:{}:{}: ", self.file, self.line, self.column)?;
         if !self.field.is_empty() {
             write!(f, "{}: ", self.field)?;
         }
@@ -106,16 +102,11 @@ impl Excerpt {
             let line = line.chars().map(printable).collect();
             return Excerpt { line, caret };
         }
-        let start = caret
-            .saturating_sub(WIDTH / 2)
-            .min(length.saturating_sub(WIDTH));
+        let start = caret.saturating_sub(WIDTH / 2).min(length.saturating_sub(WIDTH));
         let middle = line.chars().skip(start).take(WIDTH).map(printable);
         let (before, after) = (start > 0, start + WIDTH < length);
         Excerpt {
-            line: ellipsis(before)
-                .chain(middle)
-                .chain(ellipsis(after))
-                .collect(),
+            line: ellipsis(before).chain(middle).chain(ellipsis(after)).collect(),
             caret: caret - start + usize::from(before),
         }
     }
@@ -131,18 +122,10 @@ impl Excerpt {
             return Ok(());
         }
         // Tabs are repeated under the line, so that the caret stands right whatever their width.
-        let indent = self
-            .line
-            .chars()
-            .chain(std::iter::repeat(' '))
-            .take(self.caret);
+        let indent = self.line.chars().chain(std::iter::repeat(' ')).take(self.caret);
         let indent: String = indent.map(|c| if c == '\t' { c } else { ' ' }).collect();
         let line = self.line.trim_end();
-        write!(
-            f,
-            "\n{:gutter$} |\n{number:gutter$} | {line}\n{:gutter$} | {indent}^",
-            "", ""
-        )?;
+        write!(f, "\n{:gutter$} |\n{number:gutter$} | {line}\n{:gutter$} | {indent}^", "", "")?;
         if !label.is_empty() {
             write!(f, " {label}")?;
         }
@@ -156,11 +139,7 @@ fn ellipsis(wanted: bool) -> impl Iterator<Item = char> {
 
 /// A file must not be able to send control sequences to the operator's terminal.
 fn printable(c: char) -> char {
-    if c.is_control() && c != '\t' {
-        char::REPLACEMENT_CHARACTER
-    } else {
-        c
-    }
+    if c.is_control() && c != '\t' { char::REPLACEMENT_CHARACTER } else { c }
 }
 
 /// Text from the file, fit to stand inside a message.
@@ -181,17 +160,11 @@ pub(super) struct Complaint {
 
 impl Complaint {
     pub fn new(message: impl Into<String>) -> Complaint {
-        Complaint {
-            message: message.into(),
-            help: None,
-        }
+        Complaint { message: message.into(), help: None }
     }
 
     pub fn help(self, help: impl Into<String>) -> Complaint {
-        Complaint {
-            help: Some(help.into()),
-            ..self
-        }
+        Complaint { help: Some(help.into()), ..self }
     }
 }
 
@@ -210,10 +183,7 @@ pub(super) struct Place {
 
 impl From<Path> for Place {
     fn from(path: Path) -> Place {
-        Place {
-            path,
-            part: Part::Value,
-        }
+        Place { path, part: Part::Value }
     }
 }
 
@@ -251,11 +221,7 @@ impl Problems {
     fn add(&mut self, at: Place, complaint: Complaint, related: Option<(Place, &'static str)>) {
         self.count += 1;
         if self.count <= SHOWN + 1 {
-            self.first.push(Problem {
-                at,
-                complaint,
-                related,
-            });
+            self.first.push(Problem { at, complaint, related });
         }
     }
 

@@ -105,10 +105,7 @@ impl Document {
         });
         let path = &problem.at.path;
         let diagnostic = self.diagnostic(severity, position, path, message.clone(), help.clone());
-        Diagnostic {
-            related,
-            ..diagnostic
-        }
+        Diagnostic { related, ..diagnostic }
     }
 
     fn diagnostic(

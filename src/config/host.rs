@@ -112,10 +112,8 @@ fn address(text: &str) -> Result<Option<Ipv4Addr>, Complaint> {
     if let Some((host, port)) = text.split_once(':')
         && port.parse::<u16>().is_ok()
     {
-        let help = format!(
-            "the port is a field of its own: `address: {}`, `port: {port}`",
-            shorten(host)
-        );
+        let help =
+            format!("the port is a field of its own: `address: {}`, `port: {port}`", shorten(host));
         return Err(complaint().help(help));
     }
     if let Some((network, _)) = text.split_once('/')
@@ -140,10 +138,7 @@ fn is_number(label: &str) -> bool {
 /// By RFC 1123; an underscore is let through, since container engines resolve names that have one.
 fn host_name(text: &str) -> Result<&str, Complaint> {
     let complaint = |help: &str| {
-        let message = format!(
-            "`{}` is neither an IPv4 address nor a host name",
-            shorten(text)
-        );
+        let message = format!("`{}` is neither an IPv4 address nor a host name", shorten(text));
         Err(Complaint::new(message).help(help))
     };
     let name = text.strip_suffix('.').unwrap_or(text);

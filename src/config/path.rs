@@ -64,23 +64,14 @@ enum Turn {
 }
 
 impl Trail<'_> {
-    pub const ROOT: Trail<'static> = Trail {
-        parent: None,
-        step: Turn::Root,
-    };
+    pub const ROOT: Trail<'static> = Trail { parent: None, step: Turn::Root };
 
     pub fn field<'a>(&'a self, name: &'static str) -> Trail<'a> {
-        Trail {
-            parent: Some(self),
-            step: Turn::Field(name),
-        }
+        Trail { parent: Some(self), step: Turn::Field(name) }
     }
 
     pub fn index<'a>(&'a self, index: usize) -> Trail<'a> {
-        Trail {
-            parent: Some(self),
-            step: Turn::Index(index),
-        }
+        Trail { parent: Some(self), step: Turn::Index(index) }
     }
 
     pub fn path(&self) -> Path {

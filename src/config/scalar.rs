@@ -80,10 +80,7 @@ pub(super) fn ports(node: &Node<'_>) -> Result<Ports> {
         return Ok(Ports { first, last });
     }
     let port = port(node)?;
-    Ok(Ports {
-        first: port,
-        last: port,
-    })
+    Ok(Ports { first: port, last: port })
 }
 
 fn range(text: &str) -> Option<(i128, i128)> {
@@ -95,19 +92,13 @@ fn range(text: &str) -> Option<(i128, i128)> {
 fn number(text: &str) -> Option<i128> {
     let digits = text.bytes().all(|byte| byte.is_ascii_digit());
     let plain = !text.starts_with('0') || text == "0";
-    if digits && plain {
-        text.parse().ok()
-    } else {
-        None
-    }
+    if digits && plain { text.parse().ok() } else { None }
 }
 
 fn port_number(number: i128) -> Result<u16> {
     match u16::try_from(number) {
         Ok(port) if port > 0 => Ok(port),
-        _ => Err(Complaint::new(format!(
-            "{number} is not a UDP port (1 to 65535)"
-        ))),
+        _ => Err(Complaint::new(format!("{number} is not a UDP port (1 to 65535)"))),
     }
 }
 

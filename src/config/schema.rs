@@ -22,13 +22,10 @@ fn rules(root: Root) -> Value {
 
 fn map(table: &Table, root: Root) -> Value {
     let usable = || table.fields.iter().filter(|field| field.is_usable(root));
-    let properties: Map<String, Value> = usable()
-        .map(|field| (field.name.into(), property(field, root)))
-        .collect();
-    let required: Vec<_> = usable()
-        .filter(|field| field.required)
-        .map(|field| field.name)
-        .collect();
+    let properties: Map<String, Value> =
+        usable().map(|field| (field.name.into(), property(field, root))).collect();
+    let required: Vec<_> =
+        usable().filter(|field| field.required).map(|field| field.name).collect();
     json!({
         "type": "object",
         "properties": properties,

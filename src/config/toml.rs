@@ -35,9 +35,8 @@ fn node(value: DeValue<'_>) -> Node<'_> {
 }
 
 fn map(table: DeTable<'_>) -> Node<'_> {
-    let entries = table
-        .into_iter()
-        .map(|(name, value)| (name.into_inner(), node(value.into_inner())));
+    let entries =
+        table.into_iter().map(|(name, value)| (name.into_inner(), node(value.into_inner())));
     Node::Map(entries.collect())
 }
 

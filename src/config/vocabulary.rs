@@ -76,35 +76,19 @@ pub struct Word {
 
 impl Field {
     const fn new(name: &'static str, shape: Shape, about: &'static str) -> Field {
-        Field {
-            name,
-            about,
-            shape,
-            required: false,
-            built: true,
-            in_list: false,
-        }
+        Field { name, about, shape, required: false, built: true, in_list: false }
     }
 
     const fn required(self) -> Field {
-        Field {
-            required: true,
-            ..self
-        }
+        Field { required: true, ..self }
     }
 
     const fn in_list(self) -> Field {
-        Field {
-            in_list: true,
-            ..self
-        }
+        Field { in_list: true, ..self }
     }
 
     const fn later(name: &'static str) -> Field {
-        Field {
-            built: false,
-            ..Field::new(name, Shape::Later, "")
-        }
+        Field { built: false, ..Field::new(name, Shape::Later, "") }
     }
 
     pub fn is_usable(&self, root: Root) -> bool {
@@ -114,25 +98,15 @@ impl Field {
 
 impl Word {
     const fn new(name: &'static str) -> Word {
-        Word {
-            name,
-            built: true,
-            in_list: false,
-        }
+        Word { name, built: true, in_list: false }
     }
 
     const fn in_list(self) -> Word {
-        Word {
-            in_list: true,
-            ..self
-        }
+        Word { in_list: true, ..self }
     }
 
     const fn later(self) -> Word {
-        Word {
-            built: false,
-            ..self
-        }
+        Word { built: false, ..self }
     }
 
     pub fn is_usable(&self, root: Root) -> bool {
@@ -159,19 +133,12 @@ pub static NAME: Field = Field::new(
     Shape::Name,
     "The rule's name, unique in the file. By default the key: `10.0.0.5:2055`.",
 );
-pub static KEY: Field = Field::new(
-    "key",
-    Shape::Map(&KEY_MAP),
-    "The destination that the rule matches.",
-)
-.required()
-.in_list();
-pub static OPTIONS: Field = Field::new(
-    "options",
-    Shape::Map(&OPTIONS_MAP),
-    "How matched packets are treated.",
-)
-.in_list();
+pub static KEY: Field =
+    Field::new("key", Shape::Map(&KEY_MAP), "The destination that the rule matches.")
+        .required()
+        .in_list();
+pub static OPTIONS: Field =
+    Field::new("options", Shape::Map(&OPTIONS_MAP), "How matched packets are treated.").in_list();
 pub static UPSTREAM: Field = Field::new(
     "upstream",
     Shape::Maps(&UPSTREAM_MAP),
@@ -180,13 +147,10 @@ pub static UPSTREAM: Field = Field::new(
 .required()
 .in_list();
 
-pub static KEY_ADDRESS: Field = Field::new(
-    "address",
-    Shape::Address,
-    "The destination address of the packet, IPv4.",
-)
-.required()
-.in_list();
+pub static KEY_ADDRESS: Field =
+    Field::new("address", Shape::Address, "The destination address of the packet, IPv4.")
+        .required()
+        .in_list();
 pub static KEY_PORT: Field = Field::new(
     "port",
     Shape::Ports,
@@ -202,11 +166,7 @@ pub static TC_ACTION: Choice = Choice {
     default_map: "pass",
 };
 pub static MODE: Choice = Choice {
-    field: Field::new(
-        "mode",
-        Shape::Choice(&MODE),
-        "Whether one upstream gets the packet.",
-    ),
+    field: Field::new("mode", Shape::Choice(&MODE), "Whether one upstream gets the packet."),
     words: &[Word::new("balance"), Word::new("replicate").later()],
     default_list: "balance",
     default_map: "balance",
@@ -217,11 +177,7 @@ pub static SOURCE: Choice = Choice {
         Shape::Choice(&SOURCE),
         "The source address that the upstream sees: `vip` is the key's address, `preserve` the sender's.",
     ),
-    words: &[
-        Word::new("vip"),
-        Word::new("preserve"),
-        Word::new("egress").later(),
-    ],
+    words: &[Word::new("vip"), Word::new("preserve"), Word::new("egress").later()],
     default_list: "vip",
     default_map: "vip",
 };
@@ -243,28 +199,18 @@ pub static STRATEGY: Choice = Choice {
     default_map: "src-ip-port",
 };
 pub static HASH: Choice = Choice {
-    field: Field::new(
-        "hash",
-        Shape::Choice(&HASH),
-        "How what was selected becomes an upstream.",
-    ),
+    field: Field::new("hash", Shape::Choice(&HASH), "How what was selected becomes an upstream."),
     words: &[Word::new("modulo"), Word::new("maglev").later()],
     default_list: "modulo",
     default_map: "maglev",
 };
 
-pub static UPSTREAM_NAME: Field = Field::new(
-    "name",
-    Shape::Name,
-    "The upstream's name, unique in the rule.",
-);
-pub static UPSTREAM_ADDRESS: Field = Field::new(
-    "address",
-    Shape::Host,
-    "The upstream's IPv4 address or host name.",
-)
-.required()
-.in_list();
+pub static UPSTREAM_NAME: Field =
+    Field::new("name", Shape::Name, "The upstream's name, unique in the rule.");
+pub static UPSTREAM_ADDRESS: Field =
+    Field::new("address", Shape::Host, "The upstream's IPv4 address or host name.")
+        .required()
+        .in_list();
 pub static UPSTREAM_PORT: Field = Field::new(
     "port",
     Shape::Port,
@@ -272,18 +218,12 @@ pub static UPSTREAM_PORT: Field = Field::new(
 )
 .in_list();
 
-pub static ROOT_MAP: Table = Table {
-    what: "a configuration",
-    fields: &[&VERSION, &INTERFACES, &DEFAULTS, &RULES],
-};
-pub static RULE_MAP: Table = Table {
-    what: "a rule",
-    fields: &[&NAME, &KEY, &OPTIONS, &UPSTREAM, &Field::later("mirror")],
-};
-pub static KEY_MAP: Table = Table {
-    what: "a key",
-    fields: &[&KEY_ADDRESS, &KEY_PORT, &Field::later("from")],
-};
+pub static ROOT_MAP: Table =
+    Table { what: "a configuration", fields: &[&VERSION, &INTERFACES, &DEFAULTS, &RULES] };
+pub static RULE_MAP: Table =
+    Table { what: "a rule", fields: &[&NAME, &KEY, &OPTIONS, &UPSTREAM, &Field::later("mirror")] };
+pub static KEY_MAP: Table =
+    Table { what: "a key", fields: &[&KEY_ADDRESS, &KEY_PORT, &Field::later("from")] };
 pub static OPTIONS_MAP: Table = Table {
     what: "options",
     fields: &[
@@ -387,9 +327,7 @@ impl Choice {
         let mut built = self.words.iter().filter(|word| word.built);
         built.find(|word| word.name == name).ok_or_else(|| {
             let usable = self.usable(root).into_iter();
-            let say: Vec<_> = usable
-                .map(|word| format!("`{}: {word}`", self.field.name))
-                .collect();
+            let say: Vec<_> = usable.map(|word| format!("`{}: {word}`", self.field.name)).collect();
             Complaint::new(format!(
                 "{name}, the default, is not built yet: say {}",
                 say.join(" or ")

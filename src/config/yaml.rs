@@ -78,10 +78,7 @@ fn too_deep(text: &str) -> Option<usize> {
 
 /// What follows a whole document is another one, or no YAML.
 fn another_document(text: &str, document: serde_yaml::Deserializer<'_>) -> Fault {
-    let find = Find {
-        steps: &[],
-        part: Part::Value,
-    };
+    let find = Find { steps: &[], part: Part::Value };
     match find.deserialize(document) {
         Err(error) => Fault {
             complaint: Complaint::new(if error.to_string().contains(FOUND) {
@@ -133,11 +130,7 @@ impl Reading {
         self.steps.reverse();
         let offset = offset_of(text, error);
         match self.refusal {
-            Some(complaint) => Fault {
-                complaint,
-                path: Path(self.steps),
-                offset,
-            },
+            Some(complaint) => Fault { complaint, path: Path(self.steps), offset },
             None => Fault {
                 complaint: Complaint::new(message_of(error)),
                 path: Path::default(),
@@ -233,10 +226,7 @@ impl<'de> Visitor<'de> for &mut Reading {
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Node<'de>, A::Error> {
         self.count(0)?;
         let mut entries: Vec<Entry<'de>> = Vec::new();
-        while let Some(name) = access.next_key_seed(Name {
-            reading: self,
-            before: &entries,
-        })? {
+        while let Some(name) = access.next_key_seed(Name { reading: self, before: &entries })? {
             match access.next_value_seed(&mut *self) {
                 Ok(node) => entries.push((name, node)),
                 Err(error) => {
@@ -352,10 +342,7 @@ impl<'de> Visitor<'de> for Find<'_> {
             return found();
         };
         let part = self.part;
-        let seed = FindName {
-            wanted,
-            here: steps.is_empty() && part == Part::Name,
-        };
+        let seed = FindName { wanted, here: steps.is_empty() && part == Part::Name };
         while let Some(same) = access.next_key_seed(seed)? {
             if same {
                 return access.next_value_seed(Find { steps, part });
@@ -400,10 +387,7 @@ impl Visitor<'_> for FindName<'_> {
 /// ancestor that exists.
 pub(super) fn find(text: &str, place: &Place) -> Option<usize> {
     let document = serde_yaml::Deserializer::from_str(text).next()?;
-    let find = Find {
-        steps: &place.path.0,
-        part: place.part,
-    };
+    let find = Find { steps: &place.path.0, part: place.part };
     let error = find.deserialize(document).err()?;
     Some(offset_of(text, &error))
 }
@@ -419,9 +403,7 @@ fn offset_of(text: &str, error: &serde_yaml::Error) -> usize {
     let mark = text.len() - text.trim_start_matches('\u{feff}').len();
     let index = error.location().map_or(0, |location| location.index());
     let mut characters = text[mark..].char_indices();
-    characters
-        .nth(index)
-        .map_or(text.len(), |(offset, _)| mark + offset)
+    characters.nth(index).map_or(text.len(), |(offset, _)| mark + offset)
 }
 
 /// The parser's message without the position, which is shown in our own way.

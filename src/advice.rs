@@ -1,0 +1,175 @@
+//! What is applied as it stands but probably not meant. Pure, but for reading /proc/net.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::Ipv4Addr;
+
+use crate::config::{Action, Config, Diagnostic};
+use crate::netlink::Link;
+use crate::nexthop::Way;
+use crate::plan::Desired;
+
+/// A bound UDP socket; the unspecified address stands for all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listener {
+    pub address: Ipv4Addr,
+    pub port: u16,
+}
+
+/// Upstreams that are this host itself: errors, since their packets would come round again.
+pub fn own_upstreams(
+    config: &Config,
+    desired: &Desired,
+    ways: &BTreeMap<Ipv4Addr, Way>,
+) -> Vec<Diagnostic> {
+    upstreams(config, desired)
+        .filter(|(_, address)| ways.get(address) == Some(&Way::Local))
+        .map(|(at, address)| {
+            config.error(at, format!("{address} is an address of this host, which is no upstream"))
+        })
+        .collect()
+}
+
+/// Upstreams without a route: their packets are dropped and counted until there is one.
+pub fn unreachable(
+    config: &Config,
+    desired: &Desired,
+    ways: &BTreeMap<Ipv4Addr, Way>,
+) -> Vec<Diagnostic> {
+    upstreams(config, desired)
+        .filter_map(|(at, address)| match ways.get(&address) {
+            Some(Way::None(reason)) => {
+                Some(config.warning(at, format!("no route to {address}: {reason}")))
+            }
+            _ => None,
+        })
+        .collect()
+}
+
+fn upstreams<'a>(
+    config: &'a Config,
+    desired: &'a Desired,
+) -> impl Iterator<Item = (&'a crate::config::Path, Ipv4Addr)> {
+    let places = config.rules.iter().flat_map(|rule| &rule.upstreams);
+    places.zip(desired.upstreams()).map(|(place, upstream)| (&place.at, upstream.address))
+}
+
+/// `pass` rules with a port on which nobody listens: their senders get ECONNREFUSED.
+pub fn unheard(config: &Config, listeners: &[Listener]) -> Vec<Diagnostic> {
+    config
+        .rules
+        .iter()
+        .filter(|rule| rule.action == Action::Pass)
+        .filter_map(|rule| {
+            let address = rule.key.address;
+            let heard = |port: u16| {
+                listeners.iter().any(|listener| {
+                    listener.port == port
+                        && (listener.address == address || listener.address.is_unspecified())
+                })
+            };
+            let deaf: Vec<u16> = rule
+                .key
+                .ports
+                .iter()
+                .flat_map(|ports| ports.first..=ports.last)
+                .filter(|port| !heard(*port))
+                .collect();
+            let first = deaf.first()?;
+            let more = match deaf.len() - 1 {
+                0 => String::new(),
+                more => format!(" and {more} more of its ports"),
+            };
+            Some(config.warning(
+                &rule.at,
+                format!(
+                    "nobody listens on {address}:{first}{more}: with `tc_action: pass` its senders \
+                     get ICMP port unreachable"
+                ),
+            ))
+        })
+        .collect()
+}
+
+/// Keys whose address sits on a device stacked above an interface: every packet for it looks
+/// as if it were for another host there.
+pub fn stacked(
+    config: &Config,
+    interfaces: &[String],
+    links: &[Link],
+    addresses: &[(u32, Ipv4Addr)],
+) -> Vec<Diagnostic> {
+    let named: Vec<&Link> = links.iter().filter(|link| interfaces.contains(&link.name)).collect();
+    config
+        .rules
+        .iter()
+        .filter_map(|rule| {
+            let holders = addresses.iter().filter(|(_, address)| *address == rule.key.address);
+            let holder = holders
+                .filter_map(|(index, _)| links.iter().find(|link| link.index == *index))
+                .find_map(|holder| {
+                    named.iter().find(|link| is_above(holder, link)).zip(Some(holder))
+                });
+            let (interface, holder) = holder?;
+            Some(config.warning(
+                &rule.at,
+                format!(
+                    "{} is an address of {}, a {} above {}: no packet will match on {}; name {} \
+                     in `interfaces` instead",
+                    rule.key.address,
+                    holder.name,
+                    holder.kind,
+                    interface.name,
+                    interface.name,
+                    holder.name
+                ),
+            ))
+        })
+        .collect()
+}
+
+fn is_above(upper: &Link, lower: &Link) -> bool {
+    let child = ["macvlan", "ipvlan", "macvtap"].contains(&upper.kind.as_str())
+        && upper.lower == Some(lower.index);
+    child || (upper.kind == "bridge" && lower.controller == Some(upper.index))
+}
+
+/// The bound UDP sockets of this network namespace. IPv6 ones count where they take IPv4 too.
+pub fn listeners() -> Vec<Listener> {
+    let mut listeners = Vec::new();
+    for path in ["/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"] {
+        let table = fs::read_to_string(path).unwrap_or_default();
+        listeners.extend(table.lines().skip(1).filter_map(listener));
+    }
+    listeners
+}
+
+/// A line of /proc/net/udp: addresses are hexadecimal words as they lie in memory.
+fn listener(line: &str) -> Option<Listener> {
+    let (address, port) = line.split_whitespace().nth(1)?.split_once(':')?;
+    let last_word = address.get(address.len().checked_sub(8)?..)?;
+    let word = u32::from_str_radix(last_word, 16).ok()?;
+    Some(Listener {
+        address: Ipv4Addr::from(word.to_ne_bytes()),
+        port: u16::from_str_radix(port, 16).ok()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Listener, listener};
+
+    #[test]
+    fn lines_of_proc_net_udp() {
+        let line = "  12: 0100007F:0035 00000000:0000 07 00000000:00000000 00:00000000 00000000";
+        if cfg!(target_endian = "little") {
+            let address = "127.0.0.1".parse().unwrap();
+            assert_eq!(listener(line), Some(Listener { address, port: 53 }));
+        }
+        let any = "   5: 00000000000000000000000000000000:1FBD 0:0 07";
+        let address = "0.0.0.0".parse().unwrap();
+        assert_eq!(listener(any), Some(Listener { address, port: 8125 }));
+        assert_eq!(listener(""), None);
+        assert_eq!(listener("1: x:y"), None);
+    }
+}

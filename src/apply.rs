@@ -1,0 +1,252 @@
+//! Carries actions out: the only place where udplb changes the kernel.
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, OwnedFd};
+
+use anyhow::{Context, anyhow};
+
+use crate::diff::Action;
+use crate::generation::{self, Generation};
+use crate::netlink::Netlink;
+use crate::nexthop::{self, Way};
+use crate::observe::Observed;
+use crate::state::WriteGuard;
+use crate::tc::{self, Slot};
+
+/// Called before each action; an error stops there, as if the action itself had failed.
+pub type Witness<'a> = &'a mut dyn FnMut(&Action) -> anyhow::Result<()>;
+
+/// What the executor works on.
+pub struct Executor<'a> {
+    guard: &'a WriteGuard,
+    netlink: &'a Netlink,
+    generations: BTreeMap<u32, Generation>,
+    /// What `current` pointed at, and what was held, before.
+    before: Observed,
+    ways: &'a BTreeMap<Ipv4Addr, Way>,
+    /// Counters start at zero: there were none, or their map had gone.
+    pub counters_reset: bool,
+}
+
+impl<'a> Executor<'a> {
+    /// `ways` are those of the upstreams of the plan's generation.
+    pub fn new(
+        guard: &'a WriteGuard,
+        netlink: &'a Netlink,
+        observed: &Observed,
+        ways: &'a BTreeMap<Ipv4Addr, Way>,
+    ) -> Executor<'a> {
+        Executor {
+            guard,
+            netlink,
+            generations: observed.generations.clone(),
+            before: observed.clone(),
+            ways,
+            counters_reset: false,
+        }
+    }
+
+    /// Carries the plan out.
+    ///
+    /// # Errors
+    /// The first action that failed; those before it were undone, in reverse.
+    pub async fn run(&mut self, actions: &[Action], witness: Witness<'_>) -> anyhow::Result<()> {
+        let committed = actions
+            .iter()
+            .position(|action| matches!(action, Action::Drop(_)))
+            .unwrap_or(actions.len());
+        let (change, clean_up) = actions.split_at(committed);
+        let mut undo = Vec::new();
+        for action in change {
+            let done = match witness(action) {
+                Ok(()) => self.act(action).await.with_context(|| describe(action)),
+                Err(error) => Err(error),
+            };
+            match done {
+                Ok(undoing) => undo.extend(undoing),
+                Err(error) => {
+                    self.undo(undo).await;
+                    return Err(error);
+                }
+            }
+        }
+        for action in clean_up {
+            let done = match witness(action) {
+                Ok(()) => self.act(action).await.map(drop),
+                Err(error) => Err(error),
+            };
+            // what serves is in place; the next apply tries again
+            if let Err(error) = done {
+                log::warn!("{}: {error:#}", describe(action));
+            }
+        }
+        if !clean_up.is_empty() {
+            self.forget_next_hops()?;
+        }
+        Ok(())
+    }
+
+    async fn act(&mut self, action: &Action) -> anyhow::Result<Option<Undo>> {
+        match action {
+            Action::RemoveUnfinished(name) => {
+                self.guard.remove_unfinished(name)?;
+                Ok(None)
+            }
+            Action::Build(draft) => {
+                let others: Vec<&Generation> = self.generations.values().collect();
+                let built = generation::build(self.guard, draft, &others)?;
+                self.counters_reset = built.counters_reset && !others.is_empty();
+                self.generations.insert(draft.number, built.generation);
+                Ok(Some(Undo::Drop(draft.number)))
+            }
+            Action::WriteNextHops(number) => {
+                self.write_next_hops(*number)?;
+                Ok(None)
+            }
+            Action::AddClsact(interface) => {
+                self.netlink.add_clsact(self.index(interface)?).await?;
+                Ok(Some(Undo::DeleteClsact(interface.clone())))
+            }
+            Action::Attach { interface, generation, replaces } => {
+                let undo = self.undo_attach(interface, replaces);
+                let program = self.program(*generation)?;
+                let replace = *replaces != Slot::Empty;
+                let index = self.index(interface)?;
+                tc::attach(self.guard, self.netlink, index, program.as_fd(), replace).await?;
+                Ok(Some(undo))
+            }
+            Action::Detach { interface, generation, clsact } => {
+                let program = self.program(*generation).ok();
+                let index = self.index(interface)?;
+                tc::detach(self.guard, self.netlink, index, *clsact).await?;
+                let (interface, clsact) = (interface.clone(), *clsact);
+                Ok(program.map(|program| Undo::Attach {
+                    interface,
+                    program,
+                    replace: false,
+                    clsact,
+                }))
+            }
+            Action::SetHeld(held) => {
+                let maps =
+                    self.guard.maps()?.context("state/ is incomplete; apply a file first")?;
+                maps.set_held(*held)?;
+                Ok(Some(Undo::SetHeld))
+            }
+            Action::SetCurrent(number) => {
+                self.guard.set_current(*number)?;
+                Ok(self.before.current.map(Undo::SetCurrent))
+            }
+            Action::Drop(number) => {
+                generation::drop(self.guard, *number)?;
+                self.generations.remove(number);
+                Ok(None)
+            }
+        }
+    }
+
+    fn undo_attach(&self, interface: &str, replaces: &Slot) -> Undo {
+        let interface = interface.to_string();
+        let before = match replaces {
+            Slot::Generation(number) => self.program(*number).ok(),
+            _ => None,
+        };
+        match before {
+            Some(program) => Undo::Attach { interface, program, replace: true, clsact: false },
+            None => Undo::Detach(interface),
+        }
+    }
+
+    fn index(&self, interface: &str) -> anyhow::Result<u32> {
+        let found = self.before.interfaces.get(interface);
+        found.map(|interface| interface.index).with_context(|| format!("no interface {interface}"))
+    }
+
+    /// The program of a generation, of which nothing may be left but the pin.
+    fn program(&self, number: u32) -> anyhow::Result<OwnedFd> {
+        match self.generations.get(&number) {
+            Some(generation) => generation::program(self.guard, generation),
+            None => Ok(crate::bpf::open_program(&self.guard.generation(number).join("program"))?),
+        }
+    }
+
+    /// Writes the next hops of a generation's upstreams.
+    pub fn write_next_hops(&self, number: u32) -> anyhow::Result<()> {
+        let generation = self.generations.get(&number).context("no such generation")?;
+        let maps = self.guard.maps()?.context("state/ is incomplete")?;
+        let description = &generation.description;
+        nexthop::write(&maps.nexthops, &description.desired, &description.ids, self.ways)
+    }
+
+    fn forget_next_hops(&self) -> anyhow::Result<()> {
+        let Some(maps) = self.guard.maps()? else { return Ok(()) };
+        let ids: HashSet<u32> = self
+            .generations
+            .values()
+            .flat_map(|generation| &generation.description.ids)
+            .flat_map(|ids| ids.upstreams.iter().copied())
+            .collect();
+        nexthop::retain(&maps.nexthops, &ids)
+    }
+
+    async fn undo(&self, steps: Vec<Undo>) {
+        for step in steps.into_iter().rev() {
+            if let Err(error) = self.undo_step(&step).await {
+                log::error!("undoing it: {error:#}");
+            }
+        }
+    }
+
+    async fn undo_step(&self, step: &Undo) -> anyhow::Result<()> {
+        match step {
+            Undo::Drop(number) => generation::drop(self.guard, *number),
+            Undo::DeleteClsact(interface) => {
+                Ok(self.netlink.delete_clsact(self.index(interface)?).await?)
+            }
+            Undo::Detach(interface) => {
+                tc::detach(self.guard, self.netlink, self.index(interface)?, false).await
+            }
+            Undo::Attach { interface, program, replace, clsact } => {
+                let index = self.index(interface)?;
+                if *clsact {
+                    self.netlink.add_clsact(index).await?;
+                }
+                tc::attach(self.guard, self.netlink, index, program.as_fd(), *replace).await
+            }
+            Undo::SetHeld => {
+                let maps = self.guard.maps()?.ok_or_else(|| anyhow!("state/ is gone"))?;
+                maps.set_held(self.before.held)
+            }
+            Undo::SetCurrent(number) => self.guard.set_current(*number),
+        }
+    }
+}
+
+/// How to take an action back.
+enum Undo {
+    Drop(u32),
+    DeleteClsact(String),
+    Detach(String),
+    Attach { interface: String, program: OwnedFd, replace: bool, clsact: bool },
+    SetHeld,
+    SetCurrent(u32),
+}
+
+/// An action in words, for errors and logs.
+pub fn describe(action: &Action) -> String {
+    match action {
+        Action::RemoveUnfinished(name) => format!("removing the unfinished {name}"),
+        Action::Build(draft) => format!("building generation {}", draft.number),
+        Action::WriteNextHops(number) => format!("next hops of generation {number}"),
+        Action::AddClsact(interface) => format!("adding a clsact qdisc to {interface}"),
+        Action::Attach { interface, generation, .. } => {
+            format!("attaching generation {generation} to {interface}")
+        }
+        Action::Detach { interface, .. } => format!("detaching from {interface}"),
+        Action::SetHeld(Some(held)) => format!("holding generation {}", held.generation),
+        Action::SetHeld(None) => "letting go of the held configuration".into(),
+        Action::SetCurrent(number) => format!("pointing `current` at generation {number}"),
+        Action::Drop(number) => format!("removing generation {number}"),
+    }
+}

@@ -1,0 +1,140 @@
+//! The compiled program and its types, as libbpf-cargo generates them from bpf/, and the few
+//! system calls about programs and maps that libbpf-rs does not wrap.
+
+use std::ffi::CString;
+use std::io;
+use std::mem::{MaybeUninit, size_of};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+#[allow(clippy::all, clippy::pedantic, dead_code)]
+mod skeleton {
+    include!(concat!(env!("OUT_DIR"), "/udplb.skel.rs"));
+}
+
+pub use skeleton::{OpenUdplbSkel, UdplbSkel, UdplbSkelBuilder, types};
+
+use types::verdict as Verdict;
+
+/// SHA-256 of the compiled object, in hexadecimal.
+pub const OBJECT_SHA256: &str = env!("UDPLB_OBJECT_SHA256");
+
+/// The verdicts and their names in output, in the order in which they are shown.
+pub const VERDICTS: [(Verdict, &str); Verdict::VERDICTS.0 as usize] = [
+    (Verdict::VERDICT_FORWARDED, "forwarded"),
+    (Verdict::VERDICT_STALE_NEIGHBOUR, "stale-neighbour"),
+    (Verdict::VERDICT_NO_ROUTE, "no-route"),
+    (Verdict::VERDICT_NO_NEIGHBOUR, "no-neighbour"),
+    (Verdict::VERDICT_MTU, "mtu"),
+    (Verdict::VERDICT_TTL, "ttl"),
+    (Verdict::VERDICT_FRAGMENT, "fragment"),
+    (Verdict::VERDICT_NO_UPSTREAM, "no-upstream"),
+    (Verdict::VERDICT_CLONE_FAILED, "clone-failed"),
+    (Verdict::VERDICT_MALFORMED, "malformed"),
+    (Verdict::VERDICT_NOT_FOR_US, "not-for-us"),
+];
+
+/// Whether packets with this verdict went to the upstream.
+pub fn is_forwarded(verdict: Verdict) -> bool {
+    matches!(verdict, Verdict::VERDICT_FORWARDED | Verdict::VERDICT_STALE_NEIGHBOUR)
+}
+
+/// A C struct of the contract that is written to a map or read from one.
+///
+/// # Safety
+/// Every bit pattern is a value and there is no padding.
+pub unsafe trait Pod: Copy + Default {}
+
+// SAFETY: integers and arrays of them; udplb.h asserts each size, so that nothing is implicit.
+unsafe impl Pod for types::rule_key {}
+// SAFETY: as above; its enums are transparent integers.
+unsafe impl Pod for types::rule {}
+// SAFETY: as above.
+unsafe impl Pod for types::slot_line {}
+// SAFETY: as above.
+unsafe impl Pod for types::upstream {}
+// SAFETY: as above.
+unsafe impl Pod for types::counters {}
+// SAFETY: as above.
+unsafe impl Pod for types::nexthop {}
+// SAFETY: as above.
+unsafe impl Pod for types::held {}
+
+/// The bytes of a value, as the kernel takes them.
+pub fn bytes_of<T: Pod>(value: &T) -> &[u8] {
+    // SAFETY: a Pod has no padding, so every byte is initialised.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+/// The value behind bytes that came from a map; `None` when their number is not its size.
+pub fn from_bytes<T: Pod>(bytes: &[u8]) -> Option<T> {
+    // SAFETY: the length is right, any bytes are a value, and the read may be unaligned.
+    (bytes.len() == size_of::<T>())
+        .then(|| unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) })
+}
+
+/// What the kernel says of a loaded program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProgramInfo {
+    pub id: u32,
+    pub tag: [u8; 8],
+    pub map_ids: Vec<u32>,
+}
+
+/// Opens a pinned program.
+pub fn open_program(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: the path is a C string that outlives the call.
+    owned(unsafe { libbpf_sys::bpf_obj_get(path.as_ptr()) })
+}
+
+/// Opens a loaded program by its id, which takes CAP_SYS_ADMIN.
+pub fn program_by_id(id: u32) -> io::Result<OwnedFd> {
+    // SAFETY: takes and returns plain numbers.
+    owned(unsafe { libbpf_sys::bpf_prog_get_fd_by_id(id) })
+}
+
+/// Asks for id, tag and maps of a program.
+pub fn program_info(program: BorrowedFd<'_>) -> io::Result<ProgramInfo> {
+    const MOST_MAPS: usize = 64;
+    let mut map_ids = [0_u32; MOST_MAPS];
+    let mut info = MaybeUninit::<libbpf_sys::bpf_prog_info>::zeroed();
+    let mut length = size_of::<libbpf_sys::bpf_prog_info>() as u32;
+    // SAFETY: all zeroes are a bpf_prog_info; the kernel writes `length` bytes of it and at most
+    // `nr_map_ids` numbers to `map_ids`, both of which outlive the call.
+    let info = unsafe {
+        let filled = info.assume_init_mut();
+        filled.nr_map_ids = MOST_MAPS as u32;
+        filled.map_ids = map_ids.as_mut_ptr() as u64;
+        let result = libbpf_sys::bpf_obj_get_info_by_fd(
+            program.as_raw_fd(),
+            info.as_mut_ptr().cast(),
+            &mut length,
+        );
+        if result < 0 {
+            return Err(io::Error::from_raw_os_error(-result));
+        }
+        info.assume_init()
+    };
+    let maps = (info.nr_map_ids as usize).min(MOST_MAPS);
+    Ok(ProgramInfo { id: info.id, tag: info.tag, map_ids: map_ids[..maps].to_vec() })
+}
+
+/// Pins a program.
+pub fn pin_program(program: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: the descriptor is open and the path is a C string that outlives the call.
+    match unsafe { libbpf_sys::bpf_obj_pin(program.as_raw_fd(), path.as_ptr()) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(-error)),
+    }
+}
+
+fn owned(result: i32) -> io::Result<OwnedFd> {
+    if result < 0 {
+        return Err(io::Error::from_raw_os_error(-result));
+    }
+    // SAFETY: a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(result) })
+}

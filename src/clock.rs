@@ -1,0 +1,51 @@
+//! Times in output.
+
+use jiff::Timestamp;
+
+/// Seconds since 1970, now.
+pub fn now() -> u64 {
+    u64::try_from(Timestamp::now().as_second()).unwrap_or(0)
+}
+
+/// A time in seconds since 1970 as `2026-11-22T14:07:20Z`.
+pub fn utc(seconds: u64) -> String {
+    i64::try_from(seconds)
+        .ok()
+        .and_then(|seconds| Timestamp::from_second(seconds).ok())
+        .map_or_else(|| format!("second {seconds}"), |time| time.to_string())
+}
+
+/// A length of time in its two largest units: `3d4h`, `12m5s`.
+pub fn age(seconds: u64) -> String {
+    let units = [(86_400, "d"), (3_600, "h"), (60, "m"), (1, "s")];
+    let first = units.iter().position(|(unit, _)| seconds >= *unit).unwrap_or(3);
+    let mut left = seconds;
+    let mut text = String::new();
+    for (unit, name) in units.iter().skip(first).take(2) {
+        if left / unit > 0 || text.is_empty() {
+            text += &format!("{}{name}", left / unit);
+        }
+        left %= unit;
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{age, utc};
+
+    #[test]
+    fn times_in_words() {
+        assert_eq!(utc(0), "1970-01-01T00:00:00Z");
+        assert_eq!(utc(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(utc(u64::MAX), "second 18446744073709551615");
+    }
+
+    #[test]
+    fn ages() {
+        assert_eq!(age(0), "0s");
+        assert_eq!(age(725), "12m5s");
+        assert_eq!(age(3_600), "1h");
+        assert_eq!(age(273_600), "3d4h");
+    }
+}

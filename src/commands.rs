@@ -1,0 +1,426 @@
+//! What each command does: effects at the rim, around the pure middle.
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Read, Write};
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use std::{fs, io};
+
+use anyhow::{Context, anyhow};
+use clap::CommandFactory;
+use serde_json::{Value, json};
+
+use crate::apply::Executor;
+use crate::changes::Changes;
+use crate::cli::{Cli, Color, Command, Global, Output, Target};
+use crate::config::{Config, Diagnostic};
+use crate::diff::{self, Action, Plan, Refusal};
+use crate::failure::{Failure, Result};
+use crate::netlink::Netlink;
+use crate::nexthop::{self, Way};
+use crate::observe::{Observed, observe};
+use crate::plan::Desired;
+use crate::status::Status;
+use crate::{advice, apply, clock, config, list, privileges, resolve, state};
+
+const PENDING: u8 = 2;
+const DEGRADED: u8 = 3;
+
+/// Runs a command; the exit code is 0 or one that is no failure.
+pub async fn run(cli: &Cli) -> Result<u8> {
+    let global = &cli.global;
+    match &cli.command {
+        Command::Check { files, no_resolve } => check(global, files, *no_resolve).await,
+        Command::Apply { target, dry_run: true, .. } => plan(global, target, false).await,
+        Command::Apply { target, force, .. } => apply_file(global, target, *force).await,
+        Command::Plan { target, exit_code } => plan(global, target, *exit_code).await,
+        Command::Status { rule } => status(global, rule.as_deref()).await,
+        Command::List => list_rules(global).await,
+        Command::Rollback => rollback(global).await,
+        Command::Detach { interfaces, purge } => detach(global, interfaces, *purge).await,
+        Command::Schema => print(&pretty(&config::schema())?),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "udplb", &mut script);
+            print(&String::from_utf8_lossy(&script))
+        }
+        Command::Man { directory } => {
+            fs::create_dir_all(directory)
+                .and_then(|()| clap_mangen::generate_to(Cli::command(), directory))
+                .with_context(|| directory.display().to_string())?;
+            Ok(0)
+        }
+    }
+}
+
+/// To standard output; a reader that went away is no failure.
+fn print(text: &str) -> Result<u8> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(anyhow!(error).context("standard output").into())
+        }
+        _ => Ok(0),
+    }
+}
+
+fn pretty(value: &Value) -> Result<String> {
+    Ok(serde_json::to_string_pretty(value).context("JSON")? + "\n")
+}
+
+/// `json` where that is asked for, else `text` unless silence is.
+fn report(global: &Global, text: &str, json: &Value) -> Result<u8> {
+    match global.output {
+        Output::Json => print(&pretty(json)?),
+        Output::Table if global.quiet => Ok(0),
+        Output::Table => print(text),
+    }
+}
+
+fn warn(global: &Global, warnings: &[Diagnostic]) {
+    if !global.quiet {
+        for warning in warnings {
+            eprintln!("{warning}");
+        }
+    }
+}
+
+/// Reads a file's text and its name in messages.
+fn read(file: &Path) -> Result<(String, String)> {
+    let name = file.display().to_string();
+    let mut bytes = Vec::new();
+    let read = if name == "-" {
+        io::stdin().lock().read_to_end(&mut bytes).map(drop)
+    } else {
+        fs::read(file).map(|contents| bytes = contents)
+    };
+    read.map_err(|error| Failure::Unreadable(format!("{name}: {error}")))?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        Failure::Unreadable(format!(
+            "{name}: not UTF-8 at byte {}",
+            error.utf8_error().valid_up_to()
+        ))
+    })?;
+    Ok((name, text))
+}
+
+fn parse(file: &Path) -> Result<(String, Config)> {
+    let (name, text) = read(file)?;
+    let config = Config::parse(&name, &text).map_err(Failure::Config)?;
+    Ok((name, config))
+}
+
+async fn check(global: &Global, files: &[std::path::PathBuf], no_resolve: bool) -> Result<u8> {
+    let mut failure = None;
+    let mut reports = Vec::new();
+    for file in files {
+        match check_one(global, file, no_resolve).await {
+            Ok(report) => reports.push(report),
+            Err(error) => {
+                eprintln!("{error}");
+                failure = Some(error);
+            }
+        }
+    }
+    let text: String = reports
+        .iter()
+        .map(|(name, rules, upstreams)| {
+            format!("{name}: {}, {}\n", plural(*rules, "rule"), plural(*upstreams, "upstream"))
+        })
+        .collect();
+    let json = reports
+        .iter()
+        .map(|(name, rules, upstreams)| json!({ "file": name, "rules": rules, "upstreams": upstreams }))
+        .collect();
+    report(global, &text, &json)?;
+    failure.map_or(Ok(0), |failure| Ok(failure.exit_code()))
+}
+
+async fn check_one(
+    global: &Global,
+    file: &Path,
+    no_resolve: bool,
+) -> Result<(String, usize, usize)> {
+    let (name, config) = parse(file)?;
+    warn(global, &config.warnings);
+    if !no_resolve {
+        let (names, warnings) = resolve::names(&config).await.map_err(Failure::Config)?;
+        warn(global, &warnings);
+        Desired::new(&config, &config.interfaces, &names).map_err(Failure::Config)?;
+    }
+    let upstreams = config.rules.iter().map(|rule| rule.upstreams.len()).sum();
+    Ok((name, config.rules.len(), upstreams))
+}
+
+fn plural(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
+/// A file, ready to be compared with the kernel.
+struct Wanted {
+    name: String,
+    config: Config,
+    desired: Desired,
+    warnings: Vec<Diagnostic>,
+}
+
+/// Reads, judges and resolves the file.
+async fn wanted(target: &Target) -> Result<Wanted> {
+    let (name, config) = parse(&target.file)?;
+    let interfaces = match target.interfaces.is_empty() {
+        true => &config.interfaces,
+        false => &target.interfaces,
+    };
+    if interfaces.is_empty() {
+        return Err(Failure::Usage(format!(
+            "{name} names no interfaces; add `interfaces: [...]` or give -i"
+        )));
+    }
+    let mut warnings = config.warnings.clone();
+    let (names, more) = resolve::names(&config).await.map_err(Failure::Config)?;
+    warnings.extend(more);
+    let desired = Desired::new(&config, interfaces, &names).map_err(Failure::Config)?;
+    Ok(Wanted { name, config, desired, warnings })
+}
+
+async fn apply_file(global: &Global, target: &Target, force: bool) -> Result<u8> {
+    let started = Instant::now();
+    let mut wanted = wanted(target).await?;
+    privileges::require()?;
+    let netlink = netlink()?;
+    let addresses = wanted.desired.addresses();
+    let ways = nexthop::resolve(&netlink, &addresses).await.context("next hops")?;
+    let own = advice::own_upstreams(&wanted.config, &wanted.desired, &ways);
+    if !own.is_empty() {
+        return Err(Failure::Config(own));
+    }
+    wanted.warnings.extend(advise(&wanted, &ways, &netlink).await?);
+    warn(global, &wanted.warnings);
+
+    let desired = &wanted.desired;
+    let outcome = reconcile(global, &netlink, desired, &wanted.name, force, &ways).await?;
+    if outcome.counters_reset && !global.quiet {
+        eprintln!("warning: the counters were gone and start again at zero");
+    }
+    let file = target.file.file_name().map_or("-".into(), |name| name.to_string_lossy());
+    let text = outcome.text(&file, desired, started.elapsed());
+    let mut json = outcome.json(desired, started.elapsed());
+    json["warnings"] = json!(wanted.warnings);
+    report(global, &text, &json)
+}
+
+fn netlink() -> Result<Netlink> {
+    Ok(Netlink::open().context("netlink")?)
+}
+
+async fn advise(
+    wanted: &Wanted,
+    ways: &BTreeMap<Ipv4Addr, Way>,
+    netlink: &Netlink,
+) -> Result<Vec<Diagnostic>> {
+    let links = netlink.links().await.context("interfaces")?;
+    let addresses = netlink.addresses().await.context("addresses")?;
+    let (config, desired) = (&wanted.config, &wanted.desired);
+    let mut warnings = advice::unreachable(config, desired, ways);
+    warnings.extend(advice::unheard(config, &advice::listeners()));
+    warnings.extend(advice::stacked(config, &desired.interfaces, &links, &addresses));
+    Ok(warnings)
+}
+
+/// What came of applying.
+struct Outcome {
+    changed: bool,
+    generation: u32,
+    previous: Option<u32>,
+    counters_reset: bool,
+}
+
+impl Outcome {
+    fn text(&self, file: &str, desired: &Desired, took: Duration) -> String {
+        if !self.changed {
+            return format!("unchanged (generation {})\n", self.generation);
+        }
+        let generation = match self.previous {
+            Some(previous) if previous != self.generation => {
+                format!("{previous} -> {}", self.generation)
+            }
+            _ => self.generation.to_string(),
+        };
+        format!(
+            "{file}: {}, {} on {}, generation {generation} ({} ms)\n",
+            plural(desired.rules.len(), "rule"),
+            plural(desired.upstreams().count(), "upstream"),
+            desired.interfaces.join(", "),
+            took.as_millis()
+        )
+    }
+
+    fn json(&self, desired: &Desired, took: Duration) -> Value {
+        json!({
+            "changed": self.changed,
+            "generation": self.generation,
+            "previous": self.previous,
+            "rules": desired.rules.len(),
+            "upstreams": desired.upstreams().count(),
+            "interfaces": desired.interfaces,
+            "milliseconds": took.as_millis() as u64,
+        })
+    }
+}
+
+fn refused(refusal: Refusal) -> Failure {
+    Failure::Failed(anyhow!("{refusal}"))
+}
+
+/// Locks, compares and carries out; next hops are refreshed in any case.
+async fn reconcile(
+    global: &Global,
+    netlink: &Netlink,
+    desired: &Desired,
+    file: &str,
+    force: bool,
+    ways: &BTreeMap<Ipv4Addr, Way>,
+) -> Result<Outcome> {
+    let guard = state::write(&global.pin_dir, global.lock_timeout)?;
+    let observed = observe(Some(&guard), netlink).await?;
+    let plan = diff::apply(&observed, desired, file, force).map_err(refused)?;
+    let mut executor = Executor::new(&guard, netlink, &observed, ways);
+    executor.run(&plan.actions, &mut log_action).await?;
+    executor.write_next_hops(plan.generation).context("next hops")?;
+    Ok(Outcome {
+        changed: !plan.actions.is_empty(),
+        generation: plan.generation,
+        previous: observed.serving(),
+        counters_reset: executor.counters_reset,
+    })
+}
+
+fn log_action(action: &Action) -> anyhow::Result<()> {
+    log::info!("{}", apply::describe(action));
+    Ok(())
+}
+
+/// Looks at the kernel under the lock, and lets go of it before anything is printed.
+async fn look(global: &Global, netlink: &Netlink) -> Result<Observed> {
+    let guard = state::read(&global.pin_dir, global.lock_timeout)?;
+    Ok(observe(guard.as_ref(), netlink).await?)
+}
+
+async fn plan(global: &Global, target: &Target, exit_code: bool) -> Result<u8> {
+    let wanted = wanted(target).await?;
+    warn(global, &wanted.warnings);
+    let netlink = netlink()?;
+    let observed = look(global, &netlink).await?;
+    let old = serving(&observed).cloned().unwrap_or_default();
+    let attached: Vec<String> = observed.attached().map(|(name, _)| name.into()).collect();
+    let changes = Changes::new(&old, &wanted.desired, &attached);
+    let pending = match diff::apply(&observed, &wanted.desired, &wanted.name, false) {
+        Ok(Plan { actions, .. }) => !actions.is_empty(),
+        Err(refusal) => {
+            eprintln!("warning: apply would fail: {refusal}");
+            true
+        }
+    };
+    let text = match (changes.is_empty(), pending) {
+        (false, _) => changes.to_string(),
+        (true, true) => "the same rules; the program, its pins or the filter are renewed\n".into(),
+        (true, false) => "no changes\n".into(),
+    };
+    let mut json = serde_json::to_value(&changes).context("JSON")?;
+    json["changed"] = json!(pending);
+    report(global, &text, &json)?;
+    Ok(if pending && exit_code { PENDING } else { 0 })
+}
+
+fn serving(observed: &Observed) -> Option<&Desired> {
+    Some(&observed.generations.get(&observed.serving()?)?.description.desired)
+}
+
+async fn status(global: &Global, rule: Option<&str>) -> Result<u8> {
+    let netlink = netlink()?;
+    let guard = state::read(&global.pin_dir, global.lock_timeout)?;
+    let observed = observe(guard.as_ref(), &netlink).await?;
+    let status = Status::new(guard.as_ref(), &observed, rule)?;
+    drop(guard);
+    let json = serde_json::to_value(&status).context("JSON")?;
+    report(global, &status.text(clock::now(), colour(global)), &json)?;
+    Ok(if status.trouble.is_empty() { 0 } else { DEGRADED })
+}
+
+fn colour(global: &Global) -> bool {
+    match global.color {
+        Color::Always => true,
+        Color::Never => false,
+        Color::Auto => std::env::var_os("NO_COLOR").is_none() && io::stdout().is_terminal(),
+    }
+}
+
+async fn list_rules(global: &Global) -> Result<u8> {
+    let observed = look(global, &netlink()?).await?;
+    let Some(desired) = serving(&observed) else {
+        eprintln!("nothing is applied");
+        return Ok(DEGRADED);
+    };
+    let document = list::document(desired);
+    let yaml = serde_yaml::to_string(&document).context("YAML")?;
+    report(global, &yaml, &document)
+}
+
+async fn rollback(global: &Global) -> Result<u8> {
+    let started = Instant::now();
+    privileges::require()?;
+    let netlink = netlink()?;
+    let guard = state::write(&global.pin_dir, global.lock_timeout)?;
+    let observed = observe(Some(&guard), &netlink).await?;
+    let plan = diff::rollback(&observed, clock::now()).map_err(refused)?;
+    let target = observed.generations.get(&plan.generation).context("no such generation")?;
+    let desired = target.description.desired.clone();
+    let ways = nexthop::resolve(&netlink, &desired.addresses()).await.context("next hops")?;
+    let mut executor = Executor::new(&guard, &netlink, &observed, &ways);
+    executor.run(&plan.actions, &mut log_action).await?;
+    let outcome = Outcome {
+        changed: true,
+        generation: plan.generation,
+        previous: observed.serving(),
+        counters_reset: false,
+    };
+    let took = started.elapsed();
+    let text = outcome.text(&target.description.file, &desired, took);
+    report(global, &text, &outcome.json(&desired, took))
+}
+
+async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u8> {
+    privileges::require()?;
+    let netlink = netlink()?;
+    let none =
+        || report(global, "nothing was attached\n", &json!({ "changed": false, "detached": [] }));
+    if state::read(&global.pin_dir, global.lock_timeout)?.is_none() {
+        return none();
+    }
+    let guard = state::write(&global.pin_dir, global.lock_timeout)?;
+    let observed = observe(Some(&guard), &netlink).await?;
+    let actions = diff::detach(&observed, interfaces).map_err(refused)?;
+    let ways = BTreeMap::new();
+    Executor::new(&guard, &netlink, &observed, &ways).run(&actions, &mut log_action).await?;
+    if purge {
+        guard.remove_all()?;
+    }
+    let detached: Vec<&str> = actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Detach { interface, .. } => Some(interface.as_str()),
+            _ => None,
+        })
+        .collect();
+    if detached.is_empty() && !purge {
+        return none();
+    }
+    let mut text = match detached.is_empty() {
+        true => String::new(),
+        false => format!("detached from {}\n", detached.join(", ")),
+    };
+    if purge {
+        text += "removed all pins\n";
+    }
+    report(global, &text, &json!({ "changed": true, "detached": detached }))
+}

@@ -1,0 +1,297 @@
+//! What it takes to get from what the kernel holds to what is wanted. Pure.
+
+use std::collections::BTreeSet;
+
+use crate::bpf::OBJECT_SHA256;
+use crate::generation::{Draft, Generation};
+use crate::observe::Observed;
+use crate::plan::Desired;
+use crate::state::Held;
+use crate::tc::Slot;
+
+/// One step. The executor carries them out in the order given and undoes those already done
+/// when one fails, up to [`Action::SetCurrent`]; what comes after that is clean-up.
+#[derive(Clone, Debug)]
+pub enum Action {
+    /// Remove what a crash left half-built.
+    RemoveUnfinished(String),
+    /// Build a generation aside and move it into place.
+    Build(Box<Draft>),
+    /// Tell the program where the upstreams of the generation are.
+    WriteNextHops(u32),
+    AddClsact(String),
+    /// The commit point of an interface.
+    Attach {
+        interface: String,
+        generation: u32,
+        replaces: Slot,
+    },
+    Detach {
+        interface: String,
+        generation: u32,
+        /// The clsact is ours and carries nothing else: it goes too.
+        clsact: bool,
+    },
+    SetHeld(Option<Held>),
+    SetCurrent(u32),
+    /// Remove a generation that nobody uses.
+    Drop(u32),
+}
+
+/// A sequence of actions and the generation that serves when they are done.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub generation: u32,
+    pub actions: Vec<Action>,
+}
+
+/// Why nothing may be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    NoInterface(String),
+    NotEthernet(String),
+    Foreign { interface: String, filter: String },
+    Orphan { interface: String, filter: String },
+    OtherNamespace(u64),
+    Held(Held),
+    NothingBefore,
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Refusal::NoInterface(name) => {
+                write!(f, "there is no interface {name} here; `ip link` lists those there are")
+            }
+            Refusal::NotEthernet(name) => {
+                write!(f, "{name} carries no Ethernet frames, which is not built yet")
+            }
+            Refusal::Foreign { interface, filter } => write!(
+                f,
+                "{interface}: a filter that is not udplb's has its place on ingress: {filter}; \
+                 move it to another priority or handle"
+            ),
+            Refusal::Orphan { interface, filter } => write!(
+                f,
+                "{interface}: a filter of udplb whose pins are gone is on ingress: {filter}; \
+                 --force takes it over"
+            ),
+            Refusal::OtherNamespace(inode) => write!(
+                f,
+                "the pins belong to another network namespace (net:[{inode}]); use another \
+                 --pin-dir in this one"
+            ),
+            Refusal::Held(held) => write!(
+                f,
+                "held since {}: a rollback left this configuration (generation {}); change the \
+                 file, or apply it with --force",
+                crate::clock::utc(held.since),
+                held.generation
+            ),
+            Refusal::NothingBefore => {
+                write!(f, "there is no earlier generation to roll back to")
+            }
+        }
+    }
+}
+
+/// What `apply` is to do. `file` is what the new generation says it was applied from.
+pub fn apply(
+    observed: &Observed,
+    desired: &Desired,
+    file: &str,
+    force: bool,
+) -> Result<Plan, Refusal> {
+    refuse_other_namespace(observed)?;
+    let equal = |generation: &&Generation| {
+        generation.description.desired == *desired && generation.description.object == OBJECT_SHA256
+    };
+    if let Some(held) = observed.held
+        && !force
+        && let Some(left) = observed.generations.get(&held.generation)
+        && left.description.desired == *desired
+    {
+        return Err(Refusal::Held(held));
+    }
+    let in_use = |number: u32| {
+        Some(number) == observed.serving()
+            || observed.is_attached(number)
+            || observed.held.is_some_and(|held| held.generation == number)
+    };
+    let reusable = observed
+        .generations
+        .values()
+        .rev()
+        .filter(|generation| generation.intact && in_use(generation.number))
+        .find(equal)
+        .map(|generation| generation.number);
+    let number = reusable.unwrap_or_else(|| next_number(observed));
+
+    let mut actions = unfinished(observed);
+    if reusable.is_none() {
+        actions.push(Action::Build(Box::new(Draft {
+            number,
+            file: file.into(),
+            namespace: observed.namespace,
+            clsact: clsact_after(observed, desired),
+            desired: desired.clone(),
+        })));
+    }
+    switch(observed, number, &desired.interfaces, force, &mut actions)?;
+    if observed.held.is_some() && Some(number) != observed.serving() {
+        insert_before_current(&mut actions, Action::SetHeld(None));
+    }
+    drop_others(observed, number, &mut actions);
+    Ok(Plan { generation: number, actions })
+}
+
+/// What `rollback` is to do: back to the generation before, and from there to and fro.
+pub fn rollback(observed: &Observed, now: u64) -> Result<Plan, Refusal> {
+    refuse_other_namespace(observed)?;
+    let serving = observed.serving().ok_or(Refusal::NothingBefore)?;
+    let target = observed
+        .held
+        .and_then(|held| observed.generations.get(&held.generation))
+        .or_else(|| {
+            observed.generations.range(..serving).next_back().map(|(_, generation)| generation)
+        })
+        .filter(|generation| generation.intact && generation.number != serving)
+        .ok_or(Refusal::NothingBefore)?;
+    let mut actions = unfinished(observed);
+    switch(observed, target.number, &target.description.desired.interfaces, false, &mut actions)?;
+    let held = Held { generation: serving, since: now };
+    insert_before_current(&mut actions, Action::SetHeld(Some(held)));
+    Ok(Plan { generation: target.number, actions })
+}
+
+/// What `detach` is to do: off the named interfaces, or off all where none is named.
+pub fn detach(observed: &Observed, interfaces: &[String]) -> Result<Vec<Action>, Refusal> {
+    refuse_other_namespace(observed)?;
+    for name in interfaces {
+        if !observed.interfaces.contains_key(name) {
+            return Err(Refusal::NoInterface(name.clone()));
+        }
+    }
+    Ok(observed
+        .attached()
+        .filter(|(name, _)| interfaces.is_empty() || interfaces.iter().any(|named| named == name))
+        .map(|(name, generation)| detachment(observed, name, generation))
+        .collect())
+}
+
+fn refuse_other_namespace(observed: &Observed) -> Result<(), Refusal> {
+    let other = observed
+        .generations
+        .values()
+        .map(|generation| generation.description.namespace)
+        .find(|namespace| *namespace != observed.namespace);
+    other.map_or(Ok(()), |namespace| Err(Refusal::OtherNamespace(namespace)))
+}
+
+fn next_number(observed: &Observed) -> u32 {
+    let numbers = observed.generations.keys().chain(&observed.damaged).chain(&observed.current);
+    numbers.max().map_or(1, |number| number + 1)
+}
+
+fn unfinished(observed: &Observed) -> Vec<Action> {
+    observed.unfinished.iter().cloned().map(Action::RemoveUnfinished).collect()
+}
+
+/// The interfaces whose clsact is ours once `desired` is applied.
+fn clsact_after(observed: &Observed, desired: &Desired) -> Vec<String> {
+    let made_now = desired.interfaces.iter().filter(|name| {
+        observed.interfaces.get(*name).is_some_and(|interface| interface.hook.qdisc.is_none())
+    });
+    let made_before = observed.interfaces.iter().filter_map(|(name, interface)| {
+        (interface.hook.qdisc.is_some() && made_clsact(observed, name)).then_some(name)
+    });
+    made_now.chain(made_before).cloned().collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+fn made_clsact(observed: &Observed, interface: &str) -> bool {
+    observed
+        .generations
+        .values()
+        .any(|generation| generation.description.clsact.iter().any(|name| name == interface))
+}
+
+/// Puts a generation on `interfaces` and takes others off the rest.
+fn switch(
+    observed: &Observed,
+    number: u32,
+    interfaces: &[String],
+    force: bool,
+    actions: &mut Vec<Action>,
+) -> Result<(), Refusal> {
+    let mut attachments = Vec::new();
+    for name in interfaces {
+        let interface =
+            observed.interfaces.get(name).ok_or_else(|| Refusal::NoInterface(name.clone()))?;
+        if !interface.ethernet {
+            return Err(Refusal::NotEthernet(name.clone()));
+        }
+        match &interface.hook.slot {
+            Slot::Generation(attached) if *attached == number => continue,
+            Slot::Foreign(filter) => {
+                return Err(Refusal::Foreign { interface: name.clone(), filter: filter.clone() });
+            }
+            Slot::Orphan(filter) if !force => {
+                return Err(Refusal::Orphan { interface: name.clone(), filter: filter.clone() });
+            }
+            _ => {}
+        }
+        if interface.hook.qdisc.is_none() {
+            attachments.push(Action::AddClsact(name.clone()));
+        }
+        attachments.push(Action::Attach {
+            interface: name.clone(),
+            generation: number,
+            replaces: interface.hook.slot.clone(),
+        });
+    }
+    let detachments = observed
+        .attached()
+        .filter(|(name, _)| !interfaces.iter().any(|wanted| wanted == name))
+        .map(|(name, generation)| detachment(observed, name, generation));
+    attachments.extend(detachments);
+    if !attachments.is_empty() {
+        actions.push(Action::WriteNextHops(number));
+        actions.append(&mut attachments);
+    }
+    if observed.current != Some(number) {
+        actions.push(Action::SetCurrent(number));
+    }
+    Ok(())
+}
+
+fn detachment(observed: &Observed, interface: &str, generation: u32) -> Action {
+    let shared = observed.interfaces.get(interface).is_some_and(|it| it.hook.shared);
+    Action::Detach {
+        interface: interface.into(),
+        generation,
+        clsact: !shared && made_clsact(observed, interface),
+    }
+}
+
+fn insert_before_current(actions: &mut Vec<Action>, action: Action) {
+    let at = actions
+        .iter()
+        .position(|action| matches!(action, Action::SetCurrent(_)))
+        .unwrap_or(actions.len());
+    actions.insert(at, action);
+}
+
+/// Keeps what serves from now on and what served before, for `rollback`.
+fn drop_others(observed: &Observed, number: u32, actions: &mut Vec<Action>) {
+    let before = if observed.serving() == Some(number) {
+        observed
+            .held
+            .map(|held| held.generation)
+            .or_else(|| observed.generations.range(..number).next_back().map(|(before, _)| *before))
+    } else {
+        observed.serving()
+    };
+    let kept = [Some(number), before];
+    let there = observed.generations.keys().chain(&observed.damaged);
+    actions.extend(there.filter(|other| !kept.contains(&Some(**other))).map(|n| Action::Drop(*n)));
+}

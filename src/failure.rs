@@ -1,0 +1,60 @@
+//! How a command fails: the exit code and what is said.
+
+use std::fmt;
+
+use crate::config::Diagnostic;
+
+/// A failed command. Everything else than [`Failure::Failed`] has an exit code of its own.
+#[derive(Debug)]
+pub enum Failure {
+    /// 1: the old generation still serves.
+    Failed(anyhow::Error),
+    /// 64: the call's words are off.
+    Usage(String),
+    /// 65: the configuration is bad; nothing was touched.
+    Config(Vec<Diagnostic>),
+    /// 66: the file cannot be read.
+    Unreadable(String),
+    /// 75: somebody else holds the lock.
+    Locked(String),
+    /// 77: a privilege is missing.
+    Privileges(String),
+}
+
+pub type Result<T> = std::result::Result<T, Failure>;
+
+impl Failure {
+    /// The process's exit code.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Failed(_) => 1,
+            Failure::Usage(_) => 64,
+            Failure::Config(_) => 65,
+            Failure::Unreadable(_) => 66,
+            Failure::Locked(_) => 75,
+            Failure::Privileges(_) => 77,
+        }
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Failure {
+        Failure::Failed(error)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Failed(error) => write!(f, "error: {error:#}"),
+            Failure::Usage(message)
+            | Failure::Unreadable(message)
+            | Failure::Locked(message)
+            | Failure::Privileges(message) => write!(f, "error: {message}"),
+            Failure::Config(diagnostics) => {
+                let texts: Vec<String> = diagnostics.iter().map(ToString::to_string).collect();
+                write!(f, "{}", texts.join("\n"))
+            }
+        }
+    }
+}

@@ -1,0 +1,305 @@
+//! One generation: a configuration in the kernel, immutable once it is built.
+
+use std::collections::HashSet;
+use std::fs::{self, DirBuilder};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::sync::Mutex;
+
+use anyhow::{Context, anyhow, bail};
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapMut, PrintLevel};
+use serde::{Deserialize, Serialize};
+
+use crate::bpf::{self, OBJECT_SHA256, OpenUdplbSkel, UdplbSkel, UdplbSkelBuilder};
+use crate::bpf::{bytes_of, types};
+use crate::plan::{Desired, RuleIds, assign_ids};
+use crate::state::{ReadGuard, StateMaps, WriteGuard, remove_pins};
+use crate::tables::Tables;
+
+const MAPS: [&str; 4] = ["rules", "slots", "upstreams", "config"];
+const PROGRAM: &str = "program";
+
+/// What a generation says of itself, as JSON in its map `config`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Description {
+    /// Of the udplb that built it.
+    pub version: String,
+    /// SHA-256 of the object that it was loaded from.
+    pub object: String,
+    /// The file that was applied; `-` is standard input.
+    pub file: String,
+    /// Seconds since 1970.
+    pub built: u64,
+    /// Inode of the network namespace: bpffs is shared between namespaces, filters are not.
+    pub namespace: u64,
+    pub program: ProgramName,
+    /// The interfaces whose clsact udplb made, so that it may take it away again.
+    pub clsact: Vec<String>,
+    pub desired: Desired,
+    /// In the order of the rules.
+    pub ids: Vec<RuleIds>,
+}
+
+/// By what a filter's program is recognised when its pin is gone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramName {
+    pub id: u32,
+    /// Hexadecimal.
+    pub tag: String,
+}
+
+impl ProgramName {
+    pub fn new(id: u32, tag: [u8; 8]) -> ProgramName {
+        ProgramName { id, tag: tag.iter().map(|byte| format!("{byte:02x}")).collect() }
+    }
+}
+
+/// A generation that is there.
+#[derive(Clone, Debug)]
+pub struct Generation {
+    pub number: u32,
+    pub description: Description,
+    /// Every pin is there, and program and state are those that belong together.
+    pub intact: bool,
+}
+
+/// What a generation is to be built from.
+#[derive(Clone, Debug)]
+pub struct Draft {
+    pub number: u32,
+    pub file: String,
+    pub namespace: u64,
+    pub clsact: Vec<String>,
+    pub desired: Desired,
+}
+
+/// A generation just built, and what is worth telling of it.
+pub struct Built {
+    pub generation: Generation,
+    /// Counters start at zero: there were none, or their map had gone.
+    pub counters_reset: bool,
+}
+
+/// Builds a generation aside and moves it into place; `others` are those that exist. Nothing of
+/// it is left behind where that fails.
+pub fn build(guard: &WriteGuard, draft: &Draft, others: &[&Generation]) -> anyhow::Result<Built> {
+    let directory = guard.building(draft.number);
+    DirBuilder::new()
+        .mode(0o700)
+        .create(&directory)
+        .with_context(|| directory.display().to_string())?;
+    let built = build_in(guard, &directory, draft, others).and_then(|built| {
+        fs::rename(&directory, guard.generation(draft.number))
+            .with_context(|| format!("generation {}", draft.number))?;
+        Ok(built)
+    });
+    if built.is_err()
+        && let Err(error) = remove_pins(&directory)
+    {
+        log::warn!("{error:#}");
+    }
+    built
+}
+
+fn build_in(
+    guard: &WriteGuard,
+    directory: &Path,
+    draft: &Draft,
+    others: &[&Generation],
+) -> anyhow::Result<Built> {
+    let mut object = MaybeUninit::uninit();
+    let mut skeleton = open(&mut object)?;
+    let limit = skeleton.maps.counters.max_entries() * skeleton.maps.counters_chunk.max_entries();
+    let known: Vec<(&Desired, &[RuleIds])> = others
+        .iter()
+        .map(|other| (&other.description.desired, other.description.ids.as_slice()))
+        .collect();
+    let ids = assign_ids(&draft.desired, &known, limit).map_err(|_| {
+        anyhow!("more than {limit} rules and upstreams, the kept generations' included")
+    })?;
+    let tables = Tables::new(&draft.desired, &ids);
+    let (mut state, counters_reset) = guard.ensure_maps(&skeleton)?;
+    state.counters.prepare(&skeleton, all(&ids), fresh(&ids, others))?;
+
+    let mut description = Description {
+        version: env!("CARGO_PKG_VERSION").into(),
+        object: OBJECT_SHA256.into(),
+        file: draft.file.clone(),
+        built: std::time::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
+        namespace: draft.namespace,
+        program: ProgramName::new(u32::MAX, [0; 8]),
+        clsact: draft.clsact.clone(),
+        desired: draft.desired.clone(),
+        ids,
+    };
+    size(&mut skeleton, &tables, serde_json::to_vec(&description)?.len())?;
+    let mut skeleton = load(skeleton, &state)?;
+    let info = bpf::program_info(skeleton.progs.udplb.as_fd())?;
+    description.program = ProgramName::new(info.id, info.tag);
+    fill(&mut skeleton, &tables, &serde_json::to_vec(&description)?)?;
+    pin(&mut skeleton, directory)?;
+    let generation = Generation { number: draft.number, description, intact: true };
+    Ok(Built { generation, counters_reset })
+}
+
+fn all(ids: &[RuleIds]) -> impl Iterator<Item = u32> {
+    ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.upstreams.iter().copied()))
+}
+
+/// The ids that no other generation holds.
+fn fresh(ids: &[RuleIds], others: &[&Generation]) -> impl Iterator<Item = u32> {
+    let held: HashSet<u32> = others.iter().flat_map(|other| all(&other.description.ids)).collect();
+    all(ids).filter(move |id| !held.contains(id))
+}
+
+/// What libbpf says, the verifier's log among it; shown when a load fails.
+static LOG: Mutex<String> = Mutex::new(String::new());
+
+fn keep_log(_: PrintLevel, line: String) {
+    if let Ok(mut log) = LOG.lock() {
+        log.push_str(&line);
+    }
+}
+
+fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenUdplbSkel<'_>> {
+    libbpf_rs::set_print(Some((PrintLevel::Warn, keep_log)));
+    let mut skeleton = UdplbSkelBuilder::default().open(object)?;
+    skeleton.maps.counters_chunk.set_autocreate(false)?;
+    skeleton.maps.held.set_autocreate(false)?;
+    Ok(skeleton)
+}
+
+fn size(skeleton: &mut OpenUdplbSkel<'_>, tables: &Tables, json: usize) -> anyhow::Result<()> {
+    let chunks = json.div_ceil(size_of::<types::config_chunk>());
+    for (map, entries) in [
+        (&mut skeleton.maps.rules, tables.rules.len()),
+        (&mut skeleton.maps.slots, tables.slots.len()),
+        (&mut skeleton.maps.upstreams, tables.upstreams.len()),
+        (&mut skeleton.maps.config, chunks),
+    ] {
+        map.set_max_entries(u32::try_from(entries.max(1))?)?;
+    }
+    Ok(())
+}
+
+fn load<'a>(mut skeleton: OpenUdplbSkel<'a>, state: &StateMaps) -> anyhow::Result<UdplbSkel<'a>> {
+    skeleton.maps.counters.reuse_fd(state.counters.outer().as_fd())?;
+    skeleton.maps.nexthops.reuse_fd(state.nexthops.as_fd())?;
+    if let Ok(mut log) = LOG.lock() {
+        log.clear();
+    }
+    skeleton.load().map_err(|error| {
+        let log = LOG.lock().map(|log| log.clone()).unwrap_or_default();
+        anyhow!("the kernel refuses the program: {error}\n{}", log.trim_end())
+    })
+}
+
+fn fill(skeleton: &mut UdplbSkel<'_>, tables: &Tables, json: &[u8]) -> anyhow::Result<()> {
+    let (keys, values): (Vec<&[u8]>, Vec<&[u8]>) =
+        tables.rules.iter().map(|(key, rule)| (bytes_of(key), bytes_of(rule))).unzip();
+    write(&skeleton.maps.rules, &keys.concat(), &values.concat())?;
+    let lines: Vec<&[u8]> = tables.slots.iter().map(bytes_of).collect();
+    write_array(&skeleton.maps.slots, &lines.concat())?;
+    let upstreams: Vec<&[u8]> = tables.upstreams.iter().map(bytes_of).collect();
+    write_array(&skeleton.maps.upstreams, &upstreams.concat())?;
+    let mut chunks = json.to_vec();
+    chunks.resize(json.len().next_multiple_of(size_of::<types::config_chunk>()), 0);
+    write_array(&skeleton.maps.config, &chunks)
+}
+
+fn write_array(map: &MapMut<'_>, values: &[u8]) -> anyhow::Result<()> {
+    let count = values.len() / map.value_size() as usize;
+    let keys: Vec<u8> = (0..count as u32).flat_map(u32::to_ne_bytes).collect();
+    write(map, &keys, values)
+}
+
+/// Writes all entries at once and freezes the map.
+fn write(map: &MapMut<'_>, keys: &[u8], values: &[u8]) -> anyhow::Result<()> {
+    let name = map.name().to_string_lossy().into_owned();
+    let count = (keys.len() / map.key_size() as usize) as u32;
+    if count > 0 {
+        map.update_batch(keys, values, count, MapFlags::ANY, MapFlags::ANY)
+            .with_context(|| format!("map {name}: {count} entries"))?;
+    }
+    MapHandle::try_from(map)?.freeze().with_context(|| format!("map {name}"))
+}
+
+fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path) -> anyhow::Result<()> {
+    let maps = &mut skeleton.maps;
+    for (map, name) in [&mut maps.rules, &mut maps.slots, &mut maps.upstreams, &mut maps.config]
+        .into_iter()
+        .zip(MAPS)
+    {
+        let path = directory.join(name);
+        map.pin(&path).with_context(|| path.display().to_string())?;
+    }
+    let path = directory.join(PROGRAM);
+    bpf::pin_program(skeleton.progs.udplb.as_fd(), &path)
+        .with_context(|| path.display().to_string())
+}
+
+/// Reads a generation back.
+///
+/// # Errors
+/// Its description is missing or is none: what is left of it is of no use.
+pub fn read(guard: &ReadGuard, number: u32) -> anyhow::Result<Generation> {
+    let directory = guard.generation(number);
+    let config = directory.join("config");
+    let map = MapHandle::from_pinned_path(&config).with_context(|| config.display().to_string())?;
+    let mut json = Vec::new();
+    for chunk in 0..map.max_entries() {
+        json.extend(map.lookup(&chunk.to_ne_bytes(), MapFlags::ANY)?.unwrap_or_default());
+    }
+    let end = json.iter().position(|byte| *byte == 0).unwrap_or(json.len());
+    let description: Description = serde_json::from_slice(&json[..end])
+        .with_context(|| format!("the description of generation {number}"))?;
+    let intact = check(guard, &directory, &description).inspect_err(|error| {
+        log::debug!("generation {number}: {error:#}");
+    });
+    Ok(Generation { number, description, intact: intact.is_ok() })
+}
+
+fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyhow::Result<()> {
+    let program = bpf::program_info(open_program(directory)?.as_fd())?;
+    if ProgramName::new(program.id, program.tag) != description.program {
+        bail!("its program is another one");
+    }
+    let state = guard.maps()?.context("maps in state/ are missing")?;
+    let mut maps = vec![map_id(state.counters.outer())?, map_id(&state.nexthops)?];
+    for name in &MAPS {
+        let map = MapHandle::from_pinned_path(directory.join(name))?;
+        // the program does not read its description
+        if *name != "config" {
+            maps.push(map_id(&map)?);
+        }
+    }
+    match maps.iter().find(|id| !program.map_ids.contains(id)) {
+        Some(id) => bail!("its program does not use map {id}"),
+        None => Ok(()),
+    }
+}
+
+fn map_id(map: &MapHandle) -> anyhow::Result<u32> {
+    Ok(MapInfo::new(map.as_fd())?.info.id)
+}
+
+fn open_program(directory: &Path) -> anyhow::Result<OwnedFd> {
+    let path = directory.join(PROGRAM);
+    bpf::open_program(&path).with_context(|| path.display().to_string())
+}
+
+/// The program of a generation, to be attached.
+pub fn program(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<OwnedFd> {
+    open_program(&guard.generation(generation.number)).or_else(|error| {
+        // its pin is gone but a filter may still run it
+        bpf::program_by_id(generation.description.program.id).map_err(|_| error)
+    })
+}
+
+/// Removes the pins of a generation; its program lives on where a filter runs it.
+pub fn drop(guard: &WriteGuard, number: u32) -> anyhow::Result<()> {
+    remove_pins(&guard.generation(number))
+}

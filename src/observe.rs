@@ -1,0 +1,122 @@
+//! What the kernel holds: generations under the pin directory, filters on interfaces. Reads only.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::Context;
+
+use crate::bpf;
+use crate::generation::{self, Generation, ProgramName};
+use crate::netlink::Netlink;
+use crate::state::{Held, ReadGuard};
+use crate::tc::{self, Hook, Slot};
+
+/// The kernel's side of the comparison.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// Inode of the network namespace.
+    pub namespace: u64,
+    pub generations: BTreeMap<u32, Generation>,
+    /// Generations whose description is gone.
+    pub damaged: Vec<u32>,
+    /// What a crash left half-built.
+    pub unfinished: Vec<String>,
+    /// Where the symlink points; a hint only.
+    pub current: Option<u32>,
+    pub held: Option<Held>,
+    /// All interfaces of the network namespace, by name.
+    pub interfaces: BTreeMap<String, Interface>,
+}
+
+/// An interface and its ingress hook.
+#[derive(Clone, Debug)]
+pub struct Interface {
+    pub index: u32,
+    pub ethernet: bool,
+    pub hook: Hook,
+}
+
+impl Observed {
+    /// The generation that serves: the one whose program most filters run, or where none does
+    /// the one that `current` points at.
+    pub fn serving(&self) -> Option<u32> {
+        let mut filters: BTreeMap<u32, usize> = BTreeMap::new();
+        for interface in self.interfaces.values() {
+            if let Slot::Generation(number) = interface.hook.slot {
+                *filters.entry(number).or_default() += 1;
+            }
+        }
+        filters
+            .into_iter()
+            .max_by_key(|(number, count)| (*count, Some(*number) == self.current, *number))
+            .map(|(number, _)| number)
+            .or(self.current.filter(|number| self.generations.contains_key(number)))
+    }
+
+    /// The names of the interfaces whose filter runs some generation's program.
+    pub fn attached(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.interfaces.iter().filter_map(|(name, interface)| match interface.hook.slot {
+            Slot::Generation(number) => Some((name.as_str(), number)),
+            _ => None,
+        })
+    }
+
+    /// Whether some filter runs the generation's program.
+    pub fn is_attached(&self, number: u32) -> bool {
+        self.attached().any(|(_, attached)| attached == number)
+    }
+}
+
+/// Inode of this thread's network namespace.
+pub fn namespace() -> anyhow::Result<u64> {
+    const PATH: &str = "/proc/thread-self/ns/net";
+    Ok(fs::metadata(PATH).context(PATH)?.ino())
+}
+
+/// Looks at everything. Without a guard there are no pins, and only the interfaces are seen.
+pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Result<Observed> {
+    let mut observed = Observed { namespace: namespace()?, ..Observed::default() };
+    let mut programs = Vec::new();
+    if let Some(guard) = guard {
+        observed.current = guard.current();
+        observed.unfinished = guard.unfinished()?;
+        observed.held = guard.maps()?.map(|maps| maps.held()).transpose()?.flatten();
+        for number in guard.numbers()? {
+            let path = guard.generation(number).join("program");
+            if let Ok(info) = bpf::open_program(&path).and_then(|fd| bpf::program_info(fd.as_fd()))
+            {
+                programs.push((number, ProgramName::new(info.id, info.tag)));
+            }
+            match generation::read(guard, number) {
+                Ok(generation) => {
+                    programs.push((number, generation.description.program.clone()));
+                    observed.generations.insert(number, generation);
+                }
+                Err(error) => {
+                    log::warn!("generation {number} is damaged: {error:#}");
+                    observed.damaged.push(number);
+                }
+            }
+        }
+    }
+    observed.interfaces = interfaces(netlink, &programs).await?;
+    Ok(observed)
+}
+
+async fn interfaces(
+    netlink: &Netlink,
+    programs: &[(u32, ProgramName)],
+) -> anyhow::Result<BTreeMap<String, Interface>> {
+    let qdiscs: BTreeMap<u32, _> = netlink.qdiscs().await?.into_iter().collect();
+    let mut interfaces = BTreeMap::new();
+    for link in netlink.links().await? {
+        let qdisc = qdiscs.get(&link.index).copied();
+        let hook = tc::hook(netlink, link.index, qdisc, programs).await;
+        let hook = hook.with_context(|| format!("{}: its filters", link.name))?;
+        interfaces
+            .insert(link.name, Interface { index: link.index, ethernet: link.ethernet, hook });
+    }
+    Ok(interfaces)
+}

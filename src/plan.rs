@@ -1,0 +1,193 @@
+//! What the kernel is to hold: a [`Config`] with its names resolved and its interfaces chosen.
+//! Pure.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{
+    Action, Config, Diagnostic, Hash, Host, Key, Source, Strategy, upstream_refusal,
+};
+
+/// A configuration, as a generation carries it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Desired {
+    /// Sorted, without duplicates.
+    pub interfaces: Vec<String>,
+    pub rules: Vec<Rule>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rule {
+    pub name: String,
+    pub key: Key,
+    pub action: Action,
+    pub strategy: Strategy,
+    pub hash: Hash,
+    pub source: Source,
+    /// Never empty; their order is that of the file, which `modulo` counts in.
+    pub upstreams: Vec<Upstream>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upstream {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// As the file has it.
+    pub host: Host,
+    /// What it was resolved to.
+    pub address: Ipv4Addr,
+    /// `None`: the port that the packet came to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+}
+
+impl Upstream {
+    /// What it is called in output: its name, or its host and port.
+    pub fn label(&self) -> String {
+        match (&self.name, self.port) {
+            (Some(name), _) => name.clone(),
+            (None, Some(port)) => format!("{}:{port}", self.host),
+            (None, None) => self.host.to_string(),
+        }
+    }
+}
+
+impl Desired {
+    /// `names` has the address of every host name in the configuration.
+    ///
+    /// # Errors
+    /// A name that stands for an address which is no upstream: missing, loopback, multicast,
+    /// zero, or the rule's own key.
+    pub fn new(
+        config: &Config,
+        interfaces: &[String],
+        names: &BTreeMap<String, Ipv4Addr>,
+    ) -> Result<Desired, Vec<Diagnostic>> {
+        let mut errors = Vec::new();
+        let mut rules = Vec::with_capacity(config.rules.len());
+        for rule in &config.rules {
+            let mut upstreams = Vec::with_capacity(rule.upstreams.len());
+            for upstream in &rule.upstreams {
+                let address = match &upstream.address {
+                    Host::Address(address) => *address,
+                    Host::Name(name) => match named(&rule.key, name, upstream.port, names) {
+                        Ok(address) => address,
+                        Err(message) => {
+                            errors.push(config.error(&upstream.at, message));
+                            continue;
+                        }
+                    },
+                };
+                upstreams.push(Upstream {
+                    name: upstream.name.clone(),
+                    host: upstream.address.clone(),
+                    address,
+                    port: upstream.port,
+                });
+            }
+            rules.push(Rule {
+                name: rule.name.clone(),
+                key: rule.key.clone(),
+                action: rule.action,
+                strategy: rule.strategy,
+                hash: rule.hash,
+                source: rule.source,
+                upstreams,
+            });
+        }
+        let interfaces: BTreeSet<String> = interfaces.iter().cloned().collect();
+        let desired = Desired { interfaces: interfaces.into_iter().collect(), rules };
+        if errors.is_empty() { Ok(desired) } else { Err(errors) }
+    }
+
+    /// The addresses of all upstreams, each once.
+    pub fn addresses(&self) -> BTreeSet<Ipv4Addr> {
+        self.upstreams().map(|upstream| upstream.address).collect()
+    }
+
+    /// The upstreams of all rules.
+    pub fn upstreams(&self) -> impl Iterator<Item = &Upstream> {
+        self.rules.iter().flat_map(|rule| &rule.upstreams)
+    }
+}
+
+fn named(
+    key: &Key,
+    name: &str,
+    port: Option<u16>,
+    names: &BTreeMap<String, Ipv4Addr>,
+) -> Result<Ipv4Addr, String> {
+    let address = *names.get(name).ok_or_else(|| format!("`{name}` was not resolved"))?;
+    if let Some(reason) = upstream_refusal(address) {
+        return Err(format!("`{name}`: {reason}"));
+    }
+    let own_port = port.is_none_or(|port| key.ports.iter().any(|ports| ports.contains(port)));
+    if address == key.address && own_port {
+        return Err(format!("`{name}` is {address}, the rule's own key"));
+    }
+    Ok(address)
+}
+
+/// The ids of a rule and of its upstreams, in the order of [`Rule::upstreams`].
+///
+/// Counters and next hops are kept under them; the same rule and the same endpoint keep theirs
+/// from generation to generation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleIds {
+    pub rule: u32,
+    pub upstreams: Vec<u32>,
+}
+
+/// More rules and upstreams than there are counters for.
+#[derive(Debug, PartialEq, Eq)]
+pub struct IdsExhausted;
+
+/// Gives every rule and endpoint the id that it has in one of the `known` generations, the
+/// first of which is asked first, or else one that none of them holds. Id 0 is never given;
+/// ids are below `limit`.
+pub fn assign_ids(
+    desired: &Desired,
+    known: &[(&Desired, &[RuleIds])],
+    limit: u32,
+) -> Result<Vec<RuleIds>, IdsExhausted> {
+    /// A rule, or one of its upstreams.
+    type Holder<'a> = (&'a str, Option<(Ipv4Addr, Option<u16>)>);
+    let endpoint = |upstream: &Upstream| Some((upstream.address, upstream.port));
+    let mut ids: HashMap<Holder<'_>, u32> = HashMap::new();
+    let mut held = BTreeSet::new();
+    for (desired, given) in known {
+        for (rule, given) in desired.rules.iter().zip(*given) {
+            held.insert(given.rule);
+            ids.entry((&rule.name, None)).or_insert(given.rule);
+            for (upstream, id) in rule.upstreams.iter().zip(&given.upstreams) {
+                held.insert(*id);
+                ids.entry((&rule.name, endpoint(upstream))).or_insert(*id);
+            }
+        }
+    }
+    let mut free = (1..limit).filter(|id| !held.contains(id));
+    let mut id_of = |key| match ids.get(&key) {
+        Some(id) => Ok(*id),
+        None => {
+            let id = free.next().ok_or(IdsExhausted)?;
+            ids.insert(key, id);
+            Ok(id)
+        }
+    };
+    desired
+        .rules
+        .iter()
+        .map(|rule| {
+            Ok(RuleIds {
+                rule: id_of((rule.name.as_str(), None))?,
+                upstreams: rule
+                    .upstreams
+                    .iter()
+                    .map(|upstream| id_of((rule.name.as_str(), endpoint(upstream))))
+                    .collect::<Result<_, _>>()?,
+            })
+        })
+        .collect()
+}

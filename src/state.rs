@@ -1,0 +1,369 @@
+//! The directory of pins: its lock, its layout, and the maps that outlive generations.
+//!
+//! ```text
+//! /sys/fs/bpf/udplb/            mode 0700; flock: writers exclusive, readers shared
+//!   current -> generations/42
+//!   generations/42/             program, rules, slots, upstreams, config
+//!   building-43/                under construction; bpffs refuses names with a dot
+//!   state/                      counters, counters-0 …, nexthops, held
+//! ```
+
+use std::fs::{self, DirBuilder, File, TryLockError};
+use std::io;
+use std::ops::Deref;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenMap};
+
+use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types};
+use crate::counters::Counters;
+use crate::failure::{Failure, Result};
+
+/// Where the pins are unless `--pin-dir` says otherwise.
+pub const PIN_DIR: &str = "/sys/fs/bpf/udplb";
+
+/// The layout of what outlives generations. Another one gets a directory of its own beside it.
+const STATE: &str = "state";
+
+/// Shared access: nobody changes anything meanwhile.
+pub struct ReadGuard {
+    path: PathBuf,
+    _lock: File,
+}
+
+/// Exclusive access: what changes anything takes one of these.
+pub struct WriteGuard(ReadGuard);
+
+impl Deref for WriteGuard {
+    type Target = ReadGuard;
+
+    fn deref(&self) -> &ReadGuard {
+        &self.0
+    }
+}
+
+/// Locks for reading; `None` where udplb has never been applied.
+pub fn read(path: &Path, wait: Duration) -> Result<Option<ReadGuard>> {
+    match File::open(path) {
+        Ok(lock) => {
+            wait_for(path, wait, || lock.try_lock_shared())?;
+            Ok(Some(ReadGuard { path: path.into(), _lock: lock }))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(Failure::Privileges(format!("{}: {error}; run as root", path.display())))
+        }
+        Err(error) => Err(anyhow!(error).context(path.display().to_string()).into()),
+    }
+}
+
+/// Locks for writing; makes the directory, and mounts bpffs, where they are missing.
+pub fn write(path: &Path, wait: Duration) -> Result<WriteGuard> {
+    ensure_bpffs(path)?;
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(anyhow!(error).context(path.display().to_string()).into());
+        }
+        _ => {}
+    }
+    let lock = File::open(path).with_context(|| path.display().to_string())?;
+    wait_for(path, wait, || lock.try_lock())?;
+    let guard = WriteGuard(ReadGuard { path: path.into(), _lock: lock });
+    for directory in [guard.generations(), guard.state()] {
+        fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
+    }
+    Ok(guard)
+}
+
+fn wait_for(
+    path: &Path,
+    wait: Duration,
+    mut lock: impl FnMut() -> std::result::Result<(), TryLockError>,
+) -> Result<()> {
+    let end = Instant::now() + wait;
+    loop {
+        match lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::WouldBlock) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(TryLockError::WouldBlock) => {
+                return Err(Failure::Locked(format!(
+                    "{} is still locked after {} s: another udplb is changing it \
+                     (fuser {} shows which)",
+                    path.display(),
+                    wait.as_secs(),
+                    path.display()
+                )));
+            }
+            Err(TryLockError::Error(error)) => {
+                return Err(anyhow!(error).context(path.display().to_string()).into());
+            }
+        }
+    }
+}
+
+/// The pins' parent must be on bpffs.
+fn ensure_bpffs(path: &Path) -> anyhow::Result<()> {
+    let parent = path.parent().context("the pin directory has no parent")?;
+    if is_bpffs(parent)? {
+        return Ok(());
+    }
+    let how = format!("mount it with: mount -t bpf bpf {}", parent.display());
+    // SAFETY: constant C strings and a path that outlives the call.
+    let result = unsafe {
+        let target = std::ffi::CString::new(parent.as_os_str().as_encoded_bytes())?;
+        libc::mount(c"bpf".as_ptr(), target.as_ptr(), c"bpf".as_ptr(), 0, std::ptr::null())
+    };
+    if result != 0 {
+        let error = io::Error::last_os_error();
+        bail!("{} is not a bpffs, and mounting one failed ({error}); {how}", parent.display());
+    }
+    log::info!("mounted bpffs on {}", parent.display());
+    Ok(())
+}
+
+fn is_bpffs(path: &Path) -> anyhow::Result<bool> {
+    let c_path = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())?;
+    let mut stat = std::mem::MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: the path is a C string, and statfs fills the struct where it returns 0.
+    let filled = unsafe { libc::statfs(c_path.as_ptr(), stat.as_mut_ptr()) } == 0;
+    if !filled {
+        let error = io::Error::last_os_error();
+        bail!("{}: {error}", path.display());
+    }
+    // SAFETY: filled, as just checked.
+    Ok(unsafe { stat.assume_init() }.f_type == libc::BPF_FS_MAGIC as libc::c_long)
+}
+
+impl ReadGuard {
+    /// The directory of all generations.
+    pub fn generations(&self) -> PathBuf {
+        self.path.join("generations")
+    }
+
+    /// The directory of one generation.
+    pub fn generation(&self, number: u32) -> PathBuf {
+        self.generations().join(number.to_string())
+    }
+
+    /// Where a generation is built.
+    pub fn building(&self, number: u32) -> PathBuf {
+        self.path.join(format!("building-{number}"))
+    }
+
+    fn state(&self) -> PathBuf {
+        self.path.join(STATE)
+    }
+
+    /// The generation that `current` points at, whether or not it exists.
+    pub fn current(&self) -> Option<u32> {
+        fs::read_link(self.path.join("current")).ok()?.file_name()?.to_str()?.parse().ok()
+    }
+
+    /// The numbers of the generations there are, in order.
+    pub fn numbers(&self) -> anyhow::Result<Vec<u32>> {
+        let mut numbers: Vec<u32> =
+            names(&self.generations())?.iter().filter_map(|name| name.parse().ok()).collect();
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    /// What a crash left half-built, as names in the directory.
+    pub fn unfinished(&self) -> anyhow::Result<Vec<String>> {
+        let mut names = names(&self.path)?;
+        names.retain(|name| name.starts_with("building-") || name == NEXT_CURRENT);
+        Ok(names)
+    }
+
+    /// The maps that outlive generations, as far as they exist.
+    pub fn maps(&self) -> anyhow::Result<Option<StateMaps>> {
+        let state = self.state();
+        let open = |name: &str| -> anyhow::Result<Option<MapHandle>> {
+            let path = state.join(name);
+            if !path.try_exists()? {
+                return Ok(None);
+            }
+            let map = MapHandle::from_pinned_path(&path);
+            map.map(Some).with_context(|| path.display().to_string())
+        };
+        let (Some(counters), Some(nexthops), Some(held)) =
+            (open("counters")?, open("nexthops")?, open("held")?)
+        else {
+            return Ok(None);
+        };
+        let counters = Counters::open(counters, &state)?;
+        Ok(Some(StateMaps { counters, nexthops, held }))
+    }
+}
+
+/// The names in a directory; none where it does not exist.
+fn names(directory: &Path) -> anyhow::Result<Vec<String>> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(|| directory.display().to_string()),
+    };
+    entries
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<io::Result<_>>()
+        .with_context(|| directory.display().to_string())
+}
+
+const NEXT_CURRENT: &str = "current-next";
+
+impl WriteGuard {
+    /// Points `current` at a generation, in one step.
+    pub fn set_current(&self, number: u32) -> anyhow::Result<()> {
+        let next = self.path.join(NEXT_CURRENT);
+        let _ = fs::remove_file(&next);
+        symlink(format!("generations/{number}"), &next)
+            .and_then(|()| fs::rename(&next, self.path.join("current")))
+            .with_context(|| format!("current -> generations/{number}"))
+    }
+
+    /// Removes what a crash left half-built.
+    pub fn remove_unfinished(&self, name: &str) -> anyhow::Result<()> {
+        let path = self.path.join(name);
+        if path.is_dir() && !path.is_symlink() {
+            remove_pins(&path)
+        } else {
+            Ok(fs::remove_file(&path)?)
+        }
+        .with_context(|| path.display().to_string())
+    }
+
+    /// Removes every pin. The directory itself stays: it is what writers lock.
+    pub fn remove_all(&self) -> anyhow::Result<()> {
+        let _ = fs::remove_file(self.path.join("current"));
+        for name in self.unfinished()? {
+            self.remove_unfinished(&name)?;
+        }
+        for number in self.numbers()? {
+            remove_pins(&self.generation(number))?;
+        }
+        remove_pins(&self.state())?;
+        fs::remove_dir(self.generations()).context("generations")
+    }
+
+    /// The maps that outlive generations; those that are missing are made as the program wants
+    /// them. The second value says that counters start at zero because theirs was missing.
+    pub fn ensure_maps(&self, skeleton: &OpenUdplbSkel<'_>) -> anyhow::Result<(StateMaps, bool)> {
+        let maps = &skeleton.maps;
+        let state = self.state();
+        let fresh = !state.join("counters").try_exists()?;
+        let chunk = create(&maps.counters_chunk, None)?;
+        let counters = ensure(&state, "counters", &maps.counters, Some(chunk.as_fd()))?;
+        let nexthops = ensure(&state, "nexthops", &maps.nexthops, None)?;
+        let held = ensure(&state, "held", &maps.held, None)?;
+        if fresh {
+            for name in names(&state)?.iter().filter(|name| name.starts_with("counters-")) {
+                fs::remove_file(state.join(name))?;
+            }
+        }
+        let counters = Counters::open(counters, &state)?;
+        Ok((StateMaps { counters, nexthops, held }, fresh))
+    }
+}
+
+/// Removes a directory of pins.
+pub fn remove_pins(directory: &Path) -> anyhow::Result<()> {
+    for name in names(directory)? {
+        fs::remove_file(directory.join(name))?;
+    }
+    fs::remove_dir(directory).with_context(|| directory.display().to_string())
+}
+
+/// A map that is not part of an object, as the object defines it.
+pub fn create(
+    definition: &OpenMap<'_>,
+    inner: Option<BorrowedFd<'_>>,
+) -> anyhow::Result<MapHandle> {
+    use std::os::fd::AsRawFd;
+    let options = libbpf_sys::bpf_map_create_opts {
+        sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
+        map_flags: definition.map_flags(),
+        inner_map_fd: inner.map_or(0, |fd| fd.as_raw_fd() as u32),
+        ..Default::default()
+    };
+    MapHandle::create(
+        definition.map_type(),
+        Some(definition.name()),
+        definition.key_size(),
+        definition.value_size(),
+        definition.max_entries(),
+        &options,
+    )
+    .with_context(|| format!("map {}", definition.name().display()))
+}
+
+fn ensure(
+    state: &Path,
+    name: &str,
+    definition: &OpenMap<'_>,
+    inner: Option<BorrowedFd<'_>>,
+) -> anyhow::Result<MapHandle> {
+    let path = state.join(name);
+    if !path.try_exists()? {
+        let mut map = create(definition, inner)?;
+        map.pin(&path).with_context(|| path.display().to_string())?;
+        return Ok(map);
+    }
+    let map = MapHandle::from_pinned_path(&path).with_context(|| path.display().to_string())?;
+    let shape = (map.map_type(), map.key_size(), map.value_size(), map.max_entries());
+    let wanted = (
+        definition.map_type(),
+        definition.key_size(),
+        definition.value_size(),
+        definition.max_entries(),
+    );
+    if shape != wanted {
+        bail!(
+            "{} is not udplb's map (type, key, value, entries are {shape:?}, not {wanted:?}); \
+             remove it with: rm {}",
+            path.display(),
+            path.display()
+        );
+    }
+    Ok(map)
+}
+
+/// The maps that outlive generations.
+pub struct StateMaps {
+    pub counters: Counters,
+    /// Upstream id -> [`types::nexthop`].
+    pub nexthops: MapHandle,
+    held: MapHandle,
+}
+
+/// The configuration that a rollback left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    pub generation: u32,
+    /// Seconds since 1970.
+    pub since: u64,
+}
+
+impl StateMaps {
+    /// What is held, if anything is.
+    pub fn held(&self) -> anyhow::Result<Option<Held>> {
+        let bytes = self.held.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY)?;
+        let held: types::held =
+            bytes.and_then(|bytes| from_bytes(&bytes)).context("state/held is no held map")?;
+        Ok((held.since != 0).then_some(Held { generation: held.generation, since: held.since }))
+    }
+
+    /// Holds a configuration, or lets go of it.
+    pub fn set_held(&self, held: Option<Held>) -> anyhow::Result<()> {
+        let held = held.map_or_else(types::held::default, |held| types::held {
+            since: held.since,
+            generation: held.generation,
+            unused: 0,
+        });
+        Ok(self.held.update(&0_u32.to_ne_bytes(), bytes_of(&held), MapFlags::ANY)?)
+    }
+}

@@ -1,0 +1,342 @@
+//! What serves and what became of the packets, for people and for `-o json`.
+
+use std::fmt::Write;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use anyhow::Context;
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::bpf::types;
+use crate::changes;
+use crate::clock;
+use crate::counters::Counts;
+use crate::generation::Generation;
+use crate::nexthop;
+use crate::observe::Observed;
+use crate::plan::{Rule, RuleIds, Upstream};
+use crate::state::{ReadGuard, StateMaps};
+use crate::tc::Slot;
+
+/// Everything that `status` shows, copied out of the kernel.
+#[derive(Serialize)]
+pub struct Status {
+    pub generation: Option<u32>,
+    pub file: Option<String>,
+    /// Seconds since 1970.
+    pub built: Option<u64>,
+    pub version: Option<String>,
+    pub interfaces: Vec<InterfaceStatus>,
+    pub rules: Vec<RuleStatus>,
+    /// What belongs to no rule, by verdict.
+    pub unmatched: Value,
+    /// The generation that a rollback left.
+    pub held: Option<u32>,
+    /// Why the exit code is 3; empty: all is well.
+    pub trouble: Vec<String>,
+}
+
+#[derive(Serialize)]
+pub struct InterfaceStatus {
+    pub name: String,
+    /// The generation whose program its filter runs.
+    pub generation: Option<u32>,
+}
+
+#[derive(Serialize)]
+pub struct RuleStatus {
+    pub name: String,
+    pub key: String,
+    pub tc_action: crate::config::Action,
+    pub upstreams: Vec<UpstreamStatus>,
+    /// Of the rule and all of its upstreams, by verdict.
+    pub counters: Value,
+    #[serde(skip)]
+    counts: Counts,
+}
+
+#[derive(Serialize)]
+pub struct UpstreamStatus {
+    pub label: String,
+    pub address: Ipv4Addr,
+    pub port: Option<u16>,
+    pub next_hop: Option<NextHopStatus>,
+    pub counters: Value,
+    #[serde(skip)]
+    endpoint: String,
+    #[serde(skip)]
+    counts: Counts,
+}
+
+#[derive(Serialize)]
+pub struct NextHopStatus {
+    pub interface: String,
+    pub gateway: IpAddr,
+    pub mac: Option<String>,
+}
+
+impl Status {
+    /// `rule` leaves out all others.
+    ///
+    /// # Errors
+    /// There is no such rule, or the maps cannot be read.
+    pub fn new(
+        guard: Option<&ReadGuard>,
+        observed: &Observed,
+        rule: Option<&str>,
+    ) -> anyhow::Result<Status> {
+        let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+        let mut status = Status {
+            generation: serving.map(|generation| generation.number),
+            file: serving.map(|generation| generation.description.file.clone()),
+            built: serving.map(|generation| generation.description.built),
+            version: serving.map(|generation| generation.description.version.clone()),
+            interfaces: interfaces(observed, serving),
+            rules: Vec::new(),
+            unmatched: json!({}),
+            held: observed.held.map(|held| held.generation),
+            trouble: trouble(observed, serving),
+        };
+        let maps = guard.map(ReadGuard::maps).transpose()?.flatten();
+        let (Some(serving), Some(maps)) = (serving, maps) else { return Ok(status) };
+        status.unmatched = by_verdict(&maps.counters.read(0)?);
+        let description = &serving.description;
+        for (wanted, ids) in description.desired.rules.iter().zip(&description.ids) {
+            if rule.is_none_or(|name| name == wanted.name) {
+                status.rules.push(rule_status(wanted, ids, &maps, observed)?);
+            }
+        }
+        match rule {
+            Some(name) if status.rules.is_empty() => anyhow::bail!("there is no rule `{name}`"),
+            _ => Ok(status),
+        }
+    }
+}
+
+fn interfaces(observed: &Observed, serving: Option<&Generation>) -> Vec<InterfaceStatus> {
+    let wanted = serving.map_or(&[][..], |generation| &generation.description.desired.interfaces);
+    let attached: Vec<(&str, u32)> = observed.attached().collect();
+    let mut names: Vec<&str> = wanted.iter().map(String::as_str).collect();
+    names.extend(attached.iter().map(|(name, _)| *name));
+    names.sort_unstable();
+    names.dedup();
+    names
+        .into_iter()
+        .map(|name| InterfaceStatus {
+            name: name.into(),
+            generation: attached
+                .iter()
+                .find(|(other, _)| *other == name)
+                .map(|(_, number)| *number),
+        })
+        .collect()
+}
+
+fn trouble(observed: &Observed, serving: Option<&Generation>) -> Vec<String> {
+    let mut trouble = Vec::new();
+    let Some(serving) = serving else {
+        return vec!["nothing is applied".into()];
+    };
+    let number = serving.number;
+    if !serving.intact {
+        trouble.push(format!("generation {number}: pins are missing; apply the file again"));
+    }
+    if serving.description.namespace != observed.namespace {
+        trouble.push(format!(
+            "the pins belong to another network namespace (net:[{}])",
+            serving.description.namespace
+        ));
+    }
+    for name in &serving.description.desired.interfaces {
+        let Some(interface) = observed.interfaces.get(name) else {
+            trouble.push(format!("{name}: there is no such interface"));
+            continue;
+        };
+        match &interface.hook.slot {
+            Slot::Generation(attached) if *attached == number => {}
+            Slot::Generation(attached) => trouble.push(format!(
+                "{name}: generation {attached} still serves here; apply the file again"
+            )),
+            Slot::Empty => {
+                trouble.push(format!("{name}: not attached; apply the file again"));
+            }
+            Slot::Orphan(filter) | Slot::Foreign(filter) => {
+                trouble.push(format!("{name}: another filter has its place: {filter}"));
+            }
+        }
+    }
+    for (name, attached) in observed.attached() {
+        if !serving.description.desired.interfaces.iter().any(|wanted| wanted == name) {
+            trouble
+                .push(format!("{name}: generation {attached} serves here; apply the file again"));
+        }
+    }
+    trouble
+}
+
+fn rule_status(
+    rule: &Rule,
+    ids: &RuleIds,
+    maps: &StateMaps,
+    observed: &Observed,
+) -> anyhow::Result<RuleStatus> {
+    let mut counts = maps.counters.read(ids.rule)?;
+    let mut upstreams: Vec<UpstreamStatus> = Vec::new();
+    let mut seen = Vec::new();
+    for (upstream, id) in rule.upstreams.iter().zip(&ids.upstreams) {
+        // one that is listed twice is one
+        if seen.contains(id) {
+            continue;
+        }
+        seen.push(*id);
+        let status = upstream_status(upstream, *id, maps, observed)?;
+        counts += status.counts;
+        upstreams.push(status);
+    }
+    Ok(RuleStatus {
+        name: rule.name.clone(),
+        key: changes::key(rule),
+        tc_action: rule.action,
+        upstreams,
+        counters: by_verdict(&counts),
+        counts,
+    })
+}
+
+fn upstream_status(
+    upstream: &Upstream,
+    id: u32,
+    maps: &StateMaps,
+    observed: &Observed,
+) -> anyhow::Result<UpstreamStatus> {
+    let counts = maps.counters.read(id)?;
+    let entry = nexthop::read(&maps.nexthops, id).context("next hops")?;
+    Ok(UpstreamStatus {
+        label: upstream.label(),
+        address: upstream.address,
+        port: upstream.port,
+        next_hop: entry.and_then(|entry| next_hop(&entry, observed)),
+        counters: by_verdict(&counts),
+        endpoint: changes::endpoint(upstream),
+        counts,
+    })
+}
+
+fn next_hop(entry: &types::nexthop, observed: &Observed) -> Option<NextHopStatus> {
+    let (interface, _) =
+        observed.interfaces.iter().find(|(_, interface)| interface.index == entry.ifindex)?;
+    let gateway = if i32::from(entry.family) == libc::AF_INET6 {
+        let mut octets = [0; 16];
+        for (octets, word) in octets.chunks_mut(4).zip(entry.gateway) {
+            octets.copy_from_slice(&word.to_ne_bytes());
+        }
+        IpAddr::V6(Ipv6Addr::from(octets))
+    } else {
+        IpAddr::V4(Ipv4Addr::from(entry.gateway[0].to_ne_bytes()))
+    };
+    let mac = entry.destination.map(|byte| format!("{byte:02x}")).join(":");
+    Some(NextHopStatus {
+        interface: interface.clone(),
+        gateway,
+        mac: (entry.resolved != 0).then_some(mac),
+    })
+}
+
+fn by_verdict(counts: &Counts) -> Value {
+    let mut map: Map<String, Value> =
+        counts.by_verdict().map(|(name, count)| (name.into(), json!(count))).collect();
+    map.insert("matched".into(), json!(counts.matched()));
+    Value::Object(map)
+}
+
+impl Status {
+    /// For a terminal or a pipe; `now` is in seconds since 1970.
+    pub fn text(&self, now: u64, bold: bool) -> String {
+        let mut text = String::new();
+        if let (Some(number), Some(built), Some(file)) = (self.generation, self.built, &self.file) {
+            let _ = writeln!(
+                text,
+                "generation {number} of {file}, applied {} ({} ago)",
+                clock::utc(built),
+                clock::age(now.saturating_sub(built))
+            );
+        }
+        for interface in &self.interfaces {
+            let state = match interface.generation {
+                Some(number) if Some(number) == self.generation => "attached".into(),
+                Some(number) => format!("generation {number}"),
+                None => "not attached".into(),
+            };
+            let _ = writeln!(text, "{}: {state}", interface.name);
+        }
+        if let Some(held) = self.held {
+            let _ = writeln!(text, "generation {held} is held: a rollback left it");
+        }
+        for trouble in &self.trouble {
+            let _ = writeln!(text, "! {trouble}");
+        }
+        if !self.rules.is_empty() {
+            let table = self.table().trim_fmt();
+            let (header, rows) = table.split_once('\n').unwrap_or((&table, ""));
+            let _ = match bold {
+                true => writeln!(text, "\n\x1b[1m{header}\x1b[0m\n{rows}"),
+                false => writeln!(text, "\n{header}\n{rows}"),
+            };
+        }
+        text
+    }
+
+    fn table(&self) -> Table {
+        let mut table = Table::new();
+        table.load_style(presets::NOTHING);
+        table.set_header([
+            "RULE",
+            "KEY",
+            "UPSTREAM",
+            "NEXT HOP",
+            "FORWARDED",
+            "BYTES",
+            "NOT FORWARDED",
+        ]);
+        for rule in &self.rules {
+            let action = match rule.tc_action {
+                crate::config::Action::Pass => "pass",
+                crate::config::Action::Block => "block",
+            };
+            table.add_row(row(
+                [rule.name.clone(), format!("{} {action}", rule.key), String::new(), String::new()],
+                &rule.counts,
+            ));
+            for upstream in &rule.upstreams {
+                let via = upstream.next_hop.as_ref().map_or("no route".into(), |hop| {
+                    let mac = hop.mac.as_deref().unwrap_or("unresolved");
+                    format!("{} dev {} {mac}", hop.gateway, hop.interface)
+                });
+                table.add_row(row(
+                    [String::new(), String::new(), upstream.endpoint.clone(), via],
+                    &upstream.counts,
+                ));
+            }
+        }
+        for column in [4, 5] {
+            if let Some(column) = table.column_mut(column) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        table
+    }
+}
+
+fn row(start: [String; 4], counts: &Counts) -> Vec<String> {
+    let forwarded = counts.forwarded();
+    let others: Vec<String> = counts
+        .by_verdict()
+        .skip(1)
+        .filter(|(_, count)| count.packets > 0)
+        .map(|(name, count)| format!("{name} {}", count.packets))
+        .collect();
+    let mut row = start.to_vec();
+    row.extend([forwarded.packets.to_string(), forwarded.bytes.to_string(), others.join(", ")]);
+    row
+}

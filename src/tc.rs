@@ -1,0 +1,124 @@
+//! Our filter on an interface: how it is recognised, put there and taken away.
+
+use std::os::fd::BorrowedFd;
+
+use anyhow::Context;
+
+use crate::generation::ProgramName;
+use crate::netlink::{Direction, Filter, Netlink, Qdisc};
+use crate::state::WriteGuard;
+
+/// Where the filter sits on the hook. Filters of a lower priority run before it, and those of a
+/// higher one see what it leaves alone.
+pub const PRIORITY: u16 = 100;
+/// One of our own, so that other programs of the same priority have theirs.
+pub const HANDLE: u32 = 0x7564;
+const NAME: &str = "udplb";
+
+/// What is at our priority and handle.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Slot {
+    Empty,
+    /// A generation's program.
+    Generation(u32),
+    /// A filter with our name whose generation is gone.
+    Orphan(String),
+    /// Somebody else's.
+    Foreign(String),
+}
+
+/// The ingress hook of an interface.
+#[derive(Clone, Debug)]
+pub struct Hook {
+    pub qdisc: Option<Qdisc>,
+    pub slot: Slot,
+    /// Other filters hang on the same qdisc.
+    pub shared: bool,
+}
+
+/// Judges what is on a hook. `programs` are those of the generations that exist, by either of
+/// two witnesses: the pinned program itself, or the name recorded in the description.
+pub fn judge(
+    qdisc: Option<Qdisc>,
+    ingress: &[Filter],
+    egress: &[Filter],
+    programs: &[(u32, ProgramName)],
+) -> Hook {
+    let mut hook = Hook { qdisc, slot: Slot::Empty, shared: !egress.is_empty() };
+    for filter in ingress {
+        if (filter.priority, filter.handle) != (PRIORITY, HANDLE) {
+            hook.shared = true;
+            // a priority belongs to one kind of filter
+            if filter.priority == PRIORITY && filter.kind != "bpf" && hook.slot == Slot::Empty {
+                hook.slot = Slot::Foreign(describe(filter));
+            }
+            continue;
+        }
+        let own = filter.program.as_ref().and_then(|program| {
+            let name = ProgramName::new(program.id, program.tag);
+            programs.iter().find(|(_, known)| *known == name).map(|(number, _)| *number)
+        });
+        hook.slot = match (own, &filter.program) {
+            (Some(number), _) => Slot::Generation(number),
+            (None, Some(program)) if program.name == NAME => Slot::Orphan(describe(filter)),
+            _ => Slot::Foreign(describe(filter)),
+        };
+    }
+    hook
+}
+
+fn describe(filter: &Filter) -> String {
+    let place = format!("pref {} handle {:#x}", filter.priority, filter.handle);
+    match &filter.program {
+        Some(program) => {
+            format!("{} {place} {} (program {})", filter.kind, program.name, program.id)
+        }
+        None => format!("{} {place}", filter.kind),
+    }
+}
+
+/// The hook of an interface as it is now.
+pub async fn hook(
+    netlink: &Netlink,
+    ifindex: u32,
+    qdisc: Option<Qdisc>,
+    programs: &[(u32, ProgramName)],
+) -> anyhow::Result<Hook> {
+    if qdisc.is_none() {
+        return Ok(judge(None, &[], &[], programs));
+    }
+    let ingress = netlink.filters(ifindex, Direction::Ingress).await?;
+    let egress = match qdisc {
+        Some(Qdisc::Clsact) => netlink.filters(ifindex, Direction::Egress).await?,
+        _ => Vec::new(),
+    };
+    Ok(judge(qdisc, &ingress, &egress, programs))
+}
+
+/// Puts the program on the interface, in place of our filter there where `replace` says so.
+pub async fn attach(
+    _: &WriteGuard,
+    netlink: &Netlink,
+    ifindex: u32,
+    program: BorrowedFd<'_>,
+    replace: bool,
+) -> anyhow::Result<()> {
+    netlink
+        .set_filter(ifindex, PRIORITY, HANDLE, NAME, program, replace)
+        .await
+        .context("the tc filter")
+}
+
+/// Takes our filter away, and the clsact where the caller knows that it is ours and unused.
+pub async fn detach(
+    _: &WriteGuard,
+    netlink: &Netlink,
+    ifindex: u32,
+    clsact: bool,
+) -> anyhow::Result<()> {
+    netlink.delete_filter(ifindex, PRIORITY, HANDLE).await.context("the tc filter")?;
+    if clsact {
+        netlink.delete_clsact(ifindex).await.context("the clsact qdisc")?;
+    }
+    Ok(())
+}
