@@ -1,0 +1,174 @@
+//! A laboratory for tests: network namespaces and a bpffs of their own, gone when the value is.
+
+#![allow(dead_code)] // each test binary uses its own part
+
+use std::ffi::{CString, OsStr};
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// A name that no other test, run or process uses; short enough for an interface.
+fn unique(prefix: &str) -> String {
+    format!("{prefix}{:x}x{:x}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Runs a program and returns its standard output.
+///
+/// # Panics
+/// It fails; what it said is in the message.
+pub fn run<I: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = I>) -> String {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null());
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A network namespace.
+pub struct Namespace {
+    pub name: String,
+}
+
+impl Namespace {
+    pub fn new() -> Namespace {
+        let name = unique("udplb-");
+        run("ip", ["netns", "add", &name]);
+        let namespace = Namespace { name };
+        namespace.ip("link set lo up");
+        namespace
+    }
+
+    fn path(&self) -> String {
+        format!("/run/netns/{}", self.name)
+    }
+
+    /// `ip` inside, its words separated by blanks.
+    pub fn ip(&self, words: &str) -> String {
+        run("ip", ["-n", &self.name].into_iter().chain(words.split_whitespace()))
+    }
+
+    /// `tc` inside.
+    pub fn tc(&self, words: &str) -> String {
+        run("tc", ["-n", &self.name].into_iter().chain(words.split_whitespace()))
+    }
+
+    /// A program inside; the mounts are those of the test, so that its bpffs is seen.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", self.path())).arg("--").arg(program).stdin(Stdio::null());
+        command
+    }
+
+    /// Sets a sysctl of this namespace, `net.ipv4.ip_forward`.
+    pub fn sysctl(&self, name: &str, value: &str) {
+        let path = Path::new("/proc/sys").join(name.replace('.', "/"));
+        self.enter(|| fs::write(&path, value)).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+
+    /// Runs a closure on a thread inside; sockets that it returns stay inside.
+    pub fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
+        let namespace = File::open(self.path()).expect("the namespace exists");
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                // SAFETY: takes a descriptor that is open and moves this thread alone.
+                let moved = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
+                assert_eq!(moved, 0, "setns: {}", std::io::Error::last_os_error());
+                inside()
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// A veth pair from here to another namespace, both ends up, without checksum offload where
+    /// `offload` is false: what arrives then has its checksums computed.
+    pub fn link(&self, name: &str, other: &Namespace, other_name: &str, offload: bool) {
+        let peer = format!("peer name {other_name} netns {}", other.name);
+        self.ip(&format!("link add {name} type veth {peer}"));
+        for (namespace, name) in [(self, name), (other, other_name)] {
+            namespace.ip(&format!("link set {name} up"));
+            if !offload {
+                let mut ethtool = namespace.command("ethtool");
+                let output = ethtool.args(["-K", name, "tx", "off"]).output().expect("ethtool");
+                assert!(output.status.success(), "ethtool -K {name} tx off");
+            }
+        }
+    }
+
+    /// The index of an interface inside.
+    pub fn index(&self, interface: &str) -> u32 {
+        let name = CString::new(interface).expect("a name");
+        // SAFETY: the name is a C string that outlives the call.
+        let index = self.enter(move || unsafe { libc::if_nametoindex(name.as_ptr()) });
+        assert_ne!(index, 0, "no interface {interface}");
+        index
+    }
+
+    /// The MAC address of an interface inside.
+    pub fn mac(&self, interface: &str) -> [u8; 6] {
+        let words = self.ip(&format!("-o link show {interface}"));
+        let mac = words.split_whitespace().skip_while(|word| *word != "link/ether").nth(1);
+        let bytes: Vec<u8> = mac
+            .expect("an Ethernet interface")
+            .split(':')
+            .map(|byte| u8::from_str_radix(byte, 16).expect("a MAC address"))
+            .collect();
+        bytes.try_into().expect("six bytes")
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).output();
+    }
+}
+
+/// A bpffs of its own.
+pub struct Bpffs {
+    pub path: PathBuf,
+}
+
+impl Bpffs {
+    pub fn new() -> Bpffs {
+        let path = std::env::temp_dir().join(unique("udplb-bpffs-"));
+        fs::create_dir(&path).expect("a directory for the bpffs");
+        let bpffs = Bpffs { path };
+        run("mount", ["-t".as_ref(), "bpf".as_ref(), "bpf".as_ref(), bpffs.path.as_os_str()]);
+        bpffs
+    }
+
+    /// Where udplb's pins go.
+    pub fn pins(&self) -> PathBuf {
+        self.path.join("udplb")
+    }
+}
+
+impl Drop for Bpffs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.path).output();
+        let _ = fs::remove_dir(&self.path);
+    }
+}
+
+/// The udplb under test, in a namespace, with its pins in a bpffs.
+pub fn udplb(namespace: &Namespace, bpffs: &Bpffs) -> Command {
+    let mut command = namespace.command(env!("CARGO_BIN_EXE_udplb"));
+    command.arg("--pin-dir").arg(bpffs.pins());
+    command
+}
+
+/// What a command printed and its exit code.
+pub fn outcome(command: &mut Command) -> (Option<i32>, String, String) {
+    let Output { status, stdout, stderr } = command.output().expect("the program runs");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (status.code(), text(&stdout), text(&stderr))
+}
