@@ -102,6 +102,52 @@ pub fn apply(
     file: &str,
     force: bool,
 ) -> Result<Plan, Refusal> {
+    replace(observed, desired, file, force, Why::Asked)
+}
+
+/// What is to be done when a host name of the configuration stands for another address: the
+/// generation that serves is replaced, and what a rollback goes back to or has left stays.
+pub fn renew(observed: &Observed, desired: &Desired, file: &str) -> Result<Plan, Refusal> {
+    replace(observed, desired, file, false, Why::Renamed)
+}
+
+/// Puts the generation that serves onto interfaces that have lost it; those that somebody else
+/// uses, or that are not there, are left alone.
+pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, Refusal> {
+    refuse_other_namespace(observed)?;
+    let number = observed.serving().ok_or(Refusal::NothingBefore)?;
+    let mut actions = Vec::new();
+    for name in interfaces {
+        let Some(interface) = observed.interfaces.get(name) else { continue };
+        if !interface.ethernet || interface.hook.slot != Slot::Empty {
+            continue;
+        }
+        if interface.hook.qdisc.is_none() {
+            actions.push(Action::AddClsact(name.clone()));
+        }
+        actions.push(Action::Attach {
+            interface: name.clone(),
+            generation: number,
+            replaces: Slot::Empty,
+        });
+    }
+    Ok(Plan { generation: number, actions })
+}
+
+/// Why a generation takes the place of another.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Why {
+    Asked,
+    Renamed,
+}
+
+fn replace(
+    observed: &Observed,
+    desired: &Desired,
+    file: &str,
+    force: bool,
+    why: Why,
+) -> Result<Plan, Refusal> {
     refuse_other_namespace(observed)?;
     let equal = |generation: &&Generation| {
         generation.description.desired == *desired && generation.description.object == OBJECT_SHA256
@@ -138,10 +184,10 @@ pub fn apply(
         })));
     }
     switch(observed, number, &desired.interfaces, force, &mut actions)?;
-    if observed.held.is_some() && Some(number) != observed.serving() {
+    if why == Why::Asked && observed.held.is_some() && Some(number) != observed.serving() {
         insert_before_current(&mut actions, Action::SetHeld(None));
     }
-    drop_others(observed, number, &mut actions);
+    drop_others(observed, number, before(observed, number, why), &mut actions);
     Ok(Plan { generation: number, actions })
 }
 
@@ -281,16 +327,21 @@ fn insert_before_current(actions: &mut Vec<Action>, action: Action) {
     actions.insert(at, action);
 }
 
-/// Keeps what serves from now on and what served before, for `rollback`.
-fn drop_others(observed: &Observed, number: u32, actions: &mut Vec<Action>) {
-    let before = if observed.serving() == Some(number) {
-        observed
-            .held
-            .map(|held| held.generation)
-            .or_else(|| observed.generations.range(..number).next_back().map(|(before, _)| *before))
-    } else {
-        observed.serving()
-    };
+/// The generation to keep for a rollback when `number` serves.
+fn before(observed: &Observed, number: u32, why: Why) -> Option<u32> {
+    let serving = observed.serving();
+    let earlier =
+        |number| observed.generations.range(..number).next_back().map(|(other, _)| *other);
+    let held = observed.held.map(|held| held.generation);
+    match (why, serving) {
+        (_, Some(serving)) if serving == number => held.or_else(|| earlier(number)),
+        (Why::Renamed, Some(serving)) => held.or_else(|| earlier(serving)).or(Some(serving)),
+        _ => serving,
+    }
+}
+
+/// Keeps what serves from now on and what served before.
+fn drop_others(observed: &Observed, number: u32, before: Option<u32>, actions: &mut Vec<Action>) {
     let kept = [Some(number), before];
     let there = observed.generations.keys().chain(&observed.damaged);
     actions.extend(there.filter(|other| !kept.contains(&Some(**other))).map(|n| Action::Drop(*n)));
