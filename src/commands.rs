@@ -192,7 +192,7 @@ async fn apply_file(global: &Global, target: &Target, force: bool) -> Result<u8>
     let ways = nexthop::resolve(&netlink, &addresses).await.context("next hops")?;
     let own = advice::own_upstreams(&wanted.config, &wanted.desired, &ways);
     if !own.is_empty() {
-        return Err(Failure::Config(own));
+        return Err(Failure::Config(wanted.config.errors(own)));
     }
     wanted.warnings.extend(advise(&wanted, &ways, &netlink).await?);
     warn(global, &wanted.warnings);
@@ -221,10 +221,10 @@ async fn advise(
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
     let (config, desired) = (&wanted.config, &wanted.desired);
-    let mut warnings = advice::unreachable(config, desired, ways);
-    warnings.extend(advice::unheard(config, &advice::listeners()));
-    warnings.extend(advice::stacked(config, &desired.interfaces, &links, &addresses));
-    Ok(warnings)
+    let mut findings = advice::unreachable(config, desired, ways);
+    findings.extend(advice::unheard(config, &advice::listeners()));
+    findings.extend(advice::stacked(config, &desired.interfaces, &links, &addresses));
+    Ok(config.warnings(findings))
 }
 
 /// What came of applying.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
-use crate::config::{Config, Diagnostic, Host};
+use crate::config::{Config, Diagnostic, Finding, Host};
 
 /// Asks the system's resolver for every host name of the configuration. The warnings name what
 /// was not chosen.
@@ -24,20 +24,24 @@ pub async fn names(
         match lookup(name).await.map(|addresses| choose(name, &addresses)) {
             Ok(Some((address, warning))) => {
                 names.insert(name.clone(), address);
-                warnings.extend(warning.map(|text| config.warning(&upstream.at, text)));
+                warnings.extend(warning.map(|text| Finding::new(&upstream.at, text)));
             }
             Ok(None) => {
                 failed.insert(name.clone());
-                errors.push(config.error(&upstream.at, format!("`{name}` has no IPv4 address")));
+                errors.push(Finding::new(&upstream.at, format!("`{name}` has no IPv4 address")));
             }
             Err(error) => {
                 failed.insert(name.clone());
                 let message = format!("`{name}` does not resolve: {error}");
-                errors.push(config.error(&upstream.at, message));
+                errors.push(Finding::new(&upstream.at, message));
             }
         }
     }
-    if errors.is_empty() { Ok((names, warnings)) } else { Err(errors) }
+    if errors.is_empty() {
+        Ok((names, config.warnings(warnings)))
+    } else {
+        Err(config.errors(errors))
+    }
 }
 
 /// The IPv4 addresses of a name.
