@@ -23,8 +23,8 @@ rustPlatform.buildRustPackage {
       ../Cargo.toml
       ../Cargo.lock
       ../bpf
+      ../examples
       ../src
-      ../contrib/seed.yaml
     ];
   };
   cargoLock.lockFile = ../Cargo.lock;
@@ -48,7 +48,7 @@ rustPlatform.buildRustPackage {
     "--bins"
   ];
   postCheck = ''
-    target/${stdenv.hostPlatform.rust.cargoShortTarget}/release/udplb check --no-resolve contrib/seed.yaml
+    target/${stdenv.hostPlatform.rust.cargoShortTarget}/release/udplb check --no-resolve examples/seed.yaml
   '';
 
   postInstall = lib.optionalString runs ''

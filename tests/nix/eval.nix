@@ -151,6 +151,28 @@ let
   cases =
     import ./cases/good.nix
     // lib.mapAttrs' (n: lib.nameValuePair "bad-${n}") (import ./cases/bad.nix lib);
+
+  # The names of the rules' options and what they may be chosen from.
+  words =
+    options:
+    lib.concatLists (
+      lib.mapAttrsToList (
+        name: o:
+        [ name ]
+        ++ (
+          if lib.isOption o then
+            (o.type.nestedTypes.elemType or o.type).functor.payload.values or [ ]
+            ++ words (o.type.getSubOptions [ ])
+          else
+            words o
+        )
+      ) (removeAttrs options [ "_module" ])
+    );
+  udplbOptions =
+    (lib.evalModules {
+      class = "nixos";
+      inherit modules;
+    }).options.services.udplb;
 in
 {
   # each on its own, so that an error is seen with its text
@@ -160,6 +182,9 @@ in
   escaped = lib.genAttrs [ "br-lan" "eth0.100" "wg_0" "a+b" ] (
     i: stubs.utils.escapeSystemdPath "/sys/subsystem/net/devices/${i}"
   );
+  words = words {
+    inherit (udplbOptions) defaults interfaces rules;
+  };
   package = {
     inherit (package.args) pname version;
     src = "${package.args.src}";

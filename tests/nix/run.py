@@ -162,17 +162,17 @@ def check_cases(nix: Nix, udplb: str) -> None:
             check_built(name, got["etc"], udplb, "")
 
 
-def words(schema: Any, definitions: dict[str, Any]) -> set[str]:
-    """All property names and enum values of a JSON schema."""
+def words(schema: Any) -> set[str]:
+    """All property names and enum values of a JSON schema that may be used."""
     found: set[str] = set()
     if isinstance(schema, dict):
-        found |= set(schema.get("properties", {}))
+        found |= {name for name, value in schema.get("properties", {}).items() if value}
         found |= {value for value in schema.get("enum", []) if isinstance(value, str)}
         for value in schema.values():
-            found |= words(value, definitions)
+            found |= words(value)
     elif isinstance(schema, list):
         for value in schema:
-            found |= words(value, definitions)
+            found |= words(value)
     return found
 
 
@@ -189,10 +189,8 @@ def check_package(nix: Nix, udplb: str) -> None:
         report("words", error)
         return
     schema = json.loads(run(udplb, "schema").stdout)
-    theirs = words(schema, {}) - {"version"}
-    # `interfaces`, `rules` and `defaults` are options beside the rules.
-    ours = set(known)
-    report("the module has the program's words", "" if ours == theirs else f"{sorted(ours ^ theirs)}")
+    theirs = words(schema) - {"version"}
+    report("the module has the program's words", str(sorted(theirs.symmetric_difference(known)) or ""))
 
 
 def wrong_escapes(escaped: dict[str, str]) -> str:
@@ -288,23 +286,47 @@ def lint_nix() -> None:
 
 def lint_scripts() -> None:
     """The scripts as the NixOS test driver lints them, and our own Python."""
-    own = [Path(__file__), *DRIVER.glob("*.py"), ROOT / "tests/vm/udp.py"]
     pyflakes = shutil.which("pyflakes") or shutil.which("pyflakes3") or "pyflakes"
-    lint("pyflakes: driver", pyflakes, *own)
-    lint("mypy: driver", "mypy", "--strict", *own)
+    env = {**os.environ, "MYPYPATH": str(DRIVER)}
+    own = ["nix/run.py", "vm/driver/nsdriver.py", "vm/driver/switch-to-configuration", "vm/udp.py", "deb/run", "docs/run"]
+    for name in own:
+        lint(f"pyflakes: {name}", pyflakes, ROOT / "tests" / name)
+        lint(f"mypy: {name}", "mypy", "--strict", ROOT / "tests" / name, env=env)
     for file in sorted(FIXTURES.glob("*.json")):
         name = file.stem
         machines = sorted(json.loads(file.read_text())["nodes"])
         script = (ROOT / f"tests/vm/{name}.py").read_text()
         symbols = ["driver", "join_all", "log", "machines", "polling_condition", "retry", "start_all", "subtest", "t"]
-        env = {**os.environ, "PYFLAKES_BUILTINS": ",".join(machines + symbols)}
-        lint(f"pyflakes: {name}", pyflakes, input=script, env=env)
+        known = {**os.environ, "PYFLAKES_BUILTINS": ",".join(machines + symbols)}
+        lint(f"pyflakes: {name}", pyflakes, input=script, env=known)
         hints = (DRIVER / "script-types.pyi").read_text() + "".join(f"{m}: Machine\n" for m in machines)
         with tempfile.TemporaryDirectory() as folder:
             typed = Path(folder, f"{name}.py")
             typed.write_text(hints + script)
-            env = {**os.environ, "MYPYPATH": str(DRIVER)}
             lint(f"mypy: {name}", "mypy", "--no-implicit-optional", "--pretty", "--no-color-output", typed, env=env)
+
+
+def directives(unit: list[str]) -> set[str]:
+    """One word a value; without what must differ: programs, devices, NixOS' own marks."""
+    found = set()
+    section = ""
+    for line in unit:
+        if line.startswith("["):
+            section = line
+        elif "=" in line and not line.startswith("#"):
+            key, values = line.split("=", 1)
+            if not key.startswith(("Exec", "X-")):
+                words = [values] if key == "Description" else values.split()
+                found |= {f"{section} {key}={value}" for value in words if not value.endswith(".device")}
+    return found
+
+
+def check_contrib() -> None:
+    """Debian's units say what the module's say."""
+    nixos = json.loads((FIXTURES / "relay.json").read_text())["nodes"]["relay"]["units"]
+    for file in sorted((ROOT / "contrib/systemd").iterdir()):
+        ours, theirs = directives(file.read_text().splitlines()), directives(nixos[file.name])
+        report(f"contrib: {file.name} is the module's", "\n".join(sorted(ours ^ theirs)))
 
 
 @functools.cache
@@ -324,6 +346,7 @@ def main() -> int:
     lib = Path(args.lib).resolve() if args.lib else None
     lint_nix()
     lint_scripts()
+    check_contrib()
     if not shutil.which(args.nix):
         skip("EVERYTHING THAT EVALUATES", f"no {args.nix}")
     elif run(args.nix, "--eval", "-E", "builtins.readFileType").returncode:

@@ -142,7 +142,7 @@
     };
     config.services.udplb = {
       enable = true;
-      configFile = ../../../contrib/seed.yaml;
+      configFile = ../../../examples/seed.yaml;
       interfaces = [ "br-lan" ];
     };
   };

@@ -65,12 +65,16 @@ def call(*command: str | Path) -> str:
     return done.stdout
 
 
-def retry(fn: Callable[[], bool], timeout: float, what: str) -> None:
+def wait(fn: Callable[[], bool], timeout: float, what: str) -> None:
     end = time.monotonic() + timeout
     while not fn():
         if time.monotonic() > end:
             raise Failed(f"timed out after {timeout} s: {what}")
         time.sleep(0.1)
+
+
+def retry(fn: Callable[[bool], bool], timeout_seconds: int = 900) -> None:
+    wait(lambda: fn(False), timeout_seconds, "retry")
 
 
 def ruleset(firewall: dict[str, Any]) -> str:
@@ -112,7 +116,8 @@ class Machine:
         (booted / "etc/hostname").write_text(f"{name}\n")
         (booted / "etc/machine-id").write_text("")
         (self.dir / "stub/udplb/bin").mkdir(parents=True)
-        shutil.copy(driver.udplb, self.dir / "stub/udplb/bin/udplb")
+        if driver.udplb:
+            shutil.copy(driver.udplb, self.dir / "stub/udplb/bin/udplb")
 
     def write_system(self, folder: Path, system: dict[str, Any]) -> None:
         (folder / "bin").mkdir(parents=True)
@@ -157,11 +162,11 @@ class Machine:
         )
         threading.Thread(target=self.read_console, args=(master, slave), daemon=True).start()
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        retry(lambda: self.find_init(children), 20, f"{self.name} starts")
+        wait(lambda: self.find_init(children), 20, f"{self.name} starts")
         self.connect()
         assert self.process.stdin
         self.process.stdin.close()
-        retry(lambda: self.run("test -S /run/systemd/private", 5)[0] == 0, 30, f"{self.name} boots: {self.console}")
+        wait(lambda: self.run("test -S /run/systemd/private", 5)[0] == 0, 30, f"{self.name} boots: {self.console}")
 
     def find_init(self, children: Path) -> bool:
         assert self.process
@@ -212,7 +217,7 @@ class Machine:
         self.process.kill()
         self.process.wait()
         self.process, self.pid = None, 0
-        retry(self.remove_cgroup, 10, f"{self.name}: processes end")
+        wait(self.remove_cgroup, 10, f"{self.name}: processes end")
 
     def remove_cgroup(self) -> bool:
         for folder, _, _ in sorted(os.walk(self.cgroup), reverse=True):
@@ -284,7 +289,7 @@ class Machine:
             status, output = self.execute(command, timeout=timeout)
             return (status == 0) == success
 
-        retry(done, timeout, f"{self.name}: `{command}`")
+        wait(done, timeout, f"{self.name}: `{command}`")
         return output
 
     def wait_for_file(self, filename: str, timeout: int = 900) -> None:
@@ -325,11 +330,21 @@ class Machine:
                     raise Failed(f"{self.name}: {unit} is inactive and nothing starts it")
             return state == "active"
 
-        retry(active, timeout, f"{self.name}: {unit} is active")
+        wait(active, timeout, f"{self.name}: {unit} is active")
+
+
+def plain_machines(name: str, addresses: dict[str, str]) -> dict[str, Any]:
+    """A test whose machines have an address each on one VLAN, and nothing else."""
+    empty = {"etc": {}, "units": {}, "firewall": {"enable": False}, "sysctl": {}, "specialisations": {}}
+    nodes = {
+        machine: empty | {"links": {"eth1": {"vlan": 1, "addresses": [f"{address}/24"], "routes": []}}}
+        for machine, address in addresses.items()
+    }
+    return {"name": name, "globalTimeout": 600, "nodes": nodes}
 
 
 class Driver:
-    def __init__(self, test: dict[str, Any], udplb: Path):
+    def __init__(self, test: dict[str, Any], udplb: Path | None):
         self.udplb = udplb
         self.dir = Path(tempfile.mkdtemp(prefix="udplb-vm-"))
         self.shared = self.dir / "shared"
@@ -347,7 +362,7 @@ class Driver:
         )
         host = os.stat("/proc/self/ns/net").st_ino
         switch = f"/proc/{self.switch_process.pid}/ns/net"
-        retry(lambda: os.stat(switch).st_ino != host, 10, "a network namespace for the VLANs")
+        wait(lambda: os.stat(switch).st_ino != host, 10, "a network namespace for the VLANs")
         for vlan in sorted({link["vlan"] for node in nodes.values() for link in node["links"].values()}):
             call(*self.switch("ip"), *f"link add vlan{vlan} up type bridge mcast_snooping 0".split())
         self.machines = [Machine(self, name, node) for name, node in nodes.items()]
@@ -380,19 +395,10 @@ class Driver:
             raise
         self.log(f"ok    {name} ({time.monotonic() - start:.1f} s)")
 
-    def play(self, script: Path) -> None:
-        symbols: dict[str, Any] = {machine.name: machine for machine in self.machines}
-        symbols |= {"driver": self, "machines": self.machines, "start_all": self.start_all, "subtest": self.subtest}
-        exec(compile(script.read_text(), str(script), "exec"), symbols)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("fixture", type=Path, help="the machines: addresses, units, files")
-    parser.add_argument("script", type=Path, help="the scenario's testScript")
-    parser.add_argument("udplb", type=Path, help="the program under test")
-    args = parser.parse_args()
-    test = json.loads(args.fixture.read_text())
+def play(test: dict[str, Any], udplb: Path | None, script: Callable[[Driver], None]) -> int:
+    """Runs the script on the machines of the test; the exit status."""
 
     def end(number: int, _frame: object) -> None:
         raise Failed(f"ended by {signal.Signals(number).name}")
@@ -401,9 +407,9 @@ def main() -> int:
         signal.signal(number, end)
     signal.alarm(test["globalTimeout"])
     start = time.monotonic()
-    driver = Driver(test, args.udplb)
+    driver = Driver(test, udplb)
     try:
-        driver.play(args.script)
+        script(driver)
     except Exception:
         for machine in driver.machines:
             driver.log(f"--- console of {machine.name}\n{machine.console}")
@@ -415,6 +421,22 @@ def main() -> int:
         driver.close()
     print(f"ok    {test['name']} ({time.monotonic() - start:.1f} s)", flush=True)
     return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("fixture", type=Path, help="the machines: addresses, units, files")
+    parser.add_argument("script", type=Path, help="the scenario's testScript")
+    parser.add_argument("udplb", type=Path, help="the program under test")
+    args = parser.parse_args()
+
+    def script(driver: Driver) -> None:
+        symbols: dict[str, Any] = {machine.name: machine for machine in driver.machines}
+        symbols |= {"driver": driver, "machines": driver.machines}
+        symbols |= {"start_all": driver.start_all, "subtest": driver.subtest, "retry": retry}
+        exec(compile(args.script.read_text(), str(args.script), "exec"), symbols)
+
+    return play(json.loads(args.fixture.read_text()), args.udplb, script)
 
 
 if __name__ == "__main__":

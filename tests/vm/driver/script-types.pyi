@@ -1,7 +1,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from nsdriver import Driver, Machine
+from nsdriver import Driver, Machine, retry
 
 start_all: Callable[[], None]
 subtest: Callable[[str], AbstractContextManager[None]]
