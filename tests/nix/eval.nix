@@ -59,7 +59,7 @@ let
       origin = source.env.source or source;
     in
     {
-      target = toString source;
+      target = lib.optionalString (lib.isDerivation source) source.outPath;
       # A file in the store is not there: nothing is built.
       text = origin.text or (if builtins.isPath origin then builtins.readFile origin else null);
       check = source.script or "";

@@ -79,6 +79,8 @@ def check_expectation(expect: dict[str, Any], got: dict[str, Any]) -> str:
     for interface, ports in expect.get("open", {}).items():
         if got["firewall"]["open"].get(interface) != ports:
             return f"firewall: {got['firewall']['open']}"
+    if "kernelModules" in expect and got["kernelModules"] != expect["kernelModules"]:
+        return f"kernelModules: {got['kernelModules']}"
     for unit, pattern in expect.get("says", {}).items():
         if not re.search(pattern, got["units"][unit]):
             return f"{unit} does not say {pattern}: {got['units'][unit]}"
@@ -159,6 +161,8 @@ def check_cases(nix: Nix, udplb: str) -> None:
         else:
             report(name, check_expectation(expect, got))
             check_units(name, got["units"])
+            if name == "units":
+                check_contrib("the module", {unit: text.splitlines() for unit, text in got["units"].items()})
             check_built(name, got["etc"], udplb, "")
 
 
@@ -251,8 +255,8 @@ def check_scenarios(nix: Nix, udplb: str, write: bool) -> None:
 def check_flake(nix: Nix) -> None:
     """Everything that the flake offers, against a nixpkgs of stand-ins."""
     program = Path(shutil.which(nix.program) or nix.program).with_name("nix")
-    if not program.exists():
-        skip("flake", f"no {program}")
+    if not program.exists() or not shutil.which("git"):
+        skip("flake", f"needs {program} and git")
         return
     with tempfile.TemporaryDirectory() as folder:
         nixpkgs = Path(folder, "nixpkgs")
@@ -321,12 +325,11 @@ def directives(unit: list[str]) -> set[str]:
     return found
 
 
-def check_contrib() -> None:
+def check_contrib(name: str, units: dict[str, list[str]]) -> None:
     """Debian's units say what the module's say."""
-    nixos = json.loads((FIXTURES / "relay.json").read_text())["nodes"]["relay"]["units"]
     for file in sorted((ROOT / "contrib/systemd").iterdir()):
-        ours, theirs = directives(file.read_text().splitlines()), directives(nixos[file.name])
-        report(f"contrib: {file.name} is the module's", "\n".join(sorted(ours ^ theirs)))
+        ours, theirs = directives(file.read_text().splitlines()), directives(units[file.name])
+        report(f"contrib: {file.name} and {name} agree", "\n".join(sorted(ours ^ theirs)))
 
 
 @functools.cache
@@ -346,7 +349,8 @@ def main() -> int:
     lib = Path(args.lib).resolve() if args.lib else None
     lint_nix()
     lint_scripts()
-    check_contrib()
+    fixture_units = json.loads((FIXTURES / "relay.json").read_text())["nodes"]["relay"]["units"]
+    check_contrib("the fixture", fixture_units)
     if not shutil.which(args.nix):
         skip("EVERYTHING THAT EVALUATES", f"no {args.nix}")
     elif run(args.nix, "--eval", "-E", "builtins.readFileType").returncode:

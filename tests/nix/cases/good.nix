@@ -8,6 +8,13 @@
   # Every word of the module once.
   every-word = {
     expect = {
+      kernelModules = [
+        "cls_bpf"
+        "sch_ingress"
+      ];
+      says."udplb-repair.timer" =
+        "PartOf=udplb.service\n(?s:.*)OnActiveSec=5min\nOnUnitInactiveSec=5min\n(?s:.*)WantedBy=timers.target udplb.service";
+      says."udplb-repair.service" = "ExecStart=.*\"apply\" \"--partial\" \"-q\" \"/stub/";
       units = [
         "udplb-arpd.service"
         "udplb-repair.service"
@@ -147,12 +154,41 @@
     };
   };
 
+  # TOML is known by its extension.
+  file-toml = {
+    expect.etc = [ "udplb.toml" ];
+    config.services.udplb = {
+      enable = true;
+      configFile = ../../../examples/udplb.toml;
+    };
+  };
+
+  # What the rules do not say is said by the defaults, also to the firewall.
+  firewall-by-default = {
+    expect.open.ens3 = [ ];
+    config.services.udplb = {
+      enable = true;
+      interfaces = [ "ens3" ];
+      openFirewall = true;
+      defaults.tc_action = "block";
+      rules = [
+        {
+          key = {
+            address = "10.0.0.5";
+            port = 514;
+          };
+          upstream = [ { address = "10.0.9.12"; } ];
+        }
+      ];
+    };
+  };
+
   # What the units must say to start in order, to be reloaded and to be kept at it.
   units = {
     expect = {
       says = {
         "udplb.service" =
-          "(?s)Wants=network-online.target\n.*After=network-online.target sys-subsystem-net-devices-br\\\\x2dlan.device\n.*X-ReloadIfChanged=true\n.*Restart=on-failure\n.*Type=oneshot\n";
+          "(?s)Wants=network-online.target\n.*After=network-online.target sys-subsystem-net-devices-br\\\\x2dlan.device\n.*X-ReloadIfChanged=true\n.*ExecReload=(?P<apply>[^\n]*)\nExecStart=(?P=apply)\nExecStop=[^\n]*\"detach\"\n.*Restart=on-failure\n.*Type=oneshot\n";
         "udplb-arpd.service" =
           "(?s)Wants=udplb.service\nAfter=udplb.service\n.*Restart=on-failure\n.*Type=notify\n.*WatchdogSec=30\n";
       };
