@@ -46,6 +46,7 @@ let
         "pass"
         "block"
       ]) "`pass` delivers the packet here too, `block` ends it here. The program's default is `pass`.";
+      mode = word (types.enum [ "balance" ]) "One upstream for each packet (`balance`, the default).";
       strategy = word (types.enum [
         "src-port"
         "src-ip"

@@ -53,6 +53,10 @@ with subtest("src-ip: all ports of a sender go to one upstream"):
     send(5001, range(30000, 30010))
     assert sorted(map(len, arrived("/tmp/by-address", 10))) == [0, 10]
 
-with subtest("everything that came was counted"):
+with subtest("everything that came was counted, where it went"):
     status = json.loads(lb.succeed("udplb status -o json"))
-    lb.log(json.dumps(status))
+    files = {"by-port": "/tmp/by-port", "by-address": "/tmp/by-address"}
+    for rule in status["rules"]:
+        counted = [upstream["counters"]["forwarded"]["packets"] for upstream in rule["upstreams"]]
+        got = [int(upstream.succeed(f"wc -l < {files[rule['name']]}")) for upstream in upstreams]
+        assert counted == got and rule["counters"]["matched"]["packets"] == sum(got), (rule, got)

@@ -72,7 +72,7 @@ with subtest("an interface that is late keeps nothing else out"):
     sent_to(up1, 40020)
     relay.fail("systemctl restart udplb.service")
     sent_to(up1, 40021)
-    relay.succeed("ip link add late0 type dummy", "ip link set late0 up")
+    relay.succeed("ip link add late0 type veth peer name late1", "ip link set late0 up")
     relay.wait_for_unit("udplb.service", timeout=120)
     switch()
     relay.succeed("ip link delete late0")

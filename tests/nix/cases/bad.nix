@@ -83,6 +83,10 @@ in
     expect = wrong "options\\.tc_action" "null or one of .pass., .block.'";
     config = options { tc_action = "drop"; };
   };
+  mode = {
+    expect = wrong "options\\.mode" "null or (value .balance. .singular enum.|one of .balance.)";
+    config = options { mode = "copy"; };
+  };
   strategy = {
     expect = wrong "options\\.strategy" "null or one of .src-port., .src-ip., .src-ip-port.'";
     config = options { strategy = "round-robin"; };

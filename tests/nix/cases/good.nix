@@ -47,6 +47,7 @@
             };
             options = {
               tc_action = "pass";
+              mode = "balance";
               hash = "modulo";
               strategy = "src-ip";
             };
@@ -96,6 +97,7 @@
           };
           options = {
             tc_action = "pass";
+            mode = "balance";
             hash = "modulo";
             strategy = "src-ip";
           };

@@ -47,5 +47,4 @@ cd /
 umount -l .old
 exec env -i container=udplb-vm SYSTEMD_UNIT_PATH=/run/units \
 	PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-	/lib/systemd/systemd --system --log-target=console --show-status=false \
-	--default-standard-output=tty --default-standard-error=tty
+	/lib/systemd/systemd --system --log-target=console --show-status=false

@@ -121,9 +121,11 @@ class Machine:
 
     def write_system(self, folder: Path, system: dict[str, Any]) -> None:
         (folder / "bin").mkdir(parents=True)
+        # There is no journal: what services say is on the console.
+        (folder / "units/service.d").mkdir(parents=True)
+        (folder / "units/service.d/console.conf").write_text("[Service]\nStandardOutput=tty\nStandardError=tty\n")
         shutil.copy(HERE / "switch-to-configuration", folder / "bin")
         for name, text in BASE_UNITS.items() | {(n, "\n".join(u) + "\n") for n, u in system["units"].items()}:
-            (folder / "units").mkdir(exist_ok=True)
             (folder / "units" / name).write_text(text)
             for targets in re.findall(r"(?m)^WantedBy=(.*)$", text):
                 for target in targets.split():
@@ -229,7 +231,7 @@ class Machine:
 
     def shutdown(self) -> None:
         if self.process:
-            self.run("systemctl --no-block poweroff", 10)
+            self.run("systemctl --no-block start poweroff.target", 10)
             self.wait_for_shutdown()
 
     def wait_for_shutdown(self) -> None:
