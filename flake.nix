@@ -40,30 +40,48 @@
             pkgs.nixfmt
             pkgs.rustfmt
           ];
-          inherit (self.packages.${pkgs.stdenv.hostPlatform.system}.udplb) C_INCLUDE_PATH;
+          C_INCLUDE_PATH = "${pkgs.linuxHeaders}/include";
         };
       });
 
       formatter = forAllSystems (pkgs: pkgs.nixfmt-tree);
 
-      apps = forAllSystems (pkgs: {
-        demo = {
-          type = "app";
-          meta.description = "watch udplb relay datagrams between network namespaces";
-          program = lib.getExe (
-            pkgs.writeShellApplication {
-              name = "udplb-demo";
-              runtimeInputs = [
-                pkgs.iproute2
-                pkgs.python3
-              ];
-              text = ''
-                UDPLB=${lib.getExe self.packages.${pkgs.stdenv.hostPlatform.system}.udplb} exec sh ${./dev} demo
-              '';
-            }
-          );
-        };
-      });
+      apps = forAllSystems (
+        pkgs:
+        let
+          # with the end points of the demo
+          build = self.packages.${pkgs.stdenv.hostPlatform.system}.udplb.overrideAttrs {
+            cargoBuildFlags = [
+              "--bin=udplb"
+              "--example=datagram"
+            ];
+            doCheck = false;
+            installPhase = ''
+              cd target/${pkgs.stdenv.hostPlatform.rust.cargoShortTarget}/release
+              install -D -t $out udplb
+              install -D -t $out/examples examples/datagram
+            '';
+          };
+          demo = pkgs.writeShellApplication {
+            name = "udplb-demo";
+            runtimeInputs = [
+              pkgs.iproute2
+              pkgs.util-linux
+            ];
+            text = ''
+              [ "$(id -u)" = 0 ] || exec sudo "$0"
+              exec ${./tests/demo} ${build}
+            '';
+          };
+        in
+        {
+          demo = {
+            type = "app";
+            meta.description = "shows packets being relayed, in a lab that is gone afterwards";
+            program = lib.getExe demo;
+          };
+        }
+      );
 
       checks = forAllSystems (
         pkgs:

@@ -189,9 +189,10 @@ async fn wanted_now(global: &Global, target: &Target) -> Result<Wanted> {
     let mut warnings = config.warnings.clone();
     warnings.append(&mut names.warnings);
     let serving = serving(&observed);
+    let all = interfaces.join(", ");
     let missing = partial::reduce(&mut config, &mut interfaces, &mut names, is_here, serving);
     if interfaces.is_empty() {
-        return Err(anyhow!("none of the interfaces of {name} is here").into());
+        return Err(anyhow!("none of the interfaces is here: {all}").into());
     }
     let desired = Desired::new(&config, &interfaces, &names.addresses).map_err(Failure::Config)?;
     Ok(Wanted { name, config, desired, warnings, missing })

@@ -56,10 +56,11 @@ let
       args:
       drv "${args.pname}-${args.version}" (
         args
+        // args.env
         // {
           inherit args;
+          overrideAttrs = over: rustPlatform.buildRustPackage (args // over);
         }
-        // args.env or { }
       );
     llvmPackages.clang-unwrapped = drv "clang" { };
     python3Packages.pyflakes = drv "pyflakes" { };
@@ -89,6 +90,7 @@ let
     "python3"
     "rustfmt"
     "systemd"
+    "util-linux"
     "zlib"
   ] (name: drv name { });
 
