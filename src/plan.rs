@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    Action, Config, Diagnostic, Hash, Host, Key, Source, Strategy, upstream_refusal,
+    Action, Config, Diagnostic, Finding, Hash, Host, Key, Source, Strategy, upstream_refusal,
 };
 
 /// A configuration, as a generation carries it.
