@@ -417,6 +417,37 @@ fn by_source_address_and_port_evenly_and_always_the_same() {
     });
 }
 
+/// `block` alone: the kernel does not clone the GSO packets that BPF_PROG_TEST_RUN makes.
+#[test]
+fn a_gso_packet_is_its_segments() {
+    let sent = |mac| Sent("forwarded", mac);
+    let too_long = Dropped("mtu", Under::Upstream);
+    #[rustfmt::skip]
+    let table = [
+        // a packet                          to    options payload  gso   packets fate
+        ("even segments",                    NEAR,    0, 3000, (1000, 3), 3, sent(NEAR_MAC)),
+        ("a short last segment",             NEAR,    0, 3001, (1000, 4), 4, sent(NEAR_MAC)),
+        ("one segment",                      NEAR,    0, 1000, (1000, 1), 1, sent(NEAR_MAC)),
+        ("options in each",                  NEAR,   40, 3000, (1000, 3), 3, sent(NEAR_MAC)),
+        ("segments not counted yet",         NEAR,    0, 3000, (1000, 0), 3, sent(NEAR_MAC)),
+        ("not counted yet, short last",      NEAR,    0, 3001, (1000, 0), 4, sent(NEAR_MAC)),
+        ("not counted yet, options",         NEAR,   40, 3000, (1000, 0), 3, sent(NEAR_MAC)),
+        ("segments fill the link",           NEAR,    0, 2944, (1472, 2), 2, sent(NEAR_MAC)),
+        ("segments too long for the link",   NEAR,    0, 2946, (1473, 2), 2, too_long),
+        ("segments fill the route",          NARROW,  0, 1944, (972, 2),  2, sent(GATEWAY_MAC)),
+    ];
+    let cases = table.map(|(name, upstream, options, length, gso, packets, fate)| {
+        let (options, payload) = (vec![1; options], payload(length));
+        let rule = rule(Action::Block, Source::Vip, upstream);
+        let headers = ETHERNET + 28 + options.len();
+        // each segment has headers of its own
+        let bytes = (packets * headers + length) as u64;
+        let packet = Datagram { options, payload, ..datagram() };
+        Case { gso, count: Some((packets as u64, bytes)), ..Case::new(name, rule, packet, fate) }
+    });
+    Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
 /// All that goes unchanged to an upstream, and what changes on the way, at random.
 fn any_datagram() -> impl Strategy<Value = Datagram> {
     let checksum = prop_oneof![
