@@ -435,6 +435,8 @@ fn a_gso_packet_is_its_segments() {
         ("segments fill the link",           NEAR,    0, 2944, (1472, 2), 2, sent(NEAR_MAC)),
         ("segments too long for the link",   NEAR,    0, 2946, (1473, 2), 2, too_long),
         ("segments fill the route",          NARROW,  0, 1944, (972, 2),  2, sent(GATEWAY_MAC)),
+        ("segments too long for the route",  NARROW,  0, 1946, (973, 2),  2, too_long),
+        ("options make segments too long",   NARROW,  4, 1944, (972, 2),  2, too_long),
     ];
     let cases = table.map(|(name, upstream, options, length, gso, packets, fate)| {
         let (options, payload) = (vec![1; options], payload(length));
