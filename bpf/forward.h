@@ -46,8 +46,8 @@ static __always_inline enum verdict next_hop(struct __sk_buff *skb, const struct
 	hop->l4_protocol = IPPROTO_UDP;
 	hop->sport = packet->udp->source;
 	hop->dport = upstream->port ?: packet->udp->dest;
-	/* the kernel would hold a whole GSO packet against the MTU */
-	hop->tot_len = skb->gso_size ? 0 : bpf_ntohs(packet->ip->tot_len);
+	/* without it, or with the whole of a GSO packet, the kernel would judge by another length or MTU */
+	hop->tot_len = ip_length(skb, packet);
 	hop->ifindex = skb->ifindex;
 	hop->tos = packet->ip->tos;
 	hop->ipv4_src = source;

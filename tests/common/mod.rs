@@ -2,6 +2,11 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod laboratory;
+pub mod packet;
+pub mod program;
+pub mod wire;
+
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
