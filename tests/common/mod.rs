@@ -2,6 +2,9 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod lab;
+pub mod net;
+
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
