@@ -30,10 +30,11 @@ pub struct Lab {
 impl Lab {
     /// With checksum offload, as veth has it.
     pub fn new() -> Lab {
-        Lab::with_offload(true)
+        Lab::with_offload(true, true)
     }
 
-    pub fn with_offload(offload: bool) -> Lab {
+    /// With checksum offload between client and relay, and between relay and upstream.
+    pub fn with_offload(client: bool, upstream: bool) -> Lab {
         let lab = Lab {
             client: Namespace::new(),
             relay: Namespace::new(),
@@ -41,8 +42,8 @@ impl Lab {
             bpffs: Bpffs::new(),
             directory: Directory::new(),
         };
-        lab.client.link("eth0", &lab.relay, "eth0", offload);
-        lab.relay.link("up0", &lab.upstream, "eth0", offload);
+        lab.client.link("eth0", &lab.relay, "eth0", client);
+        lab.relay.link("up0", &lab.upstream, "eth0", upstream);
         lab.relay.ip("addr add 10.1.0.1/24 dev eth0");
         lab.relay.ip("addr add 10.2.0.1/24 dev up0");
         for address in CLIENTS {

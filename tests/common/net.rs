@@ -25,6 +25,12 @@ pub fn bind(namespace: &Namespace, address: Ipv4Addr, port: u16) -> UdpSocket {
     socket
 }
 
+/// The senders' and the kernel's default.
+pub const TTL: i32 = 64;
+
+/// From `linux/udp.h`.
+pub const UDP_SEGMENT: i32 = 103;
+
 /// Sets an integer option.
 pub fn set(socket: &UdpSocket, level: i32, option: i32, value: i32) {
     // SAFETY: the value is an int that outlives the call.
