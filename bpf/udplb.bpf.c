@@ -18,7 +18,7 @@
 #include "rewrite.h"
 #include "forward.h"
 
-static __noinline void count(struct __sk_buff *skb, __u32 id, enum verdict verdict)
+static __always_inline void count(struct __sk_buff *skb, __u32 id, enum verdict verdict)
 {
 	__u32 chunk = id / COUNTERS_PER_CHUNK, index = id % COUNTERS_PER_CHUNK;
 	void *inner = bpf_map_lookup_elem(&counters, &chunk);
@@ -30,6 +30,12 @@ static __noinline void count(struct __sk_buff *skb, __u32 id, enum verdict verdi
 	counter = &counters->of[verdict];
 	counter->packets += skb->gso_segs ?: 1;
 	counter->bytes += skb->len;
+}
+
+/* Out of line: off the main path. */
+static __noinline void count_aside(struct __sk_buff *skb, __u32 id, enum verdict verdict)
+{
+	count(skb, id, verdict);
 }
 
 static __always_inline const struct rule *match(const struct packet *packet)
@@ -118,14 +124,14 @@ int udplb(struct __sk_buff *skb)
 	if (parsed == PARSED_OTHER)
 		return TC_ACT_UNSPEC;
 	if (parsed == PARSED_LATER_FRAGMENT) {
-		count(skb, 0, VERDICT_FRAGMENT);
+		count_aside(skb, 0, VERDICT_FRAGMENT);
 		return TC_ACT_UNSPEC;
 	}
 	rule = match(&packet);
 	if (!rule)
 		return TC_ACT_UNSPEC;
 	if (skb->pkt_type != PACKET_HOST) {
-		count(skb, rule->id, VERDICT_NOT_FOR_US);
+		count_aside(skb, rule->id, VERDICT_NOT_FOR_US);
 		return TC_ACT_UNSPEC;
 	}
 	return handle(skb, &packet, rule, parsed);

@@ -1,9 +1,12 @@
 //! A configuration file: text in, [`Config`] or [`Diagnostic`]s out. Pure.
 //!
-//!     text ── document ──> Node ── decode ──> rules ── check ──> Config
-//!                                    └─────────┴─────> Problems ── document ──> Diagnostics
+//! ```text
+//! text ── document ──> Node ── decode ──> rules ── check ──> Config
+//!                                └──────────┴──> Problems ── document ──> Diagnostics
+//! ```
 //!
-//! `document` reads by `yaml` and `toml`; `vocabulary` holds the words, `scalar` and `host` judge single values, `schema` describes it all.
+//! `document` reads by `yaml` and `toml`; `vocabulary` holds the words, `scalar` and `host` judge
+//! single values, and `schema` describes the whole.
 
 mod check;
 mod decode;
@@ -136,7 +139,7 @@ impl Config {
         let mut decoded = decode::decode(&node);
         check::check(&mut decoded);
         if !decoded.problems.is_empty() {
-            let locate = |problem: &Problem| document.diagnose(Severity::Error, problem);
+            let locate = |problems: &[Problem]| document.diagnose(Severity::Error, problems);
             return Err(decoded.problems.diagnose(locate));
         }
         drop(node);
@@ -165,9 +168,9 @@ impl Config {
 
     /// Costs one pass over the file's text.
     fn diagnose(&self, severity: Severity, at: &Path, message: String) -> Diagnostic {
-        let problem =
-            Problem { at: at.clone().into(), complaint: Complaint::new(message), related: None };
-        self.document.diagnose(severity, &problem)
+        let at = at.clone().into();
+        let complaint = Complaint::new(message);
+        self.document.diagnose_one(severity, at, complaint)
     }
 }
 

@@ -152,7 +152,7 @@ pub(super) fn shorten(text: &str) -> String {
 }
 
 /// A message and what to do about it, before it has a place.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Complaint {
     pub message: String,
     pub help: Option<String>,
@@ -230,8 +230,8 @@ impl Problems {
     }
 
     /// In the order of the file, with a last one that counts what is left out.
-    pub fn diagnose(&self, locate: impl Fn(&Problem) -> Diagnostic) -> Vec<Diagnostic> {
-        let mut shown: Vec<_> = self.first.iter().map(locate).collect();
+    pub fn diagnose(&self, locate: impl Fn(&[Problem]) -> Vec<Diagnostic>) -> Vec<Diagnostic> {
+        let mut shown = locate(&self.first);
         let more = self.count.saturating_sub(SHOWN);
         let rest = if more > 1 { shown.pop() } else { None };
         shown.sort_by_key(|diagnostic| (diagnostic.line, diagnostic.column));
