@@ -104,8 +104,9 @@ static __always_inline int routed_way(struct __sk_buff *skb, const struct packet
 		.l4_protocol = IPPROTO_UDP,
 		.sport = packet->udp->source,
 		.dport = upstream->port ?: packet->udp->dest,
-		/* the kernel would hold a whole GSO packet against the MTU */
-		.tot_len = skb->gso_size ? 0 : bpf_ntohs(packet->ip->tot_len),
+		/* without it, or with the whole of a GSO packet, the kernel would judge by another length or
+		   MTU */
+		.tot_len = ip_length(skb, packet),
 		.ifindex = skb->ifindex,
 		.tos = packet->ip->tos,
 		.ipv4_src = source,

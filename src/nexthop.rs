@@ -55,7 +55,7 @@ pub async fn resolve(
     let end = Instant::now() + PATIENCE;
     let mut asked_for = HashSet::new();
     loop {
-        let missing = add_macs(&mut ways, &links, &netlink.neighbours().await?);
+        let missing = add_macs(&mut ways, &links, &netlink.neighbours().await?, &asked_for);
         let new: Vec<(u32, IpAddr)> =
             missing.iter().filter(|neighbour| asked_for.insert(**neighbour)).copied().collect();
         for (neighbour, result) in new.iter().zip(netlink.solicit(&new).await) {
@@ -93,6 +93,7 @@ fn add_macs(
     ways: &mut BTreeMap<Ipv4Addr, Way>,
     links: &HashMap<u32, Link>,
     neighbours: &[Neighbour],
+    asked_for: &HashSet<(u32, IpAddr)>,
 ) -> HashSet<(u32, IpAddr)> {
     let table: HashMap<(u32, IpAddr), &Neighbour> = neighbours
         .iter()
@@ -107,7 +108,9 @@ fn add_macs(
         let known =
             neighbour.filter(|neighbour| neighbour.state.is_valid()).and_then(|found| found.mac);
         hop.macs = own.zip(known);
-        let gave_up = neighbour.is_some_and(|neighbour| neighbour.state == NudState::Failed);
+        // one that failed before anybody asked now may have come back
+        let failed = neighbour.is_some_and(|found| found.state == NudState::Failed);
+        let gave_up = asked_for.contains(&key) && failed;
         if own.is_some() && known.is_none() && !gave_up {
             missing.insert(key);
         }
@@ -173,21 +176,27 @@ pub fn write(
     ids: &[RuleIds],
     ways: &BTreeMap<Ipv4Addr, Way>,
 ) -> anyhow::Result<()> {
-    let mut written = HashSet::new();
-    for (rule, ids) in desired.rules.iter().zip(ids) {
-        for (upstream, id) in rule.upstreams.iter().zip(&ids.upstreams) {
-            if !written.insert(*id) {
-                continue;
-            }
-            let mut new = entry(upstream.address, ways.get(&upstream.address));
-            let old = nexthops.read(*id)?;
-            if old.address == new.address {
-                (new.health, new.since) = (old.health, old.since);
-            }
-            nexthops.write(*id, &new)?;
+    for (id, mut new) in entries(desired, ids, ways) {
+        let old = nexthops.read(id)?;
+        if old.address == new.address {
+            (new.health, new.since) = (old.health, old.since);
         }
+        nexthops.write(id, &new)?;
     }
     Ok(())
+}
+
+/// What the program is to know, by upstream id.
+pub fn entries(
+    desired: &Desired,
+    ids: &[RuleIds],
+    ways: &BTreeMap<Ipv4Addr, Way>,
+) -> BTreeMap<u32, types::nexthop> {
+    let rules = desired.rules.iter().zip(ids);
+    rules
+        .flat_map(|(rule, ids)| rule.upstreams.iter().zip(&ids.upstreams))
+        .map(|(upstream, id)| (*id, entry(upstream.address, ways.get(&upstream.address))))
+        .collect()
 }
 
 /// What the program is to know of a way.
