@@ -7,6 +7,7 @@ pub mod laboratory;
 pub mod net;
 pub mod packet;
 pub mod program;
+pub mod service;
 pub mod wire;
 
 use std::ffi::{CString, OsStr};
