@@ -11,17 +11,19 @@ use std::net::Ipv4Addr;
 use common::laboratory::{
     BLACKHOLE, BY_IPV6_GATEWAY, CLIENT, Case, FAR, FAR_COLD, Fate, GATEWAY_MAC, Ingress,
     Laboratory, NARROW, NARROW_COLD, NEAR, NEAR_COLD, NEAR_MAC, NO_ROUTE, OWN, PORTS, Packet,
-    REDIRECT, SHOT, UNREACHABLE, UNSPEC, Under, VIP, datagram, rule, to,
+    REDIRECT, SHOT, Tamper, UNREACHABLE, UNSPEC, Under, VIP, datagram, rule, to,
 };
 use common::packet::{
-    Checksum, Datagram, ETHERNET, IP, PROTOCOL, TOTAL_LENGTH, UDP_LENGTH, VERSION, endpoint,
-    payload, with,
+    Checksum, Datagram, ETHERNET, PROTOCOL, TOTAL_LENGTH, UDP_LENGTH, VERSION, endpoint, payload,
+    with,
 };
+use common::prelude::Tag;
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use udplb::config::{Action, Source, Strategy as Selection};
 use udplb::nexthop::Way;
 use udplb::plan::Rule;
+use udplb::tables::wire;
 
 use Fate::{Dropped, Queued, Sent, Unmatched, Untouched};
 
@@ -106,33 +108,37 @@ fn user_space_knows_the_way() {
     });
 }
 
-/// The map says something else than `apply` wrote.
+/// What user space knows is of an interface that has gone since.
+fn no_such_interface(action: Action, fate: Fate) -> Case {
+    let case = Case::new("no such interface", rule(action, Source::Vip, FAR), datagram(), fate);
+    let tamper: Tamper = |program, ids| {
+        program.change_nexthop(ids.upstreams[0], |hop| hop.ifindex = i32::MAX as u32);
+    };
+    Case { ingress: Ingress::Closed, tamper: Some(tamper), ..case }
+}
+
+/// What user space knows is of the upstream that had the id before.
+fn another_upstreams(action: Action) -> Case {
+    let tamper: Tamper = |program, ids| {
+        program.change_nexthop(ids.upstreams[0], |hop| hop.address = wire(NEAR));
+    };
+    let fate = Dropped("no-route", Under::Upstream);
+    let name = "for another upstream";
+    Case { name: name.into(), tamper: Some(tamper), ..no_such_interface(action, fate) }
+}
+
 #[test]
 fn what_user_space_knows_is_not_to_be_used() {
+    let cases = [
+        another_upstreams(Action::Pass),
+        another_upstreams(Action::Block),
+        no_such_interface(Action::Pass, Dropped("clone-failed", Under::Upstream)),
+        // the kernel drops it later, when it has the packet
+        no_such_interface(Action::Block, Queued("forwarded")),
+    ];
     Laboratory::with(|laboratory| {
-        let case = |name, action, fate| {
-            let case = Case::new(name, rule(action, Source::Vip, FAR), datagram(), fate);
-            let known = Some(laboratory.hop(1500, Some(GATEWAY_MAC)));
-            Case { ingress: Ingress::Closed, known, ..case }
-        };
-        let others = ACTIONS.map(|action| Case {
-            tamper: Some(|program, ids| {
-                program.change_nexthop(ids.upstreams[0], |hop| hop.address += 1)
-            }),
-            ..case("for another upstream", action, Dropped("no-route", Under::Upstream))
-        });
-        let gone = [
-            case("no such interface", Action::Pass, Dropped("clone-failed", Under::Upstream)),
-            // the kernel drops it later, when it takes the packet
-            case("no such interface", Action::Block, Queued("forwarded")),
-        ]
-        .map(|case| Case {
-            tamper: Some(|program, ids| {
-                program.change_nexthop(ids.upstreams[0], |hop| hop.ifindex = i32::MAX as u32)
-            }),
-            ..case
-        });
-        laboratory.check_all(others.into_iter().chain(gone));
+        let known = Some(laboratory.hop(1500, Some(GATEWAY_MAC)));
+        laboratory.check_all(cases.map(|case| Case { known: known.clone(), ..case }));
     });
 }
 
@@ -312,23 +318,61 @@ fn what_no_rule_is_for() {
     Laboratory::with(|laboratory| laboratory.check_all(cases));
 }
 
-/// At every byte that the kernel lets BPF_PROG_TEST_RUN cut at; once as it is, and once with an IP
-/// length that fits what is left.
+/// At every byte; once as it is, and once with an IP length that fits what is left.
 #[test]
 fn truncated() {
     let whole = Datagram { options: vec![1; 4], payload: payload(5), ..datagram() };
     let frame = whole.frame();
     let headers = ETHERNET + 24 + 8;
-    let cases = (ETHERNET + IP..frame.len()).flat_map(|length| {
+    let cases = (ETHERNET..frame.len()).flat_map(|length| {
         let fate = if length < headers { Unmatched } else { Dropped("malformed", Under::Rule) };
         let fits = ((length - ETHERNET) as u16).to_be_bytes();
-        let shorter = with(frame.clone(), TOTAL_LENGTH, fits)[..length].to_vec();
+        let shorter = with(frame.clone(), TOTAL_LENGTH, fits);
         let name = format!("{length} bytes");
-        let cut = both(&name, frame[..length].to_vec(), fate);
-        [cut, both(&format!("{name}, IP length fits"), shorter, fate)].concat()
+        [both(&name, frame.clone(), fate), both(&format!("{name}, IP length fits"), shorter, fate)]
+            .concat()
+            .into_iter()
+            .map(move |case| Case { length: Some(length), ..case })
     });
     let cases = cases.chain(both("whole", whole.clone(), Sent("forwarded", NEAR_MAC)));
     Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
+/// A tag that is held beside the bytes: what goes to the upstream goes without, the original keeps
+/// its own to the bit.
+#[test]
+fn tagged() {
+    let tag = |protocol, control| Tag { protocol, control };
+    let tags = [tag(0x8100, 7), tag(0x8100, 0), tag(0x8100, 0xffff), tag(0x88a8, 0x2064)];
+    let elsewhere = Datagram { destination: endpoint(VIP, 53), ..datagram() };
+    let fragment = Datagram { fragment_offset: 1, ..datagram() };
+    let rows = [
+        every_way("sent", datagram(), Sent("forwarded", NEAR_MAC)),
+        every_way("TTL 1", Datagram { ttl: 1, ..datagram() }, Dropped("ttl", Under::Upstream)),
+        every_way("a fragment", fragment, Untouched("fragment", Under::Zero)),
+        every_way("another port", elsewhere, Unmatched),
+    ]
+    .concat();
+    Laboratory::with(|laboratory| {
+        let uncloned = Case {
+            known: Some(laboratory.hop(1500, Some(GATEWAY_MAC))),
+            ..no_such_interface(Action::Pass, Dropped("clone-failed", Under::Upstream))
+        };
+        let rows = [rows, vec![uncloned]].concat();
+        let tagged = |tag| rows.iter().cloned().map(move |case| Case { tag: Some(tag), ..case });
+        laboratory.check_all(tags.into_iter().flat_map(tagged));
+    });
+}
+
+/// Otherwise a copy with a tag would look like one without.
+#[test]
+fn tags_on_the_wire_are_seen() {
+    let mut frame = datagram().frame();
+    frame.splice(ETHERNET - 2..ETHERNET - 2, [0x81, 0, 0x20, 0x07]);
+    Laboratory::with(|laboratory| {
+        laboratory.wire.send(&frame);
+        assert_eq!(laboratory.wire.drain(), [frame]);
+    });
 }
 
 #[test]
@@ -507,19 +551,19 @@ fn any_packet_is_sent_as_if_made_for_the_upstream() {
 #[test]
 fn any_bytes_are_handled() {
     let damage = proptest::collection::vec((0..60_usize, any::<u8>()), 0..6);
-    let packets = (any_rule(), any_datagram(), damage, ETHERNET + IP..200_usize);
+    let packets = (any_rule(), any_datagram(), damage, ETHERNET..200_usize);
     Laboratory::with(|laboratory| {
         let mut runner = TestRunner::new(Config::with_cases(400));
         let result = runner.run(&packets, |(rule, packet, damage, length)| {
             let mut frame = packet.frame();
             // the addresses stay, or next to nothing would match
-            frame.truncate(length);
             for (at, byte) in damage {
                 if let Some(damaged) = frame.get_mut(ETHERNET - 2 + at) {
                     *damaged = byte;
                 }
             }
-            check_unexpected(laboratory, rule, frame)
+            let length = length.min(frame.len());
+            check_unexpected(laboratory, rule, frame, length)
         });
         result.unwrap_or_else(|failure| panic!("{failure}"));
     });
@@ -529,14 +573,17 @@ fn check_unexpected(
     laboratory: &Laboratory<'_>,
     rule: Rule,
     frame: Vec<u8>,
+    length: usize,
 ) -> Result<(), TestCaseError> {
     let pass = rule.action == Action::Pass;
-    let (_, outcome) = laboratory.run(&Case::new("", rule, frame.clone(), Unmatched));
+    let case = Case::new("", rule, frame.clone(), Unmatched);
+    let (_, outcome) = laboratory.run(&Case { length: Some(length), ..case });
     let sent = outcome.counted.keys().any(|(_, verdict)| *verdict == "forwarded");
     let packets: u64 = outcome.counted.values().map(|count| count.0).sum();
     let copies = usize::from(sent && pass);
+    let same = outcome.run.frame == frame[..length];
     let fine = match outcome.run.action {
-        UNSPEC => outcome.run.frame == frame && packets <= 1 && outcome.copies.len() == copies,
+        UNSPEC => same && packets <= 1 && outcome.copies.len() == copies,
         SHOT => !pass && !sent && packets == 1 && outcome.copies.is_empty(),
         REDIRECT => !pass && sent && packets == 1 && outcome.copies.is_empty(),
         _ => false,

@@ -4,6 +4,7 @@
 
 pub mod laboratory;
 pub mod packet;
+pub mod prelude;
 pub mod program;
 pub mod wire;
 
