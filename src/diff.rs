@@ -1,7 +1,5 @@
 //! What it takes to get from what the kernel holds to what is wanted. Pure.
 
-use std::collections::BTreeSet;
-
 use crate::bpf::OBJECT_SHA256;
 use crate::generation::{Draft, Generation};
 use crate::observe::Observed;
@@ -103,28 +101,15 @@ pub fn apply(
     force: bool,
 ) -> Result<Plan, Refusal> {
     refuse_other_namespace(observed)?;
-    let equal = |generation: &&Generation| {
-        generation.description.desired == *desired && generation.description.object == OBJECT_SHA256
-    };
-    if let Some(held) = observed.held
+    let held = held(observed);
+    if let Some((held, left)) = held
         && !force
-        && let Some(left) = observed.generations.get(&held.generation)
         && left.description.desired == *desired
     {
         return Err(Refusal::Held(held));
     }
-    let in_use = |number: u32| {
-        Some(number) == observed.serving()
-            || observed.is_attached(number)
-            || observed.held.is_some_and(|held| held.generation == number)
-    };
-    let reusable = observed
-        .generations
-        .values()
-        .rev()
-        .filter(|generation| generation.intact && in_use(generation.number))
-        .find(equal)
-        .map(|generation| generation.number);
+    let clsact = clsact_after(observed, desired);
+    let reusable = reusable(observed, desired, &clsact);
     let number = reusable.unwrap_or_else(|| next_number(observed));
 
     let mut actions = unfinished(observed);
@@ -133,30 +118,66 @@ pub fn apply(
             number,
             file: file.into(),
             namespace: observed.namespace,
-            clsact: clsact_after(observed, desired),
+            clsact,
             desired: desired.clone(),
         })));
     }
-    switch(observed, number, &desired.interfaces, force, &mut actions)?;
-    if observed.held.is_some() && Some(number) != observed.serving() {
-        insert_before_current(&mut actions, Action::SetHeld(None));
+    let stays = held.filter(|_| observed.serving() == Some(number));
+    if observed.held.is_some() && stays.is_none() {
+        // before the swap: a crash after it must not leave what is held now held for ever
+        actions.push(Action::SetHeld(None));
     }
-    drop_others(observed, number, &mut actions);
+    switch(observed, number, &desired.interfaces, force, &mut actions)?;
+    let before = match observed.serving().and_then(|serving| observed.generations.get(&serving)) {
+        Some(serving) if serving.number < number && serving.intact => Some(serving.number),
+        _ => before(observed, number, stays.map(|(held, _)| held)),
+    };
+    let there = observed.generations.keys().chain(&observed.damaged);
+    let others = there.filter(|other| ![Some(number), before].contains(&Some(**other)));
+    actions.extend(others.copied().map(Action::Drop));
     Ok(Plan { generation: number, actions })
+}
+
+/// The generation that may serve as it is: an equal one, and none before the one that serves, so
+/// that going back keeps its direction.
+fn reusable(observed: &Observed, desired: &Desired, clsact: &[String]) -> Option<u32> {
+    let least = observed.serving().unwrap_or(0);
+    observed
+        .generations
+        .range(least..)
+        .map(|(_, generation)| generation)
+        .filter(|generation| generation.intact)
+        .find(|Generation { description, .. }| {
+            description.desired == *desired
+                && description.object == OBJECT_SHA256
+                && description.clsact == clsact
+        })
+        .map(|generation| generation.number)
+}
+
+/// What a rollback left, unless that serves again or is gone.
+fn held(observed: &Observed) -> Option<(Held, &Generation)> {
+    let held = observed.held?;
+    let left = observed.generations.get(&held.generation)?;
+    (observed.serving() != Some(held.generation)).then_some((held, left))
+}
+
+/// The generation that a rollback from `number` leads to.
+fn before(observed: &Observed, number: u32, held: Option<Held>) -> Option<u32> {
+    let intact = |number: &u32| observed.generations.get(number).is_some_and(|it| it.intact);
+    let held = held.map(|held| held.generation).filter(intact);
+    held.or_else(|| {
+        observed.generations.range(..number).rev().map(|(number, _)| *number).find(intact)
+    })
 }
 
 /// What `rollback` is to do: back to the generation before, and from there to and fro.
 pub fn rollback(observed: &Observed, now: u64) -> Result<Plan, Refusal> {
     refuse_other_namespace(observed)?;
     let serving = observed.serving().ok_or(Refusal::NothingBefore)?;
-    let target = observed
-        .held
-        .and_then(|held| observed.generations.get(&held.generation))
-        .or_else(|| {
-            observed.generations.range(..serving).next_back().map(|(_, generation)| generation)
-        })
-        .filter(|generation| generation.intact && generation.number != serving)
-        .ok_or(Refusal::NothingBefore)?;
+    let number = before(observed, serving, held(observed).map(|(held, _)| held));
+    let target = number.and_then(|number| observed.generations.get(&number));
+    let target = target.ok_or(Refusal::NothingBefore)?;
     let mut actions = unfinished(observed);
     switch(observed, target.number, &target.description.desired.interfaces, false, &mut actions)?;
     let held = Held { generation: serving, since: now };
@@ -188,9 +209,11 @@ fn refuse_other_namespace(observed: &Observed) -> Result<(), Refusal> {
     other.map_or(Ok(()), |namespace| Err(Refusal::OtherNamespace(namespace)))
 }
 
+/// One that no generation has, and that nothing speaks of.
 fn next_number(observed: &Observed) -> u32 {
+    let held = observed.held.as_ref().map(|held| &held.generation);
     let numbers = observed.generations.keys().chain(&observed.damaged).chain(&observed.current);
-    numbers.max().map_or(1, |number| number + 1)
+    numbers.chain(held).max().map_or(1, |number| number + 1)
 }
 
 fn unfinished(observed: &Observed) -> Vec<Action> {
@@ -199,20 +222,22 @@ fn unfinished(observed: &Observed) -> Vec<Action> {
 
 /// The interfaces whose clsact is ours once `desired` is applied.
 fn clsact_after(observed: &Observed, desired: &Desired) -> Vec<String> {
-    let made_now = desired.interfaces.iter().filter(|name| {
-        observed.interfaces.get(*name).is_some_and(|interface| interface.hook.qdisc.is_none())
-    });
-    let made_before = observed.interfaces.iter().filter_map(|(name, interface)| {
-        (interface.hook.qdisc.is_some() && made_clsact(observed, name)).then_some(name)
-    });
-    made_now.chain(made_before).cloned().collect::<BTreeSet<_>>().into_iter().collect()
+    let ours = |name: &&String| {
+        let interface = observed.interfaces.get(*name);
+        interface.is_some_and(|it| it.hook.qdisc.is_none()) || made_clsact(observed, name)
+    };
+    desired.interfaces.iter().filter(ours).cloned().collect()
 }
 
+/// Says so the generation that is attached there: where none is, the clsact may be anybody's.
 fn made_clsact(observed: &Observed, interface: &str) -> bool {
-    observed
-        .generations
-        .values()
-        .any(|generation| generation.description.clsact.iter().any(|name| name == interface))
+    let Some(Slot::Generation(number)) =
+        observed.interfaces.get(interface).map(|interface| &interface.hook.slot)
+    else {
+        return false;
+    };
+    let generation = observed.generations.get(number);
+    generation.is_some_and(|it| it.description.clsact.iter().any(|name| name == interface))
 }
 
 /// Puts a generation on `interfaces` and takes others off the rest.
@@ -279,19 +304,4 @@ fn insert_before_current(actions: &mut Vec<Action>, action: Action) {
         .position(|action| matches!(action, Action::SetCurrent(_)))
         .unwrap_or(actions.len());
     actions.insert(at, action);
-}
-
-/// Keeps what serves from now on and what served before, for `rollback`.
-fn drop_others(observed: &Observed, number: u32, actions: &mut Vec<Action>) {
-    let before = if observed.serving() == Some(number) {
-        observed
-            .held
-            .map(|held| held.generation)
-            .or_else(|| observed.generations.range(..number).next_back().map(|(before, _)| *before))
-    } else {
-        observed.serving()
-    };
-    let kept = [Some(number), before];
-    let there = observed.generations.keys().chain(&observed.damaged);
-    actions.extend(there.filter(|other| !kept.contains(&Some(**other))).map(|n| Action::Drop(*n)));
 }

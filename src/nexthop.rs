@@ -52,7 +52,7 @@ pub async fn resolve(
     let end = Instant::now() + PATIENCE;
     let mut asked_for = HashSet::new();
     loop {
-        let missing = add_macs(&mut ways, &links, &netlink.neighbours().await?);
+        let missing = add_macs(&mut ways, &links, &netlink.neighbours().await?, &asked_for);
         let new: Vec<(u32, IpAddr)> =
             missing.iter().filter(|neighbour| asked_for.insert(**neighbour)).copied().collect();
         for (neighbour, result) in new.iter().zip(netlink.solicit(&new).await) {
@@ -90,6 +90,7 @@ fn add_macs(
     ways: &mut BTreeMap<Ipv4Addr, Way>,
     links: &HashMap<u32, Link>,
     neighbours: &[Neighbour],
+    asked_for: &HashSet<(u32, IpAddr)>,
 ) -> HashSet<(u32, IpAddr)> {
     let table: HashMap<(u32, IpAddr), &Neighbour> = neighbours
         .iter()
@@ -103,7 +104,8 @@ fn add_macs(
         let neighbour = table.get(&key);
         let known = neighbour.filter(|neighbour| neighbour.valid).and_then(|found| found.mac);
         hop.macs = own.zip(known);
-        let gave_up = neighbour.is_some_and(|neighbour| neighbour.failed);
+        // one that failed before anybody asked now may have come back
+        let gave_up = asked_for.contains(&key) && neighbour.is_some_and(|found| found.failed);
         if own.is_some() && known.is_none() && !gave_up {
             missing.insert(key);
         }

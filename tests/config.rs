@@ -5,7 +5,7 @@ use std::path::Path as FilePath;
 
 use proptest::prelude::*;
 use udplb::config::{
-    Action, Config, Diagnostic, Hash, Host, Ports, Severity, Source, Strategy, schema,
+    Action, Config, Diagnostic, Finding, Hash, Host, Ports, Severity, Source, Strategy, schema,
 };
 
 const SEED: &str = include_str!("../examples/seed.yaml");
@@ -291,14 +291,14 @@ fn no_rules_are_a_warning() {
 fn later_stages_cite_the_file() {
     let config = accept("udplb.yaml", YAML);
     let at = config.rules[2].upstreams[0].at.field("address");
-    let error = config.error(&at, "does not resolve");
+    let error = &config.errors(vec![Finding::new(&at, "does not resolve")])[0];
     assert_eq!((error.line, error.severity), (32, Severity::Error));
     assert_eq!(
         error.to_string().lines().next(),
         Some("error: udplb.yaml:32:35: rules[2].upstream[0].address: does not resolve")
     );
     let config = accept("udplb.toml", TOML);
-    let warning = config.warning(&at, "has two addresses");
+    let warning = &config.warnings(vec![Finding::new(&at, "has two addresses")])[0];
     assert_eq!(
         warning.to_string().lines().next(),
         Some("warning: udplb.toml:32:43: rules[2].upstream[0].address: has two addresses")

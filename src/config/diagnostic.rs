@@ -60,13 +60,18 @@ pub struct Related {
     pub(super) excerpt: Excerpt,
 }
 
-impl fmt::Display for Diagnostic {
+impl fmt::Display for Severity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let severity = match self.severity {
+        f.write_str(match self {
             Severity::Error => "error",
             Severity::Warning => "warning",
-        };
-        write!(f, "{severity}: {}:{}:{}: ", self.file, self.line, self.column)?;
+        })
+    }
+}
+
+impl fmt::Display for Diagnostic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}:{}:{}: ", self.severity, self.file, self.line, self.column)?;
         if !self.field.is_empty() {
             write!(f, "{}: ", self.field)?;
         }
@@ -236,7 +241,7 @@ impl Problems {
         let rest = if more > 1 { shown.pop() } else { None };
         shown.sort_by_key(|diagnostic| (diagnostic.line, diagnostic.column));
         shown.extend(rest.map(|first| Diagnostic {
-            message: format!("and {more} more errors"),
+            message: format!("and {more} more {}s", first.severity),
             help: None,
             related: None,
             excerpt: Excerpt::default(),

@@ -109,12 +109,6 @@ impl Document {
         problems.iter().zip(positions).map(diagnose).collect()
     }
 
-    pub fn diagnose_one(&self, severity: Severity, at: Place, complaint: Complaint) -> Diagnostic {
-        let position = self.positions(&[&at]).pop();
-        let position = position.unwrap_or_else(|| Position::new(&self.text, 0));
-        self.diagnostic(severity, position, &at.path, complaint)
-    }
-
     fn related(&self, (place, label): &(Place, &'static str), position: Position) -> Related {
         Related {
             line: position.line,

@@ -2,7 +2,9 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod lab;
 pub mod laboratory;
+pub mod net;
 pub mod packet;
 pub mod prelude;
 pub mod program;

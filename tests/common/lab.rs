@@ -1,0 +1,226 @@
+//! Senders, a relay and its upstreams, and udplb on the relay:
+//!
+//! ```text
+//! client  10.1.0.20, .21 ── 10.1.0.1  relay  10.2.0.1 ── 10.2.0.20, .21  upstream
+//!                    eth0   eth0              up0        eth0
+//! ```
+
+use std::fs;
+use std::io::Write;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use super::{Bpffs, Namespace, run, udplb, unique};
+
+pub const CLIENTS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 1, 0, 20), Ipv4Addr::new(10, 1, 0, 21)];
+pub const RELAY: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
+pub const UPSTREAMS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 2, 0, 20), Ipv4Addr::new(10, 2, 0, 21)];
+
+pub struct Lab {
+    pub client: Namespace,
+    pub relay: Namespace,
+    pub upstream: Namespace,
+    pub bpffs: Bpffs,
+    pub directory: Directory,
+}
+
+impl Lab {
+    /// With checksum offload, as veth has it.
+    pub fn new() -> Lab {
+        Lab::with_offload(true, true)
+    }
+
+    /// With checksum offload between client and relay, and between relay and upstream.
+    pub fn with_offload(client: bool, upstream: bool) -> Lab {
+        let lab = Lab {
+            client: Namespace::new(),
+            relay: Namespace::new(),
+            upstream: Namespace::new(),
+            bpffs: Bpffs::new(),
+            directory: Directory::new(),
+        };
+        lab.client.link("eth0", &lab.relay, "eth0", client);
+        lab.relay.link("up0", &lab.upstream, "eth0", upstream);
+        lab.relay.ip("addr add 10.1.0.1/24 dev eth0");
+        lab.relay.ip("addr add 10.2.0.1/24 dev up0");
+        for address in CLIENTS {
+            lab.client.ip(&format!("addr add {address}/24 dev eth0"));
+        }
+        for address in UPSTREAMS {
+            lab.upstream.ip(&format!("addr add {address}/24 dev eth0"));
+        }
+        lab.upstream.ip("route add default via 10.2.0.1");
+        lab.relay.sysctl("net.ipv4.ip_forward", "1");
+        lab
+    }
+
+    /// udplb on the relay, its words separated by blanks.
+    pub fn udplb(&self, words: &str) -> Command {
+        let mut command = udplb(&self.relay, &self.bpffs);
+        command.args(words.split_whitespace());
+        command
+    }
+
+    /// Runs udplb on the relay.
+    pub fn run(&self, words: &str) -> Outcome {
+        Outcome::of(&mut self.udplb(words))
+    }
+
+    /// Writes the configuration file that [`Lab::apply`] applies.
+    pub fn write(&self, config: &Value) -> PathBuf {
+        self.directory.write("udplb.yaml", &config.to_string())
+    }
+
+    /// Applies a configuration, which must work, and returns what is reported of it.
+    pub fn apply(&self, config: &Value) -> Value {
+        let outcome = self.try_apply(config, "");
+        outcome.expect(0).json()
+    }
+
+    /// `options` are those of the command.
+    pub fn try_apply(&self, config: &Value, options: &str) -> Outcome {
+        let file = self.write(config);
+        self.run(&format!("apply {} -o json {options}", file.display()))
+    }
+
+    /// What `status` reports, whatever its exit code.
+    pub fn status(&self) -> Value {
+        self.run("status -o json").json()
+    }
+
+    /// The packets with a verdict, of an upstream of a rule.
+    pub fn packets(&self, rule: &str, upstream: &str, verdict: &str) -> u64 {
+        let status = self.status();
+        let by = |list: &Value, field: &str, name: &str| {
+            let found = list.as_array().and_then(|list| list.iter().find(|it| it[field] == name));
+            found.unwrap_or_else(|| panic!("no {name} in {status:#}")).clone()
+        };
+        let rule = by(&status["rules"], "name", rule);
+        let counters = &by(&rule["upstreams"], "label", upstream)["counters"];
+        counters[verdict]["packets"].as_u64().expect("a number")
+    }
+
+    /// What runs on the relay's ingress of an interface: identical text means nothing was written.
+    pub fn filters(&self, interface: &str) -> String {
+        self.relay.tc(&format!("filter show dev {interface} ingress"))
+    }
+}
+
+/// A rule with the given upstreams; `options` go into its options.
+pub fn rule(name: &str, port: u16, options: Value, upstreams: &[Value]) -> Value {
+    json!({
+        "name": name,
+        "key": { "address": RELAY, "port": port },
+        "options": options,
+        "upstream": upstreams,
+    })
+}
+
+/// A configuration for the relay's eth0. Strategy and hash are the first version's.
+pub fn config(rules: &[Value]) -> Value {
+    json!({
+        "version": 1,
+        "interfaces": ["eth0"],
+        "defaults": { "strategy": "src-port", "hash": "modulo" },
+        "rules": rules,
+    })
+}
+
+/// One `block` rule, from port 5000 to `port` of the first upstream.
+pub fn to_port(port: u16) -> Value {
+    let upstream = json!({ "name": "one", "address": UPSTREAMS[0], "port": port });
+    config(&[rule("only", 5000, json!({ "tc_action": "block" }), &[upstream])])
+}
+
+/// What a command printed and its exit code.
+pub struct Outcome {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+    command: String,
+}
+
+impl Outcome {
+    pub fn of(command: &mut Command) -> Outcome {
+        let (code, stdout, stderr) = super::outcome(command);
+        Outcome { code, stdout, stderr, command: format!("{command:?}") }
+    }
+
+    /// Feeds the command's standard input.
+    pub fn with_input(command: &mut Command, input: &str) -> Outcome {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program runs");
+        let mut stdin = child.stdin.take().expect("a pipe");
+        stdin.write_all(input.as_bytes()).expect("the program reads its input");
+        drop(stdin);
+        let output = child.wait_with_output().expect("the program ends");
+        Outcome {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+            command: format!("{command:?}"),
+        }
+    }
+
+    /// # Panics
+    /// The exit code is another one, or the program panicked.
+    #[track_caller]
+    pub fn expect(self, code: i32) -> Outcome {
+        assert!(!self.stderr.contains("panicked"), "{self:?}");
+        assert_eq!(self.code, Some(code), "{self:?}");
+        self
+    }
+
+    /// # Panics
+    /// Standard error does not contain all of these.
+    #[track_caller]
+    pub fn says(self, texts: &[&str]) -> Outcome {
+        for text in texts {
+            assert!(self.stderr.contains(text), "no `{text}`: {self:?}");
+        }
+        self
+    }
+
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+}
+
+impl std::fmt::Debug for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Outcome { code, stdout, stderr, command } = self;
+        write!(f, "{command} -> {code:?}\n{stdout}\n{stderr}")
+    }
+}
+
+/// A directory for files, readable for everybody.
+pub struct Directory(PathBuf);
+
+impl Directory {
+    pub fn new() -> Directory {
+        let path = std::env::temp_dir().join(unique("udplb-files-"));
+        fs::create_dir(&path).expect("a directory for files");
+        run("chmod", ["0755".as_ref(), path.as_os_str()]);
+        Directory(path)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.0.join(name);
+        fs::write(&path, text).expect("a file in the directory");
+        path
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

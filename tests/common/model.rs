@@ -1,0 +1,160 @@
+//! A kernel in which actions are carried out on paper, and which objects to what must not be done.
+
+use std::collections::BTreeMap;
+
+use udplb::bpf::OBJECT_SHA256;
+use udplb::diff::{self, Action, Plan, Refusal};
+use udplb::generation::{Description, Draft, Generation, ProgramName};
+use udplb::netlink::Qdisc;
+use udplb::observe::{Interface, Observed};
+use udplb::plan::{Desired, RuleIds, assign_ids};
+use udplb::tc::{Hook, Slot};
+
+/// Who put a clsact onto an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    Udplb,
+    Other,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Kernel {
+    pub observed: Observed,
+    pub clsacts: BTreeMap<String, Owner>,
+}
+
+impl Kernel {
+    pub fn new(interfaces: &[&str]) -> Kernel {
+        let empty = |index: usize| Interface {
+            index: index as u32 + 1,
+            ethernet: true,
+            hook: Hook { qdisc: None, slot: Slot::Empty, shared: false },
+        };
+        let interfaces =
+            interfaces.iter().enumerate().map(|(index, name)| (name.to_string(), empty(index)));
+        let observed =
+            Observed { namespace: 7, interfaces: interfaces.collect(), ..Observed::default() };
+        Kernel { observed, clsacts: BTreeMap::new() }
+    }
+
+    /// Somebody else adds a clsact where there is none. Where some generation says that it made
+    /// one, a rollback to it would take this one for its own, once it is empty.
+    pub fn add_foreign_clsact(&mut self, interface: &str) {
+        let claims = |it: &Generation| it.description.clsact.iter().any(|name| name == interface);
+        if self.observed.generations.values().any(claims) {
+            return;
+        }
+        let hook = self.hook(interface);
+        if hook.qdisc.is_none() {
+            hook.qdisc = Some(Qdisc::Clsact);
+            self.clsacts.insert(interface.into(), Owner::Other);
+        }
+    }
+
+    /// Somebody else adds a filter, or takes theirs away.
+    pub fn share(&mut self, interface: &str, shared: bool) {
+        self.add_foreign_clsact(interface);
+        let hook = self.hook(interface);
+        hook.shared = shared && hook.qdisc.is_some();
+    }
+
+    /// Plans what `apply` is to do and carries out the first `steps` of it.
+    pub fn apply(&mut self, desired: &Desired, force: bool, steps: usize) -> Result<Plan, Refusal> {
+        let plan = diff::apply(&self.observed, desired, "test.yaml", force)?;
+        self.carry_out(&plan.actions, steps);
+        Ok(plan)
+    }
+
+    pub fn rollback(&mut self, steps: usize) -> Result<Plan, Refusal> {
+        let plan = diff::rollback(&self.observed, 1_000)?;
+        self.carry_out(&plan.actions, steps);
+        Ok(plan)
+    }
+
+    pub fn detach(&mut self, interfaces: &[String], steps: usize) {
+        let actions = diff::detach(&self.observed, interfaces).expect("they exist");
+        self.carry_out(&actions, steps);
+    }
+
+    fn carry_out(&mut self, actions: &[Action], steps: usize) {
+        for action in actions.iter().take(steps) {
+            self.act(action);
+        }
+        // a crash in the middle of the next one
+        if let Some(Action::Build(draft)) = actions.get(steps) {
+            self.observed.unfinished.push(format!("building-{}", draft.number));
+        }
+    }
+
+    fn act(&mut self, action: &Action) {
+        match action {
+            Action::RemoveUnfinished(name) => self.observed.unfinished.retain(|it| it != name),
+            Action::Build(draft) => self.build(draft),
+            Action::WriteNextHops(number) => assert!(self.generation(*number).intact),
+            Action::AddClsact(interface) => {
+                let hook = self.hook(interface);
+                assert_eq!(hook.qdisc.replace(Qdisc::Clsact), None, "a clsact is there already");
+                self.clsacts.insert(interface.clone(), Owner::Udplb);
+            }
+            Action::Attach { interface, generation, replaces } => {
+                assert!(self.generation(*generation).intact);
+                let hook = self.hook(interface);
+                assert!(hook.qdisc.is_some(), "no qdisc on {interface}");
+                assert_eq!(hook.slot, *replaces);
+                hook.slot = Slot::Generation(*generation);
+            }
+            Action::Detach { interface, generation, clsact } => {
+                let hook = self.hook(interface);
+                assert_eq!(hook.slot, Slot::Generation(*generation));
+                hook.slot = Slot::Empty;
+                if *clsact {
+                    assert!(!hook.shared, "others hang on it");
+                    hook.qdisc = None;
+                    assert_eq!(self.clsacts.remove(interface), Some(Owner::Udplb));
+                }
+            }
+            Action::SetHeld(held) => self.observed.held = *held,
+            Action::SetCurrent(number) => {
+                assert!(self.observed.generations.contains_key(number));
+                self.observed.current = Some(*number);
+            }
+            Action::Drop(number) => {
+                assert!(!self.observed.is_attached(*number), "{number} serves");
+                self.observed.generations.remove(number);
+                self.observed.damaged.retain(|it| it != number);
+            }
+        }
+    }
+
+    fn build(&mut self, draft: &Draft) {
+        let known: Vec<(&Desired, &[RuleIds])> = self
+            .observed
+            .generations
+            .values()
+            .map(|it| (&it.description.desired, it.description.ids.as_slice()))
+            .collect();
+        let ids = assign_ids(&draft.desired, &known, 1 << 19).expect("ids enough");
+        let description = Description {
+            version: "test".into(),
+            object: OBJECT_SHA256.into(),
+            file: draft.file.clone(),
+            built: 0,
+            namespace: draft.namespace,
+            program: ProgramName::new(draft.number, [0; 8]),
+            clsact: draft.clsact.clone(),
+            desired: draft.desired.clone(),
+            ids,
+        };
+        let generation = Generation { number: draft.number, description, intact: true };
+        let before = self.observed.generations.insert(draft.number, generation);
+        assert!(before.is_none(), "generation {} is there already", draft.number);
+    }
+
+    fn generation(&self, number: u32) -> &Generation {
+        &self.observed.generations[&number]
+    }
+
+    fn hook(&mut self, interface: &str) -> &mut Hook {
+        &mut self.observed.interfaces.get_mut(interface).expect("an interface").hook
+    }
+}

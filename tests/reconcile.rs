@@ -1,0 +1,491 @@
+//! From what the kernel holds to what is wanted: the actions on paper, for any configurations and
+//! any crash, and the real executor, with a failure at every action.
+
+mod common;
+#[path = "common/model.rs"]
+mod model;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::Ipv4Addr;
+
+use anyhow::{anyhow, bail};
+use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, to_port};
+use common::net::{bind, receive};
+use model::{Kernel, Owner};
+use proptest::collection::{btree_set, vec};
+use proptest::prelude::*;
+use proptest::sample::{select, subsequence};
+use serde_json::{Value, json};
+use udplb::apply::Executor;
+use udplb::config::{
+    Action as TcAction, Config, Hash, Host, Key, Ports, Source, Strategy as Selection,
+};
+use udplb::diff::{self, Action, Plan, Refusal};
+use udplb::netlink::Netlink;
+use udplb::observe::{Observed, observe};
+use udplb::plan::{Desired, Rule, Upstream};
+use udplb::tc::Slot;
+use udplb::{nexthop, state};
+
+const INTERFACES: [&str; 3] = ["a", "b", "c"];
+const ALL: usize = usize::MAX;
+
+fn upstream() -> impl Strategy<Value = Upstream> {
+    (1..=4_u8, prop::option::of(9_000..9_002_u16)).prop_map(|(host, port)| {
+        let address = Ipv4Addr::new(10, 0, 9, host);
+        Upstream { name: None, host: Host::Address(address), address, port }
+    })
+}
+
+fn rule(number: u16) -> impl Strategy<Value = Rule> {
+    let actions = select(vec![TcAction::Pass, TcAction::Block]);
+    (actions, vec(upstream(), 1..4)).prop_map(move |(action, upstreams)| Rule {
+        name: format!("rule {number}"),
+        key: Key {
+            address: Ipv4Addr::new(10, 0, 0, 5),
+            ports: vec![Ports { first: 1000 + number, last: 1000 + number }],
+        },
+        action,
+        strategy: Selection::SrcIp,
+        hash: Hash::Modulo,
+        source: Source::Vip,
+        upstreams,
+    })
+}
+
+fn desired() -> impl Strategy<Value = Desired> {
+    let interfaces = subsequence(INTERFACES.to_vec(), 1..=INTERFACES.len());
+    let rules = btree_set(0..5_u16, 0..4)
+        .prop_flat_map(|numbers| numbers.into_iter().map(rule).collect::<Vec<_>>());
+    (interfaces, rules).prop_map(|(interfaces, rules)| Desired {
+        interfaces: interfaces.into_iter().map(String::from).collect(),
+        rules,
+    })
+}
+
+/// What happens to a machine. A number of steps is where a crash ends it; most come to their end.
+#[derive(Clone, Debug)]
+enum Event {
+    Apply(Desired, bool, usize),
+    Rollback(usize),
+    Detach(Vec<String>, usize),
+    ForeignClsact(&'static str),
+    Share(&'static str, bool),
+    LosePin(usize),
+    LoseDescription(usize),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let steps = || prop_oneof![3 => Just(ALL), 1 => 0..12_usize];
+    let interface = || select(INTERFACES.to_vec());
+    let some = subsequence(INTERFACES.to_vec(), 0..=INTERFACES.len())
+        .prop_map(|names| names.into_iter().map(String::from).collect());
+    prop_oneof![
+        6 => (desired(), any::<bool>(), steps())
+            .prop_map(|(desired, force, steps)| Event::Apply(desired, force, steps)),
+        3 => steps().prop_map(Event::Rollback),
+        2 => (some, steps()).prop_map(|(names, steps)| Event::Detach(names, steps)),
+        1 => interface().prop_map(Event::ForeignClsact),
+        1 => (interface(), any::<bool>()).prop_map(|(name, shared)| Event::Share(name, shared)),
+        1 => (0..3_usize).prop_map(Event::LosePin),
+        1 => (0..3_usize).prop_map(Event::LoseDescription),
+    ]
+}
+
+fn happen(kernel: &mut Kernel, event: &Event) {
+    let nth =
+        |kernel: &Kernel, index: usize| kernel.observed.generations.keys().nth(index).copied();
+    match event {
+        // one that is refused changes nothing
+        Event::Apply(desired, force, steps) => drop(kernel.apply(desired, *force, *steps)),
+        Event::Rollback(steps) => drop(kernel.rollback(*steps)),
+        Event::Detach(names, steps) => kernel.detach(names, *steps),
+        Event::ForeignClsact(name) => kernel.add_foreign_clsact(name),
+        Event::Share(name, shared) => kernel.share(name, *shared),
+        Event::LosePin(index) => {
+            if let Some(number) = nth(kernel, *index) {
+                kernel.observed.generations.get_mut(&number).expect("it is there").intact = false;
+            }
+        }
+        Event::LoseDescription(index) => {
+            if let Some(number) = nth(kernel, *index) {
+                kernel.observed.generations.remove(&number);
+                kernel.observed.damaged.push(number);
+            }
+        }
+    }
+}
+
+/// A machine with a past.
+fn kernel() -> impl Strategy<Value = Kernel> {
+    vec(event(), 0..8).prop_map(|events| {
+        let mut kernel = Kernel::new(&INTERFACES);
+        for event in &events {
+            happen(&mut kernel, event);
+            check_ids(&kernel);
+        }
+        kernel
+    })
+}
+
+/// One id has one holder, and one holder has one id, over all generations there are.
+fn check_ids(kernel: &Kernel) {
+    let mut by_id = BTreeMap::new();
+    let mut by_holder = BTreeMap::new();
+    for generation in kernel.observed.generations.values() {
+        let description = &generation.description;
+        for (rule, ids) in description.desired.rules.iter().zip(&description.ids) {
+            let mut holders = vec![(ids.rule, (&rule.name, None))];
+            holders.extend(rule.upstreams.iter().zip(&ids.upstreams).map(|(upstream, id)| {
+                (*id, (&rule.name, Some((upstream.address, upstream.port))))
+            }));
+            for (id, holder) in holders {
+                assert_ne!(id, 0);
+                assert_eq!(*by_id.entry(id).or_insert(holder), holder, "id {id}");
+                assert_eq!(*by_holder.entry(holder).or_insert(id), id, "{holder:?}");
+            }
+        }
+    }
+}
+
+/// The configuration serves, on its interfaces and nowhere else, and nothing is left to do.
+fn check_applied(kernel: &Kernel, desired: &Desired) {
+    let observed = &kernel.observed;
+    let serving = observed.serving().expect("something serves");
+    assert_eq!(observed.generations[&serving].description.desired, *desired);
+    assert!(observed.generations[&serving].intact);
+    assert_eq!(observed.current, Some(serving));
+    let attached: Vec<(&str, u32)> = observed.attached().collect();
+    let wanted: Vec<(&str, u32)> =
+        desired.interfaces.iter().map(|name| (name.as_str(), serving)).collect();
+    assert_eq!(attached, wanted);
+    assert!(observed.unfinished.is_empty(), "{:?}", observed.unfinished);
+    assert!(observed.damaged.is_empty(), "{:?}", observed.damaged);
+    assert!(observed.generations.len() <= 2);
+    check_ids(kernel);
+    let again = diff::apply(observed, desired, "test.yaml", false).expect("no refusal");
+    assert_eq!(again.generation, serving);
+    assert!(again.actions.is_empty(), "{:?}", again.actions);
+}
+
+fn configurations(kernel: &Kernel) -> BTreeSet<String> {
+    let text = |desired: &Desired| serde_json::to_string(desired).expect("JSON");
+    kernel.observed.generations.values().map(|it| text(&it.description.desired)).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn applying_gives_what_is_wanted_whatever_was(mut kernel in kernel(), new in desired()) {
+        kernel.apply(&new, true, ALL).expect("force");
+        check_applied(&kernel, &new);
+    }
+
+    #[test]
+    fn a_crash_at_any_action_is_healed(
+        mut kernel in kernel(), new in desired(), steps in 0..16_usize,
+    ) {
+        kernel.apply(&new, true, steps).expect("force");
+        // the cron job comes round: it must not be refused for what the first call overcame
+        kernel.apply(&new, true, ALL).expect("force");
+        check_applied(&kernel, &new);
+    }
+
+    #[test]
+    fn what_was_held_is_free_once_another_was_applied(
+        old in desired(), left in desired(), new in desired(), steps in 0..16_usize,
+    ) {
+        prop_assume!(left != old && new != left && new != old);
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply(&old, false, ALL).expect("no refusal");
+        kernel.apply(&left, false, ALL).expect("no refusal");
+        kernel.rollback(ALL).expect("there is one before");
+        prop_assert!(matches!(kernel.apply(&left, false, ALL), Err(Refusal::Held(_))));
+        check_applied(&kernel, &old);
+        // the old file put back changes nothing, and the left one stays held
+        prop_assert!(kernel.apply(&old, false, ALL).expect("no refusal").actions.is_empty());
+        prop_assert!(kernel.observed.held.is_some());
+
+        kernel.apply(&new, false, steps).expect("no refusal");
+        kernel.apply(&new, false, ALL).expect("no refusal");
+        prop_assert_eq!(kernel.observed.held, None);
+        check_applied(&kernel, &new);
+        kernel.apply(&left, false, ALL).expect("no refusal");
+        check_applied(&kernel, &left);
+    }
+
+    #[test]
+    fn rolling_back_twice_is_as_before(
+        old in desired(), new in desired(), steps in 0..16_usize,
+    ) {
+        prop_assume!(old != new);
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply(&old, false, ALL).expect("no refusal");
+        let there = kernel.apply(&new, false, ALL).expect("no refusal").generation;
+        let both = configurations(&kernel);
+        let back = kernel.rollback(ALL).expect("there is one before").generation;
+        check_applied(&kernel, &old);
+        prop_assert_eq!(kernel.rollback(ALL).expect("and back").generation, there);
+        check_applied(&kernel, &new);
+        prop_assert_eq!(kernel.rollback(ALL).expect("and forth").generation, back);
+        prop_assert_eq!(configurations(&kernel), both);
+        kernel.apply(&new, true, steps).expect("force");
+        kernel.apply(&new, true, ALL).expect("force");
+        prop_assert_eq!(kernel.observed.held, None);
+        check_applied(&kernel, &new);
+    }
+
+    #[test]
+    fn a_rollback_that_crashed_can_go_either_way(
+        old in desired(), new in desired(), steps in 0..16_usize, forward in any::<bool>(),
+    ) {
+        prop_assume!(old != new);
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply(&old, false, ALL).expect("no refusal");
+        kernel.apply(&new, false, ALL).expect("no refusal");
+        kernel.rollback(steps).expect("there is one before");
+        let goal = if forward { &new } else { &old };
+        kernel.apply(goal, true, ALL).expect("force");
+        check_applied(&kernel, goal);
+    }
+
+    #[test]
+    fn detaching_leaves_what_others_made(mut kernel in kernel(), steps in 0..6_usize) {
+        let foreign: Vec<String> = kernel
+            .clsacts
+            .iter()
+            .filter(|(_, owner)| **owner == Owner::Other)
+            .map(|(name, _)| name.clone())
+            .collect();
+        kernel.detach(&[], steps);
+        kernel.detach(&[], ALL);
+        prop_assert_eq!(kernel.observed.attached().count(), 0);
+        for name in foreign {
+            prop_assert_eq!(kernel.clsacts.get(&name), Some(&Owner::Other));
+        }
+    }
+
+    #[test]
+    fn a_plain_life_leaves_no_clsact(configurations in vec(desired(), 1..5), back in any::<bool>()) {
+        let mut kernel = Kernel::new(&INTERFACES);
+        for desired in &configurations {
+            kernel.apply(desired, false, ALL).expect("no refusal");
+        }
+        if back {
+            drop(kernel.rollback(ALL));
+        }
+        kernel.detach(&[], ALL);
+        prop_assert!(kernel.clsacts.is_empty(), "{:?}", kernel.clsacts);
+    }
+}
+
+#[test]
+fn a_generation_that_was_never_attached_is_not_gone_back_to() {
+    let mut kernel = Kernel::new(&INTERFACES);
+    assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
+    let one = Desired { interfaces: vec!["a".into()], rules: Vec::new() };
+    kernel.apply(&one, false, ALL).expect("no refusal");
+    assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
+    let two = Desired { interfaces: vec!["b".into()], rules: Vec::new() };
+    let plan = diff::apply(&kernel.observed, &two, "test.yaml", false).expect("no refusal");
+    assert!(matches!(plan.actions[0], Action::Build(_)));
+    kernel.apply(&two, false, 1).expect("no refusal");
+    assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
+}
+
+#[test]
+fn what_is_not_ours_to_change_is_refused() {
+    let one = Desired { interfaces: vec!["a".into()], rules: Vec::new() };
+    let kernel = Kernel::new(&INTERFACES);
+    let refusal = |change: &dyn Fn(&mut Kernel)| {
+        let mut kernel = kernel.clone();
+        change(&mut kernel);
+        diff::apply(&kernel.observed, &one, "test.yaml", false).expect_err("a refusal")
+    };
+    let interface = |kernel: &mut Kernel| kernel.observed.interfaces.remove("a").expect("a");
+    let put = |kernel: &mut Kernel, slot: Slot| {
+        let mut it = interface(kernel);
+        it.hook.slot = slot;
+        kernel.observed.interfaces.insert("a".into(), it);
+    };
+    assert_eq!(refusal(&|kernel| drop(interface(kernel))), Refusal::NoInterface("a".into()));
+    let foreign = refusal(&|kernel| put(kernel, Slot::Foreign("theirs".into())));
+    assert!(matches!(foreign, Refusal::Foreign { filter, .. } if filter == "theirs"));
+    let orphan = refusal(&|kernel| put(kernel, Slot::Orphan("ours".into())));
+    assert!(matches!(orphan, Refusal::Orphan { filter, .. } if filter == "ours"));
+    let other = refusal(&|kernel| {
+        kernel.apply(&one, false, ALL).expect("no refusal");
+        kernel.observed.namespace = 8;
+    });
+    assert_eq!(other, Refusal::OtherNamespace(7));
+}
+
+/// Plans on what the kernel holds and carries it out in this process, up to action `stop`, which
+/// fails. Returns how many actions there were.
+fn carry_out(
+    lab: &Lab,
+    plan: &(dyn Fn(&Observed) -> Result<Plan, Refusal> + Sync),
+    stop: usize,
+) -> anyhow::Result<usize> {
+    let inside = async || {
+        let netlink = Netlink::open()?;
+        let guard = state::write(&lab.bpffs.pins(), std::time::Duration::ZERO)
+            .map_err(|failure| anyhow!("{failure}"))?;
+        let observed = observe(Some(&guard), &netlink).await?;
+        let plan = plan(&observed).map_err(|refusal| anyhow!("{refusal}"))?;
+        let addresses: BTreeSet<Ipv4Addr> = UPSTREAMS.into_iter().collect();
+        let ways = nexthop::resolve(&netlink, &addresses).await?;
+        let mut steps = 0;
+        let mut witness = |_: &Action| {
+            steps += 1;
+            if steps > stop { bail!("injected") } else { Ok(()) }
+        };
+        let mut executor = Executor::new(&guard, &netlink, &observed, &ways);
+        executor.run(&plan.actions, &mut witness).await?;
+        Ok(plan.actions.len())
+    };
+    lab.relay.enter(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(inside())
+    })
+}
+
+fn wanted(config: &Value) -> Desired {
+    let config = Config::parse("udplb.yaml", &config.to_string()).expect("a good configuration");
+    Desired::new(&config, &config.interfaces, &BTreeMap::new()).expect("no host names")
+}
+
+/// All that a failed apply must leave as it was: filters with their programs, qdiscs, generations,
+/// `current` and what is held.
+fn snapshot(lab: &Lab) -> String {
+    let mut text = lab.relay.tc("qdisc show") + &lab.filters("eth0") + &lab.filters("up0");
+    let mut pins = vec![String::new()];
+    while let Some(directory) = pins.pop() {
+        let path = lab.bpffs.pins().join(&directory);
+        let mut names: Vec<String> = fs::read_dir(&path)
+            .expect("a directory of pins")
+            .map(|entry| entry.expect("a pin").file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        text += &format!("{directory}: {names:?}\n");
+        let inside = names.iter().map(|name| format!("{directory}/{name}"));
+        let directories =
+            inside.map(|name| name.trim_start_matches('/').to_string()).filter(|name| {
+                // state/ may be made by what fails; it is nobody's generation
+                let path = lab.bpffs.pins().join(name);
+                path.is_dir() && !path.is_symlink() && name != "state"
+            });
+        pins.extend(directories);
+    }
+    let status = lab.status();
+    text + &format!("{} {}", status["generation"], status["held"])
+}
+
+/// Fails at each action in turn, in one laboratory: what a failure leaves is what the next try
+/// starts from. Then lets it pass.
+fn fail_everywhere(
+    lab: &Lab,
+    serves: Option<u16>,
+    plan: &(dyn Fn(&Observed) -> Result<Plan, Refusal> + Sync),
+) {
+    drop(state::write(&lab.bpffs.pins(), std::time::Duration::ZERO).expect("the pin directory"));
+    let before = snapshot(lab);
+    let mut stop = 0;
+    loop {
+        let counted = serves.map(|_| lab.packets("only", "one", "forwarded"));
+        match carry_out(lab, plan, stop) {
+            Ok(_) => break,
+            Err(error) => assert_eq!(error.to_string(), "injected"),
+        }
+        assert_eq!(snapshot(lab), before, "after a failure at action {stop}");
+        if let (Some(port), Some(counted)) = (serves, counted) {
+            expect_way(lab, port);
+            assert_eq!(lab.packets("only", "one", "forwarded"), counted + 1);
+        }
+        stop += 1;
+    }
+    assert!(stop > 2, "only {stop} actions could fail");
+}
+
+/// A datagram to the rule's key arrives at the port of the first upstream.
+fn expect_way(lab: &Lab, port: u16) {
+    let receiver = bind(&lab.upstream, UPSTREAMS[0], port);
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    sender.send_to(b"which way", (RELAY, 5000)).expect("sent");
+    assert_eq!(receive(&receiver).payload, b"which way");
+}
+
+fn with_interfaces(config: Value, interfaces: &[&str]) -> Value {
+    let mut config = config;
+    config["interfaces"] = json!(interfaces);
+    config
+}
+
+#[test]
+fn a_failing_first_apply_leaves_nothing() {
+    let lab = Lab::new();
+    let desired = wanted(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+    fail_everywhere(&lab, None, &|observed| diff::apply(observed, &desired, "x", false));
+    expect_way(&lab, 7001);
+}
+
+#[test]
+fn a_failing_apply_leaves_the_old_generation_serving() {
+    let lab = Lab::new();
+    // from two interfaces to one: a detachment, with the clsact that udplb made
+    lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+    let desired = wanted(&to_port(7002));
+    fail_everywhere(&lab, Some(7001), &|observed| diff::apply(observed, &desired, "x", false));
+    expect_way(&lab, 7002);
+    assert!(!lab.relay.tc("qdisc show dev up0").contains("clsact"));
+    // and back to two, with a generation to drop
+    let desired = wanted(&with_interfaces(to_port(7003), &["eth0", "up0"]));
+    fail_everywhere(&lab, Some(7002), &|observed| diff::apply(observed, &desired, "x", false));
+    expect_way(&lab, 7003);
+}
+
+#[test]
+fn a_failing_rollback_leaves_the_new_generation_serving() {
+    let lab = Lab::new();
+    lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+    lab.apply(&to_port(7002));
+    fail_everywhere(&lab, Some(7002), &|observed| diff::rollback(observed, 1_000));
+    expect_way(&lab, 7001);
+    assert_eq!(lab.status()["held"], 2);
+    // with --force, out of it again
+    let desired = wanted(&to_port(7002));
+    fail_everywhere(&lab, Some(7001), &|observed| diff::apply(observed, &desired, "x", true));
+    expect_way(&lab, 7002);
+    assert_eq!(lab.status()["held"], Value::Null);
+}
+
+#[test]
+fn a_failing_clean_up_is_no_failure() {
+    let lab = Lab::new();
+    for port in 7001..7003 {
+        lab.apply(&to_port(port));
+    }
+    fs::create_dir(lab.bpffs.pins().join("building-9")).expect("leftovers");
+    let desired = wanted(&to_port(7003));
+    let plan = |observed: &Observed| diff::apply(observed, &desired, "x", false);
+    let all = carry_out(
+        &lab,
+        &|observed| {
+            let mut plan = plan(observed)?;
+            assert!(matches!(plan.actions.pop(), Some(Action::Drop(1))));
+            Ok(plan)
+        },
+        usize::MAX,
+    );
+    all.expect("all actions but the last");
+    expect_way(&lab, 7003);
+    assert!(lab.bpffs.pins().join("generations/1").exists());
+    assert!(!lab.bpffs.pins().join("building-9").exists());
+    assert_eq!(carry_out(&lab, &plan, 0).expect("a warning only"), 1);
+    assert!(lab.bpffs.pins().join("generations/1").exists());
+    assert_eq!(lab.apply(&to_port(7003))["changed"], true);
+    assert!(!lab.bpffs.pins().join("generations/1").exists());
+    assert_eq!(lab.apply(&to_port(7003))["changed"], false);
+}
