@@ -271,7 +271,7 @@ pub fn datagram() -> Datagram {
     Datagram { to: RELAY_MAC, ..Datagram::new(endpoint(CLIENT, 5666), endpoint(VIP, PORTS.first)) }
 }
 
-pub struct Laboratory<'object> {
+pub struct Testbed<'object> {
     pub program: Program<'object>,
     pub wire: Wire,
     routing: u32,
@@ -279,9 +279,9 @@ pub struct Laboratory<'object> {
     out: u32,
 }
 
-impl Laboratory<'_> {
+impl Testbed<'_> {
     /// Makes one, puts the test in it, and removes it.
-    pub fn with(test: impl FnOnce(&Laboratory<'_>) + Send) {
+    pub fn with(test: impl FnOnce(&Testbed<'_>) + Send) {
         let (relay, upstreams) = (Namespace::new(), Namespace::new());
         relay.link("out0", &upstreams, "relay0", true);
         for command in ADDRESSES {
@@ -296,7 +296,7 @@ impl Laboratory<'_> {
             stay_on_this_cpu();
             let mut object = MaybeUninit::uninit();
             let program = Program::load(&mut object);
-            test(&Laboratory { program, wire, routing, closed, out });
+            test(&Testbed { program, wire, routing, closed, out });
         });
     }
 
