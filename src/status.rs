@@ -108,7 +108,7 @@ impl Status {
         let serving = observed.serving().and_then(|number| observed.generations.get(&number));
         let mut status = Status {
             generation: serving.map(|generation| generation.number),
-            file: serving.map(|generation| generation.description.file.clone()),
+            file: serving.map(|generation| generation.description.origin.file.clone()),
             built: serving.map(|generation| generation.description.built),
             version: serving.map(|generation| generation.description.version.clone()),
             interfaces: interfaces(observed, serving),
