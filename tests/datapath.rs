@@ -14,9 +14,9 @@ use common::packet::{
 };
 use common::prelude::Tag;
 use common::testbed::{
-    BLACKHOLE, BY_IPV6_GATEWAY, CLIENT, Case, FAR, FAR_COLD, Fate, GATEWAY_MAC, Ingress, NARROW,
-    NARROW_COLD, NEAR, NEAR_COLD, NEAR_MAC, NO_ROUTE, OWN, PORTS, Packet, REDIRECT, SHOT, Tamper,
-    Testbed, UNREACHABLE, UNSPEC, Under, VIP, datagram, rule, to,
+    BLACKHOLE, BY_IPV6_GATEWAY, BY_IPV6_GATEWAY_COLD, CLIENT, Case, FAR, FAR_COLD, Fate,
+    GATEWAY_MAC, Ingress, NARROW, NARROW_COLD, NEAR, NEAR_COLD, NEAR_MAC, NO_ROUTE, OWN, PORTS,
+    Packet, REDIRECT, SHOT, Tamper, Testbed, UNREACHABLE, UNSPEC, Under, VIP, datagram, rule, to,
 };
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
@@ -26,6 +26,9 @@ use udplb::plan::Rule;
 use udplb::tables::wire;
 
 use Fate::{Dropped, Queued, Sent, Unmatched, Untouched};
+
+/// At random, of each property.
+const CASES: u32 = 256;
 
 const ACTIONS: [Action; 2] = [Action::Pass, Action::Block];
 
@@ -57,6 +60,7 @@ fn the_kernel_knows_the_way() {
         ("behind an IPv6 gateway",    BY_IPV6_GATEWAY, 44, sent(GATEWAY_MAC), sent(GATEWAY_MAC)),
         ("neighbour unknown",         NEAR_COLD,       44, cold,              queued),
         ("gateway unknown",           FAR_COLD,        44, cold,              queued),
+        ("IPv6 gateway unknown",      BY_IPV6_GATEWAY_COLD, 44, cold,         queued),
         ("fits the route",            NARROW,        1000, sent(GATEWAY_MAC), sent(GATEWAY_MAC)),
         ("too long for the route",    NARROW,        1001, too_long,          too_long),
         ("too long, and cold",        NARROW_COLD,   1001, too_long,          too_long),
@@ -438,9 +442,35 @@ fn by_source_address_as_a_number() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
+/// More than a line of the map of slots holds.
+#[test]
+fn many_upstreams() {
+    let mut rule = Rule { strategy: Selection::SrcIp, ..rule(Action::Block, Source::Vip, NEAR) };
+    rule.upstreams = (1000..1048).map(|port| to(NEAR, Some(port))).collect();
+    let cases = (0..rule.upstreams.len()).map(|chosen| {
+        let address = Ipv4Addr::from_bits(0x0a00_0000 / 48 * 48 + chosen as u32);
+        let packet = Datagram { source: endpoint(address, 5666), ..datagram() };
+        let fate = Sent("forwarded", NEAR_MAC);
+        Case { chosen, ..Case::new(format!("upstream {chosen}"), rule.clone(), packet, fate) }
+    });
+    Testbed::with(|testbed| testbed.check_all(cases));
+}
+
+#[test]
+fn counters_of_the_second_chunk() {
+    let sent = both("sent", datagram(), Sent("forwarded", NEAR_MAC));
+    let fragment = Datagram { more_fragments: true, ..datagram() };
+    let dropped = both("a fragment", fragment, Dropped("fragment", Under::Rule));
+    let cases = sent.into_iter().chain(dropped).flat_map(|case| {
+        // the rule's is the fifth
+        [1019, 1020, 1040].map(|first_id| Case { first_id, ..case.clone() })
+    });
+    Testbed::with(|testbed| testbed.check_all(cases));
+}
+
 #[test]
 fn by_source_address_and_port_evenly_and_always_the_same() {
-    const FLOWS: usize = 400;
+    const FLOWS: usize = 200;
     Testbed::with(|testbed| {
         let choose = |action, number: usize| {
             let source = endpoint([10, 20, 0, (number / 200) as u8].into(), 30000 + number as u16);
@@ -457,7 +487,7 @@ fn by_source_address_and_port_evenly_and_always_the_same() {
             assert_eq!(chosen, choose(Action::Pass, number));
             shares[chosen] += 1;
         }
-        assert!(shares.iter().all(|share| (70..=130).contains(share)), "{shares:?}");
+        assert!(shares.iter().all(|share| (30..=70).contains(share)), "{shares:?}");
     });
 }
 
@@ -491,7 +521,20 @@ fn a_gso_packet_is_its_segments() {
         let packet = Datagram { options, payload, ..datagram() };
         Case { gso, count: Some((packets as u64, bytes)), ..Case::new(name, rule, packet, fate) }
     });
-    Testbed::with(|testbed| testbed.check_all(cases));
+    Testbed::with(|testbed| {
+        testbed.check_all(cases.clone());
+        // the same by what user space knows
+        let known = |mtu| Some(testbed.hop(mtu, Some(GATEWAY_MAC)));
+        testbed.check_all(cases.map(|case| {
+            let narrow = case.rule.upstreams[0].address == NARROW;
+            let fate = match case.fate {
+                Sent(verdict, _) => Queued(verdict),
+                fate => fate,
+            };
+            let known = known(if narrow { 1000 } else { 1500 });
+            Case { ingress: Ingress::Closed, known, fate, ..case }
+        }));
+    });
 }
 
 /// All that goes unchanged to an upstream, and what changes on the way, at random.
@@ -538,7 +581,7 @@ fn any_rule() -> impl Strategy<Value = Rule> {
 #[test]
 fn any_packet_is_sent_as_if_made_for_the_upstream() {
     Testbed::with(|testbed| {
-        let mut runner = TestRunner::new(Config::with_cases(400));
+        let mut runner = TestRunner::new(Config::with_cases(CASES));
         let result = runner.run(&(any_rule(), any_datagram()), |(rule, packet)| {
             let case = Case::new("at random", rule, packet, Sent("forwarded", NEAR_MAC));
             testbed.check(&case).map_err(TestCaseError::fail)
@@ -553,7 +596,7 @@ fn any_bytes_are_handled() {
     let damage = proptest::collection::vec((0..60_usize, any::<u8>()), 0..6);
     let packets = (any_rule(), any_datagram(), damage, ETHERNET..200_usize);
     Testbed::with(|testbed| {
-        let mut runner = TestRunner::new(Config::with_cases(400));
+        let mut runner = TestRunner::new(Config::with_cases(CASES));
         let result = runner.run(&packets, |(rule, packet, damage, length)| {
             let mut frame = packet.frame();
             // the addresses stay, or next to nothing would match
