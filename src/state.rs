@@ -5,7 +5,7 @@
 //!   current -> generations/42
 //!   generations/42/             program, rules, slots, upstreams, config
 //!   building-43/                under construction; bpffs refuses names with a dot
-//!   state/                      counters, counters-0 …, nexthops, held
+//!   state/                      counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held
 //! ```
 
 use std::fs::{self, DirBuilder, File, TryLockError};
@@ -22,6 +22,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenMap};
 use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types};
 use crate::counters::Counters;
 use crate::failure::{Failure, Result};
+use crate::nexthop::NextHops;
 
 /// Where the pins are unless `--pin-dir` says otherwise.
 pub const PIN_DIR: &str = "/sys/fs/bpf/udplb";
@@ -156,7 +157,8 @@ impl ReadGuard {
         self.path.join(format!("building-{number}"))
     }
 
-    fn state(&self) -> PathBuf {
+    /// The directory of what outlives generations.
+    pub fn state(&self) -> PathBuf {
         self.path.join(STATE)
     }
 
@@ -191,13 +193,14 @@ impl ReadGuard {
             let map = MapHandle::from_pinned_path(&path);
             map.map(Some).with_context(|| path.display().to_string())
         };
-        let (Some(counters), Some(nexthops), Some(held)) =
-            (open("counters")?, open("nexthops")?, open("held")?)
+        let (Some(counters), Some(nexthops), Some(heartbeat), Some(held)) =
+            (open("counters")?, open("nexthops")?, open("heartbeat")?, open("held")?)
         else {
             return Ok(None);
         };
         let counters = Counters::open(counters, &state)?;
-        Ok(Some(StateMaps { counters, nexthops, held }))
+        let nexthops = NextHops::open(nexthops, &state)?;
+        Ok(Some(StateMaps { counters, nexthops, heartbeat, held }))
     }
 }
 
@@ -256,18 +259,30 @@ impl WriteGuard {
         let maps = &skeleton.maps;
         let state = self.state();
         let fresh = !state.join("counters").try_exists()?;
-        let chunk = create(&maps.counters_chunk, None)?;
-        let counters = ensure(&state, "counters", &maps.counters, Some(chunk.as_fd()))?;
-        let nexthops = ensure(&state, "nexthops", &maps.nexthops, None)?;
-        let held = ensure(&state, "held", &maps.held, None)?;
-        if fresh {
-            for name in names(&state)?.iter().filter(|name| name.starts_with("counters-")) {
-                fs::remove_file(state.join(name))?;
+        for name in ["counters", "nexthops"] {
+            if !state.join(name).try_exists()? {
+                remove_chunks(&state, name)?;
             }
         }
+        let chunk = create(&maps.counters_chunk, None)?;
+        let counters = ensure(&state, "counters", &maps.counters, Some(chunk.as_fd()))?;
+        let chunk = create(&maps.nexthops_chunk, None)?;
+        let nexthops = ensure(&state, "nexthops", &maps.nexthops, Some(chunk.as_fd()))?;
+        let heartbeat = ensure(&state, "heartbeat", &maps.heartbeat, None)?;
+        let held = ensure(&state, "held", &maps.held, None)?;
         let counters = Counters::open(counters, &state)?;
-        Ok((StateMaps { counters, nexthops, held }, fresh))
+        let nexthops = NextHops::open(nexthops, &state)?;
+        Ok((StateMaps { counters, nexthops, heartbeat, held }, fresh))
     }
+}
+
+/// Chunks whose outer map has gone hold what nobody looks at.
+fn remove_chunks(state: &Path, name: &str) -> anyhow::Result<()> {
+    let prefix = format!("{name}-");
+    for name in names(state)?.iter().filter(|name| name.starts_with(&prefix)) {
+        fs::remove_file(state.join(name))?;
+    }
+    Ok(())
 }
 
 /// Removes a directory of pins.
@@ -335,8 +350,9 @@ fn ensure(
 /// The maps that outlive generations.
 pub struct StateMaps {
     pub counters: Counters,
-    /// Upstream id -> [`types::nexthop`].
-    pub nexthops: MapHandle,
+    pub nexthops: NextHops,
+    /// The lease of the next hops.
+    pub heartbeat: MapHandle,
     held: MapHandle,
 }
 

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenObject};
 use udplb::bpf::{Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
-use udplb::config::{Action, Hash, Host, Key, Ports, Source, Strategy};
+use udplb::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy};
 use udplb::nexthop::{self, Way};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 use udplb::tables::Tables;
@@ -71,6 +71,8 @@ impl<'object> Program<'object> {
         for (index, chunk) in (0..).zip(&chunks) {
             write(&skeleton.maps.counters, index, &chunk.as_fd().as_raw_fd().to_ne_bytes());
         }
+        let chunk = skeleton.maps.nexthops_chunk.as_fd().as_raw_fd();
+        write(&skeleton.maps.nexthops, 0, &chunk.to_ne_bytes());
         let prelude = Prelude::new(skeleton.progs.udplb.as_fd());
         Program { skeleton, chunks, prelude }
     }
@@ -87,15 +89,18 @@ impl<'object> Program<'object> {
         let tables = Tables::new(&desired, &ids);
         let maps = &self.skeleton.maps;
         clear(&maps.rules);
-        clear(&maps.nexthops);
+        write_all(&maps.nexthops_chunk, &[types::nexthop_slot::default(); IDS as usize]);
+        self.lease(false);
         for (key, rule) in &tables.rules {
             maps.rules.update(bytes_of(key), bytes_of(rule), MapFlags::ANY).expect("a rule");
         }
         write_all(&maps.slots, &tables.slots);
         write_all(&maps.upstreams, &tables.upstreams);
         if !ways.is_empty() {
-            let nexthops = MapHandle::try_from(&maps.nexthops).expect("a descriptor");
-            nexthop::write(&nexthops, &desired, &ids, ways).expect("next hops");
+            for (id, entry) in nexthop::entries(&desired, &ids, ways) {
+                let slot = types::nexthop_slot { copies: [entry; 2], ..Default::default() };
+                write(&maps.nexthops_chunk, id, bytes_of(&slot));
+            }
         }
         ids.pop().expect("the ids of the rule")
     }
@@ -108,11 +113,22 @@ impl<'object> Program<'object> {
 
     /// Changes the entry that user space wrote for an upstream.
     pub fn change_nexthop(&self, id: u32, change: impl FnOnce(&mut types::nexthop)) {
-        let map = &self.skeleton.maps.nexthops;
+        let map = &self.skeleton.maps.nexthops_chunk;
         let bytes = map.lookup(&id.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
-        let mut entry = bytes.and_then(|bytes| from_bytes(&bytes)).expect("an entry");
-        change(&mut entry);
-        write(map, id, bytes_of(&entry));
+        let mut slot: types::nexthop_slot =
+            bytes.and_then(|bytes| from_bytes(&bytes)).expect("an entry");
+        // the other copy is to be left alone by whoever reads
+        slot.sequence = 1;
+        slot.copies[0] = types::nexthop::default();
+        change(&mut slot.copies[1]);
+        write(map, id, bytes_of(&slot));
+    }
+
+    /// Whether somebody vouches for what user space knows.
+    pub fn lease(&self, holds: bool) {
+        let until = if holds { u64::MAX / 2 } else { 0 };
+        let beat = types::heartbeat { until, until_ktime: 0 };
+        write(&self.skeleton.maps.heartbeat, 0, bytes_of(&beat));
     }
 
     /// # Panics
@@ -183,6 +199,7 @@ fn decoy() -> Rule {
         strategy: Strategy::SrcPort,
         hash: Hash::Modulo,
         source: Source::Preserve,
+        health: Health::Off,
         upstreams: (1..=3).map(upstream).collect(),
     }
 }

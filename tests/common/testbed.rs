@@ -6,7 +6,7 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::net::Ipv4Addr;
 
-use udplb::config::{Action, Hash, Host, Key, Ports, Source, Strategy};
+use udplb::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy};
 use udplb::nexthop::{Hop, Way};
 use udplb::plan::{Rule, RuleIds, Upstream};
 
@@ -262,6 +262,7 @@ pub fn rule(action: Action, source: Source, upstream: Ipv4Addr) -> Rule {
         strategy: Strategy::SrcIpPort,
         hash: Hash::Modulo,
         source,
+        health: Health::Off,
         upstreams: vec![to(upstream, Some(9995))],
     }
 }
