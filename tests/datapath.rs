@@ -6,7 +6,7 @@
 
 mod common;
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use common::packet::{
     Checksum, Datagram, ETHERNET, PROTOCOL, TOTAL_LENGTH, UDP_LENGTH, VERSION, endpoint, payload,
@@ -26,6 +26,9 @@ use udplb::plan::Rule;
 use udplb::tables::wire;
 
 use Fate::{Dropped, Queued, Sent, Unmatched, Untouched};
+
+/// What user space knows of a neighbour, where the kernel knows something else.
+const OLD_MAC: [u8; 6] = [2, 0, 0, 0, 9, 9];
 
 /// At random, of each property.
 const CASES: u32 = 256;
@@ -109,6 +112,50 @@ fn user_space_knows_the_way() {
             })
         });
         testbed.check_all(cases);
+    });
+}
+
+/// Forwarding is on, and user space has resolved a way by the gateway to all of them. While the
+/// lease holds it is taken at its word; else the kernel's tables are, and for a copy to a neighbour
+/// that they lack, what user space knew of that same neighbour.
+#[test]
+fn both_know_a_way() {
+    let (held, sent) = (Sent("forwarded", OLD_MAC), Sent("forwarded", GATEWAY_MAC));
+    let stale = Sent("stale-neighbour", OLD_MAC);
+    let queued = Queued("forwarded");
+    let [cold, none, mtu] =
+        ["no-neighbour", "no-route", "mtu"].map(|verdict| Dropped(verdict, Under::Upstream));
+    let gateway = Ipv4Addr::new(10, 0, 2, 254).into();
+    let silent = Ipv4Addr::new(10, 0, 2, 253).into();
+    let [other_ipv6, silent_ipv6] =
+        [0xfe, 0xfd].map(|last| Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, last).into());
+    #[rustfmt::skip]
+    let table: [(&str, Ipv4Addr, IpAddr, bool, usize, Fate, Fate); 11] = [
+        // user space's gateway      upstream              gateway     lease  length pass  block
+        ("held, the same",           FAR,                  gateway,     true,    44, held, held),
+        ("held, no route",           NO_ROUTE,             gateway,     true,    44, held, held),
+        ("held, unknown",            FAR_COLD,             silent,      true,    44, held, held),
+        ("held, too long",           FAR,                  gateway,     true,  1501, mtu, mtu),
+        ("expired, the same",        FAR,                  gateway,     false,   44, sent, sent),
+        ("expired, no route",        NO_ROUTE,             gateway,     false,   44, none, none),
+        ("expired, unknown",         FAR_COLD,             silent,      false,   44, stale, queued),
+        ("expired, another unknown", FAR_COLD,             gateway,     false,   44, cold, queued),
+        ("expired, another on link", NEAR_COLD,            gateway,     false,   44, cold, queued),
+        ("expired, IPv6 unknown",    BY_IPV6_GATEWAY_COLD, silent_ipv6, false,   44, stale, queued),
+        ("expired, another IPv6",    BY_IPV6_GATEWAY_COLD, other_ipv6,  false,   44, cold, queued),
+    ];
+    Testbed::with(|testbed| {
+        testbed.check_all(table.into_iter().flat_map(
+            |(name, upstream, gateway, lease, length, pass, block)| {
+                [(Action::Pass, pass), (Action::Block, block)].map(|(action, fate)| {
+                    let rule = rule(action, Source::Vip, upstream);
+                    let known = Some(testbed.hop_by(gateway, 1500, Some(OLD_MAC)));
+                    let hold: Tamper = |program, _| program.lease(true);
+                    let case = Case::new(name, rule, of_length(length), fate);
+                    Case { known, tamper: lease.then_some(hold), ..case }
+                })
+            },
+        ));
     });
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::mem::MaybeUninit;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use udplb::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy};
 use udplb::nexthop::{Hop, Way};
@@ -306,12 +306,17 @@ impl Testbed<'_> {
         });
     }
 
-    /// The way to an upstream behind a gateway, as user space resolves it.
+    /// The way to an upstream behind the gateway, as user space resolves it.
     pub fn hop(&self, mtu: u32, mac: Option<Mac>) -> Way {
+        self.hop_by(Ipv4Addr::new(10, 0, 2, 254).into(), mtu, mac)
+    }
+
+    /// The same by another gateway.
+    pub fn hop_by(&self, gateway: IpAddr, mtu: u32, mac: Option<Mac>) -> Way {
         Way::Hop(Hop {
             interface: "out0".into(),
             ifindex: self.out,
-            gateway: Ipv4Addr::new(10, 0, 2, 254).into(),
+            gateway,
             mtu,
             macs: mac.map(|mac| (OUT_MAC, mac)),
         })
