@@ -21,7 +21,7 @@ use crate::netlink::Netlink;
 use crate::nexthop::{self, Way};
 use crate::observe::{Observed, observe};
 use crate::plan::Desired;
-use crate::status::Status;
+use crate::status::{Network, Status};
 use crate::{advice, apply, clock, config, list, partial, privileges, resolve, state};
 
 const INCOMPLETE: u8 = 1;
@@ -345,7 +345,9 @@ async fn status(global: &Global, rule: Option<&str>) -> Result<u8> {
     let netlink = netlink()?;
     let guard = state::read(&global.pin_dir, global.lock_timeout)?;
     let observed = observe(guard.as_ref(), &netlink).await?;
-    let status = Status::new(guard.as_ref(), &observed, rule)?;
+    let neighbours = netlink.neighbours().await.context("neighbours")?;
+    let network = Network { observed: &observed, neighbours: &neighbours };
+    let status = Status::new(guard.as_ref(), &network, rule)?;
     drop(guard);
     let json = serde_json::to_value(&status).context("JSON")?;
     report(global, &status.text(clock::now(), colour(global)), &json)?;

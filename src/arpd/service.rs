@@ -293,9 +293,14 @@ impl Service {
         let observed = observe(guard.as_ref(), &self.netlink).await?;
         let maps = guard.as_ref().map(|guard| guard.maps()).transpose()?.flatten();
         let found = observed.serving().and_then(|number| observed.generations.get(&number));
-        let found = found.filter(|generation| {
-            generation.intact && generation.description.namespace == observed.namespace
-        });
+        let unusable = match found {
+            Some(it) if it.description.namespace != observed.namespace => {
+                Some(anyhow!("the pins belong to another network namespace"))
+            }
+            Some(it) if !it.intact => Some(anyhow!("pins are missing; apply the file again")),
+            _ => None,
+        };
+        let found = found.filter(|_| unusable.is_none());
         self.serving = match (found, maps) {
             (Some(generation), Some(maps)) => Some(Serving {
                 interfaces: seen(generation, &observed),
@@ -312,7 +317,7 @@ impl Service {
         self.stale = Stale { generation: false, ..Stale::all() };
         self.routes_not_before = Instant::now();
         self.beat_due = Instant::now();
-        Ok(())
+        unusable.map_or(Ok(()), Err)
     }
 
     /// Hands the upstreams of the generation to the keeper. Where every filter was taken off

@@ -7,6 +7,7 @@ pub mod net;
 pub mod packet;
 pub mod prelude;
 pub mod program;
+pub mod service;
 pub mod testbed;
 pub mod wire;
 
