@@ -141,7 +141,8 @@ static __always_inline int routed_way(struct __sk_buff *skb, const struct packet
 		.ifindex = skb->ifindex,
 		.tos = packet->ip->tos,
 		.ipv4_src = source,
-		.ipv4_dst = upstream->address,
+		/* .ipv4_dst, and zeroes behind it: the gateway is compared as a whole */
+		.ipv6_dst = {upstream->address},
 	};
 	int result = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
 

@@ -3,7 +3,6 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 pub mod lab;
-
 pub mod net;
 pub mod packet;
 pub mod prelude;
