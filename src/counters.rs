@@ -88,6 +88,20 @@ impl Counters {
         self.state.join(format!("counters-{chunk}"))
     }
 
+    /// Every chunk that the program counts into is pinned. One that is pinned only was made by
+    /// an apply that went no further.
+    pub fn is_whole(&self) -> anyhow::Result<bool> {
+        for index in 0..=self.chunks.len() {
+            let key = u32::try_from(index)?.to_ne_bytes();
+            let Some(used) = self.outer.lookup(&key, MapFlags::ANY)? else { continue };
+            match self.chunks.get(index) {
+                Some(chunk) if used == map_id(chunk)?.to_ne_bytes() => {}
+                _ => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
     /// The map that the program looks into.
     pub fn outer(&self) -> &MapHandle {
         &self.outer
@@ -131,8 +145,7 @@ impl Counters {
     /// after each write to a map of maps.
     fn link(&self, index: u32, chunk: &MapHandle) -> anyhow::Result<()> {
         let key = index.to_ne_bytes();
-        let id = MapInfo::new(chunk.as_fd())?.info.id;
-        if self.outer.lookup(&key, MapFlags::ANY)? != Some(id.to_ne_bytes().to_vec()) {
+        if self.outer.lookup(&key, MapFlags::ANY)? != Some(map_id(chunk)?.to_ne_bytes().to_vec()) {
             let fd = chunk.as_fd().as_raw_fd();
             self.outer.update(&key, &fd.to_ne_bytes(), MapFlags::ANY)?;
         }
@@ -159,4 +172,8 @@ impl Counters {
         }
         Ok(counts)
     }
+}
+
+fn map_id(map: &MapHandle) -> anyhow::Result<u32> {
+    Ok(MapInfo::new(map.as_fd())?.info.id)
 }

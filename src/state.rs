@@ -180,7 +180,7 @@ impl ReadGuard {
         Ok(names)
     }
 
-    /// The maps that outlive generations, as far as they exist.
+    /// The maps that outlive generations; `None` where one of them is missing.
     pub fn maps(&self) -> anyhow::Result<Option<StateMaps>> {
         let state = self.state();
         let open = |name: &str| -> anyhow::Result<Option<MapHandle>> {
@@ -197,7 +197,7 @@ impl ReadGuard {
             return Ok(None);
         };
         let counters = Counters::open(counters, &state)?;
-        Ok(Some(StateMaps { counters, nexthops, held }))
+        Ok(counters.is_whole()?.then_some(StateMaps { counters, nexthops, held }))
     }
 }
 
@@ -255,19 +255,29 @@ impl WriteGuard {
     pub fn ensure_maps(&self, skeleton: &OpenUdplbSkel<'_>) -> anyhow::Result<(StateMaps, bool)> {
         let maps = &skeleton.maps;
         let state = self.state();
-        let fresh = !state.join("counters").try_exists()?;
+        let fresh = !has_counters(&state)?;
+        if fresh {
+            for name in names(&state)?.iter().filter(|name| name.starts_with("counters")) {
+                fs::remove_file(state.join(name))?;
+            }
+        }
         let chunk = create(&maps.counters_chunk, None)?;
         let counters = ensure(&state, "counters", &maps.counters, Some(chunk.as_fd()))?;
         let nexthops = ensure(&state, "nexthops", &maps.nexthops, None)?;
         let held = ensure(&state, "held", &maps.held, None)?;
-        if fresh {
-            for name in names(&state)?.iter().filter(|name| name.starts_with("counters-")) {
-                fs::remove_file(state.join(name))?;
-            }
-        }
         let counters = Counters::open(counters, &state)?;
         Ok((StateMaps { counters, nexthops, held }, fresh))
     }
+}
+
+/// All of them: without one of its chunks the table cannot be read, nor grow.
+fn has_counters(state: &Path) -> anyhow::Result<bool> {
+    let path = state.join("counters");
+    if !path.try_exists()? {
+        return Ok(false);
+    }
+    let outer = MapHandle::from_pinned_path(&path).with_context(|| path.display().to_string())?;
+    Counters::open(outer, state)?.is_whole()
 }
 
 /// Removes a directory of pins.
