@@ -46,8 +46,8 @@ static __always_inline enum verdict next_hop(struct __sk_buff *skb, const struct
 	hop->l4_protocol = IPPROTO_UDP;
 	hop->sport = packet->udp->source;
 	hop->dport = upstream->port ?: packet->udp->dest;
-	/* the kernel would hold a whole GSO packet against the MTU */
-	hop->tot_len = skb->gso_size ? 0 : bpf_ntohs(packet->ip->tot_len);
+	/* without it, or with the whole of a GSO packet, the kernel would judge by another length or MTU */
+	hop->tot_len = ip_length(skb, packet);
 	hop->ifindex = skb->ifindex;
 	hop->tos = packet->ip->tos;
 	hop->ipv4_src = source;
@@ -69,10 +69,18 @@ static __always_inline enum verdict next_hop(struct __sk_buff *skb, const struct
 	}
 }
 
+/* Half-word by half-word, as the stack is aligned: a plain copy would go byte by byte. */
+static __always_inline void copy_mac(void *to, const void *from)
+{
+	*(__u16 *)to = *(const __u16 *)from;
+	*(__u16 *)(to + 2) = *(const __u16 *)(from + 2);
+	*(__u16 *)(to + 4) = *(const __u16 *)(from + 4);
+}
+
 static __always_inline void address_frame(struct ethhdr *eth, const struct bpf_fib_lookup *hop)
 {
-	__builtin_memcpy(eth->h_dest, hop->dmac, ETH_ALEN);
-	__builtin_memcpy(eth->h_source, hop->smac, ETH_ALEN);
+	copy_mac(eth->h_dest, hop->dmac);
+	copy_mac(eth->h_source, hop->smac);
 }
 
 /* `block`: gives the packet away; `action` is what the program is to return. */

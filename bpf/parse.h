@@ -52,15 +52,29 @@ static __always_inline bool pull_headers(struct __sk_buff *skb)
 	return !bpf_skb_pull_data(skb, skb->len < most ? skb->len : most);
 }
 
+static __always_inline bool is_udp(const struct ethhdr *eth, const struct iphdr *ip)
+{
+	return eth->h_proto == bpf_htons(ETH_P_IP) && ip->protocol == IPPROTO_UDP && ip->version == 4 &&
+	       ip->ihl >= 5;
+}
+
+/* One too short for the UDP header that locate() looks for, and that it does not have. */
+static __always_inline bool is_short_later_fragment(struct __sk_buff *skb)
+{
+	struct ethhdr *eth = (void *)(long)skb->data;
+	struct iphdr *ip = (void *)(eth + 1);
+
+	return (void *)(ip + 1) <= data_end(skb) && is_udp(eth, ip) && ip->frag_off & bpf_htons(IP_OFFSET);
+}
+
 static __always_inline enum parsed parse(struct __sk_buff *skb, struct packet *packet)
 {
 	struct iphdr *ip;
 
 	if (!locate(skb, packet) && (!pull_headers(skb) || !locate(skb, packet)))
-		return PARSED_OTHER;
+		return is_short_later_fragment(skb) ? PARSED_LATER_FRAGMENT : PARSED_OTHER;
 	ip = packet->ip;
-	if (packet->eth->h_proto != bpf_htons(ETH_P_IP) || ip->protocol != IPPROTO_UDP || ip->version != 4 ||
-	    ip->ihl < 5)
+	if (!is_udp(packet->eth, ip))
 		return PARSED_OTHER;
 	if (ip->frag_off & bpf_htons(IP_OFFSET))
 		return PARSED_LATER_FRAGMENT;

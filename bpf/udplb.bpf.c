@@ -18,7 +18,24 @@
 #include "rewrite.h"
 #include "forward.h"
 
-static __noinline void count(struct __sk_buff *skb, __u32 id, enum verdict verdict)
+/* The segments of a GSO packet but the first, each of which has headers of its own. */
+static __noinline void count_segments(struct __sk_buff *skb, struct counter *counter)
+{
+	__u32 headers, segments;
+	__u8 version_ihl;
+
+	if (bpf_skb_load_bytes(skb, sizeof(struct ethhdr), &version_ihl, sizeof(version_ihl)))
+		return;
+	headers = sizeof(struct ethhdr) + (version_ihl & 0xf) * 4 + sizeof(struct udphdr);
+	/* a guest's packet comes without their number */
+	segments = skb->gso_segs ?: (skb->len - headers + skb->gso_size - 1) / skb->gso_size;
+	if (segments < 2)
+		return;
+	counter->packets += segments - 1;
+	counter->bytes += (__u64)(segments - 1) * headers;
+}
+
+static __always_inline void count(struct __sk_buff *skb, __u32 id, enum verdict verdict)
 {
 	__u32 chunk = id / COUNTERS_PER_CHUNK, index = id % COUNTERS_PER_CHUNK;
 	void *inner = bpf_map_lookup_elem(&counters, &chunk);
@@ -28,8 +45,16 @@ static __noinline void count(struct __sk_buff *skb, __u32 id, enum verdict verdi
 	if (!counters)
 		return;
 	counter = &counters->of[verdict];
-	counter->packets += skb->gso_segs ?: 1;
+	counter->packets++;
 	counter->bytes += skb->len;
+	if (skb->gso_size)
+		count_segments(skb, counter);
+}
+
+/* Out of line: off the main path. */
+static __noinline void count_aside(struct __sk_buff *skb, __u32 id, enum verdict verdict)
+{
+	count(skb, id, verdict);
 }
 
 static __always_inline const struct rule *match(const struct packet *packet)
@@ -118,14 +143,14 @@ int udplb(struct __sk_buff *skb)
 	if (parsed == PARSED_OTHER)
 		return TC_ACT_UNSPEC;
 	if (parsed == PARSED_LATER_FRAGMENT) {
-		count(skb, 0, VERDICT_FRAGMENT);
+		count_aside(skb, 0, VERDICT_FRAGMENT);
 		return TC_ACT_UNSPEC;
 	}
 	rule = match(&packet);
 	if (!rule)
 		return TC_ACT_UNSPEC;
 	if (skb->pkt_type != PACKET_HOST) {
-		count(skb, rule->id, VERDICT_NOT_FOR_US);
+		count_aside(skb, rule->id, VERDICT_NOT_FOR_US);
 		return TC_ACT_UNSPEC;
 	}
 	return handle(skb, &packet, rule, parsed);

@@ -121,7 +121,7 @@ struct {
 #define COUNTER_CHUNKS 512
 
 struct counter {
-	__u64 packets; /* a GSO packet is its segments */
+	__u64 packets; /* a GSO packet is its segments, here and below */
 	__u64 bytes;   /* with the Ethernet header, without VLAN tag and FCS */
 };
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::Ipv4Addr;
 
-use crate::config::{Action, Config, Diagnostic};
+use crate::config::{Action, Config, Finding, Path};
 use crate::netlink::Link;
 use crate::nexthop::Way;
 use crate::plan::Desired;
@@ -21,11 +21,11 @@ pub fn own_upstreams(
     config: &Config,
     desired: &Desired,
     ways: &BTreeMap<Ipv4Addr, Way>,
-) -> Vec<Diagnostic> {
+) -> Vec<Finding> {
     upstreams(config, desired)
         .filter(|(_, address)| ways.get(address) == Some(&Way::Local))
         .map(|(at, address)| {
-            config.error(at, format!("{address} is an address of this host, which is no upstream"))
+            Finding::new(at, format!("{address} is an address of this host, which is no upstream"))
         })
         .collect()
 }
@@ -35,11 +35,11 @@ pub fn unreachable(
     config: &Config,
     desired: &Desired,
     ways: &BTreeMap<Ipv4Addr, Way>,
-) -> Vec<Diagnostic> {
+) -> Vec<Finding> {
     upstreams(config, desired)
         .filter_map(|(at, address)| match ways.get(&address) {
             Some(Way::None(reason)) => {
-                Some(config.warning(at, format!("no route to {address}: {reason}")))
+                Some(Finding::new(at, format!("no route to {address}: {reason}")))
             }
             _ => None,
         })
@@ -49,13 +49,13 @@ pub fn unreachable(
 fn upstreams<'a>(
     config: &'a Config,
     desired: &'a Desired,
-) -> impl Iterator<Item = (&'a crate::config::Path, Ipv4Addr)> {
+) -> impl Iterator<Item = (&'a Path, Ipv4Addr)> {
     let places = config.rules.iter().flat_map(|rule| &rule.upstreams);
     places.zip(desired.upstreams()).map(|(place, upstream)| (&place.at, upstream.address))
 }
 
 /// `pass` rules with a port on which nobody listens: their senders get ECONNREFUSED.
-pub fn unheard(config: &Config, listeners: &[Listener]) -> Vec<Diagnostic> {
+pub fn unheard(config: &Config, listeners: &[Listener]) -> Vec<Finding> {
     config
         .rules
         .iter()
@@ -80,7 +80,7 @@ pub fn unheard(config: &Config, listeners: &[Listener]) -> Vec<Diagnostic> {
                 0 => String::new(),
                 more => format!(" and {more} more of its ports"),
             };
-            Some(config.warning(
+            Some(Finding::new(
                 &rule.at,
                 format!(
                     "nobody listens on {address}:{first}{more}: with `tc_action: pass` its senders \
@@ -98,7 +98,7 @@ pub fn stacked(
     interfaces: &[String],
     links: &[Link],
     addresses: &[(u32, Ipv4Addr)],
-) -> Vec<Diagnostic> {
+) -> Vec<Finding> {
     let named: Vec<&Link> = links.iter().filter(|link| interfaces.contains(&link.name)).collect();
     config
         .rules
@@ -111,7 +111,7 @@ pub fn stacked(
                     named.iter().find(|link| is_above(holder, link)).zip(Some(holder))
                 });
             let (interface, holder) = holder?;
-            Some(config.warning(
+            Some(Finding::new(
                 &rule.at,
                 format!(
                     "{} is an address of {}, a {} above {}: no packet will match on {}; name {} \

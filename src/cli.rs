@@ -83,6 +83,10 @@ pub enum Command {
         /// Apply what a rollback left, and take over filters whose pins are gone.
         #[arg(long)]
         force: bool,
+        /// Apply what can be applied where an interface is missing or a host name does not
+        /// resolve; exits with 1 then.
+        #[arg(long, conflicts_with = "dry_run")]
+        partial: bool,
     },
     /// Show what applying the file would change.
     Plan {

@@ -22,8 +22,9 @@ use crate::nexthop::{self, Way};
 use crate::observe::{Observed, observe};
 use crate::plan::Desired;
 use crate::status::Status;
-use crate::{advice, apply, clock, config, list, privileges, resolve, state};
+use crate::{advice, apply, clock, config, list, partial, privileges, resolve, state};
 
+const INCOMPLETE: u8 = 1;
 const PENDING: u8 = 2;
 const DEGRADED: u8 = 3;
 
@@ -33,7 +34,9 @@ pub async fn run(cli: &Cli) -> Result<u8> {
     match &cli.command {
         Command::Check { files, no_resolve } => check(global, files, *no_resolve).await,
         Command::Apply { target, dry_run: true, .. } => plan(global, target, false).await,
-        Command::Apply { target, force, .. } => apply_file(global, target, *force).await,
+        Command::Apply { target, force, partial, .. } => {
+            apply_file(global, target, *force, *partial).await
+        }
         Command::Plan { target, exit_code } => plan(global, target, *exit_code).await,
         Command::Status { rule } => status(global, rule.as_deref()).await,
         Command::List => list_rules(global).await,
@@ -144,9 +147,9 @@ async fn check_one(
     let (name, config) = parse(file)?;
     warn(global, &config.warnings);
     if !no_resolve {
-        let (names, warnings) = resolve::names(&config).await.map_err(Failure::Config)?;
-        warn(global, &warnings);
-        Desired::new(&config, &config.interfaces, &names).map_err(Failure::Config)?;
+        let names = resolve::names(&config).await.all(&config).map_err(Failure::Config)?;
+        warn(global, &config.warnings(names.warnings));
+        Desired::new(&config, &config.interfaces, &names.addresses).map_err(Failure::Config)?;
     }
     let upstreams = config.rules.iter().map(|rule| rule.upstreams.len()).sum();
     Ok((name, config.rules.len(), upstreams))
@@ -162,37 +165,70 @@ struct Wanted {
     config: Config,
     desired: Desired,
     warnings: Vec<Diagnostic>,
+    /// What of the file is not in `desired`, in words.
+    missing: Vec<String>,
 }
 
 /// Reads, judges and resolves the file.
 async fn wanted(target: &Target) -> Result<Wanted> {
+    let (name, config, interfaces) = named(target)?;
+    let mut warnings = config.warnings.clone();
+    let names = resolve::names(&config).await.all(&config).map_err(Failure::Config)?;
+    warnings.extend(config.warnings(names.warnings));
+    let desired = Desired::new(&config, &interfaces, &names.addresses).map_err(Failure::Config)?;
+    Ok(Wanted { name, config, desired, warnings, missing: Vec::new() })
+}
+
+/// Like [`wanted`], without what is not there now.
+async fn wanted_now(global: &Global, target: &Target) -> Result<Wanted> {
+    let (name, mut config, mut interfaces) = named(target)?;
+    privileges::require()?;
+    let observed = look(global, &netlink()?).await?;
+    let is_here = |name: &str| observed.interfaces.contains_key(name);
+    let mut names = resolve::names(&config).await;
+    let mut warnings = config.warnings.clone();
+    warnings.extend(config.warnings(std::mem::take(&mut names.warnings)));
+    let serving = serving(&observed);
+    let all = interfaces.join(", ");
+    let missing = partial::reduce(&mut config, &mut interfaces, &mut names, is_here, serving);
+    if interfaces.is_empty() {
+        return Err(anyhow!("none of the interfaces is here: {all}").into());
+    }
+    let desired = Desired::new(&config, &interfaces, &names.addresses).map_err(Failure::Config)?;
+    Ok(Wanted { name, config, desired, warnings, missing })
+}
+
+/// Reads and judges the file; its name, what it says, and the interfaces.
+fn named(target: &Target) -> Result<(String, Config, Vec<String>)> {
     let (name, config) = parse(&target.file)?;
     let interfaces = match target.interfaces.is_empty() {
-        true => &config.interfaces,
-        false => &target.interfaces,
+        true => config.interfaces.clone(),
+        false => target.interfaces.clone(),
     };
     if interfaces.is_empty() {
         return Err(Failure::Usage(format!(
             "{name} names no interfaces; add `interfaces: [...]` or give -i"
         )));
     }
-    let mut warnings = config.warnings.clone();
-    let (names, more) = resolve::names(&config).await.map_err(Failure::Config)?;
-    warnings.extend(more);
-    let desired = Desired::new(&config, interfaces, &names).map_err(Failure::Config)?;
-    Ok(Wanted { name, config, desired, warnings })
+    Ok((name, config, interfaces))
 }
 
-async fn apply_file(global: &Global, target: &Target, force: bool) -> Result<u8> {
+async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool) -> Result<u8> {
     let started = Instant::now();
-    let mut wanted = wanted(target).await?;
+    let mut wanted = match partial {
+        true => wanted_now(global, target).await?,
+        false => wanted(target).await?,
+    };
+    for missing in &wanted.missing {
+        eprintln!("{missing}");
+    }
     privileges::require()?;
     let netlink = netlink()?;
     let addresses = wanted.desired.addresses();
     let ways = nexthop::resolve(&netlink, &addresses).await.context("next hops")?;
     let own = advice::own_upstreams(&wanted.config, &wanted.desired, &ways);
     if !own.is_empty() {
-        return Err(Failure::Config(own));
+        return Err(Failure::Config(wanted.config.errors(own)));
     }
     wanted.warnings.extend(advise(&wanted, &ways, &netlink).await?);
     warn(global, &wanted.warnings);
@@ -206,7 +242,9 @@ async fn apply_file(global: &Global, target: &Target, force: bool) -> Result<u8>
     let text = outcome.text(&file, desired, started.elapsed());
     let mut json = outcome.json(desired, started.elapsed());
     json["warnings"] = json!(wanted.warnings);
-    report(global, &text, &json)
+    json["missing"] = json!(wanted.missing);
+    report(global, &text, &json)?;
+    Ok(if wanted.missing.is_empty() { 0 } else { INCOMPLETE })
 }
 
 fn netlink() -> Result<Netlink> {
@@ -221,10 +259,10 @@ async fn advise(
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
     let (config, desired) = (&wanted.config, &wanted.desired);
-    let mut warnings = advice::unreachable(config, desired, ways);
-    warnings.extend(advice::unheard(config, &advice::listeners()));
-    warnings.extend(advice::stacked(config, &desired.interfaces, &links, &addresses));
-    Ok(warnings)
+    let mut findings = advice::unreachable(config, desired, ways);
+    findings.extend(advice::unheard(config, &advice::listeners()));
+    findings.extend(advice::stacked(config, &desired.interfaces, &links, &addresses));
+    Ok(config.warnings(findings))
 }
 
 /// What came of applying.

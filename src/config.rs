@@ -1,9 +1,12 @@
 //! A configuration file: text in, [`Config`] or [`Diagnostic`]s out. Pure.
 //!
-//!     text ── document ──> Node ── decode ──> rules ── check ──> Config
-//!                                    └─────────┴─────> Problems ── document ──> Diagnostics
+//! ```text
+//! text ── document ──> Node ── decode ──> rules ── check ──> Config
+//!                                └──────────┴──> Problems ── document ──> Diagnostics
+//! ```
 //!
-//! `document` reads by `yaml` and `toml`; `vocabulary` holds the words, `scalar` and `host` judge single values, `schema` describes it all.
+//! `document` reads by `yaml` and `toml`; `vocabulary` holds the words, `scalar` and `host` judge
+//! single values, and `schema` describes the whole.
 
 mod check;
 mod decode;
@@ -22,7 +25,7 @@ use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
-use diagnostic::{Complaint, Problem};
+use diagnostic::{Complaint, Problem, Problems};
 use document::Document;
 
 pub use check::{KEY_ENTRIES, UPSTREAMS};
@@ -136,7 +139,7 @@ impl Config {
         let mut decoded = decode::decode(&node);
         check::check(&mut decoded);
         if !decoded.problems.is_empty() {
-            let locate = |problem: &Problem| document.diagnose(Severity::Error, problem);
+            let locate = |problems: &[Problem]| document.diagnose(Severity::Error, problems);
             return Err(decoded.problems.diagnose(locate));
         }
         drop(node);
@@ -147,27 +150,45 @@ impl Config {
             document,
         };
         if let Some(at) = decoded.empty {
-            let warning = config.warning(&at, "no rules: nothing will match");
-            config.warnings.push(warning);
+            config.warnings =
+                config.warnings(vec![Finding::new(&at, "no rules: nothing will match")]);
         }
         Ok(config)
     }
 
-    /// An error of a later stage, shown with the place in the file that it is about.
-    pub fn error(&self, at: &Path, message: impl Into<String>) -> Diagnostic {
-        self.diagnose(Severity::Error, at, message.into())
+    /// Errors of a later stage, each with its place in the file; of very many the first few and
+    /// a count. Costs one pass over the file's text.
+    pub fn errors(&self, findings: Vec<Finding>) -> Vec<Diagnostic> {
+        self.diagnose(Severity::Error, findings)
     }
 
-    /// Like [`Config::error`].
-    pub fn warning(&self, at: &Path, message: impl Into<String>) -> Diagnostic {
-        self.diagnose(Severity::Warning, at, message.into())
+    /// Like [`Config::errors`].
+    pub fn warnings(&self, findings: Vec<Finding>) -> Vec<Diagnostic> {
+        self.diagnose(Severity::Warning, findings)
     }
 
-    /// Costs one pass over the file's text.
-    fn diagnose(&self, severity: Severity, at: &Path, message: String) -> Diagnostic {
-        let problem =
-            Problem { at: at.clone().into(), complaint: Complaint::new(message), related: None };
-        self.document.diagnose(severity, &problem)
+    fn diagnose(&self, severity: Severity, findings: Vec<Finding>) -> Vec<Diagnostic> {
+        if findings.is_empty() {
+            return Vec::new();
+        }
+        let mut problems = Problems::default();
+        for finding in findings {
+            problems.push(finding.at, Complaint::new(finding.message));
+        }
+        problems.diagnose(|problems| self.document.diagnose(severity, problems))
+    }
+}
+
+/// What a later stage has to say about a place in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    pub at: Path,
+    pub message: String,
+}
+
+impl Finding {
+    pub fn new(at: &Path, message: impl Into<String>) -> Finding {
+        Finding { at: at.clone(), message: message.into() }
     }
 }
 

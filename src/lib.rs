@@ -8,7 +8,7 @@
 //! bpffs + tc ── observe ──> Observed ────────────┘
 //! ```
 //!
-//! `config`, `plan`, `tables` and `diff` are pure. `apply` is the only module that carries
+//! `config`, `partial`, `plan`, `tables` and `diff` are pure. `apply` is the only module that carries
 //! actions out, and takes a [`state::WriteGuard`] for it. The kernel is the only state.
 
 pub mod advice;
@@ -27,6 +27,7 @@ pub mod list;
 pub mod netlink;
 pub mod nexthop;
 pub mod observe;
+pub mod partial;
 pub mod plan;
 pub mod privileges;
 pub mod resolve;

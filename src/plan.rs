@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    Action, Config, Diagnostic, Hash, Host, Key, Source, Strategy, upstream_refusal,
+    Action, Config, Diagnostic, Finding, Hash, Host, Key, Source, Strategy, upstream_refusal,
 };
 
 /// A configuration, as a generation carries it.
@@ -75,7 +75,7 @@ impl Desired {
                     Host::Name(name) => match named(&rule.key, name, upstream.port, names) {
                         Ok(address) => address,
                         Err(message) => {
-                            errors.push(config.error(&upstream.at, message));
+                            errors.push(Finding::new(&upstream.at, message));
                             continue;
                         }
                     },
@@ -99,7 +99,7 @@ impl Desired {
         }
         let interfaces: BTreeSet<String> = interfaces.iter().cloned().collect();
         let desired = Desired { interfaces: interfaces.into_iter().collect(), rules };
-        if errors.is_empty() { Ok(desired) } else { Err(errors) }
+        if errors.is_empty() { Ok(desired) } else { Err(config.errors(errors)) }
     }
 
     /// The addresses of all upstreams, each once.

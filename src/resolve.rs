@@ -3,41 +3,55 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
-use crate::config::{Config, Diagnostic, Host};
+use crate::config::{Config, Diagnostic, Finding, Host};
 
-/// Asks the system's resolver for every host name of the configuration. The warnings name what
-/// was not chosen.
-///
-/// # Errors
-/// A diagnostic for each name that has no IPv4 address.
-pub async fn names(
-    config: &Config,
-) -> Result<(BTreeMap<String, Ipv4Addr>, Vec<Diagnostic>), Vec<Diagnostic>> {
-    let mut names = BTreeMap::new();
-    let mut failed = BTreeSet::new();
-    let (mut errors, mut warnings) = (Vec::new(), Vec::new());
-    for upstream in config.rules.iter().flat_map(|rule| &rule.upstreams) {
-        let Host::Name(name) = &upstream.address else { continue };
-        if names.contains_key(name) || failed.contains(name) {
-            continue;
-        }
-        match lookup(name).await.map(|addresses| choose(name, &addresses)) {
-            Ok(Some((address, warning))) => {
-                names.insert(name.clone(), address);
-                warnings.extend(warning.map(|text| config.warning(&upstream.at, text)));
-            }
-            Ok(None) => {
-                failed.insert(name.clone());
-                errors.push(config.error(&upstream.at, format!("`{name}` has no IPv4 address")));
-            }
-            Err(error) => {
-                failed.insert(name.clone());
-                let message = format!("`{name}` does not resolve: {error}");
-                errors.push(config.error(&upstream.at, message));
+/// What became of the host names of a configuration.
+pub struct Names {
+    pub addresses: BTreeMap<String, Ipv4Addr>,
+    /// Those without an IPv4 address, and where that is a trouble.
+    pub unresolved: Vec<(String, Finding)>,
+    /// Addresses that were not chosen.
+    pub warnings: Vec<Finding>,
+}
+
+impl Names {
+    /// All or nothing.
+    ///
+    /// # Errors
+    /// A diagnostic for each name that has no IPv4 address.
+    pub fn all(self, config: &Config) -> Result<Names, Vec<Diagnostic>> {
+        match self.unresolved.is_empty() {
+            true => Ok(self),
+            false => {
+                Err(config
+                    .errors(self.unresolved.into_iter().map(|(_, finding)| finding).collect()))
             }
         }
     }
-    if errors.is_empty() { Ok((names, warnings)) } else { Err(errors) }
+}
+
+/// Asks the system's resolver for every host name of the configuration.
+pub async fn names(config: &Config) -> Names {
+    let mut names =
+        Names { addresses: BTreeMap::new(), unresolved: Vec::new(), warnings: Vec::new() };
+    let mut asked = BTreeSet::new();
+    for upstream in config.rules.iter().flat_map(|rule| &rule.upstreams) {
+        let Host::Name(name) = &upstream.address else { continue };
+        if !asked.insert(name) {
+            continue;
+        }
+        let error = match lookup(name).await.map(|addresses| choose(name, &addresses)) {
+            Ok(Some((address, warning))) => {
+                names.addresses.insert(name.clone(), address);
+                names.warnings.extend(warning.map(|text| Finding::new(&upstream.at, text)));
+                continue;
+            }
+            Ok(None) => format!("`{name}` has no IPv4 address"),
+            Err(error) => format!("`{name}` does not resolve: {error}"),
+        };
+        names.unresolved.push((name.clone(), Finding::new(&upstream.at, error)));
+    }
+    names
 }
 
 /// The IPv4 addresses of a name.

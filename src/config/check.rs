@@ -186,16 +186,16 @@ fn overlap(rules: &[Rule], one: Claim, other: Claim, problems: &mut Problems) {
         }
     };
     let (old, new) = (&rules[first.rule].name, &rules[again.rule].name);
-    let ports = match again.ports.count() {
-        1 => format!("port {}", again.ports),
-        _ => format!("ports {}", again.ports),
+    let (ports, overlap, is) = match again.ports.count() {
+        1 => (format!("port {}", again.ports), "overlaps", "is"),
+        _ => (format!("ports {}", again.ports), "overlap", "are"),
     };
     let message = match (first.rule == again.rule, first.ports == again.ports) {
-        (true, true) => format!("{ports} stands twice in the key"),
-        (true, false) => format!("{ports} overlaps {} of the same key", first.ports),
-        (false, true) => format!("{ports} of rule `{new}` is already matched by rule `{old}`"),
+        (true, true) => format!("{ports} {is} in the key twice"),
+        (true, false) => format!("{ports} {overlap} {} of the same key", first.ports),
+        (false, true) => format!("{ports} of rule `{new}` {is} already matched by rule `{old}`"),
         (false, false) => {
-            format!("{ports} of rule `{new}` overlaps {} of rule `{old}`", first.ports)
+            format!("{ports} of rule `{new}` {overlap} {} of rule `{old}`", first.ports)
         }
     };
     let label = "first defined here";

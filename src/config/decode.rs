@@ -195,7 +195,7 @@ impl Decoder {
             let missing = field.is_usable(root) && fields.get(field).is_none();
             if missing && !entries.iter().any(misspelt) {
                 let message = format!("`{}` is missing", field.name);
-                self.complain(at, Complaint::new(message));
+                self.complain(at, Complaint::new(message).help(field.about));
             }
         }
         Some(fields)
@@ -395,5 +395,26 @@ impl Decoder {
             Some(word) => Said::Word(word),
             None => Said::Nonsense,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn has_variants<T: Deserialize<'static>>(choice: &'static Choice) {
+        for word in choice.words {
+            let variant = T::deserialize(StrDeserializer::<Error>::new(word.name));
+            assert_eq!(variant.is_ok(), word.built, "{}", word.name);
+        }
+    }
+
+    #[test]
+    fn a_word_is_built_if_its_enum_has_it() {
+        has_variants::<Action>(&words::TC_ACTION);
+        has_variants::<Mode>(&words::MODE);
+        has_variants::<Source>(&words::SOURCE);
+        has_variants::<Strategy>(&words::STRATEGY);
+        has_variants::<Hash>(&words::HASH);
     }
 }

@@ -60,13 +60,18 @@ pub struct Related {
     pub(super) excerpt: Excerpt,
 }
 
-impl fmt::Display for Diagnostic {
+impl fmt::Display for Severity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let severity = match self.severity {
+        f.write_str(match self {
             Severity::Error => "error",
             Severity::Warning => "warning",
-        };
-        write!(f, "{severity}: {}:{}:{}: ", self.file, self.line, self.column)?;
+        })
+    }
+}
+
+impl fmt::Display for Diagnostic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}:{}:{}: ", self.severity, self.file, self.line, self.column)?;
         if !self.field.is_empty() {
             write!(f, "{}: ", self.field)?;
         }
@@ -152,7 +157,7 @@ pub(super) fn shorten(text: &str) -> String {
 }
 
 /// A message and what to do about it, before it has a place.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Complaint {
     pub message: String,
     pub help: Option<String>,
@@ -230,13 +235,13 @@ impl Problems {
     }
 
     /// In the order of the file, with a last one that counts what is left out.
-    pub fn diagnose(&self, locate: impl Fn(&Problem) -> Diagnostic) -> Vec<Diagnostic> {
-        let mut shown: Vec<_> = self.first.iter().map(locate).collect();
+    pub fn diagnose(&self, locate: impl Fn(&[Problem]) -> Vec<Diagnostic>) -> Vec<Diagnostic> {
+        let mut shown = locate(&self.first);
         let more = self.count.saturating_sub(SHOWN);
         let rest = if more > 1 { shown.pop() } else { None };
         shown.sort_by_key(|diagnostic| (diagnostic.line, diagnostic.column));
         shown.extend(rest.map(|first| Diagnostic {
-            message: format!("and {more} more errors"),
+            message: format!("and {more} more {}s", first.severity),
             help: None,
             related: None,
             excerpt: Excerpt::default(),

@@ -73,7 +73,8 @@ impl Document {
         let toml = extension.is_some_and(|extension| extension.eq_ignore_ascii_case("toml"));
         Document {
             name: name.into(),
-            text: text.into(),
+            // A byte order mark has no column.
+            text: text.trim_start_matches('\u{feff}').into(),
             format: if toml { Format::Toml } else { Format::Yaml },
         }
     }
@@ -84,28 +85,38 @@ impl Document {
             Format::Yaml => yaml::read(&self.text),
         };
         node.map_err(|fault| {
-            let Complaint { message, help } = fault.complaint;
             let position = Position::new(&self.text, fault.offset);
-            vec![self.diagnostic(Severity::Error, position, &fault.path, message, help)]
+            vec![self.diagnostic(Severity::Error, position, &fault.path, fault.complaint)]
         })
     }
 
-    pub fn diagnose(&self, severity: Severity, problem: &Problem) -> Diagnostic {
-        let Complaint { message, help } = &problem.complaint;
-        let position = self.position(&problem.at);
-        let related = problem.related.as_ref().map(|(place, label)| {
-            let position = self.position(place);
-            Related {
-                line: position.line,
-                column: position.column,
-                field: place.path.to_string(),
-                label: (*label).into(),
-                excerpt: position.excerpt(&self.text),
+    /// Finds the lines and columns of all problems, in one pass over the text.
+    pub fn diagnose(&self, severity: Severity, problems: &[Problem]) -> Vec<Diagnostic> {
+        let places = problems.iter().map(|problem| &problem.at);
+        let related = problems.iter().filter_map(|problem| problem.related.as_ref());
+        let places: Vec<&Place> = places.chain(related.map(|(place, _)| place)).collect();
+        let mut positions = self.positions(&places);
+        let mut related = positions.split_off(problems.len()).into_iter();
+        let diagnose = |(problem, position): (&Problem, Position)| {
+            let second = problem.related.as_ref();
+            let second = second.and_then(|second| Some(self.related(second, related.next()?)));
+            let complaint = problem.complaint.clone();
+            Diagnostic {
+                related: second,
+                ..self.diagnostic(severity, position, &problem.at.path, complaint)
             }
-        });
-        let path = &problem.at.path;
-        let diagnostic = self.diagnostic(severity, position, path, message.clone(), help.clone());
-        Diagnostic { related, ..diagnostic }
+        };
+        problems.iter().zip(positions).map(diagnose).collect()
+    }
+
+    fn related(&self, (place, label): &(Place, &'static str), position: Position) -> Related {
+        Related {
+            line: position.line,
+            column: position.column,
+            field: place.path.to_string(),
+            label: (*label).into(),
+            excerpt: position.excerpt(&self.text),
+        }
     }
 
     fn diagnostic(
@@ -113,8 +124,7 @@ impl Document {
         severity: Severity,
         position: Position,
         path: &Path,
-        message: String,
-        help: Option<String>,
+        complaint: Complaint,
     ) -> Diagnostic {
         Diagnostic {
             severity,
@@ -122,20 +132,20 @@ impl Document {
             line: position.line,
             column: position.column,
             field: path.to_string(),
-            message,
-            help,
+            message: complaint.message,
+            help: complaint.help,
             related: None,
             excerpt: position.excerpt(&self.text),
         }
     }
 
-    /// Where a place is in the text; where nothing is there, its nearest ancestor.
-    fn position(&self, place: &Place) -> Position {
-        let offset = match self.format {
-            Format::Toml => toml::find(&self.text, place),
-            Format::Yaml => yaml::find(&self.text, place),
+    fn positions(&self, places: &[&Place]) -> Vec<Position> {
+        let offsets = match self.format {
+            Format::Toml => toml::find(&self.text, places),
+            Format::Yaml => yaml::find(&self.text, places),
         };
-        Position::new(&self.text, offset.unwrap_or(0))
+        let position = |offset: Option<usize>| Position::new(&self.text, offset.unwrap_or(0));
+        offsets.into_iter().map(position).collect()
     }
 }
 

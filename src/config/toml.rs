@@ -1,5 +1,6 @@
 //! TOML text. The parser's own tree has a span for every value.
 
+use ::toml::Spanned;
 use ::toml::de::{DeArray, DeTable, DeValue};
 
 use super::diagnostic::{Complaint, Part, Place};
@@ -40,23 +41,31 @@ fn map(table: DeTable<'_>) -> Node<'_> {
     Node::Map(entries.collect())
 }
 
-/// The byte offset of a place; where nothing is there, of its nearest ancestor.
-pub(super) fn find(text: &str, place: &Place) -> Option<usize> {
-    let root = DeTable::parse(text).ok()?;
-    let (last, parents) = match place.path.0.split_last() {
-        Some((last, parents)) if place.part == Part::Name => (Some(last), parents),
+/// The byte offsets of places; where nothing is there, of the nearest ancestor.
+pub(super) fn find(text: &str, places: &[&Place]) -> Vec<Option<usize>> {
+    match DeTable::parse(text) {
+        Ok(root) => {
+            let found = places.iter().map(|place| find_one(&root, place));
+            found.map(Some).collect()
+        }
+        Err(_) => vec![None; places.len()],
+    }
+}
+
+fn find_one(root: &Spanned<DeTable<'_>>, place: &Place) -> usize {
+    let (name, steps) = match place.path.0.split_last() {
+        Some((name, steps)) if place.part == Part::Name => (Some(name), steps),
         _ => (None, &place.path.0[..]),
     };
     let mut offset = root.span().start;
     let mut here = Inside::Map(root.get_ref());
-    for step in parents {
+    for step in steps {
         let Some((at, inside)) = here.enter(step) else {
-            return Some(offset);
+            return offset;
         };
         (offset, here) = (at, inside);
     }
-    let name = last.and_then(|name| here.name(name));
-    Some(name.unwrap_or(offset))
+    name.and_then(|name| here.name(name)).unwrap_or(offset)
 }
 
 /// The value that a search has come to.

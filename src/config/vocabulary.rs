@@ -160,7 +160,12 @@ pub static KEY_PORT: Field = Field::new(
 .in_list();
 
 pub static TC_ACTION: Choice = Choice {
-    field: Field::new("tc_action", Shape::Choice(&TC_ACTION), "What happens to the packet here: `pass` delivers it locally besides, `block` ends its way.").in_list(),
+    field: Field::new(
+        "tc_action",
+        Shape::Choice(&TC_ACTION),
+        "`pass` delivers the packet locally besides, `block` ends its way here.",
+    )
+    .in_list(),
     words: &[Word::new("pass").in_list(), Word::new("block").in_list()],
     default_list: "pass",
     default_map: "pass",
@@ -175,7 +180,7 @@ pub static SOURCE: Choice = Choice {
     field: Field::new(
         "source",
         Shape::Choice(&SOURCE),
-        "The source address that the upstream sees: `vip` is the key's address, `preserve` the sender's.",
+        "The source that the upstream sees: `vip` is the key's address, `preserve` the sender's.",
     ),
     words: &[Word::new("vip"), Word::new("preserve"), Word::new("egress").later()],
     default_list: "vip",
@@ -386,4 +391,33 @@ fn distance(a: &[char], b: &[char]) -> usize {
         older = std::mem::replace(&mut last, row);
     }
     last[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_word_is_suggested_for_a_slip_only() {
+        let known = ["tc_action", "strategy", "source", "port"];
+        for (slip, word) in [
+            ("tc-action", Some("tc_action")),
+            ("Strategy", Some("strategy")),
+            ("stratgey", Some("strategy")),
+            ("sources", Some("source")),
+            ("prot", Some("port")),
+            ("", None),
+            ("x", None),
+            ("weight", None),
+        ] {
+            assert_eq!(nearest(slip, &known), word, "{slip}");
+        }
+    }
+
+    #[test]
+    fn a_map_has_fewer_fields_than_a_reader_takes() {
+        for table in TABLES {
+            assert!(table.fields.len() < super::super::yaml::FIELDS);
+        }
+    }
 }

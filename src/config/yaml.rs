@@ -1,11 +1,14 @@
 //! YAML and JSON text.
 //!
-//! The parser tells a position only with an error. So a value is found by a second reading, which
-//! fails where the value is.
+//! The parser tells a position only with an error. So values are found by a second reading, which
+//! makes errors where they are.
 
 use std::borrow::Cow;
+use std::fmt;
 
-use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    self, Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor,
+};
 use serde_yaml::Location;
 
 use super::diagnostic::{Complaint, Part, Place, shorten};
@@ -17,7 +20,7 @@ use super::path::{Path, Step};
 const VALUES: usize = 2_000_000;
 
 /// How many fields a map may have: more than any has, and few enough to compare all with all.
-const FIELDS: usize = 64;
+pub(super) const FIELDS: usize = 64;
 
 /// How deep `[` and `{` may nest in YAML, whose parser takes quadratic time over them.
 const DEPTH: usize = 128;
@@ -78,26 +81,35 @@ fn too_deep(text: &str) -> Option<usize> {
 
 /// What follows a whole document is another one, or no YAML.
 fn another_document(text: &str, document: serde_yaml::Deserializer<'_>) -> Fault {
-    let find = Find { steps: &[], part: Part::Value };
-    match find.deserialize(document) {
-        Err(error) => Fault {
-            complaint: Complaint::new(if error.to_string().contains(FOUND) {
-                SEVERAL_DOCUMENTS.into()
-            } else {
-                message_of(&error)
-            }),
-            path: Path::default(),
-            offset: offset_of(text, &error),
-        },
-        Ok(()) => Fault {
-            complaint: Complaint::new(SEVERAL_DOCUMENTS),
-            path: Path::default(),
-            offset: text.len(),
-        },
+    const SEVERAL: &str = "a second YAML document begins here, and a configuration is one";
+    // It is read as what it cannot be, for the position in the error.
+    let error = Nothing::deserialize(document).err();
+    let syntax = error.as_ref().map(message_of);
+    let syntax = syntax.filter(|message| !message.contains(NOTHING));
+    Fault {
+        complaint: Complaint::new(syntax.unwrap_or_else(|| SEVERAL.into())),
+        path: Path::default(),
+        offset: error.map_or(text.len(), |error| offset_of(text, &error)),
     }
 }
 
-const SEVERAL_DOCUMENTS: &str = "a second YAML document begins here, and a configuration is one";
+const NOTHING: &str = "nothing at all";
+
+struct Nothing;
+
+impl<'de> Deserialize<'de> for Nothing {
+    fn deserialize<D: Deserializer<'de>>(document: D) -> Result<Nothing, D::Error> {
+        document.deserialize_any(Nothing)
+    }
+}
+
+impl Visitor<'_> for Nothing {
+    type Value = Nothing;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(NOTHING)
+    }
+}
 
 /// Reads any value into a [`Node`].
 #[derive(Default)]
@@ -151,7 +163,7 @@ impl<'de> DeserializeSeed<'de> for &mut Reading {
 impl<'de> Visitor<'de> for &mut Reading {
     type Value = Node<'de>;
 
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("any value")
     }
 
@@ -269,16 +281,16 @@ impl<'de> DeserializeSeed<'de> for Name<'_, 'de> {
     type Value = Cow<'de, str>;
 
     fn deserialize<D: Deserializer<'de>>(self, value: D) -> Result<Cow<'de, str>, D::Error> {
-        // Stands if the visitor is asked for anything but a string.
+        // Stands if what comes is a map or a list.
         self.reading.refusal = Some(Complaint::new("the name of a field must be text"));
-        value.deserialize_any(self)
+        value.deserialize_str(self)
     }
 }
 
 impl<'de> Visitor<'de> for Name<'_, 'de> {
     type Value = Cow<'de, str>;
 
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the name of a field")
     }
 
@@ -293,117 +305,236 @@ impl<'de> Visitor<'de> for Name<'_, 'de> {
     }
 }
 
-const FOUND: &str = "found it";
-
-/// Walks to a place and fails there.
-struct Find<'a> {
-    steps: &'a [Step],
-    part: Part,
+/// The byte offsets of places; where nothing is there, of the nearest ancestor.
+///
+/// A scalar is found where it stands, a map or list at the name of its field, or in a list at its own
+/// first field.
+pub(super) fn find(text: &str, places: &[&Place]) -> Vec<Option<usize>> {
+    let mut search = Search { places, marks: vec![None; places.len()], raised: false };
+    let all: Vec<usize> = (0..places.len()).collect();
+    let root = Descend { search: &mut search, here: &all, depth: 0, in_list: true };
+    if let Some(document) = serde_yaml::Deserializer::from_str(text).next()
+        && let Err(error) = root.deserialize(document)
+    {
+        // What was found before an error counts; the text was read once, so there is none.
+        let _ = search.catch(error, &all);
+    }
+    let lines = Lines::new(text);
+    let offset = |mark: Option<Mark>| mark.map(|mark| lines.offset(mark));
+    search.marks.into_iter().map(offset).collect()
 }
 
-fn found<E: de::Error>() -> Result<(), E> {
-    Err(E::custom(FOUND))
+/// One pass over the text for several places.
+///
+/// At each scalar and name on the way it raises an error, which the parser gives a position, and
+/// catches it one level up: after a scalar the parser can go on.
+struct Search<'p> {
+    places: &'p [&'p Place],
+    /// What was found for each place, from outside inwards.
+    marks: Vec<Option<Mark>>,
+    /// Whether the error under way is ours.
+    raised: bool,
 }
 
-impl<'de> DeserializeSeed<'de> for Find<'_> {
+/// A line and a column as libyaml counts, from 1.
+type Mark = (usize, usize);
+
+impl Search<'_> {
+    /// Those of `here` that go on with a step, given by their index.
+    fn through(&self, here: &[usize], depth: usize, wanted: impl Fn(&Step) -> bool) -> Vec<usize> {
+        let goes = |place: &&usize| self.places[**place].path.0.get(depth).is_some_and(&wanted);
+        here.iter().filter(goes).copied().collect()
+    }
+
+    /// Whether a place means the name of the field at its end.
+    fn is_name(&self, place: usize, depth: usize) -> bool {
+        let place = self.places[place];
+        place.part == Part::Name && place.path.0.len() == depth + 1
+    }
+
+    fn raise<E: de::Error>(&mut self) -> E {
+        self.raised = true;
+        E::custom("found")
+    }
+
+    /// Notes the position of an error of ours; any other goes on.
+    fn catch<E: de::Error>(&mut self, error: E, places: &[usize]) -> Result<(), E> {
+        if !std::mem::take(&mut self.raised) {
+            return Err(error);
+        }
+        // Within a visitor the error's type is not known, only its text. At the very beginning of
+        // the file it says no position.
+        let text = error.to_string();
+        let position = text.rsplit_once(" at line ");
+        let position = position.and_then(|(_, rest)| rest.split_once(" column "));
+        let mark =
+            position.and_then(|(line, column)| Some((line.parse().ok()?, column.parse().ok()?)));
+        for place in places {
+            self.marks[*place] = Some(mark.unwrap_or((1, 1)));
+        }
+        Ok(())
+    }
+}
+
+/// A value on the way to places.
+struct Descend<'s, 'p> {
+    search: &'s mut Search<'p>,
+    /// The places that are here or further inside.
+    here: &'s [usize],
+    /// How many steps from the root.
+    depth: usize,
+    /// Whether this is an element, which has no name of its own.
+    in_list: bool,
+}
+
+impl<'de> DeserializeSeed<'de> for Descend<'_, '_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, value: D) -> Result<(), D::Error> {
+        // The visitor takes maps and lists only, and so the parser refuses a scalar.
+        self.search.raised = true;
         value.deserialize_any(self)
     }
 }
 
-impl<'de> Visitor<'de> for Find<'_> {
+impl<'de> Visitor<'de> for Descend<'_, '_> {
     type Value = ();
 
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(FOUND)
-    }
-
-    fn visit_none<E: de::Error>(self) -> Result<(), E> {
-        found()
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map or a list")
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<(), A::Error> {
-        if let Some((Step::Index(index), steps)) = self.steps.split_first() {
-            for _ in 0..*index {
-                if access.next_element::<IgnoredAny>()?.is_none() {
-                    return found();
-                }
+        self.search.raised = false;
+        for index in 0.. {
+            let is_this = |step: &Step| *step == Step::Index(index);
+            let inside = self.search.through(self.here, self.depth, is_this);
+            let element = if inside.is_empty() {
+                let ignored = access.next_element::<IgnoredAny>();
+                ignored.map(|element| element.map(|_| ()))
+            } else {
+                access.next_element_seed(Descend {
+                    search: self.search,
+                    here: &inside,
+                    depth: self.depth + 1,
+                    in_list: true,
+                })
+            };
+            match element {
+                Ok(Some(())) => {}
+                Ok(None) => break,
+                Err(error) => self.search.catch(error, &inside)?,
             }
-            let part = self.part;
-            access.next_element_seed(Find { steps, part })?;
         }
-        found()
+        Ok(())
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<(), A::Error> {
-        let Some((Step::Field(wanted), steps)) = self.steps.split_first() else {
-            return found();
-        };
-        let part = self.part;
-        let seed = FindName { wanted, here: steps.is_empty() && part == Part::Name };
-        while let Some(same) = access.next_key_seed(seed)? {
-            if same {
-                return access.next_value_seed(Find { steps, part });
+        self.search.raised = false;
+        let mut first = self.in_list;
+        loop {
+            let mut inside = Vec::new();
+            let name = access.next_key_seed(FindName {
+                search: self.search,
+                here: self.here,
+                depth: self.depth,
+                first,
+                inside: &mut inside,
+            });
+            match name {
+                Ok(Some(())) => {}
+                Ok(None) => return Ok(()),
+                Err(error) if first => self.search.catch(error, self.here)?,
+                Err(error) => self.search.catch(error, &inside)?,
             }
-            access.next_value::<IgnoredAny>()?;
+            first = false;
+            inside.retain(|place| !self.search.is_name(*place, self.depth));
+            if inside.is_empty() {
+                access.next_value::<IgnoredAny>()?;
+                continue;
+            }
+            let value = access.next_value_seed(Descend {
+                search: self.search,
+                here: &inside,
+                depth: self.depth + 1,
+                in_list: false,
+            });
+            value.or_else(|error| self.search.catch(error, &inside))?;
         }
-        found()
     }
 }
 
-/// Compares the name of a field; fails there if it is what was looked for.
-#[derive(Clone, Copy)]
-struct FindName<'a> {
-    wanted: &'a str,
-    here: bool,
+/// The name of a field on the way to places.
+struct FindName<'s, 'p> {
+    search: &'s mut Search<'p>,
+    here: &'s [usize],
+    depth: usize,
+    /// Whether its position is also that of the map.
+    first: bool,
+    /// The places that go through the field.
+    inside: &'s mut Vec<usize>,
 }
 
-impl<'de> DeserializeSeed<'de> for FindName<'_> {
-    type Value = bool;
+impl<'de> DeserializeSeed<'de> for FindName<'_, '_> {
+    type Value = ();
 
-    fn deserialize<D: Deserializer<'de>>(self, value: D) -> Result<bool, D::Error> {
-        value.deserialize_any(self)
+    fn deserialize<D: Deserializer<'de>>(self, value: D) -> Result<(), D::Error> {
+        value.deserialize_str(self)
     }
 }
 
-impl Visitor<'_> for FindName<'_> {
-    type Value = bool;
+impl Visitor<'_> for FindName<'_, '_> {
+    type Value = ();
 
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the name of a field")
     }
 
-    fn visit_str<E: de::Error>(self, name: &str) -> Result<bool, E> {
-        if name == self.wanted && self.here {
-            return Err(E::custom(FOUND));
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<(), E> {
+        let is_this = |step: &Step| matches!(step, Step::Field(field) if field == name);
+        *self.inside = self.search.through(self.here, self.depth, is_this);
+        if self.first || !self.inside.is_empty() {
+            return Err(self.search.raise());
         }
-        Ok(name == self.wanted)
+        Ok(())
     }
 }
 
-/// The byte offset of a place. Any value but a map or list on the way fails too, there: the nearest
-/// ancestor that exists.
-pub(super) fn find(text: &str, place: &Place) -> Option<usize> {
-    let document = serde_yaml::Deserializer::from_str(text).next()?;
-    let find = Find { steps: &place.path.0, part: place.part };
-    let error = find.deserialize(document).err()?;
-    Some(offset_of(text, &error))
+/// Where each line begins, by libyaml's count: more characters than `\n` end a line.
+struct Lines<'t> {
+    text: &'t str,
+    starts: Vec<usize>,
 }
 
-/// libyaml counts characters, and does not count a byte order mark. Bytes that it cannot read at all
-/// it reports by their offset, in the message only.
+impl<'t> Lines<'t> {
+    fn new(text: &'t str) -> Lines<'t> {
+        let breaks = text.match_indices(['\n', '\r', '\u{85}', '\u{2028}', '\u{2029}']);
+        let ends = breaks.map(|(at, end)| (at + end.len(), end));
+        let ends = ends.filter(|(next, end)| *end != "\r" || !text[*next..].starts_with('\n'));
+        let starts = std::iter::once(0).chain(ends.map(|(next, _)| next));
+        Lines { text, starts: starts.collect() }
+    }
+
+    fn offset(&self, (line, column): Mark) -> usize {
+        let start = self.starts.get(line.saturating_sub(1));
+        let start = start.copied().unwrap_or(self.text.len());
+        let mut characters = self.text[start..].char_indices();
+        let character = characters.nth(column.saturating_sub(1));
+        character.map_or(self.text.len(), |(offset, _)| start + offset)
+    }
+}
+
+/// libyaml counts characters. Bytes that it cannot read at all it reports by their offset, and in the
+/// message only.
 fn offset_of(text: &str, error: &serde_yaml::Error) -> usize {
     let message = error.to_string();
     let unreadable = message.split_once(" at position ").map(|(_, rest)| rest);
     if let Some(offset) = unreadable.and_then(|rest| rest.parse().ok()) {
         return offset;
     }
-    let mark = text.len() - text.trim_start_matches('\u{feff}').len();
     let index = error.location().map_or(0, |location| location.index());
-    let mut characters = text[mark..].char_indices();
-    characters.nth(index).map_or(text.len(), |(offset, _)| mark + offset)
+    let character = text.char_indices().nth(index);
+    character.map_or(text.len(), |(offset, _)| offset)
 }
 
 /// The parser's message without the position, which is shown in our own way.

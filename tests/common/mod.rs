@@ -3,7 +3,11 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 pub mod lab;
+pub mod laboratory;
 pub mod net;
+pub mod packet;
+pub mod program;
+pub mod wire;
 
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};

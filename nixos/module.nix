@@ -1,0 +1,470 @@
+{
+  config,
+  lib,
+  pkgs,
+  utils,
+  ...
+}:
+let
+  inherit (lib) mkOption types;
+  cfg = config.services.udplb;
+
+  # Unset words stay out of the file, so that `defaults` and the program's own defaults hold.
+  word =
+    type: description:
+    mkOption {
+      type = types.nullOr type;
+      default = null;
+      inherit description;
+    };
+
+  octet = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])";
+  ipv4 = types.strMatching "${octet}(\\.${octet}){3}" // {
+    description = "IPv4 address";
+  };
+  # A name ends in a label that is no number: a mistyped address is not taken for a name.
+  host = types.either ipv4 (
+    types.strMatching "([[:alnum:]_-]+\\.)*[[:alnum:]-]*[[:alpha:]-][[:alnum:]-]*\\.?"
+    // {
+      description = "host name";
+    }
+  );
+  port = types.ints.between 1 65535;
+  ports = types.either port (
+    types.strMatching "[1-9][0-9]{0,4}-[1-9][0-9]{0,4}"
+    // {
+      description = ''port range "first-last"'';
+    }
+  );
+  interface = types.strMatching "[^[:space:]/:]{1,15}" // {
+    description = "network interface name (1 to 15 characters)";
+  };
+
+  ruleOptions = types.submodule {
+    options = {
+      tc_action = word (types.enum [
+        "pass"
+        "block"
+      ]) "`pass` delivers the packet here too, `block` ends it here. The program's default is `pass`.";
+      mode = word (types.enum [ "balance" ]) "One upstream for each packet (`balance`, the default).";
+      strategy = word (types.enum [
+        "src-port"
+        "src-ip"
+        "src-ip-port"
+      ]) "What of a packet selects its upstream. The program's default is `src-ip-port`.";
+      hash = word (types.enum [ "modulo" ]) "How the strategy's key becomes an upstream.";
+      source =
+        word
+          (types.enum [
+            "vip"
+            "preserve"
+          ])
+          "The source address that upstreams see: the matched destination (`vip`, the default) or the sender's own.";
+    };
+  };
+
+  rule = types.submodule {
+    options = {
+      name = word types.str "Name of the rule, unique. The program's default is address:port.";
+      key = {
+        address = mkOption {
+          type = ipv4;
+          example = "10.0.0.5";
+          description = "Destination address that the rule matches.";
+        };
+        port = mkOption {
+          type = types.either ports (types.nonEmptyListOf ports);
+          example = [
+            2055
+            "6343-6350"
+          ];
+          description = "Destination ports that the rule matches: one, a range, or a list of both.";
+        };
+      };
+      options = mkOption {
+        type = ruleOptions;
+        default = { };
+        description = "What happens to the rule's packets; what is unset comes from {option}`services.udplb.defaults`.";
+      };
+      upstream = mkOption {
+        type = types.nonEmptyListOf (
+          types.submodule {
+            options = {
+              name = word types.str "Name of the upstream, unique in its rule.";
+              address = mkOption {
+                type = host;
+                example = "10.0.9.11";
+                description = "Address or host name.";
+              };
+              port = word port "UDP port. The program's default is the port that the packet came to.";
+            };
+          }
+        );
+        description = "Where the rule's packets are sent.";
+      };
+    };
+  };
+
+  inherit (cfg) configFile rules;
+  fromFile = configFile != null;
+
+  withoutNull =
+    v:
+    if builtins.isAttrs v then
+      lib.mapAttrs (_: withoutNull) (lib.filterAttrs (_: x: x != null) v)
+    else if builtins.isList v then
+      map withoutNull v
+    else
+      v;
+
+  source =
+    if fromFile then
+      "${configFile}"
+    else
+      (pkgs.formats.yaml { }).generate "udplb.yaml" {
+        version = 1;
+        inherit (cfg) interfaces;
+        defaults = withoutNull cfg.defaults;
+        rules = withoutNull rules;
+      };
+  # A file outside the store changes without a rebuild: nothing can be said about it here.
+  inStore = !fromFile || lib.hasPrefix builtins.storeDir source;
+  # The program knows the format by the extension.
+  fileName = if lib.hasSuffix ".toml" source then "udplb.toml" else "udplb.yaml";
+  file =
+    if inStore && cfg.checkConfig then
+      pkgs.runCommand fileName
+        {
+          inherit source;
+          nativeBuildInputs = [ cfg.package ];
+        }
+        ''
+          udplb check --no-resolve "$source"
+          ln -s "$source" "$out"
+        ''
+    else
+      source;
+
+  command = args: utils.escapeSystemdExecArgs ([ (lib.getExe cfg.package) ] ++ args);
+  # One late interface or unknown name must not keep the other rules out of the kernel.
+  apply =
+    flags:
+    command (
+      [
+        "apply"
+        "--partial"
+      ]
+      ++ flags
+      ++ lib.optionals fromFile (
+        lib.concatMap (i: [
+          "-i"
+          i
+        ]) cfg.interfaces
+      )
+      ++ [ "${file}" ]
+    );
+
+  portList = r: lib.toList r.key.port;
+  keys = lib.concatLists (
+    lib.imap0 (
+      n: r:
+      map (p: {
+        rule = n;
+        key = "${r.key.address}:${toString p}";
+      }) (portList r)
+    ) rules
+  );
+  doubled = lib.filterAttrs (_: uses: lib.length uses > 1) (lib.groupBy (k: k.key) keys);
+
+  action =
+    r:
+    lib.findFirst (a: a != null) "pass" [
+      r.options.tc_action
+      cfg.defaults.tc_action
+    ];
+  opened = lib.concatMap portList (lib.filter (r: action r == "pass") rules);
+  range =
+    p:
+    let
+      ends = lib.splitString "-" p;
+    in
+    {
+      from = lib.toInt (lib.head ends);
+      to = lib.toInt (lib.last ends);
+    };
+
+  hardening = {
+    CapabilityBoundingSet = [
+      "CAP_BPF"
+      "CAP_NET_ADMIN"
+      "CAP_PERFMON"
+    ];
+    # Before Linux 5.11 BPF maps count as locked memory.
+    LimitMEMLOCK = "infinity";
+    LockPersonality = true;
+    MemoryDenyWriteExecute = true;
+    NoNewPrivileges = true;
+    PrivateDevices = true;
+    PrivateTmp = true;
+    ProtectClock = true;
+    ProtectControlGroups = true;
+    ProtectHome = true;
+    ProtectHostname = true;
+    ProtectKernelLogs = true;
+    ProtectKernelModules = true;
+    ProtectProc = "invisible";
+    ProtectSystem = "strict";
+    # ProtectKernelTunables would make /sys/fs/bpf read-only whatever ReadWritePaths says.
+    ReadOnlyPaths = [
+      "/proc/sys"
+      "/sys"
+    ];
+    ReadWritePaths = [ "/sys/fs/bpf" ];
+    RemoveIPC = true;
+    # INET and UNIX: host names are asked of a name server or of a local daemon.
+    RestrictAddressFamilies = [
+      "AF_INET"
+      "AF_INET6"
+      "AF_NETLINK"
+      "AF_UNIX"
+    ];
+    RestrictNamespaces = true;
+    RestrictRealtime = true;
+    RestrictSUIDSGID = true;
+    SystemCallArchitectures = "native";
+    # A refused call is to end in a message, not in SIGSYS.
+    SystemCallErrorNumber = "EPERM";
+    SystemCallFilter = [
+      "@system-service"
+      "bpf"
+    ];
+    UMask = "0077";
+  };
+in
+{
+  options.services.udplb = {
+    enable = lib.mkEnableOption "udplb, which relays, forwards and balances UDP in the kernel";
+
+    package = mkOption {
+      type = types.package;
+      default =
+        pkgs.udplb
+          or (throw "services.udplb.package: no udplb in pkgs; use the flake's nixosModules.default or overlays.default");
+      defaultText = lib.literalExpression "pkgs.udplb";
+      description = "The udplb package.";
+    };
+
+    interfaces = mkOption {
+      type = types.listOf interface;
+      default = [ ];
+      example = [ "ens3" ];
+      description = ''
+        Interfaces whose incoming packets the rules see. May be empty where
+        {option}`services.udplb.configFile` names its own, and replaces those if not.
+      '';
+    };
+
+    rules = mkOption {
+      type = types.listOf rule;
+      default = [ ];
+      example = lib.literalExpression ''
+        [
+          {
+            name = "flows";
+            key = { address = "10.0.0.5"; port = [ 2055 "6343-6350" ]; };
+            options.source = "preserve";
+            upstream = [ { address = "10.0.9.11"; } ];
+          }
+        ]
+      '';
+      description = "The rules, in the words of udplb's own configuration file.";
+    };
+
+    defaults = mkOption {
+      type = ruleOptions;
+      default = { };
+      example = {
+        source = "preserve";
+      };
+      description = "What rules say in `options` where they do not say it themselves.";
+    };
+
+    configFile = mkOption {
+      type = types.nullOr types.path;
+      default = null;
+      example = "/etc/nixos/udplb.yaml";
+      description = ''
+        A configuration file (YAML or TOML) in place of {option}`services.udplb.rules`.
+        A path goes into the store and is checked; a string outside the store is read where it is,
+        and `systemctl reload udplb` applies it after a change.
+      '';
+    };
+
+    checkConfig = mkOption {
+      type = types.bool;
+      default = pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform;
+      defaultText = lib.literalMD "whether the build machine can run the program";
+      description = ''
+        Whether `udplb check` reads the configuration while the system is built, so that a bad rule
+        fails the build and not the router.
+      '';
+    };
+
+    keepOnStop = mkOption {
+      type = types.bool;
+      default = false;
+      description = ''
+        Whether the rules stay in the kernel when the service stops. They outlive `enable = false`
+        too: `udplb detach` or a reboot removes them.
+      '';
+    };
+
+    repairInterval = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      example = "5min";
+      description = ''
+        How often the configuration is applied again, as a systemd time span: puts back what
+        somebody else removed and resolves host names again. Costs nothing where nothing changed.
+      '';
+    };
+
+    arpd.enable = mkOption {
+      type = types.bool;
+      default = true;
+      description = "Whether `udplb arpd` keeps the upstreams' next hops resolved and fresh.";
+    };
+
+    openFirewall = mkOption {
+      type = types.bool;
+      default = false;
+      description = ''
+        Whether the firewall lets in the keys of `pass` rules on the named interfaces. Packets sent to
+        upstreams never meet the firewall, the copy that is delivered here does.
+      '';
+    };
+  };
+
+  config = lib.mkIf cfg.enable {
+    assertions = [
+      {
+        assertion = cfg.interfaces != [ ] || fromFile;
+        message = "services.udplb.interfaces: at least one interface is needed.";
+      }
+      {
+        assertion = rules == [ ] || !fromFile;
+        message = "services.udplb.rules: cannot be used together with services.udplb.configFile.";
+      }
+      {
+        assertion = withoutNull cfg.defaults == { } || !fromFile;
+        message = "services.udplb.defaults: cannot be used together with services.udplb.configFile.";
+      }
+      {
+        assertion = !(cfg.openFirewall && fromFile);
+        message = "services.udplb.openFirewall: needs services.udplb.rules; the ports of a configFile are not known here.";
+      }
+    ]
+    ++ lib.mapAttrsToList (key: uses: {
+      assertion = false;
+      message = "services.udplb.rules.[${toString (lib.last uses).rule}].key: ${key} is the key of rules.[${toString (lib.head uses).rule}] already.";
+    }) doubled;
+
+    warnings = lib.optional (rules == [ ] && !fromFile) "services.udplb is enabled without rules.";
+
+    environment.systemPackages = [ cfg.package ];
+    environment.etc = lib.mkIf inStore { ${fileName}.source = file; };
+
+    boot.kernelModules = [
+      "cls_bpf"
+      "sch_ingress"
+    ];
+
+    networking.firewall.interfaces = lib.mkIf cfg.openFirewall (
+      lib.genAttrs cfg.interfaces (_: {
+        allowedUDPPorts = lib.filter lib.isInt opened;
+        allowedUDPPortRanges = map range (lib.filter lib.isString opened);
+      })
+    );
+
+    systemd.services.udplb = {
+      description = "udplb rules";
+      documentation = [ "man:udplb(1)" ];
+      wantedBy = [ "multi-user.target" ];
+      wants = [ "network-online.target" ];
+      # Only "after" the devices: wanting one that is late would hold back all the others.
+      after = [
+        "network-online.target"
+      ]
+      ++ map (i: "${utils.escapeSystemdPath "/sys/subsystem/net/devices/${i}"}.device") cfg.interfaces;
+      unitConfig = {
+        RequiresMountsFor = [ "/sys/fs/bpf" ];
+        StartLimitIntervalSec = 0;
+      };
+      # The file's store path is in the unit: a changed rule is a changed unit is a reload.
+      reloadIfChanged = true;
+      serviceConfig =
+        hardening
+        // {
+          Type = "oneshot";
+          RemainAfterExit = true;
+          ExecStart = apply [ ];
+          ExecReload = apply [ ];
+          Restart = "on-failure";
+          RestartSec = 5;
+          # Usage, configuration, privileges: trying again changes nothing.
+          RestartPreventExitStatus = [
+            64
+            65
+            77
+          ];
+          TimeoutStartSec = 120;
+        }
+        // lib.optionalAttrs (!cfg.keepOnStop) { ExecStop = command [ "detach" ]; };
+    };
+
+    systemd.services.udplb-repair = lib.mkIf (cfg.repairInterval != null) {
+      description = "udplb rules, applied again";
+      documentation = [ "man:udplb(1)" ];
+      after = [ "udplb.service" ];
+      serviceConfig = hardening // {
+        Type = "oneshot";
+        ExecStart = apply [ "-q" ];
+        TimeoutStartSec = 120;
+      };
+    };
+    systemd.timers.udplb-repair = lib.mkIf (cfg.repairInterval != null) {
+      description = "udplb rules, applied again";
+      # Comes and goes with the rules: they must not return after a stop.
+      wantedBy = [
+        "timers.target"
+        "udplb.service"
+      ];
+      partOf = [ "udplb.service" ];
+      timerConfig = {
+        OnActiveSec = cfg.repairInterval;
+        OnUnitInactiveSec = cfg.repairInterval;
+      };
+    };
+
+    systemd.services.udplb-arpd = lib.mkIf cfg.arpd.enable {
+      description = "udplb next hops";
+      documentation = [ "man:udplb(1)" ];
+      wantedBy = [ "multi-user.target" ];
+      # "wants": next hops are kept for whatever is attached, also while udplb.service tries again.
+      wants = [ "udplb.service" ];
+      after = [ "udplb.service" ];
+      unitConfig = {
+        RequiresMountsFor = [ "/sys/fs/bpf" ];
+        StartLimitIntervalSec = 0;
+      };
+      serviceConfig = hardening // {
+        Type = "notify";
+        ExecStart = command [ "arpd" ];
+        ExecReload = "${pkgs.coreutils}/bin/kill -HUP $MAINPID";
+        Restart = "on-failure";
+        RestartSec = 2;
+        WatchdogSec = 30;
+      };
+    };
+  };
+}

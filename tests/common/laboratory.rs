@@ -1,0 +1,339 @@
+//! A relay with the ways that a packet can take from it, and cases to put to its program: a rule,
+//! a packet, and what is to become of it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::mem::MaybeUninit;
+use std::net::Ipv4Addr;
+
+use udplb::config::{Action, Hash, Host, Key, Ports, Source, Strategy};
+use udplb::nexthop::{Hop, Way};
+use udplb::plan::{Rule, RuleIds, Upstream};
+
+use super::Namespace;
+use super::packet::{Datagram, Mac, endpoint};
+use super::program::{Context, Counted, Program, Run};
+use super::wire::{Wire, stay_on_this_cpu};
+
+pub const UNSPEC: i32 = -1;
+pub const SHOT: i32 = 2;
+pub const REDIRECT: i32 = 7;
+
+pub const RELAY_MAC: Mac = [2, 0, 0, 0, 1, 1];
+pub const OUT_MAC: Mac = [2, 0, 0, 0, 2, 1];
+pub const NEAR_MAC: Mac = [2, 0, 0, 0, 2, 2];
+pub const GATEWAY_MAC: Mac = [2, 0, 0, 0, 2, 254];
+
+pub const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
+pub const VIP: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 1);
+/// The ports of [`rule`].
+pub const PORTS: Ports = Ports { first: 2055, last: 2058 };
+
+/// Upstreams, by what the kernel knows of the way.
+pub const NEAR: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+pub const NEAR_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
+pub const FAR: Ipv4Addr = Ipv4Addr::new(10, 0, 3, 2);
+pub const FAR_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 4, 2);
+pub const BY_IPV6_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 5, 2);
+/// The route takes 1000 bytes, the interface 1500.
+pub const NARROW: Ipv4Addr = Ipv4Addr::new(10, 0, 6, 2);
+pub const NARROW_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 6, 3);
+pub const UNREACHABLE: Ipv4Addr = Ipv4Addr::new(10, 0, 7, 2);
+pub const BLACKHOLE: Ipv4Addr = Ipv4Addr::new(10, 0, 8, 2);
+pub const NO_ROUTE: Ipv4Addr = Ipv4Addr::new(10, 0, 9, 2);
+pub const OWN: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 1);
+
+const ADDRESSES: &[&str] = &[
+    "link add in0 address 02:00:00:00:01:01 type veth",
+    "link add in1 address 02:00:00:00:01:01 type veth",
+    "link set in0 up",
+    "link set in1 up",
+    "link set out0 address 02:00:00:00:02:01",
+    "address add 10.0.1.1/24 dev in0",
+    "address add 10.0.2.1/24 dev out0",
+    "neighbour add 10.0.2.2 lladdr 02:00:00:00:02:02 dev out0",
+    "neighbour add 10.0.2.254 lladdr 02:00:00:00:02:fe dev out0",
+    "neighbour add fe80::fe lladdr 02:00:00:00:02:fe dev out0",
+    "route add 10.0.3.0/24 via 10.0.2.254",
+    "route add 10.0.4.0/24 via 10.0.2.253",
+    "route add 10.0.5.0/24 via inet6 fe80::fe dev out0",
+    "route add 10.0.6.2 via 10.0.2.254 mtu lock 1000",
+    "route add 10.0.6.3 via 10.0.2.253 mtu lock 1000",
+    "route add unreachable 10.0.7.0/24",
+    "route add blackhole 10.0.8.0/24",
+];
+
+/// Where a packet comes in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ingress {
+    /// Forwarding is on.
+    Routing,
+    /// Forwarding is off.
+    Closed,
+}
+
+/// The id that something is counted under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Under {
+    Rule,
+    Upstream,
+    Zero,
+}
+
+/// What is to become of a packet. Each but the last names the verdict that is counted.
+#[derive(Clone, Copy, Debug)]
+pub enum Fate {
+    /// It, or for `pass` a copy of it, leaves for this MAC address.
+    Sent(&'static str, Mac),
+    /// It leaves as it is addressed; the kernel is to ask for the neighbour.
+    Queued(&'static str),
+    /// It ends here; for `pass`, no copy leaves.
+    Dropped(&'static str, Under),
+    /// It goes up the stack, whatever the rule's action.
+    Untouched(&'static str, Under),
+    Unmatched,
+}
+
+#[derive(Clone, Debug)]
+pub enum Packet {
+    Datagram(Datagram),
+    Bytes(Vec<u8>),
+}
+
+impl Packet {
+    fn frame(&self) -> Vec<u8> {
+        match self {
+            Packet::Datagram(datagram) => datagram.frame(),
+            Packet::Bytes(bytes) => bytes.clone(),
+        }
+    }
+}
+
+impl From<Datagram> for Packet {
+    fn from(datagram: Datagram) -> Packet {
+        Packet::Datagram(datagram)
+    }
+}
+
+impl From<Vec<u8>> for Packet {
+    fn from(bytes: Vec<u8>) -> Packet {
+        Packet::Bytes(bytes)
+    }
+}
+
+/// Changes to the maps that no configuration asks for.
+pub type Tamper = fn(&Program<'_>, &RuleIds);
+
+#[derive(Clone)]
+pub struct Case {
+    pub name: String,
+    pub rule: Rule,
+    pub ingress: Ingress,
+    /// What user space knows of the way to the upstream.
+    pub known: Option<Way>,
+    pub tamper: Option<Tamper>,
+    pub packet: Packet,
+    /// `gso_size` and `gso_segs`.
+    pub gso: (u32, u32),
+    pub fate: Fate,
+    /// The upstream that is to be selected.
+    pub chosen: usize,
+    /// Packets and bytes, where it is not one and all.
+    pub count: Option<(u64, u64)>,
+}
+
+impl Case {
+    pub fn new(name: impl Into<String>, rule: Rule, packet: impl Into<Packet>, fate: Fate) -> Case {
+        Case {
+            name: name.into(),
+            rule,
+            ingress: Ingress::Routing,
+            known: None,
+            tamper: None,
+            packet: packet.into(),
+            gso: (0, 0),
+            fate,
+            chosen: 0,
+            count: None,
+        }
+    }
+
+    fn expected(&self, ids: &RuleIds) -> Outcome {
+        let frame = self.packet.frame();
+        let count = self.count.unwrap_or((1, frame.len() as u64));
+        let counted = self.counter(ids).map(|counter| (counter, count)).into_iter().collect();
+        let gone = self.departed();
+        let pass = self.rule.action == Action::Pass;
+        let (action, frame, copies) = match (self.fate, gone) {
+            (_, Some(gone)) if pass => (UNSPEC, frame, vec![gone]),
+            (_, Some(gone)) => (REDIRECT, gone, Vec::new()),
+            (Fate::Dropped(..), None) if !pass => (SHOT, frame, Vec::new()),
+            (_, None) => (UNSPEC, frame, Vec::new()),
+        };
+        Outcome { run: Run { action, frame }, copies, counted }
+    }
+
+    fn counter(&self, ids: &RuleIds) -> Option<(u32, &'static str)> {
+        let (verdict, under) = match self.fate {
+            Fate::Sent(verdict, _) | Fate::Queued(verdict) => (verdict, Under::Upstream),
+            Fate::Dropped(verdict, under) | Fate::Untouched(verdict, under) => (verdict, under),
+            Fate::Unmatched => return None,
+        };
+        let id = match under {
+            Under::Rule => ids.rule,
+            Under::Upstream => ids.upstreams[self.chosen],
+            Under::Zero => 0,
+        };
+        Some((id, verdict))
+    }
+
+    /// The frame that leaves, made from scratch.
+    fn departed(&self) -> Option<Vec<u8>> {
+        let Packet::Datagram(came) = &self.packet else { return None };
+        let (to, from) = match self.fate {
+            Fate::Sent(_, to) => (to, OUT_MAC),
+            Fate::Queued(_) => (came.to, came.from),
+            _ => return None,
+        };
+        let upstream = &self.rule.upstreams[self.chosen];
+        let source = match self.rule.source {
+            Source::Vip => *came.destination.ip(),
+            Source::Preserve => *came.source.ip(),
+        };
+        let port = upstream.port.unwrap_or(came.destination.port());
+        let gone = Datagram {
+            to,
+            from,
+            source: endpoint(source, came.source.port()),
+            destination: endpoint(upstream.address, port),
+            ttl: came.ttl - 1,
+            ..came.clone()
+        };
+        Some(gone.frame())
+    }
+}
+
+/// What the program did.
+#[derive(PartialEq, Eq)]
+pub struct Outcome {
+    pub run: Run,
+    /// The frames that left by the upstreams' interface.
+    pub copies: Vec<Vec<u8>>,
+    pub counted: Counted,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "returned {}, counted {:?}", self.run.action, self.counted)?;
+        writeln!(f, "  frame {}", hexadecimal(&self.run.frame))?;
+        self.copies.iter().try_for_each(|copy| writeln!(f, "  copy  {}", hexadecimal(copy)))
+    }
+}
+
+/// The headers, and how much more there is.
+fn hexadecimal(frame: &[u8]) -> String {
+    const SHOWN: usize = 80;
+    let shown = &frame[..frame.len().min(SHOWN)];
+    let bytes: String = shown.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{bytes} of {} bytes", frame.len())
+}
+
+/// A rule for [`VIP`] and [`PORTS`] with one upstream, which gets the packets on its port 9995.
+pub fn rule(action: Action, source: Source, upstream: Ipv4Addr) -> Rule {
+    Rule {
+        name: "rule".into(),
+        key: Key { address: VIP, ports: vec![PORTS] },
+        action,
+        strategy: Strategy::SrcIpPort,
+        hash: Hash::Modulo,
+        source,
+        upstreams: vec![to(upstream, Some(9995))],
+    }
+}
+
+/// An upstream; without a port it gets packets on the port that they came to.
+pub fn to(address: Ipv4Addr, port: Option<u16>) -> Upstream {
+    Upstream { name: None, host: Host::Address(address), address, port }
+}
+
+/// What matches [`rule`].
+pub fn datagram() -> Datagram {
+    Datagram { to: RELAY_MAC, ..Datagram::new(endpoint(CLIENT, 5666), endpoint(VIP, PORTS.first)) }
+}
+
+pub struct Laboratory<'object> {
+    pub program: Program<'object>,
+    wire: Wire,
+    routing: u32,
+    closed: u32,
+    out: u32,
+}
+
+impl Laboratory<'_> {
+    /// Makes one, puts the test in it, and removes it.
+    pub fn with(test: impl FnOnce(&Laboratory<'_>) + Send) {
+        let (relay, upstreams) = (Namespace::new(), Namespace::new());
+        relay.link("out0", &upstreams, "relay0", true);
+        for command in ADDRESSES {
+            relay.ip(command);
+        }
+        relay.sysctl("net.ipv4.conf.in0.forwarding", "1");
+        relay.sysctl("net.ipv4.conf.in1.forwarding", "0");
+        let wire = Wire::new((&relay, "out0"), (&upstreams, "relay0"));
+        let [routing, closed, out] = ["in0", "in1", "out0"].map(|name| relay.index(name));
+        relay.enter(move || {
+            // as the wire asks for
+            stay_on_this_cpu();
+            let mut object = MaybeUninit::uninit();
+            let program = Program::load(&mut object);
+            test(&Laboratory { program, wire, routing, closed, out });
+        });
+    }
+
+    /// The way to an upstream behind a gateway, as user space resolves it.
+    pub fn hop(&self, mtu: u32, mac: Option<Mac>) -> Way {
+        Way::Hop(Hop {
+            interface: "out0".into(),
+            ifindex: self.out,
+            gateway: Ipv4Addr::new(10, 0, 2, 254).into(),
+            mtu,
+            macs: mac.map(|mac| (OUT_MAC, mac)),
+        })
+    }
+
+    /// Runs a case and looks at nothing.
+    pub fn run(&self, case: &Case) -> (RuleIds, Outcome) {
+        let address = case.rule.upstreams[case.chosen].address;
+        let ways: BTreeMap<_, _> = case.known.iter().map(|way| (address, way.clone())).collect();
+        let ids = self.program.configure(&case.rule, &ways);
+        if let Some(tamper) = case.tamper {
+            tamper(&self.program, &ids);
+        }
+        let ifindex = match case.ingress {
+            Ingress::Routing => self.routing,
+            Ingress::Closed => self.closed,
+        };
+        let (gso_size, gso_segs) = case.gso;
+        let context = Context { ifindex, gso_size, gso_segs };
+        let run = self.program.run(&case.packet.frame(), context);
+        (ids, Outcome { run, copies: self.wire.drain(), counted: self.program.counted() })
+    }
+
+    /// Runs a case; the error tells what was wanted and what came.
+    pub fn check(&self, case: &Case) -> Result<(), String> {
+        let (ids, got) = self.run(case);
+        let wanted = case.expected(&ids);
+        if got == wanted {
+            return Ok(());
+        }
+        let name = format!("{} ({:?}, {:?})", case.name, case.rule.action, case.rule.source);
+        Err(format!("{name}\n wanted: {wanted} got: {got}"))
+    }
+
+    /// Runs all cases and tells of each that went wrong.
+    pub fn check_all(&self, cases: impl IntoIterator<Item = Case>) {
+        let wrong: Vec<String> =
+            cases.into_iter().filter_map(|case| self.check(&case).err()).collect();
+        assert!(wrong.is_empty(), "{} cases went wrong:\n{}", wrong.len(), wrong.join("\n"));
+    }
+}

@@ -1,0 +1,545 @@
+//! The packet path as tables: a rule, a packet in, and then the verdict, the whole packet out, the
+//! copy on the wire and the one counter that moved.
+//!
+//! Packets go through BPF_PROG_TEST_RUN, which can make neither checksums that a device is to
+//! compute nor short linear parts: those are for tests with sockets.
+
+mod common;
+
+use std::net::Ipv4Addr;
+
+use common::laboratory::{
+    BLACKHOLE, BY_IPV6_GATEWAY, CLIENT, Case, FAR, FAR_COLD, Fate, GATEWAY_MAC, Ingress,
+    Laboratory, NARROW, NARROW_COLD, NEAR, NEAR_COLD, NEAR_MAC, NO_ROUTE, OWN, PORTS, Packet,
+    REDIRECT, SHOT, UNREACHABLE, UNSPEC, Under, VIP, datagram, rule, to,
+};
+use common::packet::{
+    Checksum, Datagram, ETHERNET, IP, PROTOCOL, TOTAL_LENGTH, UDP_LENGTH, VERSION, endpoint,
+    payload, with,
+};
+use proptest::prelude::{Just, Strategy, any, prop_oneof};
+use proptest::test_runner::{Config, TestCaseError, TestRunner};
+use udplb::config::{Action, Source, Strategy as Selection};
+use udplb::nexthop::Way;
+use udplb::plan::Rule;
+
+use Fate::{Dropped, Queued, Sent, Unmatched, Untouched};
+
+const ACTIONS: [Action; 2] = [Action::Pass, Action::Block];
+
+/// A packet whose IP part has this length.
+fn of_length(length: usize) -> Datagram {
+    Datagram { payload: payload(length - 28), ..datagram() }
+}
+
+/// The same for both actions.
+fn both(name: &str, packet: impl Into<Packet>, fate: Fate) -> [Case; 2] {
+    let packet = packet.into();
+    ACTIONS.map(|action| Case::new(name, rule(action, Source::Vip, NEAR), packet.clone(), fate))
+}
+
+#[test]
+fn the_kernel_knows_the_way() {
+    let no_route = Dropped("no-route", Under::Upstream);
+    let cold = Dropped("no-neighbour", Under::Upstream);
+    let too_long = Dropped("mtu", Under::Upstream);
+    let queued = Queued("forwarded");
+    let sent = |mac| Sent("forwarded", mac);
+    #[rustfmt::skip]
+    let table = [
+        // the upstream               address         length  pass               block
+        ("on the link",               NEAR,            44, sent(NEAR_MAC),    sent(NEAR_MAC)),
+        ("on the link, a full frame", NEAR,          1500, sent(NEAR_MAC),    sent(NEAR_MAC)),
+        ("too long for the link",     NEAR,          1501, too_long,          too_long),
+        ("behind a gateway",          FAR,             44, sent(GATEWAY_MAC), sent(GATEWAY_MAC)),
+        ("behind an IPv6 gateway",    BY_IPV6_GATEWAY, 44, sent(GATEWAY_MAC), sent(GATEWAY_MAC)),
+        ("neighbour unknown",         NEAR_COLD,       44, cold,              queued),
+        ("gateway unknown",           FAR_COLD,        44, cold,              queued),
+        ("fits the route",            NARROW,        1000, sent(GATEWAY_MAC), sent(GATEWAY_MAC)),
+        ("too long for the route",    NARROW,        1001, too_long,          too_long),
+        ("too long, and cold",        NARROW_COLD,   1001, too_long,          too_long),
+        ("no route",                  NO_ROUTE,        44, no_route,          no_route),
+        ("unreachable by the table",  UNREACHABLE,     44, no_route,          no_route),
+        ("a black hole",              BLACKHOLE,       44, no_route,          no_route),
+        ("this host itself",          OWN,             44, no_route,          no_route),
+    ];
+    let cases = table.into_iter().flat_map(|(name, upstream, length, pass, block)| {
+        [(Action::Pass, pass), (Action::Block, block)].map(|(action, fate)| {
+            Case::new(name, rule(action, Source::Vip, upstream), of_length(length), fate)
+        })
+    });
+    Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
+/// Forwarding is off where the packets come in.
+#[test]
+fn user_space_knows_the_way() {
+    let no_route = Dropped("no-route", Under::Upstream);
+    let cold = Dropped("no-neighbour", Under::Upstream);
+    let too_long = Dropped("mtu", Under::Upstream);
+    let queued = Queued("forwarded");
+    let sent = Sent("stale-neighbour", GATEWAY_MAC);
+    Laboratory::with(|laboratory| {
+        let mac = Some(GATEWAY_MAC);
+        let hop = |mtu, mac| Some(laboratory.hop(mtu, mac));
+        #[rustfmt::skip]
+        let table = [
+            // the upstream            known                            length pass      block
+            ("never asked for",        None,                                44, no_route, no_route),
+            ("without a route",        Some(Way::None("none".into())),      44, no_route, no_route),
+            ("this host itself",       Some(Way::Local),                    44, no_route, no_route),
+            ("with MAC addresses",     hop(1500, mac),                      44, sent,     queued),
+            ("without MAC addresses",  hop(1500, None),                     44, cold,     queued),
+            ("fits the route",         hop(1000, mac),                    1000, sent,     queued),
+            ("too long for the route", hop(1000, mac),                    1001, too_long, too_long),
+            ("too long, and cold",     hop(1000, None),                   1001, too_long, too_long),
+            ("MTU unknown",            hop(0, mac),                       1500, sent,     queued),
+        ];
+        let cases = table.into_iter().flat_map(|(name, known, length, pass, block)| {
+            [(Action::Pass, pass), (Action::Block, block)].map(|(action, fate)| {
+                let rule = rule(action, Source::Vip, FAR);
+                let case = Case::new(name, rule, of_length(length), fate);
+                Case { ingress: Ingress::Closed, known: known.clone(), ..case }
+            })
+        });
+        laboratory.check_all(cases);
+    });
+}
+
+/// The map says something else than `apply` wrote.
+#[test]
+fn what_user_space_knows_is_not_to_be_used() {
+    Laboratory::with(|laboratory| {
+        let case = |name, action, fate| {
+            let case = Case::new(name, rule(action, Source::Vip, FAR), datagram(), fate);
+            let known = Some(laboratory.hop(1500, Some(GATEWAY_MAC)));
+            Case { ingress: Ingress::Closed, known, ..case }
+        };
+        let others = ACTIONS.map(|action| Case {
+            tamper: Some(|program, ids| {
+                program.change_nexthop(ids.upstreams[0], |hop| hop.address += 1)
+            }),
+            ..case("for another upstream", action, Dropped("no-route", Under::Upstream))
+        });
+        let gone = [
+            case("no such interface", Action::Pass, Dropped("clone-failed", Under::Upstream)),
+            // the kernel drops it later, when it takes the packet
+            case("no such interface", Action::Block, Queued("forwarded")),
+        ]
+        .map(|case| Case {
+            tamper: Some(|program, ids| {
+                program.change_nexthop(ids.upstreams[0], |hop| hop.ifindex = i32::MAX as u32)
+            }),
+            ..case
+        });
+        laboratory.check_all(others.into_iter().chain(gone));
+    });
+}
+
+/// Both actions, both sources, with a port for the upstream and without.
+fn every_way(name: &str, packet: impl Into<Packet>, fate: Fate) -> Vec<Case> {
+    let packet = packet.into();
+    let mut cases = Vec::new();
+    for action in ACTIONS {
+        for source in [Source::Vip, Source::Preserve] {
+            for port in [Some(9995), None] {
+                let mut rule = rule(action, source, NEAR);
+                rule.upstreams = vec![to(NEAR, port)];
+                cases.push(Case::new(name, rule, packet.clone(), fate));
+            }
+        }
+    }
+    cases
+}
+
+#[test]
+fn what_is_sent_is_what_came_but_for_addresses_and_ttl() {
+    #[rustfmt::skip]
+    let mut table = vec![
+        ("plain".to_string(),         datagram()),
+        ("TTL 2".into(),              Datagram { ttl: 2, ..datagram() }),
+        ("TTL 255".into(),            Datagram { ttl: 255, ..datagram() }),
+        ("DSCP and ECN".into(),       Datagram { tos: 0xff, ..datagram() }),
+        ("do not fragment".into(),    Datagram { dont_fragment: true, ..datagram() }),
+        ("IP id 0".into(),            Datagram { identification: 0, ..datagram() }),
+        ("IP id 65535".into(),        Datagram { identification: 65535, ..datagram() }),
+        ("source port 0".into(),      Datagram { source: endpoint(CLIENT, 0), ..datagram() }),
+        ("no UDP checksum".into(),    Datagram { checksum: Checksum::Zero, ..datagram() }),
+        ("UDP length short".into(),   Datagram { trailer: payload(5), ..datagram() }),
+        ("padded to 60 bytes".into(), Datagram { payload: payload(5), padding: 13, ..datagram() }),
+    ];
+    for length in [0, 1, 2, 3, 15, 17, 18, 19, 255, 1471, 1472] {
+        let name = format!("{length} bytes of payload");
+        table.push((name, Datagram { payload: payload(length), ..datagram() }));
+    }
+    for words in 1..=10 {
+        let name = format!("{words} words of IP options");
+        table.push((name, Datagram { options: vec![1; words * 4], ..datagram() }));
+    }
+    for error in [1, 2, 0x100, 0x8000, 0xfffd, 0xfffe] {
+        let udp = Checksum::Wrong(error);
+        table.push((format!("UDP checksum + {error}"), Datagram { checksum: udp, ..datagram() }));
+        let ip = Datagram { header_error: error, ..datagram() };
+        table.push((format!("IP checksum + {error}"), ip));
+    }
+    let fate = Sent("forwarded", NEAR_MAC);
+    let cases = table.into_iter().flat_map(|(name, packet)| every_way(&name, packet, fate));
+    Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
+/// A datagram whose UDP checksum is 0, computed, and therefore 65535 on the wire.
+fn without_sum(datagram: Datagram) -> Datagram {
+    let zeroes = Datagram { payload: vec![0, 0], ..datagram };
+    let balanced = Datagram { payload: zeroes.udp_checksum().to_be_bytes().into(), ..zeroes };
+    assert_eq!(balanced.udp_checksum(), u16::MAX);
+    balanced
+}
+
+#[test]
+fn a_computed_checksum_of_zero_is_sent_as_ones() {
+    let fate = Sent("forwarded", NEAR_MAC);
+    let cases = ACTIONS.into_iter().flat_map(|action| {
+        let came = without_sum(datagram());
+        let sent = Datagram {
+            source: endpoint(VIP, 5666),
+            destination: endpoint(NEAR, 9995),
+            ..datagram()
+        };
+        let goes = Datagram { payload: without_sum(sent).payload, ..datagram() };
+        [
+            Case::new("came as ones", rule(action, Source::Vip, NEAR), came, fate),
+            Case::new("goes as ones", rule(action, Source::Vip, NEAR), goes, fate),
+        ]
+    });
+    Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
+#[test]
+fn matched_but_not_sent() {
+    let plain = || datagram().frame();
+    let length = |at, length: u16| with(plain(), at, length.to_be_bytes());
+    let ttl = Dropped("ttl", Under::Upstream);
+    let fragment = Dropped("fragment", Under::Rule);
+    let malformed = Dropped("malformed", Under::Rule);
+    let elsewhere = Untouched("not-for-us", Under::Rule);
+    #[rustfmt::skip]
+    let table: Vec<(&str, Packet, Fate)> = vec![
+        ("TTL 0",                 Datagram { ttl: 0, ..datagram() }.into(), ttl),
+        ("TTL 1",                 Datagram { ttl: 1, ..datagram() }.into(), ttl),
+        ("first fragment",        Datagram { more_fragments: true, ..datagram() }.into(), fragment),
+        ("total length 0",        length(TOTAL_LENGTH, 0).into(), malformed),
+        ("without UDP header",    length(TOTAL_LENGTH, 20).into(), malformed),
+        ("half a UDP header",     length(TOTAL_LENGTH, 27).into(), malformed),
+        ("total length - 1",      length(TOTAL_LENGTH, 43).into(), malformed),
+        ("total length + 1",      length(TOTAL_LENGTH, 45).into(), malformed),
+        ("total length 65535",    length(TOTAL_LENGTH, 65535).into(), malformed),
+        ("UDP length 0",          length(UDP_LENGTH, 0).into(), malformed),
+        ("UDP length 7",          length(UDP_LENGTH, 7).into(), malformed),
+        ("UDP length + 1",        length(UDP_LENGTH, 25).into(), malformed),
+        ("UDP length 65535",      length(UDP_LENGTH, 65535).into(), malformed),
+        ("another host's frame",  Datagram { to: NEAR_MAC, ..datagram() }.into(), elsewhere),
+        ("broadcast",             Datagram { to: [255; 6], ..datagram() }.into(), elsewhere),
+        ("multicast",             Datagram { to: [1, 0, 0x5e, 0, 0, 1], ..datagram() }.into(), elsewhere),
+        ("another's, TTL 1",      Datagram { to: NEAR_MAC, ttl: 1, ..datagram() }.into(), elsewhere),
+        ("another's fragment",
+            Datagram { to: NEAR_MAC, more_fragments: true, ..datagram() }.into(), elsewhere),
+    ];
+    let cases = table.into_iter().flat_map(|(name, packet, fate)| both(name, packet, fate));
+    Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
+#[test]
+fn a_slot_that_leads_nowhere() {
+    let fate = Dropped("no-upstream", Under::Rule);
+    let cases = both("no upstream", datagram(), fate)
+        .map(|case| Case { tamper: Some(|program, _| program.lose_upstreams()), ..case });
+    Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
+/// What looks like a UDP header in them is payload.
+#[test]
+fn later_fragments_pass() {
+    let fate = Untouched("fragment", Under::Zero);
+    let later = Datagram { fragment_offset: 185, ..datagram() };
+    let middle = Datagram { more_fragments: true, ..later.clone() };
+    let other = Datagram { destination: endpoint(NEAR, 53), ..later.clone() };
+    let options = Datagram { options: vec![1; 40], ..later.clone() };
+    let mut cases = [
+        both("the last", later.clone(), fate),
+        both("one in the middle", middle, fate),
+        both("to another address", other, fate),
+        both("with options", options, fate),
+    ]
+    .concat();
+    // the frames of virtual interfaces are not padded
+    for length in 1..8_u8 {
+        let frame = with(later.frame(), TOTAL_LENGTH, [0, 20 + length]);
+        let frame = frame[..ETHERNET + 20 + usize::from(length)].to_vec();
+        cases.extend(both(&format!("{length} bytes"), frame, fate));
+    }
+    Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
+#[test]
+fn what_no_rule_is_for() {
+    let plain = || datagram().frame();
+    let protocol = |number| with(plain(), PROTOCOL, [number]);
+    let ethertype = |number: u16| with(plain(), ETHERNET - 2, number.to_be_bytes());
+    let tagged = |ethertype: u16| {
+        let mut frame = plain();
+        let [high, low] = ethertype.to_be_bytes();
+        frame.splice(ETHERNET - 2..ETHERNET - 2, [high, low, 0x20, 0x07]);
+        frame
+    };
+    #[rustfmt::skip]
+    let table: Vec<(&str, Packet)> = vec![
+        ("another port",        Datagram { destination: endpoint(VIP, PORTS.last + 1), ..datagram() }.into()),
+        ("another address",     Datagram { destination: endpoint(OWN, PORTS.first), ..datagram() }.into()),
+        ("its first fragment",
+            Datagram { destination: endpoint(OWN, 53), more_fragments: true, ..datagram() }.into()),
+        ("ICMP",                protocol(1).into()),
+        ("TCP",                 protocol(6).into()),
+        ("UDP-Lite",            protocol(136).into()),
+        ("ARP",                 ethertype(0x0806).into()),
+        ("IPv6",                ethertype(0x86dd).into()),
+        ("802.1Q in the frame", tagged(0x8100).into()),
+        ("802.1ad in the frame", tagged(0x88a8).into()),
+        ("IP version 6",        with(plain(), VERSION, [0x65]).into()),
+        ("IP header of 16",     with(plain(), VERSION, [0x44]).into()),
+        ("IP header of 0",      with(plain(), VERSION, [0x40]).into()),
+    ];
+    let cases = table.into_iter().flat_map(|(name, packet)| both(name, packet, Unmatched));
+    Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
+/// At every byte that the kernel lets BPF_PROG_TEST_RUN cut at; once as it is, and once with an IP
+/// length that fits what is left.
+#[test]
+fn truncated() {
+    let whole = Datagram { options: vec![1; 4], payload: payload(5), ..datagram() };
+    let frame = whole.frame();
+    let headers = ETHERNET + 24 + 8;
+    let cases = (ETHERNET + IP..frame.len()).flat_map(|length| {
+        let fate = if length < headers { Unmatched } else { Dropped("malformed", Under::Rule) };
+        let fits = ((length - ETHERNET) as u16).to_be_bytes();
+        let shorter = with(frame.clone(), TOTAL_LENGTH, fits)[..length].to_vec();
+        let name = format!("{length} bytes");
+        let cut = both(&name, frame[..length].to_vec(), fate);
+        [cut, both(&format!("{name}, IP length fits"), shorter, fate)].concat()
+    });
+    let cases = cases.chain(both("whole", whole.clone(), Sent("forwarded", NEAR_MAC)));
+    Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
+#[test]
+fn ports_are_those_of_the_key_or_the_one_given() {
+    let cases = (PORTS.first - 1..=PORTS.last + 1).flat_map(|port| {
+        let packet = Datagram { destination: endpoint(VIP, port), ..datagram() };
+        let fate = if PORTS.contains(port) { Sent("forwarded", NEAR_MAC) } else { Unmatched };
+        every_way(&format!("port {port}"), packet, fate)
+    });
+    Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
+/// A rule with some of four upstreams on the link.
+fn balanced(action: Action, strategy: Selection, upstreams: usize) -> Rule {
+    let addresses = [NEAR, FAR, BY_IPV6_GATEWAY, NARROW];
+    let upstreams = addresses[..upstreams].iter().map(|address| to(*address, Some(9995)));
+    Rule { strategy, upstreams: upstreams.collect(), ..rule(action, Source::Vip, NEAR) }
+}
+
+const WAYS_OUT: [[u8; 6]; 4] = [NEAR_MAC, GATEWAY_MAC, GATEWAY_MAC, GATEWAY_MAC];
+
+/// A case where this sender is to be given this upstream.
+fn choice(
+    strategy: Selection,
+    upstreams: usize,
+    sender: (Ipv4Addr, u16),
+    chosen: usize,
+) -> [Case; 2] {
+    ACTIONS.map(|action| {
+        let packet = Datagram { source: endpoint(sender.0, sender.1), ..datagram() };
+        let fate = Sent("forwarded", WAYS_OUT[chosen]);
+        let name = format!("{sender:?} of {upstreams} by {strategy:?}");
+        Case { chosen, ..Case::new(name, balanced(action, strategy, upstreams), packet, fate) }
+    })
+}
+
+#[test]
+fn by_source_port_as_the_first_version_did() {
+    let first_versions = [(5666, 0), (60256, 1)];
+    let known = first_versions.map(|(port, chosen)| (2, port, chosen)).into_iter();
+    let computed = (1..=4).flat_map(|upstreams| {
+        [0, 1, 2, 255, 256, 257, 1024, 40000, 65534, 65535].map(|port: u16| {
+            let number = u16::from_le_bytes(port.to_be_bytes());
+            (upstreams, port, usize::from(number) % upstreams)
+        })
+    });
+    let cases = known.chain(computed).flat_map(|(upstreams, port, chosen)| {
+        choice(Selection::SrcPort, upstreams, (CLIENT, port), chosen)
+    });
+    Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
+#[test]
+fn by_source_address_as_a_number() {
+    let addresses =
+        [[10, 0, 0, 1], [10, 0, 0, 2], [10, 0, 1, 0], [192, 0, 2, 255], [223, 255, 255, 254]];
+    let cases = (1..=4).flat_map(|upstreams| {
+        addresses.into_iter().flat_map(move |octets| {
+            let chosen = u32::from_be_bytes(octets) as usize % upstreams;
+            choice(Selection::SrcIp, upstreams, (octets.into(), 5666), chosen)
+        })
+    });
+    Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
+#[test]
+fn by_source_address_and_port_evenly_and_always_the_same() {
+    const FLOWS: usize = 400;
+    Laboratory::with(|laboratory| {
+        let choose = |action, number: usize| {
+            let source = endpoint([10, 20, 0, (number / 200) as u8].into(), 30000 + number as u16);
+            let rule = balanced(action, Selection::SrcIpPort, 4);
+            let case = Case::new("", rule, Datagram { source, ..datagram() }, Unmatched);
+            let (ids, outcome) = laboratory.run(&case);
+            let ((id, verdict), _) = outcome.counted.into_iter().next().expect("a verdict");
+            assert_eq!(verdict, "forwarded");
+            ids.upstreams.iter().position(|upstream| *upstream == id).expect("an upstream")
+        };
+        let mut shares = [0; 4];
+        for number in 0..FLOWS {
+            let chosen = choose(Action::Block, number);
+            assert_eq!(chosen, choose(Action::Pass, number));
+            shares[chosen] += 1;
+        }
+        assert!(shares.iter().all(|share| (70..=130).contains(share)), "{shares:?}");
+    });
+}
+
+/// `block` alone: the kernel does not clone the GSO packets that BPF_PROG_TEST_RUN makes.
+#[test]
+fn a_gso_packet_is_its_segments() {
+    let sent = |mac| Sent("forwarded", mac);
+    let too_long = Dropped("mtu", Under::Upstream);
+    #[rustfmt::skip]
+    let table = [
+        // a packet                          to    options payload  gso   packets fate
+        ("even segments",                    NEAR,    0, 3000, (1000, 3), 3, sent(NEAR_MAC)),
+        ("a short last segment",             NEAR,    0, 3001, (1000, 4), 4, sent(NEAR_MAC)),
+        ("one segment",                      NEAR,    0, 1000, (1000, 1), 1, sent(NEAR_MAC)),
+        ("options in each",                  NEAR,   40, 3000, (1000, 3), 3, sent(NEAR_MAC)),
+        ("segments not counted yet",         NEAR,    0, 3000, (1000, 0), 3, sent(NEAR_MAC)),
+        ("not counted yet, short last",      NEAR,    0, 3001, (1000, 0), 4, sent(NEAR_MAC)),
+        ("not counted yet, options",         NEAR,   40, 3000, (1000, 0), 3, sent(NEAR_MAC)),
+        ("segments fill the link",           NEAR,    0, 2944, (1472, 2), 2, sent(NEAR_MAC)),
+        ("segments too long for the link",   NEAR,    0, 2946, (1473, 2), 2, too_long),
+        ("segments fill the route",          NARROW,  0, 1944, (972, 2),  2, sent(GATEWAY_MAC)),
+        ("segments too long for the route",  NARROW,  0, 1946, (973, 2),  2, too_long),
+        ("options make segments too long",   NARROW,  4, 1944, (972, 2),  2, too_long),
+    ];
+    let cases = table.map(|(name, upstream, options, length, gso, packets, fate)| {
+        let (options, payload) = (vec![1; options], payload(length));
+        let rule = rule(Action::Block, Source::Vip, upstream);
+        let headers = ETHERNET + 28 + options.len();
+        // each segment has headers of its own
+        let bytes = (packets * headers + length) as u64;
+        let packet = Datagram { options, payload, ..datagram() };
+        Case { gso, count: Some((packets as u64, bytes)), ..Case::new(name, rule, packet, fate) }
+    });
+    Laboratory::with(|laboratory| laboratory.check_all(cases));
+}
+
+/// All that goes unchanged to an upstream, and what changes on the way, at random.
+fn any_datagram() -> impl Strategy<Value = Datagram> {
+    let checksum = prop_oneof![
+        4 => Just(Checksum::Valid),
+        1 => Just(Checksum::Zero),
+        1 => (1..u16::MAX).prop_map(Checksum::Wrong),
+    ];
+    let header_error = prop_oneof![4 => Just(0), 1 => 1..u16::MAX];
+    let lengths = (0..=10_usize, 0..8_usize, 0..20_usize);
+    let ip = (any::<u8>(), any::<u16>(), any::<bool>(), 2..=u8::MAX, header_error);
+    let source = (any::<u32>(), any::<u16>());
+    let bytes = proptest::collection::vec(any::<u8>(), 0..1400);
+    (source, PORTS.first..=PORTS.last, ip, checksum, lengths, bytes).prop_map(
+        |(source, port, ip, checksum, (words, trailer, padding), bytes)| Datagram {
+            source: endpoint(source.0.into(), source.1),
+            destination: endpoint(VIP, port),
+            tos: ip.0,
+            identification: ip.1,
+            dont_fragment: ip.2,
+            ttl: ip.3,
+            header_error: ip.4,
+            checksum,
+            options: payload(words * 4),
+            trailer: payload(trailer),
+            payload: bytes,
+            padding,
+            ..datagram()
+        },
+    )
+}
+
+fn any_rule() -> impl Strategy<Value = Rule> {
+    let action = prop_oneof![Just(Action::Pass), Just(Action::Block)];
+    let source = prop_oneof![Just(Source::Vip), Just(Source::Preserve)];
+    let port = proptest::option::of(1..=u16::MAX);
+    (action, source, port).prop_map(|(action, source, port)| Rule {
+        upstreams: vec![to(NEAR, port)],
+        ..rule(action, source, NEAR)
+    })
+}
+
+#[test]
+fn any_packet_is_sent_as_if_made_for_the_upstream() {
+    Laboratory::with(|laboratory| {
+        let mut runner = TestRunner::new(Config::with_cases(400));
+        let result = runner.run(&(any_rule(), any_datagram()), |(rule, packet)| {
+            let case = Case::new("at random", rule, packet, Sent("forwarded", NEAR_MAC));
+            laboratory.check(&case).map_err(TestCaseError::fail)
+        });
+        result.unwrap_or_else(|failure| panic!("{failure}"));
+    });
+}
+
+/// Whatever comes: `pass` never changes it, and it is counted once at most.
+#[test]
+fn any_bytes_are_handled() {
+    let damage = proptest::collection::vec((0..60_usize, any::<u8>()), 0..6);
+    let packets = (any_rule(), any_datagram(), damage, ETHERNET + IP..200_usize);
+    Laboratory::with(|laboratory| {
+        let mut runner = TestRunner::new(Config::with_cases(400));
+        let result = runner.run(&packets, |(rule, packet, damage, length)| {
+            let mut frame = packet.frame();
+            // the addresses stay, or next to nothing would match
+            frame.truncate(length);
+            for (at, byte) in damage {
+                if let Some(damaged) = frame.get_mut(ETHERNET - 2 + at) {
+                    *damaged = byte;
+                }
+            }
+            check_unexpected(laboratory, rule, frame)
+        });
+        result.unwrap_or_else(|failure| panic!("{failure}"));
+    });
+}
+
+fn check_unexpected(
+    laboratory: &Laboratory<'_>,
+    rule: Rule,
+    frame: Vec<u8>,
+) -> Result<(), TestCaseError> {
+    let pass = rule.action == Action::Pass;
+    let (_, outcome) = laboratory.run(&Case::new("", rule, frame.clone(), Unmatched));
+    let sent = outcome.counted.keys().any(|(_, verdict)| *verdict == "forwarded");
+    let packets: u64 = outcome.counted.values().map(|count| count.0).sum();
+    let copies = usize::from(sent && pass);
+    let fine = match outcome.run.action {
+        UNSPEC => outcome.run.frame == frame && packets <= 1 && outcome.copies.len() == copies,
+        SHOT => !pass && !sent && packets == 1 && outcome.copies.is_empty(),
+        REDIRECT => !pass && sent && packets == 1 && outcome.copies.is_empty(),
+        _ => false,
+    };
+    if fine { Ok(()) } else { Err(TestCaseError::fail(outcome.to_string())) }
+}

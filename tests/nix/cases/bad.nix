@@ -1,0 +1,192 @@
+# Configurations that must be refused, each with a message that names the option.
+#
+# error: evaluation stops with it. failed: an assertion says it. check: `udplb check` says it, while
+# the system is built.
+lib:
+let
+  # `with` replaces parts of one good rule
+  rules = list: {
+    services.udplb = {
+      enable = true;
+      interfaces = [ "ens3" ];
+      rules = map (
+        with':
+        {
+          key = {
+            address = "10.0.0.5";
+            port = with'.port or 514;
+          };
+          upstream = [ { address = "10.0.9.1"; } ];
+        }
+        // removeAttrs with' [ "port" ]
+      ) list;
+    };
+  };
+  rule = with': rules [ with' ];
+  key = key: rule { inherit key; };
+  port = port: rule { inherit port; };
+  options = options: rule { inherit options; };
+  upstream = upstream: rule { upstream = [ upstream ]; };
+
+  entry = "\"\\[definition 1-entry 1\\]\"";
+  inRule = field: "services\\.udplb\\.rules\\.${entry}\\.${field}";
+  wrong = field: type: { error = "${inRule field}. is not of type .${type}"; };
+  unknown = field: { error = "The option .${inRule field}. does not exist"; };
+in
+{
+  address = {
+    expect = wrong "key\\.address" "IPv4 address";
+    config = key {
+      address = "10.0.0.500";
+      port = 514;
+    };
+  };
+  port-zero = {
+    expect = wrong "key\\.port" "";
+    config = port 0;
+  };
+  port-in-list = {
+    expect = wrong "key\\.port\\.\"\\[definition 1-entry 2\\]\"" "";
+    config = port [
+      514
+      65536
+    ];
+  };
+  port-range = {
+    expect = wrong "key\\.port" "";
+    config = port "0-514";
+  };
+  port-none = {
+    expect = wrong "key\\.port" "";
+    config = port [ ];
+  };
+  key-word = {
+    expect = unknown "key\\.prot";
+    config = key {
+      address = "10.0.0.5";
+      prot = 514;
+    };
+  };
+  rule-word = {
+    expect = unknown "upstreams";
+    config = rule { upstreams = [ ]; };
+  };
+  rule-name = {
+    expect = wrong "name" "null or string";
+    config = rule { name = 1; };
+  };
+  option-word = {
+    expect = unknown "options\\.action";
+    config = options { action = "pass"; };
+  };
+  tc_action = {
+    expect = wrong "options\\.tc_action" "null or one of .pass., .block.'";
+    config = options { tc_action = "drop"; };
+  };
+  mode = {
+    expect = wrong "options\\.mode" "null or (value .balance. .singular enum.|one of .balance.)";
+    config = options { mode = "copy"; };
+  };
+  strategy = {
+    expect = wrong "options\\.strategy" "null or one of .src-port., .src-ip., .src-ip-port.'";
+    config = options { strategy = "round-robin"; };
+  };
+  source = {
+    expect = wrong "options\\.source" "null or one of .vip., .preserve.'";
+    config = options { source = "own"; };
+  };
+  hash = {
+    expect = wrong "options\\.hash" "null or (value .modulo. .singular enum.|one of .modulo.)";
+    config = options { hash = "md5"; };
+  };
+  upstream-none = {
+    expect = wrong "upstream" "non-empty";
+    config = rule { upstream = [ ]; };
+  };
+  upstream-word = {
+    expect = unknown "upstream\\.${entry}\\.adress";
+    config = upstream {
+      address = "10.0.9.1";
+      adress = "10.0.9.2";
+    };
+  };
+  upstream-address = {
+    expect = wrong "upstream\\.${entry}\\.address" "IPv4 address or host name";
+    config = upstream { address = "10.0.9.300"; };
+  };
+  upstream-port = {
+    expect = wrong "upstream\\.${entry}\\.port" "null or integer between 1 and 65535";
+    config = upstream {
+      address = "10.0.9.1";
+      port = 0;
+    };
+  };
+  defaults = {
+    expect.error = "services\\.udplb\\.defaults\\.source. is not of type";
+    config = lib.recursiveUpdate (rules [ ]) { services.udplb.defaults.source = "own"; };
+  };
+  rules-no-list = {
+    expect.error = "services\\.udplb\\.rules. is not of type .list of";
+    config = lib.recursiveUpdate (rules [ ]) { services.udplb.rules = "10.0.0.5:514"; };
+  };
+  option-unknown = {
+    expect.error = "The option .services\\.udplb\\.rulez. does not exist";
+    config.services.udplb.rulez = [ ];
+  };
+  interface-name = {
+    expect.error = "services\\.udplb\\.interfaces\\.${entry}. is not of type .network interface name";
+    config = lib.recursiveUpdate (rules [ ]) {
+      services.udplb.interfaces = [ "longer-than-15-characters" ];
+    };
+  };
+  interfaces-none = {
+    expect.failed = "^services\\.udplb\\.interfaces: at least one";
+    config.services.udplb.enable = true;
+  };
+  rules-and-file = {
+    expect.failed = "^services\\.udplb\\.rules: .*configFile";
+    config.imports = [
+      (rule { })
+      { services.udplb.configFile = "/etc/udplb.yaml"; }
+    ];
+  };
+  defaults-and-file = {
+    expect.failed = "^services\\.udplb\\.defaults: .*configFile";
+    config.services.udplb = {
+      enable = true;
+      configFile = "/etc/udplb.yaml";
+      defaults.source = "vip";
+    };
+  };
+  firewall-and-file = {
+    expect.failed = "^services\\.udplb\\.openFirewall: needs services\\.udplb\\.rules";
+    config.services.udplb = {
+      enable = true;
+      configFile = "/etc/udplb.yaml";
+      openFirewall = true;
+    };
+  };
+  key-twice = {
+    expect.failed = "^services\\.udplb\\.rules\\.\\[1\\]\\.key: 10\\.0\\.0\\.5:514 is the key of rules\\.\\[0\\]";
+    config = rules [
+      { }
+      {
+        port = [
+          2055
+          514
+        ];
+      }
+    ];
+  };
+  key-overlaps = {
+    expect.check = "rules\\[1\\]";
+    config = rules [
+      { }
+      { port = "500-600"; }
+    ];
+  };
+  upstream-is-key = {
+    expect.check = "rules\\[0\\]\\.upstream";
+    config = upstream { address = "10.0.0.5"; };
+  };
+}

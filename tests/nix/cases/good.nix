@@ -1,0 +1,214 @@
+# Configurations that evaluate, and what must come of them.
+{
+  off = {
+    expect.units = [ ];
+    config = { };
+  };
+
+  # Every word of the module once.
+  every-word = {
+    expect = {
+      kernelModules = [
+        "cls_bpf"
+        "sch_ingress"
+      ];
+      says."udplb-repair.timer" =
+        "PartOf=udplb.service\n(?s:.*)OnActiveSec=5min\nOnUnitInactiveSec=5min\n(?s:.*)WantedBy=timers.target udplb.service";
+      says."udplb-repair.service" = "ExecStart=.*\"apply\" \"--partial\" \"-q\" \"/stub/";
+      units = [
+        "udplb-arpd.service"
+        "udplb-repair.service"
+        "udplb-repair.timer"
+        "udplb.service"
+      ];
+      open.ens3 = [
+        2055
+        {
+          from = 6343;
+          to = 6350;
+        }
+      ];
+      file = {
+        version = 1;
+        interfaces = [
+          "ens3"
+          "br-lan"
+        ];
+        defaults.source = "preserve";
+        rules = [
+          {
+            name = "flows";
+            key = {
+              address = "10.0.0.5";
+              port = [
+                2055
+                "6343-6350"
+              ];
+            };
+            options = {
+              tc_action = "pass";
+              mode = "balance";
+              hash = "modulo";
+              strategy = "src-ip";
+            };
+            upstream = [
+              {
+                name = "nfcapd";
+                address = "10.0.9.11";
+              }
+              {
+                address = "elastic.example.net";
+                port = 9995;
+              }
+            ];
+          }
+          {
+            key = {
+              address = "10.0.0.5";
+              port = 514;
+            };
+            options = {
+              tc_action = "block";
+              source = "vip";
+            };
+            upstream = [ { address = "10.0.9.12"; } ];
+          }
+        ];
+      };
+    };
+    config.services.udplb = {
+      enable = true;
+      interfaces = [
+        "ens3"
+        "br-lan"
+      ];
+      defaults.source = "preserve";
+      repairInterval = "5min";
+      openFirewall = true;
+      rules = [
+        {
+          name = "flows";
+          key = {
+            address = "10.0.0.5";
+            port = [
+              2055
+              "6343-6350"
+            ];
+          };
+          options = {
+            tc_action = "pass";
+            mode = "balance";
+            hash = "modulo";
+            strategy = "src-ip";
+          };
+          upstream = [
+            {
+              name = "nfcapd";
+              address = "10.0.9.11";
+            }
+            {
+              address = "elastic.example.net";
+              port = 9995;
+            }
+          ];
+        }
+        {
+          key = {
+            address = "10.0.0.5";
+            port = 514;
+          };
+          options = {
+            tc_action = "block";
+            source = "vip";
+          };
+          upstream = [ { address = "10.0.9.12"; } ];
+        }
+      ];
+    };
+  };
+
+  # A file outside the store that names its own interfaces: nothing to check, nothing to link in /etc.
+  file = {
+    expect = {
+      units = [ "udplb.service" ];
+      etc = [ ];
+      says."udplb.service" = "ExecStart=.*\"apply\" \"--partial\" \"/var/lib/udplb.toml\"\n";
+      silent."udplb.service" = "ExecStop=|\"-i\"";
+    };
+    config.services.udplb = {
+      enable = true;
+      configFile = "/var/lib/udplb.toml";
+      arpd.enable = false;
+      keepOnStop = true;
+    };
+  };
+
+  # A file of the configuration is checked, and the interfaces replace the file's own.
+  file-in-store = {
+    expect = {
+      etc = [ "udplb.yaml" ];
+      says."udplb.service" = "ExecReload=.*\"-i\" \"br-lan\" \"/stub/[0-9a-f]*-udplb.yaml\"\n";
+    };
+    config.services.udplb = {
+      enable = true;
+      configFile = ../../../examples/seed.yaml;
+      interfaces = [ "br-lan" ];
+    };
+  };
+
+  # TOML is known by its extension.
+  file-toml = {
+    expect.etc = [ "udplb.toml" ];
+    config.services.udplb = {
+      enable = true;
+      configFile = ../../../examples/udplb.toml;
+    };
+  };
+
+  # What the rules do not say is said by the defaults, also to the firewall.
+  firewall-by-default = {
+    expect.open.ens3 = [ ];
+    config.services.udplb = {
+      enable = true;
+      interfaces = [ "ens3" ];
+      openFirewall = true;
+      defaults.tc_action = "block";
+      rules = [
+        {
+          key = {
+            address = "10.0.0.5";
+            port = 514;
+          };
+          upstream = [ { address = "10.0.9.12"; } ];
+        }
+      ];
+    };
+  };
+
+  # What the units must say to start in order, to be reloaded and to be kept at it.
+  units = {
+    expect = {
+      says = {
+        "udplb.service" =
+          "(?s)Wants=network-online.target\n.*After=network-online.target sys-subsystem-net-devices-br\\\\x2dlan.device\n.*X-ReloadIfChanged=true\n.*ExecReload=(?P<apply>[^\n]*)\nExecStart=(?P=apply)\nExecStop=[^\n]*\"detach\"\n.*Restart=on-failure\n.*Type=oneshot\n";
+        "udplb-arpd.service" =
+          "(?s)Wants=udplb.service\nAfter=udplb.service\n.*Restart=on-failure\n.*Type=notify\n.*WatchdogSec=30\n";
+      };
+      silent."udplb-arpd.service" = "Requires=|X-ReloadIfChanged";
+    };
+    config.services.udplb = {
+      enable = true;
+      interfaces = [ "br-lan" ];
+      rules = [
+        {
+          key = {
+            address = "10.0.0.5";
+            port = 514;
+          };
+          upstream = [ { address = "10.0.9.12"; } ];
+        }
+      ];
+    };
+  };
+
+}

@@ -1,0 +1,192 @@
+# Evaluates the module, the package and the VM tests with nothing of nixpkgs but its lib/.
+#
+#   nix-instantiate --eval --strict --json eval.nix --argstr libPath DIR -A case.NAME
+{
+  libPath, # holds lib/default.nix
+}:
+let
+  root = ../..;
+  lib = import (libPath + "/lib");
+  stubs = import ./stubs.nix { inherit lib; };
+  inherit (stubs) pkgs;
+
+  package = pkgs.callPackage (root + "/nixos/package.nix") { };
+  modules = [
+    stubs.base
+    (root + "/nixos/module.nix")
+    { services.udplb.package = lib.mkDefault package; }
+  ];
+
+  word = v: if builtins.isBool v then lib.boolToString v else toString v;
+  body = lib.mapAttrsToList (n: v: lib.concatMapStrings (x: "${n}=${word x}\n") (lib.toList v));
+  list = n: l: lib.optional (l != [ ]) "${n}=${toString l}\n";
+  mark = n: v: lib.optional v "${n}=true\n";
+  unit =
+    type: u: extra:
+    lib.concatStrings (
+      [ "[Unit]\n" ]
+      ++ [ "Description=${u.description}\n" ]
+      ++ list "Documentation" u.documentation
+      ++ list "Wants" u.wants
+      ++ list "Requires" u.requires
+      ++ list "Requisite" u.requisite
+      ++ list "BindsTo" u.bindsTo
+      ++ list "PartOf" u.partOf
+      ++ list "Before" u.before
+      ++ list "After" u.after
+      ++ list "Conflicts" u.conflicts
+      ++ body u.unitConfig
+      ++ [ "\n[${type}]\n" ]
+      ++ extra
+      ++ [ "\n[Install]\n" ]
+      ++ list "WantedBy" u.wantedBy
+      ++ list "RequiredBy" u.requiredBy
+    );
+  # X-: what tells NixOS how to treat the unit when it changes
+  service =
+    s:
+    unit "Service" s (
+      mark "X-ReloadIfChanged" s.reloadIfChanged
+      ++ mark "X-NoRestartIfChanged" (!s.restartIfChanged)
+      ++ body s.serviceConfig
+    );
+  timer = t: unit "Timer" t (body t.timerConfig);
+
+  # A file of /etc: its text, and what the build runs to check it.
+  etcFile =
+    { source, ... }:
+    let
+      origin = source.env.source or source;
+    in
+    {
+      target = lib.optionalString (lib.isDerivation source) source.outPath;
+      # A file in the store is not there: nothing is built.
+      text = origin.text or (if builtins.isPath origin then builtins.readFile origin else null);
+      check = source.script or "";
+    };
+
+  summary = config: {
+    failed = map (a: a.message) (lib.filter (a: !a.assertion) config.assertions);
+    inherit (config) warnings;
+    inherit (config.boot) kernelModules;
+    etc = lib.mapAttrs (_: etcFile) config.environment.etc;
+    units =
+      lib.mapAttrs' (n: s: lib.nameValuePair "${n}.service" (service s)) config.systemd.services
+      // lib.mapAttrs' (n: t: lib.nameValuePair "${n}.timer" (timer t)) config.systemd.timers;
+    firewall = {
+      inherit (config.networking.firewall) enable;
+      open = lib.mapAttrs (_: o: o.allowedUDPPorts ++ o.allowedUDPPortRanges) (
+        config.networking.firewall.interfaces // { "" = config.networking.firewall; }
+      );
+    };
+  };
+
+  evalCase =
+    case:
+    summary
+      (lib.evalModules {
+        class = "nixos";
+        modules = modules ++ [ case.config ];
+      }).config;
+
+  evalTest =
+    file:
+    let
+      test =
+        (lib.evalModules {
+          modules = [
+            file
+            {
+              options = lib.mapAttrs (_: type: lib.mkOption { inherit type; }) {
+                name = lib.types.str;
+                globalTimeout = lib.types.int;
+                testScript = lib.types.str;
+                nodes = lib.types.lazyAttrsOf (
+                  lib.types.submoduleWith {
+                    class = "nixos";
+                    modules = modules ++ [ stubs.testMachine ];
+                  }
+                );
+              };
+              config._module.args = { inherit pkgs; };
+            }
+          ];
+        }).config;
+      # as the test framework counts them: in the order of the names
+      number = name: 1 + lib.lists.findFirstIndex (n: n == name) null (lib.attrNames test.nodes);
+      links =
+        name: config:
+        lib.mapAttrs (
+          ifname: link:
+          let
+            own = config.networking.interfaces.${ifname};
+            both = f: f own.ipv4 ++ f own.ipv6;
+            cidr = a: "${a.address}/${toString a.prefixLength}";
+          in
+          {
+            inherit (link) vlan;
+            addresses =
+              lib.optionals link.assignIP [
+                "192.168.${toString link.vlan}.${toString (number name)}/24"
+                "2001:db8:${toString link.vlan}::${toString (number name)}/64"
+              ]
+              ++ both (f: map cidr f.addresses);
+            routes = both (f: map (r: "${cidr r} via ${r.via}") f.routes);
+          }
+        ) config.virtualisation.interfaces;
+      node =
+        name: config:
+        summary config
+        // {
+          links = links name config;
+          inherit (config.boot.kernel) sysctl;
+          specialisations = lib.mapAttrs (_: s: summary s.configuration) config.specialisation;
+        };
+    in
+    {
+      inherit (test) name globalTimeout testScript;
+      nodes = lib.mapAttrs node test.nodes;
+    };
+
+  cases =
+    import ./cases/good.nix
+    // lib.mapAttrs' (n: lib.nameValuePair "bad-${n}") (import ./cases/bad.nix lib);
+
+  # The names of the rules' options and what they may be chosen from.
+  words =
+    options:
+    lib.concatLists (
+      lib.mapAttrsToList (
+        name: o:
+        [ name ]
+        ++ (
+          if lib.isOption o then
+            (o.type.nestedTypes.elemType or o.type).functor.payload.values or [ ]
+            ++ words (o.type.getSubOptions [ ])
+          else
+            words o
+        )
+      ) (removeAttrs options [ "_module" ])
+    );
+  udplbOptions =
+    (lib.evalModules {
+      class = "nixos";
+      inherit modules;
+    }).options.services.udplb;
+in
+{
+  # each on its own, so that an error is seen with its text
+  case = lib.mapAttrs (_: evalCase) cases;
+  expect = lib.mapAttrs (_: c: c.expect) cases;
+  test = lib.mapAttrs (_: evalTest) (import (root + "/tests/vm") lib);
+  escaped = lib.genAttrs [ "br-lan" "eth0.100" "wg_0" "a+b" ] (
+    i: stubs.utils.escapeSystemdPath "/sys/subsystem/net/devices/${i}"
+  );
+  words = words {
+    inherit (udplbOptions) defaults interfaces rules;
+  };
+  package = {
+    inherit (package.args) pname version;
+    src = "${package.args.src}";
+  };
+}

@@ -1,0 +1,371 @@
+#!/usr/bin/env python3
+"""Checks flake, module, package and VM tests with nothing of nixpkgs but its lib/ folder.
+
+Without lib/ or without Nix the evaluation is skipped, loudly; linters that are not
+installed are skipped each. The last line counts.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+FIXTURES = ROOT / "tests/vm/fixtures"
+DRIVER = ROOT / "tests/vm/driver"
+EXPOSURE = 2.5
+
+count = {"passed": 0, "failed": 0, "skipped": 0}
+
+
+def report(what: str, wrong: str = "") -> None:
+    count["failed" if wrong else "passed"] += 1
+    print(f"FAIL  {what}: {wrong}" if wrong else f"ok    {what}", flush=True)
+
+
+def skip(what: str, why: str) -> None:
+    count["skipped"] += 1
+    print(f"SKIP  {what}: {why}", flush=True)
+
+
+def run(*command: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def lint(what: str, program: str, *args: str | Path, **kwargs: Any) -> None:
+    if not shutil.which(program):
+        skip(what, f"no {program}")
+        return
+    result = run(program, *args, **kwargs)
+    report(what, (result.stdout + result.stderr) if result.returncode else "")
+
+
+class Nix:
+    """One attribute of eval.nix at a time."""
+
+    def __init__(self, program: str, lib: Path):
+        self.program, self.lib = program, lib
+
+    def instantiate(self, *args: str | Path) -> subprocess.CompletedProcess[str]:
+        # No store is needed, and none may be there.
+        env = {**os.environ, "NIX_REMOTE": "dummy://"}
+        return run(self.program, "--eval", "--strict", "--json", *args, env=env)
+
+    def get(self, attribute: str) -> tuple[Any, str]:
+        result = self.instantiate(HERE / "eval.nix", "--arg", "libPath", self.lib, "-A", attribute)
+        error = re.sub(r"\x1b\[[0-9;]*m", "", result.stderr)
+        return (None if result.returncode else json.loads(result.stdout)), error
+
+
+def check_expectation(expect: dict[str, Any], got: dict[str, Any]) -> str:
+    if got["failed"]:
+        return f"assertions failed: {got['failed']}"
+    if "units" in expect and sorted(got["units"]) != expect["units"]:
+        return f"units: {sorted(got['units'])}"
+    if "etc" in expect and sorted(got["etc"]) != expect["etc"]:
+        return f"etc: {sorted(got['etc'])}"
+    if "file" in expect:
+        file = json.loads(got["etc"]["udplb.yaml"]["text"])
+        if file != expect["file"]:
+            return f"udplb.yaml: {file}"
+    for interface, ports in expect.get("open", {}).items():
+        if got["firewall"]["open"].get(interface) != ports:
+            return f"firewall: {got['firewall']['open']}"
+    if "kernelModules" in expect and got["kernelModules"] != expect["kernelModules"]:
+        return f"kernelModules: {got['kernelModules']}"
+    for unit, pattern in expect.get("says", {}).items():
+        if not re.search(pattern, got["units"][unit]):
+            return f"{unit} does not say {pattern}: {got['units'][unit]}"
+    for unit, pattern in expect.get("silent", {}).items():
+        if match := re.search(pattern, got["units"][unit]):
+            return f"{unit} says {match[0]}"
+    return ""
+
+
+def check_units(name: str, units: dict[str, str]) -> None:
+    """The unit files as systemd itself reads them."""
+    if not units:
+        return
+    if not shutil.which("systemd-analyze"):
+        skip(f"{name}: units", "no systemd-analyze")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for unit, text in units.items():
+            # The package is not built here: a program that is there takes its place.
+            Path(folder, unit).write_text(re.sub(r"\"?/stub/[^ \"]*/bin/[^ \"]+\"?", "/bin/true", text))
+        files = [str(Path(folder, unit)) for unit in units]
+        said = run("systemd-analyze", "verify", "--man=no", *files).stderr
+        ours = [line for line in said.splitlines() if any(unit in line for unit in units)]
+        report(f"{name}: systemd-analyze verify", "\n".join(ours))
+        for file in files:
+            if not file.endswith(".service"):
+                continue
+            said = run("systemd-analyze", "security", "--offline=true", "--no-pager", file).stdout
+            level = re.search(r"Overall exposure level for \S+: ([0-9.]+)", said)
+            wrong = "" if level and float(level[1]) <= EXPOSURE else said
+            report(f"{name}: {Path(file).name}: exposure {level[1] if level else '?'}", wrong)
+
+
+def check_built(name: str, etc: dict[str, Any], udplb: str, expect: str) -> None:
+    """What the build of the system runs on the configuration file."""
+    for file, entry in etc.items():
+        if not entry["check"] or entry["text"] is None:
+            continue
+        if not udplb:
+            skip(f"{name}: check of {file}", "no --udplb")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, file)
+            source.write_text(entry["text"])
+            env = {
+                "source": str(source),
+                "out": str(Path(folder, "out")),
+                "PATH": f"{Path(udplb).resolve().parent}:{os.environ['PATH']}",
+            }
+            result = run("bash", "-euc", entry["check"], env=env)
+            if expect:
+                said = result.returncode == 65 and re.search(expect, result.stderr)
+                report(f"{name}: refused by udplb check", "" if said else f"{result.returncode}: {result.stderr}")
+            else:
+                report(f"{name}: udplb check", result.stderr if result.returncode else "")
+
+
+def check_cases(nix: Nix, udplb: str) -> None:
+    expected, error = nix.get("expect")
+    if expected is None:
+        report("cases", error)
+        return
+    for name, expect in sorted(expected.items()):
+        got, error = nix.get(f"case.{name}")
+        if "error" in expect:
+            flat = " ".join(error.split())
+            if got is not None:
+                report(name, "evaluates")
+            else:
+                report(name, "" if re.search(expect["error"], flat) else f"another error: {flat}")
+        elif got is None:
+            report(name, error)
+        elif "failed" in expect:
+            found = any(re.search(expect["failed"], message) for message in got["failed"])
+            report(name, "" if found else f"assertions that failed: {got['failed']}")
+        elif "check" in expect:
+            check_built(name, got["etc"], udplb, expect["check"])
+        else:
+            report(name, check_expectation(expect, got))
+            check_units(name, got["units"])
+            if name == "units":
+                check_contrib("the module", {unit: text.splitlines() for unit, text in got["units"].items()})
+            check_built(name, got["etc"], udplb, "")
+
+
+def words(schema: Any) -> set[str]:
+    """All property names and enum values of a JSON schema that may be used."""
+    found: set[str] = set()
+    if isinstance(schema, dict):
+        found |= {name for name, value in schema.get("properties", {}).items() if value}
+        found |= {value for value in schema.get("enum", []) if isinstance(value, str)}
+        for value in schema.values():
+            found |= words(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            found |= words(value)
+    return found
+
+
+def check_package(nix: Nix, udplb: str) -> None:
+    package, error = nix.get("package")
+    report("package" if package is None else f"package {package['pname']} {package['version']}", "" if package else error)
+    escaped, error = nix.get("escaped")
+    report("device names escape as systemd-escape does", error if escaped is None else wrong_escapes(escaped))
+    if not udplb:
+        skip("the module has the program's words", "no --udplb")
+        return
+    known, error = nix.get("words")
+    if known is None:
+        report("words", error)
+        return
+    schema = json.loads(run(udplb, "schema").stdout)
+    theirs = words(schema) - {"version"}
+    report("the module has the program's words", str(sorted(theirs.symmetric_difference(known)) or ""))
+
+
+def wrong_escapes(escaped: dict[str, str]) -> str:
+    if not shutil.which("systemd-escape"):
+        return ""
+    return "".join(
+        f"{name}: {ours}\n"
+        for name, ours in escaped.items()
+        if run("systemd-escape", "-p", f"/sys/subsystem/net/devices/{name}").stdout.strip() != ours
+    )
+
+
+def fixture(test: dict[str, Any]) -> str:
+    """What the driver needs of a test. The script is not in it: the driver reads the .py itself."""
+
+    def files(summary: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "etc": {name: {"target": e["target"], "text": e["text"]} for name, e in summary["etc"].items()},
+            "units": {name: text.splitlines() for name, text in summary["units"].items()},
+            "firewall": summary["firewall"],
+        }
+
+    nodes = {
+        name: files(node)
+        | {"links": node["links"], "sysctl": node["sysctl"]}
+        | {"specialisations": {n: files(s) for n, s in node["specialisations"].items()}}
+        for name, node in test["nodes"].items()
+    }
+    test = {"name": test["name"], "globalTimeout": test["globalTimeout"], "nodes": nodes}
+    return json.dumps(test, indent=1, sort_keys=True) + "\n"
+
+
+def check_scenarios(nix: Nix, udplb: str, write: bool) -> None:
+    tests, error = nix.get("test")
+    if tests is None:
+        report("scenarios", error)
+        return
+    stored = {file.stem for file in FIXTURES.glob("*.json")}
+    if not write and stored - tests.keys():
+        report("fixtures", f"without a scenario: {stored - tests.keys()}")
+    for name, test in sorted(tests.items()):
+        script = (ROOT / f"tests/vm/{name}.py").read_text()
+        report(f"{name}: runs {name}.py", "" if test["testScript"] == script else "another script")
+        file = FIXTURES / f"{name}.json"
+        if write:
+            file.write_text(fixture(test))
+        fresh = file.exists() and file.read_text() == fixture(test)
+        report(f"{name}: fixture", "" if fresh else "stale: tests/nix/run.py --write-fixtures writes it anew")
+        for machine, node in test["nodes"].items():
+            for place, summary in [(machine, node)] + [
+                (f"{machine}/{n}", s) for n, s in node["specialisations"].items()
+            ]:
+                if summary["failed"]:
+                    report(f"{name}: {place}", str(summary["failed"]))
+                check_built(f"{name}: {place}", summary["etc"], udplb, "")
+
+
+def check_flake(nix: Nix) -> None:
+    """Everything that the flake offers, against a nixpkgs of stand-ins."""
+    program = Path(shutil.which(nix.program) or nix.program).with_name("nix")
+    if not program.exists() or not shutil.which("git"):
+        skip("flake", f"needs {program} and git")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        nixpkgs = Path(folder, "nixpkgs")
+        nixpkgs.mkdir()
+        shutil.copytree(nix.lib / "lib", nixpkgs / "lib")
+        shutil.copy(HERE / "stubs.nix", nixpkgs)
+        shutil.copy(HERE / "stub-flake.nix", nixpkgs / "flake.nix")
+        env = {**os.environ, "HOME": folder, "NIX_REMOTE": f"local?root={folder}/root"}
+        source = Path(folder, "source")
+        tracked = run("git", "-C", ROOT, "ls-files", "-co", "--exclude-standard").stdout.split()
+        for file in tracked:
+            if (ROOT / file).is_file():
+                (source / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / file, source / file)
+        for command in (["show", "--all-systems"], ["check", "--no-build", "--all-systems"]):
+            result = run(
+                program,
+                *("--extra-experimental-features", "nix-command flakes", "flake", *command, "--offline"),
+                *("--no-write-lock-file", "--override-input", "nixpkgs", f"path:{nixpkgs}", f"path:{source}"),
+                env=env,
+            )
+            report(f"nix flake {' '.join(command)}", result.stderr if result.returncode else "")
+        run("chmod", "-R", "u+w", folder)
+
+
+def lint_nix() -> None:
+    files = [file for file in ROOT.rglob("*.nix") if not file.is_relative_to(ROOT / "target")]
+    lint("nixfmt", "nixfmt", "--check", *files)
+    lint("deadnix", "deadnix", "--fail", *files)
+
+
+def lint_scripts() -> None:
+    """The scripts as the NixOS test driver lints them, and our own Python."""
+    pyflakes = shutil.which("pyflakes") or shutil.which("pyflakes3") or "pyflakes"
+    env = {**os.environ, "MYPYPATH": str(DRIVER)}
+    own = ["nix/run.py", "vm/driver/nsdriver.py", "vm/driver/switch-to-configuration", "vm/udp.py", "deb/run", "docs/run"]
+    for name in own:
+        lint(f"pyflakes: {name}", pyflakes, ROOT / "tests" / name)
+        lint(f"mypy: {name}", "mypy", "--strict", ROOT / "tests" / name, env=env)
+    for file in sorted(FIXTURES.glob("*.json")):
+        name = file.stem
+        machines = sorted(json.loads(file.read_text())["nodes"])
+        script = (ROOT / f"tests/vm/{name}.py").read_text()
+        symbols = ["driver", "join_all", "log", "machines", "polling_condition", "retry", "start_all", "subtest", "t"]
+        known = {**os.environ, "PYFLAKES_BUILTINS": ",".join(machines + symbols)}
+        lint(f"pyflakes: {name}", pyflakes, input=script, env=known)
+        hints = (DRIVER / "script-types.pyi").read_text() + "".join(f"{m}: Machine\n" for m in machines)
+        with tempfile.TemporaryDirectory() as folder:
+            typed = Path(folder, f"{name}.py")
+            typed.write_text(hints + script)
+            lint(f"mypy: {name}", "mypy", "--no-implicit-optional", "--pretty", "--no-color-output", typed, env=env)
+
+
+def directives(unit: list[str]) -> set[str]:
+    """One word a value; without what must differ: programs, devices, NixOS' own marks."""
+    found = set()
+    section = ""
+    for line in unit:
+        if line.startswith("["):
+            section = line
+        elif "=" in line and not line.startswith("#"):
+            key, values = line.split("=", 1)
+            if not key.startswith(("Exec", "X-")):
+                words = [values] if key == "Description" else values.split()
+                found |= {f"{section} {key}={value}" for value in words if not value.endswith(".device")}
+    return found
+
+
+def check_contrib(name: str, units: dict[str, list[str]]) -> None:
+    """Debian's units say what the module's say."""
+    for file in sorted((ROOT / "contrib/systemd").iterdir()):
+        ours, theirs = directives(file.read_text().splitlines()), directives(units[file.name])
+        report(f"contrib: {file.name} and {name} agree", "\n".join(sorted(ours ^ theirs)))
+
+
+@functools.cache
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--lib", default=os.environ.get("NIXPKGS_LIB", ""), help="the folder that holds nixpkgs' lib/ (NIXPKGS_LIB)"
+    )
+    parser.add_argument("--nix", default="nix-instantiate", help="Nix 2.14 or newer")
+    parser.add_argument("--udplb", default="", help="the program: checks the generated files with it")
+    parser.add_argument("--write-fixtures", action="store_true", help="write tests/vm/fixtures anew")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    lib = Path(args.lib).resolve() if args.lib else None
+    lint_nix()
+    lint_scripts()
+    fixture_units = json.loads((FIXTURES / "relay.json").read_text())["nodes"]["relay"]["units"]
+    check_contrib("the fixture", fixture_units)
+    if not shutil.which(args.nix):
+        skip("EVERYTHING THAT EVALUATES", f"no {args.nix}")
+    elif run(args.nix, "--eval", "-E", "builtins.readFileType").returncode:
+        skip("EVERYTHING THAT EVALUATES", f"{args.nix} is older than 2.18")
+    elif not lib or not (lib / "lib/default.nix").is_file():
+        skip("EVERYTHING THAT EVALUATES", "no nixpkgs lib: give --lib or NIXPKGS_LIB")
+    else:
+        nix = Nix(args.nix, lib)
+        check_package(nix, args.udplb)
+        check_cases(nix, args.udplb)
+        check_scenarios(nix, args.udplb, args.write_fixtures)
+        check_flake(nix)
+    print(", ".join(f"{number} {what}" for what, number in count.items()))
+    return 1 if count["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

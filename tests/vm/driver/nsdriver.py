@@ -1,0 +1,445 @@
+#!/usr/bin/env python3
+"""Runs the script of a NixOS VM test without virtual machines.
+
+Each machine is a set of namespaces (network, mount, PID, UTS, IPC, cgroup) with the host's root under
+an overlay, a bpffs of its own and the host's systemd as PID 1, which sees only the units of the test.
+Each VLAN is a bridge. The kernel is the host's, and shared. Namespaces have no names: they go away with
+their processes, however those end.
+
+Of the NixOS test driver's interface this has the documented part that the scenarios use.
+"""
+
+import argparse
+import ctypes
+import itertools
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+HYBRID = Path("/sys/fs/cgroup/unified")
+CGROUP = HYBRID if HYBRID.is_dir() else Path("/sys/fs/cgroup")
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PR_SET_PDEATHSIG = 1
+
+# What systemd wants to find beside the units of the test.
+PASSIVE = "sysinit network network-pre network-online sockets timers paths slices umount final".split()
+BASE_UNITS = {f"{name}.target": f"[Unit]\nDescription={name}\n" for name in PASSIVE} | {
+    "default.target": "[Unit]\nRequires=multi-user.target\nAfter=multi-user.target\nAllowIsolate=yes\n",
+    "multi-user.target": "[Unit]\nRequires=basic.target\nWants=timers.target\nAfter=basic.target\nAllowIsolate=yes\n",
+    "basic.target": "[Unit]\nRequires=sysinit.target\nAfter=sysinit.target\n",
+    "shutdown.target": "[Unit]\nDefaultDependencies=no\n",
+    "poweroff.target": "[Unit]\nDefaultDependencies=no\nRequires=end.service\nAfter=end.service\nAllowIsolate=yes\n",
+    "end.service": "[Unit]\nDefaultDependencies=no\nRequires=shutdown.target\nAfter=shutdown.target\n"
+    "SuccessAction=poweroff-force\n[Service]\nType=oneshot\nExecStart=/bin/true\n",
+}
+
+numbers = itertools.count()
+
+
+class Failed(Exception):
+    pass
+
+
+def die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def call(*command: str | Path) -> str:
+    done = subprocess.run(command, text=True, capture_output=True)
+    if done.returncode:
+        raise Failed(f"{' '.join(map(str, command))}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def wait(fn: Callable[[], bool], timeout: float, what: str) -> None:
+    end = time.monotonic() + timeout
+    while not fn():
+        if time.monotonic() > end:
+            raise Failed(f"timed out after {timeout} s: {what}")
+        time.sleep(0.1)
+
+
+def retry(fn: Callable[[bool], bool], timeout_seconds: int = 900) -> None:
+    wait(lambda: fn(False), timeout_seconds, "retry")
+
+
+def ruleset(firewall: dict[str, Any]) -> str:
+    """The input chain of NixOS' firewall, as far as UDP goes."""
+
+    def ports(spec: int | dict[str, int]) -> str:
+        return f"{spec['from']}-{spec['to']}" if isinstance(spec, dict) else str(spec)
+
+    accept = [
+        (f'iifname "{interface}" ' if interface else "") + f"udp dport {{ {', '.join(map(ports, specs))} }} accept"
+        for interface, specs in firewall["open"].items()
+        if specs
+    ]
+    rules = [
+        "type filter hook input priority 0; policy drop;",
+        'iifname "lo" accept',
+        "ct state established,related accept",
+        "meta l4proto { icmp, ipv6-icmp } accept",
+        *accept,
+    ]
+    return "table inet nixos-fw {\nchain input {\n" + "\n".join(rules) + "\n}\n}\n"
+
+
+class Machine:
+    def __init__(self, driver: "Driver", name: str, node: dict[str, Any]):
+        self.driver, self.name, self.node = driver, name, node
+        self.pid = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.console = ""
+        self.cables: list[str] = []
+        self.cgroup = CGROUP / f"udplb-vm-{os.getpid()}-{name}"
+        self.dir = driver.dir / name
+        (self.dir / "root").mkdir(parents=True)
+        booted = self.dir / "booted-system"
+        self.write_system(booted, node)
+        for specialisation, system in node["specialisations"].items():
+            self.write_system(booted / "specialisation" / specialisation, system)
+        (booted / "etc/hosts").write_text(driver.hosts)
+        (booted / "etc/hostname").write_text(f"{name}\n")
+        (booted / "etc/machine-id").write_text("")
+        (self.dir / "stub/udplb/bin").mkdir(parents=True)
+        if driver.udplb:
+            shutil.copy(driver.udplb, self.dir / "stub/udplb/bin/udplb")
+
+    def write_system(self, folder: Path, system: dict[str, Any]) -> None:
+        (folder / "bin").mkdir(parents=True)
+        # There is no journal: what services say is on the console.
+        (folder / "units/service.d").mkdir(parents=True)
+        (folder / "units/service.d/console.conf").write_text("[Service]\nStandardOutput=tty\nStandardError=tty\n")
+        shutil.copy(HERE / "switch-to-configuration", folder / "bin")
+        for name, text in BASE_UNITS.items() | {(n, "\n".join(u) + "\n") for n, u in system["units"].items()}:
+            (folder / "units" / name).write_text(text)
+            for targets in re.findall(r"(?m)^WantedBy=(.*)$", text):
+                for target in targets.split():
+                    wants = folder / "units" / f"{target}.wants"
+                    wants.mkdir(exist_ok=True)
+                    (wants / name).symlink_to(f"../{name}")
+        (folder / "etc").mkdir()
+        for name, file in system["etc"].items():
+            (folder / "etc" / name).write_text(file["text"])
+            if file["target"].startswith("/stub/"):
+                stub = self.dir / file["target"].lstrip("/")
+                stub.parent.mkdir(exist_ok=True)
+                stub.write_text(file["text"])
+
+    def inside(self, *command: str | Path) -> list[str | Path]:
+        """The command in this machine's network, with the host's files."""
+        return ["nsenter", "-t", str(self.pid), "-n", *command]
+
+    # life
+
+    def start(self, allow_reboot: bool = False) -> None:
+        if self.process:
+            return
+        master, slave = pty.openpty()
+        self.cgroup.mkdir()
+        enter = f'echo $$ >{self.cgroup}/cgroup.procs; exec "$@"'
+        unshare = ["unshare", "-n", "-m", "-u", "-i", "-p", "-C", "-f", "--kill-child=SIGKILL"]
+        init = map(str, (HERE / "init.sh", self.name, self.dir, self.driver.shared))
+        self.process = subprocess.Popen(
+            ["sh", "-c", enter, "sh", *unshare, *init],
+            env={**os.environ, "CONSOLE": os.ttyname(slave), "PATH": PATH},
+            stdin=subprocess.PIPE,
+            stdout=slave,
+            stderr=slave,
+            preexec_fn=die_with_parent,
+        )
+        threading.Thread(target=self.read_console, args=(master, slave), daemon=True).start()
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        wait(lambda: self.find_init(children), 20, f"{self.name} starts")
+        self.connect()
+        assert self.process.stdin
+        self.process.stdin.close()
+        wait(lambda: self.run("test -S /run/systemd/private", 5)[0] == 0, 30, f"{self.name} boots: {self.console}")
+
+    def find_init(self, children: Path) -> bool:
+        assert self.process
+        if self.process.poll() is not None:
+            raise Failed(f"{self.name} did not start: {self.console}")
+        # `sh` became `unshare`, whose only child is the machine's PID 1
+        if Path(f"/proc/{self.process.pid}/comm").read_text() == "unshare\n":
+            self.pid = int(children.read_text().strip() or 0)
+        return self.pid != 0
+
+    def connect(self) -> None:
+        ip = self.inside("ip")
+        call(*ip, "link", "set", "lo", "up")
+        for key, value in self.node["sysctl"].items():
+            call(*self.inside("sysctl", "-q", "-w", f"{key}={int(value)}"))
+        if self.node["firewall"]["enable"]:
+            nft = subprocess.run(
+                self.inside("nft", "-f", "-"), input=ruleset(self.node["firewall"]), text=True, capture_output=True
+            )
+            if nft.returncode:
+                raise Failed(f"nft: {nft.stderr}")
+        self.cables = []
+        for interface, link in self.node["links"].items():
+            # Interfaces of a machine that was just stopped may not be gone yet.
+            cable = f"cable{next(numbers)}"
+            switch = self.driver.switch("ip")
+            call(*switch, *f"link add {cable} type veth peer name {interface} netns {self.pid}".split())
+            call(*switch, *f"link set {cable} master vlan{link['vlan']} up".split())
+            self.cables.append(cable)
+            call(*ip, "link", "set", interface, "up")
+            for address in link["addresses"]:
+                call(*ip, "address", "add", address, "dev", interface, *(["nodad"] if ":" in address else []))
+        for interface, link in self.node["links"].items():
+            for route in link["routes"]:
+                call(*ip, "route", "add", *route.split(), "dev", interface)
+
+    def read_console(self, master: int, slave: int) -> None:
+        while True:
+            try:
+                said = os.read(master, 65536)
+            except OSError:
+                return
+            self.console += said.decode(errors="replace").replace("\r", "")
+
+    def crash(self) -> None:
+        if not self.process:
+            return
+        self.process.kill()
+        self.process.wait()
+        self.process, self.pid = None, 0
+        wait(self.remove_cgroup, 10, f"{self.name}: processes end")
+
+    def remove_cgroup(self) -> bool:
+        for folder, _, _ in sorted(os.walk(self.cgroup), reverse=True):
+            try:
+                os.rmdir(folder)
+            except OSError:
+                return False
+        return True
+
+    def shutdown(self) -> None:
+        if self.process:
+            self.run("systemctl --no-block start poweroff.target", 10)
+            self.wait_for_shutdown()
+
+    def wait_for_shutdown(self) -> None:
+        if self.process:
+            self.process.wait(60)
+            self.crash()
+
+    def block(self) -> None:
+        for cable in self.cables:
+            call(*self.driver.switch("ip"), "link", "set", cable, "down")
+
+    def unblock(self) -> None:
+        for cable in self.cables:
+            call(*self.driver.switch("ip"), "link", "set", cable, "up")
+
+    # commands
+
+    def run(self, command: str, timeout: int | None) -> tuple[int, str]:
+        enter = ["nsenter", "-t", str(self.pid), "-m", "-u", "-i", "-n", "-p", "-C", "-r", "-w"]
+        limit = ["timeout", str(timeout)] if timeout else []
+        done = subprocess.run(
+            [*enter, "env", "-i", "HOME=/root", f"PATH={PATH}", *limit, "bash", "-c", f"set -euo pipefail; {command}"],
+            stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+        )
+        return done.returncode, done.stdout.decode(errors="replace")
+
+    def execute(
+        self, command: str, check_return: bool = True, check_output: bool = True, timeout: int | None = 900
+    ) -> tuple[int, str]:
+        self.start()
+        return self.run(command, timeout)
+
+    def succeed(self, *commands: str, timeout: int | None = None) -> str:
+        return "".join(self.expect(True, command, timeout) for command in commands)
+
+    def fail(self, *commands: str, timeout: int | None = None) -> str:
+        return "".join(self.expect(False, command, timeout) for command in commands)
+
+    def expect(self, success: bool, command: str, timeout: int | None) -> str:
+        status, output = self.execute(command, timeout=timeout)
+        if (status == 0) != success:
+            raise Failed(f"{self.name}: `{command}` ended with {status}: {output}")
+        return output
+
+    def wait_until_succeeds(self, command: str, timeout: int = 900) -> str:
+        return self.repeat(True, command, timeout)
+
+    def wait_until_fails(self, command: str, timeout: int = 900) -> str:
+        return self.repeat(False, command, timeout)
+
+    def repeat(self, success: bool, command: str, timeout: int) -> str:
+        output = ""
+
+        def done() -> bool:
+            nonlocal output
+            status, output = self.execute(command, timeout=timeout)
+            return (status == 0) == success
+
+        wait(done, timeout, f"{self.name}: `{command}`")
+        return output
+
+    def wait_for_file(self, filename: str, timeout: int = 900) -> None:
+        self.wait_until_succeeds(f"test -e {filename}", timeout)
+
+    def sleep(self, secs: int) -> None:
+        time.sleep(secs)
+
+    def log(self, msg: str) -> None:
+        self.driver.log(f"{self.name}: {msg}")
+
+    # units
+
+    def systemctl(self, q: str, user: str | None = None) -> tuple[int, str]:
+        return self.execute(f"systemctl {q}")
+
+    def get_unit_info(self, unit: str, user: str | None = None) -> dict[str, str]:
+        status, output = self.systemctl(f'--no-pager show "{unit}"')
+        if status:
+            raise Failed(f"{self.name}: nothing known of {unit}")
+        return dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+
+    def get_unit_property(self, unit: str, property: str, user: str | None = None) -> str:
+        return self.get_unit_info(unit)[property]
+
+    def require_unit_state(self, unit: str, require_state: str = "active") -> None:
+        state = self.get_unit_property(unit, "ActiveState")
+        if state != require_state:
+            raise Failed(f"{self.name}: {unit} is {state}, not {require_state}")
+
+    def wait_for_unit(self, unit: str, user: str | None = None, timeout: int = 900) -> None:
+        def active() -> bool:
+            state = self.get_unit_property(unit, "ActiveState")
+            if state == "failed":
+                raise Failed(f"{self.name}: {unit} failed")
+            if state == "inactive" and "No jobs" in self.systemctl("list-jobs --full 2>&1")[1]:
+                if self.get_unit_property(unit, "ActiveState") == state:
+                    raise Failed(f"{self.name}: {unit} is inactive and nothing starts it")
+            return state == "active"
+
+        wait(active, timeout, f"{self.name}: {unit} is active")
+
+
+def plain_machines(name: str, addresses: dict[str, str]) -> dict[str, Any]:
+    """A test whose machines have an address each on one VLAN, and nothing else."""
+    empty = {"etc": {}, "units": {}, "firewall": {"enable": False}, "sysctl": {}, "specialisations": {}}
+    nodes = {
+        machine: empty | {"links": {"eth1": {"vlan": 1, "addresses": [f"{address}/24"], "routes": []}}}
+        for machine, address in addresses.items()
+    }
+    return {"name": name, "globalTimeout": 600, "nodes": nodes}
+
+
+class Driver:
+    def __init__(self, test: dict[str, Any], udplb: Path | None):
+        self.udplb = udplb
+        self.dir = Path(tempfile.mkdtemp(prefix="udplb-vm-"))
+        self.shared = self.dir / "shared"
+        self.shared.mkdir()
+        self.machines: list[Machine] = []
+        nodes = test["nodes"]
+        self.hosts = "127.0.0.1 localhost\n::1 localhost\n" + "".join(
+            f"{address.split('/')[0]} {name}\n"
+            for name, node in nodes.items()
+            for link in node["links"].values()
+            for address in link["addresses"]
+        )
+        self.switch_process = subprocess.Popen(
+            ["unshare", "-n", "sleep", "infinity"], preexec_fn=die_with_parent, stdin=subprocess.DEVNULL
+        )
+        host = os.stat("/proc/self/ns/net").st_ino
+        switch = f"/proc/{self.switch_process.pid}/ns/net"
+        wait(lambda: os.stat(switch).st_ino != host, 10, "a network namespace for the VLANs")
+        for vlan in sorted({link["vlan"] for node in nodes.values() for link in node["links"].values()}):
+            call(*self.switch("ip"), *f"link add vlan{vlan} up type bridge mcast_snooping 0".split())
+        self.machines = [Machine(self, name, node) for name, node in nodes.items()]
+
+    def switch(self, *command: str) -> list[str]:
+        return ["nsenter", "-t", str(self.switch_process.pid), "-n", *command]
+
+    def log(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        for machine in self.machines:
+            machine.crash()
+        self.switch_process.kill()
+        self.switch_process.wait()
+        shutil.rmtree(self.dir)
+
+    def start_all(self) -> None:
+        # Not in threads: a child dies with the thread that made it.
+        for machine in self.machines:
+            machine.start()
+
+    @contextmanager
+    def subtest(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        except BaseException:
+            self.log(f"FAIL  {name}")
+            raise
+        self.log(f"ok    {name} ({time.monotonic() - start:.1f} s)")
+
+
+
+def play(test: dict[str, Any], udplb: Path | None, script: Callable[[Driver], None]) -> int:
+    """Runs the script on the machines of the test; the exit status."""
+
+    def end(number: int, _frame: object) -> None:
+        raise Failed(f"ended by {signal.Signals(number).name}")
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, end)
+    signal.alarm(test["globalTimeout"])
+    start = time.monotonic()
+    driver = Driver(test, udplb)
+    try:
+        script(driver)
+    except Exception:
+        for machine in driver.machines:
+            driver.log(f"--- console of {machine.name}\n{machine.console}")
+        traceback.print_exc()
+        print(f"FAIL  {test['name']} ({time.monotonic() - start:.1f} s)", flush=True)
+        return 1
+    finally:
+        signal.alarm(0)
+        driver.close()
+    print(f"ok    {test['name']} ({time.monotonic() - start:.1f} s)", flush=True)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("fixture", type=Path, help="the machines: addresses, units, files")
+    parser.add_argument("script", type=Path, help="the scenario's testScript")
+    parser.add_argument("udplb", type=Path, help="the program under test")
+    args = parser.parse_args()
+
+    def script(driver: Driver) -> None:
+        symbols: dict[str, Any] = {machine.name: machine for machine in driver.machines}
+        symbols |= {"driver": driver, "machines": driver.machines}
+        symbols |= {"start_all": driver.start_all, "subtest": driver.subtest, "retry": retry}
+        exec(compile(args.script.read_text(), str(args.script), "exec"), symbols)
+
+    return play(json.loads(args.fixture.read_text()), args.udplb, script)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

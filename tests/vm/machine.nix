@@ -1,0 +1,24 @@
+# A machine of a scenario. links: interface -> { vlan, address, routes }.
+{ pkgs, lib }:
+links: {
+  environment.etc."udp.py".source = ./udp.py;
+  environment.systemPackages = [
+    pkgs.iproute2
+    pkgs.python3
+  ];
+  virtualisation.interfaces = lib.mapAttrs (_: link: { inherit (link) vlan; }) links;
+  networking = {
+    useDHCP = false;
+    # The end points of a scenario are not what is tested: who wants the firewall says so.
+    firewall.enable = lib.mkDefault false;
+    interfaces = lib.mapAttrs (_: link: {
+      ipv4.addresses = [
+        {
+          inherit (link) address;
+          prefixLength = 24;
+        }
+      ];
+      ipv4.routes = link.routes or [ ];
+    }) links;
+  };
+}

@@ -1,0 +1,102 @@
+SWITCH = "/run/booted-system/{}bin/switch-to-configuration test >&2"
+FILE = """
+version: 1
+interfaces: [eth1]
+defaults: { tc_action: block }
+rules:
+  - key: { address: 10.1.0.2, port: 514 }
+    upstream: [{ address: 10.1.0.4 }]
+"""
+
+start_all()
+relay.wait_for_unit("udplb.service", timeout=300)
+for machine in (client, up1, up2):
+    machine.wait_for_unit("multi-user.target", timeout=300)
+for upstream in (up1, up2):
+    upstream.succeed("python3 /etc/udp.py listen 514 /tmp/got")
+# The upstreams may have come after the first apply.
+relay.succeed("systemctl reload udplb.service")
+
+
+def switch(name=""):
+    relay.succeed(SWITCH.format(f"specialisation/{name}/" if name else ""))
+
+
+def sent_to(upstream, source):
+    client.succeed(f"python3 /etc/udp.py send 10.1.0.2 514 --from {source}")
+    upstream.wait_until_succeeds(f"grep -q '{source}-0' /tmp/got", timeout=60)
+
+
+def not_relayed(source):
+    client.succeed(f"python3 /etc/udp.py send 10.1.0.2 514 --from {source}")
+    # Straight to the upstreams: what would have been relayed was sent before.
+    for number, upstream in ((3, up1), (4, up2)):
+        client.succeed(f"python3 /etc/udp.py send 10.1.0.{number} 514 --from {source + 1}")
+        upstream.wait_until_succeeds(f"grep -q '{source + 1}-0' /tmp/got", timeout=60)
+        upstream.fail(f"grep -q '{source}-0' /tmp/got")
+
+
+with subtest("a rebuild under traffic moves a rule and loses nothing"):
+    sent_to(up1, 40000)
+    client.succeed(
+        "python3 /etc/udp.py send 10.1.0.2 514 --from 50000 --count 3000 --interval 0.003 >/dev/null 2>&1 &"
+    )
+    for _ in range(3):
+        switch("moved")
+        sent_to(up2, 40001)
+        switch()
+        sent_to(up1, 40002)
+    client.wait_until_fails("pgrep -f 'from 5000[0]'", timeout=300)
+    got = [upstream.succeed("grep -o '50000-[0-9]*$' /tmp/got").split() for upstream in (up1, up2)]
+    assert all(got), "both were in use"
+    assert len(got[0] + got[1]) == len(set(got[0] + got[1])) == 3000, list(map(len, got))
+
+with subtest("a rebuild that changes nothing does not touch the service"):
+    before = relay.succeed("udplb status -o json | grep -o '\"generation\": *[0-9]*'")
+    switch()
+    assert relay.succeed("udplb status -o json | grep -o '\"generation\": *[0-9]*'") == before
+
+with subtest("a bad file fails the reload and leaves the old rules serving"):
+    relay.succeed(f"mkdir -p /var/lib; echo '{FILE}' > /var/lib/udplb.yaml")
+    switch("file")
+    sent_to(up2, 40010)
+    relay.succeed("sed -i 's/port: 514/port: 0/' /var/lib/udplb.yaml")
+    relay.fail("systemctl reload udplb.service")
+    relay.require_unit_state("udplb.service", "active")
+    sent_to(up2, 40011)
+    switch()
+    sent_to(up1, 40012)
+
+with subtest("an interface that is late keeps nothing else out"):
+    relay.fail(SWITCH.format("specialisation/late/"))
+    sent_to(up1, 40020)
+    relay.fail("systemctl restart udplb.service")
+    sent_to(up1, 40021)
+    relay.succeed("ip link add late0 type veth peer name late1", "ip link set late0 up")
+    relay.wait_for_unit("udplb.service", timeout=120)
+    switch()
+    relay.succeed("ip link delete late0")
+    sent_to(up1, 40022)
+
+with subtest("a stop detaches, a start attaches"):
+    relay.succeed("systemctl stop udplb.service")
+    not_relayed(40030)
+    relay.succeed("systemctl start udplb.service")
+    sent_to(up1, 40032)
+
+with subtest("enable = false detaches"):
+    switch("off")
+    not_relayed(40040)
+    switch()
+    sent_to(up1, 40042)
+
+with subtest("keepOnStop: a stop leaves the rules"):
+    switch("kept")
+    relay.succeed("systemctl stop udplb.service")
+    sent_to(up1, 40050)
+
+with subtest("a reboot restores what the system says"):
+    relay.shutdown()
+    relay.start()
+    relay.wait_for_unit("udplb.service", timeout=300)
+    sent_to(up1, 40060)

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""The UDP end points of the scenarios.
+
+listen PORT FILE                returns when the socket is bound; FILE gets a line per datagram:
+                                address port TTL payload
+send ADDRESS PORT [--from PORT] [--count N] [--interval SECONDS]
+                                payloads are FROM-0, FROM-1, …
+"""
+
+import argparse
+import os
+import socket
+import sys
+import time
+
+BUFFER = 8 << 20
+# Linux' numbers; Python's socket module does not have the names.
+SO_RCVBUFFORCE = 33
+IP_RECVTTL = 12
+
+
+def listen(port: int, file: str) -> None:
+    receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+    receiver.setsockopt(socket.IPPROTO_IP, IP_RECVTTL, 1)
+    receiver.bind(("0.0.0.0", port))
+    with open(file, "w", buffering=1) as lines:
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        while True:
+            payload, ancillary, _, (address, source) = receiver.recvmsg(65536, 64)
+            ttl = int.from_bytes(ancillary[0][2], sys.byteorder)
+            print(address, source, ttl, payload.decode(), file=lines)
+
+
+def send(address: str, port: int, source: int, count: int, interval: float) -> None:
+    sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sender.bind(("0.0.0.0", source))
+    source = sender.getsockname()[1]
+    start = time.monotonic()
+    for number in range(count):
+        sender.sendto(f"{source}-{number}".encode(), (address, port))
+        time.sleep(max(0.0, start + interval * (number + 1) - time.monotonic()))
+
+
+parser = argparse.ArgumentParser()
+verbs = parser.add_subparsers(dest="verb", required=True)
+verb = verbs.add_parser("listen")
+verb.add_argument("port", type=int)
+verb.add_argument("file")
+verb = verbs.add_parser("send")
+verb.add_argument("address")
+verb.add_argument("port", type=int)
+verb.add_argument("--from", dest="source", type=int, default=0)
+verb.add_argument("--count", type=int, default=1)
+verb.add_argument("--interval", type=float, default=0.0)
+args = parser.parse_args()
+if args.verb == "listen":
+    listen(args.port, args.file)
+else:
+    send(args.address, args.port, args.source, args.count, args.interval)
