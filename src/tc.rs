@@ -21,8 +21,11 @@ pub enum Slot {
     Empty,
     /// A generation's program.
     Generation(u32),
-    /// A filter with our name whose generation is gone.
-    Orphan(String),
+    /// A filter with our name whose generation is gone; the program still runs.
+    Orphan {
+        program: u32,
+        filter: String,
+    },
     /// Somebody else's.
     Foreign(String),
 }
@@ -59,7 +62,9 @@ pub fn judge(
         });
         hook.slot = match (own, &filter.program) {
             (Some(number), _) => Slot::Generation(number),
-            (None, Some(program)) if program.name == NAME => Slot::Orphan(describe(filter)),
+            (None, Some(program)) if program.name == NAME => {
+                Slot::Orphan { program: program.id, filter: describe(filter) }
+            }
             _ => Slot::Foreign(describe(filter)),
         };
     }
