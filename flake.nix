@@ -12,6 +12,7 @@
         "x86_64-linux"
       ];
       forAllSystems = f: lib.genAttrs systems (system: f nixpkgs.legacyPackages.${system});
+      udplbFor = pkgs: self.packages.${pkgs.stdenv.hostPlatform.system}.udplb;
       scenarios = import ./tests/vm lib;
     in
     {
@@ -26,12 +27,12 @@
         { lib, pkgs, ... }:
         {
           imports = [ ./nixos/module.nix ];
-          services.udplb.package = lib.mkDefault self.packages.${pkgs.stdenv.hostPlatform.system}.udplb;
+          services.udplb.package = lib.mkDefault (udplbFor pkgs);
         };
 
       devShells = forAllSystems (pkgs: {
         default = pkgs.mkShell {
-          inputsFrom = [ self.packages.${pkgs.stdenv.hostPlatform.system}.udplb ];
+          inputsFrom = [ (udplbFor pkgs) ];
           packages = [
             pkgs.clippy
             pkgs.deadnix
@@ -50,7 +51,7 @@
         pkgs:
         let
           # with the end points of the demo
-          build = self.packages.${pkgs.stdenv.hostPlatform.system}.udplb.overrideAttrs {
+          build = (udplbFor pkgs).overrideAttrs {
             cargoBuildFlags = [
               "--bin=udplb"
               "--example=datagram"
@@ -87,7 +88,7 @@
         pkgs:
         {
           # with its unit tests
-          package = self.packages.${pkgs.stdenv.hostPlatform.system}.udplb;
+          package = udplbFor pkgs;
 
           module = pkgs.runCommand "udplb-module-cases" {
             nativeBuildInputs = [
@@ -98,10 +99,9 @@
               pkgs.python3
               pkgs.python3Packages.pyflakes
               pkgs.systemd
-              self.packages.${pkgs.stdenv.hostPlatform.system}.udplb
             ];
             NIXPKGS_LIB = nixpkgs;
-          } "python3 ${self}/tests/nix/run.py --udplb udplb | tee $out";
+          } "HOME=$TMPDIR python3 ${self}/tests/nix/run.py --udplb ${lib.getExe (udplbFor pkgs)} | tee $out";
 
           format =
             pkgs.runCommand "udplb-format"

@@ -13,61 +13,13 @@ static __always_inline __u32 ip_length(struct __sk_buff *skb, const struct packe
 	return bpf_ntohs(packet->ip->tot_len);
 }
 
-/* The way that user space resolved, for a kernel that does not route here (ip_forward is off). */
-static __always_inline enum verdict known_hop(struct __sk_buff *skb, const struct packet *packet,
-					      const struct upstream *upstream, struct bpf_fib_lookup *hop)
-{
-	const struct nexthop *known = bpf_map_lookup_elem(&nexthops, &upstream->id);
-
-	if (!known || known->address != upstream->address || !known->ifindex)
-		return VERDICT_NO_ROUTE;
-	if (known->mtu && ip_length(skb, packet) > known->mtu)
-		return VERDICT_MTU;
-	hop->ifindex = known->ifindex;
-	hop->family = known->family;
-	__builtin_memcpy(hop->ipv6_dst, known->gateway, sizeof(hop->ipv6_dst));
-	if (!known->resolved)
-		return VERDICT_NO_NEIGHBOUR;
-	__builtin_memcpy(hop->dmac, known->destination, ETH_ALEN);
-	__builtin_memcpy(hop->smac, known->source, ETH_ALEN);
-	return VERDICT_STALE_NEIGHBOUR;
-}
-
-/*
- * Fills `hop`: interface, gateway, and both MAC addresses where the verdict is a forwarding
- * one. With VERDICT_NO_NEIGHBOUR interface and gateway are known, with any other nothing is.
- */
-static __always_inline enum verdict next_hop(struct __sk_buff *skb, const struct packet *packet,
-					     const struct upstream *upstream, __be32 source,
-					     struct bpf_fib_lookup *hop)
-{
-	__builtin_memset(hop, 0, sizeof(*hop));
-	hop->family = AF_INET;
-	hop->l4_protocol = IPPROTO_UDP;
-	hop->sport = packet->udp->source;
-	hop->dport = upstream->port ?: packet->udp->dest;
-	/* without it, or with the whole of a GSO packet, the kernel would judge by another length or MTU */
-	hop->tot_len = ip_length(skb, packet);
-	hop->ifindex = skb->ifindex;
-	hop->tos = packet->ip->tos;
-	hop->ipv4_src = source;
-	hop->ipv4_dst = upstream->address;
-	switch (bpf_fib_lookup(skb, hop, sizeof(*hop), 0)) {
-	case BPF_FIB_LKUP_RET_SUCCESS:
-		/* mtu_result takes the place of tot_len, from 5.12 on */
-		if (hop->mtu_result && ip_length(skb, packet) > hop->mtu_result)
-			return VERDICT_MTU;
-		return VERDICT_FORWARDED;
-	case BPF_FIB_LKUP_RET_NO_NEIGH:
-		return VERDICT_NO_NEIGHBOUR;
-	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
-		return VERDICT_MTU;
-	case BPF_FIB_LKUP_RET_FWD_DISABLED:
-		return known_hop(skb, packet, upstream, hop);
-	default:
-		return VERDICT_NO_ROUTE;
-	}
-}
+/* Where a packet goes: what of it is known depends on the verdict beside it. */
+struct way {
+	__u8 frame[2 * ETH_ALEN] __attribute__((aligned(8))); /* as they stand in it: destination, source */
+	__u32 ifindex;
+	__u32 family;
+	__be32 gateway[4];
+};
 
 /* Half-word by half-word, as the stack is aligned: a plain copy would go byte by byte. */
 static __always_inline void copy_mac(void *to, const void *from)
@@ -77,10 +29,145 @@ static __always_inline void copy_mac(void *to, const void *from)
 	*(__u16 *)(to + 4) = *(const __u16 *)(from + 4);
 }
 
-static __always_inline void address_frame(struct ethhdr *eth, const struct bpf_fib_lookup *hop)
+/* Both at once. */
+static __always_inline void copy_macs(void *to, const void *from)
 {
-	copy_mac(eth->h_dest, hop->dmac);
-	copy_mac(eth->h_source, hop->smac);
+	*(__u64 *)to = *(const __u64 *)from;
+	*(__u32 *)(to + 8) = *(const __u32 *)(from + 8);
+}
+
+static __always_inline const struct nexthop_slot *nexthop_slot(const struct upstream *upstream)
+{
+	__u32 chunk = upstream->id / NEXTHOPS_PER_CHUNK, index = upstream->id % NEXTHOPS_PER_CHUNK;
+	void *inner = bpf_map_lookup_elem(&nexthops, &chunk);
+
+	return inner ? bpf_map_lookup_elem(inner, &index) : NULL;
+}
+
+static __always_inline __u32 sequence_of(const struct nexthop_slot *slot)
+{
+	return *(const volatile __u32 *)&slot->sequence;
+}
+
+/* Somebody lives who takes back what is no longer so. */
+static __always_inline bool lease_holds(void)
+{
+	const __u32 only = 0;
+	const struct heartbeat *last = bpf_map_lookup_elem(&heartbeat, &only);
+
+	return last && (__s64)(last->until - bpf_jiffies64()) > 0;
+}
+
+/* Whether an upstream is known not to answer. */
+static __always_inline bool is_down(const struct upstream *upstream)
+{
+	const struct nexthop_slot *slot = nexthop_slot(upstream);
+	const struct nexthop *known;
+
+	if (!slot)
+		return false;
+	known = &slot->copies[sequence_of(slot) & 1];
+	return known->address == upstream->address && known->health == HEALTH_DOWN && lease_holds();
+}
+
+/* The way that user space resolved, with `macs` as it left them; false where there is none. */
+static __always_inline bool known_way(const struct upstream *upstream, struct way *way, __u16 *mtu,
+				      enum macs *macs)
+{
+	const struct nexthop_slot *slot = nexthop_slot(upstream);
+	const struct nexthop *known;
+	__u32 sequence;
+
+	if (!slot)
+		return false;
+	sequence = sequence_of(slot);
+	known = &slot->copies[sequence & 1];
+	if (known->address != upstream->address || !known->ifindex)
+		return false;
+	way->ifindex = known->ifindex;
+	way->family = known->family;
+	__builtin_memcpy(way->gateway, known->gateway, sizeof(way->gateway));
+	copy_macs(way->frame, known->destination);
+	*mtu = known->mtu;
+	*macs = known->macs;
+	/* two writes since: what was read may be a mixture */
+	return sequence_of(slot) == sequence;
+}
+
+/* What the kernel's routing says; of a missing neighbour interface and gateway are known. */
+static __always_inline int routed_way(struct __sk_buff *skb, const struct packet *packet,
+				      const struct upstream *upstream, __be32 source, struct way *way,
+				      __u16 *mtu)
+{
+	struct bpf_fib_lookup fib = {
+		.family = AF_INET,
+		.l4_protocol = IPPROTO_UDP,
+		.sport = packet->udp->source,
+		.dport = upstream->port ?: packet->udp->dest,
+		/* without it, or with the whole of a GSO packet, the kernel would judge by another length or
+		   MTU */
+		.tot_len = ip_length(skb, packet),
+		.ifindex = skb->ifindex,
+		.tos = packet->ip->tos,
+		.ipv4_src = source,
+		.ipv4_dst = upstream->address,
+	};
+	int result = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+
+	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
+		return result;
+	way->ifindex = fib.ifindex;
+	way->family = fib.family;
+	__builtin_memcpy(way->gateway, fib.ipv6_dst, sizeof(way->gateway));
+	if (result == BPF_FIB_LKUP_RET_NO_NEIGH)
+		return result;
+	copy_mac(way->frame, fib.dmac);
+	copy_mac(way->frame + ETH_ALEN, fib.smac);
+	*mtu = fib.mtu_result; /* takes the place of tot_len, from 5.12 on */
+	return result;
+}
+
+/*
+ * Fills `way`. MAC addresses are there with VERDICT_FORWARDED and VERDICT_STALE_NEIGHBOUR,
+ * interface and gateway with VERDICT_NO_NEIGHBOUR too, and nothing with any other.
+ */
+static __always_inline enum verdict next_hop(struct __sk_buff *skb, const struct packet *packet,
+					     const struct upstream *upstream, __be32 source, struct way *way)
+{
+	enum macs macs = MACS_UNKNOWN;
+	enum verdict verdict;
+	__u32 ifindex, gateway;
+	__u16 mtu = 0;
+	bool known;
+
+	known = known_way(upstream, way, &mtu, &macs);
+	ifindex = way->ifindex;
+	gateway = way->gateway[0];
+	if (known && macs == MACS_FRESH && lease_holds()) {
+		verdict = VERDICT_FORWARDED;
+	} else {
+		switch (routed_way(skb, packet, upstream, source, way, &mtu)) {
+		case BPF_FIB_LKUP_RET_SUCCESS:
+			verdict = VERDICT_FORWARDED;
+			break;
+		case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+			return VERDICT_MTU;
+		case BPF_FIB_LKUP_RET_NO_NEIGH:
+			/* the addresses known are still in `way`, but maybe those of another neighbour */
+			if (!known || way->ifindex != ifindex || way->gateway[0] != gateway)
+				macs = MACS_UNKNOWN;
+			verdict = macs ? VERDICT_STALE_NEIGHBOUR : VERDICT_NO_NEIGHBOUR;
+			break;
+		case BPF_FIB_LKUP_RET_FWD_DISABLED:
+			if (!known)
+				return VERDICT_NO_ROUTE;
+			verdict = macs ? VERDICT_STALE_NEIGHBOUR : VERDICT_NO_NEIGHBOUR;
+			break;
+		default:
+			return VERDICT_NO_ROUTE;
+		}
+	}
+	return mtu && ip_length(skb, packet) > mtu ? VERDICT_MTU : verdict;
 }
 
 /* `block`: gives the packet away; `action` is what the program is to return. */
@@ -89,13 +176,13 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, struct packet
 {
 	struct bpf_redir_neigh neighbour = {};
 	enum checksum checksum = checksum_of(skb, packet);
-	struct bpf_fib_lookup hop;
+	struct way way = {};
 	enum verdict verdict;
 	__u32 csum;
 
-	verdict = next_hop(skb, packet, upstream, source, &hop);
+	verdict = next_hop(skb, packet, upstream, source, &way);
 	if (verdict == VERDICT_FORWARDED)
-		address_frame(packet->eth, &hop);
+		copy_macs(packet->eth, way.frame);
 	else if (verdict != VERDICT_NO_NEIGHBOUR && verdict != VERDICT_STALE_NEIGHBOUR)
 		return verdict;
 	csum = rewrite(packet, checksum, source, upstream->address, upstream->port);
@@ -104,13 +191,13 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, struct packet
 	if (skb->vlan_present && bpf_skb_vlan_pop(skb))
 		return VERDICT_CLONE_FAILED;
 	if (verdict == VERDICT_FORWARDED) {
-		*action = bpf_redirect(hop.ifindex, 0);
+		*action = bpf_redirect(way.ifindex, 0);
 		return VERDICT_FORWARDED;
 	}
 	/* the kernel asks for the neighbour and keeps the packet meanwhile */
-	neighbour.nh_family = hop.family;
-	__builtin_memcpy(neighbour.ipv6_nh, hop.ipv6_dst, sizeof(neighbour.ipv6_nh));
-	*action = bpf_redirect_neigh(hop.ifindex, &neighbour, sizeof(neighbour), 0);
+	neighbour.nh_family = way.family;
+	__builtin_memcpy(neighbour.ipv6_nh, way.gateway, sizeof(neighbour.ipv6_nh));
+	*action = bpf_redirect_neigh(way.ifindex, &neighbour, sizeof(neighbour), 0);
 	return VERDICT_FORWARDED;
 }
 
@@ -125,20 +212,20 @@ static __always_inline enum verdict copy(struct __sk_buff *skb, struct packet *p
 	__be16 tag_protocol = skb->vlan_proto;
 	bool tagged = skb->vlan_present;
 	__u16 tag = skb->vlan_tci;
-	struct bpf_fib_lookup hop;
 	struct headers original;
+	struct way way = {};
 	enum verdict verdict;
 	__u32 csum;
 
-	verdict = next_hop(skb, packet, upstream, source, &hop);
+	verdict = next_hop(skb, packet, upstream, source, &way);
 	if (verdict != VERDICT_FORWARDED && verdict != VERDICT_STALE_NEIGHBOUR)
 		return verdict;
 	save(packet, &original);
-	address_frame(packet->eth, &hop);
+	copy_macs(packet->eth, way.frame);
 	csum = rewrite(packet, checksum, source, upstream->address, upstream->port);
 	if (checksum == CHECKSUM_OF_FRAME)
 		bpf_csum_update(skb, csum);
-	if ((tagged && bpf_skb_vlan_pop(skb)) || bpf_clone_redirect(skb, hop.ifindex, 0))
+	if ((tagged && bpf_skb_vlan_pop(skb)) || bpf_clone_redirect(skb, way.ifindex, 0))
 		verdict = VERDICT_CLONE_FAILED;
 	if (tagged && !skb->vlan_present && bpf_skb_vlan_push(skb, tag_protocol, tag))
 		*action = TC_ACT_SHOT;

@@ -89,20 +89,54 @@ static __always_inline __u32 selection_key(const struct packet *packet, enum str
 	}
 }
 
-static __always_inline const struct upstream *select(const struct packet *packet, const struct rule *rule)
+static __always_inline const struct upstream *slot_upstream(__u32 slot)
 {
-	const struct slot_line *line;
-	__u32 slot, index;
+	__u32 index = slot / SLOTS_PER_LINE;
+	const struct slot_line *line = bpf_map_lookup_elem(&slots, &index);
 
-	slot = rule->first_slot;
-	if (rule->slots > 1)
-		slot += selection_key(packet, rule->strategy) % rule->slots;
-	index = slot / SLOTS_PER_LINE;
-	line = bpf_map_lookup_elem(&slots, &index);
 	if (!line)
 		return NULL;
 	index = line->upstream[slot % SLOTS_PER_LINE];
 	return bpf_map_lookup_elem(&upstreams, &index);
+}
+
+#define REHASHED_CHOICES 16
+#define NEIGHBOUR_CHOICES 64
+
+/*
+ * The first of the key's other choices that is not down: spread by hashing, so that nobody
+ * takes over a whole neighbour's flows, then slot by slot, so that a few are found among many.
+ * NULL where all of them are down.
+ */
+static __noinline const struct upstream *other_choice(const struct rule *rule, __u32 key)
+{
+	const struct upstream *upstream;
+	__u32 choice;
+
+	for (choice = 0; choice < REHASHED_CHOICES + NEIGHBOUR_CHOICES; choice++) {
+		if (choice < REHASHED_CHOICES)
+			key = (key ^ key >> 15) * 0x9e3779b1 + choice;
+		else
+			key++;
+		upstream = slot_upstream(rule->first_slot + key % rule->slots);
+		if (upstream && !is_down(upstream))
+			return upstream;
+	}
+	return NULL;
+}
+
+static __always_inline const struct upstream *select(const struct packet *packet, const struct rule *rule)
+{
+	const struct upstream *upstream;
+	__u32 key;
+
+	if (rule->slots <= 1)
+		return slot_upstream(rule->first_slot);
+	key = selection_key(packet, rule->strategy);
+	upstream = slot_upstream(rule->first_slot + key % rule->slots);
+	if (rule->skip_down && upstream && is_down(upstream))
+		return other_choice(rule, key) ?: upstream;
+	return upstream;
 }
 
 static __always_inline int handle(struct __sk_buff *skb, struct packet *packet, const struct rule *rule,
@@ -154,6 +188,23 @@ int udplb(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	}
 	return handle(skb, &packet, rule, parsed);
+}
+
+/*
+ * Run by arpd and never attached, since user space cannot read jiffies. How long the lease is
+ * stands in skb->cb: in jiffies, and in milliseconds.
+ */
+SEC("tc")
+int udplb_heartbeat(struct __sk_buff *skb)
+{
+	const __u32 only = 0;
+	struct heartbeat *beat = bpf_map_lookup_elem(&heartbeat, &only);
+
+	if (!beat)
+		return TC_ACT_SHOT;
+	beat->until = bpf_jiffies64() + skb->cb[0];
+	beat->until_ktime = bpf_ktime_get_ns() + skb->cb[1] * 1000000ULL;
+	return TC_ACT_OK;
 }
 
 const char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -57,8 +57,9 @@ struct rule {
 	enum action action;
 	enum strategy strategy;
 	enum source source;
+	__u32 skip_down; /* an upstream that is down is not selected */
 };
-SIZE_IS(struct rule, 24);
+SIZE_IS(struct rule, 28);
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -146,28 +147,77 @@ struct {
 } counters SEC(".maps");
 
 /*
- * State: by upstream id, what user space knows of the way there. A hash without
- * preallocation replaces an entry as a whole; an array element tears under the reader.
+ * State: by upstream id, what user space knows of the way there. In chunks like the counters:
+ * a hash lookup costs as much as matching the packet. An array element tears under the reader,
+ * so there are two copies: the writer fills the one that is not in use, then moves on to it.
  */
+#define NEXTHOPS_PER_CHUNK 1024
+
+enum macs {
+	MACS_UNKNOWN,
+	MACS_KNOWN, /* but the neighbour does not answer any more */
+	MACS_FRESH, /* as good as the kernel's own neighbour table while the lease holds */
+};
+
+enum health {
+	HEALTH_UNKNOWN,
+	HEALTH_UP,
+	HEALTH_STALE, /* a probe is not answered yet */
+	HEALTH_DOWN,
+};
+
 struct nexthop {
-	__be32 address;	   /* the upstream's; the entry is for nobody else, whatever its id says */
-	__u32 ifindex;	   /* 0: no route */
-	__be32 gateway[4]; /* the neighbour to ask for: the upstream itself where it is on the link */
-	__u16 family;	   /* of the gateway */
-	__u16 mtu;	   /* of the route; 0: unknown */
+	__be32 address; /* the upstream's; the entry is for nobody else, whatever its id says */
+	__u32 ifindex;	/* 0: no route */
 	__u8 destination[6];
 	__u8 source[6];
-	__u32 resolved; /* the MAC addresses are known */
+	__u16 family;	   /* of the gateway */
+	__u16 mtu;	   /* of the route; 0: unknown */
+	__be32 gateway[4]; /* the neighbour to ask for: the upstream itself where it is on the link */
+	enum macs macs;
+	enum health health;
+	__u32 since; /* when the health became what it is, in seconds since 1970 */
+	__u32 unused;
 };
-SIZE_IS(struct nexthop, 44);
+SIZE_IS(struct nexthop, 56);
+
+struct nexthop_slot {
+	__u32 sequence; /* the last bit says which copy is in use */
+	__u32 unused;
+	struct nexthop copies[2];
+};
+SIZE_IS(struct nexthop_slot, 120);
+
+struct nexthops_chunk {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, NEXTHOPS_PER_CHUNK);
+	__type(key, __u32);
+	__type(value, struct nexthop_slot);
+} nexthops_chunk SEC(".maps");
 
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, COUNTER_CHUNKS *COUNTERS_PER_CHUNK);
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, COUNTER_CHUNKS *COUNTERS_PER_CHUNK / NEXTHOPS_PER_CHUNK);
 	__type(key, __u32);
-	__type(value, struct nexthop);
+	__array(values, struct nexthops_chunk);
 } nexthops SEC(".maps");
+
+/*
+ * State: the lease of `nexthops`: until when MAC addresses and health are to be believed. arpd
+ * renews it; when arpd is gone it runs out.
+ */
+struct heartbeat {
+	__u64 until;	   /* bpf_jiffies64: the one clock that costs the program nothing */
+	__u64 until_ktime; /* the same in nanoseconds of CLOCK_MONOTONIC, for user space */
+};
+SIZE_IS(struct heartbeat, 16);
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct heartbeat);
+} heartbeat SEC(".maps");
 
 /* State: the configuration that `rollback` left, and that `apply` therefore refuses; not read by the program.
  */

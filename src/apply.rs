@@ -1,12 +1,12 @@
 //! Carries actions out: the only place where udplb changes the kernel.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, anyhow};
 
-use crate::diff::Action;
+use crate::diff::{Action, Plan};
 use crate::generation::{self, Generation};
 use crate::netlink::Netlink;
 use crate::nexthop::{self, Way};
@@ -16,6 +16,42 @@ use crate::tc::{self, Slot};
 
 /// Called before each action; an error stops there, as if the action itself had failed.
 pub type Witness<'a> = &'a mut dyn FnMut(&Action) -> anyhow::Result<()>;
+
+/// What came of a plan.
+#[derive(Clone, Copy, Debug)]
+pub struct Outcome {
+    pub changed: bool,
+    pub generation: u32,
+    /// The one that served before.
+    pub previous: Option<u32>,
+    /// Counters start at zero: there were none, or their map had gone.
+    pub counters_reset: bool,
+}
+
+/// Carries a plan out; next hops are refreshed even where nothing else is to do.
+pub async fn reconcile(
+    guard: &WriteGuard,
+    netlink: &Netlink,
+    observed: &Observed,
+    plan: &Plan,
+    ways: &BTreeMap<Ipv4Addr, Way>,
+) -> anyhow::Result<Outcome> {
+    let mut executor = Executor::new(guard, netlink, observed, ways);
+    executor.run(&plan.actions, &mut log).await?;
+    executor.write_next_hops(plan.generation).context("next hops")?;
+    Ok(Outcome {
+        changed: !plan.actions.is_empty(),
+        generation: plan.generation,
+        previous: observed.serving(),
+        counters_reset: executor.counters_reset,
+    })
+}
+
+/// The witness that only tells.
+pub fn log(action: &Action) -> anyhow::Result<()> {
+    log::info!("{}", describe(action));
+    Ok(())
+}
 
 /// What the executor works on.
 pub struct Executor<'a> {
@@ -80,9 +116,6 @@ impl<'a> Executor<'a> {
             if let Err(error) = done {
                 log::warn!("{}: {error:#}", describe(action));
             }
-        }
-        if !clean_up.is_empty() {
-            self.forget_next_hops()?;
         }
         Ok(())
     }
@@ -178,17 +211,6 @@ impl<'a> Executor<'a> {
         let maps = self.guard.maps()?.context("state/ is incomplete")?;
         let description = &generation.description;
         nexthop::write(&maps.nexthops, &description.desired, &description.ids, self.ways)
-    }
-
-    fn forget_next_hops(&self) -> anyhow::Result<()> {
-        let Some(maps) = self.guard.maps()? else { return Ok(()) };
-        let ids: HashSet<u32> = self
-            .generations
-            .values()
-            .flat_map(|generation| &generation.description.ids)
-            .flat_map(|ids| ids.upstreams.iter().copied())
-            .collect();
-        nexthop::retain(&maps.nexthops, &ids)
     }
 
     async fn undo(&self, steps: Vec<Undo>) {

@@ -59,6 +59,10 @@ unsafe impl Pod for types::counters {}
 // SAFETY: as above.
 unsafe impl Pod for types::nexthop {}
 // SAFETY: as above.
+unsafe impl Pod for types::nexthop_slot {}
+// SAFETY: as above.
+unsafe impl Pod for types::heartbeat {}
+// SAFETY: as above.
 unsafe impl Pod for types::held {}
 
 /// The bytes of a value, as the kernel takes them.
@@ -119,6 +123,27 @@ pub fn program_info(program: BorrowedFd<'_>) -> io::Result<ProgramInfo> {
     };
     let maps = (info.nr_map_ids as usize).min(MOST_MAPS);
     Ok(ProgramInfo { id: info.id, tag: info.tag, map_ids: map_ids[..maps].to_vec() })
+}
+
+/// Runs a tc program on a packet of nothing, with what `skb->cb` is to hold; returns its result.
+pub fn run_program(program: BorrowedFd<'_>, cb: [u32; 5]) -> io::Result<u32> {
+    let mut packet = [0_u8; 64];
+    let mut context = MaybeUninit::<types::__sk_buff>::zeroed();
+    // SAFETY: all zeroes are both structs; the kernel reads and writes as much of packet and
+    // context as their sizes say, and they outlive the call.
+    unsafe {
+        context.assume_init_mut().cb = cb;
+        let mut options: libbpf_sys::bpf_test_run_opts = std::mem::zeroed();
+        options.sz = size_of::<libbpf_sys::bpf_test_run_opts>() as libbpf_sys::size_t;
+        options.data_in = packet.as_mut_ptr().cast();
+        options.data_size_in = packet.len() as u32;
+        options.ctx_in = context.as_mut_ptr().cast();
+        options.ctx_size_in = size_of::<types::__sk_buff>() as u32;
+        match libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &mut options) {
+            0 => Ok(options.retval),
+            error => Err(io::Error::from_raw_os_error(-error)),
+        }
+    }
 }
 
 /// Pins a program.

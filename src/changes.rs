@@ -93,6 +93,7 @@ fn change(old: &Rule, new: &Rule) -> Option<RuleChange> {
         ("strategy", word(&old.strategy), word(&new.strategy)),
         ("hash", word(&old.hash), word(&new.hash)),
         ("source", word(&old.source), word(&new.source)),
+        ("health", word(&old.health), word(&new.health)),
     ];
     let fields = fields
         .into_iter()

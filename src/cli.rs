@@ -115,6 +115,11 @@ pub enum Command {
         #[arg(long, conflicts_with = "interfaces")]
         purge: bool,
     },
+    /// Keep the next hops of all upstreams resolved and fresh, and know which of them are dead.
+    ///
+    /// Runs in the foreground. Follows what is applied by itself. SIGHUP: look at everything now;
+    /// SIGTERM: end, while traffic goes on.
+    Arpd(Arpd),
     /// Print the JSON Schema (draft-07) of the configuration.
     Schema,
     /// Print a completion script.
@@ -139,4 +144,31 @@ pub struct Target {
     /// several times.
     #[arg(short, long = "interface", value_name = "IF")]
     pub interfaces: Vec<String>,
+}
+
+/// How the next hops are kept.
+#[derive(Args, Clone, Copy)]
+pub struct Arpd {
+    /// Resolve everything once and end, for cron.
+    #[arg(long)]
+    pub once: bool,
+    /// Look at everything this often, whether or not the kernel told of a change; in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = some_seconds)]
+    pub interval: Duration,
+    /// How long the program relies on next hops that are not renewed, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = some_seconds)]
+    pub lease: Duration,
+    /// Probe each next hop this often, in seconds; 100 a second at most of all of them.
+    #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = some_seconds)]
+    pub probe_interval: Duration,
+    /// Ask for the addresses of host names this often, in seconds; 0: never.
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    pub resolve_interval: Duration,
+}
+
+fn some_seconds(text: &str) -> Result<Duration, String> {
+    match seconds(text)? {
+        Duration::ZERO => Err("at least 1".into()),
+        seconds => Ok(seconds.min(Duration::from_secs(86_400))),
+    }
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, anyhow};
 use clap::CommandFactory;
 use serde_json::{Value, json};
 
-use crate::apply::Executor;
+use crate::apply::{Executor, Outcome};
 use crate::changes::Changes;
 use crate::cli::{Cli, Color, Command, Global, Output, Target};
 use crate::config::{Config, Diagnostic};
@@ -42,6 +42,7 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         Command::List => list_rules(global).await,
         Command::Rollback => rollback(global).await,
         Command::Detach { interfaces, purge } => detach(global, interfaces, *purge).await,
+        Command::Arpd(options) => crate::arpd::run(global, *options).await,
         Command::Schema => print(&pretty(&config::schema())?),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -234,13 +235,17 @@ async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool
     warn(global, &wanted.warnings);
 
     let desired = &wanted.desired;
-    let outcome = reconcile(global, &netlink, desired, &wanted.name, force, &ways).await?;
+    let guard = state::write(&global.pin_dir, global.lock_timeout)?;
+    let observed = observe(Some(&guard), &netlink).await?;
+    let plan = diff::apply(&observed, desired, &wanted.name, force).map_err(refused)?;
+    let outcome = apply::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
+    drop(guard);
     if outcome.counters_reset && !global.quiet {
         eprintln!("warning: the counters were gone and start again at zero");
     }
     let file = target.file.file_name().map_or("-".into(), |name| name.to_string_lossy());
-    let text = outcome.text(&file, desired, started.elapsed());
-    let mut json = outcome.json(desired, started.elapsed());
+    let text = outcome_text(&outcome, &file, desired, started.elapsed());
+    let mut json = outcome_json(&outcome, desired, started.elapsed());
     json["warnings"] = json!(wanted.warnings);
     json["missing"] = json!(wanted.missing);
     report(global, &text, &json)?;
@@ -265,77 +270,39 @@ async fn advise(
     Ok(config.warnings(findings))
 }
 
-/// What came of applying.
-struct Outcome {
-    changed: bool,
-    generation: u32,
-    previous: Option<u32>,
-    counters_reset: bool,
+fn outcome_text(outcome: &Outcome, file: &str, desired: &Desired, took: Duration) -> String {
+    if !outcome.changed {
+        return format!("unchanged (generation {})\n", outcome.generation);
+    }
+    let generation = match outcome.previous {
+        Some(previous) if previous != outcome.generation => {
+            format!("{previous} -> {}", outcome.generation)
+        }
+        _ => outcome.generation.to_string(),
+    };
+    format!(
+        "{file}: {}, {} on {}, generation {generation} ({} ms)\n",
+        plural(desired.rules.len(), "rule"),
+        plural(desired.upstreams().count(), "upstream"),
+        desired.interfaces.join(", "),
+        took.as_millis()
+    )
 }
 
-impl Outcome {
-    fn text(&self, file: &str, desired: &Desired, took: Duration) -> String {
-        if !self.changed {
-            return format!("unchanged (generation {})\n", self.generation);
-        }
-        let generation = match self.previous {
-            Some(previous) if previous != self.generation => {
-                format!("{previous} -> {}", self.generation)
-            }
-            _ => self.generation.to_string(),
-        };
-        format!(
-            "{file}: {}, {} on {}, generation {generation} ({} ms)\n",
-            plural(desired.rules.len(), "rule"),
-            plural(desired.upstreams().count(), "upstream"),
-            desired.interfaces.join(", "),
-            took.as_millis()
-        )
-    }
-
-    fn json(&self, desired: &Desired, took: Duration) -> Value {
-        json!({
-            "changed": self.changed,
-            "generation": self.generation,
-            "previous": self.previous,
-            "rules": desired.rules.len(),
-            "upstreams": desired.upstreams().count(),
-            "interfaces": desired.interfaces,
-            "milliseconds": took.as_millis() as u64,
-        })
-    }
+fn outcome_json(outcome: &Outcome, desired: &Desired, took: Duration) -> Value {
+    json!({
+        "changed": outcome.changed,
+        "generation": outcome.generation,
+        "previous": outcome.previous,
+        "rules": desired.rules.len(),
+        "upstreams": desired.upstreams().count(),
+        "interfaces": desired.interfaces,
+        "milliseconds": took.as_millis() as u64,
+    })
 }
 
 fn refused(refusal: Refusal) -> Failure {
     Failure::Failed(anyhow!("{refusal}"))
-}
-
-/// Locks, compares and carries out; next hops are refreshed in any case.
-async fn reconcile(
-    global: &Global,
-    netlink: &Netlink,
-    desired: &Desired,
-    file: &str,
-    force: bool,
-    ways: &BTreeMap<Ipv4Addr, Way>,
-) -> Result<Outcome> {
-    let guard = state::write(&global.pin_dir, global.lock_timeout)?;
-    let observed = observe(Some(&guard), netlink).await?;
-    let plan = diff::apply(&observed, desired, file, force).map_err(refused)?;
-    let mut executor = Executor::new(&guard, netlink, &observed, ways);
-    executor.run(&plan.actions, &mut log_action).await?;
-    executor.write_next_hops(plan.generation).context("next hops")?;
-    Ok(Outcome {
-        changed: !plan.actions.is_empty(),
-        generation: plan.generation,
-        previous: observed.serving(),
-        counters_reset: executor.counters_reset,
-    })
-}
-
-fn log_action(action: &Action) -> anyhow::Result<()> {
-    log::info!("{}", apply::describe(action));
-    Ok(())
 }
 
 /// Looks at the kernel under the lock, and lets go of it before anything is printed.
@@ -414,17 +381,11 @@ async fn rollback(global: &Global) -> Result<u8> {
     let target = observed.generations.get(&plan.generation).context("no such generation")?;
     let desired = target.description.desired.clone();
     let ways = nexthop::resolve(&netlink, &desired.addresses()).await.context("next hops")?;
-    let mut executor = Executor::new(&guard, &netlink, &observed, &ways);
-    executor.run(&plan.actions, &mut log_action).await?;
-    let outcome = Outcome {
-        changed: true,
-        generation: plan.generation,
-        previous: observed.serving(),
-        counters_reset: false,
-    };
+    let outcome = apply::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
+    drop(guard);
     let took = started.elapsed();
-    let text = outcome.text(&target.description.file, &desired, took);
-    report(global, &text, &outcome.json(&desired, took))
+    let text = outcome_text(&outcome, &target.description.file, &desired, took);
+    report(global, &text, &outcome_json(&outcome, &desired, took))
 }
 
 async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u8> {
@@ -439,7 +400,7 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
     let observed = observe(Some(&guard), &netlink).await?;
     let actions = diff::detach(&observed, interfaces).map_err(refused)?;
     let ways = BTreeMap::new();
-    Executor::new(&guard, &netlink, &observed, &ways).run(&actions, &mut log_action).await?;
+    Executor::new(&guard, &netlink, &observed, &ways).run(&actions, &mut apply::log).await?;
     if purge {
         guard.remove_all()?;
     }

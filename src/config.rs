@@ -70,6 +70,17 @@ pub enum Source {
     Preserve,
 }
 
+/// What of an upstream must be well for it to be selected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Health {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Its next hop answers. Of a host behind a router that says little.
+    Neighbour,
+}
+
 /// UDP ports `first..=last`, host byte order, never 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Ports {
@@ -106,6 +117,7 @@ pub struct Rule {
     pub strategy: Strategy,
     pub hash: Hash,
     pub source: Source,
+    pub health: Health,
     /// At least one.
     pub upstreams: Vec<Upstream>,
     /// The rule's place in the file.

@@ -100,6 +100,52 @@ pub fn apply(
     file: &str,
     force: bool,
 ) -> Result<Plan, Refusal> {
+    replace(observed, desired, file, force, Why::Asked)
+}
+
+/// What is to be done when a host name of the configuration stands for another address: the
+/// generation that serves is replaced, and what a rollback goes back to or has left stays.
+pub fn renew(observed: &Observed, desired: &Desired, file: &str) -> Result<Plan, Refusal> {
+    replace(observed, desired, file, false, Why::Renamed)
+}
+
+/// Puts the generation that serves onto interfaces that have lost it; those that somebody else
+/// uses, or that are not there, are left alone.
+pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, Refusal> {
+    refuse_other_namespace(observed)?;
+    let number = observed.serving().ok_or(Refusal::NothingBefore)?;
+    let mut actions = Vec::new();
+    for name in interfaces {
+        let Some(interface) = observed.interfaces.get(name) else { continue };
+        if !interface.ethernet || interface.hook.slot != Slot::Empty {
+            continue;
+        }
+        if interface.hook.qdisc.is_none() {
+            actions.push(Action::AddClsact(name.clone()));
+        }
+        actions.push(Action::Attach {
+            interface: name.clone(),
+            generation: number,
+            replaces: Slot::Empty,
+        });
+    }
+    Ok(Plan { generation: number, actions })
+}
+
+/// Why a generation takes the place of another.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Why {
+    Asked,
+    Renamed,
+}
+
+fn replace(
+    observed: &Observed,
+    desired: &Desired,
+    file: &str,
+    force: bool,
+    why: Why,
+) -> Result<Plan, Refusal> {
     refuse_other_namespace(observed)?;
     let held = held(observed);
     if let Some((held, left)) = held
@@ -122,15 +168,20 @@ pub fn apply(
             desired: desired.clone(),
         })));
     }
-    let stays = held.filter(|_| observed.serving() == Some(number));
+    let stays = held.filter(|_| why == Why::Renamed || observed.serving() == Some(number));
     if observed.held.is_some() && stays.is_none() {
         // before the swap: a crash after it must not leave what is held now held for ever
         actions.push(Action::SetHeld(None));
     }
     switch(observed, number, &desired.interfaces, force, &mut actions)?;
+    let stays = stays.map(|(held, _)| held);
     let before = match observed.serving().and_then(|serving| observed.generations.get(&serving)) {
+        // it is the same configuration: going back leads to the one before
+        Some(serving) if why == Why::Renamed => {
+            before(observed, serving.number, stays).or(Some(serving.number))
+        }
         Some(serving) if serving.number < number && serving.intact => Some(serving.number),
-        _ => before(observed, number, stays.map(|(held, _)| held)),
+        _ => before(observed, number, stays),
     };
     let there = observed.generations.keys().chain(&observed.damaged);
     let others = there.filter(|other| ![Some(number), before].contains(&Some(**other)));

@@ -123,6 +123,7 @@ fn build_in(
     let tables = Tables::new(&draft.desired, &ids);
     let (mut state, counters_reset) = guard.ensure_maps(&skeleton)?;
     state.counters.prepare(&skeleton, all(&ids), fresh(&ids, others))?;
+    state.nexthops.prepare(&skeleton, all(&ids))?;
 
     let mut description = Description {
         version: env!("CARGO_PKG_VERSION").into(),
@@ -167,7 +168,9 @@ fn keep_log(_: PrintLevel, line: String) {
 fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenUdplbSkel<'_>> {
     libbpf_rs::set_print(Some((PrintLevel::Warn, keep_log)));
     let mut skeleton = UdplbSkelBuilder::default().open(object)?;
+    skeleton.progs.udplb_heartbeat.set_autoload(false);
     skeleton.maps.counters_chunk.set_autocreate(false)?;
+    skeleton.maps.nexthops_chunk.set_autocreate(false)?;
     skeleton.maps.held.set_autocreate(false)?;
     Ok(skeleton)
 }
@@ -187,7 +190,8 @@ fn size(skeleton: &mut OpenUdplbSkel<'_>, tables: &Tables, json: usize) -> anyho
 
 fn load<'a>(mut skeleton: OpenUdplbSkel<'a>, state: &StateMaps) -> anyhow::Result<UdplbSkel<'a>> {
     skeleton.maps.counters.reuse_fd(state.counters.outer().as_fd())?;
-    skeleton.maps.nexthops.reuse_fd(state.nexthops.as_fd())?;
+    skeleton.maps.nexthops.reuse_fd(state.nexthops.outer().as_fd())?;
+    skeleton.maps.heartbeat.reuse_fd(state.heartbeat.as_fd())?;
     if let Ok(mut log) = LOG.lock() {
         log.clear();
     }
@@ -268,7 +272,11 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
         bail!("its program is another one");
     }
     let state = guard.maps()?.context("maps in state/ are missing")?;
-    let mut maps = vec![map_id(state.counters.outer())?, map_id(&state.nexthops)?];
+    let mut maps = vec![
+        map_id(state.counters.outer())?,
+        map_id(state.nexthops.outer())?,
+        map_id(&state.heartbeat)?,
+    ];
     for name in &MAPS {
         let map = MapHandle::from_pinned_path(directory.join(name))?;
         // the program does not read its description

@@ -13,8 +13,10 @@
 
 pub mod advice;
 pub mod apply;
+pub mod arpd;
 pub mod bpf;
 pub mod changes;
+pub mod chunks;
 pub mod cli;
 pub mod clock;
 pub mod commands;
@@ -23,6 +25,7 @@ pub mod counters;
 pub mod diff;
 pub mod failure;
 pub mod generation;
+pub mod lease;
 pub mod list;
 pub mod netlink;
 pub mod nexthop;

@@ -23,6 +23,7 @@ fn rule(rule: &Rule) -> Value {
             "source": rule.source,
             "strategy": rule.strategy,
             "hash": rule.hash,
+            "health": rule.health,
         },
         "upstream": rule.upstreams.iter().map(upstream).collect::<Vec<_>>(),
     })

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use udplb::cli::{Cli, Global};
+use udplb::cli::{Cli, Command};
 use udplb::{commands, failure::Failure};
 
 fn main() -> ExitCode {
@@ -15,10 +15,15 @@ fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 64 } else { 0 });
         }
     };
-    log_to_stderr(&cli.global);
+    log_to_stderr(&cli);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(commands::run(&cli)),
+        Ok(runtime) => {
+            let result = runtime.block_on(commands::run(&cli));
+            // a name server that does not answer must not hold up the end
+            runtime.shutdown_background();
+            result
+        }
         Err(error) => Err(Failure::Failed(error.into())),
     };
     match result {
@@ -30,9 +35,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn log_to_stderr(global: &Global) {
-    let level = match (global.quiet, global.verbose) {
+fn log_to_stderr(cli: &Cli) {
+    // a service tells of every change, a command of trouble
+    let serves = matches!(cli.command, Command::Arpd(_));
+    let level = match (cli.global.quiet, cli.global.verbose) {
         (true, _) => log::LevelFilter::Error,
+        (false, 0) if serves => log::LevelFilter::Info,
         (false, 0) => log::LevelFilter::Warn,
         (false, 1) => log::LevelFilter::Info,
         (false, _) => log::LevelFilter::Debug,

@@ -1,9 +1,10 @@
 //! What udplb asks of rtnetlink and tells it, in its own types. The only module that knows
 //! the netlink crates: both change their interfaces often.
 
-use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
+use std::{fmt, io};
 
 use futures_util::{StreamExt, stream};
 use netlink_packet_core::{
@@ -15,15 +16,21 @@ use netlink_packet_route::link::{
     InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
-    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+    NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
+    NeighbourState,
 };
+use netlink_packet_route::neighbour_table::{NeighbourTableAttribute, NeighbourTableMessage};
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteNextHopFlags,
+    RouteProtocol, RouteType, RouteVia,
 };
 use netlink_packet_route::tc::{
     TcAttribute, TcBpfFlags, TcFilterBpfOption, TcHandle, TcMessage, TcOption,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::MulticastGroup;
+use rtnetlink::sys::{Socket, SocketAddr};
+use tokio::io::unix::AsyncFd;
 
 /// Requests under way at once: their answers fit into the socket's receive buffer.
 const WINDOW: usize = 64;
@@ -32,13 +39,16 @@ const WINDOW: usize = 64;
 pub const ETH_P_ALL: u16 = 0x0003;
 
 /// A network interface.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
     pub index: u32,
     pub name: String,
     pub mac: Option<[u8; 6]>,
     pub mtu: u32,
+    /// Administratively.
     pub up: bool,
+    /// And something is at the other end.
+    pub carrier: bool,
     /// Its frames begin with an Ethernet header.
     pub ethernet: bool,
     /// As `ip -d link` names it: `veth`, `macvlan`; empty for hardware.
@@ -61,16 +71,90 @@ pub struct Route {
     pub local: bool,
 }
 
+impl Route {
+    /// The neighbour that its packets go to.
+    pub fn neighbour(&self) -> NeighbourKey {
+        (self.ifindex, self.gateway)
+    }
+}
+
 /// An entry of the neighbour table.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Neighbour {
     pub ifindex: u32,
     pub address: IpAddr,
     pub mac: Option<[u8; 6]>,
+    pub state: NudState,
+    /// Since it last answered.
+    pub confirmed: Option<Duration>,
+    /// The kernel keeps it resolved by itself.
+    pub managed: bool,
+    /// Who made it, [`OUR_PROTOCOL`] for ours; 0: the kernel, or nobody said.
+    pub protocol: u8,
+    /// Somebody's control plane knows better than ARP.
+    pub learned: bool,
+}
+
+/// The states of a neighbour, as `ip neigh` spells them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NudState {
+    None,
+    Incomplete,
+    Reachable,
+    Stale,
+    Delay,
+    Probe,
+    Failed,
+    Noarp,
+    Permanent,
+}
+
+impl NudState {
     /// `NUD_VALID`: the kernel would send to it.
-    pub valid: bool,
-    /// It was asked for and did not answer.
-    pub failed: bool,
+    pub fn is_valid(self) -> bool {
+        !matches!(self, NudState::None | NudState::Incomplete | NudState::Failed)
+    }
+
+    /// Nobody needs to ask for it.
+    pub fn is_static(self) -> bool {
+        matches!(self, NudState::Noarp | NudState::Permanent)
+    }
+}
+
+/// `REACHABLE`
+impl fmt::Display for NudState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", format!("{self:?}").to_uppercase())
+    }
+}
+
+/// What we tag the neighbours with that we have the kernel keep (`NDA_PROTOCOL`): nobody else's
+/// in iproute2's rt_protos.
+pub const OUR_PROTOCOL: u8 = 117;
+
+/// A neighbour: the interface's index and the address.
+pub type NeighbourKey = (u32, IpAddr);
+
+/// What to do with a neighbour.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NeighbourRequest {
+    /// Ask for it where it is not known, and have the kernel keep it resolved from now on. Older
+    /// kernels only ask.
+    Keep,
+    /// Have it answer now, though its address is known.
+    Probe,
+    /// Leave it to itself, as any other entry.
+    Release,
+}
+
+/// How full the kernel's neighbour table for IPv4 is: it is one for all network namespaces.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NeighbourTable {
+    pub entries: u32,
+    /// Beyond this, entries are thrown out a few seconds after their last use.
+    pub threshold2: u32,
+    /// Beyond this, there are no new ones.
+    pub threshold3: u32,
 }
 
 /// The qdisc that carries ingress filters.
@@ -175,12 +259,18 @@ impl Netlink {
 
     /// The route to each address, in the order asked; the error of one does not touch the others.
     pub async fn routes(&self, addresses: &[Ipv4Addr]) -> Vec<io::Result<Route>> {
+        let all = self.paths(addresses).await;
+        all.into_iter().map(|paths| paths.map(|paths| paths[0])).collect()
+    }
+
+    /// Like [`Netlink::routes`], with all paths of a multipath route: there is at least one.
+    pub async fn paths(&self, addresses: &[Ipv4Addr]) -> Vec<io::Result<Vec<Route>>> {
         stream::iter(addresses).map(|address| self.route(*address)).buffered(WINDOW).collect().await
     }
 
     /// Asks as a local sender would: with an input interface the kernel refuses to answer while
     /// forwarding is off.
-    async fn route(&self, address: Ipv4Addr) -> io::Result<Route> {
+    async fn route(&self, address: Ipv4Addr) -> io::Result<Vec<Route>> {
         let mut message = RouteMessage::default();
         message.header.address_family = AddressFamily::Inet;
         message.header.destination_prefix_length = 32;
@@ -190,9 +280,10 @@ impl Netlink {
         replies
             .into_iter()
             .find_map(|reply| match reply {
-                RouteNetlinkMessage::NewRoute(message) => route(address, &message),
+                RouteNetlinkMessage::NewRoute(message) => Some(route(address, &message)),
                 _ => None,
             })
+            .filter(|paths| !paths.is_empty())
             .ok_or_else(|| io::Error::new(io::ErrorKind::HostUnreachable, "no unicast route"))
     }
 
@@ -229,6 +320,29 @@ impl Netlink {
             .buffered(WINDOW)
             .collect()
             .await
+    }
+
+    /// How full the table of IPv4 neighbours is.
+    pub async fn neighbour_table(&self) -> io::Result<NeighbourTable> {
+        let request = RouteNetlinkMessage::GetNeighbourTable(NeighbourTableMessage::default());
+        let replies = self.request(request, NLM_F_DUMP).await?;
+        let mut table = NeighbourTable::default();
+        for reply in replies {
+            let RouteNetlinkMessage::NewNeighbourTable(message) = reply else { continue };
+            let arp = NeighbourTableAttribute::Name("arp_cache".into());
+            if !message.attributes.contains(&arp) {
+                continue;
+            }
+            for attribute in message.attributes {
+                match attribute {
+                    NeighbourTableAttribute::Config(config) => table.entries = config.entries,
+                    NeighbourTableAttribute::Threshold2(most) => table.threshold2 = most,
+                    NeighbourTableAttribute::Threshold3(most) => table.threshold3 = most,
+                    _ => {}
+                }
+            }
+        }
+        Ok(table)
     }
 
     /// The qdiscs that carry ingress filters, each with the index of its interface.
@@ -310,6 +424,183 @@ impl Netlink {
     }
 }
 
+/// A socket for many small requests: they go out together, and the kernel has answered them all
+/// when the call that sends them returns.
+pub struct Batches {
+    socket: Socket,
+    sequence: u32,
+}
+
+impl Batches {
+    /// Messages sent at once: their answers fit into the receive buffer.
+    const MOST: usize = 64;
+
+    /// Opens a socket in the network namespace of this thread.
+    pub fn open() -> io::Result<Batches> {
+        let mut socket = Socket::new(rtnetlink::sys::protocols::NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.set_cap_ack(true)?;
+        socket.set_non_blocking(true)?;
+        Ok(Batches { socket, sequence: 0 })
+    }
+
+    /// Requests for neighbours; the errors are of the first of each request's messages that failed.
+    pub fn neighbours(
+        &mut self,
+        requests: &[(NeighbourKey, NeighbourRequest)],
+    ) -> io::Result<Vec<io::Result<()>>> {
+        let mut results = Vec::with_capacity(requests.len());
+        for requests in requests.chunks(Self::MOST / 2) {
+            let mut messages = Vec::new();
+            let mut owners = Vec::new();
+            for (owner, (key, request)) in requests.iter().enumerate() {
+                for message in neighbour_messages(*key, *request) {
+                    let creates = *request == NeighbourRequest::Keep;
+                    messages.push((message, if creates { NLM_F_CREATE } else { 0 }));
+                    owners.push(owner);
+                }
+            }
+            let mut errors: Vec<io::Result<()>> = requests.iter().map(|_| Ok(())).collect();
+            for (answer, owner) in self.exchange(messages)?.into_iter().zip(owners) {
+                if errors[owner].is_ok() {
+                    errors[owner] = answer;
+                }
+            }
+            results.append(&mut errors);
+        }
+        Ok(results)
+    }
+
+    fn exchange(
+        &mut self,
+        messages: Vec<(RouteNetlinkMessage, u16)>,
+    ) -> io::Result<Vec<io::Result<()>>> {
+        let first = self.sequence.wrapping_add(1);
+        let mut answers: Vec<io::Result<()>> = messages.iter().map(|_| Ok(())).collect();
+        let mut bytes = Vec::new();
+        for (message, flags) in messages {
+            self.sequence = self.sequence.wrapping_add(1);
+            let mut message = NetlinkMessage::from(message);
+            message.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_REPLACE | flags;
+            message.header.sequence_number = self.sequence;
+            message.finalize();
+            let start = bytes.len();
+            bytes.resize(start + message.buffer_len().next_multiple_of(4), 0);
+            message.serialize(&mut bytes[start..]);
+        }
+        self.socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
+        let mut left = answers.len();
+        let mut buffer = Vec::with_capacity(4096);
+        while left > 0 {
+            buffer.clear();
+            self.socket.recv(&mut buffer, 0)?;
+            let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&buffer)
+                .map_err(io::Error::other)?;
+            let index = answer.header.sequence_number.wrapping_sub(first) as usize;
+            if let (NetlinkPayload::Error(error), Some(place)) =
+                (answer.payload, answers.get_mut(index))
+            {
+                left -= 1;
+                if error.code.is_some() {
+                    *place = Err(error.to_io());
+                }
+            }
+        }
+        Ok(answers)
+    }
+}
+
+/// Something that the kernel told without being asked.
+#[derive(Clone, Debug)]
+pub enum Event {
+    Neighbour(Neighbour),
+    NeighbourGone(NeighbourKey),
+    /// Interfaces or addresses are not what they were.
+    Links,
+    /// Routes, rules or next hop objects are not what they were.
+    Routes,
+    /// There was more than could be kept.
+    Lost,
+}
+
+/// What the kernel tells of changes; nothing may depend on all of them arriving.
+pub struct Events {
+    socket: AsyncFd<Socket>,
+    buffer: Vec<u8>,
+}
+
+impl Events {
+    /// Bytes of messages that wait to be read; beyond them they are lost, which is told.
+    const BACKLOG: usize = 1 << 20;
+
+    /// Listens in the network namespace of this thread.
+    pub fn open() -> io::Result<Events> {
+        use MulticastGroup::{Ipv4Ifaddr, Ipv4Route, Ipv4Rule, Link, Neigh, Nexthop};
+        let mut socket = Socket::new(rtnetlink::sys::protocols::NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.set_non_blocking(true)?;
+        // what the system allows is enough, and losses are noticed
+        let _ = socket.set_rx_buf_sz(Self::BACKLOG as libc::c_int);
+        for group in [Link, Neigh, Ipv4Ifaddr, Ipv4Route, Ipv4Rule, Nexthop] {
+            socket.add_membership(group as u32)?;
+        }
+        // SAFETY: the socket owns its descriptor, and keeps it until it is dropped.
+        let socket = unsafe { AsyncFd::register(socket) }.map_err(|error| error.into_parts().1)?;
+        Ok(Events { socket, buffer: Vec::with_capacity(1 << 16) })
+    }
+
+    /// Waits until there are some.
+    pub async fn wait(&self) -> io::Result<()> {
+        let mut ready = self.socket.readable().await?;
+        ready.retain_ready();
+        Ok(())
+    }
+
+    /// Takes those that there are.
+    pub async fn take(&mut self) -> io::Result<Vec<Event>> {
+        let mut events = Vec::new();
+        let mut ready = self.socket.readable().await?;
+        loop {
+            self.buffer.clear();
+            match self.socket.get_ref().recv(&mut self.buffer, 0) {
+                Ok(_) => events.extend(parse_event(&self.buffer)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    ready.clear_ready();
+                    return Ok(events);
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    events.push(Event::Lost);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+fn parse_event(bytes: &[u8]) -> Option<Event> {
+    use RouteNetlinkMessage::{
+        DelAddress, DelLink, DelNeighbour, NewAddress, NewLink, NewNeighbour,
+    };
+    let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes) else {
+        // of a newer kernel perhaps: what it says may matter
+        return Some(Event::Lost);
+    };
+    match message.payload {
+        NetlinkPayload::InnerMessage(NewNeighbour(message)) => {
+            neighbour(&message).map(Event::Neighbour)
+        }
+        NetlinkPayload::InnerMessage(DelNeighbour(message)) => {
+            let gone = neighbour(&message)?;
+            Some(Event::NeighbourGone((gone.ifindex, gone.address)))
+        }
+        NetlinkPayload::InnerMessage(NewLink(_) | DelLink(_) | NewAddress(_) | DelAddress(_)) => {
+            Some(Event::Links)
+        }
+        NetlinkPayload::InnerMessage(_) => Some(Event::Routes),
+        _ => None,
+    }
+}
+
 fn family(address: IpAddr) -> AddressFamily {
     match address {
         IpAddr::V4(_) => AddressFamily::Inet,
@@ -328,6 +619,7 @@ fn link(message: LinkMessage) -> Link {
         mac: None,
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
+        carrier: message.header.flags.contains(LinkFlags::LowerUp),
         ethernet: message.header.link_layer_type == LinkLayerType::Ether,
         kind: String::new(),
         lower: None,
@@ -370,33 +662,36 @@ fn address(message: &AddressMessage) -> Option<(u32, Ipv4Addr)> {
     Some((message.header.index, find(true).or_else(|| find(false))?))
 }
 
-/// `None` for a route that leads nowhere: blackhole, unreachable, multicast, broadcast.
-fn route(address: Ipv4Addr, message: &RouteMessage) -> Option<Route> {
+/// Nothing for a route that leads nowhere: blackhole, unreachable, multicast, broadcast. Paths
+/// that are down come last.
+fn route(address: Ipv4Addr, message: &RouteMessage) -> Vec<Route> {
     let local = message.header.kind == RouteType::Local;
     if !local && message.header.kind != RouteType::Unicast {
-        return None;
+        return Vec::new();
     }
-    let mut route = Route { ifindex: 0, gateway: address.into(), mtu: None, local };
-    read_hop(&mut route, &message.attributes);
+    let mtu = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Metrics(metrics) => metrics.iter().find_map(|metric| match metric {
+            RouteMetric::Mtu(mtu) => Some(*mtu),
+            _ => None,
+        }),
+        _ => None,
+    });
+    let mut only = Route { ifindex: 0, gateway: address.into(), mtu, local };
+    let (mut alive, mut dead) = (Vec::new(), Vec::new());
     for attribute in &message.attributes {
-        match attribute {
-            RouteAttribute::Metrics(metrics) => {
-                route.mtu = metrics.iter().find_map(|metric| match metric {
-                    RouteMetric::Mtu(mtu) => Some(*mtu),
-                    _ => None,
-                });
-            }
-            // any of them reaches the upstream; the kernel balances where it does the lookup
-            RouteAttribute::MultiPath(hops) => {
-                if let Some(hop) = hops.first() {
-                    route.ifindex = hop.interface_index;
-                    read_hop(&mut route, &hop.attributes);
-                }
-            }
-            _ => {}
+        let RouteAttribute::MultiPath(hops) = attribute else { continue };
+        for hop in hops {
+            let mut path = Route { ifindex: hop.interface_index, ..only };
+            read_hop(&mut path, &hop.attributes);
+            let down = RouteNextHopFlags::Dead | RouteNextHopFlags::Linkdown;
+            if hop.flags.intersects(down) { dead.push(path) } else { alive.push(path) }
         }
     }
-    (route.ifindex != 0).then_some(route)
+    read_hop(&mut only, &message.attributes);
+    alive.append(&mut dead);
+    alive.push(only);
+    alive.retain(|path| path.ifindex != 0);
+    alive
 }
 
 fn read_hop(route: &mut Route, attributes: &[RouteAttribute]) {
@@ -413,31 +708,77 @@ fn read_hop(route: &mut Route, attributes: &[RouteAttribute]) {
 }
 
 fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
-    let mut address = None;
-    let mut link_layer = None;
+    let mut neighbour = Neighbour {
+        ifindex: message.header.ifindex,
+        address: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        mac: None,
+        state: nud_state(message.header.state),
+        confirmed: None,
+        managed: false,
+        protocol: 0,
+        learned: message.header.flags.contains(NeighbourFlags::ExtLearned),
+    };
+    let mut found = false;
     for attribute in &message.attributes {
         match attribute {
             NeighbourAttribute::Destination(NeighbourAddress::Inet(inet)) => {
-                address = Some(IpAddr::V4(*inet));
+                (neighbour.address, found) = (IpAddr::V4(*inet), true);
             }
             NeighbourAttribute::Destination(NeighbourAddress::Inet6(inet6)) => {
-                address = Some(IpAddr::V6(*inet6));
+                (neighbour.address, found) = (IpAddr::V6(*inet6), true);
             }
-            NeighbourAttribute::LinkLayerAddress(bytes) => link_layer = mac(bytes),
+            NeighbourAttribute::LinkLayerAddress(bytes) => neighbour.mac = mac(bytes),
+            // in hundredths of a second, whatever the kernel's own clock
+            NeighbourAttribute::CacheInfo(info) => {
+                neighbour.confirmed = Some(Duration::from_millis(u64::from(info.confirmed) * 10));
+            }
+            NeighbourAttribute::Protocol(protocol) => neighbour.protocol = u8::from(*protocol),
+            NeighbourAttribute::ExtFlags(flags) => {
+                neighbour.managed = flags.contains(NeighbourExtFlags::Managed);
+            }
             _ => {}
         }
     }
-    use NeighbourState::{Delay, Failed, Noarp, Permanent, Probe, Reachable, Stale};
-    Some(Neighbour {
-        ifindex: message.header.ifindex,
-        address: address?,
-        mac: link_layer,
-        valid: matches!(
-            message.header.state,
-            Reachable | Stale | Delay | Probe | Noarp | Permanent
-        ),
-        failed: message.header.state == Failed,
-    })
+    found.then_some(neighbour)
+}
+
+fn nud_state(state: NeighbourState) -> NudState {
+    match state {
+        NeighbourState::Incomplete => NudState::Incomplete,
+        NeighbourState::Reachable => NudState::Reachable,
+        NeighbourState::Stale => NudState::Stale,
+        NeighbourState::Delay => NudState::Delay,
+        NeighbourState::Probe => NudState::Probe,
+        NeighbourState::Failed => NudState::Failed,
+        NeighbourState::Noarp => NudState::Noarp,
+        NeighbourState::Permanent => NudState::Permanent,
+        _ => NudState::None,
+    }
+}
+
+/// The messages of a request: the kernel forgets that it keeps an entry whenever its state is
+/// set, so that a probe has to say so again.
+fn neighbour_messages(key: NeighbourKey, request: NeighbourRequest) -> Vec<RouteNetlinkMessage> {
+    let message = |state, flags, ext_flags| {
+        let mut message = NeighbourMessage::default();
+        message.header.family = family(key.1);
+        message.header.ifindex = key.0;
+        message.header.state = state;
+        message.header.flags = flags;
+        message.attributes = vec![
+            NeighbourAttribute::Destination(key.1.into()),
+            NeighbourAttribute::Protocol(RouteProtocol::from(OUR_PROTOCOL)),
+            NeighbourAttribute::ExtFlags(ext_flags),
+        ];
+        RouteNetlinkMessage::NewNeighbour(message)
+    };
+    let (no_flags, none) = (NeighbourFlags::empty(), NeighbourExtFlags::empty());
+    let keep = message(NeighbourState::None, NeighbourFlags::Use, NeighbourExtFlags::Managed);
+    match request {
+        NeighbourRequest::Keep => vec![keep],
+        NeighbourRequest::Probe => vec![message(NeighbourState::Probe, no_flags, none), keep],
+        NeighbourRequest::Release => vec![message(NeighbourState::Stale, no_flags, none)],
+    }
 }
 
 fn clsact(ifindex: u32) -> TcMessage {

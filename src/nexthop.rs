@@ -1,13 +1,16 @@
 //! The way to each upstream: route, gateway and the gateway's MAC address.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
-use crate::bpf::{bytes_of, from_bytes, types};
-use crate::netlink::{Link, Neighbour, Netlink, Route};
+use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types};
+use crate::chunks::Chunks;
+use crate::netlink::{Link, Neighbour, Netlink, NudState, Route};
 use crate::plan::{Desired, RuleIds};
 use crate::tables::wire;
 
@@ -102,10 +105,12 @@ fn add_macs(
         let key = (hop.ifindex, hop.gateway);
         let own = links.get(&hop.ifindex).filter(|link| link.ethernet).and_then(|link| link.mac);
         let neighbour = table.get(&key);
-        let known = neighbour.filter(|neighbour| neighbour.valid).and_then(|found| found.mac);
+        let known =
+            neighbour.filter(|neighbour| neighbour.state.is_valid()).and_then(|found| found.mac);
         hop.macs = own.zip(known);
         // one that failed before anybody asked now may have come back
-        let gave_up = asked_for.contains(&key) && neighbour.is_some_and(|found| found.failed);
+        let failed = neighbour.is_some_and(|found| found.state == NudState::Failed);
+        let gave_up = asked_for.contains(&key) && failed;
         if own.is_some() && known.is_none() && !gave_up {
             missing.insert(key);
         }
@@ -113,29 +118,94 @@ fn add_macs(
     missing
 }
 
-/// Tells the program. `ids` are those of `desired`.
+/// The table that the program looks into, by upstream id.
+pub struct NextHops(Chunks);
+
+impl NextHops {
+    /// See [`Chunks::open`].
+    pub fn open(outer: MapHandle, state: &Path) -> anyhow::Result<NextHops> {
+        Ok(NextHops(Chunks::open(outer, state, "nexthops")?))
+    }
+
+    /// See [`Chunks::is_whole`].
+    pub fn is_whole(&self) -> anyhow::Result<bool> {
+        self.0.is_whole()
+    }
+
+    /// The map that the program looks into.
+    pub fn outer(&self) -> &MapHandle {
+        self.0.outer()
+    }
+
+    /// Makes room for `ids`.
+    pub fn prepare(
+        &mut self,
+        skeleton: &OpenUdplbSkel<'_>,
+        ids: impl Iterator<Item = u32>,
+    ) -> anyhow::Result<()> {
+        self.0.grow(&skeleton.maps.nexthops_chunk, ids.max().unwrap_or(0))
+    }
+
+    fn slot(&self, id: u32) -> anyhow::Result<(&MapHandle, u32, types::nexthop_slot)> {
+        let (chunk, key) = self.0.place(id).context("an id without a next hop")?;
+        let bytes = chunk.lookup(&key.to_ne_bytes(), MapFlags::ANY)?.unwrap_or_default();
+        let slot = from_bytes(&bytes).context("next hops of another layout")?;
+        Ok((chunk, key, slot))
+    }
+
+    /// What is known of the way to an upstream; all zeroes: nothing.
+    pub fn read(&self, id: u32) -> anyhow::Result<types::nexthop> {
+        let (_, _, slot) = self.slot(id)?;
+        Ok(slot.copies[(slot.sequence & 1) as usize])
+    }
+
+    /// Changes an entry, and leaves alone one that is the same.
+    pub fn write(&self, id: u32, entry: &types::nexthop) -> anyhow::Result<()> {
+        let (chunk, key, mut slot) = self.slot(id)?;
+        let used = (slot.sequence & 1) as usize;
+        if bytes_of(&slot.copies[used]) == bytes_of(entry) {
+            return Ok(());
+        }
+        slot.copies[1 - used] = *entry;
+        chunk.update(&key.to_ne_bytes(), bytes_of(&slot), MapFlags::ANY)?;
+        slot.sequence = slot.sequence.wrapping_add(1);
+        Ok(chunk.update(&key.to_ne_bytes(), bytes_of(&slot), MapFlags::ANY)?)
+    }
+}
+
+/// Tells the program what `apply` found. `ids` are those of `desired`. What is known of an
+/// upstream's health stays.
 pub fn write(
-    nexthops: &MapHandle,
+    nexthops: &NextHops,
     desired: &Desired,
     ids: &[RuleIds],
     ways: &BTreeMap<Ipv4Addr, Way>,
 ) -> anyhow::Result<()> {
-    let mut entries: BTreeMap<u32, types::nexthop> = BTreeMap::new();
-    for (rule, ids) in desired.rules.iter().zip(ids) {
-        for (upstream, id) in rule.upstreams.iter().zip(&ids.upstreams) {
-            entries.insert(*id, entry(upstream.address, ways.get(&upstream.address)));
+    for (id, mut new) in entries(desired, ids, ways) {
+        let old = nexthops.read(id)?;
+        if old.address == new.address {
+            (new.health, new.since) = (old.health, old.since);
         }
+        nexthops.write(id, &new)?;
     }
-    if entries.is_empty() {
-        return Ok(());
-    }
-    let keys: Vec<u8> = entries.keys().flat_map(|id| id.to_ne_bytes()).collect();
-    let values: Vec<&[u8]> = entries.values().map(bytes_of).collect();
-    let count = entries.len() as u32;
-    Ok(nexthops.update_batch(&keys, &values.concat(), count, MapFlags::ANY, MapFlags::ANY)?)
+    Ok(())
 }
 
-fn entry(address: Ipv4Addr, way: Option<&Way>) -> types::nexthop {
+/// What the program is to know, by upstream id.
+pub fn entries(
+    desired: &Desired,
+    ids: &[RuleIds],
+    ways: &BTreeMap<Ipv4Addr, Way>,
+) -> BTreeMap<u32, types::nexthop> {
+    let rules = desired.rules.iter().zip(ids);
+    rules
+        .flat_map(|(rule, ids)| rule.upstreams.iter().zip(&ids.upstreams))
+        .map(|(upstream, id)| (*id, entry(upstream.address, ways.get(&upstream.address))))
+        .collect()
+}
+
+/// What the program is to know of a way.
+pub fn entry(address: Ipv4Addr, way: Option<&Way>) -> types::nexthop {
     let mut entry = types::nexthop { address: wire(address), ..Default::default() };
     let Some(Way::Hop(hop)) = way else { return entry };
     entry.ifindex = hop.ifindex;
@@ -155,28 +225,20 @@ fn entry(address: Ipv4Addr, way: Option<&Way>) -> types::nexthop {
     if let Some((source, destination)) = hop.macs {
         entry.source = source;
         entry.destination = destination;
-        entry.resolved = 1;
+        entry.macs = types::macs::MACS_FRESH;
     }
     entry
 }
 
-/// The entry of an upstream, as the program sees it.
-pub fn read(nexthops: &MapHandle, id: u32) -> anyhow::Result<Option<types::nexthop>> {
-    let bytes = nexthops.lookup(&id.to_ne_bytes(), MapFlags::ANY)?;
-    Ok(bytes.and_then(|bytes| from_bytes(&bytes)))
-}
-
-/// Removes the entries of upstreams that are in no generation any more.
-pub fn retain(nexthops: &MapHandle, ids: &HashSet<u32>) -> anyhow::Result<()> {
-    let gone: Vec<Vec<u8>> = nexthops
-        .keys()
-        .filter(|key| {
-            let id = <[u8; 4]>::try_from(key.as_slice()).map(u32::from_ne_bytes);
-            id.map_or(true, |id| !ids.contains(&id))
-        })
-        .collect();
-    for key in gone {
-        nexthops.delete(&key)?;
+/// The neighbour that an entry's packets go to.
+pub fn gateway(entry: &types::nexthop) -> IpAddr {
+    if i32::from(entry.family) == libc::AF_INET6 {
+        let mut octets = [0; 16];
+        for (octets, word) in octets.chunks_mut(4).zip(entry.gateway) {
+            octets.copy_from_slice(&word.to_ne_bytes());
+        }
+        IpAddr::V6(Ipv6Addr::from(octets))
+    } else {
+        IpAddr::V4(Ipv4Addr::from(entry.gateway[0].to_ne_bytes()))
     }
-    Ok(())
 }

@@ -7,7 +7,8 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    Action, Config, Diagnostic, Finding, Hash, Host, Key, Source, Strategy, upstream_refusal,
+    Action, Config, Diagnostic, Finding, Hash, Health, Host, Key, Source, Strategy,
+    upstream_refusal,
 };
 
 /// A configuration, as a generation carries it.
@@ -26,6 +27,9 @@ pub struct Rule {
     pub strategy: Strategy,
     pub hash: Hash,
     pub source: Source,
+    /// Generations of an earlier udplb do not say.
+    #[serde(default)]
+    pub health: Health,
     /// Never empty; their order is that of the file, which `modulo` counts in.
     pub upstreams: Vec<Upstream>,
 }
@@ -94,12 +98,33 @@ impl Desired {
                 strategy: rule.strategy,
                 hash: rule.hash,
                 source: rule.source,
+                health: rule.health,
                 upstreams,
             });
         }
         let interfaces: BTreeSet<String> = interfaces.iter().cloned().collect();
         let desired = Desired { interfaces: interfaces.into_iter().collect(), rules };
         if errors.is_empty() { Ok(desired) } else { Err(config.errors(errors)) }
+    }
+
+    /// The same with the addresses that its host names have now; those that are not in `names`
+    /// keep theirs. With the names whose address is none for an upstream, and why.
+    pub fn renamed(&self, names: &BTreeMap<String, Ipv4Addr>) -> (Desired, Vec<String>) {
+        let mut desired = self.clone();
+        let mut refused = Vec::new();
+        for rule in &mut desired.rules {
+            for upstream in &mut rule.upstreams {
+                let Host::Name(name) = &upstream.host else { continue };
+                if !names.contains_key(name) {
+                    continue;
+                }
+                match named(&rule.key, name, upstream.port, names) {
+                    Ok(address) => upstream.address = address,
+                    Err(reason) => refused.push(reason),
+                }
+            }
+        }
+        (desired, refused)
     }
 
     /// The addresses of all upstreams, each once.

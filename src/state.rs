@@ -5,7 +5,7 @@
 //!   current -> generations/42
 //!   generations/42/             program, rules, slots, upstreams, config
 //!   building-43/                under construction; bpffs refuses names with a dot
-//!   state/                      counters, counters-0 …, nexthops, held
+//!   state/                      counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held
 //! ```
 
 use std::fs::{self, DirBuilder, File, TryLockError};
@@ -20,8 +20,10 @@ use anyhow::{Context, anyhow, bail};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenMap};
 
 use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types};
+use crate::chunks::Chunks;
 use crate::counters::Counters;
 use crate::failure::{Failure, Result};
+use crate::nexthop::NextHops;
 
 /// Where the pins are unless `--pin-dir` says otherwise.
 pub const PIN_DIR: &str = "/sys/fs/bpf/udplb";
@@ -156,7 +158,8 @@ impl ReadGuard {
         self.path.join(format!("building-{number}"))
     }
 
-    fn state(&self) -> PathBuf {
+    /// The directory of what outlives generations.
+    pub fn state(&self) -> PathBuf {
         self.path.join(STATE)
     }
 
@@ -191,13 +194,15 @@ impl ReadGuard {
             let map = MapHandle::from_pinned_path(&path);
             map.map(Some).with_context(|| path.display().to_string())
         };
-        let (Some(counters), Some(nexthops), Some(held)) =
-            (open("counters")?, open("nexthops")?, open("held")?)
+        let (Some(counters), Some(nexthops), Some(heartbeat), Some(held)) =
+            (open("counters")?, open("nexthops")?, open("heartbeat")?, open("held")?)
         else {
             return Ok(None);
         };
         let counters = Counters::open(counters, &state)?;
-        Ok(counters.is_whole()?.then_some(StateMaps { counters, nexthops, held }))
+        let nexthops = NextHops::open(nexthops, &state)?;
+        let whole = counters.is_whole()? && nexthops.is_whole()?;
+        Ok(whole.then_some(StateMaps { counters, nexthops, heartbeat, held }))
     }
 }
 
@@ -255,29 +260,42 @@ impl WriteGuard {
     pub fn ensure_maps(&self, skeleton: &OpenUdplbSkel<'_>) -> anyhow::Result<(StateMaps, bool)> {
         let maps = &skeleton.maps;
         let state = self.state();
-        let fresh = !has_counters(&state)?;
-        if fresh {
-            for name in names(&state)?.iter().filter(|name| name.starts_with("counters")) {
-                fs::remove_file(state.join(name))?;
+        let fresh = !has_chunks(&state, "counters")?;
+        for name in ["counters", "nexthops"] {
+            if !has_chunks(&state, name)? {
+                remove_chunks(&state, name)?;
             }
         }
         let chunk = create(&maps.counters_chunk, None)?;
         let counters = ensure(&state, "counters", &maps.counters, Some(chunk.as_fd()))?;
-        let nexthops = ensure(&state, "nexthops", &maps.nexthops, None)?;
+        let chunk = create(&maps.nexthops_chunk, None)?;
+        let nexthops = ensure(&state, "nexthops", &maps.nexthops, Some(chunk.as_fd()))?;
+        let heartbeat = ensure(&state, "heartbeat", &maps.heartbeat, None)?;
         let held = ensure(&state, "held", &maps.held, None)?;
         let counters = Counters::open(counters, &state)?;
-        Ok((StateMaps { counters, nexthops, held }, fresh))
+        let nexthops = NextHops::open(nexthops, &state)?;
+        Ok((StateMaps { counters, nexthops, heartbeat, held }, fresh))
     }
 }
 
-/// All of them: without one of its chunks the table cannot be read, nor grow.
-fn has_counters(state: &Path) -> anyhow::Result<bool> {
-    let path = state.join("counters");
+/// Whether a table that grows is there with all of its chunks.
+fn has_chunks(state: &Path, name: &'static str) -> anyhow::Result<bool> {
+    let path = state.join(name);
     if !path.try_exists()? {
         return Ok(false);
     }
     let outer = MapHandle::from_pinned_path(&path).with_context(|| path.display().to_string())?;
-    Counters::open(outer, state)?.is_whole()
+    Chunks::open(outer, state, name)?.is_whole()
+}
+
+/// What is left of a table that is not whole is of no use: nobody can look at it.
+fn remove_chunks(state: &Path, name: &str) -> anyhow::Result<()> {
+    let chunk = format!("{name}-");
+    let is_part = |it: &&String| *it == name || it.starts_with(&chunk);
+    for name in names(state)?.iter().filter(is_part) {
+        fs::remove_file(state.join(name))?;
+    }
+    Ok(())
 }
 
 /// Removes a directory of pins.
@@ -345,8 +363,9 @@ fn ensure(
 /// The maps that outlive generations.
 pub struct StateMaps {
     pub counters: Counters,
-    /// Upstream id -> [`types::nexthop`].
-    pub nexthops: MapHandle,
+    pub nexthops: NextHops,
+    /// The lease of the next hops.
+    pub heartbeat: MapHandle,
     held: MapHandle,
 }
 

@@ -1,7 +1,7 @@
 //! What serves and what became of the packets, for people and for `-o json`.
 
 use std::fmt::Write;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::Context;
 use comfy_table::{CellAlignment, Table, presets};
@@ -211,12 +211,12 @@ fn upstream_status(
     observed: &Observed,
 ) -> anyhow::Result<UpstreamStatus> {
     let counts = maps.counters.read(id)?;
-    let entry = nexthop::read(&maps.nexthops, id).context("next hops")?;
+    let entry = maps.nexthops.read(id).context("next hops")?;
     Ok(UpstreamStatus {
         label: upstream.label(),
         address: upstream.address,
         port: upstream.port,
-        next_hop: entry.and_then(|entry| next_hop(&entry, observed)),
+        next_hop: next_hop(&entry, observed),
         counters: by_verdict(&counts),
         endpoint: changes::endpoint(upstream),
         counts,
@@ -226,20 +226,12 @@ fn upstream_status(
 fn next_hop(entry: &types::nexthop, observed: &Observed) -> Option<NextHopStatus> {
     let (interface, _) =
         observed.interfaces.iter().find(|(_, interface)| interface.index == entry.ifindex)?;
-    let gateway = if i32::from(entry.family) == libc::AF_INET6 {
-        let mut octets = [0; 16];
-        for (octets, word) in octets.chunks_mut(4).zip(entry.gateway) {
-            octets.copy_from_slice(&word.to_ne_bytes());
-        }
-        IpAddr::V6(Ipv6Addr::from(octets))
-    } else {
-        IpAddr::V4(Ipv4Addr::from(entry.gateway[0].to_ne_bytes()))
-    };
+    let gateway = nexthop::gateway(entry);
     let mac = entry.destination.map(|byte| format!("{byte:02x}")).join(":");
     Some(NextHopStatus {
         interface: interface.clone(),
         gateway,
-        mac: (entry.resolved != 0).then_some(mac),
+        mac: (entry.macs != types::macs::MACS_UNKNOWN).then_some(mac),
     })
 }
 

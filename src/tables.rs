@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::Ipv4Addr;
 
 use crate::bpf::types;
-use crate::config::{Action, Source, Strategy};
+use crate::config::{Action, Health, Source, Strategy};
 use crate::plan::{Desired, Rule, RuleIds, Upstream};
 
 /// What is written to `rules`, `slots` and `upstreams`.
@@ -40,6 +40,7 @@ impl Tables {
                 action: action(rule.action),
                 strategy: strategy(rule.strategy),
                 source: source(rule.source),
+                skip_down: (rule.health == Health::Neighbour).into(),
             };
             for port in rule.key.ports.iter().flat_map(|ports| ports.first..=ports.last) {
                 let key = types::rule_key {

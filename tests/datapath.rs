@@ -8,20 +8,22 @@ mod common;
 
 use std::net::Ipv4Addr;
 
-use common::laboratory::{
-    BLACKHOLE, BY_IPV6_GATEWAY, CLIENT, Case, FAR, FAR_COLD, Fate, GATEWAY_MAC, Ingress,
-    Laboratory, NARROW, NARROW_COLD, NEAR, NEAR_COLD, NEAR_MAC, NO_ROUTE, OWN, PORTS, Packet,
-    REDIRECT, SHOT, UNREACHABLE, UNSPEC, Under, VIP, datagram, rule, to,
-};
 use common::packet::{
-    Checksum, Datagram, ETHERNET, IP, PROTOCOL, TOTAL_LENGTH, UDP_LENGTH, VERSION, endpoint,
-    payload, with,
+    Checksum, Datagram, ETHERNET, PROTOCOL, TOTAL_LENGTH, UDP_LENGTH, VERSION, endpoint, payload,
+    with,
+};
+use common::prelude::Tag;
+use common::testbed::{
+    BLACKHOLE, BY_IPV6_GATEWAY, CLIENT, Case, FAR, FAR_COLD, Fate, GATEWAY_MAC, Ingress, NARROW,
+    NARROW_COLD, NEAR, NEAR_COLD, NEAR_MAC, NO_ROUTE, OWN, PORTS, Packet, REDIRECT, SHOT, Tamper,
+    Testbed, UNREACHABLE, UNSPEC, Under, VIP, datagram, rule, to,
 };
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use udplb::config::{Action, Source, Strategy as Selection};
 use udplb::nexthop::Way;
 use udplb::plan::Rule;
+use udplb::tables::wire;
 
 use Fate::{Dropped, Queued, Sent, Unmatched, Untouched};
 
@@ -68,7 +70,7 @@ fn the_kernel_knows_the_way() {
             Case::new(name, rule(action, Source::Vip, upstream), of_length(length), fate)
         })
     });
-    Laboratory::with(|laboratory| laboratory.check_all(cases));
+    Testbed::with(|testbed| testbed.check_all(cases));
 }
 
 /// Forwarding is off where the packets come in.
@@ -79,9 +81,9 @@ fn user_space_knows_the_way() {
     let too_long = Dropped("mtu", Under::Upstream);
     let queued = Queued("forwarded");
     let sent = Sent("stale-neighbour", GATEWAY_MAC);
-    Laboratory::with(|laboratory| {
+    Testbed::with(|testbed| {
         let mac = Some(GATEWAY_MAC);
-        let hop = |mtu, mac| Some(laboratory.hop(mtu, mac));
+        let hop = |mtu, mac| Some(testbed.hop(mtu, mac));
         #[rustfmt::skip]
         let table = [
             // the upstream            known                            length pass      block
@@ -102,37 +104,41 @@ fn user_space_knows_the_way() {
                 Case { ingress: Ingress::Closed, known: known.clone(), ..case }
             })
         });
-        laboratory.check_all(cases);
+        testbed.check_all(cases);
     });
 }
 
-/// The map says something else than `apply` wrote.
+/// What user space knows is of an interface that has gone since.
+fn no_such_interface(action: Action, fate: Fate) -> Case {
+    let case = Case::new("no such interface", rule(action, Source::Vip, FAR), datagram(), fate);
+    let tamper: Tamper = |program, ids| {
+        program.change_nexthop(ids.upstreams[0], |hop| hop.ifindex = i32::MAX as u32);
+    };
+    Case { ingress: Ingress::Closed, tamper: Some(tamper), ..case }
+}
+
+/// What user space knows is of the upstream that had the id before.
+fn another_upstreams(action: Action) -> Case {
+    let tamper: Tamper = |program, ids| {
+        program.change_nexthop(ids.upstreams[0], |hop| hop.address = wire(NEAR));
+    };
+    let fate = Dropped("no-route", Under::Upstream);
+    let name = "for another upstream";
+    Case { name: name.into(), tamper: Some(tamper), ..no_such_interface(action, fate) }
+}
+
 #[test]
 fn what_user_space_knows_is_not_to_be_used() {
-    Laboratory::with(|laboratory| {
-        let case = |name, action, fate| {
-            let case = Case::new(name, rule(action, Source::Vip, FAR), datagram(), fate);
-            let known = Some(laboratory.hop(1500, Some(GATEWAY_MAC)));
-            Case { ingress: Ingress::Closed, known, ..case }
-        };
-        let others = ACTIONS.map(|action| Case {
-            tamper: Some(|program, ids| {
-                program.change_nexthop(ids.upstreams[0], |hop| hop.address += 1)
-            }),
-            ..case("for another upstream", action, Dropped("no-route", Under::Upstream))
-        });
-        let gone = [
-            case("no such interface", Action::Pass, Dropped("clone-failed", Under::Upstream)),
-            // the kernel drops it later, when it takes the packet
-            case("no such interface", Action::Block, Queued("forwarded")),
-        ]
-        .map(|case| Case {
-            tamper: Some(|program, ids| {
-                program.change_nexthop(ids.upstreams[0], |hop| hop.ifindex = i32::MAX as u32)
-            }),
-            ..case
-        });
-        laboratory.check_all(others.into_iter().chain(gone));
+    let cases = [
+        another_upstreams(Action::Pass),
+        another_upstreams(Action::Block),
+        no_such_interface(Action::Pass, Dropped("clone-failed", Under::Upstream)),
+        // the kernel drops it later, when it has the packet
+        no_such_interface(Action::Block, Queued("forwarded")),
+    ];
+    Testbed::with(|testbed| {
+        let known = Some(testbed.hop(1500, Some(GATEWAY_MAC)));
+        testbed.check_all(cases.map(|case| Case { known: known.clone(), ..case }));
     });
 }
 
@@ -184,7 +190,7 @@ fn what_is_sent_is_what_came_but_for_addresses_and_ttl() {
     }
     let fate = Sent("forwarded", NEAR_MAC);
     let cases = table.into_iter().flat_map(|(name, packet)| every_way(&name, packet, fate));
-    Laboratory::with(|laboratory| laboratory.check_all(cases));
+    Testbed::with(|testbed| testbed.check_all(cases));
 }
 
 /// A datagram whose UDP checksum is 0, computed, and therefore 65535 on the wire.
@@ -211,7 +217,7 @@ fn a_computed_checksum_of_zero_is_sent_as_ones() {
             Case::new("goes as ones", rule(action, Source::Vip, NEAR), goes, fate),
         ]
     });
-    Laboratory::with(|laboratory| laboratory.check_all(cases));
+    Testbed::with(|testbed| testbed.check_all(cases));
 }
 
 #[test]
@@ -245,7 +251,7 @@ fn matched_but_not_sent() {
             Datagram { to: NEAR_MAC, more_fragments: true, ..datagram() }.into(), elsewhere),
     ];
     let cases = table.into_iter().flat_map(|(name, packet, fate)| both(name, packet, fate));
-    Laboratory::with(|laboratory| laboratory.check_all(cases));
+    Testbed::with(|testbed| testbed.check_all(cases));
 }
 
 #[test]
@@ -253,7 +259,7 @@ fn a_slot_that_leads_nowhere() {
     let fate = Dropped("no-upstream", Under::Rule);
     let cases = both("no upstream", datagram(), fate)
         .map(|case| Case { tamper: Some(|program, _| program.lose_upstreams()), ..case });
-    Laboratory::with(|laboratory| laboratory.check_all(cases));
+    Testbed::with(|testbed| testbed.check_all(cases));
 }
 
 /// What looks like a UDP header in them is payload.
@@ -277,7 +283,7 @@ fn later_fragments_pass() {
         let frame = frame[..ETHERNET + 20 + usize::from(length)].to_vec();
         cases.extend(both(&format!("{length} bytes"), frame, fate));
     }
-    Laboratory::with(|laboratory| laboratory.check_all(cases));
+    Testbed::with(|testbed| testbed.check_all(cases));
 }
 
 #[test]
@@ -309,26 +315,64 @@ fn what_no_rule_is_for() {
         ("IP header of 0",      with(plain(), VERSION, [0x40]).into()),
     ];
     let cases = table.into_iter().flat_map(|(name, packet)| both(name, packet, Unmatched));
-    Laboratory::with(|laboratory| laboratory.check_all(cases));
+    Testbed::with(|testbed| testbed.check_all(cases));
 }
 
-/// At every byte that the kernel lets BPF_PROG_TEST_RUN cut at; once as it is, and once with an IP
-/// length that fits what is left.
+/// At every byte; once as it is, and once with an IP length that fits what is left.
 #[test]
 fn truncated() {
     let whole = Datagram { options: vec![1; 4], payload: payload(5), ..datagram() };
     let frame = whole.frame();
     let headers = ETHERNET + 24 + 8;
-    let cases = (ETHERNET + IP..frame.len()).flat_map(|length| {
+    let cases = (ETHERNET..frame.len()).flat_map(|length| {
         let fate = if length < headers { Unmatched } else { Dropped("malformed", Under::Rule) };
         let fits = ((length - ETHERNET) as u16).to_be_bytes();
-        let shorter = with(frame.clone(), TOTAL_LENGTH, fits)[..length].to_vec();
+        let shorter = with(frame.clone(), TOTAL_LENGTH, fits);
         let name = format!("{length} bytes");
-        let cut = both(&name, frame[..length].to_vec(), fate);
-        [cut, both(&format!("{name}, IP length fits"), shorter, fate)].concat()
+        [both(&name, frame.clone(), fate), both(&format!("{name}, IP length fits"), shorter, fate)]
+            .concat()
+            .into_iter()
+            .map(move |case| Case { length: Some(length), ..case })
     });
     let cases = cases.chain(both("whole", whole.clone(), Sent("forwarded", NEAR_MAC)));
-    Laboratory::with(|laboratory| laboratory.check_all(cases));
+    Testbed::with(|testbed| testbed.check_all(cases));
+}
+
+/// A tag that is held beside the bytes: what goes to the upstream goes without, the original keeps
+/// its own to the bit.
+#[test]
+fn tagged() {
+    let tag = |protocol, control| Tag { protocol, control };
+    let tags = [tag(0x8100, 7), tag(0x8100, 0), tag(0x8100, 0xffff), tag(0x88a8, 0x2064)];
+    let elsewhere = Datagram { destination: endpoint(VIP, 53), ..datagram() };
+    let fragment = Datagram { fragment_offset: 1, ..datagram() };
+    let rows = [
+        every_way("sent", datagram(), Sent("forwarded", NEAR_MAC)),
+        every_way("TTL 1", Datagram { ttl: 1, ..datagram() }, Dropped("ttl", Under::Upstream)),
+        every_way("a fragment", fragment, Untouched("fragment", Under::Zero)),
+        every_way("another port", elsewhere, Unmatched),
+    ]
+    .concat();
+    Testbed::with(|testbed| {
+        let uncloned = Case {
+            known: Some(testbed.hop(1500, Some(GATEWAY_MAC))),
+            ..no_such_interface(Action::Pass, Dropped("clone-failed", Under::Upstream))
+        };
+        let rows = [rows, vec![uncloned]].concat();
+        let tagged = |tag| rows.iter().cloned().map(move |case| Case { tag: Some(tag), ..case });
+        testbed.check_all(tags.into_iter().flat_map(tagged));
+    });
+}
+
+/// Otherwise a copy with a tag would look like one without.
+#[test]
+fn tags_on_the_wire_are_seen() {
+    let mut frame = datagram().frame();
+    frame.splice(ETHERNET - 2..ETHERNET - 2, [0x81, 0, 0x20, 0x07]);
+    Testbed::with(|testbed| {
+        testbed.wire.send(&frame);
+        assert_eq!(testbed.wire.drain(), [frame]);
+    });
 }
 
 #[test]
@@ -338,7 +382,7 @@ fn ports_are_those_of_the_key_or_the_one_given() {
         let fate = if PORTS.contains(port) { Sent("forwarded", NEAR_MAC) } else { Unmatched };
         every_way(&format!("port {port}"), packet, fate)
     });
-    Laboratory::with(|laboratory| laboratory.check_all(cases));
+    Testbed::with(|testbed| testbed.check_all(cases));
 }
 
 /// A rule with some of four upstreams on the link.
@@ -378,7 +422,7 @@ fn by_source_port_as_the_first_version_did() {
     let cases = known.chain(computed).flat_map(|(upstreams, port, chosen)| {
         choice(Selection::SrcPort, upstreams, (CLIENT, port), chosen)
     });
-    Laboratory::with(|laboratory| laboratory.check_all(cases));
+    Testbed::with(|testbed| testbed.check_all(cases));
 }
 
 #[test]
@@ -391,18 +435,18 @@ fn by_source_address_as_a_number() {
             choice(Selection::SrcIp, upstreams, (octets.into(), 5666), chosen)
         })
     });
-    Laboratory::with(|laboratory| laboratory.check_all(cases));
+    Testbed::with(|testbed| testbed.check_all(cases));
 }
 
 #[test]
 fn by_source_address_and_port_evenly_and_always_the_same() {
     const FLOWS: usize = 400;
-    Laboratory::with(|laboratory| {
+    Testbed::with(|testbed| {
         let choose = |action, number: usize| {
             let source = endpoint([10, 20, 0, (number / 200) as u8].into(), 30000 + number as u16);
             let rule = balanced(action, Selection::SrcIpPort, 4);
             let case = Case::new("", rule, Datagram { source, ..datagram() }, Unmatched);
-            let (ids, outcome) = laboratory.run(&case);
+            let (ids, outcome) = testbed.run(&case);
             let ((id, verdict), _) = outcome.counted.into_iter().next().expect("a verdict");
             assert_eq!(verdict, "forwarded");
             ids.upstreams.iter().position(|upstream| *upstream == id).expect("an upstream")
@@ -447,7 +491,7 @@ fn a_gso_packet_is_its_segments() {
         let packet = Datagram { options, payload, ..datagram() };
         Case { gso, count: Some((packets as u64, bytes)), ..Case::new(name, rule, packet, fate) }
     });
-    Laboratory::with(|laboratory| laboratory.check_all(cases));
+    Testbed::with(|testbed| testbed.check_all(cases));
 }
 
 /// All that goes unchanged to an upstream, and what changes on the way, at random.
@@ -493,11 +537,11 @@ fn any_rule() -> impl Strategy<Value = Rule> {
 
 #[test]
 fn any_packet_is_sent_as_if_made_for_the_upstream() {
-    Laboratory::with(|laboratory| {
+    Testbed::with(|testbed| {
         let mut runner = TestRunner::new(Config::with_cases(400));
         let result = runner.run(&(any_rule(), any_datagram()), |(rule, packet)| {
             let case = Case::new("at random", rule, packet, Sent("forwarded", NEAR_MAC));
-            laboratory.check(&case).map_err(TestCaseError::fail)
+            testbed.check(&case).map_err(TestCaseError::fail)
         });
         result.unwrap_or_else(|failure| panic!("{failure}"));
     });
@@ -507,36 +551,39 @@ fn any_packet_is_sent_as_if_made_for_the_upstream() {
 #[test]
 fn any_bytes_are_handled() {
     let damage = proptest::collection::vec((0..60_usize, any::<u8>()), 0..6);
-    let packets = (any_rule(), any_datagram(), damage, ETHERNET + IP..200_usize);
-    Laboratory::with(|laboratory| {
+    let packets = (any_rule(), any_datagram(), damage, ETHERNET..200_usize);
+    Testbed::with(|testbed| {
         let mut runner = TestRunner::new(Config::with_cases(400));
         let result = runner.run(&packets, |(rule, packet, damage, length)| {
             let mut frame = packet.frame();
             // the addresses stay, or next to nothing would match
-            frame.truncate(length);
             for (at, byte) in damage {
                 if let Some(damaged) = frame.get_mut(ETHERNET - 2 + at) {
                     *damaged = byte;
                 }
             }
-            check_unexpected(laboratory, rule, frame)
+            let length = length.min(frame.len());
+            check_unexpected(testbed, rule, frame, length)
         });
         result.unwrap_or_else(|failure| panic!("{failure}"));
     });
 }
 
 fn check_unexpected(
-    laboratory: &Laboratory<'_>,
+    testbed: &Testbed<'_>,
     rule: Rule,
     frame: Vec<u8>,
+    length: usize,
 ) -> Result<(), TestCaseError> {
     let pass = rule.action == Action::Pass;
-    let (_, outcome) = laboratory.run(&Case::new("", rule, frame.clone(), Unmatched));
+    let case = Case::new("", rule, frame.clone(), Unmatched);
+    let (_, outcome) = testbed.run(&Case { length: Some(length), ..case });
     let sent = outcome.counted.keys().any(|(_, verdict)| *verdict == "forwarded");
     let packets: u64 = outcome.counted.values().map(|count| count.0).sum();
     let copies = usize::from(sent && pass);
+    let same = outcome.run.frame == frame[..length];
     let fine = match outcome.run.action {
-        UNSPEC => outcome.run.frame == frame && packets <= 1 && outcome.copies.len() == copies,
+        UNSPEC => same && packets <= 1 && outcome.copies.len() == copies,
         SHOT => !pass && !sent && packets == 1 && outcome.copies.is_empty(),
         REDIRECT => !pass && sent && packets == 1 && outcome.copies.is_empty(),
         _ => false,

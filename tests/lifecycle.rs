@@ -364,7 +364,8 @@ fn a_filter_whose_pins_are_gone_is_taken_over_with_force_only() {
 #[test]
 fn a_lost_pin_is_noticed_and_healed() {
     let lab = Lab::new();
-    let state = ["counters", "counters-0", "nexthops", "held"].map(|name| format!("state/{name}"));
+    let state = ["counters", "counters-0", "nexthops", "nexthops-0", "heartbeat", "held"]
+        .map(|name| format!("state/{name}"));
     let generation = ["program", "rules", "slots", "upstreams", "config"].map(String::from);
     let mut port = 7001;
     lab.apply(&to_port(port));

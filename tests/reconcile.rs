@@ -19,7 +19,7 @@ use proptest::sample::{select, subsequence};
 use serde_json::{Value, json};
 use udplb::apply::Executor;
 use udplb::config::{
-    Action as TcAction, Config, Hash, Host, Key, Ports, Source, Strategy as Selection,
+    Action as TcAction, Config, Hash, Health, Host, Key, Ports, Source, Strategy as Selection,
 };
 use udplb::diff::{self, Action, Plan, Refusal};
 use udplb::netlink::Netlink;
@@ -50,6 +50,7 @@ fn rule(number: u16) -> impl Strategy<Value = Rule> {
         strategy: Selection::SrcIp,
         hash: Hash::Modulo,
         source: Source::Vip,
+        health: Health::Off,
         upstreams,
     })
 }

@@ -8,7 +8,7 @@ use super::document::{Entry, Node};
 use super::path::Trail;
 use super::scalar;
 use super::vocabulary::{self as words, Choice, Field, Root, Table, Word};
-use super::{Action, Hash, Key, Ports, Rule, Source, Strategy, Upstream};
+use super::{Action, Hash, Health, Key, Ports, Rule, Source, Strategy, Upstream};
 
 /// A file's content, as far as it could be understood.
 pub(super) struct Decoded {
@@ -99,6 +99,7 @@ struct Options {
     source: Said,
     strategy: Said,
     hash: Said,
+    health: Said,
 }
 
 impl Options {
@@ -109,6 +110,7 @@ impl Options {
             source: self.source.or(defaults.source),
             strategy: self.strategy.or(defaults.strategy),
             hash: self.hash.or(defaults.hash),
+            health: self.health.or(defaults.health),
         }
     }
 }
@@ -119,6 +121,7 @@ struct Chosen {
     strategy: Strategy,
     hash: Hash,
     source: Source,
+    health: Health,
 }
 
 /// Nothing to choose yet.
@@ -252,6 +255,7 @@ impl Decoder {
             strategy: chosen.strategy,
             hash: chosen.hash,
             source: chosen.source,
+            health: chosen.health,
             upstreams: upstreams?,
             at: at.path(),
         })
@@ -267,8 +271,15 @@ impl Decoder {
             Said::Nothing if !several => Some(Hash::Modulo),
             said => self.settle(said, &words::HASH, at),
         };
+        let health = self.settle(said.health, &words::HEALTH, at);
         mode?;
-        Some(Chosen { action: action?, source: source?, strategy: strategy?, hash: hash? })
+        Some(Chosen {
+            action: action?,
+            source: source?,
+            strategy: strategy?,
+            hash: hash?,
+            health: health?,
+        })
     }
 
     /// The value of an option after all defaults.
@@ -379,6 +390,7 @@ impl Decoder {
             source: self.choice(&fields, &words::SOURCE, at),
             strategy: self.choice(&fields, &words::STRATEGY, at),
             hash: self.choice(&fields, &words::HASH, at),
+            health: self.choice(&fields, &words::HEALTH, at),
         }
     }
 

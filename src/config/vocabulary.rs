@@ -210,6 +210,17 @@ pub static HASH: Choice = Choice {
     default_map: "maglev",
 };
 
+pub static HEALTH: Choice = Choice {
+    field: Field::new(
+        "health",
+        Shape::Choice(&HEALTH),
+        "Whether an upstream is left out while its next hop does not answer (`neighbour`). Needs `udplb arpd`.",
+    ),
+    words: &[Word::new("off"), Word::new("neighbour")],
+    default_list: "off",
+    default_map: "off",
+};
+
 pub static UPSTREAM_NAME: Field =
     Field::new("name", Shape::Name, "The upstream's name, unique in the rule.");
 pub static UPSTREAM_ADDRESS: Field =
@@ -237,8 +248,8 @@ pub static OPTIONS_MAP: Table = Table {
         &SOURCE.field,
         &STRATEGY.field,
         &HASH.field,
+        &HEALTH.field,
         &Field::later("fragments"),
-        &Field::later("health"),
         &Field::later("payload"),
     ],
 };

@@ -3,10 +3,12 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 pub mod lab;
-pub mod laboratory;
+
 pub mod net;
 pub mod packet;
+pub mod prelude;
 pub mod program;
+pub mod testbed;
 pub mod wire;
 
 use std::ffi::{CString, OsStr};

@@ -3,14 +3,16 @@
 use std::collections::BTreeMap;
 use std::mem::{MaybeUninit, size_of};
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenObject, ProgramInput};
+use libbpf_rs::{MapCore, MapFlags, MapMut, OpenObject};
 use udplb::bpf::{Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
 use udplb::nexthop::{self, Way};
 use udplb::plan::{Desired, Rule, RuleIds, assign_ids};
 use udplb::tables::Tables;
+
+use super::prelude::{FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL, Tag};
 
 /// Counters are read for ids below this; no configuration here gives more.
 const IDS: u32 = 32;
@@ -19,13 +21,16 @@ const IDS: u32 = 32;
 const ENTRIES: u32 = 64;
 const SLOT_LINES: u32 = 2;
 
-/// What the kernel is told of a packet besides its bytes.
+/// What there is to a packet besides its bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Context {
     /// Where it came in.
     pub ifindex: u32,
     pub gso_size: u32,
     pub gso_segs: u32,
+    pub tag: Option<Tag>,
+    /// How much of it came.
+    pub length: Option<usize>,
 }
 
 /// What became of a packet.
@@ -34,6 +39,7 @@ pub struct Run {
     /// What the program returned.
     pub action: i32,
     pub frame: Vec<u8>,
+    pub tag: Option<Tag>,
 }
 
 /// Packets and bytes by id and verdict, without those that are zero.
@@ -41,6 +47,7 @@ pub type Counted = BTreeMap<(u32, &'static str), (u64, u64)>;
 
 pub struct Program<'object> {
     skeleton: UdplbSkel<'object>,
+    prelude: Prelude,
 }
 
 impl<'object> Program<'object> {
@@ -57,7 +64,10 @@ impl<'object> Program<'object> {
         let skeleton = skeleton.load().expect("the program loads");
         let chunk = skeleton.maps.counters_chunk.as_fd().as_raw_fd();
         write(&skeleton.maps.counters, 0, &chunk.to_ne_bytes());
-        Program { skeleton }
+        let chunk = skeleton.maps.nexthops_chunk.as_fd().as_raw_fd();
+        write(&skeleton.maps.nexthops, 0, &chunk.to_ne_bytes());
+        let prelude = Prelude::new(skeleton.progs.udplb.as_fd());
+        Program { skeleton, prelude }
     }
 
     /// Puts one rule in the place of those that were there, forgets what was counted, and returns
@@ -68,15 +78,18 @@ impl<'object> Program<'object> {
         let tables = Tables::new(&desired, &ids);
         let maps = &self.skeleton.maps;
         clear(&maps.rules);
-        clear(&maps.nexthops);
+        write_all(&maps.nexthops_chunk, &[types::nexthop_slot::default(); IDS as usize]);
+        self.lease(false);
         for (key, rule) in &tables.rules {
             maps.rules.update(bytes_of(key), bytes_of(rule), MapFlags::ANY).expect("a rule");
         }
         write_all(&maps.slots, &tables.slots);
         write_all(&maps.upstreams, &tables.upstreams);
         if !ways.is_empty() {
-            let nexthops = MapHandle::try_from(&maps.nexthops).expect("a descriptor");
-            nexthop::write(&nexthops, &desired, &ids, ways).expect("next hops");
+            for (id, entry) in nexthop::entries(&desired, &ids, ways) {
+                let slot = types::nexthop_slot { copies: [entry; 2], ..Default::default() };
+                write(&maps.nexthops_chunk, id, bytes_of(&slot));
+            }
         }
         self.reset();
         ids.into_iter().next().expect("the ids of the one rule")
@@ -90,37 +103,34 @@ impl<'object> Program<'object> {
 
     /// Changes the entry that user space wrote for an upstream.
     pub fn change_nexthop(&self, id: u32, change: impl FnOnce(&mut types::nexthop)) {
-        let map = &self.skeleton.maps.nexthops;
+        let map = &self.skeleton.maps.nexthops_chunk;
         let bytes = map.lookup(&id.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
-        let mut entry = bytes.and_then(|bytes| from_bytes(&bytes)).expect("an entry");
-        change(&mut entry);
-        write(map, id, bytes_of(&entry));
+        let mut slot: types::nexthop_slot =
+            bytes.and_then(|bytes| from_bytes(&bytes)).expect("an entry");
+        // the other copy is to be left alone by whoever reads
+        slot.sequence = 1;
+        slot.copies[0] = types::nexthop::default();
+        change(&mut slot.copies[1]);
+        write(map, id, bytes_of(&slot));
+    }
+
+    /// Whether somebody vouches for what user space knows.
+    pub fn lease(&self, holds: bool) {
+        let until = if holds { u64::MAX / 2 } else { 0 };
+        let beat = types::heartbeat { until, until_ktime: 0 };
+        write(&self.skeleton.maps.heartbeat, 0, bytes_of(&beat));
     }
 
     /// # Panics
     /// The kernel refuses to run it.
     pub fn run(&self, frame: &[u8], context: Context) -> Run {
-        let mut room = vec![0; frame.len() + 256];
-        let mut kernel_context = MaybeUninit::<types::__sk_buff>::zeroed();
-        // SAFETY: all zeroes are a __sk_buff, and its padding stays zero.
-        let context_in = unsafe {
-            let fields = kernel_context.assume_init_mut();
-            fields.ifindex = context.ifindex;
-            fields.ingress_ifindex = context.ifindex;
-            fields.gso_size = context.gso_size;
-            fields.gso_segs = context.gso_segs;
-            let bytes = kernel_context.as_mut_ptr().cast::<u8>();
-            std::slice::from_raw_parts_mut(bytes, size_of::<types::__sk_buff>())
-        };
-        let input = ProgramInput {
-            context_in: Some(context_in),
-            data_in: Some(frame),
-            data_out: Some(&mut room),
-            ..Default::default()
-        };
-        let output = self.skeleton.progs.udplb.test_run(input).expect("the program runs");
-        let frame = output.data.map(|data| data.to_vec()).unwrap_or_default();
-        Run { action: output.return_value as i32, frame }
+        if context.tag.is_none() && context.length.is_none() {
+            return test_run(self.skeleton.progs.udplb.as_fd(), frame, context);
+        }
+        let prelude = self.prelude.load(context.length, context.tag);
+        let run = test_run(prelude.as_fd(), frame, context);
+        assert_ne!(run.action, FAILED, "the prelude with {context:?}");
+        run
     }
 
     /// Over all CPUs.
@@ -150,6 +160,43 @@ impl<'object> Program<'object> {
             chunk.update_percpu(&id.to_ne_bytes(), &zeroes, MapFlags::ANY).expect("an update");
         }
     }
+}
+
+fn test_run(program: BorrowedFd<'_>, frame: &[u8], context: Context) -> Run {
+    // in place: the kernel refuses other bytes than zeroes in the rest, padding included
+    let mut came = MaybeUninit::<types::__sk_buff>::zeroed();
+    let mut gone = MaybeUninit::<types::__sk_buff>::zeroed();
+    // SAFETY: all zeroes are a __sk_buff.
+    let fields = unsafe { came.assume_init_mut() };
+    fields.ifindex = context.ifindex;
+    fields.ingress_ifindex = context.ifindex;
+    fields.gso_size = context.gso_size;
+    fields.gso_segs = context.gso_segs;
+    let mut room = vec![0; frame.len() + 256];
+    let mut options = libbpf_sys::bpf_test_run_opts {
+        sz: size_of::<libbpf_sys::bpf_test_run_opts>() as libbpf_sys::size_t,
+        data_in: frame.as_ptr().cast(),
+        data_size_in: frame.len() as u32,
+        data_out: room.as_mut_ptr().cast(),
+        data_size_out: room.len() as u32,
+        ctx_in: came.as_ptr().cast(),
+        ctx_size_in: size_of::<types::__sk_buff>() as u32,
+        ctx_out: gone.as_mut_ptr().cast(),
+        ctx_size_out: size_of::<types::__sk_buff>() as u32,
+        ..Default::default()
+    };
+    // SAFETY: the buffers are of the lengths given, and outlive the call.
+    let error =
+        unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &raw mut options) };
+    assert_eq!(error, 0, "{}", std::io::Error::from_raw_os_error(-error));
+    room.truncate(options.data_size_out as usize);
+    // SAFETY: any bytes that the kernel wrote are a __sk_buff.
+    let report = unsafe { gone.assume_init_ref() }.cb;
+    let tag = (report[TAG_PRESENT] != 0).then_some(Tag {
+        protocol: u16::from_be(report[TAG_PROTOCOL] as u16),
+        control: report[TAG_CONTROL] as u16,
+    });
+    Run { action: options.retval as i32, frame: room, tag }
 }
 
 fn write(map: &MapMut<'_>, key: u32, value: &[u8]) {

@@ -1,10 +1,31 @@
 //! What leaves an interface, seen at the other end of the cable.
+//!
+//! The kernel takes a frame's VLAN tag out before anybody sees it; here it is put back.
 
 use std::io;
-use std::mem::{size_of, zeroed};
+use std::mem::{size_of, size_of_val, zeroed};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use super::Namespace;
+
+/// From linux/if_packet.h, for what comes with a frame.
+const PACKET_AUXDATA: i32 = 8;
+const TP_STATUS_VLAN_VALID: u32 = 1 << 4;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Auxiliary {
+    status: u32,
+    length: u32,
+    captured: u32,
+    mac: u16,
+    network: u16,
+    tag_control: u16,
+    tag_protocol: u16,
+}
+
+/// Where a frame has its type, and before it a tag.
+const TYPE: usize = 12;
 
 /// Follows what a test sent; has the type of IPv4, as all that is listened for.
 const SENTINEL: &[u8] = b"\x02\0\0\0\0\xff\x02\0\0\0\0\xff\x08\0the end of a test case";
@@ -18,20 +39,33 @@ pub struct Wire {
 impl Wire {
     /// From an interface of one namespace to one of another.
     pub fn new(near: (&Namespace, &str), far: (&Namespace, &str)) -> Wire {
-        let open = |(namespace, interface): (&Namespace, &str)| {
+        let open = |(namespace, interface): (&Namespace, &str), protocol| {
             let index = namespace.index(interface);
-            namespace.enter(|| listen(index)).unwrap_or_else(|error| panic!("{interface}: {error}"))
+            let socket = namespace.enter(|| open(index, protocol));
+            socket.unwrap_or_else(|error| panic!("{interface}: {error}"))
         };
-        Wire { near: open(near), far: open(far) }
+        // only a listener for all sees the tags
+        Wire { near: open(near, 0), far: open(far, libc::ETH_P_ALL as u16) }
     }
 
     /// The IPv4 frames that arrived since the last call; does not wait for more, as frames that
     /// one CPU sends stay in order.
     pub fn drain(&self) -> Vec<Vec<u8>> {
-        send(&self.near, SENTINEL);
+        self.send(SENTINEL);
         std::iter::repeat_with(|| receive(&self.far))
+            .filter(|frame| {
+                matches!(frame[TYPE..], [0x08, 0, ..] | [0x81, 0, ..] | [0x88, 0xa8, ..])
+            })
             .take_while(|frame| frame != SENTINEL)
             .collect()
+    }
+
+    /// Sends a frame the way that the program's go.
+    pub fn send(&self, frame: &[u8]) {
+        // SAFETY: the buffer is of the length given.
+        let sent =
+            unsafe { libc::send(self.near.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        assert_eq!(sent, frame.len() as isize, "send: {}", io::Error::last_os_error());
     }
 }
 
@@ -46,48 +80,63 @@ pub fn stay_on_this_cpu() {
     assert_eq!(result, 0, "sched_setaffinity: {}", io::Error::last_os_error());
 }
 
-/// A socket for whole IPv4 frames of an interface, in either direction.
-fn listen(index: u32) -> io::Result<OwnedFd> {
-    let protocol = (libc::ETH_P_IP as u16).to_be();
+/// A socket for the whole frames of an interface with that protocol, in either direction.
+fn open(index: u32, protocol: u16) -> io::Result<OwnedFd> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-    let patience = libc::timeval { tv_sec: 10, tv_usec: 0 };
-    // SAFETY: the structures are plain data of the lengths given, and outlive the calls.
-    unsafe {
-        let socket = result(libc::socket(libc::AF_PACKET, kind, protocol.into()))?;
-        let socket = OwnedFd::from_raw_fd(socket);
+    // SAFETY: the address is plain data of the length given, and outlives the call; the
+    // descriptor is nobody else's.
+    let socket = unsafe {
+        // hears nothing before it is bound
+        let socket = OwnedFd::from_raw_fd(result(libc::socket(libc::AF_PACKET, kind, 0))?);
         let mut address: libc::sockaddr_ll = zeroed();
         address.sll_family = libc::AF_PACKET as u16;
-        address.sll_protocol = protocol;
+        address.sll_protocol = protocol.to_be();
         address.sll_ifindex = index as i32;
         let length = size_of::<libc::sockaddr_ll>() as u32;
         result(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length))?;
-        result(libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVTIMEO,
-            (&raw const patience).cast(),
-            size_of::<libc::timeval>() as u32,
-        ))?;
-        Ok(socket)
-    }
+        socket
+    };
+    let patience = libc::timeval { tv_sec: 10, tv_usec: 0 };
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVTIMEO, &patience)?;
+    set_option(&socket, libc::SOL_PACKET, PACKET_AUXDATA, &1_i32)?;
+    Ok(socket)
+}
+
+fn set_option<T>(socket: &OwnedFd, level: i32, name: i32, value: &T) -> io::Result<i32> {
+    let length = size_of::<T>() as u32;
+    // SAFETY: the value is of the length given.
+    result(unsafe {
+        libc::setsockopt(socket.as_raw_fd(), level, name, std::ptr::from_ref(value).cast(), length)
+    })
 }
 
 fn result(value: i32) -> io::Result<i32> {
     if value < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
 }
 
-fn send(socket: &OwnedFd, frame: &[u8]) {
-    // SAFETY: the buffer is of the length given.
-    let sent = unsafe { libc::send(socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
-    assert_eq!(sent, frame.len() as isize, "send: {}", io::Error::last_os_error());
-}
-
+/// The next frame, as it was on the wire.
 fn receive(socket: &OwnedFd) -> Vec<u8> {
     let mut frame = vec![0; 1 << 16];
-    // SAFETY: the buffer is of the length given.
-    let length =
-        unsafe { libc::recv(socket.as_raw_fd(), frame.as_mut_ptr().cast(), frame.len(), 0) };
-    assert!(length >= 0, "recv: {}", io::Error::last_os_error());
-    frame.truncate(length as usize);
+    let mut control = [0_u64; 16];
+    let mut buffer = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() };
+    // SAFETY: the structures are plain data, and the buffers are of the lengths given; a control
+    // message is there as a whole where CMSG_FIRSTHDR finds one.
+    let (length, auxiliary) = unsafe {
+        let mut message: libc::msghdr = zeroed();
+        message.msg_iov = &raw mut buffer;
+        message.msg_iovlen = 1;
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = size_of_val(&control);
+        let length = libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0);
+        assert!(length >= 0, "recvmsg: {}", io::Error::last_os_error());
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        assert!(!header.is_null(), "a frame without its tag's whereabouts");
+        (length as usize, libc::CMSG_DATA(header).cast::<Auxiliary>().read_unaligned())
+    };
+    frame.truncate(length);
+    if auxiliary.status & TP_STATUS_VLAN_VALID != 0 {
+        let tag = [auxiliary.tag_protocol, auxiliary.tag_control].map(u16::to_be_bytes).concat();
+        frame.splice(TYPE..TYPE, tag);
+    }
     frame
 }

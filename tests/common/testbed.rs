@@ -6,12 +6,13 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::net::Ipv4Addr;
 
-use udplb::config::{Action, Hash, Host, Key, Ports, Source, Strategy};
+use udplb::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy};
 use udplb::nexthop::{Hop, Way};
 use udplb::plan::{Rule, RuleIds, Upstream};
 
 use super::Namespace;
 use super::packet::{Datagram, Mac, endpoint};
+use super::prelude::Tag;
 use super::program::{Context, Counted, Program, Run};
 use super::wire::{Wire, stay_on_this_cpu};
 
@@ -133,6 +134,10 @@ pub struct Case {
     pub known: Option<Way>,
     pub tamper: Option<Tamper>,
     pub packet: Packet,
+    /// A VLAN tag that is held beside the bytes.
+    pub tag: Option<Tag>,
+    /// How much of the packet comes, where that is not all.
+    pub length: Option<usize>,
     /// `gso_size` and `gso_segs`.
     pub gso: (u32, u32),
     pub fate: Fate,
@@ -151,6 +156,8 @@ impl Case {
             known: None,
             tamper: None,
             packet: packet.into(),
+            tag: None,
+            length: None,
             gso: (0, 0),
             fate,
             chosen: 0,
@@ -159,18 +166,20 @@ impl Case {
     }
 
     fn expected(&self, ids: &RuleIds) -> Outcome {
-        let frame = self.packet.frame();
+        let mut frame = self.packet.frame();
+        frame.truncate(self.length.unwrap_or(frame.len()));
         let count = self.count.unwrap_or((1, frame.len() as u64));
         let counted = self.counter(ids).map(|counter| (counter, count)).into_iter().collect();
-        let gone = self.departed();
         let pass = self.rule.action == Action::Pass;
-        let (action, frame, copies) = match (self.fate, gone) {
-            (_, Some(gone)) if pass => (UNSPEC, frame, vec![gone]),
-            (_, Some(gone)) => (REDIRECT, gone, Vec::new()),
-            (Fate::Dropped(..), None) if !pass => (SHOT, frame, Vec::new()),
-            (_, None) => (UNSPEC, frame, Vec::new()),
+        let stays = |action, frame| Run { action, frame, tag: self.tag };
+        let (run, copies) = match (self.fate, self.departed()) {
+            (_, Some(gone)) if pass => (stays(UNSPEC, frame), vec![gone]),
+            // without its tag
+            (_, Some(gone)) => (Run { action: REDIRECT, frame: gone, tag: None }, Vec::new()),
+            (Fate::Dropped(..), None) if !pass => (stays(SHOT, frame), Vec::new()),
+            (_, None) => (stays(UNSPEC, frame), Vec::new()),
         };
-        Outcome { run: Run { action, frame }, copies, counted }
+        Outcome { run, copies, counted }
     }
 
     fn counter(&self, ids: &RuleIds) -> Option<(u32, &'static str)> {
@@ -224,7 +233,8 @@ pub struct Outcome {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "returned {}, counted {:?}", self.run.action, self.counted)?;
+        let Run { action, tag, .. } = self.run;
+        writeln!(f, "returned {action}, tag {tag:x?}, counted {:?}", self.counted)?;
         writeln!(f, "  frame {}", hexadecimal(&self.run.frame))?;
         self.copies.iter().try_for_each(|copy| writeln!(f, "  copy  {}", hexadecimal(copy)))
     }
@@ -247,6 +257,7 @@ pub fn rule(action: Action, source: Source, upstream: Ipv4Addr) -> Rule {
         strategy: Strategy::SrcIpPort,
         hash: Hash::Modulo,
         source,
+        health: Health::Off,
         upstreams: vec![to(upstream, Some(9995))],
     }
 }
@@ -261,17 +272,17 @@ pub fn datagram() -> Datagram {
     Datagram { to: RELAY_MAC, ..Datagram::new(endpoint(CLIENT, 5666), endpoint(VIP, PORTS.first)) }
 }
 
-pub struct Laboratory<'object> {
+pub struct Testbed<'object> {
     pub program: Program<'object>,
-    wire: Wire,
+    pub wire: Wire,
     routing: u32,
     closed: u32,
     out: u32,
 }
 
-impl Laboratory<'_> {
+impl Testbed<'_> {
     /// Makes one, puts the test in it, and removes it.
-    pub fn with(test: impl FnOnce(&Laboratory<'_>) + Send) {
+    pub fn with(test: impl FnOnce(&Testbed<'_>) + Send) {
         let (relay, upstreams) = (Namespace::new(), Namespace::new());
         relay.link("out0", &upstreams, "relay0", true);
         for command in ADDRESSES {
@@ -286,7 +297,7 @@ impl Laboratory<'_> {
             stay_on_this_cpu();
             let mut object = MaybeUninit::uninit();
             let program = Program::load(&mut object);
-            test(&Laboratory { program, wire, routing, closed, out });
+            test(&Testbed { program, wire, routing, closed, out });
         });
     }
 
@@ -314,7 +325,8 @@ impl Laboratory<'_> {
             Ingress::Closed => self.closed,
         };
         let (gso_size, gso_segs) = case.gso;
-        let context = Context { ifindex, gso_size, gso_segs };
+        let (tag, length) = (case.tag, case.length);
+        let context = Context { ifindex, gso_size, gso_segs, tag, length };
         let run = self.program.run(&case.packet.frame(), context);
         (ids, Outcome { run, copies: self.wire.drain(), counted: self.program.counted() })
     }

@@ -1,0 +1,87 @@
+//! `udplb arpd`: keeps next hops resolved and fresh, and tells the program which are dead.
+//!
+//! [`keeper`] decides; this is the rim: it reads what the kernel has, carries out what is to be
+//! done, and renews the lease as long as both succeed. Events only make it look earlier: every
+//! interval it looks at everything.
+
+pub mod keeper;
+mod names;
+mod service;
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::MissedTickBehavior;
+
+use crate::cli::{Arpd, Global};
+use crate::failure::Result;
+use crate::netlink::Events;
+use crate::nexthop::PATIENCE;
+use crate::privileges;
+use service::Service;
+
+/// How often it looks whether something is due, or another generation serves.
+const TICK: Duration = Duration::from_millis(250);
+/// Events come in swarms: this long others are waited for.
+const SWARM: Duration = Duration::from_millis(10);
+
+/// Runs until SIGTERM or SIGINT, or once.
+pub async fn run(global: &Global, options: Arpd) -> Result<u8> {
+    privileges::require()?;
+    let mut service = Service::open(global, options)?;
+    service.look_at_everything().await;
+    if options.once {
+        settle(&mut service).await;
+        return Ok(0);
+    }
+    let result = serve(&mut service).await;
+    service.end();
+    result
+}
+
+/// Waits for neighbours to answer, as long as `apply` does.
+async fn settle(service: &mut Service) {
+    let end = Instant::now() + PATIENCE;
+    while !service.is_settled() && Instant::now() < end {
+        tokio::time::sleep(SWARM).await;
+        service.take_events().await;
+        service.work().await;
+    }
+}
+
+async fn serve(service: &mut Service) -> Result<u8> {
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("SIGHUP")?;
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    service.ready();
+    loop {
+        let Service { events, names, .. } = &mut *service;
+        tokio::select! {
+            biased;
+            _ = terminate.recv() => return Ok(0),
+            _ = interrupt.recv() => return Ok(0),
+            _ = hangup.recv() => {
+                service.look_at_everything().await;
+                service.resolve_names_now();
+            }
+            // the lease comes before the events, of which there may be many
+            _ = tick.tick() => service.tick().await?,
+            () = has_events(events) => {
+                tokio::time::sleep(SWARM).await;
+                service.take_events().await;
+            }
+            answer = names.answer() => service.renamed(answer).await,
+        }
+        service.work().await;
+    }
+}
+
+/// Waits until the kernel has something to tell.
+async fn has_events(events: &Events) {
+    if events.wait().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}

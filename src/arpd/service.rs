@@ -1,0 +1,651 @@
+//! What `arpd` reads and does.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::{self, File, TryLockError};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+use sd_notify::NotifyState;
+
+use super::keeper::{self, Action, Keeper, Now, Upstream};
+use super::names::{Answers, Names};
+use crate::bpf::{OBJECT_SHA256, types};
+use crate::cli::{Arpd, Global};
+use crate::failure::{Failure, Result};
+use crate::generation::{Generation, ProgramName};
+use crate::lease::Heartbeat;
+use crate::netlink::{Batches, Event, Events, Link, NeighbourKey, NeighbourRequest, Netlink};
+use crate::observe::{Observed, observe};
+use crate::state::{self, StateMaps};
+use crate::tc::{self, Slot};
+use crate::{apply, clock, diff, nexthop};
+
+/// Routes are not asked for more often than so many times as long as it takes: a routing daemon
+/// that changes thousands of them costs a twentieth of a CPU at most.
+const ROUTES_PAUSE: u32 = 20;
+/// How long another udplb that writes is waited for; what was to be done is done later.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+
+/// The generation that serves, and what goes with it.
+struct Serving {
+    generation: Generation,
+    maps: StateMaps,
+    heartbeat: Heartbeat,
+    /// By name: where the filter was seen last.
+    interfaces: BTreeMap<String, Seen>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    Missing,
+    /// On the interface with this index.
+    Attached(u32),
+    /// The interface is there, and the filter was taken off it.
+    Detached(u32),
+}
+
+/// The service's connections, and what it has read.
+pub struct Service {
+    pin_dir: PathBuf,
+    options: Arpd,
+    netlink: Netlink,
+    batches: Batches,
+    pub events: Events,
+    /// One arpd for each pin directory.
+    lock: File,
+    keeper: Keeper,
+    pub names: Names,
+    serving: Option<Serving>,
+    /// What `current` pointed at when the generation was read.
+    current: Option<PathBuf>,
+    stale: Stale,
+    routes_not_before: Instant,
+    round_due: Instant,
+    beat_due: Instant,
+    notified: Instant,
+    unwritten: Vec<(u32, keeper::Entry)>,
+    /// The last of what went wrong, by what was tried, so that it is told once.
+    troubles: BTreeMap<&'static str, String>,
+    status: String,
+}
+
+/// What has to be read again.
+#[derive(Clone, Copy, Default)]
+struct Stale {
+    links: bool,
+    routes: bool,
+    neighbours: bool,
+    generation: bool,
+    interfaces: bool,
+}
+
+impl Service {
+    /// # Errors
+    /// Another arpd serves these pins, or a privilege is missing.
+    pub fn open(global: &Global, options: Arpd) -> Result<Service> {
+        let guard = state::write(&global.pin_dir, global.lock_timeout)?;
+        let lock = lock(&guard.state())?;
+        drop(guard);
+        let now = Instant::now();
+        Ok(Service {
+            pin_dir: global.pin_dir.clone(),
+            options,
+            netlink: Netlink::open().context("netlink")?,
+            batches: Batches::open().context("netlink")?,
+            // before anything is read, so that nothing is missed
+            events: Events::open().context("netlink")?,
+            lock,
+            keeper: Keeper::new(options.probe_interval),
+            names: Names::new(options.resolve_interval),
+            serving: None,
+            current: None,
+            stale: Stale::default(),
+            routes_not_before: now,
+            round_due: now,
+            beat_due: now,
+            notified: now,
+            unwritten: Vec::new(),
+            troubles: BTreeMap::new(),
+            status: String::new(),
+        })
+    }
+
+    /// Tells that something failed, when it is new.
+    fn note(&mut self, what: &'static str, result: anyhow::Result<()>) {
+        let text = match result {
+            Ok(()) => {
+                self.troubles.remove(what);
+                return;
+            }
+            Err(error) => format!("{error:#}"),
+        };
+        if self.troubles.get(what) != Some(&text) {
+            log::warn!("{what}: {text}");
+            self.troubles.insert(what, text);
+        }
+    }
+
+    /// The service manager may go on.
+    pub fn ready(&mut self) {
+        let _ = sd_notify::notify(&[NotifyState::Ready]);
+        if let Some(serving) = &self.serving {
+            log::info!(
+                "generation {}: {} next hops of {} upstreams",
+                serving.generation.number,
+                self.keeper.neighbours(),
+                self.keeper.addresses().len()
+            );
+        } else {
+            log::info!("nothing is applied yet");
+        }
+        self.tell_status();
+    }
+
+    fn tell_status(&mut self) {
+        let down = self.keeper.count(types::health::HEALTH_DOWN);
+        let status = match &self.serving {
+            None => "nothing is applied".to_string(),
+            Some(serving) => format!(
+                "generation {}: {} next hops, {down} upstreams down",
+                serving.generation.number,
+                self.keeper.neighbours()
+            ),
+        };
+        if status != self.status {
+            let _ = sd_notify::notify(&[NotifyState::Status(&status)]);
+            self.status = status;
+        }
+    }
+
+    /// Takes what the kernel tells, and notes what has to be read again.
+    pub async fn take_events(&mut self) {
+        let taken = tokio::time::timeout(Duration::ZERO, self.events.take()).await;
+        let events = match taken {
+            Ok(Ok(events)) => events,
+            Ok(Err(error)) => {
+                self.note("events", Err(error.into()));
+                vec![Event::Lost]
+            }
+            // there are none
+            Err(_) => return,
+        };
+        let now = now();
+        for event in events {
+            match event {
+                Event::Neighbour(neighbour) => self.keeper.set_neighbour(neighbour, now),
+                Event::NeighbourGone(key) => self.keeper.remove_neighbour(key, now),
+                Event::Links => {
+                    (self.stale.links, self.stale.routes) = (true, true);
+                    self.stale.interfaces = true;
+                }
+                Event::Routes => self.stale.routes = true,
+                Event::Lost => {
+                    self.stale = Stale { generation: self.stale.generation, ..Stale::all() };
+                }
+            }
+        }
+    }
+
+    /// Several times a second: renews the lease, looks for another generation, and at its time at
+    /// everything.
+    ///
+    /// # Errors
+    /// Another arpd has taken over.
+    pub async fn tick(&mut self) -> Result<()> {
+        let instant = Instant::now();
+        if instant >= self.beat_due {
+            self.beat_due = instant + (self.options.lease / 4).min(Duration::from_secs(1));
+            let beat = self.serving.as_ref().map_or(Ok(()), |serving| serving.heartbeat.beat());
+            self.note("lease", beat);
+        }
+        if fs::read_link(self.pin_dir.join("current")).ok() != self.current {
+            self.stale.generation = true;
+            self.relock()?;
+        }
+        if instant >= self.round_due {
+            self.round_due = instant + self.options.interval;
+            let generation = self.stale.generation;
+            self.stale = Stale { generation, ..Stale::all() };
+            self.keeper.rewrite();
+        }
+        if let Some(serving) = &self.serving {
+            self.names.ask(&serving.generation.description.desired);
+        }
+        if sd_notify::watchdog_enabled().is_some_and(|most| self.notified.elapsed() >= most / 4) {
+            self.notified = instant;
+            let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+        }
+        Ok(())
+    }
+
+    /// `detach --purge` removes what the lock is on.
+    fn relock(&mut self) -> Result<()> {
+        let state = self.pin_dir.join("state");
+        let ours = self.lock.metadata().map(|meta| (meta.dev(), meta.ino())).ok();
+        let there = fs::metadata(&state).map(|meta| (meta.dev(), meta.ino())).ok();
+        if there.is_some() && there != ours {
+            self.lock = lock(&state)?;
+        }
+        Ok(())
+    }
+
+    pub fn resolve_names_now(&mut self) {
+        self.names.ask_now();
+    }
+
+    /// Reads everything anew.
+    pub async fn look_at_everything(&mut self) {
+        self.stale = Stale::all();
+        self.keeper.rewrite();
+        self.routes_not_before = Instant::now();
+        self.work().await;
+    }
+
+    /// Whether every neighbour has answered or given up.
+    pub fn is_settled(&self) -> bool {
+        self.keeper.is_settled()
+    }
+
+    /// Reads what is stale and does what is due.
+    pub async fn work(&mut self) {
+        if self.stale.generation {
+            let result = self.read_generation().await;
+            self.note("generation", result);
+        }
+        if self.stale.links {
+            let result = self.read_links().await;
+            self.note("interfaces", result);
+        }
+        if self.stale.routes && Instant::now() >= self.routes_not_before {
+            let result = self.read_routes().await;
+            self.note("routes", result);
+        }
+        if self.stale.neighbours {
+            let result = self.read_neighbours().await;
+            self.note("neighbours", result);
+        }
+        if self.stale.interfaces {
+            let result = self.read_interfaces().await;
+            self.note("attaching again", result);
+        }
+        self.keeper.tick(now());
+        let actions = self.keeper.actions();
+        if !actions.is_empty() {
+            self.carry_out(actions).await;
+        }
+        if !self.unwritten.is_empty() {
+            let result = self.write();
+            self.note("next hops", result);
+        }
+        self.tell_status();
+    }
+
+    async fn read_generation(&mut self) -> anyhow::Result<()> {
+        let guard = match state::read(&self.pin_dir, LOCK_PATIENCE) {
+            Ok(guard) => guard,
+            // an apply is under way; there is time for it until the next tick
+            Err(Failure::Locked(_)) => return Ok(()),
+            Err(failure) => bail!("{failure}"),
+        };
+        let current = fs::read_link(self.pin_dir.join("current")).ok();
+        let observed = observe(guard.as_ref(), &self.netlink).await?;
+        let maps = guard.as_ref().map(|guard| guard.maps()).transpose()?.flatten();
+        let found = observed.serving().and_then(|number| observed.generations.get(&number));
+        let found = found.filter(|generation| {
+            generation.intact && generation.description.namespace == observed.namespace
+        });
+        self.serving = match (found, maps) {
+            (Some(generation), Some(maps)) => Some(Serving {
+                interfaces: seen(generation, &observed),
+                generation: generation.clone(),
+                heartbeat: Heartbeat::load(&maps.heartbeat, self.options.lease)?,
+                maps,
+            }),
+            _ => None,
+        };
+        drop(guard);
+        self.current = current;
+        self.unwritten.clear();
+        self.take_up()?;
+        self.stale = Stale { generation: false, ..Stale::all() };
+        self.routes_not_before = Instant::now();
+        self.beat_due = Instant::now();
+        Ok(())
+    }
+
+    /// Hands the upstreams of the generation to the keeper. Where every filter was taken off
+    /// there are none to look after.
+    fn take_up(&mut self) -> anyhow::Result<()> {
+        let mut upstreams = Vec::new();
+        let mut ids = HashSet::new();
+        if let Some(serving) = &self.serving
+            && !serving.interfaces.values().all(|seen| matches!(seen, Seen::Detached(_)))
+        {
+            let description = &serving.generation.description;
+            for (rule, given) in description.desired.rules.iter().zip(&description.ids) {
+                for (upstream, id) in rule.upstreams.iter().zip(&given.upstreams) {
+                    if ids.insert(*id) {
+                        let known = serving.maps.nexthops.read(*id)?;
+                        upstreams.push((Upstream { id: *id, address: upstream.address }, known));
+                    }
+                }
+            }
+        }
+        self.keeper.set_upstreams(upstreams);
+        Ok(())
+    }
+
+    async fn read_links(&mut self) -> anyhow::Result<()> {
+        self.keeper.set_links(self.netlink.links().await?);
+        self.stale.links = false;
+        Ok(())
+    }
+
+    async fn read_routes(&mut self) -> anyhow::Result<()> {
+        let started = Instant::now();
+        self.stale.routes = false;
+        let addresses = self.keeper.addresses();
+        let paths = self.netlink.paths(&addresses).await;
+        let paths = addresses
+            .into_iter()
+            .zip(paths.into_iter().map(|paths| paths.map_err(|error| error.to_string())));
+        self.keeper.set_paths(paths.collect(), now());
+        self.routes_not_before = started + started.elapsed() * ROUTES_PAUSE;
+        // neighbours that nobody looked at so far may be known
+        self.stale.neighbours = true;
+        Ok(())
+    }
+
+    async fn read_neighbours(&mut self) -> anyhow::Result<()> {
+        let table = self.netlink.neighbours().await?;
+        let wanted = self.keeper.neighbours();
+        let known =
+            table.iter().filter(|entry| self.keeper.is_tracked((entry.ifindex, entry.address)));
+        let known = known.count();
+        self.keeper.set_neighbours(table, now());
+        self.stale.neighbours = false;
+        let table = self.netlink.neighbour_table().await?;
+        let others = (table.entries as usize).saturating_sub(known);
+        match keeper::overflow(wanted, others, table.threshold2, table.threshold3) {
+            // the others come and go, which is not worth telling each time
+            Some(_) if self.troubles.contains_key("neighbour table") => Ok(()),
+            Some(advice) => {
+                self.note("neighbour table", Err(anyhow!(advice)));
+                Ok(())
+            }
+            None => {
+                self.note("neighbour table", Ok(()));
+                Ok(())
+            }
+        }
+    }
+
+    /// Puts the filter back onto interfaces that were deleted and made again; one that it was
+    /// taken off stays without.
+    async fn read_interfaces(&mut self) -> anyhow::Result<()> {
+        self.stale.interfaces = false;
+        let Some(serving) = &self.serving else { return Ok(()) };
+        let found = hooks(&self.netlink, &serving.generation).await?;
+        let lost: Vec<String> = found
+            .iter()
+            .filter(|(name, seen)| is_made_again(serving.interfaces.get(*name), **seen))
+            .map(|(name, _)| name.clone())
+            .collect();
+        if lost.is_empty() {
+            let before = serving.interfaces.clone();
+            if let Some(serving) = &mut self.serving {
+                serving.interfaces.clone_from(&found);
+            }
+            if before != found {
+                self.take_up()?;
+                self.stale.routes = true;
+            }
+            return Ok(());
+        }
+        // until it has worked, what was seen before stands
+        self.stale.interfaces = true;
+        let guard = match state::write(&self.pin_dir, LOCK_PATIENCE) {
+            Ok(guard) => guard,
+            Err(Failure::Locked(_)) => return Ok(()),
+            Err(failure) => bail!("{failure}"),
+        };
+        let observed = observe(Some(&guard), &self.netlink).await?;
+        if observed.serving() != Some(serving.generation.number) {
+            self.stale.generation = true;
+            return Ok(());
+        }
+        let plan = diff::attach_again(&observed, &lost).map_err(|refusal| anyhow!("{refusal}"))?;
+        let ways = BTreeMap::new();
+        let mut executor = apply::Executor::new(&guard, &self.netlink, &observed, &ways);
+        executor.run(&plan.actions, &mut apply::log).await?;
+        self.stale.generation = true;
+        self.stale.interfaces = false;
+        Ok(())
+    }
+
+    async fn carry_out(&mut self, actions: Vec<Action>) {
+        let mut requests = Vec::new();
+        for action in actions {
+            match action {
+                Action::Ask(key, request) => requests.push((key, request)),
+                Action::Write(id, entry) => self.unwritten.push((id, entry)),
+                Action::Tell { trouble: true, text } => log::warn!("{text}"),
+                Action::Tell { trouble: false, text } => log::info!("{text}"),
+            }
+        }
+        if !requests.is_empty() {
+            self.ask(&requests).await;
+        }
+    }
+
+    async fn ask(&mut self, requests: &[(NeighbourKey, NeighbourRequest)]) {
+        let results = match self.batches.neighbours(requests) {
+            Ok(results) => results,
+            Err(error) => {
+                // answers of this one must not be taken for those of the next
+                if let Ok(batches) = Batches::open() {
+                    self.batches = batches;
+                }
+                return self.note("asking neighbours", Err(error.into()));
+            }
+        };
+        let mut plainly = Vec::new();
+        for ((key, request), result) in requests.iter().zip(results) {
+            let Err(error) = result else { continue };
+            match (request, error.raw_os_error()) {
+                (NeighbourRequest::Keep, Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
+                    plainly.push(*key);
+                }
+                (NeighbourRequest::Keep, Some(libc::ENOBUFS)) => {
+                    let advice = "it is full: raise the sysctl net.ipv4.neigh.default.gc_thresh3";
+                    if !self.troubles.contains_key("neighbour table") {
+                        self.note("neighbour table", Err(anyhow!(advice)));
+                    }
+                }
+                // it went away meanwhile; events tell
+                _ => log::debug!("neighbour {}: {error}", key.1),
+            }
+        }
+        self.netlink.solicit(&plainly).await;
+    }
+
+    /// Writes next hops, unless another udplb is at work: then later. The shared lock keeps an
+    /// apply out, and what serves is still what was read.
+    fn write(&mut self) -> anyhow::Result<()> {
+        let guard = match state::read(&self.pin_dir, Duration::ZERO) {
+            Ok(Some(guard)) => guard,
+            Ok(None) => {
+                self.unwritten.clear();
+                return Ok(());
+            }
+            Err(Failure::Locked(_)) => return Ok(()),
+            Err(failure) => bail!("{failure}"),
+        };
+        if fs::read_link(self.pin_dir.join("current")).ok() != self.current {
+            self.stale.generation = true;
+            return Ok(());
+        }
+        if let Some(serving) = &self.serving {
+            for (id, entry) in &self.unwritten {
+                serving.maps.nexthops.write(*id, &entry.0)?;
+            }
+        }
+        drop(guard);
+        self.unwritten.clear();
+        Ok(())
+    }
+
+    /// Names stand for other addresses: builds a generation with them, as `apply` would.
+    pub async fn renamed(&mut self, answers: Answers) {
+        let Some(serving) = &self.serving else { return };
+        let description = &serving.generation.description;
+        let changed = self.names.changed(&description.desired, &answers);
+        if changed.is_empty() {
+            self.troubles.remove("names");
+            return;
+        }
+        let (desired, refused) = description.desired.renamed(&changed);
+        if !refused.is_empty() {
+            let text = refused.join("; ");
+            return self.note("names", Err(anyhow!("{text}; what served before stays")));
+        }
+        let number = serving.generation.number;
+        let texts: Vec<String> =
+            changed.iter().map(|(name, address)| format!("{name} is now {address}")).collect();
+        let result = self.renew(number, &desired).await;
+        if let Ok(Some(renewed)) = &result {
+            log::info!("{}: generation {number} -> {renewed}", texts.join(", "));
+        }
+        self.note("names", result.map(drop));
+    }
+
+    async fn renew(
+        &mut self,
+        number: u32,
+        desired: &crate::plan::Desired,
+    ) -> anyhow::Result<Option<u32>> {
+        let ways = nexthop::resolve(&self.netlink, &desired.addresses()).await?;
+        if let Some((address, _)) = ways.iter().find(|(_, way)| **way == nexthop::Way::Local) {
+            bail!("{address} is an address of this host, which is no upstream");
+        }
+        let guard = match state::write(&self.pin_dir, LOCK_PATIENCE) {
+            Ok(guard) => guard,
+            Err(Failure::Locked(_)) => return Ok(None),
+            Err(failure) => bail!("{failure}"),
+        };
+        let observed = observe(Some(&guard), &self.netlink).await?;
+        let Some(serving) = observed.serving().and_then(|other| observed.generations.get(&other))
+        else {
+            bail!("nothing is applied any more");
+        };
+        self.stale.generation = true;
+        if serving.number != number {
+            // somebody was faster, and has asked for the names too
+            return Ok(None);
+        }
+        if serving.description.object != OBJECT_SHA256 {
+            bail!("generation {number} was built by another udplb: restart arpd");
+        }
+        let plan = diff::renew(&observed, desired, &serving.description.file)
+            .map_err(|refusal| anyhow!("{refusal}"))?;
+        let outcome = apply::reconcile(&guard, &self.netlink, &observed, &plan, &ways).await?;
+        Ok(Some(outcome.generation))
+    }
+
+    /// Leaves the neighbours to the kernel as ordinary entries. The lease runs out by itself: an
+    /// arpd that is restarted changes nothing.
+    pub fn end(&mut self) {
+        let _ = sd_notify::notify(&[NotifyState::Stopping]);
+        let requests: Vec<(NeighbourKey, NeighbourRequest)> = self
+            .keeper
+            .release_all()
+            .into_iter()
+            .filter_map(|action| match action {
+                Action::Ask(key, request) => Some((key, request)),
+                _ => None,
+            })
+            .collect();
+        if let Err(error) = self.batches.neighbours(&requests) {
+            log::warn!("letting go of the neighbours: {error}");
+        }
+    }
+}
+
+impl Stale {
+    fn all() -> Stale {
+        Stale { links: true, routes: true, neighbours: true, generation: true, interfaces: true }
+    }
+}
+
+fn now() -> Now {
+    Now { instant: Instant::now(), seconds: clock::now() as u32 }
+}
+
+fn lock(directory: &std::path::Path) -> Result<File> {
+    let file = File::open(directory).with_context(|| directory.display().to_string())?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Failure::Locked(format!(
+            "another arpd looks after {} (fuser {} shows which)",
+            directory.display(),
+            directory.display()
+        ))),
+        Err(TryLockError::Error(error)) => {
+            Err(anyhow!(error).context(directory.display().to_string()).into())
+        }
+    }
+}
+
+/// Where the generation's filter is, of the interfaces that it is meant for.
+fn seen(generation: &Generation, observed: &Observed) -> BTreeMap<String, Seen> {
+    let interfaces = generation.description.desired.interfaces.iter();
+    interfaces
+        .map(|name| {
+            let seen = match observed.interfaces.get(name) {
+                None => Seen::Missing,
+                Some(interface) => match interface.hook.slot {
+                    Slot::Empty => Seen::Detached(interface.index),
+                    _ => Seen::Attached(interface.index),
+                },
+            };
+            (name.clone(), seen)
+        })
+        .collect()
+}
+
+/// The same, asked of the kernel for these interfaces alone.
+async fn hooks(
+    netlink: &Netlink,
+    generation: &Generation,
+) -> anyhow::Result<BTreeMap<String, Seen>> {
+    let programs: [(u32, ProgramName); 1] =
+        [(generation.number, generation.description.program.clone())];
+    let links: Vec<Link> = netlink.links().await?;
+    let qdiscs: BTreeMap<u32, _> = netlink.qdiscs().await?.into_iter().collect();
+    let mut found = BTreeMap::new();
+    for name in &generation.description.desired.interfaces {
+        let seen = match links.iter().find(|link| link.name == *name) {
+            None => Seen::Missing,
+            Some(link) => {
+                let qdisc = qdiscs.get(&link.index).copied();
+                match tc::hook(netlink, link.index, qdisc, &programs).await?.slot {
+                    Slot::Empty => Seen::Detached(link.index),
+                    _ => Seen::Attached(link.index),
+                }
+            }
+        };
+        found.insert(name.clone(), seen);
+    }
+    Ok(found)
+}
+
+/// An interface without the filter that is not the one that was there before.
+fn is_made_again(before: Option<&Seen>, now: Seen) -> bool {
+    match (before, now) {
+        (Some(Seen::Missing), Seen::Detached(_)) => true,
+        (Some(Seen::Attached(old)), Seen::Detached(new)) => *old != new,
+        _ => false,
+    }
+}
