@@ -116,6 +116,9 @@ fn ensure_bpffs(path: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     let how = format!("mount it with: mount -t bpf bpf {}", parent.display());
+    if !names(parent)?.is_empty() {
+        bail!("{} is not a bpffs, and mounting one would hide what is in it", parent.display());
+    }
     // SAFETY: constant C strings and a path that outlives the call.
     let result = unsafe {
         let target = std::ffi::CString::new(parent.as_os_str().as_encoded_bytes())?;
