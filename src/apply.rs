@@ -185,6 +185,7 @@ impl<'a> Executor<'a> {
         let interface = interface.to_string();
         let before = match replaces {
             Slot::Generation(number) => self.program(*number).ok(),
+            Slot::Orphan { program, .. } => crate::bpf::program_by_id(*program).ok(),
             _ => None,
         };
         match before {

@@ -34,6 +34,20 @@ impl Chunks {
         self.state.join(format!("{}-{chunk}", self.name))
     }
 
+    /// Every chunk that the program uses is pinned; without one of them the table can neither be
+    /// read nor grow. One that is pinned only was made by an apply that went no further.
+    pub fn is_whole(&self) -> anyhow::Result<bool> {
+        for index in 0..=self.chunks.len() {
+            let key = u32::try_from(index)?.to_ne_bytes();
+            let Some(used) = self.outer.lookup(&key, MapFlags::ANY)? else { continue };
+            match self.chunks.get(index) {
+                Some(chunk) if used == map_id(chunk)?.to_ne_bytes() => {}
+                _ => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
     /// The map that the program looks into.
     pub fn outer(&self) -> &MapHandle {
         &self.outer
@@ -54,7 +68,7 @@ impl Chunks {
         }
         let mut missing = Vec::new();
         for (index, chunk) in (0_u32..).zip(&self.chunks) {
-            let id = MapInfo::new(chunk.as_fd())?.info.id;
+            let id = map_id(chunk)?;
             let linked = self.outer.lookup(&index.to_ne_bytes(), MapFlags::ANY)?;
             if linked != Some(id.to_ne_bytes().to_vec()) {
                 missing.push((index, chunk.as_fd().as_raw_fd()));
@@ -96,4 +110,8 @@ impl Chunks {
         let width = self.chunks.first()?.max_entries();
         Some((self.chunks.get((id / width) as usize)?, id % width))
     }
+}
+
+fn map_id(map: &MapHandle) -> anyhow::Result<u32> {
+    Ok(MapInfo::new(map.as_fd())?.info.id)
 }

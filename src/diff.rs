@@ -311,7 +311,7 @@ fn switch(
             Slot::Foreign(filter) => {
                 return Err(Refusal::Foreign { interface: name.clone(), filter: filter.clone() });
             }
-            Slot::Orphan(filter) if !force => {
+            Slot::Orphan { filter, .. } if !force => {
                 return Err(Refusal::Orphan { interface: name.clone(), filter: filter.clone() });
             }
             _ => {}

@@ -127,6 +127,11 @@ impl NextHops {
         Ok(NextHops(Chunks::open(outer, state, "nexthops")?))
     }
 
+    /// See [`Chunks::is_whole`].
+    pub fn is_whole(&self) -> anyhow::Result<bool> {
+        self.0.is_whole()
+    }
+
     /// The map that the program looks into.
     pub fn outer(&self) -> &MapHandle {
         self.0.outer()

@@ -209,7 +209,7 @@ fn trouble(observed: &Observed, serving: Option<&Generation>) -> Vec<String> {
             Slot::Empty => {
                 trouble.push(format!("{name}: not attached; apply the file again"));
             }
-            Slot::Orphan(filter) | Slot::Foreign(filter) => {
+            Slot::Orphan { filter, .. } | Slot::Foreign(filter) => {
                 trouble.push(format!("{name}: another filter has its place: {filter}"));
             }
         }

@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use anyhow::Context;
 
 use crate::generation::ProgramName;
-use crate::netlink::{Direction, Filter, Netlink, Qdisc};
+use crate::netlink::{Direction, ETH_P_ALL, Filter, Netlink, Qdisc};
 use crate::state::WriteGuard;
 
 /// Where the filter sits on the hook. Filters of a lower priority run before it, and those of a
@@ -21,8 +21,11 @@ pub enum Slot {
     Empty,
     /// A generation's program.
     Generation(u32),
-    /// A filter with our name whose generation is gone.
-    Orphan(String),
+    /// A filter with our name whose generation is gone; the program still runs.
+    Orphan {
+        program: u32,
+        filter: String,
+    },
     /// Somebody else's.
     Foreign(String),
 }
@@ -46,10 +49,9 @@ pub fn judge(
 ) -> Hook {
     let mut hook = Hook { qdisc, slot: Slot::Empty, shared: !egress.is_empty() };
     for filter in ingress {
-        if (filter.priority, filter.handle) != (PRIORITY, HANDLE) {
+        if (filter.chain, filter.priority, filter.handle) != (0, PRIORITY, HANDLE) {
             hook.shared = true;
-            // a priority belongs to one kind of filter
-            if filter.priority == PRIORITY && filter.kind != "bpf" && hook.slot == Slot::Empty {
+            if takes_priority(filter) && hook.slot == Slot::Empty {
                 hook.slot = Slot::Foreign(describe(filter));
             }
             continue;
@@ -60,11 +62,19 @@ pub fn judge(
         });
         hook.slot = match (own, &filter.program) {
             (Some(number), _) => Slot::Generation(number),
-            (None, Some(program)) if program.name == NAME => Slot::Orphan(describe(filter)),
+            (None, Some(program)) if program.name == NAME => {
+                Slot::Orphan { program: program.id, filter: describe(filter) }
+            }
             _ => Slot::Foreign(describe(filter)),
         };
     }
     hook
+}
+
+/// A priority belongs to one kind of filter and one protocol.
+fn takes_priority(filter: &Filter) -> bool {
+    (filter.chain, filter.priority) == (0, PRIORITY)
+        && (filter.kind.as_str(), filter.protocol) != ("bpf", ETH_P_ALL)
 }
 
 fn describe(filter: &Filter) -> String {
