@@ -13,13 +13,10 @@ ports = itertools.count(40000)
 def copied(timeout):
     # Copies do not wait for a neighbour: new ones are sent until one arrives.
     port = next(ports)
-    up.execute("true")
-    client.execute(
-        f"timeout {timeout} python3 /etc/udp.py send 10.1.0.2 2055 --from {port}"
-        f" --count 100000 --interval 0.1 >/dev/null 2>&1 &"
-    )
+    send = f"python3 /etc/udp.py send 10.1.0.2 2055 --from {port} --interval 0.1 --until /tmp/{port}"
+    client.succeed(f"timeout {timeout} {send} >/dev/null 2>&1 &")
     up.wait_until_succeeds(f"grep -q ' {port}-' /tmp/got", timeout=timeout)
-    client.execute(f"pkill -f 'from {port}'")
+    client.succeed(f"touch /tmp/{port}")
     return port
 
 
