@@ -66,6 +66,10 @@ pub struct UpstreamStatus {
     pub address: Ipv4Addr,
     pub port: Option<u16>,
     pub next_hop: Option<NextHopStatus>,
+    /// What arpd makes of it: `up`, `stale`, `down`; only as long as arpd runs.
+    pub health: Option<&'static str>,
+    /// Since when, in seconds since 1970.
+    pub since: Option<u32>,
     pub counters: Value,
     #[serde(skip)]
     endpoint: String,
@@ -82,10 +86,6 @@ pub struct NextHopStatus {
     pub state: Option<String>,
     /// Seconds since it last answered the kernel.
     pub age: Option<u64>,
-    /// What arpd makes of it: `up`, `stale`, `down`; only as long as arpd runs.
-    pub health: Option<&'static str>,
-    /// Since when, in seconds since 1970.
-    pub since: Option<u32>,
 }
 
 /// What was read beside the pins.
@@ -149,15 +149,11 @@ struct View<'a> {
 impl RuleStatus {
     /// The upstreams that do not answer, in words.
     fn down(&self) -> impl Iterator<Item = String> {
-        self.upstreams.iter().filter_map(|upstream| {
-            let hop = upstream.next_hop.as_ref();
-            let since = match hop {
-                Some(hop) if hop.health == Some("down") => hop.since,
-                _ => return None,
-            };
-            let since =
-                since.map_or(String::new(), |at| format!(" since {}", clock::utc(at.into())));
-            Some(format!("{}: {} is down{since}", self.name, upstream.label))
+        let down = self.upstreams.iter().filter(|upstream| upstream.health == Some("down"));
+        down.map(|upstream| {
+            let since = upstream.since.filter(|since| *since > 0);
+            let since = since.map(|since| format!(" since {}", clock::utc(since.into())));
+            format!("{}: {} is down{}", self.name, upstream.label, since.unwrap_or_default())
         })
     }
 }
@@ -254,11 +250,14 @@ fn upstream_status(
 ) -> anyhow::Result<UpstreamStatus> {
     let counts = view.maps.counters.read(id)?;
     let entry = view.maps.nexthops.read(id).context("next hops")?;
+    let health = view.vouched.then(|| health(&entry)).flatten();
     Ok(UpstreamStatus {
         label: upstream.label(),
         address: upstream.address,
         port: upstream.port,
         next_hop: next_hop(&entry, view),
+        health,
+        since: health.map(|_| entry.since),
         counters: by_verdict(&counts),
         endpoint: changes::endpoint(upstream),
         counts,
@@ -276,22 +275,23 @@ fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
         .find(|neighbour| neighbour.state != NudState::None);
     let written = (entry.macs != types::macs::MACS_UNKNOWN).then_some(entry.destination);
     let mac = written.or_else(|| neighbour?.mac);
-    let health = match entry.health {
-        _ if !view.vouched => None,
-        types::health::HEALTH_UP => Some("up"),
-        types::health::HEALTH_STALE => Some("stale"),
-        types::health::HEALTH_DOWN => Some("down"),
-        _ => None,
-    };
     Some(NextHopStatus {
         interface: interface.clone(),
         gateway,
         mac: mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
         state: neighbour.map(|neighbour| neighbour.state.to_string()),
         age: neighbour.and_then(|neighbour| neighbour.confirmed).map(|age| age.as_secs()),
-        health,
-        since: health.map(|_| entry.since),
     })
+}
+
+/// What arpd makes of the upstream.
+fn health(entry: &types::nexthop) -> Option<&'static str> {
+    match entry.health {
+        types::health::HEALTH_UP => Some("up"),
+        types::health::HEALTH_STALE => Some("stale"),
+        types::health::HEALTH_DOWN => Some("down"),
+        _ => None,
+    }
 }
 
 impl NextHopStatus {
@@ -305,9 +305,6 @@ impl NextHopStatus {
         }
         if let (Some(age), Some(_)) = (self.age, &self.mac) {
             text += &format!(" {}", clock::age(age));
-        }
-        if let Some(health) = self.health.filter(|health| *health != "up") {
-            text += &format!(" ({health})");
         }
         text
     }
@@ -385,7 +382,10 @@ impl Status {
             ));
             for upstream in &rule.upstreams {
                 let hop = upstream.next_hop.as_ref();
-                let via = hop.map_or("no route".into(), NextHopStatus::text);
+                let mut via = hop.map_or("no route".into(), NextHopStatus::text);
+                if let Some(health) = upstream.health.filter(|health| *health != "up") {
+                    via += &format!(" ({health})");
+                }
                 table.add_row(row(
                     [String::new(), String::new(), upstream.endpoint.clone(), via],
                     &upstream.counts,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, TryLockError};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
@@ -58,8 +58,8 @@ pub struct Service {
     keeper: Keeper,
     pub names: Names,
     serving: Option<Serving>,
-    /// What `current` pointed at when the generation was read.
-    current: Option<PathBuf>,
+    /// The symlink `current` as it was when the generation was read.
+    current: Option<u64>,
     stale: Stale,
     routes_not_before: Instant,
     round_due: Instant,
@@ -200,7 +200,7 @@ impl Service {
             let beat = self.serving.as_ref().map_or(Ok(()), |serving| serving.heartbeat.beat());
             self.note("lease", beat);
         }
-        if fs::read_link(self.pin_dir.join("current")).ok() != self.current {
+        if current(&self.pin_dir) != self.current {
             self.stale.generation = true;
             self.relock()?;
         }
@@ -289,7 +289,7 @@ impl Service {
             Err(Failure::Locked(_)) => return Ok(()),
             Err(failure) => bail!("{failure}"),
         };
-        let current = fs::read_link(self.pin_dir.join("current")).ok();
+        let symlink = current(&self.pin_dir);
         let observed = observe(guard.as_ref(), &self.netlink).await?;
         let maps = guard.as_ref().map(|guard| guard.maps()).transpose()?.flatten();
         let found = observed.serving().and_then(|number| observed.generations.get(&number));
@@ -311,7 +311,7 @@ impl Service {
             _ => None,
         };
         drop(guard);
-        self.current = current;
+        self.current = symlink;
         self.unwritten.clear();
         self.take_up()?;
         self.stale = Stale { generation: false, ..Stale::all() };
@@ -488,7 +488,7 @@ impl Service {
             Err(Failure::Locked(_)) => return Ok(()),
             Err(failure) => bail!("{failure}"),
         };
-        if fs::read_link(self.pin_dir.join("current")).ok() != self.current {
+        if current(&self.pin_dir) != self.current {
             self.stale.generation = true;
             return Ok(());
         }
@@ -588,7 +588,13 @@ fn now() -> Now {
     Now { instant: Instant::now(), seconds: clock::now() as u32 }
 }
 
-fn lock(directory: &std::path::Path) -> Result<File> {
+/// Which symlink `current` is: every apply and rollback makes another, though it may point at
+/// the same number.
+fn current(pin_dir: &Path) -> Option<u64> {
+    fs::symlink_metadata(pin_dir.join("current")).map(|symlink| symlink.ino()).ok()
+}
+
+fn lock(directory: &Path) -> Result<File> {
     let file = File::open(directory).with_context(|| directory.display().to_string())?;
     match file.try_lock() {
         Ok(()) => Ok(file),

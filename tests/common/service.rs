@@ -83,22 +83,31 @@ impl Drop for Arpd {
 }
 
 impl Lab {
-    /// The next hop of an upstream, by its label, as `status` has it.
-    pub fn next_hop(&self, label: &str) -> Value {
+    /// An upstream, by its label, as `status` has it.
+    pub fn upstream_status(&self, label: &str) -> Value {
         let status = self.status();
         let rules = status["rules"].as_array().expect("rules");
         let mut upstreams =
             rules.iter().flat_map(|rule| rule["upstreams"].as_array().expect("upstreams"));
         let upstream = upstreams.find(|upstream| upstream["label"] == label);
-        upstream.unwrap_or_else(|| panic!("no {label} in {status:#}"))["next_hop"].clone()
+        upstream.unwrap_or_else(|| panic!("no {label} in {status:#}")).clone()
+    }
+
+    /// Its next hop.
+    pub fn next_hop(&self, label: &str) -> Value {
+        self.upstream_status(label)["next_hop"].clone()
     }
 
     /// Waits until a field of an upstream's next hop has a value.
     #[track_caller]
     pub fn await_hop(&self, label: &str, field: &str, value: &str) {
-        until(&format!("{field} of {label} is {value}: {}", self.next_hop(label)), || {
-            self.next_hop(label)[field] == value
-        });
+        until(&format!("{field} of {label} is {value}"), || self.next_hop(label)[field] == value);
+    }
+
+    /// Waits until an upstream is up or down.
+    #[track_caller]
+    pub fn await_health(&self, label: &str, health: &str) {
+        until(&format!("{label} is {health}"), || self.upstream_status(label)["health"] == health);
     }
 
     /// The kernel's entry for a neighbour of the relay.
