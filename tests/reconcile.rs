@@ -515,7 +515,7 @@ fn a_failing_take_over_leaves_the_orphan_serving() {
     fs::remove_dir_all(lab.bpffs.pins().join("generations/1")).expect("pins");
     let before = lab.filters("eth0");
     let desired = wanted(&with_interfaces(to_port(7002), &["eth0", "up0"]));
-    let plan = |observed: &Observed| diff::apply(observed, &desired, "x", true);
+    let plan = |observed: &Observed| diff::apply(observed, &desired, &Origin::default(), true);
     for stop in 0.. {
         match carry_out(&lab, &plan, stop, Trouble::Failure) {
             Ok(_) => break,
@@ -537,7 +537,8 @@ fn a_crash_at_any_action_of_the_executor_is_healed() {
     let mut stop = 0;
     'all: loop {
         for (desired, config) in &configurations {
-            let plan = |observed: &Observed| diff::apply(observed, desired, "x", false);
+            let plan =
+                |observed: &Observed| diff::apply(observed, desired, &Origin::default(), false);
             let crash =
                 std::panic::AssertUnwindSafe(|| carry_out(&lab, &plan, stop, Trouble::Crash));
             if let Ok(done) = std::panic::catch_unwind(crash) {
