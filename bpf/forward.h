@@ -36,6 +36,11 @@ static __always_inline void copy_macs(void *to, const void *from)
 	*(__u32 *)(to + 8) = *(const __u32 *)(from + 8);
 }
 
+static __always_inline bool is_same_address(const __be32 *one, const __be32 *other)
+{
+	return !((one[0] ^ other[0]) | (one[1] ^ other[1]) | (one[2] ^ other[2]) | (one[3] ^ other[3]));
+}
+
 static __always_inline const struct nexthop_slot *nexthop_slot(const struct upstream *upstream)
 {
 	__u32 chunk = upstream->id / NEXTHOPS_PER_CHUNK, index = upstream->id % NEXTHOPS_PER_CHUNK;
@@ -70,28 +75,54 @@ static __always_inline bool is_down(const struct upstream *upstream)
 	return known->address == upstream->address && known->health == HEALTH_DOWN && lease_holds();
 }
 
-/* The way that user space resolved, with `macs` as it left them; false where there is none. */
-static __always_inline bool known_way(const struct upstream *upstream, struct way *way, __u16 *mtu,
-				      enum macs *macs)
+/* The way that user space vouches for; false where it does not, or no longer. */
+static __always_inline bool leased_way(const struct upstream *upstream, struct way *way, __u16 *mtu)
+{
+	const struct nexthop_slot *slot;
+	const struct nexthop *known;
+	__u32 sequence;
+
+	if (!lease_holds() || !(slot = nexthop_slot(upstream)))
+		return false;
+	sequence = sequence_of(slot);
+	known = &slot->copies[sequence & 1];
+	if (known->address != upstream->address || known->macs != MACS_FRESH)
+		return false;
+	way->ifindex = known->ifindex;
+	copy_macs(way->frame, known->destination);
+	*mtu = known->mtu;
+	/* two writes since: what was read may be a mixture */
+	return sequence_of(slot) == sequence;
+}
+
+/*
+ * What user space resolved once, where the kernel's routing knows no MAC address (`routed`:
+ * `way` has interface and gateway) or does not route at all.
+ */
+static __noinline enum verdict expired_way(const struct upstream *upstream, struct way *way, __u32 length,
+					   bool routed)
 {
 	const struct nexthop_slot *slot = nexthop_slot(upstream);
 	const struct nexthop *known;
 	__u32 sequence;
 
 	if (!slot)
-		return false;
+		return routed ? VERDICT_NO_NEIGHBOUR : VERDICT_NO_ROUTE;
 	sequence = sequence_of(slot);
 	known = &slot->copies[sequence & 1];
 	if (known->address != upstream->address || !known->ifindex)
-		return false;
+		return routed ? VERDICT_NO_NEIGHBOUR : VERDICT_NO_ROUTE;
+	if (routed && (known->ifindex != way->ifindex || !is_same_address(known->gateway, way->gateway)))
+		return VERDICT_NO_NEIGHBOUR;
 	way->ifindex = known->ifindex;
 	way->family = known->family;
 	__builtin_memcpy(way->gateway, known->gateway, sizeof(way->gateway));
 	copy_macs(way->frame, known->destination);
-	*mtu = known->mtu;
-	*macs = known->macs;
-	/* two writes since: what was read may be a mixture */
-	return sequence_of(slot) == sequence;
+	if (known->mtu && length > known->mtu)
+		return VERDICT_MTU;
+	if (known->macs == MACS_UNKNOWN || sequence_of(slot) != sequence)
+		return VERDICT_NO_NEIGHBOUR;
+	return VERDICT_STALE_NEIGHBOUR;
 }
 
 /* What the kernel's routing says; of a missing neighbour interface and gateway are known. */
@@ -110,7 +141,8 @@ static __always_inline int routed_way(struct __sk_buff *skb, const struct packet
 		.ifindex = skb->ifindex,
 		.tos = packet->ip->tos,
 		.ipv4_src = source,
-		.ipv4_dst = upstream->address,
+		/* .ipv4_dst, and zeroes behind it: the gateway is compared as a whole */
+		.ipv6_dst = {upstream->address},
 	};
 	int result = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
 
@@ -134,40 +166,23 @@ static __always_inline int routed_way(struct __sk_buff *skb, const struct packet
 static __always_inline enum verdict next_hop(struct __sk_buff *skb, const struct packet *packet,
 					     const struct upstream *upstream, __be32 source, struct way *way)
 {
-	enum macs macs = MACS_UNKNOWN;
-	enum verdict verdict;
-	__u32 ifindex, gateway;
+	__u32 length = ip_length(skb, packet);
 	__u16 mtu = 0;
-	bool known;
 
-	known = known_way(upstream, way, &mtu, &macs);
-	ifindex = way->ifindex;
-	gateway = way->gateway[0];
-	if (known && macs == MACS_FRESH && lease_holds()) {
-		verdict = VERDICT_FORWARDED;
-	} else {
-		switch (routed_way(skb, packet, upstream, source, way, &mtu)) {
-		case BPF_FIB_LKUP_RET_SUCCESS:
-			verdict = VERDICT_FORWARDED;
-			break;
-		case BPF_FIB_LKUP_RET_FRAG_NEEDED:
-			return VERDICT_MTU;
-		case BPF_FIB_LKUP_RET_NO_NEIGH:
-			/* the addresses known are still in `way`, but maybe those of another neighbour */
-			if (!known || way->ifindex != ifindex || way->gateway[0] != gateway)
-				macs = MACS_UNKNOWN;
-			verdict = macs ? VERDICT_STALE_NEIGHBOUR : VERDICT_NO_NEIGHBOUR;
-			break;
-		case BPF_FIB_LKUP_RET_FWD_DISABLED:
-			if (!known)
-				return VERDICT_NO_ROUTE;
-			verdict = macs ? VERDICT_STALE_NEIGHBOUR : VERDICT_NO_NEIGHBOUR;
-			break;
-		default:
-			return VERDICT_NO_ROUTE;
-		}
+	if (leased_way(upstream, way, &mtu))
+		return mtu && length > mtu ? VERDICT_MTU : VERDICT_FORWARDED;
+	switch (routed_way(skb, packet, upstream, source, way, &mtu)) {
+	case BPF_FIB_LKUP_RET_SUCCESS:
+		return mtu && length > mtu ? VERDICT_MTU : VERDICT_FORWARDED;
+	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+		return VERDICT_MTU;
+	case BPF_FIB_LKUP_RET_NO_NEIGH:
+		return expired_way(upstream, way, length, true);
+	case BPF_FIB_LKUP_RET_FWD_DISABLED:
+		return expired_way(upstream, way, length, false);
+	default:
+		return VERDICT_NO_ROUTE;
 	}
-	return mtu && ip_length(skb, packet) > mtu ? VERDICT_MTU : verdict;
 }
 
 /* `block`: gives the packet away; `action` is what the program is to return. */

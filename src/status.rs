@@ -13,6 +13,8 @@ use crate::changes;
 use crate::clock;
 use crate::counters::Counts;
 use crate::generation::Generation;
+use crate::lease;
+use crate::netlink::{Neighbour, NudState};
 use crate::nexthop;
 use crate::observe::Observed;
 use crate::plan::{Rule, RuleIds, Upstream};
@@ -33,6 +35,8 @@ pub struct Status {
     pub unmatched: Value,
     /// The generation that a rollback left.
     pub held: Option<u32>,
+    /// Whether arpd vouches for the next hops; `None`: it never ran.
+    pub arpd: Option<bool>,
     /// Why the exit code is 3; empty: all is well.
     pub trouble: Vec<String>,
 }
@@ -62,6 +66,10 @@ pub struct UpstreamStatus {
     pub address: Ipv4Addr,
     pub port: Option<u16>,
     pub next_hop: Option<NextHopStatus>,
+    /// What arpd makes of it: `up`, `stale`, `down`; only as long as arpd runs.
+    pub health: Option<&'static str>,
+    /// Since when, in seconds since 1970.
+    pub since: Option<u32>,
     pub counters: Value,
     #[serde(skip)]
     endpoint: String,
@@ -74,6 +82,16 @@ pub struct NextHopStatus {
     pub interface: String,
     pub gateway: IpAddr,
     pub mac: Option<String>,
+    /// In the kernel's neighbour table, as `ip neigh` has it: `REACHABLE`.
+    pub state: Option<String>,
+    /// Seconds since it last answered the kernel.
+    pub age: Option<u64>,
+}
+
+/// What was read beside the pins.
+pub struct Network<'a> {
+    pub observed: &'a Observed,
+    pub neighbours: &'a [Neighbour],
 }
 
 impl Status {
@@ -83,34 +101,60 @@ impl Status {
     /// There is no such rule, or the maps cannot be read.
     pub fn new(
         guard: Option<&ReadGuard>,
-        observed: &Observed,
+        network: &Network<'_>,
         rule: Option<&str>,
     ) -> anyhow::Result<Status> {
+        let observed = network.observed;
         let serving = observed.serving().and_then(|number| observed.generations.get(&number));
         let mut status = Status {
             generation: serving.map(|generation| generation.number),
-            file: serving.map(|generation| generation.description.file.clone()),
+            file: serving.map(|generation| generation.description.origin.file.clone()),
             built: serving.map(|generation| generation.description.built),
             version: serving.map(|generation| generation.description.version.clone()),
             interfaces: interfaces(observed, serving),
             rules: Vec::new(),
             unmatched: json!({}),
             held: observed.held.map(|held| held.generation),
+            arpd: None,
             trouble: trouble(observed, serving),
         };
         let maps = guard.map(ReadGuard::maps).transpose()?.flatten();
         let (Some(serving), Some(maps)) = (serving, maps) else { return Ok(status) };
         status.unmatched = by_verdict(&maps.counters.read(0)?);
+        status.arpd = lease::remaining(&maps.heartbeat)?.map(|left| !left.is_zero());
+        let view = View { network, maps: &maps, vouched: status.arpd == Some(true) };
         let description = &serving.description;
         for (wanted, ids) in description.desired.rules.iter().zip(&description.ids) {
             if rule.is_none_or(|name| name == wanted.name) {
-                status.rules.push(rule_status(wanted, ids, &maps, observed)?);
+                status.rules.push(rule_status(wanted, ids, &view)?);
             }
         }
+        let now_down = status.rules.iter().flat_map(|rule| rule.down());
+        status.trouble.extend(now_down.collect::<Vec<_>>());
         match rule {
             Some(name) if status.rules.is_empty() => anyhow::bail!("there is no rule `{name}`"),
             _ => Ok(status),
         }
+    }
+}
+
+/// Where the rows of the table come from.
+struct View<'a> {
+    network: &'a Network<'a>,
+    maps: &'a StateMaps,
+    /// arpd runs: what it says of health is so.
+    vouched: bool,
+}
+
+impl RuleStatus {
+    /// The upstreams that do not answer, in words.
+    fn down(&self) -> impl Iterator<Item = String> {
+        let down = self.upstreams.iter().filter(|upstream| upstream.health == Some("down"));
+        down.map(|upstream| {
+            let since = upstream.since.filter(|since| *since > 0);
+            let since = since.map(|since| format!(" since {}", clock::utc(since.into())));
+            format!("{}: {} is down{}", self.name, upstream.label, since.unwrap_or_default())
+        })
     }
 }
 
@@ -175,13 +219,8 @@ fn trouble(observed: &Observed, serving: Option<&Generation>) -> Vec<String> {
     trouble
 }
 
-fn rule_status(
-    rule: &Rule,
-    ids: &RuleIds,
-    maps: &StateMaps,
-    observed: &Observed,
-) -> anyhow::Result<RuleStatus> {
-    let mut counts = maps.counters.read(ids.rule)?;
+fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> anyhow::Result<RuleStatus> {
+    let mut counts = view.maps.counters.read(ids.rule)?;
     let mut upstreams: Vec<UpstreamStatus> = Vec::new();
     let mut seen = Vec::new();
     for (upstream, id) in rule.upstreams.iter().zip(&ids.upstreams) {
@@ -190,7 +229,7 @@ fn rule_status(
             continue;
         }
         seen.push(*id);
-        let status = upstream_status(upstream, *id, maps, observed)?;
+        let status = upstream_status(upstream, *id, view)?;
         counts += status.counts;
         upstreams.push(status);
     }
@@ -207,32 +246,68 @@ fn rule_status(
 fn upstream_status(
     upstream: &Upstream,
     id: u32,
-    maps: &StateMaps,
-    observed: &Observed,
+    view: &View<'_>,
 ) -> anyhow::Result<UpstreamStatus> {
-    let counts = maps.counters.read(id)?;
-    let entry = maps.nexthops.read(id).context("next hops")?;
+    let counts = view.maps.counters.read(id)?;
+    let entry = view.maps.nexthops.read(id).context("next hops")?;
+    let health = view.vouched.then(|| health(&entry)).flatten();
     Ok(UpstreamStatus {
         label: upstream.label(),
         address: upstream.address,
         port: upstream.port,
-        next_hop: next_hop(&entry, observed),
+        next_hop: next_hop(&entry, view),
+        health,
+        since: health.map(|_| entry.since),
         counters: by_verdict(&counts),
         endpoint: changes::endpoint(upstream),
         counts,
     })
 }
 
-fn next_hop(entry: &types::nexthop, observed: &Observed) -> Option<NextHopStatus> {
+fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
+    let interfaces = &view.network.observed.interfaces;
     let (interface, _) =
-        observed.interfaces.iter().find(|(_, interface)| interface.index == entry.ifindex)?;
+        interfaces.iter().find(|(_, interface)| interface.index == entry.ifindex)?;
     let gateway = nexthop::gateway(entry);
-    let mac = entry.destination.map(|byte| format!("{byte:02x}")).join(":");
+    let neighbours = view.network.neighbours.iter();
+    let neighbour = neighbours
+        .filter(|neighbour| (neighbour.ifindex, neighbour.address) == (entry.ifindex, gateway))
+        .find(|neighbour| neighbour.state != NudState::None);
+    let written = (entry.macs != types::macs::MACS_UNKNOWN).then_some(entry.destination);
+    let mac = written.or_else(|| neighbour?.mac);
     Some(NextHopStatus {
         interface: interface.clone(),
         gateway,
-        mac: (entry.macs != types::macs::MACS_UNKNOWN).then_some(mac),
+        mac: mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
+        state: neighbour.map(|neighbour| neighbour.state.to_string()),
+        age: neighbour.and_then(|neighbour| neighbour.confirmed).map(|age| age.as_secs()),
     })
+}
+
+/// What arpd makes of the upstream.
+fn health(entry: &types::nexthop) -> Option<&'static str> {
+    match entry.health {
+        types::health::HEALTH_UP => Some("up"),
+        types::health::HEALTH_STALE => Some("stale"),
+        types::health::HEALTH_DOWN => Some("down"),
+        _ => None,
+    }
+}
+
+impl NextHopStatus {
+    fn text(&self) -> String {
+        let mut text = format!("{} dev {}", self.gateway, self.interface);
+        for word in [&self.mac, &self.state].into_iter().flatten() {
+            text += &format!(" {word}");
+        }
+        if self.mac.is_none() && self.state.is_none() {
+            text += " unresolved";
+        }
+        if let (Some(age), Some(_)) = (self.age, &self.mac) {
+            text += &format!(" {}", clock::age(age));
+        }
+        text
+    }
 }
 
 fn by_verdict(counts: &Counts) -> Value {
@@ -264,6 +339,11 @@ impl Status {
         }
         if let Some(held) = self.held {
             let _ = writeln!(text, "generation {held} is held: a rollback left it");
+        }
+        match self.arpd {
+            Some(true) => text += "arpd keeps the next hops\n",
+            Some(false) => text += "arpd has ended; the kernel's own table is relied on\n",
+            None => {}
         }
         for trouble in &self.trouble {
             let _ = writeln!(text, "! {trouble}");
@@ -301,10 +381,11 @@ impl Status {
                 &rule.counts,
             ));
             for upstream in &rule.upstreams {
-                let via = upstream.next_hop.as_ref().map_or("no route".into(), |hop| {
-                    let mac = hop.mac.as_deref().unwrap_or("unresolved");
-                    format!("{} dev {} {mac}", hop.gateway, hop.interface)
-                });
+                let hop = upstream.next_hop.as_ref();
+                let mut via = hop.map_or("no route".into(), NextHopStatus::text);
+                if let Some(health) = upstream.health.filter(|health| *health != "up") {
+                    via += &format!(" ({health})");
+                }
                 table.add_row(row(
                     [String::new(), String::new(), upstream.endpoint.clone(), via],
                     &upstream.counts,

@@ -22,6 +22,7 @@ use udplb::config::{
     Action as TcAction, Config, Hash, Health, Host, Key, Ports, Source, Strategy as Selection,
 };
 use udplb::diff::{self, Action, Plan, Refusal};
+use udplb::generation::Origin;
 use udplb::netlink::Netlink;
 use udplb::observe::{Observed, observe};
 use udplb::plan::{Desired, Rule, Upstream};
@@ -165,7 +166,7 @@ fn check_applied(kernel: &Kernel, desired: &Desired) {
     assert!(observed.damaged.is_empty(), "{:?}", observed.damaged);
     assert!(observed.generations.len() <= 2);
     check_ids(kernel);
-    let again = diff::apply(observed, desired, "test.yaml", false).expect("no refusal");
+    let again = diff::apply(observed, desired, &Origin::default(), false).expect("no refusal");
     assert_eq!(again.generation, serving);
     assert!(again.actions.is_empty(), "{:?}", again.actions);
 }
@@ -290,7 +291,7 @@ fn a_generation_that_was_never_attached_is_not_gone_back_to() {
     kernel.apply(&one, false, ALL).expect("no refusal");
     assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
     let two = Desired { interfaces: vec!["b".into()], rules: Vec::new() };
-    let plan = diff::apply(&kernel.observed, &two, "test.yaml", false).expect("no refusal");
+    let plan = diff::apply(&kernel.observed, &two, &Origin::default(), false).expect("no refusal");
     assert!(matches!(plan.actions[0], Action::Build(_)));
     kernel.apply(&two, false, 1).expect("no refusal");
     assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
@@ -303,7 +304,7 @@ fn what_is_not_ours_to_change_is_refused() {
     let refusal = |change: &dyn Fn(&mut Kernel)| {
         let mut kernel = kernel.clone();
         change(&mut kernel);
-        diff::apply(&kernel.observed, &one, "test.yaml", false).expect_err("a refusal")
+        diff::apply(&kernel.observed, &one, &Origin::default(), false).expect_err("a refusal")
     };
     let interface = |kernel: &mut Kernel| kernel.observed.interfaces.remove("a").expect("a");
     let put = |kernel: &mut Kernel, slot: Slot| {
@@ -435,7 +436,9 @@ fn with_interfaces(config: Value, interfaces: &[&str]) -> Value {
 fn a_failing_first_apply_leaves_nothing() {
     let lab = Lab::new();
     let desired = wanted(&with_interfaces(to_port(7001), &["eth0", "up0"]));
-    fail_everywhere(&lab, None, &|observed| diff::apply(observed, &desired, "x", false));
+    fail_everywhere(&lab, None, &|observed| {
+        diff::apply(observed, &desired, &Origin::default(), false)
+    });
     expect_way(&lab, 7001);
 }
 
@@ -445,12 +448,16 @@ fn a_failing_apply_leaves_the_old_generation_serving() {
     // from two interfaces to one: a detachment, with the clsact that udplb made
     lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
     let desired = wanted(&to_port(7002));
-    fail_everywhere(&lab, Some(7001), &|observed| diff::apply(observed, &desired, "x", false));
+    fail_everywhere(&lab, Some(7001), &|observed| {
+        diff::apply(observed, &desired, &Origin::default(), false)
+    });
     expect_way(&lab, 7002);
     assert!(!lab.relay.tc("qdisc show dev up0").contains("clsact"));
     // and back to two, with a generation to drop
     let desired = wanted(&with_interfaces(to_port(7003), &["eth0", "up0"]));
-    fail_everywhere(&lab, Some(7002), &|observed| diff::apply(observed, &desired, "x", false));
+    fail_everywhere(&lab, Some(7002), &|observed| {
+        diff::apply(observed, &desired, &Origin::default(), false)
+    });
     expect_way(&lab, 7003);
 }
 
@@ -464,7 +471,9 @@ fn a_failing_rollback_leaves_the_new_generation_serving() {
     assert_eq!(lab.status()["held"], 2);
     // with --force, out of it again
     let desired = wanted(&to_port(7002));
-    fail_everywhere(&lab, Some(7001), &|observed| diff::apply(observed, &desired, "x", true));
+    fail_everywhere(&lab, Some(7001), &|observed| {
+        diff::apply(observed, &desired, &Origin::default(), true)
+    });
     expect_way(&lab, 7002);
     assert_eq!(lab.status()["held"], Value::Null);
 }
@@ -477,7 +486,7 @@ fn a_failing_clean_up_is_no_failure() {
     }
     fs::create_dir(lab.bpffs.pins().join("building-9")).expect("leftovers");
     let desired = wanted(&to_port(7003));
-    let plan = |observed: &Observed| diff::apply(observed, &desired, "x", false);
+    let plan = |observed: &Observed| diff::apply(observed, &desired, &Origin::default(), false);
     let all = carry_out(
         &lab,
         &|observed| {

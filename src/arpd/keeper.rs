@@ -16,6 +16,9 @@ use types::health as Health;
 const OVERDUE: Duration = Duration::from_millis(1500);
 /// An upstream that was down is up again when it has answered twice, this far apart.
 const SETTLED: Duration = Duration::from_secs(1);
+/// One that has moved to another address does not answer at its old one, which is all that the
+/// kernel asks for; asked for by everybody's it answers at once.
+const SECOND_CHANCE: Duration = Duration::from_millis(500);
 /// The kernel is not asked twice for the same within this time.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Probes a second, of all neighbours together: more of them are probed less often.
@@ -60,8 +63,11 @@ struct Tracked {
     probed: Option<Instant>,
     /// Since when it has not answered what it was asked.
     waiting: Option<Instant>,
+    /// Since when the kernel has given up.
+    failed: Option<Instant>,
     /// It was down, and since then answers.
     recovering: Option<Instant>,
+    mac: Option<[u8; 6]>,
     upstreams: Vec<usize>,
 }
 
@@ -87,6 +93,8 @@ pub struct Keeper {
     /// Upstreams whose entry may have changed.
     dirty: BTreeSet<usize>,
     actions: Vec<Action>,
+    /// When it was last called, in seconds since 1970.
+    seconds: u32,
     /// Entries are written though they are thought to be there.
     rewrite: bool,
     /// Its first look at the neighbour table is still to come.
@@ -105,6 +113,7 @@ impl Keeper {
             written: HashMap::new(),
             dirty: BTreeSet::new(),
             actions: Vec::new(),
+            seconds: 0,
             rewrite: false,
             fresh: true,
         }
@@ -236,7 +245,9 @@ impl Keeper {
                         kept: None,
                         probed: None,
                         waiting: None,
+                        failed: None,
                         recovering: None,
+                        mac: None,
                         upstreams,
                     };
                     self.tracked.insert(key, tracked);
@@ -299,12 +310,7 @@ impl Keeper {
             return;
         }
         let old = self.neighbours.insert(key, neighbour);
-        if let (Some(before), Some(after)) = (old.and_then(|old| old.mac), neighbour.mac)
-            && before != after
-        {
-            let text = format!("{}: now at {}, was {}", self.name(key), mac(after), mac(before));
-            self.actions.push(Action::Tell { trouble: false, text });
-        }
+        self.tell_mac(key, neighbour.mac);
         let changed = old.is_none_or(|old| {
             (old.mac, old.state.is_valid()) != (neighbour.mac, neighbour.state.is_valid())
         });
@@ -312,6 +318,14 @@ impl Keeper {
             self.touch(key);
         }
         self.judge(key, now);
+    }
+
+    fn tell_mac(&mut self, key: NeighbourKey, new: Option<[u8; 6]>) {
+        let (Some(tracked), Some(new)) = (self.tracked.get_mut(&key), new) else { return };
+        if let Some(old) = tracked.mac.replace(new).filter(|old| *old != new) {
+            let text = format!("{}: now at {}, was {}", self.name(key), mac(new), mac(old));
+            self.actions.push(Action::Tell { trouble: false, text });
+        }
     }
 
     /// One entry of the table is gone.
@@ -385,6 +399,7 @@ impl Keeper {
 
     /// What is due by now; to be called several times a second.
     pub fn tick(&mut self, now: Now) {
+        self.seconds = now.seconds;
         let keys: Vec<NeighbourKey> = self.tracked.keys().copied().collect();
         let interval = self.probe_interval.max(Duration::from_secs(1) * keys.len() as u32 / PROBES);
         for (index, key) in keys.iter().enumerate() {
@@ -417,7 +432,10 @@ impl Keeper {
                 (idle && now.duration_since(probed) >= wait).then_some(NeighbourRequest::Probe)
             }
             _ => {
-                let recently = tracked.kept.is_some_and(|kept| now.duration_since(kept) < PATIENCE);
+                let recently = tracked.kept.is_some_and(|kept| {
+                    now.duration_since(kept) < PATIENCE
+                        && tracked.failed.is_none_or(|failed| failed < kept)
+                });
                 (!recently).then_some(NeighbourRequest::Keep)
             }
         };
@@ -473,7 +491,14 @@ impl Keeper {
         let mut entry = nexthop::entry(upstream.address, way.as_ref());
         match path.and_then(|path| self.tracked.get(&path.neighbour())) {
             Some(tracked) => (entry.health, entry.since) = (tracked.health, tracked.since),
-            None => entry.health = Health::HEALTH_DOWN,
+            None => {
+                let last = self.written.get(&upstream.id).map(|entry| &entry.0);
+                let before = last.filter(|last| {
+                    last.address == entry.address && last.health == Health::HEALTH_DOWN
+                });
+                entry.health = Health::HEALTH_DOWN;
+                entry.since = before.map_or(self.seconds, |before| before.since);
+            }
         }
         let valid = path.and_then(|path| self.neighbours.get(&path.neighbour()));
         if !valid.is_some_and(|neighbour| neighbour.state.is_valid()) {
@@ -512,7 +537,7 @@ impl Tracked {
     fn observe(&mut self, state: NudState, now: Instant) -> (Health, &'static str) {
         match state {
             NudState::Reachable | NudState::Noarp | NudState::Permanent => {
-                self.waiting = None;
+                (self.waiting, self.failed) = (None, None);
                 if self.health != Health::HEALTH_DOWN {
                     return (Health::HEALTH_UP, "");
                 }
@@ -527,8 +552,10 @@ impl Tracked {
             // the kernel has asked three times
             NudState::Failed => {
                 self.recovering = None;
-                (Health::HEALTH_DOWN, "no answer")
+                self.failed.get_or_insert(now);
+                self.unless_it_answers(now)
             }
+            _ if self.failed.is_some() => self.unless_it_answers(now),
             _ => {
                 let overdue =
                     self.waiting.is_some_and(|since| now.duration_since(since) >= OVERDUE);
@@ -539,6 +566,15 @@ impl Tracked {
                 (health, "")
             }
         }
+    }
+}
+
+impl Tracked {
+    fn unless_it_answers(&self, now: Instant) -> (Health, &'static str) {
+        let known = !matches!(self.health, Health::HEALTH_DOWN | Health::HEALTH_UNKNOWN);
+        let asked = self.failed.is_none_or(|since| now.duration_since(since) >= SECOND_CHANCE);
+        let health = if known && !asked { Health::HEALTH_STALE } else { Health::HEALTH_DOWN };
+        (health, "no answer")
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, TryLockError};
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
@@ -58,8 +58,8 @@ pub struct Service {
     keeper: Keeper,
     pub names: Names,
     serving: Option<Serving>,
-    /// What `current` pointed at when the generation was read.
-    current: Option<PathBuf>,
+    /// The symlink `current` as it was when the generation was read.
+    current: Option<u64>,
     stale: Stale,
     routes_not_before: Instant,
     round_due: Instant,
@@ -200,7 +200,7 @@ impl Service {
             let beat = self.serving.as_ref().map_or(Ok(()), |serving| serving.heartbeat.beat());
             self.note("lease", beat);
         }
-        if fs::read_link(self.pin_dir.join("current")).ok() != self.current {
+        if current(&self.pin_dir) != self.current {
             self.stale.generation = true;
             self.relock()?;
         }
@@ -289,13 +289,18 @@ impl Service {
             Err(Failure::Locked(_)) => return Ok(()),
             Err(failure) => bail!("{failure}"),
         };
-        let current = fs::read_link(self.pin_dir.join("current")).ok();
+        let symlink = current(&self.pin_dir);
         let observed = observe(guard.as_ref(), &self.netlink).await?;
         let maps = guard.as_ref().map(|guard| guard.maps()).transpose()?.flatten();
         let found = observed.serving().and_then(|number| observed.generations.get(&number));
-        let found = found.filter(|generation| {
-            generation.intact && generation.description.namespace == observed.namespace
-        });
+        let unusable = match found {
+            Some(it) if it.description.namespace != observed.namespace => {
+                Some(anyhow!("the pins belong to another network namespace"))
+            }
+            Some(it) if !it.intact => Some(anyhow!("pins are missing; apply the file again")),
+            _ => None,
+        };
+        let found = found.filter(|_| unusable.is_none());
         self.serving = match (found, maps) {
             (Some(generation), Some(maps)) => Some(Serving {
                 interfaces: seen(generation, &observed),
@@ -306,13 +311,13 @@ impl Service {
             _ => None,
         };
         drop(guard);
-        self.current = current;
+        self.current = symlink;
         self.unwritten.clear();
         self.take_up()?;
         self.stale = Stale { generation: false, ..Stale::all() };
         self.routes_not_before = Instant::now();
         self.beat_due = Instant::now();
-        Ok(())
+        unusable.map_or(Ok(()), Err)
     }
 
     /// Hands the upstreams of the generation to the keeper. Where every filter was taken off
@@ -483,7 +488,7 @@ impl Service {
             Err(Failure::Locked(_)) => return Ok(()),
             Err(failure) => bail!("{failure}"),
         };
-        if fs::read_link(self.pin_dir.join("current")).ok() != self.current {
+        if current(&self.pin_dir) != self.current {
             self.stale.generation = true;
             return Ok(());
         }
@@ -548,7 +553,7 @@ impl Service {
         if serving.description.object != OBJECT_SHA256 {
             bail!("generation {number} was built by another udplb: restart arpd");
         }
-        let plan = diff::renew(&observed, desired, &serving.description.file)
+        let plan = diff::renew(&observed, desired, &serving.description.origin)
             .map_err(|refusal| anyhow!("{refusal}"))?;
         let outcome = apply::reconcile(&guard, &self.netlink, &observed, &plan, &ways).await?;
         Ok(Some(outcome.generation))
@@ -583,7 +588,13 @@ fn now() -> Now {
     Now { instant: Instant::now(), seconds: clock::now() as u32 }
 }
 
-fn lock(directory: &std::path::Path) -> Result<File> {
+/// Which symlink `current` is: every apply and rollback makes another, though it may point at
+/// the same number.
+fn current(pin_dir: &Path) -> Option<u64> {
+    fs::symlink_metadata(pin_dir.join("current")).map(|symlink| symlink.ino()).ok()
+}
+
+fn lock(directory: &Path) -> Result<File> {
     let file = File::open(directory).with_context(|| directory.display().to_string())?;
     match file.try_lock() {
         Ok(()) => Ok(file),

@@ -3,11 +3,11 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 pub mod lab;
-
 pub mod net;
 pub mod packet;
 pub mod prelude;
 pub mod program;
+pub mod service;
 pub mod testbed;
 pub mod wire;
 

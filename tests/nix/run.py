@@ -212,7 +212,7 @@ def fixture(test: dict[str, Any]) -> str:
 
     def files(summary: dict[str, Any]) -> dict[str, Any]:
         return {
-            "etc": {name: {"target": e["target"], "text": e["text"]} for name, e in summary["etc"].items()},
+            "etc": {name: {key: e[key] for key in ("target", "text", "path")} for name, e in summary["etc"].items()},
             "units": {name: text.splitlines() for name, text in summary["units"].items()},
             "firewall": summary["firewall"],
         }

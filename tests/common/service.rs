@@ -1,0 +1,117 @@
+//! `udplb arpd` running in a laboratory, ended when the value is.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::lab::Lab;
+
+/// Longer than anything takes, however busy the machine is.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits for something to become so.
+///
+/// # Panics
+/// It does not.
+#[track_caller]
+pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < end, "not within {PATIENCE:?}: {what}");
+        sleep(Duration::from_millis(20));
+    }
+}
+
+pub struct Arpd {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Arpd {
+    /// Starts it on the lab's relay and waits until it looks after what is applied.
+    pub fn start(lab: &Lab, options: &str) -> Arpd {
+        Arpd::spawn(lab, lab.udplb(&format!("arpd {options}")))
+    }
+
+    /// The same with a command that ends in one that is an arpd.
+    pub fn spawn(lab: &Lab, mut command: Command) -> Arpd {
+        let log = lab.directory.path().join(super::unique("arpd-"));
+        command.stderr(File::create(&log).expect("a file"));
+        let child = command.spawn().expect("the program runs");
+        let arpd = Arpd { child, log };
+        until("arpd is ready", || {
+            let log = arpd.log();
+            log.contains("next hops of") || log.contains("nothing is applied")
+        });
+        arpd
+    }
+
+    /// What it has said.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).expect("the log")
+    }
+
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: the process is a child that was not waited for.
+        let sent = unsafe { libc::kill(self.child.id() as i32, signal) };
+        assert_eq!(sent, 0, "kill: {}", std::io::Error::last_os_error());
+    }
+
+    /// Ends it with a signal.
+    pub fn end(mut self, signal: i32) -> ExitStatus {
+        self.signal(signal);
+        self.child.wait().expect("the child")
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Arpd {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("arpd said:\n{}", fs::read_to_string(&self.log).unwrap_or_default());
+        }
+    }
+}
+
+impl Lab {
+    /// An upstream, by its label, as `status` has it.
+    pub fn upstream_status(&self, label: &str) -> Value {
+        let status = self.status();
+        let rules = status["rules"].as_array().expect("rules");
+        let mut upstreams =
+            rules.iter().flat_map(|rule| rule["upstreams"].as_array().expect("upstreams"));
+        let upstream = upstreams.find(|upstream| upstream["label"] == label);
+        upstream.unwrap_or_else(|| panic!("no {label} in {status:#}")).clone()
+    }
+
+    /// Its next hop.
+    pub fn next_hop(&self, label: &str) -> Value {
+        self.upstream_status(label)["next_hop"].clone()
+    }
+
+    /// Waits until a field of an upstream's next hop has a value.
+    #[track_caller]
+    pub fn await_hop(&self, label: &str, field: &str, value: &str) {
+        until(&format!("{field} of {label} is {value}"), || self.next_hop(label)[field] == value);
+    }
+
+    /// Waits until an upstream is up or down.
+    #[track_caller]
+    pub fn await_health(&self, label: &str, health: &str) {
+        until(&format!("{label} is {health}"), || self.upstream_status(label)["health"] == health);
+    }
+
+    /// The kernel's entry for a neighbour of the relay.
+    pub fn neighbour(&self, address: &str) -> String {
+        self.relay.ip(&format!("-d neigh show {address}"))
+    }
+}
