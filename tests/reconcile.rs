@@ -298,6 +298,22 @@ fn a_generation_that_was_never_attached_is_not_gone_back_to() {
 }
 
 #[test]
+fn another_program_is_another_generation() {
+    let one = Desired { interfaces: vec!["a".into()], rules: Vec::new() };
+    let mut kernel = Kernel::new(&INTERFACES);
+    kernel.apply(&one, false, ALL).expect("no refusal");
+    let object =
+        &mut kernel.observed.generations.get_mut(&1).expect("it is there").description.object;
+    *object = "an older udplb's".into();
+    assert_eq!(kernel.apply(&one, false, ALL).expect("no refusal").generation, 2);
+    // and back to it, where the upgrade was no good: the cron job must not repeat it
+    assert_eq!(kernel.rollback(ALL).expect("there is one before").generation, 1);
+    assert!(matches!(kernel.apply(&one, false, ALL), Err(Refusal::Held(_))));
+    kernel.apply(&one, true, ALL).expect("force");
+    check_applied(&kernel, &one);
+}
+
+#[test]
 fn what_is_not_ours_to_change_is_refused() {
     let one = Desired { interfaces: vec!["a".into()], rules: Vec::new() };
     let kernel = Kernel::new(&INTERFACES);
