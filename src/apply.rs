@@ -38,7 +38,9 @@ pub async fn reconcile(
 ) -> anyhow::Result<Outcome> {
     let mut executor = Executor::new(guard, netlink, observed, ways);
     executor.run(&plan.actions, &mut log).await?;
-    executor.write_next_hops(plan.generation).context("next hops")?;
+    if !plan.actions.iter().any(|action| matches!(action, Action::WriteNextHops(_))) {
+        executor.write_next_hops(plan.generation).context("next hops")?;
+    }
     Ok(Outcome {
         changed: !plan.actions.is_empty(),
         generation: plan.generation,
@@ -183,6 +185,7 @@ impl<'a> Executor<'a> {
         let interface = interface.to_string();
         let before = match replaces {
             Slot::Generation(number) => self.program(*number).ok(),
+            Slot::Orphan { program, .. } => crate::bpf::program_by_id(*program).ok(),
             _ => None,
         };
         match before {

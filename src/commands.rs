@@ -1,7 +1,7 @@
 //! What each command does: effects at the rim, around the pure middle.
 
 use std::collections::BTreeMap;
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Write};
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::apply::{Executor, Outcome};
 use crate::changes::Changes;
 use crate::cli::{Cli, Color, Command, Global, Output, Target};
-use crate::config::{Config, Diagnostic};
+use crate::config::Diagnostic;
 use crate::diff::{self, Action, Plan, Refusal};
 use crate::failure::{Failure, Result};
 use crate::netlink::Netlink;
@@ -22,7 +22,9 @@ use crate::nexthop::{self, Way};
 use crate::observe::{Observed, observe};
 use crate::plan::Desired;
 use crate::status::{Network, Status};
-use crate::{advice, apply, clock, config, list, partial, privileges, resolve, state};
+use crate::tc::{self, Slot};
+use crate::wanted::{Text, Wanted};
+use crate::{advice, apply, clock, config, list, privileges, resolve, state};
 
 const INCOMPLETE: u8 = 1;
 const PENDING: u8 = 2;
@@ -89,31 +91,6 @@ fn warn(global: &Global, warnings: &[Diagnostic]) {
     }
 }
 
-/// Reads a file's text and its name in messages.
-fn read(file: &Path) -> Result<(String, String)> {
-    let name = file.display().to_string();
-    let mut bytes = Vec::new();
-    let read = if name == "-" {
-        io::stdin().lock().read_to_end(&mut bytes).map(drop)
-    } else {
-        fs::read(file).map(|contents| bytes = contents)
-    };
-    read.map_err(|error| Failure::Unreadable(format!("{name}: {error}")))?;
-    let text = String::from_utf8(bytes).map_err(|error| {
-        Failure::Unreadable(format!(
-            "{name}: not UTF-8 at byte {}",
-            error.utf8_error().valid_up_to()
-        ))
-    })?;
-    Ok((name, text))
-}
-
-fn parse(file: &Path) -> Result<(String, Config)> {
-    let (name, text) = read(file)?;
-    let config = Config::parse(&name, &text).map_err(Failure::Config)?;
-    Ok((name, config))
-}
-
 async fn check(global: &Global, files: &[std::path::PathBuf], no_resolve: bool) -> Result<u8> {
     let mut failure = None;
     let mut reports = Vec::new();
@@ -145,7 +122,8 @@ async fn check_one(
     file: &Path,
     no_resolve: bool,
 ) -> Result<(String, usize, usize)> {
-    let (name, config) = parse(file)?;
+    let text = Text::read(file)?;
+    let config = text.parse()?;
     warn(global, &config.warnings);
     if !no_resolve {
         let names = resolve::names(&config).await.all(&config).map_err(Failure::Config)?;
@@ -153,73 +131,16 @@ async fn check_one(
         Desired::new(&config, &config.interfaces, &names.addresses).map_err(Failure::Config)?;
     }
     let upstreams = config.rules.iter().map(|rule| rule.upstreams.len()).sum();
-    Ok((name, config.rules.len(), upstreams))
+    Ok((text.name, config.rules.len(), upstreams))
 }
 
 fn plural(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-/// A file, ready to be compared with the kernel.
-struct Wanted {
-    name: String,
-    config: Config,
-    desired: Desired,
-    warnings: Vec<Diagnostic>,
-    /// What of the file is not in `desired`, in words.
-    missing: Vec<String>,
-}
-
-/// Reads, judges and resolves the file.
-async fn wanted(target: &Target) -> Result<Wanted> {
-    let (name, config, interfaces) = named(target)?;
-    let mut warnings = config.warnings.clone();
-    let names = resolve::names(&config).await.all(&config).map_err(Failure::Config)?;
-    warnings.extend(config.warnings(names.warnings));
-    let desired = Desired::new(&config, &interfaces, &names.addresses).map_err(Failure::Config)?;
-    Ok(Wanted { name, config, desired, warnings, missing: Vec::new() })
-}
-
-/// Like [`wanted`], without what is not there now.
-async fn wanted_now(global: &Global, target: &Target) -> Result<Wanted> {
-    let (name, mut config, mut interfaces) = named(target)?;
-    privileges::require()?;
-    let observed = look(global, &netlink()?).await?;
-    let is_here = |name: &str| observed.interfaces.contains_key(name);
-    let mut names = resolve::names(&config).await;
-    let mut warnings = config.warnings.clone();
-    warnings.extend(config.warnings(std::mem::take(&mut names.warnings)));
-    let serving = serving(&observed);
-    let all = interfaces.join(", ");
-    let missing = partial::reduce(&mut config, &mut interfaces, &mut names, is_here, serving);
-    if interfaces.is_empty() {
-        return Err(anyhow!("none of the interfaces is here: {all}").into());
-    }
-    let desired = Desired::new(&config, &interfaces, &names.addresses).map_err(Failure::Config)?;
-    Ok(Wanted { name, config, desired, warnings, missing })
-}
-
-/// Reads and judges the file; its name, what it says, and the interfaces.
-fn named(target: &Target) -> Result<(String, Config, Vec<String>)> {
-    let (name, config) = parse(&target.file)?;
-    let interfaces = match target.interfaces.is_empty() {
-        true => config.interfaces.clone(),
-        false => target.interfaces.clone(),
-    };
-    if interfaces.is_empty() {
-        return Err(Failure::Usage(format!(
-            "{name} names no interfaces; add `interfaces: [...]` or give -i"
-        )));
-    }
-    Ok((name, config, interfaces))
-}
-
 async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool) -> Result<u8> {
     let started = Instant::now();
-    let mut wanted = match partial {
-        true => wanted_now(global, target).await?,
-        false => wanted(target).await?,
-    };
+    let mut wanted = wanted_by_apply(global, target, partial).await?;
     for missing in &wanted.missing {
         eprintln!("{missing}");
     }
@@ -227,17 +148,13 @@ async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool
     let netlink = netlink()?;
     let addresses = wanted.desired.addresses();
     let ways = nexthop::resolve(&netlink, &addresses).await.context("next hops")?;
-    let own = advice::own_upstreams(&wanted.config, &wanted.desired, &ways);
-    if !own.is_empty() {
-        return Err(Failure::Config(wanted.config.errors(own)));
-    }
     wanted.warnings.extend(advise(&wanted, &ways, &netlink).await?);
     warn(global, &wanted.warnings);
 
     let desired = &wanted.desired;
     let guard = state::write(&global.pin_dir, global.lock_timeout)?;
     let observed = observe(Some(&guard), &netlink).await?;
-    let plan = diff::apply(&observed, desired, &wanted.name, force).map_err(refused)?;
+    let plan = diff::apply(&observed, desired, &wanted.origin, force).map_err(refused)?;
     let outcome = apply::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
     drop(guard);
     if outcome.counters_reset && !global.quiet {
@@ -252,18 +169,46 @@ async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool
     Ok(if wanted.missing.is_empty() { 0 } else { INCOMPLETE })
 }
 
+async fn wanted_by_apply(global: &Global, target: &Target, partial: bool) -> Result<Wanted> {
+    let text = Text::read(&target.file)?;
+    let again = match state::read(&global.pin_dir, global.lock_timeout) {
+        Ok(guard) => guard.and_then(|guard| Wanted::again(&text, target, &guard)),
+        Err(Failure::Locked(message)) => return Err(Failure::Locked(message)),
+        // that is said where it is needed
+        Err(_) => None,
+    };
+    if let Some(wanted) = again {
+        return Ok(wanted);
+    }
+    if !partial {
+        return Wanted::new(&text, target).await;
+    }
+    privileges::require()?;
+    let observed = look(global, &netlink()?).await?;
+    Wanted::now(&text, target, &observed).await
+}
+
 fn netlink() -> Result<Netlink> {
     Ok(Netlink::open().context("netlink")?)
 }
 
+/// What is probably not meant; nothing of a file that was applied before.
+///
+/// # Errors
+/// An upstream that is this host itself.
 async fn advise(
     wanted: &Wanted,
     ways: &BTreeMap<Ipv4Addr, Way>,
     netlink: &Netlink,
 ) -> Result<Vec<Diagnostic>> {
+    let Some(config) = &wanted.config else { return Ok(Vec::new()) };
+    let desired = &wanted.desired;
+    let own = advice::own_upstreams(config, desired, ways);
+    if !own.is_empty() {
+        return Err(Failure::Config(config.errors(own)));
+    }
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
-    let (config, desired) = (&wanted.config, &wanted.desired);
     let mut findings = advice::unreachable(config, desired, ways);
     findings.extend(advice::unheard(config, &advice::listeners()));
     findings.extend(advice::stacked(config, &desired.interfaces, &links, &addresses));
@@ -312,14 +257,14 @@ async fn look(global: &Global, netlink: &Netlink) -> Result<Observed> {
 }
 
 async fn plan(global: &Global, target: &Target, exit_code: bool) -> Result<u8> {
-    let wanted = wanted(target).await?;
+    let wanted = Wanted::new(&Text::read(&target.file)?, target).await?;
     warn(global, &wanted.warnings);
     let netlink = netlink()?;
     let observed = look(global, &netlink).await?;
     let old = serving(&observed).cloned().unwrap_or_default();
     let attached: Vec<String> = observed.attached().map(|(name, _)| name.into()).collect();
     let changes = Changes::new(&old, &wanted.desired, &attached);
-    let pending = match diff::apply(&observed, &wanted.desired, &wanted.name, false) {
+    let pending = match diff::apply(&observed, &wanted.desired, &wanted.origin, false) {
         Ok(Plan { actions, .. }) => !actions.is_empty(),
         Err(refusal) => {
             eprintln!("warning: apply would fail: {refusal}");
@@ -386,7 +331,7 @@ async fn rollback(global: &Global) -> Result<u8> {
     let outcome = apply::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
     drop(guard);
     let took = started.elapsed();
-    let text = outcome_text(&outcome, &target.description.file, &desired, took);
+    let text = outcome_text(&outcome, &target.description.origin.file, &desired, took);
     report(global, &text, &outcome_json(&outcome, &desired, took))
 }
 
@@ -396,6 +341,7 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
     let none =
         || report(global, "nothing was attached\n", &json!({ "changed": false, "detached": [] }));
     if state::read(&global.pin_dir, global.lock_timeout)?.is_none() {
+        refuse_orphans(&observe(None, &netlink).await?, interfaces)?;
         return none();
     }
     let guard = state::write(&global.pin_dir, global.lock_timeout)?;
@@ -406,6 +352,7 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
     if purge {
         guard.remove_all()?;
     }
+    refuse_orphans(&observed, interfaces)?;
     let detached: Vec<&str> = actions
         .iter()
         .filter_map(|action| match action {
@@ -424,4 +371,21 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
         text += "removed all pins\n";
     }
     report(global, &text, &json!({ "changed": true, "detached": detached }))
+}
+
+/// A filter whose pins are gone stays: nothing proves that it is ours to take away.
+fn refuse_orphans(observed: &Observed, interfaces: &[String]) -> Result<()> {
+    let named = |name: &String| interfaces.is_empty() || interfaces.contains(name);
+    let orphan =
+        observed.interfaces.iter().find_map(|(name, interface)| match &interface.hook.slot {
+            Slot::Orphan { filter, .. } if named(name) => Some((name, filter)),
+            _ => None,
+        });
+    orphan.map_or(Ok(()), |(name, filter)| {
+        Err(Failure::Failed(anyhow!(
+            "{name}: a filter of udplb whose pins are gone stays on ingress: {filter}; remove it \
+             with: tc filter del dev {name} ingress pref {}",
+            tc::PRIORITY
+        )))
+    })
 }

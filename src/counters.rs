@@ -72,6 +72,11 @@ impl Counters {
         Ok(Counters(Chunks::open(outer, state, "counters")?))
     }
 
+    /// See [`Chunks::is_whole`].
+    pub fn is_whole(&self) -> anyhow::Result<bool> {
+        self.0.is_whole()
+    }
+
     /// The map that the program looks into.
     pub fn outer(&self) -> &MapHandle {
         self.0.outer()

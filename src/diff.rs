@@ -1,7 +1,7 @@
 //! What it takes to get from what the kernel holds to what is wanted. Pure.
 
 use crate::bpf::OBJECT_SHA256;
-use crate::generation::{Draft, Generation};
+use crate::generation::{Draft, Generation, Origin};
 use crate::observe::Observed;
 use crate::plan::Desired;
 use crate::state::Held;
@@ -93,20 +93,20 @@ impl std::fmt::Display for Refusal {
     }
 }
 
-/// What `apply` is to do. `file` is what the new generation says it was applied from.
+/// What `apply` is to do. `origin` is where the new generation says it came from.
 pub fn apply(
     observed: &Observed,
     desired: &Desired,
-    file: &str,
+    origin: &Origin,
     force: bool,
 ) -> Result<Plan, Refusal> {
-    replace(observed, desired, file, force, Why::Asked)
+    replace(observed, desired, origin, force, Why::Asked)
 }
 
 /// What is to be done when a host name of the configuration stands for another address: the
 /// generation that serves is replaced, and what a rollback goes back to or has left stays.
-pub fn renew(observed: &Observed, desired: &Desired, file: &str) -> Result<Plan, Refusal> {
-    replace(observed, desired, file, false, Why::Renamed)
+pub fn renew(observed: &Observed, desired: &Desired, origin: &Origin) -> Result<Plan, Refusal> {
+    replace(observed, desired, origin, false, Why::Renamed)
 }
 
 /// Puts the generation that serves onto interfaces that have lost it; those that somebody else
@@ -142,7 +142,7 @@ enum Why {
 fn replace(
     observed: &Observed,
     desired: &Desired,
-    file: &str,
+    origin: &Origin,
     force: bool,
     why: Why,
 ) -> Result<Plan, Refusal> {
@@ -162,7 +162,7 @@ fn replace(
     if reusable.is_none() {
         actions.push(Action::Build(Box::new(Draft {
             number,
-            file: file.into(),
+            origin: origin.clone(),
             namespace: observed.namespace,
             clsact,
             desired: desired.clone(),
@@ -311,7 +311,7 @@ fn switch(
             Slot::Foreign(filter) => {
                 return Err(Refusal::Foreign { interface: name.clone(), filter: filter.clone() });
             }
-            Slot::Orphan(filter) if !force => {
+            Slot::Orphan { filter, .. } if !force => {
                 return Err(Refusal::Orphan { interface: name.clone(), filter: filter.clone() });
             }
             _ => {}

@@ -25,12 +25,13 @@ const PROGRAM: &str = "program";
 /// What a generation says of itself, as JSON in its map `config`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Description {
+    // first, so that it stands in the first chunk: see `made_of`
+    #[serde(flatten)]
+    pub origin: Origin,
     /// Of the udplb that built it.
     pub version: String,
     /// SHA-256 of the object that it was loaded from.
     pub object: String,
-    /// The file that was applied; `-` is standard input.
-    pub file: String,
     /// Seconds since 1970.
     pub built: u64,
     /// Inode of the network namespace: bpffs is shared between namespaces, filters are not.
@@ -41,6 +42,16 @@ pub struct Description {
     pub desired: Desired,
     /// In the order of the rules.
     pub ids: Vec<RuleIds>,
+}
+
+/// Where a configuration came from.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Origin {
+    /// Of the text and of how it was applied; empty where the text says more than was applied.
+    #[serde(default)]
+    pub digest: String,
+    /// The file; `-` is standard input.
+    pub file: String,
 }
 
 /// By what a filter's program is recognised when its pin is gone.
@@ -70,7 +81,7 @@ pub struct Generation {
 #[derive(Clone, Debug)]
 pub struct Draft {
     pub number: u32,
-    pub file: String,
+    pub origin: Origin,
     pub namespace: u64,
     pub clsact: Vec<String>,
     pub desired: Desired,
@@ -128,7 +139,7 @@ fn build_in(
     let mut description = Description {
         version: env!("CARGO_PKG_VERSION").into(),
         object: OBJECT_SHA256.into(),
-        file: draft.file.clone(),
+        origin: draft.origin.clone(),
         built: std::time::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
         namespace: draft.namespace,
         program: ProgramName::new(u32::MAX, [0; 8]),
@@ -264,6 +275,17 @@ pub fn read(guard: &ReadGuard, number: u32) -> anyhow::Result<Generation> {
         log::debug!("generation {number}: {error:#}");
     });
     Ok(Generation { number, description, intact: intact.is_ok() })
+}
+
+/// The configuration of a generation, if it is intact and was made of the text with this digest.
+pub fn made_of(guard: &ReadGuard, number: u32, digest: &str) -> Option<Desired> {
+    let config = MapHandle::from_pinned_path(guard.generation(number).join("config")).ok()?;
+    let start = config.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).ok()??;
+    if !start.starts_with(format!("{{\"digest\":\"{digest}\"").as_bytes()) {
+        return None;
+    }
+    let generation = read(guard, number).ok().filter(|generation| generation.intact)?;
+    Some(generation.description.desired)
 }
 
 fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyhow::Result<()> {

@@ -38,3 +38,4 @@ pub mod state;
 pub mod status;
 pub mod tables;
 pub mod tc;
+pub mod wanted;

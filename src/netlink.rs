@@ -35,8 +35,8 @@ use tokio::io::unix::AsyncFd;
 /// Requests under way at once: their answers fit into the socket's receive buffer.
 const WINDOW: usize = 64;
 
-/// `ETH_P_ALL` in network byte order, as it stands in the low half of `tcm_info`.
-const ETH_P_ALL: u32 = (0x0003_u16).to_be() as u32;
+/// All packets, whatever they carry.
+pub const ETH_P_ALL: u16 = 0x0003;
 
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -168,7 +168,10 @@ pub enum Qdisc {
 /// A tc filter.
 #[derive(Clone, Debug)]
 pub struct Filter {
+    pub chain: u32,
     pub priority: u16,
+    /// `ETH_P_ALL` and the like.
+    pub protocol: u16,
     pub handle: u32,
     /// `bpf`, `flower`, …
     pub kind: String,
@@ -798,7 +801,7 @@ fn filter_message(ifindex: u32, direction: Direction) -> TcMessage {
 
 fn our_filter(ifindex: u32, priority: u16, handle: u32) -> TcMessage {
     let mut message = filter_message(ifindex, Direction::Ingress);
-    message.header.info = u32::from(priority) << 16 | ETH_P_ALL;
+    message.header.info = u32::from(priority) << 16 | u32::from(ETH_P_ALL.to_be());
     message.header.handle = handle.into();
     message.attributes.push(TcAttribute::Kind("bpf".into()));
     message
@@ -818,8 +821,16 @@ fn filter(message: &TcMessage) -> Option<Filter> {
         return None;
     }
     let mut program = FilterProgram { id: 0, name: String::new(), tag: [0; 8] };
+    let mut chain = 0;
     for attribute in &message.attributes {
-        let TcAttribute::Options(options) = attribute else { continue };
+        let options = match attribute {
+            TcAttribute::Options(options) => options,
+            TcAttribute::Chain(number) => {
+                chain = *number;
+                continue;
+            }
+            _ => continue,
+        };
         for option in options {
             match option {
                 TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => program.id = *id,
@@ -830,7 +841,9 @@ fn filter(message: &TcMessage) -> Option<Filter> {
         }
     }
     Some(Filter {
+        chain,
         priority: (message.header.info >> 16) as u16,
+        protocol: u16::from_be(message.header.info as u16),
         handle,
         kind: kind(message)?.into(),
         program: (program.id != 0).then_some(program),

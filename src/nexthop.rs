@@ -127,6 +127,11 @@ impl NextHops {
         Ok(NextHops(Chunks::open(outer, state, "nexthops")?))
     }
 
+    /// See [`Chunks::is_whole`].
+    pub fn is_whole(&self) -> anyhow::Result<bool> {
+        self.0.is_whole()
+    }
+
     /// The map that the program looks into.
     pub fn outer(&self) -> &MapHandle {
         self.0.outer()
@@ -157,33 +162,72 @@ impl NextHops {
     /// Changes an entry, and leaves alone one that is the same.
     pub fn write(&self, id: u32, entry: &types::nexthop) -> anyhow::Result<()> {
         let (chunk, key, mut slot) = self.slot(id)?;
-        let used = (slot.sequence & 1) as usize;
-        if bytes_of(&slot.copies[used]) == bytes_of(entry) {
-            return Ok(());
+        if change(&mut slot, entry) {
+            turn(chunk, &mut [(key, slot)])?;
         }
-        slot.copies[1 - used] = *entry;
-        chunk.update(&key.to_ne_bytes(), bytes_of(&slot), MapFlags::ANY)?;
-        slot.sequence = slot.sequence.wrapping_add(1);
-        Ok(chunk.update(&key.to_ne_bytes(), bytes_of(&slot), MapFlags::ANY)?)
+        Ok(())
+    }
+
+    /// Changes many entries; what is known of an upstream's health stays.
+    pub fn write_all(&self, entries: &BTreeMap<u32, types::nexthop>) -> anyhow::Result<()> {
+        for (first, chunk) in self.0.iter() {
+            let width = chunk.max_entries();
+            if entries.range(first..first + width).next().is_none() {
+                continue;
+            }
+            let mut changed = Vec::new();
+            for (key, slot) in chunk.lookup_batch(width, MapFlags::ANY, MapFlags::ANY)? {
+                let key = u32::from_ne_bytes(key.as_slice().try_into()?);
+                let Some(entry) = entries.get(&(first + key)) else { continue };
+                let mut slot: types::nexthop_slot =
+                    from_bytes(&slot).context("next hops of another layout")?;
+                let old = slot.copies[(slot.sequence & 1) as usize];
+                let mut new = *entry;
+                if old.address == new.address {
+                    (new.health, new.since) = (old.health, old.since);
+                }
+                if change(&mut slot, &new) {
+                    changed.push((key, slot));
+                }
+            }
+            turn(chunk, &mut changed)?;
+        }
+        Ok(())
     }
 }
 
-/// Tells the program what `apply` found. `ids` are those of `desired`. What is known of an
-/// upstream's health stays.
+/// Writes an entry to the copy that is not in use; false if it is the same as the one in use.
+fn change(slot: &mut types::nexthop_slot, entry: &types::nexthop) -> bool {
+    let used = (slot.sequence & 1) as usize;
+    slot.copies[1 - used] = *entry;
+    bytes_of(&slot.copies[used]) != bytes_of(entry)
+}
+
+/// Tells the program: first the other copy, then that it is the one in use.
+fn turn(chunk: &MapHandle, slots: &mut [(u32, types::nexthop_slot)]) -> anyhow::Result<()> {
+    if slots.is_empty() {
+        return Ok(());
+    }
+    let keys: Vec<u8> = slots.iter().flat_map(|(key, _)| key.to_ne_bytes()).collect();
+    for sequence in [0, 1] {
+        for (_, slot) in &mut *slots {
+            slot.sequence = slot.sequence.wrapping_add(sequence);
+        }
+        let values: Vec<&[u8]> = slots.iter().map(|(_, slot)| bytes_of(slot)).collect();
+        let (any, count) = (MapFlags::ANY, slots.len() as u32);
+        chunk.update_batch(&keys, &values.concat(), count, any, any)?;
+    }
+    Ok(())
+}
+
+/// Tells the program what `apply` found. `ids` are those of `desired`.
 pub fn write(
     nexthops: &NextHops,
     desired: &Desired,
     ids: &[RuleIds],
     ways: &BTreeMap<Ipv4Addr, Way>,
 ) -> anyhow::Result<()> {
-    for (id, mut new) in entries(desired, ids, ways) {
-        let old = nexthops.read(id)?;
-        if old.address == new.address {
-            (new.health, new.since) = (old.health, old.since);
-        }
-        nexthops.write(id, &new)?;
-    }
-    Ok(())
+    nexthops.write_all(&entries(desired, ids, ways))
 }
 
 /// What the program is to know, by upstream id.

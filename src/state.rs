@@ -20,6 +20,7 @@ use anyhow::{Context, anyhow, bail};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenMap};
 
 use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types};
+use crate::chunks::Chunks;
 use crate::counters::Counters;
 use crate::failure::{Failure, Result};
 use crate::nexthop::NextHops;
@@ -115,6 +116,9 @@ fn ensure_bpffs(path: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     let how = format!("mount it with: mount -t bpf bpf {}", parent.display());
+    if !names(parent)?.is_empty() {
+        bail!("{} is not a bpffs, and mounting one would hide what is in it", parent.display());
+    }
     // SAFETY: constant C strings and a path that outlives the call.
     let result = unsafe {
         let target = std::ffi::CString::new(parent.as_os_str().as_encoded_bytes())?;
@@ -182,7 +186,7 @@ impl ReadGuard {
         Ok(names)
     }
 
-    /// The maps that outlive generations, as far as they exist.
+    /// The maps that outlive generations; `None` where one of them is missing.
     pub fn maps(&self) -> anyhow::Result<Option<StateMaps>> {
         let state = self.state();
         let open = |name: &str| -> anyhow::Result<Option<MapHandle>> {
@@ -200,7 +204,8 @@ impl ReadGuard {
         };
         let counters = Counters::open(counters, &state)?;
         let nexthops = NextHops::open(nexthops, &state)?;
-        Ok(Some(StateMaps { counters, nexthops, heartbeat, held }))
+        let whole = counters.is_whole()? && nexthops.is_whole()?;
+        Ok(whole.then_some(StateMaps { counters, nexthops, heartbeat, held }))
     }
 }
 
@@ -258,9 +263,9 @@ impl WriteGuard {
     pub fn ensure_maps(&self, skeleton: &OpenUdplbSkel<'_>) -> anyhow::Result<(StateMaps, bool)> {
         let maps = &skeleton.maps;
         let state = self.state();
-        let fresh = !state.join("counters").try_exists()?;
+        let fresh = !has_chunks(&state, "counters")?;
         for name in ["counters", "nexthops"] {
-            if !state.join(name).try_exists()? {
+            if !has_chunks(&state, name)? {
                 remove_chunks(&state, name)?;
             }
         }
@@ -276,10 +281,21 @@ impl WriteGuard {
     }
 }
 
-/// Chunks whose outer map has gone hold what nobody looks at.
+/// Whether a table that grows is there with all of its chunks.
+fn has_chunks(state: &Path, name: &'static str) -> anyhow::Result<bool> {
+    let path = state.join(name);
+    if !path.try_exists()? {
+        return Ok(false);
+    }
+    let outer = MapHandle::from_pinned_path(&path).with_context(|| path.display().to_string())?;
+    Chunks::open(outer, state, name)?.is_whole()
+}
+
+/// What is left of a table that is not whole is of no use: nobody can look at it.
 fn remove_chunks(state: &Path, name: &str) -> anyhow::Result<()> {
-    let prefix = format!("{name}-");
-    for name in names(state)?.iter().filter(|name| name.starts_with(&prefix)) {
+    let chunk = format!("{name}-");
+    let is_part = |it: &&String| *it == name || it.starts_with(&chunk);
+    for name in names(state)?.iter().filter(is_part) {
         fs::remove_file(state.join(name))?;
     }
     Ok(())

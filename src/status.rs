@@ -108,7 +108,7 @@ impl Status {
         let serving = observed.serving().and_then(|number| observed.generations.get(&number));
         let mut status = Status {
             generation: serving.map(|generation| generation.number),
-            file: serving.map(|generation| generation.description.file.clone()),
+            file: serving.map(|generation| generation.description.origin.file.clone()),
             built: serving.map(|generation| generation.description.built),
             version: serving.map(|generation| generation.description.version.clone()),
             interfaces: interfaces(observed, serving),
@@ -180,7 +180,10 @@ fn interfaces(observed: &Observed, serving: Option<&Generation>) -> Vec<Interfac
 fn trouble(observed: &Observed, serving: Option<&Generation>) -> Vec<String> {
     let mut trouble = Vec::new();
     let Some(serving) = serving else {
-        return vec!["nothing is applied".into()];
+        return vec![match observed.serving() {
+            Some(number) => format!("generation {number} is damaged; apply the file again"),
+            None => "nothing is applied".into(),
+        }];
     };
     let number = serving.number;
     if !serving.intact {
@@ -205,7 +208,7 @@ fn trouble(observed: &Observed, serving: Option<&Generation>) -> Vec<String> {
             Slot::Empty => {
                 trouble.push(format!("{name}: not attached; apply the file again"));
             }
-            Slot::Orphan(filter) | Slot::Foreign(filter) => {
+            Slot::Orphan { filter, .. } | Slot::Foreign(filter) => {
                 trouble.push(format!("{name}: another filter has its place: {filter}"));
             }
         }

@@ -22,6 +22,7 @@ use udplb::config::{
     Action as TcAction, Config, Hash, Health, Host, Key, Ports, Source, Strategy as Selection,
 };
 use udplb::diff::{self, Action, Plan, Refusal};
+use udplb::generation::Origin;
 use udplb::netlink::Netlink;
 use udplb::observe::{Observed, observe};
 use udplb::plan::{Desired, Rule, Upstream};
@@ -165,7 +166,7 @@ fn check_applied(kernel: &Kernel, desired: &Desired) {
     assert!(observed.damaged.is_empty(), "{:?}", observed.damaged);
     assert!(observed.generations.len() <= 2);
     check_ids(kernel);
-    let again = diff::apply(observed, desired, "test.yaml", false).expect("no refusal");
+    let again = diff::apply(observed, desired, &Origin::default(), false).expect("no refusal");
     assert_eq!(again.generation, serving);
     assert!(again.actions.is_empty(), "{:?}", again.actions);
 }
@@ -290,10 +291,26 @@ fn a_generation_that_was_never_attached_is_not_gone_back_to() {
     kernel.apply(&one, false, ALL).expect("no refusal");
     assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
     let two = Desired { interfaces: vec!["b".into()], rules: Vec::new() };
-    let plan = diff::apply(&kernel.observed, &two, "test.yaml", false).expect("no refusal");
+    let plan = diff::apply(&kernel.observed, &two, &Origin::default(), false).expect("no refusal");
     assert!(matches!(plan.actions[0], Action::Build(_)));
     kernel.apply(&two, false, 1).expect("no refusal");
     assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
+}
+
+#[test]
+fn another_program_is_another_generation() {
+    let one = Desired { interfaces: vec!["a".into()], rules: Vec::new() };
+    let mut kernel = Kernel::new(&INTERFACES);
+    kernel.apply(&one, false, ALL).expect("no refusal");
+    let object =
+        &mut kernel.observed.generations.get_mut(&1).expect("it is there").description.object;
+    *object = "an older udplb's".into();
+    assert_eq!(kernel.apply(&one, false, ALL).expect("no refusal").generation, 2);
+    // and back to it, where the upgrade was no good: the cron job must not repeat it
+    assert_eq!(kernel.rollback(ALL).expect("there is one before").generation, 1);
+    assert!(matches!(kernel.apply(&one, false, ALL), Err(Refusal::Held(_))));
+    kernel.apply(&one, true, ALL).expect("force");
+    check_applied(&kernel, &one);
 }
 
 #[test]
@@ -303,7 +320,7 @@ fn what_is_not_ours_to_change_is_refused() {
     let refusal = |change: &dyn Fn(&mut Kernel)| {
         let mut kernel = kernel.clone();
         change(&mut kernel);
-        diff::apply(&kernel.observed, &one, "test.yaml", false).expect_err("a refusal")
+        diff::apply(&kernel.observed, &one, &Origin::default(), false).expect_err("a refusal")
     };
     let interface = |kernel: &mut Kernel| kernel.observed.interfaces.remove("a").expect("a");
     let put = |kernel: &mut Kernel, slot: Slot| {
@@ -314,7 +331,8 @@ fn what_is_not_ours_to_change_is_refused() {
     assert_eq!(refusal(&|kernel| drop(interface(kernel))), Refusal::NoInterface("a".into()));
     let foreign = refusal(&|kernel| put(kernel, Slot::Foreign("theirs".into())));
     assert!(matches!(foreign, Refusal::Foreign { filter, .. } if filter == "theirs"));
-    let orphan = refusal(&|kernel| put(kernel, Slot::Orphan("ours".into())));
+    let ours = || Slot::Orphan { program: 1, filter: "ours".into() };
+    let orphan = refusal(&|kernel| put(kernel, ours()));
     assert!(matches!(orphan, Refusal::Orphan { filter, .. } if filter == "ours"));
     let other = refusal(&|kernel| {
         kernel.apply(&one, false, ALL).expect("no refusal");
@@ -323,13 +341,19 @@ fn what_is_not_ours_to_change_is_refused() {
     assert_eq!(other, Refusal::OtherNamespace(7));
 }
 
-/// Plans on what the kernel holds and carries it out in this process, up to action `stop`, which
-/// fails. Returns how many actions there were.
-fn carry_out(
-    lab: &Lab,
-    plan: &(dyn Fn(&Observed) -> Result<Plan, Refusal> + Sync),
-    stop: usize,
-) -> anyhow::Result<usize> {
+type Planner<'a> = &'a (dyn Fn(&Observed) -> Result<Plan, Refusal> + Sync);
+
+/// What happens at an action.
+#[derive(Clone, Copy)]
+enum Trouble {
+    Failure,
+    /// Nothing is undone.
+    Crash,
+}
+
+/// Plans on what the kernel holds and carries it out in this process, up to action `stop`, where
+/// the trouble is. Returns how many actions there were.
+fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> anyhow::Result<usize> {
     let inside = async || {
         let netlink = Netlink::open()?;
         let guard = state::write(&lab.bpffs.pins(), std::time::Duration::ZERO)
@@ -341,7 +365,11 @@ fn carry_out(
         let mut steps = 0;
         let mut witness = |_: &Action| {
             steps += 1;
-            if steps > stop { bail!("injected") } else { Ok(()) }
+            match trouble {
+                _ if steps <= stop => Ok(()),
+                Trouble::Failure => bail!("injected"),
+                Trouble::Crash => std::panic::resume_unwind(Box::new("crashed")),
+            }
         };
         let mut executor = Executor::new(&guard, &netlink, &observed, &ways);
         executor.run(&plan.actions, &mut witness).await?;
@@ -386,17 +414,13 @@ fn snapshot(lab: &Lab) -> String {
 
 /// Fails at each action in turn, in one laboratory: what a failure leaves is what the next try
 /// starts from. Then lets it pass.
-fn fail_everywhere(
-    lab: &Lab,
-    serves: Option<u16>,
-    plan: &(dyn Fn(&Observed) -> Result<Plan, Refusal> + Sync),
-) {
+fn fail_everywhere(lab: &Lab, serves: Option<u16>, plan: Planner<'_>) {
     drop(state::write(&lab.bpffs.pins(), std::time::Duration::ZERO).expect("the pin directory"));
     let before = snapshot(lab);
     let mut stop = 0;
     loop {
         let counted = serves.map(|_| lab.packets("only", "one", "forwarded"));
-        match carry_out(lab, plan, stop) {
+        match carry_out(lab, plan, stop, Trouble::Failure) {
             Ok(_) => break,
             Err(error) => assert_eq!(error.to_string(), "injected"),
         }
@@ -428,7 +452,9 @@ fn with_interfaces(config: Value, interfaces: &[&str]) -> Value {
 fn a_failing_first_apply_leaves_nothing() {
     let lab = Lab::new();
     let desired = wanted(&with_interfaces(to_port(7001), &["eth0", "up0"]));
-    fail_everywhere(&lab, None, &|observed| diff::apply(observed, &desired, "x", false));
+    fail_everywhere(&lab, None, &|observed| {
+        diff::apply(observed, &desired, &Origin::default(), false)
+    });
     expect_way(&lab, 7001);
 }
 
@@ -438,12 +464,16 @@ fn a_failing_apply_leaves_the_old_generation_serving() {
     // from two interfaces to one: a detachment, with the clsact that udplb made
     lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
     let desired = wanted(&to_port(7002));
-    fail_everywhere(&lab, Some(7001), &|observed| diff::apply(observed, &desired, "x", false));
+    fail_everywhere(&lab, Some(7001), &|observed| {
+        diff::apply(observed, &desired, &Origin::default(), false)
+    });
     expect_way(&lab, 7002);
     assert!(!lab.relay.tc("qdisc show dev up0").contains("clsact"));
     // and back to two, with a generation to drop
     let desired = wanted(&with_interfaces(to_port(7003), &["eth0", "up0"]));
-    fail_everywhere(&lab, Some(7002), &|observed| diff::apply(observed, &desired, "x", false));
+    fail_everywhere(&lab, Some(7002), &|observed| {
+        diff::apply(observed, &desired, &Origin::default(), false)
+    });
     expect_way(&lab, 7003);
 }
 
@@ -457,7 +487,9 @@ fn a_failing_rollback_leaves_the_new_generation_serving() {
     assert_eq!(lab.status()["held"], 2);
     // with --force, out of it again
     let desired = wanted(&to_port(7002));
-    fail_everywhere(&lab, Some(7001), &|observed| diff::apply(observed, &desired, "x", true));
+    fail_everywhere(&lab, Some(7001), &|observed| {
+        diff::apply(observed, &desired, &Origin::default(), true)
+    });
     expect_way(&lab, 7002);
     assert_eq!(lab.status()["held"], Value::Null);
 }
@@ -470,7 +502,7 @@ fn a_failing_clean_up_is_no_failure() {
     }
     fs::create_dir(lab.bpffs.pins().join("building-9")).expect("leftovers");
     let desired = wanted(&to_port(7003));
-    let plan = |observed: &Observed| diff::apply(observed, &desired, "x", false);
+    let plan = |observed: &Observed| diff::apply(observed, &desired, &Origin::default(), false);
     let all = carry_out(
         &lab,
         &|observed| {
@@ -479,14 +511,78 @@ fn a_failing_clean_up_is_no_failure() {
             Ok(plan)
         },
         usize::MAX,
+        Trouble::Failure,
     );
     all.expect("all actions but the last");
     expect_way(&lab, 7003);
     assert!(lab.bpffs.pins().join("generations/1").exists());
     assert!(!lab.bpffs.pins().join("building-9").exists());
-    assert_eq!(carry_out(&lab, &plan, 0).expect("a warning only"), 1);
+    assert_eq!(carry_out(&lab, &plan, 0, Trouble::Failure).expect("a warning only"), 1);
     assert!(lab.bpffs.pins().join("generations/1").exists());
     assert_eq!(lab.apply(&to_port(7003))["changed"], true);
     assert!(!lab.bpffs.pins().join("generations/1").exists());
     assert_eq!(lab.apply(&to_port(7003))["changed"], false);
+}
+
+#[test]
+fn a_failing_take_over_leaves_the_orphan_serving() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    fs::remove_dir_all(lab.bpffs.pins().join("generations/1")).expect("pins");
+    let before = lab.filters("eth0");
+    let desired = wanted(&with_interfaces(to_port(7002), &["eth0", "up0"]));
+    let plan = |observed: &Observed| diff::apply(observed, &desired, &Origin::default(), true);
+    for stop in 0.. {
+        match carry_out(&lab, &plan, stop, Trouble::Failure) {
+            Ok(_) => break,
+            Err(error) => assert_eq!(error.to_string(), "injected"),
+        }
+        assert_eq!(lab.filters("eth0"), before, "after a failure at action {stop}");
+        expect_way(&lab, 7001);
+    }
+    expect_way(&lab, 7002);
+}
+
+#[test]
+fn a_crash_at_any_action_of_the_executor_is_healed() {
+    let lab = Lab::new();
+    lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+    // to one interface and back to two: all kinds of actions but those of a rollback
+    let configurations = [to_port(7002), with_interfaces(to_port(7001), &["eth0", "up0"])]
+        .map(|it| (wanted(&it), it));
+    let mut stop = 0;
+    'all: loop {
+        for (desired, config) in &configurations {
+            let plan =
+                |observed: &Observed| diff::apply(observed, desired, &Origin::default(), false);
+            let crash =
+                std::panic::AssertUnwindSafe(|| carry_out(&lab, &plan, stop, Trouble::Crash));
+            if let Ok(done) = std::panic::catch_unwind(crash) {
+                done.expect("no failure");
+                break 'all;
+            }
+            check_serving(&lab);
+            lab.apply(config);
+            lab.run("status").expect(0);
+            assert_eq!(lab.apply(config)["changed"], false, "after a crash at action {stop}");
+        }
+        stop += 1;
+    }
+    assert!(stop > 4, "only {stop} actions could crash");
+}
+
+/// The old upstream's port or the new one's gets what is sent.
+fn check_serving(lab: &Lab) {
+    let receivers = [7001, 7002].map(|port| bind(&lab.upstream, UPSTREAMS[0], port));
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    sender.send_to(b"anybody", (RELAY, 5000)).expect("sent");
+    let arrived = || receivers.iter().any(|it| it.peek_from(&mut [0; 16]).is_ok());
+    for receiver in &receivers {
+        receiver.set_nonblocking(true).expect("a socket");
+    }
+    let end = std::time::Instant::now() + common::net::PATIENCE;
+    while !arrived() {
+        assert!(std::time::Instant::now() < end, "nothing serves");
+        std::thread::yield_now();
+    }
 }

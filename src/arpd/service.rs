@@ -561,7 +561,7 @@ impl Service {
         if serving.description.object != OBJECT_SHA256 {
             bail!("generation {number} was built by another udplb: restart arpd");
         }
-        let plan = diff::renew(&observed, desired, &serving.description.file)
+        let plan = diff::renew(&observed, desired, &serving.description.origin)
             .map_err(|refusal| anyhow!("{refusal}"))?;
         let outcome = apply::reconcile(&guard, &self.netlink, &observed, &plan, &ways).await?;
         Ok(Some(outcome.generation))

@@ -3,7 +3,6 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 pub mod lab;
-
 pub mod net;
 pub mod packet;
 pub mod prelude;
@@ -22,7 +21,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// A name that no other test, run or process uses; short enough for an interface.
-fn unique(prefix: &str) -> String {
+pub fn unique(prefix: &str) -> String {
     format!("{prefix}{:x}x{:x}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 

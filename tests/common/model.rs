@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use udplb::bpf::OBJECT_SHA256;
 use udplb::diff::{self, Action, Plan, Refusal};
-use udplb::generation::{Description, Draft, Generation, ProgramName};
+use udplb::generation::{Description, Draft, Generation, Origin, ProgramName};
 use udplb::netlink::Qdisc;
 use udplb::observe::{Interface, Observed};
 use udplb::plan::{Desired, RuleIds, assign_ids};
@@ -60,7 +60,7 @@ impl Kernel {
 
     /// Plans what `apply` is to do and carries out the first `steps` of it.
     pub fn apply(&mut self, desired: &Desired, force: bool, steps: usize) -> Result<Plan, Refusal> {
-        let plan = diff::apply(&self.observed, desired, "test.yaml", force)?;
+        let plan = diff::apply(&self.observed, desired, &Origin::default(), force)?;
         self.carry_out(&plan.actions, steps);
         Ok(plan)
     }
@@ -137,7 +137,7 @@ impl Kernel {
         let description = Description {
             version: "test".into(),
             object: OBJECT_SHA256.into(),
-            file: draft.file.clone(),
+            origin: draft.origin.clone(),
             built: 0,
             namespace: draft.namespace,
             program: ProgramName::new(draft.number, [0; 8]),

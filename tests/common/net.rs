@@ -135,8 +135,13 @@ pub fn send_until(stop: &AtomicBool, socket: &UdpSocket, to: (Ipv4Addr, u16)) ->
         }
         std::thread::sleep(Duration::from_micros(50));
     }
-    socket.send_to(LAST, to).expect("the last datagram");
+    send_last(socket, to);
     sent
+}
+
+/// Tells a [`count`]er that nothing follows.
+pub fn send_last(socket: &UdpSocket, to: (Ipv4Addr, u16)) {
+    socket.send_to(LAST, to).expect("the last datagram");
 }
 
 /// Counts what arrives, on a thread, until the sender says that it was the last and nothing

@@ -6,16 +6,20 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, MapMut, OpenObject};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenObject};
 use udplb::bpf::{Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
+use udplb::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy};
 use udplb::nexthop::{self, Way};
-use udplb::plan::{Desired, Rule, RuleIds, assign_ids};
+use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 use udplb::tables::Tables;
 
 use super::prelude::{FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL, Tag};
 
-/// Counters are read for ids below this; no configuration here gives more.
-const IDS: u32 = 32;
+/// Ids given, and read, in each chunk of counters; no configuration here has more.
+const IDS: u32 = 64;
+
+/// The chunks of counters that there are.
+const CHUNKS: u32 = 2;
 
 /// Room in the maps of rules and upstreams, and in slots.
 const ENTRIES: u32 = 64;
@@ -47,6 +51,7 @@ pub type Counted = BTreeMap<(u32, &'static str), (u64, u64)>;
 
 pub struct Program<'object> {
     skeleton: UdplbSkel<'object>,
+    chunks: [MapHandle; CHUNKS as usize],
     prelude: Prelude,
 }
 
@@ -62,19 +67,25 @@ impl<'object> Program<'object> {
             map.set_max_entries(entries).expect("the size of a map");
         }
         let skeleton = skeleton.load().expect("the program loads");
-        let chunk = skeleton.maps.counters_chunk.as_fd().as_raw_fd();
-        write(&skeleton.maps.counters, 0, &chunk.to_ne_bytes());
+        let chunks = [0; CHUNKS as usize].map(|_| counters_chunk(&skeleton.maps.counters_chunk));
+        for (index, chunk) in (0..).zip(&chunks) {
+            write(&skeleton.maps.counters, index, &chunk.as_fd().as_raw_fd().to_ne_bytes());
+        }
         let chunk = skeleton.maps.nexthops_chunk.as_fd().as_raw_fd();
         write(&skeleton.maps.nexthops, 0, &chunk.to_ne_bytes());
         let prelude = Prelude::new(skeleton.progs.udplb.as_fd());
-        Program { skeleton, prelude }
+        Program { skeleton, chunks, prelude }
     }
 
-    /// Puts one rule in the place of those that were there, forgets what was counted, and returns
-    /// the rule's ids.
-    pub fn configure(&self, rule: &Rule, ways: &BTreeMap<Ipv4Addr, Way>) -> RuleIds {
-        let desired = Desired { interfaces: Vec::new(), rules: vec![rule.clone()] };
-        let ids = assign_ids(&desired, &[], IDS).expect("ids suffice");
+    /// Puts one rule in the place of those that were there, behind a decoy, and returns its ids;
+    /// the first id given is the one after `first_id`.
+    pub fn configure(&self, rule: &Rule, ways: &BTreeMap<Ipv4Addr, Way>, first_id: u32) -> RuleIds {
+        let desired = Desired { interfaces: Vec::new(), rules: vec![decoy(), rule.clone()] };
+        let mut ids = assign_ids(&desired, &[], IDS).expect("ids suffice");
+        for ids in &mut ids {
+            ids.rule += first_id;
+            ids.upstreams.iter_mut().for_each(|id| *id += first_id);
+        }
         let tables = Tables::new(&desired, &ids);
         let maps = &self.skeleton.maps;
         clear(&maps.rules);
@@ -91,14 +102,13 @@ impl<'object> Program<'object> {
                 write(&maps.nexthops_chunk, id, bytes_of(&slot));
             }
         }
-        self.reset();
-        ids.into_iter().next().expect("the ids of the one rule")
+        ids.pop().expect("the ids of the rule")
     }
 
     /// Has every slot lead to an upstream that the map has no room for.
     pub fn lose_upstreams(&self) {
         let line = types::slot_line { upstream: [ENTRIES as u16; _] };
-        write_all(&self.skeleton.maps.slots, &[line]);
+        write_all(&self.skeleton.maps.slots, &[line; SLOT_LINES as usize]);
     }
 
     /// Changes the entry that user space wrote for an upstream.
@@ -133,32 +143,64 @@ impl<'object> Program<'object> {
         run
     }
 
-    /// Over all CPUs.
-    pub fn counted(&self) -> Counted {
+    /// What was counted since the last call, over all CPUs.
+    pub fn take_counted(&self) -> Counted {
         let mut counted = Counted::new();
-        for id in 0..IDS {
-            let chunk = &self.skeleton.maps.counters_chunk;
-            let values = chunk.lookup_percpu(&id.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
-            for value in values.expect("counters") {
-                let counters: types::counters = from_bytes(&value).expect("the contract's layout");
+        for (id, chunk, index) in self.counters() {
+            let key = index.to_ne_bytes();
+            let mut values = chunk.lookup_percpu(&key, MapFlags::ANY).expect("a lookup");
+            let values = values.as_mut().expect("counters");
+            if values.iter().flatten().all(|byte| *byte == 0) {
+                continue;
+            }
+            for value in values.iter_mut() {
+                let counters: types::counters = from_bytes(value).expect("the contract's layout");
                 for (verdict, name) in VERDICTS {
                     let counter = counters.of[verdict.0 as usize];
                     let sum = counted.entry((id, name)).or_default();
                     *sum = (sum.0 + counter.packets, sum.1 + counter.bytes);
                 }
+                value.fill(0);
             }
+            chunk.update_percpu(&key, values, MapFlags::ANY).expect("an update");
         }
         counted.retain(|_, count| *count != (0, 0));
         counted
     }
 
-    fn reset(&self) {
-        let cpus = libbpf_rs::num_possible_cpus().expect("the number of CPUs");
-        let zeroes = vec![bytes_of(&types::counters::default()).to_vec(); cpus];
-        for id in 0..IDS {
-            let chunk = &self.skeleton.maps.counters_chunk;
-            chunk.update_percpu(&id.to_ne_bytes(), &zeroes, MapFlags::ANY).expect("an update");
-        }
+    /// Ids, and where their counters are.
+    fn counters(&self) -> impl Iterator<Item = (u32, &MapHandle, u32)> {
+        (0..).zip(&self.chunks).flat_map(|(chunk, map)| {
+            (0..IDS).map(move |index| (chunk * map.max_entries() + index, map, index))
+        })
+    }
+}
+
+/// A map like the one that the program has as a model.
+fn counters_chunk(model: &MapMut<'_>) -> MapHandle {
+    let options = libbpf_sys::bpf_map_create_opts {
+        sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
+        ..Default::default()
+    };
+    let (key, value, entries) = (model.key_size(), model.value_size(), model.max_entries());
+    MapHandle::create(model.map_type(), Some("counters"), key, value, entries, &options)
+        .expect("a chunk of counters")
+}
+
+/// A rule that no packet here matches; its entries are the first in each map.
+fn decoy() -> Rule {
+    let address = Ipv4Addr::new(192, 0, 2, 1);
+    let upstream =
+        |port| Upstream { name: None, host: Host::Address(address), address, port: Some(port) };
+    Rule {
+        name: "decoy".into(),
+        key: Key { address, ports: vec![Ports { first: 2055, last: 2055 }] },
+        action: Action::Block,
+        strategy: Strategy::SrcPort,
+        hash: Hash::Modulo,
+        source: Source::Preserve,
+        health: Health::Off,
+        upstreams: (1..=3).map(upstream).collect(),
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::mem::MaybeUninit;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use udplb::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy};
 use udplb::nexthop::{Hop, Way};
@@ -36,6 +36,7 @@ pub const NEAR_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
 pub const FAR: Ipv4Addr = Ipv4Addr::new(10, 0, 3, 2);
 pub const FAR_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 4, 2);
 pub const BY_IPV6_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 5, 2);
+pub const BY_IPV6_GATEWAY_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 10, 2);
 /// The route takes 1000 bytes, the interface 1500.
 pub const NARROW: Ipv4Addr = Ipv4Addr::new(10, 0, 6, 2);
 pub const NARROW_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 6, 3);
@@ -58,6 +59,7 @@ const ADDRESSES: &[&str] = &[
     "route add 10.0.3.0/24 via 10.0.2.254",
     "route add 10.0.4.0/24 via 10.0.2.253",
     "route add 10.0.5.0/24 via inet6 fe80::fe dev out0",
+    "route add 10.0.10.0/24 via inet6 fe80::fd dev out0",
     "route add 10.0.6.2 via 10.0.2.254 mtu lock 1000",
     "route add 10.0.6.3 via 10.0.2.253 mtu lock 1000",
     "route add unreachable 10.0.7.0/24",
@@ -143,6 +145,8 @@ pub struct Case {
     pub fate: Fate,
     /// The upstream that is to be selected.
     pub chosen: usize,
+    /// Ids are given from the next one on.
+    pub first_id: u32,
     /// Packets and bytes, where it is not one and all.
     pub count: Option<(u64, u64)>,
 }
@@ -161,6 +165,7 @@ impl Case {
             gso: (0, 0),
             fate,
             chosen: 0,
+            first_id: 0,
             count: None,
         }
     }
@@ -301,12 +306,17 @@ impl Testbed<'_> {
         });
     }
 
-    /// The way to an upstream behind a gateway, as user space resolves it.
+    /// The way to an upstream behind the gateway, as user space resolves it.
     pub fn hop(&self, mtu: u32, mac: Option<Mac>) -> Way {
+        self.hop_by(Ipv4Addr::new(10, 0, 2, 254).into(), mtu, mac)
+    }
+
+    /// The same by another gateway.
+    pub fn hop_by(&self, gateway: IpAddr, mtu: u32, mac: Option<Mac>) -> Way {
         Way::Hop(Hop {
             interface: "out0".into(),
             ifindex: self.out,
-            gateway: Ipv4Addr::new(10, 0, 2, 254).into(),
+            gateway,
             mtu,
             macs: mac.map(|mac| (OUT_MAC, mac)),
         })
@@ -316,7 +326,7 @@ impl Testbed<'_> {
     pub fn run(&self, case: &Case) -> (RuleIds, Outcome) {
         let address = case.rule.upstreams[case.chosen].address;
         let ways: BTreeMap<_, _> = case.known.iter().map(|way| (address, way.clone())).collect();
-        let ids = self.program.configure(&case.rule, &ways);
+        let ids = self.program.configure(&case.rule, &ways, case.first_id);
         if let Some(tamper) = case.tamper {
             tamper(&self.program, &ids);
         }
@@ -328,7 +338,7 @@ impl Testbed<'_> {
         let (tag, length) = (case.tag, case.length);
         let context = Context { ifindex, gso_size, gso_segs, tag, length };
         let run = self.program.run(&case.packet.frame(), context);
-        (ids, Outcome { run, copies: self.wire.drain(), counted: self.program.counted() })
+        (ids, Outcome { run, copies: self.wire.drain(), counted: self.program.take_counted() })
     }
 
     /// Runs a case; the error tells what was wanted and what came.

@@ -52,7 +52,7 @@ let
     );
   timer = t: unit "Timer" t (body t.timerConfig);
 
-  # A file of /etc: its text, and what the build runs to check it.
+  # A file of /etc: its text or where it lies, and what the build runs to check it.
   etcFile =
     { source, ... }:
     let
@@ -60,8 +60,11 @@ let
     in
     {
       target = lib.optionalString (lib.isDerivation source) source.outPath;
-      # A file in the store is not there: nothing is built.
-      text = origin.text or (if builtins.isPath origin then builtins.readFile origin else null);
+      text = origin.text or null;
+      # one of ours, as it is
+      path = lib.optionalString (builtins.isPath origin) (
+        lib.removePrefix "${toString root}/" (toString origin)
+      );
       check = source.script or "";
     };
 

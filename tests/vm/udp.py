@@ -3,8 +3,8 @@
 
 listen PORT FILE                returns when the socket is bound; FILE gets a line per datagram:
                                 address port TTL payload
-send ADDRESS PORT [--from PORT] [--count N] [--interval SECONDS]
-                                payloads are FROM-0, FROM-1, …
+send ADDRESS PORT [--from PORT] [--count N | --until FILE] [--interval SECONDS]
+                                payloads are FROM-0, FROM-1, …; prints how many, when FILE is there
 """
 
 import argparse
@@ -37,14 +37,17 @@ def listen(port: int, file: str) -> None:
             print(address, source, ttl, payload.decode(), file=lines)
 
 
-def send(address: str, port: int, source: int, count: int, interval: float) -> None:
+def send(address: str, port: int, source: int, count: int, until: str, interval: float) -> None:
     sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sender.bind(("0.0.0.0", source))
     source = sender.getsockname()[1]
     start = time.monotonic()
-    for number in range(count):
+    number = 0
+    while not os.path.exists(until) if until else number < count:
         sender.sendto(f"{source}-{number}".encode(), (address, port))
-        time.sleep(max(0.0, start + interval * (number + 1) - time.monotonic()))
+        number += 1
+        time.sleep(max(0.0, start + interval * number - time.monotonic()))
+    print(number)
 
 
 parser = argparse.ArgumentParser()
@@ -57,9 +60,10 @@ verb.add_argument("address")
 verb.add_argument("port", type=int)
 verb.add_argument("--from", dest="source", type=int, default=0)
 verb.add_argument("--count", type=int, default=1)
+verb.add_argument("--until", default="")
 verb.add_argument("--interval", type=float, default=0.0)
 args = parser.parse_args()
 if args.verb == "listen":
     listen(args.port, args.file)
 else:
-    send(args.address, args.port, args.source, args.count, args.interval)
+    send(args.address, args.port, args.source, args.count, args.until, args.interval)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent.parent
 HYBRID = Path("/sys/fs/cgroup/unified")
 CGROUP = HYBRID if HYBRID.is_dir() else Path("/sys/fs/cgroup")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -134,11 +135,12 @@ class Machine:
                     (wants / name).symlink_to(f"../{name}")
         (folder / "etc").mkdir()
         for name, file in system["etc"].items():
-            (folder / "etc" / name).write_text(file["text"])
+            text = file["text"] or (ROOT / file["path"]).read_text()
+            (folder / "etc" / name).write_text(text)
             if file["target"].startswith("/stub/"):
                 stub = self.dir / file["target"].lstrip("/")
                 stub.parent.mkdir(exist_ok=True)
-                stub.write_text(file["text"])
+                stub.write_text(text)
 
     def inside(self, *command: str | Path) -> list[str | Path]:
         """The command in this machine's network, with the host's files."""

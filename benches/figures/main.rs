@@ -1,0 +1,79 @@
+//! What udplb costs, beside what the same costs without it: `./dev bench`.
+//!
+//! What a ratio compares is measured in turns, in one run, on one CPU. Of the rounds the least is
+//! taken, since whatever else the machine does only adds. A limit that is missed is said so and
+//! fails nothing: a noisy machine is no bug.
+
+mod apply;
+mod floors;
+mod packets;
+mod veth;
+
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+const PARTS: [(&str, fn(&mut Report)); 3] =
+    [("packets", packets::measure), ("veth", veth::measure), ("apply", apply::measure)];
+
+/// The parts that are named; all where none is.
+fn main() {
+    // cargo adds --bench
+    let named: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+    if let Some(word) = named.iter().find(|word| !PARTS.iter().any(|(name, _)| name == word)) {
+        eprintln!("there is no part {word}, but packets, veth and apply");
+        std::process::exit(64);
+    }
+    let mut report = Report::default();
+    for (name, measure) in PARTS {
+        if named.is_empty() || named.iter().any(|word| word == name) {
+            measure(&mut report);
+        }
+    }
+    match report.missed {
+        0 => println!("\nall within their limits"),
+        missed => println!("\n{missed} MISSED; measure again where nothing else runs"),
+    }
+}
+
+/// Prints figures, and counts those beyond their limits.
+#[derive(Default)]
+struct Report {
+    missed: usize,
+}
+
+impl Report {
+    fn title(&self, title: &str) {
+        println!("\n{title}");
+    }
+
+    /// What others are held against.
+    fn floor(&self, what: &str, figure: f64) {
+        println!("  {what:44}{:>9}", format!("{figure:.1} ns"));
+    }
+
+    /// `value` is what has a limit: a multiple of the floor, or the figure itself.
+    fn at_most(&mut self, what: &str, figure: &str, value: f64, unit: &str, limit: f64) {
+        self.line(what, figure, value, unit, &format!("at most {limit}{unit}"), value <= limit);
+    }
+
+    fn at_least(&mut self, what: &str, figure: &str, value: f64, unit: &str, limit: f64) {
+        self.line(what, figure, value, unit, &format!("at least {limit}{unit}"), value >= limit);
+    }
+
+    fn line(&mut self, what: &str, figure: &str, value: f64, unit: &str, limit: &str, good: bool) {
+        let verdict = if good { "ok" } else { "MISSED" };
+        println!("  {what:44}{figure:>9}{:>11}   {limit:16}{verdict}", format!("{value:.2}{unit}"));
+        self.missed += usize::from(!good);
+    }
+}
+
+/// Measures in turns, and gives the least result of each.
+fn least<const N: usize>(rounds: usize, mut measure: impl FnMut(usize) -> f64) -> [f64; N] {
+    let mut least = [f64::INFINITY; N];
+    for _ in 0..rounds {
+        for (index, least) in least.iter_mut().enumerate() {
+            *least = least.min(measure(index));
+        }
+    }
+    least
+}

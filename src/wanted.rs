@@ -1,0 +1,137 @@
+//! A configuration file, read and ready to be compared with the kernel.
+
+use std::fs;
+use std::io::{self, Read};
+use std::path::Path;
+
+use anyhow::anyhow;
+use sha2::{Digest, Sha256};
+
+use crate::cli::Target;
+use crate::config::{Config, Diagnostic, Host};
+use crate::failure::{Failure, Result};
+use crate::generation::{self, Origin};
+use crate::observe::Observed;
+use crate::partial;
+use crate::plan::Desired;
+use crate::resolve;
+use crate::state::ReadGuard;
+
+/// A file's text.
+pub struct Text {
+    /// As messages call it; `-` is standard input.
+    pub name: String,
+    text: String,
+}
+
+impl Text {
+    /// # Errors
+    /// The file cannot be read, or is not UTF-8.
+    pub fn read(file: &Path) -> Result<Text> {
+        let name = file.display().to_string();
+        let mut bytes = Vec::new();
+        let read = if name == "-" {
+            io::stdin().lock().read_to_end(&mut bytes).map(drop)
+        } else {
+            fs::read(file).map(|contents| bytes = contents)
+        };
+        read.map_err(|error| Failure::Unreadable(format!("{name}: {error}")))?;
+        let text = String::from_utf8(bytes).map_err(|error| {
+            let valid = error.utf8_error().valid_up_to();
+            Failure::Unreadable(format!("{name}: not UTF-8 at byte {valid}"))
+        })?;
+        Ok(Text { name, text })
+    }
+
+    pub fn parse(&self) -> Result<Config> {
+        Config::parse(&self.name, &self.text).map_err(Failure::Config)
+    }
+
+    /// Stands for what this text says to this udplb under these arguments.
+    fn digest(&self, target: &Target) -> String {
+        let mut digest = Sha256::new();
+        for part in [env!("CARGO_PKG_VERSION"), &target.interfaces.join(" "), &self.text] {
+            digest.update(part.len().to_le_bytes());
+            digest.update(part);
+        }
+        digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// What a file wants of the kernel.
+pub struct Wanted {
+    pub origin: Origin,
+    /// `None`: the text was applied before and is not judged again.
+    pub config: Option<Config>,
+    pub desired: Desired,
+    pub warnings: Vec<Diagnostic>,
+    /// What of the file is not in `desired`, in words.
+    pub missing: Vec<String>,
+}
+
+impl Wanted {
+    /// Judges and resolves the text.
+    pub async fn new(text: &Text, target: &Target) -> Result<Wanted> {
+        let config = text.parse()?;
+        let interfaces = interfaces(text, target, &config)?;
+        let names = resolve::names(&config).await.all(&config).map_err(Failure::Config)?;
+        let mut warnings = config.warnings.clone();
+        warnings.extend(config.warnings(names.warnings));
+        let desired =
+            Desired::new(&config, &interfaces, &names.addresses).map_err(Failure::Config)?;
+        let origin = Origin { file: text.name.clone(), digest: text.digest(target) };
+        Ok(Wanted { origin, config: Some(config), desired, warnings, missing: Vec::new() })
+    }
+
+    /// Like [`Wanted::new`], without what is not there now.
+    pub async fn now(text: &Text, target: &Target, observed: &Observed) -> Result<Wanted> {
+        let mut config = text.parse()?;
+        let mut interfaces = interfaces(text, target, &config)?;
+        let all = interfaces.join(", ");
+        let mut names = resolve::names(&config).await;
+        let mut warnings = config.warnings.clone();
+        warnings.extend(config.warnings(std::mem::take(&mut names.warnings)));
+        let is_here = |name: &str| observed.interfaces.contains_key(name);
+        let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+        let serving = serving.map(|generation| &generation.description.desired);
+        let missing = partial::reduce(&mut config, &mut interfaces, &mut names, is_here, serving);
+        if interfaces.is_empty() {
+            return Err(anyhow!("none of the interfaces is here: {all}").into());
+        }
+        let desired =
+            Desired::new(&config, &interfaces, &names.addresses).map_err(Failure::Config)?;
+        let digest = match missing.is_empty() {
+            true => text.digest(target),
+            false => String::new(),
+        };
+        let origin = Origin { file: text.name.clone(), digest };
+        Ok(Wanted { origin, config: Some(config), desired, warnings, missing })
+    }
+
+    /// What the current generation was made of, if it was made of this very text: judging that of
+    /// 10,000 rules again takes several times as long as all the rest. `None` where host names
+    /// may have become others.
+    pub fn again(text: &Text, target: &Target, guard: &ReadGuard) -> Option<Wanted> {
+        let digest = text.digest(target);
+        let desired = generation::made_of(guard, guard.current()?, &digest)?;
+        let named = desired.upstreams().any(|upstream| matches!(upstream.host, Host::Name(_)));
+        let origin = Origin { file: text.name.clone(), digest };
+        let (warnings, missing) = (Vec::new(), Vec::new());
+        (!named).then_some(Wanted { origin, config: None, desired, warnings, missing })
+    }
+}
+
+/// The command line's, or else the file's.
+fn interfaces(text: &Text, target: &Target, config: &Config) -> Result<Vec<String>> {
+    let interfaces = match target.interfaces.is_empty() {
+        true => &config.interfaces,
+        false => &target.interfaces,
+    };
+    if interfaces.is_empty() {
+        return Err(Failure::Usage(format!(
+            "{} names no interfaces; add `interfaces: [...]` or give -i",
+            text.name
+        )));
+    }
+    Ok(interfaces.clone())
+}

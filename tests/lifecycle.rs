@@ -1,0 +1,737 @@
+//! The life of what udplb puts into the kernel: generations, filters, pins and counters, through
+//! applies, rollbacks, detaches, crashes and other people's filters.
+
+mod common;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use common::Namespace;
+use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule, to_port};
+use common::net::{bind, count, expect_silence, receive, send_until};
+use serde_json::{Value, json};
+
+/// Replaces the interfaces of a configuration.
+fn on(interfaces: &[&str], mut config: Value) -> Value {
+    config["interfaces"] = json!(interfaces);
+    config
+}
+
+/// A datagram to the rule's key arrives at this port of the first upstream.
+#[track_caller]
+fn expect_way(lab: &Lab, port: u16) {
+    let receiver = bind(&lab.upstream, UPSTREAMS[0], port);
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    sender.send_to(b"which way", (RELAY, 5000)).expect("sent");
+    assert_eq!(receive(&receiver).payload, b"which way");
+}
+
+/// All is well, and this generation serves.
+#[track_caller]
+fn expect_generation(lab: &Lab, number: u32) {
+    let status = lab.run("status -o json").expect(0).json();
+    assert_eq!(status["generation"], number);
+}
+
+/// Every name below the pins, with what the kernel says of it; a changed pin is another inode.
+fn pins(lab: &Lab) -> Vec<(PathBuf, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let mut found = Vec::new();
+    let mut directories = vec![lab.bpffs.pins()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory).expect("a directory of pins") {
+            let path = entry.expect("a pin").path();
+            let metadata = path.symlink_metadata().expect("a pin");
+            found.push((path.clone(), metadata.ino()));
+            if metadata.is_dir() {
+                directories.push(path);
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn numbers(lab: &Lab) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(lab.bpffs.pins().join("generations"))
+        .expect("generations")
+        .map(|entry| entry.expect("a generation").file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn an_unchanged_file_writes_nothing() {
+    let lab = Lab::new();
+    let first = lab.apply(&to_port(7001));
+    assert_eq!((&first["changed"], &first["generation"]), (&json!(true), &json!(1)));
+    let (before, filters) = (pins(&lab), lab.filters("eth0"));
+    for options in ["", "--force", "-i eth0"] {
+        let again = lab.try_apply(&to_port(7001), options).expect(0).json();
+        assert_eq!((&again["changed"], &again["generation"]), (&json!(false), &json!(1)));
+    }
+    assert_eq!(pins(&lab), before);
+    assert_eq!(lab.filters("eth0"), filters);
+}
+
+#[test]
+fn the_previous_generation_is_kept_and_no_other() {
+    let lab = Lab::new();
+    for (index, port) in (7001..7006).enumerate() {
+        let applied = lab.apply(&to_port(port));
+        assert_eq!(applied["generation"], index + 1);
+        expect_way(&lab, port);
+    }
+    assert_eq!(numbers(&lab), ["4", "5"]);
+    let current = fs::read_link(lab.bpffs.pins().join("current")).expect("a symlink");
+    assert_eq!(current, Path::new("generations/5"));
+}
+
+#[test]
+fn a_rollback_is_held_against_the_cron_job() {
+    let lab = Lab::new();
+    lab.run("rollback").expect(1).says(&["no earlier generation"]);
+    lab.apply(&to_port(7001));
+    lab.run("rollback").expect(1).says(&["no earlier generation"]);
+    lab.apply(&to_port(7002));
+    lab.run("rollback").expect(0);
+    expect_way(&lab, 7001);
+    expect_generation(&lab, 1);
+    assert_eq!(lab.status()["held"], 2);
+    // the cron job comes round, with the file as it is
+    for _ in 0..2 {
+        lab.try_apply(&to_port(7002), "").expect(1).says(&["held since 20", "--force"]);
+        expect_way(&lab, 7001);
+    }
+    assert_eq!(lab.run(&format!("plan {}", lab.write(&to_port(7002)).display())).code, Some(0));
+    // with the old file put back there is nothing to do
+    assert_eq!(lab.apply(&to_port(7001))["changed"], false);
+    lab.run("rollback").expect(0);
+    expect_way(&lab, 7002);
+    expect_generation(&lab, 2);
+    lab.try_apply(&to_port(7001), "").expect(1).says(&["held since"]);
+    lab.run("rollback").expect(0);
+    expect_way(&lab, 7001);
+    lab.try_apply(&to_port(7002), "--force").expect(0);
+    expect_way(&lab, 7002);
+    assert_eq!(lab.status()["held"], Value::Null);
+    assert_eq!(lab.apply(&to_port(7002))["changed"], false);
+    // a changed file ends it as well
+    lab.run("rollback").expect(0);
+    lab.apply(&to_port(7003));
+    expect_way(&lab, 7003);
+    assert_eq!(lab.status()["held"], Value::Null);
+    lab.apply(&to_port(7002));
+    expect_way(&lab, 7002);
+}
+
+/// A rule `only` for port 5000 with these upstreams, by name, address and port.
+fn upstreams(list: &[(&str, usize, u16)]) -> Value {
+    let upstreams: Vec<Value> = list
+        .iter()
+        .map(|(name, index, port)| {
+            json!({ "name": name, "address": UPSTREAMS[*index], "port": port })
+        })
+        .collect();
+    config(&[rule("only", 5000, json!({ "tc_action": "block" }), &upstreams)])
+}
+
+#[test]
+fn counters_stay_with_their_upstream() {
+    let lab = Lab::new();
+    let sender = bind(&lab.client, CLIENTS[0], 5666);
+    let receivers = [7001, 7002].map(|port| bind(&lab.upstream, UPSTREAMS[0], port));
+    let other = bind(&lab.upstream, UPSTREAMS[1], 7001);
+    let send = |receiver| {
+        sender.send_to(b"count", (RELAY, 5000)).expect("sent");
+        receive(receiver);
+    };
+    let forwarded = |name| lab.packets("only", name, "forwarded");
+
+    lab.apply(&upstreams(&[("a", 0, 7001), ("b", 0, 7002)]));
+    (0..3).for_each(|_| send(&receivers[0]));
+    // the order and the others do not matter, nor does the action
+    lab.apply(&upstreams(&[("b", 0, 7002), ("a", 0, 7001), ("c", 1, 7001)]));
+    assert_eq!((forwarded("a"), forwarded("b"), forwarded("c")), (3, 0, 0));
+    lab.apply(&upstreams(&[("b", 0, 7002), ("a", 0, 7001)]));
+    (0..2).for_each(|_| send(&receivers[1]));
+    assert_eq!((forwarded("a"), forwarded("b")), (3, 2));
+    // under a rollback too, where `c` is the one of before
+    lab.run("rollback").expect(0);
+    assert_eq!((forwarded("a"), forwarded("b"), forwarded("c")), (3, 2, 0));
+    lab.run("rollback").expect(0);
+
+    // `b` goes, and comes back when no generation knows it any more
+    lab.apply(&upstreams(&[("a", 0, 7001)]));
+    lab.apply(&upstreams(&[("c", 1, 7001)]));
+    send(&other);
+    lab.apply(&upstreams(&[("c", 1, 7001), ("b", 0, 7002)]));
+    assert_eq!((forwarded("b"), forwarded("c")), (0, 1));
+}
+
+#[test]
+fn a_rollback_never_sends_to_another_upstreams_next_hop() {
+    let lab = Lab::new();
+    // without the kernel's routes the program goes by what is kept under the upstream's id
+    lab.relay.sysctl("net.ipv4.ip_forward", "0");
+    let second = Namespace::new();
+    lab.relay.link("up1", &second, "eth0", true);
+    lab.relay.ip("addr add 10.3.0.1/24 dev up1");
+    second.ip("addr add 10.3.0.20/24 dev eth0");
+    let here = bind(&lab.upstream, UPSTREAMS[0], 7000);
+    let there = bind(&second, [10, 3, 0, 20].into(), 7000);
+    let to = |address: &str| {
+        let upstream = json!({ "name": "it", "address": address, "port": 7000 });
+        config(&[rule("only", 5000, json!({ "tc_action": "block" }), &[upstream])])
+    };
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    let check = |receiver| {
+        for _ in 0..3 {
+            sender.send_to(b"where", (RELAY, 5000)).expect("sent");
+            receive(receiver);
+        }
+    };
+    for _ in 0..3 {
+        lab.try_apply(&to("10.2.0.20"), "--force").expect(0);
+        check(&here);
+        lab.try_apply(&to("10.3.0.20"), "--force").expect(0);
+        check(&there);
+        lab.run("rollback").expect(0);
+        check(&here);
+        lab.run("rollback").expect(0);
+        check(&there);
+    }
+    expect_silence(&here);
+    expect_silence(&there);
+}
+
+/// Other people's filters, `tc`'s words for them behind `filter add dev eth0`.
+const FOREIGN: [&str; 8] = [
+    "ingress pref 50 protocol ip flower ip_proto tcp action pass",
+    "ingress pref 60 protocol ip u32 match ip dport 53 0xffff classid 1:1",
+    "ingress pref 150 matchall action continue",
+    "ingress pref 40 bpf da bytecode 1,6 0 0 4294967295",
+    "ingress pref 100 handle 0x1 bpf da bytecode 1,6 0 0 4294967295",
+    "ingress pref 100 chain 7 protocol ip u32 match ip dport 53 0xffff classid 1:1",
+    "egress pref 100 matchall action pass",
+    "egress pref 100 handle 0x7564 bpf da bytecode 1,6 0 0 4294967295",
+];
+
+/// False where this kernel has no such filters.
+fn add_filter(lab: &Lab, interface: &str, filter: &str) -> bool {
+    // the bytecode of a filter is one word with blanks in it
+    let (words, bytecode) = match filter.split_once("bytecode ") {
+        Some((words, bytecode)) => (words, vec!["bytecode", bytecode]),
+        None => (filter, Vec::new()),
+    };
+    let mut tc = lab.relay.command("tc");
+    tc.args(["filter", "add", "dev", interface]).args(words.split_whitespace()).args(bytecode);
+    let added = Outcome::of(&mut tc);
+    if added.stderr.contains("classifier not found") || added.stderr.contains("action module") {
+        eprintln!("skipped, for this kernel has none: {filter}");
+        return false;
+    }
+    added.expect(0);
+    true
+}
+
+/// Filters as `tc` shows them, without udplb's.
+fn foreign_filters(lab: &Lab) -> String {
+    let filters = ["ingress", "egress"]
+        .map(|hook| lab.relay.tc(&format!("filter show dev eth0 {hook}")))
+        .concat();
+    let head = "filter protocol all pref 100 bpf chain 0";
+    let foreign = |line: &&str| !line.contains("udplb") && line.trim_end() != head;
+    filters.lines().filter(foreign).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn filters_of_others_survive_all_that_udplb_does() {
+    for foreign in FOREIGN {
+        let lab = Lab::new();
+        lab.relay.tc("qdisc add dev eth0 clsact");
+        if !add_filter(&lab, "eth0", foreign) {
+            continue;
+        }
+        let before = foreign_filters(&lab);
+        assert!(!before.is_empty());
+        lab.apply(&to_port(7001));
+        assert_eq!(foreign_filters(&lab), before);
+        expect_way(&lab, 7001);
+        lab.apply(&to_port(7002));
+        lab.run("rollback").expect(0);
+        expect_way(&lab, 7001);
+        assert_eq!(foreign_filters(&lab), before);
+        lab.run("detach").expect(0);
+        assert!(!lab.filters("eth0").contains("udplb"));
+        assert_eq!(foreign_filters(&lab), before);
+        lab.run("detach --purge").expect(0);
+        assert_eq!(foreign_filters(&lab), before);
+    }
+}
+
+fn has_clsact(lab: &Lab, interface: &str) -> bool {
+    lab.relay.tc(&format!("qdisc show dev {interface}")).contains("clsact")
+}
+
+#[test]
+fn only_a_clsact_of_our_own_is_removed() {
+    let lab = Lab::new();
+    // ours, and nothing else on it
+    lab.apply(&to_port(7001));
+    lab.run("detach").expect(0);
+    assert!(!has_clsact(&lab, "eth0"));
+    // ours, but in use, on either hook
+    for foreign in FOREIGN {
+        lab.apply(&to_port(7001));
+        let shared = add_filter(&lab, "eth0", foreign);
+        lab.run("detach").expect(0);
+        assert_eq!(has_clsact(&lab, "eth0"), shared);
+        if shared {
+            lab.relay.tc("qdisc del dev eth0 clsact");
+        }
+    }
+    // not ours, and empty; whoever made the one before
+    lab.relay.tc("qdisc add dev eth0 clsact");
+    lab.apply(&to_port(7001));
+    lab.run("detach").expect(0);
+    assert!(has_clsact(&lab, "eth0"));
+    lab.apply(&to_port(7002));
+    lab.run("rollback").expect(0);
+    lab.run("detach").expect(0);
+    assert!(has_clsact(&lab, "eth0"));
+}
+
+#[test]
+fn a_filter_in_our_place_is_named_and_left_alone() {
+    let taken = [
+        ("pref 100 handle 0x7564 bpf da bytecode 1,6 0 0 0", "bpf pref 100 handle 0x7564"),
+        ("pref 100 matchall action pass", "matchall pref 100"),
+        ("pref 100 protocol ip flower ip_proto tcp action pass", "flower pref 100"),
+        ("pref 100 protocol ip u32 match ip dport 53 0xffff classid 1:1", "u32 pref 100"),
+        ("pref 100 protocol ip bpf da bytecode 1,6 0 0 0", "bpf pref 100"),
+    ];
+    for (foreign, name) in taken {
+        let lab = Lab::new();
+        lab.relay.tc("qdisc add dev eth0 clsact");
+        if !add_filter(&lab, "eth0", &format!("ingress {foreign}")) {
+            continue;
+        }
+        let before = lab.filters("eth0");
+        for options in ["", "--force"] {
+            lab.try_apply(&to_port(7001), options).expect(1).says(&["eth0", name, "not udplb's"]);
+        }
+        assert_eq!(lab.filters("eth0"), before);
+        assert!(numbers(&lab).is_empty());
+    }
+}
+
+#[test]
+fn the_older_ingress_qdisc_will_do() {
+    let lab = Lab::new();
+    lab.relay.tc("qdisc add dev eth0 ingress");
+    lab.apply(&to_port(7001));
+    expect_way(&lab, 7001);
+    lab.apply(&to_port(7002));
+    expect_way(&lab, 7002);
+    assert_eq!(lab.apply(&to_port(7002))["changed"], false);
+    lab.run("detach").expect(0);
+    assert!(lab.relay.tc("qdisc show dev eth0").contains("ingress"));
+    assert_eq!(lab.filters("eth0"), "");
+}
+
+#[test]
+fn a_filter_whose_pins_are_gone_is_taken_over_with_force_only() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    fs::remove_dir_all(lab.bpffs.pins().join("generations/1")).expect("pins");
+    lab.run("status").expect(3);
+    expect_way(&lab, 7001);
+    let before = lab.filters("eth0");
+    lab.try_apply(&to_port(7002), "").expect(1).says(&["eth0", "pins are gone", "--force"]);
+    assert_eq!(lab.filters("eth0"), before);
+    expect_way(&lab, 7001);
+    lab.try_apply(&to_port(7002), "--force").expect(0);
+    expect_way(&lab, 7002);
+    lab.run("status").expect(0);
+    assert_eq!(lab.apply(&to_port(7002))["changed"], false);
+}
+
+#[test]
+fn a_lost_pin_is_noticed_and_healed() {
+    let lab = Lab::new();
+    let state = ["counters", "counters-0", "nexthops", "nexthops-0", "heartbeat", "held"]
+        .map(|name| format!("state/{name}"));
+    let generation = ["program", "rules", "slots", "upstreams", "config"].map(String::from);
+    let mut port = 7001;
+    lab.apply(&to_port(port));
+    for lost in generation.iter().chain(&state).map(String::as_str).chain(["current"]) {
+        let current = lab.bpffs.pins().join("current");
+        let generation = fs::read_link(&current).expect("current");
+        let path = match lost.starts_with("state/") || lost == "current" {
+            true => lab.bpffs.pins().join(lost),
+            false => lab.bpffs.pins().join(generation).join(lost),
+        };
+        fs::remove_file(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        // without `current` the filters say what serves
+        let status = lab.run("status").expect(if lost == "current" { 0 } else { 3 });
+        assert_eq!(status.stdout.contains("is damaged"), lost == "config", "{status:?}");
+        expect_way(&lab, port);
+        // the same file, then another; neither is refused, and both go through
+        lab.apply(&to_port(port));
+        lab.run("status").expect(0);
+        expect_way(&lab, port);
+        assert_eq!(lab.apply(&to_port(port))["changed"], false, "after {lost}");
+        fs::remove_file(lab.bpffs.pins().join("current")).expect("current");
+        port += 1;
+        lab.apply(&to_port(port));
+        expect_way(&lab, port);
+        lab.run("status").expect(0);
+    }
+}
+
+#[test]
+fn all_pins_lost() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    fs::remove_dir_all(lab.bpffs.pins()).expect("pins");
+    lab.run("status").expect(3);
+    lab.run("list").expect(3);
+    lab.try_apply(&to_port(7001), "").expect(1).says(&["--force"]);
+    // with the directory that this made, and without
+    for _ in 0..2 {
+        let by_hand = "tc filter del dev eth0 ingress pref 100";
+        lab.run("detach").expect(1).says(&["eth0", "pins are gone", by_hand]);
+        lab.run("detach -i up0").expect(0);
+        let _ = fs::remove_dir_all(lab.bpffs.pins());
+    }
+    lab.try_apply(&to_port(7001), "--force").expect(0);
+    expect_way(&lab, 7001);
+    expect_generation(&lab, 1);
+    fs::remove_dir_all(lab.bpffs.pins()).expect("pins");
+    lab.relay.tc("filter del dev eth0 ingress pref 100");
+    lab.run("detach").expect(0);
+    lab.apply(&to_port(7001));
+    expect_way(&lab, 7001);
+}
+
+#[test]
+fn several_interfaces() {
+    let lab = Lab::new();
+    lab.apply(&on(&["eth0", "up0"], to_port(7001)));
+    let sender = bind(&lab.upstream, UPSTREAMS[1], 0);
+    let receiver = bind(&lab.upstream, UPSTREAMS[0], 7001);
+    lab.upstream.ip("route replace 10.1.0.1/32 via 10.2.0.1");
+    sender.send_to(b"other side", (RELAY, 5000)).expect("sent");
+    assert_eq!(receive(&receiver).payload, b"other side");
+    drop(receiver);
+    expect_way(&lab, 7001);
+
+    // one is detached when the file names it no longer, and the plan says so
+    let file = lab.write(&to_port(7001));
+    let plan = lab.run(&format!("plan {}", file.display())).expect(0);
+    assert!(plan.stdout.contains("- interface up0: detached"), "{plan:?}");
+    lab.apply(&to_port(7001));
+    assert_eq!(lab.filters("up0"), "");
+    assert!(!has_clsact(&lab, "up0"));
+    expect_way(&lab, 7001);
+    lab.apply(&on(&["eth0", "up0"], to_port(7001)));
+    lab.run("detach -i eth0").expect(0);
+    assert_eq!(lab.filters("eth0"), "");
+    lab.run("status").expect(3);
+    lab.run("detach -i nosuch0").expect(1).says(&["nosuch0"]);
+    lab.apply(&on(&["eth0", "up0"], to_port(7001)));
+    lab.run("status").expect(0);
+}
+
+#[test]
+fn a_crash_between_two_swaps_leaves_two_generations_serving() {
+    let lab = Lab::new();
+    let both = |port| on(&["eth0", "up0"], to_port(port));
+    for healed_by in [7002, 7001, 7003] {
+        lab.apply(&both(7001));
+        let generation = lab.apply(&both(7002))["generation"].clone();
+        let current = fs::read_link(lab.bpffs.pins().join("current")).expect("current");
+        // as it was before the last swap: the old program on one, `current` on the old
+        lab.run("rollback").expect(0);
+        let program = lab.bpffs.pins().join(current).join("program");
+        let replace = format!(
+            "filter replace dev eth0 ingress pref 100 handle 0x7564 protocol all \
+             bpf da object-pinned {}",
+            program.display()
+        );
+        lab.relay.tc(&replace);
+        let status = lab.run("status").expect(3);
+        let text = format!("generation {generation}");
+        assert!(status.stdout.contains(&text) && status.stdout.contains("apply the file again"));
+        expect_way(&lab, 7002);
+        lab.try_apply(&both(healed_by), "--force").expect(0);
+        lab.run("status").expect(0);
+        expect_way(&lab, healed_by);
+        assert_eq!(lab.apply(&both(healed_by))["changed"], false);
+        lab.run("detach --purge").expect(0);
+    }
+}
+
+#[test]
+fn an_interface_that_is_missing_or_made_anew() {
+    let lab = Lab::new();
+    lab.try_apply(&on(&["eth7"], to_port(7001)), "").expect(1).says(&["no interface eth7"]);
+    lab.try_apply(&on(&["lo"], to_port(7001)), "").expect(1).says(&["lo", "no Ethernet"]);
+    lab.apply(&on(&["eth0", "up0"], to_port(7001)));
+    lab.relay.ip("link del up0");
+    let status = lab.run("status").expect(3);
+    assert!(status.stdout.contains("up0: there is no such interface"), "{status:?}");
+    lab.try_apply(&on(&["eth0", "up0"], to_port(7001)), "").expect(1).says(&["no interface up0"]);
+    lab.relay.link("up0", &lab.upstream, "eth1", true);
+    let status = lab.run("status").expect(3);
+    assert!(status.stdout.contains("up0: not attached"), "{status:?}");
+    lab.apply(&on(&["eth0", "up0"], to_port(7001)));
+    lab.run("status").expect(0);
+    lab.relay.ip("link set up0 down");
+    lab.relay.ip("link set up0 name up1");
+    lab.run("status").expect(3);
+    lab.apply(&on(&["eth0", "up1"], to_port(7001)));
+    lab.run("status").expect(0);
+}
+
+#[test]
+fn the_pins_of_another_network_namespace_are_refused() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    let before = pins(&lab);
+    let elsewhere = |words: &str| {
+        let mut command = common::udplb(&lab.client, &lab.bpffs);
+        Outcome::of(command.args(words.split_whitespace()))
+    };
+    let file = lab.write(&to_port(7001));
+    for words in [&format!("apply {} --force", file.display()), "rollback", "detach"] {
+        elsewhere(words).expect(1).says(&["another network namespace", "--pin-dir"]);
+    }
+    let status = elsewhere("status").expect(3);
+    assert!(status.stdout.contains("another network namespace"), "{status:?}");
+    assert_eq!(pins(&lab), before);
+    expect_way(&lab, 7001);
+}
+
+#[test]
+fn readers_share_the_lock_and_writers_do_not() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    let directory = File::open(lab.bpffs.pins()).expect("the pin directory");
+    let apply = format!("apply {} --lock-timeout 0", lab.write(&to_port(7001)).display());
+    let plan = apply.replace("apply", "plan");
+
+    directory.lock_shared().expect("a lock");
+    for reader in ["status --lock-timeout 0", "list --lock-timeout 0", &plan] {
+        lab.run(reader).expect(0);
+    }
+    let writers = [&apply, "rollback --lock-timeout 0", "detach --lock-timeout 0"];
+    for writer in writers {
+        lab.run(writer).expect(75).says(&["still locked after 0 s", "another udplb"]);
+    }
+    directory.lock().expect("a lock");
+    for command in [&plan, "status --lock-timeout 0"].into_iter().chain(writers) {
+        lab.run(command).expect(75).says(&["still locked"]);
+    }
+    // a writer that waits gets its turn
+    let waiting = spawn(&lab, &apply.replace("timeout 0", "timeout 20"));
+    directory.unlock().expect("unlocked");
+    assert_eq!(waiting.wait_with_output().expect("it ends").status.code(), Some(0));
+    expect_way(&lab, 7001);
+}
+
+fn spawn(lab: &Lab, words: &str) -> Child {
+    let mut command = lab.udplb(words);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program runs")
+}
+
+#[test]
+fn two_applies_at_once() {
+    let lab = Lab::new();
+    let files = [7001, 7002].map(|port| {
+        let path = lab.directory.write(&format!("{port}.yaml"), &to_port(port).to_string());
+        (port, format!("apply {} -o json", path.display()))
+    });
+    for _ in 0..10 {
+        let children = files.each_ref().map(|(_, words)| spawn(&lab, words));
+        let done = children.map(|child| child.wait_with_output().expect("it ends"));
+        for output in &done {
+            assert_eq!(output.status.code(), Some(0), "{output:?}");
+        }
+        lab.run("status").expect(0);
+        // what serves is one of the two and no mixture: nothing is left to do for one of them
+        let same: Vec<u16> = files
+            .iter()
+            .filter(|(_, words)| {
+                lab.run(&words.replace("apply", "plan")).json()["changed"] == false
+            })
+            .map(|(port, _)| *port)
+            .collect();
+        assert_eq!(same.len(), 1);
+        expect_way(&lab, same[0]);
+    }
+    // the same file twice: one of them has nothing to do
+    lab.run("detach --purge").expect(0);
+    let children = [0, 1].map(|_| spawn(&lab, &files[0].1));
+    let changed = children.map(|child| {
+        let output = child.wait_with_output().expect("it ends");
+        let json: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        json["changed"].as_bool().expect("a boolean")
+    });
+    assert_ne!(changed[0], changed[1]);
+}
+
+/// A `block` rule and a `pass` rule, both to this port of the first upstream.
+fn under_load(port: u16) -> Value {
+    let upstream = |port| json!({ "name": "one", "address": UPSTREAMS[0], "port": port });
+    config(&[
+        rule("block", 5000, json!({ "tc_action": "block" }), &[upstream(port)]),
+        rule("pass", 5001, json!({ "tc_action": "pass" }), &[upstream(port + 100)]),
+    ])
+}
+
+/// Runs `change` while datagrams go through both rules, which lead to either of two ports; none
+/// may be lost. Returns how many went through each.
+fn lose_nothing(lab: &Lab, change: impl FnOnce()) -> [u64; 2] {
+    let at_upstream =
+        [7001, 7002, 7101, 7102].map(|port| count(bind(&lab.upstream, UPSTREAMS[0], port)));
+    let here = count(bind(&lab.relay, RELAY, 5001));
+    let senders = [5000, 5001].map(|port| (bind(&lab.client, CLIENTS[0], 0), port));
+    let stop = AtomicBool::new(false);
+    let [blocked, passed] = std::thread::scope(|scope| {
+        let sending = senders
+            .each_ref()
+            .map(|(socket, port)| scope.spawn(|| send_until(&stop, socket, (RELAY, *port))));
+        // also where a check fails, else the senders would go on
+        let changed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(change));
+        stop.store(true, Ordering::Relaxed);
+        let sent = sending.map(|thread| thread.join().expect("a sender"));
+        changed.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        sent
+    });
+    // a last one to each port by hand: only two of the four are led to
+    for port in [7001, 7002, 7101, 7102] {
+        let socket = bind(&lab.upstream, UPSTREAMS[1], 0);
+        common::net::send_last(&socket, (UPSTREAMS[0], port));
+    }
+    let [a, b, c, d] = at_upstream.map(|counter| counter.join().expect("a counter"));
+    assert_eq!((a + b, c + d), (blocked, passed));
+    assert_eq!(here.join().expect("a counter"), passed);
+    assert!(blocked > 100 && passed > 100, "hardly any load: {blocked}, {passed}");
+    [blocked, passed]
+}
+
+#[test]
+fn two_hundred_applies_lose_no_packet() {
+    let lab = Lab::new();
+    lab.apply(&under_load(7001));
+    let sent = lose_nothing(&lab, || {
+        for round in 0..200 {
+            let port = 7002 - round % 2;
+            assert_eq!(lab.apply(&under_load(port))["changed"], true);
+        }
+    });
+    expect_generation(&lab, 201);
+    assert_eq!(numbers(&lab), ["200", "201"]);
+    // and every one was counted once, for one upstream or the other
+    let counted = || ["block", "pass"].map(|rule| lab.packets(rule, "one", "forwarded"));
+    let [block, pass] = counted();
+    lab.run("rollback").expect(0);
+    let [other_block, other_pass] = counted();
+    assert!(block > 0 && other_block > 0);
+    // the last datagram of each sender tells that there are no more
+    assert_eq!([block + other_block, pass + other_pass], sent.map(|sent| sent + 1));
+}
+
+#[test]
+fn rollbacks_and_other_interfaces_lose_no_packet() {
+    let lab = Lab::new();
+    // while a clsact comes or goes the kernel itself drops what the interface is to send
+    lab.relay.tc("qdisc add dev up0 clsact");
+    lab.apply(&under_load(7001));
+    lab.apply(&under_load(7002));
+    lose_nothing(&lab, || {
+        for _ in 0..20 {
+            lab.run("rollback").expect(0);
+            lab.try_apply(&on(&["eth0", "up0"], under_load(7001)), "--force").expect(0);
+            lab.try_apply(&under_load(7002), "--force").expect(0);
+        }
+    });
+}
+
+#[test]
+fn a_killed_apply_leaves_something_serving() {
+    let lab = Lab::new();
+    lab.apply(&on(&["eth0", "up0"], under_load(7001)));
+    let started = Instant::now();
+    lab.apply(&on(&["eth0", "up0"], under_load(7002)));
+    let whole = started.elapsed();
+    let mut killed = 0;
+    lose_nothing(&lab, || {
+        const POINTS: u32 = 40;
+        for point in 0..POINTS {
+            let config = on(&["eth0", "up0"], under_load(7002 - point as u16 % 2));
+            let file = lab.write(&config);
+            let mut child = spawn(&lab, &format!("apply {}", file.display()));
+            std::thread::sleep(whole * point / POINTS);
+            let _ = child.kill();
+            killed += usize::from(child.wait().expect("it ends").code().is_none());
+            let healed = lab.apply(&config);
+            lab.run("status").expect(0);
+            assert!(numbers(&lab).len() <= 2, "{healed}");
+            assert_eq!(lab.apply(&config)["changed"], false);
+        }
+    });
+    assert!(killed > 10, "only {killed} were killed");
+    let names = fs::read_dir(lab.bpffs.pins()).expect("pins");
+    let names: Vec<String> =
+        names.map(|it| it.expect("a pin").file_name().to_string_lossy().into_owned()).collect();
+    assert!(!names.iter().any(|name| name.starts_with("building-")), "{names:?}");
+}
+
+#[test]
+fn a_purge_leaves_nothing() {
+    let lab = Lab::new();
+    lab.apply(&on(&["eth0", "up0"], to_port(7001)));
+    lab.apply(&on(&["eth0", "up0"], to_port(7002)));
+    lab.run("detach --purge").expect(0);
+    assert!(pins(&lab).is_empty(), "{:?}", pins(&lab));
+    for interface in ["eth0", "up0"] {
+        assert!(!has_clsact(&lab, interface));
+    }
+    lab.run("status").expect(3);
+    lab.run("detach --purge").expect(0);
+    lab.apply(&to_port(7001));
+    expect_generation(&lab, 1);
+}
+
+#[test]
+fn many_rules_and_a_gap_among_the_counters() {
+    let lab = Lab::new();
+    let upstream = json!({ "name": "one", "address": UPSTREAMS[0], "port": 7001 });
+    let many = |port| {
+        let mut rules: Vec<Value> = (10_000..10_700)
+            .map(|port| rule(&format!("r{port}"), port, json!({}), std::slice::from_ref(&upstream)))
+            .collect();
+        rules.push(to_port(port)["rules"][0].clone());
+        config(&rules)
+    };
+    lab.apply(&many(7001));
+    let chunks = ["counters-0", "counters-1"];
+    for chunk in chunks {
+        fs::remove_file(lab.bpffs.pins().join("state").join(chunk)).expect("a second chunk");
+        lab.run("status").expect(3);
+        lab.apply(&many(7001));
+        lab.run("status").expect(0);
+        assert_eq!(lab.apply(&many(7001))["changed"], false);
+        expect_way(&lab, 7001);
+        assert_eq!(lab.packets("only", "one", "forwarded"), 1);
+        lab.run("detach --purge").expect(0);
+        lab.apply(&many(7001));
+    }
+}
