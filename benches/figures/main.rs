@@ -12,11 +12,26 @@ mod veth;
 #[path = "../../tests/common/mod.rs"]
 mod common;
 
+/// A part of the figures: its name, and how it is measured.
+type Part = (&'static str, fn(&mut Report));
+
+const PARTS: [Part; 3] =
+    [("packets", packets::measure), ("veth", veth::measure), ("apply", apply::measure)];
+
+/// The parts that are named; all where none is.
 fn main() {
+    // cargo adds --bench
+    let named: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+    if let Some(word) = named.iter().find(|word| !PARTS.iter().any(|(name, _)| name == word)) {
+        eprintln!("there is no part {word}, but packets, veth and apply");
+        std::process::exit(64);
+    }
     let mut report = Report::default();
-    packets::measure(&mut report);
-    veth::measure(&mut report);
-    apply::measure(&mut report);
+    for (name, measure) in PARTS {
+        if named.is_empty() || named.iter().any(|word| word == name) {
+            measure(&mut report);
+        }
+    }
     match report.missed {
         0 => println!("\nall within their limits"),
         missed => println!("\n{missed} MISSED; measure again where nothing else runs"),

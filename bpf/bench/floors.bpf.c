@@ -92,61 +92,67 @@ int clone(struct __sk_buff *skb)
 
 #define FLOWS 16
 
-__u32 generated;
+/* A run of the generator, which ends when all packets that are wanted have arrived. */
+struct progress {
+	__u64 generated;
+	__u64 at_upstream;
+	__u64 at_socket;
+	__u64 wanted; /* arrivals, at upstream and socket */
+	__u64 started;
+	__u64 ended;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct progress);
+} progress SEC(".maps");
+
+static __always_inline struct progress *get_progress(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&progress, &zero);
+}
 
 /* Makes the frame a packet of one of 16 flows; the checksum of `frame` is 16 or more. */
-static __always_inline int write_frame(struct xdp_md *context)
+SEC("xdp")
+int generate(struct xdp_md *context)
 {
 	struct frame *packet = (void *)(long)context->data;
-	__u32 flow = generated++ % FLOWS, zero = 0;
+	struct progress *progress = get_progress();
 	struct frame *original;
+	__u32 flow, zero = 0;
 
 	original = bpf_map_lookup_elem(&frame, &zero);
-	if (!original || (void *)(packet + 1) > (void *)(long)context->data_end)
+	if (!original || !progress || (void *)(packet + 1) > (void *)(long)context->data_end)
 		return XDP_ABORTED;
+	if (!progress->generated)
+		progress->started = bpf_ktime_get_ns();
+	flow = progress->generated++ % FLOWS;
 	__builtin_memcpy(packet, original, sizeof(*packet));
 	packet->udp.source = bpf_htons(bpf_ntohs(original->udp.source) + flow);
 	packet->udp.check = bpf_htons(bpf_ntohs(original->udp.check) - flow);
 	return XDP_PASS;
 }
 
-SEC("xdp")
-int generate(struct xdp_md *context)
+static __always_inline void arrive(struct progress *progress, __u64 *place)
 {
-	return write_frame(context);
-}
-
-/* The generator alone. */
-SEC("xdp")
-int generate_nothing(struct xdp_md *context)
-{
-	return write_frame(context) == XDP_PASS ? XDP_DROP : XDP_ABORTED;
-}
-
-/* What arrived: at the upstream, at the socket. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 2);
-	__type(key, __u32);
-	__type(value, __u64);
-} arrived SEC(".maps");
-
-static __always_inline void count(__u32 where)
-{
-	__u64 *packets = bpf_map_lookup_elem(&arrived, &where);
-
-	if (packets)
-		++*packets;
+	++*place;
+	if (progress->at_upstream + progress->at_socket == progress->wanted)
+		progress->ended = bpf_ktime_get_ns();
 }
 
 SEC("tc")
 int sink(struct __sk_buff *skb)
 {
 	struct frame *packet = (void *)(long)skb->data;
+	struct progress *progress = get_progress();
 
-	if ((void *)(packet + 1) <= (void *)(long)skb->data_end &&
+	if (progress && (void *)(packet + 1) <= (void *)(long)skb->data_end &&
 	    packet->eth.h_proto == bpf_htons(ETH_P_IP) && packet->ip.protocol == IPPROTO_UDP)
-		count(0);
+		arrive(progress, &progress->at_upstream);
 	return TC_ACT_SHOT;
 }
 
@@ -154,7 +160,10 @@ int sink(struct __sk_buff *skb)
 SEC("socket")
 int socket_filter(struct __sk_buff *skb __attribute__((unused)))
 {
-	count(1);
+	struct progress *progress = get_progress();
+
+	if (progress)
+		arrive(progress, &progress->at_socket);
 	return 0;
 }
 
