@@ -12,7 +12,9 @@ mod veth;
 #[path = "../../tests/common/mod.rs"]
 mod common;
 
-const PARTS: [(&str, fn(&mut Report)); 3] =
+type Part = (&'static str, fn(&mut Report));
+
+const PARTS: [Part; 3] =
     [("packets", packets::measure), ("veth", veth::measure), ("apply", apply::measure)];
 
 /// The parts that are named; all where none is.
