@@ -29,6 +29,13 @@ static __always_inline void copy_mac(void *to, const void *from)
 	*(__u16 *)(to + 4) = *(const __u16 *)(from + 4);
 }
 
+static __always_inline bool is_no_mac(const __u8 *mac)
+{
+	const __u16 *words = (const void *)mac;
+
+	return !(words[0] | words[1] | words[2]);
+}
+
 /* Both at once. */
 static __always_inline void copy_macs(void *to, const void *from)
 {
@@ -151,8 +158,9 @@ static __always_inline int routed_way(struct __sk_buff *skb, const struct packet
 	way->ifindex = fib.ifindex;
 	way->family = fib.family;
 	__builtin_memcpy(way->gateway, fib.ipv6_dst, sizeof(way->gateway));
-	if (result == BPF_FIB_LKUP_RET_NO_NEIGH)
-		return result;
+	/* before 6.3 the kernel takes a neighbour that it is still asking for as known */
+	if (result == BPF_FIB_LKUP_RET_NO_NEIGH || is_no_mac(fib.dmac))
+		return BPF_FIB_LKUP_RET_NO_NEIGH;
 	copy_mac(way->frame, fib.dmac);
 	copy_mac(way->frame + ETH_ALEN, fib.smac);
 	*mtu = fib.mtu_result; /* takes the place of tot_len, from 5.12 on */

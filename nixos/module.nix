@@ -53,13 +53,14 @@ let
         "src-ip-port"
       ]) "What of a packet selects its upstream. The program's default is `src-ip-port`.";
       hash = word (types.enum [ "modulo" ]) "How the strategy's key becomes an upstream.";
-      source =
-        word
-          (types.enum [
-            "vip"
-            "preserve"
-          ])
-          "The source address that upstreams see: the matched destination (`vip`, the default) or the sender's own.";
+      source = word (types.enum [
+        "vip"
+        "preserve"
+      ]) "Whom upstreams see: the matched destination (`vip`, the default) or the sender (`preserve`).";
+      health = word (types.enum [
+        "off"
+        "neighbour"
+      ]) "`neighbour` leaves out upstreams whose next hop does not answer; the default is `off`.";
     };
   };
 

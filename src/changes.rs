@@ -178,3 +178,54 @@ impl fmt::Display for Changes {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Changes;
+    use crate::config::{Action, Config};
+    use crate::plan::Desired;
+
+    fn desired(rules: &str) -> Desired {
+        let text = format!("version: 1\ninterfaces: [b, a]\nrules:\n{rules}");
+        let config = Config::parse("test.yaml", &text).expect("a good configuration");
+        Desired::new(&config, &config.interfaces, &Default::default()).expect("no names")
+    }
+
+    const ONE: &str = "- { name: one, key: { address: 10.0.0.5, port: [5, 7-9] }, options: { hash: modulo }, \
+                       upstream: [{ name: x, address: 10.0.9.1 }, { address: 10.0.9.2, port: 8 }] }\n";
+    const TWO: &str = "- { key: { address: 10.0.0.5, port: 6 }, options: { hash: modulo }, \
+                       upstream: [{ address: 10.0.9.1 }] }\n";
+
+    #[test]
+    fn nothing() {
+        let one = desired(ONE);
+        let attached = ["a".to_string(), "b".to_string()];
+        let changes = Changes::new(&one, &one, &attached);
+        assert!(changes.is_empty());
+        assert_eq!(changes.to_string(), "");
+    }
+
+    #[test]
+    fn everything() {
+        let mut new = desired(&[ONE, TWO].concat());
+        let from_nothing = Changes::new(&Desired::default(), &new, &[]);
+        assert_eq!(
+            from_nothing.to_string(),
+            "+ interface a\n+ interface b\n\
+             + rule one (10.0.0.5:5,7-9) -> x 10.0.9.1, 10.0.9.2:8\n\
+             + rule 10.0.0.5:6 (10.0.0.5:6) -> 10.0.9.1\n"
+        );
+        let old = desired(ONE);
+        new.interfaces = vec!["c".into()];
+        new.rules[0].action = Action::Block;
+        new.rules[0].upstreams[1].port = Some(9);
+        let attached = ["a".to_string()];
+        assert_eq!(
+            Changes::new(&old, &new, &attached).to_string(),
+            "+ interface c\n- interface a: detached\n\
+             + rule 10.0.0.5:6 (10.0.0.5:6) -> 10.0.9.1\n\
+             ~ rule one: 50 % of its flows move\n    tc_action: pass -> block\n    \
+             + upstream 10.0.9.2:9\n    - upstream 10.0.9.2:8\n"
+        );
+    }
+}

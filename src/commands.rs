@@ -22,6 +22,7 @@ use crate::nexthop::{self, Way};
 use crate::observe::{Observed, observe};
 use crate::plan::Desired;
 use crate::status::{Network, Status};
+use crate::tc::{self, Slot};
 use crate::wanted::{Text, Wanted};
 use crate::{advice, apply, clock, config, list, privileges, resolve, state};
 
@@ -340,6 +341,7 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
     let none =
         || report(global, "nothing was attached\n", &json!({ "changed": false, "detached": [] }));
     if state::read(&global.pin_dir, global.lock_timeout)?.is_none() {
+        refuse_orphans(&observe(None, &netlink).await?, interfaces)?;
         return none();
     }
     let guard = state::write(&global.pin_dir, global.lock_timeout)?;
@@ -350,6 +352,7 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
     if purge {
         guard.remove_all()?;
     }
+    refuse_orphans(&observed, interfaces)?;
     let detached: Vec<&str> = actions
         .iter()
         .filter_map(|action| match action {
@@ -368,4 +371,21 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
         text += "removed all pins\n";
     }
     report(global, &text, &json!({ "changed": true, "detached": detached }))
+}
+
+/// A filter whose pins are gone stays: nothing proves that it is ours to take away.
+fn refuse_orphans(observed: &Observed, interfaces: &[String]) -> Result<()> {
+    let named = |name: &String| interfaces.is_empty() || interfaces.contains(name);
+    let orphan =
+        observed.interfaces.iter().find_map(|(name, interface)| match &interface.hook.slot {
+            Slot::Orphan { filter, .. } if named(name) => Some((name, filter)),
+            _ => None,
+        });
+    orphan.map_or(Ok(()), |(name, filter)| {
+        Err(Failure::Failed(anyhow!(
+            "{name}: a filter of udplb whose pins are gone stays on ingress: {filter}; remove it \
+             with: tc filter del dev {name} ingress pref {}",
+            tc::PRIORITY
+        )))
+    })
 }

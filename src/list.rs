@@ -51,3 +51,106 @@ fn upstream(upstream: &Upstream) -> Value {
     }
     Value::Object(fields)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::net::Ipv4Addr;
+
+    use proptest::collection::{btree_set, vec};
+    use proptest::prelude::*;
+    use proptest::sample::{select, subsequence};
+
+    use super::document;
+    use crate::config::{
+        Action, Config, Hash, Health, Host, Key, Ports, Source, Strategy as Selection,
+    };
+    use crate::plan::{Desired, Rule, Upstream};
+
+    const NAMES: [&str; 4] = ["logs.example.net", "a", "true.example", "0x1f.example"];
+
+    fn upstreams() -> impl Strategy<Value = Vec<Upstream>> {
+        let host = prop_oneof![
+            (1..250_u8).prop_map(|last| Host::Address([10, 0, 9, last].into())),
+            select(NAMES.to_vec()).prop_map(|name| Host::Name(name.into())),
+        ];
+        // names are such that a sloppy writer of YAML would make something else of them
+        let names = btree_set("[a-z0-9][a-z0-9.:-]{0,8}|null|yes|1e3|0o7|~|1:30", 5);
+        let list = vec((host, prop::option::of(1..=u16::MAX), any::<bool>()), 1..5);
+        (list, names).prop_map(|(mut list, names)| {
+            let mut seen = Vec::new();
+            list.retain(|(host, port, _)| {
+                let new = !seen.contains(&(host.clone(), *port));
+                seen.push((host.clone(), *port));
+                new
+            });
+            list.into_iter()
+                .zip(names)
+                .map(|((host, port, named), name)| Upstream {
+                    name: named.then_some(name),
+                    address: match &host {
+                        Host::Address(address) => *address,
+                        Host::Name(name) => address(name),
+                    },
+                    host,
+                    port,
+                })
+                .collect()
+        })
+    }
+
+    fn address(name: &str) -> Ipv4Addr {
+        let index = NAMES.iter().position(|it| *it == name).expect("a known name");
+        [10, 0, 8, index as u8 + 1].into()
+    }
+
+    /// Rules with ports of their own, by their place among the rules.
+    fn rule(place: u16) -> impl Strategy<Value = Rule> {
+        let range = (0..30_u16, 0..30_u16).prop_map(move |(first, more)| Ports {
+            first: 1 + place * 200 + first,
+            last: 1 + place * 200 + first + more,
+        });
+        let lone = Just(Ports { first: 150 + place * 200, last: 150 + place * 200 });
+        let ports = (prop::option::of(range), lone)
+            .prop_map(|(range, lone)| range.into_iter().chain([lone]).collect());
+        let words = (
+            select(vec![Action::Pass, Action::Block]),
+            select(vec![Selection::SrcPort, Selection::SrcIp, Selection::SrcIpPort]),
+            select(vec![Source::Vip, Source::Preserve]),
+            select(vec![Health::Off, Health::Neighbour]),
+        );
+        (ports, words, upstreams()).prop_map(
+            move |(ports, (action, strategy, source, health), upstreams)| Rule {
+                name: format!("r{place}"),
+                key: Key { address: [10, 0, 0, 5].into(), ports },
+                action,
+                strategy,
+                hash: Hash::Modulo,
+                source,
+                health,
+                upstreams,
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn applies_to_the_same(
+            rules in (0..5_u16).prop_flat_map(|count| (0..count).map(rule).collect::<Vec<_>>()),
+            interfaces in subsequence(vec!["eth0", "no", "1e3", "wlp0s20f3"], 1..4),
+        ) {
+            let mut interfaces: Vec<String> = interfaces.into_iter().map(String::from).collect();
+            interfaces.sort();
+            let desired = Desired { interfaces, rules };
+            let names: BTreeMap<String, Ipv4Addr> =
+                NAMES.iter().map(|name| (name.to_string(), address(name))).collect();
+            let text = serde_yaml::to_string(&document(&desired)).expect("YAML");
+            for text in [text, document(&desired).to_string()] {
+                let config = Config::parse("list.yaml", &text)
+                    .unwrap_or_else(|errors| panic!("{}\n{text}", errors[0]));
+                let again = Desired::new(&config, &config.interfaces, &names);
+                prop_assert_eq!(again.expect("good names"), desired.clone(), "{}", text);
+            }
+        }
+    }
+}

@@ -216,3 +216,89 @@ pub fn assign_ids(
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use proptest::collection::{btree_map, vec};
+    use proptest::prelude::*;
+
+    use super::{Desired, IdsExhausted, Rule, RuleIds, Upstream, assign_ids};
+    use crate::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy as Selection};
+
+    fn desired(rules: &BTreeMap<u8, Vec<(u8, Option<u16>)>>) -> Desired {
+        let upstream = |(host, port): &(u8, Option<u16>)| {
+            let address = [10, 0, 9, *host].into();
+            Upstream { name: None, host: Host::Address(address), address, port: *port }
+        };
+        let rule = |(number, upstreams): (&u8, &Vec<_>)| Rule {
+            name: number.to_string(),
+            key: Key { address: [10, 0, 0, 5].into(), ports: vec![Ports { first: 1, last: 1 }] },
+            action: Action::Pass,
+            strategy: Selection::SrcIp,
+            hash: Hash::Modulo,
+            source: Source::Vip,
+            health: Health::Off,
+            upstreams: upstreams.iter().map(upstream).collect(),
+        };
+        Desired { interfaces: Vec::new(), rules: rules.iter().map(rule).collect() }
+    }
+
+    /// Each rule and each endpoint of it, with its id.
+    fn holders(desired: &Desired, ids: &[RuleIds]) -> BTreeMap<String, u32> {
+        let mut holders = BTreeMap::new();
+        for (rule, ids) in desired.rules.iter().zip(ids) {
+            assert_eq!(rule.upstreams.len(), ids.upstreams.len());
+            let name = &rule.name;
+            let endpoints = rule.upstreams.iter().zip(&ids.upstreams);
+            let named = endpoints
+                .map(|(it, id)| (format!("{name} to {} {:?}", it.address, it.port), *id))
+                .chain([(name.clone(), ids.rule)]);
+            for (holder, id) in named {
+                assert_eq!(*holders.entry(holder.clone()).or_insert(id), id, "{holder}");
+            }
+        }
+        holders
+    }
+
+    proptest! {
+        #[test]
+        fn an_id_stays_with_its_holder_while_any_generation_knows_it(
+            files in vec(btree_map(0..5_u8, vec((0..4_u8, prop::option::of(1..3_u16)), 1..5), 0..4), 1..8),
+        ) {
+            let mut known: Vec<(Desired, Vec<RuleIds>)> = Vec::new();
+            for file in &files {
+                let desired = desired(file);
+                let before: Vec<(&Desired, &[RuleIds])> =
+                    known.iter().map(|(desired, ids)| (desired, ids.as_slice())).collect();
+                let ids = assign_ids(&desired, &before, 1000).expect("enough");
+                let mine = holders(&desired, &ids);
+                let theirs: BTreeMap<String, u32> =
+                    known.iter().flat_map(|(desired, ids)| holders(desired, ids)).collect();
+                let all: BTreeMap<&String, u32> =
+                    theirs.iter().chain(&mine).map(|(holder, id)| (holder, *id)).collect();
+                // nobody's changed, and no two have one
+                for (holder, id) in theirs.iter().chain(&mine) {
+                    prop_assert_eq!(all[holder], *id);
+                    prop_assert_ne!(*id, 0);
+                }
+                let distinct: BTreeSet<u32> = all.values().copied().collect();
+                prop_assert_eq!(distinct.len(), all.len());
+                known.push((desired, ids));
+                // the kernel keeps two
+                let gone = known.len().saturating_sub(2);
+                known.drain(..gone);
+            }
+        }
+    }
+
+    #[test]
+    fn ids_end() {
+        let desired = desired(&[(1, vec![(1, None), (2, None), (1, None)])].into());
+        // one for the rule and one for each endpoint, from 1
+        assert_eq!(assign_ids(&desired, &[], 3), Err(IdsExhausted));
+        let ids = assign_ids(&desired, &[], 4);
+        assert_eq!(ids, Ok(vec![RuleIds { rule: 1, upstreams: vec![2, 3, 2] }]));
+    }
+}

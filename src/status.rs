@@ -180,7 +180,10 @@ fn interfaces(observed: &Observed, serving: Option<&Generation>) -> Vec<Interfac
 fn trouble(observed: &Observed, serving: Option<&Generation>) -> Vec<String> {
     let mut trouble = Vec::new();
     let Some(serving) = serving else {
-        return vec!["nothing is applied".into()];
+        return vec![match observed.serving() {
+            Some(number) => format!("generation {number} is damaged; apply the file again"),
+            None => "nothing is applied".into(),
+        }];
     };
     let number = serving.number;
     if !serving.intact {

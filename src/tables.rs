@@ -163,3 +163,121 @@ fn same_endpoint(one: &Upstream, other: &Upstream) -> bool {
 fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::{Tables, moved_share};
+    use crate::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy};
+    use crate::plan::{Desired, Rule, Upstream, assign_ids};
+
+    const KEY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 5);
+
+    fn rule(name: &str, first: u16, last: u16, upstreams: &[u8]) -> Rule {
+        let upstream = |host: &u8| {
+            let address = [10, 0, 9, *host].into();
+            Upstream { name: None, host: Host::Address(address), address, port: None }
+        };
+        Rule {
+            name: name.into(),
+            key: Key { address: KEY, ports: vec![Ports { first, last }] },
+            action: Action::Block,
+            strategy: Strategy::SrcIp,
+            hash: Hash::Modulo,
+            source: Source::Vip,
+            health: Health::Off,
+            upstreams: upstreams.iter().map(upstream).collect(),
+        }
+    }
+
+    fn tables(rules: Vec<Rule>) -> Tables {
+        let desired = Desired { interfaces: Vec::new(), rules };
+        let ids = assign_ids(&desired, &[], 1 << 19).expect("ids enough");
+        Tables::new(&desired, &ids)
+    }
+
+    #[test]
+    fn keys_are_as_on_the_wire() {
+        let mut one = rule("one", 514, 514, &[1]);
+        one.upstreams[0].port = Some(0x1234);
+        let tables = tables(vec![one]);
+        let (key, value) = tables.rules[0];
+        assert_eq!(key.address.to_ne_bytes(), KEY.octets());
+        assert_eq!(key.port.to_ne_bytes(), [514_u16.to_be_bytes()[0], 2]);
+        assert_eq!((value.slots, value.first_slot), (1, 0));
+        let upstream = tables.upstreams[0];
+        assert_eq!(upstream.address.to_ne_bytes(), [10, 0, 9, 1]);
+        assert_eq!(upstream.port.to_ne_bytes(), [0x12, 0x34]);
+    }
+
+    #[test]
+    fn a_range_is_an_entry_for_each_port() {
+        let tables =
+            tables(vec![rule("range", 1000, 1099, &[1, 2]), rule("last", 65_535, 65_535, &[1])]);
+        let mut ports: Vec<u16> =
+            tables.rules.iter().map(|(key, _)| u16::from_be(key.port)).collect();
+        ports.dedup();
+        assert_eq!(ports, (1000..1100).chain([65_535]).collect::<Vec<_>>());
+        let first_slots: Vec<u32> = tables.rules.iter().map(|(_, rule)| rule.first_slot).collect();
+        assert_eq!(first_slots[..100], [0; 100]);
+        assert_eq!(first_slots[100], 2);
+    }
+
+    #[test]
+    fn slots_lead_to_the_upstreams_in_the_files_order() {
+        let hosts: Vec<u8> = (1..=50).chain([7]).collect();
+        let tables = tables(vec![rule("one", 1, 1, &[9]), rule("many", 2, 2, &hosts)]);
+        let (_, many) = tables.rules[1];
+        assert_eq!(many.slots, 51);
+        let found: Vec<u8> = (0..many.slots)
+            .map(|slot| (many.first_slot + slot) as usize)
+            .map(|slot| {
+                let width = tables.slots[0].upstream.len();
+                let index = tables.slots[slot / width].upstream[slot % width];
+                tables.upstreams[usize::from(index)].address.to_ne_bytes()[3]
+            })
+            .collect();
+        assert_eq!(found, hosts);
+        // one that is listed twice is one, but none is shared between rules: it has another id
+        assert_eq!(tables.upstreams.len(), 51);
+    }
+
+    #[test]
+    fn no_rules() {
+        let tables = tables(Vec::new());
+        assert!(tables.rules.is_empty() && tables.slots.is_empty() && tables.upstreams.is_empty());
+    }
+
+    #[test]
+    fn the_share_that_moves() {
+        let of = |upstreams: &[u8]| rule("one", 1, 1, upstreams);
+        for (old, new, moved) in [
+            (&[1, 2][..], &[1, 2][..], 0.0),
+            (&[1], &[2], 1.0),
+            (&[1], &[1, 2], 0.5),
+            (&[1, 2], &[2, 1], 1.0),
+            (&[1, 2], &[1, 2, 1, 2], 0.0),
+            (&[1, 2, 3], &[1, 2], 4.0 / 6.0),
+        ] {
+            assert_eq!(moved_share(&of(old), &of(new)), moved, "{old:?} -> {new:?}");
+        }
+        // by something else of the packet: only what meets by chance stays
+        for (old, new, moved) in
+            [(&[1][..], &[1][..], 0.0), (&[1, 2], &[1, 2], 0.5), (&[1, 2], &[3], 1.0)]
+        {
+            let by_port = Rule { strategy: Strategy::SrcPort, ..of(new) };
+            assert_eq!(moved_share(&of(old), &by_port), moved, "{old:?} -> {new:?}");
+        }
+    }
+
+    #[test]
+    fn the_share_of_long_lists_is_counted_in_reasonable_time() {
+        let long = |length: usize| {
+            let upstreams: Vec<u8> = (0..length).map(|index| index as u8).collect();
+            rule("one", 1, 1, &upstreams)
+        };
+        let share = moved_share(&long(4099), &long(4111));
+        assert!((0.9..=1.0).contains(&share), "{share}");
+    }
+}

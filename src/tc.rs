@@ -132,3 +132,76 @@ pub async fn detach(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{HANDLE, NAME, PRIORITY, Slot, judge};
+    use crate::generation::ProgramName;
+    use crate::netlink::{ETH_P_ALL, Filter, FilterProgram, Qdisc};
+
+    /// Ours, of the program with this id.
+    fn filter(id: u32) -> Filter {
+        Filter {
+            chain: 0,
+            priority: PRIORITY,
+            protocol: ETH_P_ALL,
+            handle: HANDLE,
+            kind: "bpf".into(),
+            program: Some(FilterProgram { id, name: NAME.into(), tag: [id as u8; 8] }),
+        }
+    }
+
+    fn slot(filters: &[Filter]) -> (Slot, bool) {
+        let programs = [(41, ProgramName::new(1, [1; 8])), (42, ProgramName::new(2, [2; 8]))];
+        let hook = judge(Some(Qdisc::Clsact), filters, &[], &programs);
+        (hook.slot, hook.shared)
+    }
+
+    #[test]
+    fn ours_is_known_by_id_and_tag() {
+        assert_eq!(slot(&[]), (Slot::Empty, false));
+        assert_eq!(slot(&[filter(2)]), (Slot::Generation(42), false));
+        let text = "bpf pref 100 handle 0x7564 udplb (program 3)";
+        let orphan = Slot::Orphan { program: 3, filter: text.into() };
+        assert_eq!(slot(&[filter(3)]), (orphan, false));
+        // an id that was given to another program
+        let mut reused = filter(1);
+        reused.program.as_mut().expect("a program").tag = [9; 8];
+        assert!(matches!(slot(&[reused]).0, Slot::Orphan { program: 1, .. }));
+    }
+
+    #[test]
+    fn others_are_let_alone_unless_they_take_our_place() {
+        let beside = [
+            Filter { priority: 99, ..filter(9) },
+            Filter { handle: 1, ..filter(9) },
+            Filter { chain: 5, ..filter(9) },
+            Filter { chain: 5, kind: "u32".into(), program: None, ..filter(9) },
+        ];
+        for other in beside {
+            assert_eq!(slot(std::slice::from_ref(&other)), (Slot::Empty, true));
+            for both in [[other.clone(), filter(1)], [filter(1), other]] {
+                assert_eq!(slot(&both), (Slot::Generation(41), true));
+            }
+        }
+        let named = |filter: Filter| match slot(&[filter]).0 {
+            Slot::Foreign(text) => text,
+            slot => panic!("{slot:?}"),
+        };
+        let mut theirs = filter(9);
+        theirs.program.as_mut().expect("a program").name = "theirs".into();
+        assert_eq!(named(theirs), "bpf pref 100 handle 0x7564 theirs (program 9)");
+        let classic = Filter { program: None, ..filter(9) };
+        assert_eq!(named(classic), "bpf pref 100 handle 0x7564");
+        let kind = Filter { kind: "flower".into(), handle: 1, program: None, ..filter(9) };
+        assert_eq!(named(kind), "flower pref 100 handle 0x1");
+        let protocol = Filter { protocol: 0x0800, handle: 1, program: None, ..filter(9) };
+        assert_eq!(named(protocol), "bpf pref 100 handle 0x1");
+    }
+
+    #[test]
+    fn egress_is_on_the_same_qdisc() {
+        let hook = judge(Some(Qdisc::Clsact), &[filter(1)], &[filter(9)], &[]);
+        assert!(hook.shared);
+    }
+}

@@ -378,7 +378,8 @@ fn a_lost_pin_is_noticed_and_healed() {
         };
         fs::remove_file(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         // without `current` the filters say what serves
-        lab.run("status").expect(if lost == "current" { 0 } else { 3 });
+        let status = lab.run("status").expect(if lost == "current" { 0 } else { 3 });
+        assert_eq!(status.stdout.contains("is damaged"), lost == "config", "{status:?}");
         expect_way(&lab, port);
         // the same file, then another; neither is refused, and both go through
         lab.apply(&to_port(port));
@@ -400,11 +401,22 @@ fn all_pins_lost() {
     fs::remove_dir_all(lab.bpffs.pins()).expect("pins");
     lab.run("status").expect(3);
     lab.run("list").expect(3);
-    lab.run("detach").expect(0);
     lab.try_apply(&to_port(7001), "").expect(1).says(&["--force"]);
+    // with the directory that this made, and without
+    for _ in 0..2 {
+        let by_hand = "tc filter del dev eth0 ingress pref 100";
+        lab.run("detach").expect(1).says(&["eth0", "pins are gone", by_hand]);
+        lab.run("detach -i up0").expect(0);
+        let _ = fs::remove_dir_all(lab.bpffs.pins());
+    }
     lab.try_apply(&to_port(7001), "--force").expect(0);
     expect_way(&lab, 7001);
     expect_generation(&lab, 1);
+    fs::remove_dir_all(lab.bpffs.pins()).expect("pins");
+    lab.relay.tc("filter del dev eth0 ingress pref 100");
+    lab.run("detach").expect(0);
+    lab.apply(&to_port(7001));
+    expect_way(&lab, 7001);
 }
 
 #[test]
@@ -584,8 +596,8 @@ fn under_load(port: u16) -> Value {
 }
 
 /// Runs `change` while datagrams go through both rules, which lead to either of two ports; none
-/// may be lost.
-fn lose_nothing(lab: &Lab, change: impl FnOnce()) {
+/// may be lost. Returns how many went through each.
+fn lose_nothing(lab: &Lab, change: impl FnOnce()) -> [u64; 2] {
     let at_upstream =
         [7001, 7002, 7101, 7102].map(|port| count(bind(&lab.upstream, UPSTREAMS[0], port)));
     let here = count(bind(&lab.relay, RELAY, 5001));
@@ -611,13 +623,14 @@ fn lose_nothing(lab: &Lab, change: impl FnOnce()) {
     assert_eq!((a + b, c + d), (blocked, passed));
     assert_eq!(here.join().expect("a counter"), passed);
     assert!(blocked > 100 && passed > 100, "hardly any load: {blocked}, {passed}");
+    [blocked, passed]
 }
 
 #[test]
 fn two_hundred_applies_lose_no_packet() {
     let lab = Lab::new();
     lab.apply(&under_load(7001));
-    lose_nothing(&lab, || {
+    let sent = lose_nothing(&lab, || {
         for round in 0..200 {
             let port = 7002 - round % 2;
             assert_eq!(lab.apply(&under_load(port))["changed"], true);
@@ -625,6 +638,14 @@ fn two_hundred_applies_lose_no_packet() {
     });
     expect_generation(&lab, 201);
     assert_eq!(numbers(&lab), ["200", "201"]);
+    // and every one was counted once, for one upstream or the other
+    let counted = || ["block", "pass"].map(|rule| lab.packets(rule, "one", "forwarded"));
+    let [block, pass] = counted();
+    lab.run("rollback").expect(0);
+    let [other_block, other_pass] = counted();
+    assert!(block > 0 && other_block > 0);
+    // the last datagram of each sender tells that there are no more
+    assert_eq!([block + other_block, pass + other_pass], sent.map(|sent| sent + 1));
 }
 
 #[test]

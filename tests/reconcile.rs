@@ -298,6 +298,22 @@ fn a_generation_that_was_never_attached_is_not_gone_back_to() {
 }
 
 #[test]
+fn another_program_is_another_generation() {
+    let one = Desired { interfaces: vec!["a".into()], rules: Vec::new() };
+    let mut kernel = Kernel::new(&INTERFACES);
+    kernel.apply(&one, false, ALL).expect("no refusal");
+    let object =
+        &mut kernel.observed.generations.get_mut(&1).expect("it is there").description.object;
+    *object = "an older udplb's".into();
+    assert_eq!(kernel.apply(&one, false, ALL).expect("no refusal").generation, 2);
+    // and back to it, where the upgrade was no good: the cron job must not repeat it
+    assert_eq!(kernel.rollback(ALL).expect("there is one before").generation, 1);
+    assert!(matches!(kernel.apply(&one, false, ALL), Err(Refusal::Held(_))));
+    kernel.apply(&one, true, ALL).expect("force");
+    check_applied(&kernel, &one);
+}
+
+#[test]
 fn what_is_not_ours_to_change_is_refused() {
     let one = Desired { interfaces: vec!["a".into()], rules: Vec::new() };
     let kernel = Kernel::new(&INTERFACES);
@@ -515,7 +531,7 @@ fn a_failing_take_over_leaves_the_orphan_serving() {
     fs::remove_dir_all(lab.bpffs.pins().join("generations/1")).expect("pins");
     let before = lab.filters("eth0");
     let desired = wanted(&with_interfaces(to_port(7002), &["eth0", "up0"]));
-    let plan = |observed: &Observed| diff::apply(observed, &desired, "x", true);
+    let plan = |observed: &Observed| diff::apply(observed, &desired, &Origin::default(), true);
     for stop in 0.. {
         match carry_out(&lab, &plan, stop, Trouble::Failure) {
             Ok(_) => break,
@@ -537,7 +553,8 @@ fn a_crash_at_any_action_of_the_executor_is_healed() {
     let mut stop = 0;
     'all: loop {
         for (desired, config) in &configurations {
-            let plan = |observed: &Observed| diff::apply(observed, desired, "x", false);
+            let plan =
+                |observed: &Observed| diff::apply(observed, desired, &Origin::default(), false);
             let crash =
                 std::panic::AssertUnwindSafe(|| carry_out(&lab, &plan, stop, Trouble::Crash));
             if let Ok(done) = std::panic::catch_unwind(crash) {

@@ -12,6 +12,7 @@ mod veth;
 #[path = "../../tests/common/mod.rs"]
 mod common;
 
+/// A part of the figures: its name, and how it is measured.
 type Part = (&'static str, fn(&mut Report));
 
 const PARTS: [Part; 3] =

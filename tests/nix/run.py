@@ -21,7 +21,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FIXTURES = ROOT / "tests/vm/fixtures"
 DRIVER = ROOT / "tests/vm/driver"
+WORDS = HERE / "words.json"
 EXPOSURE = 2.5
+STALE = "stale: tests/nix/run.py --write-fixtures writes it anew"
 
 count = {"passed": 0, "failed": 0, "skipped": 0}
 
@@ -58,6 +60,9 @@ class Nix:
         # No store is needed, and none may be there.
         env = {**os.environ, "NIX_REMOTE": "dummy://"}
         return run(self.program, "--eval", "--strict", "--json", *args, env=env)
+
+    def is_old(self) -> bool:
+        return self.instantiate("-E", "builtins ? readFileType").stdout.strip() == "false"
 
     def get(self, attribute: str) -> tuple[Any, str]:
         result = self.instantiate(HERE / "eval.nix", "--arg", "libPath", self.lib, "-A", attribute)
@@ -180,21 +185,26 @@ def words(schema: Any) -> set[str]:
     return found
 
 
-def check_package(nix: Nix, udplb: str) -> None:
+def check_words(udplb: str) -> None:
+    """The module has the words of the program that are built, and no others."""
+    if not udplb:
+        skip("the module has the program's words", "no --udplb")
+        return
+    theirs = words(json.loads(run(udplb, "schema").stdout)) - {"version"}
+    wrong = theirs.symmetric_difference(json.loads(WORDS.read_text()))
+    report("the module has the program's words", f"{sorted(wrong)}: nixos/module.nix and {WORDS}" if wrong else "")
+
+
+def check_package(nix: Nix, write: bool) -> None:
     package, error = nix.get("package")
     report("package" if package is None else f"package {package['pname']} {package['version']}", "" if package else error)
     escaped, error = nix.get("escaped")
     report("device names escape as systemd-escape does", error if escaped is None else wrong_escapes(escaped))
-    if not udplb:
-        skip("the module has the program's words", "no --udplb")
-        return
     known, error = nix.get("words")
-    if known is None:
-        report("words", error)
-        return
-    schema = json.loads(run(udplb, "schema").stdout)
-    theirs = words(schema) - {"version"}
-    report("the module has the program's words", str(sorted(theirs.symmetric_difference(known)) or ""))
+    if write and known:
+        WORDS.write_text(json.dumps(sorted(set(known)), indent=1) + "\n")
+    fresh = known and sorted(set(known)) == json.loads(WORDS.read_text())
+    report("the module's words are those of words.json", "" if fresh else error or STALE)
 
 
 def wrong_escapes(escaped: dict[str, str]) -> str:
@@ -242,7 +252,7 @@ def check_scenarios(nix: Nix, udplb: str, write: bool) -> None:
         if write:
             file.write_text(fixture(test))
         fresh = file.exists() and file.read_text() == fixture(test)
-        report(f"{name}: fixture", "" if fresh else "stale: tests/nix/run.py --write-fixtures writes it anew")
+        report(f"{name}: fixture", "" if fresh else STALE)
         for machine, node in test["nodes"].items():
             for place, summary in [(machine, node)] + [
                 (f"{machine}/{n}", s) for n, s in node["specialisations"].items()
@@ -267,6 +277,9 @@ def check_flake(nix: Nix) -> None:
         env = {**os.environ, "HOME": folder, "NIX_REMOTE": f"local?root={folder}/root"}
         source = Path(folder, "source")
         tracked = run("git", "-C", ROOT, "ls-files", "-co", "--exclude-standard").stdout.split()
+        if not tracked:
+            skip("flake", "no git checkout")
+            return
         for file in tracked:
             if (ROOT / file).is_file():
                 (source / file).parent.mkdir(parents=True, exist_ok=True)
@@ -340,7 +353,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--nix", default="nix-instantiate", help="Nix 2.14 or newer")
     parser.add_argument("--udplb", default="", help="the program: checks the generated files with it")
-    parser.add_argument("--write-fixtures", action="store_true", help="write tests/vm/fixtures anew")
+    parser.add_argument("--write-fixtures", action="store_true", help="write words.json and tests/vm/fixtures anew")
     return parser.parse_args()
 
 
@@ -351,15 +364,15 @@ def main() -> int:
     lint_scripts()
     fixture_units = json.loads((FIXTURES / "relay.json").read_text())["nodes"]["relay"]["units"]
     check_contrib("the fixture", fixture_units)
+    check_words(args.udplb)
     if not shutil.which(args.nix):
         skip("EVERYTHING THAT EVALUATES", f"no {args.nix}")
-    elif run(args.nix, "--eval", "-E", "builtins.readFileType").returncode:
-        skip("EVERYTHING THAT EVALUATES", f"{args.nix} is older than 2.18")
     elif not lib or not (lib / "lib/default.nix").is_file():
         skip("EVERYTHING THAT EVALUATES", "no nixpkgs lib: give --lib or NIXPKGS_LIB")
+    elif (nix := Nix(args.nix, lib)).is_old():
+        skip("EVERYTHING THAT EVALUATES", f"{args.nix} is older than 2.18")
     else:
-        nix = Nix(args.nix, lib)
-        check_package(nix, args.udplb)
+        check_package(nix, args.write_fixtures)
         check_cases(nix, args.udplb)
         check_scenarios(nix, args.udplb, args.write_fixtures)
         check_flake(nix)

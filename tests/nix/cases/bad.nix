@@ -99,6 +99,10 @@ in
     expect = wrong "options\\.hash" "null or (value .modulo. .singular enum.|one of .modulo.)";
     config = options { hash = "md5"; };
   };
+  health = {
+    expect = wrong "options\\.health" "null or one of .off., .neighbour.'";
+    config = options { health = "ping"; };
+  };
   upstream-none = {
     expect = wrong "upstream" "non-empty";
     config = rule { upstream = [ ]; };

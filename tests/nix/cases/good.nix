@@ -48,6 +48,7 @@
             options = {
               tc_action = "pass";
               mode = "balance";
+              health = "neighbour";
               hash = "modulo";
               strategy = "src-ip";
             };
@@ -98,6 +99,7 @@
           options = {
             tc_action = "pass";
             mode = "balance";
+            health = "neighbour";
             hash = "modulo";
             strategy = "src-ip";
           };
