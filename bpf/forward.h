@@ -156,11 +156,12 @@ static __always_inline int routed_way(struct __sk_buff *skb, const struct packet
 	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
 		return result;
 	way->ifindex = fib.ifindex;
-	way->family = fib.family;
-	__builtin_memcpy(way->gateway, fib.ipv6_dst, sizeof(way->gateway));
 	/* before 6.3 the kernel takes a neighbour that it is still asking for as known */
-	if (result == BPF_FIB_LKUP_RET_NO_NEIGH || is_no_mac(fib.dmac))
+	if (result == BPF_FIB_LKUP_RET_NO_NEIGH || is_no_mac(fib.dmac)) {
+		way->family = fib.family;
+		__builtin_memcpy(way->gateway, fib.ipv6_dst, sizeof(way->gateway));
 		return BPF_FIB_LKUP_RET_NO_NEIGH;
+	}
 	copy_mac(way->frame, fib.dmac);
 	copy_mac(way->frame + ETH_ALEN, fib.smac);
 	*mtu = fib.mtu_result; /* takes the place of tot_len, from 5.12 on */
