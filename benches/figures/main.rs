@@ -54,6 +54,11 @@ impl Report {
         println!("  {what:44}{:>9}", format!("{figure:.1} ns"));
     }
 
+    /// A multiple of the floor without a limit.
+    fn figure(&self, what: &str, figure: &str, value: f64) {
+        println!("  {what:44}{figure:>9}{:>11}", format!("{value:.2} x"));
+    }
+
     /// `value` is what has a limit: a multiple of the floor, or the figure itself.
     fn at_most(&mut self, what: &str, figure: &str, value: f64, unit: &str, limit: f64) {
         self.line(what, figure, value, unit, &format!("at most {limit}{unit}"), value <= limit);
