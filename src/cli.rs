@@ -153,7 +153,7 @@ pub struct Arpd {
     #[arg(long)]
     pub once: bool,
     /// Look at everything this often, whether or not the kernel told of a change; in seconds.
-    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = some_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = some_seconds)]
     pub interval: Duration,
     /// How long the program relies on next hops that are not renewed, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = some_seconds)]

@@ -459,7 +459,7 @@ fn a_name_that_changes_after_a_rollback() {
 fn a_thousand_upstreams_on_one_link() {
     let lab = Lab::new();
     lab.upstream.ip("route add local 10.3.0.0/16 dev lo");
-    lab.relay.ip("addr add 10.3.255.254/16 dev up0");
+    lab.relay.ip("route add 10.3.0.0/16 dev up0");
     let addresses =
         (0..1000).map(|host| Ipv4Addr::new(10, 3, (host / 250) as u8, (host % 250 + 1) as u8));
     let upstreams: Vec<Value> = addresses.map(upstream).collect();

@@ -6,6 +6,7 @@
 
 mod apply;
 mod floors;
+mod healing;
 mod packets;
 mod veth;
 
@@ -15,15 +16,19 @@ mod common;
 /// A part of the figures: its name, and how it is measured.
 type Part = (&'static str, fn(&mut Report));
 
-const PARTS: [Part; 3] =
-    [("packets", packets::measure), ("veth", veth::measure), ("apply", apply::measure)];
+const PARTS: [Part; 4] = [
+    ("packets", packets::measure),
+    ("veth", veth::measure),
+    ("apply", apply::measure),
+    ("healing", healing::measure),
+];
 
 /// The parts that are named; all where none is.
 fn main() {
     // cargo adds --bench
     let named: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
     if let Some(word) = named.iter().find(|word| !PARTS.iter().any(|(name, _)| name == word)) {
-        eprintln!("there is no part {word}, but packets, veth and apply");
+        eprintln!("there is no part {word}, but packets, veth, apply and healing");
         std::process::exit(64);
     }
     let mut report = Report::default();
@@ -54,9 +59,9 @@ impl Report {
         println!("  {what:44}{:>9}", format!("{figure:.1} ns"));
     }
 
-    /// A multiple of the floor without a limit.
-    fn figure(&self, what: &str, figure: &str, value: f64) {
-        println!("  {what:44}{figure:>9}{:>11}", format!("{value:.2} x"));
+    /// What has no limit.
+    fn note(&self, what: &str, figure: &str) {
+        println!("  {what:44}{figure:>20}");
     }
 
     /// `value` is what has a limit: a multiple of the floor, or the figure itself.

@@ -89,14 +89,14 @@ pub fn measure(report: &mut Report) {
     let [look_up, forward, leased, clone_alone, clone, leased_clone, tcp] =
         [look_up, forward, leased, clone_alone, clone, leased_clone, tcp].map(net);
     let ns = |figure: f64| format!("{figure:.1} ns");
+    let note = |figure, floor| format!("{}{:>11}", ns(figure), format!("{:.2} x", figure / floor));
     report.title("A packet in the program alone (bpf_prog_test_run), as a multiple of its floor");
     report.floor("floor: parse, a hash look-up, bpf_redirect", look_up);
     report.at_most("udplb block", &ns(forward), forward / look_up, " x", 3.0);
-    report.figure("udplb block, with the next hops of arpd", &ns(leased), leased / look_up);
+    report.note("udplb block, while arpd runs", &note(leased, look_up));
     report.floor("floor: bpf_clone_redirect", clone_alone);
     report.at_most("udplb pass", &ns(clone), clone / clone_alone, " x", 1.3);
-    let ratio = leased_clone / clone_alone;
-    report.figure("udplb pass, with the next hops of arpd", &ns(leased_clone), ratio);
+    report.note("udplb pass, while arpd runs", &note(leased_clone, clone_alone));
     report.floor("floor: return at once", at_once);
     report.at_most("udplb, TCP: more than that", &ns(tcp), tcp_more, " ns", 3.0);
 }

@@ -55,6 +55,8 @@ impl PartialEq for Entry {
 
 /// A neighbour that some upstream's packets go to.
 struct Tracked {
+    /// The kernel's entry.
+    entry: Option<Neighbour>,
     health: Health,
     /// In seconds since 1970.
     since: u32,
@@ -68,6 +70,8 @@ struct Tracked {
     /// It was down, and since then answers.
     recovering: Option<Instant>,
     mac: Option<[u8; 6]>,
+    /// 0 to 1: neighbours are probed one after the other, not all at once.
+    turn: f32,
     upstreams: Vec<usize>,
 }
 
@@ -86,13 +90,13 @@ pub struct Keeper {
     links: HashMap<u32, Link>,
     /// `None` in front of the first answer.
     paths: HashMap<Ipv4Addr, Result<Vec<Route>, String>>,
-    /// Of the kernel's table, what is tracked.
-    neighbours: HashMap<NeighbourKey, Neighbour>,
     tracked: BTreeMap<NeighbourKey, Tracked>,
     written: HashMap<u32, Entry>,
     /// Upstreams whose entry may have changed.
     dirty: BTreeSet<usize>,
     actions: Vec<Action>,
+    /// Neighbours that are down now, or up again, and why.
+    changes: Vec<(NeighbourKey, bool, &'static str)>,
     /// When it was last called, in seconds since 1970.
     seconds: u32,
     /// Entries are written though they are thought to be there.
@@ -108,11 +112,11 @@ impl Keeper {
             upstreams: Vec::new(),
             links: HashMap::new(),
             paths: HashMap::new(),
-            neighbours: HashMap::new(),
             tracked: BTreeMap::new(),
             written: HashMap::new(),
             dirty: BTreeSet::new(),
             actions: Vec::new(),
+            changes: Vec::new(),
             seconds: 0,
             rewrite: false,
             fresh: true,
@@ -230,16 +234,17 @@ impl Keeper {
         let gone: Vec<NeighbourKey> =
             self.tracked.keys().filter(|key| !users.contains_key(key)).copied().collect();
         for key in gone {
-            self.tracked.remove(&key);
             self.release(key);
-            self.neighbours.remove(&key);
+            self.tracked.remove(&key);
         }
-        for (key, upstreams) in users {
+        let of = users.len() as f32;
+        for (index, (key, upstreams)) in users.into_iter().enumerate() {
             match self.tracked.get_mut(&key) {
                 Some(tracked) => tracked.upstreams = upstreams,
                 None => {
                     let (health, since) = self.last_known(key, &upstreams, now);
                     let tracked = Tracked {
+                        entry: None,
                         health,
                         since,
                         kept: None,
@@ -248,6 +253,7 @@ impl Keeper {
                         failed: None,
                         recovering: None,
                         mac: None,
+                        turn: index as f32 / of,
                         upstreams,
                     };
                     self.tracked.insert(key, tracked);
@@ -269,7 +275,8 @@ impl Keeper {
     }
 
     fn release(&mut self, key: NeighbourKey) {
-        let ours = self.neighbours.get(&key).is_some_and(is_ours);
+        let entry = self.tracked.get(&key).and_then(|tracked| tracked.entry);
+        let ours = entry.as_ref().is_some_and(is_ours);
         if ours {
             self.actions.push(Action::Ask(key, NeighbourRequest::Release));
         }
@@ -287,7 +294,7 @@ impl Keeper {
     /// The whole neighbour table: whatever it does not have is gone.
     pub fn set_neighbours(&mut self, table: Vec<Neighbour>, now: Now) {
         let first = std::mem::take(&mut self.fresh);
-        let mut gone: BTreeSet<NeighbourKey> = self.neighbours.keys().copied().collect();
+        let mut gone: BTreeSet<NeighbourKey> = self.tracked.keys().copied().collect();
         for neighbour in table {
             let key = (neighbour.ifindex, neighbour.address);
             if self.tracked.contains_key(&key) {
@@ -306,18 +313,26 @@ impl Keeper {
     /// One entry of the table is new or has changed.
     pub fn set_neighbour(&mut self, neighbour: Neighbour, now: Now) {
         let key = (neighbour.ifindex, neighbour.address);
-        if !self.tracked.contains_key(&key) {
-            return;
-        }
-        let old = self.neighbours.insert(key, neighbour);
-        self.tell_mac(key, neighbour.mac);
+        let Some(tracked) = self.tracked.get_mut(&key) else { return };
+        let old = tracked.entry.replace(neighbour);
         let changed = old.is_none_or(|old| {
             (old.mac, old.state.is_valid()) != (neighbour.mac, neighbour.state.is_valid())
         });
         if changed {
-            self.touch(key);
+            self.dirty.extend(&tracked.upstreams);
         }
-        self.judge(key, now);
+        self.tell_mac(key, neighbour.mac);
+        self.attend(key, now);
+    }
+
+    /// One entry of the table is gone.
+    pub fn remove_neighbour(&mut self, key: NeighbourKey, now: Now) {
+        let Some(tracked) = self.tracked.get_mut(&key) else { return };
+        if tracked.entry.take().is_some() {
+            tracked.kept = None;
+            self.dirty.extend(&tracked.upstreams);
+            self.attend(key, now);
+        }
     }
 
     fn tell_mac(&mut self, key: NeighbourKey, new: Option<[u8; 6]>) {
@@ -328,129 +343,65 @@ impl Keeper {
         }
     }
 
-    /// One entry of the table is gone.
-    pub fn remove_neighbour(&mut self, key: NeighbourKey, now: Now) {
-        if self.neighbours.remove(&key).is_some() {
-            self.touch(key);
-            if let Some(tracked) = self.tracked.get_mut(&key) {
-                tracked.kept = None;
-            }
-            self.judge(key, now);
-        }
-    }
-
-    fn touch(&mut self, key: NeighbourKey) {
-        if let Some(tracked) = self.tracked.get(&key) {
-            self.dirty.extend(&tracked.upstreams);
-        }
-    }
-
     fn is_reachable_link(&self, key: NeighbourKey) -> bool {
-        self.links.get(&key.0).is_some_and(|link| link.up && link.carrier && link.ethernet)
-    }
-
-    /// Makes up its mind about one neighbour.
-    fn judge(&mut self, key: NeighbourKey, now: Now) {
-        let link = self.links.get(&key.0);
-        let state = self.neighbours.get(&key).map_or(NudState::None, |neighbour| neighbour.state);
-        let link_down = link.is_none_or(|link| !link.up || !link.carrier);
-        let asked_for = link.is_some_and(|link| link.ethernet);
-        let Some(tracked) = self.tracked.get_mut(&key) else { return };
-        let (health, why) = if link_down {
-            (Health::HEALTH_DOWN, "its interface is down")
-        } else if !asked_for {
-            (Health::HEALTH_UP, "")
-        } else {
-            tracked.observe(state, now.instant)
-        };
-        if health == tracked.health {
-            return;
-        }
-        let old = tracked.health;
-        (tracked.health, tracked.since) = (health, now.seconds);
-        let upstreams = tracked.upstreams.len();
-        self.touch(key);
-        self.tell_health(key, old, health, why, upstreams);
-    }
-
-    fn tell_health(
-        &mut self,
-        key: NeighbourKey,
-        old: Health,
-        new: Health,
-        why: &str,
-        count: usize,
-    ) {
-        let name = self.name(key);
-        let upstreams = match count {
-            1 => "1 upstream".into(),
-            count => format!("{count} upstreams"),
-        };
-        let (trouble, text) = match new {
-            Health::HEALTH_DOWN => (true, format!("{name} is down: {why} ({upstreams})")),
-            Health::HEALTH_UP if old == Health::HEALTH_DOWN => {
-                (false, format!("{name} is up again ({upstreams})"))
-            }
-            // most of what is overdue comes yet
-            _ => return,
-        };
-        self.actions.push(Action::Tell { trouble, text });
+        self.links.get(&key.0).is_some_and(|link| LinkState::of(Some(link)) == LinkState::Asking)
     }
 
     /// What is due by now; to be called several times a second.
     pub fn tick(&mut self, now: Now) {
         self.seconds = now.seconds;
-        let keys: Vec<NeighbourKey> = self.tracked.keys().copied().collect();
-        let interval = self.probe_interval.max(Duration::from_secs(1) * keys.len() as u32 / PROBES);
-        for (index, key) in keys.iter().enumerate() {
-            self.judge(*key, now);
-            if self.is_reachable_link(*key) {
-                self.ask(*key, index, keys.len(), interval, now.instant);
+        let interval = self.interval();
+        // there are many neighbours and few links
+        let mut link = (0, LinkState::Down);
+        for (key, tracked) in &mut self.tracked {
+            if link.0 != key.0 {
+                link = (key.0, LinkState::of(self.links.get(&key.0)));
             }
+            let step = tracked.step(link.1, interval, now);
+            step.take(*key, tracked, &mut self.dirty, &mut self.actions, &mut self.changes);
         }
     }
 
-    fn ask(
-        &mut self,
-        key: NeighbourKey,
-        index: usize,
-        of: usize,
-        interval: Duration,
-        now: Instant,
-    ) {
-        let neighbour = self.neighbours.get(&key);
+    /// The same for one neighbour of which there is news.
+    fn attend(&mut self, key: NeighbourKey, now: Now) {
+        let interval = self.interval();
+        let link = LinkState::of(self.links.get(&key.0));
         let Some(tracked) = self.tracked.get_mut(&key) else { return };
-        let request = match neighbour {
-            Some(entry) if is_others(entry) => None,
-            Some(entry) if entry.state.is_valid() && entry.protocol == OUR_PROTOCOL => {
-                // one after the other, not all at once
-                let first = || now.checked_sub(interval * index as u32 / of as u32).unwrap_or(now);
-                let probed = *tracked.probed.get_or_insert_with(first);
-                let settling = tracked.recovering.is_some();
-                let wait = if settling { SETTLED.min(interval) } else { interval };
-                let idle = !matches!(entry.state, NudState::Probe | NudState::Delay);
-                (idle && now.duration_since(probed) >= wait).then_some(NeighbourRequest::Probe)
-            }
-            _ => {
-                let recently = tracked.kept.is_some_and(|kept| {
-                    now.duration_since(kept) < PATIENCE
-                        && tracked.failed.is_none_or(|failed| failed < kept)
-                });
-                (!recently).then_some(NeighbourRequest::Keep)
-            }
-        };
-        let Some(request) = request else { return };
-        match request {
-            NeighbourRequest::Probe => tracked.probed = Some(now),
-            _ => tracked.kept = Some(now),
+        let step = tracked.step(link, interval, now);
+        step.take(key, tracked, &mut self.dirty, &mut self.actions, &mut self.changes);
+    }
+
+    fn interval(&self) -> Duration {
+        self.probe_interval.max(Duration::from_secs(1) * self.tracked.len() as u32 / PROBES)
+    }
+
+    /// One line for all that happened alike.
+    fn tell_changes(&mut self) {
+        let mut alike: BTreeMap<(bool, &str, u32), Vec<NeighbourKey>> = BTreeMap::new();
+        for (key, down, why) in std::mem::take(&mut self.changes) {
+            alike.entry((down, why, key.0)).or_default().push(key);
         }
-        tracked.waiting.get_or_insert(now);
-        if request == NeighbourRequest::Probe
-            && let Some(entry) = self.neighbours.get_mut(&key)
-        {
-            entry.state = NudState::Probe;
+        for ((down, why, _), keys) in alike {
+            let upstreams: usize = keys
+                .iter()
+                .filter_map(|key| self.tracked.get(key))
+                .map(|tracked| tracked.upstreams.len())
+                .sum();
+            let others = match keys.len() - 1 {
+                0 => String::new(),
+                others => format!(" and {others} more"),
+            };
+            let is = match (keys.len(), down) {
+                (1, true) => format!("is down: {why}"),
+                (1, false) => "is up again".into(),
+                (_, true) => format!("are down: {why}"),
+                (_, false) => "are up again".into(),
+            };
+            let plural = if upstreams == 1 { "" } else { "s" };
+            let name = self.name(keys[0]);
+            let text = format!("{name}{others} {is} ({upstreams} upstream{plural})");
+            self.actions.push(Action::Tell { trouble: down, text });
         }
-        self.actions.push(Action::Ask(key, request));
     }
 
     /// All entries, whether or not they are thought to be written: another program may have
@@ -462,6 +413,7 @@ impl Keeper {
 
     /// The actions that have come together.
     pub fn actions(&mut self) -> Vec<Action> {
+        self.tell_changes();
         let rewrite = std::mem::take(&mut self.rewrite);
         for index in std::mem::take(&mut self.dirty) {
             let Some(upstream) = self.upstreams.get(index).copied() else { continue };
@@ -500,8 +452,7 @@ impl Keeper {
                 entry.since = before.map_or(self.seconds, |before| before.since);
             }
         }
-        let valid = path.and_then(|path| self.neighbours.get(&path.neighbour()));
-        if !valid.is_some_and(|neighbour| neighbour.state.is_valid()) {
+        if path.is_none_or(|path| self.valid_entry(path).is_none()) {
             self.keep_last_macs(upstream.id, &mut entry);
         }
         entry
@@ -509,8 +460,7 @@ impl Keeper {
 
     fn way(&self, path: &Route) -> Option<Way> {
         let link = self.links.get(&path.ifindex)?;
-        let neighbour = self.neighbours.get(&path.neighbour());
-        let known = neighbour.filter(|neighbour| neighbour.state.is_valid());
+        let known = self.valid_entry(path);
         Some(Way::Hop(Hop {
             interface: link.name.clone(),
             ifindex: link.index,
@@ -518,6 +468,11 @@ impl Keeper {
             mtu: path.mtu.unwrap_or(link.mtu),
             macs: link.mac.filter(|_| link.ethernet).zip(known.and_then(|known| known.mac)),
         }))
+    }
+
+    fn valid_entry(&self, path: &Route) -> Option<Neighbour> {
+        let entry = self.tracked.get(&path.neighbour())?.entry?;
+        entry.state.is_valid().then_some(entry)
     }
 
     /// Of a neighbour that does not answer the last address is better than none, for copies.
@@ -532,7 +487,109 @@ impl Keeper {
     }
 }
 
+/// What can be expected of the neighbours on a link.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LinkState {
+    Down,
+    /// It has no MAC addresses to ask for.
+    Pointed,
+    Asking,
+}
+
+impl LinkState {
+    fn of(link: Option<&Link>) -> LinkState {
+        match link {
+            Some(link) if !link.up || !link.carrier => LinkState::Down,
+            Some(link) if !link.ethernet => LinkState::Pointed,
+            Some(_) => LinkState::Asking,
+            None => LinkState::Down,
+        }
+    }
+}
+
+/// What comes of a look at one neighbour.
+#[derive(Default)]
+struct Step {
+    request: Option<NeighbourRequest>,
+    /// The health before, where it is another now, and why.
+    changed: Option<(Health, &'static str)>,
+}
+
+impl Step {
+    fn take(
+        self,
+        key: NeighbourKey,
+        tracked: &Tracked,
+        dirty: &mut BTreeSet<usize>,
+        actions: &mut Vec<Action>,
+        changes: &mut Vec<(NeighbourKey, bool, &'static str)>,
+    ) {
+        if let Some(request) = self.request {
+            actions.push(Action::Ask(key, request));
+        }
+        let Some((before, why)) = self.changed else { return };
+        dirty.extend(&tracked.upstreams);
+        match (before, tracked.health) {
+            (_, Health::HEALTH_DOWN) => changes.push((key, true, why)),
+            (Health::HEALTH_DOWN, Health::HEALTH_UP) => changes.push((key, false, "")),
+            // most of what is overdue comes yet
+            _ => {}
+        }
+    }
+}
+
 impl Tracked {
+    /// Makes up its mind, and says what is to be asked for.
+    fn step(&mut self, link: LinkState, interval: Duration, now: Now) -> Step {
+        let mut step = Step::default();
+        let state = self.entry.map_or(NudState::None, |entry| entry.state);
+        let (health, why) = match link {
+            LinkState::Down => (Health::HEALTH_DOWN, "its interface is down"),
+            LinkState::Pointed => (Health::HEALTH_UP, ""),
+            LinkState::Asking => self.observe(state, now.instant),
+        };
+        if health != self.health {
+            step.changed = Some((self.health, why));
+            (self.health, self.since) = (health, now.seconds);
+        }
+        if link == LinkState::Asking {
+            step.request = self.request(interval, now.instant);
+        }
+        step
+    }
+
+    fn request(&mut self, interval: Duration, now: Instant) -> Option<NeighbourRequest> {
+        let request = match &self.entry {
+            Some(entry) if is_others(entry) => return None,
+            Some(entry) if entry.state.is_valid() && entry.protocol == OUR_PROTOCOL => {
+                let first = || now.checked_sub(interval.mul_f32(self.turn)).unwrap_or(now);
+                let probed = *self.probed.get_or_insert_with(first);
+                let settling = self.recovering.is_some();
+                let wait = if settling { SETTLED.min(interval) } else { interval };
+                let idle = !matches!(entry.state, NudState::Probe | NudState::Delay);
+                (idle && now.duration_since(probed) >= wait).then_some(NeighbourRequest::Probe)
+            }
+            _ => {
+                let recently = self.kept.is_some_and(|kept| {
+                    now.duration_since(kept) < PATIENCE
+                        && self.failed.is_none_or(|failed| failed < kept)
+                });
+                (!recently).then_some(NeighbourRequest::Keep)
+            }
+        }?;
+        match request {
+            NeighbourRequest::Probe => {
+                self.probed = Some(now);
+                if let Some(entry) = &mut self.entry {
+                    entry.state = NudState::Probe;
+                }
+            }
+            _ => self.kept = Some(now),
+        }
+        self.waiting.get_or_insert(now);
+        Some(request)
+    }
+
     /// What an entry's state says of the neighbour's health, and why if it is down.
     fn observe(&mut self, state: NudState, now: Instant) -> (Health, &'static str) {
         match state {
@@ -567,9 +624,7 @@ impl Tracked {
             }
         }
     }
-}
 
-impl Tracked {
     fn unless_it_answers(&self, now: Instant) -> (Health, &'static str) {
         let known = !matches!(self.health, Health::HEALTH_DOWN | Health::HEALTH_UNKNOWN);
         let asked = self.failed.is_none_or(|since| now.duration_since(since) >= SECOND_CHANCE);

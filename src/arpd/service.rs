@@ -65,6 +65,8 @@ pub struct Service {
     round_due: Instant,
     beat_due: Instant,
     notified: Instant,
+    /// The time has come to see what is due.
+    ticked: bool,
     unwritten: Vec<(u32, keeper::Entry)>,
     /// The last of what went wrong, by what was tried, so that it is told once.
     troubles: BTreeMap<&'static str, String>,
@@ -106,6 +108,7 @@ impl Service {
             round_due: now,
             beat_due: now,
             notified: now,
+            ticked: true,
             unwritten: Vec::new(),
             troubles: BTreeMap::new(),
             status: String::new(),
@@ -195,6 +198,7 @@ impl Service {
     /// Another arpd has taken over.
     pub async fn tick(&mut self) -> Result<()> {
         let instant = Instant::now();
+        self.ticked = true;
         if instant >= self.beat_due {
             self.beat_due = instant + (self.options.lease / 4).min(Duration::from_secs(1));
             let beat = self.serving.as_ref().map_or(Ok(()), |serving| serving.heartbeat.beat());
@@ -250,6 +254,7 @@ impl Service {
 
     /// Reads what is stale and does what is due.
     pub async fn work(&mut self) {
+        let looked = self.stale.any();
         if self.stale.generation {
             let result = self.read_generation().await;
             self.note("generation", result);
@@ -270,7 +275,11 @@ impl Service {
             let result = self.read_interfaces().await;
             self.note("attaching again", result);
         }
-        self.keeper.tick(now());
+        if self.ticked || looked {
+            self.ticked = false;
+            self.keeper.tick(now());
+            self.tell_status();
+        }
         let actions = self.keeper.actions();
         if !actions.is_empty() {
             self.carry_out(actions).await;
@@ -279,7 +288,6 @@ impl Service {
             let result = self.write();
             self.note("next hops", result);
         }
-        self.tell_status();
     }
 
     async fn read_generation(&mut self) -> anyhow::Result<()> {
@@ -579,6 +587,10 @@ impl Service {
 }
 
 impl Stale {
+    fn any(self) -> bool {
+        self.links || self.routes || self.neighbours || self.generation || self.interfaces
+    }
+
     fn all() -> Stale {
         Stale { links: true, routes: true, neighbours: true, generation: true, interfaces: true }
     }
