@@ -2,7 +2,7 @@
 //! events and the time go in, actions come out.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use crate::bpf::{bytes_of, types};
@@ -572,7 +572,7 @@ impl Tracked {
             _ => {
                 let recently = self.kept.is_some_and(|kept| {
                     now.duration_since(kept) < PATIENCE
-                        && self.failed.is_none_or(|failed| failed < kept)
+                        && self.failed.is_none_or(|failed| failed <= kept)
                 });
                 (!recently).then_some(NeighbourRequest::Keep)
             }
@@ -664,7 +664,248 @@ pub fn overflow(wanted: usize, others: usize, threshold2: u32, threshold3: u32) 
     ))
 }
 
-/// The family of a neighbour, to leave out those of the other table.
-pub fn is_ipv4(key: &NeighbourKey) -> bool {
-    matches!(key.1, IpAddr::V4(_))
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+
+    const OWN: [u8; 6] = [2, 0, 0, 0, 0, 1];
+    const THEIRS: [u8; 6] = [2, 0, 0, 0, 0, 2];
+    const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+    const KEY: NeighbourKey = (7, IpAddr::V4(ADDRESS));
+
+    /// A keeper of one upstream on the link, and a clock.
+    struct World {
+        keeper: Keeper,
+        start: Instant,
+        passed: Duration,
+    }
+
+    impl World {
+        fn new() -> World {
+            let keeper = Keeper::new(Duration::from_secs(2));
+            let mut world = World { keeper, start: Instant::now(), passed: Duration::ZERO };
+            let upstream = Upstream { id: 1, address: ADDRESS };
+            world.keeper.set_upstreams(vec![(upstream, types::nexthop::default())]);
+            world.link(true);
+            world.route(ADDRESS);
+            world
+        }
+
+        fn now(&self) -> Now {
+            Now { instant: self.start + self.passed, seconds: 1000 + self.passed.as_secs() as u32 }
+        }
+
+        fn link(&mut self, carrier: bool) {
+            let link = Link {
+                index: 7,
+                name: "eth0".into(),
+                mac: Some(OWN),
+                mtu: 1500,
+                up: true,
+                carrier,
+                ethernet: true,
+                kind: String::new(),
+                lower: None,
+                controller: None,
+            };
+            self.keeper.set_links(vec![link]);
+        }
+
+        fn route(&mut self, gateway: Ipv4Addr) {
+            let path = Route { ifindex: 7, gateway: gateway.into(), mtu: None, local: false };
+            self.keeper.set_paths(vec![(ADDRESS, Ok(vec![path]))], self.now());
+        }
+
+        fn neighbour(&mut self, state: NudState) {
+            let mac = state.is_valid().then_some(THEIRS);
+            self.keeper.set_neighbour(entry(KEY, state, mac), self.now());
+        }
+
+        /// Lets time pass and returns what is to be done then.
+        fn after(&mut self, milliseconds: u64) -> Vec<Action> {
+            self.passed += Duration::from_millis(milliseconds);
+            self.keeper.tick(self.now());
+            self.keeper.actions()
+        }
+
+        fn health(&self) -> Health {
+            self.keeper.written[&1].0.health
+        }
+    }
+
+    fn entry(key: NeighbourKey, state: NudState, mac: Option<[u8; 6]>) -> Neighbour {
+        Neighbour {
+            ifindex: key.0,
+            address: key.1,
+            mac,
+            state,
+            confirmed: None,
+            managed: true,
+            protocol: OUR_PROTOCOL,
+            learned: false,
+        }
+    }
+
+    fn asked(actions: &[Action]) -> Vec<NeighbourRequest> {
+        let request = |action: &Action| match action {
+            Action::Ask(_, request) => Some(*request),
+            _ => None,
+        };
+        actions.iter().filter_map(request).collect()
+    }
+
+    fn told(actions: &[Action]) -> Vec<String> {
+        let text = |action: &Action| match action {
+            Action::Tell { text, .. } => Some(text.clone()),
+            _ => None,
+        };
+        actions.iter().filter_map(text).collect()
+    }
+
+    #[test]
+    fn a_neighbour_is_kept_then_probed() {
+        let mut world = World::new();
+        assert_eq!(asked(&world.after(0)), [NeighbourRequest::Keep]);
+        assert!(asked(&world.after(250)).is_empty());
+        world.neighbour(NudState::Reachable);
+        let actions = world.after(0);
+        assert!(matches!(&actions[..], [Action::Write(1, entry)] if entry.0.destination == THEIRS));
+        assert_eq!(world.health(), Health::HEALTH_UP);
+        assert!(asked(&world.after(1750)).is_empty());
+        assert_eq!(asked(&world.after(250)), [NeighbourRequest::Probe]);
+        // until it has answered there is nothing to add
+        assert!(asked(&world.after(2000)).is_empty());
+    }
+
+    #[test]
+    fn down_takes_a_second_chance_and_up_two_answers() {
+        let mut world = World::new();
+        world.neighbour(NudState::Reachable);
+        world.after(0);
+        assert_eq!(asked(&world.after(2000)), [NeighbourRequest::Probe]);
+        world.after(1500);
+        assert_eq!(world.health(), Health::HEALTH_STALE);
+        world.after(1500);
+        world.neighbour(NudState::Failed);
+        // asked for by everybody's address
+        assert_eq!(asked(&world.after(0)), [NeighbourRequest::Keep]);
+        assert_eq!(world.health(), Health::HEALTH_STALE);
+        let actions = world.after(500);
+        assert_eq!(told(&actions), ["10.0.0.2 dev eth0 is down: no answer (1 upstream)"]);
+        let entry = world.keeper.written[&1].0;
+        assert_eq!((entry.health, entry.since), (Health::HEALTH_DOWN, 1005));
+        // the last address is kept for copies
+        assert_eq!((entry.macs, entry.destination), (types::macs::MACS_KNOWN, THEIRS));
+
+        world.neighbour(NudState::Reachable);
+        assert_eq!(asked(&world.after(0)), [NeighbourRequest::Probe]);
+        world.neighbour(NudState::Reachable);
+        assert_eq!(asked(&world.after(1000)), [NeighbourRequest::Probe]);
+        assert_eq!(world.health(), Health::HEALTH_DOWN);
+        world.neighbour(NudState::Reachable);
+        assert_eq!(told(&world.after(0)), ["10.0.0.2 dev eth0 is up again (1 upstream)"]);
+    }
+
+    #[test]
+    fn an_entry_that_vanishes_is_asked_for_at_once() {
+        let mut world = World::new();
+        world.after(0);
+        world.neighbour(NudState::Reachable);
+        world.after(0);
+        world.keeper.remove_neighbour(KEY, world.now());
+        assert_eq!(asked(&world.keeper.actions()), [NeighbourRequest::Keep]);
+        world.keeper.set_neighbours(vec![entry(KEY, NudState::Stale, Some(THEIRS))], world.now());
+        world.keeper.set_neighbours(Vec::new(), world.now());
+        assert_eq!(asked(&world.keeper.actions()), [NeighbourRequest::Keep]);
+    }
+
+    #[test]
+    fn without_carrier_it_is_down_and_nobody_asks() {
+        let mut world = World::new();
+        world.neighbour(NudState::Reachable);
+        world.after(0);
+        world.link(false);
+        world.keeper.remove_neighbour(KEY, world.now());
+        let actions = world.after(0);
+        assert!(asked(&actions).is_empty(), "{actions:?}");
+        assert_eq!(
+            told(&actions),
+            ["10.0.0.2 dev eth0 is down: its interface is down (1 upstream)"]
+        );
+    }
+
+    #[test]
+    fn of_two_paths_the_one_that_is_alive() {
+        let mut world = World::new();
+        let gateways = [Ipv4Addr::new(10, 0, 0, 8), Ipv4Addr::new(10, 0, 0, 9)];
+        let paths = gateways.map(|gateway| Route {
+            ifindex: 7,
+            gateway: gateway.into(),
+            mtu: None,
+            local: false,
+        });
+        world.keeper.set_paths(vec![(ADDRESS, Ok(paths.to_vec()))], world.now());
+        for gateway in gateways {
+            let entry = entry((7, gateway.into()), NudState::Reachable, Some(THEIRS));
+            world.keeper.set_neighbour(entry, world.now());
+        }
+        world.after(0);
+        let chosen = |world: &World| nexthop::gateway(&world.keeper.written[&1].0);
+        assert_eq!(chosen(&world), IpAddr::from(gateways[0]));
+        let failed = entry((7, gateways[0].into()), NudState::Failed, None);
+        world.keeper.set_neighbour(failed, world.now());
+        world.after(500);
+        assert_eq!(chosen(&world), IpAddr::from(gateways[1]));
+    }
+
+    #[test]
+    fn others_entries_are_left_alone() {
+        for change in [
+            |entry: &mut Neighbour| entry.state = NudState::Permanent,
+            |entry: &mut Neighbour| entry.learned = true,
+            |entry: &mut Neighbour| entry.protocol = 42,
+        ] {
+            let mut world = World::new();
+            let mut entry = entry(KEY, NudState::Reachable, Some(THEIRS));
+            change(&mut entry);
+            world.keeper.set_neighbour(entry, world.now());
+            let actions = world.after(60_000);
+            assert!(asked(&actions).is_empty(), "{entry:?}: {actions:?}");
+            assert_eq!(world.health(), Health::HEALTH_UP);
+        }
+    }
+
+    #[test]
+    fn what_is_not_wanted_is_let_go_once_and_only_if_ours() {
+        let mut world = World::new();
+        let old = entry((7, Ipv4Addr::new(10, 0, 0, 3).into()), NudState::Reachable, None);
+        let others = Neighbour { protocol: 0, ..old };
+        world.keeper.set_neighbours(vec![others], world.now());
+        assert!(!asked(&world.after(0)).contains(&NeighbourRequest::Release));
+        let mut world = World::new();
+        world.keeper.set_neighbours(vec![old], world.now());
+        assert!(asked(&world.after(0)).contains(&NeighbourRequest::Release));
+        // it is somebody else's by now
+        world.keeper.set_neighbours(vec![old], world.now());
+        assert!(!asked(&world.after(0)).contains(&NeighbourRequest::Release));
+    }
+
+    #[test]
+    fn a_route_that_moves_is_told_in_one_line() {
+        let mut world = World::new();
+        world.route(Ipv4Addr::new(10, 0, 0, 9));
+        let moved = "10.0.0.2: via 10.0.0.9 dev eth0, was via 10.0.0.2 dev eth0";
+        assert_eq!(told(&world.after(0)), [moved]);
+    }
+
+    #[test]
+    fn limits_of_the_table() {
+        assert_eq!(overflow(400, 112, 512, 1024), None);
+        let text = overflow(500, 100, 512, 1024).expect("too many");
+        assert!(text.contains("net.ipv4.neigh.default.gc_thresh2 (now 512)"), "{text}");
+        let text = overflow(1000, 100, 512, 1024).expect("too many");
+        assert!(text.contains("net.ipv4.neigh.default.gc_thresh3 (now 1024)"), "{text}");
+    }
 }
