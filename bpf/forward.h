@@ -156,11 +156,12 @@ static __always_inline int routed_way(struct __sk_buff *skb, const struct packet
 	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
 		return result;
 	way->ifindex = fib.ifindex;
-	way->family = fib.family;
-	__builtin_memcpy(way->gateway, fib.ipv6_dst, sizeof(way->gateway));
 	/* before 6.3 the kernel takes a neighbour that it is still asking for as known */
-	if (result == BPF_FIB_LKUP_RET_NO_NEIGH || is_no_mac(fib.dmac))
+	if (result == BPF_FIB_LKUP_RET_NO_NEIGH || is_no_mac(fib.dmac)) {
+		way->family = fib.family;
+		__builtin_memcpy(way->gateway, fib.ipv6_dst, sizeof(way->gateway));
 		return BPF_FIB_LKUP_RET_NO_NEIGH;
+	}
 	copy_mac(way->frame, fib.dmac);
 	copy_mac(way->frame + ETH_ALEN, fib.smac);
 	*mtu = fib.mtu_result; /* takes the place of tot_len, from 5.12 on */
@@ -193,19 +194,17 @@ static __always_inline enum verdict next_hop(struct __sk_buff *skb, const struct
 	}
 }
 
-/* `block`: gives the packet away; `action` is what the program is to return. */
+/* `block`: gives the packet away by what next_hop() said; `action` is what the program is to return. */
 static __always_inline enum verdict forward(struct __sk_buff *skb, struct packet *packet,
-					    const struct upstream *upstream, __be32 source, int *action)
+					    const struct upstream *upstream, __be32 source,
+					    const struct way *way, enum verdict verdict, int *action)
 {
 	struct bpf_redir_neigh neighbour = {};
 	enum checksum checksum = checksum_of(skb, packet);
-	struct way way = {};
-	enum verdict verdict;
 	__u32 csum;
 
-	verdict = next_hop(skb, packet, upstream, source, &way);
 	if (verdict == VERDICT_FORWARDED)
-		copy_macs(packet->eth, way.frame);
+		copy_macs(packet->eth, way->frame);
 	else if (verdict != VERDICT_NO_NEIGHBOUR && verdict != VERDICT_STALE_NEIGHBOUR)
 		return verdict;
 	csum = rewrite(packet, checksum, source, upstream->address, upstream->port);
@@ -214,41 +213,39 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, struct packet
 	if (skb->vlan_present && bpf_skb_vlan_pop(skb))
 		return VERDICT_CLONE_FAILED;
 	if (verdict == VERDICT_FORWARDED) {
-		*action = bpf_redirect(way.ifindex, 0);
+		*action = bpf_redirect(way->ifindex, 0);
 		return VERDICT_FORWARDED;
 	}
 	/* the kernel asks for the neighbour and keeps the packet meanwhile */
-	neighbour.nh_family = way.family;
-	__builtin_memcpy(neighbour.ipv6_nh, way.gateway, sizeof(neighbour.ipv6_nh));
-	*action = bpf_redirect_neigh(way.ifindex, &neighbour, sizeof(neighbour), 0);
+	neighbour.nh_family = way->family;
+	__builtin_memcpy(neighbour.ipv6_nh, way->gateway, sizeof(neighbour.ipv6_nh));
+	*action = bpf_redirect_neigh(way->ifindex, &neighbour, sizeof(neighbour), 0);
 	return VERDICT_FORWARDED;
 }
 
 /*
- * `pass`: sends a copy and leaves the packet as it came: every byte, the tag and skb->csum.
- * Where it cannot be left so it must not go up, and `action` is to drop it.
+ * `pass`: sends a copy by what next_hop() said, and leaves the packet as it came: every byte, the tag and
+ * skb->csum. Where it cannot be left so it must not go up, and `action` is to drop it.
  */
 static __always_inline enum verdict copy(struct __sk_buff *skb, struct packet *packet,
-					 const struct upstream *upstream, __be32 source, int *action)
+					 const struct upstream *upstream, __be32 source,
+					 const struct way *way, enum verdict verdict, int *action)
 {
 	enum checksum checksum = checksum_of(skb, packet);
 	__be16 tag_protocol = skb->vlan_proto;
 	bool tagged = skb->vlan_present;
 	__u16 tag = skb->vlan_tci;
 	struct headers original;
-	struct way way = {};
-	enum verdict verdict;
 	__u32 csum;
 
-	verdict = next_hop(skb, packet, upstream, source, &way);
 	if (verdict != VERDICT_FORWARDED && verdict != VERDICT_STALE_NEIGHBOUR)
 		return verdict;
 	save(packet, &original);
-	copy_macs(packet->eth, way.frame);
+	copy_macs(packet->eth, way->frame);
 	csum = rewrite(packet, checksum, source, upstream->address, upstream->port);
 	if (checksum == CHECKSUM_OF_FRAME)
 		bpf_csum_update(skb, csum);
-	if ((tagged && bpf_skb_vlan_pop(skb)) || bpf_clone_redirect(skb, way.ifindex, 0))
+	if ((tagged && bpf_skb_vlan_pop(skb)) || bpf_clone_redirect(skb, way->ifindex, 0))
 		verdict = VERDICT_CLONE_FAILED;
 	if (tagged && !skb->vlan_present && bpf_skb_vlan_push(skb, tag_protocol, tag))
 		*action = TC_ACT_SHOT;

@@ -144,6 +144,7 @@ static __always_inline int handle(struct __sk_buff *skb, struct packet *packet, 
 {
 	int action = rule->action == ACTION_BLOCK ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 	const struct upstream *upstream = NULL;
+	struct way way = {};
 	enum verdict verdict;
 	__be32 source;
 
@@ -157,10 +158,11 @@ static __always_inline int handle(struct __sk_buff *skb, struct packet *packet, 
 		verdict = VERDICT_TTL;
 	} else {
 		source = rule->source == SOURCE_VIP ? packet->ip->daddr : packet->ip->saddr;
+		verdict = next_hop(skb, packet, upstream, source, &way);
 		if (rule->action == ACTION_BLOCK)
-			verdict = forward(skb, packet, upstream, source, &action);
+			verdict = forward(skb, packet, upstream, source, &way, verdict, &action);
 		else
-			verdict = copy(skb, packet, upstream, source, &action);
+			verdict = copy(skb, packet, upstream, source, &way, verdict, &action);
 	}
 	count(skb, upstream ? upstream->id : rule->id, verdict);
 	return action;

@@ -293,7 +293,7 @@ in
     configFile = mkOption {
       type = types.nullOr types.path;
       default = null;
-      example = "/etc/nixos/udplb.yaml";
+      example = lib.literalExpression "./udplb.yaml";
       description = ''
         A configuration file (YAML or TOML) in place of {option}`services.udplb.rules`.
         A path goes into the store and is checked; a string outside the store is read where it is,

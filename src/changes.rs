@@ -191,10 +191,17 @@ mod tests {
         Desired::new(&config, &config.interfaces, &Default::default()).expect("no names")
     }
 
-    const ONE: &str = "- { name: one, key: { address: 10.0.0.5, port: [5, 7-9] }, options: { hash: modulo }, \
-                       upstream: [{ name: x, address: 10.0.9.1 }, { address: 10.0.9.2, port: 8 }] }\n";
-    const TWO: &str = "- { key: { address: 10.0.0.5, port: 6 }, options: { hash: modulo }, \
-                       upstream: [{ address: 10.0.9.1 }] }\n";
+    const ONE: &str = "
+- name: one
+  key: { address: 10.0.0.5, port: [5, 7-9] }
+  options: { hash: modulo }
+  upstream: [{ name: x, address: 10.0.9.1 }, { address: 10.0.9.2, port: 8 }]
+";
+    const TWO: &str = "
+- key: { address: 10.0.0.5, port: 6 }
+  options: { hash: modulo }
+  upstream: [{ address: 10.0.9.1 }]
+";
 
     #[test]
     fn nothing() {

@@ -262,11 +262,14 @@ mod tests {
         holders
     }
 
+    /// Upstreams by rule.
+    fn file() -> impl Strategy<Value = BTreeMap<u8, Vec<(u8, Option<u16>)>>> {
+        btree_map(0..5_u8, vec((0..4_u8, prop::option::of(1..3_u16)), 1..5), 0..4)
+    }
+
     proptest! {
         #[test]
-        fn an_id_stays_with_its_holder_while_any_generation_knows_it(
-            files in vec(btree_map(0..5_u8, vec((0..4_u8, prop::option::of(1..3_u16)), 1..5), 0..4), 1..8),
-        ) {
+        fn an_id_stays_with_its_holder_while_any_generation_knows_it(files in vec(file(), 1..8)) {
             let mut known: Vec<(Desired, Vec<RuleIds>)> = Vec::new();
             for file in &files {
                 let desired = desired(file);

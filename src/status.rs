@@ -405,14 +405,17 @@ impl Status {
 }
 
 fn row(start: [String; 4], counts: &Counts) -> Vec<String> {
+    const STALE: &str = "stale-neighbour";
     let forwarded = counts.forwarded();
-    let others: Vec<String> = counts
-        .by_verdict()
-        .skip(1)
-        .filter(|(_, count)| count.packets > 0)
-        .map(|(name, count)| format!("{name} {}", count.packets))
-        .collect();
+    let mut packets = forwarded.packets.to_string();
+    let mut others = Vec::new();
+    for (name, count) in counts.by_verdict().skip(1).filter(|(_, count)| count.packets > 0) {
+        match name {
+            STALE => packets += &format!(" ({} stale)", count.packets),
+            _ => others.push(format!("{name} {}", count.packets)),
+        }
+    }
     let mut row = start.to_vec();
-    row.extend([forwarded.packets.to_string(), forwarded.bytes.to_string(), others.join(", ")]);
+    row.extend([packets, forwarded.bytes.to_string(), others.join(", ")]);
     row
 }

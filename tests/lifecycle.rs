@@ -667,10 +667,12 @@ fn rollbacks_and_other_interfaces_lose_no_packet() {
 #[test]
 fn a_killed_apply_leaves_something_serving() {
     let lab = Lab::new();
-    lab.apply(&on(&["eth0", "up0"], under_load(7001)));
-    let started = Instant::now();
-    lab.apply(&on(&["eth0", "up0"], under_load(7002)));
-    let whole = started.elapsed();
+    let times = [7001, 7002, 7001, 7002].map(|port| {
+        let started = Instant::now();
+        lab.apply(&on(&["eth0", "up0"], under_load(port)));
+        started.elapsed()
+    });
+    let whole = times.into_iter().min().expect("some");
     let mut killed = 0;
     lose_nothing(&lab, || {
         const POINTS: u32 = 40;

@@ -177,7 +177,11 @@ fn configurations(kernel: &Kernel) -> BTreeSet<String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 300,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn applying_gives_what_is_wanted_whatever_was(mut kernel in kernel(), new in desired()) {
@@ -569,6 +573,31 @@ fn a_crash_at_any_action_of_the_executor_is_healed() {
         stop += 1;
     }
     assert!(stop > 4, "only {stop} actions could crash");
+}
+
+#[test]
+fn a_crash_at_any_action_of_a_rollback_is_healed() {
+    let lab = Lab::new();
+    let plan = |observed: &Observed| diff::rollback(observed, 1_000);
+    for stop in 0.. {
+        lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+        lab.apply(&to_port(7002));
+        let crash = std::panic::AssertUnwindSafe(|| carry_out(&lab, &plan, stop, Trouble::Crash));
+        if let Ok(done) = std::panic::catch_unwind(crash) {
+            assert!(done.expect("no failure") > 4);
+            break;
+        }
+        check_serving(&lab);
+        // once more the same way, or else the cron job's: held or not, one of them goes through
+        let again = lab.run("rollback");
+        if stop % 2 == 0 || again.code != Some(0) {
+            lab.try_apply(&to_port(7002), "--force").expect(0);
+            expect_way(&lab, 7002);
+        }
+        lab.run("status").expect(0);
+        check_serving(&lab);
+        lab.run("detach --purge").expect(0);
+    }
 }
 
 /// The old upstream's port or the new one's gets what is sent.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::Namespace;
 
 /// Longer than anything takes that happens at all.
-pub const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 /// What a datagram on a veth never takes.
 const SILENCE: Duration = Duration::from_millis(100);
 

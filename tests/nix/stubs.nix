@@ -146,8 +146,6 @@ let
     after = names;
     conflicts = names;
     unitConfig = section;
-    restartTriggers = option (types.listOf types.unspecified) [ ];
-    reloadTriggers = option (types.listOf types.unspecified) [ ];
   };
   service = types.submodule {
     options = unitOptions // {
@@ -155,9 +153,7 @@ let
       environment = option (types.attrsOf (types.nullOr types.str)) { };
       path = option (types.listOf (types.either types.package types.str)) [ ];
       script = lines;
-      restartIfChanged = flag true;
       reloadIfChanged = flag false;
-      stopIfChanged = flag true;
     };
   };
   timer = types.submodule {
@@ -246,10 +242,7 @@ let
     options = {
       virtualisation.interfaces = option (types.attrsOf (
         types.submodule {
-          options = {
-            vlan = mkOption { type = types.ints.unsigned; };
-            assignIP = flag false;
-          };
+          options.vlan = mkOption { type = types.ints.unsigned; };
         }
       )) { };
       networking = {

@@ -1,15 +1,7 @@
 # One service address, two upstreams: which of them gets what.
 { pkgs, lib, ... }:
 let
-  machine = import ./machine.nix { inherit pkgs lib; };
-  host =
-    address:
-    machine {
-      eth1 = {
-        vlan = 1;
-        inherit address;
-      };
-    };
+  inherit (import ./machines.nix { inherit pkgs lib; }) host;
 in
 {
   name = "udplb-balance";

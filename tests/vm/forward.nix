@@ -1,7 +1,7 @@
 # A forwarder: the upstream is in another network, behind a gateway.
 { pkgs, lib, ... }:
 let
-  machine = import ./machine.nix { inherit pkgs lib; };
+  inherit (import ./machines.nix { inherit pkgs lib; }) machine;
   via = address: via: [
     {
       inherit address via;

@@ -1,15 +1,7 @@
 # Upstreams that change their hardware address, go away and come back, and what udplb arpd makes of it.
 { pkgs, lib, ... }:
 let
-  machine = import ./machine.nix { inherit pkgs lib; };
-  host =
-    address:
-    machine {
-      eth1 = {
-        vlan = 1;
-        inherit address;
-      };
-    };
+  inherit (import ./machines.nix { inherit pkgs lib; }) host;
 in
 {
   name = "udplb-neighbours";

@@ -1,15 +1,7 @@
 # A relay in front of a collector: exporters talk to the relay, both of them get everything.
 { pkgs, lib, ... }:
 let
-  machine = import ./machine.nix { inherit pkgs lib; };
-  host =
-    address:
-    machine {
-      eth1 = {
-        vlan = 1;
-        inherit address;
-      };
-    };
+  inherit (import ./machines.nix { inherit pkgs lib; }) host;
   rule = name: port: options: {
     inherit name options;
     key = {

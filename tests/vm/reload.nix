@@ -1,15 +1,7 @@
 # What a rebuild, a bad file, a late interface, a stop and a reboot do to traffic.
 { pkgs, lib, ... }:
 let
-  machine = import ./machine.nix { inherit pkgs lib; };
-  host =
-    address:
-    machine {
-      eth1 = {
-        vlan = 1;
-        inherit address;
-      };
-    };
+  inherit (import ./machines.nix { inherit pkgs lib; }) host;
   to = address: {
     name = "service";
     key = {
@@ -40,6 +32,7 @@ in
           "eth1"
           "late0"
         ];
+        repaired.configuration.services.udplb.repairInterval = "2s";
         kept.configuration.services.udplb.keepOnStop = true;
         file.configuration.services.udplb = {
           configFile = "/var/lib/udplb.yaml";

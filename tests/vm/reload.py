@@ -91,6 +91,17 @@ with subtest("enable = false detaches"):
     switch()
     sent_to(up1, 40042)
 
+with subtest("repairInterval: what somebody removed comes back, but not after a stop"):
+    switch("repaired")
+    relay.succeed("tc filter delete dev eth1 ingress")
+    relay.wait_until_succeeds("tc filter show dev eth1 ingress | grep -q udplb", timeout=60)
+    sent_to(up1, 40044)
+    relay.succeed("systemctl stop udplb.service", "sleep 5")
+    not_relayed(40045)
+    relay.succeed("systemctl start udplb.service")
+    relay.require_unit_state("udplb-repair.timer", "active")
+    switch()
+
 with subtest("keepOnStop: a stop leaves the rules"):
     switch("kept")
     relay.succeed("systemctl stop udplb.service")

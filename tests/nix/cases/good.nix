@@ -1,4 +1,50 @@
 # Configurations that evaluate, and what must come of them.
+let
+  interfaces = [
+    "ens3"
+    "br-lan"
+  ];
+  rules = [
+    {
+      name = "flows";
+      key = {
+        address = "10.0.0.5";
+        port = [
+          2055
+          "6343-6350"
+        ];
+      };
+      options = {
+        tc_action = "pass";
+        mode = "balance";
+        health = "neighbour";
+        hash = "modulo";
+        strategy = "src-ip";
+      };
+      upstream = [
+        {
+          name = "nfcapd";
+          address = "10.0.9.11";
+        }
+        {
+          address = "elastic.example.net";
+          port = 9995;
+        }
+      ];
+    }
+    {
+      key = {
+        address = "10.0.0.5";
+        port = 514;
+      };
+      options = {
+        tc_action = "block";
+        source = "vip";
+      };
+      upstream = [ { address = "10.0.9.12"; } ];
+    }
+  ];
+in
 {
   off = {
     expect.units = [ ];
@@ -30,102 +76,16 @@
       ];
       file = {
         version = 1;
-        interfaces = [
-          "ens3"
-          "br-lan"
-        ];
+        inherit interfaces rules;
         defaults.source = "preserve";
-        rules = [
-          {
-            name = "flows";
-            key = {
-              address = "10.0.0.5";
-              port = [
-                2055
-                "6343-6350"
-              ];
-            };
-            options = {
-              tc_action = "pass";
-              mode = "balance";
-              health = "neighbour";
-              hash = "modulo";
-              strategy = "src-ip";
-            };
-            upstream = [
-              {
-                name = "nfcapd";
-                address = "10.0.9.11";
-              }
-              {
-                address = "elastic.example.net";
-                port = 9995;
-              }
-            ];
-          }
-          {
-            key = {
-              address = "10.0.0.5";
-              port = 514;
-            };
-            options = {
-              tc_action = "block";
-              source = "vip";
-            };
-            upstream = [ { address = "10.0.9.12"; } ];
-          }
-        ];
       };
     };
     config.services.udplb = {
       enable = true;
-      interfaces = [
-        "ens3"
-        "br-lan"
-      ];
+      inherit interfaces rules;
       defaults.source = "preserve";
       repairInterval = "5min";
       openFirewall = true;
-      rules = [
-        {
-          name = "flows";
-          key = {
-            address = "10.0.0.5";
-            port = [
-              2055
-              "6343-6350"
-            ];
-          };
-          options = {
-            tc_action = "pass";
-            mode = "balance";
-            health = "neighbour";
-            hash = "modulo";
-            strategy = "src-ip";
-          };
-          upstream = [
-            {
-              name = "nfcapd";
-              address = "10.0.9.11";
-            }
-            {
-              address = "elastic.example.net";
-              port = 9995;
-            }
-          ];
-        }
-        {
-          key = {
-            address = "10.0.0.5";
-            port = 514;
-          };
-          options = {
-            tc_action = "block";
-            source = "vip";
-          };
-          upstream = [ { address = "10.0.9.12"; } ];
-        }
-      ];
     };
   };
 
