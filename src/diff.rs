@@ -168,7 +168,10 @@ fn replace(
             desired: desired.clone(),
         })));
     }
-    let stays = held.filter(|_| why == Why::Renamed || observed.serving() == Some(number));
+    // one that is not intact is dropped below, and nothing could be compared with it then
+    let stays = held.filter(|(_, left)| {
+        left.intact && (why == Why::Renamed || observed.serving() == Some(number))
+    });
     if observed.held.is_some() && stays.is_none() {
         // before the swap: a crash after it must not leave what is held now held for ever
         actions.push(Action::SetHeld(None));
