@@ -3,6 +3,7 @@
 mod common;
 
 use std::net::Ipv4Addr;
+use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
@@ -481,4 +482,54 @@ fn a_thousand_upstreams_on_one_link() {
             upstreams.iter().all(|upstream| upstream["health"] == "up")
         });
     }
+}
+
+/// As a service manager sees it.
+#[test]
+fn it_notifies() {
+    let lab = Lab::new();
+    lab.apply(&both_actions("10.2.0.20"));
+    let path = lab.directory.path().join("notify");
+    let socket = UnixDatagram::bind(&path).expect("a socket");
+    socket.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
+    let mut command = lab.udplb("arpd");
+    command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "1000000");
+    let arpd = Arpd::spawn(&lab, command);
+    let expect = |wanted: &str| {
+        let mut buffer = [0; 256];
+        for _ in 0..1000 {
+            let length =
+                socket.recv(&mut buffer).unwrap_or_else(|error| panic!("{wanted}: {error}"));
+            if String::from_utf8_lossy(&buffer[..length]).contains(wanted) {
+                return;
+            }
+        }
+        panic!("no {wanted} among a thousand");
+    };
+    expect("READY=1");
+    expect("WATCHDOG=1");
+    expect("WATCHDOG=1");
+    lab.upstream.ip("link set eth0 down");
+    expect("2 upstreams down");
+    assert!(arpd.end(libc::SIGTERM).success());
+    expect("STOPPING=1");
+}
+
+/// What the units grant and no more.
+#[test]
+fn three_capabilities_suffice() {
+    let lab = Lab::new();
+    lab.apply(&both_actions("10.2.0.20"));
+    let mut command = lab.relay.command("setpriv");
+    let three = "-all,+bpf,+net_admin,+perfmon";
+    command.args(["--bounding-set", three, "--inh-caps", three, "--securebits=+noroot"]);
+    command.args(["--ambient-caps", three, "--", env!("CARGO_BIN_EXE_udplb"), "--pin-dir"]);
+    command.arg(lab.bpffs.pins()).arg("arpd");
+    let arpd = Arpd::spawn(&lab, command);
+    lab.await_health("10.2.0.20", "up");
+    assert_eq!(lab.status()["arpd"], true);
+    lab.relay.ip("link del eth0");
+    lab.client.link("eth0", &lab.relay, "eth0", true);
+    until("it is attached again", || lab.filters("eth0").contains("udplb"));
+    assert!(!arpd.log().contains("WARN"), "{}", arpd.log());
 }

@@ -60,7 +60,8 @@ pub fn measure(report: &mut Report) {
     });
     show(report, "MAC address replaced in silence", &silent, 5.0);
     let (mut gone, mut back) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
+    for round in 0..ROUNDS {
+        wait(round);
         lab.upstream.sysctl("net.ipv4.conf.eth0.arp_ignore", "8");
         gone.push(time(&lab, &|lab| lab.upstream_status("10.2.0.20")["health"] == "down"));
         lab.upstream.sysctl("net.ipv4.conf.eth0.arp_ignore", "0");
@@ -75,13 +76,17 @@ type Healed = Box<dyn Fn(&Lab) -> bool>;
 
 fn median(lab: &Lab, mut change: impl FnMut(&Lab) -> Healed) -> Vec<Duration> {
     let times = (0..ROUNDS).map(|round| {
-        // at any time between two probes
-        std::thread::sleep(Duration::from_millis(100 + 97 * (round as u64 % 20)));
+        wait(round);
         let started = Instant::now();
         let healed = change(lab);
         time_since(started, lab, &healed)
     });
     sorted(times.collect())
+}
+
+/// So that changes come at any time between two probes.
+fn wait(round: usize) {
+    std::thread::sleep(Duration::from_millis(100 * (round as u64 + 1)));
 }
 
 fn time(lab: &Lab, healed: &dyn Fn(&Lab) -> bool) -> Duration {

@@ -18,7 +18,7 @@ const OVERDUE: Duration = Duration::from_millis(1500);
 const SETTLED: Duration = Duration::from_secs(1);
 /// One that has moved to another address does not answer at its old one, which is all that the
 /// kernel asks for; asked for by everybody's it answers at once.
-const SECOND_CHANCE: Duration = Duration::from_millis(500);
+const SECOND_CHANCE: Duration = Duration::from_millis(250);
 /// The kernel is not asked twice for the same within this time.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Probes a second, of all neighbours together: more of them are probed less often.
@@ -792,7 +792,7 @@ mod tests {
         // asked for by everybody's address
         assert_eq!(asked(&world.after(0)), [NeighbourRequest::Keep]);
         assert_eq!(world.health(), Health::HEALTH_STALE);
-        let actions = world.after(500);
+        let actions = world.after(250);
         assert_eq!(told(&actions), ["10.0.0.2 dev eth0 is down: no answer (1 upstream)"]);
         let entry = world.keeper.written[&1].0;
         assert_eq!((entry.health, entry.since), (Health::HEALTH_DOWN, 1005));
