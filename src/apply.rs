@@ -59,30 +59,27 @@ pub fn log(action: &Action) -> anyhow::Result<()> {
 pub struct Executor<'a> {
     guard: &'a WriteGuard,
     netlink: &'a Netlink,
-    generations: BTreeMap<u32, Generation>,
-    /// What `current` pointed at, and what was held, before.
-    before: Observed,
+    before: &'a Observed,
+    built: Option<Generation>,
     ways: &'a BTreeMap<Ipv4Addr, Way>,
     /// Counters start at zero: there were none, or their map had gone.
     pub counters_reset: bool,
 }
 
 impl<'a> Executor<'a> {
-    /// `ways` are those of the upstreams of the plan's generation.
+    /// `before` is what the plan was made from, `ways` those of its generation's upstreams.
     pub fn new(
         guard: &'a WriteGuard,
         netlink: &'a Netlink,
-        observed: &Observed,
+        before: &'a Observed,
         ways: &'a BTreeMap<Ipv4Addr, Way>,
     ) -> Executor<'a> {
-        Executor {
-            guard,
-            netlink,
-            generations: observed.generations.clone(),
-            before: observed.clone(),
-            ways,
-            counters_reset: false,
-        }
+        Executor { guard, netlink, before, built: None, ways, counters_reset: false }
+    }
+
+    fn generation(&self, number: u32) -> Option<&Generation> {
+        let built = self.built.as_ref().filter(|built| built.number == number);
+        built.or_else(|| self.before.generations.get(&number))
     }
 
     /// Carries the plan out.
@@ -129,10 +126,10 @@ impl<'a> Executor<'a> {
                 Ok(None)
             }
             Action::Build(draft) => {
-                let others: Vec<&Generation> = self.generations.values().collect();
+                let others: Vec<&Generation> = self.before.generations.values().collect();
                 let built = generation::build(self.guard, draft, &others)?;
                 self.counters_reset = built.counters_reset && !others.is_empty();
-                self.generations.insert(draft.number, built.generation);
+                self.built = Some(built.generation);
                 Ok(Some(Undo::Drop(draft.number)))
             }
             Action::WriteNextHops(number) => {
@@ -175,7 +172,6 @@ impl<'a> Executor<'a> {
             }
             Action::Drop(number) => {
                 generation::drop(self.guard, *number)?;
-                self.generations.remove(number);
                 Ok(None)
             }
         }
@@ -201,7 +197,7 @@ impl<'a> Executor<'a> {
 
     /// The program of a generation, of which nothing may be left but the pin.
     fn program(&self, number: u32) -> anyhow::Result<OwnedFd> {
-        match self.generations.get(&number) {
+        match self.generation(number) {
             Some(generation) => generation::program(self.guard, generation),
             None => Ok(crate::bpf::open_program(&self.guard.generation(number).join("program"))?),
         }
@@ -209,7 +205,7 @@ impl<'a> Executor<'a> {
 
     /// Writes the next hops of a generation's upstreams.
     pub fn write_next_hops(&self, number: u32) -> anyhow::Result<()> {
-        let generation = self.generations.get(&number).context("no such generation")?;
+        let generation = self.generation(number).context("no such generation")?;
         let maps = self.guard.maps()?.context("state/ is incomplete")?;
         let description = &generation.description;
         nexthop::write(&maps.nexthops, &description.desired, &description.ids, self.ways)
