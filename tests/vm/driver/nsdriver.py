@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,7 +198,8 @@ class Machine:
             # Interfaces of a machine that was just stopped may not be gone yet.
             cable = f"cable{next(numbers)}"
             switch = self.driver.switch("ip")
-            call(*switch, *f"link add {cable} type veth peer name {interface} netns {self.pid}".split())
+            peer = f"peer name {interface} address {self.mac(interface)} netns {self.pid}"
+            call(*switch, *f"link add {cable} type veth {peer}".split())
             call(*switch, *f"link set {cable} master vlan{link['vlan']} up".split())
             self.cables.append(cable)
             call(*ip, "link", "set", interface, "up")
@@ -206,6 +208,11 @@ class Machine:
         for interface, link in self.node["links"].items():
             for route in link["routes"]:
                 call(*ip, "route", "add", *route.split(), "dev", interface)
+
+    def mac(self, interface: str) -> str:
+        """The same after a reboot, as of a virtual machine: others would send to the old one for a while."""
+        number = zlib.crc32(f"{self.name} {interface}".encode())
+        return "52:54:" + ":".join(f"{byte:02x}" for byte in number.to_bytes(4, "big"))
 
     def read_console(self, master: int, slave: int) -> None:
         while True:
