@@ -29,18 +29,18 @@ static __always_inline void copy_mac(void *to, const void *from)
 	*(__u16 *)(to + 4) = *(const __u16 *)(from + 4);
 }
 
+/* Both MAC addresses of a frame at once. */
+static __always_inline void copy_macs(void *to, const void *from)
+{
+	*(__u64 *)to = *(const __u64 *)from;
+	*(__u32 *)(to + 8) = *(const __u32 *)(from + 8);
+}
+
 static __always_inline bool is_no_mac(const __u8 *mac)
 {
 	const __u16 *words = (const void *)mac;
 
 	return !(words[0] | words[1] | words[2]);
-}
-
-/* Both at once. */
-static __always_inline void copy_macs(void *to, const void *from)
-{
-	*(__u64 *)to = *(const __u64 *)from;
-	*(__u32 *)(to + 8) = *(const __u32 *)(from + 8);
 }
 
 static __always_inline bool is_same_address(const __be32 *one, const __be32 *other)
