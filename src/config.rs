@@ -21,7 +21,6 @@ mod vocabulary;
 mod yaml;
 
 use std::fmt;
-use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
@@ -30,7 +29,7 @@ use document::Document;
 
 pub use check::{KEY_ENTRIES, UPSTREAMS};
 pub use diagnostic::{Diagnostic, Related, Severity};
-pub use host::{Host, upstream_refusal};
+pub use host::{Address, Host, KeyAddress, upstream_refusal};
 pub use path::Path;
 pub use schema::schema;
 
@@ -91,7 +90,7 @@ pub struct Ports {
 /// The destination that a rule matches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Key {
-    pub address: Ipv4Addr,
+    pub address: KeyAddress,
     pub ports: Vec<Ports>,
 }
 

@@ -55,7 +55,7 @@ fn upstream(upstream: &Upstream) -> Value {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::net::Ipv4Addr;
+    use std::net::IpAddr;
 
     use proptest::collection::{btree_set, vec};
     use proptest::prelude::*;
@@ -89,8 +89,8 @@ mod tests {
                 .map(|((host, port, named), name)| Upstream {
                     name: named.then_some(name),
                     address: match &host {
-                        Host::Address(address) => *address,
-                        Host::Name(name) => address(name),
+                        Host::Address(address) => address.clone(),
+                        Host::Name(name) => address(name).into(),
                     },
                     host,
                     port,
@@ -99,7 +99,7 @@ mod tests {
         })
     }
 
-    fn address(name: &str) -> Ipv4Addr {
+    fn address(name: &str) -> IpAddr {
         let index = NAMES.iter().position(|it| *it == name).expect("a known name");
         [10, 0, 8, index as u8 + 1].into()
     }
@@ -142,7 +142,7 @@ mod tests {
             let mut interfaces: Vec<String> = interfaces.into_iter().map(String::from).collect();
             interfaces.sort();
             let desired = Desired { interfaces, rules };
-            let names: BTreeMap<String, Ipv4Addr> =
+            let names: BTreeMap<String, IpAddr> =
                 NAMES.iter().map(|name| (name.to_string(), address(name))).collect();
             let text = serde_yaml::to_string(&document(&desired)).expect("YAML");
             for text in [text, document(&desired).to_string()] {

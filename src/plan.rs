@@ -2,13 +2,13 @@
 //! Pure.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    Action, Config, Diagnostic, Finding, Hash, Health, Host, Key, Source, Strategy,
-    upstream_refusal,
+    Action, Address, Config, Diagnostic, Finding, Hash, Health, Host, Key, KeyAddress, Source,
+    Strategy, upstream_refusal,
 };
 
 /// A configuration, as a generation carries it.
@@ -41,7 +41,7 @@ pub struct Upstream {
     /// As the file has it.
     pub host: Host,
     /// What it was resolved to.
-    pub address: Ipv4Addr,
+    pub address: Address,
     /// `None`: the port that the packet came to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
@@ -67,7 +67,7 @@ impl Desired {
     pub fn new(
         config: &Config,
         interfaces: &[String],
-        names: &BTreeMap<String, Ipv4Addr>,
+        names: &BTreeMap<String, IpAddr>,
     ) -> Result<Desired, Vec<Diagnostic>> {
         let mut errors = Vec::new();
         let mut rules = Vec::with_capacity(config.rules.len());
@@ -75,9 +75,9 @@ impl Desired {
             let mut upstreams = Vec::with_capacity(rule.upstreams.len());
             for upstream in &rule.upstreams {
                 let address = match &upstream.address {
-                    Host::Address(address) => *address,
+                    Host::Address(address) => address.clone(),
                     Host::Name(name) => match named(&rule.key, name, upstream.port, names) {
-                        Ok(address) => address,
+                        Ok(address) => address.into(),
                         Err(message) => {
                             errors.push(Finding::new(&upstream.at, message));
                             continue;
@@ -109,7 +109,7 @@ impl Desired {
 
     /// The same with the addresses that its host names have now; those that are not in `names`
     /// keep theirs. With the names whose address is none for an upstream, and why.
-    pub fn renamed(&self, names: &BTreeMap<String, Ipv4Addr>) -> (Desired, Vec<String>) {
+    pub fn renamed(&self, names: &BTreeMap<String, IpAddr>) -> (Desired, Vec<String>) {
         let mut desired = self.clone();
         let mut refused = Vec::new();
         for rule in &mut desired.rules {
@@ -119,7 +119,7 @@ impl Desired {
                     continue;
                 }
                 match named(&rule.key, name, upstream.port, names) {
-                    Ok(address) => upstream.address = address,
+                    Ok(address) => upstream.address = address.into(),
                     Err(reason) => refused.push(reason),
                 }
             }
@@ -128,8 +128,8 @@ impl Desired {
     }
 
     /// The addresses of all upstreams, each once.
-    pub fn addresses(&self) -> BTreeSet<Ipv4Addr> {
-        self.upstreams().map(|upstream| upstream.address).collect()
+    pub fn addresses(&self) -> BTreeSet<Address> {
+        self.upstreams().map(|upstream| upstream.address.clone()).collect()
     }
 
     /// The upstreams of all rules.
@@ -142,14 +142,14 @@ fn named(
     key: &Key,
     name: &str,
     port: Option<u16>,
-    names: &BTreeMap<String, Ipv4Addr>,
-) -> Result<Ipv4Addr, String> {
+    names: &BTreeMap<String, IpAddr>,
+) -> Result<IpAddr, String> {
     let address = *names.get(name).ok_or_else(|| format!("`{name}` was not resolved"))?;
     if let Some(reason) = upstream_refusal(address) {
         return Err(format!("`{name}`: {reason}"));
     }
     let own_port = port.is_none_or(|port| key.ports.iter().any(|ports| ports.contains(port)));
-    if address == key.address && own_port {
+    if key.address == KeyAddress::Is(address) && own_port {
         return Err(format!("`{name}` is {address}, the rule's own key"));
     }
     Ok(address)
@@ -178,8 +178,10 @@ pub fn assign_ids(
     limit: u32,
 ) -> Result<Vec<RuleIds>, IdsExhausted> {
     /// A rule, or one of its upstreams.
-    type Holder<'a> = (&'a str, Option<(Ipv4Addr, Option<u16>)>);
-    let endpoint = |upstream: &Upstream| Some((upstream.address, upstream.port));
+    type Holder<'a> = (&'a str, Option<(&'a Address, Option<u16>)>);
+    fn endpoint(upstream: &Upstream) -> Option<(&Address, Option<u16>)> {
+        Some((&upstream.address, upstream.port))
+    }
     let mut ids: HashMap<Holder<'_>, u32> = HashMap::new();
     let mut held = BTreeSet::new();
     for (desired, given) in known {
@@ -225,12 +227,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{Desired, IdsExhausted, Rule, RuleIds, Upstream, assign_ids};
-    use crate::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy as Selection};
+    use crate::config::{
+        Action, Address, Hash, Health, Host, Key, Ports, Source, Strategy as Selection,
+    };
 
     fn desired(rules: &BTreeMap<u8, Vec<(u8, Option<u16>)>>) -> Desired {
         let upstream = |(host, port): &(u8, Option<u16>)| {
-            let address = [10, 0, 9, *host].into();
-            Upstream { name: None, host: Host::Address(address), address, port: *port }
+            let address = Address::from([10, 0, 9, *host]);
+            Upstream { name: None, host: Host::Address(address.clone()), address, port: *port }
         };
         let rule = |(number, upstreams): (&u8, &Vec<_>)| Rule {
             name: number.to_string(),

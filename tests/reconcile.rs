@@ -7,7 +7,6 @@ mod model;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::Ipv4Addr;
 
 use anyhow::{anyhow, bail};
 use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, to_port};
@@ -19,7 +18,8 @@ use proptest::sample::{select, subsequence};
 use serde_json::{Value, json};
 use udplb::apply::Executor;
 use udplb::config::{
-    Action as TcAction, Config, Hash, Health, Host, Key, Ports, Source, Strategy as Selection,
+    Action as TcAction, Address, Config, Hash, Health, Host, Key, Ports, Source,
+    Strategy as Selection,
 };
 use udplb::diff::{self, Action, Plan, Refusal};
 use udplb::generation::Origin;
@@ -34,8 +34,8 @@ const ALL: usize = usize::MAX;
 
 fn upstream() -> impl Strategy<Value = Upstream> {
     (1..=4_u8, prop::option::of(9_000..9_002_u16)).prop_map(|(host, port)| {
-        let address = Ipv4Addr::new(10, 0, 9, host);
-        Upstream { name: None, host: Host::Address(address), address, port }
+        let address = Address::from([10, 0, 9, host]);
+        Upstream { name: None, host: Host::Address(address.clone()), address, port }
     })
 }
 
@@ -44,7 +44,7 @@ fn rule(number: u16) -> impl Strategy<Value = Rule> {
     (actions, vec(upstream(), 1..4)).prop_map(move |(action, upstreams)| Rule {
         name: format!("rule {number}"),
         key: Key {
-            address: Ipv4Addr::new(10, 0, 0, 5),
+            address: [10, 0, 0, 5].into(),
             ports: vec![Ports { first: 1000 + number, last: 1000 + number }],
         },
         action,
@@ -140,7 +140,7 @@ fn check_ids(kernel: &Kernel) {
         for (rule, ids) in description.desired.rules.iter().zip(&description.ids) {
             let mut holders = vec![(ids.rule, (&rule.name, None))];
             holders.extend(rule.upstreams.iter().zip(&ids.upstreams).map(|(upstream, id)| {
-                (*id, (&rule.name, Some((upstream.address, upstream.port))))
+                (*id, (&rule.name, Some((&upstream.address, upstream.port))))
             }));
             for (id, holder) in holders {
                 assert_ne!(id, 0);
@@ -364,7 +364,7 @@ fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> any
             .map_err(|failure| anyhow!("{failure}"))?;
         let observed = observe(Some(&guard), &netlink).await?;
         let plan = plan(&observed).map_err(|refusal| anyhow!("{refusal}"))?;
-        let addresses: BTreeSet<Ipv4Addr> = UPSTREAMS.into_iter().collect();
+        let addresses: BTreeSet<Address> = UPSTREAMS.into_iter().map(Address::from).collect();
         let ways = nexthop::resolve(&netlink, &addresses).await?;
         let mut steps = 0;
         let mut witness = |_: &Action| {
