@@ -2,6 +2,7 @@
 
 use crate::bpf::OBJECT_SHA256;
 use crate::generation::{Draft, Generation, Origin};
+use crate::netlink::Layer;
 use crate::observe::Observed;
 use crate::plan::Desired;
 use crate::state::Held;
@@ -117,7 +118,7 @@ pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, 
     let mut actions = Vec::new();
     for name in interfaces {
         let Some(interface) = observed.interfaces.get(name) else { continue };
-        if !interface.ethernet || interface.hook.slot != Slot::Empty {
+        if interface.layer != Some(Layer::Ethernet) || interface.hook.slot != Slot::Empty {
             continue;
         }
         if interface.hook.qdisc.is_none() {
@@ -306,7 +307,7 @@ fn switch(
     for name in interfaces {
         let interface =
             observed.interfaces.get(name).ok_or_else(|| Refusal::NoInterface(name.clone()))?;
-        if !interface.ethernet {
+        if interface.layer != Some(Layer::Ethernet) {
             return Err(Refusal::NotEthernet(name.clone()));
         }
         match &interface.hook.slot {

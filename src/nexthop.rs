@@ -11,7 +11,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types};
 use crate::chunks::Chunks;
 use crate::config::Address;
-use crate::netlink::{Link, Neighbour, Netlink, NudState, Route};
+use crate::netlink::{Layer, Link, Neighbour, Netlink, NudState, Route};
 use crate::plan::{Desired, RuleIds};
 use crate::tables::wire;
 
@@ -37,8 +37,47 @@ pub struct Hop {
     pub gateway: IpAddr,
     /// Bytes.
     pub mtu: u32,
-    /// Own and neighbour's MAC address.
-    pub macs: Option<([u8; 6], [u8; 6])>,
+    /// This host's own address on that way.
+    pub egress: Option<IpAddr>,
+    pub macs: Macs,
+}
+
+/// What is in front of a packet's IP header on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Macs {
+    /// Nothing: the device has no MAC addresses.
+    None,
+    Unknown,
+    Known {
+        own: [u8; 6],
+        neighbour: [u8; 6],
+    },
+}
+
+impl Macs {
+    /// On a link, with the neighbour's address if that is known.
+    fn on(link: &Link, neighbour: Option<[u8; 6]>) -> Macs {
+        match (link.layer, link.mac, neighbour) {
+            (Some(Layer::Ip), _, _) => Macs::None,
+            (Some(Layer::Ethernet), Some(own), Some(neighbour)) => Macs::Known { own, neighbour },
+            _ => Macs::Unknown,
+        }
+    }
+}
+
+impl Hop {
+    /// By a route to an address, over the link that it names, to a neighbour whose MAC address
+    /// may be known.
+    pub fn new(address: IpAddr, route: &Route, link: &Link, neighbour: Option<[u8; 6]>) -> Hop {
+        Hop {
+            interface: link.name.clone(),
+            ifindex: link.index,
+            gateway: route.gateway,
+            mtu: route.mtu.unwrap_or_else(|| link.mtu_to(address)),
+            egress: route.egress,
+            macs: Macs::on(link, neighbour),
+        }
+    }
 }
 
 /// Finds the way to each address, and has the kernel ask for the neighbours it does not know;
@@ -49,10 +88,13 @@ pub async fn resolve(
 ) -> anyhow::Result<BTreeMap<Address, Way>> {
     let links: HashMap<u32, Link> =
         netlink.links().await?.into_iter().map(|link| (link.index, link)).collect();
-    let routes =
-        netlink.routes(&addresses.iter().map(|address| address.ip).collect::<Vec<_>>()).await;
-    let mut ways: BTreeMap<Address, Way> =
-        addresses.iter().cloned().zip(routes.into_iter().map(|route| way(route, &links))).collect();
+    let asked: Vec<Address> = addresses.iter().cloned().collect();
+    let paths = netlink.paths(&asked, &links).await;
+    let mut ways = BTreeMap::new();
+    for (address, paths) in asked.into_iter().zip(paths) {
+        let way = way(address.ip, paths.map(|paths| paths[0]), &links);
+        ways.insert(address, way);
+    }
     let end = Instant::now() + PATIENCE;
     let mut asked_for = HashSet::new();
     loop {
@@ -71,22 +113,16 @@ pub async fn resolve(
     }
 }
 
-fn way(route: std::io::Result<Route>, links: &HashMap<u32, Link>) -> Way {
+fn way(address: IpAddr, route: std::io::Result<Route>, links: &HashMap<u32, Link>) -> Way {
     let route = match route {
         Ok(route) if route.local => return Way::Local,
         Ok(route) => route,
         Err(error) => return Way::None(error.to_string()),
     };
-    let Some(link) = links.get(&route.ifindex) else {
-        return Way::None(format!("the interface with index {} is gone", route.ifindex));
-    };
-    Way::Hop(Hop {
-        interface: link.name.clone(),
-        ifindex: link.index,
-        gateway: route.gateway,
-        mtu: route.mtu.unwrap_or(link.mtu),
-        macs: None,
-    })
+    match links.get(&route.ifindex) {
+        Some(link) => Way::Hop(Hop::new(address, &route, link, None)),
+        None => Way::None(format!("the interface with index {} is gone", route.ifindex)),
+    }
 }
 
 /// Fills in what the neighbour table has; returns the neighbours it lacks and that may yet answer.
@@ -104,15 +140,16 @@ fn add_macs(
     for way in ways.values_mut() {
         let Way::Hop(hop) = way else { continue };
         let key = (hop.ifindex, hop.gateway);
-        let own = links.get(&hop.ifindex).filter(|link| link.ethernet).and_then(|link| link.mac);
+        let Some(link) = links.get(&hop.ifindex) else { continue };
         let neighbour = table.get(&key);
         let known =
             neighbour.filter(|neighbour| neighbour.state.is_valid()).and_then(|found| found.mac);
-        hop.macs = own.zip(known);
+        hop.macs = Macs::on(link, known);
         // one that failed before anybody asked now may have come back
         let failed = neighbour.is_some_and(|found| found.state == NudState::Failed);
         let gave_up = asked_for.contains(&key) && failed;
-        if own.is_some() && known.is_none() && !gave_up {
+        let askable = link.layer == Some(Layer::Ethernet) && link.mac.is_some();
+        if askable && known.is_none() && !gave_up {
             missing.insert(key);
         }
     }
@@ -255,10 +292,14 @@ pub fn entry(address: IpAddr, way: Option<&Way>) -> types::nexthop {
         IpAddr::V4(_) => libc::AF_INET as u16,
         IpAddr::V6(_) => libc::AF_INET6 as u16,
     };
-    if let Some((source, destination)) = hop.macs {
-        entry.source = source;
-        entry.destination = destination;
-        entry.macs = types::macs::MACS_FRESH;
+    entry.egress = hop.egress.map(wire).unwrap_or_default();
+    match hop.macs {
+        Macs::None => entry.macs = types::macs::MACS_NONE,
+        Macs::Unknown => {}
+        Macs::Known { own, neighbour } => {
+            (entry.source, entry.destination) = (own, neighbour);
+            entry.macs = types::macs::MACS_FRESH;
+        }
     }
     entry
 }

@@ -9,7 +9,7 @@ use anyhow::Context;
 
 use crate::bpf;
 use crate::generation::{self, Generation, ProgramName};
-use crate::netlink::Netlink;
+use crate::netlink::{Layer, Netlink};
 use crate::state::{Held, ReadGuard};
 use crate::tc::{self, Hook, Slot};
 
@@ -34,7 +34,8 @@ pub struct Observed {
 #[derive(Clone, Debug)]
 pub struct Interface {
     pub index: u32,
-    pub ethernet: bool,
+    /// See [`Layer`].
+    pub layer: Option<Layer>,
     pub hook: Hook,
 }
 
@@ -115,8 +116,7 @@ async fn interfaces(
         let qdisc = qdiscs.get(&link.index).copied();
         let hook = tc::hook(netlink, link.index, qdisc, programs).await;
         let hook = hook.with_context(|| format!("{}: its filters", link.name))?;
-        interfaces
-            .insert(link.name, Interface { index: link.index, ethernet: link.ethernet, hook });
+        interfaces.insert(link.name, Interface { index: link.index, layer: link.layer, hook });
     }
     Ok(interfaces)
 }

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use crate::bpf::{bytes_of, types};
 use crate::config::Address;
 use crate::netlink::{
-    Link, Neighbour, NeighbourKey, NeighbourRequest, NudState, OUR_PROTOCOL, Route,
+    Layer, Link, Neighbour, NeighbourKey, NeighbourRequest, NeighbourTable, NudState, OUR_PROTOCOL,
+    Route,
 };
 use crate::nexthop::{self, Hop, Way};
 use types::health as Health;
@@ -140,9 +141,19 @@ impl Keeper {
         addresses.into_iter().collect()
     }
 
+    /// All interfaces, by index.
+    pub fn links(&self) -> &HashMap<u32, Link> {
+        &self.links
+    }
+
     /// How many neighbours there are to look after.
     pub fn neighbours(&self) -> usize {
         self.tracked.len()
+    }
+
+    /// How many of one family.
+    pub fn neighbours_of(&self, ipv6: bool) -> usize {
+        self.tracked.keys().filter(|key| key.1.is_ipv6() == ipv6).count()
     }
 
     /// Whether a neighbour is one of them.
@@ -344,7 +355,7 @@ impl Keeper {
     }
 
     fn is_reachable_link(&self, key: NeighbourKey) -> bool {
-        self.links.get(&key.0).is_some_and(|link| LinkState::of(Some(link)) == LinkState::Asking)
+        LinkState::of(self.links.get(&key.0)) == LinkState::Asking
     }
 
     /// What is due by now; to be called several times a second.
@@ -439,7 +450,7 @@ impl Keeper {
             Some(Ok(paths)) => paths.iter().find(|path| !down(path)).or(paths.first()),
             _ => None,
         };
-        let way = path.filter(|path| !path.local).and_then(|path| self.way(path));
+        let way = path.filter(|path| !path.local).and_then(|path| self.way(upstream, path));
         let mut entry = nexthop::entry(upstream.address.ip, way.as_ref());
         match path.and_then(|path| self.tracked.get(&path.neighbour())) {
             Some(tracked) => (entry.health, entry.since) = (tracked.health, tracked.since),
@@ -452,22 +463,16 @@ impl Keeper {
                 entry.since = before.map_or(self.seconds, |before| before.since);
             }
         }
-        if path.is_none_or(|path| self.valid_entry(path).is_none()) {
+        if entry.macs == types::macs::MACS_UNKNOWN {
             self.keep_last_macs(upstream.id, &mut entry);
         }
         entry
     }
 
-    fn way(&self, path: &Route) -> Option<Way> {
+    fn way(&self, upstream: &Upstream, path: &Route) -> Option<Way> {
         let link = self.links.get(&path.ifindex)?;
-        let known = self.valid_entry(path);
-        Some(Way::Hop(Hop {
-            interface: link.name.clone(),
-            ifindex: link.index,
-            gateway: path.gateway,
-            mtu: path.mtu.unwrap_or(link.mtu),
-            macs: link.mac.filter(|_| link.ethernet).zip(known.and_then(|known| known.mac)),
-        }))
+        let mac = self.valid_entry(path).and_then(|entry| entry.mac);
+        Some(Way::Hop(Hop::new(upstream.address.ip, path, link, mac)))
     }
 
     fn valid_entry(&self, path: &Route) -> Option<Neighbour> {
@@ -500,7 +505,7 @@ impl LinkState {
     fn of(link: Option<&Link>) -> LinkState {
         match link {
             Some(link) if !link.up || !link.carrier => LinkState::Down,
-            Some(link) if !link.ethernet => LinkState::Pointed,
+            Some(link) if link.layer != Some(Layer::Ethernet) => LinkState::Pointed,
             Some(_) => LinkState::Asking,
             None => LinkState::Down,
         }
@@ -649,18 +654,19 @@ fn mac(mac: [u8; 6]) -> String {
 }
 
 /// Whether more neighbours are wanted than the kernel's table holds; with the advice to give.
-pub fn overflow(wanted: usize, others: usize, threshold2: u32, threshold3: u32) -> Option<String> {
+pub fn overflow(wanted: usize, others: usize, table: &NeighbourTable) -> Option<String> {
     let all = wanted + others;
-    let (name, limit) = if all >= threshold3 as usize {
-        ("gc_thresh3", threshold3)
-    } else if all > threshold2 as usize {
-        ("gc_thresh2", threshold2)
+    let (name, limit) = if all >= table.threshold3 as usize {
+        ("gc_thresh3", table.threshold3)
+    } else if all > table.threshold2 as usize {
+        ("gc_thresh2", table.threshold2)
     } else {
         return None;
     };
     Some(format!(
         "{all} neighbours ({wanted} next hops, {others} others) are more than the kernel's table is set for: \
-         raise the sysctl net.ipv4.neigh.default.{name} (now {limit})"
+         raise the sysctl {} (now {limit})",
+        table.sysctl(name)
     ))
 }
 
@@ -703,9 +709,10 @@ mod tests {
                 name: "eth0".into(),
                 mac: Some(OWN),
                 mtu: 1500,
+                mtu6: None,
                 up: true,
                 carrier,
-                ethernet: true,
+                layer: Some(Layer::Ethernet),
                 kind: String::new(),
                 lower: None,
                 controller: None,
@@ -714,7 +721,13 @@ mod tests {
         }
 
         fn route(&mut self, gateway: Ipv4Addr) {
-            let path = Route { ifindex: 7, gateway: gateway.into(), mtu: None, local: false };
+            let path = Route {
+                ifindex: 7,
+                gateway: gateway.into(),
+                mtu: None,
+                egress: None,
+                local: false,
+            };
             self.keeper.set_paths(vec![(ADDRESS.into(), Ok(vec![path]))], self.now());
         }
 
@@ -844,6 +857,7 @@ mod tests {
             ifindex: 7,
             gateway: gateway.into(),
             mtu: None,
+            egress: None,
             local: false,
         });
         world.keeper.set_paths(vec![(ADDRESS.into(), Ok(paths.to_vec()))], world.now());
@@ -902,10 +916,12 @@ mod tests {
 
     #[test]
     fn limits_of_the_table() {
-        assert_eq!(overflow(400, 112, 512, 1024), None);
-        let text = overflow(500, 100, 512, 1024).expect("too many");
+        let mut table = NeighbourTable { threshold2: 512, threshold3: 1024, ..Default::default() };
+        assert_eq!(overflow(400, 112, &table), None);
+        let text = overflow(500, 100, &table).expect("too many");
         assert!(text.contains("net.ipv4.neigh.default.gc_thresh2 (now 512)"), "{text}");
-        let text = overflow(1000, 100, 512, 1024).expect("too many");
-        assert!(text.contains("net.ipv4.neigh.default.gc_thresh3 (now 1024)"), "{text}");
+        table.ipv6 = true;
+        let text = overflow(1000, 100, &table).expect("too many");
+        assert!(text.contains("net.ipv6.neigh.default.gc_thresh3 (now 1024)"), "{text}");
     }
 }

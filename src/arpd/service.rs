@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, TryLockError};
-use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -17,7 +16,9 @@ use crate::cli::{Arpd, Global};
 use crate::failure::{Failure, Result};
 use crate::generation::{Generation, ProgramName};
 use crate::lease::Heartbeat;
-use crate::netlink::{Batches, Event, Events, Link, NeighbourKey, NeighbourRequest, Netlink};
+use crate::netlink::{
+    Batches, Event, Events, Link, NeighbourKey, NeighbourRequest, NeighbourTable, Netlink,
+};
 use crate::observe::{Observed, observe};
 use crate::state::{self, StateMaps};
 use crate::tc::{self, Slot};
@@ -362,8 +363,7 @@ impl Service {
         let started = Instant::now();
         self.stale.routes = false;
         let addresses = self.keeper.addresses();
-        let asked: Vec<IpAddr> = addresses.iter().map(|address| address.ip).collect();
-        let paths = self.netlink.paths(&asked).await;
+        let paths = self.netlink.paths(&addresses, self.keeper.links()).await;
         let paths = addresses
             .into_iter()
             .zip(paths.into_iter().map(|paths| paths.map_err(|error| error.to_string())));
@@ -376,26 +376,26 @@ impl Service {
 
     async fn read_neighbours(&mut self) -> anyhow::Result<()> {
         let table = self.netlink.neighbours().await?;
-        let wanted = self.keeper.neighbours();
-        let known =
-            table.iter().filter(|entry| self.keeper.is_tracked((entry.ifindex, entry.address)));
-        let known = known.count();
+        // of each family
+        let mut known = [0; 2];
+        for entry in &table {
+            let tracked = self.keeper.is_tracked((entry.ifindex, entry.address));
+            known[usize::from(entry.address.is_ipv6())] += usize::from(tracked);
+        }
         self.keeper.set_neighbours(table, now());
         self.stale.neighbours = false;
-        let table = self.netlink.neighbour_table().await?;
-        let others = (table.entries as usize).saturating_sub(known);
-        match keeper::overflow(wanted, others, table.threshold2, table.threshold3) {
-            // the others come and go, which is not worth telling each time
-            Some(_) if self.troubles.contains_key("neighbour table") => Ok(()),
-            Some(advice) => {
-                self.note("neighbour table", Err(anyhow!(advice)));
-                Ok(())
-            }
-            None => {
-                self.note("neighbour table", Ok(()));
-                Ok(())
+        for table in self.netlink.neighbour_tables().await? {
+            let others = (table.entries as usize).saturating_sub(known[usize::from(table.ipv6)]);
+            let advice = keeper::overflow(self.keeper.neighbours_of(table.ipv6), others, &table);
+            let what = table_of(table.ipv6);
+            match advice {
+                // the others come and go, which is not worth telling each time
+                Some(_) if self.troubles.contains_key(what) => {}
+                Some(advice) => self.note(what, Err(anyhow!(advice))),
+                None => self.note(what, Ok(())),
             }
         }
+        Ok(())
     }
 
     /// Puts the filter back onto interfaces that were deleted and made again; one that it was
@@ -475,9 +475,11 @@ impl Service {
                     plainly.push(*key);
                 }
                 (NeighbourRequest::Keep, Some(libc::ENOBUFS)) => {
-                    let advice = "it is full: raise the sysctl net.ipv4.neigh.default.gc_thresh3";
-                    if !self.troubles.contains_key("neighbour table") {
-                        self.note("neighbour table", Err(anyhow!(advice)));
+                    let ipv6 = key.1.is_ipv6();
+                    let sysctl = NeighbourTable { ipv6, ..Default::default() }.sysctl("gc_thresh3");
+                    if !self.troubles.contains_key(table_of(ipv6)) {
+                        let advice = format!("it is full: raise the sysctl {sysctl}");
+                        self.note(table_of(ipv6), Err(anyhow!(advice)));
                     }
                 }
                 // it went away meanwhile; events tell
@@ -622,6 +624,11 @@ fn lock(directory: &Path) -> Result<File> {
             Err(anyhow!(error).context(directory.display().to_string()).into())
         }
     }
+}
+
+/// What troubles with a neighbour table are told under.
+fn table_of(ipv6: bool) -> &'static str {
+    if ipv6 { "IPv6 neighbour table" } else { "neighbour table" }
 }
 
 /// Where the generation's filter is, of the interfaces that it is meant for.

@@ -27,7 +27,7 @@ impl Kernel {
     pub fn new(interfaces: &[&str]) -> Kernel {
         let empty = |index: usize| Interface {
             index: index as u32 + 1,
-            ethernet: true,
+            layer: Some(udplb::netlink::Layer::Ethernet),
             hook: Hook { qdisc: None, slot: Slot::Empty, shared: false },
         };
         let interfaces =

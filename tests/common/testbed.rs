@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr};
 
 use udplb::config::{Action, Address, Hash, Health, Host, Key, Ports, Source, Strategy};
-use udplb::nexthop::{Hop, Way};
+use udplb::nexthop::{Hop, Macs, Way};
 use udplb::plan::{Rule, RuleIds, Upstream};
 
 use super::Namespace;
@@ -326,7 +326,8 @@ impl Testbed<'_> {
             ifindex: self.out,
             gateway,
             mtu,
-            macs: mac.map(|mac| (OUT_MAC, mac)),
+            egress: None,
+            macs: mac.map_or(Macs::Unknown, |neighbour| Macs::Known { own: OUT_MAC, neighbour }),
         })
     }
 
