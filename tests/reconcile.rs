@@ -7,7 +7,6 @@ mod model;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::Ipv4Addr;
 
 use anyhow::{anyhow, bail};
 use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, to_port};
@@ -18,7 +17,7 @@ use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use serde_json::{Value, json};
 use udplb::apply::Executor;
-use udplb::config::{Action as TcAction, Config, Hash, Key, Ports, Strategy as Selection};
+use udplb::config::{Action as TcAction, Address, Config, Hash, Key, Ports, Strategy as Selection};
 use udplb::diff::{self, Action, Plan, Refusal};
 use udplb::generation::Origin;
 use udplb::netlink::Netlink;
@@ -39,7 +38,7 @@ fn rule(number: u16) -> impl Strategy<Value = Rule> {
     let actions = select(vec![TcAction::Pass, TcAction::Block]);
     (actions, vec(upstream(), 1..4)).prop_map(move |(action, upstreams)| {
         let ports = Ports { first: 1000 + number, last: 1000 + number };
-        let key = Key::new(Ipv4Addr::new(10, 0, 0, 5), vec![ports]);
+        let key = Key::new([10, 0, 0, 5], vec![ports]);
         let rule = Rule::new(format!("rule {number}"), key, upstreams);
         Rule { action, strategy: Selection::SrcIp, hash: Hash::Modulo, ..rule }
     })
@@ -130,7 +129,7 @@ fn check_ids(kernel: &Kernel) {
         for (rule, ids) in description.desired.rules.iter().zip(&description.ids) {
             let mut holders = vec![(ids.rule, (&rule.name, None))];
             holders.extend(rule.upstreams.iter().zip(&ids.upstreams).map(|(upstream, id)| {
-                (*id, (&rule.name, Some((upstream.address, upstream.port))))
+                (*id, (&rule.name, Some((&upstream.address, upstream.port))))
             }));
             for (id, holder) in holders {
                 assert_ne!(id, 0);
@@ -354,7 +353,7 @@ fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> any
             .map_err(|failure| anyhow!("{failure}"))?;
         let observed = observe(Some(&guard), &netlink).await?;
         let plan = plan(&observed).map_err(|refusal| anyhow!("{refusal}"))?;
-        let addresses: BTreeSet<Ipv4Addr> = UPSTREAMS.into_iter().collect();
+        let addresses: BTreeSet<Address> = UPSTREAMS.into_iter().map(Address::from).collect();
         let ways = nexthop::resolve(&netlink, &addresses).await?;
         let mut steps = 0;
         let mut witness = |_: &Action| {
