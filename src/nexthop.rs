@@ -276,8 +276,8 @@ pub fn entries(
 ) -> BTreeMap<u32, types::nexthop> {
     let rules = desired.rules.iter().zip(ids);
     rules
-        .flat_map(|(rule, ids)| rule.upstreams.iter().zip(&ids.upstreams))
-        .map(|(upstream, id)| (*id, entry(upstream.address.ip, ways.get(&upstream.address))))
+        .flat_map(|(rule, ids)| rule.destinations().zip(ids.destinations()))
+        .map(|(upstream, id)| (id, entry(upstream.address.ip, ways.get(&upstream.address))))
         .collect()
 }
 

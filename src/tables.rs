@@ -119,13 +119,17 @@ fn strategy(strategy: Strategy) -> types::strategy {
     match strategy {
         Strategy::SrcPort => types::strategy::STRATEGY_SRC_PORT,
         Strategy::SrcIp => types::strategy::STRATEGY_SRC_IP,
-        Strategy::SrcIpPort => types::strategy::STRATEGY_SRC_IP_PORT,
+        // the others are not built yet
+        Strategy::SrcIpPort | Strategy::Random | Strategy::Payload => {
+            types::strategy::STRATEGY_SRC_IP_PORT
+        }
     }
 }
 
 fn source(source: Source) -> types::source {
     match source {
-        Source::Vip => types::source::SOURCE_VIP,
+        // the latter is not built yet
+        Source::Vip | Source::Egress => types::source::SOURCE_VIP,
         Source::Preserve => types::source::SOURCE_PRESERVE,
     }
 }
@@ -175,30 +179,27 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::{Tables, moved_share};
-    use crate::config::{Action, Address, Hash, Health, Host, Key, Ports, Source, Strategy};
+    use crate::config::{Action, Hash, Key, Ports, Strategy};
     use crate::plan::{Desired, Rule, Upstream, assign_ids};
 
     const KEY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 5);
 
     fn rule(name: &str, first: u16, last: u16, upstreams: &[u8]) -> Rule {
-        let upstream = |host: &u8| {
-            let address = Address::from([10, 0, 9, *host]);
-            Upstream { name: None, host: Host::Address(address.clone()), address, port: None }
-        };
+        let upstream = |host: &u8| Upstream::new([10, 0, 9, *host], None);
         Rule {
-            name: name.into(),
-            key: Key { address: KEY.into(), ports: vec![Ports { first, last }] },
             action: Action::Block,
             strategy: Strategy::SrcIp,
             hash: Hash::Modulo,
-            source: Source::Vip,
-            health: Health::Off,
-            upstreams: upstreams.iter().map(upstream).collect(),
+            ..Rule::new(
+                name,
+                Key::new(KEY, vec![Ports { first, last }]),
+                upstreams.iter().map(upstream).collect(),
+            )
         }
     }
 
     fn tables(rules: Vec<Rule>) -> Tables {
-        let desired = Desired { interfaces: Vec::new(), rules };
+        let desired = Desired { rules, ..Desired::default() };
         let ids = assign_ids(&desired, &[], 1 << 19).expect("ids enough");
         Tables::new(&desired, &ids)
     }

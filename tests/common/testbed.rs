@@ -6,7 +6,7 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr};
 
-use udplb::config::{Action, Address, Hash, Health, Host, Key, Ports, Source, Strategy};
+use udplb::config::{Action, Address, Hash, Key, Ports, Source};
 use udplb::nexthop::{Hop, Macs, Way};
 use udplb::plan::{Rule, RuleIds, Upstream};
 
@@ -210,9 +210,10 @@ impl Case {
             _ => return None,
         };
         let upstream = &self.rule.upstreams[self.chosen];
-        let source = match self.rule.source {
+        let source = match self.rule.source_of(upstream) {
             Source::Vip => *came.destination.ip(),
             Source::Preserve => *came.source.ip(),
+            Source::Egress => unimplemented!("no case has it yet"),
         };
         let port = upstream.port.unwrap_or(came.destination.port());
         let gone = Datagram {
@@ -255,22 +256,13 @@ fn hexadecimal(frame: &[u8]) -> String {
 
 /// A rule for [`VIP`] and [`PORTS`] with one upstream, which gets the packets on its port 9995.
 pub fn rule(action: Action, source: Source, upstream: Ipv4Addr) -> Rule {
-    Rule {
-        name: "rule".into(),
-        key: Key { address: VIP.into(), ports: vec![PORTS] },
-        action,
-        strategy: Strategy::SrcIpPort,
-        hash: Hash::Modulo,
-        source,
-        health: Health::Off,
-        upstreams: vec![to(upstream, Some(9995))],
-    }
+    let rule = Rule::new("rule", Key::new(VIP, vec![PORTS]), vec![to(upstream, Some(9995))]);
+    Rule { action, hash: Hash::Modulo, source, ..rule }
 }
 
 /// An upstream; without a port it gets packets on the port that they came to.
 pub fn to(address: Ipv4Addr, port: Option<u16>) -> Upstream {
-    let address = Address::from(address);
-    Upstream { name: None, host: Host::Address(address.clone()), address, port }
+    Upstream::new(address, port)
 }
 
 fn ipv4(address: &Address) -> Ipv4Addr {
