@@ -133,7 +133,7 @@ mod tests {
         ) {
             let mut interfaces: Vec<String> = interfaces.into_iter().map(String::from).collect();
             interfaces.sort();
-            let desired = Desired { interfaces, rules, addresses: Vec::new() };
+            let desired = Desired { interfaces, rules, ..Desired::default() };
             let names: BTreeMap<String, IpAddr> =
                 NAMES.iter().map(|name| (name.to_string(), address(name))).collect();
             let text = serde_yaml::to_string(&document(&desired)).expect("YAML");
