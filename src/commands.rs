@@ -145,6 +145,7 @@ async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool
     }
     privileges::require()?;
     let netlink = netlink()?;
+    wanted.expand(&netlink).await?;
     let addresses = wanted.desired.addresses();
     let ways = nexthop::resolve(&netlink, &addresses).await.context("next hops")?;
     wanted.warnings.extend(advise(&wanted, &ways, &netlink).await?);
@@ -256,9 +257,10 @@ async fn look(global: &Global, netlink: &Netlink) -> Result<Observed> {
 }
 
 async fn plan(global: &Global, target: &Target, exit_code: bool) -> Result<u8> {
-    let wanted = Wanted::new(&Text::read(&target.file)?, target).await?;
+    let mut wanted = Wanted::new(&Text::read(&target.file)?, target).await?;
     warn(global, &wanted.warnings);
     let netlink = netlink()?;
+    wanted.expand(&netlink).await?;
     let observed = look(global, &netlink).await?;
     let old = serving(&observed).cloned().unwrap_or_default();
     let attached: Vec<String> = observed.attached().map(|(name, _)| name.into()).collect();

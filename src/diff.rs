@@ -104,10 +104,10 @@ pub fn apply(
     replace(observed, desired, origin, force, Why::Asked)
 }
 
-/// What is to be done when a host name of the configuration stands for another address: the
+/// What is to be done when a host name of the configuration or `any` stands for other addresses: the
 /// generation that serves is replaced, and what a rollback goes back to or has left stays.
 pub fn renew(observed: &Observed, desired: &Desired, origin: &Origin) -> Result<Plan, Refusal> {
-    replace(observed, desired, origin, false, Why::Renamed)
+    replace(observed, desired, origin, false, Why::Moved)
 }
 
 /// Puts the generation that serves onto interfaces that have lost it; those that somebody else
@@ -137,7 +137,7 @@ pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Why {
     Asked,
-    Renamed,
+    Moved,
 }
 
 fn replace(
@@ -151,7 +151,7 @@ fn replace(
     let held = held(observed);
     if let Some((held, left)) = held
         && !force
-        && left.description.desired == *desired
+        && left.description.desired.as_written() == desired.as_written()
     {
         return Err(Refusal::Held(held));
     }
@@ -171,17 +171,22 @@ fn replace(
     }
     // one that is not intact is dropped below, and nothing could be compared with it then
     let stays = held.filter(|(_, left)| {
-        left.intact && (why == Why::Renamed || observed.serving() == Some(number))
+        left.intact && (why == Why::Moved || observed.serving() == Some(number))
     });
     if observed.held.is_some() && stays.is_none() {
         // before the swap: a crash after it must not leave what is held now held for ever
         actions.push(Action::SetHeld(None));
     }
-    switch(observed, number, &desired.interfaces, force, &mut actions)?;
+    let interfaces: Vec<String> = match why {
+        Why::Asked => desired.interfaces.clone(),
+        // one that it was taken off, or that is gone, is nothing that a name or address changes
+        Why::Moved => observed.attached().map(|(name, _)| name.into()).collect(),
+    };
+    switch(observed, number, &interfaces, force, &mut actions)?;
     let stays = stays.map(|(held, _)| held);
     let before = match observed.serving().and_then(|serving| observed.generations.get(&serving)) {
         // it is the same configuration: going back leads to the one before
-        Some(serving) if why == Why::Renamed => {
+        Some(serving) if why == Why::Moved => {
             before(observed, serving.number, stays).or(Some(serving.number))
         }
         Some(serving) if serving.number < number && serving.intact => Some(serving.number),

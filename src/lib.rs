@@ -11,6 +11,7 @@
 //! `config`, `partial`, `plan`, `tables` and `diff` are pure. `apply` is the only module that carries
 //! actions out, and takes a [`state::WriteGuard`] for it. The kernel is the only state.
 
+pub mod addresses;
 pub mod advice;
 pub mod apply;
 pub mod arpd;

@@ -268,7 +268,7 @@ mod tests {
         ) {
             let mut interfaces: Vec<String> = interfaces.into_iter().map(String::from).collect();
             interfaces.sort();
-            let desired = Desired { interfaces, rules, addresses: Vec::new() };
+            let desired = Desired { interfaces, rules, ..Desired::default() };
             let text = serde_yaml::to_string(&document(&desired)).expect("YAML");
             for text in [text, document(&desired).to_string()] {
                 let config = Config::parse("list.yaml", &text)

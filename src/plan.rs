@@ -2,7 +2,7 @@
 //! Pure.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +24,9 @@ pub struct Desired {
     /// says it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<IpAddr>,
+    /// Of the keys' addresses those that whole networks of the interfaces listen to, sorted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub broadcasts: Vec<IpAddr>,
 }
 
 /// The fields with a default are those that generations of an earlier udplb do not have.
@@ -189,7 +192,7 @@ impl Desired {
         }
         let interfaces: BTreeSet<String> = interfaces.iter().cloned().collect();
         let interfaces = interfaces.into_iter().collect();
-        let desired = Desired { interfaces, rules, addresses: Vec::new() };
+        let desired = Desired { interfaces, rules, ..Desired::default() };
         if errors.is_empty() { Ok(desired) } else { Err(config.errors(errors)) }
     }
 
@@ -210,6 +213,19 @@ impl Desired {
             }
         }
         (desired, refused)
+    }
+
+    /// What the file says, without what names and `any` stood for when it was applied.
+    pub fn as_written(&self) -> Desired {
+        let mut desired = Desired { addresses: vec![], broadcasts: vec![], ..self.clone() };
+        for rule in &mut desired.rules {
+            for upstream in rule.upstreams.iter_mut().chain(&mut rule.mirrors) {
+                if let Host::Name(_) = upstream.host {
+                    upstream.address = IpAddr::V4(Ipv4Addr::UNSPECIFIED).into();
+                }
+            }
+        }
+        desired
     }
 
     /// The addresses of all upstreams and mirrors, each once.

@@ -51,7 +51,7 @@ fn desired() -> impl Strategy<Value = Desired> {
     (interfaces, rules).prop_map(|(interfaces, rules)| Desired {
         interfaces: interfaces.into_iter().map(String::from).collect(),
         rules,
-        addresses: Vec::new(),
+        ..Desired::default()
     })
 }
 

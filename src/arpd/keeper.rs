@@ -686,16 +686,24 @@ mod tests {
         keeper: Keeper,
         start: Instant,
         passed: Duration,
+        layer: Layer,
+        address: IpAddr,
     }
 
     impl World {
         fn new() -> World {
+            World::of(ADDRESS.into(), Layer::Ethernet)
+        }
+
+        /// Of an upstream at an address, on a link of a kind.
+        fn of(address: IpAddr, layer: Layer) -> World {
             let keeper = Keeper::new(Duration::from_secs(2));
-            let mut world = World { keeper, start: Instant::now(), passed: Duration::ZERO };
-            let upstream = Upstream { id: 1, address: ADDRESS.into() };
+            let (start, passed) = (Instant::now(), Duration::ZERO);
+            let mut world = World { keeper, start, passed, layer, address };
+            let upstream = Upstream { id: 1, address: address.into() };
             world.keeper.set_upstreams(vec![(upstream, types::nexthop::default())]);
             world.link(true);
-            world.route(ADDRESS);
+            world.route(address);
             world
         }
 
@@ -712,7 +720,7 @@ mod tests {
                 mtu6: None,
                 up: true,
                 carrier,
-                layer: Some(Layer::Ethernet),
+                layer: Some(self.layer),
                 kind: String::new(),
                 lower: None,
                 controller: None,
@@ -720,20 +728,19 @@ mod tests {
             self.keeper.set_links(vec![link]);
         }
 
-        fn route(&mut self, gateway: Ipv4Addr) {
-            let path = Route {
-                ifindex: 7,
-                gateway: gateway.into(),
-                mtu: None,
-                egress: None,
-                local: false,
-            };
-            self.keeper.set_paths(vec![(ADDRESS.into(), Ok(vec![path]))], self.now());
+        fn route(&mut self, gateway: impl Into<IpAddr>) {
+            self.route_from(gateway, None);
+        }
+
+        fn route_from(&mut self, gateway: impl Into<IpAddr>, egress: Option<IpAddr>) {
+            let gateway = gateway.into();
+            let path = Route { ifindex: 7, gateway, mtu: None, egress, local: false };
+            self.keeper.set_paths(vec![(self.address.into(), Ok(vec![path]))], self.now());
         }
 
         fn neighbour(&mut self, state: NudState) {
             let mac = state.is_valid().then_some(THEIRS);
-            self.keeper.set_neighbour(entry(KEY, state, mac), self.now());
+            self.keeper.set_neighbour(entry((7, self.address), state, mac), self.now());
         }
 
         /// Lets time pass and returns what is to be done then.
@@ -743,8 +750,12 @@ mod tests {
             self.keeper.actions()
         }
 
+        fn entry(&self) -> types::nexthop {
+            self.keeper.written[&1].0
+        }
+
         fn health(&self) -> Health {
-            self.keeper.written[&1].0.health
+            self.entry().health
         }
     }
 
@@ -793,6 +804,53 @@ mod tests {
     }
 
     #[test]
+    fn one_of_ipv6_likewise() {
+        let address: IpAddr = "2001:db8::2".parse().unwrap();
+        let mut world = World::of(address, Layer::Ethernet);
+        let asked_for = |actions: Vec<Action>| match actions[..] {
+            [Action::Ask(key, request), ..] => (key, request),
+            _ => panic!("{actions:?}"),
+        };
+        assert_eq!(asked_for(world.after(0)), ((7, address), NeighbourRequest::Keep));
+        world.neighbour(NudState::Reachable);
+        world.after(0);
+        let entry = world.entry();
+        assert_eq!((entry.health, entry.macs), (Health::HEALTH_UP, types::macs::MACS_FRESH));
+        assert_eq!(nexthop::gateway(&entry), address);
+        assert_eq!(entry.address.map(u32::from_be), [0x2001_0db8, 0, 0, 2]);
+        assert_eq!(asked_for(world.after(2000)), ((7, address), NeighbourRequest::Probe));
+    }
+
+    #[test]
+    fn where_there_are_no_mac_addresses_nobody_asks() {
+        let mut world = World::of(ADDRESS.into(), Layer::Ip);
+        for _ in 0..3 {
+            assert!(asked(&world.after(2000)).is_empty());
+        }
+        assert!(world.keeper.is_settled());
+        let entry = world.entry();
+        assert_eq!((entry.health, entry.macs), (Health::HEALTH_UP, types::macs::MACS_NONE));
+        assert_eq!((entry.ifindex, nexthop::gateway(&entry)), (7, ADDRESS.into()));
+        world.link(false);
+        assert_eq!(told(&world.after(0)).len(), 1);
+        assert_eq!(world.health(), Health::HEALTH_DOWN);
+        world.link(true);
+        world.after(0);
+        assert_eq!(world.health(), Health::HEALTH_UP);
+    }
+
+    #[test]
+    fn the_own_address_on_the_way_is_followed() {
+        let mut world = World::new();
+        world.after(0);
+        for own in [Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 7)] {
+            world.route_from(ADDRESS, Some(own.into()));
+            world.after(0);
+            assert_eq!(world.entry().egress, [u32::from_ne_bytes(own.octets()), 0, 0, 0]);
+        }
+    }
+
+    #[test]
     fn down_takes_a_second_chance_and_up_two_answers() {
         let mut world = World::new();
         world.neighbour(NudState::Reachable);
@@ -807,7 +865,7 @@ mod tests {
         assert_eq!(world.health(), Health::HEALTH_STALE);
         let actions = world.after(250);
         assert_eq!(told(&actions), ["10.0.0.2 dev eth0 is down: no answer (1 upstream)"]);
-        let entry = world.keeper.written[&1].0;
+        let entry = world.entry();
         assert_eq!((entry.health, entry.since), (Health::HEALTH_DOWN, 1005));
         // the last address is kept for copies
         assert_eq!((entry.macs, entry.destination), (types::macs::MACS_KNOWN, THEIRS));
@@ -866,7 +924,7 @@ mod tests {
             world.keeper.set_neighbour(entry, world.now());
         }
         world.after(0);
-        let chosen = |world: &World| nexthop::gateway(&world.keeper.written[&1].0);
+        let chosen = |world: &World| nexthop::gateway(&world.entry());
         assert_eq!(chosen(&world), IpAddr::from(gateways[0]));
         let failed = entry((7, gateways[0].into()), NudState::Failed, None);
         world.keeper.set_neighbour(failed, world.now());

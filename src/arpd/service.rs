@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, TryLockError};
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ use crate::netlink::{
 use crate::observe::{Observed, observe};
 use crate::state::{self, StateMaps};
 use crate::tc::{self, Slot};
-use crate::{apply, clock, diff, nexthop};
+use crate::{addresses, apply, clock, diff, nexthop};
 
 /// Routes are not asked for more often than so many times as long as it takes: a routing daemon
 /// that changes thousands of them costs a twentieth of a CPU at most.
@@ -83,6 +84,8 @@ struct Stale {
     neighbours: bool,
     generation: bool,
     interfaces: bool,
+    /// Of this host.
+    addresses: bool,
 }
 
 impl Service {
@@ -183,7 +186,7 @@ impl Service {
                 Event::NeighbourGone(key) => self.keeper.remove_neighbour(key, now),
                 Event::Links => {
                     (self.stale.links, self.stale.routes) = (true, true);
-                    self.stale.interfaces = true;
+                    (self.stale.interfaces, self.stale.addresses) = (true, true);
                 }
                 Event::Routes => self.stale.routes = true,
                 Event::Lost => {
@@ -277,6 +280,11 @@ impl Service {
             let result = self.read_interfaces().await;
             self.note("attaching again", result);
         }
+        // those of an interface come one after the other: not at once
+        if self.stale.addresses && self.ticked {
+            let result = self.read_addresses().await;
+            self.note("addresses", result);
+        }
         if self.ticked || looked {
             self.ticked = false;
             self.keeper.tick(now());
@@ -340,11 +348,10 @@ impl Service {
         {
             let description = &serving.generation.description;
             for (rule, given) in description.desired.rules.iter().zip(&description.ids) {
-                for (upstream, id) in rule.upstreams.iter().zip(&given.upstreams) {
-                    if ids.insert(*id) {
-                        let known = serving.maps.nexthops.read(*id)?;
-                        upstreams
-                            .push((Upstream { id: *id, address: upstream.address.clone() }, known));
+                for (upstream, id) in rule.destinations().zip(given.destinations()) {
+                    if ids.insert(id) {
+                        let known = serving.maps.nexthops.read(id)?;
+                        upstreams.push((Upstream { id, address: upstream.address.clone() }, known));
                     }
                 }
             }
@@ -441,6 +448,31 @@ impl Service {
         Ok(())
     }
 
+    /// Where `any` stands for other addresses, or a broadcast address of a key came or went: builds
+    /// a generation with them, as `apply` would.
+    async fn read_addresses(&mut self) -> anyhow::Result<()> {
+        self.stale.addresses = false;
+        let Some(serving) = &self.serving else { return Ok(()) };
+        let seen = serving.interfaces.values();
+        // one that is made again has its addresses back soon
+        if seen.clone().any(|seen| *seen == Seen::Missing) || !seen.clone().any(is_attached) {
+            return Ok(());
+        }
+        let desired = &serving.generation.description.desired;
+        let Some(desired) = addresses::renewed(&self.netlink, desired).await? else {
+            return Ok(());
+        };
+        let number = serving.generation.number;
+        match self.renew(number, &desired).await? {
+            Some(renewed) => {
+                let all: Vec<String> = desired.addresses.iter().map(IpAddr::to_string).collect();
+                log::info!("any is now {}: generation {number} -> {renewed}", all.join(", "));
+            }
+            None => self.stale.addresses = true,
+        }
+        Ok(())
+    }
+
     async fn carry_out(&mut self, actions: Vec<Action>) {
         let mut requests = Vec::new();
         for action in actions {
@@ -518,6 +550,9 @@ impl Service {
     /// Names stand for other addresses: builds a generation with them, as `apply` would.
     pub async fn renamed(&mut self, answers: Answers) {
         let Some(serving) = &self.serving else { return };
+        if !serving.interfaces.values().any(is_attached) {
+            return;
+        }
         let description = &serving.generation.description;
         let changed = self.names.changed(&description.desired, &answers);
         if changed.is_empty() {
@@ -597,7 +632,14 @@ impl Stale {
     }
 
     fn all() -> Stale {
-        Stale { links: true, routes: true, neighbours: true, generation: true, interfaces: true }
+        Stale {
+            links: true,
+            routes: true,
+            neighbours: true,
+            generation: true,
+            interfaces: true,
+            addresses: true,
+        }
     }
 }
 
@@ -672,6 +714,10 @@ async fn hooks(
         found.insert(name.clone(), seen);
     }
     Ok(found)
+}
+
+fn is_attached(seen: &Seen) -> bool {
+    matches!(seen, Seen::Attached(_))
 }
 
 /// An interface without the filter that is not the one that was there before.
