@@ -62,7 +62,7 @@ fn upstreams<'a>(
     config: &'a Config,
     desired: &'a Desired,
 ) -> impl Iterator<Item = (&'a Path, &'a Address)> {
-    let places = config.rules.iter().flat_map(|rule| rule.upstreams.iter().chain(&rule.mirrors));
+    let places = config.rules.iter().flat_map(|rule| rule.destinations());
     places.zip(desired.upstreams()).map(|(place, upstream)| (&place.at, &upstream.address))
 }
 

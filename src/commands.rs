@@ -129,7 +129,7 @@ async fn check_one(
         warn(global, &config.warnings(names.warnings));
         Desired::new(&config, &config.interfaces, &names.addresses).map_err(Failure::Config)?;
     }
-    let upstreams = config.rules.iter().map(|rule| rule.upstreams.len()).sum();
+    let upstreams = config.rules.iter().map(|rule| rule.destinations().count()).sum();
     Ok((text.name, config.rules.len(), upstreams))
 }
 

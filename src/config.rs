@@ -5,8 +5,8 @@
 //!                                └──────────┴──> Problems ── document ──> Diagnostics
 //! ```
 //!
-//! `document` reads by `yaml` and `toml`; `vocabulary` holds the words, `scalar` and `host` judge
-//! single values, and `schema` describes the whole.
+//! `document` reads by `yaml` and `toml`; `vocabulary` holds the words, `scalar`, `host` and `network`
+//! judge single values, and `schema` describes the whole.
 
 mod check;
 mod decode;
@@ -22,18 +22,20 @@ mod vocabulary;
 mod yaml;
 
 use std::fmt;
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
 use diagnostic::{Complaint, Problem, Problems};
 use document::Document;
 
-pub use check::{KEY_ENTRIES, UPSTREAMS};
+pub use check::{KEY_ENTRIES, RECEIVERS, UPSTREAMS};
 pub use diagnostic::{Diagnostic, Related, Severity};
-pub use host::{Address, Host, KeyAddress, upstream_refusal};
+pub use host::{Address, Family, Host, KeyAddress, upstream_refusal, with_port};
 pub use network::Network;
 pub use path::Path;
 pub use schema::schema;
+pub use vocabulary::{ANY, STATSD};
 
 /// What happens to a matched packet here, after it was sent to its upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -170,7 +172,7 @@ pub struct Config {
 pub struct Rule {
     /// Unique among the rules; the key's text where the file gives none.
     pub name: String,
-    /// Overlaps no other rule's.
+    /// Overlaps no other rule's with the same senders.
     pub key: Key,
     pub action: Action,
     pub mode: Mode,
@@ -197,13 +199,13 @@ pub struct Upstream {
     pub address: Host,
     /// Host byte order; none: the port that the packet was sent to.
     pub port: Option<u16>,
-    /// Its share of the flows, beside those of the others.
-    pub weight: u32,
+    /// Its share of the flows, beside those of the others; none: 1.
+    pub weight: Option<u32>,
     pub state: State,
     /// None: the rule's.
     pub source: Option<Source>,
-    /// It gets every so manieth packet.
-    pub sample: u32,
+    /// It gets every so manieth packet; none: 1.
+    pub sample: Option<u32>,
     /// The upstream's place in the file.
     pub at: Path,
 }
@@ -233,10 +235,7 @@ impl Config {
             warnings: Vec::new(),
             document,
         };
-        if let Some(at) = decoded.empty {
-            config.warnings =
-                config.warnings(vec![Finding::new(&at, "no rules: nothing will match")]);
-        }
+        config.warnings = config.warnings(decoded.warnings);
         Ok(config)
     }
 
@@ -302,15 +301,49 @@ impl Key {
     pub fn new(address: impl Into<KeyAddress>, ports: Vec<Ports>) -> Key {
         Key { address: address.into(), ports, from: Vec::new() }
     }
+
+    /// Whether what is sent to this port of this address matches; no port means the one that a
+    /// packet of the key came to.
+    pub fn is(&self, address: IpAddr, port: Option<u16>) -> bool {
+        let has = |port| self.ports.iter().any(|ports| ports.contains(port));
+        self.address == KeyAddress::Is(address) && (self.ports.is_empty() || port.is_none_or(has))
+    }
 }
 
 /// The address and the first port or range, which is also the name of a rule that has no other.
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.ports.first() {
-            Some(ports) => write!(f, "{}:{ports}", self.address),
-            None => self.address.fmt(f),
-        }
+        f.write_str(&match self.ports.first() {
+            Some(ports) => with_port(self.address, ports),
+            None => with_port(self.address, ANY),
+        })
+    }
+}
+
+impl Rule {
+    /// All that packets are sent to: the upstreams, then the mirrors.
+    pub fn destinations(&self) -> impl Iterator<Item = &Upstream> {
+        self.upstreams.iter().chain(&self.mirrors)
+    }
+
+    /// The one that all addresses of the rule are of. Where it says none, with `any` and host names
+    /// only, it is not left to a name server which packets are matched.
+    pub fn family(&self) -> Family {
+        self.addresses().next().map_or(Family::V4, Family::from)
+    }
+
+    /// The addresses that the file says, those of networks included.
+    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let key = match self.key.address {
+            KeyAddress::Is(address) => Some(address),
+            KeyAddress::Any => None,
+        };
+        let from = self.key.from.iter().map(|network| network.address);
+        let hosts = self.destinations().filter_map(|upstream| match &upstream.address {
+            Host::Address(address) => Some(address.ip),
+            Host::Name(_) => None,
+        });
+        key.into_iter().chain(from).chain(hosts)
     }
 }
 
@@ -318,7 +351,7 @@ impl Upstream {
     /// `10.0.9.11:9995`, or without the port where it is the packet's own.
     pub fn endpoint(&self) -> String {
         match self.port {
-            Some(port) => format!("{}:{port}", self.address),
+            Some(port) => with_port(&self.address, port),
             None => self.address.to_string(),
         }
     }

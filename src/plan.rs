@@ -7,9 +7,12 @@ use std::net::{IpAddr, Ipv4Addr};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    self, Action, Address, Config, Diagnostic, Finding, Fragments, Hash, Health, Host, Key,
-    KeyAddress, Mode, Payload, Source, State, Strategy, upstream_refusal,
+    self, Action, Address, Config, Diagnostic, Family, Finding, Fragments, Hash, Health, Host, Key,
+    Mode, Payload, Source, State, Strategy, upstream_refusal, with_port,
 };
+
+/// A host name, and the kind of its addresses that is asked for.
+pub type Name = (String, Family);
 
 /// A configuration, as a generation carries it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,6 +111,11 @@ impl Rule {
         upstream.source.unwrap_or(self.source)
     }
 
+    /// The one that all addresses of the rule are of.
+    pub fn family(&self) -> Family {
+        self.upstreams.first().map_or(Family::V4, |upstream| upstream.address.ip.into())
+    }
+
     /// All that packets are sent to: the upstreams, then the mirrors.
     pub fn destinations(&self) -> impl Iterator<Item = &Upstream> {
         self.upstreams.iter().chain(&self.mirrors)
@@ -130,18 +138,26 @@ impl Upstream {
         }
     }
 
+    /// The host name that it is under, if it is.
+    pub fn named(&self) -> Option<Name> {
+        match &self.host {
+            Host::Name(name) => Some((name.clone(), self.address.ip.into())),
+            Host::Address(_) => None,
+        }
+    }
+
     /// What it is called in output: its name, or its host and port.
     pub fn label(&self) -> String {
         match (&self.name, self.port) {
             (Some(name), _) => name.clone(),
-            (None, Some(port)) => format!("{}:{port}", self.host),
+            (None, Some(port)) => with_port(&self.host, port),
             (None, None) => self.host.to_string(),
         }
     }
 }
 
 impl Desired {
-    /// `names` has the address of every host name in the configuration.
+    /// `names` has the address of every host name in the configuration, of its rule's family.
     ///
     /// # Errors
     /// A name that stands for an address which is no upstream: missing, loopback, multicast,
@@ -149,7 +165,7 @@ impl Desired {
     pub fn new(
         config: &Config,
         interfaces: &[String],
-        names: &BTreeMap<String, IpAddr>,
+        names: &BTreeMap<Name, IpAddr>,
     ) -> Result<Desired, Vec<Diagnostic>> {
         let mut errors = Vec::new();
         let mut rules = Vec::with_capacity(config.rules.len());
@@ -182,17 +198,16 @@ impl Desired {
 
     /// The same with the addresses that its host names have now; those that are not in `names`
     /// keep theirs. With the names whose address is none for an upstream, and why.
-    pub fn renamed(&self, names: &BTreeMap<String, IpAddr>) -> (Desired, Vec<String>) {
+    pub fn renamed(&self, names: &BTreeMap<Name, IpAddr>) -> (Desired, Vec<String>) {
         let mut desired = self.clone();
         let mut refused = Vec::new();
         for rule in &mut desired.rules {
             for upstream in rule.upstreams.iter_mut().chain(&mut rule.mirrors) {
-                let Host::Name(name) = &upstream.host else { continue };
-                if !names.contains_key(name) {
+                let Some(name) = upstream.named().filter(|name| names.contains_key(name)) else {
                     continue;
-                }
-                match named(&rule.key, name, upstream.port, names) {
-                    Ok(address) => upstream.address = address.into(),
+                };
+                match named(&rule.key, &name, upstream.port, names) {
+                    Ok(address) => upstream.address = address,
                     Err(reason) => refused.push(reason),
                 }
             }
@@ -227,42 +242,43 @@ impl Desired {
 fn resolved(
     rule: &config::Rule,
     upstream: &config::Upstream,
-    names: &BTreeMap<String, IpAddr>,
+    names: &BTreeMap<Name, IpAddr>,
 ) -> Result<Upstream, Finding> {
     let address = match &upstream.address {
         Host::Address(address) => address.clone(),
-        Host::Name(name) => named(&rule.key, name, upstream.port, names)
-            .map_err(|message| Finding::new(&upstream.at, message))?
-            .into(),
+        Host::Name(name) => named(&rule.key, &(name.clone(), rule.family()), upstream.port, names)
+            .map_err(|message| Finding::new(&upstream.at, message))?,
     };
     Ok(Upstream {
         name: upstream.name.clone(),
         host: upstream.address.clone(),
         address,
         port: upstream.port,
-        weight: upstream.weight,
+        weight: upstream.weight.unwrap_or(1),
         state: upstream.state,
         // said or not: the same configuration
         source: upstream.source.filter(|source| *source != rule.source),
-        sample: upstream.sample,
+        sample: upstream.sample.unwrap_or(1),
     })
 }
 
+/// The address that a name has for upstreams of a rule with this key.
 fn named(
     key: &Key,
-    name: &str,
+    name: &Name,
     port: Option<u16>,
-    names: &BTreeMap<String, IpAddr>,
-) -> Result<IpAddr, String> {
-    let address = *names.get(name).ok_or_else(|| format!("`{name}` was not resolved"))?;
-    if let Some(reason) = upstream_refusal(address) {
-        return Err(format!("`{name}`: {reason}"));
+    names: &BTreeMap<Name, IpAddr>,
+) -> Result<Address, String> {
+    let (text, family) = name;
+    let found = names.get(name).copied();
+    let address = found.ok_or_else(|| format!("`{text}` was not resolved to {family}"))?;
+    if let Some(reason) = upstream_refusal(&address.into()) {
+        return Err(format!("`{text}`: {reason}"));
     }
-    let own_port = port.is_none_or(|port| key.ports.iter().any(|ports| ports.contains(port)));
-    if key.address == KeyAddress::Is(address) && own_port {
-        return Err(format!("`{name}` is {address}, the rule's own key"));
+    if key.is(address, port) {
+        return Err(format!("`{text}` is {address}, the rule's own key"));
     }
-    Ok(address)
+    Ok(address.into())
 }
 
 /// The ids of a rule, and of its upstreams and mirrors in their order.

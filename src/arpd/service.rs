@@ -566,7 +566,7 @@ impl Service {
         }
         let number = serving.generation.number;
         let texts: Vec<String> =
-            changed.iter().map(|(name, address)| format!("{name} is now {address}")).collect();
+            changed.iter().map(|((name, _), address)| format!("{name} is now {address}")).collect();
         let result = self.renew(number, &desired).await;
         if let Ok(Some(renewed)) = &result {
             log::info!("{}: generation {number} -> {renewed}", texts.join(", "));

@@ -90,6 +90,11 @@ pub(super) fn network(text: &str) -> Result<Network, Complaint> {
     };
     let help = "a network is an address and the length of its prefix, like 10.20.0.0/16";
     let address: IpAddr = address.parse().map_err(|_| complaint().help(help))?;
+    if let IpAddr::V6(mapped) = address
+        && mapped.to_ipv4_mapped().is_some()
+    {
+        return Err(complaint().help("an IPv4 network is written as one"));
+    }
     let Some(prefix) = prefix else { return Ok(address.into()) };
     let longest = width(address);
     let digits = prefix.bytes().all(|byte| byte.is_ascii_digit());
