@@ -192,6 +192,14 @@ int udplb(struct __sk_buff *skb)
 	return handle(skb, &packet, rule, parsed);
 }
 
+/* For interfaces whose packets begin with their IP header. */
+SEC("tc")
+int udplb_l3(struct __sk_buff *skb)
+{
+	(void)skb;
+	return TC_ACT_UNSPEC;
+}
+
 /*
  * Run by arpd and never attached, since user space cannot read jiffies. How long the lease is
  * stands in skb->cb: in jiffies, and in milliseconds.

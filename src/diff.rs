@@ -48,7 +48,7 @@ pub struct Plan {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
     NoInterface(String),
-    NotEthernet(String),
+    UnknownLayer(String),
     Foreign { interface: String, filter: String },
     Orphan { interface: String, filter: String },
     OtherNamespace(u64),
@@ -62,8 +62,8 @@ impl std::fmt::Display for Refusal {
             Refusal::NoInterface(name) => {
                 write!(f, "there is no interface {name} here; `ip link` lists those there are")
             }
-            Refusal::NotEthernet(name) => {
-                write!(f, "{name} carries no Ethernet frames, which is not built yet")
+            Refusal::UnknownLayer(name) => {
+                write!(f, "{name} carries neither Ethernet frames nor plain IP packets")
             }
             Refusal::Foreign { interface, filter } => write!(
                 f,
@@ -118,7 +118,10 @@ pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, 
     let mut actions = Vec::new();
     for name in interfaces {
         let Some(interface) = observed.interfaces.get(name) else { continue };
-        if interface.layer != Some(Layer::Ethernet) || interface.hook.slot != Slot::Empty {
+        let there = observed.generations.get(&number);
+        let mut programs = there.into_iter().flat_map(|it| it.description.programs());
+        let has_program = programs.any(|(layer, _)| Some(layer) == interface.layer);
+        if !has_program || interface.hook.slot != Slot::Empty {
             continue;
         }
         if interface.hook.qdisc.is_none() {
@@ -156,7 +159,11 @@ fn replace(
         return Err(Refusal::Held(held));
     }
     let clsact = clsact_after(observed, desired);
-    let reusable = reusable(observed, desired, &clsact);
+    let l3 = desired
+        .interfaces
+        .iter()
+        .any(|name| observed.interfaces.get(name).is_some_and(|it| it.layer == Some(Layer::Ip)));
+    let reusable = reusable(observed, desired, &clsact, l3);
     let number = reusable.unwrap_or_else(|| next_number(observed));
 
     let mut actions = unfinished(observed);
@@ -166,6 +173,7 @@ fn replace(
             origin: origin.clone(),
             namespace: observed.namespace,
             clsact,
+            l3,
             desired: desired.clone(),
         })));
     }
@@ -200,7 +208,7 @@ fn replace(
 
 /// The generation that may serve as it is: an equal one, and none before the one that serves, so
 /// that going back keeps its direction.
-fn reusable(observed: &Observed, desired: &Desired, clsact: &[String]) -> Option<u32> {
+fn reusable(observed: &Observed, desired: &Desired, clsact: &[String], l3: bool) -> Option<u32> {
     let least = observed.serving().unwrap_or(0);
     observed
         .generations
@@ -211,6 +219,7 @@ fn reusable(observed: &Observed, desired: &Desired, clsact: &[String]) -> Option
             description.desired == *desired
                 && description.object == OBJECT_SHA256
                 && description.clsact == clsact
+                && description.program_l3.is_some() == l3
         })
         .map(|generation| generation.number)
 }
@@ -312,8 +321,8 @@ fn switch(
     for name in interfaces {
         let interface =
             observed.interfaces.get(name).ok_or_else(|| Refusal::NoInterface(name.clone()))?;
-        if interface.layer != Some(Layer::Ethernet) {
-            return Err(Refusal::NotEthernet(name.clone()));
+        if interface.layer.is_none() {
+            return Err(Refusal::UnknownLayer(name.clone()));
         }
         match &interface.hook.slot {
             Slot::Generation(attached) if *attached == number => continue,

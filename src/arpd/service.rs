@@ -695,8 +695,9 @@ async fn hooks(
     netlink: &Netlink,
     generation: &Generation,
 ) -> anyhow::Result<BTreeMap<String, Seen>> {
-    let programs: [(u32, ProgramName); 1] =
-        [(generation.number, generation.description.program.clone())];
+    let names = generation.description.programs();
+    let programs: Vec<(u32, ProgramName)> =
+        names.map(|(_, name)| (generation.number, name.clone())).collect();
     let links: Vec<Link> = netlink.links().await?;
     let qdiscs: BTreeMap<u32, _> = netlink.qdiscs().await?.into_iter().collect();
     let mut found = BTreeMap::new();
