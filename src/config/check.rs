@@ -8,15 +8,13 @@ use super::decode::Decoded;
 use super::diagnostic::{Complaint, Problems};
 use super::vocabulary::{self as words, Root};
 use super::{Family, Hash, Host, KeyAddress, Mode, Network, Path, Ports, Rule, Upstream};
+use crate::maglev;
 
 /// How many ports all keys may have together, each for each of its networks of senders.
 pub const KEY_ENTRIES: usize = 100_000;
 
 /// How many upstreams and mirrors all rules may have together.
 pub const UPSTREAMS: usize = 65_535;
-
-/// How many times the least of the weights of a rule all of them may be.
-const SPREAD: u64 = 10_000;
 
 /// How many hosts may get one packet: the upstreams of a rule that replicates, or the mirrors.
 pub const RECEIVERS: usize = 64;
@@ -207,14 +205,9 @@ fn weights(rule: &Rule, problems: &mut Problems) {
         }
         return;
     }
-    let weight = |upstream: &Upstream| u64::from(upstream.weight.unwrap_or(1));
-    let sum: u64 = rule.upstreams.iter().map(weight).sum();
-    let least = rule.upstreams.iter().map(weight).min().unwrap_or(1);
-    if sum > SPREAD * least {
-        let message = format!(
-            "the weights are {sum} together, more than {SPREAD} times the least of them ({least})"
-        );
-        problems.push(rule.at.field(words::UPSTREAM.name), Complaint::new(message));
+    let weights: Vec<u32> = rule.upstreams.iter().map(|it| it.weight.unwrap_or(1)).collect();
+    if let Err(error) = maglev::size(&weights) {
+        problems.push(rule.at.field(words::UPSTREAM.name), Complaint::new(error.to_string()));
     }
 }
 
