@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Mutex;
@@ -15,12 +15,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::bpf::{self, OBJECT_SHA256, OpenUdplbSkel, UdplbSkel, UdplbSkelBuilder};
 use crate::bpf::{bytes_of, types};
+use crate::netlink::Layer;
 use crate::plan::{Desired, RuleIds, assign_ids};
 use crate::state::{ReadGuard, StateMaps, WriteGuard, remove_pins};
 use crate::tables::Tables;
 
 const MAPS: [&str; 4] = ["rules", "slots", "upstreams", "config"];
-const PROGRAM: &str = "program";
+
+/// The name of a program's pin.
+pub fn pin_of(layer: Layer) -> &'static str {
+    match layer {
+        Layer::Ethernet => "program",
+        Layer::Ip => "program-l3",
+    }
+}
 
 /// What a generation says of itself, as JSON in its map `config`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -36,12 +44,24 @@ pub struct Description {
     pub built: u64,
     /// Inode of the network namespace: bpffs is shared between namespaces, filters are not.
     pub namespace: u64,
+    /// The one for interfaces with an Ethernet header.
     pub program: ProgramName,
+    /// The one for interfaces without, where there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub program_l3: Option<ProgramName>,
     /// The interfaces whose clsact udplb made, so that it may take it away again.
     pub clsact: Vec<String>,
     pub desired: Desired,
     /// In the order of the rules.
     pub ids: Vec<RuleIds>,
+}
+
+impl Description {
+    /// The generation's programs, and what they are for.
+    pub fn programs(&self) -> impl Iterator<Item = (Layer, &ProgramName)> {
+        let l3 = self.program_l3.as_ref().map(|name| (Layer::Ip, name));
+        [(Layer::Ethernet, &self.program)].into_iter().chain(l3)
+    }
 }
 
 /// Where a configuration came from.
@@ -66,6 +86,11 @@ impl ProgramName {
     pub fn new(id: u32, tag: [u8; 8]) -> ProgramName {
         ProgramName { id, tag: tag.iter().map(|byte| format!("{byte:02x}")).collect() }
     }
+
+    /// That of a loaded program.
+    pub fn of(program: BorrowedFd<'_>) -> std::io::Result<ProgramName> {
+        bpf::program_info(program).map(|info| ProgramName::new(info.id, info.tag))
+    }
 }
 
 /// A generation that is there.
@@ -84,6 +109,8 @@ pub struct Draft {
     pub origin: Origin,
     pub namespace: u64,
     pub clsact: Vec<String>,
+    /// Some interface has no Ethernet header.
+    pub l3: bool,
     pub desired: Desired,
 }
 
@@ -123,6 +150,7 @@ fn build_in(
 ) -> anyhow::Result<Built> {
     let mut object = MaybeUninit::uninit();
     let mut skeleton = open(&mut object)?;
+    skeleton.progs.udplb_l3.set_autoload(draft.l3);
     let limit = skeleton.maps.counters.max_entries() * skeleton.maps.counters_chunk.max_entries();
     let known: Vec<(&Desired, &[RuleIds])> = others
         .iter()
@@ -142,23 +170,27 @@ fn build_in(
         origin: draft.origin.clone(),
         built: std::time::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
         namespace: draft.namespace,
+        // as long as the longest
         program: ProgramName::new(u32::MAX, [0; 8]),
+        program_l3: draft.l3.then(|| ProgramName::new(u32::MAX, [0; 8])),
         clsact: draft.clsact.clone(),
         desired: draft.desired.clone(),
         ids,
     };
     size(&mut skeleton, &tables, serde_json::to_vec(&description)?.len())?;
     let mut skeleton = load(skeleton, &state)?;
-    let info = bpf::program_info(skeleton.progs.udplb.as_fd())?;
-    description.program = ProgramName::new(info.id, info.tag);
+    description.program = ProgramName::of(skeleton.progs.udplb.as_fd())?;
+    if draft.l3 {
+        description.program_l3 = Some(ProgramName::of(skeleton.progs.udplb_l3.as_fd())?);
+    }
     fill(&mut skeleton, &tables, &serde_json::to_vec(&description)?)?;
-    pin(&mut skeleton, directory)?;
+    pin(&mut skeleton, directory, draft.l3)?;
     let generation = Generation { number: draft.number, description, intact: true };
     Ok(Built { generation, counters_reset })
 }
 
 fn all(ids: &[RuleIds]) -> impl Iterator<Item = u32> {
-    ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.upstreams.iter().copied()))
+    ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.destinations()))
 }
 
 /// The ids that no other generation holds.
@@ -242,7 +274,7 @@ fn write(map: &MapMut<'_>, keys: &[u8], values: &[u8]) -> anyhow::Result<()> {
     MapHandle::try_from(map)?.freeze().with_context(|| format!("map {name}"))
 }
 
-fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path) -> anyhow::Result<()> {
+fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path, l3: bool) -> anyhow::Result<()> {
     let maps = &mut skeleton.maps;
     for (map, name) in [&mut maps.rules, &mut maps.slots, &mut maps.upstreams, &mut maps.config]
         .into_iter()
@@ -251,9 +283,14 @@ fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path) -> anyhow::Result<()> {
         let path = directory.join(name);
         map.pin(&path).with_context(|| path.display().to_string())?;
     }
-    let path = directory.join(PROGRAM);
-    bpf::pin_program(skeleton.progs.udplb.as_fd(), &path)
-        .with_context(|| path.display().to_string())
+    let pin = |program: BorrowedFd<'_>, layer| {
+        let path = directory.join(pin_of(layer));
+        bpf::pin_program(program, &path).with_context(|| path.display().to_string())
+    };
+    if l3 {
+        pin(skeleton.progs.udplb_l3.as_fd(), Layer::Ip)?;
+    }
+    pin(skeleton.progs.udplb.as_fd(), Layer::Ethernet)
 }
 
 /// Reads a generation back.
@@ -289,10 +326,12 @@ pub fn made_of(guard: &ReadGuard, number: u32, digest: &str) -> Option<Desired> 
 }
 
 fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyhow::Result<()> {
-    let program = bpf::program_info(open_program(directory)?.as_fd())?;
-    if ProgramName::new(program.id, program.tag) != description.program {
-        bail!("its program is another one");
+    for (layer, name) in description.programs() {
+        if ProgramName::of(open_program(directory, layer)?.as_fd())? != *name {
+            bail!("its {} is another one", pin_of(layer));
+        }
     }
+    let program = bpf::program_info(open_program(directory, Layer::Ethernet)?.as_fd())?;
     let state = guard.maps()?.context("maps in state/ are missing")?;
     let mut maps = vec![
         map_id(state.counters.outer())?,
@@ -316,16 +355,23 @@ fn map_id(map: &MapHandle) -> anyhow::Result<u32> {
     Ok(MapInfo::new(map.as_fd())?.info.id)
 }
 
-fn open_program(directory: &Path) -> anyhow::Result<OwnedFd> {
-    let path = directory.join(PROGRAM);
+/// The program behind a pin in a generation's directory.
+pub fn open_program(directory: &Path, layer: Layer) -> anyhow::Result<OwnedFd> {
+    let path = directory.join(pin_of(layer));
     bpf::open_program(&path).with_context(|| path.display().to_string())
 }
 
-/// The program of a generation, to be attached.
-pub fn program(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<OwnedFd> {
-    open_program(&guard.generation(generation.number)).or_else(|error| {
+/// The program of a generation that is to be attached to interfaces of a kind.
+pub fn program(
+    guard: &ReadGuard,
+    generation: &Generation,
+    layer: Layer,
+) -> anyhow::Result<OwnedFd> {
+    open_program(&guard.generation(generation.number), layer).or_else(|error| {
         // its pin is gone but a filter may still run it
-        bpf::program_by_id(generation.description.program.id).map_err(|_| error)
+        let mut programs = generation.description.programs();
+        let name = programs.find(|(other, _)| *other == layer);
+        name.and_then(|(_, name)| bpf::program_by_id(name.id).ok()).ok_or(error)
     })
 }
 

@@ -23,6 +23,7 @@ impl Heartbeat {
         let mut object = MaybeUninit::uninit();
         let mut skeleton = UdplbSkelBuilder::default().open(&mut object)?;
         skeleton.progs.udplb.set_autoload(false);
+        skeleton.progs.udplb_l3.set_autoload(false);
         let maps = &mut skeleton.maps;
         for other in [
             &mut maps.rules,

@@ -11,6 +11,7 @@
 //! `config`, `partial`, `plan`, `tables` and `diff` are pure. `apply` is the only module that carries
 //! actions out, and takes a [`state::WriteGuard`] for it. The kernel is the only state.
 
+pub mod addresses;
 pub mod advice;
 pub mod apply;
 pub mod arpd;
@@ -27,6 +28,7 @@ pub mod failure;
 pub mod generation;
 pub mod lease;
 pub mod list;
+pub mod maglev;
 pub mod netlink;
 pub mod nexthop;
 pub mod observe;

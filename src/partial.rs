@@ -3,7 +3,7 @@
 use std::mem;
 
 use crate::config::{Config, Host};
-use crate::plan::Desired;
+use crate::plan::{Desired, Upstream};
 use crate::resolve::Names;
 
 /// Takes out the interfaces that are not here, and the rules with a host name that has no address;
@@ -25,20 +25,20 @@ pub fn reduce(
     });
     let mut unresolved = Vec::new();
     for (name, mut finding) in mem::take(&mut names.unresolved) {
-        let host = Host::Name(name.clone());
-        let known = serving.and_then(|serving| serving.upstreams().find(|it| it.host == host));
+        let is_it = |it: &&Upstream| it.named().as_ref() == Some(&name);
+        let known = serving.and_then(|serving| serving.upstreams().find(is_it));
         finding.message += &match known {
             Some(upstream) => format!("; {}, as before, is kept", upstream.address),
             None => "; the rule is left out".into(),
         };
         unresolved.push(finding);
-        names.addresses.extend(known.map(|upstream| (name, upstream.address)));
+        names.addresses.extend(known.map(|upstream| (name, upstream.address.ip)));
     }
     missing.extend(config.errors(unresolved).iter().map(ToString::to_string));
     config.rules.retain(|rule| {
-        rule.upstreams.iter().all(|upstream| match &upstream.address {
+        rule.destinations().all(|upstream| match &upstream.address {
             Host::Address(_) => true,
-            Host::Name(name) => names.addresses.contains_key(name),
+            Host::Name(name) => names.addresses.contains_key(&(name.clone(), rule.family())),
         })
     });
     missing
@@ -47,11 +47,11 @@ pub fn reduce(
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::net::Ipv4Addr;
+    use std::net::IpAddr;
 
     use super::reduce;
-    use crate::config::{Config, Finding};
-    use crate::plan::Desired;
+    use crate::config::{Config, Family, Finding};
+    use crate::plan::{Desired, Name};
     use crate::resolve::Names;
 
     const FILE: &str = "
@@ -72,13 +72,17 @@ rules:
         let upstream = &config.rules[1].upstreams[0];
         Names {
             addresses: BTreeMap::new(),
-            unresolved: vec![("a.example".into(), Finding::new(&upstream.at, "no address"))],
+            unresolved: vec![(name(), Finding::new(&upstream.at, "no address"))],
             warnings: Vec::new(),
         }
     }
 
-    fn resolved(address: Ipv4Addr) -> BTreeMap<String, Ipv4Addr> {
-        BTreeMap::from([("a.example".into(), address)])
+    fn name() -> Name {
+        ("a.example".into(), Family::V4)
+    }
+
+    fn resolved(address: IpAddr) -> BTreeMap<Name, IpAddr> {
+        BTreeMap::from([(name(), address)])
     }
 
     #[test]
