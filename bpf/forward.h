@@ -27,7 +27,7 @@ static __noinline void count_segments(struct __sk_buff *skb, struct counter *cou
 	counter->bytes += (__u64)(segments - 1) * headers;
 }
 
-static __always_inline void count(struct __sk_buff *skb, __u32 id, __u32 which)
+static __always_inline void count(struct __sk_buff *skb, __u32 id, enum verdict which)
 {
 	__u32 chunk = id / COUNTERS_PER_CHUNK, index = id % COUNTERS_PER_CHUNK;
 	void *inner = bpf_map_lookup_elem(&counters, &chunk);
@@ -44,7 +44,7 @@ static __always_inline void count(struct __sk_buff *skb, __u32 id, __u32 which)
 }
 
 /* Out of line: off the main path. */
-static __noinline void count_aside(struct __sk_buff *skb, __u32 id, __u32 which)
+static __noinline void count_aside(struct __sk_buff *skb, __u32 id, enum verdict which)
 {
 	count(skb, id, which);
 }

@@ -54,10 +54,7 @@ enum verdict {
 	VERDICT_FRAGMENT_EARLY, /* its first one has not been seen */
 	VERDICT_FRAGMENT_FULL,	/* no room to remember where the later ones are to go */
 	VERDICTS,
-};
-
-/* Counted at a rule besides the verdict. */
-enum note {
+	/* counted at a rule besides the verdict */
 	NOTE_SHORT_PAYLOAD = VERDICTS, /* selected by sender: it has no bytes where the strategy looks */
 	NOTE_SEVERAL_METRICS,	       /* selected by the first */
 	COUNTERS,
@@ -108,7 +105,7 @@ enum rule_flags {
 struct rule {
 	__u32 id;      /* in `counters` */
 	__u32 senders; /* in `senders`, where the sender decides which rule it is; 0: this one */
-	__u32 flags;   /* enum rule_flags */
+	enum rule_flags flags;
 	enum action action;
 	enum strategy strategy;
 	enum fragments fragments;
@@ -196,12 +193,12 @@ struct {
 struct upstream {
 	__u32 id; /* in `counters`, `nexthops` and `overrides` */
 	__be32 address[4];
-	__be16 port;  /* 0: the port that the packet came to */
-	__u8 source;  /* enum source */
-	__u8 drained; /* by the configuration */
+	__be16 port;   /* 0: the port that the packet came to */
+	__u16 drained; /* by the configuration */
+	enum source source;
 	__u32 sample; /* of so many packets, a receiver gets one */
 };
-SIZE_IS(struct upstream, 28);
+SIZE_IS(struct upstream, 32);
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -236,7 +233,7 @@ struct {
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, struct config_chunk);
-} config SEC(".maps");
+} description SEC(".maps");
 
 /*
  * State: what was counted under an id of a rule or an upstream; id 0 is for what belongs to

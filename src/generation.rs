@@ -14,13 +14,16 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapMut, PrintLevel};
 use serde::{Deserialize, Serialize};
 
 use crate::bpf::{self, OBJECT_SHA256, OpenUdplbSkel, UdplbSkel, UdplbSkelBuilder};
-use crate::bpf::{bytes_of, types};
+use crate::bpf::{Pod, bytes_of, types};
+use crate::lease;
 use crate::netlink::Layer;
 use crate::plan::{Desired, RuleIds, assign_ids};
 use crate::state::{ReadGuard, StateMaps, WriteGuard, remove_pins};
 use crate::tables::Tables;
 
-const MAPS: [&str; 4] = ["rules", "slots", "upstreams", "config"];
+/// The pins of its maps.
+const MAPS: [&str; 7] =
+    ["rules", "rules6", "senders", "addresses", "slots", "upstreams", "config"];
 
 /// The name of a program's pin.
 pub fn pin_of(layer: Layer) -> &'static str {
@@ -178,7 +181,16 @@ fn build_in(
         ids,
     };
     size(&mut skeleton, &tables, serde_json::to_vec(&description)?.len())?;
+    let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
+    rodata.features = types::features {
+        generation: draft.number,
+        ticks_per_second: lease::ticks_per_second()?,
+        ..tables.features
+    };
     let mut skeleton = load(skeleton, &state)?;
+    if state.tickets.is_none() {
+        guard.pin_tickets(&mut skeleton.maps.tickets)?;
+    }
     description.program = ProgramName::of(skeleton.progs.udplb.as_fd())?;
     if draft.l3 {
         description.program_l3 = Some(ProgramName::of(skeleton.progs.udplb_l3.as_fd())?);
@@ -222,9 +234,13 @@ fn size(skeleton: &mut OpenUdplbSkel<'_>, tables: &Tables, json: usize) -> anyho
     let chunks = json.div_ceil(size_of::<types::config_chunk>());
     for (map, entries) in [
         (&mut skeleton.maps.rules, tables.rules.len()),
+        (&mut skeleton.maps.rules6, tables.rules6.len()),
+        (&mut skeleton.maps.senders, tables.senders.len()),
+        (&mut skeleton.maps.addresses, tables.addresses.len()),
+        (&mut skeleton.maps.samples, tables.samples()),
         (&mut skeleton.maps.slots, tables.slots.len()),
         (&mut skeleton.maps.upstreams, tables.upstreams.len()),
-        (&mut skeleton.maps.config, chunks),
+        (&mut skeleton.maps.description, chunks),
     ] {
         map.set_max_entries(u32::try_from(entries.max(1))?)?;
     }
@@ -235,6 +251,12 @@ fn load<'a>(mut skeleton: OpenUdplbSkel<'a>, state: &StateMaps) -> anyhow::Resul
     skeleton.maps.counters.reuse_fd(state.counters.outer().as_fd())?;
     skeleton.maps.nexthops.reuse_fd(state.nexthops.outer().as_fd())?;
     skeleton.maps.heartbeat.reuse_fd(state.heartbeat.as_fd())?;
+    skeleton.maps.overrides.reuse_fd(state.overrides.as_fd())?;
+    skeleton.maps.fragments.reuse_fd(state.fragments.as_fd())?;
+    skeleton.maps.fragment_ring.reuse_fd(state.fragment_ring.as_fd())?;
+    if let Some(tickets) = &state.tickets {
+        skeleton.maps.tickets.reuse_fd(tickets.as_fd())?;
+    }
     if let Ok(mut log) = LOG.lock() {
         log.clear();
     }
@@ -245,16 +267,23 @@ fn load<'a>(mut skeleton: OpenUdplbSkel<'a>, state: &StateMaps) -> anyhow::Resul
 }
 
 fn fill(skeleton: &mut UdplbSkel<'_>, tables: &Tables, json: &[u8]) -> anyhow::Result<()> {
-    let (keys, values): (Vec<&[u8]>, Vec<&[u8]>) =
-        tables.rules.iter().map(|(key, rule)| (bytes_of(key), bytes_of(rule))).unzip();
-    write(&skeleton.maps.rules, &keys.concat(), &values.concat())?;
+    write_pairs(&skeleton.maps.rules, &tables.rules)?;
+    write_pairs(&skeleton.maps.rules6, &tables.rules6)?;
+    write_pairs(&skeleton.maps.senders, &tables.senders)?;
+    write_pairs(&skeleton.maps.addresses, &tables.addresses)?;
     let lines: Vec<&[u8]> = tables.slots.iter().map(bytes_of).collect();
     write_array(&skeleton.maps.slots, &lines.concat())?;
     let upstreams: Vec<&[u8]> = tables.upstreams.iter().map(bytes_of).collect();
     write_array(&skeleton.maps.upstreams, &upstreams.concat())?;
     let mut chunks = json.to_vec();
     chunks.resize(json.len().next_multiple_of(size_of::<types::config_chunk>()), 0);
-    write_array(&skeleton.maps.config, &chunks)
+    write_array(&skeleton.maps.description, &chunks)
+}
+
+fn write_pairs<K: Pod, V: Pod>(map: &MapMut<'_>, pairs: &[(K, V)]) -> anyhow::Result<()> {
+    let (keys, values): (Vec<&[u8]>, Vec<&[u8]>) =
+        pairs.iter().map(|(key, value)| (bytes_of(key), bytes_of(value))).unzip();
+    write(map, &keys.concat(), &values.concat())
 }
 
 fn write_array(map: &MapMut<'_>, values: &[u8]) -> anyhow::Result<()> {
@@ -268,18 +297,34 @@ fn write(map: &MapMut<'_>, keys: &[u8], values: &[u8]) -> anyhow::Result<()> {
     let name = map.name().to_string_lossy().into_owned();
     let count = (keys.len() / map.key_size() as usize) as u32;
     if count > 0 {
-        map.update_batch(keys, values, count, MapFlags::ANY, MapFlags::ANY)
+        write_all(map, keys, values, count)
             .with_context(|| format!("map {name}: {count} entries"))?;
     }
     MapHandle::try_from(map)?.freeze().with_context(|| format!("map {name}"))
 }
 
+/// At once where the kernel can: it cannot for the trie before 5.13.
+fn write_all(map: &MapMut<'_>, keys: &[u8], values: &[u8], count: u32) -> libbpf_rs::Result<()> {
+    if map.update_batch(keys, values, count, MapFlags::ANY, MapFlags::ANY).is_ok() {
+        return Ok(());
+    }
+    let values = values.chunks(map.value_size() as usize);
+    let mut pairs = keys.chunks(map.key_size() as usize).zip(values);
+    pairs.try_for_each(|(key, value)| map.update(key, value, MapFlags::ANY))
+}
+
 fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path, l3: bool) -> anyhow::Result<()> {
     let maps = &mut skeleton.maps;
-    for (map, name) in [&mut maps.rules, &mut maps.slots, &mut maps.upstreams, &mut maps.config]
-        .into_iter()
-        .zip(MAPS)
-    {
+    let all = [
+        &mut maps.rules,
+        &mut maps.rules6,
+        &mut maps.senders,
+        &mut maps.addresses,
+        &mut maps.slots,
+        &mut maps.upstreams,
+        &mut maps.description,
+    ];
+    for (map, name) in all.into_iter().zip(MAPS) {
         let path = directory.join(name);
         map.pin(&path).with_context(|| path.display().to_string())?;
     }
@@ -337,6 +382,10 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
         map_id(state.counters.outer())?,
         map_id(state.nexthops.outer())?,
         map_id(&state.heartbeat)?,
+        map_id(&state.overrides)?,
+        map_id(&state.fragments)?,
+        map_id(&state.fragment_ring)?,
+        map_id(state.tickets.as_ref().context("state/tickets is missing")?)?,
     ];
     for name in &MAPS {
         let map = MapHandle::from_pinned_path(directory.join(name))?;

@@ -38,6 +38,9 @@ pub struct Member<'a> {
 /// pattern in the flows' hashes repeats with the slots.
 const SIZES: [(u64, u32); 3] = [(100, 10_007), (1_000, 100_003), (10_000, 1_000_003)];
 
+/// The size of the largest tables.
+pub const LARGEST: u32 = SIZES[SIZES.len() - 1].1;
+
 /// The least weight is so small a part of all weights that no table has the slots for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooUneven {
