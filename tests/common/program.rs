@@ -1,9 +1,10 @@
 //! The program, loaded but attached nowhere: one packet at a time by BPF_PROG_TEST_RUN.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
 use std::mem::{MaybeUninit, size_of};
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenObject};
@@ -53,6 +54,8 @@ pub struct Program<'object> {
     skeleton: UdplbSkel<'object>,
     chunks: [MapHandle; CHUNKS as usize],
     prelude: Prelude,
+    /// Those that were needed, by length and tag.
+    preludes: RefCell<HashMap<(Option<usize>, Option<Tag>), OwnedFd>>,
 }
 
 impl<'object> Program<'object> {
@@ -74,7 +77,7 @@ impl<'object> Program<'object> {
         let chunk = skeleton.maps.nexthops_chunk.as_fd().as_raw_fd();
         write(&skeleton.maps.nexthops, 0, &chunk.to_ne_bytes());
         let prelude = Prelude::new(skeleton.progs.udplb.as_fd());
-        Program { skeleton, chunks, prelude }
+        Program { skeleton, chunks, prelude, preludes: RefCell::default() }
     }
 
     /// Puts one rule in the place of those that were there, behind a decoy, and returns its ids;
@@ -137,7 +140,10 @@ impl<'object> Program<'object> {
         if context.tag.is_none() && context.length.is_none() {
             return test_run(self.skeleton.progs.udplb.as_fd(), frame, context);
         }
-        let prelude = self.prelude.load(context.length, context.tag);
+        let mut preludes = self.preludes.borrow_mut();
+        let prelude = preludes
+            .entry((context.length, context.tag))
+            .or_insert_with(|| self.prelude.load(context.length, context.tag));
         let run = test_run(prelude.as_fd(), frame, context);
         assert_ne!(run.action, FAILED, "the prelude with {context:?}");
         run

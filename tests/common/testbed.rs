@@ -280,8 +280,8 @@ pub fn datagram() -> Datagram {
 pub struct Testbed<'object> {
     pub program: Program<'object>,
     pub wire: Wire,
-    routing: u32,
-    closed: u32,
+    pub routing: u32,
+    pub closed: u32,
     out: u32,
 }
 
