@@ -22,7 +22,6 @@ mod vocabulary;
 mod yaml;
 
 use std::fmt;
-use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
@@ -31,7 +30,7 @@ use document::Document;
 
 pub use check::{KEY_ENTRIES, UPSTREAMS};
 pub use diagnostic::{Diagnostic, Related, Severity};
-pub use host::{Host, upstream_refusal};
+pub use host::{Address, Host, KeyAddress, upstream_refusal};
 pub use network::Network;
 pub use path::Path;
 pub use schema::schema;
@@ -147,7 +146,7 @@ pub struct Ports {
 /// The packets that a rule matches: their destination, and their senders.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Key {
-    pub address: Ipv4Addr,
+    pub address: KeyAddress,
     /// None: any port.
     pub ports: Vec<Ports>,
     /// None: any sender. Where several rules have one address and port, the longest prefix decides.
@@ -300,8 +299,8 @@ impl fmt::Display for Ports {
 
 impl Key {
     /// With any sender.
-    pub fn new(address: Ipv4Addr, ports: Vec<Ports>) -> Key {
-        Key { address, ports, from: Vec::new() }
+    pub fn new(address: impl Into<KeyAddress>, ports: Vec<Ports>) -> Key {
+        Key { address: address.into(), ports, from: Vec::new() }
     }
 }
 

@@ -55,7 +55,7 @@ fn upstream(upstream: &Upstream) -> Value {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::net::Ipv4Addr;
+    use std::net::IpAddr;
 
     use proptest::collection::{btree_set, vec};
     use proptest::prelude::*;
@@ -86,8 +86,8 @@ mod tests {
                 .zip(names)
                 .map(|((host, port, named), name)| {
                     let address = match &host {
-                        Host::Address(address) => *address,
-                        Host::Name(name) => address(name),
+                        Host::Address(address) => address.clone(),
+                        Host::Name(name) => address(name).into(),
                     };
                     let name = named.then_some(name);
                     Upstream { name, host, ..Upstream::new(address, port) }
@@ -96,7 +96,7 @@ mod tests {
         })
     }
 
-    fn address(name: &str) -> Ipv4Addr {
+    fn address(name: &str) -> IpAddr {
         let index = NAMES.iter().position(|it| *it == name).expect("a known name");
         [10, 0, 8, index as u8 + 1].into()
     }
@@ -118,7 +118,7 @@ mod tests {
         );
         (ports, words, upstreams()).prop_map(
             move |(ports, (action, strategy, source, health), upstreams)| {
-                let key = Key::new([10, 0, 0, 5].into(), ports);
+                let key = Key::new([10, 0, 0, 5], ports);
                 let rule = Rule::new(format!("r{place}"), key, upstreams);
                 Rule { action, strategy, source, health, ..rule }
             },
@@ -134,7 +134,7 @@ mod tests {
             let mut interfaces: Vec<String> = interfaces.into_iter().map(String::from).collect();
             interfaces.sort();
             let desired = Desired { interfaces, rules, addresses: Vec::new() };
-            let names: BTreeMap<String, Ipv4Addr> =
+            let names: BTreeMap<String, IpAddr> =
                 NAMES.iter().map(|name| (name.to_string(), address(name))).collect();
             let text = serde_yaml::to_string(&document(&desired)).expect("YAML");
             for text in [text, document(&desired).to_string()] {

@@ -2,13 +2,13 @@
 //! Pure.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    self, Action, Config, Diagnostic, Finding, Fragments, Hash, Health, Host, Key, Mode, Payload,
-    Source, State, Strategy, upstream_refusal,
+    self, Action, Address, Config, Diagnostic, Finding, Fragments, Hash, Health, Host, Key,
+    KeyAddress, Mode, Payload, Source, State, Strategy, upstream_refusal,
 };
 
 /// A configuration, as a generation carries it.
@@ -56,7 +56,7 @@ pub struct Upstream {
     /// As the file has it.
     pub host: Host,
     /// What it was resolved to.
-    pub address: Ipv4Addr,
+    pub address: Address,
     /// `None`: the port that the packet came to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
@@ -113,11 +113,11 @@ impl Rule {
 
 impl Upstream {
     /// With what holds where nothing is said.
-    pub fn new(address: impl Into<Ipv4Addr>, port: Option<u16>) -> Upstream {
+    pub fn new(address: impl Into<Address>, port: Option<u16>) -> Upstream {
         let address = address.into();
         Upstream {
             name: None,
-            host: Host::Address(address),
+            host: Host::Address(address.clone()),
             address,
             port,
             weight: 1,
@@ -146,7 +146,7 @@ impl Desired {
     pub fn new(
         config: &Config,
         interfaces: &[String],
-        names: &BTreeMap<String, Ipv4Addr>,
+        names: &BTreeMap<String, IpAddr>,
     ) -> Result<Desired, Vec<Diagnostic>> {
         let mut errors = Vec::new();
         let mut rules = Vec::with_capacity(config.rules.len());
@@ -179,7 +179,7 @@ impl Desired {
 
     /// The same with the addresses that its host names have now; those that are not in `names`
     /// keep theirs. With the names whose address is none for an upstream, and why.
-    pub fn renamed(&self, names: &BTreeMap<String, Ipv4Addr>) -> (Desired, Vec<String>) {
+    pub fn renamed(&self, names: &BTreeMap<String, IpAddr>) -> (Desired, Vec<String>) {
         let mut desired = self.clone();
         let mut refused = Vec::new();
         for rule in &mut desired.rules {
@@ -189,7 +189,7 @@ impl Desired {
                     continue;
                 }
                 match named(&rule.key, name, upstream.port, names) {
-                    Ok(address) => upstream.address = address,
+                    Ok(address) => upstream.address = address.into(),
                     Err(reason) => refused.push(reason),
                 }
             }
@@ -198,8 +198,8 @@ impl Desired {
     }
 
     /// The addresses of all upstreams and mirrors, each once.
-    pub fn addresses(&self) -> BTreeSet<Ipv4Addr> {
-        self.upstreams().map(|upstream| upstream.address).collect()
+    pub fn addresses(&self) -> BTreeSet<Address> {
+        self.upstreams().map(|upstream| upstream.address.clone()).collect()
     }
 
     /// The upstreams and mirrors of all rules.
@@ -211,12 +211,13 @@ impl Desired {
 fn resolved(
     rule: &config::Rule,
     upstream: &config::Upstream,
-    names: &BTreeMap<String, Ipv4Addr>,
+    names: &BTreeMap<String, IpAddr>,
 ) -> Result<Upstream, Finding> {
     let address = match &upstream.address {
-        Host::Address(address) => *address,
+        Host::Address(address) => address.clone(),
         Host::Name(name) => named(&rule.key, name, upstream.port, names)
-            .map_err(|message| Finding::new(&upstream.at, message))?,
+            .map_err(|message| Finding::new(&upstream.at, message))?
+            .into(),
     };
     Ok(Upstream {
         name: upstream.name.clone(),
@@ -235,14 +236,14 @@ fn named(
     key: &Key,
     name: &str,
     port: Option<u16>,
-    names: &BTreeMap<String, Ipv4Addr>,
-) -> Result<Ipv4Addr, String> {
+    names: &BTreeMap<String, IpAddr>,
+) -> Result<IpAddr, String> {
     let address = *names.get(name).ok_or_else(|| format!("`{name}` was not resolved"))?;
     if let Some(reason) = upstream_refusal(address) {
         return Err(format!("`{name}`: {reason}"));
     }
     let own_port = port.is_none_or(|port| key.ports.iter().any(|ports| ports.contains(port)));
-    if address == key.address && own_port {
+    if key.address == KeyAddress::Is(address) && own_port {
         return Err(format!("`{name}` is {address}, the rule's own key"));
     }
     Ok(address)
@@ -280,13 +281,13 @@ pub fn assign_ids(
     limit: u32,
 ) -> Result<Vec<RuleIds>, IdsExhausted> {
     /// A rule, or one of its upstreams or mirrors: a host that is both has an id as each.
-    type Holder<'a> = (&'a str, Option<(Role, Ipv4Addr, Option<u16>)>);
+    type Holder<'a> = (&'a str, Option<(Role, &'a Address, Option<u16>)>);
     fn holders<'a>(rule: &'a Rule, role: Role) -> impl Iterator<Item = Holder<'a>> {
         let all = match role {
             Role::Upstream => &rule.upstreams,
             Role::Mirror => &rule.mirrors,
         };
-        all.iter().map(move |it| (rule.name.as_str(), Some((role, it.address, it.port))))
+        all.iter().map(move |it| (rule.name.as_str(), Some((role, &it.address, it.port))))
     }
     let mut ids: HashMap<Holder<'_>, u32> = HashMap::new();
     let mut held = BTreeSet::new();
@@ -351,7 +352,7 @@ mod tests {
             hosts.iter().map(host).collect()
         };
         let rule = |(number, (upstreams, mirrors)): (&u8, &(Vec<_>, Vec<_>))| {
-            let key = Key::new([10, 0, 0, 5].into(), vec![Ports { first: 1, last: 1 }]);
+            let key = Key::new([10, 0, 0, 5], vec![Ports { first: 1, last: 1 }]);
             Rule { mirrors: hosts(mirrors), ..Rule::new(number.to_string(), key, hosts(upstreams)) }
         };
         Desired { rules: rules.iter().map(rule).collect(), ..Desired::default() }
@@ -429,7 +430,7 @@ mod tests {
             "action": "pass", "strategy": "src-ip-port", "hash": "maglev", "source": "preserve",
             "upstreams": [{ "host": "10.0.9.1", "address": "10.0.9.1" }] }] }"#;
         let old: Desired = serde_json::from_str(old).expect("a description");
-        let key = Key::new([10, 0, 0, 5].into(), vec![Ports { first: 1, last: 1 }]);
+        let key = Key::new([10, 0, 0, 5], vec![Ports { first: 1, last: 1 }]);
         let rule = Rule::new("one", key, vec![Upstream::new([10, 0, 9, 1], None)]);
         let rule = Rule { source: Source::Preserve, ..rule };
         assert_eq!(rule.source_of(&rule.upstreams[0]), Source::Preserve);

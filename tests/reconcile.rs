@@ -7,7 +7,6 @@ mod model;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::Ipv4Addr;
 
 use anyhow::{anyhow, bail};
 use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, to_port};
@@ -130,7 +129,7 @@ fn check_ids(kernel: &Kernel) {
         for (rule, ids) in description.desired.rules.iter().zip(&description.ids) {
             let mut holders = vec![(ids.rule, (&rule.name, None))];
             holders.extend(rule.upstreams.iter().zip(&ids.upstreams).map(|(upstream, id)| {
-                (*id, (&rule.name, Some((upstream.address, upstream.port))))
+                (*id, (&rule.name, Some((&upstream.address, upstream.port))))
             }));
             for (id, holder) in holders {
                 assert_ne!(id, 0);
@@ -354,7 +353,7 @@ fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> any
             .map_err(|failure| anyhow!("{failure}"))?;
         let observed = observe(Some(&guard), &netlink).await?;
         let plan = plan(&observed).map_err(|refusal| anyhow!("{refusal}"))?;
-        let addresses: BTreeSet<Ipv4Addr> = UPSTREAMS.into_iter().collect();
+        let addresses: BTreeSet<Address> = UPSTREAMS.into_iter().map(Address::from).collect();
         let ways = nexthop::resolve(&netlink, &addresses).await?;
         let mut steps = 0;
         let mut witness = |_: &Action| {

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenObject};
 use udplb::bpf::{Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
-use udplb::config::{Action, Hash, Key, Ports, Source, Strategy};
+use udplb::config::{Action, Address, Hash, Key, Ports, Source, Strategy};
 use udplb::nexthop::{self, Way};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 use udplb::tables::Tables;
@@ -79,7 +79,7 @@ impl<'object> Program<'object> {
 
     /// Puts one rule in the place of those that were there, behind a decoy, and returns its ids;
     /// the first id given is the one after `first_id`.
-    pub fn configure(&self, rule: &Rule, ways: &BTreeMap<Ipv4Addr, Way>, first_id: u32) -> RuleIds {
+    pub fn configure(&self, rule: &Rule, ways: &BTreeMap<Address, Way>, first_id: u32) -> RuleIds {
         let desired = Desired { rules: vec![decoy(), rule.clone()], ..Desired::default() };
         let mut ids = assign_ids(&desired, &[], IDS).expect("ids suffice");
         for ids in &mut ids {

@@ -6,7 +6,7 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr};
 
-use udplb::config::{Action, Hash, Key, Ports, Source};
+use udplb::config::{Action, Address, Hash, Key, Ports, Source};
 use udplb::nexthop::{Hop, Way};
 use udplb::plan::{Rule, RuleIds, Upstream};
 
@@ -220,7 +220,7 @@ impl Case {
             to,
             from,
             source: endpoint(source, came.source.port()),
-            destination: endpoint(upstream.address, port),
+            destination: endpoint(ipv4(&upstream.address), port),
             ttl: came.ttl - 1,
             ..came.clone()
         };
@@ -263,6 +263,13 @@ pub fn rule(action: Action, source: Source, upstream: Ipv4Addr) -> Rule {
 /// An upstream; without a port it gets packets on the port that they came to.
 pub fn to(address: Ipv4Addr, port: Option<u16>) -> Upstream {
     Upstream::new(address, port)
+}
+
+fn ipv4(address: &Address) -> Ipv4Addr {
+    match address.ip {
+        IpAddr::V4(address) => address,
+        IpAddr::V6(address) => panic!("{address} is no IPv4 address"),
+    }
 }
 
 /// What matches [`rule`].
@@ -317,8 +324,9 @@ impl Testbed<'_> {
 
     /// Runs a case and looks at nothing.
     pub fn run(&self, case: &Case) -> (RuleIds, Outcome) {
-        let address = case.rule.upstreams[case.chosen].address;
-        let ways: BTreeMap<_, _> = case.known.iter().map(|way| (address, way.clone())).collect();
+        let address = &case.rule.upstreams[case.chosen].address;
+        let ways: BTreeMap<_, _> =
+            case.known.iter().map(|way| (address.clone(), way.clone())).collect();
         let ids = self.program.configure(&case.rule, &ways, case.first_id);
         if let Some(tamper) = case.tamper {
             tamper(&self.program, &ids);
