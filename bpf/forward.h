@@ -79,7 +79,7 @@ static __always_inline bool is_down(const struct upstream *upstream)
 	if (!slot)
 		return false;
 	known = &slot->copies[sequence_of(slot) & 1];
-	return known->address == upstream->address && known->health == HEALTH_DOWN && lease_holds();
+	return known->address[0] == upstream->address && known->health == HEALTH_DOWN && lease_holds();
 }
 
 /* The way that user space vouches for; false where it does not, or no longer. */
@@ -93,7 +93,7 @@ static __always_inline bool leased_way(const struct upstream *upstream, struct w
 		return false;
 	sequence = sequence_of(slot);
 	known = &slot->copies[sequence & 1];
-	if (known->address != upstream->address || known->macs != MACS_FRESH)
+	if (known->address[0] != upstream->address || known->macs != MACS_FRESH)
 		return false;
 	way->ifindex = known->ifindex;
 	copy_macs(way->frame, known->destination);
@@ -117,7 +117,7 @@ static __noinline enum verdict expired_way(const struct upstream *upstream, stru
 		return routed ? VERDICT_NO_NEIGHBOUR : VERDICT_NO_ROUTE;
 	sequence = sequence_of(slot);
 	known = &slot->copies[sequence & 1];
-	if (known->address != upstream->address || !known->ifindex)
+	if (known->address[0] != upstream->address || !known->ifindex)
 		return routed ? VERDICT_NO_NEIGHBOUR : VERDICT_NO_ROUTE;
 	if (routed && (known->ifindex != way->ifindex || !is_same_address(known->gateway, way->gateway)))
 		return VERDICT_NO_NEIGHBOUR;

@@ -157,6 +157,7 @@ enum macs {
 	MACS_UNKNOWN,
 	MACS_KNOWN, /* but the neighbour does not answer any more */
 	MACS_FRESH, /* as good as the kernel's own neighbour table while the lease holds */
+	MACS_NONE,  /* the device has no MAC addresses: none is needed */
 };
 
 enum health {
@@ -166,27 +167,28 @@ enum health {
 	HEALTH_DOWN,
 };
 
+/* An IPv4 address is the first word of four, and the rest is 0. */
 struct nexthop {
-	__be32 address; /* the upstream's; the entry is for nobody else, whatever its id says */
-	__u32 ifindex;	/* 0: no route */
+	__be32 address[4]; /* the upstream's; the entry is for nobody else, whatever its id says */
+	__be32 gateway[4]; /* the neighbour to ask for: the upstream itself where it is on the link */
+	__be32 egress[4];  /* this host's own address on that way; 0: unknown */
 	__u8 destination[6];
 	__u8 source[6];
-	__u16 family;	   /* of the gateway */
-	__u16 mtu;	   /* of the route; 0: unknown */
-	__be32 gateway[4]; /* the neighbour to ask for: the upstream itself where it is on the link */
+	__u32 ifindex; /* 0: no route */
+	__u16 family;  /* of the gateway */
+	__u16 mtu;     /* of the route; 0: unknown */
 	enum macs macs;
 	enum health health;
 	__u32 since; /* when the health became what it is, in seconds since 1970 */
-	__u32 unused;
 };
-SIZE_IS(struct nexthop, 56);
+SIZE_IS(struct nexthop, 80);
 
 struct nexthop_slot {
 	__u32 sequence; /* the last bit says which copy is in use */
 	__u32 unused;
 	struct nexthop copies[2];
 };
-SIZE_IS(struct nexthop_slot, 120);
+SIZE_IS(struct nexthop_slot, 168);
 
 struct nexthops_chunk {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

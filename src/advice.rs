@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use crate::config::{Action, Config, Finding, Path};
+use crate::config::{Action, Address, Config, Finding, KeyAddress, Path};
 use crate::netlink::Link;
 use crate::nexthop::Way;
 use crate::plan::Desired;
@@ -12,7 +12,7 @@ use crate::plan::Desired;
 /// A bound UDP socket; the unspecified address stands for all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listener {
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     pub port: u16,
 }
 
@@ -20,7 +20,7 @@ pub struct Listener {
 pub fn own_upstreams(
     config: &Config,
     desired: &Desired,
-    ways: &BTreeMap<Ipv4Addr, Way>,
+    ways: &BTreeMap<Address, Way>,
 ) -> Vec<Finding> {
     upstreams(config, desired)
         .filter(|(_, address)| ways.get(address) == Some(&Way::Local))
@@ -34,10 +34,10 @@ pub fn own_upstreams(
 pub fn unreachable(
     config: &Config,
     desired: &Desired,
-    ways: &BTreeMap<Ipv4Addr, Way>,
+    ways: &BTreeMap<Address, Way>,
 ) -> Vec<Finding> {
     upstreams(config, desired)
-        .filter_map(|(at, address)| match ways.get(&address) {
+        .filter_map(|(at, address)| match ways.get(address) {
             Some(Way::None(reason)) => {
                 Some(Finding::new(at, format!("no route to {address}: {reason}")))
             }
@@ -49,9 +49,9 @@ pub fn unreachable(
 fn upstreams<'a>(
     config: &'a Config,
     desired: &'a Desired,
-) -> impl Iterator<Item = (&'a Path, Ipv4Addr)> {
+) -> impl Iterator<Item = (&'a Path, &'a Address)> {
     let places = config.rules.iter().flat_map(|rule| &rule.upstreams);
-    places.zip(desired.upstreams()).map(|(place, upstream)| (&place.at, upstream.address))
+    places.zip(desired.upstreams()).map(|(place, upstream)| (&place.at, &upstream.address))
 }
 
 /// `pass` rules with a port on which nobody listens: their senders get ECONNREFUSED.
@@ -61,7 +61,7 @@ pub fn unheard(config: &Config, listeners: &[Listener]) -> Vec<Finding> {
         .iter()
         .filter(|rule| rule.action == Action::Pass)
         .filter_map(|rule| {
-            let address = rule.key.address;
+            let KeyAddress::Is(address) = rule.key.address else { return None };
             let heard = |port: u16| {
                 listeners.iter().any(|listener| {
                     listener.port == port
@@ -97,14 +97,16 @@ pub fn stacked(
     config: &Config,
     interfaces: &[String],
     links: &[Link],
-    addresses: &[(u32, Ipv4Addr)],
+    addresses: &[(u32, IpAddr)],
 ) -> Vec<Finding> {
     let named: Vec<&Link> = links.iter().filter(|link| interfaces.contains(&link.name)).collect();
     config
         .rules
         .iter()
         .filter_map(|rule| {
-            let holders = addresses.iter().filter(|(_, address)| *address == rule.key.address);
+            let holders = addresses
+                .iter()
+                .filter(|(_, address)| KeyAddress::Is(*address) == rule.key.address);
             let holder = holders
                 .filter_map(|(index, _)| links.iter().find(|link| link.index == *index))
                 .find_map(|holder| {
@@ -150,7 +152,7 @@ fn listener(line: &str) -> Option<Listener> {
     let last_word = address.get(address.len().checked_sub(8)?..)?;
     let word = u32::from_str_radix(last_word, 16).ok()?;
     Some(Listener {
-        address: Ipv4Addr::from(word.to_ne_bytes()),
+        address: Ipv4Addr::from(word.to_ne_bytes()).into(),
         port: u16::from_str_radix(port, 16).ok()?,
     })
 }

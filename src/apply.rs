@@ -1,11 +1,11 @@
 //! Carries actions out: the only place where udplb changes the kernel.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, anyhow};
 
+use crate::config::Address;
 use crate::diff::{Action, Plan};
 use crate::generation::{self, Generation};
 use crate::netlink::Netlink;
@@ -34,7 +34,7 @@ pub async fn reconcile(
     netlink: &Netlink,
     observed: &Observed,
     plan: &Plan,
-    ways: &BTreeMap<Ipv4Addr, Way>,
+    ways: &BTreeMap<Address, Way>,
 ) -> anyhow::Result<Outcome> {
     let mut executor = Executor::new(guard, netlink, observed, ways);
     executor.run(&plan.actions, &mut log).await?;
@@ -61,7 +61,7 @@ pub struct Executor<'a> {
     netlink: &'a Netlink,
     before: &'a Observed,
     built: Option<Generation>,
-    ways: &'a BTreeMap<Ipv4Addr, Way>,
+    ways: &'a BTreeMap<Address, Way>,
     /// Counters start at zero: there were none, or their map had gone.
     pub counters_reset: bool,
 }
@@ -72,7 +72,7 @@ impl<'a> Executor<'a> {
         guard: &'a WriteGuard,
         netlink: &'a Netlink,
         before: &'a Observed,
-        ways: &'a BTreeMap<Ipv4Addr, Way>,
+        ways: &'a BTreeMap<Address, Way>,
     ) -> Executor<'a> {
         Executor { guard, netlink, before, built: None, ways, counters_reset: false }
     }

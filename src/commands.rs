@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
-use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 use std::{fs, io};
@@ -14,7 +13,7 @@ use serde_json::{Value, json};
 use crate::apply::{Executor, Outcome};
 use crate::changes::Changes;
 use crate::cli::{Cli, Color, Command, Global, Output, Target};
-use crate::config::Diagnostic;
+use crate::config::{Address, Diagnostic};
 use crate::diff::{self, Action, Plan, Refusal};
 use crate::failure::{Failure, Result};
 use crate::netlink::Netlink;
@@ -198,7 +197,7 @@ fn netlink() -> Result<Netlink> {
 /// An upstream that is this host itself.
 async fn advise(
     wanted: &Wanted,
-    ways: &BTreeMap<Ipv4Addr, Way>,
+    ways: &BTreeMap<Address, Way>,
     netlink: &Netlink,
 ) -> Result<Vec<Diagnostic>> {
     let Some(config) = &wanted.config else { return Ok(Vec::new()) };

@@ -13,6 +13,7 @@ mod decode;
 mod diagnostic;
 mod document;
 mod host;
+mod network;
 mod path;
 mod scalar;
 mod schema;
@@ -21,7 +22,6 @@ mod vocabulary;
 mod yaml;
 
 use std::fmt;
-use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
@@ -30,7 +30,8 @@ use document::Document;
 
 pub use check::{KEY_ENTRIES, UPSTREAMS};
 pub use diagnostic::{Diagnostic, Related, Severity};
-pub use host::{Host, upstream_refusal};
+pub use host::{Address, Host, KeyAddress, upstream_refusal};
+pub use network::Network;
 pub use path::Path;
 pub use schema::schema;
 
@@ -44,6 +45,17 @@ pub enum Action {
     Block,
 }
 
+/// How many upstreams get a packet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// One.
+    #[default]
+    Balance,
+    /// All.
+    Replicate,
+}
+
 /// What of a packet selects its upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -51,6 +63,23 @@ pub enum Strategy {
     SrcPort,
     SrcIp,
     SrcIpPort,
+    /// Nothing: each packet by chance.
+    Random,
+    /// See [`Payload`].
+    Payload,
+}
+
+/// What of the payload selects the upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Payload {
+    Bytes {
+        offset: u16,
+        /// 1 to 64.
+        length: u8,
+    },
+    /// The name of the first metric: all up to the first `:`.
+    Statsd,
 }
 
 /// How the selected key becomes a slot.
@@ -58,6 +87,30 @@ pub enum Strategy {
 #[serde(rename_all = "kebab-case")]
 pub enum Hash {
     Modulo,
+    Maglev,
+}
+
+/// What happens to the fragments of a datagram.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fragments {
+    /// They go where the first one goes.
+    #[default]
+    Follow,
+    /// They are delivered here, and not sent on.
+    Pass,
+    /// They end here.
+    Drop,
+}
+
+/// Whether an upstream is given packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    #[default]
+    Active,
+    /// It keeps its place among the upstreams, and others get its packets.
+    Drained,
 }
 
 /// The source address of what is sent to the upstream.
@@ -68,6 +121,8 @@ pub enum Source {
     Vip,
     /// The sender's own.
     Preserve,
+    /// This host's, on the way to the upstream.
+    Egress,
 }
 
 /// What of an upstream must be well for it to be selected.
@@ -88,11 +143,15 @@ pub struct Ports {
     pub last: u16,
 }
 
-/// The destination that a rule matches.
+/// The packets that a rule matches: their destination, and their senders.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Key {
-    pub address: Ipv4Addr,
+    pub address: KeyAddress,
+    /// None: any port.
     pub ports: Vec<Ports>,
+    /// None: any sender. Where several rules have one address and port, the longest prefix decides.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub from: Vec<Network>,
 }
 
 /// A valid configuration.
@@ -114,12 +173,18 @@ pub struct Rule {
     /// Overlaps no other rule's.
     pub key: Key,
     pub action: Action,
+    pub mode: Mode,
     pub strategy: Strategy,
+    /// If and only if that is the strategy.
+    pub payload: Option<Payload>,
     pub hash: Hash,
     pub source: Source,
     pub health: Health,
+    pub fragments: Fragments,
     /// At least one.
     pub upstreams: Vec<Upstream>,
+    /// Those that get a copy of each packet besides.
+    pub mirrors: Vec<Upstream>,
     /// The rule's place in the file.
     pub at: Path,
 }
@@ -132,6 +197,13 @@ pub struct Upstream {
     pub address: Host,
     /// Host byte order; none: the port that the packet was sent to.
     pub port: Option<u16>,
+    /// Its share of the flows, beside those of the others.
+    pub weight: u32,
+    pub state: State,
+    /// None: the rule's.
+    pub source: Option<Source>,
+    /// It gets every so manieth packet.
+    pub sample: u32,
     /// The upstream's place in the file.
     pub at: Path,
 }
@@ -222,6 +294,13 @@ impl fmt::Display for Ports {
             true => self.first.fmt(f),
             false => write!(f, "{}-{}", self.first, self.last),
         }
+    }
+}
+
+impl Key {
+    /// With any sender.
+    pub fn new(address: impl Into<KeyAddress>, ports: Vec<Ports>) -> Key {
+        Key { address: address.into(), ports, from: Vec::new() }
     }
 }
 

@@ -158,7 +158,7 @@ fn build_in(
 }
 
 fn all(ids: &[RuleIds]) -> impl Iterator<Item = u32> {
-    ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.upstreams.iter().copied()))
+    ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.destinations()))
 }
 
 /// The ids that no other generation holds.

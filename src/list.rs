@@ -55,16 +55,14 @@ fn upstream(upstream: &Upstream) -> Value {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::net::Ipv4Addr;
+    use std::net::IpAddr;
 
     use proptest::collection::{btree_set, vec};
     use proptest::prelude::*;
     use proptest::sample::{select, subsequence};
 
     use super::document;
-    use crate::config::{
-        Action, Config, Hash, Health, Host, Key, Ports, Source, Strategy as Selection,
-    };
+    use crate::config::{Action, Config, Health, Host, Key, Ports, Source, Strategy as Selection};
     use crate::plan::{Desired, Rule, Upstream};
 
     const NAMES: [&str; 4] = ["logs.example.net", "a", "true.example", "0x1f.example"];
@@ -86,20 +84,19 @@ mod tests {
             });
             list.into_iter()
                 .zip(names)
-                .map(|((host, port, named), name)| Upstream {
-                    name: named.then_some(name),
-                    address: match &host {
-                        Host::Address(address) => *address,
-                        Host::Name(name) => address(name),
-                    },
-                    host,
-                    port,
+                .map(|((host, port, named), name)| {
+                    let address = match &host {
+                        Host::Address(address) => address.clone(),
+                        Host::Name(name) => address(name).into(),
+                    };
+                    let name = named.then_some(name);
+                    Upstream { name, host, ..Upstream::new(address, port) }
                 })
                 .collect()
         })
     }
 
-    fn address(name: &str) -> Ipv4Addr {
+    fn address(name: &str) -> IpAddr {
         let index = NAMES.iter().position(|it| *it == name).expect("a known name");
         [10, 0, 8, index as u8 + 1].into()
     }
@@ -120,15 +117,10 @@ mod tests {
             select(vec![Health::Off, Health::Neighbour]),
         );
         (ports, words, upstreams()).prop_map(
-            move |(ports, (action, strategy, source, health), upstreams)| Rule {
-                name: format!("r{place}"),
-                key: Key { address: [10, 0, 0, 5].into(), ports },
-                action,
-                strategy,
-                hash: Hash::Modulo,
-                source,
-                health,
-                upstreams,
+            move |(ports, (action, strategy, source, health), upstreams)| {
+                let key = Key::new([10, 0, 0, 5], ports);
+                let rule = Rule::new(format!("r{place}"), key, upstreams);
+                Rule { action, strategy, source, health, ..rule }
             },
         )
     }
@@ -141,8 +133,8 @@ mod tests {
         ) {
             let mut interfaces: Vec<String> = interfaces.into_iter().map(String::from).collect();
             interfaces.sort();
-            let desired = Desired { interfaces, rules };
-            let names: BTreeMap<String, Ipv4Addr> =
+            let desired = Desired { interfaces, rules, addresses: Vec::new() };
+            let names: BTreeMap<String, IpAddr> =
                 NAMES.iter().map(|name| (name.to_string(), address(name))).collect();
             let text = serde_yaml::to_string(&document(&desired)).expect("YAML");
             for text in [text, document(&desired).to_string()] {

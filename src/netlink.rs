@@ -243,10 +243,9 @@ impl Netlink {
             .collect())
     }
 
-    /// The IPv4 addresses of this host, each with the index of its interface.
-    pub async fn addresses(&self) -> io::Result<Vec<(u32, Ipv4Addr)>> {
-        let mut message = AddressMessage::default();
-        message.header.family = AddressFamily::Inet;
+    /// The addresses of this host, each with the index of its interface.
+    pub async fn addresses(&self) -> io::Result<Vec<(u32, IpAddr)>> {
+        let message = AddressMessage::default();
         let replies = self.request(RouteNetlinkMessage::GetAddress(message), NLM_F_DUMP).await?;
         Ok(replies
             .into_iter()
@@ -258,24 +257,24 @@ impl Netlink {
     }
 
     /// The route to each address, in the order asked; the error of one does not touch the others.
-    pub async fn routes(&self, addresses: &[Ipv4Addr]) -> Vec<io::Result<Route>> {
+    pub async fn routes(&self, addresses: &[IpAddr]) -> Vec<io::Result<Route>> {
         let all = self.paths(addresses).await;
         all.into_iter().map(|paths| paths.map(|paths| paths[0])).collect()
     }
 
     /// Like [`Netlink::routes`], with all paths of a multipath route: there is at least one.
-    pub async fn paths(&self, addresses: &[Ipv4Addr]) -> Vec<io::Result<Vec<Route>>> {
+    pub async fn paths(&self, addresses: &[IpAddr]) -> Vec<io::Result<Vec<Route>>> {
         stream::iter(addresses).map(|address| self.route(*address)).buffered(WINDOW).collect().await
     }
 
     /// Asks as a local sender would: with an input interface the kernel refuses to answer while
     /// forwarding is off.
-    async fn route(&self, address: Ipv4Addr) -> io::Result<Vec<Route>> {
+    async fn route(&self, address: IpAddr) -> io::Result<Vec<Route>> {
         let mut message = RouteMessage::default();
-        message.header.address_family = AddressFamily::Inet;
-        message.header.destination_prefix_length = 32;
+        message.header.address_family = family(address);
+        message.header.destination_prefix_length = if address.is_ipv4() { 32 } else { 128 };
         message.header.flags = RouteFlags::FibMatch;
-        message.attributes.push(RouteAttribute::Destination(RouteAddress::Inet(address)));
+        message.attributes.push(RouteAttribute::Destination(address.into()));
         let replies = self.request(RouteNetlinkMessage::GetRoute(message), 0).await?;
         replies
             .into_iter()
@@ -650,11 +649,11 @@ fn link_kind(infos: &[LinkInfo]) -> String {
         .unwrap_or_default()
 }
 
-fn address(message: &AddressMessage) -> Option<(u32, Ipv4Addr)> {
+fn address(message: &AddressMessage) -> Option<(u32, IpAddr)> {
     let find = |local: bool| {
         message.attributes.iter().find_map(|attribute| match attribute {
-            AddressAttribute::Local(IpAddr::V4(address)) if local => Some(*address),
-            AddressAttribute::Address(IpAddr::V4(address)) if !local => Some(*address),
+            AddressAttribute::Local(address) if local => Some(*address),
+            AddressAttribute::Address(address) if !local => Some(*address),
             _ => None,
         })
     };
@@ -664,7 +663,7 @@ fn address(message: &AddressMessage) -> Option<(u32, Ipv4Addr)> {
 
 /// Nothing for a route that leads nowhere: blackhole, unreachable, multicast, broadcast. Paths
 /// that are down come last.
-fn route(address: Ipv4Addr, message: &RouteMessage) -> Vec<Route> {
+fn route(address: IpAddr, message: &RouteMessage) -> Vec<Route> {
     let local = message.header.kind == RouteType::Local;
     if !local && message.header.kind != RouteType::Unicast {
         return Vec::new();
@@ -676,7 +675,7 @@ fn route(address: Ipv4Addr, message: &RouteMessage) -> Vec<Route> {
         }),
         _ => None,
     });
-    let mut only = Route { ifindex: 0, gateway: address.into(), mtu, local };
+    let mut only = Route { ifindex: 0, gateway: address, mtu, local };
     let (mut alive, mut dead) = (Vec::new(), Vec::new());
     for attribute in &message.attributes {
         let RouteAttribute::MultiPath(hops) = attribute else { continue };

@@ -10,6 +10,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types};
 use crate::chunks::Chunks;
+use crate::config::Address;
 use crate::netlink::{Link, Neighbour, Netlink, NudState, Route};
 use crate::plan::{Desired, RuleIds};
 use crate::tables::wire;
@@ -44,14 +45,14 @@ pub struct Hop {
 /// waits for them, but for no longer than [`PATIENCE`].
 pub async fn resolve(
     netlink: &Netlink,
-    addresses: &BTreeSet<Ipv4Addr>,
-) -> anyhow::Result<BTreeMap<Ipv4Addr, Way>> {
+    addresses: &BTreeSet<Address>,
+) -> anyhow::Result<BTreeMap<Address, Way>> {
     let links: HashMap<u32, Link> =
         netlink.links().await?.into_iter().map(|link| (link.index, link)).collect();
-    let asked: Vec<Ipv4Addr> = addresses.iter().copied().collect();
-    let routes = netlink.routes(&asked).await;
-    let mut ways: BTreeMap<Ipv4Addr, Way> =
-        asked.into_iter().zip(routes.into_iter().map(|route| way(route, &links))).collect();
+    let routes =
+        netlink.routes(&addresses.iter().map(|address| address.ip).collect::<Vec<_>>()).await;
+    let mut ways: BTreeMap<Address, Way> =
+        addresses.iter().cloned().zip(routes.into_iter().map(|route| way(route, &links))).collect();
     let end = Instant::now() + PATIENCE;
     let mut asked_for = HashSet::new();
     loop {
@@ -90,7 +91,7 @@ fn way(route: std::io::Result<Route>, links: &HashMap<u32, Link>) -> Way {
 
 /// Fills in what the neighbour table has; returns the neighbours it lacks and that may yet answer.
 fn add_macs(
-    ways: &mut BTreeMap<Ipv4Addr, Way>,
+    ways: &mut BTreeMap<Address, Way>,
     links: &HashMap<u32, Link>,
     neighbours: &[Neighbour],
     asked_for: &HashSet<(u32, IpAddr)>,
@@ -225,7 +226,7 @@ pub fn write(
     nexthops: &NextHops,
     desired: &Desired,
     ids: &[RuleIds],
-    ways: &BTreeMap<Ipv4Addr, Way>,
+    ways: &BTreeMap<Address, Way>,
 ) -> anyhow::Result<()> {
     nexthops.write_all(&entries(desired, ids, ways))
 }
@@ -234,33 +235,26 @@ pub fn write(
 pub fn entries(
     desired: &Desired,
     ids: &[RuleIds],
-    ways: &BTreeMap<Ipv4Addr, Way>,
+    ways: &BTreeMap<Address, Way>,
 ) -> BTreeMap<u32, types::nexthop> {
     let rules = desired.rules.iter().zip(ids);
     rules
-        .flat_map(|(rule, ids)| rule.upstreams.iter().zip(&ids.upstreams))
-        .map(|(upstream, id)| (*id, entry(upstream.address, ways.get(&upstream.address))))
+        .flat_map(|(rule, ids)| rule.destinations().zip(ids.destinations()))
+        .map(|(upstream, id)| (id, entry(upstream.address.ip, ways.get(&upstream.address))))
         .collect()
 }
 
 /// What the program is to know of a way.
-pub fn entry(address: Ipv4Addr, way: Option<&Way>) -> types::nexthop {
+pub fn entry(address: IpAddr, way: Option<&Way>) -> types::nexthop {
     let mut entry = types::nexthop { address: wire(address), ..Default::default() };
     let Some(Way::Hop(hop)) = way else { return entry };
     entry.ifindex = hop.ifindex;
     entry.mtu = u16::try_from(hop.mtu).unwrap_or(u16::MAX);
-    match hop.gateway {
-        IpAddr::V4(gateway) => {
-            entry.family = libc::AF_INET as u16;
-            entry.gateway[0] = wire(gateway);
-        }
-        IpAddr::V6(gateway) => {
-            entry.family = libc::AF_INET6 as u16;
-            for (word, octets) in entry.gateway.iter_mut().zip(gateway.octets().chunks(4)) {
-                *word = u32::from_ne_bytes([octets[0], octets[1], octets[2], octets[3]]);
-            }
-        }
-    }
+    entry.gateway = wire(hop.gateway);
+    entry.family = match hop.gateway {
+        IpAddr::V4(_) => libc::AF_INET as u16,
+        IpAddr::V6(_) => libc::AF_INET6 as u16,
+    };
     if let Some((source, destination)) = hop.macs {
         entry.source = source;
         entry.destination = destination;

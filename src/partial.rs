@@ -32,7 +32,7 @@ pub fn reduce(
             None => "; the rule is left out".into(),
         };
         unresolved.push(finding);
-        names.addresses.extend(known.map(|upstream| (name, upstream.address)));
+        names.addresses.extend(known.map(|upstream| (name, upstream.address.ip)));
     }
     missing.extend(config.errors(unresolved).iter().map(ToString::to_string));
     config.rules.retain(|rule| {
@@ -47,7 +47,7 @@ pub fn reduce(
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::net::Ipv4Addr;
+    use std::net::IpAddr;
 
     use super::reduce;
     use crate::config::{Config, Finding};
@@ -77,7 +77,7 @@ rules:
         }
     }
 
-    fn resolved(address: Ipv4Addr) -> BTreeMap<String, Ipv4Addr> {
+    fn resolved(address: IpAddr) -> BTreeMap<String, IpAddr> {
         BTreeMap::from([("a.example".into(), address)])
     }
 

@@ -1,13 +1,13 @@
 //! Host names of upstreams to addresses.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use crate::config::{Config, Diagnostic, Finding, Host};
 
 /// What became of the host names of a configuration.
 pub struct Names {
-    pub addresses: BTreeMap<String, Ipv4Addr>,
+    pub addresses: BTreeMap<String, IpAddr>,
     /// Those without an IPv4 address, and where that is a trouble.
     pub unresolved: Vec<(String, Finding)>,
     /// Addresses that were not chosen.
@@ -55,18 +55,13 @@ pub async fn names(config: &Config) -> Names {
 }
 
 /// The IPv4 addresses of a name.
-pub async fn lookup(name: &str) -> std::io::Result<BTreeSet<Ipv4Addr>> {
+pub async fn lookup(name: &str) -> std::io::Result<BTreeSet<IpAddr>> {
     let found = tokio::net::lookup_host((name, 0)).await?;
-    Ok(found
-        .filter_map(|address| match address.ip() {
-            IpAddr::V4(address) => Some(address),
-            IpAddr::V6(_) => None,
-        })
-        .collect())
+    Ok(found.map(|address| address.ip()).filter(IpAddr::is_ipv4).collect())
 }
 
 /// The lowest address, so that every machine chooses alike, and a warning if there are others.
-pub fn choose(name: &str, addresses: &BTreeSet<Ipv4Addr>) -> Option<(Ipv4Addr, Option<String>)> {
+pub fn choose(name: &str, addresses: &BTreeSet<IpAddr>) -> Option<(IpAddr, Option<String>)> {
     let first = *addresses.first()?;
     let others: Vec<String> = addresses.iter().skip(1).map(ToString::to_string).collect();
     let warning = (!others.is_empty()).then(|| {

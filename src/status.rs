@@ -1,7 +1,7 @@
 //! What serves and what became of the packets, for people and for `-o json`.
 
 use std::fmt::Write;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
 use anyhow::Context;
 use comfy_table::{CellAlignment, Table, presets};
@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 use crate::bpf::types;
 use crate::changes;
 use crate::clock;
+use crate::config::Address;
 use crate::counters::Counts;
 use crate::generation::Generation;
 use crate::lease;
@@ -63,7 +64,7 @@ pub struct RuleStatus {
 #[derive(Serialize)]
 pub struct UpstreamStatus {
     pub label: String,
-    pub address: Ipv4Addr,
+    pub address: Address,
     pub port: Option<u16>,
     pub next_hop: Option<NextHopStatus>,
     /// What arpd makes of it: `up`, `stale`, `down`; only as long as arpd runs.
@@ -256,7 +257,7 @@ fn upstream_status(
     let health = view.vouched.then(|| health(&entry)).flatten();
     Ok(UpstreamStatus {
         label: upstream.label(),
-        address: upstream.address,
+        address: upstream.address.clone(),
         port: upstream.port,
         next_hop: next_hop(&entry, view),
         health,

@@ -1,10 +1,10 @@
 //! The contents of a generation's maps, and what they say of where a flow goes. Pure.
 
 use std::collections::HashMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use crate::bpf::types;
-use crate::config::{Action, Health, Source, Strategy};
+use crate::config::{Action, Address, Health, KeyAddress, Source, Strategy};
 use crate::plan::{Desired, Rule, RuleIds, Upstream};
 
 /// What is written to `rules`, `slots` and `upstreams`.
@@ -42,12 +42,10 @@ impl Tables {
                 source: source(rule.source),
                 skip_down: (rule.health == Health::Neighbour).into(),
             };
+            let KeyAddress::Is(address) = rule.key.address else { continue };
             for port in rule.key.ports.iter().flat_map(|ports| ports.first..=ports.last) {
-                let key = types::rule_key {
-                    address: wire(rule.key.address),
-                    port: port.to_be(),
-                    unused: 0,
-                };
+                let key =
+                    types::rule_key { address: wire(address)[0], port: port.to_be(), unused: 0 };
                 tables.rules.push((key, value));
             }
         }
@@ -88,15 +86,23 @@ impl Slots {
     }
 }
 
-/// An address as the kernel's `__be32` has it.
-pub fn wire(address: Ipv4Addr) -> u32 {
-    u32::from_ne_bytes(address.octets())
+/// An address as the kernel's `__be32 [4]` has it: an IPv4 one is the first word, and the rest is 0.
+pub fn wire(address: IpAddr) -> [u32; 4] {
+    match address {
+        IpAddr::V4(address) => [u32::from_ne_bytes(address.octets()), 0, 0, 0],
+        IpAddr::V6(address) => {
+            let octets = address.octets();
+            [0, 4, 8, 12].map(|at| {
+                u32::from_ne_bytes([octets[at], octets[at + 1], octets[at + 2], octets[at + 3]])
+            })
+        }
+    }
 }
 
 fn upstream_entry(upstream: &Upstream, id: u32) -> types::upstream {
     types::upstream {
         id,
-        address: wire(upstream.address),
+        address: wire(upstream.address.ip)[0],
         port: upstream.port.unwrap_or(0).to_be(),
         unused: 0,
     }
@@ -113,13 +119,17 @@ fn strategy(strategy: Strategy) -> types::strategy {
     match strategy {
         Strategy::SrcPort => types::strategy::STRATEGY_SRC_PORT,
         Strategy::SrcIp => types::strategy::STRATEGY_SRC_IP,
-        Strategy::SrcIpPort => types::strategy::STRATEGY_SRC_IP_PORT,
+        // the others are not built yet
+        Strategy::SrcIpPort | Strategy::Random | Strategy::Payload => {
+            types::strategy::STRATEGY_SRC_IP_PORT
+        }
     }
 }
 
 fn source(source: Source) -> types::source {
     match source {
-        Source::Vip => types::source::SOURCE_VIP,
+        // the latter is not built yet
+        Source::Vip | Source::Egress => types::source::SOURCE_VIP,
         Source::Preserve => types::source::SOURCE_PRESERVE,
     }
 }
@@ -145,19 +155,19 @@ pub fn moved_share(old: &Rule, new: &Rule) -> f64 {
 
 /// The two keys have nothing to do with each other, so each slot of one meets each of the other.
 fn moved_by_strategy(old: &Rule, new: &Rule) -> f64 {
-    let mut shares: HashMap<(Ipv4Addr, Option<u16>), (usize, usize)> = HashMap::new();
+    let mut shares: HashMap<(&Address, Option<u16>), (usize, usize)> = HashMap::new();
     for upstream in &old.upstreams {
-        shares.entry((upstream.address, upstream.port)).or_default().0 += 1;
+        shares.entry((&upstream.address, upstream.port)).or_default().0 += 1;
     }
     for upstream in &new.upstreams {
-        shares.entry((upstream.address, upstream.port)).or_default().1 += 1;
+        shares.entry((&upstream.address, upstream.port)).or_default().1 += 1;
     }
     let stay: usize = shares.values().map(|(before, after)| before * after).sum();
     1.0 - stay as f64 / (old.upstreams.len() * new.upstreams.len()) as f64
 }
 
 fn same_endpoint(one: &Upstream, other: &Upstream) -> bool {
-    (one.address, one.port) == (other.address, other.port)
+    (&one.address, one.port) == (&other.address, other.port)
 }
 
 fn gcd(a: usize, b: usize) -> usize {
@@ -169,30 +179,27 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::{Tables, moved_share};
-    use crate::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy};
+    use crate::config::{Action, Hash, Key, Ports, Strategy};
     use crate::plan::{Desired, Rule, Upstream, assign_ids};
 
     const KEY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 5);
 
     fn rule(name: &str, first: u16, last: u16, upstreams: &[u8]) -> Rule {
-        let upstream = |host: &u8| {
-            let address = [10, 0, 9, *host].into();
-            Upstream { name: None, host: Host::Address(address), address, port: None }
-        };
+        let upstream = |host: &u8| Upstream::new([10, 0, 9, *host], None);
         Rule {
-            name: name.into(),
-            key: Key { address: KEY, ports: vec![Ports { first, last }] },
             action: Action::Block,
             strategy: Strategy::SrcIp,
             hash: Hash::Modulo,
-            source: Source::Vip,
-            health: Health::Off,
-            upstreams: upstreams.iter().map(upstream).collect(),
+            ..Rule::new(
+                name,
+                Key::new(KEY, vec![Ports { first, last }]),
+                upstreams.iter().map(upstream).collect(),
+            )
         }
     }
 
     fn tables(rules: Vec<Rule>) -> Tables {
-        let desired = Desired { interfaces: Vec::new(), rules };
+        let desired = Desired { rules, ..Desired::default() };
         let ids = assign_ids(&desired, &[], 1 << 19).expect("ids enough");
         Tables::new(&desired, &ids)
     }

@@ -193,7 +193,7 @@ fn the_map_form_has_its_own_defaults() {
     let rule = accept("f", &text).rules.remove(0);
     assert_eq!(
         (rule.action, rule.strategy, rule.hash, rule.source),
-        (Action::Pass, Strategy::SrcIpPort, Hash::Modulo, Source::Vip)
+        (Action::Pass, Strategy::SrcIpPort, Hash::Maglev, Source::Vip)
     );
     assert_eq!(rule.upstreams[0].port, None);
 }
@@ -353,8 +353,8 @@ fn the_schema_has_the_words_that_are_built() {
         options
     });
     let options = &rule["options"]["properties"];
-    assert_eq!(options["hash"]["enum"], serde_json::json!(["modulo"]));
-    assert_eq!(options["hash"]["default"], serde_json::Value::Null);
+    assert_eq!(options["hash"]["enum"], serde_json::json!(["modulo", "maglev"]));
+    assert_eq!(options["hash"]["default"], "maglev");
     assert_eq!(options["tc_action"]["default"], "pass");
     assert_eq!(map["required"], serde_json::json!(["version", "rules"]));
     assert_eq!(map["additionalProperties"], false);

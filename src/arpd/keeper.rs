@@ -2,10 +2,10 @@
 //! events and the time go in, actions come out.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use crate::bpf::{bytes_of, types};
+use crate::config::Address;
 use crate::netlink::{
     Link, Neighbour, NeighbourKey, NeighbourRequest, NudState, OUR_PROTOCOL, Route,
 };
@@ -25,10 +25,10 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const PROBES: u32 = 100;
 
 /// An upstream of the generation that serves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Upstream {
     pub id: u32,
-    pub address: Ipv4Addr,
+    pub address: Address,
 }
 
 /// A step to be taken.
@@ -89,7 +89,7 @@ pub struct Keeper {
     upstreams: Vec<Upstream>,
     links: HashMap<u32, Link>,
     /// `None` in front of the first answer.
-    paths: HashMap<Ipv4Addr, Result<Vec<Route>, String>>,
+    paths: HashMap<Address, Result<Vec<Route>, String>>,
     tracked: BTreeMap<NeighbourKey, Tracked>,
     written: HashMap<u32, Entry>,
     /// Upstreams whose entry may have changed.
@@ -134,9 +134,9 @@ impl Keeper {
     }
 
     /// The addresses whose routes are wanted.
-    pub fn addresses(&self) -> Vec<Ipv4Addr> {
-        let addresses: BTreeSet<Ipv4Addr> =
-            self.upstreams.iter().map(|upstream| upstream.address).collect();
+    pub fn addresses(&self) -> Vec<Address> {
+        let addresses: BTreeSet<Address> =
+            self.upstreams.iter().map(|upstream| upstream.address.clone()).collect();
         addresses.into_iter().collect()
     }
 
@@ -176,7 +176,7 @@ impl Keeper {
     }
 
     /// The paths to each of [`Keeper::addresses`].
-    pub fn set_paths(&mut self, paths: Vec<(Ipv4Addr, Result<Vec<Route>, String>)>, now: Now) {
+    pub fn set_paths(&mut self, paths: Vec<(Address, Result<Vec<Route>, String>)>, now: Now) {
         let paths: HashMap<_, _> = paths.into_iter().collect();
         self.tell_moves(&paths);
         self.paths = paths;
@@ -184,13 +184,13 @@ impl Keeper {
         self.dirty.extend(0..self.upstreams.len());
     }
 
-    fn tell_moves(&mut self, paths: &HashMap<Ipv4Addr, Result<Vec<Route>, String>>) {
-        let mut moves: BTreeMap<(String, String), Vec<Ipv4Addr>> = BTreeMap::new();
+    fn tell_moves(&mut self, paths: &HashMap<Address, Result<Vec<Route>, String>>) {
+        let mut moves: BTreeMap<(String, String), Vec<&Address>> = BTreeMap::new();
         for (address, new) in paths {
             let Some(old) = self.paths.get(address) else { continue };
             let (old, new) = (self.path_text(old), self.path_text(new));
             if old != new {
-                moves.entry((old, new)).or_default().push(*address);
+                moves.entry((old, new)).or_default().push(address);
             }
         }
         for ((old, new), mut addresses) in moves {
@@ -416,20 +416,20 @@ impl Keeper {
         self.tell_changes();
         let rewrite = std::mem::take(&mut self.rewrite);
         for index in std::mem::take(&mut self.dirty) {
-            let Some(upstream) = self.upstreams.get(index).copied() else { continue };
+            let Some(upstream) = self.upstreams.get(index) else { continue };
             if !self.paths.contains_key(&upstream.address) {
                 continue;
             }
-            let entry = Entry(self.entry(upstream));
-            if rewrite || self.written.get(&upstream.id) != Some(&entry) {
-                self.written.insert(upstream.id, entry);
-                self.actions.push(Action::Write(upstream.id, entry));
+            let (id, entry) = (upstream.id, Entry(self.entry(upstream)));
+            if rewrite || self.written.get(&id) != Some(&entry) {
+                self.written.insert(id, entry);
+                self.actions.push(Action::Write(id, entry));
             }
         }
         std::mem::take(&mut self.actions)
     }
 
-    fn entry(&self, upstream: Upstream) -> types::nexthop {
+    fn entry(&self, upstream: &Upstream) -> types::nexthop {
         let down = |path: &&Route| {
             let tracked = self.tracked.get(&path.neighbour());
             tracked.is_none_or(|tracked| tracked.health == Health::HEALTH_DOWN)
@@ -440,7 +440,7 @@ impl Keeper {
             _ => None,
         };
         let way = path.filter(|path| !path.local).and_then(|path| self.way(path));
-        let mut entry = nexthop::entry(upstream.address, way.as_ref());
+        let mut entry = nexthop::entry(upstream.address.ip, way.as_ref());
         match path.and_then(|path| self.tracked.get(&path.neighbour())) {
             Some(tracked) => (entry.health, entry.since) = (tracked.health, tracked.since),
             None => {
@@ -666,7 +666,7 @@ pub fn overflow(wanted: usize, others: usize, threshold2: u32, threshold3: u32) 
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
+    use std::net::{IpAddr, Ipv4Addr};
 
     use super::*;
 
@@ -686,7 +686,7 @@ mod tests {
         fn new() -> World {
             let keeper = Keeper::new(Duration::from_secs(2));
             let mut world = World { keeper, start: Instant::now(), passed: Duration::ZERO };
-            let upstream = Upstream { id: 1, address: ADDRESS };
+            let upstream = Upstream { id: 1, address: ADDRESS.into() };
             world.keeper.set_upstreams(vec![(upstream, types::nexthop::default())]);
             world.link(true);
             world.route(ADDRESS);
@@ -715,7 +715,7 @@ mod tests {
 
         fn route(&mut self, gateway: Ipv4Addr) {
             let path = Route { ifindex: 7, gateway: gateway.into(), mtu: None, local: false };
-            self.keeper.set_paths(vec![(ADDRESS, Ok(vec![path]))], self.now());
+            self.keeper.set_paths(vec![(ADDRESS.into(), Ok(vec![path]))], self.now());
         }
 
         fn neighbour(&mut self, state: NudState) {
@@ -846,7 +846,7 @@ mod tests {
             mtu: None,
             local: false,
         });
-        world.keeper.set_paths(vec![(ADDRESS, Ok(paths.to_vec()))], world.now());
+        world.keeper.set_paths(vec![(ADDRESS.into(), Ok(paths.to_vec()))], world.now());
         for gateway in gateways {
             let entry = entry((7, gateway.into()), NudState::Reachable, Some(THEIRS));
             world.keeper.set_neighbour(entry, world.now());

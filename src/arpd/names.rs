@@ -2,7 +2,7 @@
 //! server that does not answer must not stop the lease.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -12,7 +12,7 @@ use crate::plan::Desired;
 use crate::resolve;
 
 /// What a name stood for when it was asked for, or why it could not be said.
-pub type Answers = BTreeMap<String, Result<BTreeSet<Ipv4Addr>, String>>;
+pub type Answers = BTreeMap<String, Result<BTreeSet<IpAddr>, String>>;
 
 /// Asks for names.
 pub struct Names {
@@ -76,7 +76,7 @@ impl Names {
 
     /// The names that stand for another address than the configuration has. An address that is
     /// still among several stays, so that an answer's order changes nothing.
-    pub fn changed(&mut self, desired: &Desired, answers: &Answers) -> BTreeMap<String, Ipv4Addr> {
+    pub fn changed(&mut self, desired: &Desired, answers: &Answers) -> BTreeMap<String, IpAddr> {
         let mut changed = BTreeMap::new();
         for upstream in desired.upstreams() {
             let Some(name) = name(upstream) else { continue };
@@ -87,7 +87,7 @@ impl Names {
                         if self.failing.remove(&name) {
                             log::info!("{name} resolves again");
                         }
-                        if !addresses.contains(&upstream.address) {
+                        if !addresses.contains(&upstream.address.ip) {
                             changed.insert(name, address);
                         }
                         continue;

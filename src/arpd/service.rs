@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, TryLockError};
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -341,7 +342,8 @@ impl Service {
                 for (upstream, id) in rule.upstreams.iter().zip(&given.upstreams) {
                     if ids.insert(*id) {
                         let known = serving.maps.nexthops.read(*id)?;
-                        upstreams.push((Upstream { id: *id, address: upstream.address }, known));
+                        upstreams
+                            .push((Upstream { id: *id, address: upstream.address.clone() }, known));
                     }
                 }
             }
@@ -360,7 +362,8 @@ impl Service {
         let started = Instant::now();
         self.stale.routes = false;
         let addresses = self.keeper.addresses();
-        let paths = self.netlink.paths(&addresses).await;
+        let asked: Vec<IpAddr> = addresses.iter().map(|address| address.ip).collect();
+        let paths = self.netlink.paths(&asked).await;
         let paths = addresses
             .into_iter()
             .zip(paths.into_iter().map(|paths| paths.map_err(|error| error.to_string())));

@@ -2,12 +2,11 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::net::Ipv4Addr;
 
 use super::decode::Decoded;
 use super::diagnostic::{Complaint, Problems};
 use super::vocabulary::{self as words, Root};
-use super::{Host, Path, Ports, Rule, Upstream};
+use super::{Host, KeyAddress, Path, Ports, Rule, Upstream};
 
 /// How many ports all keys may have together: each is an entry of the kernel's map of rules.
 pub const KEY_ENTRIES: usize = 100_000;
@@ -65,7 +64,11 @@ fn own_key(rule: &Rule, problems: &mut Problems) {
     for upstream in &rule.upstreams {
         let within = |port| rule.key.ports.iter().any(|ports| ports.contains(port));
         let same_port = upstream.port.is_none_or(within);
-        if upstream.address == Host::Address(rule.key.address) && same_port {
+        let own = match &upstream.address {
+            Host::Address(address) => KeyAddress::Is(address.ip) == rule.key.address,
+            Host::Name(_) => false,
+        };
+        if own && same_port {
             let message = "the upstream is the rule's own key, to which it would send in a circle";
             problems.push(upstream.at.field(words::UPSTREAM_ADDRESS.name), Complaint::new(message));
         }
@@ -95,7 +98,7 @@ fn endpoints(rule: &Rule, problems: &mut Problems) {
         return;
     }
     let endpoint = |upstream: &Upstream| match &upstream.address {
-        Host::Address(address) => (Host::Address(*address), port(rule, upstream)),
+        Host::Address(address) => (Host::Address(address.clone()), port(rule, upstream)),
         Host::Name(name) => (Host::Name(name.to_ascii_lowercase()), port(rule, upstream)),
     };
     let all = rule.upstreams.iter().map(endpoint).enumerate();
@@ -139,7 +142,7 @@ fn names(rules: &[Rule], problems: &mut Problems) {
 /// One port or range of a rule's key.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Claim {
-    address: Ipv4Addr,
+    address: KeyAddress,
     ports: Ports,
     rule: usize,
     /// Which of the rule's.

@@ -8,7 +8,9 @@ use super::document::{Entry, Node};
 use super::path::Trail;
 use super::scalar;
 use super::vocabulary::{self as words, Choice, Field, Root, Table, Word};
-use super::{Action, Hash, Health, Key, Ports, Rule, Source, Strategy, Upstream};
+use super::{
+    Action, Fragments, Hash, Health, Key, Mode, Ports, Rule, Source, State, Strategy, Upstream,
+};
 
 /// A file's content, as far as it could be understood.
 pub(super) struct Decoded {
@@ -118,17 +120,11 @@ impl Options {
 /// The options of a rule after all defaults.
 struct Chosen {
     action: Action,
+    mode: Mode,
     strategy: Strategy,
     hash: Hash,
     source: Source,
     health: Health,
-}
-
-/// Nothing to choose yet.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum Mode {
-    Balance,
 }
 
 impl Decoder {
@@ -242,39 +238,37 @@ impl Decoder {
         let upstreams = fields.get(&words::UPSTREAM);
         let upstreams =
             upstreams.and_then(|node| self.upstreams(node, &at.field(words::UPSTREAM.name)));
-        let several = upstreams.as_ref().is_some_and(|upstreams| upstreams.len() > 1);
         let options = self.options(fields.get(&words::OPTIONS), &at.field(words::OPTIONS.name));
-        let chosen =
-            self.settle_all(&options.or(defaults), several, &at.field(words::OPTIONS.name));
+        let chosen = self.settle_all(&options.or(defaults), &at.field(words::OPTIONS.name));
 
         let (name, key, chosen) = (name?, key?, chosen?);
         Some(Rule {
             name: name.unwrap_or_else(|| key.to_string()),
             key,
             action: chosen.action,
+            mode: chosen.mode,
             strategy: chosen.strategy,
+            payload: None,
             hash: chosen.hash,
             source: chosen.source,
             health: chosen.health,
+            fragments: Fragments::Follow,
             upstreams: upstreams?,
+            mirrors: Vec::new(),
             at: at.path(),
         })
     }
 
-    fn settle_all(&mut self, said: &Options, several: bool, at: &Trail<'_>) -> Option<Chosen> {
+    fn settle_all(&mut self, said: &Options, at: &Trail<'_>) -> Option<Chosen> {
         let mode = self.settle::<Mode>(said.mode, &words::MODE, at);
         let action = self.settle(said.action, &words::TC_ACTION, at);
         let source = self.settle(said.source, &words::SOURCE, at);
         let strategy = self.settle(said.strategy, &words::STRATEGY, at);
-        let hash = match said.hash {
-            // One upstream gets everything, whatever the hash.
-            Said::Nothing if !several => Some(Hash::Modulo),
-            said => self.settle(said, &words::HASH, at),
-        };
+        let hash = self.settle(said.hash, &words::HASH, at);
         let health = self.settle(said.health, &words::HEALTH, at);
-        mode?;
         Some(Chosen {
             action: action?,
+            mode: mode?,
             source: source?,
             strategy: strategy?,
             hash: hash?,
@@ -317,7 +311,7 @@ impl Decoder {
             let at = at.field(words::KEY_PORT.name);
             self.ports(node, &at)
         });
-        Some(Key { address: address?, ports: ports? })
+        Some(Key::new(address?, ports?))
     }
 
     fn ports(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Vec<Ports>> {
@@ -374,7 +368,16 @@ impl Decoder {
                 self.note(&at, scalar::port(node)).map(Some)
             }
         };
-        Some(Upstream { name: name?, address: address?, port: port?, at: at.path() })
+        Some(Upstream {
+            name: name?,
+            address: address?,
+            port: port?,
+            weight: 1,
+            state: State::Active,
+            source: None,
+            sample: 1,
+            at: at.path(),
+        })
     }
 
     fn options(&mut self, node: Option<&Node<'_>>, at: &Trail<'_>) -> Options {

@@ -1,18 +1,143 @@
 //! Addresses and host names.
 
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use super::diagnostic::{Complaint, shorten};
 
+/// An IP address, with the interface that an IPv6 link-local one is on: `10.0.0.5`, `2001:db8::5`,
+/// `fe80::1%eth0`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Address {
+    pub ip: IpAddr,
+    pub scope: Option<String>,
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.scope {
+            Some(interface) => write!(f, "{}%{interface}", self.ip),
+            None => self.ip.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Address, String> {
+        let (ip, scope) = match text.split_once('%') {
+            Some((ip, interface)) => (ip, Some(interface.to_string())),
+            None => (text, None),
+        };
+        let ip = ip.parse().map_err(|_| format!("`{}` is not an IP address", shorten(text)))?;
+        Ok(Address { ip, scope })
+    }
+}
+
+impl TryFrom<String> for Address {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Address, String> {
+        text.parse()
+    }
+}
+
+impl From<Address> for String {
+    fn from(address: Address) -> String {
+        address.to_string()
+    }
+}
+
+impl From<IpAddr> for Address {
+    fn from(ip: IpAddr) -> Address {
+        Address { ip, scope: None }
+    }
+}
+
+impl From<Ipv4Addr> for Address {
+    fn from(ip: Ipv4Addr) -> Address {
+        IpAddr::V4(ip).into()
+    }
+}
+
+impl From<Ipv6Addr> for Address {
+    fn from(ip: Ipv6Addr) -> Address {
+        IpAddr::V6(ip).into()
+    }
+}
+
+impl From<[u8; 4]> for Address {
+    fn from(octets: [u8; 4]) -> Address {
+        IpAddr::from(octets).into()
+    }
+}
+
+/// What a rule matches of a packet's destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum KeyAddress {
+    /// Any address of the interfaces that are looked at.
+    Any,
+    Is(IpAddr),
+}
+
+impl fmt::Display for KeyAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            KeyAddress::Any => f.write_str("any"),
+            KeyAddress::Is(address) => address.fmt(f),
+        }
+    }
+}
+
+impl From<KeyAddress> for String {
+    fn from(address: KeyAddress) -> String {
+        address.to_string()
+    }
+}
+
+impl TryFrom<String> for KeyAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<KeyAddress, String> {
+        match text.as_str() {
+            "any" => Ok(KeyAddress::Any),
+            _ => text
+                .parse()
+                .map(KeyAddress::Is)
+                .map_err(|_| format!("`{}` is not an IP address", shorten(&text))),
+        }
+    }
+}
+
+impl From<IpAddr> for KeyAddress {
+    fn from(ip: IpAddr) -> KeyAddress {
+        KeyAddress::Is(ip)
+    }
+}
+
+impl From<Ipv4Addr> for KeyAddress {
+    fn from(ip: Ipv4Addr) -> KeyAddress {
+        KeyAddress::Is(ip.into())
+    }
+}
+
+impl From<[u8; 4]> for KeyAddress {
+    fn from(octets: [u8; 4]) -> KeyAddress {
+        KeyAddress::Is(octets.into())
+    }
+}
+
 /// An upstream's address: as it is, or under a name that is resolved later.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum Host {
-    Address(Ipv4Addr),
+    Address(Address),
     /// A valid host name, as it was written.
     Name(String),
 }
@@ -52,7 +177,7 @@ impl FromStr for Host {
 /// Why an upstream cannot have this address; none if it can.
 ///
 /// For addresses that names resolve to, too.
-pub fn upstream_refusal(address: Ipv4Addr) -> Option<String> {
+pub fn upstream_refusal(address: IpAddr) -> Option<String> {
     if address.is_loopback() {
         let why = "a redirected packet cannot reach a loopback address";
         return Some(format!("{address} cannot be an upstream: {why}"));
@@ -61,7 +186,8 @@ pub fn upstream_refusal(address: Ipv4Addr) -> Option<String> {
 }
 
 /// Why no packet can be addressed to a host by this address.
-fn refusal(address: Ipv4Addr) -> Option<String> {
+fn refusal(address: IpAddr) -> Option<String> {
+    let IpAddr::V4(address) = address else { return None };
     let why = match address.octets() {
         [0, ..] => "0.0.0.0/8 means no host",
         [255, 255, 255, 255] => "it is the broadcast address",
@@ -75,7 +201,7 @@ fn refusal(address: Ipv4Addr) -> Option<String> {
 /// The address that a rule matches.
 pub(super) fn key(text: &str) -> Result<Ipv4Addr, Complaint> {
     if let Some(address) = address(text)? {
-        return match refusal(address) {
+        return match refusal(address.into()) {
             Some(why) => Err(Complaint::new(why)),
             None => Ok(address),
         };
@@ -90,9 +216,9 @@ pub(super) fn key(text: &str) -> Result<Ipv4Addr, Complaint> {
 /// The address or host name of an upstream.
 pub(super) fn upstream(text: &str) -> Result<Host, Complaint> {
     match address(text)? {
-        Some(address) => match upstream_refusal(address) {
+        Some(address) => match upstream_refusal(address.into()) {
             Some(why) => Err(Complaint::new(why)),
-            None => Ok(Host::Address(address)),
+            None => Ok(Host::Address(address.into())),
         },
         None => host_name(text).map(|name| Host::Name(name.into())),
     }

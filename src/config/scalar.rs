@@ -3,9 +3,7 @@
 use super::diagnostic::{Complaint, shorten};
 use super::document::Node;
 use super::host;
-use super::{Host, Ports};
-
-use std::net::Ipv4Addr;
+use super::{Host, KeyAddress, Ports};
 
 type Result<T> = std::result::Result<T, Complaint>;
 
@@ -42,8 +40,8 @@ pub(super) fn version(node: &Node<'_>) -> Result<()> {
     }
 }
 
-pub(super) fn key_address(node: &Node<'_>) -> Result<Ipv4Addr> {
-    host::key(text(node, "an IPv4 address")?)
+pub(super) fn key_address(node: &Node<'_>) -> Result<KeyAddress> {
+    host::key(text(node, "an IPv4 address")?).map(KeyAddress::from)
 }
 
 pub(super) fn upstream_address(node: &Node<'_>) -> Result<Host> {

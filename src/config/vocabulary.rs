@@ -105,10 +105,6 @@ impl Word {
         Word { in_list: true, ..self }
     }
 
-    const fn later(self) -> Word {
-        Word { built: false, ..self }
-    }
-
     pub fn is_usable(&self, root: Root) -> bool {
         self.built && (root == Root::Map || self.in_list)
     }
@@ -172,7 +168,7 @@ pub static TC_ACTION: Choice = Choice {
 };
 pub static MODE: Choice = Choice {
     field: Field::new("mode", Shape::Choice(&MODE), "Whether one upstream gets the packet."),
-    words: &[Word::new("balance"), Word::new("replicate").later()],
+    words: &[Word::new("balance"), Word::new("replicate")],
     default_list: "balance",
     default_map: "balance",
 };
@@ -182,7 +178,7 @@ pub static SOURCE: Choice = Choice {
         Shape::Choice(&SOURCE),
         "The source that the upstream sees: `vip` is the key's address, `preserve` the sender's.",
     ),
-    words: &[Word::new("vip"), Word::new("preserve"), Word::new("egress").later()],
+    words: &[Word::new("vip"), Word::new("preserve"), Word::new("egress")],
     default_list: "vip",
     default_map: "vip",
 };
@@ -197,15 +193,15 @@ pub static STRATEGY: Choice = Choice {
         Word::new("src-port").in_list(),
         Word::new("src-ip").in_list(),
         Word::new("src-ip-port"),
-        Word::new("random").later(),
-        Word::new("payload").later(),
+        Word::new("random"),
+        Word::new("payload"),
     ],
     default_list: "src-port",
     default_map: "src-ip-port",
 };
 pub static HASH: Choice = Choice {
     field: Field::new("hash", Shape::Choice(&HASH), "How what was selected becomes an upstream."),
-    words: &[Word::new("modulo"), Word::new("maglev").later()],
+    words: &[Word::new("modulo"), Word::new("maglev")],
     default_list: "modulo",
     default_map: "maglev",
 };

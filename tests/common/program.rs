@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenObject};
 use udplb::bpf::{Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
-use udplb::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy};
+use udplb::config::{Action, Address, Hash, Key, Ports, Source, Strategy};
 use udplb::nexthop::{self, Way};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 use udplb::tables::Tables;
@@ -82,8 +82,8 @@ impl<'object> Program<'object> {
 
     /// Puts one rule in the place of those that were there, behind a decoy, and returns its ids;
     /// the first id given is the one after `first_id`.
-    pub fn configure(&self, rule: &Rule, ways: &BTreeMap<Ipv4Addr, Way>, first_id: u32) -> RuleIds {
-        let desired = Desired { interfaces: Vec::new(), rules: vec![decoy(), rule.clone()] };
+    pub fn configure(&self, rule: &Rule, ways: &BTreeMap<Address, Way>, first_id: u32) -> RuleIds {
+        let desired = Desired { rules: vec![decoy(), rule.clone()], ..Desired::default() };
         let mut ids = assign_ids(&desired, &[], IDS).expect("ids suffice");
         for ids in &mut ids {
             ids.rule += first_id;
@@ -196,17 +196,14 @@ fn counters_chunk(model: &MapMut<'_>) -> MapHandle {
 /// A rule that no packet here matches; its entries are the first in each map.
 fn decoy() -> Rule {
     let address = Ipv4Addr::new(192, 0, 2, 1);
-    let upstream =
-        |port| Upstream { name: None, host: Host::Address(address), address, port: Some(port) };
+    let upstream = |port| Upstream::new(address, Some(port));
+    let key = Key::new(address, vec![Ports { first: 2055, last: 2055 }]);
     Rule {
-        name: "decoy".into(),
-        key: Key { address, ports: vec![Ports { first: 2055, last: 2055 }] },
         action: Action::Block,
         strategy: Strategy::SrcPort,
         hash: Hash::Modulo,
         source: Source::Preserve,
-        health: Health::Off,
-        upstreams: (1..=3).map(upstream).collect(),
+        ..Rule::new("decoy", key, (1..=3).map(upstream).collect())
     }
 }
 
