@@ -8,6 +8,7 @@ pub mod net;
 pub mod packet;
 pub mod prelude;
 pub mod program;
+pub mod random;
 pub mod reference;
 pub mod service;
 pub mod testbed;

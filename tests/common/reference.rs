@@ -9,9 +9,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
-use std::ops::{Range, RangeInclusive};
+use std::ops::Range;
 
-use udplb::config::Action;
+use udplb::config::{Action, Fragments, Hash, KeyAddress, Mode, Source, Strategy};
+use udplb::plan::{Rule, RuleIds, Upstream};
 
 use super::packet::Mac;
 use super::prelude::Tag;
@@ -30,6 +31,11 @@ pub struct Supports {
     pub fragments: bool,
     /// Packets that are too big or too old are answered.
     pub errors: bool,
+    /// `mode: replicate`, and mirrors.
+    pub replicate: bool,
+    pub egress: bool,
+    /// Keys that are multicast or broadcast addresses.
+    pub groups: bool,
 }
 
 /// The one that packets come to.
@@ -37,13 +43,14 @@ pub struct Supports {
 pub struct Host {
     /// Of the interface that they come in by.
     pub mac: Mac,
-    pub rules: Vec<Rule>,
-    /// What a key without an address stands for.
+    pub rules: Vec<(Rule, RuleIds)>,
+    /// What the address `any` of a key stands for.
     pub addresses: Vec<IpAddr>,
     /// The subnets' broadcast addresses.
     pub broadcasts: Vec<IpAddr>,
     /// By the address of the upstream; there is no route to others.
     pub ways: BTreeMap<IpAddr, Way>,
+    pub hashed: Hashed,
     pub supports: Supports,
 }
 
@@ -59,60 +66,16 @@ pub struct Way {
     pub egress: Option<IpAddr>,
 }
 
-#[derive(Clone, Debug)]
-pub struct Rule {
-    pub id: u32,
-    /// None: any address of the host.
-    pub address: Option<IpAddr>,
-    /// None: any port.
-    pub ports: Option<RangeInclusive<u16>>,
-    /// Networks of senders, address and prefix; none: any sender.
-    pub from: Vec<(IpAddr, u32)>,
-    pub action: Action,
-    pub mode: Mode,
-    pub strategy: Strategy,
-    pub fragments: Handling,
-    pub upstreams: Vec<Receiver>,
-    /// Get copies of what is balanced.
-    pub mirrors: Vec<Receiver>,
-}
+/// Chooses for a rule by the sender's address and port. The hashes themselves are not specified
+/// here; that user space and the program agree on them is tested elsewhere.
+pub type Hashed = fn(&Rule, IpAddr, u16) -> usize;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    Balance,
-    Replicate,
-}
-
-/// What chooses among upstreams. For the hashes the program's own are used, which other tests look
-/// at: it gets the rule's number of upstreams, and the sender.
-#[derive(Clone, Copy, Debug)]
-pub enum Strategy {
-    SrcPort,
-    SrcIp,
-    Hash(fn(usize, IpAddr, u16) -> usize),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Handling {
-    Follow,
-    Pass,
-    Drop,
-}
-
-#[derive(Clone, Debug)]
-pub struct Receiver {
-    pub id: u32,
-    pub address: IpAddr,
-    /// None: the port that the packet came to.
-    pub port: Option<u16>,
-    pub source: Source,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
-    Vip,
-    Preserve,
-    Egress,
+/// Who gets packets, and what it is counted under.
+#[derive(Clone, Copy)]
+struct Receiver<'host> {
+    upstream: &'host Upstream,
+    id: u32,
+    source: Source,
 }
 
 /// A packet, as it comes in.
@@ -184,7 +147,7 @@ type Datagram = (IpAddr, IpAddr, u32);
 
 /// What is remembered of first fragments.
 #[derive(Clone, Debug, Default)]
-pub struct Fragments {
+pub struct Table {
     /// Indices of the rule and of its upstream.
     followed: HashMap<Datagram, (usize, usize)>,
     /// By datagram and receiver: the new identification.
@@ -213,8 +176,11 @@ const DESTINATION: u8 = 60;
 enum Parsed {
     /// Nothing to look at.
     Other,
-    /// IPv6 to this address whose extension headers are too many or cut off.
-    Unreadable(IpAddr),
+    /// IPv6 whose extension headers are too many or cut off, in a frame of so many bytes.
+    Unreadable {
+        destination: IpAddr,
+        bytes: usize,
+    },
     Packet(Packet),
 }
 
@@ -234,6 +200,8 @@ struct Packet {
     fragment: Option<Fragment>,
     /// May be told to use a smaller MTU.
     dont_fragment: bool,
+    gso_size: usize,
+    gso_segs: usize,
 }
 
 struct Fragment {
@@ -244,21 +212,25 @@ struct Fragment {
 }
 
 impl Host {
-    /// The packet's way; `fragments` is what the packets before left behind.
-    pub fn judge(&self, fragments: &mut Fragments, arrival: Arrival<'_>) -> Outcome {
-        let packet = match self.parse(arrival.frame) {
+    /// The packet's way; `table` is what the packets before left behind.
+    pub fn judge(&self, table: &mut Table, arrival: Arrival<'_>) -> Outcome {
+        let packet = match self.parse(arrival) {
             Parsed::Other => return Outcome::default(),
-            Parsed::Unreadable(to) if self.has_key(to) => {
-                let bytes = untagged(arrival.frame).map_or(0, |bytes| bytes.len());
-                return Outcome::default().counted(0, "malformed", (1, bytes as u64));
+            Parsed::Unreadable { destination, bytes } => {
+                return match self.has_key(destination) {
+                    true => Outcome::default().counted(0, "malformed", (1, bytes as u64)),
+                    false => Outcome::default(),
+                };
             }
-            Parsed::Unreadable(_) => return Outcome::default(),
             Parsed::Packet(packet) => packet,
         };
-        let count = packet.count(arrival);
+        let count = packet.count();
         let found = match packet.is_later() {
-            true => fragments.followed.get(&packet.datagram()).copied(),
-            false => self.rule_for(&packet).map(|rule| (rule, self.choose(rule, &packet))),
+            true => table.followed.get(&packet.datagram()).copied(),
+            false => self.rule_for(&packet).map(|rule| {
+                let chosen = self.choose(&self.rules[rule].0, &packet);
+                (rule, chosen)
+            }),
         };
         let Some((index, chosen)) = found else {
             let verdict = if self.supports.fragments { "fragment-early" } else { "fragment" };
@@ -268,98 +240,87 @@ impl Host {
                 false => Outcome::default(),
             };
         };
-        let rule = &self.rules[index];
+        let (rule, ids) = &self.rules[index];
         if !self.is_for_us(rule, &packet) {
-            return Outcome::default().counted(rule.id, "not-for-us", count);
+            return Outcome::default().counted(ids.rule, "not-for-us", count);
         }
         if packet.fragment.is_some() && !self.supports.fragments {
-            return Outcome::unsent(rule).counted(rule.id, "fragment", count);
+            return Outcome::unsent(rule).counted(ids.rule, "fragment", count);
         }
         if !packet.is_well_formed() {
-            return Outcome::unsent(rule).counted(rule.id, "malformed", count);
+            return Outcome::unsent(rule).counted(ids.rule, "malformed", count);
         }
         if packet.fragment.is_some() {
             if !packet.is_later() {
-                fragments.remember(packet.datagram(), index, chosen);
+                table.remember(packet.datagram(), index, chosen);
             }
             let outcome = match rule.fragments {
-                Handling::Follow => None,
-                Handling::Pass => Some(Outcome::default()),
-                Handling::Drop => Some(Outcome { end: End::Dropped, ..Outcome::default() }),
+                Fragments::Follow => None,
+                Fragments::Pass => Some(Outcome::default()),
+                Fragments::Drop => Some(Outcome { end: End::Dropped, ..Outcome::default() }),
             };
             if let Some(outcome) = outcome {
-                return outcome.counted(rule.id, "fragment", count);
+                return outcome.counted(ids.rule, "fragment", count);
             }
         }
+        let receivers = |upstreams, ids| receivers(rule, upstreams, ids);
+        let upstreams = receivers(&rule.upstreams, &ids.upstreams);
         match rule.mode {
-            Mode::Balance => self.balance(rule, chosen, &packet, arrival, count),
-            Mode::Replicate => self.replicate(rule, &packet, arrival, count),
+            Mode::Balance => {
+                let mirrors = receivers(&rule.mirrors, &ids.mirrors);
+                let outcome = self.copies(&mirrors, &packet);
+                self.balance(outcome, rule, upstreams[chosen], &packet)
+            }
+            Mode::Replicate => {
+                // the rule counts each packet once
+                let outcome = self.copies(&upstreams, &packet);
+                let last = upstreams.last().map(|last| self.send(*last, &packet, true));
+                let verdict = match last {
+                    Some(Err(verdict)) if outcome.copies.is_empty() => verdict,
+                    _ => "forwarded",
+                };
+                let end = Outcome::unsent(rule).end;
+                Outcome { end, ..outcome }.counted(ids.rule, verdict, count)
+            }
         }
     }
 
-    /// To one upstream, and copies to the mirrors.
+    /// To one upstream.
     fn balance(
         &self,
+        mut outcome: Outcome,
         rule: &Rule,
-        chosen: usize,
+        to: Receiver<'_>,
         packet: &Packet,
-        arrival: Arrival<'_>,
-        count: (u64, u64),
     ) -> Outcome {
-        let mut outcome = self.copies(&rule.mirrors, packet, arrival, count);
-        let upstream = &rule.upstreams[chosen];
         let copy = rule.action == Action::Pass;
-        let verdict = match self.send(upstream, packet, arrival, copy) {
-            Ok((gone, verdict)) if copy => {
-                outcome.copies.push(gone);
-                verdict
-            }
+        let verdict = match self.send(to, packet, copy) {
             Ok((gone, verdict)) => {
-                outcome.end = End::Away(gone);
+                match copy {
+                    true => outcome.copies.push(gone),
+                    false => outcome.end = End::Away(gone),
+                }
                 verdict
             }
             Err(verdict) => {
-                outcome.end = self.end_of_unsent(rule, upstream, packet, verdict);
+                outcome.end = self.end_of_unsent(rule, to, packet, verdict);
                 verdict
             }
         };
-        outcome.counted(upstream.id, verdict, count)
+        outcome.counted(to.id, verdict, packet.count())
     }
 
-    /// To all upstreams; the rule counts each packet once.
-    fn replicate(
-        &self,
-        rule: &Rule,
-        packet: &Packet,
-        arrival: Arrival<'_>,
-        count: (u64, u64),
-    ) -> Outcome {
-        let outcome = self.copies(&rule.upstreams, packet, arrival, count);
-        let last = rule.upstreams.last().map(|last| self.send(last, packet, arrival, true));
-        let verdict = match last {
-            Some(Err(verdict)) if outcome.copies.is_empty() => verdict,
-            _ => "forwarded",
-        };
-        Outcome { end: Outcome::unsent(rule).end, ..outcome }.counted(rule.id, verdict, count)
-    }
-
-    fn copies(
-        &self,
-        receivers: &[Receiver],
-        packet: &Packet,
-        arrival: Arrival<'_>,
-        count: (u64, u64),
-    ) -> Outcome {
+    fn copies(&self, receivers: &[Receiver<'_>], packet: &Packet) -> Outcome {
         let mut outcome = Outcome::default();
         for receiver in receivers {
-            let verdict = match self.send(receiver, packet, arrival, true) {
+            let verdict = match self.send(*receiver, packet, true) {
                 Ok((gone, verdict)) => {
                     outcome.copies.push(gone);
                     verdict
                 }
                 Err(verdict) => verdict,
             };
-            outcome = outcome.counted(receiver.id, verdict, count);
+            outcome = outcome.counted(receiver.id, verdict, packet.count());
         }
         outcome
     }
@@ -368,28 +329,27 @@ impl Host {
     /// its MAC addresses till the kernel knows better.
     fn send(
         &self,
-        to: &Receiver,
+        to: Receiver<'_>,
         packet: &Packet,
-        arrival: Arrival<'_>,
         copy: bool,
     ) -> Result<(Gone, Verdict), Verdict> {
         // RFC 791 section 3.2, RFC 8200 section 3: it would arrive at zero
         if packet.ttl <= 1 {
             return Err("ttl");
         }
-        let way = self.ways.get(&to.address).ok_or("no-route")?;
+        let way = self.ways.get(&to.upstream.address.ip).ok_or("no-route")?;
         let source = match to.source {
             Source::Vip => packet.destination,
             Source::Preserve => packet.source,
             Source::Egress => way.egress.ok_or("no-route")?,
         };
-        if packet.length(arrival) > way.mtu {
+        if packet.length() > way.mtu {
             return Err("mtu");
         }
         if copy && way.macs.is_none() {
             return Err("no-neighbour");
         }
-        let frame = packet.rewritten(way.macs, source, to.address, to.port);
+        let frame = packet.rewritten(way.macs, source, to.upstream);
         let fresh = packet.fragment.as_ref().filter(|_| to.source != Source::Preserve);
         let fresh = fresh.map(|fragment| Fresh {
             datagram: packet.datagram(),
@@ -404,22 +364,24 @@ impl Host {
     fn end_of_unsent(
         &self,
         rule: &Rule,
-        upstream: &Receiver,
+        to: Receiver<'_>,
         packet: &Packet,
         verdict: Verdict,
     ) -> End {
-        let mtu = self.ways.get(&upstream.address).map(|way| way.mtu);
+        let mtu = self.ways.get(&to.upstream.address.ip).map(|way| way.mtu);
         let mtu = match verdict {
             "ttl" => None,
             "mtu" if packet.dont_fragment => mtu,
             _ => return Outcome::unsent(rule).end,
         };
-        let one = |address| !address_of_many(address) && !self.broadcasts.contains(&address);
-        let of_one = one(packet.source) && one(packet.destination);
-        if rule.action == Action::Pass || packet.is_later() || !of_one || !self.supports.errors {
+        let source = packet.source;
+        let nobody = source.is_unspecified() || source.is_loopback() || self.is_of_many(source);
+        let (to, from) = packet.macs();
+        let many = to != self.mac || self.is_of_many(packet.destination);
+        let answered = rule.action == Action::Block && !packet.is_later() && !nobody && !many;
+        if !answered || !self.supports.errors {
             return Outcome::unsent(rule).end;
         }
-        let (to, from) = packet.macs();
         End::Answered(Answer {
             from: packet.destination,
             to: packet.source,
@@ -430,16 +392,26 @@ impl Host {
         })
     }
 
-    fn parse(&self, frame: &[u8]) -> Parsed {
-        let bytes = match self.supports.vlan {
-            true => untagged(frame),
-            false => Some(frame.to_vec()),
-        };
+    fn is_of_many(&self, address: IpAddr) -> bool {
+        let broadcast = address == Ipv4Addr::BROADCAST || self.broadcasts.contains(&address);
+        address.is_multicast() || broadcast
+    }
+
+    fn parse(&self, arrival: Arrival<'_>) -> Parsed {
+        let frame = arrival.frame;
+        let bytes = if self.supports.vlan { untagged(frame) } else { Some(frame.to_vec()) };
         let Some(bytes) = bytes else { return Parsed::Other };
-        match word(&bytes, ETHERNET - 2) {
+        let parsed = match word(&bytes, ETHERNET - 2) {
             Some(IPV4) => parse_ipv4(bytes),
             Some(IPV6) if self.supports.ipv6 => parse_ipv6(bytes),
             _ => Parsed::Other,
+        };
+        match parsed {
+            Parsed::Packet(packet) => {
+                let Arrival { gso_size, gso_segs, .. } = arrival;
+                Parsed::Packet(Packet { gso_size, gso_segs, ..packet })
+            }
+            parsed => parsed,
         }
     }
 
@@ -447,55 +419,57 @@ impl Host {
     /// network of senders.
     fn rule_for(&self, packet: &Packet) -> Option<usize> {
         let port = word(&packet.bytes, packet.body + 2)?;
-        let matching = self.rules.iter().enumerate().filter_map(|(index, rule)| {
-            let address = match rule.address {
-                Some(address) => address == packet.destination,
-                None => self.addresses.contains(&packet.destination),
-            };
-            let port = rule.ports.as_ref().is_none_or(|ports| ports.contains(&port));
-            let networks = rule.from.iter();
-            let from = networks.filter(|network| in_network(packet.source, **network));
-            let prefix = from.map(|(_, prefix)| Some(*prefix)).max().unwrap_or_default();
-            let sender = rule.from.is_empty() || prefix.is_some();
-            let rank = (rule.address.is_some(), rule.ports.is_some(), prefix);
-            (address && port && sender).then_some((rank, index))
+        let matching = self.rules.iter().enumerate().filter_map(|(index, (rule, _))| {
+            let key = &rule.key;
+            let port = key.ports.is_empty() || key.ports.iter().any(|ports| ports.contains(port));
+            let networks = key.from.iter().filter(|network| network.contains(packet.source));
+            let prefix = networks.map(|network| network.prefix).max();
+            let sender = key.from.is_empty() || prefix.is_some();
+            let rank = (key.address != KeyAddress::Any, !key.ports.is_empty(), prefix);
+            let matches = self.is_address(rule, packet.destination) && port && sender;
+            matches.then_some((rank, index))
         });
         matching.max().map(|(_, index)| index)
     }
 
-    /// The seed's mapping: the port's two bytes as a little-endian number, or the address as a
-    /// number, modulo the number of upstreams.
-    fn choose(&self, rule: usize, packet: &Packet) -> usize {
-        let rule = &self.rules[rule];
-        let count = rule.upstreams.len();
-        let port = word(&packet.bytes, packet.body).unwrap_or_default();
-        match rule.strategy {
-            Strategy::SrcPort => usize::from(port.swap_bytes()) % count,
-            Strategy::SrcIp => match packet.source {
-                IpAddr::V4(address) => (u64::from(address.to_bits()) % count as u64) as usize,
-                IpAddr::V6(address) => (address.to_bits() % count as u128) as usize,
-            },
-            Strategy::Hash(choose) => choose(count, packet.source, port),
+    fn is_address(&self, rule: &Rule, address: IpAddr) -> bool {
+        match rule.key.address {
+            KeyAddress::Is(key) => key == address,
+            KeyAddress::Any => self.addresses.contains(&address),
         }
     }
 
     /// Whether some rule is for packets to this address.
     fn has_key(&self, address: IpAddr) -> bool {
-        self.rules.iter().any(|rule| match rule.address {
-            Some(key) => key == address,
-            None => self.addresses.contains(&address),
-        })
+        self.rules.iter().any(|(rule, _)| self.is_address(rule, address))
+    }
+
+    /// The seed's mapping: the port's two bytes as a little-endian number, or the address as a
+    /// number, modulo the number of upstreams.
+    fn choose(&self, rule: &Rule, packet: &Packet) -> usize {
+        let count = rule.upstreams.len();
+        let port = word(&packet.bytes, packet.body).unwrap_or_default();
+        match (rule.hash, rule.strategy, packet.source) {
+            (Hash::Modulo, Strategy::SrcPort, _) => usize::from(port.swap_bytes()) % count,
+            (Hash::Modulo, Strategy::SrcIp, IpAddr::V4(address)) => {
+                address.to_bits() as usize % count
+            }
+            (Hash::Modulo, Strategy::SrcIp, IpAddr::V6(address)) => {
+                (address.to_bits() % count as u128) as usize
+            }
+            (_, _, source) => (self.hashed)(rule, source, port),
+        }
     }
 
     /// By the frame's destination. Frames to many are for keys that many have.
     fn is_for_us(&self, rule: &Rule, packet: &Packet) -> bool {
         let (to, _) = packet.macs();
-        let key = rule.address;
-        let many = key.is_some_and(|key| {
-            key.is_multicast() || self.broadcasts.contains(&key) || key == Ipv4Addr::BROADCAST
-        });
-        let group = to[0] & 1 == 1;
-        to == self.mac || group && many
+        let many = match rule.key.address {
+            KeyAddress::Is(key) => self.is_of_many(key),
+            KeyAddress::Any => false,
+        };
+        // the group bit of IEEE 802
+        to == self.mac || to[0] & 1 == 1 && many
     }
 }
 
@@ -534,8 +508,8 @@ impl Packet {
     }
 
     /// Of the IP packet, or of the largest that it is to be cut into.
-    fn length(&self, arrival: Arrival<'_>) -> usize {
-        match arrival.gso_size {
+    fn length(&self) -> usize {
+        match self.gso_size {
             0 => self.end - ETHERNET,
             size => self.body + 8 - ETHERNET + size,
         }
@@ -543,32 +517,26 @@ impl Packet {
 
     /// Packets and bytes, with the Ethernet header and without tags. Segments have headers of
     /// their own.
-    fn count(&self, arrival: Arrival<'_>) -> (u64, u64) {
+    fn count(&self) -> (u64, u64) {
         let headers = self.body + 8;
         let bytes = self.bytes.len();
-        if arrival.gso_size == 0 {
+        if self.gso_size == 0 {
             return (1, bytes as u64);
         }
-        let segments = match arrival.gso_segs {
-            0 => bytes.saturating_sub(headers).div_ceil(arrival.gso_size).max(1),
+        let segments = match self.gso_segs {
+            0 => bytes.saturating_sub(headers).div_ceil(self.gso_size).max(1),
             segments => segments,
         };
         (segments as u64, (bytes + (segments - 1) * headers) as u64)
     }
 
     /// The same to another host. What is not named here leaves as it came.
-    fn rewritten(
-        &self,
-        macs: Option<(Mac, Mac)>,
-        source: IpAddr,
-        destination: IpAddr,
-        port: Option<u16>,
-    ) -> Vec<u8> {
+    fn rewritten(&self, macs: Option<(Mac, Mac)>, source: IpAddr, to: &Upstream) -> Vec<u8> {
         let mut bytes = self.bytes.clone();
         if let Some((from, to)) = macs {
             bytes[..12].copy_from_slice(&[to, from].concat());
         }
-        let addresses = match (source, destination) {
+        let addresses = match (source, to.address.ip) {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
                 bytes[ETHERNET + 8] -= 1;
                 let addresses = [from.octets(), to.octets()].concat();
@@ -588,7 +556,7 @@ impl Packet {
             return bytes;
         }
         let old_port = word(&self.bytes, self.body + 2).expect("a UDP header");
-        let new_port = port.unwrap_or(old_port);
+        let new_port = to.port.unwrap_or(old_port);
         bytes[self.body + 2..self.body + 4].copy_from_slice(&new_port.to_be_bytes());
         let checksum = word(&self.bytes, self.body + 6).expect("a UDP header");
         // RFC 768: zero says that there is none, and ones stand for a zero that was computed
@@ -638,6 +606,8 @@ fn parse_ipv4(bytes: Vec<u8>) -> Parsed {
         end: ETHERNET + usize::from(field(2)),
         body: ETHERNET + length,
         dont_fragment: field(6) & 0x4000 != 0,
+        gso_size: 0,
+        gso_segs: 0,
         fragment: (more || offset > 0).then_some(fragment),
         bytes,
     };
@@ -654,6 +624,7 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
     }
     let address = |at: usize| -> [u8; 16] { header[at..at + 16].try_into().expect("16 bytes") };
     let destination = IpAddr::from(address(24));
+    let unreadable = Parsed::Unreadable { destination, bytes: bytes.len() };
     let mut packet = Packet {
         source: address(8).into(),
         destination,
@@ -661,6 +632,8 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
         end: ETHERNET + 40 + usize::from(word(header, 4).expect("within the header")),
         body: ETHERNET + 40,
         dont_fragment: true,
+        gso_size: 0,
+        gso_segs: 0,
         fragment: None,
         bytes: Vec::new(),
     };
@@ -673,7 +646,7 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
             break;
         }
         let Some(extension) = bytes.get(packet.body..packet.body + 8) else {
-            return Parsed::Unreadable(destination);
+            return unreadable;
         };
         // sections 4.3 to 4.6
         let length = if next == FRAGMENT { 8 } else { (usize::from(extension[1]) + 1) * 8 };
@@ -684,7 +657,7 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
         // section 4.1: each of them at most once
         let again = next == FRAGMENT && fragmented;
         if number == EXTENSIONS || again || packet.body + length > bytes.len() {
-            return Parsed::Unreadable(destination);
+            return unreadable;
         }
         if next == FRAGMENT {
             fragmented = true;
@@ -727,7 +700,7 @@ impl Outcome {
     }
 }
 
-impl Fragments {
+impl Table {
     fn remember(&mut self, datagram: Datagram, rule: usize, chosen: usize) {
         self.followed.insert(datagram, (rule, chosen));
         self.fresh.retain(|(known, _), _| *known != datagram);
@@ -807,25 +780,17 @@ impl Answer {
     }
 }
 
-/// No host has it alone: no error is to go there, or because of a packet there.
-fn address_of_many(address: IpAddr) -> bool {
-    let broadcast = address == IpAddr::from(Ipv4Addr::BROADCAST);
-    address.is_multicast() || address.is_unspecified() || address.is_loopback() || broadcast
-}
-
-fn in_network(address: IpAddr, (network, prefix): (IpAddr, u32)) -> bool {
-    // the address's last bits do not count
-    match (address, network) {
-        (IpAddr::V4(address), IpAddr::V4(network)) => {
-            let host = u32::MAX.checked_shr(prefix).unwrap_or_default();
-            address.to_bits() | host == network.to_bits() | host
-        }
-        (IpAddr::V6(address), IpAddr::V6(network)) => {
-            let host = u128::MAX.checked_shr(prefix).unwrap_or_default();
-            address.to_bits() | host == network.to_bits() | host
-        }
-        _ => false,
-    }
+fn receivers<'host>(
+    rule: &'host Rule,
+    upstreams: &'host [Upstream],
+    ids: &[u32],
+) -> Vec<Receiver<'host>> {
+    let receiver = |(upstream, id): (&'host Upstream, &u32)| Receiver {
+        upstream,
+        id: *id,
+        source: rule.source_of(upstream),
+    };
+    upstreams.iter().zip(ids).map(receiver).collect()
 }
 
 fn octets(address: IpAddr) -> Vec<u8> {
