@@ -3,6 +3,8 @@
 //!
 //! What differs is printed in its smallest form, and belongs into the table of cases then.
 
+#[path = "fuzz/cases.rs"]
+mod cases;
 mod common;
 
 use std::cell::RefCell;
@@ -10,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use cases::Case;
 use common::forge::Forged;
 use common::packet::Mac;
 use common::program::{Context, Counted, Run};
@@ -23,7 +26,7 @@ use proptest::collection::vec;
 use proptest::prelude::{Just, Strategy, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use udplb::config::{self, Action, Fragments, Hash, Key, Mode, Source};
-use udplb::plan::{Rule, RuleIds, Upstream};
+use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 
 /// What is asked of the program; the specification has it all.
 const SUPPORTS: Supports = Supports {
@@ -67,24 +70,26 @@ const WAYS: [(IpAddr, usize, Option<Mac>); 6] = [
     (IpAddr::V4(NARROW_COLD), 1000, None),
 ];
 const WAYS6: [(IpAddr, usize, Option<Mac>); 6] = [
-    (near6(2), 1500, Some(NEAR_MAC)),
-    (near6(3), 1500, None),
+    (IpAddr::V6(NEAR6), 1500, Some(NEAR_MAC)),
+    (IpAddr::V6(Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 3)), 1500, None),
     (IpAddr::V6(Ipv6Addr::new(0xfd00, 3, 0, 0, 0, 0, 0, 2)), 1500, Some(GATEWAY_MAC)),
     (IpAddr::V6(Ipv6Addr::new(0xfd00, 4, 0, 0, 0, 0, 0, 2)), 1500, None),
     (IpAddr::V6(Ipv6Addr::new(0xfd00, 6, 0, 0, 0, 0, 0, 2)), 1300, Some(GATEWAY_MAC)),
     (IpAddr::V6(Ipv6Addr::new(0xfd00, 6, 0, 0, 0, 0, 0, 3)), 1300, None),
 ];
+const NEAR6: Ipv6Addr = Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 2);
 const NO_ROUTE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 2));
-
-const fn near6(host: u16) -> IpAddr {
-    IpAddr::V6(Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, host))
-}
 
 /// What user space knows where the kernel knows something else.
 const HELD_MAC: Mac = [2, 0, 0, 0, 9, 9];
 
 /// What the kernel takes for a frame with an IPv6 header.
 const SHORTEST: usize = 14 + 40;
+
+fn rule_for(target: Target, upstreams: Vec<Upstream>) -> Rule {
+    let key = Key::new(target.address, vec![PORTS]);
+    Rule { hash: Hash::Modulo, ..Rule::new("rule", key, upstreams) }
+}
 
 #[derive(Clone, Debug)]
 struct Scenario {
@@ -106,11 +111,94 @@ impl Scenario {
             rules: vec![(self.rule.clone(), ids)],
             addresses: vec![VIP.into(), OWN.into(), VIP6.into(), OWN6.into()],
             broadcasts: vec![BROADCAST.into(), Ipv4Addr::new(10, 0, 2, 255).into()],
+            // MTU, Ethernet header and, whether there is one or not, a tag
+            longest: 1500 + 14 + 4,
             ways: ways.collect(),
             hashed: |_, _, _| 0,
             supports,
         }
     }
+}
+
+/// All that there is.
+const ALL: Supports = Supports {
+    ipv6: true,
+    vlan: true,
+    fragments: true,
+    errors: true,
+    replicate: true,
+    egress: true,
+    groups: true,
+};
+
+/// Ids as a program with this one rule has them.
+fn ids(rule: &Rule) -> RuleIds {
+    let desired = Desired { rules: vec![rule.clone()], ..Desired::default() };
+    assign_ids(&desired, &[], 100).expect("ids suffice").remove(0)
+}
+
+/// As `Case::fates` has it.
+fn fate(outcome: &Outcome) -> String {
+    let mut fate = String::from(match outcome.end {
+        End::Up => "up",
+        End::Dropped => "drop",
+        End::Away(_) => "away",
+        End::Answered(_) => "answer",
+    });
+    if !outcome.copies.is_empty() {
+        let _ = write!(fate, " +{}", outcome.copies.len());
+    }
+    for (id, verdict) in outcome.counted.keys() {
+        let _ = write!(fate, " {verdict}{}", if *id == 0 { "@0" } else { "" });
+    }
+    fate
+}
+
+/// The specification, by hand.
+#[test]
+fn what_is_easily_got_wrong() {
+    let mut wrong = Vec::new();
+    for Case { name, rule, packets, fates } in cases::all() {
+        let (ids, mut table) = (ids(&rule), Table::default());
+        let host = Scenario { rule, held: false }.host(ids, ALL);
+        let got = packets.iter().map(|packet| {
+            let frame = packet.frame();
+            let came = packet.cut.unwrap_or(frame.len());
+            let (gso_size, gso_segs) = (packet.gso.0 as usize, packet.gso.1 as usize);
+            let arrival = Arrival { frame: &frame[..came], tag: packet.tag, gso_size, gso_segs };
+            fate(&host.judge(&mut table, arrival))
+        });
+        let got: Vec<_> = got.collect();
+        if got.join(", ") != fates {
+            wrong.push(format!("{name}: {got:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_program_gets_it_right() {
+    Testbed::with(|testbed| {
+        let results =
+            cases::all().into_iter().filter_map(|Case { name, rule, packets, .. }| {
+                if !can_be_asked(&rule) {
+                    return None;
+                }
+                let scenario = Scenario { rule, held: false };
+                let result = check(testbed, &scenario, &packets, &mut BTreeMap::new());
+                Some(format!("{name}: {}", result.err()?))
+            });
+        let wrong: Vec<_> = results.collect();
+        assert!(wrong.is_empty(), "{} cases went wrong:\n{}", wrong.len(), wrong.join("\n"));
+    });
+}
+
+/// Whether the program knows what the rule says.
+fn can_be_asked(rule: &Rule) -> bool {
+    let family = SUPPORTS.ipv6 || rule.destinations().all(|to| to.address.ip.is_ipv4());
+    let copies = SUPPORTS.replicate || rule.mode == Mode::Balance && rule.mirrors.is_empty();
+    let source = SUPPORTS.egress || rule.source != Source::Egress;
+    family && copies && source
 }
 
 /// Puts the packets to the program and to its specification.
@@ -126,6 +214,23 @@ fn check(
     let ids = testbed.program.configure(&scenario.rule, &ways.collect(), 0);
     testbed.program.lease(scenario.held);
     let host = scenario.host(ids, SUPPORTS);
+    let wanted = check_each(testbed, &host, packets);
+    // also after a packet that went wrong, for whoever comes next
+    let got = testbed.program.take_counted();
+    let wanted = wanted?;
+    for ((_, verdict), (packets, _)) in &got {
+        *tally.entry(verdict).or_default() += packets;
+    }
+    match got == wanted {
+        true => Ok(()),
+        false => Err(format!("counted\n wanted {wanted:?}\n got    {got:?}")),
+    }
+}
+
+/// All but what the program counted; returns what that should be.
+fn check_each(testbed: &Testbed<'_>, host: &Host, packets: &[Forged]) -> Result<Counted, String> {
+    let (rule, _) = &host.rules[0];
+    let copied = rule.action == Action::Pass || rule.mode == Mode::Replicate;
     let mut table = Table::default();
     let mut counted = Counted::new();
     for (number, packet) in packets.iter().enumerate() {
@@ -135,8 +240,7 @@ fn check(
         frame.resize(frame.len().max(SHORTEST), 0);
         let length = (came < frame.len()).then_some(came);
         // the kernel neither shortens nor copies such packets when a test makes them
-        let copied = scenario.rule.action == Action::Pass || scenario.rule.mode == Mode::Replicate;
-        let plain = length.is_some() || copied || !scenario.rule.mirrors.is_empty();
+        let plain = length.is_some() || copied || !rule.mirrors.is_empty();
         let (gso_size, gso_segs) = if plain { (0, 0) } else { packet.gso };
         let arrival = Arrival {
             frame: &frame[..came],
@@ -158,14 +262,7 @@ fn check(
             *sum = (sum.0 + packets, sum.1 + bytes);
         }
     }
-    let got = testbed.program.take_counted();
-    for ((_, verdict), (packets, _)) in &got {
-        *tally.entry(verdict).or_default() += packets;
-    }
-    match got == counted {
-        true => Ok(()),
-        false => Err(format!("counted\n wanted {counted:?}\n got    {got:?}")),
-    }
+    Ok(counted)
 }
 
 /// Whether the program did what was wanted.
@@ -293,10 +390,9 @@ fn any_scenario(target: Target) -> impl Strategy<Value = Scenario> {
     let mirrors = vec(any_upstream(target), 0..=if SUPPORTS.replicate { 2 } else { 0 });
     let rule = (action, source, mode, fragments, strategy, upstreams, mirrors).prop_map(
         move |(action, source, mode, fragments, strategy, upstreams, mirrors)| {
-            let key = Key::new(target.address, vec![PORTS]);
             let mirrors = if mode == Mode::Balance { mirrors } else { Vec::new() };
-            let rule = Rule { mode, fragments, mirrors, ..Rule::new("rule", key, upstreams) };
-            Rule { action, source, strategy, hash: Hash::Modulo, ..rule }
+            let rule = rule_for(target, upstreams);
+            Rule { action, source, mode, fragments, strategy, mirrors, ..rule }
         },
     );
     (rule, usually(false, Just(true))).prop_map(|(rule, held)| Scenario { rule, held })

@@ -148,6 +148,41 @@ pub enum Checksum {
 }
 
 impl Forged {
+    /// A datagram of sixteen bytes, with all right.
+    pub fn new(to: Mac, ip: Ip, port: u16) -> Forged {
+        Forged {
+            to,
+            from: [2, 0, 0, 0, 1, 2],
+            tag: None,
+            tags: Vec::new(),
+            ethertype: None,
+            ip,
+            udp: Udp {
+                source: 5666,
+                destination: port,
+                length: Length::Right,
+                checksum: Checksum::Right,
+                payload: 16,
+                first: 0,
+                trailer: 0,
+                cut: None,
+            },
+            padding: 0,
+            cut: None,
+            gso: (0, 0),
+        }
+    }
+
+    /// The checksum in the UDP header.
+    pub fn udp_checksum(&self) -> u16 {
+        let (source, destination) = match &self.ip {
+            Ip::V4(ip) => (ip.source.octets().to_vec(), ip.destination.octets().to_vec()),
+            Ip::V6(ip) => (ip.source.octets().to_vec(), ip.destination.octets().to_vec()),
+        };
+        let bytes = self.udp.bytes(&source, &destination);
+        u16::from_be_bytes([bytes[6], bytes[7]])
+    }
+
     pub fn frame(&self) -> Vec<u8> {
         let mut frame = [self.to, self.from].concat();
         for tag in &self.tags {
@@ -166,6 +201,24 @@ impl Forged {
 }
 
 impl V4 {
+    pub fn new(source: Ipv4Addr, destination: Ipv4Addr) -> V4 {
+        V4 {
+            version: 4,
+            words: None,
+            tos: 0,
+            total_length: Length::Right,
+            identification: 0,
+            flags: 0,
+            fragment_offset: 0,
+            ttl: 64,
+            protocol: UDP,
+            checksum_error: 0,
+            source,
+            destination,
+            options: 0,
+        }
+    }
+
     fn packet(&self, udp: &Udp) -> Vec<u8> {
         let body = udp.bytes(&self.source.octets(), &self.destination.octets());
         let length = 20 + usize::from(self.options) * 4;
@@ -186,6 +239,20 @@ impl V4 {
 }
 
 impl V6 {
+    pub fn new(source: Ipv6Addr, destination: Ipv6Addr) -> V6 {
+        V6 {
+            version: 6,
+            traffic_class: 0,
+            flow_label: 0,
+            payload_length: Length::Right,
+            hop_limit: 64,
+            source,
+            destination,
+            extensions: Vec::new(),
+            protocol: UDP,
+        }
+    }
+
     fn packet(&self, udp: &Udp) -> Vec<u8> {
         let body = udp.bytes(&self.source.octets(), &self.destination.octets());
         let numbers = self.extensions.iter().map(|extension| extension.kind.number());
@@ -220,6 +287,10 @@ impl Kind {
 }
 
 impl Extension {
+    pub fn new(kind: Kind) -> Extension {
+        Extension { kind, units: 0, lie: None }
+    }
+
     fn bytes(&self, next: u8) -> Vec<u8> {
         let said = self.lie.unwrap_or(self.units);
         if let Kind::Fragment(fragment) = self.kind {

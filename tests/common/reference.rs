@@ -48,6 +48,8 @@ pub struct Host {
     pub addresses: Vec<IpAddr>,
     /// The subnets' broadcast addresses.
     pub broadcasts: Vec<IpAddr>,
+    /// The longest frame that the interfaces take; IP packets may have bytes behind them.
+    pub longest: usize,
     /// By the address of the upstream; there is no route to others.
     pub ways: BTreeMap<IpAddr, Way>,
     pub hashed: Hashed,
@@ -198,6 +200,8 @@ struct Packet {
     body: usize,
     /// None: it is whole.
     fragment: Option<Fragment>,
+    /// Whether what it is a fragment of may be UDP, by what this one says.
+    may_be_udp: bool,
     /// May be told to use a smaller MTU.
     dont_fragment: bool,
     gso_size: usize,
@@ -233,9 +237,15 @@ impl Host {
             }),
         };
         let Some((index, chosen)) = found else {
+            if packet.is_first() {
+                table.forget(packet.datagram());
+            }
+            if !packet.is_later() {
+                return Outcome::default();
+            }
             let verdict = if self.supports.fragments { "fragment-early" } else { "fragment" };
-            let known = self.has_key(packet.destination) || !self.supports.fragments;
-            return match packet.is_later() && known {
+            let keys = self.has_key(packet.destination) && packet.may_be_udp;
+            return match keys || !self.supports.fragments {
                 true => Outcome::default().counted(0, verdict, count),
                 false => Outcome::default(),
             };
@@ -248,10 +258,13 @@ impl Host {
             return Outcome::unsent(rule).counted(ids.rule, "fragment", count);
         }
         if !packet.is_well_formed() {
+            if packet.is_first() {
+                table.forget(packet.datagram());
+            }
             return Outcome::unsent(rule).counted(ids.rule, "malformed", count);
         }
         if packet.fragment.is_some() {
-            if !packet.is_later() {
+            if packet.is_first() {
                 table.remember(packet.datagram(), index, chosen);
             }
             let outcome = match rule.fragments {
@@ -350,6 +363,9 @@ impl Host {
             return Err("no-neighbour");
         }
         let frame = packet.rewritten(way.macs, source, to.upstream);
+        if copy && frame.len() > self.longest {
+            return Err("clone-failed");
+        }
         let fresh = packet.fragment.as_ref().filter(|_| to.source != Source::Preserve);
         let fresh = fresh.map(|fragment| Fresh {
             datagram: packet.datagram(),
@@ -474,6 +490,10 @@ impl Host {
 }
 
 impl Packet {
+    fn is_first(&self) -> bool {
+        self.fragment.as_ref().is_some_and(|fragment| fragment.first)
+    }
+
     fn is_later(&self) -> bool {
         self.fragment.as_ref().is_some_and(|fragment| !fragment.first)
     }
@@ -609,6 +629,7 @@ fn parse_ipv4(bytes: Vec<u8>) -> Parsed {
         gso_size: 0,
         gso_segs: 0,
         fragment: (more || offset > 0).then_some(fragment),
+        may_be_udp: true,
         bytes,
     };
     // the ports must have come; later fragments have none
@@ -635,6 +656,7 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
         gso_size: 0,
         gso_segs: 0,
         fragment: None,
+        may_be_udp: true,
         bytes: Vec::new(),
     };
     let mut next = header[6];
@@ -677,13 +699,11 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
             break;
         }
     }
-    // the ports must have come; a later fragment says with what its data began in the first
-    let may_be_udp = matches!(next, UDP | HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION);
-    let fine = match packet.is_later() {
-        true => may_be_udp,
-        false => next == UDP && bytes.len() >= packet.body + 8,
-    };
-    if fine { Parsed::Packet(Packet { bytes, ..packet }) } else { Parsed::Other }
+    // of a later fragment this is what the data of the first begin with
+    packet.may_be_udp = matches!(next, UDP | HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION);
+    // the ports must have come; later fragments have none
+    let came = packet.is_later() || next == UDP && bytes.len() >= packet.body + 8;
+    if came { Parsed::Packet(Packet { bytes, ..packet }) } else { Parsed::Other }
 }
 
 impl Outcome {
@@ -702,7 +722,13 @@ impl Outcome {
 
 impl Table {
     fn remember(&mut self, datagram: Datagram, rule: usize, chosen: usize) {
+        self.forget(datagram);
         self.followed.insert(datagram, (rule, chosen));
+    }
+
+    /// Another datagram has the identification now.
+    fn forget(&mut self, datagram: Datagram) {
+        self.followed.remove(&datagram);
         self.fresh.retain(|(known, _), _| *known != datagram);
     }
 
