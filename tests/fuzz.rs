@@ -6,6 +6,8 @@
 #[path = "fuzz/cases.rs"]
 mod cases;
 mod common;
+#[path = "fuzz/receiver.rs"]
+mod receiver;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};

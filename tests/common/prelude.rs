@@ -15,6 +15,9 @@ pub struct Tag {
     pub control: u16,
 }
 
+/// What one does: it cuts the frame to a length, and gives it a tag.
+pub type Change = (Option<usize>, Option<Tag>);
+
 /// What the prelude returns when it, not the program under test, failed.
 pub const FAILED: i32 = 99;
 
@@ -52,8 +55,8 @@ impl Prelude {
         Prelude { programs, functions: Functions::new() }
     }
 
-    /// Loads one that cuts the frame to `length` and gives it a tag.
-    pub fn load(&self, length: Option<usize>, tag: Option<Tag>) -> OwnedFd {
+    /// Loads one.
+    pub fn load(&self, (length, tag): Change) -> OwnedFd {
         let mut code = vec![mov(CONTEXT, 1)];
         if let Some(length) = length {
             let arguments = [set(2, length as i32), set(3, 0)];

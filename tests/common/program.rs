@@ -14,7 +14,7 @@ use udplb::nexthop::{self, Way};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 use udplb::tables::Tables;
 
-use super::prelude::{FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL, Tag};
+use super::prelude::{Change, FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL, Tag};
 
 /// Ids given, and read, in each chunk of counters; no configuration here has more.
 const IDS: u32 = 64;
@@ -54,8 +54,8 @@ pub struct Program<'object> {
     skeleton: UdplbSkel<'object>,
     chunks: [MapHandle; CHUNKS as usize],
     prelude: Prelude,
-    /// Those that were needed, by length and tag.
-    preludes: RefCell<HashMap<(Option<usize>, Option<Tag>), OwnedFd>>,
+    /// Those that were needed.
+    preludes: RefCell<HashMap<Change, OwnedFd>>,
 }
 
 impl<'object> Program<'object> {
@@ -140,10 +140,9 @@ impl<'object> Program<'object> {
         if context.tag.is_none() && context.length.is_none() {
             return test_run(self.skeleton.progs.udplb.as_fd(), frame, context);
         }
+        let change = (context.length, context.tag);
         let mut preludes = self.preludes.borrow_mut();
-        let prelude = preludes
-            .entry((context.length, context.tag))
-            .or_insert_with(|| self.prelude.load(context.length, context.tag));
+        let prelude = preludes.entry(change).or_insert_with(|| self.prelude.load(change));
         let run = test_run(prelude.as_fd(), frame, context);
         assert_ne!(run.action, FAILED, "the prelude with {context:?}");
         run

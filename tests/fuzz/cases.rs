@@ -20,11 +20,12 @@ pub struct Case {
     pub fates: &'static str,
 }
 
-fn case(name: &'static str, packet: Forged, fate: &'static str) -> Case {
+/// With a rule that fits.
+pub fn case(name: &'static str, packet: Forged, fate: &'static str) -> Case {
     cases(name, vec![packet], fate)
 }
 
-/// With a rule that fits.
+/// The same for several packets.
 fn cases(name: &'static str, packets: Vec<Forged>, fates: &'static str) -> Case {
     let upstream = match packets[0].ip {
         Ip::V4(_) => Upstream::new(NEAR, Some(9995)),
@@ -110,7 +111,7 @@ pub fn all() -> Vec<Case> {
 }
 
 /// The two bytes of payload make the datagram's checksum a computed zero: ones in the header.
-pub fn without_sum(datagram: Forged) -> Forged {
+fn without_sum(datagram: Forged) -> Forged {
     let udp = Udp { payload: 2, first: 0, checksum: Checksum::Right, ..datagram.udp };
     let mut zeroes = Forged { udp, ..datagram };
     let checksum = zeroes.udp_checksum();
