@@ -27,7 +27,7 @@ use common::testbed::{
 use proptest::collection::vec;
 use proptest::prelude::{Just, Strategy, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
-use udplb::config::{self, Action, Fragments, Hash, Key, Mode, Source};
+use udplb::config::{self, Action, Fragments, Hash, Key, KeyAddress, Mode, Ports, Source};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 
 /// What is asked of the program; the specification has it all.
@@ -176,6 +176,56 @@ fn what_is_easily_got_wrong() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Which of several rules it is.
+#[test]
+fn the_nearest_key_decides() {
+    let rule = |name: &str, address: KeyAddress, ports: &[Ports], from: &[&str]| {
+        let key = Key::new(address, ports.to_vec());
+        let from = from.iter().map(|network| network.parse().expect("a network")).collect();
+        let upstreams = vec![Upstream::new(NEAR, None)];
+        Rule { action: Action::Block, ..Rule::new(name, Key { from, ..key }, upstreams) }
+    };
+    let exact = KeyAddress::Is(VIP.into());
+    let rules = [
+        rule("any", KeyAddress::Any, &[], &[]),
+        rule("any, sender", KeyAddress::Any, &[], &["198.51.100.7"]),
+        rule("any, port", KeyAddress::Any, &[PORTS], &[]),
+        rule("exact", exact, &[], &[]),
+        rule("exact, port", exact, &[PORTS], &["198.51.0.0/16"]),
+        rule("exact, port, sender", exact, &[PORTS], &["198.51.100.0/24", "192.0.2.0/24"]),
+    ];
+    let desired = Desired { rules: rules.to_vec(), ..Desired::default() };
+    let ids = assign_ids(&desired, &[], 100).expect("ids suffice");
+    let scenario = Scenario { rule: rules[0].clone(), held: false };
+    let host = Host {
+        rules: rules.iter().cloned().zip(ids.iter().cloned()).collect(),
+        ..scenario.host(ids[0].clone(), ALL)
+    };
+    #[rustfmt::skip]
+    let table = [
+        // to                port  from                rule
+        ([10, 0, 1, 1],      2055, [198, 51, 100, 7],  Some(5)),
+        ([10, 0, 1, 1],      2055, [192, 0, 2, 1],     Some(5)),
+        ([10, 0, 1, 1],      2055, [198, 51, 7, 7],    Some(4)),
+        ([10, 0, 1, 1],      2055, [10, 9, 9, 9],      Some(3)),
+        ([10, 0, 1, 1],      53,   [198, 51, 100, 7],  Some(3)),
+        ([10, 0, 2, 1],      2055, [198, 51, 100, 7],  Some(2)),
+        ([10, 0, 2, 1],      53,   [198, 51, 100, 7],  Some(1)),
+        ([10, 0, 2, 1],      53,   [198, 51, 100, 8],  Some(0)),
+        ([10, 0, 2, 2],      2055, [198, 51, 100, 7],  None),
+    ];
+    for (to, port, from, rule) in table {
+        let packet = cases::v4(|ip, udp| {
+            (ip.source, ip.destination, udp.destination) = (from.into(), to.into(), port);
+        });
+        let frame = packet.frame();
+        let arrival = Arrival { frame: &frame, tag: None, gso_size: 0, gso_segs: 0 };
+        let counted = host.judge(&mut Table::default(), arrival).counted;
+        let wanted = rule.map(|rule: usize| (ids[rule].upstreams[0], "forwarded"));
+        assert_eq!(counted.into_keys().next(), wanted, "{packet:?}");
+    }
 }
 
 #[test]

@@ -135,7 +135,8 @@ pub struct Answer {
     pub to: IpAddr,
     /// The MTU to use; none: the time was exceeded.
     pub mtu: Option<usize>,
-    pub macs: (Mac, Mac),
+    /// What the frame begins with: the MAC addresses the other way round, and its tags.
+    pub link: Vec<u8>,
     /// The packet that was too big or too old.
     pub about: Vec<u8>,
     /// How much of that must be quoted.
@@ -282,7 +283,7 @@ impl Host {
             Mode::Balance => {
                 let mirrors = receivers(&rule.mirrors, &ids.mirrors);
                 let outcome = self.copies(&mirrors, &packet);
-                self.balance(outcome, rule, upstreams[chosen], &packet)
+                self.balance(outcome, rule, upstreams[chosen], &packet, arrival)
             }
             Mode::Replicate => {
                 // the rule counts each packet once
@@ -305,6 +306,7 @@ impl Host {
         rule: &Rule,
         to: Receiver<'_>,
         packet: &Packet,
+        arrival: Arrival<'_>,
     ) -> Outcome {
         let copy = rule.action == Action::Pass;
         let verdict = match self.send(to, packet, copy) {
@@ -316,7 +318,7 @@ impl Host {
                 verdict
             }
             Err(verdict) => {
-                outcome.end = self.end_of_unsent(rule, to, packet, verdict);
+                outcome.end = self.end_of_unsent(rule, to, packet, arrival, verdict);
                 verdict
             }
         };
@@ -382,6 +384,7 @@ impl Host {
         rule: &Rule,
         to: Receiver<'_>,
         packet: &Packet,
+        arrival: Arrival<'_>,
         verdict: Verdict,
     ) -> End {
         let mtu = self.ways.get(&to.upstream.address.ip).map(|way| way.mtu);
@@ -390,19 +393,19 @@ impl Host {
             "mtu" if packet.dont_fragment => mtu,
             _ => return Outcome::unsent(rule).end,
         };
-        let source = packet.source;
-        let nobody = source.is_unspecified() || source.is_loopback() || self.is_of_many(source);
         let (to, from) = packet.macs();
-        let many = to != self.mac || self.is_of_many(packet.destination);
-        let answered = rule.action == Action::Block && !packet.is_later() && !nobody && !many;
+        let for_many = to != self.mac || self.is_of_many(packet.destination);
+        let of_one = is_one_host(packet.source);
+        let answered = rule.action == Action::Block && !packet.is_later() && of_one && !for_many;
         if !answered || !self.supports.errors {
             return Outcome::unsent(rule).end;
         }
+        let tags = arrival.frame.len() - packet.bytes.len();
         End::Answered(Answer {
             from: packet.destination,
             to: packet.source,
             mtu,
-            macs: (to, from),
+            link: [&from, &to, &arrival.frame[12..ETHERNET + tags]].concat(),
             about: packet.bytes[ETHERNET..packet.end].to_vec(),
             least: packet.body + 8 - ETHERNET,
         })
@@ -762,16 +765,17 @@ impl Answer {
             IpAddr::V4(_) => (20, 1, 576),
             IpAddr::V6(_) => (40, 58, 1280),
         };
-        let quoted = ETHERNET + ip + 8;
-        if frame.len() < quoted + self.least.min(self.about.len()) {
+        let Some(packet) = frame.strip_prefix(&self.link[..]) else { return false };
+        let least = (ip + 8 + self.least.min(self.about.len())).min(most);
+        if !(least..=most).contains(&packet.len()) {
             return false;
         }
-        let (header, icmp) = frame[ETHERNET..].split_at(ip);
+        let (header, icmp) = packet.split_at(ip);
         let addresses = [octets(self.from), octets(self.to)].concat();
         let (kind, field) = (self.kind(), self.mtu.unwrap_or_default() as u32);
         let (right_header, pseudo_header) = match self.from {
             IpAddr::V4(_) => {
-                let length = word(header, 2) == Some((frame.len() - ETHERNET) as u16);
+                let length = word(header, 2) == Some(packet.len() as u16);
                 let whole = word(header, 6).is_some_and(|field| field & 0x3fff == 0);
                 let right = header[0] == 0x45 && length && whole && sum(header) == u16::MAX;
                 (right && header[8] > 0 && header[9] == protocol, Vec::new())
@@ -784,19 +788,16 @@ impl Answer {
                 (right && header[6] == protocol, pseudo_header)
             }
         };
-        let (from, to) = self.macs;
         right_header
-            && frame[..12] == [to, from].concat()
             && header.ends_with(&addresses)
             && icmp[..2] == kind
             && icmp[4..8] == field.to_be_bytes()
             && sum(&[&pseudo_header, icmp].concat()) == u16::MAX
             && self.about.starts_with(&icmp[8..])
-            && frame.len() - ETHERNET <= most
     }
 
     /// Type and code.
-    fn kind(&self) -> [u8; 2] {
+    pub fn kind(&self) -> [u8; 2] {
         match (self.from, self.mtu) {
             (IpAddr::V4(_), Some(_)) => [3, 4],
             (IpAddr::V4(_), None) => [11, 0],
@@ -804,6 +805,13 @@ impl Answer {
             (IpAddr::V6(_), None) => [3, 0],
         }
     }
+}
+
+/// "a source address that does not define a single host -- e.g., a zero address, a loopback address, a
+/// broadcast address, a multicast address, or a Class E address", RFC 1122 section 3.2.2.
+fn is_one_host(source: IpAddr) -> bool {
+    let class_e = matches!(source, IpAddr::V4(address) if address.octets()[0] >= 240);
+    !(source.is_unspecified() || source.is_loopback() || source.is_multicast() || class_e)
 }
 
 fn receivers<'host>(

@@ -339,7 +339,7 @@ fn answers() -> Vec<Case> {
         case("TTL 1, of everybody", old([255; 4]), "drop ttl"),
         case("TTL 1, of a group", old([224, 0, 0, 1]), "drop ttl"),
         case("TTL 1, of oneself", old([127, 0, 0, 1]), "drop ttl"),
-        case("TTL 1, of a subnet", old([10, 0, 1, 255]), "drop ttl"),
+        case("TTL 1, of class E", old([240, 0, 0, 1]), "drop ttl"),
         case("hop limit 1", v6(|ip, _| ip.hop_limit = 1), "answer ttl"),
         case("hop limit 0", v6(|ip, _| ip.hop_limit = 0), "answer ttl"),
         case("hop limit 1, of nobody", v6(|ip, _| (ip.hop_limit, ip.source) = (1, Ipv6Addr::UNSPECIFIED)), "drop ttl"),

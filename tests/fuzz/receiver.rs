@@ -1,7 +1,9 @@
 //! The specification, as a receiver sees it that knows nothing of it: etherparse.
 
+use std::net::IpAddr;
+
 use etherparse::defrag::IpDefragPool;
-use etherparse::{Ipv4Header, NetSlice, SlicedPacket, TransportSlice};
+use etherparse::{Ipv4Header, NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
 use proptest::prelude::any;
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use proptest::{prop_assert, prop_assert_eq};
@@ -11,7 +13,7 @@ use udplb::plan::Rule;
 use super::cases::{Case, all, case, v4, v6};
 use super::common::forge::{Extension, Forged, Ip, Kind, Udp};
 use super::common::random::any_packet;
-use super::common::reference::{Arrival, End, Gone, Host, Outcome, Table};
+use super::common::reference::{Answer, Arrival, End, Gone, Host, Outcome, Table};
 use super::{ALL, Scenario, UNICAST, UNICAST6, any_scenario, ids};
 
 const HEADERS: usize = 14 + 40;
@@ -57,7 +59,7 @@ fn gone(outcome: Outcome) -> Vec<Gone> {
 #[test]
 fn checksums_are_as_right_as_they_were() {
     for target in [UNICAST, UNICAST6] {
-        let config = Config { cases: 2000, failure_persistence: None, ..Config::default() };
+        let config = Config { cases: 1000, failure_persistence: None, ..Config::default() };
         let packets = (any_scenario(target), any_packet(target));
         let result = TestRunner::new(config).run(&packets, |(scenario, packet)| {
             let packet = Forged { tags: Vec::new(), ..packet };
@@ -184,4 +186,52 @@ fn check_fragments(
 fn addresses(frame: &[u8]) -> Vec<u8> {
     let ip = if frame[14] >> 4 == 4 { 14 + 12..14 + 20 } else { 14 + 8..14 + 40 };
     [&frame[..12], &frame[ip]].concat()
+}
+
+/// As another stack makes it, with as much of the packet as there may be.
+fn answered(answer: &Answer) -> Vec<u8> {
+    let (kind, field) = (answer.kind(), answer.mtu.unwrap_or_default() as u32);
+    let (about, mut packet) = (&answer.about, Vec::new());
+    let written = match (answer.from, answer.to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            let builder = PacketBuilder::ipv4(from.octets(), to.octets(), 64);
+            let builder = builder.icmpv4_raw(kind[0], kind[1], field.to_be_bytes());
+            builder.write(&mut packet, &about[..about.len().min(548)])
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let builder = PacketBuilder::ipv6(from.octets(), to.octets(), 64);
+            let builder = builder.icmpv6_raw(kind[0], kind[1], field.to_be_bytes());
+            builder.write(&mut packet, &about[..about.len().min(1232)])
+        }
+        mixed => panic!("two families: {mixed:?}"),
+    };
+    written.expect("room");
+    [&answer.link[..], &packet].concat()
+}
+
+/// With a byte changed it is none, and with too little of the packet neither.
+#[test]
+fn an_answer_is_told_from_what_is_none() {
+    let mut answers = 0;
+    for Case { name, rule, packets, fates } in all() {
+        if fates != "answer mtu" && fates != "answer ttl" {
+            continue;
+        }
+        let host = Scenario { rule: rule.clone(), held: false }.host(ids(&rule), ALL);
+        let outcome = judge(&host, &mut Table::default(), &packets[0].frame());
+        let End::Answered(answer) = outcome.end else { continue };
+        let frame = answered(&answer);
+        assert!(answer.is(&frame), "{name}");
+        let ip = answer.link.len();
+        // a checksum covers all but class, flow and hop limit of IPv6
+        let free = [1, 2, 3, 7].map(|byte| ip + byte);
+        for at in (0..frame.len()).filter(|at| answer.from.is_ipv4() || !free.contains(at)) {
+            let mut other = frame.clone();
+            other[at] ^= 0x40;
+            assert!(!answer.is(&other), "{name}, byte {at}");
+        }
+        assert!(!answer.is(&frame[..ip + 60.min(answer.least)]), "{name}, cut");
+        answers += 1;
+    }
+    assert!(answers > 8, "{answers} answers");
 }
