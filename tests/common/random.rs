@@ -112,7 +112,7 @@ fn any_ttl() -> BoxedStrategy<u8> {
 
 fn any_ipv4(address: Ipv4Addr) -> impl Strategy<Value = V4> {
     let source = prop_oneof![
-        2 => (0..4_u32).prop_map(|host| Ipv4Addr::from_bits(CLIENT.to_bits() + host)),
+        2 => (0..3_u32).prop_map(|host| Ipv4Addr::from_bits(CLIENT.to_bits() + host)),
         1 => any::<u32>().prop_map(Ipv4Addr::from_bits),
     ];
     let fragment = prop_oneof![
@@ -149,7 +149,7 @@ fn any_ipv4(address: Ipv4Addr) -> impl Strategy<Value = V4> {
 
 fn any_ipv6(address: Ipv6Addr) -> impl Strategy<Value = V6> {
     let source = prop_oneof![
-        2 => (0..4_u128).prop_map(|host| Ipv6Addr::from_bits(CLIENT6.to_bits() + host)),
+        2 => (0..3_u128).prop_map(|host| Ipv6Addr::from_bits(CLIENT6.to_bits() + host)),
         1 => any::<u128>().prop_map(Ipv6Addr::from_bits),
     ];
     let chain = prop_oneof![4 => vec(any_extension(), 0..=3), 1 => vec(any_extension(), 7..=9)];
