@@ -736,7 +736,8 @@ impl Table {
     }
 
     /// Whether a frame is the one that was to leave. The first fragment of a datagram chooses the
-    /// identification of the later ones.
+    /// identification of the later ones; as senders have become one, no other may have it (RFC 6864
+    /// section 4.3).
     pub fn admit(&mut self, wanted: &Gone, got: &[u8]) -> bool {
         let Some(Fresh { datagram, receiver, field }) = &wanted.fresh else {
             return wanted.frame == got;
@@ -747,6 +748,12 @@ impl Table {
             None => got.get(field.clone()).map(<[u8]>::to_vec),
         };
         let Some(chosen) = chosen else { return false };
+        let taken = self.fresh.iter().any(|((other, to), identification)| {
+            *other != *datagram && to == receiver && *identification == chosen
+        });
+        if taken {
+            return false;
+        }
         let mut frame = wanted.frame.clone();
         frame[field.clone()].copy_from_slice(&chosen);
         if word(&frame, ETHERNET - 2) == Some(IPV4) {

@@ -81,6 +81,10 @@ fn first4() -> Forged {
     part4(0, true, |_, _| {})
 }
 
+fn of_another(offset: u16, more: bool) -> Forged {
+    part4(offset, more, |ip, _| ip.source = Ipv4Addr::new(198, 51, 100, 8))
+}
+
 fn later4() -> Forged {
     part4(3, false, |_, _| {})
 }
@@ -198,7 +202,9 @@ fn ipv4_fragments() -> Vec<Case> {
         cases("options in all", vec![part4(0, true, |ip, _| ip.options = 3), part4(3, false, |ip, _| ip.options = 10)], follows),
         cases("the later one has the bytes of another port", vec![first4(), part4(3, false, |_, udp| udp.destination = 53)], follows),
         cases("a later one of one byte", vec![first4(), part4(3, false, |_, udp| udp.cut = Some(1))], follows),
-        cases("another sender's", vec![first4(), part4(3, false, |ip, _| ip.source = Ipv4Addr::new(198, 51, 100, 8))], alone),
+        cases("another sender's", vec![first4(), of_another(3, false)], alone),
+        cases("two senders with one identification", vec![first4(), of_another(0, true), later4(), of_another(3, false)],
+            "away forwarded, away forwarded, away forwarded, away forwarded"),
         cases("another identification", vec![first4(), part4(3, false, |ip, _| ip.identification = 78)], alone),
         cases("another protocol", vec![first4(), part4(3, false, |ip, _| ip.protocol = 1)], "away forwarded, up"),
         cases("early, and to nobody", vec![part4(3, false, |ip, _| ip.destination = OWN)], "up"),
