@@ -26,9 +26,9 @@ static __always_inline bool find_key(struct __sk_buff *skb, __u32 layout, struct
 		*key = bpf_get_prandom_u32();
 		return true;
 	}
-	found = rule->strategy == STRATEGY_STATSD ?
-			metric_key(skb, layout) :
-			payload_key(skb, layout, rule->payload_offset, rule->payload_length);
+	found = rule->strategy == STRATEGY_STATSD
+			? metric_key(skb, layout)
+			: payload_key(skb, layout, rule->payload_offset, rule->payload_length);
 	*key = found;
 	if (found & KEY_SEVERAL)
 		count_aside(skb, rule->id, NOTE_SEVERAL_METRICS);
@@ -58,7 +58,8 @@ static __always_inline bool choose(struct __sk_buff *skb, __u32 layout, struct p
  * A copy to one receiver, if it is due: one step of replicate(), in a function by itself because the verifier
  * would walk every order in which 64 of them can end.
  */
-__noinline __u32 replicate_once(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 identification, __u32 before)
+__noinline __u32 replicate_once(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 identification,
+				__u32 before)
 {
 	__u32 sent;
 
@@ -79,7 +80,8 @@ __noinline __u32 replicate(struct __sk_buff *skb, __u32 first, __u64 due, __u32 
 	__u32 sent = SENT(VERDICT_NO_UPSTREAM, TC_ACT_UNSPEC, 0), i;
 
 	for (i = 0; i < MOST_RECEIVERS && due >> i; i++) {
-		sent = replicate_once(skb, first + i, layout | (due >> i & 1) * LAYOUT_DUE, identification, sent);
+		sent = replicate_once(skb, first + i, layout | (due >> i & 1) * LAYOUT_DUE, identification,
+				      sent);
 		if (SENT_ACTION(sent) == TC_ACT_SHOT)
 			break;
 	}
@@ -89,7 +91,8 @@ __noinline __u32 replicate(struct __sk_buff *skb, __u32 first, __u64 due, __u32 
 /* Whether a sender is to hear of it: not of copies, and of a datagram only once. */
 static __always_inline bool is_to_be_told(const struct rule *rule, __u32 layout, __u32 sent)
 {
-	if (!features.errors || rule->action != ACTION_BLOCK || rule->flags & RULE_OF_GROUP || layout & LAYOUT_LATER)
+	if (!features.errors || rule->action != ACTION_BLOCK || rule->flags & RULE_OF_GROUP ||
+	    layout & LAYOUT_LATER)
 		return false;
 	return SENT_VERDICT(sent) == VERDICT_TTL || (SENT_VERDICT(sent) == VERDICT_MTU && SENT_MTU(sent));
 }
@@ -111,7 +114,8 @@ static __always_inline int act(struct __sk_buff *skb, __u32 layout, const struct
 		sent = SENT(VERDICT_NO_UPSTREAM, action, 0);
 	}
 	if (rule->flags & RULE_REPLICATES || !choice->upstream) {
-		count(skb, rule->id, rule->flags & RULE_REPLICATES ? SENT_VERDICT(sent) : VERDICT_NO_UPSTREAM);
+		count(skb, rule->id,
+		      rule->flags & RULE_REPLICATES ? SENT_VERDICT(sent) : VERDICT_NO_UPSTREAM);
 		return action;
 	}
 	sent = send(skb, choice->upstream - 1, block ? layout | LAYOUT_GIVE : layout, choice->identification);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* What is rare: tags in the frame, extension headers, fragments. By helpers, since nothing lies where it usually does. */
+/* What is rare: tags in the frame, extension headers, fragments. By helpers, since nothing lies where it
+ * usually does. */
 #ifndef UDPLB_ASIDE_H
 #define UDPLB_ASIDE_H
 
@@ -87,10 +88,10 @@ static __always_inline enum kind walk(struct __sk_buff *skb, struct found *found
 			found->udp = offset;
 			return kind;
 		}
-		if (!is_extension(next))
+		if (!is_extension(next) || (next == NEXTHDR_HOP && i))
 			return KIND_OTHER;
 		if (i == MOST_EXTENSIONS || offset > EXTENSIONS_LENGTH ||
-		    bpf_skb_load_bytes(skb, offset, &extension, sizeof(extension)) || (next == NEXTHDR_HOP && i))
+		    bpf_skb_load_bytes(skb, offset, &extension, sizeof(extension)))
 			return KIND_MALFORMED;
 		if (next == NEXTHDR_FRAGMENT) {
 			if (found->fragment)
@@ -98,7 +99,9 @@ static __always_inline enum kind walk(struct __sk_buff *skb, struct found *found
 			found->fragment = offset;
 			found->datagram.identification = extension.identification;
 			if (extension.fragment_offset & bpf_htons(0xfff8))
-				return KIND_LATER;
+				return extension.next == IPPROTO_UDP || is_extension(extension.next)
+					       ? KIND_LATER
+					       : KIND_OTHER;
 			if (extension.fragment_offset & bpf_htons(1))
 				kind = KIND_FIRST;
 			extension.length = 0;
@@ -230,8 +233,12 @@ static __always_inline int treat_found(struct __sk_buff *skb, __u32 layout, cons
 	struct choice *choice = &found->choice;
 	struct packet packet;
 
-	if (!pull(skb, LAYOUT_MOST) || !locate(skb, layout, &packet) || !well_formed(skb, layout, &packet))
+	if (!pull(skb, LAYOUT_MOST) || !locate(skb, layout, &packet) || !well_formed(skb, layout, &packet)) {
+		/* nor do those that follow go where another datagram's did */
+		if (layout & LAYOUT_FIRST)
+			remember_choice(found, port, false);
 		return refuse(skb, rule, VERDICT_MALFORMED);
+	}
 	if (!(layout & LAYOUT_LATER)) {
 		if (!choose(skb, layout, &packet, rule, choice))
 			return refuse(skb, rule, VERDICT_CLONE_FAILED);
@@ -263,7 +270,7 @@ static __always_inline int run_aside(struct __sk_buff *skb, const __u32 l2)
 		entry = features.fragments ? recall(&found->datagram) : NULL;
 	if (kind == KIND_MALFORMED || (kind == KIND_LATER && !entry)) {
 		if (is_key_address(found))
-			count_aside(skb, 0, entry ? VERDICT_MALFORMED : VERDICT_FRAGMENT_EARLY);
+			count_aside(skb, 0, kind == KIND_LATER ? VERDICT_FRAGMENT_EARLY : VERDICT_MALFORMED);
 		return TC_ACT_UNSPEC;
 	}
 	if (!entry)

@@ -3,7 +3,8 @@
 #ifndef UDPLB_FORWARD_H
 #define UDPLB_FORWARD_H
 
-/* What became of a packet, in one number: verdict, what the program is to return, the MTU that it does not fit. */
+/* What became of a packet, in one number: verdict, what the program is to return, the MTU that it does not
+ * fit. */
 #define SENT(verdict, action, mtu) ((__u32)(verdict) | (__u32)(__u8)(action) << 8 | (__u32)(mtu) << 16)
 #define SENT_VERDICT(sent) ((sent)&0xff)
 #define SENT_ACTION(sent) ((__s8)((sent) >> 8 & 0xff))
@@ -109,8 +110,8 @@ static __always_inline bool is_ttl_spent(const struct packet *packet)
 }
 
 /* False where the source that is asked for is not known. */
-static __always_inline bool write_label(const struct packet *packet, const struct upstream *upstream, __u32 identification,
-					struct label *label)
+static __always_inline bool write_label(const struct packet *packet, const struct upstream *upstream,
+					__u32 identification, struct label *label)
 {
 	const __u32 offset = upstream->source == SOURCE_VIP ? 1 : 0;
 

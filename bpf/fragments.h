@@ -71,10 +71,14 @@ static __always_inline bool take_place(struct tickets *tickets, struct fragmente
 	return true;
 }
 
-/* Remembers where the later fragments are to go, and gives `entry` an identification; false: no room. */
+/*
+ * Remembers where the later fragments are to go, and gives `entry` an identification; false: no room. One
+ * that comes again keeps what it has: its datagram is one.
+ */
 static __always_inline bool remember(const struct datagram *datagram, struct fragmented *entry)
 {
 	struct tickets *tickets = get_tickets();
+	const struct fragmented *old;
 	__u64 key;
 
 	if (features.asking)
@@ -82,7 +86,15 @@ static __always_inline bool remember(const struct datagram *datagram, struct fra
 	if (!tickets)
 		return false;
 	key = fragment_key(datagram, tickets->secret);
-	return take_place(tickets, entry, key) && !bpf_map_update_elem(&fragments, &key, entry, BPF_ANY);
+	old = bpf_map_lookup_elem(&fragments, &key);
+	if (old && age(old->since) <= REASSEMBLY_SECONDS * features.ticks_per_second) {
+		entry->place = old->place;
+		entry->since = old->since;
+		entry->identification = old->identification;
+	} else if (!take_place(tickets, entry, key)) {
+		return false;
+	}
+	return !bpf_map_update_elem(&fragments, &key, entry, BPF_ANY);
 }
 
 /* What is remembered of a datagram; NULL: nothing, or of another that had the same identification. */

@@ -71,7 +71,8 @@ static __always_inline int dress(struct __sk_buff *skb, const struct tags *tags,
 		return action;
 #pragma unroll
 	for (int i = MOST_TAGS - 1; i >= 0; i--) {
-		if (tags->count > (__u32)i && bpf_skb_vlan_push(skb, tags->of[i].protocol, tags->of[i].control))
+		if (tags->count > (__u32)i &&
+		    bpf_skb_vlan_push(skb, tags->of[i].protocol, tags->of[i].control))
 			return TC_ACT_SHOT;
 	}
 	return action == ACTION_BACK ? bpf_redirect(skb->ifindex, 0) : action;

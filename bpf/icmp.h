@@ -20,7 +20,7 @@ struct icmp {
 #define ERRORS_PER_SECOND 1000
 #define ERRORS_AT_ONCE 50
 
-#define QUOTED_IPV4 (576 - 20 - 8)   /* RFC 1812, section 4.3.2.3 */
+#define QUOTED_IPV4 (576 - 20 - 8)  /* RFC 1812, section 4.3.2.3 */
 #define QUOTED_IPV6 (1280 - 40 - 8) /* RFC 4443, section 2.4 */
 #define HOPS 64
 
@@ -64,7 +64,8 @@ static __always_inline bool is_unicast_ipv6(const struct in6_addr *address)
 {
 	const __be32 *words = address->in6_u.u6_addr32;
 
-	return address->in6_u.u6_addr8[0] != 0xff && (words[0] | words[1] | words[2] | (words[3] & ~bpf_htonl(1)));
+	return address->in6_u.u6_addr8[0] != 0xff &&
+	       (words[0] | words[1] | words[2] | (words[3] & ~bpf_htonl(1)));
 }
 
 /* Of a header on the stack. */
@@ -81,14 +82,16 @@ static __always_inline __u64 sum_words(const void *header, const __u32 length)
 	return sum;
 }
 
-/* The sum of what is quoted. Where the device fills a checksum in, it ends up as if all from there were ~`partial`. */
+/* The sum of what is quoted. Where the device fills a checksum in, it ends up as if all from there were
+ * ~`partial`. */
 static __always_inline __u64 sum_of(struct __sk_buff *skb, __u32 offset, __u32 length)
 {
 	__u64 sum = 0;
 	__u32 i, word;
 
 	for (i = 0; i < QUOTED_IPV6 / sizeof(word); i++) {
-		if (i * sizeof(word) >= length || bpf_skb_load_bytes(skb, offset + i * sizeof(word), &word, sizeof(word)))
+		if (i * sizeof(word) >= length ||
+		    bpf_skb_load_bytes(skb, offset + i * sizeof(word), &word, sizeof(word)))
 			break;
 		sum += word;
 	}
@@ -104,7 +107,8 @@ static __always_inline __u64 sum_of_quotation(struct __sk_buff *skb, __u32 layou
 	if (checksum_of(skb, layout) != CHECKSUM_BY_DEVICE)
 		return sum_of(skb, offset, length);
 	/* the device will make everything from the UDP header on sum up to the complement of this */
-	if (bpf_skb_load_bytes(skb, offset + headers + offsetof(struct udphdr, check), &pseudo, sizeof(pseudo)))
+	if (bpf_skb_load_bytes(skb, offset + headers + offsetof(struct udphdr, check), &pseudo,
+			       sizeof(pseudo)))
 		return 0;
 	return sum_of(skb, offset, headers) + (__u16)~pseudo;
 }

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* The way to an upstream: what user space vouches for, what the kernel's routing says, what was known once. */
+/* The way to an upstream: what user space vouches for, what the kernel's routing says, what was known once.
+ */
 #ifndef UDPLB_NEXTHOP_H
 #define UDPLB_NEXTHOP_H
 
@@ -66,8 +67,8 @@ static __always_inline const struct nexthop *known_of(const struct nexthop_slot 
 {
 	const struct nexthop *known = &slot->copies[sequence & 1];
 
-	if (features.ipv6 ? !is_same_address(known->address, upstream->address) :
-			    known->address[0] != upstream->address[0])
+	if (features.ipv6 ? !is_same_address(known->address, upstream->address)
+			  : known->address[0] != upstream->address[0])
 		return NULL;
 	return known;
 }

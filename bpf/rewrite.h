@@ -70,7 +70,7 @@ static __always_inline __u16 fold16(__u64 sum)
 struct label {
 	__be32 source[4];
 	__be32 destination[4];
-	__be16 port;		/* 0: stays */
+	__be16 port;	      /* 0: stays */
 	__u32 identification; /* of fragments; 0: stays */
 };
 

@@ -123,9 +123,9 @@ static __always_inline __u64 fold_address(const struct packet *packet)
 		   ((__u64)bpf_ntohl(words[2]) << 32 | bpf_ntohl(words[3])));
 }
 
-/* What of the packet selects, by the sender; those that are numbers are udplb's first version's, bit for bit. */
-static __always_inline __u32 sender_key(const struct packet *packet, enum strategy strategy,
-					bool hashed)
+/* What of the packet selects, by the sender; those that are numbers are udplb's first version's, bit for bit.
+ */
+static __always_inline __u32 sender_key(const struct packet *packet, enum strategy strategy, bool hashed)
 {
 	__u16 port = packet->udp->source;
 	__u64 key;
@@ -195,7 +195,8 @@ __noinline __u32 better(__u32 candidate, __u32 slot, __u32 first_upstream, __u32
  * takes over a whole neighbour's flows, then slot by slot, so that a few are found among many. Where all
  * are down, the first that is not drained. Index plus one; 0 where all are drained.
  */
-__noinline __u32 other_choice(__u32 first_slot, __u32 slots, __u32 first_upstream, __u32 key, __u32 skips_down)
+__noinline __u32 other_choice(__u32 first_slot, __u32 slots, __u32 first_upstream, __u32 key,
+			      __u32 skips_down)
 {
 	__u32 candidate = USABLE_NOT, choice;
 

@@ -249,7 +249,8 @@ struct counter {
 };
 
 struct counters {
-	struct counter of[16]; /* by verdict and note; with room, so that a new one does not reset the others */
+	struct counter
+		of[16]; /* by verdict and note; with room, so that a new one does not reset the others */
 };
 SIZE_IS(struct counters, 256);
 _Static_assert(COUNTERS <= 16, "a verdict or a note has no counter");

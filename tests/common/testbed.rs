@@ -206,7 +206,8 @@ impl Case {
         let Packet::Datagram(came) = &self.packet else { return None };
         let (to, from) = match self.fate {
             Fate::Sent(_, to) => (to, OUT_MAC),
-            Fate::Queued(_) => (came.to, came.from),
+            // the kernel writes them when it knows them
+            Fate::Queued(_) => ([0; 6], [0; 6]),
             _ => return None,
         };
         let upstream = &self.rule.upstreams[self.chosen];
@@ -280,8 +281,8 @@ pub fn datagram() -> Datagram {
 pub struct Testbed<'object> {
     pub program: Program<'object>,
     pub wire: Wire,
-    routing: u32,
-    closed: u32,
+    pub routing: u32,
+    pub closed: u32,
     out: u32,
 }
 
