@@ -59,8 +59,9 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, __u32 layout,
 	const struct way *way = &sending->way;
 	__u32 csum;
 
-	/* where there is none, not the one of a group: the kernel would refuse to put another in its place */
-	copy_macs(packet->eth, way->frame);
+	/* what is addressed to a group the kernel does not give a neighbour's address; nor is there one yet */
+	if (verdict == VERDICT_FORWARDED || packet->eth->h_dest[0] & 1)
+		copy_macs(packet->eth, way->frame);
 	csum = rewrite(skb, layout, packet, checksum, &sending->label);
 	if (checksum == CHECKSUM_OF_FRAME)
 		bpf_csum_update(skb, csum);

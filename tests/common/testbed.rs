@@ -206,8 +206,7 @@ impl Case {
         let Packet::Datagram(came) = &self.packet else { return None };
         let (to, from) = match self.fate {
             Fate::Sent(_, to) => (to, OUT_MAC),
-            // the kernel writes them when it knows them
-            Fate::Queued(_) => ([0; 6], [0; 6]),
+            Fate::Queued(_) => (came.to, came.from),
             _ => return None,
         };
         let upstream = &self.rule.upstreams[self.chosen];
