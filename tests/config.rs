@@ -311,11 +311,13 @@ fn addresses_are_of_both_families() {
         assert_eq!(endpoints, ["[fe80::1%eth0]:54", "[2001:db8::6]:54"]);
     }
     for key in ["224.0.0.1", "239.1.2.3", "255.255.255.255", "10.0.0.255", "127.0.0.1"] {
-        accept("f", &rule(&format!("address: {key}, port: 53"), "", "{ address: 10.0.9.1 }"));
+        let key = format!("address: {key}, port: 53");
+        accept("f", &rule(&key, "source: preserve", "{ address: 10.0.9.1 }"));
     }
     for key in ["ff02::1", "fe80::5", "::1"] {
         let key = format!("address: \"{key}\", port: any");
-        let rule = accept("f", &rule(&key, "", "{ address: a }")).rules.remove(0);
+        let upstream = "{ address: a, source: egress }";
+        let rule = accept("f", &rule(&key, "", upstream)).rules.remove(0);
         assert_eq!(rule.family(), Family::V6);
     }
 }
