@@ -67,15 +67,16 @@ fn upstreams<'a>(
 }
 
 /// `pass` rules with a port on which nobody listens: their senders get ECONNREFUSED.
-pub fn unheard(config: &Config, listeners: &[Listener]) -> Vec<Finding> {
+pub fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Finding> {
     config
         .rules
         .iter()
         .filter(|rule| rule.action == Action::Pass)
         .filter_map(|rule| {
-            // of a group a socket need not have the address, and `any` is many
+            // what `any` stands for may change; and a group's senders get no answers
             let KeyAddress::Is(address) = rule.key.address else { return None };
-            if address.is_multicast() || address == IpAddr::V4(Ipv4Addr::BROADCAST) {
+            let all = IpAddr::V4(Ipv4Addr::BROADCAST);
+            if address.is_multicast() || address == all || desired.broadcasts.contains(&address) {
                 return None;
             }
             let heard = |port: u16| {

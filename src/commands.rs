@@ -210,7 +210,7 @@ async fn advise(
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
     let mut findings = advice::unreachable(config, desired, ways);
-    findings.extend(advice::unheard(config, &advice::listeners()));
+    findings.extend(advice::unheard(config, desired, &advice::listeners()));
     findings.extend(advice::stacked(config, &desired.interfaces, &links, &addresses));
     Ok(config.warnings(findings))
 }

@@ -742,9 +742,11 @@ fn mtu6(families: &[AfSpecUnspec]) -> Option<u32> {
     })
 }
 
+/// `None` for the tables of other protocols, and for what single interfaces have set.
 fn neighbour_table(message: NeighbourTableMessage) -> Option<NeighbourTable> {
     let mut table = NeighbourTable::default();
     let mut known = false;
+    let mut whole = false;
     for attribute in message.attributes {
         match attribute {
             NeighbourTableAttribute::Name(name) => {
@@ -753,11 +755,11 @@ fn neighbour_table(message: NeighbourTableMessage) -> Option<NeighbourTable> {
             }
             NeighbourTableAttribute::Config(config) => table.entries = config.entries,
             NeighbourTableAttribute::Threshold2(most) => table.threshold2 = most,
-            NeighbourTableAttribute::Threshold3(most) => table.threshold3 = most,
+            NeighbourTableAttribute::Threshold3(most) => (table.threshold3, whole) = (most, true),
             _ => {}
         }
     }
-    known.then_some(table)
+    (known && whole).then_some(table)
 }
 
 fn link_kind(infos: &[LinkInfo]) -> String {

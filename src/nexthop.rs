@@ -306,13 +306,24 @@ pub fn entry(address: IpAddr, way: Option<&Way>) -> types::nexthop {
 
 /// The neighbour that an entry's packets go to.
 pub fn gateway(entry: &types::nexthop) -> IpAddr {
-    if i32::from(entry.family) == libc::AF_INET6 {
-        let mut octets = [0; 16];
-        for (octets, word) in octets.chunks_mut(4).zip(entry.gateway) {
-            octets.copy_from_slice(&word.to_ne_bytes());
-        }
-        IpAddr::V6(Ipv6Addr::from(octets))
-    } else {
-        IpAddr::V4(Ipv4Addr::from(entry.gateway[0].to_ne_bytes()))
+    unwire(entry.gateway, i32::from(entry.family) == libc::AF_INET6)
+}
+
+/// This host's own address on an entry's way, if it is known.
+pub fn egress(entry: &types::nexthop) -> Option<IpAddr> {
+    // an IPv6 address in use has something behind its first word
+    let ipv6 = entry.egress[1..] != [0; 3];
+    (entry.egress != [0; 4]).then(|| unwire(entry.egress, ipv6))
+}
+
+/// See [`wire`].
+fn unwire(words: [u32; 4], ipv6: bool) -> IpAddr {
+    let mut octets = [0; 16];
+    for (octets, word) in octets.chunks_mut(4).zip(words) {
+        octets.copy_from_slice(&word.to_ne_bytes());
+    }
+    match ipv6 {
+        true => Ipv6Addr::from(octets).into(),
+        false => Ipv4Addr::from(words[0].to_ne_bytes()).into(),
     }
 }

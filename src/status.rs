@@ -82,11 +82,16 @@ pub struct UpstreamStatus {
 pub struct NextHopStatus {
     pub interface: String,
     pub gateway: IpAddr,
+    /// This host's own address on that way.
+    pub egress: Option<IpAddr>,
     pub mac: Option<String>,
     /// In the kernel's neighbour table, as `ip neigh` has it: `REACHABLE`.
     pub state: Option<String>,
     /// Seconds since it last answered the kernel.
     pub age: Option<u64>,
+    /// It has a MAC address that is not known.
+    #[serde(skip)]
+    unresolved: bool,
 }
 
 /// What was read beside the pins.
@@ -277,12 +282,15 @@ fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
     let neighbour = neighbours
         .filter(|neighbour| (neighbour.ifindex, neighbour.address) == (entry.ifindex, gateway))
         .find(|neighbour| neighbour.state != NudState::None);
-    let written = (entry.macs != types::macs::MACS_UNKNOWN).then_some(entry.destination);
+    let known = [types::macs::MACS_KNOWN, types::macs::MACS_FRESH].contains(&entry.macs);
+    let written = known.then_some(entry.destination);
     let mac = written.or_else(|| neighbour?.mac);
     Some(NextHopStatus {
         interface: interface.clone(),
         gateway,
+        egress: nexthop::egress(entry),
         mac: mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
+        unresolved: mac.is_none() && neighbour.is_none() && entry.macs != types::macs::MACS_NONE,
         state: neighbour.map(|neighbour| neighbour.state.to_string()),
         age: neighbour.and_then(|neighbour| neighbour.confirmed).map(|age| age.as_secs()),
     })
@@ -304,7 +312,7 @@ impl NextHopStatus {
         for word in [&self.mac, &self.state].into_iter().flatten() {
             text += &format!(" {word}");
         }
-        if self.mac.is_none() && self.state.is_none() {
+        if self.unresolved {
             text += " unresolved";
         }
         if let (Some(age), Some(_)) = (self.age, &self.mac) {
