@@ -5,7 +5,8 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::config::{ANY, Payload, STATSD, with_port};
+use crate::config::{ANY, Hash, Mode, Payload, STATSD, with_port};
+use crate::maglev;
 use crate::plan::{Desired, Rule, Upstream};
 use crate::tables::moved_share;
 
@@ -126,13 +127,25 @@ fn change(old: &Rule, new: &Rule) -> Option<RuleChange> {
         ("health", word(&old.health), word(&new.health)),
         ("fragments", word(&old.fragments), word(&new.fragments)),
     ];
+    let slots = slots(old).zip(slots(new));
+    let slots = slots.map(|(old, new)| [("slots", old.to_string(), new.to_string())]);
+    let mut fields = differing(fields);
+    fields.extend(slots.map(differing).into_iter().flatten());
     Some(RuleChange {
         name: new.name.clone(),
-        fields: differing(fields),
+        fields,
         upstreams: difference((old, &old.upstreams), (new, &new.upstreams)),
         mirrors: difference((old, &old.mirrors), (new, &new.mirrors)),
         moved: (moved_share(old, new) * 1000.0).round() / 10.0,
     })
+}
+
+/// How long the table of a rule is, if that is for its weights to say: where it changes, that moves
+/// most flows.
+fn slots(rule: &Rule) -> Option<u32> {
+    let weights: Vec<u32> = rule.upstreams.iter().map(|upstream| upstream.weight).collect();
+    let weighted = rule.mode == Mode::Balance && rule.hash == Hash::Maglev;
+    weighted.then(|| maglev::size(&weights).ok()).flatten()
 }
 
 /// `field: old -> new` of each that is not the same.
@@ -343,6 +356,25 @@ mod tests {
              - rule one (any:any from 10.0.0.0/8) -> 10.0.9.1, 10.0.9.2; \
              copies to 10.0.9.3, 10.0.9.4:1\n"
         );
+    }
+
+    #[test]
+    fn weights_that_need_another_table() {
+        let weighted = |weight: u32| {
+            desired(&format!(
+                "
+- name: one
+  key: {{ address: 10.0.0.5, port: 53 }}
+  upstream: [{{ address: 10.0.9.1 }}, {{ address: 10.0.9.2, weight: {weight} }}]
+"
+            ))
+        };
+        let fields = |old: u32, new: u32| {
+            Changes::new(&weighted(old), &weighted(new), &[]).changed[0].fields.clone()
+        };
+        assert_eq!(fields(1, 99), Vec::<String>::new());
+        assert_eq!(fields(1, 100), ["slots: 10007 -> 100003"]);
+        assert_eq!(fields(9999, 100), ["slots: 1000003 -> 100003"]);
     }
 
     #[test]

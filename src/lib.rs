@@ -28,6 +28,7 @@ pub mod failure;
 pub mod generation;
 pub mod lease;
 pub mod list;
+pub mod maglev;
 pub mod netlink;
 pub mod nexthop;
 pub mod observe;

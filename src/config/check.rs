@@ -7,16 +7,14 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use super::decode::Decoded;
 use super::diagnostic::{Complaint, Problems};
 use super::vocabulary::{self as words, Root};
-use super::{Family, Hash, Host, KeyAddress, Mode, Network, Path, Ports, Rule, Upstream};
+use super::{Family, Hash, Host, KeyAddress, Mode, Network, Path, Ports, Rule, Source, Upstream};
+use crate::maglev;
 
 /// How many ports all keys may have together, each for each of its networks of senders.
 pub const KEY_ENTRIES: usize = 100_000;
 
 /// How many upstreams and mirrors all rules may have together.
 pub const UPSTREAMS: usize = 65_535;
-
-/// How many times the least of the weights of a rule all of them may be.
-const SPREAD: u64 = 10_000;
 
 /// How many hosts may get one packet: the upstreams of a rule that replicates, or the mirrors.
 pub const RECEIVERS: usize = 64;
@@ -30,6 +28,7 @@ pub(super) fn check(decoded: &mut Decoded) {
         families(rule, &mut problems);
         networks(rule, &mut problems);
         own_key(rule, &mut problems);
+        groups(rule, &mut problems);
         upstream_names(rule, &mut problems);
         // People list an upstream twice as a weight, and the bare list has no other.
         if decoded.root == Root::Map {
@@ -126,6 +125,23 @@ fn own_key(rule: &Rule, problems: &mut Problems) {
     }
 }
 
+/// What comes from the address of many is dropped by whoever gets it.
+fn groups(rule: &Rule, problems: &mut Problems) {
+    let KeyAddress::Is(address) = rule.key.address else { return };
+    if !address.is_multicast() && address != Ipv4Addr::BROADCAST {
+        return;
+    }
+    let of_rule = rule.source == Source::Vip && rule.destinations().any(|it| it.source.is_none());
+    let at = of_rule.then(|| rule.at.field(words::OPTIONS.name).field(words::SOURCE.field.name));
+    let own = rule.destinations().filter(|it| it.source == Some(Source::Vip));
+    let own = own.map(|it| it.at.field(words::UPSTREAM_SOURCE.field.name));
+    for at in at.into_iter().chain(own) {
+        let message = format!("with `source: vip` the sender would be {address}, which is no host");
+        let help = "say `source: preserve` or `source: egress`";
+        problems.push(at, Complaint::new(message).help(help));
+    }
+}
+
 fn upstream_names(rule: &Rule, problems: &mut Problems) {
     let all: Vec<&Upstream> = rule.destinations().collect();
     if all.len() < 2 {
@@ -207,14 +223,9 @@ fn weights(rule: &Rule, problems: &mut Problems) {
         }
         return;
     }
-    let weight = |upstream: &Upstream| u64::from(upstream.weight.unwrap_or(1));
-    let sum: u64 = rule.upstreams.iter().map(weight).sum();
-    let least = rule.upstreams.iter().map(weight).min().unwrap_or(1);
-    if sum > SPREAD * least {
-        let message = format!(
-            "the weights are {sum} together, more than {SPREAD} times the least of them ({least})"
-        );
-        problems.push(rule.at.field(words::UPSTREAM.name), Complaint::new(message));
+    let weights: Vec<u32> = rule.upstreams.iter().map(|it| it.weight.unwrap_or(1)).collect();
+    if let Err(error) = maglev::size(&weights) {
+        problems.push(rule.at.field(words::UPSTREAM.name), Complaint::new(error.to_string()));
     }
 }
 
