@@ -128,7 +128,7 @@ let
       "drained"
     ]) "Others get the packets of a `drained` upstream. The program's default is `active`.";
     source = word source "Whom this host sees as sender, if not what the rule says.";
-    sample = word (types.ints.between 1 1000000) "Every so manieth packet is sent. The program's default is 1.";
+    sample = word (types.ints.between 1 1000000) "N: every N-th packet is sent. The program's default is 1.";
   };
 
   rule = types.submodule {

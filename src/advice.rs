@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::config::{Action, Address, Config, Finding, KeyAddress, Path};
+use crate::config::{Action, Address, Config, Finding, KeyAddress, Path, with_port};
 use crate::netlink::{Link, OwnAddress};
 use crate::nexthop::Way;
 use crate::plan::Desired;
@@ -97,8 +97,9 @@ pub fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Ve
             Some(Finding::new(
                 &rule.at,
                 format!(
-                    "nobody listens on {address}:{first}{more}: with `tc_action: pass` its senders \
-                     get ICMP port unreachable"
+                    "nobody listens on {}{more}: with `tc_action: pass` its senders get ICMP port \
+                     unreachable",
+                    with_port(address, first)
                 ),
             ))
         })

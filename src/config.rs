@@ -204,7 +204,7 @@ pub struct Upstream {
     pub state: State,
     /// None: the rule's.
     pub source: Option<Source>,
-    /// It gets every so manieth packet; none: 1.
+    /// It gets every N-th packet; none: 1.
     pub sample: Option<u32>,
     /// The upstream's place in the file.
     pub at: Path,

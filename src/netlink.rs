@@ -308,29 +308,35 @@ impl Netlink {
         addresses: &[Address],
         links: &HashMap<u32, Link>,
     ) -> Vec<io::Result<Vec<Route>>> {
-        let paths = stream::iter(addresses).map(|address| self.paths_to(address, links));
-        paths.buffered(WINDOW).collect().await
-    }
-
-    async fn paths_to(
-        &self,
-        address: &Address,
-        links: &HashMap<u32, Link>,
-    ) -> io::Result<Vec<Route>> {
-        let mut paths = match &address.scope {
-            Some(interface) => vec![on_link(address.ip, interface, links)?],
-            None => self.matched(address.ip).await?,
-        };
-        for path in paths.iter_mut().filter(|path| !path.local && path.egress.is_none()) {
+        let paths = stream::iter(addresses).map(|address| async {
+            match &address.scope {
+                Some(interface) => Ok(vec![on_link(address.ip, interface, links)?]),
+                None => self.matched(address.ip).await,
+            }
+        });
+        let mut all: Vec<_> = paths.buffered(WINDOW).collect().await;
+        let mut unsourced: Vec<(IpAddr, &mut Route)> = addresses
+            .iter()
+            .zip(&mut all)
+            .flat_map(|(address, paths)| paths.iter_mut().flatten().map(|path| (address.ip, path)))
+            .filter(|(_, path)| !path.local && path.egress.is_none())
+            .collect();
+        let asked: HashMap<_, _> = unsourced
+            .iter()
+            .map(|(address, path)| (source_key(*address, path), *address))
+            .collect();
+        let sources = stream::iter(asked).map(|(key, address)| async move {
             // of several paths the kernel would choose one, but each has an address of its own
-            let Ok(found) = self.route(address.ip, path.ifindex, RouteFlags::empty()).await else {
-                continue;
-            };
-            if let Some(found) = found.first() {
+            let found = self.route(address, key.0, RouteFlags::empty()).await;
+            (key, found.ok().and_then(|found| found.first().copied()))
+        });
+        let sources: HashMap<_, _> = sources.buffer_unordered(WINDOW).collect().await;
+        for (address, path) in &mut unsourced {
+            if let Some(Some(found)) = sources.get(&source_key(*address, path)) {
                 (path.egress, path.local) = (found.egress, found.local);
             }
         }
-        Ok(paths)
+        all
     }
 
     /// The paths of the route that an address matches.
@@ -791,6 +797,13 @@ fn address(message: &AddressMessage) -> Option<OwnAddress> {
     }
     // of a point-to-point link the plain address is the peer's
     Some(OwnAddress { ifindex: message.header.index, address: local.or(plain)?, broadcast })
+}
+
+/// What the address of a local sender depends on: the interface, and the destination or, on IPv4,
+/// the gateway, which many have.
+fn source_key(destination: IpAddr, path: &Route) -> (u32, IpAddr, bool) {
+    let by_gateway = destination.is_ipv4() && path.gateway != destination;
+    (path.ifindex, if by_gateway { path.gateway } else { destination }, by_gateway)
 }
 
 /// An address that is nowhere but on one link: no table is asked where that is.

@@ -113,6 +113,31 @@ rules:
     }
 
     #[test]
+    fn a_mirror_or_an_address_of_the_family_is_missing() {
+        let file = "
+version: 1
+rules:
+  - key: { address: 10.0.0.1, port: 1 }
+    upstream: [{ address: 10.0.0.2 }]
+    mirror: [{ address: a.example }]
+  - key: { address: \"2001:db8::1\", port: 1 }
+    upstream: [{ address: a.example }]
+";
+        let left = |names: &[Family]| {
+            let mut config = Config::parse("test.yaml", file).expect("a good file");
+            let address = [10, 0, 0, 3].into();
+            let addresses = names.iter().map(|family| (("a.example".into(), *family), address));
+            let addresses = addresses.collect();
+            let mut names = Names { addresses, unresolved: Vec::new(), warnings: Vec::new() };
+            reduce(&mut config, &mut Vec::new(), &mut names, |_| true, None);
+            config.rules.iter().map(|rule| rule.name.clone()).collect::<Vec<_>>()
+        };
+        assert!(left(&[]).is_empty());
+        assert_eq!(left(&[Family::V4]), ["10.0.0.1:1"]);
+        assert_eq!(left(&[Family::V6]), ["[2001:db8::1]:1"]);
+    }
+
+    #[test]
     fn a_name_keeps_the_address_that_serves() {
         let mut config = config();
         let interfaces = config.interfaces.clone();

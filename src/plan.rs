@@ -74,7 +74,7 @@ pub struct Upstream {
     /// None: the rule's, see [`Rule::source_of`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
-    /// It gets every so manieth packet.
+    /// It gets every N-th packet.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub sample: u32,
 }

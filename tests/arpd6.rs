@@ -216,6 +216,21 @@ fn any_after_a_rollback_and_a_detach() {
     assert_eq!((generation(&lab), lab.filters("eth0").as_str()), (before, ""));
 }
 
+/// One interface of two: the other is followed.
+#[test]
+fn any_where_one_interface_was_detached() {
+    let lab = lab();
+    let mut any = to(&["any"], "2001:db8:2::20");
+    any["interfaces"] = json!(["eth0", "up0"]);
+    lab.apply(&any);
+    let arpd = Arpd::start(&lab, "");
+    lab.run("detach -i up0").expect(0);
+    lab.relay.ip("addr add 2001:db8:1::7/64 dev eth0 nodad");
+    until("it is followed", || arpd.log().contains("2001:db8:1::7"));
+    assert_eq!(lab.filters("up0"), "");
+    assert!(lab.filters("eth0").contains("udplb"));
+}
+
 /// A tun device with somebody at its other end.
 struct Tun(#[expect(dead_code, reason = "open as long as the device has carrier")] File);
 

@@ -311,11 +311,13 @@ fn addresses_are_of_both_families() {
         assert_eq!(endpoints, ["[fe80::1%eth0]:54", "[2001:db8::6]:54"]);
     }
     for key in ["224.0.0.1", "239.1.2.3", "255.255.255.255", "10.0.0.255", "127.0.0.1"] {
-        accept("f", &rule(&format!("address: {key}, port: 53"), "", "{ address: 10.0.9.1 }"));
+        let key = format!("address: {key}, port: 53");
+        accept("f", &rule(&key, "source: preserve", "{ address: 10.0.9.1 }"));
     }
     for key in ["ff02::1", "fe80::5", "::1"] {
         let key = format!("address: \"{key}\", port: any");
-        let rule = accept("f", &rule(&key, "", "{ address: a }")).rules.remove(0);
+        let upstream = "{ address: a, source: egress }";
+        let rule = accept("f", &rule(&key, "", upstream)).rules.remove(0);
         assert_eq!(rule.family(), Family::V6);
     }
 }
@@ -390,12 +392,17 @@ fn yaml_toml_and_json_say_the_same() {
     assert_eq!(yaml.interfaces, ["ens3"]);
     assert_eq!(toml.interfaces, ["ens3"]);
 
-    let [flows, metrics, syslog] = &yaml.rules[..] else { panic!("three rules") };
+    assert!(yaml.warnings.is_empty());
+    let [flows, metrics, syslog, syslog6] = &yaml.rules[..] else { panic!("four rules") };
     assert_eq!(flows.key.ports[2], Ports { first: 6343, last: 6350 });
-    assert_eq!(flows.source, Source::Preserve);
+    assert_eq!((flows.mode, flows.source), (Mode::Replicate, Source::Preserve));
+    assert_eq!(flows.upstreams[2].source, Some(Source::Egress));
     assert_eq!((metrics.action, metrics.strategy), (Action::Block, Strategy::SrcIp));
     assert_eq!(metrics.upstreams[1].port, Some(9125));
+    assert_eq!(metrics.upstreams[2].state, State::Drained);
     assert_eq!(syslog.upstreams[0].address, Host::Name("logs.example.net".into()));
+    assert_eq!(syslog.mirrors[0].endpoint(), "10.0.9.30");
+    assert_eq!(syslog6.family(), Family::V6);
 
     let value: serde_json::Value = serde_yaml::from_str(YAML).unwrap();
     for json in [value.to_string(), serde_json::to_string_pretty(&value).unwrap()] {
@@ -476,16 +483,16 @@ fn later_stages_cite_the_file() {
     let config = accept("udplb.yaml", YAML);
     let at = config.rules[2].upstreams[0].at.field("address");
     let error = &config.errors(vec![Finding::new(&at, "does not resolve")])[0];
-    assert_eq!((error.line, error.severity), (32, Severity::Error));
+    assert_eq!((error.line, error.severity), (37, Severity::Error));
     assert_eq!(
         error.to_string().lines().next(),
-        Some("error: udplb.yaml:32:35: rules[2].upstream[0].address: does not resolve")
+        Some("error: udplb.yaml:37:35: rules[2].upstream[0].address: does not resolve")
     );
     let config = accept("udplb.toml", TOML);
     let warning = &config.warnings(vec![Finding::new(&at, "has two addresses")])[0];
     assert_eq!(
         warning.to_string().lines().next(),
-        Some("warning: udplb.toml:32:43: rules[2].upstream[0].address: has two addresses")
+        Some("warning: udplb.toml:39:43: rules[2].upstream[0].address: has two addresses")
     );
 }
 

@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use super::decode::Decoded;
 use super::diagnostic::{Complaint, Problems};
 use super::vocabulary::{self as words, Root};
-use super::{Family, Hash, Host, KeyAddress, Mode, Network, Path, Ports, Rule, Upstream};
+use super::{Family, Hash, Host, KeyAddress, Mode, Network, Path, Ports, Rule, Source, Upstream};
 use crate::maglev;
 
 /// How many ports all keys may have together, each for each of its networks of senders.
@@ -28,6 +28,7 @@ pub(super) fn check(decoded: &mut Decoded) {
         families(rule, &mut problems);
         networks(rule, &mut problems);
         own_key(rule, &mut problems);
+        groups(rule, &mut problems);
         upstream_names(rule, &mut problems);
         // People list an upstream twice as a weight, and the bare list has no other.
         if decoded.root == Root::Map {
@@ -121,6 +122,23 @@ fn own_key(rule: &Rule, problems: &mut Problems) {
             let message = "this is the rule's own key, to which it would send in a circle";
             problems.push(upstream.at.field(words::UPSTREAM_ADDRESS.name), Complaint::new(message));
         }
+    }
+}
+
+/// What comes from the address of many is dropped by whoever gets it.
+fn groups(rule: &Rule, problems: &mut Problems) {
+    let KeyAddress::Is(address) = rule.key.address else { return };
+    if !address.is_multicast() && address != Ipv4Addr::BROADCAST {
+        return;
+    }
+    let of_rule = rule.source == Source::Vip && rule.destinations().any(|it| it.source.is_none());
+    let at = of_rule.then(|| rule.at.field(words::OPTIONS.name).field(words::SOURCE.field.name));
+    let own = rule.destinations().filter(|it| it.source == Some(Source::Vip));
+    let own = own.map(|it| it.at.field(words::UPSTREAM_SOURCE.field.name));
+    for at in at.into_iter().chain(own) {
+        let message = format!("with `source: vip` the sender would be {address}, which is no host");
+        let help = "say `source: preserve` or `source: egress`";
+        problems.push(at, Complaint::new(message).help(help));
     }
 }
 

@@ -308,7 +308,7 @@ pub static UPSTREAM_SOURCE: Choice = Choice {
 pub static UPSTREAM_SAMPLE: Field = Field::new(
     "sample",
     Shape::Number(&SAMPLE),
-    "Every so manieth packet is sent, for mirrors and with `mode: replicate`. 1 by default.",
+    "N: every N-th packet is sent, for mirrors and with `mode: replicate`. 1 by default.",
 );
 pub static SAMPLE: Number = Number { what: "a sampling rate", first: 1, last: 1_000_000 };
 
