@@ -220,9 +220,9 @@ static __always_inline bool remember_choice(struct found *found, __be16 port, bo
 }
 
 /* What `fragments` of the rule says of one that is not to follow. */
-static __always_inline int leave_fragment(struct __sk_buff *skb, const struct rule *rule)
+static __always_inline int leave_fragment(struct __sk_buff *skb, __u32 layout, const struct rule *rule)
 {
-	count_aside(skb, rule->id, VERDICT_FRAGMENT);
+	refuse(skb, layout, rule, VERDICT_FRAGMENT);
 	return rule->fragments == FRAGMENTS_DROP ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
@@ -233,20 +233,22 @@ static __always_inline int treat_found(struct __sk_buff *skb, __u32 layout, cons
 	struct choice *choice = &found->choice;
 	struct packet packet;
 
-	if (!pull(skb, LAYOUT_MOST) || !locate(skb, layout, &packet) || !well_formed(skb, layout, &packet)) {
+	if (pull(skb, LAYOUT_MOST))
+		layout |= trace(skb, rule->id, layout);
+	if (!locate(skb, layout, &packet) || !well_formed(skb, layout, &packet)) {
 		/* nor do those that follow go where another datagram's did */
 		if (layout & LAYOUT_FIRST)
 			remember_choice(found, port, false);
-		return refuse(skb, rule, VERDICT_MALFORMED);
+		return refuse(skb, layout, rule, VERDICT_MALFORMED);
 	}
-	if (!(layout & LAYOUT_LATER)) {
+	if (packet.has_udp) {
 		if (!choose(skb, layout, &packet, rule, choice))
-			return refuse(skb, rule, VERDICT_CLONE_FAILED);
+			return refuse(skb, layout, rule, VERDICT_CLONE_FAILED);
 		if (layout & LAYOUT_FIRST && !remember_choice(found, port, true))
-			return refuse(skb, rule, VERDICT_FRAGMENT_FULL);
+			return refuse(skb, layout, rule, VERDICT_FRAGMENT_FULL);
 	}
 	if (layout & (LAYOUT_FIRST | LAYOUT_LATER) && rule->fragments != FRAGMENTS_FOLLOW)
-		return leave_fragment(skb, rule);
+		return leave_fragment(skb, layout, rule);
 	return act(skb, layout, rule, choice);
 }
 
@@ -292,7 +294,7 @@ static __always_inline int run_aside(struct __sk_buff *skb, const __u32 l2)
 	if (strip(skb, l2, &found->tags))
 		action = treat_found(skb, layout, rule, found, port);
 	else
-		action = refuse(skb, rule, VERDICT_CLONE_FAILED);
+		action = refuse(skb, layout, rule, VERDICT_CLONE_FAILED);
 	return dress(skb, &found->tags, action);
 }
 

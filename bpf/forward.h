@@ -59,12 +59,15 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, __u32 layout,
 	const struct way *way = &sending->way;
 	__u32 csum;
 
-	/* what is addressed to a group the kernel does not give a neighbour's address; nor is there one yet */
+	/* what is addressed to a group the kernel does not give a neighbour's address; nor is there one yet
+	 */
 	if (verdict == VERDICT_FORWARDED || packet->eth->h_dest[0] & 1)
 		copy_macs(packet->eth, way->frame);
 	csum = rewrite(skb, layout, packet, checksum, &sending->label);
 	if (checksum == CHECKSUM_OF_FRAME)
 		bpf_csum_update(skb, csum);
+	if (layout & LAYOUT_TRACED)
+		trace_frame(skb);
 	if (verdict == VERDICT_FORWARDED) {
 		*action = bpf_redirect(way->ifindex, 0);
 		return VERDICT_FORWARDED;
@@ -94,6 +97,8 @@ static __always_inline enum verdict copy(struct __sk_buff *skb, __u32 layout, st
 	csum = rewrite(skb, layout, packet, checksum, &sending->label);
 	if (checksum == CHECKSUM_OF_FRAME)
 		bpf_csum_update(skb, csum);
+	if (layout & LAYOUT_TRACED)
+		trace_frame(skb);
 	if (!features.asking && bpf_clone_redirect(skb, sending->way.ifindex, 0))
 		verdict = VERDICT_CLONE_FAILED;
 	if (checksum == CHECKSUM_OF_FRAME)
@@ -129,21 +134,6 @@ static __always_inline bool write_label(const struct packet *packet, const struc
 	return true;
 }
 
-/* One for each CPU: nothing that a packet is sent to comes back in before send() has ended. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct sending);
-} sendings SEC(".maps");
-
-static __always_inline struct sending *get_sending(void)
-{
-	const __u32 only = 0;
-
-	return bpf_map_lookup_elem(&sendings, &only);
-}
-
 /*
  * Sends a packet, or a copy of it, to the upstream with that index, and counts it there.
  * `identification` is for fragments whose senders merge. Returns SENT().
@@ -174,6 +164,8 @@ __noinline __u32 send(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 id
 		}
 	}
 	count(skb, upstream->id, verdict);
+	if (layout & LAYOUT_TRACED)
+		end_trace(upstream->id, verdict);
 	return SENT(verdict, action, verdict == VERDICT_MTU ? sending->way.mtu : 0);
 }
 

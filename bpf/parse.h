@@ -55,10 +55,11 @@ struct packet {
 #define LAYOUT_FRAGMENT_SHIFT 10 /* offset of the IPv6 fragment header; 0: there is none */
 #define LAYOUT_FRAGMENT 0x3ff
 #define LAYOUT_IPV6 (1 << 20)
-#define LAYOUT_FIRST (1 << 21) /* a fragment */
-#define LAYOUT_LATER (1 << 22) /* a fragment without UDP header */
-#define LAYOUT_GIVE (1 << 23)  /* send the packet itself, not a copy */
-#define LAYOUT_DUE (1 << 24)   /* to be sent at all */
+#define LAYOUT_FIRST (1 << 21)	/* a fragment */
+#define LAYOUT_LATER (1 << 22)	/* a fragment without UDP header */
+#define LAYOUT_GIVE (1 << 23)	/* send the packet itself, not a copy */
+#define LAYOUT_DUE (1 << 24)	/* to be sent at all */
+#define LAYOUT_TRACED (1 << 25) /* somebody wants to hear of it */
 #define LAYOUT_MOST (LAYOUT_UDP + 1)
 
 /* Read as it stands: the compiler would keep a copy, zero-extended, that the verifier takes for a number. */

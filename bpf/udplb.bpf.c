@@ -19,6 +19,7 @@
 #include "match.h"
 #include "rewrite.h"
 #include "nexthop.h"
+#include "trace.h"
 #include "forward.h"
 #include "select.h"
 #include "fragments.h"
@@ -33,10 +34,11 @@ static __always_inline int treat(struct __sk_buff *skb, __u32 layout, const stru
 {
 	struct choice choice = {};
 
+	layout |= trace(skb, rule->id, layout);
 	if (!well_formed(skb, layout, packet))
-		return refuse(skb, rule, VERDICT_MALFORMED);
+		return refuse(skb, layout, rule, VERDICT_MALFORMED);
 	if (!choose(skb, layout, packet, rule, &choice))
-		return refuse(skb, rule, VERDICT_CLONE_FAILED);
+		return refuse(skb, layout, rule, VERDICT_CLONE_FAILED);
 	return act(skb, layout, rule, &choice);
 }
 

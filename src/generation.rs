@@ -254,6 +254,8 @@ fn load<'a>(mut skeleton: OpenUdplbSkel<'a>, state: &StateMaps) -> anyhow::Resul
     skeleton.maps.overrides.reuse_fd(state.overrides.as_fd())?;
     skeleton.maps.fragments.reuse_fd(state.fragments.as_fd())?;
     skeleton.maps.fragment_ring.reuse_fd(state.fragment_ring.as_fd())?;
+    skeleton.maps.tracing.reuse_fd(state.tracing.as_fd())?;
+    skeleton.maps.events.reuse_fd(state.events.as_fd())?;
     if let Some(tickets) = &state.tickets {
         skeleton.maps.tickets.reuse_fd(tickets.as_fd())?;
     }
@@ -385,6 +387,8 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
         map_id(&state.overrides)?,
         map_id(&state.fragments)?,
         map_id(&state.fragment_ring)?,
+        map_id(&state.tracing)?,
+        map_id(&state.events)?,
         map_id(state.tickets.as_ref().context("state/tickets is missing")?)?,
     ];
     for name in &MAPS {
