@@ -252,6 +252,58 @@ static __always_inline int treat_found(struct __sk_buff *skb, __u32 layout, cons
 	return act(skb, layout, rule, choice);
 }
 
+#define ROUNDS_PER_TICK 256
+
+/* On this CPU, in this tick. */
+struct rounds {
+	__u64 tick;
+	__u32 left;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct rounds);
+} rounds SEC(".maps");
+
+/*
+ * Whether a fragment may wait for its first one: some senders send that last. It comes in once more behind
+ * all that is queued on this CPU, so many times at most; tc_index counts, which nothing else uses on ingress.
+ */
+static __always_inline bool may_go_round(struct __sk_buff *skb)
+{
+	const __u32 only = 0;
+	struct rounds *here = bpf_map_lookup_elem(&rounds, &only);
+	__u64 now = bpf_jiffies64();
+
+	if (!here || features.asking || skb->tc_index >= features.rounds) {
+		skb->tc_index = 0;
+		return false;
+	}
+	if (here->tick != now) {
+		here->tick = now;
+		here->left = ROUNDS_PER_TICK;
+	}
+	if (!here->left) {
+		skb->tc_index = 0;
+		return false;
+	}
+	here->left--;
+	skb->tc_index++;
+	return true;
+}
+
+/* A fragment whose first one has not been seen. It may be anybody's. */
+static __always_inline int wait_for_first(struct __sk_buff *skb)
+{
+	if (!skb->tc_index)
+		count_aside(skb, 0, VERDICT_FRAGMENT_EARLY);
+	return features.rounds && skb->pkt_type == PACKET_HOST && may_go_round(skb)
+		       ? bpf_redirect(skb->ifindex, BPF_F_INGRESS)
+		       : TC_ACT_UNSPEC;
+}
+
 /* The whole way of such a packet. */
 static __always_inline int run_aside(struct __sk_buff *skb, const __u32 l2)
 {
@@ -271,8 +323,11 @@ static __always_inline int run_aside(struct __sk_buff *skb, const __u32 l2)
 	if (kind == KIND_LATER)
 		entry = features.fragments ? recall(&found->datagram) : NULL;
 	if (kind == KIND_MALFORMED || (kind == KIND_LATER && !entry)) {
-		if (is_key_address(found))
-			count_aside(skb, 0, kind == KIND_LATER ? VERDICT_FRAGMENT_EARLY : VERDICT_MALFORMED);
+		if (!is_key_address(found))
+			return TC_ACT_UNSPEC;
+		if (kind == KIND_LATER)
+			return wait_for_first(skb);
+		count_aside(skb, 0, VERDICT_MALFORMED);
 		return TC_ACT_UNSPEC;
 	}
 	if (!entry)
