@@ -31,9 +31,9 @@ static __always_inline bool find_key(struct __sk_buff *skb, __u32 layout, struct
 			: payload_key(skb, layout, rule->payload_offset, rule->payload_length);
 	*key = found;
 	if (found & KEY_SEVERAL)
-		count_aside(skb, rule->id, NOTE_SEVERAL_METRICS);
+		count_aside(skb, layout, 0, rule->id, NOTE_SEVERAL_METRICS);
 	if (!(found & KEY_FOUND))
-		count_aside(skb, rule->id, NOTE_SHORT_PAYLOAD);
+		count_aside(skb, layout, 0, rule->id, NOTE_SHORT_PAYLOAD);
 	if (!locate(skb, layout, packet))
 		return false;
 	if (!(found & KEY_FOUND))
@@ -114,7 +114,7 @@ static __always_inline int act(struct __sk_buff *skb, __u32 layout, const struct
 		sent = SENT(VERDICT_NO_UPSTREAM, action, 0);
 	}
 	if (rule->flags & RULE_REPLICATES || !choice->upstream) {
-		count(skb, rule->id,
+		count(skb, layout, 0, rule->id,
 		      rule->flags & RULE_REPLICATES ? SENT_VERDICT(sent) : VERDICT_NO_UPSTREAM);
 		return action;
 	}
@@ -125,9 +125,10 @@ static __always_inline int act(struct __sk_buff *skb, __u32 layout, const struct
 }
 
 /* It belongs to the rule and goes nowhere. */
-static __always_inline int refuse(struct __sk_buff *skb, const struct rule *rule, enum verdict verdict)
+static __always_inline int refuse(struct __sk_buff *skb, __u32 layout, const struct rule *rule,
+				  enum verdict verdict)
 {
-	count_aside(skb, rule->id, verdict);
+	count_aside(skb, layout, 0, rule->id, verdict);
 	return rule->action == ACTION_BLOCK ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 

@@ -158,10 +158,18 @@ __noinline __u32 find(struct __sk_buff *skb, __u32 l2)
 	return KIND_OTHER;
 }
 
+/* Bytes that are in front of IP besides an Ethernet header; where there is none it is less than nothing. */
+static __always_inline __u32 tags_of(const struct found *found)
+{
+	return found->ip - sizeof(struct ethhdr);
+}
+
 static __always_inline __u32 layout_of(const struct found *found, enum kind kind)
 {
-	__u32 moved = found->ip - sizeof(struct ethhdr), layout = 0;
+	__u32 moved = tags_of(found), layout = 0;
 
+	if (kind == KIND_MALFORMED)
+		return 0;
 	if (found->ipv6)
 		layout |= LAYOUT_IPV6;
 	if (found->fragment)
@@ -220,9 +228,9 @@ static __always_inline bool remember_choice(struct found *found, __be16 port, bo
 }
 
 /* What `fragments` of the rule says of one that is not to follow. */
-static __always_inline int leave_fragment(struct __sk_buff *skb, const struct rule *rule)
+static __always_inline int leave_fragment(struct __sk_buff *skb, __u32 layout, const struct rule *rule)
 {
-	count_aside(skb, rule->id, VERDICT_FRAGMENT);
+	count_aside(skb, layout, 0, rule->id, VERDICT_FRAGMENT);
 	return rule->fragments == FRAGMENTS_DROP ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
@@ -237,16 +245,16 @@ static __always_inline int treat_found(struct __sk_buff *skb, __u32 layout, cons
 		/* nor do those that follow go where another datagram's did */
 		if (layout & LAYOUT_FIRST)
 			remember_choice(found, port, false);
-		return refuse(skb, rule, VERDICT_MALFORMED);
+		return refuse(skb, layout, rule, VERDICT_MALFORMED);
 	}
 	if (!(layout & LAYOUT_LATER)) {
 		if (!choose(skb, layout, &packet, rule, choice))
-			return refuse(skb, rule, VERDICT_CLONE_FAILED);
+			return refuse(skb, layout, rule, VERDICT_CLONE_FAILED);
 		if (layout & LAYOUT_FIRST && !remember_choice(found, port, true))
-			return refuse(skb, rule, VERDICT_FRAGMENT_FULL);
+			return refuse(skb, layout, rule, VERDICT_FRAGMENT_FULL);
 	}
 	if (layout & (LAYOUT_FIRST | LAYOUT_LATER) && rule->fragments != FRAGMENTS_FOLLOW)
-		return leave_fragment(skb, rule);
+		return leave_fragment(skb, layout, rule);
 	return act(skb, layout, rule, choice);
 }
 
@@ -266,11 +274,13 @@ static __always_inline int run_aside(struct __sk_buff *skb, const __u32 l2)
 	kind = find(skb, l2);
 	if (kind == KIND_OTHER)
 		return TC_ACT_UNSPEC;
+	layout = layout_of(found, kind);
 	if (kind == KIND_LATER)
 		entry = features.fragments ? recall(&found->datagram) : NULL;
 	if (kind == KIND_MALFORMED || (kind == KIND_LATER && !entry)) {
 		if (is_key_address(found))
-			count_aside(skb, 0, kind == KIND_LATER ? VERDICT_FRAGMENT_EARLY : VERDICT_MALFORMED);
+			count_aside(skb, layout, tags_of(found), 0,
+				    kind == KIND_LATER ? VERDICT_FRAGMENT_EARLY : VERDICT_MALFORMED);
 		return TC_ACT_UNSPEC;
 	}
 	if (!entry)
@@ -283,16 +293,15 @@ static __always_inline int run_aside(struct __sk_buff *skb, const __u32 l2)
 		return TC_ACT_UNSPEC;
 	}
 	if (!is_for_us(skb, rule)) {
-		count_aside(skb, rule->id, VERDICT_NOT_FOR_US);
+		count_aside(skb, layout, tags_of(found), rule->id, VERDICT_NOT_FOR_US);
 		return TC_ACT_UNSPEC;
 	}
 	if (entry)
 		choose_again(rule, entry, &found->choice);
-	layout = layout_of(found, kind);
 	if (strip(skb, l2, &found->tags))
 		action = treat_found(skb, layout, rule, found, port);
 	else
-		action = refuse(skb, rule, VERDICT_CLONE_FAILED);
+		action = refuse(skb, layout, rule, VERDICT_CLONE_FAILED);
 	return dress(skb, &found->tags, action);
 }
 
