@@ -22,8 +22,7 @@ use crate::state::{ReadGuard, StateMaps, WriteGuard, remove_pins};
 use crate::tables::Tables;
 
 /// The pins of its maps.
-const MAPS: [&str; 7] =
-    ["rules", "rules6", "senders", "addresses", "slots", "upstreams", "config"];
+const MAPS: [&str; 7] = ["rules", "rules6", "senders", "addresses", "slots", "upstreams", "config"];
 
 /// The name of a program's pin.
 pub fn pin_of(layer: Layer) -> &'static str {
