@@ -6,7 +6,7 @@
 
 #define TAGS_IN_FRAME 2
 #define MOST_EXTENSIONS 8
-#define EXTENSIONS_LENGTH 512
+#define HEADERS_LENGTH 512 /* of IPv6 with all that is before UDP */
 
 enum kind {
 	KIND_OTHER, /* not ours to judge */
@@ -20,9 +20,10 @@ enum kind {
 struct found {
 	struct datagram datagram;
 	__u32 ip;
-	__u32 udp;
+	__u32 udp;	/* or a later fragment's data */
 	__u32 fragment; /* header, of IPv6 */
 	bool ipv6;
+	bool foreign;	  /* a later fragment that does not say that it is of UDP */
 	struct tags tags; /* that came off */
 	struct choice choice;
 	struct fragmented entry; /* to be remembered */
@@ -78,38 +79,41 @@ static __always_inline enum kind find_ipv4(struct __sk_buff *skb, struct found *
  */
 static __always_inline enum kind walk(struct __sk_buff *skb, struct found *found, __u8 next)
 {
-	__u32 offset = found->ip + sizeof(struct ipv6hdr);
 	enum kind kind = KIND_DATAGRAM;
 	struct extension extension;
 	int i;
 
+	found->udp = found->ip + sizeof(struct ipv6hdr);
 	for (i = 0; i <= MOST_EXTENSIONS; i++) {
-		if (next == IPPROTO_UDP) {
-			found->udp = offset;
+		if (next == IPPROTO_UDP)
 			return kind;
-		}
 		if (!is_extension(next) || (next == NEXTHDR_HOP && i))
 			return KIND_OTHER;
-		if (i == MOST_EXTENSIONS || offset > EXTENSIONS_LENGTH ||
-		    bpf_skb_load_bytes(skb, offset, &extension, sizeof(extension)))
+		if (i == MOST_EXTENSIONS ||
+		    bpf_skb_load_bytes(skb, found->udp, &extension, sizeof(extension)))
 			return KIND_MALFORMED;
 		if (next == NEXTHDR_FRAGMENT) {
 			if (found->fragment)
 				return KIND_MALFORMED;
-			found->fragment = offset;
+			found->fragment = found->udp;
 			found->datagram.identification = extension.identification;
-			if (extension.fragment_offset & bpf_htons(0xfff8))
-				return extension.next == IPPROTO_UDP || is_extension(extension.next)
-					       ? KIND_LATER
-					       : KIND_OTHER;
 			if (extension.fragment_offset & bpf_htons(1))
 				kind = KIND_FIRST;
+			if (extension.fragment_offset & bpf_htons(0xfff8))
+				kind = KIND_LATER;
 			extension.length = 0;
 		} else if (next == NEXTHDR_ROUTING && (extension.fragment_offset & bpf_htons(0xff))) {
 			return KIND_OTHER; /* segments are left */
 		}
 		next = extension.next;
-		offset += (extension.length + 1) * 8;
+		found->udp += (extension.length + 1) * 8;
+		if (found->udp - found->ip > HEADERS_LENGTH || found->udp > skb->len)
+			return KIND_MALFORMED;
+		if (kind == KIND_LATER) {
+			/* only the first one's word counts (RFC 8200, section 4.5) */
+			found->foreign = next != IPPROTO_UDP && !is_extension(next);
+			return KIND_LATER;
+		}
 	}
 	return KIND_MALFORMED;
 }
@@ -175,7 +179,7 @@ static __always_inline __u32 layout_of(const struct found *found, enum kind kind
 	if (found->fragment)
 		layout |= ((found->fragment - moved) & LAYOUT_FRAGMENT) << LAYOUT_FRAGMENT_SHIFT;
 	if (kind == KIND_LATER)
-		return layout | LAYOUT_LATER;
+		layout |= LAYOUT_LATER;
 	if (kind == KIND_FIRST)
 		layout |= LAYOUT_FIRST;
 	return layout | ((found->udp - moved) & LAYOUT_UDP);
@@ -190,10 +194,11 @@ static __always_inline bool is_key_address(const struct found *found)
 static __always_inline const struct rule *match_found(struct __sk_buff *skb, const struct found *found,
 						      __be16 *port)
 {
-	const __u32 offset = found->udp + offsetof(struct udphdr, dest);
+	struct udphdr udp;
 
-	if (bpf_skb_load_bytes(skb, offset, port, sizeof(*port)))
+	if (bpf_skb_load_bytes(skb, found->udp, &udp, sizeof(udp)))
 		return NULL;
+	*port = udp.dest;
 	return match(found->datagram.source, found->datagram.destination, *port, found->ipv6);
 }
 
@@ -278,7 +283,7 @@ static __always_inline int run_aside(struct __sk_buff *skb, const __u32 l2)
 	if (kind == KIND_LATER)
 		entry = features.fragments ? recall(&found->datagram) : NULL;
 	if (kind == KIND_MALFORMED || (kind == KIND_LATER && !entry)) {
-		if (is_key_address(found))
+		if (!found->foreign && is_key_address(found))
 			count_aside(skb, layout, tags_of(found), 0,
 				    kind == KIND_LATER ? VERDICT_FRAGMENT_EARLY : VERDICT_MALFORMED);
 		return TC_ACT_UNSPEC;
