@@ -14,6 +14,7 @@ use udplb::nexthop::{self, Way};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 use udplb::tables::Tables;
 
+use super::packet::TYPE;
 use super::prelude::{Change, FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL, Tag};
 
 /// Ids given, and read, in each chunk of counters; no configuration here has more.
@@ -112,6 +113,8 @@ impl<'object> Program<'object> {
         clear(&maps.senders);
         clear(&maps.addresses);
         self.forget_fragments();
+        // full again
+        write(&maps.budget, 0, &[0; size_of::<types::budget>()]);
         write_all(&maps.nexthops_chunk, &[types::nexthop_slot::default(); IDS as usize]);
         self.lease(false);
         write_pairs(&maps.rules, &tables.rules);
@@ -168,7 +171,8 @@ impl<'object> Program<'object> {
     /// # Panics
     /// The kernel refuses to run it.
     pub fn run(&self, frame: &[u8], context: Context) -> Run {
-        if context.tag.is_none() && context.length.is_none() {
+        let tagged = matches!(frame[TYPE..], [0x81, 0, ..] | [0x88, 0xa8, ..]);
+        if context.tag.is_none() && context.length.is_none() && !tagged {
             return test_run(self.skeleton.progs.udplb.as_fd(), frame, context);
         }
         let change = (context.length, context.tag);
@@ -176,7 +180,13 @@ impl<'object> Program<'object> {
         let prelude = preludes.entry(change).or_insert_with(|| self.prelude.load(change));
         let run = test_run(prelude.as_fd(), frame, context);
         assert_ne!(run.action, FAILED, "the prelude with {context:?}");
-        run
+        match run.tag {
+            // to everybody else it is the same, beside the bytes or within
+            Some(tag) if context.tag.is_none() => {
+                Run { frame: tag.put_into(run.frame), tag: None, ..run }
+            }
+            _ => run,
+        }
     }
 
     /// What was counted since the last call, over all CPUs.
