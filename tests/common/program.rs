@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenObject};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenMap, OpenObject};
 use udplb::bpf::{Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
 use udplb::config::{Action, Address, Hash, Key, Ports, Source, Strategy};
 use udplb::nexthop::{self, Way};
@@ -74,8 +74,10 @@ impl<'object> Program<'object> {
         ] {
             map.set_max_entries(entries).expect("the size of a map");
         }
+        let chunks = [0; CHUNKS as usize].map(|_| counters_chunk(&maps.counters_chunk));
+        // before 6.2 the kernel tells maps with type information from those without
+        maps.counters.set_inner_map_fd(chunks[0].as_fd()).expect("a model of the chunks");
         let skeleton = skeleton.load().expect("the program loads");
-        let chunks = [0; CHUNKS as usize].map(|_| counters_chunk(&skeleton.maps.counters_chunk));
         for (index, chunk) in (0..).zip(&chunks) {
             write(&skeleton.maps.counters, index, &chunk.as_fd().as_raw_fd().to_ne_bytes());
         }
@@ -223,7 +225,7 @@ impl<'object> Program<'object> {
 }
 
 /// A map like the one that the program has as a model.
-fn counters_chunk(model: &MapMut<'_>) -> MapHandle {
+fn counters_chunk(model: &OpenMap<'_>) -> MapHandle {
     let options = libbpf_sys::bpf_map_create_opts {
         sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
         ..Default::default()
@@ -254,7 +256,6 @@ fn test_run(program: BorrowedFd<'_>, frame: &[u8], context: Context) -> Run {
     // SAFETY: all zeroes are a __sk_buff.
     let fields = unsafe { came.assume_init_mut() };
     fields.ifindex = context.ifindex;
-    fields.ingress_ifindex = context.ifindex;
     fields.gso_size = context.gso_size;
     fields.gso_segs = context.gso_segs;
     let mut room = vec![0; frame.len() + 256];
