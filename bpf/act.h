@@ -31,10 +31,10 @@ static __always_inline bool find_key(struct __sk_buff *skb, __u32 layout, struct
 			: payload_key(skb, layout, rule->payload_offset, rule->payload_length);
 	*key = found;
 	if (found & KEY_SEVERAL)
-		count_aside(skb, rule->id, NOTE_SEVERAL_METRICS);
+		count_aside(skb, layout, 0, rule->id, NOTE_SEVERAL_METRICS);
 	if (!(found & KEY_FOUND))
-		count_aside(skb, rule->id, NOTE_SHORT_PAYLOAD);
-	if (!locate(skb, layout, packet))
+		count_aside(skb, layout, 0, rule->id, NOTE_SHORT_PAYLOAD);
+	if (!locate(skb, layout, packet) || !packet->has_udp)
 		return false;
 	if (!(found & KEY_FOUND))
 		*key = sender_key(packet, STRATEGY_SRC_IP_PORT, true);
@@ -50,6 +50,7 @@ static __always_inline bool choose(struct __sk_buff *skb, __u32 layout, struct p
 		return true;
 	if (rule->slots > 1 && !find_key(skb, layout, packet, rule, &choice->key))
 		return false;
+	trace_choice(layout, choice->key, rule->slots);
 	choice->upstream = select(rule, choice->key);
 	return true;
 }
@@ -103,7 +104,7 @@ static __always_inline int act(struct __sk_buff *skb, __u32 layout, const struct
 {
 	bool block = rule->action == ACTION_BLOCK;
 	int action = block ? TC_ACT_SHOT : TC_ACT_UNSPEC;
-	__u32 sent = SENT(VERDICT_FORWARDED, action, 0);
+	__u32 sent = SENT(VERDICT_FORWARDED, action, 0), verdict;
 
 	if (features.receivers && choice->due) {
 		sent = replicate(skb, rule->first_receiver, choice->due, layout, choice->identification);
@@ -114,8 +115,10 @@ static __always_inline int act(struct __sk_buff *skb, __u32 layout, const struct
 		sent = SENT(VERDICT_NO_UPSTREAM, action, 0);
 	}
 	if (rule->flags & RULE_REPLICATES || !choice->upstream) {
-		count(skb, rule->id,
-		      rule->flags & RULE_REPLICATES ? SENT_VERDICT(sent) : VERDICT_NO_UPSTREAM);
+		verdict = rule->flags & RULE_REPLICATES ? SENT_VERDICT(sent) : VERDICT_NO_UPSTREAM;
+		count(skb, layout, 0, rule->id, verdict);
+		if (layout & LAYOUT_TRACED && verdict == VERDICT_NO_UPSTREAM)
+			end_trace(0, verdict);
 		return action;
 	}
 	sent = send(skb, choice->upstream - 1, block ? layout | LAYOUT_GIVE : layout, choice->identification);
@@ -125,9 +128,12 @@ static __always_inline int act(struct __sk_buff *skb, __u32 layout, const struct
 }
 
 /* It belongs to the rule and goes nowhere. */
-static __always_inline int refuse(struct __sk_buff *skb, const struct rule *rule, enum verdict verdict)
+static __always_inline int refuse(struct __sk_buff *skb, __u32 layout, const struct rule *rule,
+				  enum verdict verdict)
 {
-	count_aside(skb, rule->id, verdict);
+	count_aside(skb, layout, 0, rule->id, verdict);
+	if (layout & LAYOUT_TRACED)
+		end_trace(0, verdict);
 	return rule->action == ACTION_BLOCK ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 

@@ -22,6 +22,21 @@ struct sending {
 	struct headers original;
 };
 
+/* One for each CPU: nothing that a packet is sent to comes back in before send() has ended. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct sending);
+} sendings SEC(".maps");
+
+static __always_inline struct sending *get_sending(void)
+{
+	const __u32 only = 0;
+
+	return bpf_map_lookup_elem(&sendings, &only);
+}
+
 /* Half-word by half-word, as the stack is aligned: a plain copy would go byte by byte. */
 static __always_inline void copy_mac(void *to, const void *from)
 {

@@ -19,6 +19,7 @@
 #include "match.h"
 #include "rewrite.h"
 #include "nexthop.h"
+#include "trace.h"
 #include "forward.h"
 #include "select.h"
 #include "fragments.h"
@@ -33,10 +34,11 @@ static __always_inline int treat(struct __sk_buff *skb, __u32 layout, const stru
 {
 	struct choice choice = {};
 
+	layout |= trace(skb, rule->id, layout);
 	if (!well_formed(skb, layout, packet))
-		return refuse(skb, rule, VERDICT_MALFORMED);
+		return refuse(skb, layout, rule, VERDICT_MALFORMED);
 	if (!choose(skb, layout, packet, rule, &choice))
-		return refuse(skb, rule, VERDICT_CLONE_FAILED);
+		return refuse(skb, layout, rule, VERDICT_CLONE_FAILED);
 	return act(skb, layout, rule, &choice);
 }
 
@@ -74,7 +76,7 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	if (!rule)
 		return TC_ACT_UNSPEC;
 	if (!is_for_us(skb, rule)) {
-		count_aside(skb, rule->id, VERDICT_NOT_FOR_US);
+		count_aside(skb, layout, (__u32)(l2 - sizeof(struct ethhdr)), rule->id, VERDICT_NOT_FOR_US);
 		return TC_ACT_UNSPEC;
 	}
 	if (!l2 || skb->vlan_present)

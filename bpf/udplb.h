@@ -73,8 +73,10 @@ struct features {
 	__u8 asking;
 	__u32 generation;
 	__u32 ticks_per_second; /* of the clock that jiffies count */
+	__u32 rounds;		/* that a fragment may go while its first one is not there */
+	__u32 unused;
 };
-SIZE_IS(struct features, 16);
+SIZE_IS(struct features, 24);
 
 const volatile struct features features = {
 	.ipv6 = 1,
@@ -433,6 +435,75 @@ struct {
 	__type(key, __u32);
 	__type(value, struct budget);
 } budget SEC(".maps");
+
+/* State: what `udplb trace` wants to hear of, for as long as it says so again and again. */
+struct trace {
+	__u64 until;  /* nanoseconds of CLOCK_MONOTONIC; 0: nothing */
+	__u32 rule;   /* id; 0: any */
+	__u32 sample; /* every so manieth packet */
+	__u32 drops;  /* what was not sent, only */
+	__u32 frames; /* the bytes too */
+	__u32 source_bits;
+	__u32 destination_bits;
+	__be32 source[4];
+	__be32 destination[4];
+	__u32 passed; /* of those that are sampled */
+	__u32 lost;   /* events that there was no room for */
+};
+SIZE_IS(struct trace, 72);
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct trace);
+} tracing SEC(".maps");
+
+/* State: what became of a packet, or of one copy of it. Without the frames where they are not asked for. */
+#define SNAPSHOT 128
+
+struct snapshot {
+	__u32 length; /* of the frame */
+	__u32 there;  /* bytes of it that are here */
+	__u8 bytes[SNAPSHOT];
+};
+
+struct event {
+	__u64 time; /* nanoseconds of CLOCK_MONOTONIC, when it came */
+	__u32 interface;
+	__u32 generation;
+	__u32 rule;	/* id */
+	__u32 upstream; /* id; 0: none */
+	enum verdict verdict;
+	__u32 length; /* of the frame */
+	__u32 key;    /* that selected the upstream, and the slot of the rule's table */
+	__u32 slot;
+	__u16 ipv6;
+	__u16 fragment; /* not the first: there are no ports */
+	__be16 source_port;
+	__be16 port;
+	__be32 source[4];
+	__be32 destination[4];
+	__be32 gateway[4]; /* the neighbour that was to be asked for, where it was */
+	__u32 out;	   /* interface; 0: none */
+	__u8 macs[12];	   /* destination and source; zeroes: none */
+	struct snapshot came;
+	struct snapshot left;
+};
+SIZE_IS(struct event, 112 + 2 * sizeof(struct snapshot));
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} events SEC(".maps");
+
+/* The event in the making. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct event);
+} drafts SEC(".maps");
 
 /* State: the configuration that `rollback` left, and that `apply` therefore refuses; not read by the program.
  */

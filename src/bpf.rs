@@ -81,6 +81,8 @@ unsafe impl Pod for types::heartbeat {}
 // SAFETY: as above.
 unsafe impl Pod for types::held {}
 
+// SAFETY: as above.
+unsafe impl Pod for types::trace {}
 // SAFETY: a number.
 unsafe impl Pod for u32 {}
 

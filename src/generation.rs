@@ -22,8 +22,10 @@ use crate::state::{ReadGuard, StateMaps, WriteGuard, remove_pins};
 use crate::tables::Tables;
 
 /// The pins of its maps.
-const MAPS: [&str; 7] =
-    ["rules", "rules6", "senders", "addresses", "slots", "upstreams", "config"];
+const MAPS: [&str; 7] = ["rules", "rules6", "senders", "addresses", "slots", "upstreams", "config"];
+
+/// How often a fragment comes round again while its first one is not there.
+const ROUNDS: u32 = 64;
 
 /// The name of a program's pin.
 pub fn pin_of(layer: Layer) -> &'static str {
@@ -185,6 +187,7 @@ fn build_in(
     rodata.features = types::features {
         generation: draft.number,
         ticks_per_second: lease::ticks_per_second()?,
+        rounds: ROUNDS,
         ..tables.features
     };
     let mut skeleton = load(skeleton, &state)?;
@@ -254,6 +257,8 @@ fn load<'a>(mut skeleton: OpenUdplbSkel<'a>, state: &StateMaps) -> anyhow::Resul
     skeleton.maps.overrides.reuse_fd(state.overrides.as_fd())?;
     skeleton.maps.fragments.reuse_fd(state.fragments.as_fd())?;
     skeleton.maps.fragment_ring.reuse_fd(state.fragment_ring.as_fd())?;
+    skeleton.maps.tracing.reuse_fd(state.tracing.as_fd())?;
+    skeleton.maps.events.reuse_fd(state.events.as_fd())?;
     if let Some(tickets) = &state.tickets {
         skeleton.maps.tickets.reuse_fd(tickets.as_fd())?;
     }
@@ -385,6 +390,8 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
         map_id(&state.overrides)?,
         map_id(&state.fragments)?,
         map_id(&state.fragment_ring)?,
+        map_id(&state.tracing)?,
+        map_id(&state.events)?,
         map_id(state.tickets.as_ref().context("state/tickets is missing")?)?,
     ];
     for name in &MAPS {

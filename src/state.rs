@@ -30,7 +30,7 @@ pub const PIN_DIR: &str = "/sys/fs/bpf/udplb";
 
 /// The directory of what outlives generations. Another layout gets one of its own beside it, whose name
 /// begins alike.
-const STATE: &str = "state-2";
+pub const STATE: &str = "state-2";
 const STATES: &str = "state";
 
 /// Shared access: nobody changes anything meanwhile.
@@ -209,6 +209,9 @@ impl ReadGuard {
         else {
             return Ok(None);
         };
+        let (Some(tracing), Some(events)) = (open("tracing")?, open("events")?) else {
+            return Ok(None);
+        };
         let counters = Counters::open(counters, &state)?;
         let nexthops = NextHops::open(nexthops, &state)?;
         let whole = counters.is_whole()? && nexthops.is_whole()?;
@@ -221,6 +224,8 @@ impl ReadGuard {
             overrides,
             fragments,
             fragment_ring,
+            tracing,
+            events,
             tickets,
         }))
     }
@@ -297,6 +302,8 @@ impl WriteGuard {
         let overrides = ensure(&state, "overrides", &maps.overrides, None)?;
         let fragments = ensure(&state, "fragments", &maps.fragments, None)?;
         let fragment_ring = ensure(&state, "fragment_ring", &maps.fragment_ring, None)?;
+        let tracing = ensure(&state, "tracing", &maps.tracing, None)?;
+        let events = ensure(&state, "events", &maps.events, None)?;
         let tickets = state.join("tickets");
         let tickets = match tickets.try_exists()? {
             true => Some(MapHandle::from_pinned_path(&tickets).context("state: tickets")?),
@@ -312,6 +319,8 @@ impl WriteGuard {
             overrides,
             fragments,
             fragment_ring,
+            tracing,
+            events,
             tickets,
         };
         Ok((maps, fresh))
@@ -421,6 +430,9 @@ pub struct StateMaps {
     pub overrides: MapHandle,
     pub fragments: MapHandle,
     pub fragment_ring: MapHandle,
+    /// What of the packets is to be told, and where it is.
+    pub tracing: MapHandle,
+    pub events: MapHandle,
     /// None before the first generation.
     pub tickets: Option<MapHandle>,
     held: MapHandle,

@@ -509,7 +509,8 @@ mod tests {
             .map(|slot| {
                 let width = tables.slots[0].upstream.len();
                 let index = tables.slots[slot / width].upstream[slot % width];
-                tables.upstreams[(many.first_upstream + u32::from(index)) as usize].address[0].to_ne_bytes()[3]
+                tables.upstreams[(many.first_upstream + u32::from(index)) as usize].address[0]
+                    .to_ne_bytes()[3]
             })
             .collect();
         assert_eq!(found, hosts);
