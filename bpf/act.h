@@ -104,6 +104,7 @@ static __always_inline int act(struct __sk_buff *skb, __u32 layout, const struct
 	bool block = rule->action == ACTION_BLOCK;
 	int action = block ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 	__u32 sent = SENT(VERDICT_FORWARDED, action, 0);
+	enum verdict verdict;
 
 	if (features.receivers && choice->due) {
 		sent = replicate(skb, rule->first_receiver, choice->due, layout, choice->identification);
@@ -114,8 +115,10 @@ static __always_inline int act(struct __sk_buff *skb, __u32 layout, const struct
 		sent = SENT(VERDICT_NO_UPSTREAM, action, 0);
 	}
 	if (rule->flags & RULE_REPLICATES || !choice->upstream) {
+		verdict = rule->flags & RULE_REPLICATES ? SENT_VERDICT(sent) : VERDICT_NO_UPSTREAM;
+		/* how sure the way was is each receiver's own */
 		count(skb, layout, 0, rule->id,
-		      rule->flags & RULE_REPLICATES ? SENT_VERDICT(sent) : VERDICT_NO_UPSTREAM);
+		      verdict == VERDICT_STALE_NEIGHBOUR ? VERDICT_FORWARDED : verdict);
 		return action;
 	}
 	sent = send(skb, choice->upstream - 1, block ? layout | LAYOUT_GIVE : layout, choice->identification);
