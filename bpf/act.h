@@ -104,7 +104,8 @@ static __always_inline int act(struct __sk_buff *skb, __u32 layout, const struct
 {
 	bool block = rule->action == ACTION_BLOCK;
 	int action = block ? TC_ACT_SHOT : TC_ACT_UNSPEC;
-	__u32 sent = SENT(VERDICT_FORWARDED, action, 0), verdict;
+	__u32 sent = SENT(VERDICT_FORWARDED, action, 0);
+	enum verdict verdict;
 
 	if (features.receivers && choice->due) {
 		sent = replicate(skb, rule->first_receiver, choice->due, layout, choice->identification);
@@ -116,7 +117,9 @@ static __always_inline int act(struct __sk_buff *skb, __u32 layout, const struct
 	}
 	if (rule->flags & RULE_REPLICATES || !choice->upstream) {
 		verdict = rule->flags & RULE_REPLICATES ? SENT_VERDICT(sent) : VERDICT_NO_UPSTREAM;
-		count(skb, layout, 0, rule->id, verdict);
+		/* how sure the way was is each receiver's own */
+		count(skb, layout, 0, rule->id,
+		      verdict == VERDICT_STALE_NEIGHBOUR ? VERDICT_FORWARDED : verdict);
 		if (layout & LAYOUT_TRACED && verdict == VERDICT_NO_UPSTREAM)
 			end_trace(0, verdict);
 		return action;

@@ -50,6 +50,19 @@ static __noinline void count_aside(struct __sk_buff *skb, __u32 layout, __u32 ta
 	count(skb, layout, tags, id, which);
 }
 
+/*
+ * Ends CHECKSUM_COMPLETE, which no other helper does. bpf_redirect_neigh() takes a header off and leaves it
+ * in the sum; a receiver on this host then takes another one out of it, and drops the packet if the sum is
+ * not the hardware's: behind a tunnel it is not.
+ */
+static __always_inline void forget_sum(struct __sk_buff *skb)
+{
+	__u32 length = skb->len;
+
+	if (!skb->gso_size && !bpf_skb_change_tail(skb, length + 1, 0))
+		bpf_skb_change_tail(skb, length, 0);
+}
+
 /* Gives the packet away by what next_hop() said. */
 static __always_inline enum verdict forward(struct __sk_buff *skb, __u32 layout, const struct packet *packet,
 					    struct sending *sending, enum verdict verdict, int *action)
@@ -72,6 +85,8 @@ static __always_inline enum verdict forward(struct __sk_buff *skb, __u32 layout,
 		*action = bpf_redirect(way->ifindex, 0);
 		return VERDICT_FORWARDED;
 	}
+	if (checksum == CHECKSUM_OF_FRAME)
+		forget_sum(skb);
 	/* the kernel asks for the neighbour and keeps the packet meanwhile */
 	neighbour->nh_family = way->family;
 	__builtin_memcpy(neighbour->ipv6_nh, way->gateway, sizeof(neighbour->ipv6_nh));

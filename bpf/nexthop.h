@@ -63,6 +63,20 @@ static __always_inline bool is_link_local(const __be32 *address)
 	return (address[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
 }
 
+/* Of one host, and not to itself. */
+static __always_inline bool is_unicast_ipv6(const __be32 *address)
+{
+	return (address[0] & bpf_htonl(0xff000000)) != bpf_htonl(0xff000000) &&
+	       (address[0] | address[1] | address[2] | (address[3] & ~bpf_htonl(1)));
+}
+
+/* What no router sends on (RFC 4291, sections 2.5.2, 2.5.3, 2.5.6 and 2.7); the kernel does not route it. */
+static __always_inline bool stays_here(const struct label *label)
+{
+	return !is_unicast_ipv6(label->source) ||
+	       (is_link_local(label->source) && !is_link_local(label->destination));
+}
+
 static __always_inline const struct nexthop_slot *nexthop_slot(const struct upstream *upstream)
 {
 	__u32 chunk = upstream->id / NEXTHOPS_PER_CHUNK, index = upstream->id % NEXTHOPS_PER_CHUNK;
@@ -190,15 +204,6 @@ static __always_inline __u16 mtu_of(const struct upstream *upstream)
 	return known ? known->mtu : 0;
 }
 
-/* The interface of a link-local upstream, which the configuration names. */
-static __always_inline __u32 scope_of(const struct upstream *upstream)
-{
-	const struct nexthop_slot *slot = nexthop_slot(upstream);
-	const struct nexthop *known = slot ? known_of(slot, sequence_of(slot), upstream) : NULL;
-
-	return known ? known->ifindex : 0;
-}
-
 /* Length of the IP packet that goes out: of a segment where the device or the kernel cuts it up. */
 static __always_inline __u32 ip_length(struct __sk_buff *skb, __u32 layout, const struct packet *packet)
 {
@@ -214,9 +219,11 @@ static __always_inline int routed_way(struct __sk_buff *skb, const struct packet
 				      const struct upstream *upstream, const struct label *label,
 				      struct bpf_fib_lookup *fib, struct way *way, __u32 length)
 {
-	__u32 flags = 0;
 	int result;
 
+	/* of which link only the configuration knows */
+	if (packet->is_ipv6 && is_link_local(label->destination))
+		return BPF_FIB_LKUP_RET_FWD_DISABLED;
 	__builtin_memset(fib, 0, sizeof(*fib));
 	fib->family = AF_INET;
 	fib->l4_protocol = IPPROTO_UDP;
@@ -232,17 +239,13 @@ static __always_inline int routed_way(struct __sk_buff *skb, const struct packet
 		fib->flowinfo = *(__be32 *)packet->ip6 & bpf_htonl(0x0fffffff);
 		__builtin_memcpy(fib->ipv6_src, label->source, sizeof(fib->ipv6_src));
 		__builtin_memcpy(fib->ipv6_dst, label->destination, sizeof(fib->ipv6_dst));
-		if (is_link_local(label->destination)) {
-			fib->ifindex = scope_of(upstream);
-			flags = BPF_FIB_LOOKUP_OUTPUT;
-		}
 	} else {
 		fib->tos = packet->ip->tos;
 		fib->ipv4_src = label->source[0];
 		/* .ipv4_dst, and zeroes behind it: the gateway is compared as a whole */
 		fib->ipv6_dst[0] = label->destination[0];
 	}
-	result = bpf_fib_lookup(skb, fib, sizeof(*fib), flags);
+	result = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
 	/* takes the place of tot_len, from 5.12 on */
 	if (result == BPF_FIB_LKUP_RET_FRAG_NEEDED)
 		way->mtu = fib->mtu_result < length ? fib->mtu_result : mtu_of(upstream);
@@ -269,11 +272,12 @@ static __always_inline enum verdict next_hop(struct __sk_buff *skb, __u32 layout
 					     const struct upstream *upstream, struct sending *sending)
 {
 	struct way *way = &sending->way;
-
 	__u32 length = ip_length(skb, layout, packet);
 	enum verdict verdict = VERDICT_FORWARDED;
 
 	__builtin_memset(way, 0, sizeof(*way));
+	if (packet->is_ipv6 && stays_here(&sending->label))
+		return VERDICT_NO_ROUTE;
 	if (!leased_way(upstream, way)) {
 		switch (routed_way(skb, packet, upstream, &sending->label, &sending->fib, way, length)) {
 		case BPF_FIB_LKUP_RET_SUCCESS:

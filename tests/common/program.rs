@@ -140,7 +140,8 @@ impl<'object> Program<'object> {
         let bytes = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
         let tickets: Option<types::tickets> = bytes.and_then(|bytes| from_bytes(&bytes));
         let mut tickets = tickets.expect("tickets");
-        tickets.secret += 1;
+        // beside the identifications, that it is mixed with
+        tickets.secret += 1 << 32;
         write(map, 0, bytes_of(&tickets));
     }
 

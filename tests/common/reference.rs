@@ -21,23 +21,6 @@ use super::program::Counted;
 /// A name of `VERDICTS`.
 pub type Verdict = &'static str;
 
-/// What the program under test can do so far.
-#[derive(Clone, Copy, Debug)]
-pub struct Supports {
-    pub ipv6: bool,
-    /// Tags in the frame.
-    pub vlan: bool,
-    /// Fragments go where their first one went.
-    pub fragments: bool,
-    /// Packets that are too big or too old are answered.
-    pub errors: bool,
-    /// `mode: replicate`, and mirrors.
-    pub replicate: bool,
-    pub egress: bool,
-    /// Keys that are multicast or broadcast addresses.
-    pub groups: bool,
-}
-
 /// The one that packets come to.
 #[derive(Clone, Debug)]
 pub struct Host {
@@ -53,7 +36,6 @@ pub struct Host {
     /// By the address of the upstream; there is no route to others.
     pub ways: BTreeMap<IpAddr, Way>,
     pub hashed: Hashed,
-    pub supports: Supports,
 }
 
 #[derive(Clone, Debug)]
@@ -151,8 +133,8 @@ type Datagram = (IpAddr, IpAddr, u32);
 /// What is remembered of first fragments.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
-    /// Indices of the rule and of its upstream.
-    followed: HashMap<Datagram, (usize, usize)>,
+    /// Indices of the rule and of its upstream; none: the first fragment was no rule's.
+    followed: HashMap<Datagram, Option<(usize, usize)>>,
     /// By datagram and receiver: the new identification.
     fresh: HashMap<(Datagram, u32), Vec<u8>>,
 }
@@ -167,6 +149,9 @@ const TAGS: usize = 2;
 
 /// Extension headers that are looked through.
 const EXTENSIONS: usize = 8;
+
+/// The UDP header begins within so many bytes of the IPv6 packet.
+const HEADERS: usize = 512;
 
 /// Next header values, RFC 8200 section 4.
 const HOP_BY_HOP: u8 = 0;
@@ -231,23 +216,24 @@ impl Host {
         };
         let count = packet.count();
         let found = match packet.is_later() {
-            true => table.followed.get(&packet.datagram()).copied(),
+            true => match table.followed.get(&packet.datagram()) {
+                Some(None) => return Outcome::default(),
+                followed => followed.copied().flatten(),
+            },
             false => self.rule_for(&packet).map(|rule| {
                 let chosen = self.choose(&self.rules[rule].0, &packet);
                 (rule, chosen)
             }),
         };
         let Some((index, chosen)) = found else {
-            if packet.is_first() {
-                table.forget(packet.datagram());
+            if packet.is_first() && self.has_key(packet.destination) {
+                table.remember(packet.datagram(), None);
             }
             if !packet.is_later() {
                 return Outcome::default();
             }
-            let verdict = if self.supports.fragments { "fragment-early" } else { "fragment" };
-            let keys = self.has_key(packet.destination) && packet.may_be_udp;
-            return match keys || !self.supports.fragments {
-                true => Outcome::default().counted(0, verdict, count),
+            return match self.has_key(packet.destination) && packet.may_be_udp {
+                true => Outcome::default().counted(0, "fragment-early", count),
                 false => Outcome::default(),
             };
         };
@@ -255,18 +241,15 @@ impl Host {
         if !self.is_for_us(rule, &packet) {
             return Outcome::default().counted(ids.rule, "not-for-us", count);
         }
-        if packet.fragment.is_some() && !self.supports.fragments {
-            return Outcome::unsent(rule).counted(ids.rule, "fragment", count);
-        }
         if !packet.is_well_formed() {
             if packet.is_first() {
-                table.forget(packet.datagram());
+                table.remember(packet.datagram(), None);
             }
             return Outcome::unsent(rule).counted(ids.rule, "malformed", count);
         }
         if packet.fragment.is_some() {
             if packet.is_first() {
-                table.remember(packet.datagram(), index, chosen);
+                table.remember(packet.datagram(), Some((index, chosen)));
             }
             let outcome = match rule.fragments {
                 Fragments::Follow => None,
@@ -358,6 +341,9 @@ impl Host {
             Source::Preserve => packet.source,
             Source::Egress => way.egress.ok_or("no-route")?,
         };
+        if stays_here(source, to.upstream.address.ip) {
+            return Err("no-route");
+        }
         if packet.length() > way.mtu {
             return Err("mtu");
         }
@@ -397,7 +383,7 @@ impl Host {
         let for_many = to != self.mac || self.is_of_many(packet.destination);
         let of_one = is_one_host(packet.source);
         let answered = rule.action == Action::Block && !packet.is_later() && of_one && !for_many;
-        if !answered || !self.supports.errors {
+        if !answered {
             return Outcome::unsent(rule).end;
         }
         let tags = arrival.frame.len() - packet.bytes.len();
@@ -418,11 +404,10 @@ impl Host {
 
     fn parse(&self, arrival: Arrival<'_>) -> Parsed {
         let frame = arrival.frame;
-        let bytes = if self.supports.vlan { untagged(frame) } else { Some(frame.to_vec()) };
-        let Some(bytes) = bytes else { return Parsed::Other };
+        let Some(bytes) = untagged(frame) else { return Parsed::Other };
         let parsed = match word(&bytes, ETHERNET - 2) {
             Some(IPV4) => parse_ipv4(bytes),
-            Some(IPV6) if self.supports.ipv6 => parse_ipv6(bytes),
+            Some(IPV6) => parse_ipv6(bytes),
             _ => Parsed::Other,
         };
         match parsed {
@@ -437,7 +422,8 @@ impl Host {
     /// An exact address before any address, then an exact port before any port, then the smallest
     /// network of senders.
     fn rule_for(&self, packet: &Packet) -> Option<usize> {
-        let port = word(&packet.bytes, packet.body + 2)?;
+        let header = packet.bytes.get(packet.body..packet.body + 8)?;
+        let port = word(header, 2)?;
         let matching = self.rules.iter().enumerate().filter_map(|(index, (rule, _))| {
             let key = &rule.key;
             let port = key.ports.is_empty() || key.ports.iter().any(|ports| ports.contains(port));
@@ -472,9 +458,6 @@ impl Host {
             (Hash::Modulo, Strategy::SrcPort, _) => usize::from(port.swap_bytes()) % count,
             (Hash::Modulo, Strategy::SrcIp, IpAddr::V4(address)) => {
                 address.to_bits() as usize % count
-            }
-            (Hash::Modulo, Strategy::SrcIp, IpAddr::V6(address)) => {
-                (address.to_bits() % count as u128) as usize
             }
             (_, _, source) => (self.hashed)(rule, source, port),
         }
@@ -556,8 +539,11 @@ impl Packet {
     /// The same to another host. What is not named here leaves as it came.
     fn rewritten(&self, macs: Option<(Mac, Mac)>, source: IpAddr, to: &Upstream) -> Vec<u8> {
         let mut bytes = self.bytes.clone();
-        if let Some((from, to)) = macs {
-            bytes[..12].copy_from_slice(&[to, from].concat());
+        match macs {
+            Some((from, to)) => bytes[..12].copy_from_slice(&[to, from].concat()),
+            // the kernel gives what is addressed to a group no neighbour's address
+            None if bytes[0] & 1 == 1 => bytes[..12].fill(0),
+            None => {}
         }
         let addresses = match (source, to.address.ip) {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
@@ -635,8 +621,8 @@ fn parse_ipv4(bytes: Vec<u8>) -> Parsed {
         may_be_udp: true,
         bytes,
     };
-    // the ports must have come; later fragments have none
-    let came = packet.is_later() || packet.bytes.len() >= packet.body + 8;
+    // the ports must have come; not all fragments have them
+    let came = packet.fragment.is_some() || packet.bytes.len() >= packet.body + 8;
     if came { Parsed::Packet(packet) } else { Parsed::Other }
 }
 
@@ -670,7 +656,8 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
         if next == UDP || !known && (next != HOP_BY_HOP || number > 0) {
             break;
         }
-        let Some(extension) = bytes.get(packet.body..packet.body + 8) else {
+        let extension = bytes.get(packet.body..packet.body + 8);
+        let Some(extension) = extension.filter(|_| number < EXTENSIONS) else {
             return unreadable;
         };
         // sections 4.3 to 4.6
@@ -681,7 +668,8 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
         }
         // section 4.1: each of them at most once
         let again = next == FRAGMENT && fragmented;
-        if number == EXTENSIONS || again || packet.body + length > bytes.len() {
+        let end = packet.body + length;
+        if again || end > bytes.len() || end > ETHERNET + HEADERS {
             return unreadable;
         }
         if next == FRAGMENT {
@@ -704,8 +692,8 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
     }
     // of a later fragment this is what the data of the first begin with
     packet.may_be_udp = matches!(next, UDP | HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION);
-    // the ports must have come; later fragments have none
-    let came = packet.is_later() || next == UDP && bytes.len() >= packet.body + 8;
+    let came = packet.fragment.is_some() || bytes.len() >= packet.body + 8;
+    let came = packet.is_later() || next == UDP && came;
     if came { Parsed::Packet(Packet { bytes, ..packet }) } else { Parsed::Other }
 }
 
@@ -724,14 +712,9 @@ impl Outcome {
 }
 
 impl Table {
-    fn remember(&mut self, datagram: Datagram, rule: usize, chosen: usize) {
-        self.forget(datagram);
-        self.followed.insert(datagram, (rule, chosen));
-    }
-
     /// Another datagram has the identification now.
-    fn forget(&mut self, datagram: Datagram) {
-        self.followed.remove(&datagram);
+    fn remember(&mut self, datagram: Datagram, rule_and_upstream: Option<(usize, usize)>) {
+        self.followed.insert(datagram, rule_and_upstream);
         self.fresh.retain(|(known, _), _| *known != datagram);
     }
 
@@ -817,8 +800,16 @@ impl Answer {
 /// "a source address that does not define a single host -- e.g., a zero address, a loopback address, a
 /// broadcast address, a multicast address, or a Class E address", RFC 1122 section 3.2.2.
 fn is_one_host(source: IpAddr) -> bool {
-    let class_e = matches!(source, IpAddr::V4(address) if address.octets()[0] >= 240);
-    !(source.is_unspecified() || source.is_loopback() || source.is_multicast() || class_e)
+    // RFC 6890: all that begins with a zero is "this host on this network"
+    let v4 = matches!(source, IpAddr::V4(address) if matches!(address.octets()[0], 0 | 240..));
+    !(source.is_unspecified() || source.is_loopback() || source.is_multicast() || v4)
+}
+
+/// What no router may send on: RFC 4291, sections 2.5.2, 2.5.3, 2.5.6 and 2.7.
+fn stays_here(source: IpAddr, destination: IpAddr) -> bool {
+    let (IpAddr::V6(source), IpAddr::V6(destination)) = (source, destination) else { return false };
+    let to_other_links = source.is_unicast_link_local() && !destination.is_unicast_link_local();
+    source.is_unspecified() || source.is_loopback() || source.is_multicast() || to_other_links
 }
 
 fn receivers<'host>(
