@@ -1,11 +1,14 @@
 //! Packets and bytes by verdict, under the ids of rules and upstreams.
 
-use std::ops::AddAssign;
+use std::ops::{AddAssign, Sub};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
+use std::ptr;
 
 use anyhow::Context;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
-use serde::Serialize;
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 
 use crate::bpf::{OpenUdplbSkel, VERDICTS, bytes_of, from_bytes, is_forwarded, types};
 use crate::chunks::Chunks;
@@ -21,6 +24,18 @@ impl AddAssign for Count {
     fn add_assign(&mut self, other: Count) {
         self.packets += other.packets;
         self.bytes += other.bytes;
+    }
+}
+
+/// What came since; nothing where the counter began anew meanwhile.
+impl Sub for Count {
+    type Output = Count;
+
+    fn sub(self, earlier: Count) -> Count {
+        Count {
+            packets: self.packets.saturating_sub(earlier.packets),
+            bytes: self.bytes.saturating_sub(earlier.bytes),
+        }
     }
 }
 
@@ -44,6 +59,12 @@ impl Counts {
         self.sum(is_forwarded)
     }
 
+    /// Those that did not, by the reason's name; without the reasons that there were none of.
+    pub fn drops(&self) -> impl Iterator<Item = (&'static str, Count)> {
+        let drops = VERDICTS.iter().zip(self.0).filter(|((verdict, _), _)| !is_forwarded(*verdict));
+        drops.map(|((_, name), count)| (*name, count)).filter(|(_, count)| count.packets > 0)
+    }
+
     fn sum(&self, wanted: impl Fn(types::verdict) -> bool) -> Count {
         let mut sum = Count::default();
         for ((verdict, _), count) in VERDICTS.iter().zip(self.0) {
@@ -63,6 +84,33 @@ impl AddAssign for Counts {
     }
 }
 
+/// What came since.
+impl Sub for Counts {
+    type Output = Counts;
+
+    fn sub(mut self, earlier: Counts) -> Counts {
+        for (mine, earlier) in self.0.iter_mut().zip(earlier.0) {
+            *mine = *mine - earlier;
+        }
+        self
+    }
+}
+
+/// By verdict, and `matched` for all of them.
+impl Serialize for Counts {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        for (name, count) in self.by_verdict() {
+            map.serialize_entry(name, &count)?;
+        }
+        map.serialize_entry("matched", &self.matched())?;
+        map.end()
+    }
+}
+
+/// Bytes that one system call reads at most: an id's counters are 256 for each CPU.
+const BATCH: usize = 1 << 20;
+
 /// The table of counters.
 pub struct Counters(Chunks);
 
@@ -80,6 +128,12 @@ impl Counters {
     /// The map that the program looks into.
     pub fn outer(&self) -> &MapHandle {
         self.0.outer()
+    }
+
+    /// How many ids there may be.
+    pub fn most_ids(&self) -> u32 {
+        let width = self.0.iter().next().map_or(0, |(_, chunk)| chunk.max_entries());
+        self.0.outer().max_entries() * width
     }
 
     /// Makes room for `ids`, and sets to zero those of them that are `new`: whoever had them
@@ -101,19 +155,66 @@ impl Counters {
         Ok(())
     }
 
-    /// What was counted under an id, over all CPUs. An id without counters has counted nothing.
-    pub fn read(&self, id: u32) -> anyhow::Result<Counts> {
-        let mut counts = Counts::default();
-        let Some((chunk, key)) = self.0.place(id) else { return Ok(counts) };
-        let values = chunk.lookup_percpu(&key.to_ne_bytes(), MapFlags::ANY)?.unwrap_or_default();
-        for value in values {
-            let value: types::counters =
-                from_bytes(&value).context("counters of another layout")?;
-            for (count, (verdict, _)) in counts.0.iter_mut().zip(VERDICTS) {
-                let counter = value.of[verdict.0 as usize];
-                *count += Count { packets: counter.packets, bytes: counter.bytes };
-            }
+    /// What was counted under each id up to `most`, over all CPUs. An id without counters has
+    /// counted nothing.
+    pub fn read(&self, most: u32) -> anyhow::Result<Vec<Counts>> {
+        let ids = most as usize + 1;
+        let mut all = Vec::with_capacity(ids);
+        for (_, chunk) in self.0.iter() {
+            let left = ids.saturating_sub(all.len()).min(chunk.max_entries() as usize);
+            read_chunk(chunk, left, &mut all)?;
         }
-        Ok(counts)
+        all.resize(ids, Counts::default());
+        Ok(all)
     }
+}
+
+/// Appends the first entries of a chunk, many with one system call where the kernel can (5.13).
+fn read_chunk(chunk: &MapHandle, entries: usize, all: &mut Vec<Counts>) -> anyhow::Result<()> {
+    let width = size_of::<types::counters>() * libbpf_rs::num_possible_cpus()?;
+    let most = (BATCH / width).max(1);
+    let mut values = vec![0; most.min(entries) * width];
+    let mut keys = vec![0_u32; most.min(entries)];
+    let (mut place, mut last) = (0_u32, None::<u32>);
+    while (place as usize) < entries {
+        let wanted = most.min(entries - place as usize) as u32;
+        let (mut read, mut next) = (wanted, 0_u32);
+        // SAFETY: keys and values have room for `read` entries, the other pointers are to one key
+        // each, and all of them outlive the call.
+        let result = unsafe {
+            libbpf_sys::bpf_map_lookup_batch(
+                chunk.as_fd().as_raw_fd(),
+                last.as_mut().map_or(ptr::null_mut(), |key| ptr::from_mut(key).cast()),
+                ptr::from_mut(&mut next).cast(),
+                keys.as_mut_ptr().cast(),
+                values.as_mut_ptr().cast(),
+                &mut read,
+                ptr::null(),
+            )
+        };
+        if result == 0 && read == wanted {
+            for value in values.chunks_exact(width).take(read as usize) {
+                all.push(sum(value.chunks_exact(size_of::<types::counters>()))?);
+            }
+            (place, last) = (place + read, Some(next));
+        } else {
+            let value = chunk.lookup_percpu(&place.to_ne_bytes(), MapFlags::ANY)?;
+            all.push(sum(value.unwrap_or_default().iter().map(Vec::as_slice))?);
+            (place, last) = (place + 1, Some(place));
+        }
+    }
+    Ok(())
+}
+
+/// Over all CPUs.
+fn sum<'a>(values: impl Iterator<Item = &'a [u8]>) -> anyhow::Result<Counts> {
+    let mut counts = Counts::default();
+    for value in values {
+        let value: types::counters = from_bytes(value).context("counters of another layout")?;
+        for (count, (verdict, _)) in counts.0.iter_mut().zip(VERDICTS) {
+            let counter = value.of[verdict.0 as usize];
+            *count += Count { packets: counter.packets, bytes: counter.bytes };
+        }
+    }
+    Ok(counts)
 }
