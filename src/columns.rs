@@ -1,5 +1,7 @@
 //! Tables of text, cut to the width of a terminal.
 
+use std::borrow::Cow;
+
 /// Between two columns: a reader of the output can split there.
 const GAP: &str = "  ";
 
@@ -42,22 +44,28 @@ pub fn lines(columns: &[Column], rows: &[Vec<String>], width: Option<usize>) -> 
         shrink(columns, &mut widths, most);
     }
     let titles: Vec<String> = columns.iter().map(|column| column.title.into()).collect();
-    std::iter::once(&titles)
-        .chain(rows)
-        .map(|row| {
-            let mut line = String::new();
-            let cells = columns.iter().zip(row).zip(&widths);
-            for ((column, cell), width) in cells.filter(|(_, width)| **width > 0) {
-                let cell = cut(cell, *width);
-                line += &match column.right {
-                    true => format!("{cell:>width$}{GAP}"),
-                    false => format!("{cell:<width$}{GAP}"),
-                };
+    let line = |row: &Vec<String>| {
+        let mut line = String::with_capacity(widths.iter().sum::<usize>() + 2 * widths.len());
+        let cells = columns.iter().zip(row).zip(&widths);
+        for ((column, cell), width) in cells.filter(|(_, width)| **width > 0) {
+            let cell = cut(cell, *width);
+            let blanks = width - length(&cell);
+            if column.right {
+                line.extend(std::iter::repeat_n(' ', blanks));
             }
-            let line = line.trim_end();
-            width.map_or_else(|| line.to_string(), |width| cut(line, width))
-        })
-        .collect()
+            line += &cell;
+            if !column.right {
+                line.extend(std::iter::repeat_n(' ', blanks));
+            }
+            line += GAP;
+        }
+        line.truncate(line.trim_end().len());
+        match width {
+            Some(width) => cut(&line, width).into_owned(),
+            None => line,
+        }
+    };
+    std::iter::once(&titles).chain(rows).map(line).collect()
 }
 
 /// Takes from the widest column that has something to give, again and again.
@@ -76,7 +84,7 @@ fn shrink(columns: &[Column], widths: &mut [usize], most: usize) {
 }
 
 /// The text, or its start and an ellipsis.
-pub fn cut(text: &str, width: usize) -> String {
+pub fn cut(text: &str, width: usize) -> Cow<'_, str> {
     if text.chars().count() <= width {
         return text.into();
     }

@@ -32,16 +32,19 @@ pub struct Gatherer {
     global: Global,
     /// Digest of the file, number of the generation, and whether they differ.
     judged: Option<(String, u32, bool)>,
+    /// Bytes that the text had the last time.
+    length: usize,
 }
 
 impl Gatherer {
     pub fn new(global: Global) -> Gatherer {
-        Gatherer { global, judged: None }
+        Gatherer { global, judged: None, length: 0 }
     }
 
     /// All metrics as text.
     pub async fn gather(&mut self, netlink: &Netlink) -> Result<String> {
-        let reading = status::read(&self.global, netlink, None, None).await?;
+        let mut reading = status::read(&self.global, netlink, None, None).await?;
+        reading.status.traffic = None;
         let serving =
             reading.status.generation.and_then(|it| reading.observed.generations.get(&it));
         let metrics = Metrics {
@@ -54,8 +57,9 @@ impl Gatherer {
         drop(reading.observed);
         let mut registry = Registry::with_prefix(PREFIX);
         registry.register_collector(Box::new(metrics));
-        let mut text = String::new();
+        let mut text = String::with_capacity(self.length + self.length / 16);
         prometheus_text::encode(&mut text, &registry).context("metrics")?;
+        self.length = text.len();
         Ok(text)
     }
 

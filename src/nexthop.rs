@@ -161,7 +161,7 @@ impl NextHops {
 
     /// What is known of the way to every upstream up to this id.
     pub fn read_all(&self, most: u32) -> anyhow::Result<Vec<types::nexthop>> {
-        let mut all = Vec::new();
+        let mut all = Vec::with_capacity(self.0.room() as usize);
         for (_, chunk) in self.0.iter().take_while(|(first, _)| *first <= most) {
             let width = chunk.max_entries();
             for (_, slot) in chunk.lookup_batch(width, MapFlags::ANY, MapFlags::ANY)? {

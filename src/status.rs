@@ -114,6 +114,7 @@ pub struct Network<'a> {
 
 /// The kernel and what follows from it, at one moment.
 pub struct Reading {
+    /// Of the generations only the one that serves.
     pub observed: Observed,
     pub status: Status,
 }
@@ -126,7 +127,10 @@ pub async fn read(
     earlier: Option<&Traffic>,
 ) -> Result<Reading> {
     let guard = state::read(&global.pin_dir, global.lock_timeout)?;
-    let observed = observe(guard.as_ref(), netlink).await?;
+    let mut observed = observe(guard.as_ref(), netlink).await?;
+    // large, and of no use here
+    let serving = observed.serving();
+    observed.generations.retain(|number, _| Some(*number) == serving);
     let neighbours = netlink.neighbours().await.context("neighbours")?;
     let network = Network { observed: &observed, neighbours: &neighbours };
     let status = Status::new(guard.as_ref(), &network, rule, earlier)?;
@@ -185,6 +189,9 @@ impl Status {
                 .collect(),
         };
         status.unmatched = view.total.of(0);
+        if rule.is_none() {
+            status.rules.reserve_exact(ids.len());
+        }
         for (wanted, ids) in description.desired.rules.iter().zip(ids) {
             if rule.is_none_or(|name| name == wanted.name) {
                 status.rules.push(rule_status(wanted, ids, &view));
@@ -294,19 +301,19 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
     let shared = view.grown.as_ref().unwrap_or(&view.total).of_rule(ids).forwarded();
     let mut seen = HashSet::new();
     let mut labels = HashSet::new();
-    let upstreams = rule.upstreams.iter().zip(&ids.upstreams);
-    let upstreams = upstreams
+    let mut upstreams = Vec::with_capacity(rule.upstreams.len());
+    for (upstream, id) in rule.upstreams.iter().zip(&ids.upstreams) {
         // one that is listed twice is one
-        .filter(|(_, id)| seen.insert(**id))
-        .map(|(upstream, id)| {
-            let mut status = upstream_status(upstream, *id, shared.packets, view);
-            // a name may be another's address
-            while !labels.insert(status.label.clone()) {
-                status.label.push('\'');
-            }
-            status
-        })
-        .collect();
+        if !seen.insert(*id) {
+            continue;
+        }
+        let mut status = upstream_status(upstream, *id, shared.packets, view);
+        // a name may be another's address
+        while !labels.insert(status.label.clone()) {
+            status.label.push('\'');
+        }
+        upstreams.push(status);
+    }
     RuleStatus {
         name: rule.name.clone(),
         key: changes::key(rule),

@@ -2,11 +2,14 @@
 
 mod common;
 
+use std::env;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, config, rule};
+use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule};
 use common::net::{bind, receive};
 use common::service::{Arpd, until};
 use serde_json::{Value, json};
@@ -199,4 +202,109 @@ fn an_address_may_come_later() {
     until("it cannot listen", || arpd.log().contains("metrics at 10.1.0.9:9500: "));
     lab.relay.ip("addr add 10.1.0.9/24 dev eth0");
     until("it listens", || arpd.log().contains("metrics at http://10.1.0.9:9500/metrics"));
+}
+
+/// Prometheus on the relay, ended when the value is.
+struct Prometheus(Child);
+
+impl Prometheus {
+    fn start(lab: &Lab, programs: &Path) -> Prometheus {
+        let alerts = concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/alerts.yaml");
+        let configuration = json!({
+            "global": { "scrape_interval": "1s", "evaluation_interval": "1s" },
+            "rule_files": [alerts],
+            "scrape_configs": [
+                { "job_name": "udplb", "static_configs": [{ "targets": ["127.0.0.1:9477"] }] },
+            ],
+        });
+        let file = lab.directory.write("prometheus.yaml", &configuration.to_string());
+        let mut command = lab.relay.command(programs.join("prometheus"));
+        command
+            .arg(format!("--config.file={}", file.display()))
+            .arg(format!("--storage.tsdb.path={}", lab.directory.path().join("tsdb").display()))
+            .arg("--web.listen-address=127.0.0.1:9090")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        Prometheus(command.spawn().expect("Prometheus runs"))
+    }
+
+    /// The result of an expression.
+    ///
+    /// # Panics
+    /// It is none.
+    fn query(&self, lab: &Lab, expression: &str) -> Vec<Value> {
+        let query: String = expression.bytes().map(|byte| format!("%{byte:02x}")).collect();
+        let mut stream =
+            lab.relay.enter(|| TcpStream::connect(("127.0.0.1", 9090))).expect("connected");
+        let request = format!("GET /api/v1/query?query={query} HTTP/1.0\r\n\r\n");
+        stream.write_all(request.as_bytes()).expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        let (_, body) = answer.split_once("\r\n\r\n").expect("a head");
+        let body: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("{answer}"));
+        assert_eq!(body["status"], "success", "{expression}: {body}");
+        body["data"]["result"].as_array().expect("results").clone()
+    }
+}
+
+impl Drop for Prometheus {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Every value under this name.
+fn all<'a>(value: &'a Value, name: &str, found: &mut Vec<&'a str>) {
+    match value {
+        Value::Object(map) => {
+            found.extend(map.get(name).and_then(Value::as_str));
+            map.values().for_each(|value| all(value, name, found));
+        }
+        Value::Array(list) => list.iter().for_each(|value| all(value, name, found)),
+        _ => {}
+    }
+}
+
+#[test]
+#[ignore = "takes Prometheus: ./dev metrics"]
+fn a_real_prometheus_scrapes_it() {
+    let programs = env::var("PROMETHEUS").expect("PROMETHEUS: the folder of its programs");
+    let programs = Path::new(&programs);
+    let lab = Lab::new();
+    lab.apply(&rules());
+    let _arpd = Arpd::start(&lab, "--metrics");
+    send(&lab);
+    lab.await_health("10.2.0.20:7000", "up");
+    let mut check = Command::new(programs.join("promtool"));
+    let text = lab.run("metrics").expect(0).stdout;
+    let checked = Outcome::with_input(check.args(["check", "metrics"]), &text).expect(0);
+    assert_eq!((checked.stdout.as_str(), checked.stderr.as_str()), ("", ""));
+
+    let prometheus = Prometheus::start(&lab, programs);
+    let serves = || lab.relay.enter(|| TcpStream::connect(("127.0.0.1", 9090))).is_ok();
+    until("Prometheus serves", serves);
+    until("it has scraped twice", || {
+        let scrapes = prometheus.query(&lab, "count_over_time(up{job=\"udplb\"}[1m]) > 2");
+        !scrapes.is_empty() && !prometheus.query(&lab, "up{job=\"udplb\"} == 1").is_empty()
+    });
+    let packets = prometheus.query(&lab, "sum(udplb_rule_packets_total)");
+    assert_eq!(packets[0]["value"][1], "6");
+    // each panel of the dashboard shows something
+    let dashboard = include_str!("../contrib/grafana.json");
+    let dashboard: Value = serde_json::from_str(dashboard).expect("JSON");
+    let mut expressions = Vec::new();
+    all(&dashboard["panels"], "expr", &mut expressions);
+    assert!(expressions.len() > 10, "{expressions:?}");
+    for expression in expressions {
+        let expression = expression.replace("$instance", ".*").replace("$rule", ".*");
+        let expression = expression.replace("$__rate_interval", "1m");
+        assert!(!prometheus.query(&lab, &expression).is_empty(), "nothing: {expression}");
+    }
+    // and an alert comes
+    lab.upstream.ip("link set eth0 down");
+    until("the alert is there", || {
+        let alert = "ALERTS{alertname=\"UdplbUpstreamDown\", upstream=\"10.2.0.20:7000\"}";
+        !prometheus.query(&lab, alert).is_empty()
+    });
 }

@@ -85,10 +85,10 @@ async fn bind(address: SocketAddr) -> TcpListener {
 /// All metrics, gathered once for those who ask within a short time.
 struct Exposition {
     gatherer: Gatherer,
-    text: Option<Arc<str>>,
+    text: Option<Arc<String>>,
 }
 
-async fn metrics(exposition: Arc<Mutex<Exposition>>) -> anyhow::Result<Arc<str>> {
+async fn metrics(exposition: Arc<Mutex<Exposition>>) -> anyhow::Result<Arc<String>> {
     let mut locked = exposition.lock().await;
     if let Some(text) = &locked.text {
         return Ok(Arc::clone(text));
@@ -96,9 +96,12 @@ async fn metrics(exposition: Arc<Mutex<Exposition>>) -> anyhow::Result<Arc<str>>
     // a socket for each: one that has broken is not kept
     let netlink = Netlink::open()?;
     let text = locked.gatherer.gather(&netlink).await;
-    let text: Arc<str> = text.map_err(|failure| anyhow::anyhow!("{failure}"))?.into();
+    let text = Arc::new(text.map_err(|failure| anyhow::anyhow!("{failure}"))?);
     locked.text = Some(Arc::clone(&text));
     drop(locked);
+    // what it took is not kept until the next scrape
+    // SAFETY: takes a plain number.
+    unsafe { libc::malloc_trim(0) };
     tokio::spawn(async move {
         sleep(FRESH).await;
         exposition.lock().await.text = None;
@@ -109,14 +112,14 @@ async fn metrics(exposition: Arc<Mutex<Exposition>>) -> anyhow::Result<Arc<str>>
 async fn answer(mut stream: TcpStream, exposition: Arc<Mutex<Exposition>>) -> io::Result<()> {
     let path = timeout(REQUEST_PATIENCE, read_path(&mut stream)).await??;
     const PLAIN: &str = "text/plain; charset=utf-8";
-    let (state, kind, body): (_, _, Arc<str>) = match path {
+    let (state, kind, body): (_, _, Arc<String>) = match path {
         Err(state) => (state, PLAIN, format!("{state}\n").into()),
         Ok(path) if path == "/metrics" => match metrics(exposition).await {
             Ok(text) => ("200 OK", CONTENT_TYPE, text),
             Err(error) => ("503 Service Unavailable", PLAIN, format!("{error:#}\n").into()),
         },
-        Ok(path) if path == "/" => ("200 OK", PLAIN, "udplb: see /metrics\n".into()),
-        Ok(_) => ("404 Not Found", PLAIN, "only /metrics is here\n".into()),
+        Ok(path) if path == "/" => ("200 OK", PLAIN, "udplb: see /metrics\n".to_string().into()),
+        Ok(_) => ("404 Not Found", PLAIN, "only /metrics is here\n".to_string().into()),
     };
     let head = format!(
         "HTTP/1.1 {state}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\
