@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::state::PIN_DIR;
+use crate::top::Order;
 
 /// Relays, forwards and balances UDP in the kernel's traffic control layer.
 ///
@@ -100,6 +101,18 @@ pub enum Command {
     },
     /// Show what serves, where packets go and what became of them.
     Status(Status),
+    /// Show where packets go right now, on the whole screen.
+    ///
+    /// Keys: p, m, d, n sort by packets, bits, drops and name; r reverses; arrows scroll; q quits.
+    Top(Top),
+    /// Look for what keeps packets from being forwarded, and name the command that mends it.
+    ///
+    /// Changes nothing. Exits with 3 where there are problems; notes are no problems.
+    Doctor {
+        /// Compare this file with what serves, instead of the one that was applied.
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
     /// Print metrics for Prometheus, as the textfile collector of node_exporter reads them.
     ///
     /// arpd --metrics has the same for a scraper.
@@ -163,6 +176,20 @@ pub struct Status {
     /// What rates are measured over, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = some_seconds)]
     pub interval: Duration,
+}
+
+/// What `top` shows, and how often.
+#[derive(Args)]
+pub struct Top {
+    /// Print it once, after an interval, and end.
+    #[arg(long)]
+    pub once: bool,
+    /// What rates are measured over, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = some_seconds)]
+    pub interval: Duration,
+    /// What comes first.
+    #[arg(short, long, value_enum, default_value = "pps")]
+    pub sort: Order,
 }
 
 /// How the next hops are kept.

@@ -26,7 +26,7 @@ use crate::status::{self, Paper, Status};
 use crate::tc::{self, Slot};
 use crate::terminal::{self, Live, Woken};
 use crate::wanted::{Text, Wanted};
-use crate::{advice, apply, clock, config, list, privileges, resolve, state};
+use crate::{advice, apply, clock, config, doctor, list, privileges, resolve, state, top};
 
 const INCOMPLETE: u8 = 1;
 const PENDING: u8 = 2;
@@ -44,6 +44,8 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         }
         Command::Plan { target, exit_code } => plan(global, target, *exit_code).await,
         Command::Status(options) => status(global, options).await,
+        Command::Top(options) => top::run(global, options, &netlink()?, paper(global)).await,
+        Command::Doctor { file } => examine(global, file.as_deref()).await,
         Command::Metrics => print(&Gatherer::new(global.clone()).gather(&netlink()?).await?),
         Command::List => list_rules(global).await,
         Command::Rollback => rollback(global).await,
@@ -65,7 +67,7 @@ pub async fn run(cli: &Cli) -> Result<u8> {
 }
 
 /// To standard output; a reader that went away is no failure.
-fn print(text: &str) -> Result<u8> {
+pub fn print(text: &str) -> Result<u8> {
     match io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             Err(anyhow!(error).context("standard output").into())
@@ -337,6 +339,15 @@ fn shown(global: &Global, status: &Status, one_of_many: bool) -> Result<String> 
         (Output::Table, _) => return Ok(status.text(clock::now(), paper(global))),
     };
     Ok(json.context("JSON")? + "\n")
+}
+
+async fn examine(global: &Global, file: Option<&Path>) -> Result<u8> {
+    let facts = doctor::read(global, &netlink()?, file).await?;
+    let findings = doctor::judge(&facts);
+    let problems = findings.iter().any(|finding| finding.level == doctor::Level::Problem);
+    let json = json!({ "healthy": !problems, "findings": findings });
+    report(global, &doctor::text(&findings, colour(global)), &json)?;
+    Ok(if problems { DEGRADED } else { 0 })
 }
 
 fn paper(global: &Global) -> Paper {

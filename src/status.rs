@@ -3,11 +3,12 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsFd;
 
 use anyhow::Context;
 use serde::Serialize;
 
-use crate::bpf::types;
+use crate::bpf::{self, Runs, types};
 use crate::changes;
 use crate::cli::Global;
 use crate::clock;
@@ -88,6 +89,9 @@ pub struct UpstreamStatus {
     /// What was forwarded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
+    /// What was not forwarded, in packets a second.
+    #[serde(skip)]
+    pub drop_rate: Option<f64>,
     /// Of the rule's packets that were forwarded, 0 to 1; where there is a rate, of those that it
     /// is of. `None`: there were none.
     pub share: Option<f64>,
@@ -117,6 +121,8 @@ pub struct Reading {
     /// Of the generations only the one that serves.
     pub observed: Observed,
     pub status: Status,
+    /// Of the serving program.
+    pub runs: Option<Runs>,
 }
 
 /// Reads everything under the lock, and lets go of it; see [`Status::new`].
@@ -134,7 +140,11 @@ pub async fn read(
     let neighbours = netlink.neighbours().await.context("neighbours")?;
     let network = Network { observed: &observed, neighbours: &neighbours };
     let status = Status::new(guard.as_ref(), &network, rule, earlier)?;
-    Ok(Reading { observed, status })
+    let serving = serving.and_then(|number| observed.generations.get(&number));
+    let program = guard.as_ref().zip(serving).map(|(guard, it)| generation::program(guard, it));
+    let runs =
+        program.and_then(|program| Some(bpf::program_info(program.ok()?.as_fd()).ok()?.runs));
+    Ok(Reading { observed, status, runs })
 }
 
 impl Status {
@@ -329,7 +339,10 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
 fn upstream_status(upstream: &Upstream, id: u32, shared: u64, view: &View<'_>) -> UpstreamStatus {
     let entry = view.nexthops.get(id as usize).copied().unwrap_or_default();
     let health = view.vouched.then(|| health(&entry)).flatten();
-    let forwarded = view.grown.as_ref().unwrap_or(&view.total).of(id).forwarded();
+    let grown = view.grown.as_ref();
+    let forwarded = grown.unwrap_or(&view.total).of(id).forwarded();
+    let drop_rate =
+        grown.and_then(|grown| grown.rate(grown.of(id).matched() - grown.of(id).forwarded()));
     UpstreamStatus {
         label: upstream.label(),
         address: upstream.address,
@@ -338,7 +351,8 @@ fn upstream_status(upstream: &Upstream, id: u32, shared: u64, view: &View<'_>) -
         health,
         since: health.map(|_| entry.since),
         counters: view.total.of(id),
-        rate: view.grown.as_ref().and_then(|grown| grown.rate(forwarded)),
+        rate: grown.and_then(|grown| grown.rate(forwarded)),
+        drop_rate: drop_rate.map(|rate| rate.packets_per_second),
         share: (shared > 0).then(|| forwarded.packets as f64 / shared as f64),
         endpoint: changes::endpoint(upstream),
     }
