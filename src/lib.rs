@@ -10,6 +10,16 @@
 //!
 //! `config`, `partial`, `plan`, `tables` and `diff` are pure. `apply` is the only module that carries
 //! actions out, and takes a [`state::WriteGuard`] for it. The kernel is the only state.
+//!
+//! What comes of it is read back the other way:
+//!
+//! ```text
+//! counters ── traffic ──> Traffic ─┐
+//!                                  ├─ status ──> Status ──> status, top, metrics
+//! bpffs + tc ── observe ───────────┘
+//! ```
+//!
+//! `doctor` has facts of its own, and judges them purely.
 
 pub mod advice;
 pub mod apply;

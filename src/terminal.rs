@@ -70,8 +70,8 @@ impl Live {
             before: None,
         };
         if live.on_screen {
-            // the other screen, without a cursor
-            print!("\x1b[?1049h\x1b[?25l");
+            // the other screen, without a cursor, and what is too long is cut
+            print!("\x1b[?1049h\x1b[?25l\x1b[?7l");
         }
         if live.on_screen && keys && io::stdin().is_terminal() {
             live.before = single_keys();
@@ -91,8 +91,11 @@ impl Live {
         }
         let lines = size().map_or(24, |(_, lines)| lines);
         let shown: Vec<&str> = text.lines().take(lines).collect();
-        // from the upper left; each line to its end, and what is below
-        write!(out, "\x1b[H{}\x1b[K\x1b[J", shown.join("\x1b[K\r\n"))?;
+        // from the upper left; what was in each line before, and what is below them
+        write!(out, "\x1b[H\x1b[K{}", shown.join("\n\x1b[K"))?;
+        if shown.len() < lines {
+            write!(out, "\n\x1b[J")?;
+        }
         out.flush()
     }
 
@@ -116,7 +119,7 @@ impl Drop for Live {
             unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, before) };
         }
         if self.on_screen {
-            print!("\x1b[?25h\x1b[?1049l");
+            print!("\x1b[?7h\x1b[?25h\x1b[?1049l");
             let _ = io::stdout().flush();
         }
     }
