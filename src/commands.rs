@@ -346,7 +346,11 @@ async fn examine(global: &Global, file: Option<&Path>) -> Result<u8> {
     let findings = doctor::judge(&facts);
     let problems = findings.iter().any(|finding| finding.level == doctor::Level::Problem);
     let json = json!({ "healthy": !problems, "findings": findings });
-    report(global, &doctor::text(&findings, colour(global)), &json)?;
+    match (global.output, global.quiet && !problems) {
+        (Output::Json, _) => print(&pretty(&json)?)?,
+        (Output::Table, true) => 0,
+        (Output::Table, false) => print(&doctor::text(&findings, colour(global)))?,
+    };
     Ok(if problems { DEGRADED } else { 0 })
 }
 

@@ -72,6 +72,9 @@ pub struct RuleStatus {
     /// Of all that matched.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
+    /// What was not forwarded, in packets a second.
+    #[serde(skip)]
+    pub drop_rate: Option<f64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -308,7 +311,9 @@ fn trouble(observed: &Observed, serving: Option<&Generation>) -> Vec<String> {
 }
 
 fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
-    let shared = view.grown.as_ref().unwrap_or(&view.total).of_rule(ids).forwarded();
+    let counters = view.total.of_rule(ids);
+    let grown = view.grown.as_ref().map(|grown| (grown, grown.of_rule(ids)));
+    let shared = grown.map_or(counters, |(_, counts)| counts).forwarded();
     let mut seen = HashSet::new();
     let mut labels = HashSet::new();
     let mut upstreams = Vec::with_capacity(rule.upstreams.len());
@@ -329,9 +334,10 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
         key: changes::key(rule),
         tc_action: rule.action,
         upstreams,
-        counters: view.total.of_rule(ids),
+        counters,
         own: view.total.of(ids.rule),
-        rate: view.grown.as_ref().and_then(|grown| grown.rate(grown.of_rule(ids).matched())),
+        rate: grown.and_then(|(grown, counts)| grown.rate(counts.matched())),
+        drop_rate: grown.and_then(|(grown, counts)| drop_rate(grown, counts)),
     }
 }
 
@@ -341,8 +347,6 @@ fn upstream_status(upstream: &Upstream, id: u32, shared: u64, view: &View<'_>) -
     let health = view.vouched.then(|| health(&entry)).flatten();
     let grown = view.grown.as_ref();
     let forwarded = grown.unwrap_or(&view.total).of(id).forwarded();
-    let drop_rate =
-        grown.and_then(|grown| grown.rate(grown.of(id).matched() - grown.of(id).forwarded()));
     UpstreamStatus {
         label: upstream.label(),
         address: upstream.address,
@@ -352,10 +356,14 @@ fn upstream_status(upstream: &Upstream, id: u32, shared: u64, view: &View<'_>) -
         since: health.map(|_| entry.since),
         counters: view.total.of(id),
         rate: grown.and_then(|grown| grown.rate(forwarded)),
-        drop_rate: drop_rate.map(|rate| rate.packets_per_second),
+        drop_rate: grown.and_then(|grown| drop_rate(grown, grown.of(id))),
         share: (shared > 0).then(|| forwarded.packets as f64 / shared as f64),
         endpoint: changes::endpoint(upstream),
     }
+}
+
+fn drop_rate(grown: &Traffic, counts: Counts) -> Option<f64> {
+    Some(grown.rate(counts.matched() - counts.forwarded())?.packets_per_second)
 }
 
 fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {

@@ -62,6 +62,8 @@ struct View {
     /// Of all rules, what matched.
     packets_per_second: f64,
     bits_per_second: f64,
+    /// Also those for which no upstream was chosen.
+    drops_per_second: f64,
     /// What the program takes for a packet that comes in, whether or not it matches; `None`: none
     /// came, or the kernel does not measure it for this user.
     nanoseconds_per_packet: Option<f64>,
@@ -132,6 +134,7 @@ impl History {
             generation: *generation,
             packets_per_second: 0.0,
             bits_per_second: 0.0,
+            drops_per_second: 0.0,
             nanoseconds_per_packet: now.runs.zip(before.runs).and_then(|(now, before)| {
                 let runs = now.count.checked_sub(before.count).filter(|runs| *runs > 0)?;
                 Some(now.nanoseconds.saturating_sub(before.nanoseconds) as f64 / runs as f64)
@@ -143,6 +146,7 @@ impl History {
             if let Some(rate) = rule.rate {
                 view.packets_per_second += rate.packets_per_second;
                 view.bits_per_second += rate.bits_per_second;
+                view.drops_per_second += rule.drop_rate.unwrap_or(0.0);
             }
             for upstream in &rule.upstreams {
                 let key = (rule.name.clone(), upstream.label.clone());
@@ -237,9 +241,10 @@ fn text(screen: &Screen, view: &View, paper: Paper, lines: usize) -> String {
         .map_or("nothing is applied".into(), |number| format!("generation {number}"));
     let cost = view.nanoseconds_per_packet.map(|cost| format!(", {cost:.0} ns/packet"));
     let mut head = format!(
-        "{generation}: {:.0} packets/s, {:.2} Mbit/s{}",
+        "{generation}: {:.0} packets/s, {:.2} Mbit/s, {:.0} drops/s{}",
         view.packets_per_second,
         view.bits_per_second / 1e6,
+        view.drops_per_second,
         cost.unwrap_or_default()
     );
     let mut keys = "p m d n: sort  r: reverse  q: quit".to_string();
@@ -320,6 +325,7 @@ mod tests {
             generation: Some(4),
             packets_per_second: 65.0,
             bits_per_second: 12e6,
+            drops_per_second: 5.0,
             nanoseconds_per_packet: Some(87.4),
             upstreams,
         }
@@ -331,7 +337,7 @@ mod tests {
     fn a_screen_of_it() {
         let screen = Screen { order: Order::Pps, reversed: false, first: 0 };
         let wanted = "\
-generation 4: 65 packets/s, 12.00 Mbit/s, 87 ns/packet
+generation 4: 65 packets/s, 12.00 Mbit/s, 5 drops/s, 87 ns/packet
 RULE   UPSTREAM  STATE  PPS  MBIT/S  SHARE  DROPS/S  PPS BEFORE
 flows  two       up      30    1.00  50.0%        0  ▁▅█
 a      one       up      20    2.00  50.0%        5  ▁▅█
