@@ -65,7 +65,7 @@ pub struct Facts {
     pub senders: Vec<Sender>,
     /// What `apply` would warn of.
     pub warnings: Vec<String>,
-    /// Keys whose address no interface has, by rule.
+    /// Addresses of keys that no interface has, each with a rule.
     pub homeless: BTreeMap<String, String>,
     /// Some rule leaves out upstreams that are down.
     pub wants_health: bool,
@@ -310,7 +310,7 @@ impl Judge<'_> {
                 format!("edit {}", facts.file),
             );
         }
-        for (rule, address) in &facts.homeless {
+        for (address, rule) in &facts.homeless {
             self.note(
                 rule,
                 format!("{address} is an address of no interface"),
@@ -517,10 +517,19 @@ fn verdict(number: i32) -> &'static str {
     usize::try_from(number).ok().and_then(|it| NAMES.get(it)).copied().unwrap_or("another verdict")
 }
 
+/// Of findings for one reason so many are shown; of 10,000 upstreams all may be down.
+const SHOWN: usize = 5;
+
 /// For a terminal or a pipe.
 pub fn text(findings: &[Finding], bold: bool) -> String {
     let mut text = String::new();
+    let mut alike: BTreeMap<&str, usize> = BTreeMap::new();
     for Finding { level, place, what, why, mend } in findings {
+        let seen = alike.entry(why).or_default();
+        *seen += 1;
+        if *seen > SHOWN {
+            continue;
+        }
         let level = match level {
             Level::Problem => "problem",
             Level::Note => "note",
@@ -531,6 +540,9 @@ pub fn text(findings: &[Finding], bold: bool) -> String {
             false => writeln!(text, "{level}: {place}{what}"),
         };
         let _ = writeln!(text, "  why:  {why}\n  mend: {mend}");
+    }
+    for (why, count) in alike.into_iter().filter(|(_, count)| *count > SHOWN) {
+        let _ = writeln!(text, "and {} more for this reason: {why}", count - SHOWN);
     }
     let count = |level| findings.iter().filter(|finding| finding.level == level).count();
     let plural = |count, noun| format!("{count} {noun}{}", if count == 1 { "" } else { "s" });
@@ -789,5 +801,13 @@ note: nobody listens on 10.1.0.1:5000
 1 problem, 1 note
 ";
         assert_eq!(text(&judge(&facts), false), wanted);
+
+        let mut facts = healthy();
+        facts.upstreams[0].down = Some(0);
+        facts.upstreams = vec![facts.upstreams[0].clone(); 7];
+        let many = text(&judge(&facts), false);
+        assert_eq!(many.matches("problem: flows: one is down\n").count(), 5, "{many}");
+        let end = "and 2 more for this reason: its next hop does not answer\n7 problems\n";
+        assert!(many.ends_with(end), "{many}");
     }
 }

@@ -159,7 +159,8 @@ async fn look(
         .rules
         .iter()
         .filter(|rule| !addresses.iter().any(|(_, address)| *address == rule.key.address))
-        .map(|rule| (rule.name.clone(), rule.key.address.to_string()))
+        .rev()
+        .map(|rule| (rule.key.address.to_string(), rule.name.clone()))
         .collect();
     Ok(())
 }
