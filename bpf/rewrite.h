@@ -33,7 +33,7 @@ extern void *bpf_cast_to_kern_ctx(void *context) __ksym __weak;
 	(bpf_cast_to_kern_ctx ? BPF_CORE_READ_BITFIELD((struct sk_buff *)bpf_cast_to_kern_ctx(skb), field)   \
 			      : BPF_CORE_READ_BITFIELD_PROBED((struct sk_buff *)(void *)(skb), field))
 
-static __always_inline enum checksum checksum_of(struct __sk_buff *skb, const struct packet *packet)
+static __always_inline enum checksum checksum_of(struct __sk_buff *skb, __u32 layout)
 {
 	__u32 start;
 
@@ -42,8 +42,7 @@ static __always_inline enum checksum checksum_of(struct __sk_buff *skb, const st
 		return CHECKSUM_OF_FRAME;
 	case CHECKSUM_PARTIAL:
 		/* a tunnelled packet's checksum may be the one that the device is to fill in */
-		start = SKB_FIELD(skb, data) - SKB_FIELD(skb, head) + sizeof(struct ethhdr) +
-			packet->ip->ihl * 4;
+		start = SKB_FIELD(skb, data) - SKB_FIELD(skb, head) + (layout & LAYOUT_UDP);
 		return SKB_FIELD(skb, csum_start) == start ? CHECKSUM_BY_DEVICE : CHECKSUM_IN_PACKET;
 	default:
 		return CHECKSUM_IN_PACKET;
@@ -67,64 +66,147 @@ static __always_inline __u16 fold16(__u64 sum)
 /* What replacing `from` by `to` adds to a sum: RFC 1624, equation 3. */
 #define REPLACED(type, from, to) ((__u64)(type) ~(from) + (type)(to))
 
-/*
- * Addresses the packet to `destination`, from `source`, with a TTL one lower; `port` 0 keeps
- * the port. Returns what this adds to skb->csum.
- */
-static __always_inline __u32 rewrite(const struct packet *packet, enum checksum checksum, __be32 source,
-				     __be32 destination, __be16 port)
-{
-	struct iphdr *ip = packet->ip;
-	struct udphdr *udp = packet->udp;
-	__u64 addresses = REPLACED(__u32, ip->saddr, source) + REPLACED(__u32, ip->daddr, destination);
-	__u64 hop = REPLACED(__u16, bpf_htons(ip->ttl << 8), bpf_htons((ip->ttl - 1) << 8));
-	__u64 ports = port ? REPLACED(__u16, udp->dest, port) : 0;
-	__u16 ip_check = ip->check, udp_check = udp->check;
+/* What a packet is to say when it leaves. */
+struct label {
+	__be32 source[4];
+	__be32 destination[4];
+	__be16 port;	      /* 0: stays */
+	__u32 identification; /* of fragments; 0: stays */
+};
 
-	ip->saddr = source;
-	ip->daddr = destination;
+/* The IPv4 header; returns what this adds to the sums: that of the pseudo-header, and the rest. */
+static __always_inline __u64 rewrite_ipv4(struct iphdr *ip, const struct label *label, __u64 *rest)
+{
+	__u64 addresses = REPLACED(__u32, ip->saddr, label->source[0]) +
+			  REPLACED(__u32, ip->daddr, label->destination[0]);
+	__u64 others = REPLACED(__u16, bpf_htons(ip->ttl << 8), bpf_htons((ip->ttl - 1) << 8));
+	__u16 check = ip->check, identification = bpf_htons(label->identification);
+
+	ip->saddr = label->source[0];
+	ip->daddr = label->destination[0];
 	ip->ttl--;
-	ip->check = ~fold16((__u16)~ip_check + addresses + hop);
-	if (port)
-		udp->dest = port;
-	if (checksum == CHECKSUM_BY_DEVICE)
-		udp->check = fold16(udp_check + addresses);
-	else if (udp_check)
-		udp->check = (__u16)~fold16((__u16)~udp_check + addresses + ports) ?: 0xffff;
-	if (checksum != CHECKSUM_OF_FRAME)
-		return 0;
-	return fold32(addresses + hop + ports + REPLACED(__u16, ip_check, ip->check) +
-		      REPLACED(__u16, udp_check, udp->check));
+	if (label->identification) {
+		others += REPLACED(__u16, ip->id, identification);
+		ip->id = identification;
+	}
+	ip->check = ~fold16((__u16)~check + addresses + others);
+	*rest = others + REPLACED(__u16, check, ip->check);
+	return addresses;
+}
+
+/* The same for IPv6, without its fragment header. */
+static __always_inline __u64 rewrite_ipv6(struct ipv6hdr *ip6, const struct label *label, __u64 *rest)
+{
+	__be32 *source = ip6->saddr.in6_u.u6_addr32, *destination = ip6->daddr.in6_u.u6_addr32;
+	__u64 addresses = 0;
+	int word;
+
+#pragma unroll
+	for (word = 0; word < 4; word++) {
+		addresses += REPLACED(__u32, source[word], label->source[word]) +
+			     REPLACED(__u32, destination[word], label->destination[word]);
+		source[word] = label->source[word];
+		destination[word] = label->destination[word];
+	}
+	*rest = REPLACED(__u16, bpf_htons(ip6->hop_limit), bpf_htons(ip6->hop_limit - 1));
+	ip6->hop_limit--;
+	return addresses;
+}
+
+/* Of an IPv6 fragment; NULL where there is none. */
+static __always_inline __be32 *identification_of(struct __sk_buff *skb, __u32 layout)
+{
+	__u32 offset = layout >> LAYOUT_FRAGMENT_SHIFT & LAYOUT_FRAGMENT;
+	__be32 *identification;
+
+	if (!(layout & LAYOUT_IPV6) || !offset)
+		return NULL;
+	identification = (void *)(long)skb->data + offset + 4;
+	return (void *)(identification + 1) <= data_end(skb) ? identification : NULL;
+}
+
+/*
+ * Puts the label on, with a TTL one lower. Returns what this adds to skb->csum.
+ */
+static __always_inline __u32 rewrite(struct __sk_buff *skb, __u32 layout, const struct packet *packet,
+				     enum checksum checksum, const struct label *label)
+{
+	struct udphdr *udp = packet->udp;
+	__be32 *identification;
+	__u64 addresses, rest;
+	__u16 check;
+
+	if (packet->is_ipv6)
+		addresses = rewrite_ipv6(packet->ip6, label, &rest);
+	else
+		addresses = rewrite_ipv4(packet->ip, label, &rest);
+	if (packet->is_ipv6 && label->identification && (identification = identification_of(skb, layout))) {
+		rest += REPLACED(__u32, *identification, bpf_htonl(label->identification));
+		*identification = bpf_htonl(label->identification);
+	}
+	if (packet->has_udp) {
+		__u64 ports = label->port ? REPLACED(__u16, udp->dest, label->port) : 0;
+
+		check = udp->check;
+		if (label->port)
+			udp->dest = label->port;
+		if (checksum == CHECKSUM_BY_DEVICE)
+			udp->check = fold16(check + addresses);
+		else if (check)
+			udp->check = (__u16)~fold16((__u16)~check + addresses + ports) ?: 0xffff;
+		rest += ports + REPLACED(__u16, check, udp->check);
+	}
+	return checksum == CHECKSUM_OF_FRAME ? fold32(addresses + fold32(rest)) : 0;
 }
 
 /* The headers as they came; only the fixed parts ever change. */
 struct headers {
-	struct ethhdr eth;
-	__u16 unused;
-	struct iphdr ip;
+	union {
+		struct iphdr ip;
+		struct ipv6hdr ip6;
+	};
 	struct udphdr udp;
+	__u8 macs[2 * ETH_ALEN] __attribute__((aligned(8)));
+	__be32 identification;
 };
-SIZE_IS(struct headers, 44);
 
-/* By the widest words that the verifier takes; a copy of the packed struct would go byte by byte. */
-static __always_inline void copy_eth(void *to, const void *from)
+/* Both MAC addresses of a frame at once, by the widest words that the verifier takes. */
+static __always_inline void copy_macs(void *to, const void *from)
 {
 	*(__u64 *)to = *(const __u64 *)from;
 	*(__u32 *)(to + 8) = *(const __u32 *)(from + 8);
 }
 
-static __always_inline void save(const struct packet *packet, struct headers *headers)
+static __always_inline void save(struct __sk_buff *skb, __u32 layout, const struct packet *packet,
+				 struct headers *headers)
 {
-	copy_eth(&headers->eth, packet->eth);
-	headers->ip = *packet->ip;
-	headers->udp = *packet->udp;
+	const __be32 *identification = identification_of(skb, layout);
+
+	copy_macs(headers->macs, packet->eth);
+	if (packet->is_ipv6)
+		headers->ip6 = *packet->ip6;
+	else
+		headers->ip = *packet->ip;
+	if (packet->has_udp)
+		headers->udp = *packet->udp;
+	if (identification)
+		headers->identification = *identification;
 }
 
-static __always_inline void restore(const struct packet *packet, const struct headers *headers)
+static __always_inline void restore(struct __sk_buff *skb, __u32 layout, const struct packet *packet,
+				    const struct headers *headers)
 {
-	copy_eth(packet->eth, &headers->eth);
-	*packet->ip = headers->ip;
-	*packet->udp = headers->udp;
+	__be32 *identification = identification_of(skb, layout);
+
+	copy_macs(packet->eth, headers->macs);
+	if (packet->is_ipv6)
+		*packet->ip6 = headers->ip6;
+	else
+		*packet->ip = headers->ip;
+	if (packet->has_udp)
+		*packet->udp = headers->udp;
+	if (identification)
+		*identification = headers->identification;
 }
 
 #endif

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
-/* The packet's way: parse, match, select, rewrite and forward, count. */
+/* The packet's way: parse, match, choose, send, count. */
 #include <stdbool.h>
 #include <stddef.h>
 #include <linux/bpf.h>
@@ -7,6 +7,7 @@
 #include <linux/if_packet.h>
 #include <linux/in.h>
 #include <linux/ip.h>
+#include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
 #include <linux/udp.h>
 #include <bpf/bpf_helpers.h>
@@ -15,181 +16,86 @@
 
 #include "udplb.h"
 #include "parse.h"
+#include "match.h"
 #include "rewrite.h"
+#include "nexthop.h"
+#include "trace.h"
 #include "forward.h"
+#include "select.h"
+#include "fragments.h"
+#include "icmp.h"
+#include "frame.h"
+#include "act.h"
+#include "aside.h"
 
-/* The segments of a GSO packet but the first, each of which has headers of its own. */
-static __noinline void count_segments(struct __sk_buff *skb, struct counter *counter)
+/* A whole datagram of a rule, in an Ethernet frame without tags. */
+static __always_inline int treat(struct __sk_buff *skb, __u32 layout, const struct rule *rule,
+				 struct packet *packet)
 {
-	__u32 headers, segments;
-	__u8 version_ihl;
+	struct choice choice = {};
 
-	if (bpf_skb_load_bytes(skb, sizeof(struct ethhdr), &version_ihl, sizeof(version_ihl)))
-		return;
-	headers = sizeof(struct ethhdr) + (version_ihl & 0xf) * 4 + sizeof(struct udphdr);
-	/* a guest's packet comes without their number */
-	segments = skb->gso_segs ?: (skb->len - headers + skb->gso_size - 1) / skb->gso_size;
-	if (segments < 2)
-		return;
-	counter->packets += segments - 1;
-	counter->bytes += (__u64)(segments - 1) * headers;
+	layout |= trace(skb, rule->id, layout);
+	if (!well_formed(skb, layout, packet))
+		return refuse(skb, layout, rule, VERDICT_MALFORMED);
+	if (!choose(skb, layout, packet, rule, &choice))
+		return refuse(skb, layout, rule, VERDICT_CLONE_FAILED);
+	return act(skb, layout, rule, &choice);
 }
 
-static __always_inline void count(struct __sk_buff *skb, __u32 id, enum verdict verdict)
+__noinline int aside(struct __sk_buff *skb)
 {
-	__u32 chunk = id / COUNTERS_PER_CHUNK, index = id % COUNTERS_PER_CHUNK;
-	void *inner = bpf_map_lookup_elem(&counters, &chunk);
-	struct counters *counters = inner ? bpf_map_lookup_elem(inner, &index) : NULL;
-	struct counter *counter;
-
-	if (!counters)
-		return;
-	counter = &counters->of[verdict];
-	counter->packets++;
-	counter->bytes += skb->len;
-	if (skb->gso_size)
-		count_segments(skb, counter);
+	return run_aside(skb, sizeof(struct ethhdr));
 }
 
-/* Out of line: off the main path. */
-static __noinline void count_aside(struct __sk_buff *skb, __u32 id, enum verdict verdict)
+__noinline int aside_l3(struct __sk_buff *skb)
 {
-	count(skb, id, verdict);
+	return run_aside(skb, 0);
 }
 
-static __always_inline const struct rule *match(const struct packet *packet)
+static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 {
-	struct rule_key key = {
-		.address = packet->ip->daddr,
-		.port = packet->udp->dest,
-	};
+	const struct rule *rule;
+	struct packet packet;
+	__u32 layout;
+	int action;
 
-	return bpf_map_lookup_elem(&rules, &key);
-}
-
-/* The key of the strategy; the first two are those of udplb's first version, bit for bit. */
-static __always_inline __u32 selection_key(const struct packet *packet, enum strategy strategy)
-{
-	__u16 port = packet->udp->source;
-	__u64 hash;
-
-	switch (strategy) {
-	case STRATEGY_SRC_PORT:
-		return __builtin_bswap16(bpf_ntohs(port)); /* as a little-endian number */
-	case STRATEGY_SRC_IP:
-		return bpf_ntohl(packet->ip->saddr);
+	switch (parse(skb, l2, &packet)) {
+	case PARSED_IPV4:
+		rule = match(&packet.ip->saddr, &packet.ip->daddr, packet.udp->dest, false);
+		layout = sizeof(struct ethhdr) + packet.ip->ihl * 4;
+		break;
+	case PARSED_IPV6:
+		rule = match(&packet.ip6->saddr, &packet.ip6->daddr, packet.udp->dest, true);
+		layout = LAYOUT_IPV6 | (sizeof(struct ethhdr) + sizeof(struct ipv6hdr));
+		break;
+	case PARSED_ASIDE:
+		return l2 ? aside(skb) : aside_l3(skb);
 	default:
-		/* the finalizer of MurmurHash3 */
-		hash = (__u64)bpf_ntohl(packet->ip->saddr) << 16 | bpf_ntohs(port);
-		hash ^= hash >> 33;
-		hash *= 0xff51afd7ed558ccdULL;
-		hash ^= hash >> 33;
-		hash *= 0xc4ceb9fe1a85ec53ULL;
-		return hash ^ hash >> 33;
+		return TC_ACT_UNSPEC;
 	}
-}
-
-static __always_inline const struct upstream *slot_upstream(__u32 slot)
-{
-	__u32 index = slot / SLOTS_PER_LINE;
-	const struct slot_line *line = bpf_map_lookup_elem(&slots, &index);
-
-	if (!line)
-		return NULL;
-	index = line->upstream[slot % SLOTS_PER_LINE];
-	return bpf_map_lookup_elem(&upstreams, &index);
-}
-
-#define REHASHED_CHOICES 16
-#define NEIGHBOUR_CHOICES 64
-
-/*
- * The first of the key's other choices that is not down: spread by hashing, so that nobody
- * takes over a whole neighbour's flows, then slot by slot, so that a few are found among many.
- * NULL where all of them are down.
- */
-static __noinline const struct upstream *other_choice(const struct rule *rule, __u32 key)
-{
-	const struct upstream *upstream;
-	__u32 choice;
-
-	for (choice = 0; choice < REHASHED_CHOICES + NEIGHBOUR_CHOICES; choice++) {
-		if (choice < REHASHED_CHOICES)
-			key = (key ^ key >> 15) * 0x9e3779b1 + choice;
-		else
-			key++;
-		upstream = slot_upstream(rule->first_slot + key % rule->slots);
-		if (upstream && !is_down(upstream))
-			return upstream;
+	if (!rule)
+		return TC_ACT_UNSPEC;
+	if (!is_for_us(skb, rule)) {
+		count_aside(skb, rule->id, VERDICT_NOT_FOR_US);
+		return TC_ACT_UNSPEC;
 	}
-	return NULL;
-}
-
-static __always_inline const struct upstream *select(const struct packet *packet, const struct rule *rule)
-{
-	const struct upstream *upstream;
-	__u32 key;
-
-	if (rule->slots <= 1)
-		return slot_upstream(rule->first_slot);
-	key = selection_key(packet, rule->strategy);
-	upstream = slot_upstream(rule->first_slot + key % rule->slots);
-	if (rule->skip_down && upstream && is_down(upstream))
-		return other_choice(rule, key) ?: upstream;
-	return upstream;
-}
-
-static __always_inline int handle(struct __sk_buff *skb, struct packet *packet, const struct rule *rule,
-				  enum parsed parsed)
-{
-	int action = rule->action == ACTION_BLOCK ? TC_ACT_SHOT : TC_ACT_UNSPEC;
-	const struct upstream *upstream = NULL;
-	struct way way = {};
-	enum verdict verdict;
-	__be32 source;
-
-	if (parsed == PARSED_FIRST_FRAGMENT) {
-		verdict = VERDICT_FRAGMENT;
-	} else if (!well_formed(skb, packet)) {
-		verdict = VERDICT_MALFORMED;
-	} else if (!(upstream = select(packet, rule))) {
-		verdict = VERDICT_NO_UPSTREAM;
-	} else if (packet->ip->ttl <= 1) {
-		verdict = VERDICT_TTL;
-	} else {
-		source = rule->source == SOURCE_VIP ? packet->ip->daddr : packet->ip->saddr;
-		verdict = next_hop(skb, packet, upstream, source, &way);
-		if (rule->action == ACTION_BLOCK)
-			verdict = forward(skb, packet, upstream, source, &way, verdict, &action);
-		else
-			verdict = copy(skb, packet, upstream, source, &way, verdict, &action);
-	}
-	count(skb, upstream ? upstream->id : rule->id, verdict);
-	return action;
+	if (!l2 || skb->vlan_present)
+		return l2 ? aside(skb) : aside_l3(skb);
+	action = treat(skb, layout, rule, &packet);
+	return action == ACTION_BACK ? bpf_redirect(skb->ifindex, 0) : action;
 }
 
 SEC("tc")
 int udplb(struct __sk_buff *skb)
 {
-	const struct rule *rule;
-	struct packet packet;
-	enum parsed parsed;
+	return run(skb, sizeof(struct ethhdr));
+}
 
-	parsed = parse(skb, &packet);
-	if (parsed == PARSED_OTHER)
-		return TC_ACT_UNSPEC;
-	if (parsed == PARSED_LATER_FRAGMENT) {
-		count_aside(skb, 0, VERDICT_FRAGMENT);
-		return TC_ACT_UNSPEC;
-	}
-	rule = match(&packet);
-	if (!rule)
-		return TC_ACT_UNSPEC;
-	if (skb->pkt_type != PACKET_HOST) {
-		count_aside(skb, rule->id, VERDICT_NOT_FOR_US);
-		return TC_ACT_UNSPEC;
-	}
-	return handle(skb, &packet, rule, parsed);
+/* For interfaces whose packets have no Ethernet header. */
+SEC("tc")
+int udplb_l3(struct __sk_buff *skb)
+{
+	return run(skb, 0);
 }
 
 /*

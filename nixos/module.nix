@@ -22,13 +22,34 @@ let
   ipv4 = types.strMatching "${octet}(\\.${octet}){3}" // {
     description = "IPv4 address";
   };
-  # A name ends in a label that is no number: a mistyped address is not taken for a name.
-  host = types.either ipv4 (
-    types.strMatching "([[:alnum:]_-]+\\.)*[[:alnum:]-]*[[:alpha:]-][[:alnum:]-]*\\.?"
+  # What is no address but looks like one, `udplb check` finds.
+  ipv6 = types.strMatching "[[:xdigit:]]*:[[:xdigit:]:.]*" // {
+    description = "IPv6 address";
+  };
+  any = types.enum [ "any" ];
+  keyAddress =
+    types.oneOf [
+      ipv4
+      ipv6
+      any
+    ]
     // {
-      description = "host name";
-    }
-  );
+      description = "IP address or \"any\"";
+    };
+  # A name ends in a label that is no number: a mistyped address is not taken for a name.
+  host =
+    types.oneOf [
+      ipv4
+      ipv6
+      (types.strMatching "[fF][eE][89abAB][[:xdigit:]:]*%[^[:space:]/:]{1,15}")
+      (types.strMatching "([[:alnum:]_-]+\\.)*[[:alnum:]-]*[[:alpha:]-][[:alnum:]-]*\\.?")
+    ]
+    // {
+      description = "IP address or host name";
+    };
+  network = types.strMatching "[[:xdigit:].:]+(/[0-9]{1,3})?" // {
+    description = "network, like 10.20.0.0/16";
+  };
   port = types.ints.between 1 65535;
   ports = types.either port (
     types.strMatching "[1-9][0-9]{0,4}-[1-9][0-9]{0,4}"
@@ -36,6 +57,11 @@ let
       description = ''port range "first-last"'';
     }
   );
+  source = types.enum [
+    "vip"
+    "preserve"
+    "egress"
+  ];
   interface = types.strMatching "[^[:space:]/:]{1,15}" // {
     description = "network interface name (1 to 15 characters)";
   };
@@ -46,22 +72,63 @@ let
         "pass"
         "block"
       ]) "`pass` delivers the packet here too, `block` ends it here. The program's default is `pass`.";
-      mode = word (types.enum [ "balance" ]) "One upstream for each packet (`balance`, the default).";
+      mode = word (types.enum [
+        "balance"
+        "replicate"
+      ]) "One upstream for each packet (`balance`, the default) or all of them (`replicate`).";
       strategy = word (types.enum [
         "src-port"
         "src-ip"
         "src-ip-port"
+        "random"
+        "payload"
       ]) "What of a packet selects its upstream. The program's default is `src-ip-port`.";
-      hash = word (types.enum [ "modulo" ]) "How the strategy's key becomes an upstream.";
-      source = word (types.enum [
-        "vip"
-        "preserve"
-      ]) "Whom upstreams see: the matched destination (`vip`, the default) or the sender (`preserve`).";
+      payload = word (types.either (types.enum [ "statsd" ]) (
+        types.submodule {
+          options = {
+            offset = mkOption {
+              type = types.ints.u16;
+              description = "The bytes of the payload before those.";
+            };
+            length = mkOption {
+              type = types.ints.between 1 64;
+              description = "How many bytes.";
+            };
+          };
+        }
+      )) "What of the payload the strategy `payload` looks at: bytes, or the name of a StatsD metric.";
+      hash = word (types.enum [
+        "modulo"
+        "maglev"
+      ]) "How the strategy's key becomes an upstream. The program's default is `maglev`.";
+      source = word source "Whom upstreams see: the matched destination (`vip`, the default), the sender (`preserve`) or this host's own address (`egress`).";
       health = word (types.enum [
         "off"
         "neighbour"
       ]) "`neighbour` leaves out upstreams whose next hop does not answer; the default is `off`.";
+      fragments = word (types.enum [
+        "follow"
+        "pass"
+        "drop"
+      ]) "Fragments go where their first one goes (`follow`, the default), are only delivered here, or are dropped.";
     };
+  };
+
+  # Of upstreams and mirrors.
+  hostOptions = {
+    name = word types.str "Name of the host, unique in its rule.";
+    address = mkOption {
+      type = host;
+      example = "10.0.9.11";
+      description = "Address or host name.";
+    };
+    port = word port "UDP port. The program's default is the port that the packet came to.";
+    state = word (types.enum [
+      "active"
+      "drained"
+    ]) "Others get the packets of a `drained` upstream. The program's default is `active`.";
+    source = word source "Whom this host sees as sender, if not what the rule says.";
+    sample = word (types.ints.between 1 1000000) "N: every N-th packet is sent. The program's default is 1.";
   };
 
   rule = types.submodule {
@@ -69,18 +136,25 @@ let
       name = word types.str "Name of the rule, unique. The program's default is address:port.";
       key = {
         address = mkOption {
-          type = ipv4;
+          type = keyAddress;
           example = "10.0.0.5";
-          description = "Destination address that the rule matches.";
+          description = "Destination address that the rule matches; `any` is each address of the interfaces.";
         };
         port = mkOption {
-          type = types.either ports (types.nonEmptyListOf ports);
+          type = types.oneOf [
+            ports
+            (types.nonEmptyListOf ports)
+            any
+          ];
           example = [
             2055
             "6343-6350"
           ];
-          description = "Destination ports that the rule matches: one, a range, or a list of both.";
+          description = "Destination ports that the rule matches: one, a range, a list of both, or `any`.";
         };
+        from = word (types.either network (
+          types.nonEmptyListOf network
+        )) "Networks of senders that the rule matches. The program's default is any sender.";
       };
       options = mkOption {
         type = ruleOptions;
@@ -90,19 +164,16 @@ let
       upstream = mkOption {
         type = types.nonEmptyListOf (
           types.submodule {
-            options = {
-              name = word types.str "Name of the upstream, unique in its rule.";
-              address = mkOption {
-                type = host;
-                example = "10.0.9.11";
-                description = "Address or host name.";
-              };
-              port = word port "UDP port. The program's default is the port that the packet came to.";
+            options = hostOptions // {
+              weight = word (types.ints.between 1 10000) "Share of the flows. The program's default is 1.";
             };
           }
         );
         description = "Where the rule's packets are sent.";
       };
+      mirror = word (types.nonEmptyListOf (
+        types.submodule { options = hostOptions; }
+      )) "Where copies are sent besides.";
     };
   };
 
@@ -118,7 +189,7 @@ let
     else
       v;
 
-  source =
+  written =
     if fromFile then
       "${configFile}"
     else
@@ -129,14 +200,14 @@ let
         rules = withoutNull rules;
       };
   # A file outside the store changes without a rebuild: nothing can be said about it here.
-  inStore = !fromFile || lib.hasPrefix builtins.storeDir source;
+  inStore = !fromFile || lib.hasPrefix builtins.storeDir written;
   # The program knows the format by the extension.
-  fileName = if lib.hasSuffix ".toml" source then "udplb.toml" else "udplb.yaml";
+  fileName = if lib.hasSuffix ".toml" written then "udplb.toml" else "udplb.yaml";
   file =
     if inStore && cfg.checkConfig then
       pkgs.runCommand fileName
         {
-          inherit source;
+          source = written;
           nativeBuildInputs = [ cfg.package ];
         }
         ''
@@ -144,7 +215,7 @@ let
           ln -s "$source" "$out"
         ''
     else
-      source;
+      written;
 
   command = args: utils.escapeSystemdExecArgs ([ (lib.getExe cfg.package) ] ++ args);
   # One late interface or unknown name must not keep the other rules out of the kernel.
@@ -166,13 +237,15 @@ let
     );
 
   portList = r: lib.toList r.key.port;
+  # Of the others it depends on networks and families whether two are one: `udplb check` knows.
+  isPlain = r: r.key.from == null && r.key.address != "any";
   keys = lib.concatLists (
     lib.imap0 (
       n: r:
       map (p: {
         rule = n;
         key = "${r.key.address}:${toString p}";
-      }) (portList r)
+      }) (lib.optionals (isPlain r) (portList r))
     ) rules
   );
   doubled = lib.filterAttrs (_: uses: lib.length uses > 1) (lib.groupBy (k: k.key) keys);
@@ -187,7 +260,7 @@ let
   range =
     p:
     let
-      ends = lib.splitString "-" p;
+      ends = lib.splitString "-" (if p == "any" then "1-65535" else p);
     in
     {
       from = lib.toInt (lib.head ends);

@@ -2,25 +2,37 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::config::{Action, Config, Finding, Path};
-use crate::netlink::Link;
+use crate::config::{Action, Address, Config, Finding, KeyAddress, Path, with_port};
+use crate::netlink::{Link, OwnAddress};
 use crate::nexthop::Way;
 use crate::plan::Desired;
 
 /// A bound UDP socket; the unspecified address stands for all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listener {
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     pub port: u16,
+}
+
+impl Listener {
+    /// Of an IPv6 socket for all addresses it is not known whether it is for IPv6 only; the benefit
+    /// of the doubt spares a warning.
+    fn hears(&self, address: IpAddr) -> bool {
+        match self.address {
+            IpAddr::V4(all) if all.is_unspecified() => address.is_ipv4(),
+            IpAddr::V6(all) if all.is_unspecified() => true,
+            one => one == address,
+        }
+    }
 }
 
 /// Upstreams that are this host itself: errors, since their packets would come round again.
 pub fn own_upstreams(
     config: &Config,
     desired: &Desired,
-    ways: &BTreeMap<Ipv4Addr, Way>,
+    ways: &BTreeMap<Address, Way>,
 ) -> Vec<Finding> {
     upstreams(config, desired)
         .filter(|(_, address)| ways.get(address) == Some(&Way::Local))
@@ -34,10 +46,10 @@ pub fn own_upstreams(
 pub fn unreachable(
     config: &Config,
     desired: &Desired,
-    ways: &BTreeMap<Ipv4Addr, Way>,
+    ways: &BTreeMap<Address, Way>,
 ) -> Vec<Finding> {
     upstreams(config, desired)
-        .filter_map(|(at, address)| match ways.get(&address) {
+        .filter_map(|(at, address)| match ways.get(address) {
             Some(Way::None(reason)) => {
                 Some(Finding::new(at, format!("no route to {address}: {reason}")))
             }
@@ -49,24 +61,26 @@ pub fn unreachable(
 fn upstreams<'a>(
     config: &'a Config,
     desired: &'a Desired,
-) -> impl Iterator<Item = (&'a Path, Ipv4Addr)> {
-    let places = config.rules.iter().flat_map(|rule| &rule.upstreams);
-    places.zip(desired.upstreams()).map(|(place, upstream)| (&place.at, upstream.address))
+) -> impl Iterator<Item = (&'a Path, &'a Address)> {
+    let places = config.rules.iter().flat_map(|rule| rule.destinations());
+    places.zip(desired.upstreams()).map(|(place, upstream)| (&place.at, &upstream.address))
 }
 
 /// `pass` rules with a port on which nobody listens: their senders get ECONNREFUSED.
-pub fn unheard(config: &Config, listeners: &[Listener]) -> Vec<Finding> {
+pub fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Finding> {
     config
         .rules
         .iter()
         .filter(|rule| rule.action == Action::Pass)
         .filter_map(|rule| {
-            let address = rule.key.address;
+            // what `any` stands for may change; and a group's senders get no answers
+            let KeyAddress::Is(address) = rule.key.address else { return None };
+            let all = IpAddr::V4(Ipv4Addr::BROADCAST);
+            if address.is_multicast() || address == all || desired.broadcasts.contains(&address) {
+                return None;
+            }
             let heard = |port: u16| {
-                listeners.iter().any(|listener| {
-                    listener.port == port
-                        && (listener.address == address || listener.address.is_unspecified())
-                })
+                listeners.iter().any(|listener| listener.port == port && listener.hears(address))
             };
             let deaf: Vec<u16> = rule
                 .key
@@ -83,8 +97,9 @@ pub fn unheard(config: &Config, listeners: &[Listener]) -> Vec<Finding> {
             Some(Finding::new(
                 &rule.at,
                 format!(
-                    "nobody listens on {address}:{first}{more}: with `tc_action: pass` its senders \
-                     get ICMP port unreachable"
+                    "nobody listens on {}{more}: with `tc_action: pass` its senders get ICMP port \
+                     unreachable",
+                    with_port(address, first)
                 ),
             ))
         })
@@ -97,16 +112,17 @@ pub fn stacked(
     config: &Config,
     interfaces: &[String],
     links: &[Link],
-    addresses: &[(u32, Ipv4Addr)],
+    addresses: &[OwnAddress],
 ) -> Vec<Finding> {
     let named: Vec<&Link> = links.iter().filter(|link| interfaces.contains(&link.name)).collect();
     config
         .rules
         .iter()
         .filter_map(|rule| {
-            let holders = addresses.iter().filter(|(_, address)| *address == rule.key.address);
+            let KeyAddress::Is(address) = rule.key.address else { return None };
+            let holders = addresses.iter().filter(|own| own.address == address);
             let holder = holders
-                .filter_map(|(index, _)| links.iter().find(|link| link.index == *index))
+                .filter_map(|own| links.iter().find(|link| link.index == own.ifindex))
                 .find_map(|holder| {
                     named.iter().find(|link| is_above(holder, link)).zip(Some(holder))
                 });
@@ -134,7 +150,7 @@ fn is_above(upper: &Link, lower: &Link) -> bool {
     child || (upper.kind == "bridge" && lower.controller == Some(upper.index))
 }
 
-/// The bound UDP sockets of this network namespace. IPv6 ones count where they take IPv4 too.
+/// The bound UDP sockets of this network namespace.
 pub fn listeners() -> Vec<Listener> {
     let mut listeners = Vec::new();
     for path in ["/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"] {
@@ -144,15 +160,30 @@ pub fn listeners() -> Vec<Listener> {
     listeners
 }
 
-/// A line of /proc/net/udp: addresses are hexadecimal words as they lie in memory.
+/// A line of /proc/net/udp or udp6.
 fn listener(line: &str) -> Option<Listener> {
-    let (address, port) = line.split_whitespace().nth(1)?.split_once(':')?;
-    let last_word = address.get(address.len().checked_sub(8)?..)?;
-    let word = u32::from_str_radix(last_word, 16).ok()?;
-    Some(Listener {
-        address: Ipv4Addr::from(word.to_ne_bytes()),
-        port: u16::from_str_radix(port, 16).ok()?,
-    })
+    let (address, port) = endpoint(line.split_whitespace().nth(1)?)?;
+    Some(Listener { address, port })
+}
+
+/// An address and a port, as /proc/net/udp and udp6 have them: hexadecimal words as they lie in memory.
+pub fn endpoint(text: &str) -> Option<(IpAddr, u16)> {
+    let (address, port) = text.split_once(':')?;
+    let word = |at: usize| {
+        let word = u32::from_str_radix(address.get(at..at + 8)?, 16).ok()?;
+        Some(word.to_ne_bytes())
+    };
+    let address = match address.len() {
+        8 => Ipv4Addr::from(word(0)?).into(),
+        32 => {
+            let words = [word(0)?, word(8)?, word(16)?, word(24)?];
+            let octets: [u8; 16] = words.concat().try_into().ok()?;
+            // an IPv4 address, of a socket for both families
+            Ipv6Addr::from(octets).to_canonical()
+        }
+        _ => return None,
+    };
+    Some((address, u16::from_str_radix(port, 16).ok()?))
 }
 
 #[cfg(test)]
@@ -166,10 +197,26 @@ mod tests {
             let address = "127.0.0.1".parse().unwrap();
             assert_eq!(listener(line), Some(Listener { address, port: 53 }));
         }
-        let any = "   5: 00000000000000000000000000000000:1FBD 0:0 07";
-        let address = "0.0.0.0".parse().unwrap();
-        assert_eq!(listener(any), Some(Listener { address, port: 8125 }));
+        let of = |address: &str| listener(&format!("   5: {address}:1FBD 0:0 07"));
+        let at = |address: &str| Some(Listener { address: address.parse().unwrap(), port: 8125 });
+        assert_eq!(of("00000000000000000000000000000000"), at("::"));
+        if cfg!(target_endian = "little") {
+            assert_eq!(of("B80D0120000000000000000005000000"), at("2001:db8::5"));
+            assert_eq!(of("0000000000000000FFFF00000500000A"), at("10.0.0.5"));
+        }
+        assert_eq!(of("0000000000"), None);
         assert_eq!(listener(""), None);
         assert_eq!(listener("1: x:y"), None);
+    }
+
+    #[test]
+    fn whom_a_socket_hears() {
+        let hears = |socket: &str, address: &str| {
+            let listener = Listener { address: socket.parse().unwrap(), port: 1 };
+            listener.hears(address.parse().unwrap())
+        };
+        assert!(hears("0.0.0.0", "10.0.0.5") && !hears("0.0.0.0", "2001:db8::5"));
+        assert!(hears("::", "10.0.0.5") && hears("::", "2001:db8::5"));
+        assert!(hears("2001:db8::5", "2001:db8::5") && !hears("2001:db8::6", "2001:db8::5"));
     }
 }

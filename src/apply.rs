@@ -1,12 +1,12 @@
 //! Carries actions out: the only place where udplb changes the kernel.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, anyhow};
 
-use crate::diff::{Action, Plan};
+use crate::config::Address;
+use crate::diff::{Action, Plan, Refusal};
 use crate::generation::{self, Generation};
 use crate::netlink::Netlink;
 use crate::nexthop::{self, Way};
@@ -34,7 +34,7 @@ pub async fn reconcile(
     netlink: &Netlink,
     observed: &Observed,
     plan: &Plan,
-    ways: &BTreeMap<Ipv4Addr, Way>,
+    ways: &BTreeMap<Address, Way>,
 ) -> anyhow::Result<Outcome> {
     let mut executor = Executor::new(guard, netlink, observed, ways);
     executor.run(&plan.actions, &mut log).await?;
@@ -61,7 +61,7 @@ pub struct Executor<'a> {
     netlink: &'a Netlink,
     before: &'a Observed,
     built: Option<Generation>,
-    ways: &'a BTreeMap<Ipv4Addr, Way>,
+    ways: &'a BTreeMap<Address, Way>,
     /// Counters start at zero: there were none, or their map had gone.
     pub counters_reset: bool,
 }
@@ -72,7 +72,7 @@ impl<'a> Executor<'a> {
         guard: &'a WriteGuard,
         netlink: &'a Netlink,
         before: &'a Observed,
-        ways: &'a BTreeMap<Ipv4Addr, Way>,
+        ways: &'a BTreeMap<Address, Way>,
     ) -> Executor<'a> {
         Executor { guard, netlink, before, built: None, ways, counters_reset: false }
     }
@@ -142,14 +142,14 @@ impl<'a> Executor<'a> {
             }
             Action::Attach { interface, generation, replaces } => {
                 let undo = self.undo_attach(interface, replaces);
-                let program = self.program(*generation)?;
+                let program = self.program(interface, *generation)?;
                 let replace = *replaces != Slot::Empty;
                 let index = self.index(interface)?;
                 tc::attach(self.guard, self.netlink, index, program.as_fd(), replace).await?;
                 Ok(Some(undo))
             }
             Action::Detach { interface, generation, clsact } => {
-                let program = self.program(*generation).ok();
+                let program = self.program(interface, *generation).ok();
                 let index = self.index(interface)?;
                 tc::detach(self.guard, self.netlink, index, *clsact).await?;
                 let (interface, clsact) = (interface.clone(), *clsact);
@@ -178,12 +178,12 @@ impl<'a> Executor<'a> {
     }
 
     fn undo_attach(&self, interface: &str, replaces: &Slot) -> Undo {
-        let interface = interface.to_string();
         let before = match replaces {
-            Slot::Generation(number) => self.program(*number).ok(),
+            Slot::Generation(number) => self.program(interface, *number).ok(),
             Slot::Orphan { program, .. } => crate::bpf::program_by_id(*program).ok(),
             _ => None,
         };
+        let interface = interface.to_string();
         match before {
             Some(program) => Undo::Attach { interface, program, replace: true, clsact: false },
             None => Undo::Detach(interface),
@@ -195,11 +195,13 @@ impl<'a> Executor<'a> {
         found.map(|interface| interface.index).with_context(|| format!("no interface {interface}"))
     }
 
-    /// The program of a generation, of which nothing may be left but the pin.
-    fn program(&self, number: u32) -> anyhow::Result<OwnedFd> {
+    /// The program of a generation for an interface; nothing may be left of it but the pin.
+    fn program(&self, interface: &str, number: u32) -> anyhow::Result<OwnedFd> {
+        let layer = self.before.interfaces.get(interface).and_then(|interface| interface.layer);
+        let layer = layer.with_context(|| Refusal::UnknownLayer(interface.into()).to_string())?;
         match self.generation(number) {
-            Some(generation) => generation::program(self.guard, generation),
-            None => Ok(crate::bpf::open_program(&self.guard.generation(number).join("program"))?),
+            Some(generation) => generation::program(self.guard, generation, layer),
+            None => generation::open_program(&self.guard.generation(number), layer),
         }
     }
 

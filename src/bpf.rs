@@ -33,6 +33,14 @@ pub const VERDICTS: [(Verdict, &str); Verdict::VERDICTS.0 as usize] = [
     (Verdict::VERDICT_CLONE_FAILED, "clone-failed"),
     (Verdict::VERDICT_MALFORMED, "malformed"),
     (Verdict::VERDICT_NOT_FOR_US, "not-for-us"),
+    (Verdict::VERDICT_FRAGMENT_EARLY, "fragment-early"),
+    (Verdict::VERDICT_FRAGMENT_FULL, "fragment-full"),
+];
+
+/// What is counted at a rule besides verdicts, and its name in output.
+pub const NOTES: [(Verdict, &str); 2] = [
+    (Verdict::NOTE_SHORT_PAYLOAD, "short-payload"),
+    (Verdict::NOTE_SEVERAL_METRICS, "several-metrics"),
 ];
 
 /// Whether packets with this verdict went to the upstream.
@@ -48,8 +56,16 @@ pub unsafe trait Pod: Copy + Default {}
 
 // SAFETY: integers and arrays of them; udplb.h asserts each size, so that nothing is implicit.
 unsafe impl Pod for types::rule_key {}
+// SAFETY: as above.
+unsafe impl Pod for types::rule_key6 {}
 // SAFETY: as above; its enums are transparent integers.
 unsafe impl Pod for types::rule {}
+// SAFETY: as above.
+unsafe impl Pod for types::sender_key {}
+// SAFETY: as above.
+unsafe impl Pod for types::key_address {}
+// SAFETY: as above.
+unsafe impl Pod for types::tickets {}
 // SAFETY: as above.
 unsafe impl Pod for types::slot_line {}
 // SAFETY: as above.
@@ -65,6 +81,11 @@ unsafe impl Pod for types::heartbeat {}
 // SAFETY: as above.
 unsafe impl Pod for types::held {}
 
+// SAFETY: as above.
+unsafe impl Pod for types::trace {}
+// SAFETY: a number.
+unsafe impl Pod for u32 {}
+
 /// The bytes of a value, as the kernel takes them.
 pub fn bytes_of<T: Pod>(value: &T) -> &[u8] {
     // SAFETY: a Pod has no padding, so every byte is initialised.
@@ -76,6 +97,14 @@ pub fn from_bytes<T: Pod>(bytes: &[u8]) -> Option<T> {
     // SAFETY: the length is right, any bytes are a value, and the read may be unaligned.
     (bytes.len() == size_of::<T>())
         .then(|| unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) })
+}
+
+/// Has an object loaded without maps of its own: those that its programs need are to be reused.
+pub fn create_no_maps(skeleton: &mut OpenUdplbSkel<'_>) -> libbpf_rs::Result<()> {
+    use libbpf_rs::skel::OpenSkel;
+    let constants = skeleton.maps.rodata.name().to_owned();
+    let mut maps = skeleton.open_object_mut().maps_mut();
+    maps.try_for_each(|mut map| map.set_autocreate(map.name() == constants))
 }
 
 /// What the kernel says of a loaded program.

@@ -1,10 +1,12 @@
 //! How two configurations differ, for people and for `-o json`. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::Serialize;
 
+use crate::config::{ANY, Hash, Mode, Payload, STATSD, with_port};
+use crate::maglev;
 use crate::plan::{Desired, Rule, Upstream};
 use crate::tables::moved_share;
 
@@ -13,6 +15,8 @@ use crate::tables::moved_share;
 pub struct Changes {
     pub attach: Vec<String>,
     pub detach: Vec<String>,
+    /// This host's addresses that keys stand for.
+    pub addresses: Difference,
     pub added: Vec<RuleSummary>,
     pub removed: Vec<RuleSummary>,
     pub changed: Vec<RuleChange>,
@@ -23,6 +27,7 @@ pub struct RuleSummary {
     pub name: String,
     pub key: String,
     pub upstreams: Vec<String>,
+    pub mirrors: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -30,10 +35,20 @@ pub struct RuleChange {
     pub name: String,
     /// `field: old -> new`.
     pub fields: Vec<String>,
-    pub added: Vec<String>,
-    pub removed: Vec<String>,
+    #[serde(flatten)]
+    pub upstreams: Difference,
+    pub mirrors: Difference,
     /// Share of the flows that go elsewhere, in percent.
     pub moved: f64,
+}
+
+/// Between two lists.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Difference {
+    pub added: Vec<String>,
+    pub removed: Vec<String>,
+    /// What is in both, and how it differs: `10.0.9.1: weight: 1 -> 2`.
+    pub altered: Vec<String>,
 }
 
 impl Changes {
@@ -44,12 +59,10 @@ impl Changes {
             old.rules.iter().map(|rule| (rule.name.as_str(), rule)).collect();
         let after: BTreeMap<&str, &Rule> =
             new.rules.iter().map(|rule| (rule.name.as_str(), rule)).collect();
-        let without = |list: &[String], other: &[String]| {
-            list.iter().filter(|name| !other.contains(name)).cloned().collect()
-        };
         Changes {
-            attach: without(&new.interfaces, attached),
-            detach: without(attached, &new.interfaces),
+            attach: only_in(&new.interfaces, attached),
+            detach: only_in(attached, &new.interfaces),
+            addresses: addresses(old, new),
             added: new
                 .rules
                 .iter()
@@ -75,11 +88,27 @@ impl Changes {
     }
 }
 
+fn only_in(these: &[String], others: &[String]) -> Vec<String> {
+    let others: BTreeSet<&String> = others.iter().collect();
+    these.iter().filter(|it| !others.contains(it)).cloned().collect()
+}
+
+fn addresses(old: &Desired, new: &Desired) -> Difference {
+    let all = |desired: &Desired| -> Vec<String> {
+        let any = desired.addresses.iter().map(|address| format!("{address} is one of `{ANY}`"));
+        let broadcasts = desired.broadcasts.iter();
+        any.chain(broadcasts.map(|address| format!("{address} is a broadcast address"))).collect()
+    };
+    let (old, new) = (all(old), all(new));
+    Difference { added: only_in(&new, &old), removed: only_in(&old, &new), altered: Vec::new() }
+}
+
 fn summary(rule: &Rule) -> RuleSummary {
     RuleSummary {
         name: rule.name.clone(),
         key: key(rule),
         upstreams: rule.upstreams.iter().map(endpoint).collect(),
+        mirrors: rule.mirrors.iter().map(endpoint).collect(),
     }
 }
 
@@ -90,27 +119,71 @@ fn change(old: &Rule, new: &Rule) -> Option<RuleChange> {
     let fields = [
         ("key", key(old), key(new)),
         ("tc_action", word(&old.action), word(&new.action)),
+        ("mode", word(&old.mode), word(&new.mode)),
         ("strategy", word(&old.strategy), word(&new.strategy)),
+        ("payload", payload(old), payload(new)),
         ("hash", word(&old.hash), word(&new.hash)),
         ("source", word(&old.source), word(&new.source)),
         ("health", word(&old.health), word(&new.health)),
+        ("fragments", word(&old.fragments), word(&new.fragments)),
     ];
-    let fields = fields
-        .into_iter()
-        .filter(|(_, old, new)| old != new)
-        .map(|(field, old, new)| format!("{field}: {old} -> {new}"))
-        .collect();
-    let only_in = |these: &[Upstream], others: &[Upstream]| -> Vec<String> {
-        let others: Vec<String> = others.iter().map(endpoint).collect();
-        these.iter().map(endpoint).filter(|endpoint| !others.contains(endpoint)).collect()
-    };
+    let slots = slots(old).zip(slots(new));
+    let slots = slots.map(|(old, new)| [("slots", old.to_string(), new.to_string())]);
+    let mut fields = differing(fields);
+    fields.extend(slots.map(differing).into_iter().flatten());
     Some(RuleChange {
         name: new.name.clone(),
         fields,
-        added: only_in(&new.upstreams, &old.upstreams),
-        removed: only_in(&old.upstreams, &new.upstreams),
+        upstreams: difference((old, &old.upstreams), (new, &new.upstreams)),
+        mirrors: difference((old, &old.mirrors), (new, &new.mirrors)),
         moved: (moved_share(old, new) * 1000.0).round() / 10.0,
     })
+}
+
+/// How long the table of a rule is, if that is for its weights to say: where it changes, that moves
+/// most flows.
+fn slots(rule: &Rule) -> Option<u32> {
+    let weights: Vec<u32> = rule.upstreams.iter().map(|upstream| upstream.weight).collect();
+    let weighted = rule.mode == Mode::Balance && rule.hash == Hash::Maglev;
+    weighted.then(|| maglev::size(&weights).ok()).flatten()
+}
+
+/// `field: old -> new` of each that is not the same.
+fn differing<const N: usize>(fields: [(&str, String, String); N]) -> Vec<String> {
+    let differing = fields.into_iter().filter(|(_, old, new)| old != new);
+    differing.map(|(field, old, new)| format!("{field}: {old} -> {new}")).collect()
+}
+
+/// Of upstreams or mirrors.
+fn difference(
+    (old, before): (&Rule, &[Upstream]),
+    (new, after): (&Rule, &[Upstream]),
+) -> Difference {
+    let endpoints = |list: &[Upstream]| list.iter().map(endpoint).collect::<Vec<_>>();
+    let known: BTreeMap<String, &Upstream> =
+        before.iter().map(|upstream| (endpoint(upstream), upstream)).collect();
+    let altered = |upstream: &Upstream| {
+        let endpoint = endpoint(upstream);
+        let before = known.get(&endpoint)?;
+        // Where neither has its own, it is told of the rule.
+        let own = before.source.is_some() || upstream.source.is_some();
+        let source = |rule: &Rule, upstream: &Upstream| match own {
+            true => word(&rule.source_of(upstream)),
+            false => String::new(),
+        };
+        let fields = differing([
+            ("weight", before.weight.to_string(), upstream.weight.to_string()),
+            ("state", word(&before.state), word(&upstream.state)),
+            ("source", source(old, before), source(new, upstream)),
+            ("sample", before.sample.to_string(), upstream.sample.to_string()),
+        ]);
+        (!fields.is_empty()).then(|| format!("{endpoint}: {}", fields.join(", ")))
+    };
+    Difference {
+        added: only_in(&endpoints(after), &endpoints(before)),
+        removed: only_in(&endpoints(before), &endpoints(after)),
+        altered: after.iter().filter_map(altered).collect(),
+    }
 }
 
 /// A word of the vocabulary, as the file spells it.
@@ -121,10 +194,29 @@ fn word(value: &impl Serialize) -> String {
     }
 }
 
-/// A rule's key: `10.0.0.5:2055,4739,6343-6350`.
+fn payload(rule: &Rule) -> String {
+    match rule.payload {
+        None => "none".into(),
+        Some(Payload::Statsd) => STATSD.into(),
+        Some(Payload::Bytes { offset, length }) => format!("{length} bytes at {offset}"),
+    }
+}
+
+/// A rule's key: `10.0.0.5:2055,4739,6343-6350 from 10.20.0.0/16`.
 pub fn key(rule: &Rule) -> String {
-    let ports: Vec<String> = rule.key.ports.iter().map(ToString::to_string).collect();
-    format!("{}:{}", rule.key.address, ports.join(","))
+    let list = |items: Vec<String>| items.join(",");
+    let key = &rule.key;
+    let ports = match key.ports.is_empty() {
+        true => ANY.into(),
+        false => list(key.ports.iter().map(ToString::to_string).collect()),
+    };
+    let to = with_port(key.address, ports);
+    match key.from.is_empty() {
+        true => to,
+        false => {
+            format!("{to} from {}", list(key.from.iter().map(ToString::to_string).collect()))
+        }
+    }
 }
 
 /// Where an upstream is: `nfcapd 10.0.9.11:2055`; without a port where it keeps the packet's.
@@ -138,10 +230,10 @@ pub fn endpoint(upstream: &Upstream) -> String {
     if host != address {
         text += &format!("{host} ");
     }
-    text += &address;
-    if let Some(port) = upstream.port {
-        text += &format!(":{port}");
-    }
+    text += &match upstream.port {
+        Some(port) => with_port(address, port),
+        None => address,
+    };
     text
 }
 
@@ -153,15 +245,15 @@ impl fmt::Display for Changes {
         for name in &self.detach {
             writeln!(f, "- interface {name}: detached")?;
         }
+        self.addresses.lines(f, "", "address")?;
         for (sign, rules) in [('+', &self.added), ('-', &self.removed)] {
             for rule in rules {
-                writeln!(
-                    f,
-                    "{sign} rule {} ({}) -> {}",
-                    rule.name,
-                    rule.key,
-                    rule.upstreams.join(", ")
-                )?;
+                let RuleSummary { name, key, upstreams, mirrors } = rule;
+                write!(f, "{sign} rule {name} ({key}) -> {}", upstreams.join(", "))?;
+                if !mirrors.is_empty() {
+                    write!(f, "; copies to {}", mirrors.join(", "))?;
+                }
+                writeln!(f)?;
             }
         }
         for rule in &self.changed {
@@ -169,10 +261,18 @@ impl fmt::Display for Changes {
             for field in &rule.fields {
                 writeln!(f, "    {field}")?;
             }
-            for (sign, upstreams) in [('+', &rule.added), ('-', &rule.removed)] {
-                for upstream in upstreams {
-                    writeln!(f, "    {sign} upstream {upstream}")?;
-                }
+            rule.upstreams.lines(f, "    ", "upstream")?;
+            rule.mirrors.lines(f, "    ", "mirror")?;
+        }
+        Ok(())
+    }
+}
+
+impl Difference {
+    fn lines(&self, f: &mut fmt::Formatter<'_>, indent: &str, what: &str) -> fmt::Result {
+        for (sign, items) in [('+', &self.added), ('-', &self.removed), ('~', &self.altered)] {
+            for item in items {
+                writeln!(f, "{indent}{sign} {what} {item}")?;
             }
         }
         Ok(())
@@ -210,6 +310,71 @@ mod tests {
         let changes = Changes::new(&one, &one, &attached);
         assert!(changes.is_empty());
         assert_eq!(changes.to_string(), "");
+    }
+
+    #[test]
+    fn every_field_of_a_rule_and_its_hosts() {
+        let old = desired(
+            "
+- name: one
+  key: { address: any, port: any, from: 10.0.0.0/8 }
+  options: { hash: modulo, source: preserve }
+  upstream: [{ address: 10.0.9.1 }, { address: 10.0.9.2, source: vip }]
+  mirror: [{ address: 10.0.9.3 }, { address: 10.0.9.4, port: 1 }]
+",
+        );
+        let mut new = desired(
+            "
+- name: one
+  key: { address: 10.0.0.5, port: 53, from: [10.0.0.0/8, 192.0.2.1] }
+  options: { strategy: payload, payload: { offset: 4, length: 2 }, fragments: drop }
+  upstream: [{ address: 10.0.9.1, weight: 2, state: drained }, { address: 10.0.9.2 }]
+  mirror: [{ address: 10.0.9.3, source: egress, sample: 9 }]
+",
+        );
+        let attached = ["a".to_string(), "b".to_string()];
+        let text = Changes::new(&old, &new, &attached).to_string();
+        let (first, rest) = text.split_once('\n').expect("lines");
+        assert!(first.starts_with("~ rule one: ") && first.ends_with(" % of its flows move"));
+        assert_eq!(
+            rest,
+            "    key: any:any from 10.0.0.0/8 -> 10.0.0.5:53 from 10.0.0.0/8,192.0.2.1\n    \
+             strategy: src-ip-port -> payload\n    payload: none -> 2 bytes at 4\n    \
+             hash: modulo -> maglev\n    source: preserve -> vip\n    \
+             fragments: follow -> drop\n    \
+             ~ upstream 10.0.9.1: weight: 1 -> 2, state: active -> drained\n    \
+             - mirror 10.0.9.4:1\n    \
+             ~ mirror 10.0.9.3: source: preserve -> egress, sample: 1 -> 9\n"
+        );
+        new.rules.truncate(0);
+        let old = Desired { addresses: vec![[10, 0, 0, 5].into()], ..old };
+        let new = Desired { broadcasts: vec![[10, 0, 0, 255].into()], ..new };
+        assert_eq!(
+            Changes::new(&old, &new, &attached).to_string(),
+            "+ address 10.0.0.255 is a broadcast address\n\
+             - address 10.0.0.5 is one of `any`\n\
+             - rule one (any:any from 10.0.0.0/8) -> 10.0.9.1, 10.0.9.2; \
+             copies to 10.0.9.3, 10.0.9.4:1\n"
+        );
+    }
+
+    #[test]
+    fn weights_that_need_another_table() {
+        let weighted = |weight: u32| {
+            desired(&format!(
+                "
+- name: one
+  key: {{ address: 10.0.0.5, port: 53 }}
+  upstream: [{{ address: 10.0.9.1 }}, {{ address: 10.0.9.2, weight: {weight} }}]
+"
+            ))
+        };
+        let fields = |old: u32, new: u32| {
+            Changes::new(&weighted(old), &weighted(new), &[]).changed[0].fields.clone()
+        };
+        assert_eq!(fields(1, 99), Vec::<String>::new());
+        assert_eq!(fields(1, 100), ["slots: 10007 -> 100003"]);
+        assert_eq!(fields(9999, 100), ["slots: 1000003 -> 100003"]);
     }
 
     #[test]

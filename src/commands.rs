@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
-use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 use std::{fs, io};
@@ -14,7 +13,7 @@ use serde_json::{Value, json};
 use crate::apply::{Executor, Outcome};
 use crate::changes::Changes;
 use crate::cli::{self, Cli, Color, Command, Global, Output, Target};
-use crate::config::Diagnostic;
+use crate::config::{Address, Diagnostic};
 use crate::diff::{self, Action, Plan, Refusal};
 use crate::failure::{Failure, Result};
 use crate::metrics::Gatherer;
@@ -136,7 +135,7 @@ async fn check_one(
         warn(global, &config.warnings(names.warnings));
         Desired::new(&config, &config.interfaces, &names.addresses).map_err(Failure::Config)?;
     }
-    let upstreams = config.rules.iter().map(|rule| rule.upstreams.len()).sum();
+    let upstreams = config.rules.iter().map(|rule| rule.destinations().count()).sum();
     Ok((text.name, config.rules.len(), upstreams))
 }
 
@@ -152,6 +151,7 @@ async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool
     }
     privileges::require()?;
     let netlink = netlink()?;
+    wanted.expand(&netlink).await?;
     let addresses = wanted.desired.addresses();
     let ways = nexthop::resolve(&netlink, &addresses).await.context("next hops")?;
     wanted.warnings.extend(advise(&wanted, &ways, &netlink).await?);
@@ -204,7 +204,7 @@ fn netlink() -> Result<Netlink> {
 /// An upstream that is this host itself.
 async fn advise(
     wanted: &Wanted,
-    ways: &BTreeMap<Ipv4Addr, Way>,
+    ways: &BTreeMap<Address, Way>,
     netlink: &Netlink,
 ) -> Result<Vec<Diagnostic>> {
     let Some(config) = &wanted.config else { return Ok(Vec::new()) };
@@ -216,7 +216,7 @@ async fn advise(
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
     let mut findings = advice::unreachable(config, desired, ways);
-    findings.extend(advice::unheard(config, &advice::listeners()));
+    findings.extend(advice::unheard(config, desired, &advice::listeners()));
     findings.extend(advice::stacked(config, &desired.interfaces, &links, &addresses));
     Ok(config.warnings(findings))
 }
@@ -263,9 +263,10 @@ async fn look(global: &Global, netlink: &Netlink) -> Result<Observed> {
 }
 
 async fn plan(global: &Global, target: &Target, exit_code: bool) -> Result<u8> {
-    let wanted = Wanted::new(&Text::read(&target.file)?, target).await?;
+    let mut wanted = Wanted::new(&Text::read(&target.file)?, target).await?;
     warn(global, &wanted.warnings);
     let netlink = netlink()?;
+    wanted.expand(&netlink).await?;
     let observed = look(global, &netlink).await?;
     let old = serving(&observed).cloned().unwrap_or_default();
     let attached: Vec<String> = observed.attached().map(|(name, _)| name.into()).collect();

@@ -5,14 +5,15 @@
 //!                                └──────────┴──> Problems ── document ──> Diagnostics
 //! ```
 //!
-//! `document` reads by `yaml` and `toml`; `vocabulary` holds the words, `scalar` and `host` judge
-//! single values, and `schema` describes the whole.
+//! `document` reads by `yaml` and `toml`; `vocabulary` holds the words, `scalar`, `host` and `network`
+//! judge single values, and `schema` describes the whole.
 
 mod check;
 mod decode;
 mod diagnostic;
 mod document;
 mod host;
+mod network;
 mod path;
 mod scalar;
 mod schema;
@@ -21,18 +22,20 @@ mod vocabulary;
 mod yaml;
 
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
 use diagnostic::{Complaint, Problem, Problems};
 use document::Document;
 
-pub use check::{KEY_ENTRIES, UPSTREAMS};
+pub use check::{KEY_ENTRIES, RECEIVERS, UPSTREAMS};
 pub use diagnostic::{Diagnostic, Related, Severity};
-pub use host::{Host, upstream_refusal};
+pub use host::{Address, Family, Host, KeyAddress, upstream_refusal, with_port};
+pub use network::Network;
 pub use path::Path;
 pub use schema::schema;
+pub use vocabulary::{ANY, STATSD};
 
 /// What happens to a matched packet here, after it was sent to its upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -44,6 +47,17 @@ pub enum Action {
     Block,
 }
 
+/// How many upstreams get a packet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// One.
+    #[default]
+    Balance,
+    /// All.
+    Replicate,
+}
+
 /// What of a packet selects its upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -51,6 +65,23 @@ pub enum Strategy {
     SrcPort,
     SrcIp,
     SrcIpPort,
+    /// Nothing: each packet by chance.
+    Random,
+    /// See [`Payload`].
+    Payload,
+}
+
+/// What of the payload selects the upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Payload {
+    Bytes {
+        offset: u16,
+        /// 1 to 64.
+        length: u8,
+    },
+    /// The name of the first metric: all up to the first `:`.
+    Statsd,
 }
 
 /// How the selected key becomes a slot.
@@ -58,6 +89,30 @@ pub enum Strategy {
 #[serde(rename_all = "kebab-case")]
 pub enum Hash {
     Modulo,
+    Maglev,
+}
+
+/// What happens to the fragments of a datagram.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fragments {
+    /// They go where the first one goes.
+    #[default]
+    Follow,
+    /// They are delivered here, and not sent on.
+    Pass,
+    /// They end here.
+    Drop,
+}
+
+/// Whether an upstream is given packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    #[default]
+    Active,
+    /// It keeps its place among the upstreams, and others get its packets.
+    Drained,
 }
 
 /// The source address of what is sent to the upstream.
@@ -68,6 +123,8 @@ pub enum Source {
     Vip,
     /// The sender's own.
     Preserve,
+    /// This host's, on the way to the upstream.
+    Egress,
 }
 
 /// What of an upstream must be well for it to be selected.
@@ -88,11 +145,15 @@ pub struct Ports {
     pub last: u16,
 }
 
-/// The destination that a rule matches.
+/// The packets that a rule matches: their destination, and their senders.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Key {
-    pub address: Ipv4Addr,
+    pub address: KeyAddress,
+    /// None: any port.
     pub ports: Vec<Ports>,
+    /// None: any sender. Where several rules have one address and port, the longest prefix decides.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub from: Vec<Network>,
 }
 
 /// A valid configuration.
@@ -111,15 +172,21 @@ pub struct Config {
 pub struct Rule {
     /// Unique among the rules; the key's text where the file gives none.
     pub name: String,
-    /// Overlaps no other rule's.
+    /// Overlaps no other rule's with the same senders.
     pub key: Key,
     pub action: Action,
+    pub mode: Mode,
     pub strategy: Strategy,
+    /// If and only if that is the strategy.
+    pub payload: Option<Payload>,
     pub hash: Hash,
     pub source: Source,
     pub health: Health,
+    pub fragments: Fragments,
     /// At least one.
     pub upstreams: Vec<Upstream>,
+    /// Those that get a copy of each packet besides.
+    pub mirrors: Vec<Upstream>,
     /// The rule's place in the file.
     pub at: Path,
 }
@@ -132,6 +199,13 @@ pub struct Upstream {
     pub address: Host,
     /// Host byte order; none: the port that the packet was sent to.
     pub port: Option<u16>,
+    /// Its share of the flows, beside those of the others; none: 1.
+    pub weight: Option<u32>,
+    pub state: State,
+    /// None: the rule's.
+    pub source: Option<Source>,
+    /// It gets every N-th packet; none: 1.
+    pub sample: Option<u32>,
     /// The upstream's place in the file.
     pub at: Path,
 }
@@ -161,10 +235,7 @@ impl Config {
             warnings: Vec::new(),
             document,
         };
-        if let Some(at) = decoded.empty {
-            config.warnings =
-                config.warnings(vec![Finding::new(&at, "no rules: nothing will match")]);
-        }
+        config.warnings = config.warnings(decoded.warnings);
         Ok(config)
     }
 
@@ -225,13 +296,54 @@ impl fmt::Display for Ports {
     }
 }
 
+impl Key {
+    /// With any sender.
+    pub fn new(address: impl Into<KeyAddress>, ports: Vec<Ports>) -> Key {
+        Key { address: address.into(), ports, from: Vec::new() }
+    }
+
+    /// Whether what is sent to this port of this address matches; no port means the one that a
+    /// packet of the key came to.
+    pub fn is(&self, address: IpAddr, port: Option<u16>) -> bool {
+        let has = |port| self.ports.iter().any(|ports| ports.contains(port));
+        self.address == KeyAddress::Is(address) && (self.ports.is_empty() || port.is_none_or(has))
+    }
+}
+
 /// The address and the first port or range, which is also the name of a rule that has no other.
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.ports.first() {
-            Some(ports) => write!(f, "{}:{ports}", self.address),
-            None => self.address.fmt(f),
-        }
+        f.write_str(&match self.ports.first() {
+            Some(ports) => with_port(self.address, ports),
+            None => with_port(self.address, ANY),
+        })
+    }
+}
+
+impl Rule {
+    /// All that packets are sent to: the upstreams, then the mirrors.
+    pub fn destinations(&self) -> impl Iterator<Item = &Upstream> {
+        self.upstreams.iter().chain(&self.mirrors)
+    }
+
+    /// The one that all addresses of the rule are of. Where it says none, with `any` and host names
+    /// only, it is not left to a name server which packets are matched.
+    pub fn family(&self) -> Family {
+        self.addresses().next().map_or(Family::V4, Family::from)
+    }
+
+    /// The addresses that the file says, those of networks included.
+    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let key = match self.key.address {
+            KeyAddress::Is(address) => Some(address),
+            KeyAddress::Any => None,
+        };
+        let from = self.key.from.iter().map(|network| network.address);
+        let hosts = self.destinations().filter_map(|upstream| match &upstream.address {
+            Host::Address(address) => Some(address.ip),
+            Host::Name(_) => None,
+        });
+        key.into_iter().chain(from).chain(hosts)
     }
 }
 
@@ -239,7 +351,7 @@ impl Upstream {
     /// `10.0.9.11:9995`, or without the port where it is the packet's own.
     pub fn endpoint(&self) -> String {
         match self.port {
-            Some(port) => format!("{}:{port}", self.address),
+            Some(port) => with_port(&self.address, port),
             None => self.address.to_string(),
         }
     }

@@ -10,7 +10,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
-use crate::bpf::{OpenUdplbSkel, VERDICTS, bytes_of, from_bytes, is_forwarded, types};
+use crate::bpf::{NOTES, OpenUdplbSkel, VERDICTS, bytes_of, from_bytes, is_forwarded, types};
 use crate::chunks::Chunks;
 
 /// Packets and bytes; a GSO packet is its segments, bytes are with the Ethernet header.
@@ -39,14 +39,17 @@ impl Sub for Count {
     }
 }
 
-/// What was counted under one id, or the sum over several, by verdict in the order of [`VERDICTS`].
+/// What was counted under one id, or the sum over several, in the order of [`VERDICTS`] and [`NOTES`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts([Count; VERDICTS.len()]);
+pub struct Counts {
+    verdicts: [Count; VERDICTS.len()],
+    notes: [Count; NOTES.len()],
+}
 
 impl Counts {
     /// Each verdict's name and count.
     pub fn by_verdict(&self) -> impl Iterator<Item = (&'static str, Count)> {
-        VERDICTS.iter().zip(self.0).map(|((_, name), count)| (*name, count))
+        VERDICTS.iter().zip(self.verdicts).map(|((_, name), count)| (*name, count))
     }
 
     /// All packets that matched.
@@ -61,13 +64,24 @@ impl Counts {
 
     /// Those that did not, by the reason's name; without the reasons that there were none of.
     pub fn drops(&self) -> impl Iterator<Item = (&'static str, Count)> {
-        let drops = VERDICTS.iter().zip(self.0).filter(|((verdict, _), _)| !is_forwarded(*verdict));
+        let drops =
+            VERDICTS.iter().zip(self.verdicts).filter(|((verdict, _), _)| !is_forwarded(*verdict));
         drops.map(|((_, name), count)| (*name, count)).filter(|(_, count)| count.packets > 0)
+    }
+
+    /// What was noted of packets besides, without what was not.
+    pub fn notes(&self) -> impl Iterator<Item = (&'static str, Count)> {
+        let notes = NOTES.iter().zip(self.notes).map(|((_, name), count)| (*name, count));
+        notes.filter(|(_, count)| count.packets > 0)
+    }
+
+    fn all_mut(&mut self) -> impl Iterator<Item = &mut Count> {
+        self.verdicts.iter_mut().chain(&mut self.notes)
     }
 
     fn sum(&self, wanted: impl Fn(types::verdict) -> bool) -> Count {
         let mut sum = Count::default();
-        for ((verdict, _), count) in VERDICTS.iter().zip(self.0) {
+        for ((verdict, _), count) in VERDICTS.iter().zip(self.verdicts) {
             if wanted(*verdict) {
                 sum += count;
             }
@@ -78,7 +92,8 @@ impl Counts {
 
 impl AddAssign for Counts {
     fn add_assign(&mut self, other: Counts) {
-        for (mine, others) in self.0.iter_mut().zip(other.0) {
+        let others = other.verdicts.into_iter().chain(other.notes);
+        for (mine, others) in self.all_mut().zip(others) {
             *mine += others;
         }
     }
@@ -89,7 +104,8 @@ impl Sub for Counts {
     type Output = Counts;
 
     fn sub(mut self, earlier: Counts) -> Counts {
-        for (mine, earlier) in self.0.iter_mut().zip(earlier.0) {
+        let earlier = earlier.verdicts.into_iter().chain(earlier.notes);
+        for (mine, earlier) in self.all_mut().zip(earlier) {
             *mine = *mine - earlier;
         }
         self
@@ -211,8 +227,8 @@ fn sum<'a>(values: impl Iterator<Item = &'a [u8]>) -> anyhow::Result<Counts> {
     let mut counts = Counts::default();
     for value in values {
         let value: types::counters = from_bytes(value).context("counters of another layout")?;
-        for (count, (verdict, _)) in counts.0.iter_mut().zip(VERDICTS) {
-            let counter = value.of[verdict.0 as usize];
+        for (count, (what, _)) in counts.all_mut().zip(VERDICTS.into_iter().chain(NOTES)) {
+            let counter = value.of[what.0 as usize];
             *count += Count { packets: counter.packets, bytes: counter.bytes };
         }
     }

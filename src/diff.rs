@@ -2,6 +2,7 @@
 
 use crate::bpf::OBJECT_SHA256;
 use crate::generation::{Draft, Generation, Origin};
+use crate::netlink::Layer;
 use crate::observe::Observed;
 use crate::plan::Desired;
 use crate::state::Held;
@@ -47,7 +48,7 @@ pub struct Plan {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
     NoInterface(String),
-    NotEthernet(String),
+    UnknownLayer(String),
     Foreign { interface: String, filter: String },
     Orphan { interface: String, filter: String },
     OtherNamespace(u64),
@@ -61,8 +62,8 @@ impl std::fmt::Display for Refusal {
             Refusal::NoInterface(name) => {
                 write!(f, "there is no interface {name} here; `ip link` lists those there are")
             }
-            Refusal::NotEthernet(name) => {
-                write!(f, "{name} carries no Ethernet frames, which is not built yet")
+            Refusal::UnknownLayer(name) => {
+                write!(f, "{name} carries neither Ethernet frames nor plain IP packets")
             }
             Refusal::Foreign { interface, filter } => write!(
                 f,
@@ -103,10 +104,10 @@ pub fn apply(
     replace(observed, desired, origin, force, Why::Asked)
 }
 
-/// What is to be done when a host name of the configuration stands for another address: the
+/// What is to be done when a host name of the configuration or `any` stands for other addresses: the
 /// generation that serves is replaced, and what a rollback goes back to or has left stays.
 pub fn renew(observed: &Observed, desired: &Desired, origin: &Origin) -> Result<Plan, Refusal> {
-    replace(observed, desired, origin, false, Why::Renamed)
+    replace(observed, desired, origin, false, Why::Moved)
 }
 
 /// Puts the generation that serves onto interfaces that have lost it; those that somebody else
@@ -117,7 +118,10 @@ pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, 
     let mut actions = Vec::new();
     for name in interfaces {
         let Some(interface) = observed.interfaces.get(name) else { continue };
-        if !interface.ethernet || interface.hook.slot != Slot::Empty {
+        let there = observed.generations.get(&number);
+        let mut programs = there.into_iter().flat_map(|it| it.description.programs());
+        let has_program = programs.any(|(layer, _)| Some(layer) == interface.layer);
+        if !has_program || interface.hook.slot != Slot::Empty {
             continue;
         }
         if interface.hook.qdisc.is_none() {
@@ -136,7 +140,7 @@ pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Why {
     Asked,
-    Renamed,
+    Moved,
 }
 
 fn replace(
@@ -150,12 +154,16 @@ fn replace(
     let held = held(observed);
     if let Some((held, left)) = held
         && !force
-        && left.description.desired == *desired
+        && left.description.desired.as_written() == desired.as_written()
     {
         return Err(Refusal::Held(held));
     }
     let clsact = clsact_after(observed, desired);
-    let reusable = reusable(observed, desired, &clsact);
+    let l3 = desired
+        .interfaces
+        .iter()
+        .any(|name| observed.interfaces.get(name).is_some_and(|it| it.layer == Some(Layer::Ip)));
+    let reusable = reusable(observed, desired, &clsact, l3);
     let number = reusable.unwrap_or_else(|| next_number(observed));
 
     let mut actions = unfinished(observed);
@@ -165,22 +173,28 @@ fn replace(
             origin: origin.clone(),
             namespace: observed.namespace,
             clsact,
+            l3,
             desired: desired.clone(),
         })));
     }
     // one that is not intact is dropped below, and nothing could be compared with it then
     let stays = held.filter(|(_, left)| {
-        left.intact && (why == Why::Renamed || observed.serving() == Some(number))
+        left.intact && (why == Why::Moved || observed.serving() == Some(number))
     });
     if observed.held.is_some() && stays.is_none() {
         // before the swap: a crash after it must not leave what is held now held for ever
         actions.push(Action::SetHeld(None));
     }
-    switch(observed, number, &desired.interfaces, force, &mut actions)?;
+    let interfaces: Vec<String> = match why {
+        Why::Asked => desired.interfaces.clone(),
+        // one that it was taken off, or that is gone, is nothing that a name or address changes
+        Why::Moved => observed.attached().map(|(name, _)| name.into()).collect(),
+    };
+    switch(observed, number, &interfaces, force, &mut actions)?;
     let stays = stays.map(|(held, _)| held);
     let before = match observed.serving().and_then(|serving| observed.generations.get(&serving)) {
         // it is the same configuration: going back leads to the one before
-        Some(serving) if why == Why::Renamed => {
+        Some(serving) if why == Why::Moved => {
             before(observed, serving.number, stays).or(Some(serving.number))
         }
         Some(serving) if serving.number < number && serving.intact => Some(serving.number),
@@ -194,7 +208,7 @@ fn replace(
 
 /// The generation that may serve as it is: an equal one, and none before the one that serves, so
 /// that going back keeps its direction.
-fn reusable(observed: &Observed, desired: &Desired, clsact: &[String]) -> Option<u32> {
+fn reusable(observed: &Observed, desired: &Desired, clsact: &[String], l3: bool) -> Option<u32> {
     let least = observed.serving().unwrap_or(0);
     observed
         .generations
@@ -205,6 +219,7 @@ fn reusable(observed: &Observed, desired: &Desired, clsact: &[String]) -> Option
             description.desired == *desired
                 && description.object == OBJECT_SHA256
                 && description.clsact == clsact
+                && description.program_l3.is_some() == l3
         })
         .map(|generation| generation.number)
 }
@@ -306,8 +321,8 @@ fn switch(
     for name in interfaces {
         let interface =
             observed.interfaces.get(name).ok_or_else(|| Refusal::NoInterface(name.clone()))?;
-        if !interface.ethernet {
-            return Err(Refusal::NotEthernet(name.clone()));
+        if interface.layer.is_none() {
+            return Err(Refusal::UnknownLayer(name.clone()));
         }
         match &interface.hook.slot {
             Slot::Generation(attached) if *attached == number => continue,

@@ -69,9 +69,9 @@ pub struct Facts {
     pub homeless: BTreeMap<String, String>,
     /// Some rule leaves out upstreams that are down.
     pub wants_health: bool,
-    pub neighbours: NeighbourTable,
-    /// Those of them that are next hops.
-    pub next_hops: usize,
+    pub neighbours: Vec<NeighbourTable>,
+    /// How many next hops there are, of IPv4 and of IPv6.
+    pub next_hops: [usize; 2],
 }
 
 /// The kernel's abilities.
@@ -106,12 +106,15 @@ pub struct InputLink {
     pub foreign_qdisc: bool,
     /// What sees packets earlier.
     pub before: Vec<Before>,
-    pub forwarding: bool,
+    /// Sysctls of the families in use by which packets are not forwarded there.
+    pub not_forwarding: Vec<String>,
+    /// The sysctl by which the interface has no IPv6, where a rule wants some.
+    pub no_ipv6: Option<String>,
     /// Senders are checked against the way back to them.
     pub strict: bool,
     /// The way to hosts of no network of this host is another.
     pub default_elsewhere: bool,
-    /// Some rule delivers packets here too.
+    /// Some IPv4 rule delivers packets here too.
     pub passes: bool,
 }
 
@@ -137,6 +140,8 @@ pub struct Upstream {
     pub way: Way,
     /// Senders' own addresses go there.
     pub preserves: bool,
+    /// It is to get this host's address, and there is none on the way.
+    pub lacks_egress: bool,
     /// Since when it does not answer, in seconds since 1970.
     pub down: Option<u64>,
     /// Packets that were too large for it.
@@ -241,20 +246,19 @@ impl Judge<'_> {
                 "sysctl -w net.core.bpf_jit_enable=1",
             );
         }
-        let table = facts.neighbours;
-        let others = (table.entries as usize).saturating_sub(facts.next_hops);
-        let (second, third) = (table.threshold2, table.threshold3);
-        if let Some(what) = keeper::overflow(facts.next_hops, others, second, third) {
-            let wanted = 2 * (facts.next_hops + others).next_power_of_two();
-            self.problem(
-                "",
-                what,
-                "beyond it next hops are forgotten or cannot be learned",
-                format!(
-                    "sysctl -w net.ipv4.neigh.default.gc_thresh2={} net.ipv4.neigh.default.gc_thresh3={wanted}",
-                    wanted / 2
-                ),
-            );
+        for table in &facts.neighbours {
+            let next_hops = facts.next_hops[usize::from(table.ipv6)];
+            let others = (table.entries as usize).saturating_sub(next_hops);
+            if let Some(what) = keeper::overflow(next_hops, others, table) {
+                let wanted = 2 * (next_hops + others).next_power_of_two();
+                let (second, third) = (table.sysctl("gc_thresh2"), table.sysctl("gc_thresh3"));
+                self.problem(
+                    "",
+                    what,
+                    "beyond it next hops are forgotten or cannot be learned",
+                    format!("sysctl -w {second}={} {third}={wanted}", wanted / 2),
+                );
+            }
         }
     }
 
@@ -315,7 +319,7 @@ impl Judge<'_> {
                 rule,
                 format!("{address} is an address of no interface"),
                 "nobody answers for it here: packets come only if a router sends them this way",
-                format!("ip addr add {address}/32 dev lo, and route it here"),
+                format!("ip addr add {address} dev lo, and route it here"),
             );
         }
     }
@@ -346,12 +350,21 @@ impl Judge<'_> {
                 format!("{} afterwards, or arpd and a timer that does", self.apply()),
             );
         }
-        if !link.forwarding && self.facts.arpd != Some(true) {
+        if let Some(sysctl) = &link.no_ipv6 {
+            self.problem(
+                name,
+                "IPv6 is off there, and a rule is for it",
+                "nobody answers those who ask for its addresses",
+                format!("sysctl -w {sysctl}=0"),
+            );
+        }
+        if !link.not_forwarding.is_empty() && self.facts.arpd != Some(true) {
+            let on: Vec<String> = link.not_forwarding.iter().map(|it| format!("{it}=1")).collect();
             self.note(
                 name,
                 "forwarding is off there, and arpd does not run",
                 "packets go by what the last apply saw: changes of routes are not followed",
-                format!("systemctl enable --now udplb-arpd, or sysctl -w net.ipv4.conf.{name}.forwarding=1"),
+                format!("systemctl enable --now udplb-arpd, or sysctl -w {}", on.join(" ")),
             );
         }
         if link.strict && link.passes && link.default_elsewhere {
@@ -461,7 +474,7 @@ impl Judge<'_> {
                 ),
                 Way::None(why) => {
                     let what = format!("there is no route to {label}");
-                    self.problem(rule, what, why, format!("ip route add {address}/32 via ROUTER"));
+                    self.problem(rule, what, why, format!("ip route add {address} via ROUTER"));
                 }
                 Way::Hop { interface, gateway, mtu } => {
                     // one finding for each way
@@ -476,12 +489,23 @@ impl Judge<'_> {
                             }
                         }
                     }
+                    if upstream.lacks_egress {
+                        self.problem(
+                            rule,
+                            format!("{label} is to get this host's address, and there is none"),
+                            "packets to it are dropped as `no-route`",
+                            format!("ip addr add ADDRESS dev {interface}; {}", self.apply()),
+                        );
+                    }
                     if upstream.preserves && gateway != address && routers.insert(gateway) {
                         self.note(
                             rule,
                             format!("{label} is behind the router {gateway}, and gets senders' own addresses"),
                             "a router that checks senders (uRPF) drops what comes from here with them",
-                            format!("on {gateway}: accept them from this host; on Linux sysctl -w net.ipv4.conf.all.rp_filter=2"),
+                            match gateway {
+                                IpAddr::V4(_) => format!("on {gateway}: accept them from this host; on Linux sysctl -w net.ipv4.conf.all.rp_filter=2"),
+                                IpAddr::V6(_) => format!("on {gateway}: accept them from this host"),
+                            },
                         );
                     }
                 }
@@ -581,7 +605,8 @@ mod tests {
                     slot: Slot::Generation(2),
                     foreign_qdisc: false,
                     before: Vec::new(),
-                    forwarding: true,
+                    not_forwarding: Vec::new(),
+                    no_ipv6: None,
                     strict: false,
                     default_elsewhere: false,
                     passes: true,
@@ -597,11 +622,14 @@ mod tests {
                     mtu: 1500,
                 },
                 preserves: true,
+                lacks_egress: false,
                 down: None,
                 too_large: 0,
             }],
-            neighbours: NeighbourTable { entries: 9, threshold2: 512, threshold3: 1024 },
-            next_hops: 1,
+            neighbours: [false, true]
+                .map(|ipv6| NeighbourTable { ipv6, entries: 9, threshold2: 512, threshold3: 1024 })
+                .to_vec(),
+            next_hops: [1, 0],
             ..Facts::default()
         }
     }
@@ -661,12 +689,21 @@ mod tests {
             ],
         );
         check(
-            |facts| facts.next_hops = 3000,
+            |facts| facts.next_hops = [3000, 0],
             &[(
                 Problem,
                 "",
                 "3000 neighbours",
                 "sysctl -w net.ipv4.neigh.default.gc_thresh2=4096 net.ipv4.neigh.default.gc_thresh3=8192",
+            )],
+        );
+        check(
+            |facts| facts.next_hops = [1, 600],
+            &[(
+                Problem,
+                "",
+                "600 neighbours (600 next hops, 0 others)",
+                "sysctl -w net.ipv6.neigh.default.gc_thresh2=1024 net.ipv6.neigh.default.gc_thresh3=2048",
             )],
         );
         check(
@@ -738,7 +775,21 @@ mod tests {
             &[(Note, "eth0", "its ingress qdisc was made by another program", "udplb apply")],
         );
         // with arpd it does not matter
-        check(|facts| link(facts).forwarding = false, &[]);
+        let off = vec!["net.ipv6.conf.eth0.forwarding".to_string()];
+        check(|facts| link(facts).not_forwarding.clone_from(&off), &[]);
+        check(
+            |facts| (link(facts).not_forwarding, facts.arpd) = (off.clone(), None),
+            &[(
+                Note,
+                "eth0",
+                "forwarding is off there",
+                "systemctl enable --now udplb-arpd, or sysctl -w net.ipv6.conf.eth0.forwarding=1",
+            )],
+        );
+        check(
+            |facts| link(facts).no_ipv6 = Some("net.ipv6.conf.eth0.disable_ipv6".into()),
+            &[(Problem, "eth0", "IPv6 is off", "sysctl -w net.ipv6.conf.eth0.disable_ipv6=0")],
+        );
         check(
             |facts| (link(facts).strict, link(facts).default_elsewhere) = (true, true),
             &[(Problem, "eth0", "rp_filter is strict", "sysctl -w net.ipv4.conf.eth0.rp_filter=2")],
@@ -768,6 +819,15 @@ mod tests {
         check(
             change(|upstream| upstream.way = Way::Local),
             &[(Problem, "flows", "one is this host itself", "edit /etc/udplb.yaml")],
+        );
+        check(
+            change(|upstream| upstream.lacks_egress = true),
+            &[(
+                Problem,
+                "flows",
+                "one is to get this host's address",
+                "ip addr add ADDRESS dev up0",
+            )],
         );
         let gateway =
             |mtu| Way::Hop { interface: "up0".into(), gateway: [10, 2, 0, 1].into(), mtu };

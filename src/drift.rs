@@ -1,13 +1,13 @@
 //! Whether what serves is what its file says.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use crate::cli::Target;
-use crate::config::Host;
 use crate::failure::Result;
 use crate::generation::Description;
-use crate::plan::Desired;
+use crate::plan::{Desired, Name};
 use crate::wanted::{Text, interfaces};
 
 /// What a generation was made of, read again; `None` where that cannot be found again.
@@ -22,8 +22,8 @@ pub fn source(description: &Description) -> Option<(Text, Target)> {
     Some((Text::read(&target.file).ok()?, target))
 }
 
-/// Whether applying the text would change rules or interfaces. Host names are taken to have the
-/// addresses that serve.
+/// Whether applying the text would change rules or interfaces. Host names and `any` are taken to stand
+/// for the addresses that serve.
 ///
 /// # Errors
 /// The text is no configuration, or names what does not serve yet and may not resolve.
@@ -34,12 +34,12 @@ pub fn differs(text: &Text, target: &Target, description: &Description) -> Resul
     }
     let config = text.parse()?;
     let interfaces = interfaces(text, target, &config)?;
-    let names: BTreeMap<_, _> = desired
+    let names: BTreeMap<Name, IpAddr> = desired
         .upstreams()
-        .filter_map(|upstream| match &upstream.host {
-            Host::Name(name) => Some((name.clone(), upstream.address)),
-            Host::Address(_) => None,
-        })
+        .filter_map(|upstream| Some((upstream.named()?, upstream.address.ip)))
         .collect();
-    Ok(Desired::new(&config, &interfaces, &names).ok().as_ref() != Some(desired))
+    let Ok(wanted) = Desired::new(&config, &interfaces, &names) else { return Ok(true) };
+    // what follows from this host's addresses is not in the file
+    let (addresses, broadcasts) = (desired.addresses.clone(), desired.broadcasts.clone());
+    Ok(Desired { addresses, broadcasts, ..wanted } != *desired)
 }

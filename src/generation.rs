@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Mutex;
@@ -14,13 +14,23 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapMut, PrintLevel};
 use serde::{Deserialize, Serialize};
 
 use crate::bpf::{self, OBJECT_SHA256, OpenUdplbSkel, UdplbSkel, UdplbSkelBuilder};
-use crate::bpf::{bytes_of, types};
+use crate::bpf::{Pod, bytes_of, types};
+use crate::lease;
+use crate::netlink::Layer;
 use crate::plan::{Desired, RuleIds, assign_ids};
 use crate::state::{ReadGuard, StateMaps, WriteGuard, remove_pins};
 use crate::tables::Tables;
 
-const MAPS: [&str; 4] = ["rules", "slots", "upstreams", "config"];
-const PROGRAM: &str = "program";
+/// The pins of its maps.
+const MAPS: [&str; 7] = ["rules", "rules6", "senders", "addresses", "slots", "upstreams", "config"];
+
+/// The name of a program's pin.
+pub fn pin_of(layer: Layer) -> &'static str {
+    match layer {
+        Layer::Ethernet => "program",
+        Layer::Ip => "program-l3",
+    }
+}
 
 /// What a generation says of itself, as JSON in its map `config`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -36,12 +46,24 @@ pub struct Description {
     pub built: u64,
     /// Inode of the network namespace: bpffs is shared between namespaces, filters are not.
     pub namespace: u64,
+    /// The one for interfaces with an Ethernet header.
     pub program: ProgramName,
+    /// The one for interfaces without, where there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub program_l3: Option<ProgramName>,
     /// The interfaces whose clsact udplb made, so that it may take it away again.
     pub clsact: Vec<String>,
     pub desired: Desired,
     /// In the order of the rules.
     pub ids: Vec<RuleIds>,
+}
+
+impl Description {
+    /// The generation's programs, and what they are for.
+    pub fn programs(&self) -> impl Iterator<Item = (Layer, &ProgramName)> {
+        let l3 = self.program_l3.as_ref().map(|name| (Layer::Ip, name));
+        [(Layer::Ethernet, &self.program)].into_iter().chain(l3)
+    }
 }
 
 /// Where a configuration came from.
@@ -69,6 +91,11 @@ impl ProgramName {
     pub fn new(id: u32, tag: [u8; 8]) -> ProgramName {
         ProgramName { id, tag: tag.iter().map(|byte| format!("{byte:02x}")).collect() }
     }
+
+    /// That of a loaded program.
+    pub fn of(program: BorrowedFd<'_>) -> std::io::Result<ProgramName> {
+        bpf::program_info(program).map(|info| ProgramName::new(info.id, info.tag))
+    }
 }
 
 /// A generation that is there.
@@ -87,6 +114,8 @@ pub struct Draft {
     pub origin: Origin,
     pub namespace: u64,
     pub clsact: Vec<String>,
+    /// Some interface has no Ethernet header.
+    pub l3: bool,
     pub desired: Desired,
 }
 
@@ -126,6 +155,7 @@ fn build_in(
 ) -> anyhow::Result<Built> {
     let mut object = MaybeUninit::uninit();
     let mut skeleton = open(&mut object)?;
+    skeleton.progs.udplb_l3.set_autoload(draft.l3);
     let limit = skeleton.maps.counters.max_entries() * skeleton.maps.counters_chunk.max_entries();
     let known: Vec<(&Desired, &[RuleIds])> = others
         .iter()
@@ -145,24 +175,37 @@ fn build_in(
         origin: draft.origin.clone(),
         built: std::time::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
         namespace: draft.namespace,
+        // as long as the longest
         program: ProgramName::new(u32::MAX, [0; 8]),
+        program_l3: draft.l3.then(|| ProgramName::new(u32::MAX, [0; 8])),
         clsact: draft.clsact.clone(),
         desired: draft.desired.clone(),
         ids,
     };
     size(&mut skeleton, &tables, serde_json::to_vec(&description)?.len())?;
+    let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
+    rodata.features = types::features {
+        generation: draft.number,
+        ticks_per_second: lease::ticks_per_second()?,
+        ..tables.features
+    };
     let mut skeleton = load(skeleton, &state)?;
-    let info = bpf::program_info(skeleton.progs.udplb.as_fd())?;
-    description.program = ProgramName::new(info.id, info.tag);
+    if state.tickets.is_none() {
+        guard.pin_tickets(&mut skeleton.maps.tickets)?;
+    }
+    description.program = ProgramName::of(skeleton.progs.udplb.as_fd())?;
+    if draft.l3 {
+        description.program_l3 = Some(ProgramName::of(skeleton.progs.udplb_l3.as_fd())?);
+    }
     fill(&mut skeleton, &tables, &serde_json::to_vec(&description)?)?;
-    pin(&mut skeleton, directory)?;
+    pin(&mut skeleton, directory, draft.l3)?;
     let generation = Generation { number: draft.number, description, intact: true };
     Ok(Built { generation, counters_reset })
 }
 
 /// Every id that is used.
 pub fn all(ids: &[RuleIds]) -> impl Iterator<Item = u32> {
-    ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.upstreams.iter().copied()))
+    ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.destinations()))
 }
 
 /// The ids that no other generation holds.
@@ -194,9 +237,13 @@ fn size(skeleton: &mut OpenUdplbSkel<'_>, tables: &Tables, json: usize) -> anyho
     let chunks = json.div_ceil(size_of::<types::config_chunk>());
     for (map, entries) in [
         (&mut skeleton.maps.rules, tables.rules.len()),
+        (&mut skeleton.maps.rules6, tables.rules6.len()),
+        (&mut skeleton.maps.senders, tables.senders.len()),
+        (&mut skeleton.maps.addresses, tables.addresses.len()),
+        (&mut skeleton.maps.samples, tables.samples()),
         (&mut skeleton.maps.slots, tables.slots.len()),
         (&mut skeleton.maps.upstreams, tables.upstreams.len()),
-        (&mut skeleton.maps.config, chunks),
+        (&mut skeleton.maps.description, chunks),
     ] {
         map.set_max_entries(u32::try_from(entries.max(1))?)?;
     }
@@ -207,6 +254,14 @@ fn load<'a>(mut skeleton: OpenUdplbSkel<'a>, state: &StateMaps) -> anyhow::Resul
     skeleton.maps.counters.reuse_fd(state.counters.outer().as_fd())?;
     skeleton.maps.nexthops.reuse_fd(state.nexthops.outer().as_fd())?;
     skeleton.maps.heartbeat.reuse_fd(state.heartbeat.as_fd())?;
+    skeleton.maps.overrides.reuse_fd(state.overrides.as_fd())?;
+    skeleton.maps.fragments.reuse_fd(state.fragments.as_fd())?;
+    skeleton.maps.fragment_ring.reuse_fd(state.fragment_ring.as_fd())?;
+    skeleton.maps.tracing.reuse_fd(state.tracing.as_fd())?;
+    skeleton.maps.events.reuse_fd(state.events.as_fd())?;
+    if let Some(tickets) = &state.tickets {
+        skeleton.maps.tickets.reuse_fd(tickets.as_fd())?;
+    }
     if let Ok(mut log) = LOG.lock() {
         log.clear();
     }
@@ -217,16 +272,23 @@ fn load<'a>(mut skeleton: OpenUdplbSkel<'a>, state: &StateMaps) -> anyhow::Resul
 }
 
 fn fill(skeleton: &mut UdplbSkel<'_>, tables: &Tables, json: &[u8]) -> anyhow::Result<()> {
-    let (keys, values): (Vec<&[u8]>, Vec<&[u8]>) =
-        tables.rules.iter().map(|(key, rule)| (bytes_of(key), bytes_of(rule))).unzip();
-    write(&skeleton.maps.rules, &keys.concat(), &values.concat())?;
+    write_pairs(&skeleton.maps.rules, &tables.rules)?;
+    write_pairs(&skeleton.maps.rules6, &tables.rules6)?;
+    write_pairs(&skeleton.maps.senders, &tables.senders)?;
+    write_pairs(&skeleton.maps.addresses, &tables.addresses)?;
     let lines: Vec<&[u8]> = tables.slots.iter().map(bytes_of).collect();
     write_array(&skeleton.maps.slots, &lines.concat())?;
     let upstreams: Vec<&[u8]> = tables.upstreams.iter().map(bytes_of).collect();
     write_array(&skeleton.maps.upstreams, &upstreams.concat())?;
     let mut chunks = json.to_vec();
     chunks.resize(json.len().next_multiple_of(size_of::<types::config_chunk>()), 0);
-    write_array(&skeleton.maps.config, &chunks)
+    write_array(&skeleton.maps.description, &chunks)
+}
+
+fn write_pairs<K: Pod, V: Pod>(map: &MapMut<'_>, pairs: &[(K, V)]) -> anyhow::Result<()> {
+    let (keys, values): (Vec<&[u8]>, Vec<&[u8]>) =
+        pairs.iter().map(|(key, value)| (bytes_of(key), bytes_of(value))).unzip();
+    write(map, &keys.concat(), &values.concat())
 }
 
 fn write_array(map: &MapMut<'_>, values: &[u8]) -> anyhow::Result<()> {
@@ -240,24 +302,45 @@ fn write(map: &MapMut<'_>, keys: &[u8], values: &[u8]) -> anyhow::Result<()> {
     let name = map.name().to_string_lossy().into_owned();
     let count = (keys.len() / map.key_size() as usize) as u32;
     if count > 0 {
-        map.update_batch(keys, values, count, MapFlags::ANY, MapFlags::ANY)
+        write_all(map, keys, values, count)
             .with_context(|| format!("map {name}: {count} entries"))?;
     }
     MapHandle::try_from(map)?.freeze().with_context(|| format!("map {name}"))
 }
 
-fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path) -> anyhow::Result<()> {
+/// At once where the kernel can: it cannot for the trie before 5.13.
+fn write_all(map: &MapMut<'_>, keys: &[u8], values: &[u8], count: u32) -> libbpf_rs::Result<()> {
+    if map.update_batch(keys, values, count, MapFlags::ANY, MapFlags::ANY).is_ok() {
+        return Ok(());
+    }
+    let values = values.chunks(map.value_size() as usize);
+    let mut pairs = keys.chunks(map.key_size() as usize).zip(values);
+    pairs.try_for_each(|(key, value)| map.update(key, value, MapFlags::ANY))
+}
+
+fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path, l3: bool) -> anyhow::Result<()> {
     let maps = &mut skeleton.maps;
-    for (map, name) in [&mut maps.rules, &mut maps.slots, &mut maps.upstreams, &mut maps.config]
-        .into_iter()
-        .zip(MAPS)
-    {
+    let all = [
+        &mut maps.rules,
+        &mut maps.rules6,
+        &mut maps.senders,
+        &mut maps.addresses,
+        &mut maps.slots,
+        &mut maps.upstreams,
+        &mut maps.description,
+    ];
+    for (map, name) in all.into_iter().zip(MAPS) {
         let path = directory.join(name);
         map.pin(&path).with_context(|| path.display().to_string())?;
     }
-    let path = directory.join(PROGRAM);
-    bpf::pin_program(skeleton.progs.udplb.as_fd(), &path)
-        .with_context(|| path.display().to_string())
+    let pin = |program: BorrowedFd<'_>, layer| {
+        let path = directory.join(pin_of(layer));
+        bpf::pin_program(program, &path).with_context(|| path.display().to_string())
+    };
+    if l3 {
+        pin(skeleton.progs.udplb_l3.as_fd(), Layer::Ip)?;
+    }
+    pin(skeleton.progs.udplb.as_fd(), Layer::Ethernet)
 }
 
 /// Reads a generation back.
@@ -293,15 +376,23 @@ pub fn made_of(guard: &ReadGuard, number: u32, digest: &str) -> Option<Desired> 
 }
 
 fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyhow::Result<()> {
-    let program = bpf::program_info(open_program(directory)?.as_fd())?;
-    if ProgramName::new(program.id, program.tag) != description.program {
-        bail!("its program is another one");
+    for (layer, name) in description.programs() {
+        if ProgramName::of(open_program(directory, layer)?.as_fd())? != *name {
+            bail!("its {} is another one", pin_of(layer));
+        }
     }
+    let program = bpf::program_info(open_program(directory, Layer::Ethernet)?.as_fd())?;
     let state = guard.maps()?.context("maps in state/ are missing")?;
     let mut maps = vec![
         map_id(state.counters.outer())?,
         map_id(state.nexthops.outer())?,
         map_id(&state.heartbeat)?,
+        map_id(&state.overrides)?,
+        map_id(&state.fragments)?,
+        map_id(&state.fragment_ring)?,
+        map_id(&state.tracing)?,
+        map_id(&state.events)?,
+        map_id(state.tickets.as_ref().context("state/tickets is missing")?)?,
     ];
     for name in &MAPS {
         let map = MapHandle::from_pinned_path(directory.join(name))?;
@@ -320,16 +411,23 @@ fn map_id(map: &MapHandle) -> anyhow::Result<u32> {
     Ok(MapInfo::new(map.as_fd())?.info.id)
 }
 
-fn open_program(directory: &Path) -> anyhow::Result<OwnedFd> {
-    let path = directory.join(PROGRAM);
+/// The program behind a pin in a generation's directory.
+pub fn open_program(directory: &Path, layer: Layer) -> anyhow::Result<OwnedFd> {
+    let path = directory.join(pin_of(layer));
     bpf::open_program(&path).with_context(|| path.display().to_string())
 }
 
-/// The program of a generation, to be attached.
-pub fn program(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<OwnedFd> {
-    open_program(&guard.generation(generation.number)).or_else(|error| {
+/// The program of a generation that is to be attached to interfaces of a kind.
+pub fn program(
+    guard: &ReadGuard,
+    generation: &Generation,
+    layer: Layer,
+) -> anyhow::Result<OwnedFd> {
+    open_program(&guard.generation(generation.number), layer).or_else(|error| {
         // its pin is gone but a filter may still run it
-        bpf::program_by_id(generation.description.program.id).map_err(|_| error)
+        let mut programs = generation.description.programs();
+        let name = programs.find(|(other, _)| *other == layer);
+        name.and_then(|(_, name)| bpf::program_by_id(name.id).ok()).ok_or(error)
     })
 }
 

@@ -23,25 +23,15 @@ impl Heartbeat {
         let mut object = MaybeUninit::uninit();
         let mut skeleton = UdplbSkelBuilder::default().open(&mut object)?;
         skeleton.progs.udplb.set_autoload(false);
-        let maps = &mut skeleton.maps;
-        for other in [
-            &mut maps.rules,
-            &mut maps.slots,
-            &mut maps.upstreams,
-            &mut maps.config,
-            &mut maps.counters_chunk,
-            &mut maps.counters,
-            &mut maps.nexthops_chunk,
-            &mut maps.nexthops,
-            &mut maps.held,
-        ] {
-            other.set_autocreate(false)?;
-        }
-        maps.heartbeat.reuse_fd(map.as_fd())?;
+        skeleton.progs.udplb_l3.set_autoload(false);
+        bpf::create_no_maps(&mut skeleton)?;
+        // libbpf takes one that is not to be created for one that there is not
+        skeleton.maps.heartbeat.set_autocreate(true)?;
+        skeleton.maps.heartbeat.reuse_fd(map.as_fd())?;
         let skeleton = skeleton.load().context("the kernel refuses the heartbeat")?;
         let program = skeleton.progs.udplb_heartbeat.as_fd().try_clone_to_owned()?;
         let milliseconds = u32::try_from(lease.as_millis())?;
-        let jiffies = u64::from(milliseconds) * ticks_per_second()? / 1000;
+        let jiffies = u64::from(milliseconds) * u64::from(ticks_per_second()?) / 1000;
         Ok(Heartbeat { program, jiffies: u32::try_from(jiffies)?.max(1), milliseconds })
     }
 
@@ -58,7 +48,7 @@ impl Heartbeat {
 }
 
 /// HZ: the coarse clocks go by ticks and say how long they are.
-fn ticks_per_second() -> anyhow::Result<u64> {
+pub fn ticks_per_second() -> anyhow::Result<u32> {
     let mut tick = MaybeUninit::<libc::timespec>::uninit();
     // SAFETY: the kernel fills the struct where it returns 0.
     let nanoseconds = unsafe {
@@ -67,7 +57,7 @@ fn ticks_per_second() -> anyhow::Result<u64> {
         }
         tick.assume_init().tv_nsec
     };
-    Ok(1_000_000_000 / u64::try_from(nanoseconds)?.max(1))
+    Ok(1_000_000_000 / u32::try_from(nanoseconds)?.max(1))
 }
 
 /// How long the lease still runs; `None`: there never was one. Zero: it has run out.

@@ -21,6 +21,7 @@
 //!
 //! `doctor` has facts of its own, and judges them purely.
 
+pub mod addresses;
 pub mod advice;
 pub mod apply;
 pub mod arpd;
@@ -40,6 +41,7 @@ pub mod failure;
 pub mod generation;
 pub mod lease;
 pub mod list;
+pub mod maglev;
 pub mod metrics;
 pub mod netlink;
 pub mod nexthop;

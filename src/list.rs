@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::config::Ports;
+use crate::config::{ANY, Key, Mode, Payload, Ports, STATSD, State};
 use crate::plan::{Desired, Rule, Upstream};
 
 /// The map form of the configuration, every option spelled out. Host names stay names.
@@ -15,18 +15,24 @@ pub fn document(desired: &Desired) -> Value {
 }
 
 fn rule(rule: &Rule) -> Value {
-    json!({
+    let mut value = json!({
         "name": rule.name,
-        "key": { "address": rule.key.address, "port": ports(&rule.key.ports) },
-        "options": {
-            "tc_action": rule.action,
-            "source": rule.source,
-            "strategy": rule.strategy,
-            "hash": rule.hash,
-            "health": rule.health,
-        },
-        "upstream": rule.upstreams.iter().map(upstream).collect::<Vec<_>>(),
-    })
+        "key": key(&rule.key),
+        "options": options(rule),
+        "upstream": rule.upstreams.iter().map(host).collect::<Vec<_>>(),
+    });
+    if !rule.mirrors.is_empty() {
+        value["mirror"] = rule.mirrors.iter().map(host).collect();
+    }
+    value
+}
+
+fn key(key: &Key) -> Value {
+    let mut value = json!({ "address": key.address, "port": ports(&key.ports) });
+    if !key.from.is_empty() {
+        value["from"] = json!(key.from);
+    }
+    value
 }
 
 fn ports(ports: &[Ports]) -> Value {
@@ -35,19 +41,55 @@ fn ports(ports: &[Ports]) -> Value {
         false => json!(ports.to_string()),
     };
     match ports {
+        [] => json!(ANY),
         [one] => spelled(one),
         several => several.iter().map(spelled).collect(),
     }
 }
 
-fn upstream(upstream: &Upstream) -> Value {
-    let mut fields = Map::new();
-    if let Some(name) = &upstream.name {
-        fields.insert("name".into(), json!(name));
+fn options(rule: &Rule) -> Value {
+    let mut options = json!({
+        "tc_action": rule.action,
+        "mode": rule.mode,
+        "source": rule.source,
+        "health": rule.health,
+        "fragments": rule.fragments,
+    });
+    if rule.mode == Mode::Balance {
+        options["strategy"] = json!(rule.strategy);
+        options["hash"] = json!(rule.hash);
     }
-    fields.insert("address".into(), json!(upstream.host));
+    if let Some(payload) = rule.payload {
+        options["payload"] = match payload {
+            Payload::Statsd => json!(STATSD),
+            Payload::Bytes { offset, length } => json!({ "offset": offset, "length": length }),
+        };
+    }
+    options
+}
+
+/// An upstream or a mirror.
+fn host(upstream: &Upstream) -> Value {
+    let mut fields = Map::new();
+    let mut say = |field: &str, value: Value| fields.insert(field.into(), value);
+    if let Some(name) = &upstream.name {
+        say("name", json!(name));
+    }
+    say("address", json!(upstream.host));
     if let Some(port) = upstream.port {
-        fields.insert("port".into(), json!(port));
+        say("port", json!(port));
+    }
+    if upstream.weight != 1 {
+        say("weight", json!(upstream.weight));
+    }
+    if upstream.state != State::Active {
+        say("state", json!(upstream.state));
+    }
+    if let Some(source) = upstream.source {
+        say("source", json!(source));
+    }
+    if upstream.sample != 1 {
+        say("sample", json!(upstream.sample));
     }
     Value::Object(fields)
 }
@@ -55,102 +97,187 @@ fn upstream(upstream: &Upstream) -> Value {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::net::Ipv4Addr;
+    use std::net::{IpAddr, Ipv6Addr};
 
     use proptest::collection::{btree_set, vec};
+    use proptest::option;
     use proptest::prelude::*;
     use proptest::sample::{select, subsequence};
 
     use super::document;
     use crate::config::{
-        Action, Config, Hash, Health, Host, Key, Ports, Source, Strategy as Selection,
+        Action, Address, Config, Family, Fragments, Hash, Health, Host, Key, KeyAddress, Mode,
+        Network, Payload, Ports, Source, State, Strategy as Selection,
     };
-    use crate::plan::{Desired, Rule, Upstream};
+    use crate::plan::{Desired, Name, Rule, Upstream};
 
     const NAMES: [&str; 4] = ["logs.example.net", "a", "true.example", "0x1f.example"];
 
-    fn upstreams() -> impl Strategy<Value = Vec<Upstream>> {
+    /// Of network 10.0.`place`.0/24 or 2001:db8:`place`::/48.
+    fn ip(family: Family, place: u8, last: u8) -> IpAddr {
+        match family {
+            Family::V4 => [10, 0, place, last].into(),
+            Family::V6 => {
+                Ipv6Addr::new(0x2001, 0xdb8, place.into(), 0, 0, 0, 0, last.into()).into()
+            }
+        }
+    }
+
+    /// What the host names stand for.
+    fn names() -> BTreeMap<Name, IpAddr> {
+        let families = [Family::V4, Family::V6].into_iter();
+        let names = families.flat_map(|family| NAMES.map(|name| (name, family)));
+        let numbered = names.zip(1..);
+        numbered
+            .map(|((name, family), last)| ((name.into(), family), ip(family, 8, last)))
+            .collect()
+    }
+
+    fn address(family: Family) -> BoxedStrategy<Address> {
+        let host = (1..250_u8).prop_map(move |last| ip(family, 9, last).into()).boxed();
+        match family {
+            Family::V4 => host,
+            Family::V6 => {
+                let link_local = ("[a-z0-9.]{3,15}", 1..99_u16).prop_map(|(scope, last)| Address {
+                    ip: Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, last).into(),
+                    scope: Some(scope),
+                });
+                prop_oneof![host, link_local].boxed()
+            }
+        }
+    }
+
+    /// Different ones, without what depends on the rule; their names begin with `prefix`.
+    fn hosts(family: Family, prefix: &'static str) -> impl Strategy<Value = Vec<Upstream>> {
         let host = prop_oneof![
-            (1..250_u8).prop_map(|last| Host::Address([10, 0, 9, last].into())),
+            address(family).prop_map(Host::Address),
             select(NAMES.to_vec()).prop_map(|name| Host::Name(name.into())),
         ];
         // names are such that a sloppy writer of YAML would make something else of them
         let names = btree_set("[a-z0-9][a-z0-9.:-]{0,8}|null|yes|1e3|0o7|~|1:30", 5);
-        let list = vec((host, prop::option::of(1..=u16::MAX), any::<bool>()), 1..5);
-        (list, names).prop_map(|(mut list, names)| {
+        let states = select(vec![State::Active, State::Drained]);
+        let list = vec((host, option::of(1..=u16::MAX), any::<bool>(), states), 1..5);
+        (list, names).prop_map(move |(mut list, names)| {
             let mut seen = Vec::new();
-            list.retain(|(host, port, _)| {
+            list.retain(|(host, port, ..)| {
                 let new = !seen.contains(&(host.clone(), *port));
                 seen.push((host.clone(), *port));
                 new
             });
             list.into_iter()
                 .zip(names)
-                .map(|((host, port, named), name)| Upstream {
-                    name: named.then_some(name),
-                    address: match &host {
-                        Host::Address(address) => *address,
-                        Host::Name(name) => address(name),
-                    },
-                    host,
-                    port,
+                .map(|((host, port, named, state), name)| {
+                    let address = match &host {
+                        Host::Address(address) => address.clone(),
+                        Host::Name(name) => self::names()[&(name.clone(), family)].into(),
+                    };
+                    let name = named.then(|| format!("{prefix}{name}"));
+                    Upstream { name, host, state, ..Upstream::new(address, port) }
                 })
                 .collect()
         })
     }
 
-    fn address(name: &str) -> Ipv4Addr {
-        let index = NAMES.iter().position(|it| *it == name).expect("a known name");
-        [10, 0, 8, index as u8 + 1].into()
+    /// A key that no rule of another place has.
+    fn key(place: u8, family: Family) -> impl Strategy<Value = Key> {
+        let first = u16::from(place) * 200;
+        let range = (0..30_u16, 0..30_u16).prop_map(move |(low, more)| Ports {
+            first: first + 1 + low,
+            last: first + 1 + low + more,
+        });
+        let lone = Just(Ports { first: first + 150, last: first + 150 });
+        let ports = (option::of(range), lone)
+            .prop_map(|(range, lone)| range.into_iter().chain([lone]).collect::<Vec<_>>());
+        let own = KeyAddress::Is(ip(family, 0, place));
+        let whole = (Just(own), prop_oneof![ports.clone(), Just(Vec::new())]);
+        let address = prop_oneof![whole, (Just(KeyAddress::Any), ports)];
+        let network = match family {
+            Family::V4 => select(vec!["10.0.0.0/8", "10.20.0.0/16", "192.0.2.1", "0.0.0.0/0"]),
+            Family::V6 => select(vec!["::/0", "2001:db8::/32", "2001:db8::5", "fe80::/10"]),
+        };
+        (address, btree_set(network, 0..3)).prop_map(move |((address, ports), from)| {
+            let mut from: Vec<Network> =
+                from.into_iter().map(|text| text.parse().expect("a network")).collect();
+            if from.is_empty() && address == KeyAddress::Any {
+                // else host names alone would not say the family
+                from.push(ip(family, 20, 1).into());
+            }
+            Key { address, ports, from }
+        })
     }
 
-    /// Rules with ports of their own, by their place among the rules.
-    fn rule(place: u16) -> impl Strategy<Value = Rule> {
-        let range = (0..30_u16, 0..30_u16).prop_map(move |(first, more)| Ports {
-            first: 1 + place * 200 + first,
-            last: 1 + place * 200 + first + more,
-        });
-        let lone = Just(Ports { first: 150 + place * 200, last: 150 + place * 200 });
-        let ports = (prop::option::of(range), lone)
-            .prop_map(|(range, lone)| range.into_iter().chain([lone]).collect());
+    /// Rules with keys of their own, by their place among the rules.
+    fn rule(place: u8) -> impl Strategy<Value = Rule> {
+        let sources = || vec![Source::Vip, Source::Preserve, Source::Egress];
         let words = (
             select(vec![Action::Pass, Action::Block]),
-            select(vec![Selection::SrcPort, Selection::SrcIp, Selection::SrcIpPort]),
-            select(vec![Source::Vip, Source::Preserve]),
+            select(sources()),
             select(vec![Health::Off, Health::Neighbour]),
+            select(vec![Fragments::Follow, Fragments::Pass, Fragments::Drop]),
+            select(vec![Mode::Balance, Mode::Replicate]),
+            select(vec![Hash::Modulo, Hash::Maglev]),
         );
-        (ports, words, upstreams()).prop_map(
-            move |(ports, (action, strategy, source, health), upstreams)| Rule {
-                name: format!("r{place}"),
-                key: Key { address: [10, 0, 0, 5].into(), ports },
-                action,
-                strategy,
-                hash: Hash::Modulo,
-                source,
-                health,
-                upstreams,
-            },
-        )
+        let strategies = [Selection::SrcPort, Selection::SrcIp, Selection::SrcIpPort];
+        let strategies = strategies.into_iter().chain([Selection::Random]);
+        let payload = prop_oneof![
+            Just(Payload::Statsd),
+            (0..=u16::MAX, 1..=64_u8)
+                .prop_map(|(offset, length)| Payload::Bytes { offset, length }),
+        ];
+        let selection = prop_oneof![
+            select(strategies.collect::<Vec<_>>()).prop_map(|strategy| (strategy, None)),
+            payload.prop_map(|payload| (Selection::Payload, Some(payload))),
+        ];
+        // those of a host: weight, source and sample
+        let own = vec((1..100_u32, option::of(select(sources())), 1..=1_000_000_u32), 10);
+        let hosts = select(vec![Family::V4, Family::V6]).prop_flat_map(move |family| {
+            (key(place, family), hosts(family, "u"), option::of(hosts(family, "m")))
+        });
+        (words, selection, hosts, own).prop_map(move |(words, selection, hosts, own)| {
+            let (key, upstreams, mirrors) = hosts;
+            let (action, source, health, fragments, mode, hash) = words;
+            let (strategy, payload) = selection;
+            let mirrors = mirrors.unwrap_or_default();
+            let rule = Rule::new(format!("r{place}"), key, upstreams);
+            let mut rule = match mode {
+                Mode::Balance => Rule { strategy, payload, hash, mirrors, ..rule },
+                Mode::Replicate => rule,
+            };
+            let mut own = own.into_iter();
+            for (upstream, (weight, own, sample)) in rule.upstreams.iter_mut().zip(&mut own) {
+                upstream.source = own.filter(|own| *own != source);
+                match (mode, hash) {
+                    (Mode::Replicate, _) => upstream.sample = sample,
+                    (Mode::Balance, Hash::Maglev) => upstream.weight = weight,
+                    (Mode::Balance, Hash::Modulo) => {}
+                }
+            }
+            for (mirror, (_, own, sample)) in rule.mirrors.iter_mut().zip(own) {
+                mirror.source = own.filter(|own| *own != source);
+                mirror.sample = sample;
+            }
+            Rule { action, mode, source, health, fragments, ..rule }
+        })
     }
 
     proptest! {
         #[test]
         fn applies_to_the_same(
-            rules in (0..5_u16).prop_flat_map(|count| (0..count).map(rule).collect::<Vec<_>>()),
+            rules in (0..5_u8).prop_flat_map(|count| (1..=count).map(rule).collect::<Vec<_>>()),
             interfaces in subsequence(vec!["eth0", "no", "1e3", "wlp0s20f3"], 1..4),
         ) {
             let mut interfaces: Vec<String> = interfaces.into_iter().map(String::from).collect();
             interfaces.sort();
-            let desired = Desired { interfaces, rules };
-            let names: BTreeMap<String, Ipv4Addr> =
-                NAMES.iter().map(|name| (name.to_string(), address(name))).collect();
+            let desired = Desired { interfaces, rules, ..Desired::default() };
             let text = serde_yaml::to_string(&document(&desired)).expect("YAML");
             for text in [text, document(&desired).to_string()] {
                 let config = Config::parse("list.yaml", &text)
                     .unwrap_or_else(|errors| panic!("{}\n{text}", errors[0]));
-                let again = Desired::new(&config, &config.interfaces, &names);
+                let again = Desired::new(&config, &config.interfaces, &names());
                 prop_assert_eq!(again.expect("good names"), desired.clone(), "{}", text);
             }
+            let stored = serde_json::to_string(&desired).expect("JSON");
+            prop_assert_eq!(serde_json::from_str::<Desired>(&stored).expect("the same"), desired);
         }
     }
 }

@@ -167,7 +167,8 @@ impl Metrics {
         for (labels, upstream) in self.upstreams() {
             bytes.set(&labels, upstream.counters.forwarded().bytes)?;
         }
-        let help = "Packets and copies that were not sent on; without upstream: none was chosen";
+        let help =
+            "Packets and copies that were not sent on; without upstream: packets that went to none";
         let mut drops = counter(encoder, "drops", help)?;
         let mut add = |rule: &str, upstream: &str, counts: &Counts| {
             counts.drops().try_for_each(|(reason, count)| {
@@ -178,8 +179,15 @@ impl Metrics {
         add("", "", &self.status.unmatched)?;
         for rule in rules {
             add(&rule.name, "", &rule.own)?;
-            for upstream in &rule.upstreams {
+            for (upstream, _) in rule.destinations() {
                 add(&rule.name, &upstream.label, &upstream.counters)?;
+            }
+        }
+        let help = "Packets that were not selected by what was asked for, by why";
+        let mut notes = counter(encoder, "rule_notes", help)?;
+        for rule in rules {
+            for (note, count) in &rule.notes {
+                notes.set(&[("rule", &rule.name), ("note", note)], count.packets)?;
             }
         }
         Ok(())
@@ -205,7 +213,7 @@ impl Metrics {
 
     fn upstreams(&self) -> impl Iterator<Item = ([Label<'_>; 2], &UpstreamStatus)> {
         self.status.rules.iter().flat_map(|rule| {
-            rule.upstreams.iter().map(|upstream| {
+            rule.destinations().map(|(upstream, _)| {
                 ([("rule", rule.name.as_str()), ("upstream", &upstream.label)], upstream)
             })
         })

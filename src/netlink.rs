@@ -1,6 +1,7 @@
 //! What udplb asks of rtnetlink and tells it, in its own types. The only module that knows
 //! the netlink crates: both change their interfaces often.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
@@ -13,7 +14,8 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
-    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
+    LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
@@ -33,6 +35,8 @@ use rtnetlink::MulticastGroup;
 use rtnetlink::sys::{Socket, SocketAddr};
 use tokio::io::unix::AsyncFd;
 
+use crate::config::Address;
+
 /// Requests under way at once: their answers fit into the socket's receive buffer.
 const WINDOW: usize = 64;
 
@@ -46,18 +50,48 @@ pub struct Link {
     pub name: String,
     pub mac: Option<[u8; 6]>,
     pub mtu: u32,
+    /// Of IPv6 packets, where a router or a sysctl has lowered it.
+    pub mtu6: Option<u32>,
     /// Administratively.
     pub up: bool,
     /// And something is at the other end.
     pub carrier: bool,
-    /// Its frames begin with an Ethernet header.
-    pub ethernet: bool,
+    /// `None`: what udplb knows nothing of (InfiniBand, PPP).
+    pub layer: Option<Layer>,
     /// As `ip -d link` names it: `veth`, `macvlan`; empty for hardware.
     pub kind: String,
     /// The interface it is stacked on (macvlan, VLAN); a veth's peer too.
     pub lower: Option<u32>,
     /// The bridge or bond it belongs to.
     pub controller: Option<u32>,
+}
+
+/// How that begins which an interface carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layer {
+    /// With an Ethernet header.
+    Ethernet,
+    /// With the IP header: tun, WireGuard, ipip. It knows no MAC addresses, and no neighbours to ask.
+    Ip,
+}
+
+impl Link {
+    /// The longest packet to an address, in bytes, where the route says nothing.
+    pub fn mtu_to(&self, address: IpAddr) -> u32 {
+        match self.mtu6 {
+            Some(mtu6) if address.is_ipv6() => mtu6.min(self.mtu),
+            _ => self.mtu,
+        }
+    }
+}
+
+/// An address of this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnAddress {
+    pub ifindex: u32,
+    pub address: IpAddr,
+    /// To which everybody on its network listens.
+    pub broadcast: Option<IpAddr>,
 }
 
 /// Where packets to an address go.
@@ -68,6 +102,8 @@ pub struct Route {
     pub gateway: IpAddr,
     /// Bytes; `None`: that of the interface.
     pub mtu: Option<u32>,
+    /// This host's own address on that way: what a local sender's packets would have.
+    pub egress: Option<IpAddr>,
     /// The address is one of this host's.
     pub local: bool,
 }
@@ -148,14 +184,23 @@ pub enum NeighbourRequest {
     Release,
 }
 
-/// How full the kernel's neighbour table for IPv4 is: it is one for all network namespaces.
+/// How full a neighbour table of the kernel is: there is one for each family, for all network
+/// namespaces.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NeighbourTable {
+    pub ipv6: bool,
     pub entries: u32,
     /// Beyond this, entries are thrown out a few seconds after their last use.
     pub threshold2: u32,
     /// Beyond this, there are no new ones.
     pub threshold3: u32,
+}
+
+impl NeighbourTable {
+    /// The full name of one of its settings.
+    pub fn sysctl(&self, name: &str) -> String {
+        format!("net.{}.neigh.default.{name}", if self.ipv6 { "ipv6" } else { "ipv4" })
+    }
 }
 
 /// The qdisc that carries ingress filters.
@@ -249,11 +294,10 @@ impl Netlink {
             .collect())
     }
 
-    /// The IPv4 addresses of this host, each with the index of its interface.
-    pub async fn addresses(&self) -> io::Result<Vec<(u32, Ipv4Addr)>> {
-        let mut message = AddressMessage::default();
-        message.header.family = AddressFamily::Inet;
-        let replies = self.request(RouteNetlinkMessage::GetAddress(message), NLM_F_DUMP).await?;
+    /// The addresses of this host.
+    pub async fn addresses(&self) -> io::Result<Vec<OwnAddress>> {
+        let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        let replies = self.request(request, NLM_F_DUMP).await?;
         Ok(replies
             .into_iter()
             .filter_map(|reply| match reply {
@@ -263,34 +307,75 @@ impl Netlink {
             .collect())
     }
 
-    /// The route to each address, in the order asked; the error of one does not touch the others.
-    pub async fn routes(&self, addresses: &[Ipv4Addr]) -> Vec<io::Result<Route>> {
-        let all = self.paths(addresses).await;
-        all.into_iter().map(|paths| paths.map(|paths| paths[0])).collect()
+    /// All paths to each address, in the order asked, at least one; the error of one does not
+    /// touch the others. `links` are all interfaces, by index.
+    pub async fn paths(
+        &self,
+        addresses: &[Address],
+        links: &HashMap<u32, Link>,
+    ) -> Vec<io::Result<Vec<Route>>> {
+        let paths = stream::iter(addresses).map(|address| async {
+            match &address.scope {
+                Some(interface) => Ok(vec![on_link(address.ip, interface, links)?]),
+                None => self.matched(address.ip).await,
+            }
+        });
+        let mut all: Vec<_> = paths.buffered(WINDOW).collect().await;
+        let mut unsourced: Vec<(IpAddr, &mut Route)> = addresses
+            .iter()
+            .zip(&mut all)
+            .flat_map(|(address, paths)| paths.iter_mut().flatten().map(|path| (address.ip, path)))
+            .filter(|(_, path)| !path.local && path.egress.is_none())
+            .collect();
+        let asked: HashMap<_, _> = unsourced
+            .iter()
+            .map(|(address, path)| (source_key(*address, path), *address))
+            .collect();
+        let sources = stream::iter(asked).map(|(key, address)| async move {
+            // of several paths the kernel would choose one, but each has an address of its own
+            let found = self.route(address, key.0, RouteFlags::empty()).await;
+            (key, found.ok().and_then(|found| found.first().copied()))
+        });
+        let sources: HashMap<_, _> = sources.buffer_unordered(WINDOW).collect().await;
+        for (address, path) in &mut unsourced {
+            if let Some(Some(found)) = sources.get(&source_key(*address, path)) {
+                (path.egress, path.local) = (found.egress, found.local);
+            }
+        }
+        all
     }
 
-    /// Like [`Netlink::routes`], with all paths of a multipath route: there is at least one.
-    pub async fn paths(&self, addresses: &[Ipv4Addr]) -> Vec<io::Result<Vec<Route>>> {
-        stream::iter(addresses).map(|address| self.route(*address)).buffered(WINDOW).collect().await
+    /// The paths of the route that an address matches.
+    async fn matched(&self, address: IpAddr) -> io::Result<Vec<Route>> {
+        let paths = self.route(address, 0, RouteFlags::FibMatch).await?;
+        match paths.is_empty() {
+            true => Err(io::Error::new(io::ErrorKind::HostUnreachable, "no unicast route")),
+            false => Ok(paths),
+        }
     }
 
-    /// Asks as a local sender would: with an input interface the kernel refuses to answer while
-    /// forwarding is off.
-    async fn route(&self, address: Ipv4Addr) -> io::Result<Vec<Route>> {
+    /// Asks as a local sender would, one that is bound to an interface if that is not 0: with an
+    /// input interface the kernel refuses to answer while forwarding is off.
+    async fn route(
+        &self,
+        address: IpAddr,
+        output: u32,
+        flags: RouteFlags,
+    ) -> io::Result<Vec<Route>> {
         let mut message = RouteMessage::default();
-        message.header.address_family = AddressFamily::Inet;
-        message.header.destination_prefix_length = 32;
-        message.header.flags = RouteFlags::FibMatch;
-        message.attributes.push(RouteAttribute::Destination(RouteAddress::Inet(address)));
+        message.header.address_family = family(address);
+        message.header.destination_prefix_length = if address.is_ipv4() { 32 } else { 128 };
+        message.header.flags = flags;
+        message.attributes.push(RouteAttribute::Destination(address.into()));
+        if output != 0 {
+            message.attributes.push(RouteAttribute::Oif(output));
+        }
         let replies = self.request(RouteNetlinkMessage::GetRoute(message), 0).await?;
-        replies
-            .into_iter()
-            .find_map(|reply| match reply {
-                RouteNetlinkMessage::NewRoute(message) => Some(route(address, &message)),
-                _ => None,
-            })
-            .filter(|paths| !paths.is_empty())
-            .ok_or_else(|| io::Error::new(io::ErrorKind::HostUnreachable, "no unicast route"))
+        let mut routes = replies.into_iter().filter_map(|reply| match reply {
+            RouteNetlinkMessage::NewRoute(message) => Some(route(address, &message)),
+            _ => None,
+        });
+        Ok(routes.next().unwrap_or_default())
     }
 
     /// The neighbour tables of both families.
@@ -328,27 +413,17 @@ impl Netlink {
             .await
     }
 
-    /// How full the table of IPv4 neighbours is.
-    pub async fn neighbour_table(&self) -> io::Result<NeighbourTable> {
+    /// How full the neighbour tables are.
+    pub async fn neighbour_tables(&self) -> io::Result<Vec<NeighbourTable>> {
         let request = RouteNetlinkMessage::GetNeighbourTable(NeighbourTableMessage::default());
         let replies = self.request(request, NLM_F_DUMP).await?;
-        let mut table = NeighbourTable::default();
-        for reply in replies {
-            let RouteNetlinkMessage::NewNeighbourTable(message) = reply else { continue };
-            let arp = NeighbourTableAttribute::Name("arp_cache".into());
-            if !message.attributes.contains(&arp) {
-                continue;
-            }
-            for attribute in message.attributes {
-                match attribute {
-                    NeighbourTableAttribute::Config(config) => table.entries = config.entries,
-                    NeighbourTableAttribute::Threshold2(most) => table.threshold2 = most,
-                    NeighbourTableAttribute::Threshold3(most) => table.threshold3 = most,
-                    _ => {}
-                }
-            }
-        }
-        Ok(table)
+        Ok(replies
+            .into_iter()
+            .filter_map(|reply| match reply {
+                RouteNetlinkMessage::NewNeighbourTable(message) => neighbour_table(message),
+                _ => None,
+            })
+            .collect())
     }
 
     /// The qdiscs that carry ingress filters, each with the index of its interface.
@@ -487,7 +562,7 @@ impl Batches {
         for (message, flags) in messages {
             self.sequence = self.sequence.wrapping_add(1);
             let mut message = NetlinkMessage::from(message);
-            message.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_REPLACE | flags;
+            message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
             message.header.sequence_number = self.sequence;
             message.finalize();
             let start = bytes.len();
@@ -541,13 +616,19 @@ impl Events {
 
     /// Listens in the network namespace of this thread.
     pub fn open() -> io::Result<Events> {
-        use MulticastGroup::{Ipv4Ifaddr, Ipv4Route, Ipv4Rule, Link, Neigh, Nexthop};
+        use MulticastGroup::{
+            Ipv4Ifaddr, Ipv4Route, Ipv4Rule, Ipv6Ifaddr, Ipv6Ifinfo, Ipv6Route, Ipv6Rule, Link,
+            Neigh, Nexthop,
+        };
         let mut socket = Socket::new(rtnetlink::sys::protocols::NETLINK_ROUTE)?;
         socket.bind_auto()?;
         socket.set_non_blocking(true)?;
         // what the system allows is enough, and losses are noticed
         let _ = socket.set_rx_buf_sz(Self::BACKLOG as libc::c_int);
-        for group in [Link, Neigh, Ipv4Ifaddr, Ipv4Route, Ipv4Rule, Nexthop] {
+        for group in [
+            Link, Neigh, Nexthop, Ipv4Ifaddr, Ipv4Route, Ipv4Rule, Ipv6Ifaddr, Ipv6Ifinfo,
+            Ipv6Route, Ipv6Rule,
+        ] {
             socket.add_membership(group as u32)?;
         }
         // SAFETY: the socket owns its descriptor, and keeps it until it is dropped.
@@ -624,9 +705,10 @@ fn link(message: LinkMessage) -> Link {
         name: String::new(),
         mac: None,
         mtu: 0,
+        mtu6: None,
         up: message.header.flags.contains(LinkFlags::Up),
         carrier: message.header.flags.contains(LinkFlags::LowerUp),
-        ethernet: message.header.link_layer_type == LinkLayerType::Ether,
+        layer: layer(message.header.link_layer_type),
         kind: String::new(),
         lower: None,
         controller: None,
@@ -639,10 +721,57 @@ fn link(message: LinkMessage) -> Link {
             LinkAttribute::Link(index) => link.lower = Some(index),
             LinkAttribute::Controller(index) => link.controller = Some(index),
             LinkAttribute::LinkInfo(infos) => link.kind = link_kind(&infos),
+            LinkAttribute::AfSpecUnspec(families) => link.mtu6 = mtu6(&families),
             _ => {}
         }
     }
     link
+}
+
+/// As the kernel decides (`dev_is_mac_header_xmit`) whether a redirected packet loses its MAC header.
+fn layer(kind: LinkLayerType) -> Option<Layer> {
+    match kind {
+        LinkLayerType::Ether => Some(Layer::Ethernet),
+        LinkLayerType::None
+        | LinkLayerType::Void
+        | LinkLayerType::Rawip
+        | LinkLayerType::Tunnel
+        | LinkLayerType::Tunnel6
+        | LinkLayerType::Sit
+        | LinkLayerType::Ipgre
+        | LinkLayerType::Ip6gre => Some(Layer::Ip),
+        _ => None,
+    }
+}
+
+fn mtu6(families: &[AfSpecUnspec]) -> Option<u32> {
+    families.iter().find_map(|family| match family {
+        AfSpecUnspec::Inet6(facts) => facts.iter().find_map(|fact| match fact {
+            AfSpecInet6::DevConf(configuration) => u32::try_from(configuration.mtu6).ok(),
+            _ => None,
+        }),
+        _ => None,
+    })
+}
+
+/// `None` for the tables of other protocols, and for what single interfaces have set.
+fn neighbour_table(message: NeighbourTableMessage) -> Option<NeighbourTable> {
+    let mut table = NeighbourTable::default();
+    let mut known = false;
+    let mut whole = false;
+    for attribute in message.attributes {
+        match attribute {
+            NeighbourTableAttribute::Name(name) => {
+                table.ipv6 = name == "ndisc_cache";
+                known = table.ipv6 || name == "arp_cache";
+            }
+            NeighbourTableAttribute::Config(config) => table.entries = config.entries,
+            NeighbourTableAttribute::Threshold2(most) => table.threshold2 = most,
+            NeighbourTableAttribute::Threshold3(most) => (table.threshold3, whole) = (most, true),
+            _ => {}
+        }
+    }
+    (known && whole).then_some(table)
 }
 
 fn link_kind(infos: &[LinkInfo]) -> String {
@@ -656,21 +785,44 @@ fn link_kind(infos: &[LinkInfo]) -> String {
         .unwrap_or_default()
 }
 
-fn address(message: &AddressMessage) -> Option<(u32, Ipv4Addr)> {
-    let find = |local: bool| {
-        message.attributes.iter().find_map(|attribute| match attribute {
-            AddressAttribute::Local(IpAddr::V4(address)) if local => Some(*address),
-            AddressAttribute::Address(IpAddr::V4(address)) if !local => Some(*address),
-            _ => None,
-        })
-    };
+fn address(message: &AddressMessage) -> Option<OwnAddress> {
+    let (mut local, mut plain, mut broadcast) = (None, None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(address) => local = Some(*address),
+            AddressAttribute::Address(address) => plain = Some(*address),
+            AddressAttribute::Broadcast(address) => broadcast = Some(IpAddr::V4(*address)),
+            _ => {}
+        }
+    }
+    if let (None, Some(IpAddr::V4(network)), prefix @ ..31) =
+        (broadcast, plain, message.header.prefix_len)
+    {
+        // nobody set one, and the kernel's routing has it all the same
+        broadcast = Some(Ipv4Addr::from_bits(network.to_bits() | u32::MAX >> prefix).into());
+    }
     // of a point-to-point link the plain address is the peer's
-    Some((message.header.index, find(true).or_else(|| find(false))?))
+    Some(OwnAddress { ifindex: message.header.index, address: local.or(plain)?, broadcast })
+}
+
+/// What the address of a local sender depends on: the interface, and the destination or, on IPv4,
+/// the gateway, which many have.
+fn source_key(destination: IpAddr, path: &Route) -> (u32, IpAddr, bool) {
+    let by_gateway = destination.is_ipv4() && path.gateway != destination;
+    (path.ifindex, if by_gateway { path.gateway } else { destination }, by_gateway)
+}
+
+/// An address that is nowhere but on one link: no table is asked where that is.
+fn on_link(address: IpAddr, interface: &str, links: &HashMap<u32, Link>) -> io::Result<Route> {
+    let link = links.values().find(|link| link.name == interface).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::NotFound, format!("there is no interface {interface}"))
+    })?;
+    Ok(Route { ifindex: link.index, gateway: address, mtu: None, egress: None, local: false })
 }
 
 /// Nothing for a route that leads nowhere: blackhole, unreachable, multicast, broadcast. Paths
 /// that are down come last.
-fn route(address: Ipv4Addr, message: &RouteMessage) -> Vec<Route> {
+fn route(address: IpAddr, message: &RouteMessage) -> Vec<Route> {
     let local = message.header.kind == RouteType::Local;
     if !local && message.header.kind != RouteType::Unicast {
         return Vec::new();
@@ -682,7 +834,11 @@ fn route(address: Ipv4Addr, message: &RouteMessage) -> Vec<Route> {
         }),
         _ => None,
     });
-    let mut only = Route { ifindex: 0, gateway: address.into(), mtu, local };
+    let egress = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::PrefSource(address) => ip(address),
+        _ => None,
+    });
+    let mut only = Route { ifindex: 0, gateway: address, mtu, egress, local };
     let (mut alive, mut dead) = (Vec::new(), Vec::new());
     for attribute in &message.attributes {
         let RouteAttribute::MultiPath(hops) = attribute else { continue };
@@ -692,6 +848,11 @@ fn route(address: Ipv4Addr, message: &RouteMessage) -> Vec<Route> {
             let down = RouteNextHopFlags::Dead | RouteNextHopFlags::Linkdown;
             if hop.flags.intersects(down) { dead.push(path) } else { alive.push(path) }
         }
+    }
+    if address.is_ipv6() {
+        // the kernel begins with any of them
+        alive.sort_by_key(Route::neighbour);
+        dead.sort_by_key(Route::neighbour);
     }
     read_hop(&mut only, &message.attributes);
     alive.append(&mut dead);
@@ -704,12 +865,20 @@ fn read_hop(route: &mut Route, attributes: &[RouteAttribute]) {
     for attribute in attributes {
         match attribute {
             RouteAttribute::Oif(index) => route.ifindex = *index,
-            RouteAttribute::Gateway(RouteAddress::Inet(gateway)) => {
-                route.gateway = (*gateway).into();
+            RouteAttribute::Gateway(gateway) => {
+                route.gateway = ip(gateway).unwrap_or(route.gateway);
             }
             RouteAttribute::Via(RouteVia::Inet6(gateway)) => route.gateway = (*gateway).into(),
             _ => {}
         }
+    }
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
+        RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
+        _ => None,
     }
 }
 
@@ -763,7 +932,8 @@ fn nud_state(state: NeighbourState) -> NudState {
 }
 
 /// The messages of a request: the kernel forgets that it keeps an entry whenever its state is
-/// set, so that a probe has to say so again.
+/// set, so that a probe has to say so again. They do not ask to replace anything (NLM_F_REPLACE):
+/// that would make of an IPv6 router an ordinary host.
 fn neighbour_messages(key: NeighbourKey, request: NeighbourRequest) -> Vec<RouteNetlinkMessage> {
     let message = |state, flags, ext_flags| {
         let mut message = NeighbourMessage::default();

@@ -10,7 +10,8 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types};
 use crate::chunks::Chunks;
-use crate::netlink::{Link, Neighbour, Netlink, NudState, Route};
+use crate::config::Address;
+use crate::netlink::{Layer, Link, Neighbour, Netlink, NudState, Route};
 use crate::plan::{Desired, RuleIds};
 use crate::tables::wire;
 
@@ -36,22 +37,64 @@ pub struct Hop {
     pub gateway: IpAddr,
     /// Bytes.
     pub mtu: u32,
-    /// Own and neighbour's MAC address.
-    pub macs: Option<([u8; 6], [u8; 6])>,
+    /// This host's own address on that way.
+    pub egress: Option<IpAddr>,
+    pub macs: Macs,
+}
+
+/// What is in front of a packet's IP header on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Macs {
+    /// Nothing: the device has no MAC addresses.
+    None,
+    Unknown,
+    Known {
+        own: [u8; 6],
+        neighbour: [u8; 6],
+    },
+}
+
+impl Macs {
+    /// On a link, with the neighbour's address if that is known.
+    fn on(link: &Link, neighbour: Option<[u8; 6]>) -> Macs {
+        match (link.layer, link.mac, neighbour) {
+            (Some(Layer::Ip), _, _) => Macs::None,
+            (Some(Layer::Ethernet), Some(own), Some(neighbour)) => Macs::Known { own, neighbour },
+            _ => Macs::Unknown,
+        }
+    }
+}
+
+impl Hop {
+    /// By a route to an address, over the link that it names, to a neighbour whose MAC address
+    /// may be known.
+    pub fn new(address: IpAddr, route: &Route, link: &Link, neighbour: Option<[u8; 6]>) -> Hop {
+        Hop {
+            interface: link.name.clone(),
+            ifindex: link.index,
+            gateway: route.gateway,
+            mtu: route.mtu.unwrap_or_else(|| link.mtu_to(address)),
+            egress: route.egress,
+            macs: Macs::on(link, neighbour),
+        }
+    }
 }
 
 /// Finds the way to each address, and has the kernel ask for the neighbours it does not know;
 /// waits for them, but for no longer than [`PATIENCE`].
 pub async fn resolve(
     netlink: &Netlink,
-    addresses: &BTreeSet<Ipv4Addr>,
-) -> anyhow::Result<BTreeMap<Ipv4Addr, Way>> {
+    addresses: &BTreeSet<Address>,
+) -> anyhow::Result<BTreeMap<Address, Way>> {
     let links: HashMap<u32, Link> =
         netlink.links().await?.into_iter().map(|link| (link.index, link)).collect();
-    let asked: Vec<Ipv4Addr> = addresses.iter().copied().collect();
-    let routes = netlink.routes(&asked).await;
-    let mut ways: BTreeMap<Ipv4Addr, Way> =
-        asked.into_iter().zip(routes.into_iter().map(|route| way(route, &links))).collect();
+    let asked: Vec<Address> = addresses.iter().cloned().collect();
+    let paths = netlink.paths(&asked, &links).await;
+    let mut ways = BTreeMap::new();
+    for (address, paths) in asked.into_iter().zip(paths) {
+        let way = way(address.ip, paths.map(|paths| paths[0]), &links);
+        ways.insert(address, way);
+    }
     let end = Instant::now() + PATIENCE;
     let mut asked_for = HashSet::new();
     loop {
@@ -70,27 +113,21 @@ pub async fn resolve(
     }
 }
 
-fn way(route: std::io::Result<Route>, links: &HashMap<u32, Link>) -> Way {
+fn way(address: IpAddr, route: std::io::Result<Route>, links: &HashMap<u32, Link>) -> Way {
     let route = match route {
         Ok(route) if route.local => return Way::Local,
         Ok(route) => route,
         Err(error) => return Way::None(error.to_string()),
     };
-    let Some(link) = links.get(&route.ifindex) else {
-        return Way::None(format!("the interface with index {} is gone", route.ifindex));
-    };
-    Way::Hop(Hop {
-        interface: link.name.clone(),
-        ifindex: link.index,
-        gateway: route.gateway,
-        mtu: route.mtu.unwrap_or(link.mtu),
-        macs: None,
-    })
+    match links.get(&route.ifindex) {
+        Some(link) => Way::Hop(Hop::new(address, &route, link, None)),
+        None => Way::None(format!("the interface with index {} is gone", route.ifindex)),
+    }
 }
 
 /// Fills in what the neighbour table has; returns the neighbours it lacks and that may yet answer.
 fn add_macs(
-    ways: &mut BTreeMap<Ipv4Addr, Way>,
+    ways: &mut BTreeMap<Address, Way>,
     links: &HashMap<u32, Link>,
     neighbours: &[Neighbour],
     asked_for: &HashSet<(u32, IpAddr)>,
@@ -103,15 +140,16 @@ fn add_macs(
     for way in ways.values_mut() {
         let Way::Hop(hop) = way else { continue };
         let key = (hop.ifindex, hop.gateway);
-        let own = links.get(&hop.ifindex).filter(|link| link.ethernet).and_then(|link| link.mac);
+        let Some(link) = links.get(&hop.ifindex) else { continue };
         let neighbour = table.get(&key);
         let known =
             neighbour.filter(|neighbour| neighbour.state.is_valid()).and_then(|found| found.mac);
-        hop.macs = own.zip(known);
+        hop.macs = Macs::on(link, known);
         // one that failed before anybody asked now may have come back
         let failed = neighbour.is_some_and(|found| found.state == NudState::Failed);
         let gave_up = asked_for.contains(&key) && failed;
-        if own.is_some() && known.is_none() && !gave_up {
+        let askable = link.layer == Some(Layer::Ethernet) && link.mac.is_some();
+        if askable && known.is_none() && !gave_up {
             missing.insert(key);
         }
     }
@@ -239,7 +277,7 @@ pub fn write(
     nexthops: &NextHops,
     desired: &Desired,
     ids: &[RuleIds],
-    ways: &BTreeMap<Ipv4Addr, Way>,
+    ways: &BTreeMap<Address, Way>,
 ) -> anyhow::Result<()> {
     nexthops.write_all(&entries(desired, ids, ways))
 }
@@ -248,50 +286,58 @@ pub fn write(
 pub fn entries(
     desired: &Desired,
     ids: &[RuleIds],
-    ways: &BTreeMap<Ipv4Addr, Way>,
+    ways: &BTreeMap<Address, Way>,
 ) -> BTreeMap<u32, types::nexthop> {
     let rules = desired.rules.iter().zip(ids);
     rules
-        .flat_map(|(rule, ids)| rule.upstreams.iter().zip(&ids.upstreams))
-        .map(|(upstream, id)| (*id, entry(upstream.address, ways.get(&upstream.address))))
+        .flat_map(|(rule, ids)| rule.destinations().zip(ids.destinations()))
+        .map(|(upstream, id)| (id, entry(upstream.address.ip, ways.get(&upstream.address))))
         .collect()
 }
 
 /// What the program is to know of a way.
-pub fn entry(address: Ipv4Addr, way: Option<&Way>) -> types::nexthop {
+pub fn entry(address: IpAddr, way: Option<&Way>) -> types::nexthop {
     let mut entry = types::nexthop { address: wire(address), ..Default::default() };
     let Some(Way::Hop(hop)) = way else { return entry };
     entry.ifindex = hop.ifindex;
     entry.mtu = u16::try_from(hop.mtu).unwrap_or(u16::MAX);
-    match hop.gateway {
-        IpAddr::V4(gateway) => {
-            entry.family = libc::AF_INET as u16;
-            entry.gateway[0] = wire(gateway);
+    entry.gateway = wire(hop.gateway);
+    entry.family = match hop.gateway {
+        IpAddr::V4(_) => libc::AF_INET as u16,
+        IpAddr::V6(_) => libc::AF_INET6 as u16,
+    };
+    entry.egress = hop.egress.map(wire).unwrap_or_default();
+    match hop.macs {
+        Macs::None => entry.macs = types::macs::MACS_NONE,
+        Macs::Unknown => {}
+        Macs::Known { own, neighbour } => {
+            (entry.source, entry.destination) = (own, neighbour);
+            entry.macs = types::macs::MACS_FRESH;
         }
-        IpAddr::V6(gateway) => {
-            entry.family = libc::AF_INET6 as u16;
-            for (word, octets) in entry.gateway.iter_mut().zip(gateway.octets().chunks(4)) {
-                *word = u32::from_ne_bytes([octets[0], octets[1], octets[2], octets[3]]);
-            }
-        }
-    }
-    if let Some((source, destination)) = hop.macs {
-        entry.source = source;
-        entry.destination = destination;
-        entry.macs = types::macs::MACS_FRESH;
     }
     entry
 }
 
 /// The neighbour that an entry's packets go to.
 pub fn gateway(entry: &types::nexthop) -> IpAddr {
-    if i32::from(entry.family) == libc::AF_INET6 {
-        let mut octets = [0; 16];
-        for (octets, word) in octets.chunks_mut(4).zip(entry.gateway) {
-            octets.copy_from_slice(&word.to_ne_bytes());
-        }
-        IpAddr::V6(Ipv6Addr::from(octets))
-    } else {
-        IpAddr::V4(Ipv4Addr::from(entry.gateway[0].to_ne_bytes()))
+    unwire(entry.gateway, i32::from(entry.family) == libc::AF_INET6)
+}
+
+/// This host's own address on an entry's way, if it is known.
+pub fn egress(entry: &types::nexthop) -> Option<IpAddr> {
+    // an IPv6 address in use has something behind its first word
+    let ipv6 = entry.egress[1..] != [0; 3];
+    (entry.egress != [0; 4]).then(|| unwire(entry.egress, ipv6))
+}
+
+/// See [`wire`].
+fn unwire(words: [u32; 4], ipv6: bool) -> IpAddr {
+    let mut octets = [0; 16];
+    for (octets, word) in octets.chunks_mut(4).zip(words) {
+        octets.copy_from_slice(&word.to_ne_bytes());
+    }
+    match ipv6 {
+        true => Ipv6Addr::from(octets).into(),
+        false => Ipv4Addr::from(words[0].to_ne_bytes()).into(),
     }
 }

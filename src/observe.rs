@@ -7,9 +7,8 @@ use std::os::unix::fs::MetadataExt;
 
 use anyhow::Context;
 
-use crate::bpf;
 use crate::generation::{self, Generation, ProgramName};
-use crate::netlink::Netlink;
+use crate::netlink::{Layer, Netlink};
 use crate::state::{Held, ReadGuard};
 use crate::tc::{self, Hook, Slot};
 
@@ -34,7 +33,8 @@ pub struct Observed {
 #[derive(Clone, Debug)]
 pub struct Interface {
     pub index: u32,
-    pub ethernet: bool,
+    /// See [`Layer`].
+    pub layer: Option<Layer>,
     pub hook: Hook,
 }
 
@@ -84,14 +84,16 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
         observed.unfinished = guard.unfinished()?;
         observed.held = guard.maps()?.map(|maps| maps.held()).transpose()?.flatten();
         for number in guard.numbers()? {
-            let path = guard.generation(number).join("program");
-            if let Ok(info) = bpf::open_program(&path).and_then(|fd| bpf::program_info(fd.as_fd()))
-            {
-                programs.push((number, ProgramName::new(info.id, info.tag)));
+            for layer in [Layer::Ethernet, Layer::Ip] {
+                let pinned = generation::open_program(&guard.generation(number), layer);
+                if let Some(name) = pinned.ok().and_then(|fd| ProgramName::of(fd.as_fd()).ok()) {
+                    programs.push((number, name));
+                }
             }
             match generation::read(guard, number) {
                 Ok(generation) => {
-                    programs.push((number, generation.description.program.clone()));
+                    let names = generation.description.programs();
+                    programs.extend(names.map(|(_, name)| (number, name.clone())));
                     observed.generations.insert(number, generation);
                 }
                 Err(error) => {
@@ -115,8 +117,7 @@ async fn interfaces(
         let qdisc = qdiscs.get(&link.index).copied();
         let hook = tc::hook(netlink, link.index, qdisc, programs).await;
         let hook = hook.with_context(|| format!("{}: its filters", link.name))?;
-        interfaces
-            .insert(link.name, Interface { index: link.index, ethernet: link.ethernet, hook });
+        interfaces.insert(link.name, Interface { index: link.index, layer: link.layer, hook });
     }
     Ok(interfaces)
 }

@@ -3,7 +3,7 @@
 use std::mem;
 
 use crate::config::{Config, Host};
-use crate::plan::Desired;
+use crate::plan::{Desired, Upstream};
 use crate::resolve::Names;
 
 /// Takes out the interfaces that are not here, and the rules with a host name that has no address;
@@ -25,20 +25,20 @@ pub fn reduce(
     });
     let mut unresolved = Vec::new();
     for (name, mut finding) in mem::take(&mut names.unresolved) {
-        let host = Host::Name(name.clone());
-        let known = serving.and_then(|serving| serving.upstreams().find(|it| it.host == host));
+        let is_it = |it: &&Upstream| it.named().as_ref() == Some(&name);
+        let known = serving.and_then(|serving| serving.upstreams().find(is_it));
         finding.message += &match known {
             Some(upstream) => format!("; {}, as before, is kept", upstream.address),
             None => "; the rule is left out".into(),
         };
         unresolved.push(finding);
-        names.addresses.extend(known.map(|upstream| (name, upstream.address)));
+        names.addresses.extend(known.map(|upstream| (name, upstream.address.ip)));
     }
     missing.extend(config.errors(unresolved).iter().map(ToString::to_string));
     config.rules.retain(|rule| {
-        rule.upstreams.iter().all(|upstream| match &upstream.address {
+        rule.destinations().all(|upstream| match &upstream.address {
             Host::Address(_) => true,
-            Host::Name(name) => names.addresses.contains_key(name),
+            Host::Name(name) => names.addresses.contains_key(&(name.clone(), rule.family())),
         })
     });
     missing
@@ -47,11 +47,11 @@ pub fn reduce(
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::net::Ipv4Addr;
+    use std::net::IpAddr;
 
     use super::reduce;
-    use crate::config::{Config, Finding};
-    use crate::plan::Desired;
+    use crate::config::{Config, Family, Finding};
+    use crate::plan::{Desired, Name};
     use crate::resolve::Names;
 
     const FILE: &str = "
@@ -72,13 +72,17 @@ rules:
         let upstream = &config.rules[1].upstreams[0];
         Names {
             addresses: BTreeMap::new(),
-            unresolved: vec![("a.example".into(), Finding::new(&upstream.at, "no address"))],
+            unresolved: vec![(name(), Finding::new(&upstream.at, "no address"))],
             warnings: Vec::new(),
         }
     }
 
-    fn resolved(address: Ipv4Addr) -> BTreeMap<String, Ipv4Addr> {
-        BTreeMap::from([("a.example".into(), address)])
+    fn name() -> Name {
+        ("a.example".into(), Family::V4)
+    }
+
+    fn resolved(address: IpAddr) -> BTreeMap<Name, IpAddr> {
+        BTreeMap::from([(name(), address)])
     }
 
     #[test]
@@ -106,6 +110,31 @@ rules:
             missing[1].contains("test.yaml:8") && missing[1].contains("left out"),
             "{missing:?}"
         );
+    }
+
+    #[test]
+    fn a_mirror_or_an_address_of_the_family_is_missing() {
+        let file = "
+version: 1
+rules:
+  - key: { address: 10.0.0.1, port: 1 }
+    upstream: [{ address: 10.0.0.2 }]
+    mirror: [{ address: a.example }]
+  - key: { address: \"2001:db8::1\", port: 1 }
+    upstream: [{ address: a.example }]
+";
+        let left = |names: &[Family]| {
+            let mut config = Config::parse("test.yaml", file).expect("a good file");
+            let address = [10, 0, 0, 3].into();
+            let addresses = names.iter().map(|family| (("a.example".into(), *family), address));
+            let addresses = addresses.collect();
+            let mut names = Names { addresses, unresolved: Vec::new(), warnings: Vec::new() };
+            reduce(&mut config, &mut Vec::new(), &mut names, |_| true, None);
+            config.rules.iter().map(|rule| rule.name.clone()).collect::<Vec<_>>()
+        };
+        assert!(left(&[]).is_empty());
+        assert_eq!(left(&[Family::V4]), ["10.0.0.1:1"]);
+        assert_eq!(left(&[Family::V6]), ["[2001:db8::1]:1"]);
     }
 
     #[test]

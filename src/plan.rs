@@ -2,14 +2,17 @@
 //! Pure.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    Action, Config, Diagnostic, Finding, Hash, Health, Host, Key, Source, Strategy,
-    upstream_refusal,
+    self, Action, Address, Config, Diagnostic, Family, Finding, Fragments, Hash, Health, Host, Key,
+    Mode, Payload, Source, State, Strategy, upstream_refusal, with_port,
 };
+
+/// A host name, and the kind of its addresses that is asked for.
+pub type Name = (String, Family);
 
 /// A configuration, as a generation carries it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,21 +20,39 @@ pub struct Desired {
     /// Sorted, without duplicates.
     pub interfaces: Vec<String>,
     pub rules: Vec<Rule>,
+    /// What a key's `any` address stands for: those of the interfaces, sorted. Empty where no rule
+    /// says it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
+    /// Of the keys' addresses those that whole networks of the interfaces listen to, sorted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub broadcasts: Vec<IpAddr>,
 }
 
+/// The fields with a default are those that generations of an earlier udplb do not have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
     pub name: String,
     pub key: Key,
     pub action: Action,
+    #[serde(default)]
+    pub mode: Mode,
     pub strategy: Strategy,
+    /// If and only if that is the strategy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub payload: Option<Payload>,
     pub hash: Hash,
+    /// Of upstreams and mirrors that have no other.
     pub source: Source,
-    /// Generations of an earlier udplb do not say.
     #[serde(default)]
     pub health: Health,
+    #[serde(default)]
+    pub fragments: Fragments,
     /// Never empty; their order is that of the file, which `modulo` counts in.
     pub upstreams: Vec<Upstream>,
+    /// Those that get a copy of each packet besides.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mirrors: Vec<Upstream>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,25 +62,102 @@ pub struct Upstream {
     /// As the file has it.
     pub host: Host,
     /// What it was resolved to.
-    pub address: Ipv4Addr,
+    pub address: Address,
     /// `None`: the port that the packet came to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
+    /// Its share of the flows, beside those of the others.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub weight: u32,
+    #[serde(default)]
+    pub state: State,
+    /// None: the rule's, see [`Rule::source_of`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+    /// It gets every N-th packet.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub sample: u32,
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn is_one(number: &u32) -> bool {
+    *number == 1
+}
+
+impl Rule {
+    /// With what holds in the map form where nothing is said.
+    pub fn new(name: impl Into<String>, key: Key, upstreams: Vec<Upstream>) -> Rule {
+        Rule {
+            name: name.into(),
+            key,
+            action: Action::Pass,
+            mode: Mode::Balance,
+            strategy: Strategy::SrcIpPort,
+            payload: None,
+            hash: Hash::Maglev,
+            source: Source::Vip,
+            health: Health::Off,
+            fragments: Fragments::Follow,
+            upstreams,
+            mirrors: Vec::new(),
+        }
+    }
+
+    /// Whom this upstream or mirror sees as sender.
+    pub fn source_of(&self, upstream: &Upstream) -> Source {
+        upstream.source.unwrap_or(self.source)
+    }
+
+    /// The one that all addresses of the rule are of.
+    pub fn family(&self) -> Family {
+        self.upstreams.first().map_or(Family::V4, |upstream| upstream.address.ip.into())
+    }
+
+    /// All that packets are sent to: the upstreams, then the mirrors.
+    pub fn destinations(&self) -> impl Iterator<Item = &Upstream> {
+        self.upstreams.iter().chain(&self.mirrors)
+    }
 }
 
 impl Upstream {
+    /// With what holds where nothing is said.
+    pub fn new(address: impl Into<Address>, port: Option<u16>) -> Upstream {
+        let address = address.into();
+        Upstream {
+            name: None,
+            host: Host::Address(address.clone()),
+            address,
+            port,
+            weight: 1,
+            state: State::Active,
+            source: None,
+            sample: 1,
+        }
+    }
+
+    /// The host name that it is under, if it is.
+    pub fn named(&self) -> Option<Name> {
+        match &self.host {
+            Host::Name(name) => Some((name.clone(), self.address.ip.into())),
+            Host::Address(_) => None,
+        }
+    }
+
     /// What it is called in output: its name, or its host and port.
     pub fn label(&self) -> String {
         match (&self.name, self.port) {
             (Some(name), _) => name.clone(),
-            (None, Some(port)) => format!("{}:{port}", self.host),
+            (None, Some(port)) => with_port(&self.host, port),
             (None, None) => self.host.to_string(),
         }
     }
 }
 
 impl Desired {
-    /// `names` has the address of every host name in the configuration.
+    /// `names` has the address of every host name in the configuration, of its rule's family.
     ///
     /// # Errors
     /// A name that stands for an address which is no upstream: missing, loopback, multicast,
@@ -67,58 +165,48 @@ impl Desired {
     pub fn new(
         config: &Config,
         interfaces: &[String],
-        names: &BTreeMap<String, Ipv4Addr>,
+        names: &BTreeMap<Name, IpAddr>,
     ) -> Result<Desired, Vec<Diagnostic>> {
         let mut errors = Vec::new();
         let mut rules = Vec::with_capacity(config.rules.len());
         for rule in &config.rules {
-            let mut upstreams = Vec::with_capacity(rule.upstreams.len());
-            for upstream in &rule.upstreams {
-                let address = match &upstream.address {
-                    Host::Address(address) => *address,
-                    Host::Name(name) => match named(&rule.key, name, upstream.port, names) {
-                        Ok(address) => address,
-                        Err(message) => {
-                            errors.push(Finding::new(&upstream.at, message));
-                            continue;
-                        }
-                    },
-                };
-                upstreams.push(Upstream {
-                    name: upstream.name.clone(),
-                    host: upstream.address.clone(),
-                    address,
-                    port: upstream.port,
-                });
-            }
+            let mut resolved = |upstreams: &[config::Upstream]| {
+                let resolved = upstreams.iter().map(|it| resolved(rule, it, names));
+                let good = resolved.filter_map(|it| it.map_err(|error| errors.push(error)).ok());
+                good.collect()
+            };
             rules.push(Rule {
                 name: rule.name.clone(),
                 key: rule.key.clone(),
                 action: rule.action,
+                mode: rule.mode,
                 strategy: rule.strategy,
+                payload: rule.payload,
                 hash: rule.hash,
                 source: rule.source,
                 health: rule.health,
-                upstreams,
+                fragments: rule.fragments,
+                upstreams: resolved(&rule.upstreams),
+                mirrors: resolved(&rule.mirrors),
             });
         }
         let interfaces: BTreeSet<String> = interfaces.iter().cloned().collect();
-        let desired = Desired { interfaces: interfaces.into_iter().collect(), rules };
+        let interfaces = interfaces.into_iter().collect();
+        let desired = Desired { interfaces, rules, ..Desired::default() };
         if errors.is_empty() { Ok(desired) } else { Err(config.errors(errors)) }
     }
 
     /// The same with the addresses that its host names have now; those that are not in `names`
     /// keep theirs. With the names whose address is none for an upstream, and why.
-    pub fn renamed(&self, names: &BTreeMap<String, Ipv4Addr>) -> (Desired, Vec<String>) {
+    pub fn renamed(&self, names: &BTreeMap<Name, IpAddr>) -> (Desired, Vec<String>) {
         let mut desired = self.clone();
         let mut refused = Vec::new();
         for rule in &mut desired.rules {
-            for upstream in &mut rule.upstreams {
-                let Host::Name(name) = &upstream.host else { continue };
-                if !names.contains_key(name) {
+            for upstream in rule.upstreams.iter_mut().chain(&mut rule.mirrors) {
+                let Some(name) = upstream.named().filter(|name| names.contains_key(name)) else {
                     continue;
-                }
-                match named(&rule.key, name, upstream.port, names) {
+                };
+                match named(&rule.key, &name, upstream.port, names) {
                     Ok(address) => upstream.address = address,
                     Err(reason) => refused.push(reason),
                 }
@@ -127,35 +215,73 @@ impl Desired {
         (desired, refused)
     }
 
-    /// The addresses of all upstreams, each once.
-    pub fn addresses(&self) -> BTreeSet<Ipv4Addr> {
-        self.upstreams().map(|upstream| upstream.address).collect()
+    /// What the file says, without what names and `any` stood for when it was applied.
+    pub fn as_written(&self) -> Desired {
+        let mut desired = Desired { addresses: vec![], broadcasts: vec![], ..self.clone() };
+        for rule in &mut desired.rules {
+            for upstream in rule.upstreams.iter_mut().chain(&mut rule.mirrors) {
+                if let Host::Name(_) = upstream.host {
+                    upstream.address = IpAddr::V4(Ipv4Addr::UNSPECIFIED).into();
+                }
+            }
+        }
+        desired
     }
 
-    /// The upstreams of all rules.
+    /// The addresses of all upstreams and mirrors, each once.
+    pub fn addresses(&self) -> BTreeSet<Address> {
+        self.upstreams().map(|upstream| upstream.address.clone()).collect()
+    }
+
+    /// The upstreams and mirrors of all rules.
     pub fn upstreams(&self) -> impl Iterator<Item = &Upstream> {
-        self.rules.iter().flat_map(|rule| &rule.upstreams)
+        self.rules.iter().flat_map(Rule::destinations)
     }
 }
 
+fn resolved(
+    rule: &config::Rule,
+    upstream: &config::Upstream,
+    names: &BTreeMap<Name, IpAddr>,
+) -> Result<Upstream, Finding> {
+    let address = match &upstream.address {
+        Host::Address(address) => address.clone(),
+        Host::Name(name) => named(&rule.key, &(name.clone(), rule.family()), upstream.port, names)
+            .map_err(|message| Finding::new(&upstream.at, message))?,
+    };
+    Ok(Upstream {
+        name: upstream.name.clone(),
+        host: upstream.address.clone(),
+        address,
+        port: upstream.port,
+        weight: upstream.weight.unwrap_or(1),
+        state: upstream.state,
+        // said or not: the same configuration
+        source: upstream.source.filter(|source| *source != rule.source),
+        sample: upstream.sample.unwrap_or(1),
+    })
+}
+
+/// The address that a name has for upstreams of a rule with this key.
 fn named(
     key: &Key,
-    name: &str,
+    name: &Name,
     port: Option<u16>,
-    names: &BTreeMap<String, Ipv4Addr>,
-) -> Result<Ipv4Addr, String> {
-    let address = *names.get(name).ok_or_else(|| format!("`{name}` was not resolved"))?;
-    if let Some(reason) = upstream_refusal(address) {
-        return Err(format!("`{name}`: {reason}"));
+    names: &BTreeMap<Name, IpAddr>,
+) -> Result<Address, String> {
+    let (text, family) = name;
+    let found = names.get(name).copied();
+    let address = found.ok_or_else(|| format!("`{text}` was not resolved to {family}"))?;
+    if let Some(reason) = upstream_refusal(&address.into()) {
+        return Err(format!("`{text}`: {reason}"));
     }
-    let own_port = port.is_none_or(|port| key.ports.iter().any(|ports| ports.contains(port)));
-    if address == key.address && own_port {
-        return Err(format!("`{name}` is {address}, the rule's own key"));
+    if key.is(address, port) {
+        return Err(format!("`{text}` is {address}, the rule's own key"));
     }
-    Ok(address)
+    Ok(address.into())
 }
 
-/// The ids of a rule and of its upstreams, in the order of [`Rule::upstreams`].
+/// The ids of a rule, and of its upstreams and mirrors in their order.
 ///
 /// Counters and next hops are kept under them; the same rule and the same endpoint keep theirs
 /// from generation to generation.
@@ -163,6 +289,15 @@ fn named(
 pub struct RuleIds {
     pub rule: u32,
     pub upstreams: Vec<u32>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mirrors: Vec<u32>,
+}
+
+impl RuleIds {
+    /// In the order of [`Rule::destinations`].
+    pub fn destinations(&self) -> impl Iterator<Item = u32> {
+        self.upstreams.iter().chain(&self.mirrors).copied()
+    }
 }
 
 /// More rules and upstreams than there are counters for.
@@ -177,27 +312,34 @@ pub fn assign_ids(
     known: &[(&Desired, &[RuleIds])],
     limit: u32,
 ) -> Result<Vec<RuleIds>, IdsExhausted> {
-    /// A rule, or one of its upstreams.
-    type Holder<'a> = (&'a str, Option<(Ipv4Addr, Option<u16>)>);
-    let endpoint = |upstream: &Upstream| Some((upstream.address, upstream.port));
+    /// A rule, or one of its upstreams or mirrors: a host that is both has an id as each.
+    type Holder<'a> = (&'a str, Option<(Role, &'a Address, Option<u16>)>);
+    fn holders<'a>(rule: &'a Rule, role: Role) -> impl Iterator<Item = Holder<'a>> {
+        let all = match role {
+            Role::Upstream => &rule.upstreams,
+            Role::Mirror => &rule.mirrors,
+        };
+        all.iter().map(move |it| (rule.name.as_str(), Some((role, &it.address, it.port))))
+    }
     let mut ids: HashMap<Holder<'_>, u32> = HashMap::new();
     let mut held = BTreeSet::new();
     for (desired, given) in known {
         for (rule, given) in desired.rules.iter().zip(*given) {
-            held.insert(given.rule);
-            ids.entry((&rule.name, None)).or_insert(given.rule);
-            for (upstream, id) in rule.upstreams.iter().zip(&given.upstreams) {
+            let upstreams = holders(rule, Role::Upstream).zip(&given.upstreams);
+            let mirrors = holders(rule, Role::Mirror).zip(&given.mirrors);
+            let rule = ((rule.name.as_str(), None), &given.rule);
+            for (holder, id) in [rule].into_iter().chain(upstreams).chain(mirrors) {
                 held.insert(*id);
-                ids.entry((&rule.name, endpoint(upstream))).or_insert(*id);
+                ids.entry(holder).or_insert(*id);
             }
         }
     }
     let mut free = (1..limit).filter(|id| !held.contains(id));
-    let mut id_of = |key| match ids.get(&key) {
+    let mut id_of = |holder| match ids.get(&holder) {
         Some(id) => Ok(*id),
         None => {
             let id = free.next().ok_or(IdsExhausted)?;
-            ids.insert(key, id);
+            ids.insert(holder, id);
             Ok(id)
         }
     };
@@ -207,14 +349,19 @@ pub fn assign_ids(
         .map(|rule| {
             Ok(RuleIds {
                 rule: id_of((rule.name.as_str(), None))?,
-                upstreams: rule
-                    .upstreams
-                    .iter()
-                    .map(|upstream| id_of((rule.name.as_str(), endpoint(upstream))))
+                upstreams: holders(rule, Role::Upstream)
+                    .map(&mut id_of)
                     .collect::<Result<_, _>>()?,
+                mirrors: holders(rule, Role::Mirror).map(&mut id_of).collect::<Result<_, _>>()?,
             })
         })
         .collect()
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Role {
+    Upstream,
+    Mirror,
 }
 
 #[cfg(test)]
@@ -225,24 +372,22 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{Desired, IdsExhausted, Rule, RuleIds, Upstream, assign_ids};
-    use crate::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy as Selection};
+    use crate::config::{Key, Ports, Source};
 
-    fn desired(rules: &BTreeMap<u8, Vec<(u8, Option<u16>)>>) -> Desired {
-        let upstream = |(host, port): &(u8, Option<u16>)| {
-            let address = [10, 0, 9, *host].into();
-            Upstream { name: None, host: Host::Address(address), address, port: *port }
+    /// Upstreams and mirrors by rule.
+    type File = BTreeMap<u8, (Vec<Endpoint>, Vec<Endpoint>)>;
+    type Endpoint = (u8, Option<u16>);
+
+    fn desired(rules: &File) -> Desired {
+        let hosts = |hosts: &[Endpoint]| {
+            let host = |(host, port): &Endpoint| Upstream::new([10, 0, 9, *host], *port);
+            hosts.iter().map(host).collect()
         };
-        let rule = |(number, upstreams): (&u8, &Vec<_>)| Rule {
-            name: number.to_string(),
-            key: Key { address: [10, 0, 0, 5].into(), ports: vec![Ports { first: 1, last: 1 }] },
-            action: Action::Pass,
-            strategy: Selection::SrcIp,
-            hash: Hash::Modulo,
-            source: Source::Vip,
-            health: Health::Off,
-            upstreams: upstreams.iter().map(upstream).collect(),
+        let rule = |(number, (upstreams, mirrors)): (&u8, &(Vec<_>, Vec<_>))| {
+            let key = Key::new([10, 0, 0, 5], vec![Ports { first: 1, last: 1 }]);
+            Rule { mirrors: hosts(mirrors), ..Rule::new(number.to_string(), key, hosts(upstreams)) }
         };
-        Desired { interfaces: Vec::new(), rules: rules.iter().map(rule).collect() }
+        Desired { rules: rules.iter().map(rule).collect(), ..Desired::default() }
     }
 
     /// Each rule and each endpoint of it, with its id.
@@ -250,11 +395,15 @@ mod tests {
         let mut holders = BTreeMap::new();
         for (rule, ids) in desired.rules.iter().zip(ids) {
             assert_eq!(rule.upstreams.len(), ids.upstreams.len());
+            assert_eq!(rule.mirrors.len(), ids.mirrors.len());
             let name = &rule.name;
-            let endpoints = rule.upstreams.iter().zip(&ids.upstreams);
-            let named = endpoints
-                .map(|(it, id)| (format!("{name} to {} {:?}", it.address, it.port), *id))
-                .chain([(name.clone(), ids.rule)]);
+            let roles = ["upstream"].repeat(rule.upstreams.len()).into_iter();
+            let roles = roles.chain(["mirror"].repeat(rule.mirrors.len()));
+            let endpoints = rule
+                .destinations()
+                .zip(roles)
+                .map(|(it, role)| format!("{name} to {role} {} {:?}", it.address, it.port));
+            let named = endpoints.zip(ids.destinations()).chain([(name.clone(), ids.rule)]);
             for (holder, id) in named {
                 assert_eq!(*holders.entry(holder.clone()).or_insert(id), id, "{holder}");
             }
@@ -262,9 +411,9 @@ mod tests {
         holders
     }
 
-    /// Upstreams by rule.
-    fn file() -> impl Strategy<Value = BTreeMap<u8, Vec<(u8, Option<u16>)>>> {
-        btree_map(0..5_u8, vec((0..4_u8, prop::option::of(1..3_u16)), 1..5), 0..4)
+    fn file() -> impl Strategy<Value = File> {
+        let endpoint = || (0..4_u8, prop::option::of(1..3_u16));
+        btree_map(0..5_u8, (vec(endpoint(), 1..5), vec(endpoint(), 0..3)), 0..4)
     }
 
     proptest! {
@@ -298,10 +447,25 @@ mod tests {
 
     #[test]
     fn ids_end() {
-        let desired = desired(&[(1, vec![(1, None), (2, None), (1, None)])].into());
+        let upstreams = vec![(1, None), (2, None), (1, None)];
+        let desired = desired(&[(1, (upstreams, vec![(2, None)]))].into());
         // one for the rule and one for each endpoint, from 1
-        assert_eq!(assign_ids(&desired, &[], 3), Err(IdsExhausted));
-        let ids = assign_ids(&desired, &[], 4);
-        assert_eq!(ids, Ok(vec![RuleIds { rule: 1, upstreams: vec![2, 3, 2] }]));
+        assert_eq!(assign_ids(&desired, &[], 4), Err(IdsExhausted));
+        let ids = assign_ids(&desired, &[], 5);
+        assert_eq!(ids, Ok(vec![RuleIds { rule: 1, upstreams: vec![2, 3, 2], mirrors: vec![4] }]));
+    }
+
+    #[test]
+    fn what_an_earlier_udplb_wrote_is_read() {
+        let old = r#"{ "interfaces": ["eth0"], "rules": [{ "name": "one",
+            "key": { "address": "10.0.0.5", "ports": [{ "first": 1, "last": 1 }] },
+            "action": "pass", "strategy": "src-ip-port", "hash": "maglev", "source": "preserve",
+            "upstreams": [{ "host": "10.0.9.1", "address": "10.0.9.1" }] }] }"#;
+        let old: Desired = serde_json::from_str(old).expect("a description");
+        let key = Key::new([10, 0, 0, 5], vec![Ports { first: 1, last: 1 }]);
+        let rule = Rule::new("one", key, vec![Upstream::new([10, 0, 9, 1], None)]);
+        let rule = Rule { source: Source::Preserve, ..rule };
+        assert_eq!(rule.source_of(&rule.upstreams[0]), Source::Preserve);
+        assert_eq!(old.rules, [rule]);
     }
 }

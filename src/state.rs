@@ -3,13 +3,13 @@
 //! ```text
 //! /sys/fs/bpf/udplb/            mode 0700; flock: writers exclusive, readers shared
 //!   current -> generations/42
-//!   generations/42/             program, rules, slots, upstreams, config
+//!   generations/42/             program, rules, slots, upstreams, config …
 //!   building-43/                under construction; bpffs refuses names with a dot
-//!   state/                      counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held
+//!   state-2/                    counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held …
 //! ```
 
 use std::fs::{self, DirBuilder, File, TryLockError};
-use std::io;
+use std::io::{self, Read};
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, symlink};
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenMap};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenMap};
 
 use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types};
 use crate::chunks::Chunks;
@@ -28,8 +28,10 @@ use crate::nexthop::NextHops;
 /// Where the pins are unless `--pin-dir` says otherwise.
 pub const PIN_DIR: &str = "/sys/fs/bpf/udplb";
 
-/// The layout of what outlives generations. Another one gets a directory of its own beside it.
-const STATE: &str = "state";
+/// The directory of what outlives generations. Another layout gets one of its own beside it, whose name
+/// begins alike.
+const STATE: &str = "state-2";
+const STATES: &str = "state";
 
 /// Shared access: nobody changes anything meanwhile.
 pub struct ReadGuard {
@@ -202,10 +204,30 @@ impl ReadGuard {
         else {
             return Ok(None);
         };
+        let (Some(overrides), Some(fragments), Some(fragment_ring)) =
+            (open("overrides")?, open("fragments")?, open("fragment_ring")?)
+        else {
+            return Ok(None);
+        };
+        let (Some(tracing), Some(events)) = (open("tracing")?, open("events")?) else {
+            return Ok(None);
+        };
         let counters = Counters::open(counters, &state)?;
         let nexthops = NextHops::open(nexthops, &state)?;
         let whole = counters.is_whole()? && nexthops.is_whole()?;
-        Ok(whole.then_some(StateMaps { counters, nexthops, heartbeat, held }))
+        let tickets = open("tickets")?;
+        Ok(whole.then_some(StateMaps {
+            counters,
+            nexthops,
+            heartbeat,
+            held,
+            overrides,
+            fragments,
+            fragment_ring,
+            tracing,
+            events,
+            tickets,
+        }))
     }
 }
 
@@ -254,7 +276,9 @@ impl WriteGuard {
         for number in self.numbers()? {
             remove_pins(&self.generation(number))?;
         }
-        remove_pins(&self.state())?;
+        for name in names(&self.path)?.iter().filter(|name| name.starts_with(STATES)) {
+            remove_pins(&self.path.join(name))?;
+        }
         fs::remove_dir(self.generations()).context("generations")
     }
 
@@ -275,9 +299,43 @@ impl WriteGuard {
         let nexthops = ensure(&state, "nexthops", &maps.nexthops, Some(chunk.as_fd()))?;
         let heartbeat = ensure(&state, "heartbeat", &maps.heartbeat, None)?;
         let held = ensure(&state, "held", &maps.held, None)?;
+        let overrides = ensure(&state, "overrides", &maps.overrides, None)?;
+        let fragments = ensure(&state, "fragments", &maps.fragments, None)?;
+        let fragment_ring = ensure(&state, "fragment_ring", &maps.fragment_ring, None)?;
+        let tracing = ensure(&state, "tracing", &maps.tracing, None)?;
+        let events = ensure(&state, "events", &maps.events, None)?;
+        let tickets = state.join("tickets");
+        let tickets = match tickets.try_exists()? {
+            true => Some(MapHandle::from_pinned_path(&tickets).context("state: tickets")?),
+            false => None,
+        };
         let counters = Counters::open(counters, &state)?;
         let nexthops = NextHops::open(nexthops, &state)?;
-        Ok((StateMaps { counters, nexthops, heartbeat, held }, fresh))
+        let maps = StateMaps {
+            counters,
+            nexthops,
+            heartbeat,
+            held,
+            overrides,
+            fragments,
+            fragment_ring,
+            tracing,
+            events,
+            tickets,
+        };
+        Ok((maps, fresh))
+    }
+
+    /// Keeps the map of tickets that the first generation was loaded with, and gives it a secret:
+    /// only libbpf makes one with a lock in it.
+    pub fn pin_tickets(&self, map: &mut MapMut<'_>) -> anyhow::Result<()> {
+        let mut tickets = types::tickets::default();
+        let mut secret = [0; 8];
+        File::open("/dev/urandom")?.read_exact(&mut secret)?;
+        tickets.secret = u64::from_ne_bytes(secret);
+        map.update(&0_u32.to_ne_bytes(), bytes_of(&tickets), MapFlags::ANY)?;
+        let path = self.state().join("tickets");
+        map.pin(&path).with_context(|| path.display().to_string())
     }
 }
 
@@ -369,6 +427,14 @@ pub struct StateMaps {
     pub nexthops: NextHops,
     /// The lease of the next hops.
     pub heartbeat: MapHandle,
+    pub overrides: MapHandle,
+    pub fragments: MapHandle,
+    pub fragment_ring: MapHandle,
+    /// What of the packets is to be told, and where it is.
+    pub tracing: MapHandle,
+    pub events: MapHandle,
+    /// None before the first generation.
+    pub tickets: Option<MapHandle>,
     held: MapHandle,
 }
 

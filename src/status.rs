@@ -1,8 +1,8 @@
 //! What serves and what became of the packets, for people and for `-o json`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 
 use anyhow::Context;
@@ -13,11 +13,12 @@ use crate::changes;
 use crate::cli::Global;
 use crate::clock;
 use crate::columns::{self, Column};
-use crate::counters::Counts;
+use crate::config::{Action, Address, Mode};
+use crate::counters::{Count, Counts};
 use crate::failure::Result;
 use crate::generation::{self, Generation};
 use crate::lease;
-use crate::netlink::{Neighbour, NeighbourKey, Netlink, NudState};
+use crate::netlink::{Layer, Neighbour, NeighbourKey, Netlink, NudState};
 use crate::nexthop;
 use crate::observe::{Observed, observe};
 use crate::plan::{Rule, RuleIds, Upstream};
@@ -63,12 +64,19 @@ pub struct RuleStatus {
     pub name: String,
     pub key: String,
     pub tc_action: crate::config::Action,
+    pub mode: Mode,
     pub upstreams: Vec<UpstreamStatus>,
+    /// Those that get copies besides.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub mirrors: Vec<UpstreamStatus>,
     /// Each packet once, by verdict.
     pub counters: Counts,
     /// Of these what was counted for no upstream.
     #[serde(skip)]
     pub own: Counts,
+    /// What was noted of packets besides, where anything was.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub notes: BTreeMap<&'static str, Count>,
     /// Of all that matched.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
@@ -81,7 +89,7 @@ pub struct RuleStatus {
 pub struct UpstreamStatus {
     /// Unique in its rule.
     pub label: String,
-    pub address: Ipv4Addr,
+    pub address: Address,
     pub port: Option<u16>,
     pub next_hop: Option<NextHopStatus>,
     /// What arpd makes of it: `up`, `stale`, `down`; only as long as arpd runs.
@@ -95,8 +103,8 @@ pub struct UpstreamStatus {
     /// What was not forwarded, in packets a second.
     #[serde(skip)]
     pub drop_rate: Option<f64>,
-    /// Of the rule's packets that were forwarded, 0 to 1; where there is a rate, of those that it
-    /// is of. `None`: there were none.
+    /// Of the rule's packets that were forwarded, 0 to 1; for a receiver of copies, of all that
+    /// matched. Where there is a rate, of those that it is of. `None`: there were none.
     pub share: Option<f64>,
     #[serde(skip)]
     endpoint: String,
@@ -106,11 +114,16 @@ pub struct UpstreamStatus {
 pub struct NextHopStatus {
     pub interface: String,
     pub gateway: IpAddr,
+    /// This host's own address on that way.
+    pub egress: Option<IpAddr>,
     pub mac: Option<String>,
     /// In the kernel's neighbour table, as `ip neigh` has it: `REACHABLE`.
     pub state: Option<String>,
     /// Seconds since it last answered the kernel.
     pub age: Option<u64>,
+    /// It has a MAC address that is not known.
+    #[serde(skip)]
+    unresolved: bool,
 }
 
 /// What was read beside the pins.
@@ -144,7 +157,10 @@ pub async fn read(
     let network = Network { observed: &observed, neighbours: &neighbours };
     let status = Status::new(guard.as_ref(), &network, rule, earlier)?;
     let serving = serving.and_then(|number| observed.generations.get(&number));
-    let program = guard.as_ref().zip(serving).map(|(guard, it)| generation::program(guard, it));
+    let program = guard
+        .as_ref()
+        .zip(serving)
+        .map(|(guard, it)| generation::program(guard, it, Layer::Ethernet));
     let runs =
         program.and_then(|program| Some(bpf::program_info(program.ok()?.as_fd()).ok()?.runs));
     Ok(Reading { observed, status, runs })
@@ -235,9 +251,16 @@ struct View<'a> {
 }
 
 impl RuleStatus {
-    /// The upstreams that do not answer, in words.
+    /// All that packets are sent to, each with whether it is a mirror.
+    pub fn destinations(&self) -> impl Iterator<Item = (&UpstreamStatus, bool)> {
+        let upstreams = self.upstreams.iter().map(|upstream| (upstream, false));
+        upstreams.chain(self.mirrors.iter().map(|mirror| (mirror, true)))
+    }
+
+    /// The upstreams and mirrors that do not answer, in words.
     fn down(&self) -> impl Iterator<Item = String> {
-        let down = self.upstreams.iter().filter(|upstream| upstream.health == Some("down"));
+        let all = self.destinations().map(|(upstream, _)| upstream);
+        let down = all.filter(|upstream| upstream.health == Some("down"));
         down.map(|upstream| {
             let since = upstream.since.filter(|since| *since > 0);
             let since = since.map(|since| format!(" since {}", clock::utc(since.into())));
@@ -311,37 +334,51 @@ fn trouble(observed: &Observed, serving: Option<&Generation>) -> Vec<String> {
 }
 
 fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
-    let counters = view.total.of_rule(ids);
-    let grown = view.grown.as_ref().map(|grown| (grown, grown.of_rule(ids)));
-    let shared = grown.map_or(counters, |(_, counts)| counts).forwarded();
+    let counters = view.total.of_rule(rule, ids);
+    let grown = view.grown.as_ref().map(|grown| (grown, grown.of_rule(rule, ids)));
+    let recent = grown.map_or(counters, |(_, counts)| counts);
+    let [matched, forwarded] = [recent.matched(), recent.forwarded()].map(|count| count.packets);
     let mut seen = HashSet::new();
     let mut labels = HashSet::new();
-    let mut upstreams = Vec::with_capacity(rule.upstreams.len());
-    for (upstream, id) in rule.upstreams.iter().zip(&ids.upstreams) {
-        // one that is listed twice is one
-        if !seen.insert(*id) {
-            continue;
+    let mut rows = |list: &[Upstream], ids: &[u32], shared| {
+        let mut rows = Vec::with_capacity(list.len());
+        for (upstream, id) in list.iter().zip(ids) {
+            // one that is listed twice is one
+            if !seen.insert(*id) {
+                continue;
+            }
+            let mut status = upstream_status(upstream, *id, shared, view);
+            // a name may be another's address, and an upstream a mirror too
+            while !labels.insert(status.label.clone()) {
+                status.label.push('\'');
+            }
+            rows.push(status);
         }
-        let mut status = upstream_status(upstream, *id, shared.packets, view);
-        // a name may be another's address
-        while !labels.insert(status.label.clone()) {
-            status.label.push('\'');
-        }
-        upstreams.push(status);
-    }
+        rows
+    };
+    let shared = match rule.mode {
+        Mode::Balance => forwarded,
+        Mode::Replicate => matched,
+    };
+    let upstreams = rows(&rule.upstreams, &ids.upstreams, shared);
+    let mirrors = rows(&rule.mirrors, &ids.mirrors, matched);
+    let own = view.total.of(ids.rule);
     RuleStatus {
         name: rule.name.clone(),
         key: changes::key(rule),
         tc_action: rule.action,
+        mode: rule.mode,
         upstreams,
+        mirrors,
         counters,
-        own: view.total.of(ids.rule),
+        own,
+        notes: own.notes().collect(),
         rate: grown.and_then(|(grown, counts)| grown.rate(counts.matched())),
         drop_rate: grown.and_then(|(grown, counts)| drop_rate(grown, counts)),
     }
 }
 
-/// `shared` is how many packets of the rule were forwarded.
+/// `shared` is how many packets of the rule its share is of.
 fn upstream_status(upstream: &Upstream, id: u32, shared: u64, view: &View<'_>) -> UpstreamStatus {
     let entry = view.nexthops.get(id as usize).copied().unwrap_or_default();
     let health = view.vouched.then(|| health(&entry)).flatten();
@@ -349,7 +386,7 @@ fn upstream_status(upstream: &Upstream, id: u32, shared: u64, view: &View<'_>) -
     let forwarded = grown.unwrap_or(&view.total).of(id).forwarded();
     UpstreamStatus {
         label: upstream.label(),
-        address: upstream.address,
+        address: upstream.address.clone(),
         port: upstream.port,
         next_hop: next_hop(&entry, view),
         health,
@@ -370,12 +407,15 @@ fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
     let interface = view.interfaces.get(&entry.ifindex)?;
     let gateway = nexthop::gateway(entry);
     let neighbour = view.neighbours.get(&(entry.ifindex, gateway));
-    let written = (entry.macs != types::macs::MACS_UNKNOWN).then_some(entry.destination);
+    let known = [types::macs::MACS_KNOWN, types::macs::MACS_FRESH].contains(&entry.macs);
+    let written = known.then_some(entry.destination);
     let mac = written.or_else(|| neighbour?.mac);
     Some(NextHopStatus {
         interface: (*interface).into(),
         gateway,
+        egress: nexthop::egress(entry),
         mac: mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
+        unresolved: mac.is_none() && neighbour.is_none() && entry.macs != types::macs::MACS_NONE,
         state: neighbour.map(|neighbour| neighbour.state.to_string()),
         age: neighbour.and_then(|neighbour| neighbour.confirmed).map(|age| age.as_secs()),
     })
@@ -397,7 +437,7 @@ impl NextHopStatus {
         for word in [&self.mac, &self.state].into_iter().flatten() {
             text += &format!(" {word}");
         }
-        if self.mac.is_none() && self.state.is_none() {
+        if self.unresolved {
             text += " unresolved";
         }
         if let (Some(age), Some(_)) = (self.age, &self.mac) {
@@ -492,24 +532,29 @@ impl Status {
         let mut rows = Vec::new();
         for rule in &self.rules {
             let action = match rule.tc_action {
-                crate::config::Action::Pass => "pass",
-                crate::config::Action::Block => "block",
+                Action::Pass => "pass",
+                Action::Block => "block",
             };
-            let mut row = vec![rule.name.clone(), format!("{} {action}", rule.key)];
+            let mode = if rule.mode == Mode::Replicate { " replicate" } else { "" };
+            let mut row = vec![rule.name.clone(), format!("{} {action}{mode}", rule.key)];
             row.extend(vec![String::new(); 3]);
-            row.extend(amounts(&rule.counters, rule.rate, None));
+            row.extend(amounts(&rule.counters, &rule.notes, rule.rate, None));
             rows.push(row);
-            for upstream in &rule.upstreams {
+            for (upstream, is_mirror) in rule.destinations() {
                 let name = if paper.width.is_some() { "" } else { &rule.name };
                 let hop = upstream.next_hop.as_ref();
                 let mut row = vec![
                     name.into(),
                     String::new(),
-                    upstream.endpoint.clone(),
+                    match is_mirror {
+                        true => format!("mirror {}", upstream.endpoint),
+                        false => upstream.endpoint.clone(),
+                    },
                     hop.map_or("no route".into(), NextHopStatus::text),
                     upstream.health.unwrap_or("").into(),
                 ];
-                row.extend(amounts(&upstream.counters, upstream.rate, upstream.share));
+                let notes = BTreeMap::new();
+                row.extend(amounts(&upstream.counters, &notes, upstream.rate, upstream.share));
                 rows.push(row);
             }
         }
@@ -520,8 +565,13 @@ impl Status {
     }
 }
 
-/// Forwarded packets and bytes, or their rate; the share; and what was not forwarded.
-fn amounts(counts: &Counts, rate: Option<Rate>, share: Option<f64>) -> [String; 4] {
+/// Forwarded packets and bytes, or their rate; the share; and what was not forwarded, or was noted.
+fn amounts(
+    counts: &Counts,
+    notes: &BTreeMap<&str, Count>,
+    rate: Option<Rate>,
+    share: Option<f64>,
+) -> [String; 4] {
     const STALE: &str = "stale-neighbour";
     let forwarded = counts.forwarded();
     let stale = counts.by_verdict().find(|(name, count)| *name == STALE && count.packets > 0);
@@ -539,5 +589,8 @@ fn amounts(counts: &Counts, rate: Option<Rate>, share: Option<f64>) -> [String; 
         ],
     };
     let share = share.map(|share| format!("{:.1}%", share * 100.0));
-    [packets, bytes, share.unwrap_or_default(), drops.join(", ")]
+    // they were forwarded all the same
+    let notes = notes.iter().map(|(note, count)| format!("({note} {})", count.packets));
+    let remarks: Vec<String> = drops.into_iter().chain(notes).collect();
+    [packets, bytes, share.unwrap_or_default(), remarks.join(", ")]
 }

@@ -45,6 +45,8 @@ pub enum Order {
 struct Row {
     rule: String,
     upstream: String,
+    /// It gets copies besides.
+    mirror: bool,
     health: Option<&'static str>,
     #[serde(flatten)]
     rate: Rate,
@@ -148,7 +150,7 @@ impl History {
                 view.bits_per_second += rate.bits_per_second;
                 view.drops_per_second += rule.drop_rate.unwrap_or(0.0);
             }
-            for upstream in &rule.upstreams {
+            for (upstream, is_mirror) in rule.destinations() {
                 let key = (rule.name.clone(), upstream.label.clone());
                 let mut history = self.0.remove(&key).unwrap_or_default();
                 let none = Rate { packets_per_second: 0.0, bits_per_second: 0.0 };
@@ -162,6 +164,7 @@ impl History {
                 view.upstreams.push(Row {
                     rule: key.0.clone(),
                     upstream: key.1.clone(),
+                    mirror: is_mirror,
                     health: upstream.health,
                     rate,
                     drops_per_second: upstream.drop_rate.unwrap_or(0.0),
@@ -277,7 +280,7 @@ fn cells(row: &Row, filler: &str) -> Vec<String> {
     let or = |text: Option<String>| text.unwrap_or_else(|| filler.into());
     vec![
         row.rule.clone(),
-        row.upstream.clone(),
+        if row.mirror { format!("mirror {}", row.upstream) } else { row.upstream.clone() },
         or(row.health.map(String::from)),
         format!("{:.0}", row.rate.packets_per_second),
         format!("{:.2}", row.rate.bits_per_second / 1e6),
@@ -306,6 +309,7 @@ mod tests {
         Row {
             rule: rule.into(),
             upstream: upstream.into(),
+            mirror: false,
             health: Some("up"),
             rate: Rate { packets_per_second: pps, bits_per_second: bits },
             drops_per_second: drops,

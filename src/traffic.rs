@@ -4,9 +4,10 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::config::Mode;
 use crate::counters::{Count, Counters, Counts};
 use crate::generation;
-use crate::plan::RuleIds;
+use crate::plan::{Rule, RuleIds};
 
 /// All counters at one moment, or how much they grew between two.
 #[derive(Clone, Debug)]
@@ -41,13 +42,17 @@ impl Traffic {
         Traffic { by_id, taken: self.taken, over: Some(over.max(1e-3)) }
     }
 
-    /// What was counted under one id: that of an upstream, or 0 for what belongs to no rule.
+    /// What was counted under one id: that of an upstream or mirror, or 0 for what belongs to no rule.
     pub fn of(&self, id: u32) -> Counts {
         self.by_id.get(id as usize).copied().unwrap_or_default()
     }
 
     /// Each packet of a rule once, whichever upstream it went to.
-    pub fn of_rule(&self, ids: &RuleIds) -> Counts {
+    pub fn of_rule(&self, rule: &Rule, ids: &RuleIds) -> Counts {
+        if rule.mode == Mode::Replicate {
+            // it counts packets, its receivers their copies
+            return self.of(ids.rule);
+        }
         let mut upstreams = ids.upstreams.clone();
         upstreams.sort_unstable();
         // one that is listed twice is one

@@ -7,10 +7,12 @@ use std::path::Path;
 use anyhow::anyhow;
 use sha2::{Digest, Sha256};
 
+use crate::addresses;
 use crate::cli::Target;
 use crate::config::{Config, Diagnostic, Host};
 use crate::failure::{Failure, Result};
 use crate::generation::{self, Origin};
+use crate::netlink::Netlink;
 use crate::observe::Observed;
 use crate::partial;
 use crate::plan::Desired;
@@ -122,6 +124,14 @@ impl Wanted {
         let origin = text.origin(target, digest);
         let (warnings, missing) = (Vec::new(), Vec::new());
         (!named).then_some(Wanted { origin, config: None, desired, warnings, missing })
+    }
+
+    /// Fills in what depends on the addresses that the interfaces have now.
+    pub async fn expand(&mut self, netlink: &Netlink) -> Result<()> {
+        if let Some(renewed) = addresses::renewed(netlink, &self.desired).await? {
+            self.desired = renewed;
+        }
+        Ok(())
     }
 }
 

@@ -4,7 +4,6 @@ mod common;
 
 use std::net::Ipv4Addr;
 use std::os::unix::net::UnixDatagram;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
@@ -386,24 +385,14 @@ fn a_dead_upstream_is_not_left_out_by_default() {
     assert_eq!(lab.packets("only", "10.2.0.21", "matched"), 1);
 }
 
-/// `udplb` where `/etc/hosts` is a file of the test.
-fn with_hosts(lab: &Lab, words: &str) -> Command {
-    let hosts = lab.directory.path().join("hosts");
-    let mut command = lab.relay.command("unshare");
-    let script = format!("mount --bind {} /etc/hosts && exec \"$@\"", hosts.display());
-    command.args(["--mount", "sh", "-c", &script, "sh", env!("CARGO_BIN_EXE_udplb"), "--pin-dir"]);
-    command.arg(lab.bpffs.pins()).args(words.split_whitespace());
-    command
-}
-
 #[test]
 fn a_name_that_changes_its_address_under_traffic() {
     let lab = Lab::new();
     lab.directory.write("hosts", "10.2.0.20 collector.test\n");
     let file = lab.write(&both_actions("collector.test"));
-    let outcome = with_hosts(&lab, &format!("apply {}", file.display())).output().expect("runs");
+    let outcome = lab.with_hosts(&format!("apply {}", file.display())).output().expect("runs");
     assert!(outcome.status.success(), "{outcome:?}");
-    let arpd = Arpd::spawn(&lab, with_hosts(&lab, "arpd --resolve-interval 1"));
+    let arpd = Arpd::spawn(&lab, lab.with_hosts("arpd --resolve-interval 1"));
     let old = count(bind(&lab.upstream, UPSTREAMS[0], 5001));
     let new = count(bind(&lab.upstream, UPSTREAMS[1], 5001));
     let sender = bind(&lab.client, CLIENTS[0], 0);
@@ -440,13 +429,13 @@ fn a_name_that_changes_after_a_rollback() {
     let apply = |config: &Value| {
         let file = lab.write(config);
         let words = format!("apply {}", file.display());
-        with_hosts(&lab, &words).output().expect("the program runs").status.code()
+        lab.with_hosts(&words).output().expect("the program runs").status.code()
     };
     assert_eq!(apply(&both_actions("collector.test")), Some(0));
     let left = balanced("off");
     assert_eq!(apply(&left), Some(0));
     lab.run("rollback").expect(0);
-    let arpd = Arpd::spawn(&lab, with_hosts(&lab, "arpd --resolve-interval 1"));
+    let arpd = Arpd::spawn(&lab, lab.with_hosts("arpd --resolve-interval 1"));
     lab.directory.write("hosts", "10.2.0.21 collector.test\n");
     until("the new address serves", || arpd.log().contains("generation 1 -> 3"));
     assert_eq!(lab.status()["held"], 2);

@@ -5,7 +5,8 @@ use std::path::Path as FilePath;
 
 use proptest::prelude::*;
 use udplb::config::{
-    Action, Config, Diagnostic, Finding, Hash, Host, Ports, Severity, Source, Strategy, schema,
+    Action, Config, Diagnostic, Family, Finding, Fragments, Hash, Health, Host, KeyAddress, Mode,
+    Payload, Ports, Severity, Source, State, Strategy, schema,
 };
 
 const SEED: &str = include_str!("../examples/seed.yaml");
@@ -131,10 +132,37 @@ fn key_entries_and_upstreams_are_limited() {
     assert_eq!(
         errors.iter().map(|error| &error.message[..]).collect::<Vec<_>>(),
         [
-            "100001 key entries (each port of a range is one), and at most 100000 fit",
+            "100001 key entries (each port of a range is one, for each network of senders), and at most 100000 fit",
             "65536 upstreams in all rules, and at most 65535 fit",
         ]
     );
+}
+
+#[test]
+fn one_packet_has_64_receivers_at_most() {
+    let hosts = |count| {
+        let host = |nth| format!("{{ address: 10.0.9.{nth} }}");
+        (1..=count).map(host).collect::<Vec<_>>().join(", ")
+    };
+    let key = "address: 10.0.0.5, port: 53";
+    let replicate = |count| rule(key, "mode: replicate, source: vip", &hosts(count));
+    let mirrors =
+        |count| rule(key, "", "{ address: a }") + &format!("  mirror: [{}]\n", hosts(count));
+    for (text, field) in [
+        (replicate(64), ""),
+        (mirrors(64), ""),
+        (replicate(65), "upstream"),
+        (mirrors(65), "mirror"),
+    ] {
+        if field.is_empty() {
+            accept("f", &text);
+            continue;
+        }
+        let error = &refuse("f", &text)[0];
+        assert_eq!(error.field, format!("rules[0].{field}"));
+        assert_eq!(error.message, "65 hosts, and at most 64 can get one packet");
+    }
+    accept("f", &rule(key, "", &hosts(65)));
 }
 
 #[test]
@@ -145,9 +173,14 @@ fn hostile_files_end_in_an_error() {
         writeln!(bomb, "a{level}: &a{level} [*a{below}, *a{below}]").unwrap();
     }
     let wide = format!("a: &a [{}]\nb: [{}]\n", "x,".repeat(10_000), "*a,".repeat(10_000));
+    let numbers = |form: fn(u32) -> String| (1..10_000).map(form).collect::<Vec<_>>().join(", ");
+    let ports = numbers(|port| port.to_string());
+    let from = numbers(|nth| format!("10.0.{}.{}", nth / 100, nth % 100));
+    let claims = format!("address: 10.0.0.5, port: [{ports}], from: [{from}]");
     let cases = [
         ("f", bomb),
         ("f", wide),
+        ("f", rule(&claims, "", "{ address: 10.0.9.1 }")),
         ("f", "[".repeat(100_000)),
         ("f", "{a: ".repeat(100_000)),
         ("f", "- ".repeat(100_000)),
@@ -193,9 +226,162 @@ fn the_map_form_has_its_own_defaults() {
     let rule = accept("f", &text).rules.remove(0);
     assert_eq!(
         (rule.action, rule.strategy, rule.hash, rule.source),
-        (Action::Pass, Strategy::SrcIpPort, Hash::Modulo, Source::Vip)
+        (Action::Pass, Strategy::SrcIpPort, Hash::Maglev, Source::Vip)
     );
     assert_eq!(rule.upstreams[0].port, None);
+}
+
+#[test]
+fn every_word_is_read() {
+    let text = "
+version: 1
+defaults: { strategy: payload, payload: statsd, hash: modulo, fragments: drop }
+rules:
+- name: all
+  key: { address: 10.0.0.5, port: any, from: [10.20.0.0/16, 192.0.2.1] }
+  options: { tc_action: block, mode: replicate, source: preserve }
+  upstream:
+  - { address: 10.0.9.1, sample: 10 }
+  - { address: 10.0.9.2, source: egress, state: drained }
+- name: one
+  key: { address: any, port: 53 }
+  options: { hash: maglev, payload: { offset: 4, length: \"8\" }, health: neighbour, fragments: pass }
+  upstream:
+  - { address: a.example, weight: 2, state: active }
+  mirror:
+  - { name: m, address: 10.0.9.1, port: 54, sample: 1000000, source: vip, state: drained }
+- name: names
+  key: { address: any, port: 53, from: \"::/0\" }
+  options: { strategy: random }
+  upstream: [{ address: a.example }]
+";
+    let config = accept("f", text);
+    assert!(config.warnings.is_empty());
+    let [all, one, names] = &config.rules[..] else { panic!("three rules") };
+    assert!(all.key.ports.is_empty());
+    assert_eq!(
+        all.key.from.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["10.20.0.0/16", "192.0.2.1"]
+    );
+    // what the defaults say of the selection is not for this rule
+    assert_eq!(
+        (all.mode, all.strategy, all.payload, all.hash),
+        (Mode::Replicate, Strategy::SrcIpPort, None, Hash::Maglev)
+    );
+    assert_eq!((all.source, all.fragments), (Source::Preserve, Fragments::Drop));
+    let [sampled, drained] = &all.upstreams[..] else { panic!("two upstreams") };
+    assert_eq!((sampled.sample, sampled.source, sampled.state), (Some(10), None, State::Active));
+    assert_eq!(
+        (drained.sample, drained.source, drained.state),
+        (None, Some(Source::Egress), State::Drained)
+    );
+
+    assert_eq!(one.key.address, KeyAddress::Any);
+    assert_eq!(
+        (one.mode, one.strategy, one.payload, one.hash),
+        (
+            Mode::Balance,
+            Strategy::Payload,
+            Some(Payload::Bytes { offset: 4, length: 8 }),
+            Hash::Maglev
+        )
+    );
+    assert_eq!((one.health, one.fragments), (Health::Neighbour, Fragments::Pass));
+    assert_eq!(one.upstreams[0].weight, Some(2));
+    let mirror = &one.mirrors[0];
+    assert_eq!((mirror.sample, mirror.source), (Some(1_000_000), Some(Source::Vip)));
+    assert_eq!((mirror.state, mirror.endpoint()), (State::Drained, "10.0.9.1:54".into()));
+    // by its mirror, and by its senders
+    assert_eq!((one.family(), names.family()), (Family::V4, Family::V6));
+    assert_eq!((names.strategy, names.payload), (Strategy::Random, None));
+}
+
+#[test]
+fn addresses_are_of_both_families() {
+    let text = "
+- key: { address: 2001:DB8::5, port: 53 }
+  upstream:
+  - { address: fe80::1%eth0, port: 54 }
+  - { address: \"2001:db8:0::6\", port: 54 }
+";
+    for text in [text.into(), format!("version: 1\nrules:{text}")] {
+        let rule = accept("f", &text).rules.remove(0);
+        assert_eq!((rule.name.as_str(), rule.family()), ("[2001:db8::5]:53", Family::V6));
+        let endpoints: Vec<String> = rule.upstreams.iter().map(|it| it.endpoint()).collect();
+        assert_eq!(endpoints, ["[fe80::1%eth0]:54", "[2001:db8::6]:54"]);
+    }
+    for key in ["224.0.0.1", "239.1.2.3", "255.255.255.255", "10.0.0.255", "127.0.0.1"] {
+        let key = format!("address: {key}, port: 53");
+        accept("f", &rule(&key, "source: preserve", "{ address: 10.0.9.1 }"));
+    }
+    for key in ["ff02::1", "fe80::5", "::1"] {
+        let key = format!("address: \"{key}\", port: any");
+        let upstream = "{ address: a, source: egress }";
+        let rule = accept("f", &rule(&key, "", upstream)).rules.remove(0);
+        assert_eq!(rule.family(), Family::V6);
+    }
+}
+
+/// The nearer of two keys has the packet, so that these are different.
+#[test]
+fn keys_may_overlap_where_it_is_clear_whose_the_packet_is() {
+    let rules = |keys: &[&str]| {
+        let rules = keys.iter().enumerate().map(|(nth, key)| {
+            let (v6, key) = (key.contains(":db8:"), key);
+            let upstream = if v6 { "\"2001:db8::9\"" } else { "10.0.9.1" };
+            format!("- name: r{nth}\n  key: {{ {key} }}\n  upstream: [{{ address: {upstream} }}]\n")
+        });
+        format!("version: 1\nrules:\n{}", rules.collect::<String>())
+    };
+    let good = [
+        "address: 10.0.0.5, port: 53",
+        "address: 10.0.0.5, port: any",
+        "address: 10.0.0.5, port: 50-60, from: 10.0.0.0/8",
+        "address: 10.0.0.5, port: [53, 54], from: 10.1.0.0/16",
+        "address: 10.0.0.5, port: any, from: [10.2.0.0/16, 10.1.0.0/16]",
+        "address: any, port: 53",
+        "address: any, port: any",
+        "address: any, port: 53, from: 2001:db8::/32",
+        "address: any, port: any, from: 2001:db8::/32",
+        "address: any, port: any, from: 192.0.2.1",
+    ];
+    assert!(accept("f", &rules(&good)).warnings.is_empty());
+    for key in good {
+        refuse("f", &rules(&[key, key]));
+    }
+}
+
+#[test]
+fn copies_that_all_come_from_this_host_are_a_warning() {
+    let key = "address: 10.0.0.5, port: 53";
+    let warnings = |options: &str, upstream: &str| {
+        let warnings = accept("f", &rule(key, options, upstream)).warnings;
+        warnings.into_iter().map(|it| (it.field, it.line)).collect::<Vec<_>>()
+    };
+    let two = "{ address: 10.0.9.1 }, { address: 10.0.9.2 }";
+    let one_says = "{ address: 10.0.9.1, source: vip }, { address: 10.0.9.2 }";
+    let both_say = "{ address: 10.0.9.1, source: vip }, { address: 10.0.9.2, source: egress }";
+    let warned = || vec![("rules[0].options".to_string(), 4)];
+    assert_eq!(warnings("mode: replicate", two), warned());
+    assert_eq!(warnings("mode: replicate", one_says), warned());
+    assert_eq!(warnings("mode: replicate", both_say), []);
+    assert_eq!(warnings("mode: replicate, source: vip", two), []);
+    assert_eq!(warnings("mode: balance", two), []);
+    let by_default = rule(key, "mode: replicate", two)
+        .replace("rules:", "defaults: { source: preserve }\nrules:");
+    assert!(accept("f", &by_default).warnings.is_empty());
+}
+
+#[test]
+fn weights_have_a_limit_together() {
+    let weights = |first: u32, second: u32| {
+        let upstream = format!(
+            "{{ address: 10.0.9.1, weight: {first} }}, {{ address: 10.0.9.2, weight: {second} }}"
+        );
+        Config::parse("f", &rule("address: 10.0.0.5, port: 53", "", &upstream)).is_ok()
+    };
+    assert!(weights(9_999, 1) && weights(10_000, 10_000) && weights(10_000, 2));
+    assert!(!weights(10_000, 1));
 }
 
 #[test]
@@ -206,12 +392,17 @@ fn yaml_toml_and_json_say_the_same() {
     assert_eq!(yaml.interfaces, ["ens3"]);
     assert_eq!(toml.interfaces, ["ens3"]);
 
-    let [flows, metrics, syslog] = &yaml.rules[..] else { panic!("three rules") };
+    assert!(yaml.warnings.is_empty());
+    let [flows, metrics, syslog, syslog6] = &yaml.rules[..] else { panic!("four rules") };
     assert_eq!(flows.key.ports[2], Ports { first: 6343, last: 6350 });
-    assert_eq!(flows.source, Source::Preserve);
+    assert_eq!((flows.mode, flows.source), (Mode::Replicate, Source::Preserve));
+    assert_eq!(flows.upstreams[2].source, Some(Source::Egress));
     assert_eq!((metrics.action, metrics.strategy), (Action::Block, Strategy::SrcIp));
     assert_eq!(metrics.upstreams[1].port, Some(9125));
+    assert_eq!(metrics.upstreams[2].state, State::Drained);
     assert_eq!(syslog.upstreams[0].address, Host::Name("logs.example.net".into()));
+    assert_eq!(syslog.mirrors[0].endpoint(), "10.0.9.30");
+    assert_eq!(syslog6.family(), Family::V6);
 
     let value: serde_json::Value = serde_yaml::from_str(YAML).unwrap();
     for json in [value.to_string(), serde_json::to_string_pretty(&value).unwrap()] {
@@ -292,16 +483,16 @@ fn later_stages_cite_the_file() {
     let config = accept("udplb.yaml", YAML);
     let at = config.rules[2].upstreams[0].at.field("address");
     let error = &config.errors(vec![Finding::new(&at, "does not resolve")])[0];
-    assert_eq!((error.line, error.severity), (32, Severity::Error));
+    assert_eq!((error.line, error.severity), (37, Severity::Error));
     assert_eq!(
         error.to_string().lines().next(),
-        Some("error: udplb.yaml:32:35: rules[2].upstream[0].address: does not resolve")
+        Some("error: udplb.yaml:37:35: rules[2].upstream[0].address: does not resolve")
     );
     let config = accept("udplb.toml", TOML);
     let warning = &config.warnings(vec![Finding::new(&at, "has two addresses")])[0];
     assert_eq!(
         warning.to_string().lines().next(),
-        Some("warning: udplb.toml:32:43: rules[2].upstream[0].address: has two addresses")
+        Some("warning: udplb.toml:39:43: rules[2].upstream[0].address: has two addresses")
     );
 }
 
@@ -330,7 +521,7 @@ fn diagnostics_are_data() {
 
 #[test]
 fn hosts_are_plain_strings() {
-    for text in ["10.0.9.1", "logs.example.net"] {
+    for text in ["10.0.9.1", "2001:db8::5", "fe80::1%eth0", "logs.example.net"] {
         let host: Host = serde_json::from_value(text.into()).unwrap();
         assert_eq!(host.to_string(), text);
         assert_eq!(serde_json::to_value(&host).unwrap(), text);
@@ -342,7 +533,7 @@ fn hosts_are_plain_strings() {
 
 /// The schema's words for an option, in the map form and in the bare list.
 #[test]
-fn the_schema_has_the_words_that_are_built() {
+fn the_schema_has_the_words() {
     let schema = schema();
     assert_eq!(schema["$schema"], "http://json-schema.org/draft-07/schema#");
     let [map, list] = &schema["oneOf"].as_array().unwrap()[..] else { panic!("two forms") };
@@ -353,9 +544,15 @@ fn the_schema_has_the_words_that_are_built() {
         options
     });
     let options = &rule["options"]["properties"];
-    assert_eq!(options["hash"]["enum"], serde_json::json!(["modulo"]));
-    assert_eq!(options["hash"]["default"], serde_json::Value::Null);
+    assert_eq!(options["hash"]["enum"], serde_json::json!(["modulo", "maglev"]));
+    assert_eq!(options["hash"]["default"], "maglev");
     assert_eq!(options["tc_action"]["default"], "pass");
+    assert_eq!(options["payload"]["anyOf"][0]["enum"], serde_json::json!(["statsd"]));
+    let upstream = &rule["upstream"]["items"]["properties"];
+    assert_eq!(upstream["source"]["enum"], serde_json::json!(["vip", "preserve", "egress"]));
+    assert_eq!(upstream["source"]["default"], serde_json::Value::Null);
+    assert_eq!(upstream["weight"]["maximum"], 10_000);
+    assert_eq!(rule["mirror"]["items"]["properties"]["weight"], serde_json::Value::Null);
     assert_eq!(map["required"], serde_json::json!(["version", "rules"]));
     assert_eq!(map["additionalProperties"], false);
 
@@ -452,6 +649,16 @@ const PIECES: &[&str] = &[
     "1-65535",
     "port",
     "port: 1",
+    "port: any",
+    "from: [10.0.0.0/8]",
+    "weight: 2",
+    "sample: 2",
+    "mode: replicate",
+    "mirror: [{address: a}]",
+    "payload: {offset: 1, length: 2}",
+    "strategy: payload",
+    "2001:db8::1",
+    "fe80::1%e",
     "address: 1",
     "version: 1\n",
     "name: a\n",

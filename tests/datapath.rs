@@ -171,7 +171,7 @@ fn no_such_interface(action: Action, fate: Fate) -> Case {
 /// What user space knows is of the upstream that had the id before.
 fn another_upstreams(action: Action) -> Case {
     let tamper: Tamper = |program, ids| {
-        program.change_nexthop(ids.upstreams[0], |hop| hop.address = wire(NEAR));
+        program.change_nexthop(ids.upstreams[0], |hop| hop.address = wire(NEAR.into()));
     };
     let fate = Dropped("no-route", Under::Upstream);
     let name = "for another upstream";
@@ -573,7 +573,7 @@ fn a_gso_packet_is_its_segments() {
         // the same by what user space knows
         let known = |mtu| Some(testbed.hop(mtu, Some(GATEWAY_MAC)));
         testbed.check_all(cases.map(|case| {
-            let narrow = case.rule.upstreams[0].address == NARROW;
+            let narrow = case.rule.upstreams[0].address == NARROW.into();
             let fate = match case.fate {
                 Sent(verdict, _) => Queued(verdict),
                 fate => fate,

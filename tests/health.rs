@@ -21,7 +21,7 @@ fn balanced(skip: Health) -> Rule {
 fn set_down(program: &Program<'_>, ids: &[u32]) {
     for id in ids {
         program.change_nexthop(*id, |hop| {
-            hop.address = udplb::tables::wire(NEAR);
+            hop.address = udplb::tables::wire(NEAR.into());
             hop.health = types::health::HEALTH_DOWN;
         });
     }

@@ -477,11 +477,45 @@ fn a_crash_between_two_swaps_leaves_two_generations_serving() {
     }
 }
 
+/// They have a program of their own, which is there only where it is needed.
+#[test]
+fn interfaces_without_mac_addresses() {
+    let lab = Lab::new();
+    let program_of = |interface: &str| {
+        let filters = lab.filters(interface);
+        let id = filters.split_once(" id ").expect("a filter").1.split(' ').next();
+        id.expect("an id").parse::<u32>().expect("a number")
+    };
+    let l3_pin =
+        |number: u32| lab.bpffs.pins().join(format!("generations/{number}/program-l3")).exists();
+    lab.apply(&to_port(7001));
+    assert!(!l3_pin(1));
+    lab.relay.ip("tuntap add tun0 mode tun");
+    lab.relay.ip("link set tun0 up");
+    lab.apply(&on(&["eth0", "tun0"], to_port(7001)));
+    assert!(l3_pin(2));
+    assert_ne!(program_of("eth0"), program_of("tun0"));
+    lab.run("status").expect(0);
+    expect_way(&lab, 7001);
+    assert_eq!(lab.apply(&on(&["eth0", "tun0"], to_port(7001)))["changed"], false);
+    lab.run("rollback").expect(0);
+    assert_eq!(lab.filters("tun0"), "");
+    lab.run("rollback").expect(0);
+    assert_ne!(program_of("eth0"), program_of("tun0"));
+    // its pin is gone, and then the generation too
+    fs::remove_file(lab.bpffs.pins().join("generations/2/program-l3")).expect("a pin");
+    lab.run("status").expect(3);
+    lab.apply(&on(&["eth0", "tun0"], to_port(7001)));
+    lab.run("status").expect(0);
+    lab.run("detach --purge").expect(0);
+    assert_eq!(lab.filters("tun0"), "");
+}
+
 #[test]
 fn an_interface_that_is_missing_or_made_anew() {
     let lab = Lab::new();
     lab.try_apply(&on(&["eth7"], to_port(7001)), "").expect(1).says(&["no interface eth7"]);
-    lab.try_apply(&on(&["lo"], to_port(7001)), "").expect(1).says(&["lo", "no Ethernet"]);
+    lab.try_apply(&on(&["lo"], to_port(7001)), "").expect(1).says(&["lo carries neither"]);
     lab.apply(&on(&["eth0", "up0"], to_port(7001)));
     lab.relay.ip("link del up0");
     let status = lab.run("status").expect(3);

@@ -7,7 +7,6 @@ mod model;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::net::Ipv4Addr;
 
 use anyhow::{anyhow, bail};
 use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, to_port};
@@ -18,9 +17,7 @@ use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use serde_json::{Value, json};
 use udplb::apply::Executor;
-use udplb::config::{
-    Action as TcAction, Config, Hash, Health, Host, Key, Ports, Source, Strategy as Selection,
-};
+use udplb::config::{Action as TcAction, Address, Config, Hash, Key, Ports, Strategy as Selection};
 use udplb::diff::{self, Action, Plan, Refusal};
 use udplb::generation::Origin;
 use udplb::netlink::Netlink;
@@ -33,26 +30,17 @@ const INTERFACES: [&str; 3] = ["a", "b", "c"];
 const ALL: usize = usize::MAX;
 
 fn upstream() -> impl Strategy<Value = Upstream> {
-    (1..=4_u8, prop::option::of(9_000..9_002_u16)).prop_map(|(host, port)| {
-        let address = Ipv4Addr::new(10, 0, 9, host);
-        Upstream { name: None, host: Host::Address(address), address, port }
-    })
+    (1..=4_u8, prop::option::of(9_000..9_002_u16))
+        .prop_map(|(host, port)| Upstream::new([10, 0, 9, host], port))
 }
 
 fn rule(number: u16) -> impl Strategy<Value = Rule> {
     let actions = select(vec![TcAction::Pass, TcAction::Block]);
-    (actions, vec(upstream(), 1..4)).prop_map(move |(action, upstreams)| Rule {
-        name: format!("rule {number}"),
-        key: Key {
-            address: Ipv4Addr::new(10, 0, 0, 5),
-            ports: vec![Ports { first: 1000 + number, last: 1000 + number }],
-        },
-        action,
-        strategy: Selection::SrcIp,
-        hash: Hash::Modulo,
-        source: Source::Vip,
-        health: Health::Off,
-        upstreams,
+    (actions, vec(upstream(), 1..4)).prop_map(move |(action, upstreams)| {
+        let ports = Ports { first: 1000 + number, last: 1000 + number };
+        let key = Key::new([10, 0, 0, 5], vec![ports]);
+        let rule = Rule::new(format!("rule {number}"), key, upstreams);
+        Rule { action, strategy: Selection::SrcIp, hash: Hash::Modulo, ..rule }
     })
 }
 
@@ -63,6 +51,7 @@ fn desired() -> impl Strategy<Value = Desired> {
     (interfaces, rules).prop_map(|(interfaces, rules)| Desired {
         interfaces: interfaces.into_iter().map(String::from).collect(),
         rules,
+        ..Desired::default()
     })
 }
 
@@ -140,7 +129,7 @@ fn check_ids(kernel: &Kernel) {
         for (rule, ids) in description.desired.rules.iter().zip(&description.ids) {
             let mut holders = vec![(ids.rule, (&rule.name, None))];
             holders.extend(rule.upstreams.iter().zip(&ids.upstreams).map(|(upstream, id)| {
-                (*id, (&rule.name, Some((upstream.address, upstream.port))))
+                (*id, (&rule.name, Some((&upstream.address, upstream.port))))
             }));
             for (id, holder) in holders {
                 assert_ne!(id, 0);
@@ -291,10 +280,10 @@ proptest! {
 fn a_generation_that_was_never_attached_is_not_gone_back_to() {
     let mut kernel = Kernel::new(&INTERFACES);
     assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
-    let one = Desired { interfaces: vec!["a".into()], rules: Vec::new() };
+    let one = Desired { interfaces: vec!["a".into()], ..Desired::default() };
     kernel.apply(&one, false, ALL).expect("no refusal");
     assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
-    let two = Desired { interfaces: vec!["b".into()], rules: Vec::new() };
+    let two = Desired { interfaces: vec!["b".into()], ..Desired::default() };
     let plan = diff::apply(&kernel.observed, &two, &Origin::default(), false).expect("no refusal");
     assert!(matches!(plan.actions[0], Action::Build(_)));
     kernel.apply(&two, false, 1).expect("no refusal");
@@ -303,7 +292,7 @@ fn a_generation_that_was_never_attached_is_not_gone_back_to() {
 
 #[test]
 fn another_program_is_another_generation() {
-    let one = Desired { interfaces: vec!["a".into()], rules: Vec::new() };
+    let one = Desired { interfaces: vec!["a".into()], ..Desired::default() };
     let mut kernel = Kernel::new(&INTERFACES);
     kernel.apply(&one, false, ALL).expect("no refusal");
     let object =
@@ -319,7 +308,7 @@ fn another_program_is_another_generation() {
 
 #[test]
 fn what_is_not_ours_to_change_is_refused() {
-    let one = Desired { interfaces: vec!["a".into()], rules: Vec::new() };
+    let one = Desired { interfaces: vec!["a".into()], ..Desired::default() };
     let kernel = Kernel::new(&INTERFACES);
     let refusal = |change: &dyn Fn(&mut Kernel)| {
         let mut kernel = kernel.clone();
@@ -364,7 +353,7 @@ fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> any
             .map_err(|failure| anyhow!("{failure}"))?;
         let observed = observe(Some(&guard), &netlink).await?;
         let plan = plan(&observed).map_err(|refusal| anyhow!("{refusal}"))?;
-        let addresses: BTreeSet<Ipv4Addr> = UPSTREAMS.into_iter().collect();
+        let addresses: BTreeSet<Address> = UPSTREAMS.into_iter().map(Address::from).collect();
         let ways = nexthop::resolve(&netlink, &addresses).await?;
         let mut steps = 0;
         let mut witness = |_: &Action| {

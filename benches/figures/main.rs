@@ -8,6 +8,7 @@ mod apply;
 mod floors;
 mod healing;
 mod packets;
+mod tables;
 mod veth;
 
 #[path = "../../tests/common/mod.rs"]
@@ -16,11 +17,12 @@ mod common;
 /// A part of the figures: its name, and how it is measured.
 type Part = (&'static str, fn(&mut Report));
 
-const PARTS: [Part; 4] = [
+const PARTS: [Part; 5] = [
     ("packets", packets::measure),
     ("veth", veth::measure),
     ("apply", apply::measure),
     ("healing", healing::measure),
+    ("tables", tables::measure),
 ];
 
 /// The parts that are named; all where none is.
@@ -28,7 +30,7 @@ fn main() {
     // cargo adds --bench
     let named: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
     if let Some(word) = named.iter().find(|word| !PARTS.iter().any(|(name, _)| name == word)) {
-        eprintln!("there is no part {word}, but packets, veth, apply and healing");
+        eprintln!("there is no part {word}, but packets, veth, apply, healing and tables");
         std::process::exit(64);
     }
     let mut report = Report::default();

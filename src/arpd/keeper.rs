@@ -2,12 +2,13 @@
 //! events and the time go in, actions come out.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use crate::bpf::{bytes_of, types};
+use crate::config::Address;
 use crate::netlink::{
-    Link, Neighbour, NeighbourKey, NeighbourRequest, NudState, OUR_PROTOCOL, Route,
+    Layer, Link, Neighbour, NeighbourKey, NeighbourRequest, NeighbourTable, NudState, OUR_PROTOCOL,
+    Route,
 };
 use crate::nexthop::{self, Hop, Way};
 use types::health as Health;
@@ -25,10 +26,10 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const PROBES: u32 = 100;
 
 /// An upstream of the generation that serves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Upstream {
     pub id: u32,
-    pub address: Ipv4Addr,
+    pub address: Address,
 }
 
 /// A step to be taken.
@@ -89,7 +90,7 @@ pub struct Keeper {
     upstreams: Vec<Upstream>,
     links: HashMap<u32, Link>,
     /// `None` in front of the first answer.
-    paths: HashMap<Ipv4Addr, Result<Vec<Route>, String>>,
+    paths: HashMap<Address, Result<Vec<Route>, String>>,
     tracked: BTreeMap<NeighbourKey, Tracked>,
     written: HashMap<u32, Entry>,
     /// Upstreams whose entry may have changed.
@@ -134,15 +135,25 @@ impl Keeper {
     }
 
     /// The addresses whose routes are wanted.
-    pub fn addresses(&self) -> Vec<Ipv4Addr> {
-        let addresses: BTreeSet<Ipv4Addr> =
-            self.upstreams.iter().map(|upstream| upstream.address).collect();
+    pub fn addresses(&self) -> Vec<Address> {
+        let addresses: BTreeSet<Address> =
+            self.upstreams.iter().map(|upstream| upstream.address.clone()).collect();
         addresses.into_iter().collect()
+    }
+
+    /// All interfaces, by index.
+    pub fn links(&self) -> &HashMap<u32, Link> {
+        &self.links
     }
 
     /// How many neighbours there are to look after.
     pub fn neighbours(&self) -> usize {
         self.tracked.len()
+    }
+
+    /// How many of one family.
+    pub fn neighbours_of(&self, ipv6: bool) -> usize {
+        self.tracked.keys().filter(|key| key.1.is_ipv6() == ipv6).count()
     }
 
     /// Whether a neighbour is one of them.
@@ -176,7 +187,7 @@ impl Keeper {
     }
 
     /// The paths to each of [`Keeper::addresses`].
-    pub fn set_paths(&mut self, paths: Vec<(Ipv4Addr, Result<Vec<Route>, String>)>, now: Now) {
+    pub fn set_paths(&mut self, paths: Vec<(Address, Result<Vec<Route>, String>)>, now: Now) {
         let paths: HashMap<_, _> = paths.into_iter().collect();
         self.tell_moves(&paths);
         self.paths = paths;
@@ -184,13 +195,13 @@ impl Keeper {
         self.dirty.extend(0..self.upstreams.len());
     }
 
-    fn tell_moves(&mut self, paths: &HashMap<Ipv4Addr, Result<Vec<Route>, String>>) {
-        let mut moves: BTreeMap<(String, String), Vec<Ipv4Addr>> = BTreeMap::new();
+    fn tell_moves(&mut self, paths: &HashMap<Address, Result<Vec<Route>, String>>) {
+        let mut moves: BTreeMap<(String, String), Vec<&Address>> = BTreeMap::new();
         for (address, new) in paths {
             let Some(old) = self.paths.get(address) else { continue };
             let (old, new) = (self.path_text(old), self.path_text(new));
             if old != new {
-                moves.entry((old, new)).or_default().push(*address);
+                moves.entry((old, new)).or_default().push(address);
             }
         }
         for ((old, new), mut addresses) in moves {
@@ -344,7 +355,7 @@ impl Keeper {
     }
 
     fn is_reachable_link(&self, key: NeighbourKey) -> bool {
-        self.links.get(&key.0).is_some_and(|link| LinkState::of(Some(link)) == LinkState::Asking)
+        LinkState::of(self.links.get(&key.0)) == LinkState::Asking
     }
 
     /// What is due by now; to be called several times a second.
@@ -416,20 +427,20 @@ impl Keeper {
         self.tell_changes();
         let rewrite = std::mem::take(&mut self.rewrite);
         for index in std::mem::take(&mut self.dirty) {
-            let Some(upstream) = self.upstreams.get(index).copied() else { continue };
+            let Some(upstream) = self.upstreams.get(index) else { continue };
             if !self.paths.contains_key(&upstream.address) {
                 continue;
             }
-            let entry = Entry(self.entry(upstream));
-            if rewrite || self.written.get(&upstream.id) != Some(&entry) {
-                self.written.insert(upstream.id, entry);
-                self.actions.push(Action::Write(upstream.id, entry));
+            let (id, entry) = (upstream.id, Entry(self.entry(upstream)));
+            if rewrite || self.written.get(&id) != Some(&entry) {
+                self.written.insert(id, entry);
+                self.actions.push(Action::Write(id, entry));
             }
         }
         std::mem::take(&mut self.actions)
     }
 
-    fn entry(&self, upstream: Upstream) -> types::nexthop {
+    fn entry(&self, upstream: &Upstream) -> types::nexthop {
         let down = |path: &&Route| {
             let tracked = self.tracked.get(&path.neighbour());
             tracked.is_none_or(|tracked| tracked.health == Health::HEALTH_DOWN)
@@ -439,8 +450,8 @@ impl Keeper {
             Some(Ok(paths)) => paths.iter().find(|path| !down(path)).or(paths.first()),
             _ => None,
         };
-        let way = path.filter(|path| !path.local).and_then(|path| self.way(path));
-        let mut entry = nexthop::entry(upstream.address, way.as_ref());
+        let way = path.filter(|path| !path.local).and_then(|path| self.way(upstream, path));
+        let mut entry = nexthop::entry(upstream.address.ip, way.as_ref());
         match path.and_then(|path| self.tracked.get(&path.neighbour())) {
             Some(tracked) => (entry.health, entry.since) = (tracked.health, tracked.since),
             None => {
@@ -452,22 +463,16 @@ impl Keeper {
                 entry.since = before.map_or(self.seconds, |before| before.since);
             }
         }
-        if path.is_none_or(|path| self.valid_entry(path).is_none()) {
+        if entry.macs == types::macs::MACS_UNKNOWN {
             self.keep_last_macs(upstream.id, &mut entry);
         }
         entry
     }
 
-    fn way(&self, path: &Route) -> Option<Way> {
+    fn way(&self, upstream: &Upstream, path: &Route) -> Option<Way> {
         let link = self.links.get(&path.ifindex)?;
-        let known = self.valid_entry(path);
-        Some(Way::Hop(Hop {
-            interface: link.name.clone(),
-            ifindex: link.index,
-            gateway: path.gateway,
-            mtu: path.mtu.unwrap_or(link.mtu),
-            macs: link.mac.filter(|_| link.ethernet).zip(known.and_then(|known| known.mac)),
-        }))
+        let mac = self.valid_entry(path).and_then(|entry| entry.mac);
+        Some(Way::Hop(Hop::new(upstream.address.ip, path, link, mac)))
     }
 
     fn valid_entry(&self, path: &Route) -> Option<Neighbour> {
@@ -500,7 +505,7 @@ impl LinkState {
     fn of(link: Option<&Link>) -> LinkState {
         match link {
             Some(link) if !link.up || !link.carrier => LinkState::Down,
-            Some(link) if !link.ethernet => LinkState::Pointed,
+            Some(link) if link.layer != Some(Layer::Ethernet) => LinkState::Pointed,
             Some(_) => LinkState::Asking,
             None => LinkState::Down,
         }
@@ -649,24 +654,25 @@ fn mac(mac: [u8; 6]) -> String {
 }
 
 /// Whether more neighbours are wanted than the kernel's table holds; with the advice to give.
-pub fn overflow(wanted: usize, others: usize, threshold2: u32, threshold3: u32) -> Option<String> {
+pub fn overflow(wanted: usize, others: usize, table: &NeighbourTable) -> Option<String> {
     let all = wanted + others;
-    let (name, limit) = if all >= threshold3 as usize {
-        ("gc_thresh3", threshold3)
-    } else if all > threshold2 as usize {
-        ("gc_thresh2", threshold2)
+    let (name, limit) = if all >= table.threshold3 as usize {
+        ("gc_thresh3", table.threshold3)
+    } else if all > table.threshold2 as usize {
+        ("gc_thresh2", table.threshold2)
     } else {
         return None;
     };
     Some(format!(
         "{all} neighbours ({wanted} next hops, {others} others) are more than the kernel's table is set for: \
-         raise the sysctl net.ipv4.neigh.default.{name} (now {limit})"
+         raise the sysctl {} (now {limit})",
+        table.sysctl(name)
     ))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
+    use std::net::{IpAddr, Ipv4Addr};
 
     use super::*;
 
@@ -680,16 +686,24 @@ mod tests {
         keeper: Keeper,
         start: Instant,
         passed: Duration,
+        layer: Layer,
+        address: IpAddr,
     }
 
     impl World {
         fn new() -> World {
+            World::of(ADDRESS.into(), Layer::Ethernet)
+        }
+
+        /// Of an upstream at an address, on a link of a kind.
+        fn of(address: IpAddr, layer: Layer) -> World {
             let keeper = Keeper::new(Duration::from_secs(2));
-            let mut world = World { keeper, start: Instant::now(), passed: Duration::ZERO };
-            let upstream = Upstream { id: 1, address: ADDRESS };
+            let (start, passed) = (Instant::now(), Duration::ZERO);
+            let mut world = World { keeper, start, passed, layer, address };
+            let upstream = Upstream { id: 1, address: address.into() };
             world.keeper.set_upstreams(vec![(upstream, types::nexthop::default())]);
             world.link(true);
-            world.route(ADDRESS);
+            world.route(address);
             world
         }
 
@@ -703,9 +717,10 @@ mod tests {
                 name: "eth0".into(),
                 mac: Some(OWN),
                 mtu: 1500,
+                mtu6: None,
                 up: true,
                 carrier,
-                ethernet: true,
+                layer: Some(self.layer),
                 kind: String::new(),
                 lower: None,
                 controller: None,
@@ -713,14 +728,19 @@ mod tests {
             self.keeper.set_links(vec![link]);
         }
 
-        fn route(&mut self, gateway: Ipv4Addr) {
-            let path = Route { ifindex: 7, gateway: gateway.into(), mtu: None, local: false };
-            self.keeper.set_paths(vec![(ADDRESS, Ok(vec![path]))], self.now());
+        fn route(&mut self, gateway: impl Into<IpAddr>) {
+            self.route_from(gateway, None);
+        }
+
+        fn route_from(&mut self, gateway: impl Into<IpAddr>, egress: Option<IpAddr>) {
+            let gateway = gateway.into();
+            let path = Route { ifindex: 7, gateway, mtu: None, egress, local: false };
+            self.keeper.set_paths(vec![(self.address.into(), Ok(vec![path]))], self.now());
         }
 
         fn neighbour(&mut self, state: NudState) {
             let mac = state.is_valid().then_some(THEIRS);
-            self.keeper.set_neighbour(entry(KEY, state, mac), self.now());
+            self.keeper.set_neighbour(entry((7, self.address), state, mac), self.now());
         }
 
         /// Lets time pass and returns what is to be done then.
@@ -730,8 +750,12 @@ mod tests {
             self.keeper.actions()
         }
 
+        fn entry(&self) -> types::nexthop {
+            self.keeper.written[&1].0
+        }
+
         fn health(&self) -> Health {
-            self.keeper.written[&1].0.health
+            self.entry().health
         }
     }
 
@@ -780,6 +804,53 @@ mod tests {
     }
 
     #[test]
+    fn one_of_ipv6_likewise() {
+        let address: IpAddr = "2001:db8::2".parse().unwrap();
+        let mut world = World::of(address, Layer::Ethernet);
+        let asked_for = |actions: Vec<Action>| match actions[..] {
+            [Action::Ask(key, request), ..] => (key, request),
+            _ => panic!("{actions:?}"),
+        };
+        assert_eq!(asked_for(world.after(0)), ((7, address), NeighbourRequest::Keep));
+        world.neighbour(NudState::Reachable);
+        world.after(0);
+        let entry = world.entry();
+        assert_eq!((entry.health, entry.macs), (Health::HEALTH_UP, types::macs::MACS_FRESH));
+        assert_eq!(nexthop::gateway(&entry), address);
+        assert_eq!(entry.address.map(u32::from_be), [0x2001_0db8, 0, 0, 2]);
+        assert_eq!(asked_for(world.after(2000)), ((7, address), NeighbourRequest::Probe));
+    }
+
+    #[test]
+    fn where_there_are_no_mac_addresses_nobody_asks() {
+        let mut world = World::of(ADDRESS.into(), Layer::Ip);
+        for _ in 0..3 {
+            assert!(asked(&world.after(2000)).is_empty());
+        }
+        assert!(world.keeper.is_settled());
+        let entry = world.entry();
+        assert_eq!((entry.health, entry.macs), (Health::HEALTH_UP, types::macs::MACS_NONE));
+        assert_eq!((entry.ifindex, nexthop::gateway(&entry)), (7, ADDRESS.into()));
+        world.link(false);
+        assert_eq!(told(&world.after(0)).len(), 1);
+        assert_eq!(world.health(), Health::HEALTH_DOWN);
+        world.link(true);
+        world.after(0);
+        assert_eq!(world.health(), Health::HEALTH_UP);
+    }
+
+    #[test]
+    fn the_own_address_on_the_way_is_followed() {
+        let mut world = World::new();
+        world.after(0);
+        for own in [Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 7)] {
+            world.route_from(ADDRESS, Some(own.into()));
+            world.after(0);
+            assert_eq!(world.entry().egress, [u32::from_ne_bytes(own.octets()), 0, 0, 0]);
+        }
+    }
+
+    #[test]
     fn down_takes_a_second_chance_and_up_two_answers() {
         let mut world = World::new();
         world.neighbour(NudState::Reachable);
@@ -794,7 +865,7 @@ mod tests {
         assert_eq!(world.health(), Health::HEALTH_STALE);
         let actions = world.after(250);
         assert_eq!(told(&actions), ["10.0.0.2 dev eth0 is down: no answer (1 upstream)"]);
-        let entry = world.keeper.written[&1].0;
+        let entry = world.entry();
         assert_eq!((entry.health, entry.since), (Health::HEALTH_DOWN, 1005));
         // the last address is kept for copies
         assert_eq!((entry.macs, entry.destination), (types::macs::MACS_KNOWN, THEIRS));
@@ -844,15 +915,16 @@ mod tests {
             ifindex: 7,
             gateway: gateway.into(),
             mtu: None,
+            egress: None,
             local: false,
         });
-        world.keeper.set_paths(vec![(ADDRESS, Ok(paths.to_vec()))], world.now());
+        world.keeper.set_paths(vec![(ADDRESS.into(), Ok(paths.to_vec()))], world.now());
         for gateway in gateways {
             let entry = entry((7, gateway.into()), NudState::Reachable, Some(THEIRS));
             world.keeper.set_neighbour(entry, world.now());
         }
         world.after(0);
-        let chosen = |world: &World| nexthop::gateway(&world.keeper.written[&1].0);
+        let chosen = |world: &World| nexthop::gateway(&world.entry());
         assert_eq!(chosen(&world), IpAddr::from(gateways[0]));
         let failed = entry((7, gateways[0].into()), NudState::Failed, None);
         world.keeper.set_neighbour(failed, world.now());
@@ -902,10 +974,12 @@ mod tests {
 
     #[test]
     fn limits_of_the_table() {
-        assert_eq!(overflow(400, 112, 512, 1024), None);
-        let text = overflow(500, 100, 512, 1024).expect("too many");
+        let mut table = NeighbourTable { threshold2: 512, threshold3: 1024, ..Default::default() };
+        assert_eq!(overflow(400, 112, &table), None);
+        let text = overflow(500, 100, &table).expect("too many");
         assert!(text.contains("net.ipv4.neigh.default.gc_thresh2 (now 512)"), "{text}");
-        let text = overflow(1000, 100, 512, 1024).expect("too many");
-        assert!(text.contains("net.ipv4.neigh.default.gc_thresh3 (now 1024)"), "{text}");
+        table.ipv6 = true;
+        let text = overflow(1000, 100, &table).expect("too many");
+        assert!(text.contains("net.ipv6.neigh.default.gc_thresh3 (now 1024)"), "{text}");
     }
 }

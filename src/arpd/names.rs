@@ -2,17 +2,16 @@
 //! server that does not answer must not stop the lease.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::config::Host;
-use crate::plan::Desired;
+use crate::plan::{Desired, Name, Upstream};
 use crate::resolve;
 
 /// What a name stood for when it was asked for, or why it could not be said.
-pub type Answers = BTreeMap<String, Result<BTreeSet<Ipv4Addr>, String>>;
+pub type Answers = BTreeMap<String, Result<BTreeSet<IpAddr>, String>>;
 
 /// Asks for names.
 pub struct Names {
@@ -22,7 +21,7 @@ pub struct Names {
     sender: UnboundedSender<Answers>,
     receiver: UnboundedReceiver<Answers>,
     /// Names whose last answer was none, so that this is told once.
-    failing: BTreeSet<String>,
+    failing: BTreeSet<Name>,
 }
 
 impl Names {
@@ -45,7 +44,8 @@ impl Names {
             return;
         }
         self.due = now + self.interval;
-        let names: BTreeSet<String> = desired.upstreams().filter_map(name).collect();
+        let names = desired.upstreams().filter_map(Upstream::named);
+        let names: BTreeSet<String> = names.map(|(name, _)| name).collect();
         if names.is_empty() {
             return;
         }
@@ -76,37 +76,31 @@ impl Names {
 
     /// The names that stand for another address than the configuration has. An address that is
     /// still among several stays, so that an answer's order changes nothing.
-    pub fn changed(&mut self, desired: &Desired, answers: &Answers) -> BTreeMap<String, Ipv4Addr> {
+    pub fn changed(&mut self, desired: &Desired, answers: &Answers) -> BTreeMap<Name, IpAddr> {
         let mut changed = BTreeMap::new();
         for upstream in desired.upstreams() {
-            let Some(name) = name(upstream) else { continue };
-            let reason = match answers.get(&name) {
+            let Some(name) = upstream.named() else { continue };
+            let (text, family) = &name;
+            let reason = match answers.get(text) {
                 None => continue,
                 Some(Ok(addresses)) => match resolve::choose(&name, addresses) {
                     Some((address, _)) => {
                         if self.failing.remove(&name) {
-                            log::info!("{name} resolves again");
+                            log::info!("{text} resolves again");
                         }
-                        if !addresses.contains(&upstream.address) {
+                        if !addresses.contains(&upstream.address.ip) {
                             changed.insert(name, address);
                         }
                         continue;
                     }
-                    None => "it has no IPv4 address",
+                    None => &format!("it has no {family} address"),
                 },
                 Some(Err(reason)) => reason,
             };
             if self.failing.insert(name.clone()) {
-                log::warn!("{name} does not resolve: {reason}; it stays {}", upstream.address);
+                log::warn!("{text} does not resolve: {reason}; it stays {}", upstream.address);
             }
         }
         changed
-    }
-}
-
-fn name(upstream: &crate::plan::Upstream) -> Option<String> {
-    match &upstream.host {
-        Host::Name(name) => Some(name.clone()),
-        Host::Address(_) => None,
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, TryLockError};
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,11 +17,13 @@ use crate::cli::{Arpd, Global};
 use crate::failure::{Failure, Result};
 use crate::generation::{Generation, ProgramName};
 use crate::lease::Heartbeat;
-use crate::netlink::{Batches, Event, Events, Link, NeighbourKey, NeighbourRequest, Netlink};
+use crate::netlink::{
+    Batches, Event, Events, Link, NeighbourKey, NeighbourRequest, NeighbourTable, Netlink,
+};
 use crate::observe::{Observed, observe};
 use crate::state::{self, StateMaps};
 use crate::tc::{self, Slot};
-use crate::{apply, clock, diff, nexthop};
+use crate::{addresses, apply, clock, diff, nexthop};
 
 /// Routes are not asked for more often than so many times as long as it takes: a routing daemon
 /// that changes thousands of them costs a twentieth of a CPU at most.
@@ -81,6 +84,8 @@ struct Stale {
     neighbours: bool,
     generation: bool,
     interfaces: bool,
+    /// Of this host.
+    addresses: bool,
 }
 
 impl Service {
@@ -181,7 +186,7 @@ impl Service {
                 Event::NeighbourGone(key) => self.keeper.remove_neighbour(key, now),
                 Event::Links => {
                     (self.stale.links, self.stale.routes) = (true, true);
-                    self.stale.interfaces = true;
+                    (self.stale.interfaces, self.stale.addresses) = (true, true);
                 }
                 Event::Routes => self.stale.routes = true,
                 Event::Lost => {
@@ -275,6 +280,11 @@ impl Service {
             let result = self.read_interfaces().await;
             self.note("attaching again", result);
         }
+        // those of an interface come one after the other: not at once
+        if self.stale.addresses && self.ticked {
+            let result = self.read_addresses().await;
+            self.note("addresses", result);
+        }
         if self.ticked || looked {
             self.ticked = false;
             self.keeper.tick(now());
@@ -338,10 +348,10 @@ impl Service {
         {
             let description = &serving.generation.description;
             for (rule, given) in description.desired.rules.iter().zip(&description.ids) {
-                for (upstream, id) in rule.upstreams.iter().zip(&given.upstreams) {
-                    if ids.insert(*id) {
-                        let known = serving.maps.nexthops.read(*id)?;
-                        upstreams.push((Upstream { id: *id, address: upstream.address }, known));
+                for (upstream, id) in rule.destinations().zip(given.destinations()) {
+                    if ids.insert(id) {
+                        let known = serving.maps.nexthops.read(id)?;
+                        upstreams.push((Upstream { id, address: upstream.address.clone() }, known));
                     }
                 }
             }
@@ -360,7 +370,7 @@ impl Service {
         let started = Instant::now();
         self.stale.routes = false;
         let addresses = self.keeper.addresses();
-        let paths = self.netlink.paths(&addresses).await;
+        let paths = self.netlink.paths(&addresses, self.keeper.links()).await;
         let paths = addresses
             .into_iter()
             .zip(paths.into_iter().map(|paths| paths.map_err(|error| error.to_string())));
@@ -373,26 +383,26 @@ impl Service {
 
     async fn read_neighbours(&mut self) -> anyhow::Result<()> {
         let table = self.netlink.neighbours().await?;
-        let wanted = self.keeper.neighbours();
-        let known =
-            table.iter().filter(|entry| self.keeper.is_tracked((entry.ifindex, entry.address)));
-        let known = known.count();
+        // of each family
+        let mut known = [0; 2];
+        for entry in &table {
+            let tracked = self.keeper.is_tracked((entry.ifindex, entry.address));
+            known[usize::from(entry.address.is_ipv6())] += usize::from(tracked);
+        }
         self.keeper.set_neighbours(table, now());
         self.stale.neighbours = false;
-        let table = self.netlink.neighbour_table().await?;
-        let others = (table.entries as usize).saturating_sub(known);
-        match keeper::overflow(wanted, others, table.threshold2, table.threshold3) {
-            // the others come and go, which is not worth telling each time
-            Some(_) if self.troubles.contains_key("neighbour table") => Ok(()),
-            Some(advice) => {
-                self.note("neighbour table", Err(anyhow!(advice)));
-                Ok(())
-            }
-            None => {
-                self.note("neighbour table", Ok(()));
-                Ok(())
+        for table in self.netlink.neighbour_tables().await? {
+            let others = (table.entries as usize).saturating_sub(known[usize::from(table.ipv6)]);
+            let advice = keeper::overflow(self.keeper.neighbours_of(table.ipv6), others, &table);
+            let what = table_of(table.ipv6);
+            match advice {
+                // the others come and go, which is not worth telling each time
+                Some(_) if self.troubles.contains_key(what) => {}
+                Some(advice) => self.note(what, Err(anyhow!(advice))),
+                None => self.note(what, Ok(())),
             }
         }
+        Ok(())
     }
 
     /// Puts the filter back onto interfaces that were deleted and made again; one that it was
@@ -438,6 +448,31 @@ impl Service {
         Ok(())
     }
 
+    /// Where `any` stands for other addresses, or a broadcast address of a key came or went: builds
+    /// a generation with them, as `apply` would.
+    async fn read_addresses(&mut self) -> anyhow::Result<()> {
+        self.stale.addresses = false;
+        let Some(serving) = &self.serving else { return Ok(()) };
+        let seen = serving.interfaces.values();
+        // one that is made again has its addresses back soon
+        if seen.clone().any(|seen| *seen == Seen::Missing) || !seen.clone().any(is_attached) {
+            return Ok(());
+        }
+        let desired = &serving.generation.description.desired;
+        let Some(desired) = addresses::renewed(&self.netlink, desired).await? else {
+            return Ok(());
+        };
+        let number = serving.generation.number;
+        match self.renew(number, &desired).await? {
+            Some(renewed) => {
+                let all: Vec<String> = desired.addresses.iter().map(IpAddr::to_string).collect();
+                log::info!("any is now {}: generation {number} -> {renewed}", all.join(", "));
+            }
+            None => self.stale.addresses = true,
+        }
+        Ok(())
+    }
+
     async fn carry_out(&mut self, actions: Vec<Action>) {
         let mut requests = Vec::new();
         for action in actions {
@@ -472,9 +507,11 @@ impl Service {
                     plainly.push(*key);
                 }
                 (NeighbourRequest::Keep, Some(libc::ENOBUFS)) => {
-                    let advice = "it is full: raise the sysctl net.ipv4.neigh.default.gc_thresh3";
-                    if !self.troubles.contains_key("neighbour table") {
-                        self.note("neighbour table", Err(anyhow!(advice)));
+                    let ipv6 = key.1.is_ipv6();
+                    let sysctl = NeighbourTable { ipv6, ..Default::default() }.sysctl("gc_thresh3");
+                    if !self.troubles.contains_key(table_of(ipv6)) {
+                        let advice = format!("it is full: raise the sysctl {sysctl}");
+                        self.note(table_of(ipv6), Err(anyhow!(advice)));
                     }
                 }
                 // it went away meanwhile; events tell
@@ -513,6 +550,9 @@ impl Service {
     /// Names stand for other addresses: builds a generation with them, as `apply` would.
     pub async fn renamed(&mut self, answers: Answers) {
         let Some(serving) = &self.serving else { return };
+        if !serving.interfaces.values().any(is_attached) {
+            return;
+        }
         let description = &serving.generation.description;
         let changed = self.names.changed(&description.desired, &answers);
         if changed.is_empty() {
@@ -526,7 +566,7 @@ impl Service {
         }
         let number = serving.generation.number;
         let texts: Vec<String> =
-            changed.iter().map(|(name, address)| format!("{name} is now {address}")).collect();
+            changed.iter().map(|((name, _), address)| format!("{name} is now {address}")).collect();
         let result = self.renew(number, &desired).await;
         if let Ok(Some(renewed)) = &result {
             log::info!("{}: generation {number} -> {renewed}", texts.join(", "));
@@ -592,7 +632,14 @@ impl Stale {
     }
 
     fn all() -> Stale {
-        Stale { links: true, routes: true, neighbours: true, generation: true, interfaces: true }
+        Stale {
+            links: true,
+            routes: true,
+            neighbours: true,
+            generation: true,
+            interfaces: true,
+            addresses: true,
+        }
     }
 }
 
@@ -621,6 +668,11 @@ fn lock(directory: &Path) -> Result<File> {
     }
 }
 
+/// What troubles with a neighbour table are told under.
+fn table_of(ipv6: bool) -> &'static str {
+    if ipv6 { "IPv6 neighbour table" } else { "neighbour table" }
+}
+
 /// Where the generation's filter is, of the interfaces that it is meant for.
 fn seen(generation: &Generation, observed: &Observed) -> BTreeMap<String, Seen> {
     let interfaces = generation.description.desired.interfaces.iter();
@@ -643,8 +695,9 @@ async fn hooks(
     netlink: &Netlink,
     generation: &Generation,
 ) -> anyhow::Result<BTreeMap<String, Seen>> {
-    let programs: [(u32, ProgramName); 1] =
-        [(generation.number, generation.description.program.clone())];
+    let names = generation.description.programs();
+    let programs: Vec<(u32, ProgramName)> =
+        names.map(|(_, name)| (generation.number, name.clone())).collect();
     let links: Vec<Link> = netlink.links().await?;
     let qdiscs: BTreeMap<u32, _> = netlink.qdiscs().await?.into_iter().collect();
     let mut found = BTreeMap::new();
@@ -662,6 +715,10 @@ async fn hooks(
         found.insert(name.clone(), seen);
     }
     Ok(found)
+}
+
+fn is_attached(seen: &Seen) -> bool {
+    matches!(seen, Seen::Attached(_))
 }
 
 /// An interface without the filter that is not the one that was there before.

@@ -1,18 +1,181 @@
 //! Addresses and host names.
 
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use super::diagnostic::{Complaint, shorten};
+use super::vocabulary::ANY;
+
+/// The longest interface name, in bytes: IFNAMSIZ less the final zero.
+pub(super) const INTERFACE: usize = 15;
+
+/// An IP address, with the interface that an IPv6 link-local one is on: `10.0.0.5`, `2001:db8::5`,
+/// `fe80::1%eth0`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Address {
+    pub ip: IpAddr,
+    pub scope: Option<String>,
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.scope {
+            Some(interface) => write!(f, "{}%{interface}", self.ip),
+            None => self.ip.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Address, String> {
+        let (ip, scope) = match text.split_once('%') {
+            Some((ip, interface)) => (ip, Some(interface.to_string())),
+            None => (text, None),
+        };
+        let ip = ip.parse().map_err(|_| format!("`{}` is not an IP address", shorten(text)))?;
+        Ok(Address { ip, scope })
+    }
+}
+
+impl TryFrom<String> for Address {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Address, String> {
+        text.parse()
+    }
+}
+
+impl From<Address> for String {
+    fn from(address: Address) -> String {
+        address.to_string()
+    }
+}
+
+impl From<IpAddr> for Address {
+    fn from(ip: IpAddr) -> Address {
+        Address { ip, scope: None }
+    }
+}
+
+impl From<Ipv4Addr> for Address {
+    fn from(ip: Ipv4Addr) -> Address {
+        IpAddr::V4(ip).into()
+    }
+}
+
+impl From<Ipv6Addr> for Address {
+    fn from(ip: Ipv6Addr) -> Address {
+        IpAddr::V6(ip).into()
+    }
+}
+
+impl From<[u8; 4]> for Address {
+    fn from(octets: [u8; 4]) -> Address {
+        IpAddr::from(octets).into()
+    }
+}
+
+/// Which of the two kinds of IP addresses one is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl From<IpAddr> for Family {
+    fn from(address: IpAddr) -> Family {
+        match address {
+            IpAddr::V4(_) => Family::V4,
+            IpAddr::V6(_) => Family::V6,
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
+        })
+    }
+}
+
+/// `10.0.0.5:53`, `[2001:db8::5]:53`, `relay.example:53`
+pub fn with_port(host: impl fmt::Display, port: impl fmt::Display) -> String {
+    let host = host.to_string();
+    match host.contains(':') {
+        true => format!("[{host}]:{port}"),
+        false => format!("{host}:{port}"),
+    }
+}
+
+/// What a rule matches of a packet's destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum KeyAddress {
+    /// Any address of the interfaces that are looked at.
+    Any,
+    Is(IpAddr),
+}
+
+impl fmt::Display for KeyAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            KeyAddress::Any => f.write_str(ANY),
+            KeyAddress::Is(address) => address.fmt(f),
+        }
+    }
+}
+
+impl From<KeyAddress> for String {
+    fn from(address: KeyAddress) -> String {
+        address.to_string()
+    }
+}
+
+impl TryFrom<String> for KeyAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<KeyAddress, String> {
+        match text.as_str() {
+            ANY => Ok(KeyAddress::Any),
+            _ => text
+                .parse()
+                .map(KeyAddress::Is)
+                .map_err(|_| format!("`{}` is not an IP address", shorten(&text))),
+        }
+    }
+}
+
+impl From<IpAddr> for KeyAddress {
+    fn from(ip: IpAddr) -> KeyAddress {
+        KeyAddress::Is(ip)
+    }
+}
+
+impl From<Ipv4Addr> for KeyAddress {
+    fn from(ip: Ipv4Addr) -> KeyAddress {
+        KeyAddress::Is(ip.into())
+    }
+}
+
+impl From<[u8; 4]> for KeyAddress {
+    fn from(octets: [u8; 4]) -> KeyAddress {
+        KeyAddress::Is(octets.into())
+    }
+}
 
 /// An upstream's address: as it is, or under a name that is resolved later.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum Host {
-    Address(Ipv4Addr),
+    Address(Address),
     /// A valid host name, as it was written.
     Name(String),
 }
@@ -43,7 +206,7 @@ impl TryFrom<String> for Host {
 impl FromStr for Host {
     type Err = String;
 
-    /// Refuses what is neither an IPv4 address nor a host name, and addresses that no upstream can have.
+    /// Refuses what is neither an address nor a host name, and addresses that no upstream can have.
     fn from_str(text: &str) -> Result<Host, String> {
         upstream(text).map_err(|complaint| complaint.message)
     }
@@ -52,74 +215,122 @@ impl FromStr for Host {
 /// Why an upstream cannot have this address; none if it can.
 ///
 /// For addresses that names resolve to, too.
-pub fn upstream_refusal(address: Ipv4Addr) -> Option<String> {
-    if address.is_loopback() {
+pub fn upstream_refusal(address: &Address) -> Option<String> {
+    let ip = address.ip;
+    if ip.is_loopback() {
         let why = "a redirected packet cannot reach a loopback address";
-        return Some(format!("{address} cannot be an upstream: {why}"));
+        return Some(format!("{ip} cannot be an upstream: {why}"));
     }
-    refusal(address)
+    let why = match ip {
+        IpAddr::V4(ip) if ip.is_multicast() => "224.0.0.0/4 is multicast",
+        IpAddr::V4(ip) if ip.is_broadcast() => "it is the broadcast address",
+        IpAddr::V6(ip) if ip.is_multicast() => "ff00::/8 is multicast",
+        IpAddr::V6(ip) if ip.is_unicast_link_local() && address.scope.is_none() => {
+            return Some(format!("{ip} is a link-local address, and nothing says of which link"));
+        }
+        _ => return refusal(ip),
+    };
+    Some(format!("{ip} is not a host's address: {why}"))
 }
 
-/// Why no packet can be addressed to a host by this address.
-fn refusal(address: Ipv4Addr) -> Option<String> {
-    let why = match address.octets() {
-        [0, ..] => "0.0.0.0/8 means no host",
-        [255, 255, 255, 255] => "it is the broadcast address",
-        [224..=239, ..] => "224.0.0.0/4 is multicast",
-        [240..=255, ..] => "240.0.0.0/4 is reserved",
-        _ => return None,
+/// Why no packet can be addressed to this address.
+fn refusal(address: IpAddr) -> Option<String> {
+    let why = match address {
+        IpAddr::V4(address) => match address.octets() {
+            [0, ..] => "0.0.0.0/8 means no host",
+            [255, 255, 255, 255] => return None,
+            [240..=255, ..] => "240.0.0.0/4 is reserved",
+            _ => return None,
+        },
+        IpAddr::V6(address) if address.is_unspecified() => ":: means no host",
+        IpAddr::V6(address) => match address.to_ipv4_mapped() {
+            Some(mapped) => return Some(format!("{address} stands for {mapped}: write that")),
+            None => return None,
+        },
     };
     Some(format!("{address} is not a host's address: {why}"))
 }
 
 /// The address that a rule matches.
-pub(super) fn key(text: &str) -> Result<Ipv4Addr, Complaint> {
+pub(super) fn key(text: &str) -> Result<KeyAddress, Complaint> {
+    if text == ANY {
+        return Ok(KeyAddress::Any);
+    }
     if let Some(address) = address(text)? {
-        return match refusal(address) {
+        let why = match &address.scope {
+            Some(_) => {
+                Some(format!("`{}`: the interface is not part of a key's address", shorten(text)))
+            }
+            None => refusal(address.ip),
+        };
+        return match why {
             Some(why) => Err(Complaint::new(why)),
-            None => Ok(address),
+            None => Ok(KeyAddress::Is(address.ip)),
         };
     }
-    let complaint = Complaint::new(format!("`{}` is not an IPv4 address", shorten(text)));
+    let complaint = Complaint::new(format!("`{}` is not an IP address", shorten(text)));
     Err(match host_name(text) {
-        Ok(_) => complaint.help("a key has an address, like 10.0.0.5, and no host name"),
+        Ok(_) => complaint.help("a key has an address, like 10.0.0.5, or `any`, and no host name"),
         Err(_) => complaint,
     })
 }
 
 /// The address or host name of an upstream.
 pub(super) fn upstream(text: &str) -> Result<Host, Complaint> {
-    match address(text)? {
-        Some(address) => match upstream_refusal(address) {
-            Some(why) => Err(Complaint::new(why)),
-            None => Ok(Host::Address(address)),
-        },
-        None => host_name(text).map(|name| Host::Name(name.into())),
+    if text == ANY {
+        return Err(Complaint::new(format!(
+            "`{ANY}` is no host: only a key's address can be that"
+        )));
+    }
+    let Some(address) = address(text)? else {
+        return host_name(text).map(|name| Host::Name(name.into()));
+    };
+    match upstream_refusal(&address) {
+        Some(why) if is_link_local(&address.ip) => {
+            Err(Complaint::new(why).help(format!("write its interface behind: `{text}%eth0`")))
+        }
+        Some(why) => Err(Complaint::new(why)),
+        None => Ok(Host::Address(address)),
     }
 }
 
+fn is_link_local(address: &IpAddr) -> bool {
+    matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
+}
+
 /// None for what does not look like an address.
-fn address(text: &str) -> Result<Option<Ipv4Addr>, Complaint> {
-    if let Ok(address) = text.parse() {
-        return Ok(Some(address));
+fn address(text: &str) -> Result<Option<Address>, Complaint> {
+    if let Ok(ip) = text.parse::<IpAddr>() {
+        return Ok(Some(ip.into()));
     }
-    let inside = text.trim_start_matches('[').trim_end_matches(']');
-    if inside.parse::<Ipv6Addr>().is_ok() {
-        let message = format!("{} is an IPv6 address, and IPv6 is not built yet", inside);
-        return Err(Complaint::new(message));
+    if let Some((ip, interface)) = text.split_once('%')
+        && let Ok(ip) = ip.parse::<IpAddr>()
+    {
+        return scoped(ip, interface).map(Some);
     }
-    let complaint = || Complaint::new(format!("`{}` is not an IPv4 address", shorten(text)));
-    if let Some((host, port)) = text.split_once(':')
+    let complaint = || Complaint::new(format!("`{}` is not an IP address", shorten(text)));
+    let host_and_port = match text.strip_prefix('[') {
+        Some(bracketed) => bracketed.split_once("]:"),
+        None => text.split_once(':'),
+    };
+    if let Some((host, port)) = host_and_port
         && port.parse::<u16>().is_ok()
     {
         let help =
             format!("the port is a field of its own: `address: {}`, `port: {port}`", shorten(host));
         return Err(complaint().help(help));
     }
+    let inside = text.trim_start_matches('[').trim_end_matches(']');
+    if inside.parse::<Ipv6Addr>().is_ok() {
+        return Err(complaint().help(format!("write it without brackets: `{inside}`")));
+    }
     if let Some((network, _)) = text.split_once('/')
-        && network.parse::<Ipv4Addr>().is_ok()
+        && network.parse::<IpAddr>().is_ok()
     {
         return Err(complaint().help("a network has no place here, only one address"));
+    }
+    if text.matches(':').count() > 1 {
+        return Err(complaint());
     }
     // A resolver takes 1.2.3 and 0x7f.1 for addresses; whoever writes them made a mistake.
     if text.rsplit('.').next().is_some_and(is_number) {
@@ -127,6 +338,33 @@ fn address(text: &str) -> Result<Option<Ipv4Addr>, Complaint> {
         return Err(complaint().help(help));
     }
     Ok(None)
+}
+
+fn scoped(ip: IpAddr, interface: &str) -> Result<Address, Complaint> {
+    if !is_link_local(&ip) {
+        let message = format!("{ip} is no link-local address, and so has no interface");
+        return Err(Complaint::new(message).help(format!("write `{ip}`")));
+    }
+    let scope = Some(interface_name(interface)?);
+    Ok(Address { ip, scope })
+}
+
+/// The name of an interface, by the kernel's own rules.
+pub(super) fn interface_name(name: &str) -> Result<String, Complaint> {
+    let refuse = |why: &str| {
+        let message = format!("`{}` cannot be an interface: {why}", shorten(name));
+        Err(Complaint::new(message))
+    };
+    let forbidden = |c: char| c.is_whitespace() || c.is_control() || c == '/' || c == ':';
+    match name {
+        "" => refuse("its name is empty"),
+        "." | ".." => refuse("the kernel refuses that name"),
+        _ if name.len() > INTERFACE => refuse("its name is longer than 15 bytes"),
+        _ if name.contains(forbidden) => {
+            refuse("its name has a blank, a control character, a `/` or a `:`")
+        }
+        _ => Ok(name.into()),
+    }
 }
 
 fn is_number(label: &str) -> bool {
@@ -138,7 +376,7 @@ fn is_number(label: &str) -> bool {
 /// By RFC 1123; an underscore is let through, since container engines resolve names that have one.
 fn host_name(text: &str) -> Result<&str, Complaint> {
     let complaint = |help: &str| {
-        let message = format!("`{}` is neither an IPv4 address nor a host name", shorten(text));
+        let message = format!("`{}` is neither an IP address nor a host name", shorten(text));
         Err(Complaint::new(message).help(help))
     };
     let name = text.strip_suffix('.').unwrap_or(text);

@@ -2,18 +2,13 @@
 
 use super::diagnostic::{Complaint, shorten};
 use super::document::Node;
-use super::host;
-use super::{Host, Ports};
-
-use std::net::Ipv4Addr;
+use super::vocabulary::Number;
+use super::{Host, KeyAddress, Network, Ports, host, network};
 
 type Result<T> = std::result::Result<T, Complaint>;
 
 /// The longest name, in bytes.
 const NAME: usize = 64;
-
-/// The longest interface name, in bytes: IFNAMSIZ less the final zero.
-pub(super) const INTERFACE: usize = 15;
 
 const PORTS_HELP: &str =
     "one port is `2055`, a range `\"6343-6350\"`, several are a list: `[2055, \"6343-6350\"]`";
@@ -42,12 +37,12 @@ pub(super) fn version(node: &Node<'_>) -> Result<()> {
     }
 }
 
-pub(super) fn key_address(node: &Node<'_>) -> Result<Ipv4Addr> {
-    host::key(text(node, "an IPv4 address")?)
+pub(super) fn key_address(node: &Node<'_>) -> Result<KeyAddress> {
+    host::key(text(node, "an IP address")?)
 }
 
 pub(super) fn upstream_address(node: &Node<'_>) -> Result<Host> {
-    host::upstream(text(node, "an IPv4 address or a host name")?)
+    host::upstream(text(node, "an IP address or a host name")?)
 }
 
 /// A port in host byte order, written as a number or, as people quote it, as text.
@@ -128,21 +123,27 @@ pub(super) fn name(node: &Node<'_>) -> Result<String> {
     }
 }
 
-/// By the kernel's own rules.
 pub(super) fn interface(node: &Node<'_>) -> Result<String> {
-    let name = text(node, "an interface")?;
-    let refuse = |why: &str| {
-        let message = format!("`{}` cannot be an interface: {why}", shorten(name));
-        Err(Complaint::new(message))
+    host::interface_name(text(node, "an interface")?)
+}
+
+pub(super) fn network(node: &Node<'_>) -> Result<Network> {
+    network::network(text(node, "a network")?)
+}
+
+/// A number that is `what`, written as one or as text.
+pub(super) fn number_of(node: &Node<'_>, what: &Number) -> Result<u32> {
+    let number = match node {
+        Node::Int(number) => Some(*number),
+        Node::Text(text) => number(text),
+        _ => None,
     };
-    let forbidden = |c: char| c.is_whitespace() || c.is_control() || c == '/' || c == ':';
-    match name {
-        "" => refuse("its name is empty"),
-        "." | ".." => refuse("the kernel refuses that name"),
-        _ if name.len() > INTERFACE => refuse("its name is longer than 15 bytes"),
-        _ if name.contains(forbidden) => {
-            refuse("its name has a blank, a control character, a `/` or a `:`")
+    let Number { what, first, last } = what;
+    match number {
+        Some(number) if (i128::from(*first)..=(*last).into()).contains(&number) => {
+            Ok(number as u32)
         }
-        _ => Ok(name.into()),
+        Some(number) => Err(Complaint::new(format!("{number} is not {what} ({first} to {last})"))),
+        None => expected(&format!("{what} ({first} to {last})"), node),
     }
 }

@@ -2,10 +2,10 @@
 
 use serde_json::{Map, Value, json};
 
-use super::scalar::INTERFACE;
-use super::vocabulary::{Field, ROOT_MAP, RULE_MAP, Root, Shape, Table};
+use super::host::INTERFACE;
+use super::vocabulary::{ANY, Field, ROOT_MAP, RULE_MAP, Root, Shape, Table};
 
-/// JSON Schema (draft-07) of both forms of a file, with the words that can be used today.
+/// JSON Schema (draft-07) of both forms of a file.
 pub fn schema() -> Value {
     let mut list = rules(Root::List);
     list["description"] = "The bare list of rules.".into();
@@ -39,25 +39,30 @@ fn property(field: &Field, root: Root) -> Value {
         Shape::Version => json!({ "const": 1 }),
         Shape::Name => json!({ "type": "string", "pattern": r"^[^\s/]{1,64}$" }),
         Shape::Interfaces => interfaces(),
-        Shape::Address => json!({ "type": "string", "format": "ipv4" }),
+        Shape::Address if root == Root::List => address(),
+        Shape::Address => json!({ "anyOf": [address(), { "enum": [ANY] }] }),
         Shape::Host => {
-            json!({ "type": "string", "anyOf": [{ "format": "ipv4" }, { "format": "hostname" }] })
+            let scoped = format!(r"^[fF][eE][89abAB][0-9a-fA-F]:.*%[^\s/:]{{1,{INTERFACE}}}$");
+            let scoped = json!({ "type": "string", "pattern": scoped });
+            json!({ "anyOf": [address(), scoped, { "type": "string", "format": "hostname" }] })
         }
         Shape::Port => port(),
         Shape::Ports if root == Root::List => port(),
         Shape::Ports => ports(),
+        Shape::Networks => networks(),
+        Shape::Number(number) => {
+            json!({ "type": "integer", "minimum": number.first, "maximum": number.last })
+        }
         Shape::Choice(choice) => json!({ "enum": choice.usable(root) }),
         Shape::Map(table) => map(table, root),
         Shape::Maps(table) => json!({ "type": "array", "items": map(table, root) }),
-        Shape::Later => Value::Bool(false),
+        Shape::WordOrMap(word, table) => json!({ "anyOf": [{ "enum": [word] }, map(table, root)] }),
     };
-    if value.is_object() {
-        value["description"] = field.about.into();
-    }
+    value["description"] = field.about.into();
     if let Shape::Choice(choice) = field.shape
-        && let Ok(word) = choice.default_word(root)
+        && let Some(word) = choice.default(root)
     {
-        value["default"] = word.name.into();
+        value["default"] = word.into();
     }
     value
 }
@@ -69,6 +74,15 @@ fn interfaces() -> Value {
         "items": { "type": "string", "pattern": name },
         "uniqueItems": true,
     })
+}
+
+fn address() -> Value {
+    json!({ "type": "string", "anyOf": [{ "format": "ipv4" }, { "format": "ipv6" }] })
+}
+
+fn networks() -> Value {
+    let one = json!({ "type": "string", "pattern": r"^[0-9a-fA-F.:]+(/[0-9]{1,3})?$" });
+    json!({ "anyOf": [one, { "type": "array", "items": one, "minItems": 1 }] })
 }
 
 fn port() -> Value {
@@ -86,5 +100,6 @@ fn ports() -> Value {
         "pattern": "^[1-9][0-9]{0,4} *- *[1-9][0-9]{0,4}$",
     });
     let one = json!({ "anyOf": [port(), range] });
-    json!({ "anyOf": [one, { "type": "array", "items": one, "minItems": 1 }] })
+    let several = json!({ "type": "array", "items": one, "minItems": 1 });
+    json!({ "anyOf": [one, several, { "enum": [ANY] }] })
 }

@@ -1,10 +1,10 @@
 //! The words of a configuration file, each said once: decoding, suggestions and the schema read them
 //! from here.
-//!
-//! A word that is planned but not built yet is marked `.later()`. To build it, remove the mark and
-//! decode it: a new choice like `maglev` becomes a variant of its enum, a new field is read in `decode`.
 
 use super::diagnostic::{Complaint, shorten};
+
+/// The address or port of a key that matches all.
+pub const ANY: &str = "any";
 
 /// Which of the two forms a file has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +22,6 @@ pub struct Field {
     pub about: &'static str,
     pub shape: Shape,
     pub required: bool,
-    pub built: bool,
     pub in_list: bool,
 }
 
@@ -33,19 +32,31 @@ pub enum Shape {
     /// A rule's or an upstream's name.
     Name,
     Interfaces,
-    /// An IPv4 address.
+    /// An IP address or `any`; in a bare list an address.
     Address,
-    /// An IPv4 address or a host name.
+    /// An IP address or a host name.
     Host,
     Port,
-    /// A port, a range, or a list of them; in a bare list one port.
+    /// `any`, a port, a range, or a list of the latter two; in a bare list one port.
     Ports,
+    /// A network or a list of them.
+    Networks,
+    Number(&'static Number),
     Choice(&'static Choice),
+    /// A word, or a map.
+    WordOrMap(&'static str, &'static Table),
     Map(&'static Table),
     /// A list of maps.
     Maps(&'static Table),
-    /// Not built yet.
-    Later,
+}
+
+/// A whole number with its limits.
+#[derive(Debug)]
+pub struct Number {
+    /// With its article: "a weight".
+    pub what: &'static str,
+    pub first: u32,
+    pub last: u32,
 }
 
 /// The fields of a map.
@@ -61,22 +72,21 @@ pub struct Table {
 pub struct Choice {
     pub field: Field,
     pub words: &'static [Word],
-    /// What holds where nothing is said: in a bare list, in a map.
-    default_list: &'static str,
-    default_map: &'static str,
+    /// What holds where nothing is said: in a bare list, in a map. None: what others say.
+    default_list: Option<&'static str>,
+    default_map: Option<&'static str>,
 }
 
 #[derive(Debug)]
 pub struct Word {
     /// Also what serde calls the variant of the enum.
     pub name: &'static str,
-    pub built: bool,
     pub in_list: bool,
 }
 
 impl Field {
     const fn new(name: &'static str, shape: Shape, about: &'static str) -> Field {
-        Field { name, about, shape, required: false, built: true, in_list: false }
+        Field { name, about, shape, required: false, in_list: false }
     }
 
     const fn required(self) -> Field {
@@ -87,30 +97,22 @@ impl Field {
         Field { in_list: true, ..self }
     }
 
-    const fn later(name: &'static str) -> Field {
-        Field { built: false, ..Field::new(name, Shape::Later, "") }
-    }
-
     pub fn is_usable(&self, root: Root) -> bool {
-        self.built && (root == Root::Map || self.in_list)
+        root == Root::Map || self.in_list
     }
 }
 
 impl Word {
     const fn new(name: &'static str) -> Word {
-        Word { name, built: true, in_list: false }
+        Word { name, in_list: false }
     }
 
     const fn in_list(self) -> Word {
         Word { in_list: true, ..self }
     }
 
-    const fn later(self) -> Word {
-        Word { built: false, ..self }
-    }
-
     pub fn is_usable(&self, root: Root) -> bool {
-        self.built && (root == Root::Map || self.in_list)
+        root == Root::Map || self.in_list
     }
 }
 
@@ -134,9 +136,7 @@ pub static NAME: Field = Field::new(
     "The rule's name, unique in the file. By default the key: `10.0.0.5:2055`.",
 );
 pub static KEY: Field =
-    Field::new("key", Shape::Map(&KEY_MAP), "The destination that the rule matches.")
-        .required()
-        .in_list();
+    Field::new("key", Shape::Map(&KEY_MAP), "What the rule matches.").required().in_list();
 pub static OPTIONS: Field =
     Field::new("options", Shape::Map(&OPTIONS_MAP), "How matched packets are treated.").in_list();
 pub static UPSTREAM: Field = Field::new(
@@ -146,18 +146,31 @@ pub static UPSTREAM: Field = Field::new(
 )
 .required()
 .in_list();
+pub static MIRROR: Field = Field::new(
+    "mirror",
+    Shape::Maps(&MIRROR_MAP),
+    "Hosts that get a copy of each packet besides, whichever upstream it goes to.",
+);
 
-pub static KEY_ADDRESS: Field =
-    Field::new("address", Shape::Address, "The destination address of the packet, IPv4.")
-        .required()
-        .in_list();
-pub static KEY_PORT: Field = Field::new(
-    "port",
-    Shape::Ports,
-    "The destination port of the packet: one, a range like \"6343-6350\", or a list of both.",
+pub static KEY_ADDRESS: Field = Field::new(
+    "address",
+    Shape::Address,
+    "The destination address of the packet; `any`: each address of the interfaces.",
 )
 .required()
 .in_list();
+pub static KEY_PORT: Field = Field::new(
+    "port",
+    Shape::Ports,
+    "The destination port of the packet: one, a range like \"6343-6350\", a list of both, or `any`.",
+)
+.required()
+.in_list();
+pub static KEY_FROM: Field = Field::new(
+    "from",
+    Shape::Networks,
+    "The senders' networks, like 10.20.0.0/16. By default any sender is matched.",
+);
 
 pub static TC_ACTION: Choice = Choice {
     field: Field::new(
@@ -167,24 +180,30 @@ pub static TC_ACTION: Choice = Choice {
     )
     .in_list(),
     words: &[Word::new("pass").in_list(), Word::new("block").in_list()],
-    default_list: "pass",
-    default_map: "pass",
+    default_list: Some("pass"),
+    default_map: Some("pass"),
 };
 pub static MODE: Choice = Choice {
-    field: Field::new("mode", Shape::Choice(&MODE), "Whether one upstream gets the packet."),
-    words: &[Word::new("balance"), Word::new("replicate").later()],
-    default_list: "balance",
-    default_map: "balance",
+    field: Field::new(
+        "mode",
+        Shape::Choice(&MODE),
+        "Whether one upstream gets the packet (`balance`) or all of them do (`replicate`).",
+    ),
+    words: &[Word::new("balance"), Word::new("replicate")],
+    default_list: Some("balance"),
+    default_map: Some("balance"),
 };
+const SOURCES: &[Word] = &[Word::new("vip"), Word::new("preserve"), Word::new("egress")];
 pub static SOURCE: Choice = Choice {
     field: Field::new(
         "source",
         Shape::Choice(&SOURCE),
-        "The source that the upstream sees: `vip` is the key's address, `preserve` the sender's.",
+        "The source that the upstream sees: `vip` is the address that the packet was sent to, \
+         `preserve` the sender's, `egress` this host's own on the way to the upstream.",
     ),
-    words: &[Word::new("vip"), Word::new("preserve"), Word::new("egress").later()],
-    default_list: "vip",
-    default_map: "vip",
+    words: SOURCES,
+    default_list: Some("vip"),
+    default_map: Some("vip"),
 };
 pub static STRATEGY: Choice = Choice {
     field: Field::new(
@@ -197,19 +216,45 @@ pub static STRATEGY: Choice = Choice {
         Word::new("src-port").in_list(),
         Word::new("src-ip").in_list(),
         Word::new("src-ip-port"),
-        Word::new("random").later(),
-        Word::new("payload").later(),
+        Word::new("random"),
+        Word::new("payload"),
     ],
-    default_list: "src-port",
-    default_map: "src-ip-port",
+    default_list: Some("src-port"),
+    default_map: Some("src-ip-port"),
 };
 pub static HASH: Choice = Choice {
     field: Field::new("hash", Shape::Choice(&HASH), "How what was selected becomes an upstream."),
-    words: &[Word::new("modulo"), Word::new("maglev").later()],
-    default_list: "modulo",
-    default_map: "maglev",
+    words: &[Word::new("modulo"), Word::new("maglev")],
+    default_list: Some("modulo"),
+    default_map: Some("maglev"),
 };
 
+pub static PAYLOAD: Field = Field::new(
+    "payload",
+    Shape::WordOrMap(STATSD, &PAYLOAD_MAP),
+    "What of the payload selects the upstream, for the strategy of that name: some bytes, or the \
+     name of a StatsD metric.",
+);
+pub const STATSD: &str = "statsd";
+pub static PAYLOAD_OFFSET: Field =
+    Field::new("offset", Shape::Number(&OFFSET), "The bytes of the payload before those.")
+        .required();
+pub static OFFSET: Number = Number { what: "an offset", first: 0, last: 65_535 };
+pub static PAYLOAD_LENGTH: Field =
+    Field::new("length", Shape::Number(&LENGTH), "How many bytes are looked at.").required();
+pub static LENGTH: Number = Number { what: "a length", first: 1, last: 64 };
+
+pub static FRAGMENTS: Choice = Choice {
+    field: Field::new(
+        "fragments",
+        Shape::Choice(&FRAGMENTS),
+        "Whether fragments go where their first one goes (`follow`), are only delivered locally \
+         (`pass`) or are dropped (`drop`).",
+    ),
+    words: &[Word::new("follow"), Word::new("pass"), Word::new("drop")],
+    default_list: Some("follow"),
+    default_map: Some("follow"),
+};
 pub static HEALTH: Choice = Choice {
     field: Field::new(
         "health",
@@ -217,14 +262,14 @@ pub static HEALTH: Choice = Choice {
         "Whether an upstream is left out while its next hop does not answer (`neighbour`). Needs `udplb arpd`.",
     ),
     words: &[Word::new("off"), Word::new("neighbour")],
-    default_list: "off",
-    default_map: "off",
+    default_list: Some("off"),
+    default_map: Some("off"),
 };
 
 pub static UPSTREAM_NAME: Field =
     Field::new("name", Shape::Name, "The upstream's name, unique in the rule.");
 pub static UPSTREAM_ADDRESS: Field =
-    Field::new("address", Shape::Host, "The upstream's IPv4 address or host name.")
+    Field::new("address", Shape::Host, "The upstream's IP address or host name.")
         .required()
         .in_list();
 pub static UPSTREAM_PORT: Field = Field::new(
@@ -234,12 +279,44 @@ pub static UPSTREAM_PORT: Field = Field::new(
 )
 .in_list();
 
+pub static UPSTREAM_WEIGHT: Field = Field::new(
+    "weight",
+    Shape::Number(&WEIGHT),
+    "The upstream's share of the flows beside those of the others, 1 by default.",
+);
+pub static WEIGHT: Number = Number { what: "a weight", first: 1, last: 10_000 };
+pub static UPSTREAM_STATE: Choice = Choice {
+    field: Field::new(
+        "state",
+        Shape::Choice(&UPSTREAM_STATE),
+        "Whether the upstream gets packets; while it is `drained`, others get its own.",
+    ),
+    words: &[Word::new("active"), Word::new("drained")],
+    default_list: Some("active"),
+    default_map: Some("active"),
+};
+pub static UPSTREAM_SOURCE: Choice = Choice {
+    field: Field::new(
+        "source",
+        Shape::Choice(&UPSTREAM_SOURCE),
+        "The source that this upstream sees. By default that of the rule.",
+    ),
+    words: SOURCES,
+    default_list: None,
+    default_map: None,
+};
+pub static UPSTREAM_SAMPLE: Field = Field::new(
+    "sample",
+    Shape::Number(&SAMPLE),
+    "N: every N-th packet is sent, for mirrors and with `mode: replicate`. 1 by default.",
+);
+pub static SAMPLE: Number = Number { what: "a sampling rate", first: 1, last: 1_000_000 };
+
 pub static ROOT_MAP: Table =
     Table { what: "a configuration", fields: &[&VERSION, &INTERFACES, &DEFAULTS, &RULES] };
 pub static RULE_MAP: Table =
-    Table { what: "a rule", fields: &[&NAME, &KEY, &OPTIONS, &UPSTREAM, &Field::later("mirror")] };
-pub static KEY_MAP: Table =
-    Table { what: "a key", fields: &[&KEY_ADDRESS, &KEY_PORT, &Field::later("from")] };
+    Table { what: "a rule", fields: &[&NAME, &KEY, &OPTIONS, &UPSTREAM, &MIRROR] };
+pub static KEY_MAP: Table = Table { what: "a key", fields: &[&KEY_ADDRESS, &KEY_PORT, &KEY_FROM] };
 pub static OPTIONS_MAP: Table = Table {
     what: "options",
     fields: &[
@@ -247,26 +324,40 @@ pub static OPTIONS_MAP: Table = Table {
         &MODE.field,
         &SOURCE.field,
         &STRATEGY.field,
+        &PAYLOAD,
         &HASH.field,
         &HEALTH.field,
-        &Field::later("fragments"),
-        &Field::later("payload"),
+        &FRAGMENTS.field,
     ],
 };
+pub static PAYLOAD_MAP: Table =
+    Table { what: "a part of the payload", fields: &[&PAYLOAD_OFFSET, &PAYLOAD_LENGTH] };
 pub static UPSTREAM_MAP: Table = Table {
     what: "an upstream",
     fields: &[
         &UPSTREAM_NAME,
         &UPSTREAM_ADDRESS,
         &UPSTREAM_PORT,
-        &Field::later("weight"),
-        &Field::later("state"),
-        &Field::later("source"),
-        &Field::later("sample"),
+        &UPSTREAM_WEIGHT,
+        &UPSTREAM_STATE.field,
+        &UPSTREAM_SOURCE.field,
+        &UPSTREAM_SAMPLE,
+    ],
+};
+pub static MIRROR_MAP: Table = Table {
+    what: "a mirror",
+    fields: &[
+        &UPSTREAM_NAME,
+        &UPSTREAM_ADDRESS,
+        &UPSTREAM_PORT,
+        &UPSTREAM_STATE.field,
+        &UPSTREAM_SOURCE.field,
+        &UPSTREAM_SAMPLE,
     ],
 };
 
-static TABLES: [&Table; 5] = [&ROOT_MAP, &RULE_MAP, &KEY_MAP, &OPTIONS_MAP, &UPSTREAM_MAP];
+static TABLES: [&Table; 7] =
+    [&ROOT_MAP, &RULE_MAP, &KEY_MAP, &OPTIONS_MAP, &PAYLOAD_MAP, &UPSTREAM_MAP, &MIRROR_MAP];
 
 impl Table {
     /// The field of that name, if it can be used in such a file.
@@ -274,7 +365,6 @@ impl Table {
         let field = self.fields.iter().find(|field| field.name == name);
         match field {
             None => Err(self.unknown(name, root)),
-            Some(field) if !field.built => Err(not_built(name)),
             Some(field) if !field.is_usable(root) => Err(map_only(&format!("`{name}`"))),
             Some(field) => Ok(field),
         }
@@ -310,7 +400,6 @@ impl Choice {
         let word = self.words.iter().find(|word| word.name == name);
         match word {
             None => Err(self.unknown(name, root)),
-            Some(word) if !word.built => Err(not_built(name)),
             Some(word) if !word.is_usable(root) => Err(map_only(&format!("`{name}`"))),
             Some(word) => Ok(word),
         }
@@ -330,35 +419,18 @@ impl Choice {
         words.map(|word| word.name).collect()
     }
 
-    pub fn default(&self, root: Root) -> &'static str {
+    /// What holds where nothing is said.
+    pub fn default(&self, root: Root) -> Option<&'static str> {
         match root {
             Root::List => self.default_list,
             Root::Map => self.default_map,
         }
     }
 
-    /// The word that holds where nothing is said. It may not be built yet.
-    pub fn default_word(&'static self, root: Root) -> Result<&'static Word, Complaint> {
-        let name = self.default(root);
-        let mut built = self.words.iter().filter(|word| word.built);
-        built.find(|word| word.name == name).ok_or_else(|| {
-            let usable = self.usable(root).into_iter();
-            let say: Vec<_> = usable.map(|word| format!("`{}: {word}`", self.field.name)).collect();
-            Complaint::new(format!(
-                "{name}, the default, is not built yet: say {}",
-                say.join(" or ")
-            ))
-        })
-    }
-
     /// All words that can be used in such a file, for a message.
     pub fn list(&self, root: Root) -> String {
         format!("one of {}", list(&self.usable(root)))
     }
-}
-
-pub fn not_built(name: &str) -> Complaint {
-    Complaint::new(format!("`{name}` is not built yet"))
 }
 
 pub fn map_only(what: &str) -> Complaint {

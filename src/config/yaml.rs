@@ -144,11 +144,21 @@ impl Reading {
         match self.refusal {
             Some(complaint) => Fault { complaint, path: Path(self.steps), offset },
             None => Fault {
-                complaint: Complaint::new(message_of(error)),
+                complaint: unquoted(text, offset, Complaint::new(message_of(error))),
                 path: Path::default(),
                 offset,
             },
         }
+    }
+}
+
+/// Colons mean something to YAML where an IPv6 address begins or ends with them.
+fn unquoted(text: &str, offset: usize, complaint: Complaint) -> Complaint {
+    let before = text.get(..offset).unwrap_or(text);
+    let start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    match text[start..].lines().next().is_some_and(|line| line.contains("::")) {
+        true => complaint.help("put an IPv6 address that begins or ends with `:` in quotes"),
+        false => complaint,
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context;
 
@@ -12,16 +12,17 @@ use super::{Before, Facts, Input, InputLink, Kernel, Sender, Upstream, Way, retu
 use crate::advice;
 use crate::bpf;
 use crate::cli::{Global, Target};
-use crate::config::{Action, Config, Health, Ports, Source};
+use crate::config::{Action, Address, Config, Family, Health, Key, KeyAddress, Source, with_port};
 use crate::drift;
 use crate::failure::{Failure, Result};
 use crate::generation::Description;
 use crate::list;
-use crate::netlink::{Direction, ETH_P_ALL, Filter, Link, Netlink, Route};
+use crate::netlink::{Direction, ETH_P_ALL, Filter, Link, Netlink, OwnAddress, Route};
 use crate::observe::{Observed, observe};
-use crate::plan::Desired;
+use crate::plan::{Desired, Rule};
 use crate::privileges;
 use crate::status::{self, Status};
+use crate::tables;
 use crate::tc;
 use crate::wanted::{Text, Wanted};
 
@@ -36,7 +37,7 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
     let mut facts = Facts {
         kernel: kernel(),
         missing_capabilities: privileges::missing_now(),
-        neighbours: netlink.neighbour_table().await.context("neighbours")?,
+        neighbours: netlink.neighbour_tables().await.context("neighbours")?,
         ..Facts::default()
     };
     let (observed, status) = match status::read(global, netlink, None, None).await {
@@ -151,25 +152,32 @@ async fn look(
             _ => None,
         })
         .collect();
-    facts.next_hops = hops.len();
+    for (_, gateway) in hops {
+        facts.next_hops[usize::from(gateway.is_ipv6())] += 1;
+    }
     facts.senders = senders(desired);
     facts.wants_health = desired.rules.iter().any(|rule| rule.health == Health::Neighbour);
     facts.warnings = warnings(desired, &links, &addresses);
+    let own: HashSet<IpAddr> = addresses.iter().map(|own| own.address).collect();
     facts.homeless = desired
         .rules
         .iter()
-        .filter(|rule| !addresses.iter().any(|(_, address)| *address == rule.key.address))
         .rev()
-        .map(|rule| (rule.key.address.to_string(), rule.name.clone()))
+        .filter_map(|rule| match rule.key.address {
+            KeyAddress::Is(address) => Some((address, rule)),
+            KeyAddress::Any => None,
+        })
+        .filter(|(address, _)| !tables::is_group(desired, *address) && !own.contains(address))
+        .map(|(address, rule)| (address.to_string(), rule.name.clone()))
         .collect();
     Ok(())
 }
 
 /// What `apply` would say of what serves.
-fn warnings(desired: &Desired, links: &[Link], addresses: &[(u32, Ipv4Addr)]) -> Vec<String> {
+fn warnings(desired: &Desired, links: &[Link], addresses: &[OwnAddress]) -> Vec<String> {
     let text = list::document(desired).to_string();
     let Ok(config) = Config::parse("what serves", &text) else { return Vec::new() };
-    let mut findings = advice::unheard(&config, &advice::listeners());
+    let mut findings = advice::unheard(&config, desired, &advice::listeners());
     findings.extend(advice::stacked(&config, &desired.interfaces, links, addresses));
     findings.into_iter().map(|finding| finding.message).collect()
 }
@@ -181,8 +189,16 @@ async fn inputs(
     serving: Option<&Description>,
     desired: &Desired,
 ) -> Result<Vec<Input>> {
-    let elsewhere = netlink.routes(&[ELSEWHERE]).await.pop().and_then(|route| route.ok());
-    let passes = desired.rules.iter().any(|rule| rule.action == Action::Pass);
+    let elsewhere = netlink.paths(&[ELSEWHERE.into()], &HashMap::new()).await.pop();
+    let elsewhere = elsewhere.and_then(|paths| paths.ok()?.first().copied());
+    let of = |family: Family| desired.rules.iter().filter(move |rule| rule.family() == family);
+    let passes = of(Family::V4).any(|rule| rule.action == Action::Pass);
+    let families: Vec<(&str, u16)> = [(Family::V4, "ipv4", 0x0800), (Family::V6, "ipv6", 0x86dd)]
+        .into_iter()
+        .filter(|(family, ..)| of(*family).next().is_some())
+        .map(|(_, name, protocol)| (name, protocol))
+        .collect();
+    let protocols: Vec<u16> = families.iter().map(|(_, protocol)| *protocol).collect();
     let mut inputs = Vec::new();
     for name in &desired.interfaces {
         let seen = observed.interfaces.get(name);
@@ -194,6 +210,8 @@ async fn inputs(
         let conf = |interface: &str, what: &str| {
             sysctl(&format!("net/ipv4/conf/{interface}/{what}")).unwrap_or(0)
         };
+        let is = |what: &str, wanted: i64| sysctl(&what.replace('.', "/")) == Some(wanted);
+        let no_ipv6 = format!("net.ipv6.conf.{name}.disable_ipv6");
         let qdisc = seen.hook.qdisc;
         inputs.push(Input {
             name: name.clone(),
@@ -206,10 +224,16 @@ async fn inputs(
                 foreign_qdisc: qdisc.is_some()
                     && serving.is_some_and(|serving| !serving.clsact.contains(name)),
                 before: match qdisc {
-                    Some(_) => before(netlink, link).await?,
+                    Some(_) => before(netlink, link, &protocols).await?,
                     None => tcx(link),
                 },
-                forwarding: conf(name, "forwarding") != 0,
+                not_forwarding: families
+                    .iter()
+                    .map(|(family, _)| format!("net.{family}.conf.{name}.forwarding"))
+                    .filter(|sysctl| is(sysctl, 0))
+                    .collect(),
+                no_ipv6: Some(no_ipv6)
+                    .filter(|sysctl| of(Family::V6).next().is_some() && is(sysctl, 1)),
                 strict: conf("all", "rp_filter").max(conf(name, "rp_filter")) == 1,
                 default_elsewhere: elsewhere.is_some_and(|route| route.ifindex != link.index),
                 passes,
@@ -220,14 +244,13 @@ async fn inputs(
 }
 
 /// The filters that are asked before udplb's, in no order.
-async fn before(netlink: &Netlink, link: &Link) -> Result<Vec<Before>> {
-    const IPV4: u16 = 0x0800;
+async fn before(netlink: &Netlink, link: &Link, protocols: &[u16]) -> Result<Vec<Before>> {
     let filters = netlink.filters(link.index, Direction::Ingress).await.context("filters")?;
     let mut before = tcx(link);
     let is_first = |filter: &&Filter| {
         filter.chain == 0
             && filter.priority < tc::PRIORITY
-            && [ETH_P_ALL, IPV4].contains(&filter.protocol)
+            && (filter.protocol == ETH_P_ALL || protocols.contains(&filter.protocol))
     };
     for filter in filters.iter().filter(is_first) {
         let verdicts = match (&filter.program, filter.direct, filter.action) {
@@ -311,28 +334,38 @@ async fn upstreams(
     status: Option<&Status>,
     desired: &Desired,
 ) -> Vec<Upstream> {
-    let links: HashMap<u32, &Link> = links.iter().map(|link| (link.index, link)).collect();
-    let addresses: Vec<Ipv4Addr> = desired.addresses().into_iter().collect();
-    let routes = netlink.routes(&addresses).await;
-    let ways: BTreeMap<Ipv4Addr, Way> =
-        addresses.into_iter().zip(routes.into_iter().map(|route| way(route, &links))).collect();
+    let links: HashMap<u32, Link> = links.iter().map(|link| (link.index, link.clone())).collect();
+    let addresses: Vec<Address> = desired.addresses().into_iter().collect();
+    let paths = netlink.paths(&addresses, &links).await;
+    let ways: BTreeMap<Address, (Way, Option<IpAddr>)> = addresses
+        .into_iter()
+        .zip(paths)
+        .map(|(address, paths)| {
+            let route = paths.map(|paths| paths[0]);
+            let egress = route.as_ref().ok().and_then(|route| route.egress);
+            let way = way(address.ip, route, &links);
+            (address, (way, egress))
+        })
+        .collect();
     let mut known = HashMap::new();
     for rule in status.iter().flat_map(|status| &status.rules) {
-        for upstream in &rule.upstreams {
+        for (upstream, _) in rule.destinations() {
             known.insert((rule.name.as_str(), upstream.label.as_str()), upstream);
         }
     }
     let mut upstreams = Vec::new();
     for rule in &desired.rules {
-        for upstream in &rule.upstreams {
+        for upstream in rule.destinations() {
             let label = upstream.label();
             let status = known.get(&(rule.name.as_str(), label.as_str()));
             let too_large = status.and_then(|it| it.counters.drops().find(|drop| drop.0 == "mtu"));
             upstreams.push(Upstream {
                 rule: rule.name.clone(),
-                address: upstream.address.into(),
-                way: ways.get(&upstream.address).cloned().unwrap_or(Way::Local),
-                preserves: rule.source == Source::Preserve,
+                address: upstream.address.ip,
+                way: ways.get(&upstream.address).map_or(Way::Local, |(way, _)| way.clone()),
+                preserves: rule.source_of(upstream) == Source::Preserve,
+                lacks_egress: rule.source_of(upstream) == Source::Egress
+                    && ways.get(&upstream.address).is_some_and(|(_, egress)| egress.is_none()),
                 down: status
                     .filter(|upstream| upstream.health == Some("down"))
                     .map(|upstream| upstream.since.unwrap_or(0).into()),
@@ -344,14 +377,14 @@ async fn upstreams(
     upstreams
 }
 
-fn way(route: std::io::Result<Route>, links: &HashMap<u32, &Link>) -> Way {
+fn way(address: IpAddr, route: std::io::Result<Route>, links: &HashMap<u32, Link>) -> Way {
     match route {
         Ok(route) if route.local => Way::Local,
         Ok(route) => match links.get(&route.ifindex) {
             Some(link) => Way::Hop {
                 interface: link.name.clone(),
                 gateway: route.gateway,
-                mtu: route.mtu.unwrap_or(link.mtu),
+                mtu: route.mtu.unwrap_or_else(|| link.mtu_to(address)),
             },
             None => Way::None("its interface is gone".into()),
         },
@@ -361,33 +394,39 @@ fn way(route: std::io::Result<Route>, links: &HashMap<u32, &Link>) -> Way {
 
 /// The sockets that are connected to a key.
 fn senders(desired: &Desired) -> Vec<Sender> {
-    let mut keys: HashMap<Ipv4Addr, Vec<(&str, &[Ports])>> = HashMap::new();
+    let mut keys: HashMap<IpAddr, Vec<&Rule>> = HashMap::new();
     for rule in &desired.rules {
-        keys.entry(rule.key.address).or_default().push((&rule.name, &rule.key.ports));
+        match rule.key.address {
+            KeyAddress::Is(address) => keys.entry(address).or_default().push(rule),
+            KeyAddress::Any => {
+                let family = rule.family();
+                for address in desired.addresses.iter().filter(|it| family == (**it).into()) {
+                    keys.entry(*address).or_default().push(rule);
+                }
+            }
+        }
     }
-    let table = fs::read_to_string(PathBuf::from("/proc/thread-self/net/udp")).unwrap_or_default();
+    let tables = ["/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"];
+    let tables = tables.map(|path| fs::read_to_string(path).unwrap_or_default());
     let mut senders = Vec::new();
-    for line in table.lines().skip(1) {
+    for line in tables.iter().flat_map(|table| table.lines().skip(1)) {
         let words: Vec<&str> = line.split_whitespace().collect();
         let [_, from, to, _, _, _, _, uid, ..] = words[..] else { continue };
-        let Some((from, to)) = endpoint(from).zip(endpoint(to)) else { continue };
+        let Some((from, to)) = advice::endpoint(from).zip(advice::endpoint(to)) else { continue };
         let Some(rules) = keys.get(&to.0) else { continue };
-        let rule = rules.iter().find(|(_, ports)| ports.iter().any(|it| it.contains(to.1)));
-        if let Some((rule, _)) = rule {
+        let rule = rules.iter().find(|rule| {
+            let Key { ports, from: networks, .. } = &rule.key;
+            let port = ports.is_empty() || ports.iter().any(|it| it.contains(to.1));
+            port && (networks.is_empty() || networks.iter().any(|it| it.contains(from.0)))
+        });
+        if let Some(rule) = rule {
             senders.push(Sender {
-                rule: (*rule).into(),
-                from: format!("{}:{}", from.0, from.1),
-                to: format!("{}:{}", to.0, to.1),
+                rule: rule.name.clone(),
+                from: with_port(from.0, from.1),
+                to: with_port(to.0, to.1),
                 uid: uid.parse().unwrap_or(0),
             });
         }
     }
     senders
-}
-
-/// As /proc/net/udp has it: the address is a hexadecimal word as it lies in memory.
-fn endpoint(text: &str) -> Option<(Ipv4Addr, u16)> {
-    let (address, port) = text.split_once(':')?;
-    let address = u32::from_str_radix(address, 16).ok()?;
-    Some((Ipv4Addr::from(address.to_ne_bytes()), u16::from_str_radix(port, 16).ok()?))
 }

@@ -2,11 +2,14 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod forge;
 pub mod lab;
 pub mod net;
 pub mod packet;
 pub mod prelude;
 pub mod program;
+pub mod random;
+pub mod reference;
 pub mod service;
 pub mod testbed;
 pub mod wire;

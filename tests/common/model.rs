@@ -27,7 +27,7 @@ impl Kernel {
     pub fn new(interfaces: &[&str]) -> Kernel {
         let empty = |index: usize| Interface {
             index: index as u32 + 1,
-            ethernet: true,
+            layer: Some(udplb::netlink::Layer::Ethernet),
             hook: Hook { qdisc: None, slot: Slot::Empty, shared: false },
         };
         let interfaces =
@@ -141,6 +141,7 @@ impl Kernel {
             built: 0,
             namespace: draft.namespace,
             program: ProgramName::new(draft.number, [0; 8]),
+            program_l3: draft.l3.then(|| ProgramName::new(draft.number, [3; 8])),
             clsact: draft.clsact.clone(),
             desired: draft.desired.clone(),
             ids,

@@ -8,12 +8,15 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use libbpf_sys::*;
 
 /// An 802.1Q or 802.1ad tag.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tag {
     pub protocol: u16,
     /// Priority and VLAN id.
     pub control: u16,
 }
+
+/// What one does: it cuts the frame to a length, and gives it a tag.
+pub type Change = (Option<usize>, Option<Tag>);
 
 /// What the prelude returns when it, not the program under test, failed.
 pub const FAILED: i32 = 99;
@@ -52,8 +55,8 @@ impl Prelude {
         Prelude { programs, functions: Functions::new() }
     }
 
-    /// Loads one that cuts the frame to `length` and gives it a tag.
-    pub fn load(&self, length: Option<usize>, tag: Option<Tag>) -> OwnedFd {
+    /// Loads one.
+    pub fn load(&self, (length, tag): Change) -> OwnedFd {
         let mut code = vec![mov(CONTEXT, 1)];
         if let Some(length) = length {
             let arguments = [set(2, length as i32), set(3, 0)];

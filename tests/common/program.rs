@@ -1,19 +1,20 @@
 //! The program, loaded but attached nowhere: one packet at a time by BPF_PROG_TEST_RUN.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
 use std::mem::{MaybeUninit, size_of};
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenObject};
 use udplb::bpf::{Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
-use udplb::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy};
+use udplb::config::{Action, Address, Hash, Key, Ports, Source, Strategy};
 use udplb::nexthop::{self, Way};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 use udplb::tables::Tables;
 
-use super::prelude::{FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL, Tag};
+use super::prelude::{Change, FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL, Tag};
 
 /// Ids given, and read, in each chunk of counters; no configuration here has more.
 const IDS: u32 = 64;
@@ -22,8 +23,8 @@ const IDS: u32 = 64;
 const CHUNKS: u32 = 2;
 
 /// Room in the maps of rules and upstreams, and in slots.
-const ENTRIES: u32 = 64;
-const SLOT_LINES: u32 = 2;
+const ENTRIES: u32 = 256;
+const SLOT_LINES: u32 = 1024;
 
 /// What there is to a packet besides its bytes.
 #[derive(Clone, Copy, Debug, Default)]
@@ -53,6 +54,8 @@ pub struct Program<'object> {
     skeleton: UdplbSkel<'object>,
     chunks: [MapHandle; CHUNKS as usize],
     prelude: Prelude,
+    /// Those that were needed.
+    preludes: RefCell<HashMap<Change, OwnedFd>>,
 }
 
 impl<'object> Program<'object> {
@@ -61,7 +64,11 @@ impl<'object> Program<'object> {
         let maps = &mut skeleton.maps;
         for (map, entries) in [
             (&mut maps.rules, ENTRIES),
+            (&mut maps.rules6, ENTRIES),
+            (&mut maps.senders, ENTRIES),
+            (&mut maps.addresses, ENTRIES),
             (&mut maps.upstreams, ENTRIES),
+            (&mut maps.samples, ENTRIES),
             (&mut maps.slots, SLOT_LINES),
         ] {
             map.set_max_entries(entries).expect("the size of a map");
@@ -74,35 +81,62 @@ impl<'object> Program<'object> {
         let chunk = skeleton.maps.nexthops_chunk.as_fd().as_raw_fd();
         write(&skeleton.maps.nexthops, 0, &chunk.to_ne_bytes());
         let prelude = Prelude::new(skeleton.progs.udplb.as_fd());
-        Program { skeleton, chunks, prelude }
+        Program { skeleton, chunks, prelude, preludes: RefCell::default() }
     }
 
     /// Puts one rule in the place of those that were there, behind a decoy, and returns its ids;
     /// the first id given is the one after `first_id`.
-    pub fn configure(&self, rule: &Rule, ways: &BTreeMap<Ipv4Addr, Way>, first_id: u32) -> RuleIds {
-        let desired = Desired { interfaces: Vec::new(), rules: vec![decoy(), rule.clone()] };
-        let mut ids = assign_ids(&desired, &[], IDS).expect("ids suffice");
+    pub fn configure(&self, rule: &Rule, ways: &BTreeMap<Address, Way>, first_id: u32) -> RuleIds {
+        let rules = vec![decoy(), rule.clone()];
+        self.configure_all(&Desired { rules, ..Desired::default() }, ways, first_id)
+            .pop()
+            .expect("the ids of the rule")
+    }
+
+    /// The same with all rules of a configuration, and none besides.
+    pub fn configure_all(
+        &self,
+        desired: &Desired,
+        ways: &BTreeMap<Address, Way>,
+        first_id: u32,
+    ) -> Vec<RuleIds> {
+        let mut ids = assign_ids(desired, &[], IDS).expect("ids suffice");
         for ids in &mut ids {
             ids.rule += first_id;
-            ids.upstreams.iter_mut().for_each(|id| *id += first_id);
+            ids.upstreams.iter_mut().chain(&mut ids.mirrors).for_each(|id| *id += first_id);
         }
-        let tables = Tables::new(&desired, &ids);
+        let tables = Tables::new(desired, &ids);
         let maps = &self.skeleton.maps;
         clear(&maps.rules);
+        clear(&maps.rules6);
+        clear(&maps.senders);
+        clear(&maps.addresses);
+        self.forget_fragments();
         write_all(&maps.nexthops_chunk, &[types::nexthop_slot::default(); IDS as usize]);
         self.lease(false);
-        for (key, rule) in &tables.rules {
-            maps.rules.update(bytes_of(key), bytes_of(rule), MapFlags::ANY).expect("a rule");
-        }
+        write_pairs(&maps.rules, &tables.rules);
+        write_pairs(&maps.rules6, &tables.rules6);
+        write_pairs(&maps.senders, &tables.senders);
+        write_pairs(&maps.addresses, &tables.addresses);
         write_all(&maps.slots, &tables.slots);
         write_all(&maps.upstreams, &tables.upstreams);
         if !ways.is_empty() {
-            for (id, entry) in nexthop::entries(&desired, &ids, ways) {
+            for (id, entry) in nexthop::entries(desired, &ids, ways) {
                 let slot = types::nexthop_slot { copies: [entry; 2], ..Default::default() };
                 write(&maps.nexthops_chunk, id, bytes_of(&slot));
             }
         }
-        ids.pop().expect("the ids of the rule")
+        ids
+    }
+
+    /// Nothing that was remembered is found any more.
+    pub fn forget_fragments(&self) {
+        let map = &self.skeleton.maps.tickets;
+        let bytes = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
+        let tickets: Option<types::tickets> = bytes.and_then(|bytes| from_bytes(&bytes));
+        let mut tickets = tickets.expect("tickets");
+        tickets.secret += 1;
+        write(map, 0, bytes_of(&tickets));
     }
 
     /// Has every slot lead to an upstream that the map has no room for.
@@ -137,7 +171,9 @@ impl<'object> Program<'object> {
         if context.tag.is_none() && context.length.is_none() {
             return test_run(self.skeleton.progs.udplb.as_fd(), frame, context);
         }
-        let prelude = self.prelude.load(context.length, context.tag);
+        let change = (context.length, context.tag);
+        let mut preludes = self.preludes.borrow_mut();
+        let prelude = preludes.entry(change).or_insert_with(|| self.prelude.load(change));
         let run = test_run(prelude.as_fd(), frame, context);
         assert_ne!(run.action, FAILED, "the prelude with {context:?}");
         run
@@ -190,17 +226,14 @@ fn counters_chunk(model: &MapMut<'_>) -> MapHandle {
 /// A rule that no packet here matches; its entries are the first in each map.
 fn decoy() -> Rule {
     let address = Ipv4Addr::new(192, 0, 2, 1);
-    let upstream =
-        |port| Upstream { name: None, host: Host::Address(address), address, port: Some(port) };
+    let upstream = |port| Upstream::new(address, Some(port));
+    let key = Key::new(address, vec![Ports { first: 2055, last: 2055 }]);
     Rule {
-        name: "decoy".into(),
-        key: Key { address, ports: vec![Ports { first: 2055, last: 2055 }] },
         action: Action::Block,
         strategy: Strategy::SrcPort,
         hash: Hash::Modulo,
         source: Source::Preserve,
-        health: Health::Off,
-        upstreams: (1..=3).map(upstream).collect(),
+        ..Rule::new("decoy", key, (1..=3).map(upstream).collect())
     }
 }
 
@@ -249,6 +282,13 @@ fn write(map: &MapMut<'_>, key: u32, value: &[u8]) {
 fn write_all<T: Pod>(map: &MapMut<'_>, values: &[T]) {
     for (key, value) in values.iter().enumerate() {
         write(map, key as u32, bytes_of(value));
+    }
+}
+
+fn write_pairs<K: Pod, V: Pod>(map: &MapMut<'_>, pairs: &[(K, V)]) {
+    for (key, value) in pairs {
+        let written = map.update(bytes_of(key), bytes_of(value), MapFlags::ANY);
+        written.unwrap_or_else(|error| panic!("{}: {error}", map.name().display()));
     }
 }
 

@@ -110,6 +110,16 @@ impl Lab {
         until(&format!("{label} is {health}"), || self.upstream_status(label)["health"] == health);
     }
 
+    /// udplb on the relay, where `/etc/hosts` is a file of the lab's directory.
+    pub fn with_hosts(&self, words: &str) -> Command {
+        let hosts = self.directory.path().join("hosts");
+        let mut command = self.relay.command("unshare");
+        let script = format!("mount --bind {} /etc/hosts && exec \"$@\"", hosts.display());
+        command.args(["--mount", "sh", "-c", &script, "sh", env!("CARGO_BIN_EXE_udplb")]);
+        command.arg("--pin-dir").arg(self.bpffs.pins()).args(words.split_whitespace());
+        command
+    }
+
     /// The kernel's entry for a neighbour of the relay.
     pub fn neighbour(&self, address: &str) -> String {
         self.relay.ip(&format!("-d neigh show {address}"))

@@ -6,8 +6,8 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr};
 
-use udplb::config::{Action, Hash, Health, Host, Key, Ports, Source, Strategy};
-use udplb::nexthop::{Hop, Way};
+use udplb::config::{Action, Address, Hash, Key, Ports, Source};
+use udplb::nexthop::{Hop, Macs, Way};
 use udplb::plan::{Rule, RuleIds, Upstream};
 
 use super::Namespace;
@@ -210,16 +210,17 @@ impl Case {
             _ => return None,
         };
         let upstream = &self.rule.upstreams[self.chosen];
-        let source = match self.rule.source {
+        let source = match self.rule.source_of(upstream) {
             Source::Vip => *came.destination.ip(),
             Source::Preserve => *came.source.ip(),
+            Source::Egress => unimplemented!("no case has it yet"),
         };
         let port = upstream.port.unwrap_or(came.destination.port());
         let gone = Datagram {
             to,
             from,
             source: endpoint(source, came.source.port()),
-            destination: endpoint(upstream.address, port),
+            destination: endpoint(ipv4(&upstream.address), port),
             ttl: came.ttl - 1,
             ..came.clone()
         };
@@ -255,21 +256,20 @@ fn hexadecimal(frame: &[u8]) -> String {
 
 /// A rule for [`VIP`] and [`PORTS`] with one upstream, which gets the packets on its port 9995.
 pub fn rule(action: Action, source: Source, upstream: Ipv4Addr) -> Rule {
-    Rule {
-        name: "rule".into(),
-        key: Key { address: VIP, ports: vec![PORTS] },
-        action,
-        strategy: Strategy::SrcIpPort,
-        hash: Hash::Modulo,
-        source,
-        health: Health::Off,
-        upstreams: vec![to(upstream, Some(9995))],
-    }
+    let rule = Rule::new("rule", Key::new(VIP, vec![PORTS]), vec![to(upstream, Some(9995))]);
+    Rule { action, hash: Hash::Modulo, source, ..rule }
 }
 
 /// An upstream; without a port it gets packets on the port that they came to.
 pub fn to(address: Ipv4Addr, port: Option<u16>) -> Upstream {
-    Upstream { name: None, host: Host::Address(address), address, port }
+    Upstream::new(address, port)
+}
+
+fn ipv4(address: &Address) -> Ipv4Addr {
+    match address.ip {
+        IpAddr::V4(address) => address,
+        IpAddr::V6(address) => panic!("{address} is no IPv4 address"),
+    }
 }
 
 /// What matches [`rule`].
@@ -280,8 +280,8 @@ pub fn datagram() -> Datagram {
 pub struct Testbed<'object> {
     pub program: Program<'object>,
     pub wire: Wire,
-    routing: u32,
-    closed: u32,
+    pub routing: u32,
+    pub closed: u32,
     out: u32,
 }
 
@@ -318,14 +318,16 @@ impl Testbed<'_> {
             ifindex: self.out,
             gateway,
             mtu,
-            macs: mac.map(|mac| (OUT_MAC, mac)),
+            egress: None,
+            macs: mac.map_or(Macs::Unknown, |neighbour| Macs::Known { own: OUT_MAC, neighbour }),
         })
     }
 
     /// Runs a case and looks at nothing.
     pub fn run(&self, case: &Case) -> (RuleIds, Outcome) {
-        let address = case.rule.upstreams[case.chosen].address;
-        let ways: BTreeMap<_, _> = case.known.iter().map(|way| (address, way.clone())).collect();
+        let address = &case.rule.upstreams[case.chosen].address;
+        let ways: BTreeMap<_, _> =
+            case.known.iter().map(|way| (address.clone(), way.clone())).collect();
         let ids = self.program.configure(&case.rule, &ways, case.first_id);
         if let Some(tamper) = case.tamper {
             tamper(&self.program, &ids);

@@ -149,18 +149,15 @@ let
   words =
     options:
     lib.concatLists (
-      lib.mapAttrsToList (
-        name: o:
-        [ name ]
-        ++ (
-          if lib.isOption o then
-            (o.type.nestedTypes.elemType or o.type).functor.payload.values or [ ]
-            ++ words (o.type.getSubOptions [ ])
-          else
-            words o
-        )
-      ) (removeAttrs options [ "_module" ])
+      lib.mapAttrsToList (name: o: [ name ] ++ (if lib.isOption o then ofType o.type else words o)) (
+        removeAttrs options [ "_module" ]
+      )
     );
+  ofType =
+    type:
+    (type.functor.payload.values or [ ])
+    ++ words (type.getSubOptions [ ])
+    ++ lib.concatMap ofType (lib.attrValues (type.nestedTypes or { }));
   udplbOptions =
     (lib.evalModules {
       class = "nixos";

@@ -35,7 +35,7 @@ let
 in
 {
   address = {
-    expect = wrong "key\\.address" "IPv4 address";
+    expect = wrong "key\\.address" "IP address or \"any\"";
     config = key {
       address = "10.0.0.500";
       port = 514;
@@ -84,24 +84,107 @@ in
     config = options { tc_action = "drop"; };
   };
   mode = {
-    expect = wrong "options\\.mode" "null or (value .balance. .singular enum.|one of .balance.)";
+    expect = wrong "options\\.mode" "null or one of .balance., .replicate.'";
     config = options { mode = "copy"; };
   };
   strategy = {
-    expect = wrong "options\\.strategy" "null or one of .src-port., .src-ip., .src-ip-port.'";
+    expect = wrong "options\\.strategy" "null or one of .src-port., .src-ip., .src-ip-port., .random., .payload.'";
     config = options { strategy = "round-robin"; };
   };
   source = {
-    expect = wrong "options\\.source" "null or one of .vip., .preserve.'";
+    expect = wrong "options\\.source" "null or one of .vip., .preserve., .egress.'";
     config = options { source = "own"; };
   };
   hash = {
-    expect = wrong "options\\.hash" "null or (value .modulo. .singular enum.|one of .modulo.)";
+    expect = wrong "options\\.hash" "null or one of .modulo., .maglev.'";
     config = options { hash = "md5"; };
   };
   health = {
     expect = wrong "options\\.health" "null or one of .off., .neighbour.'";
     config = options { health = "ping"; };
+  };
+  fragments = {
+    expect = wrong "options\\.fragments" "null or one of .follow., .pass., .drop.'";
+    config = options { fragments = "reassemble"; };
+  };
+  payload-word = {
+    expect = wrong "options\\.payload" "";
+    config = options { payload = "stats"; };
+  };
+  payload-length = {
+    expect = wrong "options\\.payload\\.length" "integer between 1 and 64";
+    config = options {
+      payload = {
+        offset = 0;
+        length = 65;
+      };
+    };
+  };
+  payload-without-strategy = {
+    expect.check = "`payload` needs `strategy: payload`";
+    config = options { payload = "statsd"; };
+  };
+  from = {
+    expect = wrong "key\\.from" "null or network";
+    config = key {
+      address = "10.0.0.5";
+      port = 514;
+      from = "10.20.0.0/";
+    };
+  };
+  from-bits = {
+    expect.check = "rules\\[0\\]\\.key\\.from.*has bits beyond the prefix";
+    config = key {
+      address = "10.0.0.5";
+      port = 514;
+      from = [ "10.20.0.1/16" ];
+    };
+  };
+  families = {
+    expect.check = "10\\.0\\.9\\.1 is IPv4, and 2001:db8::5 is IPv6";
+    config = key {
+      address = "2001:db8::5";
+      port = 514;
+    };
+  };
+  ipv6 = {
+    expect.check = "rules\\[0\\]\\.key\\.address";
+    config = key {
+      address = "2001:db8::5::6";
+      port = 514;
+    };
+  };
+  mirror-word = {
+    expect = unknown "mirror\\.${entry}\\.weight";
+    config = rule {
+      mirror = [
+        {
+          address = "10.0.9.2";
+          weight = 2;
+        }
+      ];
+    };
+  };
+  upstream-weight = {
+    expect = wrong "upstream\\.${entry}\\.weight" "null or integer between 1 and 10000";
+    config = upstream {
+      address = "10.0.9.1";
+      weight = 0;
+    };
+  };
+  upstream-state = {
+    expect = wrong "upstream\\.${entry}\\.state" "null or one of .active., .drained.'";
+    config = upstream {
+      address = "10.0.9.1";
+      state = "down";
+    };
+  };
+  upstream-sample = {
+    expect.check = "`sample` needs `mode: replicate`";
+    config = upstream {
+      address = "10.0.9.1";
+      sample = 2;
+    };
   };
   upstream-none = {
     expect = wrong "upstream" "non-empty";
@@ -115,7 +198,7 @@ in
     };
   };
   upstream-address = {
-    expect = wrong "upstream\\.${entry}\\.address" "IPv4 address or host name";
+    expect = wrong "upstream\\.${entry}\\.address" "IP address or host name";
     config = upstream { address = "10.0.9.300"; };
   };
   upstream-port = {

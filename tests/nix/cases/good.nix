@@ -13,33 +13,68 @@ let
           2055
           "6343-6350"
         ];
+        from = [
+          "10.20.0.0/16"
+          "192.0.2.1"
+        ];
       };
       options = {
         tc_action = "pass";
         mode = "balance";
         health = "neighbour";
-        hash = "modulo";
-        strategy = "src-ip";
+        hash = "maglev";
+        strategy = "payload";
+        payload = {
+          offset = 4;
+          length = 8;
+        };
+        fragments = "pass";
       };
       upstream = [
         {
           name = "nfcapd";
           address = "10.0.9.11";
+          weight = 2;
+          state = "drained";
         }
         {
           address = "elastic.example.net";
           port = 9995;
+          source = "egress";
+        }
+      ];
+      mirror = [
+        {
+          address = "10.0.9.13";
+          sample = 10;
         }
       ];
     }
     {
       key = {
-        address = "10.0.0.5";
+        address = "2001:db8::5";
         port = 514;
       };
       options = {
         tc_action = "block";
+        mode = "replicate";
         source = "vip";
+      };
+      upstream = [
+        { address = "fe80::1%br-lan"; }
+        { address = "2001:db8::12"; }
+      ];
+    }
+    {
+      key = {
+        address = "any";
+        port = "any";
+        from = "10.30.0.0/16";
+      };
+      options = {
+        tc_action = "block";
+        strategy = "payload";
+        payload = "statsd";
       };
       upstream = [ { address = "10.0.9.12"; } ];
     }
@@ -140,6 +175,50 @@ in
           key = {
             address = "10.0.0.5";
             port = 514;
+          };
+          upstream = [ { address = "10.0.9.12"; } ];
+        }
+      ];
+    };
+  };
+
+  # Any port is all ports, to the firewall too; rules may share a key.
+  firewall-any-port = {
+    expect.open.ens3 = [
+      514
+      514
+      {
+        from = 1;
+        to = 65535;
+      }
+    ];
+    config.services.udplb = {
+      enable = true;
+      interfaces = [ "ens3" ];
+      openFirewall = true;
+      rules = [
+        {
+          name = "all";
+          key = {
+            address = "10.0.0.5";
+            port = 514;
+          };
+          upstream = [ { address = "10.0.9.12"; } ];
+        }
+        {
+          name = "some";
+          key = {
+            address = "10.0.0.5";
+            port = 514;
+            from = "10.20.0.0/16";
+          };
+          upstream = [ { address = "10.0.9.12"; } ];
+        }
+        {
+          name = "else";
+          key = {
+            address = "10.0.0.5";
+            port = "any";
           };
           upstream = [ { address = "10.0.9.12"; } ];
         }

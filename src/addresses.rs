@@ -1,0 +1,92 @@
+//! This host's addresses, as rules depend on them: what a key's `any` stands for, and which keys
+//! are the broadcast addresses of networks that the interfaces are on.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use crate::config::KeyAddress;
+use crate::netlink::{Link, Netlink, OwnAddress};
+use crate::plan::Desired;
+
+/// The configuration with what its interfaces' addresses are now; `None` if it is the same.
+pub async fn renewed(netlink: &Netlink, desired: &Desired) -> anyhow::Result<Option<Desired>> {
+    let (links, own) = (netlink.links().await?, netlink.addresses().await?);
+    let new = expand(desired, &of_interfaces(&desired.interfaces, &links, &own));
+    let old = (&desired.addresses, &desired.broadcasts);
+    let changed = (&new.0, &new.1) != old;
+    let (addresses, broadcasts) = new;
+    Ok(changed.then(|| Desired { addresses, broadcasts, ..desired.clone() }))
+}
+
+fn of_interfaces(interfaces: &[String], links: &[Link], own: &[OwnAddress]) -> Vec<OwnAddress> {
+    let named: BTreeSet<u32> = links
+        .iter()
+        .filter(|link| interfaces.contains(&link.name))
+        .map(|link| link.index)
+        .collect();
+    own.iter().filter(|own| named.contains(&own.ifindex)).copied().collect()
+}
+
+/// [`Desired::addresses`] and [`Desired::broadcasts`].
+fn expand(desired: &Desired, own: &[OwnAddress]) -> (Vec<IpAddr>, Vec<IpAddr>) {
+    let keys: BTreeSet<KeyAddress> = desired.rules.iter().map(|rule| rule.key.address).collect();
+    let addresses: BTreeSet<IpAddr> = own
+        .iter()
+        .map(|own| own.address)
+        .filter(|address| keys.contains(&KeyAddress::Any) && is_of_this_host_alone(*address))
+        .collect();
+    let broadcasts: BTreeSet<IpAddr> = own
+        .iter()
+        .filter_map(|own| own.broadcast)
+        .filter(|address| keys.contains(&KeyAddress::Is(*address)))
+        .collect();
+    (addresses.into_iter().collect(), broadcasts.into_iter().collect())
+}
+
+/// Others may have the same loopback and link-local addresses.
+fn is_of_this_host_alone(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => !address.is_loopback(),
+        IpAddr::V6(address) => !address.is_loopback() && !address.is_unicast_link_local(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{IpAddr, KeyAddress, OwnAddress, expand};
+    use crate::config::{Key, Ports};
+    use crate::plan::{Desired, Rule, Upstream};
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("an address")
+    }
+
+    fn desired(keys: &[KeyAddress]) -> Desired {
+        let rule = |address: &KeyAddress| {
+            let key = Key::new(*address, vec![Ports { first: 1, last: 1 }]);
+            Rule::new("a rule", key, vec![Upstream::new([10, 0, 9, 1], None)])
+        };
+        Desired { rules: keys.iter().map(rule).collect(), ..Desired::default() }
+    }
+
+    #[test]
+    fn any_is_what_is_of_this_host_alone_and_broadcasts_are_of_the_keys() {
+        let own: Vec<OwnAddress> = [
+            ("10.0.0.9", Some("10.0.0.255")),
+            ("10.0.0.5", Some("10.0.0.255")),
+            ("127.0.0.2", None),
+            ("2001:db8::5", None),
+            ("fe80::5", None),
+        ]
+        .map(|(address, broadcast)| OwnAddress {
+            ifindex: 7,
+            address: ip(address),
+            broadcast: broadcast.map(ip),
+        })
+        .to_vec();
+        let any = ["10.0.0.5", "10.0.0.9", "2001:db8::5"].map(ip).to_vec();
+        assert_eq!(expand(&desired(&[KeyAddress::Any]), &own), (any, Vec::new()));
+        let keys = ["10.0.0.5", "10.0.0.255", "10.0.1.255"].map(|key| KeyAddress::Is(ip(key)));
+        assert_eq!(expand(&desired(&keys), &own), (Vec::new(), vec![ip("10.0.0.255")]));
+    }
+}

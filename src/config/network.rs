@@ -1,0 +1,114 @@
+//! Networks of senders.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::diagnostic::{Complaint, shorten};
+
+/// The addresses that begin with the same `prefix` bits. Text: `10.20.0.0/16`; an address alone is
+/// a network of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Network {
+    /// Zero behind the prefix.
+    pub address: IpAddr,
+    pub prefix: u8,
+}
+
+impl Network {
+    pub fn contains(&self, address: IpAddr) -> bool {
+        self.address.is_ipv4() == address.is_ipv4() && masked(address, self.prefix) == self.address
+    }
+}
+
+/// How many bits an address of this family has.
+fn width(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
+}
+
+/// The address with zeros behind the prefix.
+fn masked(address: IpAddr, prefix: u8) -> IpAddr {
+    let behind = u32::from(width(address) - prefix);
+    match address {
+        IpAddr::V4(address) => {
+            let mask = u32::MAX.checked_shl(behind).unwrap_or(0);
+            IpAddr::V4((address.to_bits() & mask).into())
+        }
+        IpAddr::V6(address) => {
+            let mask = u128::MAX.checked_shl(behind).unwrap_or(0);
+            IpAddr::V6((address.to_bits() & mask).into())
+        }
+    }
+}
+
+impl From<IpAddr> for Network {
+    fn from(address: IpAddr) -> Network {
+        Network { address, prefix: width(address) }
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.prefix == width(self.address) {
+            true => self.address.fmt(f),
+            false => write!(f, "{}/{}", self.address, self.prefix),
+        }
+    }
+}
+
+impl From<Network> for String {
+    fn from(network: Network) -> String {
+        network.to_string()
+    }
+}
+
+impl TryFrom<String> for Network {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Network, String> {
+        text.parse()
+    }
+}
+
+impl FromStr for Network {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Network, String> {
+        network(text).map_err(|complaint| complaint.message)
+    }
+}
+
+/// A network as it stands in a file.
+pub(super) fn network(text: &str) -> Result<Network, Complaint> {
+    let complaint = || Complaint::new(format!("`{}` is not a network", shorten(text)));
+    let (address, prefix) = match text.split_once('/') {
+        Some((address, prefix)) => (address, Some(prefix)),
+        None => (text, None),
+    };
+    let help = "a network is an address and the length of its prefix, like 10.20.0.0/16";
+    let address: IpAddr = address.parse().map_err(|_| complaint().help(help))?;
+    if let IpAddr::V6(mapped) = address
+        && mapped.to_ipv4_mapped().is_some()
+    {
+        return Err(complaint().help("an IPv4 network is written as one"));
+    }
+    let Some(prefix) = prefix else { return Ok(address.into()) };
+    let longest = width(address);
+    let digits = prefix.bytes().all(|byte| byte.is_ascii_digit());
+    let prefix = match prefix.parse() {
+        Ok(prefix) if digits && prefix <= longest => prefix,
+        _ => {
+            let help = format!("behind the `/` comes a number from 0 to {longest}");
+            return Err(complaint().help(help));
+        }
+    };
+    let network = Network { address: masked(address, prefix), prefix };
+    if network.address != address {
+        let message = format!("{address} has bits beyond the prefix of {prefix}");
+        return Err(Complaint::new(message).help(format!("did you mean `{network}`?")));
+    }
+    Ok(network)
+}

@@ -1,0 +1,874 @@
+//! What must happen to a packet: the specification as code. It is made from the RFCs and from what
+//! README.md promises, and not from the program that is held against it.
+//!
+//! ```text
+//! frame ─ untag ─ IP ─ UDP or a later fragment ─ rule ─ for us? ─ well-formed? ─ upstream ─ TTL ─ way ─ MTU ─ rewrite
+//! ```
+//!
+//! What ends on the way ends with one counted verdict; [`Host::judge`] is that line.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr};
+use std::ops::Range;
+
+use udplb::config::{Action, Fragments, Hash, KeyAddress, Mode, Source, Strategy};
+use udplb::plan::{Rule, RuleIds, Upstream};
+
+use super::packet::Mac;
+use super::prelude::Tag;
+use super::program::Counted;
+
+/// A name of `VERDICTS`.
+pub type Verdict = &'static str;
+
+/// What the program under test can do so far.
+#[derive(Clone, Copy, Debug)]
+pub struct Supports {
+    pub ipv6: bool,
+    /// Tags in the frame.
+    pub vlan: bool,
+    /// Fragments go where their first one went.
+    pub fragments: bool,
+    /// Packets that are too big or too old are answered.
+    pub errors: bool,
+    /// `mode: replicate`, and mirrors.
+    pub replicate: bool,
+    pub egress: bool,
+    /// Keys that are multicast or broadcast addresses.
+    pub groups: bool,
+}
+
+/// The one that packets come to.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// Of the interface that they come in by.
+    pub mac: Mac,
+    pub rules: Vec<(Rule, RuleIds)>,
+    /// What the address `any` of a key stands for.
+    pub addresses: Vec<IpAddr>,
+    /// The subnets' broadcast addresses.
+    pub broadcasts: Vec<IpAddr>,
+    /// The longest frame that the interfaces take; IP packets may have bytes behind them.
+    pub longest: usize,
+    /// By the address of the upstream; there is no route to others.
+    pub ways: BTreeMap<IpAddr, Way>,
+    pub hashed: Hashed,
+    pub supports: Supports,
+}
+
+#[derive(Clone, Debug)]
+pub struct Way {
+    /// Of whole IP packets.
+    pub mtu: usize,
+    /// This host's and the next hop's; none: the kernel has to ask for the next hop's.
+    pub macs: Option<(Mac, Mac)>,
+    /// What is sent counts as this.
+    pub verdict: Verdict,
+    /// This host's address on that way.
+    pub egress: Option<IpAddr>,
+}
+
+/// Chooses for a rule by the sender's address and port. The hashes themselves are not specified
+/// here; that user space and the program agree on them is tested elsewhere.
+pub type Hashed = fn(&Rule, IpAddr, u16) -> usize;
+
+/// Who gets packets, and what it is counted under.
+#[derive(Clone, Copy)]
+struct Receiver<'host> {
+    upstream: &'host Upstream,
+    id: u32,
+    source: Source,
+}
+
+/// A packet, as it comes in.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival<'frame> {
+    pub frame: &'frame [u8],
+    /// Held beside the bytes.
+    pub tag: Option<Tag>,
+    /// The payload of a segment, if it is to be cut into some.
+    pub gso_size: usize,
+    /// 0: not counted yet.
+    pub gso_segs: usize,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    pub end: End,
+    pub copies: Vec<Gone>,
+    pub counted: Counted,
+}
+
+/// What becomes of the packet itself.
+#[derive(Clone, Debug, Default)]
+pub enum End {
+    /// Up the stack with every byte that it came with.
+    #[default]
+    Up,
+    Dropped,
+    /// Out, without a tag.
+    Away(Gone),
+    /// Dropped, and its sender may be told why.
+    Answered(Answer),
+}
+
+/// A frame that leaves.
+#[derive(Clone, Debug)]
+pub struct Gone {
+    pub frame: Vec<u8>,
+    /// Its identification is new, and the same in all fragments of the datagram.
+    pub fresh: Option<Fresh>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Fresh {
+    datagram: Datagram,
+    receiver: u32,
+    /// Where the identification is in the frame.
+    field: Range<usize>,
+}
+
+/// An ICMP error.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    pub from: IpAddr,
+    pub to: IpAddr,
+    /// The MTU to use; none: the time was exceeded.
+    pub mtu: Option<usize>,
+    /// What the frame begins with: the MAC addresses the other way round, and its tags.
+    pub link: Vec<u8>,
+    /// The packet that was too big or too old.
+    pub about: Vec<u8>,
+    /// How much of that must be quoted.
+    pub least: usize,
+}
+
+/// What the fragments of a datagram have in common: source, destination, identification (RFC 791
+/// section 3.2; IPv4's protocol is always UDP here. In RFC 8200 section 4.5 the next header is not
+/// part of it: it may differ from fragment to fragment).
+type Datagram = (IpAddr, IpAddr, u32);
+
+/// What is remembered of first fragments.
+#[derive(Clone, Debug, Default)]
+pub struct Table {
+    /// Indices of the rule and of its upstream.
+    followed: HashMap<Datagram, (usize, usize)>,
+    /// By datagram and receiver: the new identification.
+    fresh: HashMap<(Datagram, u32), Vec<u8>>,
+}
+
+const ETHERNET: usize = 14;
+const IPV4: u16 = 0x0800;
+const IPV6: u16 = 0x86dd;
+const VLAN: [u16; 2] = [0x8100, 0x88a8];
+
+/// Tags that are looked through in a frame.
+const TAGS: usize = 2;
+
+/// Extension headers that are looked through.
+const EXTENSIONS: usize = 8;
+
+/// Next header values, RFC 8200 section 4.
+const HOP_BY_HOP: u8 = 0;
+const UDP: u8 = 17;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const DESTINATION: u8 = 60;
+
+/// What is at the beginning of a frame.
+enum Parsed {
+    /// Nothing to look at.
+    Other,
+    /// IPv6 whose extension headers are too many or cut off, in a frame of so many bytes.
+    Unreadable {
+        destination: IpAddr,
+        bytes: usize,
+    },
+    Packet(Packet),
+}
+
+/// UDP, or a later fragment of what may be UDP.
+struct Packet {
+    /// Without its tags.
+    bytes: Vec<u8>,
+    source: IpAddr,
+    destination: IpAddr,
+    /// TTL or hop limit.
+    ttl: u8,
+    /// Where the IP packet ends by its header; the frame may end sooner.
+    end: usize,
+    /// Where the IP packet's UDP header is, or a later fragment's data.
+    body: usize,
+    /// None: it is whole.
+    fragment: Option<Fragment>,
+    /// Whether what it is a fragment of may be UDP, by what this one says.
+    may_be_udp: bool,
+    /// May be told to use a smaller MTU.
+    dont_fragment: bool,
+    gso_size: usize,
+    gso_segs: usize,
+}
+
+struct Fragment {
+    first: bool,
+    identification: u32,
+    /// Where that is in the frame.
+    field: Range<usize>,
+}
+
+impl Host {
+    /// The packet's way; `table` is what the packets before left behind.
+    pub fn judge(&self, table: &mut Table, arrival: Arrival<'_>) -> Outcome {
+        let packet = match self.parse(arrival) {
+            Parsed::Other => return Outcome::default(),
+            Parsed::Unreadable { destination, bytes } => {
+                return match self.has_key(destination) {
+                    true => Outcome::default().counted(0, "malformed", (1, bytes as u64)),
+                    false => Outcome::default(),
+                };
+            }
+            Parsed::Packet(packet) => packet,
+        };
+        let count = packet.count();
+        let found = match packet.is_later() {
+            true => table.followed.get(&packet.datagram()).copied(),
+            false => self.rule_for(&packet).map(|rule| {
+                let chosen = self.choose(&self.rules[rule].0, &packet);
+                (rule, chosen)
+            }),
+        };
+        let Some((index, chosen)) = found else {
+            if packet.is_first() {
+                table.forget(packet.datagram());
+            }
+            if !packet.is_later() {
+                return Outcome::default();
+            }
+            let verdict = if self.supports.fragments { "fragment-early" } else { "fragment" };
+            let keys = self.has_key(packet.destination) && packet.may_be_udp;
+            return match keys || !self.supports.fragments {
+                true => Outcome::default().counted(0, verdict, count),
+                false => Outcome::default(),
+            };
+        };
+        let (rule, ids) = &self.rules[index];
+        if !self.is_for_us(rule, &packet) {
+            return Outcome::default().counted(ids.rule, "not-for-us", count);
+        }
+        if packet.fragment.is_some() && !self.supports.fragments {
+            return Outcome::unsent(rule).counted(ids.rule, "fragment", count);
+        }
+        if !packet.is_well_formed() {
+            if packet.is_first() {
+                table.forget(packet.datagram());
+            }
+            return Outcome::unsent(rule).counted(ids.rule, "malformed", count);
+        }
+        if packet.fragment.is_some() {
+            if packet.is_first() {
+                table.remember(packet.datagram(), index, chosen);
+            }
+            let outcome = match rule.fragments {
+                Fragments::Follow => None,
+                Fragments::Pass => Some(Outcome::default()),
+                Fragments::Drop => Some(Outcome { end: End::Dropped, ..Outcome::default() }),
+            };
+            if let Some(outcome) = outcome {
+                return outcome.counted(ids.rule, "fragment", count);
+            }
+        }
+        let receivers = |upstreams, ids| receivers(rule, upstreams, ids);
+        let upstreams = receivers(&rule.upstreams, &ids.upstreams);
+        match rule.mode {
+            Mode::Balance => {
+                let mirrors = receivers(&rule.mirrors, &ids.mirrors);
+                let outcome = self.copies(&mirrors, &packet);
+                self.balance(outcome, rule, upstreams[chosen], &packet, arrival)
+            }
+            Mode::Replicate => {
+                // the rule counts each packet once
+                let outcome = self.copies(&upstreams, &packet);
+                let last = upstreams.last().map(|last| self.send(*last, &packet, true));
+                let verdict = match last {
+                    Some(Err(verdict)) if outcome.copies.is_empty() => verdict,
+                    _ => "forwarded",
+                };
+                let end = Outcome::unsent(rule).end;
+                Outcome { end, ..outcome }.counted(ids.rule, verdict, count)
+            }
+        }
+    }
+
+    /// To one upstream.
+    fn balance(
+        &self,
+        mut outcome: Outcome,
+        rule: &Rule,
+        to: Receiver<'_>,
+        packet: &Packet,
+        arrival: Arrival<'_>,
+    ) -> Outcome {
+        let copy = rule.action == Action::Pass;
+        let verdict = match self.send(to, packet, copy) {
+            Ok((gone, verdict)) => {
+                match copy {
+                    true => outcome.copies.push(gone),
+                    false => outcome.end = End::Away(gone),
+                }
+                verdict
+            }
+            Err(verdict) => {
+                outcome.end = self.end_of_unsent(rule, to, packet, arrival, verdict);
+                verdict
+            }
+        };
+        outcome.counted(to.id, verdict, packet.count())
+    }
+
+    fn copies(&self, receivers: &[Receiver<'_>], packet: &Packet) -> Outcome {
+        let mut outcome = Outcome::default();
+        for receiver in receivers {
+            let verdict = match self.send(*receiver, packet, true) {
+                Ok((gone, verdict)) => {
+                    outcome.copies.push(gone);
+                    verdict
+                }
+                Err(verdict) => verdict,
+            };
+            outcome = outcome.counted(receiver.id, verdict, packet.count());
+        }
+        outcome
+    }
+
+    /// Up to the way out. A copy cannot wait for a neighbour; the packet itself can, and then keeps
+    /// its MAC addresses till the kernel knows better.
+    fn send(
+        &self,
+        to: Receiver<'_>,
+        packet: &Packet,
+        copy: bool,
+    ) -> Result<(Gone, Verdict), Verdict> {
+        // RFC 791 section 3.2, RFC 8200 section 3: it would arrive at zero
+        if packet.ttl <= 1 {
+            return Err("ttl");
+        }
+        let way = self.ways.get(&to.upstream.address.ip).ok_or("no-route")?;
+        let source = match to.source {
+            Source::Vip => packet.destination,
+            Source::Preserve => packet.source,
+            Source::Egress => way.egress.ok_or("no-route")?,
+        };
+        if packet.length() > way.mtu {
+            return Err("mtu");
+        }
+        if copy && way.macs.is_none() {
+            return Err("no-neighbour");
+        }
+        let frame = packet.rewritten(way.macs, source, to.upstream);
+        if copy && frame.len() > self.longest {
+            return Err("clone-failed");
+        }
+        let fresh = packet.fragment.as_ref().filter(|_| to.source != Source::Preserve);
+        let fresh = fresh.map(|fragment| Fresh {
+            datagram: packet.datagram(),
+            receiver: to.id,
+            field: fragment.field.clone(),
+        });
+        Ok((Gone { frame, fresh }, way.verdict))
+    }
+
+    /// Errors go to whom a packet was taken from, and for nothing that many may have got, RFC 1122
+    /// section 3.2.2, RFC 4443 section 2.4.
+    fn end_of_unsent(
+        &self,
+        rule: &Rule,
+        to: Receiver<'_>,
+        packet: &Packet,
+        arrival: Arrival<'_>,
+        verdict: Verdict,
+    ) -> End {
+        let mtu = self.ways.get(&to.upstream.address.ip).map(|way| way.mtu);
+        let mtu = match verdict {
+            "ttl" => None,
+            "mtu" if packet.dont_fragment => mtu,
+            _ => return Outcome::unsent(rule).end,
+        };
+        let (to, from) = packet.macs();
+        let for_many = to != self.mac || self.is_of_many(packet.destination);
+        let of_one = is_one_host(packet.source);
+        let answered = rule.action == Action::Block && !packet.is_later() && of_one && !for_many;
+        if !answered || !self.supports.errors {
+            return Outcome::unsent(rule).end;
+        }
+        let tags = arrival.frame.len() - packet.bytes.len();
+        End::Answered(Answer {
+            from: packet.destination,
+            to: packet.source,
+            mtu,
+            link: [&from, &to, &arrival.frame[12..ETHERNET + tags]].concat(),
+            about: packet.bytes[ETHERNET..packet.end].to_vec(),
+            least: packet.body + 8 - ETHERNET,
+        })
+    }
+
+    fn is_of_many(&self, address: IpAddr) -> bool {
+        let broadcast = address == Ipv4Addr::BROADCAST || self.broadcasts.contains(&address);
+        address.is_multicast() || broadcast
+    }
+
+    fn parse(&self, arrival: Arrival<'_>) -> Parsed {
+        let frame = arrival.frame;
+        let bytes = if self.supports.vlan { untagged(frame) } else { Some(frame.to_vec()) };
+        let Some(bytes) = bytes else { return Parsed::Other };
+        let parsed = match word(&bytes, ETHERNET - 2) {
+            Some(IPV4) => parse_ipv4(bytes),
+            Some(IPV6) if self.supports.ipv6 => parse_ipv6(bytes),
+            _ => Parsed::Other,
+        };
+        match parsed {
+            Parsed::Packet(packet) => {
+                let Arrival { gso_size, gso_segs, .. } = arrival;
+                Parsed::Packet(Packet { gso_size, gso_segs, ..packet })
+            }
+            parsed => parsed,
+        }
+    }
+
+    /// An exact address before any address, then an exact port before any port, then the smallest
+    /// network of senders.
+    fn rule_for(&self, packet: &Packet) -> Option<usize> {
+        let port = word(&packet.bytes, packet.body + 2)?;
+        let matching = self.rules.iter().enumerate().filter_map(|(index, (rule, _))| {
+            let key = &rule.key;
+            let port = key.ports.is_empty() || key.ports.iter().any(|ports| ports.contains(port));
+            let networks = key.from.iter().filter(|network| network.contains(packet.source));
+            let prefix = networks.map(|network| network.prefix).max();
+            let sender = key.from.is_empty() || prefix.is_some();
+            let rank = (key.address != KeyAddress::Any, !key.ports.is_empty(), prefix);
+            let matches = self.is_address(rule, packet.destination) && port && sender;
+            matches.then_some((rank, index))
+        });
+        matching.max().map(|(_, index)| index)
+    }
+
+    fn is_address(&self, rule: &Rule, address: IpAddr) -> bool {
+        match rule.key.address {
+            KeyAddress::Is(key) => key == address,
+            KeyAddress::Any => self.addresses.contains(&address),
+        }
+    }
+
+    /// Whether some rule is for packets to this address.
+    fn has_key(&self, address: IpAddr) -> bool {
+        self.rules.iter().any(|(rule, _)| self.is_address(rule, address))
+    }
+
+    /// The seed's mapping: the port's two bytes as a little-endian number, or the address as a
+    /// number, modulo the number of upstreams.
+    fn choose(&self, rule: &Rule, packet: &Packet) -> usize {
+        let count = rule.upstreams.len();
+        let port = word(&packet.bytes, packet.body).unwrap_or_default();
+        match (rule.hash, rule.strategy, packet.source) {
+            (Hash::Modulo, Strategy::SrcPort, _) => usize::from(port.swap_bytes()) % count,
+            (Hash::Modulo, Strategy::SrcIp, IpAddr::V4(address)) => {
+                address.to_bits() as usize % count
+            }
+            (Hash::Modulo, Strategy::SrcIp, IpAddr::V6(address)) => {
+                (address.to_bits() % count as u128) as usize
+            }
+            (_, _, source) => (self.hashed)(rule, source, port),
+        }
+    }
+
+    /// By the frame's destination. Frames to many are for keys that many have.
+    fn is_for_us(&self, rule: &Rule, packet: &Packet) -> bool {
+        let (to, _) = packet.macs();
+        let many = match rule.key.address {
+            KeyAddress::Is(key) => self.is_of_many(key),
+            KeyAddress::Any => false,
+        };
+        // the group bit of IEEE 802
+        to == self.mac || to[0] & 1 == 1 && many
+    }
+}
+
+impl Packet {
+    fn is_first(&self) -> bool {
+        self.fragment.as_ref().is_some_and(|fragment| fragment.first)
+    }
+
+    fn is_later(&self) -> bool {
+        self.fragment.as_ref().is_some_and(|fragment| !fragment.first)
+    }
+
+    fn datagram(&self) -> Datagram {
+        let identification = self.fragment.as_ref().map_or(0, |it| it.identification);
+        (self.source, self.destination, identification)
+    }
+
+    /// Destination and source.
+    fn macs(&self) -> (Mac, Mac) {
+        let mac = |at: usize| self.bytes[at..at + 6].try_into().expect("six bytes");
+        (mac(0), mac(6))
+    }
+
+    /// Whether the lengths are within each other: RFC 768, "Length is the length in octets of this
+    /// user datagram including this header and the data. (This means the minimum value of the
+    /// length is eight.)"; IP may carry more than that, a fragment less. In IPv6 there is no datagram
+    /// without a checksum, RFC 8200 section 8.1.
+    fn is_well_formed(&self) -> bool {
+        if self.end > self.bytes.len() {
+            return false;
+        }
+        if self.is_later() {
+            return self.body <= self.end;
+        }
+        let field = |at: usize| word(&self.bytes, self.body + at).map_or(0, usize::from);
+        let (length, checksum) = (field(4), field(6));
+        let fits = self.fragment.is_some() || self.body + length <= self.end;
+        let checked = self.source.is_ipv4() || checksum != 0;
+        self.body + 8 <= self.end && length >= 8 && fits && checked
+    }
+
+    /// Of the IP packet, or of the largest that it is to be cut into.
+    fn length(&self) -> usize {
+        match self.gso_size {
+            0 => self.end - ETHERNET,
+            size => self.body + 8 - ETHERNET + size,
+        }
+    }
+
+    /// Packets and bytes, with the Ethernet header and without tags. Segments have headers of
+    /// their own.
+    fn count(&self) -> (u64, u64) {
+        let headers = self.body + 8;
+        let bytes = self.bytes.len();
+        if self.gso_size == 0 {
+            return (1, bytes as u64);
+        }
+        let segments = match self.gso_segs {
+            0 => bytes.saturating_sub(headers).div_ceil(self.gso_size).max(1),
+            segments => segments,
+        };
+        (segments as u64, (bytes + (segments - 1) * headers) as u64)
+    }
+
+    /// The same to another host. What is not named here leaves as it came.
+    fn rewritten(&self, macs: Option<(Mac, Mac)>, source: IpAddr, to: &Upstream) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        if let Some((from, to)) = macs {
+            bytes[..12].copy_from_slice(&[to, from].concat());
+        }
+        let addresses = match (source, to.address.ip) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => {
+                bytes[ETHERNET + 8] -= 1;
+                let addresses = [from.octets(), to.octets()].concat();
+                bytes[ETHERNET + 12..ETHERNET + 20].copy_from_slice(&addresses);
+                update_ipv4_checksum(&self.bytes, &mut bytes);
+                addresses
+            }
+            (IpAddr::V6(from), IpAddr::V6(to)) => {
+                bytes[ETHERNET + 7] -= 1;
+                let addresses = [from.octets(), to.octets()].concat();
+                bytes[ETHERNET + 8..ETHERNET + 40].copy_from_slice(&addresses);
+                addresses
+            }
+            mixed => panic!("two families: {mixed:?}"),
+        };
+        if self.is_later() {
+            return bytes;
+        }
+        let old_port = word(&self.bytes, self.body + 2).expect("a UDP header");
+        let new_port = to.port.unwrap_or(old_port);
+        bytes[self.body + 2..self.body + 4].copy_from_slice(&new_port.to_be_bytes());
+        let checksum = word(&self.bytes, self.body + 6).expect("a UDP header");
+        // RFC 768: zero says that there is none, and ones stand for a zero that was computed
+        if checksum != 0 {
+            let ports = [old_port, new_port].map(|port| port.to_be_bytes().to_vec());
+            let old = [octets(self.source), octets(self.destination), ports[0].clone()].concat();
+            let new = [addresses, ports[1].clone()].concat();
+            let checksum = match updated(checksum, &old, &new) {
+                0 => u16::MAX,
+                checksum => checksum,
+            };
+            bytes[self.body + 6..self.body + 8].copy_from_slice(&checksum.to_be_bytes());
+        }
+        bytes
+    }
+}
+
+/// The frame without its tags; none: it ends within one.
+fn untagged(frame: &[u8]) -> Option<Vec<u8>> {
+    let mut tags = 0;
+    while tags < TAGS && VLAN.contains(&word(frame, ETHERNET - 2 + tags * 4)?) {
+        tags += 1;
+    }
+    word(frame, ETHERNET - 2 + tags * 4)?;
+    Some([&frame[..ETHERNET - 2], &frame[ETHERNET - 2 + tags * 4..]].concat())
+}
+
+/// RFC 791, section 3.1.
+fn parse_ipv4(bytes: Vec<u8>) -> Parsed {
+    let Some(header) = bytes.get(ETHERNET..ETHERNET + 20) else { return Parsed::Other };
+    let length = usize::from(header[0] & 15) * 4;
+    let field = |at| word(header, at).expect("within the header");
+    if header[0] >> 4 != 4 || length < 20 || header[9] != UDP {
+        return Parsed::Other;
+    }
+    let (more, offset) = (field(6) & 0x2000 != 0, field(6) & 0x1fff);
+    let fragment = Fragment {
+        first: offset == 0,
+        identification: field(4).into(),
+        field: ETHERNET + 4..ETHERNET + 6,
+    };
+    let address = |at: usize| -> [u8; 4] { header[at..at + 4].try_into().expect("four bytes") };
+    let packet = Packet {
+        source: address(12).into(),
+        destination: address(16).into(),
+        ttl: header[8],
+        end: ETHERNET + usize::from(field(2)),
+        body: ETHERNET + length,
+        dont_fragment: field(6) & 0x4000 != 0,
+        gso_size: 0,
+        gso_segs: 0,
+        fragment: (more || offset > 0).then_some(fragment),
+        may_be_udp: true,
+        bytes,
+    };
+    // the ports must have come; later fragments have none
+    let came = packet.is_later() || packet.bytes.len() >= packet.body + 8;
+    if came { Parsed::Packet(packet) } else { Parsed::Other }
+}
+
+/// RFC 8200, sections 3 and 4.
+fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
+    let Some(header) = bytes.get(ETHERNET..ETHERNET + 40) else { return Parsed::Other };
+    if header[0] >> 4 != 6 {
+        return Parsed::Other;
+    }
+    let address = |at: usize| -> [u8; 16] { header[at..at + 16].try_into().expect("16 bytes") };
+    let destination = IpAddr::from(address(24));
+    let unreadable = Parsed::Unreadable { destination, bytes: bytes.len() };
+    let mut packet = Packet {
+        source: address(8).into(),
+        destination,
+        ttl: header[7],
+        end: ETHERNET + 40 + usize::from(word(header, 4).expect("within the header")),
+        body: ETHERNET + 40,
+        dont_fragment: true,
+        gso_size: 0,
+        gso_segs: 0,
+        fragment: None,
+        may_be_udp: true,
+        bytes: Vec::new(),
+    };
+    let mut next = header[6];
+    let mut fragmented = false;
+    for number in 0.. {
+        // section 4.1: a Hop-by-Hop Options header elsewhere than first is no known next header
+        let known = matches!(next, ROUTING | FRAGMENT | DESTINATION);
+        if next == UDP || !known && (next != HOP_BY_HOP || number > 0) {
+            break;
+        }
+        let Some(extension) = bytes.get(packet.body..packet.body + 8) else {
+            return unreadable;
+        };
+        // sections 4.3 to 4.6
+        let length = if next == FRAGMENT { 8 } else { (usize::from(extension[1]) + 1) * 8 };
+        // section 4.4: this is not the final destination
+        if next == ROUTING && extension[3] != 0 {
+            return Parsed::Other;
+        }
+        // section 4.1: each of them at most once
+        let again = next == FRAGMENT && fragmented;
+        if number == EXTENSIONS || again || packet.body + length > bytes.len() {
+            return unreadable;
+        }
+        if next == FRAGMENT {
+            fragmented = true;
+            let field = word(extension, 2).expect("within the header");
+            let (offset, more) = (field >> 3, field & 1 != 0);
+            let identification = extension[4..8].try_into().expect("four bytes");
+            // RFC 6946: one that is first and last at once is a whole packet
+            packet.fragment = (more || offset > 0).then_some(Fragment {
+                first: offset == 0,
+                identification: u32::from_be_bytes(identification),
+                field: packet.body + 4..packet.body + 8,
+            });
+        }
+        next = extension[0];
+        packet.body += length;
+        if packet.is_later() {
+            break;
+        }
+    }
+    // of a later fragment this is what the data of the first begin with
+    packet.may_be_udp = matches!(next, UDP | HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION);
+    // the ports must have come; later fragments have none
+    let came = packet.is_later() || next == UDP && bytes.len() >= packet.body + 8;
+    if came { Parsed::Packet(Packet { bytes, ..packet }) } else { Parsed::Other }
+}
+
+impl Outcome {
+    /// Of what cannot be sent: whoever asked for `block` does not want it here.
+    fn unsent(rule: &Rule) -> Outcome {
+        let end = if rule.action == Action::Pass { End::Up } else { End::Dropped };
+        Outcome { end, ..Outcome::default() }
+    }
+
+    fn counted(mut self, id: u32, verdict: Verdict, (packets, bytes): (u64, u64)) -> Outcome {
+        let sum = self.counted.entry((id, verdict)).or_default();
+        *sum = (sum.0 + packets, sum.1 + bytes);
+        self
+    }
+}
+
+impl Table {
+    fn remember(&mut self, datagram: Datagram, rule: usize, chosen: usize) {
+        self.forget(datagram);
+        self.followed.insert(datagram, (rule, chosen));
+    }
+
+    /// Another datagram has the identification now.
+    fn forget(&mut self, datagram: Datagram) {
+        self.followed.remove(&datagram);
+        self.fresh.retain(|(known, _), _| *known != datagram);
+    }
+
+    /// Whether a frame is the one that was to leave. The first fragment of a datagram chooses the
+    /// identification of the later ones; as senders have become one, no other may have it (RFC 6864
+    /// section 4.3).
+    pub fn admit(&mut self, wanted: &Gone, got: &[u8]) -> bool {
+        let Some(Fresh { datagram, receiver, field }) = &wanted.fresh else {
+            return wanted.frame == got;
+        };
+        let key = (*datagram, *receiver);
+        let chosen = match self.fresh.get(&key) {
+            Some(chosen) => Some(chosen.clone()),
+            None => got.get(field.clone()).map(<[u8]>::to_vec),
+        };
+        let Some(chosen) = chosen else { return false };
+        let taken = self.fresh.iter().any(|((other, to), identification)| {
+            *other != *datagram && to == receiver && *identification == chosen
+        });
+        if taken {
+            return false;
+        }
+        let mut frame = wanted.frame.clone();
+        frame[field.clone()].copy_from_slice(&chosen);
+        if word(&frame, ETHERNET - 2) == Some(IPV4) {
+            update_ipv4_checksum(&wanted.frame, &mut frame);
+        }
+        self.fresh.insert(key, chosen);
+        frame == got
+    }
+}
+
+impl Answer {
+    /// Whether a frame is this error: RFC 792, RFC 1191 section 4, RFC 1812 section 4.3.2.3, RFC
+    /// 4443 sections 3.2 and 3.3.
+    pub fn is(&self, frame: &[u8]) -> bool {
+        let (ip, protocol, most) = match self.from {
+            IpAddr::V4(_) => (20, 1, 576),
+            IpAddr::V6(_) => (40, 58, 1280),
+        };
+        let Some(packet) = frame.strip_prefix(&self.link[..]) else { return false };
+        let least = (ip + 8 + self.least.min(self.about.len())).min(most);
+        if !(least..=most).contains(&packet.len()) {
+            return false;
+        }
+        let (header, icmp) = packet.split_at(ip);
+        let addresses = [octets(self.from), octets(self.to)].concat();
+        let (kind, field) = (self.kind(), self.mtu.unwrap_or_default() as u32);
+        let (right_header, pseudo_header) = match self.from {
+            IpAddr::V4(_) => {
+                let length = word(header, 2) == Some(packet.len() as u16);
+                let whole = word(header, 6).is_some_and(|field| field & 0x3fff == 0);
+                let right = header[0] == 0x45 && length && whole && sum(header) == u16::MAX;
+                (right && header[8] > 0 && header[9] == protocol, Vec::new())
+            }
+            IpAddr::V6(_) => {
+                let length = word(header, 4) == Some(icmp.len() as u16);
+                let right = header[0] >> 4 == 6 && length && header[7] > 0;
+                let pseudo_header = (icmp.len() as u32).to_be_bytes();
+                let pseudo_header = [&addresses[..], &pseudo_header, &[0, 0, 0, protocol]].concat();
+                (right && header[6] == protocol, pseudo_header)
+            }
+        };
+        right_header
+            && header.ends_with(&addresses)
+            && icmp[..2] == kind
+            && icmp[4..8] == field.to_be_bytes()
+            && sum(&[&pseudo_header, icmp].concat()) == u16::MAX
+            && self.about.starts_with(&icmp[8..])
+    }
+
+    /// Type and code.
+    pub fn kind(&self) -> [u8; 2] {
+        match (self.from, self.mtu) {
+            (IpAddr::V4(_), Some(_)) => [3, 4],
+            (IpAddr::V4(_), None) => [11, 0],
+            (IpAddr::V6(_), Some(_)) => [2, 0],
+            (IpAddr::V6(_), None) => [3, 0],
+        }
+    }
+}
+
+/// "a source address that does not define a single host -- e.g., a zero address, a loopback address, a
+/// broadcast address, a multicast address, or a Class E address", RFC 1122 section 3.2.2.
+fn is_one_host(source: IpAddr) -> bool {
+    let class_e = matches!(source, IpAddr::V4(address) if address.octets()[0] >= 240);
+    !(source.is_unspecified() || source.is_loopback() || source.is_multicast() || class_e)
+}
+
+fn receivers<'host>(
+    rule: &'host Rule,
+    upstreams: &'host [Upstream],
+    ids: &[u32],
+) -> Vec<Receiver<'host>> {
+    let receiver = |(upstream, id): (&'host Upstream, &u32)| Receiver {
+        upstream,
+        id: *id,
+        source: rule.source_of(upstream),
+    };
+    upstreams.iter().zip(ids).map(receiver).collect()
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+/// The number in network byte order at that place.
+fn word(bytes: &[u8], at: usize) -> Option<u16> {
+    let bytes = bytes.get(at..at + 2)?;
+    Some(u16::from_be_bytes([bytes[0], bytes[1]]))
+}
+
+/// RFC 1071.
+fn sum(bytes: &[u8]) -> u16 {
+    let words =
+        bytes.chunks(2).map(|pair| u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));
+    words.fold(0, |sum, word| {
+        let (sum, carry) = sum.overflowing_add(word);
+        sum + u16::from(carry)
+    })
+}
+
+/// RFC 1624, equation 3: HC' = ~(~HC + ~m + m'). What was wrong stays wrong by as much.
+fn updated(checksum: u16, old: &[u8], new: &[u8]) -> u16 {
+    let inverted: Vec<u8> = old.iter().map(|byte| !byte).collect();
+    !sum(&[&(!checksum).to_be_bytes(), &inverted[..], new].concat())
+}
+
+/// For the change from one frame to the other.
+fn update_ipv4_checksum(old: &[u8], new: &mut [u8]) {
+    const FIELD: Range<usize> = ETHERNET + 10..ETHERNET + 12;
+    let end = ETHERNET + usize::from(old[ETHERNET] & 15) * 4;
+    let header = |bytes: &[u8]| [&bytes[ETHERNET..FIELD.start], &bytes[FIELD.end..end]].concat();
+    let checksum = word(old, FIELD.start).expect("a header");
+    let checksum = updated(checksum, &header(old), &header(new));
+    new[FIELD].copy_from_slice(&checksum.to_be_bytes());
+}
