@@ -116,6 +116,14 @@ pub struct ProgramInfo {
     pub id: u32,
     pub tag: [u8; 8],
     pub map_ids: Vec<u32>,
+    pub runs: Runs,
+}
+
+/// How often a program ran and how long, while somebody had the kernel measure it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Runs {
+    pub count: u64,
+    pub nanoseconds: u64,
 }
 
 /// Opens a pinned program.
@@ -154,7 +162,12 @@ pub fn program_info(program: BorrowedFd<'_>) -> io::Result<ProgramInfo> {
         info.assume_init()
     };
     let maps = (info.nr_map_ids as usize).min(MOST_MAPS);
-    Ok(ProgramInfo { id: info.id, tag: info.tag, map_ids: map_ids[..maps].to_vec() })
+    Ok(ProgramInfo {
+        id: info.id,
+        tag: info.tag,
+        map_ids: map_ids[..maps].to_vec(),
+        runs: Runs { count: info.run_cnt, nanoseconds: info.run_time_ns },
+    })
 }
 
 /// Runs a tc program on a packet of nothing, with what `skb->cb` is to hold; returns its result.

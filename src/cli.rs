@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::state::PIN_DIR;
+use crate::top::Order;
 
 /// Relays, forwards and balances UDP in the kernel's traffic control layer.
 ///
@@ -18,11 +20,12 @@ use crate::state::PIN_DIR;
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,
+    /// Without one: status.
     #[command(subcommand)]
-    pub command: Command,
+    pub command: Option<Command>,
 }
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub struct Global {
     /// How data is printed.
     #[arg(short, long, global = true, value_enum, default_value = "table")]
@@ -97,11 +100,23 @@ pub enum Command {
         exit_code: bool,
     },
     /// Show what serves, where packets go and what became of them.
-    Status {
-        /// Only this rule.
-        #[arg(value_name = "RULE")]
-        rule: Option<String>,
+    Status(Status),
+    /// Show where packets go right now, on the whole screen.
+    ///
+    /// Keys: p, m, d, n sort by packets, bits, drops and name; r reverses; arrows scroll; q quits.
+    Top(Top),
+    /// Look for what keeps packets from being forwarded, and name the command that mends it.
+    ///
+    /// Changes nothing. Exits with 3 where there are problems; notes are no problems.
+    Doctor {
+        /// Compare this file with what serves, instead of the one that was applied.
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
     },
+    /// Print metrics for Prometheus, as the textfile collector of node_exporter reads them.
+    ///
+    /// arpd --metrics has the same for a scraper.
+    Metrics,
     /// Print what serves as a file that applies to the same state.
     List,
     /// Go back to the generation before; a second time, forth again.
@@ -146,6 +161,37 @@ pub struct Target {
     pub interfaces: Vec<String>,
 }
 
+/// What `status` shows, and how often.
+#[derive(Args, Default)]
+pub struct Status {
+    /// Only this rule.
+    #[arg(value_name = "RULE")]
+    pub rule: Option<String>,
+    /// Show it again and again, with rates, until it is interrupted.
+    #[arg(short, long)]
+    pub watch: bool,
+    /// Packets and bits a second instead of totals; takes an interval's time.
+    #[arg(short, long)]
+    pub rate: bool,
+    /// What rates are measured over, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = some_seconds)]
+    pub interval: Duration,
+}
+
+/// What `top` shows, and how often.
+#[derive(Args)]
+pub struct Top {
+    /// Print it once, after an interval, and end.
+    #[arg(long)]
+    pub once: bool,
+    /// What rates are measured over, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = some_seconds)]
+    pub interval: Duration,
+    /// What comes first.
+    #[arg(short, long, value_enum, default_value = "pps")]
+    pub sort: Order,
+}
+
 /// How the next hops are kept.
 #[derive(Args, Clone, Copy)]
 pub struct Arpd {
@@ -164,6 +210,19 @@ pub struct Arpd {
     /// Ask for the addresses of host names this often, in seconds; 0: never.
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
     pub resolve_interval: Duration,
+    /// Answer Prometheus here, at /metrics; by default at 127.0.0.1, and at port 9477.
+    #[arg(long, value_name = "ADDRESS[:PORT]", num_args = 0..=1, default_missing_value = "127.0.0.1",
+          value_parser = metrics_address)]
+    pub metrics: Option<SocketAddr>,
+}
+
+/// Of Prometheus' exporters this is the port that udplb has.
+const METRICS_PORT: u16 = 9477;
+
+fn metrics_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .or_else(|_| text.parse().map(|address: IpAddr| SocketAddr::new(address, METRICS_PORT)))
+        .map_err(|_| "an address, `127.0.0.1` or `[::1]:9477`".into())
 }
 
 fn some_seconds(text: &str) -> Result<Duration, String> {

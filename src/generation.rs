@@ -77,6 +77,9 @@ pub struct Origin {
     pub digest: String,
     /// The file; `-` is standard input.
     pub file: String,
+    /// Those of the command line, that stood in for the file's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub interfaces: Vec<String>,
 }
 
 /// By what a filter's program is recognised when its pin is gone.
@@ -204,7 +207,8 @@ fn build_in(
     Ok(Built { generation, counters_reset })
 }
 
-fn all(ids: &[RuleIds]) -> impl Iterator<Item = u32> {
+/// Every id that is used.
+pub fn all(ids: &[RuleIds]) -> impl Iterator<Item = u32> {
     ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.destinations()))
 }
 

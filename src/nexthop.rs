@@ -197,6 +197,20 @@ impl NextHops {
         Ok(slot.copies[(slot.sequence & 1) as usize])
     }
 
+    /// What is known of the way to every upstream up to this id.
+    pub fn read_all(&self, most: u32) -> anyhow::Result<Vec<types::nexthop>> {
+        let mut all = Vec::with_capacity(self.0.room() as usize);
+        for (_, chunk) in self.0.iter().take_while(|(first, _)| *first <= most) {
+            let width = chunk.max_entries();
+            for (_, slot) in chunk.lookup_batch(width, MapFlags::ANY, MapFlags::ANY)? {
+                let slot: types::nexthop_slot =
+                    from_bytes(&slot).context("next hops of another layout")?;
+                all.push(slot.copies[(slot.sequence & 1) as usize]);
+            }
+        }
+        Ok(all)
+    }
+
     /// Changes an entry, and leaves alone one that is the same.
     pub fn write(&self, id: u32, entry: &types::nexthop) -> anyhow::Result<()> {
         let (chunk, key, mut slot) = self.slot(id)?;

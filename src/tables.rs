@@ -210,7 +210,7 @@ fn is_within(network: &Network, wider: &Network) -> bool {
 }
 
 /// Frames for it come to many, and are not addressed to one of them.
-fn is_group(desired: &Desired, address: IpAddr) -> bool {
+pub fn is_group(desired: &Desired, address: IpAddr) -> bool {
     address.is_multicast()
         || address == IpAddr::from([255; 4])
         || desired.broadcasts.contains(&address)

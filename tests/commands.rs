@@ -49,6 +49,9 @@ fn every_exit_code() {
 
     expect(&format!("check {good}"), 0);
     expect("status", 3);
+    expect("", 3);
+    expect("doctor", 3);
+    expect("metrics", 0);
     expect("list", 3).says(&["nothing is applied"]);
     expect("rollback", 1);
     expect(&format!("plan {good}"), 0);
@@ -61,9 +64,14 @@ fn every_exit_code() {
     expect("status nosuch", 1).says(&["no rule `nosuch`"]);
     expect(&format!("plan {good} --exit-code"), 0);
     expect(&format!("plan {other} --exit-code"), 2);
-    for words in
-        ["", "aply", "apply", "apply --froce x", "status -o xml", "--lock-timeout soon list"]
-    {
+    for words in [
+        "aply",
+        "apply",
+        "apply --froce x",
+        "status -o xml",
+        "--lock-timeout soon list",
+        "arpd --metrics relay",
+    ] {
         expect(words, 64);
     }
     expect(&format!("apply {bare}"), 64).says(&["bare.yaml", "-i"]);
