@@ -339,7 +339,7 @@ fn what_is_probably_not_meant_is_said() {
     let quiet = lab.try_apply(&pass("10.1.0.1", &up), "").expect(0);
     assert_eq!(quiet.stderr, "");
     drop(listener);
-    let _listener = bind(&lab.relay, [0, 0, 0, 0].into(), 5000);
+    let _listener = bind(&lab.relay, [0, 0, 0, 0], 5000);
     assert_eq!(lab.try_apply(&pass("10.1.0.1", &up), "").expect(0).stderr, "");
 
     lab.relay.ip("link add mac0 link eth0 type macvlan mode bridge");
