@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenMap, OpenObject};
-use udplb::bpf::{Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
+use udplb::bpf::{NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
 use udplb::config::{Action, Address, Hash, Key, Ports, Source, Strategy};
 use udplb::nexthop::{self, Way};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
@@ -18,7 +18,7 @@ use super::packet::TYPE;
 use super::prelude::{Change, FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL, Tag};
 
 /// Ids given, and read, in each chunk of counters; no configuration here has more.
-const IDS: u32 = 64;
+const IDS: u32 = 80;
 
 /// The chunks of counters that there are.
 const CHUNKS: u32 = 2;
@@ -117,6 +117,9 @@ impl<'object> Program<'object> {
         self.forget_fragments();
         // full again
         write(&maps.budget, 0, &[0; size_of::<types::budget>()]);
+        let sampled = size_of::<types::sampled>();
+        write_bytes(&maps.samples, sampled, &vec![0; ENTRIES as usize * sampled]);
+        write_bytes(&maps.overrides, 8, &[0; 8 * IDS.div_ceil(32) as usize]);
         write_all(&maps.nexthops_chunk, &[types::nexthop_slot::default(); IDS as usize]);
         self.lease(false);
         write_pairs(&maps.rules, &tables.rules);
@@ -143,6 +146,44 @@ impl<'object> Program<'object> {
         // beside the identifications, that it is mixed with
         tickets.secret += 1 << 32;
         write(map, 0, bytes_of(&tickets));
+    }
+
+    /// What `drain` and `enable` say of an upstream, and of no other.
+    pub fn override_state(&self, id: u32, drained: bool) {
+        let [index, shift] = [id / 32, id % 32 * 2];
+        let state: u64 = if drained { 1 } else { 2 };
+        write(&self.skeleton.maps.overrides, index, &(state << shift).to_ne_bytes());
+    }
+
+    /// The clock that the program goes by.
+    pub fn jiffies(&self) -> u32 {
+        test_run(self.skeleton.progs.udplb_heartbeat.as_fd(), &[0; 64], Context::default());
+        let bytes = self.skeleton.maps.heartbeat.lookup(&[0; 4], MapFlags::ANY).expect("a lookup");
+        let beat: Option<types::heartbeat> = bytes.and_then(|bytes| from_bytes(&bytes));
+        self.lease(false);
+        beat.expect("a heartbeat").until as u32
+    }
+
+    /// Takes all room for first fragments, since then.
+    pub fn fill_fragments(&self, since: u32) {
+        let map = &self.skeleton.maps.fragment_ring;
+        let place = [&[0xff; 8][..], &since.to_ne_bytes(), &1_u32.to_ne_bytes()].concat();
+        write_bytes(map, place.len(), &place.repeat(map.max_entries() as usize));
+    }
+
+    /// Says of all first fragments that they came then.
+    pub fn age_fragments(&self, since: u32) {
+        let map = &self.skeleton.maps.fragments;
+        for key in map.keys().collect::<Vec<_>>() {
+            let mut entry = map.lookup(&key, MapFlags::ANY).expect("a lookup").expect("an entry");
+            entry[4..8].copy_from_slice(&since.to_ne_bytes());
+            map.update(&key, &entry, MapFlags::ANY).expect("an update");
+        }
+    }
+
+    /// How many first fragments are remembered.
+    pub fn fragments(&self) -> usize {
+        self.skeleton.maps.fragments.keys().count()
     }
 
     /// Has every slot lead to an upstream that the map has no room for.
@@ -204,7 +245,7 @@ impl<'object> Program<'object> {
             }
             for value in values.iter_mut() {
                 let counters: types::counters = from_bytes(value).expect("the contract's layout");
-                for (verdict, name) in VERDICTS {
+                for (verdict, name) in VERDICTS.into_iter().chain(NOTES) {
                     let counter = counters.of[verdict.0 as usize];
                     let sum = counted.entry((id, name)).or_default();
                     *sum = (sum.0 + counter.packets, sum.1 + counter.bytes);
@@ -292,8 +333,17 @@ fn write(map: &MapMut<'_>, key: u32, value: &[u8]) {
 }
 
 fn write_all<T: Pod>(map: &MapMut<'_>, values: &[T]) {
-    for (key, value) in values.iter().enumerate() {
-        write(map, key as u32, bytes_of(value));
+    let values: Vec<u8> = values.iter().flat_map(bytes_of).copied().collect();
+    write_bytes(map, size_of::<T>(), &values);
+}
+
+/// The same with values that are none of Rust's, one behind the other.
+fn write_bytes(map: &MapMut<'_>, size: usize, values: &[u8]) {
+    let count = (values.len() / size) as u32;
+    let keys: Vec<u8> = (0..count).flat_map(u32::to_ne_bytes).collect();
+    if count > 0 {
+        let written = map.update_batch(&keys, values, count, MapFlags::ANY, MapFlags::ANY);
+        written.unwrap_or_else(|error| panic!("{}: {error}", map.name().display()));
     }
 }
 
