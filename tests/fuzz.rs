@@ -248,7 +248,7 @@ fn sixty_four_receivers() {
                 .map(|number: u16| {
                     let at = usize::from(number);
                     let address = addresses[at % addresses.len()];
-                    let port = (number % 5 > 0).then_some(10_000 + number);
+                    let port = (!number.is_multiple_of(5)).then_some(10_000 + number);
                     let source = Some(sources[at % sources.len()]);
                     Upstream { source, ..Upstream::new(address, port) }
                 })

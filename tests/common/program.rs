@@ -10,6 +10,7 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenMap, OpenObject};
 use udplb::bpf::{NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
 use udplb::config::{Action, Address, Hash, Key, Ports, Source, Strategy};
+use udplb::lease::ticks_per_second;
 use udplb::nexthop::{self, Way};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 use udplb::tables::Tables;
@@ -26,6 +27,9 @@ const CHUNKS: u32 = 2;
 /// Room in the maps of rules and upstreams, and in slots.
 const ENTRIES: u32 = 256;
 const SLOT_LINES: u32 = 1024;
+
+/// So long is a second of the program, for machines that are busy: as many of the kernel's.
+pub const SECONDS: u32 = 10;
 
 /// What there is to a packet besides its bytes.
 #[derive(Clone, Copy, Debug, Default)]
@@ -57,12 +61,17 @@ pub struct Program<'object> {
     prelude: Prelude,
     /// Those that were needed.
     preludes: RefCell<HashMap<Change, OwnedFd>>,
+    /// A second of the program, by [`Program::jiffies`].
+    pub second: u32,
 }
 
 impl<'object> Program<'object> {
     pub fn load(object: &'object mut MaybeUninit<OpenObject>) -> Program<'object> {
         let mut skeleton = UdplbSkelBuilder::default().open(object).expect("the object opens");
+        let second = SECONDS * ticks_per_second().expect("the kernel's clock");
         let maps = &mut skeleton.maps;
+        let constants = maps.rodata_data.as_deref_mut().expect("constants");
+        constants.features.ticks_per_second = second;
         for (map, entries) in [
             (&mut maps.rules, ENTRIES),
             (&mut maps.rules6, ENTRIES),
@@ -84,7 +93,7 @@ impl<'object> Program<'object> {
         let chunk = skeleton.maps.nexthops_chunk.as_fd().as_raw_fd();
         write(&skeleton.maps.nexthops, 0, &chunk.to_ne_bytes());
         let prelude = Prelude::new(skeleton.progs.udplb.as_fd());
-        Program { skeleton, chunks, prelude, preludes: RefCell::default() }
+        Program { skeleton, chunks, prelude, preludes: RefCell::default(), second }
     }
 
     /// Puts one rule in the place of those that were there, behind a decoy, and returns its ids;
@@ -169,6 +178,16 @@ impl<'object> Program<'object> {
         let map = &self.skeleton.maps.fragment_ring;
         let place = [&[0xff; 8][..], &since.to_ne_bytes(), &1_u32.to_ne_bytes()].concat();
         write_bytes(map, place.len(), &place.repeat(map.max_entries() as usize));
+    }
+
+    /// The next first fragment takes the first place again, which was last taken then.
+    pub fn turn_fragments(&self, since: u32) {
+        let (tickets, ring) = (&self.skeleton.maps.tickets, &self.skeleton.maps.fragment_ring);
+        for (map, at, value) in [(tickets, 4, 0), (ring, 8, since)] {
+            let mut bytes = map.lookup(&[0; 4], MapFlags::ANY).expect("a lookup").expect("a value");
+            bytes[at..at + 4].copy_from_slice(&value.to_ne_bytes());
+            write(map, 0, &bytes);
+        }
     }
 
     /// Says of all first fragments that they came then.
