@@ -80,7 +80,7 @@ static __always_inline bool locate(struct __sk_buff *skb, __u32 layout, struct p
 
 	packet->eth = (void *)(long)skb->data;
 	packet->ip = (void *)(packet->eth + 1);
-	if (layout & LAYOUT_IPV6) {
+	if (features.ipv6 && layout & LAYOUT_IPV6) {
 		packet->is_ipv6 = IT_IS(1);
 		if ((void *)(packet->ip6 + 1) > end)
 			return false;
@@ -90,7 +90,7 @@ static __always_inline bool locate(struct __sk_buff *skb, __u32 layout, struct p
 			return false;
 	}
 	packet->has_udp = IT_IS(0);
-	if (layout & LAYOUT_LATER)
+	if (features.fragments && layout & LAYOUT_LATER)
 		return true;
 	packet->has_udp = IT_IS(1);
 	packet->udp = (void *)packet->eth + (layout & LAYOUT_UDP);
