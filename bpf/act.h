@@ -31,9 +31,9 @@ static __always_inline bool find_key(struct __sk_buff *skb, __u32 layout, struct
 			: payload_key(skb, layout, rule->payload_offset, rule->payload_length);
 	*key = found;
 	if (found & KEY_SEVERAL)
-		count_aside(skb, rule->id, NOTE_SEVERAL_METRICS);
+		count_aside(skb, layout, 0, rule->id, NOTE_SEVERAL_METRICS);
 	if (!(found & KEY_FOUND))
-		count_aside(skb, rule->id, NOTE_SHORT_PAYLOAD);
+		count_aside(skb, layout, 0, rule->id, NOTE_SHORT_PAYLOAD);
 	if (!locate(skb, layout, packet) || !packet->has_udp)
 		return false;
 	if (!(found & KEY_FOUND))
@@ -116,7 +116,7 @@ static __always_inline int act(struct __sk_buff *skb, __u32 layout, const struct
 	}
 	if (rule->flags & RULE_REPLICATES || !choice->upstream) {
 		verdict = rule->flags & RULE_REPLICATES ? SENT_VERDICT(sent) : VERDICT_NO_UPSTREAM;
-		count(skb, rule->id, verdict);
+		count(skb, layout, 0, rule->id, verdict);
 		if (layout & LAYOUT_TRACED && verdict == VERDICT_NO_UPSTREAM)
 			end_trace(0, verdict);
 		return action;
@@ -131,7 +131,7 @@ static __always_inline int act(struct __sk_buff *skb, __u32 layout, const struct
 static __always_inline int refuse(struct __sk_buff *skb, __u32 layout, const struct rule *rule,
 				  enum verdict verdict)
 {
-	count_aside(skb, rule->id, verdict);
+	count_aside(skb, layout, 0, rule->id, verdict);
 	if (layout & LAYOUT_TRACED)
 		end_trace(0, verdict);
 	return rule->action == ACTION_BLOCK ? TC_ACT_SHOT : TC_ACT_UNSPEC;

@@ -6,7 +6,7 @@
 
 #define TAGS_IN_FRAME 2
 #define MOST_EXTENSIONS 8
-#define EXTENSIONS_LENGTH 512
+#define HEADERS_LENGTH 512 /* of IPv6 with all that is before UDP */
 
 enum kind {
 	KIND_OTHER, /* not ours to judge */
@@ -20,9 +20,10 @@ enum kind {
 struct found {
 	struct datagram datagram;
 	__u32 ip;
-	__u32 udp;
+	__u32 udp;	/* or a later fragment's data */
 	__u32 fragment; /* header, of IPv6 */
 	bool ipv6;
+	bool foreign;	  /* a later fragment that does not say that it is of UDP */
 	struct tags tags; /* that came off */
 	struct choice choice;
 	struct fragmented entry; /* to be remembered */
@@ -78,38 +79,41 @@ static __always_inline enum kind find_ipv4(struct __sk_buff *skb, struct found *
  */
 static __always_inline enum kind walk(struct __sk_buff *skb, struct found *found, __u8 next)
 {
-	__u32 offset = found->ip + sizeof(struct ipv6hdr);
 	enum kind kind = KIND_DATAGRAM;
 	struct extension extension;
 	int i;
 
+	found->udp = found->ip + sizeof(struct ipv6hdr);
 	for (i = 0; i <= MOST_EXTENSIONS; i++) {
-		if (next == IPPROTO_UDP) {
-			found->udp = offset;
+		if (next == IPPROTO_UDP)
 			return kind;
-		}
 		if (!is_extension(next) || (next == NEXTHDR_HOP && i))
 			return KIND_OTHER;
-		if (i == MOST_EXTENSIONS || offset > EXTENSIONS_LENGTH ||
-		    bpf_skb_load_bytes(skb, offset, &extension, sizeof(extension)))
+		if (i == MOST_EXTENSIONS ||
+		    bpf_skb_load_bytes(skb, found->udp, &extension, sizeof(extension)))
 			return KIND_MALFORMED;
 		if (next == NEXTHDR_FRAGMENT) {
 			if (found->fragment)
 				return KIND_MALFORMED;
-			found->fragment = offset;
+			found->fragment = found->udp;
 			found->datagram.identification = extension.identification;
-			if (extension.fragment_offset & bpf_htons(0xfff8))
-				return extension.next == IPPROTO_UDP || is_extension(extension.next)
-					       ? KIND_LATER
-					       : KIND_OTHER;
 			if (extension.fragment_offset & bpf_htons(1))
 				kind = KIND_FIRST;
+			if (extension.fragment_offset & bpf_htons(0xfff8))
+				kind = KIND_LATER;
 			extension.length = 0;
 		} else if (next == NEXTHDR_ROUTING && (extension.fragment_offset & bpf_htons(0xff))) {
 			return KIND_OTHER; /* segments are left */
 		}
 		next = extension.next;
-		offset += (extension.length + 1) * 8;
+		found->udp += (extension.length + 1) * 8;
+		if (found->udp - found->ip > HEADERS_LENGTH || found->udp > skb->len)
+			return KIND_MALFORMED;
+		if (kind == KIND_LATER) {
+			/* only the first one's word counts (RFC 8200, section 4.5) */
+			found->foreign = next != IPPROTO_UDP && !is_extension(next);
+			return KIND_LATER;
+		}
 	}
 	return KIND_MALFORMED;
 }
@@ -158,16 +162,24 @@ __noinline __u32 find(struct __sk_buff *skb, __u32 l2)
 	return KIND_OTHER;
 }
 
+/* Bytes that are in front of IP besides an Ethernet header; where there is none it is less than nothing. */
+static __always_inline __u32 tags_of(const struct found *found)
+{
+	return found->ip - sizeof(struct ethhdr);
+}
+
 static __always_inline __u32 layout_of(const struct found *found, enum kind kind)
 {
-	__u32 moved = found->ip - sizeof(struct ethhdr), layout = 0;
+	__u32 moved = tags_of(found), layout = 0;
 
+	if (kind == KIND_MALFORMED)
+		return 0;
 	if (found->ipv6)
 		layout |= LAYOUT_IPV6;
 	if (found->fragment)
 		layout |= ((found->fragment - moved) & LAYOUT_FRAGMENT) << LAYOUT_FRAGMENT_SHIFT;
 	if (kind == KIND_LATER)
-		return layout | LAYOUT_LATER;
+		layout |= LAYOUT_LATER;
 	if (kind == KIND_FIRST)
 		layout |= LAYOUT_FIRST;
 	return layout | ((found->udp - moved) & LAYOUT_UDP);
@@ -182,10 +194,11 @@ static __always_inline bool is_key_address(const struct found *found)
 static __always_inline const struct rule *match_found(struct __sk_buff *skb, const struct found *found,
 						      __be16 *port)
 {
-	const __u32 offset = found->udp + offsetof(struct udphdr, dest);
+	struct udphdr udp;
 
-	if (bpf_skb_load_bytes(skb, offset, port, sizeof(*port)))
+	if (bpf_skb_load_bytes(skb, found->udp, &udp, sizeof(udp)))
 		return NULL;
+	*port = udp.dest;
 	return match(found->datagram.source, found->datagram.destination, *port, found->ipv6);
 }
 
@@ -252,6 +265,58 @@ static __always_inline int treat_found(struct __sk_buff *skb, __u32 layout, cons
 	return act(skb, layout, rule, choice);
 }
 
+#define ROUNDS_PER_TICK 256
+
+/* On this CPU, in this tick. */
+struct rounds {
+	__u64 tick;
+	__u32 left;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct rounds);
+} rounds SEC(".maps");
+
+/*
+ * Whether a fragment may wait for its first one: some senders send that last. It comes in once more behind
+ * all that is queued on this CPU, so many times at most; tc_index counts, which nothing else uses on ingress.
+ */
+static __always_inline bool may_go_round(struct __sk_buff *skb)
+{
+	const __u32 only = 0;
+	struct rounds *here = bpf_map_lookup_elem(&rounds, &only);
+	__u64 now = bpf_jiffies64();
+
+	if (!here || features.asking || skb->tc_index >= features.rounds) {
+		skb->tc_index = 0;
+		return false;
+	}
+	if (here->tick != now) {
+		here->tick = now;
+		here->left = ROUNDS_PER_TICK;
+	}
+	if (!here->left) {
+		skb->tc_index = 0;
+		return false;
+	}
+	here->left--;
+	skb->tc_index++;
+	return true;
+}
+
+/* A fragment whose first one has not been seen. It may be anybody's. */
+static __always_inline int wait_for_first(struct __sk_buff *skb, __u32 layout, __u32 tags)
+{
+	if (!skb->tc_index)
+		count_aside(skb, layout, tags, 0, VERDICT_FRAGMENT_EARLY);
+	return features.rounds && skb->pkt_type == PACKET_HOST && may_go_round(skb)
+		       ? bpf_redirect(skb->ifindex, BPF_F_INGRESS)
+		       : TC_ACT_UNSPEC;
+}
+
 /* The whole way of such a packet. */
 static __always_inline int run_aside(struct __sk_buff *skb, const __u32 l2)
 {
@@ -268,11 +333,15 @@ static __always_inline int run_aside(struct __sk_buff *skb, const __u32 l2)
 	kind = find(skb, l2);
 	if (kind == KIND_OTHER)
 		return TC_ACT_UNSPEC;
+	layout = layout_of(found, kind);
 	if (kind == KIND_LATER)
 		entry = features.fragments ? recall(&found->datagram) : NULL;
 	if (kind == KIND_MALFORMED || (kind == KIND_LATER && !entry)) {
-		if (is_key_address(found))
-			count_aside(skb, 0, kind == KIND_LATER ? VERDICT_FRAGMENT_EARLY : VERDICT_MALFORMED);
+		if (found->foreign || !is_key_address(found))
+			return TC_ACT_UNSPEC;
+		if (kind == KIND_LATER)
+			return wait_for_first(skb, layout, tags_of(found));
+		count_aside(skb, layout, tags_of(found), 0, VERDICT_MALFORMED);
 		return TC_ACT_UNSPEC;
 	}
 	if (!entry)
@@ -285,12 +354,11 @@ static __always_inline int run_aside(struct __sk_buff *skb, const __u32 l2)
 		return TC_ACT_UNSPEC;
 	}
 	if (!is_for_us(skb, rule)) {
-		count_aside(skb, rule->id, VERDICT_NOT_FOR_US);
+		count_aside(skb, layout, tags_of(found), rule->id, VERDICT_NOT_FOR_US);
 		return TC_ACT_UNSPEC;
 	}
 	if (entry)
 		choose_again(rule, entry, &found->choice);
-	layout = layout_of(found, kind);
 	if (strip(skb, l2, &found->tags))
 		action = treat_found(skb, layout, rule, found, port);
 	else

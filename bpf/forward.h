@@ -11,26 +11,25 @@
 #define SENT_MTU(sent) ((sent) >> 16)
 
 /* The segments of a GSO packet but the first, each of which has headers of its own. */
-static __noinline void count_segments(struct __sk_buff *skb, struct counter *counter)
+static __noinline void count_segments(struct __sk_buff *skb, __u32 layout, __u32 bytes,
+				      struct counter *counter)
 {
-	__u32 headers, segments;
-	__u8 version_ihl;
+	__u32 headers = (layout & LAYOUT_UDP) + sizeof(struct udphdr), segments = skb->gso_segs;
 
-	if (bpf_skb_load_bytes(skb, sizeof(struct ethhdr), &version_ihl, sizeof(version_ihl)))
-		return;
-	headers = sizeof(struct ethhdr) + sizeof(struct udphdr) +
-		  (version_ihl >> 4 == 6 ? sizeof(struct ipv6hdr) : (version_ihl & 0xf) * 4);
 	/* a guest's packet comes without their number */
-	segments = skb->gso_segs ?: (skb->len - headers + skb->gso_size - 1) / skb->gso_size;
+	if (!segments && bytes > headers)
+		segments = (bytes - headers + skb->gso_size - 1) / skb->gso_size;
 	if (segments < 2)
 		return;
 	counter->packets += segments - 1;
 	counter->bytes += (__u64)(segments - 1) * headers;
 }
 
-static __always_inline void count(struct __sk_buff *skb, __u32 id, enum verdict which)
+/* `tags`: what is in the frame that the layout does not know of, in bytes. */
+static __always_inline void count(struct __sk_buff *skb, __u32 layout, __u32 tags, __u32 id,
+				  enum verdict which)
 {
-	__u32 chunk = id / COUNTERS_PER_CHUNK, index = id % COUNTERS_PER_CHUNK;
+	__u32 chunk = id / COUNTERS_PER_CHUNK, index = id % COUNTERS_PER_CHUNK, bytes = skb->len - tags;
 	void *inner = bpf_map_lookup_elem(&counters, &chunk);
 	struct counters *counters = inner ? bpf_map_lookup_elem(inner, &index) : NULL;
 	struct counter *counter;
@@ -39,15 +38,16 @@ static __always_inline void count(struct __sk_buff *skb, __u32 id, enum verdict 
 		return;
 	counter = &counters->of[which & 15];
 	counter->packets++;
-	counter->bytes += skb->len;
-	if (skb->gso_size)
-		count_segments(skb, counter);
+	counter->bytes += bytes;
+	if (skb->gso_size && layout)
+		count_segments(skb, layout, bytes, counter);
 }
 
 /* Out of line: off the main path. */
-static __noinline void count_aside(struct __sk_buff *skb, __u32 id, enum verdict which)
+static __noinline void count_aside(struct __sk_buff *skb, __u32 layout, __u32 tags, __u32 id,
+				   enum verdict which)
 {
-	count(skb, id, which);
+	count(skb, layout, tags, id, which);
 }
 
 /* Gives the packet away by what next_hop() said. */
@@ -163,7 +163,7 @@ __noinline __u32 send(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 id
 				verdict = copy(skb, layout, &packet, sending, verdict, &action);
 		}
 	}
-	count(skb, upstream->id, verdict);
+	count(skb, layout, 0, upstream->id, verdict);
 	if (layout & LAYOUT_TRACED)
 		end_trace(upstream->id, verdict);
 	return SENT(verdict, action, verdict == VERDICT_MTU ? sending->way.mtu : 0);

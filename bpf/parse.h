@@ -51,7 +51,7 @@ struct packet {
  * Where the headers are behind an Ethernet header without tags, and what is to be done: in one
  * number, because functions that the kernel verifies by themselves take nothing else before 5.13.
  */
-#define LAYOUT_UDP 0x3ff	 /* offset of the UDP header */
+#define LAYOUT_UDP 0x3ff	 /* offset of the UDP header, or of a later fragment's data */
 #define LAYOUT_FRAGMENT_SHIFT 10 /* offset of the IPv6 fragment header; 0: there is none */
 #define LAYOUT_FRAGMENT 0x3ff
 #define LAYOUT_IPV6 (1 << 20)
@@ -177,7 +177,7 @@ static __always_inline enum parsed parse(struct __sk_buff *skb, const __u32 l2, 
  */
 static __always_inline bool well_formed(struct __sk_buff *skb, __u32 layout, const struct packet *packet)
 {
-	__u32 length, udp_offset = (layout & LAYOUT_UDP) - sizeof(struct ethhdr), udp_length;
+	__u32 length, offset = (layout & LAYOUT_UDP) - sizeof(struct ethhdr), udp_length;
 
 	if (packet->is_ipv6)
 		length = sizeof(struct ipv6hdr) + bpf_ntohs(packet->ip6->payload_len);
@@ -186,13 +186,13 @@ static __always_inline bool well_formed(struct __sk_buff *skb, __u32 layout, con
 	if (sizeof(struct ethhdr) + length > skb->len)
 		return false;
 	if (!packet->has_udp)
-		return true;
+		return offset <= length;
 	udp_length = bpf_ntohs(packet->udp->len);
 	if (udp_length < sizeof(struct udphdr) || (packet->is_ipv6 && !packet->udp->check))
 		return false;
 	if (layout & LAYOUT_FIRST)
 		udp_length = sizeof(struct udphdr);
-	return udp_offset + udp_length <= length;
+	return offset + udp_length <= length;
 }
 
 #endif

@@ -76,7 +76,7 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	if (!rule)
 		return TC_ACT_UNSPEC;
 	if (!is_for_us(skb, rule)) {
-		count_aside(skb, rule->id, VERDICT_NOT_FOR_US);
+		count_aside(skb, layout, (__u32)(l2 - sizeof(struct ethhdr)), rule->id, VERDICT_NOT_FOR_US);
 		return TC_ACT_UNSPEC;
 	}
 	if (!l2 || skb->vlan_present)

@@ -24,6 +24,9 @@ use crate::tables::Tables;
 /// The pins of its maps.
 const MAPS: [&str; 7] = ["rules", "rules6", "senders", "addresses", "slots", "upstreams", "config"];
 
+/// How often a fragment comes round again while its first one is not there.
+const ROUNDS: u32 = 64;
+
 /// The name of a program's pin.
 pub fn pin_of(layer: Layer) -> &'static str {
     match layer {
@@ -187,6 +190,7 @@ fn build_in(
     rodata.features = types::features {
         generation: draft.number,
         ticks_per_second: lease::ticks_per_second()?,
+        rounds: ROUNDS,
         ..tables.features
     };
     let mut skeleton = load(skeleton, &state)?;

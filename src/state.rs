@@ -30,7 +30,7 @@ pub const PIN_DIR: &str = "/sys/fs/bpf/udplb";
 
 /// The directory of what outlives generations. Another layout gets one of its own beside it, whose name
 /// begins alike.
-const STATE: &str = "state-2";
+pub const STATE: &str = "state-2";
 const STATES: &str = "state";
 
 /// Shared access: nobody changes anything meanwhile.

@@ -25,7 +25,7 @@ use udplb::nexthop::Way;
 use udplb::plan::Rule;
 use udplb::tables::wire;
 
-use Fate::{Dropped, Queued, Sent, Unmatched, Untouched};
+use Fate::{Answered, Dropped, Queued, Sent, Unmatched, Untouched};
 
 /// What user space knows of a neighbour, where the kernel knows something else.
 const OLD_MAC: [u8; 6] = [2, 0, 0, 0, 9, 9];
@@ -275,15 +275,13 @@ fn a_computed_checksum_of_zero_is_sent_as_ones() {
 fn matched_but_not_sent() {
     let plain = || datagram().frame();
     let length = |at, length: u16| with(plain(), at, length.to_be_bytes());
-    let ttl = Dropped("ttl", Under::Upstream);
-    let fragment = Dropped("fragment", Under::Rule);
+    let ttl = Answered("ttl", None);
     let malformed = Dropped("malformed", Under::Rule);
     let elsewhere = Untouched("not-for-us", Under::Rule);
     #[rustfmt::skip]
     let table: Vec<(&str, Packet, Fate)> = vec![
         ("TTL 0",                 Datagram { ttl: 0, ..datagram() }.into(), ttl),
         ("TTL 1",                 Datagram { ttl: 1, ..datagram() }.into(), ttl),
-        ("first fragment",        Datagram { more_fragments: true, ..datagram() }.into(), fragment),
         ("total length 0",        length(TOTAL_LENGTH, 0).into(), malformed),
         ("without UDP header",    length(TOTAL_LENGTH, 20).into(), malformed),
         ("half a UDP header",     length(TOTAL_LENGTH, 27).into(), malformed),
@@ -315,8 +313,8 @@ fn a_slot_that_leads_nowhere() {
 
 /// What looks like a UDP header in them is payload.
 #[test]
-fn later_fragments_pass() {
-    let fate = Untouched("fragment", Under::Zero);
+fn later_fragments_without_a_first_pass() {
+    let fate = Untouched("fragment-early", Under::Zero);
     let later = Datagram { fragment_offset: 185, ..datagram() };
     let middle = Datagram { more_fragments: true, ..later.clone() };
     let other = Datagram { destination: endpoint(NEAR, 53), ..later.clone() };
@@ -324,7 +322,7 @@ fn later_fragments_pass() {
     let mut cases = [
         both("the last", later.clone(), fate),
         both("one in the middle", middle, fate),
-        both("to another address", other, fate),
+        both("to another address", other, Unmatched),
         both("with options", options, fate),
     ]
     .concat();
@@ -359,8 +357,7 @@ fn what_no_rule_is_for() {
         ("UDP-Lite",            protocol(136).into()),
         ("ARP",                 ethertype(0x0806).into()),
         ("IPv6",                ethertype(0x86dd).into()),
-        ("802.1Q in the frame", tagged(0x8100).into()),
-        ("802.1ad in the frame", tagged(0x88a8).into()),
+        ("a tag of another kind", tagged(0x9100).into()),
         ("IP version 6",        with(plain(), VERSION, [0x65]).into()),
         ("IP header of 16",     with(plain(), VERSION, [0x44]).into()),
         ("IP header of 0",      with(plain(), VERSION, [0x40]).into()),
@@ -389,8 +386,8 @@ fn truncated() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
-/// A tag that is held beside the bytes: what goes to the upstream goes without, the original keeps
-/// its own to the bit.
+/// By tags beside the bytes and in the frame: what goes to the upstream goes without, the original
+/// keeps its own to the bit.
 #[test]
 fn tagged() {
     let tag = |protocol, control| Tag { protocol, control };
@@ -399,8 +396,8 @@ fn tagged() {
     let fragment = Datagram { fragment_offset: 1, ..datagram() };
     let rows = [
         every_way("sent", datagram(), Sent("forwarded", NEAR_MAC)),
-        every_way("TTL 1", Datagram { ttl: 1, ..datagram() }, Dropped("ttl", Under::Upstream)),
-        every_way("a fragment", fragment, Untouched("fragment", Under::Zero)),
+        every_way("TTL 1", Datagram { ttl: 1, ..datagram() }, Answered("ttl", None)),
+        every_way("a later fragment", fragment, Untouched("fragment-early", Under::Zero)),
         every_way("another port", elsewhere, Unmatched),
     ]
     .concat();
@@ -412,6 +409,14 @@ fn tagged() {
         let rows = [rows, vec![uncloned]].concat();
         let tagged = |tag| rows.iter().cloned().map(move |case| Case { tag: Some(tag), ..case });
         testbed.check_all(tags.into_iter().flat_map(tagged));
+        // and in the frame
+        let within = [vec![tags[0]], vec![tags[3]], vec![tags[3], tags[0]], vec![tags[0], tags[0]]];
+        let both = within.into_iter().flat_map(|tags| {
+            [(None, tags.clone()), (Some(Tag { protocol: 0x88a8, control: 9 }), tags)]
+        });
+        testbed.check_all(both.flat_map(|(tag, tags)| {
+            rows.iter().cloned().map(move |case| Case { tag, tags: tags.clone(), ..case })
+        }));
     });
 }
 
@@ -506,8 +511,8 @@ fn many_upstreams() {
 #[test]
 fn counters_of_the_second_chunk() {
     let sent = both("sent", datagram(), Sent("forwarded", NEAR_MAC));
-    let fragment = Datagram { more_fragments: true, ..datagram() };
-    let dropped = both("a fragment", fragment, Dropped("fragment", Under::Rule));
+    let malformed = with(datagram().frame(), UDP_LENGTH, [0, 7]);
+    let dropped = both("malformed", malformed, Dropped("malformed", Under::Rule));
     let cases = sent.into_iter().chain(dropped).flat_map(|case| {
         // the rule's is the fifth
         [1019, 1020, 1040].map(|first_id| Case { first_id, ..case.clone() })

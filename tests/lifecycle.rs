@@ -13,6 +13,7 @@ use common::Namespace;
 use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule, to_port};
 use common::net::{bind, count, expect_silence, receive, send_until};
 use serde_json::{Value, json};
+use udplb::state::STATE;
 
 /// Replaces the interfaces of a configuration.
 fn on(interfaces: &[&str], mut config: Value) -> Value {
@@ -364,15 +365,20 @@ fn a_filter_whose_pins_are_gone_is_taken_over_with_force_only() {
 #[test]
 fn a_lost_pin_is_noticed_and_healed() {
     let lab = Lab::new();
-    let state = ["counters", "counters-0", "nexthops", "nexthops-0", "heartbeat", "held"]
-        .map(|name| format!("state/{name}"));
-    let generation = ["program", "rules", "slots", "upstreams", "config"].map(String::from);
+    let growing = ["counters", "counters-0", "nexthops", "nexthops-0"];
+    let fixed = ["heartbeat", "held", "overrides", "fragments", "fragment_ring", "tickets"];
+    let telling = ["tracing", "events"];
+    let state = growing.iter().chain(&fixed).chain(&telling);
+    let state: Vec<String> = state.map(|name| format!("{STATE}/{name}")).collect();
+    let keys = ["rules", "rules6", "senders", "addresses"];
+    let rest = ["program", "slots", "upstreams", "config"];
+    let generation: Vec<String> = keys.iter().chain(&rest).map(ToString::to_string).collect();
     let mut port = 7001;
     lab.apply(&to_port(port));
     for lost in generation.iter().chain(&state).map(String::as_str).chain(["current"]) {
         let current = lab.bpffs.pins().join("current");
         let generation = fs::read_link(&current).expect("current");
-        let path = match lost.starts_with("state/") || lost == "current" {
+        let path = match lost.starts_with(STATE) || lost == "current" {
             true => lab.bpffs.pins().join(lost),
             false => lab.bpffs.pins().join(generation).join(lost),
         };
@@ -760,7 +766,7 @@ fn many_rules_and_a_gap_among_the_counters() {
     lab.apply(&many(7001));
     let chunks = ["counters-0", "counters-1"];
     for chunk in chunks {
-        fs::remove_file(lab.bpffs.pins().join("state").join(chunk)).expect("a second chunk");
+        fs::remove_file(lab.bpffs.pins().join(STATE).join(chunk)).expect("a second chunk");
         lab.run("status").expect(3);
         lab.apply(&many(7001));
         lab.run("status").expect(0);

@@ -397,7 +397,7 @@ fn snapshot(lab: &Lab) -> String {
             inside.map(|name| name.trim_start_matches('/').to_string()).filter(|name| {
                 // state/ may be made by what fails; it is nobody's generation
                 let path = lab.bpffs.pins().join(name);
-                path.is_dir() && !path.is_symlink() && name != "state"
+                path.is_dir() && !path.is_symlink() && name != state::STATE
             });
         pins.extend(directories);
     }

@@ -150,12 +150,27 @@ fn check_checksums(client_offload: bool, upstream_offload: bool) {
         }
     }
     set(&ends.sender, libc::SOL_SOCKET, libc::SO_NO_CHECK, 0);
-    check_segments(&ends);
+    let segments = if client_offload || cuts_up_without_offload(&lab) { 10 } else { 0 };
+    if segments > 0 {
+        check_segments(&ends);
+    }
     ends.check_silence();
     for (_, action, source) in KINDS {
         let name = format!("{action}-{source}");
         let count = lab.packets(&name, &UPSTREAMS[0].to_string(), "forwarded");
-        assert_eq!(count, 2 * (7 + 32) + 10, "{name}");
+        assert_eq!(count, 2 * (7 + 32) + segments, "{name}");
+    }
+}
+
+/// Whether the client's kernel takes UDP_SEGMENT where it has to compute the checksums, which it
+/// does from 6.11 on.
+fn cuts_up_without_offload(lab: &Lab) -> bool {
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    set(&sender, libc::SOL_UDP, UDP_SEGMENT, 1000);
+    match sender.send_to(&payload(2000), (RELAY, 5999)) {
+        Ok(_) => true,
+        Err(error) if error.raw_os_error() == Some(libc::EIO) => false,
+        Err(error) => panic!("{error}"),
     }
 }
 
@@ -191,9 +206,15 @@ fn checksums_are_right_without_offload() {
 fn what_the_receiving_device_merges_arrives_in_parts() {
     let lab = Lab::new();
     let ends = Ends::new(&lab);
-    let mut ethtool = lab.relay.command("ethtool");
-    let merge = ["-K", "eth0", "gro", "on", "rx-udp-gro-forwarding", "on"];
-    Outcome::of(ethtool.args(merge)).expect(0);
+    let ethtool = |words: &str| {
+        let mut ethtool = lab.relay.command("ethtool");
+        Outcome::of(ethtool.args(words.split_whitespace())).expect(0).stdout
+    };
+    ethtool("-K eth0 gro on");
+    // before 5.12 it merges only what a socket asks for
+    if ethtool("-k eth0").contains("rx-udp-gro-forwarding") {
+        ethtool("-K eth0 rx-udp-gro-forwarding on");
+    }
     lab.apply(&all_kinds());
     check_segments(&ends);
     for _ in 0..20 {

@@ -231,11 +231,11 @@ impl Service {
 
     /// `detach --purge` removes what the lock is on.
     fn relock(&mut self) -> Result<()> {
-        let state = self.pin_dir.join("state");
+        let directory = self.pin_dir.join(state::STATE);
         let ours = self.lock.metadata().map(|meta| (meta.dev(), meta.ino())).ok();
-        let there = fs::metadata(&state).map(|meta| (meta.dev(), meta.ino())).ok();
+        let there = fs::metadata(&directory).map(|meta| (meta.dev(), meta.ino())).ok();
         if there.is_some() && there != ours {
-            self.lock = lock(&state)?;
+            self.lock = lock(&directory)?;
         }
         Ok(())
     }

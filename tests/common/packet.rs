@@ -3,7 +3,8 @@
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use etherparse::{
-    EtherType, Ethernet2Header, IpFragOffset, IpNumber, Ipv4Header, Ipv4Options, UdpHeader,
+    EtherType, Ethernet2Header, Icmpv4Header, Icmpv4Type, IpFragOffset, IpNumber, Ipv4Header,
+    Ipv4Options, UdpHeader,
 };
 
 pub type Mac = [u8; 6];
@@ -12,6 +13,9 @@ pub type Mac = [u8; 6];
 pub const ETHERNET: usize = 14;
 pub const IP: usize = 20;
 pub const UDP: usize = 8;
+
+/// Where a frame has its type, and before it tags.
+pub const TYPE: usize = 12;
 
 /// Where the fields are that some tests overwrite, in a frame without IP options.
 pub const VERSION: usize = ETHERNET;
@@ -91,6 +95,35 @@ impl Datagram {
         frame.extend_from_slice(&self.trailer);
         frame.resize(frame.len() + self.padding, 0);
         frame
+    }
+
+    /// The error that its sender is to get: that it did not fit an MTU, or was on its way too long.
+    pub fn error(&self, mtu: Option<u16>) -> Vec<u8> {
+        // RFC 1812, section 4.3.2.3
+        const MOST: usize = 576 - IP - 8;
+        let ethernet = Ethernet2Header {
+            source: self.to,
+            destination: self.from,
+            ether_type: EtherType::IPV4,
+        };
+        let quoted = self.length().min(MOST) / 4 * 4;
+        let quotation = &self.frame()[ETHERNET..ETHERNET + quoted];
+        let [high, low] = mtu.unwrap_or(0).to_be_bytes();
+        let (type_u8, code_u8) = if mtu.is_some() { (3, 4) } else { (11, 0) };
+        let kind = Icmpv4Type::Unknown { type_u8, code_u8, bytes5to8: [0, 0, high, low] };
+        let mut ip = Ipv4Header {
+            dscp: 48.try_into().expect("six bits"), // internetwork control
+            total_len: (IP + 8 + quoted) as u16,
+            dont_fragment: true,
+            time_to_live: 64,
+            protocol: IpNumber::ICMP,
+            source: self.destination.ip().octets(),
+            destination: self.source.ip().octets(),
+            ..Ipv4Header::default()
+        };
+        ip.header_checksum = ip.calc_header_checksum();
+        let icmp = Icmpv4Header::with_checksum(kind, quotation);
+        [&ethernet.to_bytes()[..], &ip.to_bytes(), &icmp.to_bytes(), quotation].concat()
     }
 
     /// The length of the IP packet.

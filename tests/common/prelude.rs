@@ -7,12 +7,22 @@ use std::ptr::NonNull;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use libbpf_sys::*;
 
+use super::packet::TYPE;
+
 /// An 802.1Q or 802.1ad tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tag {
     pub protocol: u16,
     /// Priority and VLAN id.
     pub control: u16,
+}
+
+impl Tag {
+    /// Makes it the first of a frame.
+    pub fn put_into(self, mut frame: Vec<u8>) -> Vec<u8> {
+        frame.splice(TYPE..TYPE, [self.protocol, self.control].map(u16::to_be_bytes).concat());
+        frame
+    }
 }
 
 /// What one does: it cuts the frame to a length, and gives it a tag.

@@ -7,13 +7,14 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenObject};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenMap, OpenObject};
 use udplb::bpf::{Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
 use udplb::config::{Action, Address, Hash, Key, Ports, Source, Strategy};
 use udplb::nexthop::{self, Way};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 use udplb::tables::Tables;
 
+use super::packet::TYPE;
 use super::prelude::{Change, FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL, Tag};
 
 /// Ids given, and read, in each chunk of counters; no configuration here has more.
@@ -73,8 +74,10 @@ impl<'object> Program<'object> {
         ] {
             map.set_max_entries(entries).expect("the size of a map");
         }
+        let chunks = [0; CHUNKS as usize].map(|_| counters_chunk(&maps.counters_chunk));
+        // before 6.2 the kernel tells maps with type information from those without
+        maps.counters.set_inner_map_fd(chunks[0].as_fd()).expect("a model of the chunks");
         let skeleton = skeleton.load().expect("the program loads");
-        let chunks = [0; CHUNKS as usize].map(|_| counters_chunk(&skeleton.maps.counters_chunk));
         for (index, chunk) in (0..).zip(&chunks) {
             write(&skeleton.maps.counters, index, &chunk.as_fd().as_raw_fd().to_ne_bytes());
         }
@@ -112,6 +115,8 @@ impl<'object> Program<'object> {
         clear(&maps.senders);
         clear(&maps.addresses);
         self.forget_fragments();
+        // full again
+        write(&maps.budget, 0, &[0; size_of::<types::budget>()]);
         write_all(&maps.nexthops_chunk, &[types::nexthop_slot::default(); IDS as usize]);
         self.lease(false);
         write_pairs(&maps.rules, &tables.rules);
@@ -168,7 +173,8 @@ impl<'object> Program<'object> {
     /// # Panics
     /// The kernel refuses to run it.
     pub fn run(&self, frame: &[u8], context: Context) -> Run {
-        if context.tag.is_none() && context.length.is_none() {
+        let tagged = matches!(frame[TYPE..], [0x81, 0, ..] | [0x88, 0xa8, ..]);
+        if context.tag.is_none() && context.length.is_none() && !tagged {
             return test_run(self.skeleton.progs.udplb.as_fd(), frame, context);
         }
         let change = (context.length, context.tag);
@@ -176,7 +182,13 @@ impl<'object> Program<'object> {
         let prelude = preludes.entry(change).or_insert_with(|| self.prelude.load(change));
         let run = test_run(prelude.as_fd(), frame, context);
         assert_ne!(run.action, FAILED, "the prelude with {context:?}");
-        run
+        match run.tag {
+            // to everybody else it is the same, beside the bytes or within
+            Some(tag) if context.tag.is_none() => {
+                Run { frame: tag.put_into(run.frame), tag: None, ..run }
+            }
+            _ => run,
+        }
     }
 
     /// What was counted since the last call, over all CPUs.
@@ -213,7 +225,7 @@ impl<'object> Program<'object> {
 }
 
 /// A map like the one that the program has as a model.
-fn counters_chunk(model: &MapMut<'_>) -> MapHandle {
+fn counters_chunk(model: &OpenMap<'_>) -> MapHandle {
     let options = libbpf_sys::bpf_map_create_opts {
         sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
         ..Default::default()
@@ -244,7 +256,6 @@ fn test_run(program: BorrowedFd<'_>, frame: &[u8], context: Context) -> Run {
     // SAFETY: all zeroes are a __sk_buff.
     let fields = unsafe { came.assume_init_mut() };
     fields.ifindex = context.ifindex;
-    fields.ingress_ifindex = context.ifindex;
     fields.gso_size = context.gso_size;
     fields.gso_segs = context.gso_segs;
     let mut room = vec![0; frame.len() + 256];

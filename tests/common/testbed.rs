@@ -92,6 +92,9 @@ pub enum Fate {
     Queued(&'static str),
     /// It ends here; for `pass`, no copy leaves.
     Dropped(&'static str, Under),
+    /// The same, and where a packet itself was to be sent the sender is told why: it is longer than
+    /// this, or was on its way too long.
+    Answered(&'static str, Option<u16>),
     /// It goes up the stack, whatever the rule's action.
     Untouched(&'static str, Under),
     Unmatched,
@@ -108,6 +111,13 @@ impl Packet {
         match self {
             Packet::Datagram(datagram) => datagram.frame(),
             Packet::Bytes(bytes) => bytes.clone(),
+        }
+    }
+
+    fn datagram(&self) -> &Datagram {
+        match self {
+            Packet::Datagram(datagram) => datagram,
+            Packet::Bytes(_) => panic!("no case has an answer to bytes"),
         }
     }
 }
@@ -138,6 +148,8 @@ pub struct Case {
     pub packet: Packet,
     /// A VLAN tag that is held beside the bytes.
     pub tag: Option<Tag>,
+    /// Those in the frame, the outermost first.
+    pub tags: Vec<Tag>,
     /// How much of the packet comes, where that is not all.
     pub length: Option<usize>,
     /// `gso_size` and `gso_segs`.
@@ -161,6 +173,7 @@ impl Case {
             tamper: None,
             packet: packet.into(),
             tag: None,
+            tags: Vec::new(),
             length: None,
             gso: (0, 0),
             fate,
@@ -170,18 +183,30 @@ impl Case {
         }
     }
 
+    /// As it comes, with its tags.
+    fn frame(&self) -> Vec<u8> {
+        self.tagged(self.packet.frame())
+    }
+
+    fn tagged(&self, frame: Vec<u8>) -> Vec<u8> {
+        self.tags.iter().rev().fold(frame, |frame, tag| tag.put_into(frame))
+    }
+
     fn expected(&self, ids: &RuleIds) -> Outcome {
         let mut frame = self.packet.frame();
         frame.truncate(self.length.unwrap_or(frame.len()));
         let count = self.count.unwrap_or((1, frame.len() as u64));
         let counted = self.counter(ids).map(|counter| (counter, count)).into_iter().collect();
         let pass = self.rule.action == Action::Pass;
-        let stays = |action, frame| Run { action, frame, tag: self.tag };
+        let stays = |action, frame| Run { action, frame: self.tagged(frame), tag: self.tag };
         let (run, copies) = match (self.fate, self.departed()) {
             (_, Some(gone)) if pass => (stays(UNSPEC, frame), vec![gone]),
             // without its tag
             (_, Some(gone)) => (Run { action: REDIRECT, frame: gone, tag: None }, Vec::new()),
             (Fate::Dropped(..), None) if !pass => (stays(SHOT, frame), Vec::new()),
+            (Fate::Answered(_, mtu), None) if !pass => {
+                (stays(REDIRECT, self.packet.datagram().error(mtu)), Vec::new())
+            }
             (_, None) => (stays(UNSPEC, frame), Vec::new()),
         };
         Outcome { run, copies, counted }
@@ -190,6 +215,7 @@ impl Case {
     fn counter(&self, ids: &RuleIds) -> Option<(u32, &'static str)> {
         let (verdict, under) = match self.fate {
             Fate::Sent(verdict, _) | Fate::Queued(verdict) => (verdict, Under::Upstream),
+            Fate::Answered(verdict, _) => (verdict, Under::Upstream),
             Fate::Dropped(verdict, under) | Fate::Untouched(verdict, under) => (verdict, under),
             Fate::Unmatched => return None,
         };
@@ -339,7 +365,7 @@ impl Testbed<'_> {
         let (gso_size, gso_segs) = case.gso;
         let (tag, length) = (case.tag, case.length);
         let context = Context { ifindex, gso_size, gso_segs, tag, length };
-        let run = self.program.run(&case.packet.frame(), context);
+        let run = self.program.run(&case.frame(), context);
         (ids, Outcome { run, copies: self.wire.drain(), counted: self.program.take_counted() })
     }
 

@@ -7,6 +7,8 @@ use std::mem::{size_of, size_of_val, zeroed};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use super::Namespace;
+use super::packet::TYPE;
+use super::prelude::Tag;
 
 /// From linux/if_packet.h, for what comes with a frame.
 const PACKET_AUXDATA: i32 = 8;
@@ -23,9 +25,6 @@ struct Auxiliary {
     tag_control: u16,
     tag_protocol: u16,
 }
-
-/// Where a frame has its type, and before it a tag.
-const TYPE: usize = 12;
 
 /// Follows what a test sent; has the type of IPv4, as all that is listened for.
 const SENTINEL: &[u8] = b"\x02\0\0\0\0\xff\x02\0\0\0\0\xff\x08\0the end of a test case";
@@ -135,8 +134,8 @@ fn receive(socket: &OwnedFd) -> Vec<u8> {
     };
     frame.truncate(length);
     if auxiliary.status & TP_STATUS_VLAN_VALID != 0 {
-        let tag = [auxiliary.tag_protocol, auxiliary.tag_control].map(u16::to_be_bytes).concat();
-        frame.splice(TYPE..TYPE, tag);
+        let (protocol, control) = (auxiliary.tag_protocol, auxiliary.tag_control);
+        return Tag { protocol, control }.put_into(frame);
     }
     frame
 }
