@@ -185,9 +185,10 @@ __noinline __u32 send(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 id
 {
 	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
 	int action = layout & LAYOUT_GIVE ? TC_ACT_SHOT : TC_ACT_UNSPEC;
-	enum verdict verdict;
 	struct sending *sending = get_sending();
+	enum verdict verdict;
 	struct packet packet;
+	__u32 sent;
 
 	if (!upstream || !sending)
 		return SENT(VERDICT_NO_UPSTREAM, action, 0);
@@ -202,10 +203,11 @@ __noinline __u32 send(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 id
 		if (verdict != VERDICT_MTU && verdict != VERDICT_NO_ROUTE)
 			verdict = send_on(skb, layout, &packet, sending, verdict, &action);
 	}
+	sent = SENT(verdict, action, verdict == VERDICT_MTU ? sending->way.mtu : 0);
 	count(skb, layout, 0, upstream->id, verdict);
 	if (layout & LAYOUT_TRACED)
 		end_trace(upstream->id, verdict);
-	return SENT(verdict, action, verdict == VERDICT_MTU ? sending->way.mtu : 0);
+	return sent;
 }
 
 #endif

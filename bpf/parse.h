@@ -58,8 +58,7 @@ struct packet {
 #define LAYOUT_FIRST (1 << 21)	/* a fragment */
 #define LAYOUT_LATER (1 << 22)	/* a fragment without UDP header */
 #define LAYOUT_GIVE (1 << 23)	/* send the packet itself, not a copy */
-#define LAYOUT_DUE (1 << 24)	/* to be sent at all */
-#define LAYOUT_TRACED (1 << 25) /* somebody wants to hear of it */
+#define LAYOUT_TRACED (1 << 24) /* somebody wants to hear of it */
 #define LAYOUT_MOST (LAYOUT_UDP + 1)
 
 /* Read as it stands: the compiler would keep a copy, zero-extended, that the verifier takes for a number. */

@@ -257,7 +257,7 @@ __noinline __u32 receives(__u32 index)
 }
 
 /* Whether it is to get this one. */
-__noinline __u32 is_due(__u32 index)
+static __always_inline bool is_due(__u32 index)
 {
 	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
 
