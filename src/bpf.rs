@@ -83,6 +83,8 @@ unsafe impl Pod for types::held {}
 
 // SAFETY: as above.
 unsafe impl Pod for types::trace {}
+// SAFETY: as above.
+unsafe impl Pod for types::event {}
 // SAFETY: a number.
 unsafe impl Pod for u32 {}
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use crate::config::Network;
 use crate::state::PIN_DIR;
 use crate::top::Order;
 
@@ -105,6 +106,11 @@ pub enum Command {
     ///
     /// Keys: p, m, d, n sort by packets, bits, drops and name; r reverses; arrows scroll; q quits.
     Top(Top),
+    /// Tell of packets as they come: one line for each, or for each copy, in the file's own words.
+    ///
+    /// Filters are applied in the kernel. Only one trace runs at a time; when it ends, also when it
+    /// is killed, packets cost what they did before.
+    Trace(Trace),
     /// Look for what keeps packets from being forwarded, and name the command that mends it.
     ///
     /// Changes nothing. Exits with 3 where there are problems; notes are no problems.
@@ -176,6 +182,33 @@ pub struct Status {
     /// What rates are measured over, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = some_seconds)]
     pub interval: Duration,
+}
+
+/// Which packets `trace` tells of, and how.
+#[derive(Args)]
+pub struct Trace {
+    /// Only those of this rule.
+    #[arg(long, value_name = "RULE")]
+    pub rule: Option<String>,
+    /// Only those from this network or address.
+    #[arg(long, value_name = "CIDR")]
+    pub src: Option<Network>,
+    /// Only those to this network or address.
+    #[arg(long, value_name = "CIDR")]
+    pub dst: Option<Network>,
+    /// Only what was not sent on.
+    #[arg(long)]
+    pub drops: bool,
+    /// End after so many lines.
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
+    /// Only every N-th packet of those.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    pub sample: u32,
+    /// Write the frames too, the first 128 bytes of each, as they came and as they left; - is
+    /// standard output, instead of the lines.
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
 }
 
 /// What `top` shows, and how often.
