@@ -14,8 +14,8 @@ use crate::top::Order;
 /// Relays, forwards and balances UDP in the kernel's traffic control layer.
 ///
 /// Verbs change the kernel, nouns read it. Exit codes: 0 done; 1 failed, what served before
-/// still serves; 2 changes pending (plan --exit-code); 3 degraded or nothing applied (status);
-/// 64 usage; 65 bad configuration; 66 unreadable file; 75 locked; 77 privileges missing.
+/// still serves; 2 changes pending (plan --exit-code); 3 degraded or nothing applied (status),
+/// or no rule matches (get); 64 usage; 65 bad configuration; 66 unreadable file; 75 locked; 77 privileges missing.
 #[derive(Parser)]
 #[command(version, max_term_width = 100)]
 pub struct Cli {
@@ -111,6 +111,11 @@ pub enum Command {
     /// Filters are applied in the kernel. Only one trace runs at a time; when it ends, also when it
     /// is killed, packets cost what they did before.
     Trace(Trace),
+    /// Say what would happen to such a packet now, and why: the program itself is asked, and
+    /// nothing is sent or counted.
+    ///
+    /// Exits with 3 where no rule matches.
+    Get(Get),
     /// Look for what keeps packets from being forwarded, and name the command that mends it.
     ///
     /// Changes nothing. Exits with 3 where there are problems; notes are no problems.
@@ -209,6 +214,45 @@ pub struct Trace {
     /// standard output, instead of the lines.
     #[arg(long, value_name = "FILE")]
     pub pcap: Option<PathBuf>,
+}
+
+/// The packet that `get` asks about.
+#[derive(Args)]
+pub struct Get {
+    /// Who sends it: an address, 10.0.0.9:5000 or [2001:db8::9]:5000; port 1024 where none is given.
+    #[arg(value_name = "SRC[:PORT]")]
+    pub source: Endpoint,
+    /// Where it is sent; the port may be missing where the rules have only one for the address.
+    #[arg(value_name = "DST[:PORT]")]
+    pub destination: Endpoint,
+    /// What it says.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub payload: String,
+    /// Where it comes in, where there are several interfaces.
+    #[arg(short, long, value_name = "IF")]
+    pub interface: Option<String>,
+}
+
+/// An address, with or without a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    pub address: IpAddr,
+    pub port: Option<u16>,
+}
+
+impl std::str::FromStr for Endpoint {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Endpoint, String> {
+        if let Ok(both) = text.parse::<SocketAddr>() {
+            return Ok(Endpoint { address: both.ip(), port: Some(both.port()) });
+        }
+        let address = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        match address.unwrap_or(text).parse() {
+            Ok(address) => Ok(Endpoint { address, port: None }),
+            Err(_) => Err("an address, `10.0.0.9:5000` or `[2001:db8::9]:5000`".into()),
+        }
+    }
 }
 
 /// What `top` shows, and how often.

@@ -25,7 +25,9 @@ use crate::status::{self, Paper, Status};
 use crate::tc::{self, Slot};
 use crate::terminal::{self, Live, Woken};
 use crate::wanted::{Text, Wanted};
-use crate::{advice, apply, clock, config, doctor, list, privileges, resolve, state, top, trace};
+use crate::{
+    advice, apply, clock, config, doctor, get, list, privileges, resolve, state, top, trace,
+};
 
 const INCOMPLETE: u8 = 1;
 const PENDING: u8 = 2;
@@ -50,6 +52,13 @@ pub async fn run(cli: &Cli) -> Result<u8> {
                 None => nothing_applied(),
             }
         }
+        Command::Get(options) => match get::run(global, options, &netlink()?).await? {
+            Some(answer) => {
+                report(global, &answer.to_string(), &json!(answer))?;
+                Ok(if answer.matched() { 0 } else { DEGRADED })
+            }
+            None => nothing_applied(),
+        },
         Command::Doctor { file } => examine(global, file.as_deref()).await,
         Command::Metrics => print(&Gatherer::new(global.clone()).gather(&netlink()?).await?),
         Command::List => list_rules(global).await,

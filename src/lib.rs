@@ -40,6 +40,7 @@ pub mod drift;
 pub mod event;
 pub mod failure;
 pub mod generation;
+pub mod get;
 pub mod lease;
 pub mod list;
 pub mod maglev;

@@ -344,8 +344,7 @@ fn what_is_lost_is_counted() {
     for _ in 0..count {
         sender.send_to(b"ten bytes!", (RELAY, 5000)).expect("sent");
     }
-    let arrived = (0..count).map(|_| receive(&receiver)).count() as u64;
-    assert_eq!(arrived, count);
+    (0..count).for_each(|_| drop(receive(&receiver)));
     trace.signal(libc::SIGCONT);
     let outcome = trace.stop().expect(0);
     let shown = outcome.stdout.lines().count() as u64;
