@@ -133,15 +133,40 @@ static __always_inline bool is_ttl_spent(const struct packet *packet)
 	return (packet->is_ipv6 ? packet->ip6->hop_limit : packet->ip->ttl) <= 1;
 }
 
+/* Of 32 bits and of the lower 16, the golden section: what it steps to is far from all before. */
+#define IDENTIFICATION_STEP 0x9e379e37
+
+/*
+ * By this alone a host tells the fragments of two copies from each other, and from those of other senders
+ * that are one for it. 0: what came.
+ */
+static __always_inline __u32 new_identification(struct __sk_buff *skb, __u32 layout,
+						const struct packet *packet, const struct upstream *upstream,
+						__u32 identification)
+{
+	const __be32 *came;
+
+	if (!(layout & (LAYOUT_FIRST | LAYOUT_LATER)))
+		return 0;
+	if (upstream->source == SOURCE_PRESERVE) {
+		if (!upstream->twin)
+			return 0;
+		came = identification_of(skb, layout);
+		identification = !packet->is_ipv6 ? bpf_ntohs(packet->ip->id) : came ? bpf_ntohl(*came) : 0;
+	}
+	return identification + upstream->twin * IDENTIFICATION_STEP;
+}
+
 /* False where the source that is asked for is not known. */
-static __always_inline bool write_label(const struct packet *packet, const struct upstream *upstream,
-					__u32 identification, struct label *label)
+static __always_inline bool write_label(struct __sk_buff *skb, __u32 layout, const struct packet *packet,
+					const struct upstream *upstream, __u32 identification,
+					struct label *label)
 {
 	const __u32 offset = upstream->source == SOURCE_VIP ? 1 : 0;
 
 	__builtin_memcpy(label->destination, upstream->address, sizeof(label->destination));
 	label->port = upstream->port;
-	label->identification = upstream->source == SOURCE_PRESERVE ? 0 : identification;
+	label->identification = new_identification(skb, layout, packet, upstream, identification);
 	if (upstream->source == SOURCE_EGRESS)
 		return egress_address(upstream, label->source);
 	if (packet->is_ipv6)
@@ -171,7 +196,7 @@ __noinline __u32 send(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 id
 		verdict = VERDICT_CLONE_FAILED;
 	} else if (is_ttl_spent(&packet)) {
 		verdict = VERDICT_TTL;
-	} else if (!write_label(&packet, upstream, identification, &sending->label)) {
+	} else if (!write_label(skb, layout, &packet, upstream, identification, &sending->label)) {
 		verdict = VERDICT_NO_ROUTE;
 	} else {
 		verdict = next_hop(skb, layout, &packet, upstream, index, sending);

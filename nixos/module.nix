@@ -267,6 +267,9 @@ let
       to = lib.toInt (lib.last ends);
     };
 
+  metricsHost =
+    if lib.hasInfix ":" cfg.metrics.address then "[${cfg.metrics.address}]" else cfg.metrics.address;
+
   hardening = {
     CapabilityBoundingSet = [
       "CAP_BPF"
@@ -409,6 +412,28 @@ in
       description = "Whether `udplb arpd` keeps the upstreams' next hops resolved and fresh.";
     };
 
+    metrics = {
+      enable = mkOption {
+        type = types.bool;
+        default = false;
+        description = ''
+          Whether `udplb arpd` answers Prometheus, at `/metrics`. Anybody who reaches the address may ask;
+          the firewall is left as it is.
+        '';
+      };
+      address = mkOption {
+        type = types.str;
+        default = "127.0.0.1";
+        example = "::";
+        description = "The address that it listens at.";
+      };
+      port = mkOption {
+        type = types.port;
+        default = 9477;
+        description = "The TCP port that it listens at.";
+      };
+    };
+
     openFirewall = mkOption {
       type = types.bool;
       default = false;
@@ -436,6 +461,10 @@ in
       {
         assertion = !(cfg.openFirewall && fromFile);
         message = "services.udplb.openFirewall: needs services.udplb.rules; the ports of a configFile are not known here.";
+      }
+      {
+        assertion = cfg.metrics.enable -> cfg.arpd.enable;
+        message = "services.udplb.metrics.enable: needs services.udplb.arpd.enable.";
       }
     ]
     ++ lib.mapAttrsToList (key: uses: {
@@ -533,7 +562,13 @@ in
       };
       serviceConfig = hardening // {
         Type = "notify";
-        ExecStart = command [ "arpd" ];
+        ExecStart = command (
+          [ "arpd" ]
+          ++ lib.optionals cfg.metrics.enable [
+            "--metrics"
+            "${metricsHost}:${toString cfg.metrics.port}"
+          ]
+        );
         ExecReload = "${pkgs.coreutils}/bin/kill -HUP $MAINPID";
         Restart = "on-failure";
         RestartSec = 2;

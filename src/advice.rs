@@ -160,9 +160,15 @@ pub fn listeners() -> Vec<Listener> {
     listeners
 }
 
-/// A line of /proc/net/udp or udp6: addresses are hexadecimal words as they lie in memory.
+/// A line of /proc/net/udp or udp6.
 fn listener(line: &str) -> Option<Listener> {
-    let (address, port) = line.split_whitespace().nth(1)?.split_once(':')?;
+    let (address, port) = endpoint(line.split_whitespace().nth(1)?)?;
+    Some(Listener { address, port })
+}
+
+/// An address and a port, as /proc/net/udp and udp6 have them: hexadecimal words as they lie in memory.
+pub fn endpoint(text: &str) -> Option<(IpAddr, u16)> {
+    let (address, port) = text.split_once(':')?;
     let word = |at: usize| {
         let word = u32::from_str_radix(address.get(at..at + 8)?, 16).ok()?;
         Some(word.to_ne_bytes())
@@ -177,7 +183,7 @@ fn listener(line: &str) -> Option<Listener> {
         }
         _ => return None,
     };
-    Some(Listener { address, port: u16::from_str_radix(port, 16).ok()? })
+    Some((address, u16::from_str_radix(port, 16).ok()?))
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use tokio::time::MissedTickBehavior;
 
 use crate::cli::{Arpd, Global};
 use crate::failure::Result;
+use crate::metrics;
 use crate::netlink::Events;
 use crate::nexthop::PATIENCE;
 use crate::privileges;
@@ -34,6 +35,9 @@ pub async fn run(global: &Global, options: Arpd) -> Result<u8> {
     if options.once {
         settle(&mut service).await;
         return Ok(0);
+    }
+    if let Some(address) = options.metrics {
+        metrics::serve(global, address).context("the thread for metrics")?;
     }
     let result = serve(&mut service).await;
     service.end();

@@ -12,18 +12,22 @@ use serde_json::{Value, json};
 
 use crate::apply::{Executor, Outcome};
 use crate::changes::Changes;
-use crate::cli::{Cli, Color, Command, Global, Output, Target};
+use crate::cli::{self, Cli, Color, Command, Global, Output, Target};
 use crate::config::{Address, Diagnostic};
 use crate::diff::{self, Action, Plan, Refusal};
 use crate::failure::{Failure, Result};
+use crate::metrics::Gatherer;
 use crate::netlink::Netlink;
 use crate::nexthop::{self, Way};
 use crate::observe::{Observed, observe};
 use crate::plan::Desired;
-use crate::status::{Network, Status};
+use crate::status::{self, Paper, Status};
 use crate::tc::{self, Slot};
+use crate::terminal::{self, Live, Woken};
 use crate::wanted::{Text, Wanted};
-use crate::{advice, apply, clock, config, list, privileges, resolve, state};
+use crate::{
+    advice, apply, clock, config, doctor, get, list, privileges, resolve, state, top, trace,
+};
 
 const INCOMPLETE: u8 = 1;
 const PENDING: u8 = 2;
@@ -32,14 +36,31 @@ const DEGRADED: u8 = 3;
 /// Runs a command; the exit code is 0 or one that is no failure.
 pub async fn run(cli: &Cli) -> Result<u8> {
     let global = &cli.global;
-    match &cli.command {
+    let Some(command) = &cli.command else { return status(global, &cli::Status::default()).await };
+    match command {
         Command::Check { files, no_resolve } => check(global, files, *no_resolve).await,
         Command::Apply { target, dry_run: true, .. } => plan(global, target, false).await,
         Command::Apply { target, force, partial, .. } => {
             apply_file(global, target, *force, *partial).await
         }
         Command::Plan { target, exit_code } => plan(global, target, *exit_code).await,
-        Command::Status { rule } => status(global, rule.as_deref()).await,
+        Command::Status(options) => status(global, options).await,
+        Command::Top(options) => top::run(global, options, &netlink()?, paper(global)).await,
+        Command::Trace(options) => {
+            match trace::run(global, options, &netlink()?, colour(global)).await? {
+                Some(_) => Ok(0),
+                None => nothing_applied(),
+            }
+        }
+        Command::Get(options) => match get::run(global, options, &netlink()?).await? {
+            Some(answer) => {
+                report(global, &answer.to_string(), &json!(answer))?;
+                Ok(if answer.matched() { 0 } else { DEGRADED })
+            }
+            None => nothing_applied(),
+        },
+        Command::Doctor { file } => examine(global, file.as_deref()).await,
+        Command::Metrics => print(&Gatherer::new(global.clone()).gather(&netlink()?).await?),
         Command::List => list_rules(global).await,
         Command::Rollback => rollback(global).await,
         Command::Detach { interfaces, purge } => detach(global, interfaces, *purge).await,
@@ -60,7 +81,7 @@ pub async fn run(cli: &Cli) -> Result<u8> {
 }
 
 /// To standard output; a reader that went away is no failure.
-fn print(text: &str) -> Result<u8> {
+pub fn print(text: &str) -> Result<u8> {
     match io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             Err(anyhow!(error).context("standard output").into())
@@ -287,17 +308,71 @@ fn serving(observed: &Observed) -> Option<&Desired> {
     Some(&observed.generations.get(&observed.serving()?)?.description.desired)
 }
 
-async fn status(global: &Global, rule: Option<&str>) -> Result<u8> {
+async fn status(global: &Global, options: &cli::Status) -> Result<u8> {
     let netlink = netlink()?;
-    let guard = state::read(&global.pin_dir, global.lock_timeout)?;
-    let observed = observe(guard.as_ref(), &netlink).await?;
-    let neighbours = netlink.neighbours().await.context("neighbours")?;
-    let network = Network { observed: &observed, neighbours: &neighbours };
-    let status = Status::new(guard.as_ref(), &network, rule)?;
-    drop(guard);
-    let json = serde_json::to_value(&status).context("JSON")?;
-    report(global, &status.text(clock::now(), colour(global)), &json)?;
+    let rule = options.rule.as_deref();
+    let mut status = status::read(global, &netlink, rule, None).await?.status;
+    if options.watch {
+        return watch(global, options, &netlink, status).await;
+    }
+    if options.rate {
+        tokio::time::sleep(options.interval).await;
+        status = status::read(global, &netlink, rule, status.traffic.as_ref()).await?.status;
+    }
+    print(&shown(global, &status, false)?)?;
     Ok(if status.trouble.is_empty() { 0 } else { DEGRADED })
+}
+
+/// Shows it again and again.
+async fn watch(
+    global: &Global,
+    options: &cli::Status,
+    netlink: &Netlink,
+    mut status: Status,
+) -> Result<u8> {
+    let mut live = Live::open(options.interval, false).context("the terminal")?;
+    let mut text = shown(global, &status, true)?;
+    while live.show(&text).is_ok() && live.woken().await == Woken::Tick {
+        let rule = options.rule.as_deref();
+        text = match status::read(global, netlink, rule, status.traffic.as_ref()).await {
+            Ok(reading) => {
+                status = reading.status;
+                shown(global, &status, true)?
+            }
+            // it may be over the next time
+            Err(failure) => format!("{failure}\n"),
+        };
+    }
+    Ok(if status.trouble.is_empty() { 0 } else { DEGRADED })
+}
+
+/// As the options ask for it; JSON of one of many is on one line.
+fn shown(global: &Global, status: &Status, one_of_many: bool) -> Result<String> {
+    let json = match (global.output, one_of_many) {
+        (Output::Json, false) => serde_json::to_string_pretty(status),
+        (Output::Json, true) => serde_json::to_string(status),
+        (Output::Table, _) if global.quiet => return Ok(String::new()),
+        (Output::Table, _) => return Ok(status.text(clock::now(), paper(global))),
+    };
+    Ok(json.context("JSON")? + "\n")
+}
+
+async fn examine(global: &Global, file: Option<&Path>) -> Result<u8> {
+    let facts = doctor::read(global, &netlink()?, file).await?;
+    let findings = doctor::judge(&facts);
+    let problems = findings.iter().any(|finding| finding.level == doctor::Level::Problem);
+    let json = json!({ "healthy": !problems, "findings": findings });
+    match (global.output, global.quiet && !problems) {
+        (Output::Json, _) => print(&pretty(&json)?)?,
+        (Output::Table, true) => 0,
+        (Output::Table, false) => print(&doctor::text(&findings, colour(global)))?,
+    };
+    Ok(if problems { DEGRADED } else { 0 })
+}
+
+fn paper(global: &Global) -> Paper {
+    let width = io::stdout().is_terminal().then(terminal::size).flatten();
+    Paper { colour: colour(global), width: width.map(|(width, _)| width) }
 }
 
 fn colour(global: &Global) -> bool {
@@ -308,11 +383,15 @@ fn colour(global: &Global) -> bool {
     }
 }
 
+fn nothing_applied() -> Result<u8> {
+    eprintln!("nothing is applied");
+    Ok(DEGRADED)
+}
+
 async fn list_rules(global: &Global) -> Result<u8> {
     let observed = look(global, &netlink()?).await?;
     let Some(desired) = serving(&observed) else {
-        eprintln!("nothing is applied");
-        return Ok(DEGRADED);
+        return nothing_applied();
     };
     let document = list::document(desired);
     let yaml = serde_yaml::to_string(&document).context("YAML")?;

@@ -1,13 +1,16 @@
 //! Packets and bytes by verdict, under the ids of rules and upstreams.
 
-use std::ops::AddAssign;
+use std::ops::{AddAssign, Sub};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
+use std::ptr;
 
 use anyhow::Context;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
-use serde::Serialize;
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 
-use crate::bpf::{OpenUdplbSkel, VERDICTS, bytes_of, from_bytes, is_forwarded, types};
+use crate::bpf::{NOTES, OpenUdplbSkel, VERDICTS, bytes_of, from_bytes, is_forwarded, types};
 use crate::chunks::Chunks;
 
 /// Packets and bytes; a GSO packet is its segments, bytes are with the Ethernet header.
@@ -24,14 +27,29 @@ impl AddAssign for Count {
     }
 }
 
-/// What was counted under one id, or the sum over several, by verdict in the order of [`VERDICTS`].
+/// What came since; nothing where the counter began anew meanwhile.
+impl Sub for Count {
+    type Output = Count;
+
+    fn sub(self, earlier: Count) -> Count {
+        Count {
+            packets: self.packets.saturating_sub(earlier.packets),
+            bytes: self.bytes.saturating_sub(earlier.bytes),
+        }
+    }
+}
+
+/// What was counted under one id, or the sum over several, in the order of [`VERDICTS`] and [`NOTES`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts([Count; VERDICTS.len()]);
+pub struct Counts {
+    verdicts: [Count; VERDICTS.len()],
+    notes: [Count; NOTES.len()],
+}
 
 impl Counts {
     /// Each verdict's name and count.
     pub fn by_verdict(&self) -> impl Iterator<Item = (&'static str, Count)> {
-        VERDICTS.iter().zip(self.0).map(|((_, name), count)| (*name, count))
+        VERDICTS.iter().zip(self.verdicts).map(|((_, name), count)| (*name, count))
     }
 
     /// All packets that matched.
@@ -44,9 +62,26 @@ impl Counts {
         self.sum(is_forwarded)
     }
 
+    /// Those that did not, by the reason's name; without the reasons that there were none of.
+    pub fn drops(&self) -> impl Iterator<Item = (&'static str, Count)> {
+        let drops =
+            VERDICTS.iter().zip(self.verdicts).filter(|((verdict, _), _)| !is_forwarded(*verdict));
+        drops.map(|((_, name), count)| (*name, count)).filter(|(_, count)| count.packets > 0)
+    }
+
+    /// What was noted of packets besides, without what was not.
+    pub fn notes(&self) -> impl Iterator<Item = (&'static str, Count)> {
+        let notes = NOTES.iter().zip(self.notes).map(|((_, name), count)| (*name, count));
+        notes.filter(|(_, count)| count.packets > 0)
+    }
+
+    fn all_mut(&mut self) -> impl Iterator<Item = &mut Count> {
+        self.verdicts.iter_mut().chain(&mut self.notes)
+    }
+
     fn sum(&self, wanted: impl Fn(types::verdict) -> bool) -> Count {
         let mut sum = Count::default();
-        for ((verdict, _), count) in VERDICTS.iter().zip(self.0) {
+        for ((verdict, _), count) in VERDICTS.iter().zip(self.verdicts) {
             if wanted(*verdict) {
                 sum += count;
             }
@@ -57,11 +92,40 @@ impl Counts {
 
 impl AddAssign for Counts {
     fn add_assign(&mut self, other: Counts) {
-        for (mine, others) in self.0.iter_mut().zip(other.0) {
+        let others = other.verdicts.into_iter().chain(other.notes);
+        for (mine, others) in self.all_mut().zip(others) {
             *mine += others;
         }
     }
 }
+
+/// What came since.
+impl Sub for Counts {
+    type Output = Counts;
+
+    fn sub(mut self, earlier: Counts) -> Counts {
+        let earlier = earlier.verdicts.into_iter().chain(earlier.notes);
+        for (mine, earlier) in self.all_mut().zip(earlier) {
+            *mine = *mine - earlier;
+        }
+        self
+    }
+}
+
+/// By verdict, and `matched` for all of them.
+impl Serialize for Counts {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        for (name, count) in self.by_verdict() {
+            map.serialize_entry(name, &count)?;
+        }
+        map.serialize_entry("matched", &self.matched())?;
+        map.end()
+    }
+}
+
+/// Bytes that one system call reads at most: an id's counters are 256 for each CPU.
+const BATCH: usize = 1 << 20;
 
 /// The table of counters.
 pub struct Counters(Chunks);
@@ -80,6 +144,12 @@ impl Counters {
     /// The map that the program looks into.
     pub fn outer(&self) -> &MapHandle {
         self.0.outer()
+    }
+
+    /// How many ids there may be.
+    pub fn most_ids(&self) -> u32 {
+        let width = self.0.iter().next().map_or(0, |(_, chunk)| chunk.max_entries());
+        self.0.outer().max_entries() * width
     }
 
     /// Makes room for `ids`, and sets to zero those of them that are `new`: whoever had them
@@ -101,19 +171,66 @@ impl Counters {
         Ok(())
     }
 
-    /// What was counted under an id, over all CPUs. An id without counters has counted nothing.
-    pub fn read(&self, id: u32) -> anyhow::Result<Counts> {
-        let mut counts = Counts::default();
-        let Some((chunk, key)) = self.0.place(id) else { return Ok(counts) };
-        let values = chunk.lookup_percpu(&key.to_ne_bytes(), MapFlags::ANY)?.unwrap_or_default();
-        for value in values {
-            let value: types::counters =
-                from_bytes(&value).context("counters of another layout")?;
-            for (count, (verdict, _)) in counts.0.iter_mut().zip(VERDICTS) {
-                let counter = value.of[verdict.0 as usize];
-                *count += Count { packets: counter.packets, bytes: counter.bytes };
-            }
+    /// What was counted under each id up to `most`, over all CPUs. An id without counters has
+    /// counted nothing.
+    pub fn read(&self, most: u32) -> anyhow::Result<Vec<Counts>> {
+        let ids = most as usize + 1;
+        let mut all = Vec::with_capacity(ids);
+        for (_, chunk) in self.0.iter() {
+            let left = ids.saturating_sub(all.len()).min(chunk.max_entries() as usize);
+            read_chunk(chunk, left, &mut all)?;
         }
-        Ok(counts)
+        all.resize(ids, Counts::default());
+        Ok(all)
     }
+}
+
+/// Appends the first entries of a chunk, many with one system call where the kernel can (5.13).
+fn read_chunk(chunk: &MapHandle, entries: usize, all: &mut Vec<Counts>) -> anyhow::Result<()> {
+    let width = size_of::<types::counters>() * libbpf_rs::num_possible_cpus()?;
+    let most = (BATCH / width).max(1);
+    let mut values = vec![0; most.min(entries) * width];
+    let mut keys = vec![0_u32; most.min(entries)];
+    let (mut place, mut last) = (0_u32, None::<u32>);
+    while (place as usize) < entries {
+        let wanted = most.min(entries - place as usize) as u32;
+        let (mut read, mut next) = (wanted, 0_u32);
+        // SAFETY: keys and values have room for `read` entries, the other pointers are to one key
+        // each, and all of them outlive the call.
+        let result = unsafe {
+            libbpf_sys::bpf_map_lookup_batch(
+                chunk.as_fd().as_raw_fd(),
+                last.as_mut().map_or(ptr::null_mut(), |key| ptr::from_mut(key).cast()),
+                ptr::from_mut(&mut next).cast(),
+                keys.as_mut_ptr().cast(),
+                values.as_mut_ptr().cast(),
+                &mut read,
+                ptr::null(),
+            )
+        };
+        if result == 0 && read == wanted {
+            for value in values.chunks_exact(width).take(read as usize) {
+                all.push(sum(value.chunks_exact(size_of::<types::counters>()))?);
+            }
+            (place, last) = (place + read, Some(next));
+        } else {
+            let value = chunk.lookup_percpu(&place.to_ne_bytes(), MapFlags::ANY)?;
+            all.push(sum(value.unwrap_or_default().iter().map(Vec::as_slice))?);
+            (place, last) = (place + 1, Some(place));
+        }
+    }
+    Ok(())
+}
+
+/// Over all CPUs.
+fn sum<'a>(values: impl Iterator<Item = &'a [u8]>) -> anyhow::Result<Counts> {
+    let mut counts = Counts::default();
+    for value in values {
+        let value: types::counters = from_bytes(value).context("counters of another layout")?;
+        for (count, (what, _)) in counts.all_mut().zip(VERDICTS.into_iter().chain(NOTES)) {
+            let counter = value.of[what.0 as usize];
+            *count += Count { packets: counter.packets, bytes: counter.bytes };
+        }
+    }
+    Ok(counts)
 }

@@ -10,6 +10,16 @@
 //!
 //! `config`, `partial`, `plan`, `tables` and `diff` are pure. `apply` is the only module that carries
 //! actions out, and takes a [`state::WriteGuard`] for it. The kernel is the only state.
+//!
+//! What comes of it is read back the other way:
+//!
+//! ```text
+//! counters ── traffic ──> Traffic ─┐
+//!                                  ├─ status ──> Status ──> status, top, metrics
+//! bpffs + tc ── observe ───────────┘
+//! ```
+//!
+//! `doctor` has facts of its own, and judges them purely.
 
 pub mod addresses;
 pub mod advice;
@@ -20,19 +30,26 @@ pub mod changes;
 pub mod chunks;
 pub mod cli;
 pub mod clock;
+pub mod columns;
 pub mod commands;
 pub mod config;
 pub mod counters;
 pub mod diff;
+pub mod doctor;
+pub mod drift;
+pub mod event;
 pub mod failure;
 pub mod generation;
+pub mod get;
 pub mod lease;
 pub mod list;
 pub mod maglev;
+pub mod metrics;
 pub mod netlink;
 pub mod nexthop;
 pub mod observe;
 pub mod partial;
+pub mod pcap;
 pub mod plan;
 pub mod privileges;
 pub mod resolve;
@@ -40,4 +57,8 @@ pub mod state;
 pub mod status;
 pub mod tables;
 pub mod tc;
+pub mod terminal;
+pub mod top;
+pub mod trace;
+pub mod traffic;
 pub mod wanted;

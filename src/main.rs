@@ -37,7 +37,7 @@ fn main() -> ExitCode {
 
 fn log_to_stderr(cli: &Cli) {
     // a service tells of every change, a command of trouble
-    let serves = matches!(cli.command, Command::Arpd(_));
+    let serves = matches!(cli.command, Some(Command::Arpd(_)));
     let level = match (cli.global.quiet, cli.global.verbose) {
         (true, _) => log::LevelFilter::Error,
         (false, 0) if serves => log::LevelFilter::Info,

@@ -10,7 +10,7 @@ use std::{fmt, io};
 use futures_util::{StreamExt, stream};
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
-    NetlinkPayload,
+    NetlinkPayload, Nla,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
@@ -27,7 +27,8 @@ use netlink_packet_route::route::{
     RouteProtocol, RouteType, RouteVia,
 };
 use netlink_packet_route::tc::{
-    TcAttribute, TcBpfFlags, TcFilterBpfOption, TcHandle, TcMessage, TcOption,
+    TcAction, TcActionAttribute, TcAttribute, TcBpfFlags, TcFilterBpfOption, TcFilterFlowerOption,
+    TcFilterMatchAllOption, TcFilterU32Option, TcHandle, TcMessage, TcOption,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::MulticastGroup;
@@ -221,6 +222,11 @@ pub struct Filter {
     /// `bpf`, `flower`, …
     pub kind: String,
     pub program: Option<FilterProgram>,
+    /// The program's result is the verdict.
+    pub direct: bool,
+    /// What its own actions decide of a packet that it matches (`TC_ACT_OK` and the like); `None`:
+    /// there are none, or none that say.
+    pub action: Option<i32>,
 }
 
 /// The program of a filter of kind `bpf`.
@@ -991,7 +997,7 @@ fn filter(message: &TcMessage) -> Option<Filter> {
         return None;
     }
     let mut program = FilterProgram { id: 0, name: String::new(), tag: [0; 8] };
-    let mut chain = 0;
+    let (mut chain, mut direct, mut action) = (0, false, None);
     for attribute in &message.attributes {
         let options = match attribute {
             TcAttribute::Options(options) => options,
@@ -1006,6 +1012,14 @@ fn filter(message: &TcMessage) -> Option<Filter> {
                 TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => program.id = *id,
                 TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => program.name = name.clone(),
                 TcOption::Bpf(TcFilterBpfOption::ProgTag(tag)) => program.tag = *tag,
+                TcOption::Bpf(TcFilterBpfOption::Flags(flags)) => {
+                    direct = flags.contains(TcBpfFlags::DirectAction);
+                }
+                TcOption::MatchAll(TcFilterMatchAllOption::Action(actions))
+                | TcOption::U32(TcFilterU32Option::Action(actions))
+                | TcOption::Flower(TcFilterFlowerOption::Actions(actions)) => {
+                    action = actions.iter().find_map(decision);
+                }
                 _ => {}
             }
         }
@@ -1017,5 +1031,51 @@ fn filter(message: &TcMessage) -> Option<Filter> {
         handle,
         kind: kind(message)?.into(),
         program: (program.id != 0).then_some(program),
+        direct,
+        action,
     })
+}
+
+/// What an action decides; `None`: the next one is asked, or it does not say.
+fn decision(action: &TcAction) -> Option<i32> {
+    /// `TCA_GACT_PARMS`, and `TCA_MIRRED_PARMS` and others after it.
+    const PARAMETERS: u16 = 2;
+    const PIPE: i32 = 3;
+    action.attributes.iter().find_map(|attribute| {
+        let TcActionAttribute::Options(options) = attribute else { return None };
+        let parameters = options.iter().find(|option| option.kind() == PARAMETERS)?;
+        let mut bytes = vec![0; parameters.value_len()];
+        parameters.emit_value(&mut bytes);
+        // struct tc_gen: index, capabilities, action
+        let decision = i32::from_ne_bytes(bytes.get(8..12)?.try_into().ok()?);
+        (decision != PIPE).then_some(decision)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::DefaultNla;
+    use netlink_packet_route::tc::{TcAction, TcActionAttribute, TcActionOption};
+
+    use super::decision;
+
+    /// Its parameters are these words.
+    fn action(kind: u16, words: &[i32]) -> TcAction {
+        let bytes = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let option = TcActionOption::Other(DefaultNla::new(kind, bytes));
+        let mut action = TcAction::default();
+        action.attributes =
+            vec![TcActionAttribute::Kind("gact".into()), TcActionAttribute::Options(vec![option])];
+        action
+    }
+
+    #[test]
+    fn what_actions_decide() {
+        // index, capabilities, action, and how often it is used
+        assert_eq!(decision(&action(2, &[1, 0, 0, 1, 1])), Some(0));
+        assert_eq!(decision(&action(2, &[1, 0, -1, 1, 1])), Some(-1));
+        assert_eq!(decision(&action(2, &[1, 0, 3, 1, 1])), None);
+        assert_eq!(decision(&action(2, &[1, 0])), None);
+        assert_eq!(decision(&action(7, &[1, 0, 0])), None);
+    }
 }

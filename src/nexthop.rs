@@ -197,6 +197,20 @@ impl NextHops {
         Ok(slot.copies[(slot.sequence & 1) as usize])
     }
 
+    /// What is known of the way to every upstream up to this id.
+    pub fn read_all(&self, most: u32) -> anyhow::Result<Vec<types::nexthop>> {
+        let mut all = Vec::with_capacity(self.0.room() as usize);
+        for (_, chunk) in self.0.iter().take_while(|(first, _)| *first <= most) {
+            let width = chunk.max_entries();
+            for (_, slot) in chunk.lookup_batch(width, MapFlags::ANY, MapFlags::ANY)? {
+                let slot: types::nexthop_slot =
+                    from_bytes(&slot).context("next hops of another layout")?;
+                all.push(slot.copies[(slot.sequence & 1) as usize]);
+            }
+        }
+        Ok(all)
+    }
+
     /// Changes an entry, and leaves alone one that is the same.
     pub fn write(&self, id: u32, entry: &types::nexthop) -> anyhow::Result<()> {
         let (chunk, key, mut slot) = self.slot(id)?;
@@ -317,7 +331,7 @@ pub fn egress(entry: &types::nexthop) -> Option<IpAddr> {
 }
 
 /// See [`wire`].
-fn unwire(words: [u32; 4], ipv6: bool) -> IpAddr {
+pub fn unwire(words: [u32; 4], ipv6: bool) -> IpAddr {
     let mut octets = [0; 16];
     for (octets, word) in octets.chunks_mut(4).zip(words) {
         octets.copy_from_slice(&word.to_ne_bytes());

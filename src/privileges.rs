@@ -18,13 +18,17 @@ const CAP_SYS_ADMIN: u32 = 21;
 /// # Errors
 /// [`Failure::Privileges`], with those that are missing.
 pub fn require() -> Result<()> {
-    let status = fs::read_to_string("/proc/self/status")
-        .map_err(|error| anyhow::anyhow!(error).context("/proc/self/status"))?;
-    let missing = missing(effective(&status).unwrap_or(0));
+    let missing = missing_now();
     if missing.is_empty() {
         return Ok(());
     }
     Err(Failure::Privileges(format!("missing {}; run as root", missing.join(", "))))
+}
+
+/// Those that this process lacks, in words.
+pub fn missing_now() -> Vec<String> {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    missing(effective(&status).unwrap_or(0))
 }
 
 fn effective(status: &str) -> Option<u64> {

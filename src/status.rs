@@ -1,29 +1,33 @@
 //! What serves and what became of the packets, for people and for `-o json`.
 
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 
 use anyhow::Context;
-use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
-use serde_json::{Map, Value, json};
 
-use crate::bpf::types;
+use crate::bpf::{self, Runs, types};
 use crate::changes;
+use crate::cli::Global;
 use crate::clock;
-use crate::config::Address;
-use crate::counters::Counts;
-use crate::generation::Generation;
+use crate::columns::{self, Column};
+use crate::config::{Action, Address, Mode};
+use crate::counters::{Count, Counts};
+use crate::failure::Result;
+use crate::generation::{self, Generation};
 use crate::lease;
-use crate::netlink::{Neighbour, NudState};
+use crate::netlink::{Layer, Neighbour, NeighbourKey, Netlink, NudState};
 use crate::nexthop;
-use crate::observe::Observed;
+use crate::observe::{Observed, observe};
 use crate::plan::{Rule, RuleIds, Upstream};
-use crate::state::{ReadGuard, StateMaps};
+use crate::state::{self, ReadGuard};
 use crate::tc::Slot;
+use crate::traffic::{Rate, Traffic};
 
 /// Everything that `status` shows, copied out of the kernel.
-#[derive(Serialize)]
+#[derive(Debug, Serialize)]
 pub struct Status {
     pub generation: Option<u32>,
     pub file: Option<String>,
@@ -33,36 +37,59 @@ pub struct Status {
     pub interfaces: Vec<InterfaceStatus>,
     pub rules: Vec<RuleStatus>,
     /// What belongs to no rule, by verdict.
-    pub unmatched: Value,
+    pub unmatched: Counts,
     /// The generation that a rollback left.
     pub held: Option<u32>,
     /// Whether arpd vouches for the next hops; `None`: it never ran.
     pub arpd: Option<bool>,
     /// Why the exit code is 3; empty: all is well.
     pub trouble: Vec<String>,
+    /// What the next one may be compared with.
+    #[serde(skip)]
+    pub traffic: Option<Traffic>,
+    /// How many ids of rules and upstreams there may be.
+    #[serde(skip)]
+    pub most_ids: u32,
 }
 
-#[derive(Serialize)]
+#[derive(Debug, Serialize)]
 pub struct InterfaceStatus {
     pub name: String,
     /// The generation whose program its filter runs.
     pub generation: Option<u32>,
 }
 
-#[derive(Serialize)]
+#[derive(Debug, Serialize)]
 pub struct RuleStatus {
     pub name: String,
     pub key: String,
     pub tc_action: crate::config::Action,
+    pub mode: Mode,
     pub upstreams: Vec<UpstreamStatus>,
-    /// Of the rule and all of its upstreams, by verdict.
-    pub counters: Value,
+    /// Those that get copies besides.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub mirrors: Vec<UpstreamStatus>,
+    /// Each packet once, by verdict.
+    pub counters: Counts,
+    /// Of these what was counted for no upstream.
     #[serde(skip)]
-    counts: Counts,
+    pub own: Counts,
+    /// What was noted of packets besides, where anything was.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub notes: BTreeMap<&'static str, Count>,
+    /// Of all that matched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<Rate>,
+    /// What was not forwarded, in packets a second.
+    #[serde(skip)]
+    pub drop_rate: Option<f64>,
 }
 
-#[derive(Serialize)]
+#[derive(Debug, Serialize)]
 pub struct UpstreamStatus {
+    #[serde(skip)]
+    pub id: u32,
+    /// Unique in its rule.
     pub label: String,
     pub address: Address,
     pub port: Option<u16>,
@@ -71,14 +98,21 @@ pub struct UpstreamStatus {
     pub health: Option<&'static str>,
     /// Since when, in seconds since 1970.
     pub since: Option<u32>,
-    pub counters: Value,
+    pub counters: Counts,
+    /// What was forwarded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<Rate>,
+    /// What was not forwarded, in packets a second.
+    #[serde(skip)]
+    pub drop_rate: Option<f64>,
+    /// Of the rule's packets that were forwarded, 0 to 1; for a receiver of copies, of all that
+    /// matched. Where there is a rate, of those that it is of. `None`: there were none.
+    pub share: Option<f64>,
     #[serde(skip)]
     endpoint: String,
-    #[serde(skip)]
-    counts: Counts,
 }
 
-#[derive(Serialize)]
+#[derive(Debug, Serialize)]
 pub struct NextHopStatus {
     pub interface: String,
     pub gateway: IpAddr,
@@ -89,6 +123,8 @@ pub struct NextHopStatus {
     pub state: Option<String>,
     /// Seconds since it last answered the kernel.
     pub age: Option<u64>,
+    /// Of the way there, in bytes.
+    pub mtu: Option<u16>,
     /// It has a MAC address that is not known.
     #[serde(skip)]
     unresolved: bool,
@@ -100,8 +136,42 @@ pub struct Network<'a> {
     pub neighbours: &'a [Neighbour],
 }
 
+/// The kernel and what follows from it, at one moment.
+pub struct Reading {
+    /// Of the generations only the one that serves.
+    pub observed: Observed,
+    pub status: Status,
+    /// Of the serving program.
+    pub runs: Option<Runs>,
+}
+
+/// Reads everything under the lock, and lets go of it; see [`Status::new`].
+pub async fn read(
+    global: &Global,
+    netlink: &Netlink,
+    rule: Option<&str>,
+    earlier: Option<&Traffic>,
+) -> Result<Reading> {
+    let guard = state::read(&global.pin_dir, global.lock_timeout)?;
+    let mut observed = observe(guard.as_ref(), netlink).await?;
+    // large, and of no use here
+    let serving = observed.serving();
+    observed.generations.retain(|number, _| Some(*number) == serving);
+    let neighbours = netlink.neighbours().await.context("neighbours")?;
+    let network = Network { observed: &observed, neighbours: &neighbours };
+    let status = Status::new(guard.as_ref(), &network, rule, earlier)?;
+    let serving = serving.and_then(|number| observed.generations.get(&number));
+    let program = guard
+        .as_ref()
+        .zip(serving)
+        .map(|(guard, it)| generation::program(guard, it, Layer::Ethernet));
+    let runs =
+        program.and_then(|program| Some(bpf::program_info(program.ok()?.as_fd()).ok()?.runs));
+    Ok(Reading { observed, status, runs })
+}
+
 impl Status {
-    /// `rule` leaves out all others.
+    /// `rule` leaves out all others; with an `earlier` traffic there are rates.
     ///
     /// # Errors
     /// There is no such rule, or the maps cannot be read.
@@ -109,6 +179,7 @@ impl Status {
         guard: Option<&ReadGuard>,
         network: &Network<'_>,
         rule: Option<&str>,
+        earlier: Option<&Traffic>,
     ) -> anyhow::Result<Status> {
         let observed = network.observed;
         let serving = observed.serving().and_then(|number| observed.generations.get(&number));
@@ -119,24 +190,49 @@ impl Status {
             version: serving.map(|generation| generation.description.version.clone()),
             interfaces: interfaces(observed, serving),
             rules: Vec::new(),
-            unmatched: json!({}),
+            unmatched: Counts::default(),
             held: observed.held.map(|held| held.generation),
             arpd: None,
             trouble: trouble(observed, serving),
+            traffic: None,
+            most_ids: 0,
         };
         let maps = guard.map(ReadGuard::maps).transpose()?.flatten();
         let (Some(serving), Some(maps)) = (serving, maps) else { return Ok(status) };
-        status.unmatched = by_verdict(&maps.counters.read(0)?);
-        status.arpd = lease::remaining(&maps.heartbeat)?.map(|left| !left.is_zero());
-        let view = View { network, maps: &maps, vouched: status.arpd == Some(true) };
         let description = &serving.description;
-        for (wanted, ids) in description.desired.rules.iter().zip(&description.ids) {
+        let ids = &description.ids;
+        status.arpd = lease::remaining(&maps.heartbeat)?.map(|left| !left.is_zero());
+        status.most_ids = maps.counters.most_ids();
+        let total = Traffic::read(&maps.counters, ids)?;
+        let most = generation::all(ids).max().unwrap_or(0);
+        let neighbours = network.neighbours.iter();
+        let view = View {
+            grown: earlier.map(|earlier| total.since(earlier)),
+            total,
+            nexthops: maps.nexthops.read_all(most).context("next hops")?,
+            vouched: status.arpd == Some(true),
+            interfaces: observed
+                .interfaces
+                .iter()
+                .map(|(name, interface)| (interface.index, name.as_str()))
+                .collect(),
+            neighbours: neighbours
+                .filter(|neighbour| neighbour.state != NudState::None)
+                .map(|neighbour| ((neighbour.ifindex, neighbour.address), neighbour))
+                .collect(),
+        };
+        status.unmatched = view.total.of(0);
+        if rule.is_none() {
+            status.rules.reserve_exact(ids.len());
+        }
+        for (wanted, ids) in description.desired.rules.iter().zip(ids) {
             if rule.is_none_or(|name| name == wanted.name) {
-                status.rules.push(rule_status(wanted, ids, &view)?);
+                status.rules.push(rule_status(wanted, ids, &view));
             }
         }
-        let now_down = status.rules.iter().flat_map(|rule| rule.down());
-        status.trouble.extend(now_down.collect::<Vec<_>>());
+        status.traffic = Some(view.total);
+        let down: Vec<String> = status.rules.iter().flat_map(RuleStatus::down).collect();
+        status.trouble.extend(down);
         match rule {
             Some(name) if status.rules.is_empty() => anyhow::bail!("there is no rule `{name}`"),
             _ => Ok(status),
@@ -146,16 +242,29 @@ impl Status {
 
 /// Where the rows of the table come from.
 struct View<'a> {
-    network: &'a Network<'a>,
-    maps: &'a StateMaps,
+    total: Traffic,
+    /// Since the earlier one.
+    grown: Option<Traffic>,
+    /// By upstream id.
+    nexthops: Vec<types::nexthop>,
     /// arpd runs: what it says of health is so.
     vouched: bool,
+    /// Their names by index.
+    interfaces: HashMap<u32, &'a str>,
+    neighbours: HashMap<NeighbourKey, &'a Neighbour>,
 }
 
 impl RuleStatus {
-    /// The upstreams that do not answer, in words.
+    /// All that packets are sent to, each with whether it is a mirror.
+    pub fn destinations(&self) -> impl Iterator<Item = (&UpstreamStatus, bool)> {
+        let upstreams = self.upstreams.iter().map(|upstream| (upstream, false));
+        upstreams.chain(self.mirrors.iter().map(|mirror| (mirror, true)))
+    }
+
+    /// The upstreams and mirrors that do not answer, in words.
     fn down(&self) -> impl Iterator<Item = String> {
-        let down = self.upstreams.iter().filter(|upstream| upstream.health == Some("down"));
+        let all = self.destinations().map(|(upstream, _)| upstream);
+        let down = all.filter(|upstream| upstream.health == Some("down"));
         down.map(|upstream| {
             let since = upstream.since.filter(|since| *since > 0);
             let since = since.map(|since| format!(" since {}", clock::utc(since.into())));
@@ -228,70 +337,92 @@ fn trouble(observed: &Observed, serving: Option<&Generation>) -> Vec<String> {
     trouble
 }
 
-fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> anyhow::Result<RuleStatus> {
-    let mut counts = view.maps.counters.read(ids.rule)?;
-    let mut upstreams: Vec<UpstreamStatus> = Vec::new();
-    let mut seen = Vec::new();
-    for (upstream, id) in rule.upstreams.iter().zip(&ids.upstreams) {
-        // one that is listed twice is one
-        if seen.contains(id) {
-            continue;
+fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
+    let counters = view.total.of_rule(rule, ids);
+    let grown = view.grown.as_ref().map(|grown| (grown, grown.of_rule(rule, ids)));
+    let recent = grown.map_or(counters, |(_, counts)| counts);
+    let [matched, forwarded] = [recent.matched(), recent.forwarded()].map(|count| count.packets);
+    let mut seen = HashSet::new();
+    let mut labels = HashSet::new();
+    let mut rows = |list: &[Upstream], ids: &[u32], shared| {
+        let mut rows = Vec::with_capacity(list.len());
+        for (upstream, id) in list.iter().zip(ids) {
+            // one that is listed twice is one
+            if !seen.insert(*id) {
+                continue;
+            }
+            let mut status = upstream_status(upstream, *id, shared, view);
+            // a name may be another's address, and an upstream a mirror too
+            while !labels.insert(status.label.clone()) {
+                status.label.push('\'');
+            }
+            rows.push(status);
         }
-        seen.push(*id);
-        let status = upstream_status(upstream, *id, view)?;
-        counts += status.counts;
-        upstreams.push(status);
-    }
-    Ok(RuleStatus {
+        rows
+    };
+    let shared = match rule.mode {
+        Mode::Balance => forwarded,
+        Mode::Replicate => matched,
+    };
+    let upstreams = rows(&rule.upstreams, &ids.upstreams, shared);
+    let mirrors = rows(&rule.mirrors, &ids.mirrors, matched);
+    let own = view.total.of(ids.rule);
+    RuleStatus {
         name: rule.name.clone(),
         key: changes::key(rule),
         tc_action: rule.action,
+        mode: rule.mode,
         upstreams,
-        counters: by_verdict(&counts),
-        counts,
-    })
+        mirrors,
+        counters,
+        own,
+        notes: own.notes().collect(),
+        rate: grown.and_then(|(grown, counts)| grown.rate(counts.matched())),
+        drop_rate: grown.and_then(|(grown, counts)| drop_rate(grown, counts)),
+    }
 }
 
-fn upstream_status(
-    upstream: &Upstream,
-    id: u32,
-    view: &View<'_>,
-) -> anyhow::Result<UpstreamStatus> {
-    let counts = view.maps.counters.read(id)?;
-    let entry = view.maps.nexthops.read(id).context("next hops")?;
+/// `shared` is how many packets of the rule its share is of.
+fn upstream_status(upstream: &Upstream, id: u32, shared: u64, view: &View<'_>) -> UpstreamStatus {
+    let entry = view.nexthops.get(id as usize).copied().unwrap_or_default();
     let health = view.vouched.then(|| health(&entry)).flatten();
-    Ok(UpstreamStatus {
+    let grown = view.grown.as_ref();
+    let forwarded = grown.unwrap_or(&view.total).of(id).forwarded();
+    UpstreamStatus {
+        id,
         label: upstream.label(),
         address: upstream.address.clone(),
         port: upstream.port,
         next_hop: next_hop(&entry, view),
         health,
         since: health.map(|_| entry.since),
-        counters: by_verdict(&counts),
+        counters: view.total.of(id),
+        rate: grown.and_then(|grown| grown.rate(forwarded)),
+        drop_rate: grown.and_then(|grown| drop_rate(grown, grown.of(id))),
+        share: (shared > 0).then(|| forwarded.packets as f64 / shared as f64),
         endpoint: changes::endpoint(upstream),
-        counts,
-    })
+    }
+}
+
+fn drop_rate(grown: &Traffic, counts: Counts) -> Option<f64> {
+    Some(grown.rate(counts.matched() - counts.forwarded())?.packets_per_second)
 }
 
 fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
-    let interfaces = &view.network.observed.interfaces;
-    let (interface, _) =
-        interfaces.iter().find(|(_, interface)| interface.index == entry.ifindex)?;
+    let interface = view.interfaces.get(&entry.ifindex)?;
     let gateway = nexthop::gateway(entry);
-    let neighbours = view.network.neighbours.iter();
-    let neighbour = neighbours
-        .filter(|neighbour| (neighbour.ifindex, neighbour.address) == (entry.ifindex, gateway))
-        .find(|neighbour| neighbour.state != NudState::None);
+    let neighbour = view.neighbours.get(&(entry.ifindex, gateway));
     let known = [types::macs::MACS_KNOWN, types::macs::MACS_FRESH].contains(&entry.macs);
     let written = known.then_some(entry.destination);
     let mac = written.or_else(|| neighbour?.mac);
     Some(NextHopStatus {
-        interface: interface.clone(),
+        interface: (*interface).into(),
         gateway,
         egress: nexthop::egress(entry),
         mac: mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
         unresolved: mac.is_none() && neighbour.is_none() && entry.macs != types::macs::MACS_NONE,
         state: neighbour.map(|neighbour| neighbour.state.to_string()),
+        mtu: (entry.mtu != 0).then_some(entry.mtu),
         age: neighbour.and_then(|neighbour| neighbour.confirmed).map(|age| age.as_secs()),
     })
 }
@@ -322,16 +453,30 @@ impl NextHopStatus {
     }
 }
 
-fn by_verdict(counts: &Counts) -> Value {
-    let mut map: Map<String, Value> =
-        counts.by_verdict().map(|(name, count)| (name.into(), json!(count))).collect();
-    map.insert("matched".into(), json!(counts.matched()));
-    Value::Object(map)
+/// What the text is written on.
+#[derive(Clone, Copy)]
+pub struct Paper {
+    pub colour: bool,
+    /// Of the terminal, in characters. Without one the table is for scripts: no cell is empty or
+    /// cut, and every row says its rule.
+    pub width: Option<usize>,
 }
 
+const STATUS_COLUMNS: [Column; 9] = [
+    Column::text("RULE", 8),
+    Column::text("KEY", 12),
+    Column::text("UPSTREAM", 12),
+    Column::text("NEXT HOP", 9),
+    Column::text("STATE", 5),
+    Column::number("FORWARDED"),
+    Column::number("BYTES"),
+    Column::number("SHARE"),
+    Column::text("NOT FORWARDED", 13),
+];
+
 impl Status {
-    /// For a terminal or a pipe; `now` is in seconds since 1970.
-    pub fn text(&self, now: u64, bold: bool) -> String {
+    /// `now` is in seconds since 1970.
+    pub fn text(&self, now: u64, paper: Paper) -> String {
         let mut text = String::new();
         if let (Some(number), Some(built), Some(file)) = (self.generation, self.built, &self.file) {
             let _ = writeln!(
@@ -361,70 +506,97 @@ impl Status {
             let _ = writeln!(text, "! {trouble}");
         }
         if !self.rules.is_empty() {
-            let table = self.table().trim_fmt();
-            let (header, rows) = table.split_once('\n').unwrap_or((&table, ""));
-            let _ = match bold {
-                true => writeln!(text, "\n\x1b[1m{header}\x1b[0m\n{rows}"),
-                false => writeln!(text, "\n{header}\n{rows}"),
+            let lines = columns::lines(&self.columns(), &self.rows(paper), paper.width);
+            let (header, rows) =
+                lines.split_first().map_or(("", &[][..]), |(first, rest)| (first, rest));
+            let _ = match paper.colour {
+                true => writeln!(text, "\n\x1b[1m{header}\x1b[0m"),
+                false => writeln!(text, "\n{header}"),
             };
+            for row in rows {
+                text += row;
+                text.push('\n');
+            }
         }
         text
     }
 
-    fn table(&self) -> Table {
-        let mut table = Table::new();
-        table.load_style(presets::NOTHING);
-        table.set_header([
-            "RULE",
-            "KEY",
-            "UPSTREAM",
-            "NEXT HOP",
-            "FORWARDED",
-            "BYTES",
-            "NOT FORWARDED",
-        ]);
+    fn has_rates(&self) -> bool {
+        self.rules.iter().any(|rule| rule.rate.is_some())
+    }
+
+    fn columns(&self) -> [Column; 9] {
+        let mut columns = STATUS_COLUMNS;
+        if self.has_rates() {
+            (columns[5].title, columns[6].title) = ("PPS", "MBIT/S");
+        }
+        columns
+    }
+
+    fn rows(&self, paper: Paper) -> Vec<Vec<String>> {
+        let filler = if paper.width.is_some() { "" } else { "-" };
+        let mut rows = Vec::new();
         for rule in &self.rules {
             let action = match rule.tc_action {
-                crate::config::Action::Pass => "pass",
-                crate::config::Action::Block => "block",
+                Action::Pass => "pass",
+                Action::Block => "block",
             };
-            table.add_row(row(
-                [rule.name.clone(), format!("{} {action}", rule.key), String::new(), String::new()],
-                &rule.counts,
-            ));
-            for upstream in &rule.upstreams {
+            let mode = if rule.mode == Mode::Replicate { " replicate" } else { "" };
+            let mut row = vec![rule.name.clone(), format!("{} {action}{mode}", rule.key)];
+            row.extend(vec![String::new(); 3]);
+            row.extend(amounts(&rule.counters, &rule.notes, rule.rate, None));
+            rows.push(row);
+            for (upstream, is_mirror) in rule.destinations() {
+                let name = if paper.width.is_some() { "" } else { &rule.name };
                 let hop = upstream.next_hop.as_ref();
-                let mut via = hop.map_or("no route".into(), NextHopStatus::text);
-                if let Some(health) = upstream.health.filter(|health| *health != "up") {
-                    via += &format!(" ({health})");
-                }
-                table.add_row(row(
-                    [String::new(), String::new(), upstream.endpoint.clone(), via],
-                    &upstream.counts,
-                ));
+                let mut row = vec![
+                    name.into(),
+                    String::new(),
+                    match is_mirror {
+                        true => format!("mirror {}", upstream.endpoint),
+                        false => upstream.endpoint.clone(),
+                    },
+                    hop.map_or("no route".into(), NextHopStatus::text),
+                    upstream.health.unwrap_or("").into(),
+                ];
+                let notes = BTreeMap::new();
+                row.extend(amounts(&upstream.counters, &notes, upstream.rate, upstream.share));
+                rows.push(row);
             }
         }
-        for column in [4, 5] {
-            if let Some(column) = table.column_mut(column) {
-                column.set_cell_alignment(CellAlignment::Right);
-            }
+        for cell in rows.iter_mut().flatten().filter(|cell| cell.is_empty()) {
+            *cell = filler.into();
         }
-        table
+        rows
     }
 }
 
-fn row(start: [String; 4], counts: &Counts) -> Vec<String> {
+/// Forwarded packets and bytes, or their rate; the share; and what was not forwarded, or was noted.
+fn amounts(
+    counts: &Counts,
+    notes: &BTreeMap<&str, Count>,
+    rate: Option<Rate>,
+    share: Option<f64>,
+) -> [String; 4] {
     const STALE: &str = "stale-neighbour";
     let forwarded = counts.forwarded();
-    let mut packets = forwarded.packets.to_string();
-    let mut others = Vec::new();
-    for (name, count) in counts.by_verdict().skip(1).filter(|(_, count)| count.packets > 0) {
-        match name {
-            STALE => packets += &format!(" ({} stale)", count.packets),
-            _ => others.push(format!("{name} {}", count.packets)),
-        }
-    }
-    let mut row = start.to_vec();
-    row.extend([packets, forwarded.bytes.to_string(), others.join(", ")]);
-    row
+    let stale = counts.by_verdict().find(|(name, count)| *name == STALE && count.packets > 0);
+    let stale = stale.map(|(_, count)| format!(" ({} stale)", count.packets));
+    let drops: Vec<String> =
+        counts.drops().map(|(reason, count)| format!("{reason} {}", count.packets)).collect();
+    let [packets, bytes] = match rate {
+        Some(rate) => [
+            format!("{:.0}", rate.packets_per_second),
+            format!("{:.2}", rate.bits_per_second / 1e6),
+        ],
+        None => [
+            forwarded.packets.to_string() + &stale.unwrap_or_default(),
+            forwarded.bytes.to_string(),
+        ],
+    };
+    let share = share.map(|share| format!("{:.1}%", share * 100.0));
+    // they were forwarded all the same
+    let notes = notes.iter().map(|(note, count)| format!("({note} {})", count.packets));
+    let remarks: Vec<String> = drops.into_iter().chain(notes).collect();
+    [packets, bytes, share.unwrap_or_default(), remarks.join(", ")]
 }

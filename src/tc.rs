@@ -77,7 +77,8 @@ fn takes_priority(filter: &Filter) -> bool {
         && (filter.kind.as_str(), filter.protocol) != ("bpf", ETH_P_ALL)
 }
 
-fn describe(filter: &Filter) -> String {
+/// A filter in words.
+pub fn describe(filter: &Filter) -> String {
     let place = format!("pref {} handle {:#x}", filter.priority, filter.handle);
     match &filter.program {
         Some(program) => {
@@ -148,6 +149,8 @@ mod tests {
             handle: HANDLE,
             kind: "bpf".into(),
             program: Some(FilterProgram { id, name: NAME.into(), tag: [id as u8; 8] }),
+            direct: true,
+            action: None,
         }
     }
 

@@ -49,8 +49,12 @@ impl Text {
         Config::parse(&self.name, &self.text).map_err(Failure::Config)
     }
 
+    fn origin(&self, target: &Target, digest: String) -> Origin {
+        Origin { digest, file: self.name.clone(), interfaces: target.interfaces.clone() }
+    }
+
     /// Stands for what this text says to this udplb under these arguments.
-    fn digest(&self, target: &Target) -> String {
+    pub fn digest(&self, target: &Target) -> String {
         let mut digest = Sha256::new();
         for part in [env!("CARGO_PKG_VERSION"), &target.interfaces.join(" "), &self.text] {
             digest.update(part.len().to_le_bytes());
@@ -81,7 +85,7 @@ impl Wanted {
         warnings.extend(config.warnings(names.warnings));
         let desired =
             Desired::new(&config, &interfaces, &names.addresses).map_err(Failure::Config)?;
-        let origin = Origin { file: text.name.clone(), digest: text.digest(target) };
+        let origin = text.origin(target, text.digest(target));
         Ok(Wanted { origin, config: Some(config), desired, warnings, missing: Vec::new() })
     }
 
@@ -106,7 +110,7 @@ impl Wanted {
             true => text.digest(target),
             false => String::new(),
         };
-        let origin = Origin { file: text.name.clone(), digest };
+        let origin = text.origin(target, digest);
         Ok(Wanted { origin, config: Some(config), desired, warnings, missing })
     }
 
@@ -117,7 +121,7 @@ impl Wanted {
         let digest = text.digest(target);
         let desired = generation::made_of(guard, guard.current()?, &digest)?;
         let named = desired.upstreams().any(|upstream| matches!(upstream.host, Host::Name(_)));
-        let origin = Origin { file: text.name.clone(), digest };
+        let origin = text.origin(target, digest);
         let (warnings, missing) = (Vec::new(), Vec::new());
         (!named).then_some(Wanted { origin, config: None, desired, warnings, missing })
     }
@@ -132,7 +136,7 @@ impl Wanted {
 }
 
 /// The command line's, or else the file's.
-fn interfaces(text: &Text, target: &Target, config: &Config) -> Result<Vec<String>> {
+pub fn interfaces(text: &Text, target: &Target, config: &Config) -> Result<Vec<String>> {
     let interfaces = match target.interfaces.is_empty() {
         true => &config.interfaces,
         false => &target.interfaces,

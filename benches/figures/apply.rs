@@ -1,8 +1,9 @@
-//! How long `udplb apply` takes, from its start to its end.
+//! How long `udplb apply` takes, from its start to its end, and what reads as much.
 
 use std::fmt::Write;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use crate::Report;
@@ -20,7 +21,7 @@ pub fn measure(report: &mut Report) {
     relay.ip("route add 10.1.0.0/16 via 10.0.2.2");
     relay.ip("neighbour add 10.0.2.2 lladdr 02:00:00:00:00:02 dev out0 nud permanent");
 
-    report.title("udplb apply, from start to end; of that, CPU time");
+    report.title("udplb apply and what reads as much, from start to end; of that, CPU time");
     let lab = Lab { relay, bpffs: Bpffs::new() };
     let mut judge = |what, time: Time, limit| {
         report.at_most(what, &format!("{:.0} ms", time.cpu), time.wall, " ms", limit);
@@ -28,6 +29,8 @@ pub fn measure(report: &mut Report) {
     let [all, unchanged] = lab.time(1);
     judge("10,000 rules and upstreams, all changed", all, 200.0);
     judge("10,000 rules and upstreams, unchanged", unchanged, 50.0);
+    judge("status of 10,000 rules", lab.time_of("status"), 150.0);
+    judge("metrics of 10,000 upstreams", lab.time_of("metrics"), 300.0);
     let [all, _] = lab.time(10);
     judge("100,000 ports in 10,000 rules, all changed", all, 1500.0);
 }
@@ -70,13 +73,25 @@ impl Lab {
     fn apply(&self, file: &Path, changes: bool) -> Time {
         let mut command = udplb(&self.relay, &self.bpffs);
         command.args(["apply", "-q", "-o", "json"]).arg(file);
-        let (started, cpu) = (Instant::now(), cpu_of_children());
-        let (code, text, errors) = outcome(&mut command);
-        let (took, cpu) = (started.elapsed(), cpu_of_children() - cpu);
-        assert_eq!(code, Some(0), "{errors}");
+        let (time, text) = run(&mut command);
         assert!(text.contains(&format!("\"changed\": {changes}")), "{text}");
-        Time { wall: took.as_secs_f64() * 1000.0, cpu }
+        time
     }
+
+    /// A command that reads.
+    fn time_of(&self, command: &str) -> Time {
+        let times = (0..ROUNDS).map(|_| run(udplb(&self.relay, &self.bpffs).arg(command)).0);
+        times.reduce(Time::least).expect("there are rounds")
+    }
+}
+
+/// How long a command takes, and what it prints.
+fn run(command: &mut Command) -> (Time, String) {
+    let (started, cpu) = (Instant::now(), cpu_of_children());
+    let (code, text, errors) = outcome(command);
+    let (took, cpu) = (started.elapsed(), cpu_of_children() - cpu);
+    assert_eq!(code, Some(0), "{errors}");
+    (Time { wall: took.as_secs_f64() * 1000.0, cpu }, text)
 }
 
 /// Milliseconds in user space and in the kernel, of the children that have ended.

@@ -55,6 +55,23 @@ int at_once(struct __sk_buff *skb __attribute__((unused)))
 	return TC_ACT_UNSPEC;
 }
 
+/* As udplb asks whether it is to tell of packets. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} asked SEC(".maps");
+
+SEC("tc")
+int flag(struct __sk_buff *skb __attribute__((unused)))
+{
+	__u32 zero = 0;
+	__u64 *until = bpf_map_lookup_elem(&asked, &zero);
+
+	return until && *until ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+}
+
 /* As the rules of udplb. */
 struct key {
 	__be32 address;

@@ -2,7 +2,7 @@
 
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -72,7 +72,42 @@ pub struct Datagram {
 /// None comes.
 #[track_caller]
 pub fn receive(socket: &UdpSocket) -> Datagram {
-    try_receive(socket).unwrap_or_else(|error| panic!("{:?}: {error}", socket.local_addr()))
+    loop {
+        match try_receive(socket) {
+            Ok(datagram) => return datagram,
+            // a machine that was stopped and goes on does that
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => panic!("{:?}: {error}", own(socket)),
+        }
+    }
+}
+
+/// Waits for a datagram at one of several sockets, and says which.
+#[track_caller]
+pub fn receive_any(sockets: &[UdpSocket]) -> (usize, Datagram) {
+    let descriptors: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
+    let index = poll(&descriptors, libc::POLLIN);
+    (index, receive(&sockets[index]))
+}
+
+/// Waits for something at one of several descriptors, and says which; errors always count.
+#[track_caller]
+pub fn poll(descriptors: &[BorrowedFd<'_>], events: i16) -> usize {
+    let wanted = |it: &BorrowedFd<'_>| libc::pollfd { fd: it.as_raw_fd(), events, revents: 0 };
+    let mut polls: Vec<_> = descriptors.iter().map(wanted).collect();
+    let (count, patience) = (polls.len() as libc::nfds_t, PATIENCE.as_millis() as i32);
+    loop {
+        // SAFETY: the list is of the length given.
+        let ready = unsafe { libc::poll(polls.as_mut_ptr(), count, patience) };
+        match polls.iter().position(|poll| poll.revents != 0) {
+            Some(index) if ready > 0 => return index,
+            _ => {
+                let error = io::Error::last_os_error();
+                let again = ready < 0 && error.kind() == io::ErrorKind::Interrupted;
+                assert!(again, "nothing came: {ready} {error}");
+            }
+        }
+    }
 }
 
 /// Checks that nothing comes.

@@ -60,6 +60,8 @@ struct Receiver<'host> {
     upstream: &'host Upstream,
     id: u32,
     source: Source,
+    /// How many before it get a copy of the packet at the same host, at most.
+    again: usize,
 }
 
 /// A packet, as it comes in.
@@ -105,7 +107,10 @@ pub struct Gone {
 #[derive(Clone, Debug)]
 pub struct Fresh {
     datagram: Datagram,
-    receiver: u32,
+    receiver: Place,
+    host: IpAddr,
+    /// Several senders are one there.
+    is_merged: bool,
     /// Where the identification is in the frame.
     field: Range<usize>,
 }
@@ -130,13 +135,16 @@ pub struct Answer {
 /// part of it: it may differ from fragment to fragment).
 type Datagram = (IpAddr, IpAddr, u32);
 
+/// A receiver: its id, and how many there are before it at its host.
+type Place = (u32, usize);
+
 /// What is remembered of first fragments.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
     /// Indices of the rule and of its upstream; none: the first fragment was no rule's.
     followed: HashMap<Datagram, Option<(usize, usize)>>,
-    /// By datagram and receiver: the new identification.
-    fresh: HashMap<(Datagram, u32), Vec<u8>>,
+    /// By datagram and receiver: the host and the new identification.
+    fresh: HashMap<(Datagram, Place), (IpAddr, Vec<u8>)>,
 }
 
 const ETHERNET: usize = 14;
@@ -260,13 +268,13 @@ impl Host {
                 return outcome.counted(ids.rule, "fragment", count);
             }
         }
-        let receivers = |upstreams, ids| receivers(rule, upstreams, ids);
-        let upstreams = receivers(&rule.upstreams, &ids.upstreams);
+        let upstreams = receivers(rule, &rule.upstreams, &ids.upstreams, &[]);
         match rule.mode {
             Mode::Balance => {
-                let mirrors = receivers(&rule.mirrors, &ids.mirrors);
+                let mirrors = receivers(rule, &rule.mirrors, &ids.mirrors, &rule.upstreams);
                 let outcome = self.copies(&mirrors, &packet);
-                self.balance(outcome, rule, upstreams[chosen], &packet, arrival)
+                let chosen = Receiver { again: 0, ..upstreams[chosen] };
+                self.balance(outcome, rule, chosen, &packet, arrival)
             }
             Mode::Replicate => {
                 // the rule counts each packet once
@@ -354,10 +362,12 @@ impl Host {
         if copy && frame.len() > self.longest {
             return Err("clone-failed");
         }
-        let fresh = packet.fragment.as_ref().filter(|_| to.source != Source::Preserve);
-        let fresh = fresh.map(|fragment| Fresh {
+        let is_fresh = to.again > 0 || to.source != Source::Preserve;
+        let fresh = packet.fragment.as_ref().filter(|_| is_fresh).map(|fragment| Fresh {
             datagram: packet.datagram(),
-            receiver: to.id,
+            receiver: (to.id, to.again),
+            host: to.upstream.address.ip,
+            is_merged: to.source != Source::Preserve,
             field: fragment.field.clone(),
         });
         Ok((Gone { frame, fresh }, way.verdict))
@@ -720,21 +730,25 @@ impl Table {
 
     /// Whether a frame is the one that was to leave. The first fragment of a datagram chooses the
     /// identification of the later ones; as senders have become one, no other may have it (RFC 6864
-    /// section 4.3).
+    /// section 4.3), nor may two copies for one host.
     pub fn admit(&mut self, wanted: &Gone, got: &[u8]) -> bool {
-        let Some(Fresh { datagram, receiver, field }) = &wanted.fresh else {
+        let Some(Fresh { datagram, receiver, host, is_merged, field }) = &wanted.fresh else {
             return wanted.frame == got;
         };
         let key = (*datagram, *receiver);
         let chosen = match self.fresh.get(&key) {
-            Some(chosen) => Some(chosen.clone()),
+            Some((_, chosen)) => Some(chosen.clone()),
             None => got.get(field.clone()).map(<[u8]>::to_vec),
         };
         let Some(chosen) = chosen else { return false };
-        let taken = self.fresh.iter().any(|((other, to), identification)| {
-            *other != *datagram && to == receiver && *identification == chosen
+        let taken = self.fresh.iter().any(|((other, to), (at, identification))| {
+            let meets = match other == datagram {
+                true => to != receiver && at == host,
+                false => to == receiver && *is_merged,
+            };
+            meets && *identification == chosen
         });
-        if taken {
+        if taken || (!is_merged && wanted.frame[field.clone()] == chosen) {
             return false;
         }
         let mut frame = wanted.frame.clone();
@@ -742,7 +756,7 @@ impl Table {
         if word(&frame, ETHERNET - 2) == Some(IPV4) {
             update_ipv4_checksum(&wanted.frame, &mut frame);
         }
-        self.fresh.insert(key, chosen);
+        self.fresh.insert(key, (*host, chosen));
         frame == got
     }
 }
@@ -816,13 +830,20 @@ fn receivers<'host>(
     rule: &'host Rule,
     upstreams: &'host [Upstream],
     ids: &[u32],
+    others: &[Upstream],
 ) -> Vec<Receiver<'host>> {
-    let receiver = |(upstream, id): (&'host Upstream, &u32)| Receiver {
+    let is_at = |upstream: &Upstream, other: &Upstream| other.address.ip == upstream.address.ip;
+    let receiver = |(index, (upstream, id)): (usize, (&'host Upstream, &u32))| Receiver {
         upstream,
         id: *id,
         source: rule.source_of(upstream),
+        again: others
+            .iter()
+            .chain(&upstreams[..index])
+            .filter(|other| is_at(upstream, other))
+            .count(),
     };
-    upstreams.iter().zip(ids).map(receiver).collect()
+    upstreams.iter().zip(ids).enumerate().map(receiver).collect()
 }
 
 fn octets(address: IpAddr) -> Vec<u8> {

@@ -253,6 +253,15 @@ in
       openFirewall = true;
     };
   };
+  metrics-without-arpd = {
+    expect.failed = "^services\\.udplb\\.metrics\\.enable: needs services\\.udplb\\.arpd";
+    config.services.udplb = {
+      enable = true;
+      interfaces = [ "ens3" ];
+      arpd.enable = false;
+      metrics.enable = true;
+    };
+  };
   key-twice = {
     expect.failed = "^services\\.udplb\\.rules\\.\\[1\\]\\.key: 10\\.0\\.0\\.5:514 is the key of rules\\.\\[0\\]";
     config = rules [

@@ -252,4 +252,25 @@ in
     };
   };
 
+  metrics = {
+    expect.says."udplb-arpd.service" = "ExecStart=.*\"arpd\" \"--metrics\" \"127.0.0.1:9477\"\n";
+    config.services.udplb = {
+      enable = true;
+      interfaces = [ "ens3" ];
+      metrics.enable = true;
+    };
+  };
+
+  metrics-elsewhere = {
+    expect.says."udplb-arpd.service" = "ExecStart=.*\"--metrics\" \"\\[::1\\]:9500\"\n";
+    config.services.udplb = {
+      enable = true;
+      interfaces = [ "ens3" ];
+      metrics = {
+        enable = true;
+        address = "::1";
+        port = 9500;
+      };
+    };
+  };
 }

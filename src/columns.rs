@@ -1,0 +1,128 @@
+//! Tables of text, cut to the width of a terminal.
+
+use std::borrow::Cow;
+
+/// Between two columns: a reader of the output can split there.
+const GAP: &str = "  ";
+
+/// A column of a table.
+#[derive(Clone, Copy)]
+pub struct Column {
+    pub title: &'static str,
+    /// Numbers stand to the right.
+    pub right: bool,
+    /// The characters that are left of it where the table is too wide; `None`: all.
+    pub least: Option<usize>,
+}
+
+impl Column {
+    pub const fn text(title: &'static str, least: usize) -> Column {
+        Column { title, right: false, least: Some(least) }
+    }
+
+    pub const fn number(title: &'static str) -> Column {
+        Column { title, right: true, least: None }
+    }
+}
+
+/// The lines of a table, the header first. With `width`, in characters, none is longer, and
+/// columns of nothing are left out.
+pub fn lines(columns: &[Column], rows: &[Vec<String>], width: Option<usize>) -> Vec<String> {
+    let length = |cell: &str| cell.chars().count();
+    let mut widths = vec![0; columns.len()];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = length(cell).max(*width);
+        }
+    }
+    for (column, width) in columns.iter().zip(&mut widths) {
+        if *width > 0 {
+            *width = length(column.title).max(*width);
+        }
+    }
+    if let Some(most) = width {
+        shrink(columns, &mut widths, most);
+    }
+    let titles: Vec<String> = columns.iter().map(|column| column.title.into()).collect();
+    let line = |row: &Vec<String>| {
+        let mut line = String::with_capacity(widths.iter().sum::<usize>() + 2 * widths.len());
+        let cells = columns.iter().zip(row).zip(&widths);
+        for ((column, cell), width) in cells.filter(|(_, width)| **width > 0) {
+            let cell = cut(cell, *width);
+            let blanks = width - length(&cell);
+            if column.right {
+                line.extend(std::iter::repeat_n(' ', blanks));
+            }
+            line += &cell;
+            if !column.right {
+                line.extend(std::iter::repeat_n(' ', blanks));
+            }
+            line += GAP;
+        }
+        line.truncate(line.trim_end().len());
+        match width {
+            Some(width) => cut(&line, width).into_owned(),
+            None => line,
+        }
+    };
+    std::iter::once(&titles).chain(rows).map(line).collect()
+}
+
+/// Takes from the widest column that has something to give, again and again.
+fn shrink(columns: &[Column], widths: &mut [usize], most: usize) {
+    let shown = widths.iter().filter(|width| **width > 0).count();
+    let gaps = GAP.len() * shown.saturating_sub(1);
+    let mut over = (widths.iter().sum::<usize>() + gaps).saturating_sub(most);
+    while over > 0 {
+        let elastic = columns.iter().zip(&mut *widths).filter(|(column, width)| {
+            column.least.is_some_and(|least| **width > least.max(column.title.len()))
+        });
+        let Some((_, widest)) = elastic.max_by_key(|(_, width)| **width) else { return };
+        *widest -= 1;
+        over -= 1;
+    }
+}
+
+/// The text, or its start and an ellipsis.
+pub fn cut(text: &str, width: usize) -> Cow<'_, str> {
+    if text.chars().count() <= width {
+        return text.into();
+    }
+    text.chars().take(width.saturating_sub(1)).chain(['…']).take(width).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Column, cut, lines};
+
+    const COLUMNS: [Column; 3] =
+        [Column::text("RULE", 4), Column::text("NEXT HOP", 9), Column::number("PPS")];
+
+    fn table(width: Option<usize>) -> Vec<String> {
+        let row = |cells: [&str; 3]| cells.map(String::from).to_vec();
+        let rows = [row(["flows", "10.2.0.20 dev up0", "9"]), row(["-", "-", "12345"])];
+        lines(&COLUMNS, &rows, width)
+    }
+
+    #[test]
+    fn columns_stand_below_their_titles() {
+        let wanted = [
+            "RULE   NEXT HOP             PPS",
+            "flows  10.2.0.20 dev up0      9",
+            "-      -                  12345",
+        ];
+        assert_eq!(table(None), wanted);
+        assert_eq!(table(Some(31)), wanted);
+    }
+
+    #[test]
+    fn what_is_too_wide_gives_way() {
+        let wanted =
+            ["RULE   NEXT HOP     PPS", "flows  10.2.0.2…      9", "-      -          12345"];
+        assert_eq!(table(Some(23)), wanted);
+        assert_eq!(table(Some(10)), ["RULE  NEX…", "flo…  10.…", "-     -  …"]);
+        assert_eq!(cut("abc", 0), "");
+        let rows = [vec!["a".into(), String::new(), "1".into()]];
+        assert_eq!(lines(&COLUMNS, &rows, Some(80)), ["RULE  PPS", "a       1"]);
+    }
+}

@@ -1,0 +1,873 @@
+//! `udplb doctor`: what keeps packets from being forwarded, or soon will, and the command that
+//! mends each. [`read`] gathers the facts; [`judge`] is pure.
+
+mod read;
+mod returns;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::net::IpAddr;
+
+use serde::Serialize;
+
+use crate::arpd::keeper;
+use crate::clock;
+use crate::netlink::NeighbourTable;
+use crate::tc::{self, Slot};
+
+pub use read::read;
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    pub level: Level,
+    /// An interface, a rule, a file; empty: the whole host.
+    #[serde(rename = "where")]
+    pub place: String,
+    pub what: String,
+    pub why: String,
+    /// The command, or what to do where none is enough.
+    pub mend: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// Packets do not go where they should.
+    Problem,
+    /// They may not, under conditions that cannot be seen from here.
+    Note,
+}
+
+/// What is known of the host and of what serves.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// What commands are to name: the file that was given, or the one that serves.
+    pub file: String,
+    /// Whether the file says something else than what serves, or why that cannot be said.
+    pub drift: Option<Result<bool, String>>,
+    /// In words.
+    pub missing_capabilities: Vec<String>,
+    /// Why the pins cannot be read.
+    pub unreadable: Option<String>,
+    pub kernel: Kernel,
+    /// The generation that serves.
+    pub generation: Option<u32>,
+    /// What serves is not whole, in words.
+    pub damage: Vec<String>,
+    /// The generation that a rollback left.
+    pub held: Option<u32>,
+    /// Whether arpd vouches for the next hops; `None`: it never ran.
+    pub arpd: Option<bool>,
+    pub inputs: Vec<Input>,
+    pub upstreams: Vec<Upstream>,
+    /// Sockets of this host that send to a key.
+    pub senders: Vec<Sender>,
+    /// What `apply` would warn of.
+    pub warnings: Vec<String>,
+    /// Addresses of keys that no interface has, each with a rule.
+    pub homeless: BTreeMap<String, String>,
+    /// Some rule leaves out upstreams that are down.
+    pub wants_health: bool,
+    pub neighbours: Vec<NeighbourTable>,
+    /// How many next hops there are, of IPv4 and of IPv6.
+    pub next_hops: [usize; 2],
+}
+
+/// The kernel's abilities.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Kernel {
+    pub version: (u32, u32),
+    /// Types of its own, which the program is fitted to.
+    pub btf: bool,
+    /// Programs are compiled.
+    pub jit: bool,
+}
+
+/// An interface whose incoming packets are to meet the rules.
+#[derive(Clone, Debug)]
+pub struct Input {
+    pub name: String,
+    /// `None`: there is no such interface.
+    pub link: Option<InputLink>,
+}
+
+#[derive(Clone, Debug)]
+pub struct InputLink {
+    /// Administratively.
+    pub up: bool,
+    pub carrier: bool,
+    /// Bytes.
+    pub mtu: u32,
+    /// The device merges packets that cannot be taken apart again.
+    pub lro: bool,
+    pub slot: Slot,
+    /// The qdisc was there before udplb.
+    pub foreign_qdisc: bool,
+    /// What sees packets earlier.
+    pub before: Vec<Before>,
+    /// Sysctls of the families in use by which packets are not forwarded there.
+    pub not_forwarding: Vec<String>,
+    /// The sysctl by which the interface has no IPv6, where a rule wants some.
+    pub no_ipv6: Option<String>,
+    /// Senders are checked against the way back to them.
+    pub strict: bool,
+    /// The way to hosts of no network of this host is another.
+    pub default_elsewhere: bool,
+    /// Some IPv4 rule delivers packets here too.
+    pub passes: bool,
+}
+
+/// A filter or a program that sees packets before udplb does.
+#[derive(Clone, Debug)]
+pub struct Before {
+    /// In words.
+    pub filter: String,
+    /// Takes it away.
+    pub remove: String,
+    /// What it may decide; -1: the next filter is asked. `None`: anything.
+    pub verdicts: Option<BTreeSet<i32>>,
+    /// It looks at every packet.
+    pub all: bool,
+}
+
+/// An upstream and the way to it.
+#[derive(Clone, Debug)]
+pub struct Upstream {
+    pub rule: String,
+    pub label: String,
+    pub address: IpAddr,
+    pub way: Way,
+    /// Senders' own addresses go there.
+    pub preserves: bool,
+    /// It is to get this host's address, and there is none on the way.
+    pub lacks_egress: bool,
+    /// Since when it does not answer, in seconds since 1970.
+    pub down: Option<u64>,
+    /// Packets that were too large for it.
+    pub too_large: u64,
+}
+
+#[derive(Clone, Debug)]
+pub enum Way {
+    Local,
+    /// Why there is none.
+    None(String),
+    Hop {
+        interface: String,
+        gateway: IpAddr,
+        /// Bytes.
+        mtu: u32,
+    },
+}
+
+/// A socket of this host that is connected to a key.
+#[derive(Clone, Debug)]
+pub struct Sender {
+    pub rule: String,
+    pub from: String,
+    pub to: String,
+    pub uid: u32,
+}
+
+/// Everything that is not as it should be, problems first.
+pub fn judge(facts: &Facts) -> Vec<Finding> {
+    let mut judge = Judge { facts, findings: Vec::new() };
+    judge.host();
+    judge.generation();
+    for input in &facts.inputs {
+        judge.input(input);
+    }
+    judge.upstreams();
+    judge.senders();
+    judge.findings.sort_by_key(|finding| finding.level);
+    judge.findings
+}
+
+struct Judge<'a> {
+    facts: &'a Facts,
+    findings: Vec<Finding>,
+}
+
+impl Judge<'_> {
+    fn problem(
+        &mut self,
+        place: &str,
+        what: impl Into<String>,
+        why: &str,
+        mend: impl Into<String>,
+    ) {
+        self.add(Level::Problem, place, what.into(), why, mend.into());
+    }
+
+    fn note(&mut self, place: &str, what: impl Into<String>, why: &str, mend: impl Into<String>) {
+        self.add(Level::Note, place, what.into(), why, mend.into());
+    }
+
+    fn add(&mut self, level: Level, place: &str, what: String, why: &str, mend: String) {
+        self.findings.push(Finding { level, place: place.into(), what, why: why.into(), mend });
+    }
+
+    fn apply(&self) -> String {
+        format!("udplb apply {}", self.facts.file)
+    }
+
+    fn host(&mut self) {
+        let facts = self.facts;
+        let Kernel { version, btf, jit } = facts.kernel;
+        for capability in &facts.missing_capabilities {
+            self.problem(
+                "",
+                format!("this user lacks {capability}"),
+                "apply and arpd need it, and doctor sees less without it",
+                "run udplb as root",
+            );
+        }
+        if let Some(why) = &facts.unreadable {
+            self.problem("", "what serves cannot be read", why, "run udplb as root");
+        }
+        if version < (5, 10) {
+            let what = format!("Linux {}.{} is too old", version.0, version.1);
+            self.problem("", what, "the program takes 5.10 or later", "install a newer kernel");
+        }
+        if !btf {
+            self.problem(
+                "",
+                "the kernel has no BTF",
+                "the program is fitted to the kernel's types when it is loaded",
+                "run a kernel with CONFIG_DEBUG_INFO_BTF",
+            );
+        }
+        if !jit {
+            self.problem(
+                "",
+                "BPF programs are interpreted",
+                "each packet costs several times as much",
+                "sysctl -w net.core.bpf_jit_enable=1",
+            );
+        }
+        for table in &facts.neighbours {
+            let next_hops = facts.next_hops[usize::from(table.ipv6)];
+            let others = (table.entries as usize).saturating_sub(next_hops);
+            if let Some(what) = keeper::overflow(next_hops, others, table) {
+                let wanted = 2 * (next_hops + others).next_power_of_two();
+                let (second, third) = (table.sysctl("gc_thresh2"), table.sysctl("gc_thresh3"));
+                self.problem(
+                    "",
+                    what,
+                    "beyond it next hops are forgotten or cannot be learned",
+                    format!("sysctl -w {second}={} {third}={wanted}", wanted / 2),
+                );
+            }
+        }
+    }
+
+    fn generation(&mut self) {
+        let facts = self.facts;
+        if facts.generation.is_none() && facts.unreadable.is_none() {
+            let why = "no packet is forwarded";
+            self.problem("", "nothing is applied", why, self.apply());
+        }
+        for damage in &facts.damage {
+            let why = "rollback, arpd or the next apply may miss it";
+            self.problem("", damage.as_str(), why, self.apply());
+        }
+        match &facts.drift {
+            Some(Ok(true)) => self.problem(
+                &facts.file,
+                "it is not what serves",
+                match facts.held {
+                    Some(_) => "a rollback left it, and it is held",
+                    None => "it was changed after it was applied, or another file was applied",
+                },
+                match facts.held {
+                    Some(_) => format!("{} --force", self.apply()),
+                    None => format!("udplb plan {}; {}", facts.file, self.apply()),
+                },
+            ),
+            Some(Err(why)) => {
+                let mend = format!("udplb check {}", facts.file);
+                self.problem(&facts.file, "it cannot be applied", why, mend);
+            }
+            _ => {}
+        }
+        match facts.arpd {
+            Some(false) => self.problem(
+                "",
+                "arpd has ended",
+                "nobody sees which upstreams are down, and next hops are asked of the kernel again",
+                "systemctl restart udplb-arpd",
+            ),
+            None if facts.wants_health => self.problem(
+                "",
+                "arpd does not run, and a rule says `health: neighbour`",
+                "nobody sees which upstreams are down",
+                "systemctl enable --now udplb-arpd",
+            ),
+            _ => {}
+        }
+        for warning in &facts.warnings {
+            self.note(
+                "",
+                warning.as_str(),
+                "apply warns of it too",
+                format!("edit {}", facts.file),
+            );
+        }
+        for (address, rule) in &facts.homeless {
+            self.note(
+                rule,
+                format!("{address} is an address of no interface"),
+                "nobody answers for it here: packets come only if a router sends them this way",
+                format!("ip addr add {address} dev lo, and route it here"),
+            );
+        }
+    }
+
+    fn input(&mut self, input: &Input) {
+        let name = &input.name;
+        let Some(link) = &input.link else {
+            let why = "no packet comes in there";
+            let mend = format!("ip link show; edit {}", self.facts.file);
+            return self.problem(name, "there is no such interface", why, mend);
+        };
+        if !link.up {
+            let mend = format!("ip link set {name} up");
+            self.problem(name, "it is down", "no packet comes in there", mend);
+        } else if !link.carrier {
+            let why = "nothing is at the other end of the cable";
+            self.problem(name, "it has no carrier", why, format!("ethtool {name}"));
+        }
+        self.slot(name, link);
+        for before in &link.before {
+            self.before(name, before);
+        }
+        if link.foreign_qdisc {
+            self.note(
+                name,
+                "its ingress qdisc was made by another program",
+                "who removes it removes udplb's filter too",
+                format!("{} afterwards, or arpd and a timer that does", self.apply()),
+            );
+        }
+        if let Some(sysctl) = &link.no_ipv6 {
+            self.problem(
+                name,
+                "IPv6 is off there, and a rule is for it",
+                "nobody answers those who ask for its addresses",
+                format!("sysctl -w {sysctl}=0"),
+            );
+        }
+        if !link.not_forwarding.is_empty() && self.facts.arpd != Some(true) {
+            let on: Vec<String> = link.not_forwarding.iter().map(|it| format!("{it}=1")).collect();
+            self.note(
+                name,
+                "forwarding is off there, and arpd does not run",
+                "packets go by what the last apply saw: changes of routes are not followed",
+                format!("systemctl enable --now udplb-arpd, or sysctl -w {}", on.join(" ")),
+            );
+        }
+        if link.strict && link.passes && link.default_elsewhere {
+            self.problem(
+                name,
+                "rp_filter is strict there, and the default route leaves elsewhere",
+                "of packets from beyond the router upstreams get their copy, and the local one is dropped",
+                format!("sysctl -w net.ipv4.conf.{name}.rp_filter=2"),
+            );
+        }
+        if link.lro {
+            self.problem(
+                name,
+                "large receive offload is on",
+                "the device merges packets that cannot be taken apart again",
+                format!("ethtool -K {name} lro off"),
+            );
+        }
+    }
+
+    fn slot(&mut self, name: &str, link: &InputLink) {
+        let why = "its packets do not meet the rules";
+        let take_away = format!("tc filter del dev {name} ingress pref {}", tc::PRIORITY);
+        match &link.slot {
+            // of nothing that is applied nothing is attached
+            _ if self.facts.generation.is_none() => {}
+            Slot::Generation(number) if Some(*number) == self.facts.generation => {}
+            Slot::Generation(number) => {
+                let what = format!("generation {number} still serves there");
+                self.problem(name, what, "its packets meet the rules of before", self.apply());
+            }
+            Slot::Empty => self.problem(name, "udplb is not attached", why, self.apply()),
+            Slot::Orphan { filter, .. } => {
+                let what = format!("a filter of udplb whose pins are gone is there: {filter}");
+                let why = "its packets meet rules that nobody can change";
+                self.problem(name, what, why, format!("{} --force", self.apply()));
+            }
+            Slot::Foreign(filter) => {
+                let what = format!("another filter has udplb's place: {filter}");
+                self.problem(name, what, why, format!("{take_away}; {}", self.apply()));
+            }
+        }
+    }
+
+    fn before(&mut self, name: &str, before: &Before) {
+        const NEXT: i32 = -1;
+        let Before { filter, remove, verdicts, all } = before;
+        let hiding: Option<Vec<&str>> = verdicts
+            .as_ref()
+            .map(|all| all.iter().filter(|it| **it != NEXT).map(|it| verdict(*it)).collect());
+        let goes_on = verdicts.as_ref().is_none_or(|all| all.contains(&NEXT));
+        let mend = format!("{remove}, or give it a pref above {}", tc::PRIORITY);
+        match hiding {
+            Some(hiding) if hiding.is_empty() => {}
+            Some(hiding) if *all && !goes_on => self.problem(
+                name,
+                format!("{filter} hides every packet from udplb"),
+                &format!(
+                    "it comes first and says {}, after which nobody else is asked",
+                    hiding.join(", ")
+                ),
+                mend,
+            ),
+            Some(hiding) => self.note(
+                name,
+                format!("{filter} may hide packets from udplb"),
+                &format!(
+                    "it comes first; where it says {} nobody else is asked",
+                    hiding.join(", ")
+                ),
+                mend,
+            ),
+            None => self.note(
+                name,
+                format!("{filter} may hide packets from udplb"),
+                "it comes first, and what it says of a packet cannot be seen from here",
+                mend,
+            ),
+        }
+    }
+
+    fn upstreams(&mut self) {
+        let largest = self.facts.inputs.iter().filter_map(|input| input.link.as_ref());
+        let largest = largest.map(|link| link.mtu).max().unwrap_or(0);
+        let mut narrow = BTreeSet::new();
+        let mut routers = BTreeSet::new();
+        for upstream in &self.facts.upstreams {
+            let Upstream { rule, label, address, way, .. } = upstream;
+            if let Some(since) = upstream.down {
+                let since = match since {
+                    0 => String::new(),
+                    since => format!(" since {}", clock::utc(since)),
+                };
+                self.problem(
+                    rule,
+                    format!("{label} is down{since}"),
+                    "its next hop does not answer",
+                    format!("ip route get {address}; ip neigh show"),
+                );
+            }
+            match way {
+                Way::Local => self.problem(
+                    rule,
+                    format!("{label} is this host itself"),
+                    "its packets would come round again",
+                    format!("edit {}", self.facts.file),
+                ),
+                Way::None(why) => {
+                    let what = format!("there is no route to {label}");
+                    self.problem(rule, what, why, format!("ip route add {address} via ROUTER"));
+                }
+                Way::Hop { interface, gateway, mtu } => {
+                    // one finding for each way
+                    if *mtu < largest && narrow.insert((interface, mtu, upstream.too_large > 0)) {
+                        let what = format!("the MTU on the way to {label} is {mtu}");
+                        let why = format!("larger packets, up to {largest}, are dropped as `mtu`");
+                        let mend = format!("ip link set {interface} mtu {largest}");
+                        match upstream.too_large {
+                            0 => self.note(rule, what, &why, mend),
+                            count => {
+                                self.problem(rule, what, &format!("{why}: {count} so far"), mend)
+                            }
+                        }
+                    }
+                    if upstream.lacks_egress {
+                        self.problem(
+                            rule,
+                            format!("{label} is to get this host's address, and there is none"),
+                            "packets to it are dropped as `no-route`",
+                            format!("ip addr add ADDRESS dev {interface}; {}", self.apply()),
+                        );
+                    }
+                    if upstream.preserves && gateway != address && routers.insert(gateway) {
+                        self.note(
+                            rule,
+                            format!("{label} is behind the router {gateway}, and gets senders' own addresses"),
+                            "a router that checks senders (uRPF) drops what comes from here with them",
+                            match gateway {
+                                IpAddr::V4(_) => format!("on {gateway}: accept them from this host; on Linux sysctl -w net.ipv4.conf.all.rp_filter=2"),
+                                IpAddr::V6(_) => format!("on {gateway}: accept them from this host"),
+                            },
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    fn senders(&mut self) {
+        for Sender { rule, from, to, uid } in &self.facts.senders {
+            self.problem(
+                rule,
+                format!("a socket of this host, {from} of user {uid}, sends to {to}"),
+                "its packets stay on lo and meet no rule",
+                "have it send to an upstream itself",
+            );
+        }
+    }
+}
+
+/// As linux/pkt_cls.h names it.
+fn verdict(number: i32) -> &'static str {
+    const NAMES: [&str; 9] = [
+        "TC_ACT_OK",
+        "TC_ACT_RECLASSIFY",
+        "TC_ACT_SHOT",
+        "TC_ACT_PIPE",
+        "TC_ACT_STOLEN",
+        "TC_ACT_QUEUED",
+        "TC_ACT_REPEAT",
+        "TC_ACT_REDIRECT",
+        "TC_ACT_TRAP",
+    ];
+    usize::try_from(number).ok().and_then(|it| NAMES.get(it)).copied().unwrap_or("another verdict")
+}
+
+/// Of findings for one reason so many are shown; of 10,000 upstreams all may be down.
+const SHOWN: usize = 5;
+
+/// For a terminal or a pipe.
+pub fn text(findings: &[Finding], bold: bool) -> String {
+    let mut text = String::new();
+    let mut alike: BTreeMap<&str, usize> = BTreeMap::new();
+    for Finding { level, place, what, why, mend } in findings {
+        let seen = alike.entry(why).or_default();
+        *seen += 1;
+        if *seen > SHOWN {
+            continue;
+        }
+        let level = match level {
+            Level::Problem => "problem",
+            Level::Note => "note",
+        };
+        let place = if place.is_empty() { String::new() } else { format!("{place}: ") };
+        let _ = match bold {
+            true => writeln!(text, "\x1b[1m{level}: {place}{what}\x1b[0m"),
+            false => writeln!(text, "{level}: {place}{what}"),
+        };
+        let _ = writeln!(text, "  why:  {why}\n  mend: {mend}");
+    }
+    for (why, count) in alike.into_iter().filter(|(_, count)| *count > SHOWN) {
+        let _ = writeln!(text, "and {} more for this reason: {why}", count - SHOWN);
+    }
+    let count = |level| findings.iter().filter(|finding| finding.level == level).count();
+    let plural = |count, noun| format!("{count} {noun}{}", if count == 1 { "" } else { "s" });
+    let _ = match (count(Level::Problem), count(Level::Note)) {
+        (0, 0) => writeln!(text, "all is well"),
+        (0, notes) => writeln!(text, "no problems, {}", plural(notes, "note")),
+        (problems, 0) => writeln!(text, "{}", plural(problems, "problem")),
+        (problems, notes) => {
+            writeln!(text, "{}, {}", plural(problems, "problem"), plural(notes, "note"))
+        }
+    };
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// A host on which all is well.
+    fn healthy() -> Facts {
+        Facts {
+            file: "/etc/udplb.yaml".into(),
+            drift: Some(Ok(false)),
+            kernel: Kernel { version: (6, 1), btf: true, jit: true },
+            generation: Some(2),
+            arpd: Some(true),
+            inputs: vec![Input {
+                name: "eth0".into(),
+                link: Some(InputLink {
+                    up: true,
+                    carrier: true,
+                    mtu: 1500,
+                    lro: false,
+                    slot: Slot::Generation(2),
+                    foreign_qdisc: false,
+                    before: Vec::new(),
+                    not_forwarding: Vec::new(),
+                    no_ipv6: None,
+                    strict: false,
+                    default_elsewhere: false,
+                    passes: true,
+                }),
+            }],
+            upstreams: vec![Upstream {
+                rule: "flows".into(),
+                label: "one".into(),
+                address: [10, 2, 0, 20].into(),
+                way: Way::Hop {
+                    interface: "up0".into(),
+                    gateway: [10, 2, 0, 20].into(),
+                    mtu: 1500,
+                },
+                preserves: true,
+                lacks_egress: false,
+                down: None,
+                too_large: 0,
+            }],
+            neighbours: [false, true]
+                .map(|ipv6| NeighbourTable { ipv6, entries: 9, threshold2: 512, threshold3: 1024 })
+                .to_vec(),
+            next_hops: [1, 0],
+            ..Facts::default()
+        }
+    }
+
+    /// What is found after a change: level, place, and the start of what and mend.
+    #[track_caller]
+    fn check(change: impl FnOnce(&mut Facts), wanted: &[(Level, &str, &str, &str)]) {
+        let mut facts = healthy();
+        change(&mut facts);
+        let found = judge(&facts);
+        assert_eq!(found.len(), wanted.len(), "{found:#?}");
+        for (found, (level, place, what, mend)) in found.iter().zip(wanted) {
+            assert_eq!((found.level, found.place.as_str()), (*level, *place), "{found:#?}");
+            assert!(found.what.starts_with(what), "{found:#?}");
+            assert!(found.mend.starts_with(mend), "{found:#?}");
+        }
+    }
+
+    fn link(facts: &mut Facts) -> &mut InputLink {
+        facts.inputs[0].link.as_mut().expect("a link")
+    }
+
+    fn before(verdicts: Option<&[i32]>, all: bool) -> Before {
+        Before {
+            filter: "bpf pref 1".into(),
+            remove: "tc filter del".into(),
+            verdicts: verdicts.map(|verdicts| BTreeSet::from_iter(verdicts.iter().copied())),
+            all,
+        }
+    }
+
+    use Level::{Note, Problem};
+
+    #[test]
+    fn a_host_on_which_all_is_well() {
+        check(|_| {}, &[]);
+        assert_eq!(text(&[], false), "all is well\n");
+    }
+
+    #[test]
+    fn the_host() {
+        check(
+            |facts| facts.missing_capabilities = vec!["CAP_BPF (to load)".into()],
+            &[(Problem, "", "this user lacks CAP_BPF (to load)", "run udplb as root")],
+        );
+        check(
+            |facts| facts.kernel = Kernel { version: (5, 4), btf: false, jit: false },
+            &[
+                (Problem, "", "Linux 5.4 is too old", "install"),
+                (Problem, "", "the kernel has no BTF", "run a kernel"),
+                (
+                    Problem,
+                    "",
+                    "BPF programs are interpreted",
+                    "sysctl -w net.core.bpf_jit_enable=1",
+                ),
+            ],
+        );
+        check(
+            |facts| facts.next_hops = [3000, 0],
+            &[(
+                Problem,
+                "",
+                "3000 neighbours",
+                "sysctl -w net.ipv4.neigh.default.gc_thresh2=4096 net.ipv4.neigh.default.gc_thresh3=8192",
+            )],
+        );
+        check(
+            |facts| facts.next_hops = [1, 600],
+            &[(
+                Problem,
+                "",
+                "600 neighbours (600 next hops, 0 others)",
+                "sysctl -w net.ipv6.neigh.default.gc_thresh2=1024 net.ipv6.neigh.default.gc_thresh3=2048",
+            )],
+        );
+        check(
+            |facts| facts.arpd = Some(false),
+            &[(Problem, "", "arpd has ended", "systemctl restart udplb-arpd")],
+        );
+        check(
+            |facts| (facts.arpd, facts.wants_health) = (None, true),
+            &[(Problem, "", "arpd does not run, and a rule", "systemctl enable --now udplb-arpd")],
+        );
+    }
+
+    #[test]
+    fn filters_before_ours() {
+        let put = |verdicts: Option<&[i32]>, all: bool| {
+            let before = before(verdicts, all);
+            move |facts: &mut Facts| link(facts).before = vec![before]
+        };
+        let hides = "bpf pref 1 hides every packet";
+        let may = "bpf pref 1 may hide packets";
+        check(put(Some(&[-1]), true), &[]);
+        check(put(Some(&[0]), true), &[(Problem, "eth0", hides, "tc filter del, or give")]);
+        check(put(Some(&[2, 7]), true), &[(Problem, "eth0", hides, "tc filter del")]);
+        check(put(Some(&[0]), false), &[(Note, "eth0", may, "tc filter del")]);
+        check(put(Some(&[-1, 0]), true), &[(Note, "eth0", may, "tc filter del")]);
+        check(put(None, true), &[(Note, "eth0", may, "tc filter del")]);
+    }
+
+    #[test]
+    fn filters_in_our_place() {
+        let slot = |slot: Slot| move |facts: &mut Facts| link(facts).slot = slot;
+        let apply = "udplb apply /etc/udplb.yaml";
+        check(slot(Slot::Empty), &[(Problem, "eth0", "udplb is not attached", apply)]);
+        check(
+            slot(Slot::Generation(1)),
+            &[(Problem, "eth0", "generation 1 still serves there", apply)],
+        );
+        check(
+            slot(Slot::Foreign("flower".into())),
+            &[(
+                Problem,
+                "eth0",
+                "another filter has",
+                "tc filter del dev eth0 ingress pref 100; udplb",
+            )],
+        );
+        check(
+            slot(Slot::Orphan { program: 1, filter: "bpf".into() }),
+            &[(Problem, "eth0", "a filter of udplb whose", "udplb apply /etc/udplb.yaml --force")],
+        );
+    }
+
+    #[test]
+    fn interfaces() {
+        check(
+            |facts| facts.inputs[0].link = None,
+            &[(Problem, "eth0", "there is no such interface", "ip link show")],
+        );
+        check(
+            |facts| link(facts).carrier = false,
+            &[(Problem, "eth0", "it has no carrier", "ethtool eth0")],
+        );
+        check(
+            |facts| link(facts).lro = true,
+            &[(Problem, "eth0", "large receive offload is on", "ethtool -K eth0 lro off")],
+        );
+        check(
+            |facts| link(facts).foreign_qdisc = true,
+            &[(Note, "eth0", "its ingress qdisc was made by another program", "udplb apply")],
+        );
+        // with arpd it does not matter
+        let off = vec!["net.ipv6.conf.eth0.forwarding".to_string()];
+        check(|facts| link(facts).not_forwarding.clone_from(&off), &[]);
+        check(
+            |facts| (link(facts).not_forwarding, facts.arpd) = (off.clone(), None),
+            &[(
+                Note,
+                "eth0",
+                "forwarding is off there",
+                "systemctl enable --now udplb-arpd, or sysctl -w net.ipv6.conf.eth0.forwarding=1",
+            )],
+        );
+        check(
+            |facts| link(facts).no_ipv6 = Some("net.ipv6.conf.eth0.disable_ipv6".into()),
+            &[(Problem, "eth0", "IPv6 is off", "sysctl -w net.ipv6.conf.eth0.disable_ipv6=0")],
+        );
+        check(
+            |facts| (link(facts).strict, link(facts).default_elsewhere) = (true, true),
+            &[(Problem, "eth0", "rp_filter is strict", "sysctl -w net.ipv4.conf.eth0.rp_filter=2")],
+        );
+        check(
+            |facts| {
+                let link = link(facts);
+                (link.strict, link.default_elsewhere, link.passes) = (true, true, false);
+            },
+            &[],
+        );
+    }
+
+    #[test]
+    fn upstreams() {
+        let change =
+            |change: fn(&mut Upstream)| move |facts: &mut Facts| change(&mut facts.upstreams[0]);
+        check(
+            change(|upstream| upstream.down = Some(951_782_400)),
+            &[(
+                Problem,
+                "flows",
+                "one is down since 2000-02-29T00:00:00Z",
+                "ip route get 10.2.0.20",
+            )],
+        );
+        check(
+            change(|upstream| upstream.way = Way::Local),
+            &[(Problem, "flows", "one is this host itself", "edit /etc/udplb.yaml")],
+        );
+        check(
+            change(|upstream| upstream.lacks_egress = true),
+            &[(
+                Problem,
+                "flows",
+                "one is to get this host's address",
+                "ip addr add ADDRESS dev up0",
+            )],
+        );
+        let gateway =
+            |mtu| Way::Hop { interface: "up0".into(), gateway: [10, 2, 0, 1].into(), mtu };
+        let mut facts = healthy();
+        facts.upstreams[0].way = gateway(1400);
+        facts.upstreams.push(facts.upstreams[0].clone());
+        let found = judge(&facts);
+        // one of each for all that go the same way
+        let what: Vec<&str> = found.iter().map(|found| found.what.as_str()).collect();
+        assert_eq!(
+            what,
+            [
+                "the MTU on the way to one is 1400",
+                "one is behind the router 10.2.0.1, and gets senders' own addresses"
+            ]
+        );
+    }
+
+    #[test]
+    fn findings_in_words() {
+        let mut facts = healthy();
+        facts.drift = Some(Ok(true));
+        facts.warnings = vec!["nobody listens on 10.1.0.1:5000".into()];
+        let wanted = "\
+problem: /etc/udplb.yaml: it is not what serves
+  why:  it was changed after it was applied, or another file was applied
+  mend: udplb plan /etc/udplb.yaml; udplb apply /etc/udplb.yaml
+note: nobody listens on 10.1.0.1:5000
+  why:  apply warns of it too
+  mend: edit /etc/udplb.yaml
+1 problem, 1 note
+";
+        assert_eq!(text(&judge(&facts), false), wanted);
+
+        let mut facts = healthy();
+        facts.upstreams[0].down = Some(0);
+        facts.upstreams = vec![facts.upstreams[0].clone(); 7];
+        let many = text(&judge(&facts), false);
+        assert_eq!(many.matches("problem: flows: one is down\n").count(), 5, "{many}");
+        let end = "and 2 more for this reason: its next hop does not answer\n7 problems\n";
+        assert!(many.ends_with(end), "{many}");
+    }
+}

@@ -1,0 +1,432 @@
+//! What doctor looks at. Nothing is changed.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+
+use anyhow::Context;
+
+use super::{Before, Facts, Input, InputLink, Kernel, Sender, Upstream, Way, returns};
+use crate::advice;
+use crate::bpf;
+use crate::cli::{Global, Target};
+use crate::config::{Action, Address, Config, Family, Health, Key, KeyAddress, Source, with_port};
+use crate::drift;
+use crate::failure::{Failure, Result};
+use crate::generation::Description;
+use crate::list;
+use crate::netlink::{Direction, ETH_P_ALL, Filter, Link, Netlink, OwnAddress, Route};
+use crate::observe::{Observed, observe};
+use crate::plan::{Desired, Rule};
+use crate::privileges;
+use crate::status::{self, Status};
+use crate::tables;
+use crate::tc;
+use crate::wanted::{Text, Wanted};
+
+/// Of the documentation's networks: the way there is the default route.
+const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+
+/// Looks at the host, at what serves, and at the file: the one given, or the one that serves.
+///
+/// # Errors
+/// The file that was given cannot be read, or the kernel does not answer.
+pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Result<Facts> {
+    let mut facts = Facts {
+        kernel: kernel(),
+        missing_capabilities: privileges::missing_now(),
+        neighbours: netlink.neighbour_tables().await.context("neighbours")?,
+        ..Facts::default()
+    };
+    let (observed, status) = match status::read(global, netlink, None, None).await {
+        Ok(reading) => (reading.observed, Some(reading.status)),
+        Err(failure) => {
+            facts.unreadable = Some(failure.to_string());
+            (observe(None, netlink).await?, None)
+        }
+    };
+    let number = status.as_ref().and_then(|status| status.generation);
+    let serving = number.and_then(|number| observed.generations.get(&number));
+    let serving = serving.map(|generation| &generation.description);
+    facts.generation = number;
+    facts.damage = damage(&observed);
+    facts.held = observed.held.map(|held| held.generation);
+    facts.arpd = status.as_ref().and_then(|status| status.arpd);
+    let given = match file {
+        Some(file) => {
+            Some((Text::read(file)?, Target { file: file.into(), interfaces: Vec::new() }))
+        }
+        None => serving.and_then(drift::source),
+    };
+    facts.file = match (&given, serving) {
+        (Some((text, _)), _) => text.name.clone(),
+        (None, Some(description)) => description.origin.file.clone(),
+        (None, None) => "FILE".into(),
+    };
+    let mut desired = serving.map(|description| description.desired.clone());
+    match (given, serving) {
+        (Some((text, target)), Some(description)) => {
+            facts.drift = Some(differs(&text, target, description));
+        }
+        (Some((text, target)), None) => match Wanted::new(&text, &target).await {
+            Ok(wanted) => desired = Some(wanted.desired),
+            Err(failure) => facts.drift = Some(Err(first_line(&failure))),
+        },
+        (None, _) => {}
+    }
+    if let Some(desired) = desired {
+        look(&mut facts, netlink, &observed, status.as_ref(), serving, &desired).await?;
+    }
+    Ok(facts)
+}
+
+/// A file that was given takes the interfaces that serve, where it names none.
+fn differs(
+    text: &Text,
+    mut target: Target,
+    description: &Description,
+) -> std::result::Result<bool, String> {
+    if text.parse().is_ok_and(|config| config.interfaces.is_empty()) {
+        target.interfaces.clone_from(&description.desired.interfaces);
+    }
+    drift::differs(text, &target, description).map_err(|failure| first_line(&failure))
+}
+
+fn first_line(failure: &Failure) -> String {
+    failure.to_string().lines().next().unwrap_or_default().into()
+}
+
+fn kernel() -> Kernel {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap_or(0));
+    Kernel {
+        version: (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)),
+        btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
+        // a kernel that always compiles may not show it
+        jit: sysctl("net/core/bpf_jit_enable").is_none_or(|value| value != 0),
+    }
+}
+
+fn sysctl(name: &str) -> Option<i64> {
+    fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?.trim().parse().ok()
+}
+
+/// What of the pins is not whole.
+fn damage(observed: &Observed) -> Vec<String> {
+    let mut damage: Vec<String> = observed
+        .damaged
+        .iter()
+        .map(|number| format!("the description of generation {number} is gone"))
+        .collect();
+    for generation in observed.generations.values() {
+        if !generation.intact {
+            damage.push(format!("pins of generation {} are missing", generation.number));
+        }
+        if generation.description.namespace != observed.namespace {
+            damage.push("the pins belong to another network namespace".into());
+        }
+    }
+    damage.extend(observed.unfinished.iter().map(|name| format!("{name} was left by a crash")));
+    damage
+}
+
+async fn look(
+    facts: &mut Facts,
+    netlink: &Netlink,
+    observed: &Observed,
+    status: Option<&Status>,
+    serving: Option<&Description>,
+    desired: &Desired,
+) -> Result<()> {
+    let links = netlink.links().await.context("interfaces")?;
+    let addresses = netlink.addresses().await.context("addresses")?;
+    facts.inputs = inputs(netlink, observed, &links, serving, desired).await?;
+    facts.upstreams = upstreams(netlink, &links, status, desired).await;
+    let hops: HashSet<(&str, IpAddr)> = facts
+        .upstreams
+        .iter()
+        .filter_map(|upstream| match &upstream.way {
+            Way::Hop { interface, gateway, .. } => Some((interface.as_str(), *gateway)),
+            _ => None,
+        })
+        .collect();
+    for (_, gateway) in hops {
+        facts.next_hops[usize::from(gateway.is_ipv6())] += 1;
+    }
+    facts.senders = senders(desired);
+    facts.wants_health = desired.rules.iter().any(|rule| rule.health == Health::Neighbour);
+    facts.warnings = warnings(desired, &links, &addresses);
+    let own: HashSet<IpAddr> = addresses.iter().map(|own| own.address).collect();
+    facts.homeless = desired
+        .rules
+        .iter()
+        .rev()
+        .filter_map(|rule| match rule.key.address {
+            KeyAddress::Is(address) => Some((address, rule)),
+            KeyAddress::Any => None,
+        })
+        .filter(|(address, _)| !tables::is_group(desired, *address) && !own.contains(address))
+        .map(|(address, rule)| (address.to_string(), rule.name.clone()))
+        .collect();
+    Ok(())
+}
+
+/// What `apply` would say of what serves.
+fn warnings(desired: &Desired, links: &[Link], addresses: &[OwnAddress]) -> Vec<String> {
+    let text = list::document(desired).to_string();
+    let Ok(config) = Config::parse("what serves", &text) else { return Vec::new() };
+    let mut findings = advice::unheard(&config, desired, &advice::listeners());
+    findings.extend(advice::stacked(&config, &desired.interfaces, links, addresses));
+    findings.into_iter().map(|finding| finding.message).collect()
+}
+
+async fn inputs(
+    netlink: &Netlink,
+    observed: &Observed,
+    links: &[Link],
+    serving: Option<&Description>,
+    desired: &Desired,
+) -> Result<Vec<Input>> {
+    let elsewhere = netlink.paths(&[ELSEWHERE.into()], &HashMap::new()).await.pop();
+    let elsewhere = elsewhere.and_then(|paths| paths.ok()?.first().copied());
+    let of = |family: Family| desired.rules.iter().filter(move |rule| rule.family() == family);
+    let passes = of(Family::V4).any(|rule| rule.action == Action::Pass);
+    let families: Vec<(&str, u16)> = [(Family::V4, "ipv4", 0x0800), (Family::V6, "ipv6", 0x86dd)]
+        .into_iter()
+        .filter(|(family, ..)| of(*family).next().is_some())
+        .map(|(_, name, protocol)| (name, protocol))
+        .collect();
+    let protocols: Vec<u16> = families.iter().map(|(_, protocol)| *protocol).collect();
+    let mut inputs = Vec::new();
+    for name in &desired.interfaces {
+        let seen = observed.interfaces.get(name);
+        let link = links.iter().find(|link| link.name == *name);
+        let Some((seen, link)) = seen.zip(link) else {
+            inputs.push(Input { name: name.clone(), link: None });
+            continue;
+        };
+        let conf = |interface: &str, what: &str| {
+            sysctl(&format!("net/ipv4/conf/{interface}/{what}")).unwrap_or(0)
+        };
+        let is = |what: &str, wanted: i64| sysctl(&what.replace('.', "/")) == Some(wanted);
+        let no_ipv6 = format!("net.ipv6.conf.{name}.disable_ipv6");
+        let qdisc = seen.hook.qdisc;
+        inputs.push(Input {
+            name: name.clone(),
+            link: Some(InputLink {
+                up: link.up,
+                carrier: link.carrier,
+                mtu: link.mtu,
+                lro: lro(name),
+                slot: seen.hook.slot.clone(),
+                foreign_qdisc: qdisc.is_some()
+                    && serving.is_some_and(|serving| !serving.clsact.contains(name)),
+                before: match qdisc {
+                    Some(_) => before(netlink, link, &protocols).await?,
+                    None => tcx(link),
+                },
+                not_forwarding: families
+                    .iter()
+                    .map(|(family, _)| format!("net.{family}.conf.{name}.forwarding"))
+                    .filter(|sysctl| is(sysctl, 0))
+                    .collect(),
+                no_ipv6: Some(no_ipv6)
+                    .filter(|sysctl| of(Family::V6).next().is_some() && is(sysctl, 1)),
+                strict: conf("all", "rp_filter").max(conf(name, "rp_filter")) == 1,
+                default_elsewhere: elsewhere.is_some_and(|route| route.ifindex != link.index),
+                passes,
+            }),
+        });
+    }
+    Ok(inputs)
+}
+
+/// The filters that are asked before udplb's, in no order.
+async fn before(netlink: &Netlink, link: &Link, protocols: &[u16]) -> Result<Vec<Before>> {
+    let filters = netlink.filters(link.index, Direction::Ingress).await.context("filters")?;
+    let mut before = tcx(link);
+    let is_first = |filter: &&Filter| {
+        filter.chain == 0
+            && filter.priority < tc::PRIORITY
+            && (filter.protocol == ETH_P_ALL || protocols.contains(&filter.protocol))
+    };
+    for filter in filters.iter().filter(is_first) {
+        let verdicts = match (&filter.program, filter.direct, filter.action) {
+            (Some(program), true, _) => constants(program.id),
+            (_, _, Some(action)) => Some(BTreeSet::from([action])),
+            _ => None,
+        };
+        before.push(Before {
+            filter: tc::describe(filter),
+            remove: format!(
+                "tc filter del dev {} ingress pref {} handle {:#x} {}",
+                link.name, filter.priority, filter.handle, filter.kind
+            ),
+            verdicts,
+            all: filter.direct || filter.kind == "matchall",
+        });
+    }
+    Ok(before)
+}
+
+fn constants(program: u32) -> Option<BTreeSet<i32>> {
+    let program = bpf::program_by_id(program).ok()?;
+    returns::constants(&returns::instructions(program.as_fd())?)
+}
+
+/// The programs of the newer hook (6.6), which are all asked before any filter.
+fn tcx(link: &Link) -> Vec<Before> {
+    let mut ids = [0_u32; 64];
+    let mut options = libbpf_sys::bpf_prog_query_opts {
+        sz: size_of::<libbpf_sys::bpf_prog_query_opts>() as libbpf_sys::size_t,
+        prog_ids: ids.as_mut_ptr(),
+        ..Default::default()
+    };
+    options.__bindgen_anon_1.count = ids.len() as u32;
+    // SAFETY: the kernel writes at most `count` ids, and everything outlives the call; the union is
+    // one of two names of the same number.
+    let found = unsafe {
+        match libbpf_sys::bpf_prog_query_opts(
+            link.index as i32,
+            libbpf_sys::BPF_TCX_INGRESS,
+            &mut options,
+        ) {
+            0 => options.__bindgen_anon_1.count as usize,
+            _ => 0,
+        }
+    };
+    ids.iter()
+        .take(found)
+        .map(|id| Before {
+            filter: format!("tcx program {id}"),
+            remove: format!("bpftool net detach tcx_ingress dev {}", link.name),
+            verdicts: constants(*id),
+            all: true,
+        })
+        .collect()
+}
+
+/// Whether the device merges what it receives.
+fn lro(interface: &str) -> bool {
+    const GET_FLAGS: u32 = 0x25;
+    const LRO: u32 = 1 << 15;
+    let Ok(socket) = std::net::UdpSocket::bind("127.0.0.1:0") else { return false };
+    let mut value = [GET_FLAGS, 0];
+    // SAFETY: all zeroes are an ifreq, whose name keeps its final zero; the kernel reads it and
+    // writes an ethtool_value, two words, both of which outlive the call.
+    let result = unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        let room = request.ifr_name.len() - 1;
+        for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()).take(room) {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+        libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &mut request)
+    };
+    result == 0 && value[1] & LRO != 0
+}
+
+async fn upstreams(
+    netlink: &Netlink,
+    links: &[Link],
+    status: Option<&Status>,
+    desired: &Desired,
+) -> Vec<Upstream> {
+    let links: HashMap<u32, Link> = links.iter().map(|link| (link.index, link.clone())).collect();
+    let addresses: Vec<Address> = desired.addresses().into_iter().collect();
+    let paths = netlink.paths(&addresses, &links).await;
+    let ways: BTreeMap<Address, (Way, Option<IpAddr>)> = addresses
+        .into_iter()
+        .zip(paths)
+        .map(|(address, paths)| {
+            let route = paths.map(|paths| paths[0]);
+            let egress = route.as_ref().ok().and_then(|route| route.egress);
+            let way = way(address.ip, route, &links);
+            (address, (way, egress))
+        })
+        .collect();
+    let mut known = HashMap::new();
+    for rule in status.iter().flat_map(|status| &status.rules) {
+        for (upstream, _) in rule.destinations() {
+            known.insert((rule.name.as_str(), upstream.label.as_str()), upstream);
+        }
+    }
+    let mut upstreams = Vec::new();
+    for rule in &desired.rules {
+        for upstream in rule.destinations() {
+            let label = upstream.label();
+            let status = known.get(&(rule.name.as_str(), label.as_str()));
+            let too_large = status.and_then(|it| it.counters.drops().find(|drop| drop.0 == "mtu"));
+            upstreams.push(Upstream {
+                rule: rule.name.clone(),
+                address: upstream.address.ip,
+                way: ways.get(&upstream.address).map_or(Way::Local, |(way, _)| way.clone()),
+                preserves: rule.source_of(upstream) == Source::Preserve,
+                lacks_egress: rule.source_of(upstream) == Source::Egress
+                    && ways.get(&upstream.address).is_some_and(|(_, egress)| egress.is_none()),
+                down: status
+                    .filter(|upstream| upstream.health == Some("down"))
+                    .map(|upstream| upstream.since.unwrap_or(0).into()),
+                too_large: too_large.map_or(0, |(_, count)| count.packets),
+                label,
+            });
+        }
+    }
+    upstreams
+}
+
+fn way(address: IpAddr, route: std::io::Result<Route>, links: &HashMap<u32, Link>) -> Way {
+    match route {
+        Ok(route) if route.local => Way::Local,
+        Ok(route) => match links.get(&route.ifindex) {
+            Some(link) => Way::Hop {
+                interface: link.name.clone(),
+                gateway: route.gateway,
+                mtu: route.mtu.unwrap_or_else(|| link.mtu_to(address)),
+            },
+            None => Way::None("its interface is gone".into()),
+        },
+        Err(error) => Way::None(error.to_string()),
+    }
+}
+
+/// The sockets that are connected to a key.
+fn senders(desired: &Desired) -> Vec<Sender> {
+    let mut keys: HashMap<IpAddr, Vec<&Rule>> = HashMap::new();
+    for rule in &desired.rules {
+        match rule.key.address {
+            KeyAddress::Is(address) => keys.entry(address).or_default().push(rule),
+            KeyAddress::Any => {
+                let family = rule.family();
+                for address in desired.addresses.iter().filter(|it| family == (**it).into()) {
+                    keys.entry(*address).or_default().push(rule);
+                }
+            }
+        }
+    }
+    let tables = ["/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"];
+    let tables = tables.map(|path| fs::read_to_string(path).unwrap_or_default());
+    let mut senders = Vec::new();
+    for line in tables.iter().flat_map(|table| table.lines().skip(1)) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_, from, to, _, _, _, _, uid, ..] = words[..] else { continue };
+        let Some((from, to)) = advice::endpoint(from).zip(advice::endpoint(to)) else { continue };
+        let Some(rules) = keys.get(&to.0) else { continue };
+        let rule = rules.iter().find(|rule| {
+            let Key { ports, from: networks, .. } = &rule.key;
+            let port = ports.is_empty() || ports.iter().any(|it| it.contains(to.1));
+            port && (networks.is_empty() || networks.iter().any(|it| it.contains(from.0)))
+        });
+        if let Some(rule) = rule {
+            senders.push(Sender {
+                rule: rule.name.clone(),
+                from: with_port(from.0, from.1),
+                to: with_port(to.0, to.1),
+                uid: uid.parse().unwrap_or(0),
+            });
+        }
+    }
+    senders
+}

@@ -1,0 +1,394 @@
+//! `udplb top`: where packets go right now.
+
+use std::cmp::Ordering;
+use std::collections::{HashMap, VecDeque};
+use std::fmt::Write;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+
+use anyhow::Context;
+use serde::Serialize;
+
+use crate::cli::{Global, Output, Top};
+use crate::columns::{self, Column};
+use crate::failure::Result;
+use crate::netlink::Netlink;
+use crate::status::{self, Paper, Reading, Status};
+use crate::terminal::{self, Key, Live, Woken};
+use crate::traffic::Rate;
+
+/// How many rates a sparkline shows.
+const HISTORY: usize = 20;
+
+const COLUMNS: [Column; 8] = [
+    Column::text("RULE", 8),
+    Column::text("UPSTREAM", 12),
+    Column::text("STATE", 5),
+    Column::number("PPS"),
+    Column::number("MBIT/S"),
+    Column::number("SHARE"),
+    Column::number("DROPS/S"),
+    Column::text("PPS BEFORE", 10),
+];
+
+/// What rows are sorted by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Order {
+    Pps,
+    Mbit,
+    Drops,
+    Name,
+}
+
+/// An upstream in the last interval.
+#[derive(Clone, Debug, Serialize)]
+struct Row {
+    rule: String,
+    upstream: String,
+    /// It gets copies besides.
+    mirror: bool,
+    health: Option<&'static str>,
+    #[serde(flatten)]
+    rate: Rate,
+    drops_per_second: f64,
+    /// Of what the rule forwarded, 0 to 1.
+    share: Option<f64>,
+    /// Packets a second, the latest last.
+    history: Vec<f64>,
+}
+
+/// All of them.
+#[derive(Clone, Debug, Serialize)]
+struct View {
+    generation: Option<u32>,
+    /// Of all rules, what matched.
+    packets_per_second: f64,
+    bits_per_second: f64,
+    /// Also those for which no upstream was chosen.
+    drops_per_second: f64,
+    /// What the program takes for a packet that comes in, whether or not it matches; `None`: none
+    /// came, or the kernel does not measure it for this user.
+    nanoseconds_per_packet: Option<f64>,
+    upstreams: Vec<Row>,
+}
+
+/// Shows it until it is told to end, or once.
+pub async fn run(global: &Global, options: &Top, netlink: &Netlink, paper: Paper) -> Result<u8> {
+    // the kernel measures as long as this is open
+    let _measured = measure().inspect_err(|error| log::info!("run time: {error}")).ok();
+    let mut screen = Screen { order: options.sort, reversed: false, first: 0 };
+    let mut last = status::read(global, netlink, None, None).await?;
+    let mut history = History::default();
+    if options.once {
+        tokio::time::sleep(options.interval).await;
+        let reading = status::read(global, netlink, None, last.status.traffic.as_ref()).await?;
+        let view = history.view(&reading, &last, screen.order);
+        let text = shown(global, &screen, &view, paper, usize::MAX)?;
+        return crate::commands::print(&text);
+    }
+    let mut live = Live::open(options.interval, true).context("the terminal")?;
+    let mut view = history.view(&last, &last, screen.order);
+    loop {
+        let size = terminal::size();
+        let paper = Paper { width: size.map(|(width, _)| width), ..paper };
+        let lines = size.map_or(usize::MAX, |(_, lines)| lines);
+        if live.show(&shown(global, &screen, &view, paper, lines)?).is_err() {
+            return Ok(0);
+        }
+        match live.woken().await {
+            Woken::End | Woken::Key(Key::Char(b'q')) => return Ok(0),
+            Woken::Key(key) => {
+                screen.press(key, view.upstreams.len(), lines);
+                sort(&mut view.upstreams, screen.order);
+            }
+            Woken::Tick => {
+                // the next time perhaps
+                let earlier = last.status.traffic.as_ref();
+                let Ok(reading) = status::read(global, netlink, None, earlier).await else {
+                    continue;
+                };
+                view = history.view(&reading, &last, screen.order);
+                last = reading;
+            }
+        }
+    }
+}
+
+/// Has the kernel measure how long programs run, which costs each of them some nanoseconds.
+fn measure() -> io::Result<OwnedFd> {
+    // SAFETY: takes a plain number; what it returns is ours alone.
+    unsafe {
+        match libbpf_sys::bpf_enable_stats(libbpf_sys::BPF_STATS_RUN_TIME) {
+            error if error < 0 => Err(io::Error::from_raw_os_error(-error)),
+            descriptor => Ok(OwnedFd::from_raw_fd(descriptor)),
+        }
+    }
+}
+
+/// The rates of before, by rule and upstream.
+#[derive(Default)]
+struct History(HashMap<(String, String), VecDeque<f64>>);
+
+impl History {
+    fn view(&mut self, now: &Reading, before: &Reading, order: Order) -> View {
+        let Status { generation, rules, .. } = &now.status;
+        let mut view = View {
+            generation: *generation,
+            packets_per_second: 0.0,
+            bits_per_second: 0.0,
+            drops_per_second: 0.0,
+            nanoseconds_per_packet: now.runs.zip(before.runs).and_then(|(now, before)| {
+                let runs = now.count.checked_sub(before.count).filter(|runs| *runs > 0)?;
+                Some(now.nanoseconds.saturating_sub(before.nanoseconds) as f64 / runs as f64)
+            }),
+            upstreams: Vec::new(),
+        };
+        let mut histories = HashMap::new();
+        for rule in rules {
+            if let Some(rate) = rule.rate {
+                view.packets_per_second += rate.packets_per_second;
+                view.bits_per_second += rate.bits_per_second;
+                view.drops_per_second += rule.drop_rate.unwrap_or(0.0);
+            }
+            for (upstream, is_mirror) in rule.destinations() {
+                let key = (rule.name.clone(), upstream.label.clone());
+                let mut history = self.0.remove(&key).unwrap_or_default();
+                let none = Rate { packets_per_second: 0.0, bits_per_second: 0.0 };
+                let rate = upstream.rate.unwrap_or(none);
+                if upstream.rate.is_some() {
+                    history.push_back(rate.packets_per_second);
+                }
+                if history.len() > HISTORY {
+                    history.pop_front();
+                }
+                view.upstreams.push(Row {
+                    rule: key.0.clone(),
+                    upstream: key.1.clone(),
+                    mirror: is_mirror,
+                    health: upstream.health,
+                    rate,
+                    drops_per_second: upstream.drop_rate.unwrap_or(0.0),
+                    share: upstream.rate.and(upstream.share),
+                    history: history.iter().copied().collect(),
+                });
+                histories.insert(key, history);
+            }
+        }
+        // those that are gone are forgotten
+        self.0 = histories;
+        sort(&mut view.upstreams, order);
+        view
+    }
+}
+
+fn sort(rows: &mut [Row], order: Order) {
+    let most = |one: f64, other: f64| other.total_cmp(&one);
+    rows.sort_by(|one, other| {
+        let names = || (&one.rule, &one.upstream).cmp(&(&other.rule, &other.upstream));
+        let first = match order {
+            Order::Pps => most(one.rate.packets_per_second, other.rate.packets_per_second),
+            Order::Mbit => most(one.rate.bits_per_second, other.rate.bits_per_second),
+            Order::Drops => most(one.drops_per_second, other.drops_per_second),
+            Order::Name => Ordering::Equal,
+        };
+        first.then_with(names)
+    });
+}
+
+/// What the keys have chosen.
+struct Screen {
+    order: Order,
+    reversed: bool,
+    /// The row at the top.
+    first: usize,
+}
+
+/// Lines that are no rows.
+const HEAD: usize = 3;
+
+impl Screen {
+    fn press(&mut self, key: Key, rows: usize, lines: usize) {
+        let page = lines.saturating_sub(HEAD).max(1);
+        match key {
+            Key::Char(b'p') => self.order = Order::Pps,
+            Key::Char(b'm') => self.order = Order::Mbit,
+            Key::Char(b'd') => self.order = Order::Drops,
+            Key::Char(b'n') => self.order = Order::Name,
+            Key::Char(b'r') => self.reversed = !self.reversed,
+            Key::Up | Key::Char(b'k') => self.first = self.first.saturating_sub(1),
+            Key::Down | Key::Char(b'j') => self.first += 1,
+            Key::PageUp => self.first = self.first.saturating_sub(page),
+            Key::PageDown | Key::Char(b' ') => self.first += page,
+            Key::Char(_) => {}
+        }
+        self.first = self.first.min(rows.saturating_sub(page));
+    }
+}
+
+fn shown(
+    global: &Global,
+    screen: &Screen,
+    view: &View,
+    paper: Paper,
+    lines: usize,
+) -> Result<String> {
+    match global.output {
+        Output::Json => Ok(serde_json::to_string(view).context("JSON")? + "\n"),
+        Output::Table => Ok(text(screen, view, paper, lines)),
+    }
+}
+
+fn text(screen: &Screen, view: &View, paper: Paper, lines: usize) -> String {
+    let generation = view
+        .generation
+        .map_or("nothing is applied".into(), |number| format!("generation {number}"));
+    let cost = view.nanoseconds_per_packet.map(|cost| format!(", {cost:.0} ns/packet"));
+    let mut head = format!(
+        "{generation}: {:.0} packets/s, {:.2} Mbit/s, {:.0} drops/s{}",
+        view.packets_per_second,
+        view.bits_per_second / 1e6,
+        view.drops_per_second,
+        cost.unwrap_or_default()
+    );
+    let mut keys = "p m d n: sort  r: reverse  q: quit".to_string();
+    if let Some(width) = paper.width {
+        (head, keys) = (columns::cut(&head, width).into(), columns::cut(&keys, width).into());
+    }
+    let filler = if paper.width.is_some() { "" } else { "-" };
+    let mut rows: Vec<Vec<String>> = view.upstreams.iter().map(|row| cells(row, filler)).collect();
+    if screen.reversed {
+        rows.reverse();
+    }
+    let rows: Vec<Vec<String>> =
+        rows.into_iter().skip(screen.first).take(lines.saturating_sub(HEAD)).collect();
+    let mut table = columns::lines(&COLUMNS, &rows, paper.width).into_iter();
+    let titles = table.next().unwrap_or_default();
+    let mut text = head + "\n";
+    // nobody presses keys where there is no terminal
+    if lines != usize::MAX {
+        text += &(keys + "\n");
+    }
+    let _ = match paper.colour {
+        true => writeln!(text, "\x1b[1m{titles}\x1b[0m"),
+        false => writeln!(text, "{titles}"),
+    };
+    table.for_each(|line| text += &(line + "\n"));
+    text
+}
+
+fn cells(row: &Row, filler: &str) -> Vec<String> {
+    let or = |text: Option<String>| text.unwrap_or_else(|| filler.into());
+    vec![
+        row.rule.clone(),
+        if row.mirror { format!("mirror {}", row.upstream) } else { row.upstream.clone() },
+        or(row.health.map(String::from)),
+        format!("{:.0}", row.rate.packets_per_second),
+        format!("{:.2}", row.rate.bits_per_second / 1e6),
+        or(row.share.map(|share| format!("{:.1}%", share * 100.0))),
+        format!("{:.0}", row.drops_per_second),
+        or(Some(sparkline(&row.history)).filter(|line| !line.is_empty())),
+    ]
+}
+
+/// A bar for each number, as high as it is of the largest.
+fn sparkline(numbers: &[f64]) -> String {
+    const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    let most = numbers.iter().copied().fold(0.0, f64::max);
+    let height = |number: f64| match most > 0.0 {
+        true => (number / most * 7.0).round() as usize,
+        false => 0,
+    };
+    numbers.iter().map(|number| BARS[height(*number).min(7)]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(rule: &str, upstream: &str, pps: f64, bits: f64, drops: f64) -> Row {
+        Row {
+            rule: rule.into(),
+            upstream: upstream.into(),
+            mirror: false,
+            health: Some("up"),
+            rate: Rate { packets_per_second: pps, bits_per_second: bits },
+            drops_per_second: drops,
+            share: Some(0.5),
+            history: vec![0.0, pps / 2.0, pps],
+        }
+    }
+
+    fn view(order: Order) -> View {
+        let mut upstreams = vec![
+            row("flows", "one", 10.0, 9e6, 0.0),
+            row("flows", "two", 30.0, 1e6, 0.0),
+            row("a", "one", 20.0, 2e6, 5.0),
+        ];
+        sort(&mut upstreams, order);
+        View {
+            generation: Some(4),
+            packets_per_second: 65.0,
+            bits_per_second: 12e6,
+            drops_per_second: 5.0,
+            nanoseconds_per_packet: Some(87.4),
+            upstreams,
+        }
+    }
+
+    const SCRIPT: Paper = Paper { colour: false, width: None };
+
+    #[test]
+    fn a_screen_of_it() {
+        let screen = Screen { order: Order::Pps, reversed: false, first: 0 };
+        let wanted = "\
+generation 4: 65 packets/s, 12.00 Mbit/s, 5 drops/s, 87 ns/packet
+RULE   UPSTREAM  STATE  PPS  MBIT/S  SHARE  DROPS/S  PPS BEFORE
+flows  two       up      30    1.00  50.0%        0  ▁▅█
+a      one       up      20    2.00  50.0%        5  ▁▅█
+flows  one       up      10    9.00  50.0%        0  ▁▅█
+";
+        assert_eq!(text(&screen, &view(Order::Pps), SCRIPT, usize::MAX), wanted);
+        let terminal = Paper { colour: false, width: Some(40) };
+        let wanted = "\
+generation 4: 65 packets/s, 12.00 Mbit/…
+p m d n: sort  r: reverse  q: quit
+RULE   UPSTREAM  STATE  PPS  MBIT/S  SH…
+flows  two       up      30    1.00  50…
+";
+        assert_eq!(text(&screen, &view(Order::Pps), terminal, 4), wanted);
+    }
+
+    #[test]
+    fn it_is_sorted() {
+        let order = |order| {
+            let view = view(order);
+            view.upstreams.iter().map(|row| row.rate.packets_per_second as u32).collect::<Vec<_>>()
+        };
+        assert_eq!(order(Order::Pps), [30, 20, 10]);
+        assert_eq!(order(Order::Mbit), [10, 20, 30]);
+        assert_eq!(order(Order::Drops), [20, 10, 30]);
+        assert_eq!(order(Order::Name), [20, 10, 30]);
+    }
+
+    #[test]
+    fn keys_choose() {
+        let mut screen = Screen { order: Order::Pps, reversed: false, first: 0 };
+        screen.press(Key::Char(b'm'), 9, 8);
+        screen.press(Key::Char(b'r'), 9, 8);
+        assert_eq!((screen.order, screen.reversed), (Order::Mbit, true));
+        screen.press(Key::Down, 9, 8);
+        assert_eq!(screen.first, 1);
+        screen.press(Key::PageDown, 9, 8);
+        assert_eq!(screen.first, 4);
+        screen.press(Key::PageUp, 9, 8);
+        screen.press(Key::Up, 9, 8);
+        assert_eq!(screen.first, 0);
+    }
+
+    #[test]
+    fn sparklines() {
+        assert_eq!(sparkline(&[]), "");
+        assert_eq!(sparkline(&[0.0, 0.0]), "▁▁");
+        assert_eq!(sparkline(&[0.0, 1.0, 2.0, 4.0, 8.0, 7.0]), "▁▂▃▅█▇");
+    }
+}

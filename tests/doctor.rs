@@ -1,0 +1,256 @@
+//! `udplb doctor`: each trouble is seen, and what it names mends it.
+
+mod common;
+
+use std::fs;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule, to_port};
+use common::net::{bind, receive};
+use common::service::{Arpd, until};
+use serde_json::{Value, json};
+use udplb::netlink::Netlink;
+
+/// What is found, and whether there are problems.
+fn examine(lab: &Lab, code: i32) -> String {
+    lab.run("doctor").expect(code).stdout
+}
+
+/// Runs what a finding names.
+fn mend(lab: &Lab, what: &str) {
+    let outcome = lab.run("doctor -o json").json();
+    let findings = outcome["findings"].as_array().expect("findings");
+    let found = findings.iter().find(|it| it["what"].as_str().is_some_and(|it| it.contains(what)));
+    let found = found.unwrap_or_else(|| panic!("no `{what}` in {outcome:#}"));
+    let command = found["mend"].as_str().expect("a command");
+    // it may say more than one needs
+    let command = command.split([',', ';']).next().expect("a command");
+    match command.strip_prefix("udplb ") {
+        Some(words) => lab.run(words).expect(0),
+        None => {
+            let mut words = command.split_whitespace();
+            let mut command = lab.relay.command(words.next().expect("a program"));
+            Outcome::of(command.args(words)).expect(0)
+        }
+    };
+}
+
+#[test]
+fn nothing_wrong_and_nothing_applied() {
+    let lab = Lab::new();
+    let file = lab.write(&to_port(7001));
+    let wanted =
+        "problem: nothing is applied\n  why:  no packet is forwarded\n  mend: udplb apply ";
+    let found = lab.run(&format!("doctor {}", file.display())).expect(3).stdout;
+    assert_eq!(found, format!("{wanted}{}\n1 problem\n", file.display()));
+    assert_eq!(examine(&lab, 3), format!("{wanted}FILE\n1 problem\n"));
+    lab.apply(&to_port(7001));
+    assert_eq!(examine(&lab, 0), "all is well\n");
+    assert_eq!(lab.run("doctor -o json").json(), json!({ "healthy": true, "findings": [] }));
+    lab.run("doctor nowhere.yaml").expect(66);
+}
+
+/// A program that returns this, and nothing else.
+fn program(returned: i32) -> OwnedFd {
+    let instructions = [
+        libbpf_sys::bpf_insn { code: 0xb4, imm: returned, ..Default::default() },
+        libbpf_sys::bpf_insn { code: 0x95, ..Default::default() },
+    ];
+    // SAFETY: C strings and instructions outlive the call; what it returns is ours alone.
+    unsafe {
+        let program = libbpf_sys::bpf_prog_load(
+            libbpf_sys::BPF_PROG_TYPE_SCHED_CLS,
+            c"foreign".as_ptr(),
+            c"GPL".as_ptr(),
+            instructions.as_ptr(),
+            instructions.len() as libbpf_sys::size_t,
+            std::ptr::null_mut(),
+        );
+        assert!(program >= 0, "{program}");
+        OwnedFd::from_raw_fd(program)
+    }
+}
+
+/// Puts a program of somebody else onto the relay's ingress.
+fn attach(lab: &Lab, priority: u16, returned: i32) {
+    let index = lab.relay.index("eth0");
+    lab.relay.enter(|| {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(async {
+            let netlink = Netlink::open().expect("netlink");
+            let program = program(returned);
+            let attached =
+                netlink.set_filter(index, priority, 1, "foreign", program.as_fd(), false);
+            attached.await.expect("attached");
+        });
+    });
+}
+
+#[test]
+fn a_filter_that_hides_packets() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    // behind udplb, and one that lets the next one look
+    attach(&lab, 101, 0);
+    attach(&lab, 10, -1);
+    assert_eq!(examine(&lab, 0), "all is well\n");
+    attach(&lab, 50, 0);
+    let found = examine(&lab, 3);
+    assert!(
+        found.starts_with("problem: eth0: bpf pref 50 handle 0x1 foreign (program "),
+        "{found}"
+    );
+    assert!(found.contains("hides every packet from udplb\n"), "{found}");
+    assert!(found.contains("it comes first and says TC_ACT_OK, after which"), "{found}");
+    assert!(
+        found.contains("mend: tc filter del dev eth0 ingress pref 50 handle 0x1 bpf, or"),
+        "{found}"
+    );
+    let receiver = bind(&lab.upstream, UPSTREAMS[0], 7001);
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    sender.send_to(b"hidden", (RELAY, 5000)).expect("sent");
+    mend(&lab, "hides every packet");
+    sender.send_to(b"seen", (RELAY, 5000)).expect("sent");
+    assert_eq!(receive(&receiver).payload, b"seen");
+    assert_eq!(examine(&lab, 0), "all is well\n");
+}
+
+#[test]
+fn drift_and_what_is_not_attached() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    let file = lab.write(&to_port(7002)).display().to_string();
+    let found = examine(&lab, 3);
+    let wanted = format!(
+        "problem: {file}: it is not what serves\n  \
+         why:  it was changed after it was applied, or another file was applied\n  \
+         mend: udplb plan {file}; udplb apply {file}\n1 problem\n"
+    );
+    assert_eq!(found, wanted);
+    lab.run(&format!("apply {file}")).expect(0);
+    assert_eq!(examine(&lab, 0), "all is well\n");
+    lab.run("rollback").expect(0);
+    assert!(examine(&lab, 3).contains("a rollback left it, and it is held"));
+    mend(&lab, "not what serves");
+    assert_eq!(examine(&lab, 0), "all is well\n");
+    fs::write(&file, "version: 1\nrules: 1\n").expect("the file");
+    assert!(
+        examine(&lab, 3)
+            .contains(&format!("{file}: it cannot be applied\n  why:  error: {file}:2:8"))
+    );
+    lab.write(&to_port(7002));
+
+    lab.run("detach").expect(0);
+    assert!(examine(&lab, 3).starts_with("problem: eth0: udplb is not attached\n"));
+    mend(&lab, "not attached");
+    lab.relay.ip("link set eth0 down");
+    assert!(examine(&lab, 3).contains("eth0: it is down\n"));
+    mend(&lab, "it is down");
+    assert_eq!(examine(&lab, 0), "all is well\n");
+    fs::remove_file(lab.bpffs.pins().join("current/slots")).expect("a pin");
+    let number = &lab.status()["generation"];
+    assert!(examine(&lab, 3).contains(&format!("pins of generation {number} are missing")));
+    mend(&lab, "pins of generation");
+    assert_eq!(examine(&lab, 0), "all is well\n");
+    lab.relay.ip("link set eth0 down");
+    lab.relay.ip("link set eth0 name eth7");
+    assert!(examine(&lab, 3).starts_with("problem: eth0: there is no such interface\n"));
+}
+
+#[test]
+fn forwarding_and_reverse_path_filters() {
+    let lab = Lab::new();
+    let _here = bind(&lab.relay, RELAY, 5000);
+    let upstream = json!({ "address": UPSTREAMS[0], "port": 7001 });
+    lab.apply(&config(&[rule("copies", 5000, json!({}), &[upstream])]));
+    assert_eq!(examine(&lab, 0), "all is well\n");
+    lab.relay.sysctl("net.ipv4.ip_forward", "0");
+    assert!(examine(&lab, 0).starts_with("note: eth0: forwarding is off there"));
+    {
+        let _arpd = Arpd::start(&lab, "");
+        until("arpd vouches", || lab.run("doctor").stdout == "all is well\n");
+    }
+    lab.relay.sysctl("net.ipv4.ip_forward", "1");
+    until("the lease has run out", || lab.status()["arpd"] == false);
+    assert!(examine(&lab, 3).starts_with("problem: arpd has ended\n"));
+    let _arpd = Arpd::start(&lab, "");
+    until("arpd vouches", || lab.status()["arpd"] == true);
+    // strict is no trouble where the way back is the same
+    lab.relay.sysctl("net.ipv4.conf.eth0.rp_filter", "1");
+    lab.relay.ip("route add default via 10.1.0.20");
+    assert_eq!(examine(&lab, 0), "all is well\n");
+    lab.relay.ip("route replace default via 10.2.0.20");
+    let found = examine(&lab, 3);
+    assert!(found.starts_with("problem: eth0: rp_filter is strict there"), "{found}");
+    mend(&lab, "rp_filter is strict");
+    assert_eq!(examine(&lab, 0), "all is well\n");
+}
+
+#[test]
+fn what_is_too_large_and_who_is_behind_a_router() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    lab.relay.ip("link set up0 mtu 1400");
+    let found = examine(&lab, 0);
+    assert!(found.starts_with("note: only: the MTU on the way to one is 1400\n"), "{found}");
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    sender.send_to(&[0; 1450], (RELAY, 5000)).expect("sent");
+    until("it is counted", || lab.packets("only", "one", "mtu") == 1);
+    let found = examine(&lab, 3);
+    assert!(
+        found.contains("larger packets, up to 1500, are dropped as `mtu`: 1 so far"),
+        "{found}"
+    );
+    mend(&lab, "the MTU");
+    assert_eq!(examine(&lab, 0), "all is well\n");
+
+    lab.relay.ip("route add 10.9.0.0/24 via 10.2.0.21");
+    let options = json!({ "tc_action": "block", "source": "preserve" });
+    let upstreams = ["10.9.0.1", "10.9.0.2"].map(|address| json!({ "address": address }));
+    lab.apply(&config(&[rule("far", 5000, options, &upstreams)]));
+    let found = examine(&lab, 0);
+    let wanted =
+        "note: far: 10.9.0.1 is behind the router 10.2.0.21, and gets senders' own addresses\n";
+    assert!(found.starts_with(wanted), "{found}");
+    assert!(found.ends_with("no problems, 1 note\n"), "{found}");
+    lab.relay.ip("route del 10.9.0.0/24");
+    assert!(examine(&lab, 3).starts_with("problem: far: there is no route to 10.9.0.1\n"));
+}
+
+#[test]
+fn senders_on_this_host() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    let sender = bind(&lab.relay, RELAY, 40_000);
+    sender.connect((RELAY, 5000)).expect("connected");
+    let wanted =
+        "problem: only: a socket of this host, 10.1.0.1:40000 of user 0, sends to 10.1.0.1:5000\n";
+    let found = examine(&lab, 3);
+    assert!(found.starts_with(wanted), "{found}");
+    drop(sender);
+    assert_eq!(examine(&lab, 0), "all is well\n");
+}
+
+#[test]
+fn without_privileges_it_says_so() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    let program = lab.directory.path().join("udplb");
+    fs::copy(env!("CARGO_BIN_EXE_udplb"), &program).expect("a copy of udplb");
+    let outcome = lab.relay.enter(|| {
+        let mut command = Command::new(&program);
+        command.arg("--pin-dir").arg(lab.bpffs.pins()).args(["doctor", "-o", "json"]);
+        Outcome::of(command.uid(65_534).gid(65_534))
+    });
+    let found = outcome.expect(3).json();
+    let what: Vec<&Value> =
+        found["findings"].as_array().expect("findings").iter().map(|it| &it["what"]).collect();
+    assert!(what.contains(&&json!("what serves cannot be read")), "{found:#}");
+    assert!(
+        what.iter().any(|what| what.as_str().is_some_and(|it| it.contains("CAP_BPF"))),
+        "{found:#}"
+    );
+}

@@ -1,0 +1,413 @@
+//! What operators see: status, its rates, top; and counters that lose nothing.
+
+mod common;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::UdpSocket;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{sleep, spawn};
+use std::time::{Duration, Instant};
+
+use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, config, rule};
+use common::net::{bind, local, receive, send_until, set};
+use common::service::until;
+use serde_json::{Value, json};
+use udplb::bpf::{open_program, program_info};
+
+/// Two upstreams by the sender's port; and copies to a place that there is no route to.
+fn rules() -> Value {
+    let two = UPSTREAMS.map(|address| json!({ "address": address, "port": 7000 }));
+    let named = json!({ "name": "nowhere", "address": "192.0.2.1" });
+    config(&[
+        rule("flows", 5000, json!({ "tc_action": "block" }), &two),
+        rule("copies", 5001, json!({}), &[named]),
+    ])
+}
+
+/// Three packets by the first upstream, one by the second, and two that go nowhere.
+fn send(lab: &Lab) {
+    let receivers = UPSTREAMS.map(|address| bind(&lab.upstream, address, 7000));
+    for (port, receiver, count) in [(5666, &receivers[0], 3), (60256, &receivers[1], 1)] {
+        let sender = bind(&lab.client, CLIENTS[0], port);
+        for _ in 0..count {
+            sender.send_to(b"ten bytes!", (RELAY, 5000)).expect("sent");
+            receive(receiver);
+        }
+    }
+    let _here = bind(&lab.relay, RELAY, 5001);
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    for _ in 0..2 {
+        sender.send_to(b"copied", (RELAY, 5001)).expect("sent");
+    }
+    until("the last packet is counted", || lab.packets("copies", "nowhere", "no-route") == 2);
+}
+
+/// Without what is another at another time: file, dates, MAC addresses and their state.
+fn masked(text: &str) -> String {
+    let mut lines = Vec::new();
+    for line in text.lines() {
+        let words = line.split_inclusive(' ').map(|word| {
+            let plain = word.trim_end();
+            match plain {
+                _ if plain.contains("/udplb-files-") => "FILE ",
+                _ if plain.matches(':').count() == 5 => "MAC ",
+                _ if plain.starts_with("20") && plain.ends_with('Z') => "TIME ",
+                _ => word,
+            }
+        });
+        let line: String = words.collect();
+        let line = match line.split_once("(") {
+            Some((start, end)) if end.ends_with("ago)") => format!("{start}(AGE ago)"),
+            _ => line,
+        };
+        lines.push(line);
+    }
+    lines.join("\n") + "\n"
+}
+
+/// The words of a table's rows, without those that change.
+fn rows(text: &str) -> Vec<Vec<String>> {
+    let table = text.split_once("\n\n").map_or(text, |(_, table)| table);
+    let cells = |line: &str| -> Vec<String> {
+        line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).map(String::from).collect()
+    };
+    table.lines().map(cells).collect()
+}
+
+#[test]
+fn status_in_words() {
+    let lab = Lab::new();
+    lab.apply(&rules());
+    send(&lab);
+    let text = lab.run("status").expect(0).stdout;
+    // without a command it is the same
+    assert_eq!(masked(&lab.run("").expect(0).stdout).lines().next(), masked(&text).lines().next());
+    let head = "generation 1 of FILE applied TIME (AGE ago)\neth0: attached\n\n";
+    assert!(masked(&text).starts_with(head), "{}", masked(&text));
+    let mut rows = rows(&text);
+    for row in &mut rows {
+        // the next hop's MAC address, state and age
+        let end = row[3].find(" dev up0").map(|place| place + " dev up0".len());
+        let hop = &mut row[3];
+        hop.truncate(end.unwrap_or(hop.len()));
+    }
+    let wanted = [
+        "RULE|KEY|UPSTREAM|NEXT HOP|STATE|FORWARDED|BYTES|SHARE|NOT FORWARDED",
+        "flows|10.1.0.1:5000 block|-|-|-|4|208|-|-",
+        "flows|-|10.2.0.20:7000|10.2.0.20 dev up0|-|3|156|75.0%|-",
+        "flows|-|10.2.0.21:7000|10.2.0.21 dev up0|-|1|52|25.0%|-",
+        "copies|10.1.0.1:5001 pass|-|-|-|0|0|-|no-route 2",
+        "copies|-|nowhere 192.0.2.1|no route|-|0|0|-|no-route 2",
+    ];
+    assert_eq!(rows.iter().map(|row| row.join("|")).collect::<Vec<_>>(), wanted);
+    let one = lab.run("status copies").expect(0).stdout;
+    assert!(one.contains("nowhere") && !one.contains("flows"), "{one}");
+    // no colour but where it is asked for
+    assert!(!text.contains('\x1b'));
+    assert!(lab.run("status --color always").stdout.contains("\x1b[1mRULE"));
+
+    let status = lab.status();
+    let rules = status["rules"].as_array().expect("rules");
+    assert_eq!(rules[0]["counters"]["forwarded"], json!({ "packets": 4, "bytes": 208 }));
+    assert_eq!(rules[0]["counters"]["matched"]["packets"], 4);
+    assert_eq!(rules[0]["upstreams"][1]["share"], 0.25);
+    assert_eq!(rules[1]["upstreams"][0]["share"], Value::Null);
+    assert!(rules[0].get("rate").is_none());
+}
+
+/// Sends as long as the value lives.
+struct Load {
+    stop: std::sync::Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<u64>>,
+}
+
+impl Load {
+    fn start(socket: UdpSocket, port: u16) -> Load {
+        let stop = std::sync::Arc::new(AtomicBool::new(false));
+        let stopped = std::sync::Arc::clone(&stop);
+        let thread = spawn(move || send_until(&stopped, &socket, (RELAY, port)));
+        Load { stop, thread: Some(thread) }
+    }
+
+    /// How many datagrams it sent.
+    fn end(mut self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        // and one that says that it is the last
+        self.thread.take().expect("running").join().expect("sent") + 1
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn rates_and_a_watch() {
+    let lab = Lab::new();
+    lab.apply(&rules());
+    let _receivers = UPSTREAMS.map(|address| bind(&lab.upstream, address, 7000));
+    let _load = Load::start(bind(&lab.client, CLIENTS[0], 5666), 5000);
+    let started = Instant::now();
+    let status = lab.run("status --rate -o json").expect(0).json();
+    assert!(started.elapsed() > Duration::from_secs(1));
+    let upstreams = &status["rules"][0]["upstreams"];
+    let number = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{status:#}"));
+    let packets = number(&upstreams[0]["rate"]["packets_per_second"]);
+    assert!(packets > 100.0, "{status:#}");
+    // eight bytes with their headers
+    assert_eq!(number(&upstreams[0]["rate"]["bits_per_second"]).round(), (packets * 400.0).round());
+    assert_eq!(number(&upstreams[0]["share"]), 1.0);
+    assert_eq!(number(&upstreams[1]["rate"]["packets_per_second"]), 0.0);
+    let titles = &rows(&lab.run("status --rate").expect(0).stdout)[0];
+    assert_eq!(titles[5..], ["PPS", "MBIT/S", "SHARE", "NOT FORWARDED"]);
+
+    // one line for each look; ended by a signal, the exit code is that of the last
+    let mut command = lab.udplb("status --watch -o json");
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("the program runs");
+    sleep(Duration::from_millis(2_500));
+    interrupt(&child);
+    let mut text = String::new();
+    child.stdout.take().expect("a pipe").read_to_string(&mut text).expect("text");
+    assert_eq!(child.wait().expect("the child").code(), Some(0));
+    let looks: Vec<Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert!((2..=4).contains(&looks.len()), "{}", looks.len());
+    assert!(looks[0]["rules"][0].get("rate").is_none());
+    assert!(looks[1]["rules"][0]["rate"]["packets_per_second"].as_f64() > Some(100.0));
+}
+
+fn interrupt(child: &Child) {
+    // SAFETY: the process is a child that was not waited for.
+    let sent = unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
+    assert_eq!(sent, 0, "kill: {}", std::io::Error::last_os_error());
+}
+
+/// A program on a terminal of its own, 100 columns wide.
+struct OnTerminal {
+    child: Child,
+    keyboard: File,
+    screen: std::thread::JoinHandle<String>,
+}
+
+impl OnTerminal {
+    fn start(mut command: Command) -> OnTerminal {
+        let size = libc::winsize { ws_row: 10, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
+        let (mut ours, mut theirs) = (0, 0);
+        // SAFETY: the numbers and the size outlive the call, and the descriptors are ours alone.
+        let (ours, theirs) = unsafe {
+            let null = std::ptr::null_mut();
+            let opened = libc::openpty(&mut ours, &mut theirs, null, null.cast(), &size);
+            assert_eq!(opened, 0, "openpty: {}", std::io::Error::last_os_error());
+            (OwnedFd::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs))
+        };
+        let copy = || Stdio::from(theirs.try_clone().expect("a copy"));
+        command.stdin(copy()).stdout(copy()).stderr(Stdio::null());
+        let child = command.spawn().expect("the program runs");
+        drop((theirs, command));
+        let mut reader = File::from(ours.try_clone().expect("a copy"));
+        let screen = spawn(move || {
+            let mut bytes = Vec::new();
+            // an error is how a terminal ends
+            let _ = reader.read_to_end(&mut bytes);
+            String::from_utf8_lossy(&bytes).into_owned()
+        });
+        OnTerminal { child, keyboard: File::from(ours), screen }
+    }
+
+    /// What was on the screen, after the end.
+    fn end(mut self) -> String {
+        let code = self.child.wait().expect("the child").code();
+        assert_eq!(code, Some(0));
+        self.screen.join().expect("the screen")
+    }
+}
+
+const ENTER: &str = "\x1b[?1049h\x1b[?25l";
+const LEAVE: &str = "\x1b[?7h\x1b[?25h\x1b[?1049l";
+
+#[test]
+fn a_watch_gives_the_terminal_back() {
+    let lab = Lab::new();
+    lab.apply(&rules());
+    send(&lab);
+    let watch = OnTerminal::start(lab.udplb("status --watch"));
+    sleep(Duration::from_millis(1_500));
+    interrupt(&watch.child);
+    let screen = watch.end();
+    assert!(screen.starts_with(ENTER) && screen.ends_with(LEAVE), "{screen:?}");
+    assert!(screen.matches("\x1b[H").count() >= 2, "{screen:?}");
+    // no line is wider than the terminal
+    let escapes = ["\x1b[K", "\x1b[J", "\x1b[1m", "\x1b[0m"];
+    let plain = escapes.iter().fold(screen, |screen, escape| screen.replace(escape, ""));
+    let frame = plain.split("\x1b[H").nth(1).expect("a frame");
+    for line in frame.lines() {
+        assert!(line.chars().count() <= 100, "{line:?}");
+    }
+    assert!(frame.contains("RULE"), "{frame}");
+}
+
+#[test]
+fn top_shows_what_goes_where() {
+    let lab = Lab::new();
+    lab.apply(&rules());
+    let _receivers = UPSTREAMS.map(|address| bind(&lab.upstream, address, 7000));
+    let load = Load::start(bind(&lab.client, CLIENTS[0], 60256), 5000);
+    let view = lab.run("top --once -o json").expect(0).json();
+    let upstreams = view["upstreams"].as_array().expect("upstreams");
+    assert_eq!(upstreams.len(), 3);
+    assert_eq!(upstreams[0]["upstream"], "10.2.0.21:7000");
+    assert_eq!(upstreams[0]["share"], 1.0);
+    assert!(upstreams[0]["packets_per_second"].as_f64() > Some(100.0), "{view:#}");
+    let cost = view["nanoseconds_per_packet"].as_f64().unwrap_or_else(|| panic!("{view:#}"));
+    assert!((5.0..100_000.0).contains(&cost), "{cost}");
+    let text = lab.run("top --once --sort name").expect(0).stdout;
+    let names: Vec<String> = rows(&text)[2..].iter().map(|row| row[..2].join(" ")).collect();
+    assert_eq!(names, ["copies nowhere", "flows 10.2.0.20:7000", "flows 10.2.0.21:7000"], "{text}");
+
+    let mut top = OnTerminal::start(lab.udplb("top"));
+    sleep(Duration::from_millis(2_500));
+    top.keyboard.write_all(b"n").expect("a key");
+    sleep(Duration::from_millis(300));
+    top.keyboard.write_all(b"q").expect("a key");
+    let screen = top.end();
+    assert!(screen.starts_with(ENTER) && screen.ends_with(LEAVE), "{screen:?}");
+    let frames: Vec<&str> = screen.split("\x1b[H").collect();
+    let first = |frame: &str, one: &str, other: &str| frame.find(one) < frame.find(other);
+    let (before, after) = (frames[frames.len() - 2], frames[frames.len() - 1]);
+    assert!(first(before, "10.2.0.21:7000", "10.2.0.20:7000"), "{before:?}");
+    assert!(first(after, "10.2.0.20:7000", "10.2.0.21:7000"), "{after:?}");
+    assert!(after.contains("ns/packet") && after.contains('█'), "{after:?}");
+
+    // the kernel measures nothing any more, unless another test's top is at it
+    let runs = || {
+        let program = open_program(&lab.bpffs.pins().join("current/program")).expect("the program");
+        program_info(program.as_fd()).expect("its numbers").runs.count
+    };
+    until("nobody measures", || {
+        let before = runs();
+        sleep(Duration::from_millis(100));
+        runs() == before
+    });
+    load.end();
+}
+
+/// What has arrived, without waiting.
+fn arrived(socket: &UdpSocket) -> u64 {
+    socket.set_nonblocking(true).expect("non-blocking");
+    let mut buffer = [0; 2048];
+    std::iter::from_fn(|| socket.recv(&mut buffer).ok()).count() as u64
+}
+
+/// By name, of a list in the status.
+fn find<'a>(list: &'a Value, field: &str, name: &str) -> &'a Value {
+    let found = list.as_array().and_then(|list| list.iter().find(|it| it[field] == name));
+    found.unwrap_or_else(|| panic!("no {name} in {list:#}"))
+}
+
+fn packets(counters: &Value, verdict: &str) -> u64 {
+    counters[verdict]["packets"].as_u64().expect("a number")
+}
+
+/// Whether each verdict is counted once: the sum over all of them is what matched.
+#[track_caller]
+fn expect_conserved(counters: &Value) {
+    let all = counters.as_object().expect("counters");
+    let sum: u64 =
+        all.keys().filter(|name| *name != "matched").map(|name| packets(counters, name)).sum();
+    assert_eq!(sum, packets(counters, "matched"), "{counters:#}");
+}
+
+#[test]
+fn counters_lose_nothing_under_load_and_across_applies() {
+    const APPLIES: u32 = 12;
+    let lab = Lab::new();
+    // each generation is another; rules and endpoints stay
+    let configuration = |round: u32| {
+        let upstream = |address: usize, port: u16| json!({ "name": format!("u{port}"), "address": UPSTREAMS[address], "port": port });
+        let mut two = vec![upstream(0, 7000), upstream(1, 7001)];
+        let mut copies = vec![upstream(0, 7002), upstream(1, 7003)];
+        if round % 2 == 1 {
+            two.reverse();
+            copies.reverse();
+        }
+        let port = 6000 + round as u16;
+        config(&[
+            rule("flows", 5000, json!({ "tc_action": "block" }), &two),
+            rule("copies", 5001, json!({ "source": "preserve" }), &copies),
+            rule("old", 5002, json!({ "tc_action": "block" }), &[upstream(0, 7004)]),
+            rule("changes", port, json!({ "tc_action": "block" }), &[upstream(0, 7005)]),
+        ])
+    };
+    let receivers: Vec<(String, UdpSocket)> = (7000..=7004_u16)
+        .map(|port| (format!("u{port}"), bind(&lab.upstream, UPSTREAMS[(port % 2) as usize], port)))
+        .collect();
+    let _here = bind(&lab.relay, RELAY, 5001);
+    lab.apply(&configuration(0));
+    let sender = |port: u16, ttl: i32| {
+        let socket = bind(&lab.client, CLIENTS[0], port);
+        set(&socket, libc::IPPROTO_IP, libc::IP_TTL, ttl);
+        assert_eq!(local(&socket).port(), port);
+        socket
+    };
+    // of the last rule nothing is sent on
+    let loads = [
+        ("flows", Load::start(sender(5666, 64), 5000)),
+        ("flows", Load::start(sender(60256, 64), 5000)),
+        ("copies", Load::start(sender(5667, 64), 5001)),
+        ("copies", Load::start(sender(60257, 64), 5001)),
+        ("old", Load::start(sender(5668, 1), 5002)),
+    ];
+    let mut last = Vec::new();
+    for round in 1..=APPLIES {
+        sleep(Duration::from_millis(50));
+        assert_eq!(lab.apply(&configuration(round))["changed"], true);
+        // no counter ever goes back
+        let status = lab.status();
+        let now: Vec<u64> = ["flows", "copies", "old"]
+            .map(|name| packets(&find(&status["rules"], "name", name)["counters"], "matched"))
+            .to_vec();
+        assert!(last.iter().zip(&now).all(|(last, now)| last <= now), "{last:?} {now:?}");
+        last = now;
+    }
+    let mut sent = std::collections::BTreeMap::new();
+    for (name, load) in loads {
+        *sent.entry(name).or_insert(0) += load.end();
+    }
+    let matched =
+        |name: &str| packets(&find(&lab.status()["rules"], "name", name)["counters"], "matched");
+    for (name, sent) in &sent {
+        until("all are counted", || matched(name) >= *sent);
+        assert_eq!(matched(name), *sent, "{name}");
+    }
+    let status = lab.status();
+    for name in ["flows", "copies", "old"] {
+        let rule = find(&status["rules"], "name", name);
+        expect_conserved(&rule["counters"]);
+        let mut forwarded = 0;
+        for upstream in rule["upstreams"].as_array().expect("upstreams") {
+            expect_conserved(&upstream["counters"]);
+            let label = upstream["label"].as_str().expect("a label");
+            let (_, socket) = receivers.iter().find(|(it, _)| it == label).expect("a receiver");
+            let sent_on = packets(&upstream["counters"], "forwarded")
+                + packets(&upstream["counters"], "stale-neighbour");
+            assert_eq!(arrived(socket), sent_on, "{name} {label}");
+            forwarded += sent_on;
+        }
+        let counters = &rule["counters"];
+        assert_eq!(
+            packets(counters, "forwarded") + packets(counters, "stale-neighbour"),
+            forwarded
+        );
+    }
+    let old = &find(&status["rules"], "name", "old")["counters"];
+    assert_eq!(packets(old, "ttl"), sent["old"]);
+    assert_eq!(
+        packets(&find(&status["rules"], "name", "flows")["counters"], "forwarded"),
+        sent["flows"]
+    );
+}
