@@ -7,6 +7,8 @@ use libbpf_rs::{MapCore, MapFlags};
 
 use crate::floors::{self, FloorsSkel, Packet};
 use crate::relay::{Case, Programs, Relay, UNSPEC};
+use crate::replicator::Replicator;
+use crate::veth::{self, Host};
 use crate::{Report, least};
 
 const RECEIVERS: [u32; 5] = [1, 2, 4, 8, 16];
@@ -14,12 +16,13 @@ const RECEIVERS: [u32; 5] = [1, 2, 4, 8, 16];
 const PORT: u16 = 2001;
 
 const ROUNDS: usize = 400;
+const HOST_ROUNDS: usize = 60;
 /// In one run: they fit a queue, so that all of them arrive.
 const COPIES: i32 = 800;
 
 pub fn measure(report: &mut Report) {
     let floors = floors::load();
-    let relay = Relay::new(&floors, &rules());
+    let relay = Relay::new(&floors, &rules(PORT, &RECEIVERS, "pass"));
     let mut programs = Programs::new(&floors);
     let at_once = programs.add(floors.progs.at_once.as_fd());
     let copies = programs.add(floors.progs.copies.as_fd());
@@ -53,18 +56,66 @@ pub fn measure(report: &mut Report) {
         let [floor, udplb] = [floor, udplb].map(further);
         report.at_most(&format!("{what} ({floor:.0} ns)"), &ns(udplb), udplb / floor, " x", 1.05);
     }
+    measure_hosts(report);
 }
 
-fn rules() -> String {
+/// The whole way through a host, whose CPU time it is.
+fn measure_hosts(report: &mut Report) {
+    let floors = floors::load();
+    let arrival = Host::new(&floors);
+    floors::sink(&floors, &arrival.relay, "in0");
+    let hosts = RECEIVERS.map(|receivers| {
+        let host = || Host::new(&floors).copying(receivers.into());
+        let socket = host();
+        let replicator = Replicator::start(&socket.relay, receivers as u8);
+        (host().udplb(&rules(veth::PORT, &[receivers], "block")), host().nftables(&dup(receivers)), socket, replicator)
+    });
+    let figures: [f64; 16] = least(HOST_ROUNDS, |index| match index {
+        0 => arrival.generate(&floors),
+        _ => {
+            let (udplb, nftables, socket, _) = &hosts[(index - 1) / 3];
+            [udplb, nftables, socket][(index - 1) % 3].generate(&floors)
+        }
+    });
+    report.title("CPU time of a packet that is copied, on its way through a host: udplb, nftables, sendmmsg");
+    let arrival = figures[0];
+    for (receivers, figures) in RECEIVERS.iter().zip(figures[1..].chunks(3)) {
+        let [udplb, nftables, socket] = [0, 1, 2].map(|which| figures[which] - arrival);
+        let what = format!("to {receivers}, udplb against nftables' dup");
+        let ns = format!("{udplb:.0} ns");
+        report.at_least(&what, &ns, nftables / udplb, " x", 1.0);
+        let what = format!("to {receivers}, against recvmmsg and sendmmsg");
+        report.at_least(&what, &ns, socket / udplb, " x", 1.0);
+    }
+}
+
+fn dup(receivers: u32) -> String {
+    let mut text = String::from(
+        "table ip copy {\n    chain prerouting {\n        \
+         type filter hook prerouting priority mangle\n",
+    );
+    for host in 2..2 + receivers {
+        let _ = writeln!(
+            text,
+            "        ip daddr 10.0.1.1 udp dport {} dup to 10.0.2.{host} device out0",
+            veth::PORT
+        );
+    }
+    let _ = writeln!(text, "        ip daddr 10.0.1.1 udp dport {} drop\n    }}\n}}", veth::PORT);
+    text
+}
+
+/// A rule for each of these numbers of receivers.
+fn rules(first: u16, rules: &[u32], action: &str) -> String {
     let mut text = String::from("version: 1\ninterfaces: [in0]\nrules:\n");
-    for (port, receivers) in (PORT..).zip(RECEIVERS) {
-        let hosts = 2..2 + receivers;
+    for (port, receivers) in (first..).zip(rules) {
+        let hosts = 2..2 + *receivers;
         let list: Vec<String> =
             hosts.map(|host| format!("{{ address: 10.0.2.{host}, port: 9000 }}")).collect();
         let _ = writeln!(
             text,
             "  - key: {{ address: 10.0.1.1, port: {port} }}\n    \
-             options: {{ tc_action: pass, mode: replicate, source: vip }}\n    \
+             options: {{ tc_action: {action}, mode: replicate, source: vip }}\n    \
              upstream: [{}]",
             list.join(", ")
         );

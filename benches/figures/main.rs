@@ -12,6 +12,7 @@ mod healing;
 mod load;
 mod packets;
 mod relay;
+mod replicator;
 mod tables;
 mod trace;
 mod veth;
