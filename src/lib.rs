@@ -8,7 +8,7 @@
 //! bpffs + tc ── observe ──> Observed ────────────┘
 //! ```
 //!
-//! `config`, `partial`, `plan`, `tables` and `diff` are pure. `apply` is the only module that carries
+//! `config`, `partial`, `plan`, `tables`, `drain` and `diff` are pure. `apply` is the only module that carries
 //! actions out, and takes a [`state::WriteGuard`] for it. The kernel is the only state.
 
 pub mod addresses;
@@ -24,6 +24,7 @@ pub mod commands;
 pub mod config;
 pub mod counters;
 pub mod diff;
+pub mod drain;
 pub mod failure;
 pub mod generation;
 pub mod lease;
@@ -32,6 +33,7 @@ pub mod maglev;
 pub mod netlink;
 pub mod nexthop;
 pub mod observe;
+pub mod overrides;
 pub mod partial;
 pub mod plan;
 pub mod privileges;

@@ -1,5 +1,6 @@
 //! What serves and what became of the packets, for people and for `-o json`.
 
+use std::collections::HashSet;
 use std::fmt::Write;
 use std::net::IpAddr;
 
@@ -11,13 +12,14 @@ use serde_json::{Map, Value, json};
 use crate::bpf::types;
 use crate::changes;
 use crate::clock;
-use crate::config::Address;
+use crate::config::{Address, Mode, State};
 use crate::counters::Counts;
 use crate::generation::Generation;
 use crate::lease;
 use crate::netlink::{Neighbour, NudState};
 use crate::nexthop;
 use crate::observe::Observed;
+use crate::overrides;
 use crate::plan::{Rule, RuleIds, Upstream};
 use crate::state::{ReadGuard, StateMaps};
 use crate::tc::Slot;
@@ -55,7 +57,8 @@ pub struct RuleStatus {
     pub key: String,
     pub tc_action: crate::config::Action,
     pub upstreams: Vec<UpstreamStatus>,
-    /// Of the rule and all of its upstreams, by verdict.
+    pub mirrors: Vec<UpstreamStatus>,
+    /// Each packet once, by verdict.
     pub counters: Value,
     #[serde(skip)]
     counts: Counts,
@@ -66,6 +69,11 @@ pub struct UpstreamStatus {
     pub label: String,
     pub address: Address,
     pub port: Option<u16>,
+    /// By hand, or else by the file.
+    pub state: State,
+    /// What `drain` and `enable` say of it.
+    #[serde(rename = "override")]
+    pub said: Option<State>,
     pub next_hop: Option<NextHopStatus>,
     /// What arpd makes of it: `up`, `stale`, `down`; only as long as arpd runs.
     pub health: Option<&'static str>,
@@ -74,6 +82,9 @@ pub struct UpstreamStatus {
     pub counters: Value,
     #[serde(skip)]
     endpoint: String,
+    /// [`overrides::word`] of it.
+    #[serde(skip)]
+    drained: Option<&'static str>,
     #[serde(skip)]
     counts: Counts,
 }
@@ -155,7 +166,8 @@ struct View<'a> {
 impl RuleStatus {
     /// The upstreams that do not answer, in words.
     fn down(&self) -> impl Iterator<Item = String> {
-        let down = self.upstreams.iter().filter(|upstream| upstream.health == Some("down"));
+        let all = self.upstreams.iter().chain(&self.mirrors);
+        let down = all.filter(|upstream| upstream.health == Some("down"));
         down.map(|upstream| {
             let since = upstream.since.filter(|since| *since > 0);
             let since = since.map(|since| format!(" since {}", clock::utc(since.into())));
@@ -230,26 +242,31 @@ fn trouble(observed: &Observed, serving: Option<&Generation>) -> Vec<String> {
 
 fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> anyhow::Result<RuleStatus> {
     let mut counts = view.maps.counters.read(ids.rule)?;
-    let mut upstreams: Vec<UpstreamStatus> = Vec::new();
-    let mut seen = Vec::new();
-    for (upstream, id) in rule.upstreams.iter().zip(&ids.upstreams) {
-        // one that is listed twice is one
-        if seen.contains(id) {
-            continue;
-        }
-        seen.push(*id);
-        let status = upstream_status(upstream, *id, view)?;
-        counts += status.counts;
-        upstreams.push(status);
+    let upstreams = host_statuses(&rule.upstreams, &ids.upstreams, view)?;
+    // what is copied is counted at the rule, and each copy besides
+    if rule.mode == Mode::Balance {
+        upstreams.iter().for_each(|upstream| counts += upstream.counts);
     }
     Ok(RuleStatus {
         name: rule.name.clone(),
         key: changes::key(rule),
         tc_action: rule.action,
         upstreams,
+        mirrors: host_statuses(&rule.mirrors, &ids.mirrors, view)?,
         counters: by_verdict(&counts),
         counts,
     })
+}
+
+/// Of upstreams or mirrors; one that is listed twice is one.
+fn host_statuses(
+    hosts: &[Upstream],
+    ids: &[u32],
+    view: &View<'_>,
+) -> anyhow::Result<Vec<UpstreamStatus>> {
+    let mut seen = HashSet::new();
+    let once = hosts.iter().zip(ids).filter(|(_, id)| seen.insert(**id));
+    once.map(|(host, id)| upstream_status(host, *id, view)).collect()
 }
 
 fn upstream_status(
@@ -259,11 +276,15 @@ fn upstream_status(
 ) -> anyhow::Result<UpstreamStatus> {
     let counts = view.maps.counters.read(id)?;
     let entry = view.maps.nexthops.read(id).context("next hops")?;
+    let said = view.network.observed.overrides.get(&id).copied();
     let health = view.vouched.then(|| health(&entry)).flatten();
     Ok(UpstreamStatus {
         label: upstream.label(),
         address: upstream.address.clone(),
         port: upstream.port,
+        state: said.unwrap_or(upstream.state),
+        said,
+        drained: overrides::word(upstream.state, said),
         next_hop: next_hop(&entry, view),
         health,
         since: health.map(|_| entry.since),
@@ -392,14 +413,19 @@ impl Status {
                 [rule.name.clone(), format!("{} {action}", rule.key), String::new(), String::new()],
                 &rule.counts,
             ));
-            for upstream in &rule.upstreams {
+            let upstreams = rule.upstreams.iter().map(|upstream| ("", upstream));
+            let mirrors = rule.mirrors.iter().map(|mirror| ("mirror ", mirror));
+            for (role, upstream) in upstreams.chain(mirrors) {
                 let hop = upstream.next_hop.as_ref();
                 let mut via = hop.map_or("no route".into(), NextHopStatus::text);
                 if let Some(health) = upstream.health.filter(|health| *health != "up") {
                     via += &format!(" ({health})");
                 }
+                if let Some(drained) = upstream.drained {
+                    via += &format!(", {drained}");
+                }
                 table.add_row(row(
-                    [String::new(), String::new(), upstream.endpoint.clone(), via],
+                    [String::new(), String::new(), format!("{role}{}", upstream.endpoint), via],
                     &upstream.counts,
                 ));
             }

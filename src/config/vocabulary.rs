@@ -445,13 +445,13 @@ fn list(words: &[&str]) -> String {
 }
 
 /// The known word that `word` is probably a slip of.
-fn nearest(word: &str, known: &[&'static str]) -> Option<&'static str> {
+pub fn nearest<'known>(word: &str, known: &[&'known str]) -> Option<&'known str> {
     let word: Vec<char> = word.to_lowercase().replace('_', "-").chars().collect();
     if word.len() > 32 {
         return None;
     }
     let slips = |known: &str| {
-        let known: Vec<char> = known.replace('_', "-").chars().collect();
+        let known: Vec<char> = known.to_lowercase().replace('_', "-").chars().collect();
         distance(&word, &known)
     };
     let near = known.iter().map(|known| (slips(known), *known)).min()?;
