@@ -18,7 +18,6 @@ use serde_json::{Value, json};
 use udplb::config::State;
 use udplb::state;
 
-/// Its name is its letter's.
 fn upstream(name: &str, index: usize, port: u16) -> Value {
     json!({ "name": name, "address": UPSTREAMS[index], "port": port })
 }
@@ -441,8 +440,7 @@ fn what_cannot_be_done() {
     lock.lock().expect("a lock");
     lab.run("drain only/b --lock-timeout 0").expect(75);
     lock.unlock().expect("unlocked");
-    let program = lab.directory.path().join("udplb");
-    fs::copy(env!("CARGO_BIN_EXE_udplb"), &program).expect("a copy of udplb");
+    let program = lab.directory.program();
     for words in ["drain only/b", "enable only/b", "enable --all"] {
         lab.relay.enter(|| {
             let mut command = Command::new(&program);
