@@ -63,64 +63,67 @@ static __always_inline void forget_sum(struct __sk_buff *skb)
 		bpf_skb_change_tail(skb, length, 0);
 }
 
-/* Gives the packet away by what next_hop() said. */
-static __always_inline enum verdict forward(struct __sk_buff *skb, __u32 layout, const struct packet *packet,
-					    struct sending *sending, enum verdict verdict, int *action)
+/* Gives the packet away, which says already what it is to say. */
+static __always_inline int give(struct __sk_buff *skb, struct sending *sending, enum verdict verdict)
 {
-	enum checksum checksum = checksum_of(skb, layout);
 	struct bpf_redir_neigh *neighbour = &sending->neighbour;
 	const struct way *way = &sending->way;
-	__u32 csum;
 
-	/* what is addressed to a group the kernel does not give a neighbour's address; nor is there one yet
-	 */
-	if (verdict == VERDICT_FORWARDED || packet->eth->h_dest[0] & 1)
-		copy_macs(packet->eth, way->frame);
-	csum = rewrite(skb, layout, packet, checksum, &sending->label);
-	if (checksum == CHECKSUM_OF_FRAME)
-		bpf_csum_update(skb, csum);
-	if (layout & LAYOUT_TRACED)
-		trace_frame(skb);
-	if (verdict == VERDICT_FORWARDED) {
-		*action = bpf_redirect(way->ifindex, 0);
-		return VERDICT_FORWARDED;
-	}
-	if (checksum == CHECKSUM_OF_FRAME)
+	if (verdict == VERDICT_FORWARDED)
+		return bpf_redirect(way->ifindex, 0);
+	if (sending->checksum == CHECKSUM_OF_FRAME)
 		forget_sum(skb);
 	/* the kernel asks for the neighbour and keeps the packet meanwhile */
 	neighbour->nh_family = way->family;
 	__builtin_memcpy(neighbour->ipv6_nh, way->gateway, sizeof(neighbour->ipv6_nh));
-	*action = bpf_redirect_neigh(way->ifindex, neighbour, sizeof(*neighbour), 0);
-	return VERDICT_FORWARDED;
+	return bpf_redirect_neigh(way->ifindex, neighbour, sizeof(*neighbour), 0);
+}
+
+/* Sends a copy, and leaves the packet as it came: every byte, and skb->csum. False where it cannot be left
+ * so.
+ */
+static __always_inline bool copy(struct __sk_buff *skb, __u32 layout, struct packet *packet,
+				 const struct sending *sending, enum verdict *verdict)
+{
+	if (!features.asking && bpf_clone_redirect(skb, sending->way.ifindex, 0))
+		*verdict = VERDICT_CLONE_FAILED;
+	if (sending->checksum == CHECKSUM_OF_FRAME)
+		bpf_csum_update(skb, ~sending->csum);
+	if (!locate(skb, layout, packet))
+		return false;
+	restore(skb, layout, packet, &sending->original);
+	return true;
 }
 
 /*
- * Sends a copy by what next_hop() said, and leaves the packet as it came: every byte, and skb->csum.
- * Where it cannot be left so it must not go up, and `action` is to drop it.
+ * Sends the packet, or a copy of it, by what next_hop() said. `action` is what the program is to return: to
+ * drop even what there is only a copy of, where the packet cannot be left as it came.
  */
-static __always_inline enum verdict copy(struct __sk_buff *skb, __u32 layout, struct packet *packet,
-					 struct sending *sending, enum verdict verdict, int *action)
+static __always_inline enum verdict send_on(struct __sk_buff *skb, __u32 layout, struct packet *packet,
+					    struct sending *sending, enum verdict verdict, int *action)
 {
-	enum checksum checksum = checksum_of(skb, layout);
-	struct headers *original = &sending->original;
-	__u32 csum;
+	bool gives = layout & LAYOUT_GIVE;
 
-	if (verdict == VERDICT_NO_NEIGHBOUR)
-		return verdict;
-	save(skb, layout, packet, original);
-	copy_macs(packet->eth, sending->way.frame);
-	csum = rewrite(skb, layout, packet, checksum, &sending->label);
-	if (checksum == CHECKSUM_OF_FRAME)
-		bpf_csum_update(skb, csum);
+	if (!gives) {
+		if (verdict == VERDICT_NO_NEIGHBOUR)
+			return verdict;
+		save(skb, layout, packet, &sending->original);
+	}
+	/* what is addressed to a group the kernel does not give a neighbour's address; nor is there one yet
+	 */
+	if (!gives || verdict == VERDICT_FORWARDED || packet->eth->h_dest[0] & 1)
+		copy_macs(packet->eth, sending->way.frame);
+	sending->checksum = checksum_of(skb, layout);
+	sending->csum = rewrite(skb, layout, packet, sending->checksum, &sending->label);
+	if (sending->checksum == CHECKSUM_OF_FRAME)
+		bpf_csum_update(skb, sending->csum);
 	if (layout & LAYOUT_TRACED)
 		trace_frame(skb);
-	if (!features.asking && bpf_clone_redirect(skb, sending->way.ifindex, 0))
-		verdict = VERDICT_CLONE_FAILED;
-	if (checksum == CHECKSUM_OF_FRAME)
-		bpf_csum_update(skb, ~csum);
-	if (locate(skb, layout, packet))
-		restore(skb, layout, packet, original);
-	else
+	if (gives) {
+		*action = give(skb, sending, verdict);
+		return VERDICT_FORWARDED;
+	}
+	if (!copy(skb, layout, packet, sending, &verdict))
 		*action = TC_ACT_SHOT;
 	return verdict;
 }
@@ -182,9 +185,10 @@ __noinline __u32 send(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 id
 {
 	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
 	int action = layout & LAYOUT_GIVE ? TC_ACT_SHOT : TC_ACT_UNSPEC;
-	enum verdict verdict;
 	struct sending *sending = get_sending();
+	enum verdict verdict;
 	struct packet packet;
+	__u32 sent;
 
 	if (!upstream || !sending)
 		return SENT(VERDICT_NO_UPSTREAM, action, 0);
@@ -195,18 +199,15 @@ __noinline __u32 send(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 id
 	} else if (!write_label(skb, layout, &packet, upstream, identification, &sending->label)) {
 		verdict = VERDICT_NO_ROUTE;
 	} else {
-		verdict = next_hop(skb, layout, &packet, upstream, sending);
-		if (verdict != VERDICT_MTU && verdict != VERDICT_NO_ROUTE) {
-			if (layout & LAYOUT_GIVE)
-				verdict = forward(skb, layout, &packet, sending, verdict, &action);
-			else
-				verdict = copy(skb, layout, &packet, sending, verdict, &action);
-		}
+		verdict = next_hop(skb, layout, &packet, upstream, index, sending);
+		if (verdict != VERDICT_MTU && verdict != VERDICT_NO_ROUTE)
+			verdict = send_on(skb, layout, &packet, sending, verdict, &action);
 	}
+	sent = SENT(verdict, action, verdict == VERDICT_MTU ? sending->way.mtu : 0);
 	count(skb, layout, 0, upstream->id, verdict);
 	if (layout & LAYOUT_TRACED)
 		end_trace(upstream->id, verdict);
-	return SENT(verdict, action, verdict == VERDICT_MTU ? sending->way.mtu : 0);
+	return sent;
 }
 
 #endif

@@ -201,7 +201,7 @@ __noinline __u32 make_error(struct __sk_buff *skb, __u32 layout, __u32 mtu)
 {
 	if (!may_send_error())
 		return false;
-	if (layout & LAYOUT_IPV6) {
+	if (features.ipv6 && layout & LAYOUT_IPV6) {
 		if (!make_error6(skb, layout, mtu, mtu))
 			return false;
 	} else if (!make_error4(skb, layout, mtu, mtu)) {

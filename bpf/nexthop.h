@@ -20,6 +20,8 @@ struct sending {
 	struct bpf_fib_lookup fib;
 	struct bpf_redir_neigh neighbour;
 	struct headers original;
+	volatile enum checksum checksum; /* read each time: the verifier would go on once for each of them */
+	__u32 csum;			 /* what was added to skb->csum */
 };
 
 /* One for each CPU: nothing that a packet is sent to comes back in before send() has ended. */
@@ -214,16 +216,11 @@ static __always_inline __u32 ip_length(struct __sk_buff *skb, __u32 layout, cons
 	return bpf_ntohs(packet->ip->tot_len);
 }
 
-/* What the kernel's routing says; of a missing neighbour interface and gateway are known. */
-static __always_inline int routed_way(struct __sk_buff *skb, const struct packet *packet,
-				      const struct upstream *upstream, const struct label *label,
-				      struct bpf_fib_lookup *fib, struct way *way, __u32 length)
+/* What the kernel's routing is asked for a packet of that length. */
+static __always_inline void write_question(struct __sk_buff *skb, const struct packet *packet,
+					   const struct label *label, __u32 length,
+					   struct bpf_fib_lookup *fib)
 {
-	int result;
-
-	/* of which link only the configuration knows */
-	if (packet->is_ipv6 && is_link_local(label->destination))
-		return BPF_FIB_LKUP_RET_FWD_DISABLED;
 	__builtin_memset(fib, 0, sizeof(*fib));
 	fib->family = AF_INET;
 	fib->l4_protocol = IPPROTO_UDP;
@@ -245,55 +242,85 @@ static __always_inline int routed_way(struct __sk_buff *skb, const struct packet
 		/* .ipv4_dst, and zeroes behind it: the gateway is compared as a whole */
 		fib->ipv6_dst[0] = label->destination[0];
 	}
-	result = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
-	/* takes the place of tot_len, from 5.12 on */
-	if (result == BPF_FIB_LKUP_RET_FRAG_NEEDED)
-		way->mtu = fib->mtu_result < length ? fib->mtu_result : mtu_of(upstream);
-	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
-		return result;
+}
+
+/* The way that the kernel's routing knew: BPF_FIB_LKUP_RET_SUCCESS. */
+static __always_inline void take_way(struct way *way, const struct bpf_fib_lookup *fib)
+{
 	way->ifindex = fib->ifindex;
-	/* before 6.3 the kernel takes a neighbour that it is still asking for as known */
-	if (result == BPF_FIB_LKUP_RET_NO_NEIGH || is_no_mac(fib->dmac)) {
-		way->family = fib->family;
-		__builtin_memcpy(way->gateway, fib->ipv6_dst, sizeof(way->gateway));
-		return BPF_FIB_LKUP_RET_NO_NEIGH;
-	}
 	copy_mac(way->frame, fib->dmac);
 	copy_mac(way->frame + ETH_ALEN, fib->smac);
 	way->mtu = fib->mtu_result;
-	return result;
 }
 
 /*
- * Fills `way`. MAC addresses are there with VERDICT_FORWARDED and VERDICT_STALE_NEIGHBOUR, unless the
- * interface has none, interface and gateway with VERDICT_NO_NEIGHBOUR too, and nothing with any other.
+ * What is done where the kernel's routing has no way; `result` is what it said. As next_hop(); in a function
+ * by itself because the verifier would go on once for each of its ends.
+ */
+__noinline __u32 find_way(__u32 index, __u32 result, __u32 length)
+{
+	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
+	struct sending *sending = get_sending();
+	const struct bpf_fib_lookup *fib;
+	struct way *way;
+
+	if (!upstream || !sending)
+		return VERDICT_NO_ROUTE;
+	way = &sending->way;
+	fib = &sending->fib;
+	__builtin_memset(way, 0, sizeof(*way));
+	switch (result) {
+	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+		/* takes the place of tot_len, from 5.12 on */
+		way->mtu = fib->mtu_result < length ? fib->mtu_result : mtu_of(upstream);
+		return VERDICT_MTU;
+	case BPF_FIB_LKUP_RET_SUCCESS: /* before 6.3, while the kernel still asks for the neighbour */
+	case BPF_FIB_LKUP_RET_NO_NEIGH:
+		way->ifindex = fib->ifindex;
+		way->family = fib->family;
+		__builtin_memcpy(way->gateway, fib->ipv6_dst, sizeof(way->gateway));
+		return expired_way(upstream, way, true);
+	case BPF_FIB_LKUP_RET_FWD_DISABLED:
+		return expired_way(upstream, way, false);
+	default:
+		return VERDICT_NO_ROUTE;
+	}
+}
+
+/* The way that the kernel's routing says, or else one that was known once. */
+static __always_inline enum verdict routed_way(struct __sk_buff *skb, const struct packet *packet,
+					       __u32 index, __u32 length, struct sending *sending)
+{
+	struct bpf_fib_lookup *fib = &sending->fib;
+	int result = BPF_FIB_LKUP_RET_FWD_DISABLED;
+
+	write_question(skb, packet, &sending->label, length, fib);
+	/* the link of a link-local address only the configuration knows */
+	if (!packet->is_ipv6 || !is_link_local(fib->ipv6_dst))
+		result = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
+	if (result != BPF_FIB_LKUP_RET_SUCCESS || is_no_mac(fib->dmac))
+		return find_way(index, result, length);
+	take_way(&sending->way, fib);
+	return VERDICT_FORWARDED;
+}
+
+/*
+ * Fills `way` for the upstream with that index. MAC addresses are there with VERDICT_FORWARDED and
+ * VERDICT_STALE_NEIGHBOUR, unless the interface has none, interface and gateway with VERDICT_NO_NEIGHBOUR
+ * too, and nothing with any other.
  */
 static __always_inline enum verdict next_hop(struct __sk_buff *skb, __u32 layout, const struct packet *packet,
-					     const struct upstream *upstream, struct sending *sending)
+					     const struct upstream *upstream, __u32 index,
+					     struct sending *sending)
 {
 	struct way *way = &sending->way;
 	__u32 length = ip_length(skb, layout, packet);
 	enum verdict verdict = VERDICT_FORWARDED;
 
-	__builtin_memset(way, 0, sizeof(*way));
 	if (packet->is_ipv6 && stays_here(&sending->label))
 		return VERDICT_NO_ROUTE;
-	if (!leased_way(upstream, way)) {
-		switch (routed_way(skb, packet, upstream, &sending->label, &sending->fib, way, length)) {
-		case BPF_FIB_LKUP_RET_SUCCESS:
-			break;
-		case BPF_FIB_LKUP_RET_FRAG_NEEDED:
-			return VERDICT_MTU;
-		case BPF_FIB_LKUP_RET_NO_NEIGH:
-			verdict = expired_way(upstream, way, true);
-			break;
-		case BPF_FIB_LKUP_RET_FWD_DISABLED:
-			verdict = expired_way(upstream, way, false);
-			break;
-		default:
-			return VERDICT_NO_ROUTE;
-		}
-	}
+	if (!leased_way(upstream, way))
+		verdict = routed_way(skb, packet, index, length, sending);
 	return verdict != VERDICT_NO_ROUTE && way->mtu && length > way->mtu ? VERDICT_MTU : verdict;
 }
 

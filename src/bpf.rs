@@ -83,6 +83,8 @@ unsafe impl Pod for types::held {}
 
 // SAFETY: as above.
 unsafe impl Pod for types::trace {}
+// SAFETY: as above.
+unsafe impl Pod for types::event {}
 // SAFETY: a number.
 unsafe impl Pod for u32 {}
 
@@ -172,15 +174,28 @@ pub fn program_info(program: BorrowedFd<'_>) -> io::Result<ProgramInfo> {
 
 /// Runs a tc program on a packet of nothing, with what `skb->cb` is to hold; returns its result.
 pub fn run_program(program: BorrowedFd<'_>, cb: [u32; 5]) -> io::Result<u32> {
-    let mut packet = [0_u8; 64];
+    run(program, &[0; 64], |context| context.cb = cb)
+}
+
+/// Runs a tc program on a frame as if it came in on an interface; returns its result. What the
+/// program does to the frame is lost.
+pub fn run_on_frame(program: BorrowedFd<'_>, ifindex: u32, frame: &[u8]) -> io::Result<i32> {
+    run(program, frame, |context| context.ifindex = ifindex).map(|result| result as i32)
+}
+
+fn run(
+    program: BorrowedFd<'_>,
+    packet: &[u8],
+    set: impl FnOnce(&mut types::__sk_buff),
+) -> io::Result<u32> {
     let mut context = MaybeUninit::<types::__sk_buff>::zeroed();
-    // SAFETY: all zeroes are both structs; the kernel reads and writes as much of packet and
-    // context as their sizes say, and they outlive the call.
+    // SAFETY: all zeroes are both structs; the kernel reads packet and context, as much of them as
+    // their sizes say, and they outlive the call.
     unsafe {
-        context.assume_init_mut().cb = cb;
+        set(context.assume_init_mut());
         let mut options: libbpf_sys::bpf_test_run_opts = std::mem::zeroed();
         options.sz = size_of::<libbpf_sys::bpf_test_run_opts>() as libbpf_sys::size_t;
-        options.data_in = packet.as_mut_ptr().cast();
+        options.data_in = packet.as_ptr().cast();
         options.data_size_in = packet.len() as u32;
         options.ctx_in = context.as_mut_ptr().cast();
         options.ctx_size_in = size_of::<types::__sk_buff>() as u32;

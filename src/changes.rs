@@ -187,7 +187,7 @@ fn difference(
 }
 
 /// A word of the vocabulary, as the file spells it.
-fn word(value: &impl Serialize) -> String {
+pub fn word(value: &impl Serialize) -> String {
     match serde_json::to_value(value) {
         Ok(serde_json::Value::String(word)) => word,
         other => format!("{other:?}"),

@@ -7,14 +7,15 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use crate::config::Network;
 use crate::state::PIN_DIR;
 use crate::top::Order;
 
 /// Relays, forwards and balances UDP in the kernel's traffic control layer.
 ///
 /// Verbs change the kernel, nouns read it. Exit codes: 0 done; 1 failed, what served before
-/// still serves; 2 changes pending (plan --exit-code); 3 degraded or nothing applied (status);
-/// 64 usage; 65 bad configuration; 66 unreadable file; 75 locked; 77 privileges missing.
+/// still serves; 2 changes pending (plan --exit-code); 3 degraded or nothing applied (status),
+/// or no rule matches (get); 64 usage; 65 bad configuration; 66 unreadable file; 75 locked; 77 privileges missing.
 #[derive(Parser)]
 #[command(version, max_term_width = 100)]
 pub struct Cli {
@@ -105,6 +106,16 @@ pub enum Command {
     ///
     /// Keys: p, m, d, n sort by packets, bits, drops and name; r reverses; arrows scroll; q quits.
     Top(Top),
+    /// Tell of packets as they come: one line for each, or for each copy, in the file's own words.
+    ///
+    /// Filters are applied in the kernel. Only one trace runs at a time; when it ends, also when it
+    /// is killed, packets cost what they did before.
+    Trace(Trace),
+    /// Say what would happen to such a packet now, and why: the program itself is asked, and
+    /// nothing is sent or counted.
+    ///
+    /// Exits with 3 where no rule matches.
+    Get(Get),
     /// Look for what keeps packets from being forwarded, and name the command that mends it.
     ///
     /// Changes nothing. Exits with 3 where there are problems; notes are no problems.
@@ -176,6 +187,72 @@ pub struct Status {
     /// What rates are measured over, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = some_seconds)]
     pub interval: Duration,
+}
+
+/// Which packets `trace` tells of, and how.
+#[derive(Args)]
+pub struct Trace {
+    /// Only those of this rule.
+    #[arg(long, value_name = "RULE")]
+    pub rule: Option<String>,
+    /// Only those from this network or address.
+    #[arg(long, value_name = "CIDR")]
+    pub src: Option<Network>,
+    /// Only those to this network or address.
+    #[arg(long, value_name = "CIDR")]
+    pub dst: Option<Network>,
+    /// Only what was not sent on.
+    #[arg(long)]
+    pub drops: bool,
+    /// End after so many lines.
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
+    /// Only every N-th packet of those.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    pub sample: u32,
+    /// Write the frames too, the first 128 bytes of each, as they came and as they left; - is
+    /// standard output, instead of the lines.
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
+}
+
+/// The packet that `get` asks about.
+#[derive(Args)]
+pub struct Get {
+    /// Who sends it: an address, 10.0.0.9:5000 or [2001:db8::9]:5000; port 1024 where none is given.
+    #[arg(value_name = "SRC[:PORT]")]
+    pub source: Endpoint,
+    /// Where it is sent; the port may be missing where the rules have only one for the address.
+    #[arg(value_name = "DST[:PORT]")]
+    pub destination: Endpoint,
+    /// What it says.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub payload: String,
+    /// Where it comes in, where there are several interfaces.
+    #[arg(short, long, value_name = "IF")]
+    pub interface: Option<String>,
+}
+
+/// An address, with or without a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    pub address: IpAddr,
+    pub port: Option<u16>,
+}
+
+impl std::str::FromStr for Endpoint {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Endpoint, String> {
+        if let Ok(both) = text.parse::<SocketAddr>() {
+            return Ok(Endpoint { address: both.ip(), port: Some(both.port()) });
+        }
+        let address = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        match address.unwrap_or(text).parse() {
+            Ok(address) => Ok(Endpoint { address, port: None }),
+            Err(_) => Err("an address, `10.0.0.9:5000` or `[2001:db8::9]:5000`".into()),
+        }
+    }
 }
 
 /// What `top` shows, and how often.

@@ -1,10 +1,31 @@
 //! Times in output.
 
+use std::time::{Duration, UNIX_EPOCH};
+
 use jiff::Timestamp;
 
 /// Seconds since 1970, now.
 pub fn now() -> u64 {
     u64::try_from(Timestamp::now().as_second()).unwrap_or(0)
+}
+
+/// Since 1970, now.
+pub fn since_1970() -> Duration {
+    UNIX_EPOCH.elapsed().unwrap_or_default()
+}
+
+/// A time since 1970 as `2026-11-22T14:07:20.123456Z`.
+pub fn exact(time: Duration) -> String {
+    timestamp(time).map_or_else(String::new, |time| format!("{time:.6}"))
+}
+
+/// Of a time since 1970, in UTC: `14:07:20.123456`.
+pub fn time_of_day(time: Duration) -> String {
+    timestamp(time).map_or_else(String::new, |time| time.strftime("%H:%M:%S%.6f").to_string())
+}
+
+fn timestamp(time: Duration) -> Option<Timestamp> {
+    Timestamp::from_nanosecond(i128::try_from(time.as_nanos()).ok()?).ok()
 }
 
 /// A time in seconds since 1970 as `2026-11-22T14:07:20Z`.
@@ -32,13 +53,18 @@ pub fn age(seconds: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{age, utc};
+    use std::time::Duration;
+
+    use super::{age, exact, time_of_day, utc};
 
     #[test]
     fn times_in_words() {
         assert_eq!(utc(0), "1970-01-01T00:00:00Z");
         assert_eq!(utc(951_782_400), "2000-02-29T00:00:00Z");
         assert_eq!(utc(u64::MAX), "second 18446744073709551615");
+        let time = Duration::new(951_782_400, 1_234_567);
+        assert_eq!(exact(time), "2000-02-29T00:00:00.001234Z");
+        assert_eq!(time_of_day(time), "00:00:00.001234");
     }
 
     #[test]

@@ -25,7 +25,9 @@ use crate::status::{self, Paper, Status};
 use crate::tc::{self, Slot};
 use crate::terminal::{self, Live, Woken};
 use crate::wanted::{Text, Wanted};
-use crate::{advice, apply, clock, config, doctor, list, privileges, resolve, state, top};
+use crate::{
+    advice, apply, clock, config, doctor, get, list, privileges, resolve, state, top, trace,
+};
 
 const INCOMPLETE: u8 = 1;
 const PENDING: u8 = 2;
@@ -44,6 +46,19 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         Command::Plan { target, exit_code } => plan(global, target, *exit_code).await,
         Command::Status(options) => status(global, options).await,
         Command::Top(options) => top::run(global, options, &netlink()?, paper(global)).await,
+        Command::Trace(options) => {
+            match trace::run(global, options, &netlink()?, colour(global)).await? {
+                Some(_) => Ok(0),
+                None => nothing_applied(),
+            }
+        }
+        Command::Get(options) => match get::run(global, options, &netlink()?).await? {
+            Some(answer) => {
+                report(global, &answer.to_string(), &json!(answer))?;
+                Ok(if answer.matched() { 0 } else { DEGRADED })
+            }
+            None => nothing_applied(),
+        },
         Command::Doctor { file } => examine(global, file.as_deref()).await,
         Command::Metrics => print(&Gatherer::new(global.clone()).gather(&netlink()?).await?),
         Command::List => list_rules(global).await,
@@ -368,11 +383,15 @@ fn colour(global: &Global) -> bool {
     }
 }
 
+fn nothing_applied() -> Result<u8> {
+    eprintln!("nothing is applied");
+    Ok(DEGRADED)
+}
+
 async fn list_rules(global: &Global) -> Result<u8> {
     let observed = look(global, &netlink()?).await?;
     let Some(desired) = serving(&observed) else {
-        eprintln!("nothing is applied");
-        return Ok(DEGRADED);
+        return nothing_applied();
     };
     let document = list::document(desired);
     let yaml = serde_yaml::to_string(&document).context("YAML")?;

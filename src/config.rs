@@ -35,7 +35,7 @@ pub use host::{Address, Family, Host, KeyAddress, upstream_refusal, with_port};
 pub use network::Network;
 pub use path::Path;
 pub use schema::schema;
-pub use vocabulary::{ANY, STATSD};
+pub use vocabulary::{ANY, STATSD, nearest};
 
 /// What happens to a matched packet here, after it was sent to its upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

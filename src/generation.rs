@@ -193,7 +193,10 @@ fn build_in(
         rounds: ROUNDS,
         ..tables.features
     };
-    let mut skeleton = load(skeleton, &state)?;
+    share(&mut skeleton, &state)?;
+    skeleton.maps.tracing.reuse_fd(state.tracing.as_fd())?;
+    skeleton.maps.events.reuse_fd(state.events.as_fd())?;
+    let mut skeleton = load(skeleton)?;
     if state.tickets.is_none() {
         guard.pin_tickets(&mut skeleton.maps.tickets)?;
     }
@@ -254,18 +257,85 @@ fn size(skeleton: &mut OpenUdplbSkel<'_>, tables: &Tables, json: usize) -> anyho
     Ok(())
 }
 
-fn load<'a>(mut skeleton: OpenUdplbSkel<'a>, state: &StateMaps) -> anyhow::Result<UdplbSkel<'a>> {
+/// A generation's program again, on the same maps: one that sends and counts nothing, and tells of
+/// every packet.
+pub struct Twin {
+    pub program: OwnedFd,
+    /// Where it tells of them.
+    pub events: MapHandle,
+    pub tables: Tables,
+}
+
+/// Loads it; of what it writes it has maps of its own.
+///
+/// # Errors
+/// Another udplb built the generation: its program is not known here.
+pub fn twin(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Twin> {
+    let description = &generation.description;
+    if description.object != OBJECT_SHA256 {
+        bail!(
+            "generation {} was built by another udplb ({}), whose program this one does not have; apply \
+             the file again",
+            generation.number,
+            description.version
+        );
+    }
+    let mut object = MaybeUninit::uninit();
+    let mut skeleton = open(&mut object)?;
+    skeleton.progs.udplb_l3.set_autoload(false);
+    let tables = Tables::new(&description.desired, &description.ids);
+    size(&mut skeleton, &tables, 1)?;
+    let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
+    rodata.features = types::features {
+        asking: 1,
+        generation: generation.number,
+        ticks_per_second: lease::ticks_per_second()?,
+        rounds: ROUNDS,
+        ..tables.features
+    };
+    let state = guard.maps()?.context("maps in state/ are missing; apply the file again")?;
+    let directory = guard.generation(generation.number);
+    let maps = &mut skeleton.maps;
+    let own = [
+        &mut maps.rules,
+        &mut maps.rules6,
+        &mut maps.senders,
+        &mut maps.addresses,
+        &mut maps.slots,
+        &mut maps.upstreams,
+    ];
+    for (map, name) in own.into_iter().zip(MAPS) {
+        let path = directory.join(name);
+        let pinned =
+            MapHandle::from_pinned_path(&path).with_context(|| path.display().to_string())?;
+        map.reuse_fd(pinned.as_fd())?;
+    }
+    share(&mut skeleton, &state)?;
+    let skeleton = load(skeleton)?;
+    let trace = types::trace { until: u64::MAX, frames: 1, ..Default::default() };
+    skeleton.maps.tracing.update(&0_u32.to_ne_bytes(), bytes_of(&trace), MapFlags::ANY)?;
+    Ok(Twin {
+        program: skeleton.progs.udplb.as_fd().try_clone_to_owned()?,
+        events: MapHandle::try_from(&skeleton.maps.events)?,
+        tables,
+    })
+}
+
+/// What all generations have together; but for what is told of packets.
+fn share(skeleton: &mut OpenUdplbSkel<'_>, state: &StateMaps) -> anyhow::Result<()> {
     skeleton.maps.counters.reuse_fd(state.counters.outer().as_fd())?;
     skeleton.maps.nexthops.reuse_fd(state.nexthops.outer().as_fd())?;
     skeleton.maps.heartbeat.reuse_fd(state.heartbeat.as_fd())?;
     skeleton.maps.overrides.reuse_fd(state.overrides.as_fd())?;
     skeleton.maps.fragments.reuse_fd(state.fragments.as_fd())?;
     skeleton.maps.fragment_ring.reuse_fd(state.fragment_ring.as_fd())?;
-    skeleton.maps.tracing.reuse_fd(state.tracing.as_fd())?;
-    skeleton.maps.events.reuse_fd(state.events.as_fd())?;
     if let Some(tickets) = &state.tickets {
         skeleton.maps.tickets.reuse_fd(tickets.as_fd())?;
     }
+    Ok(())
+}
+
+fn load(skeleton: OpenUdplbSkel<'_>) -> anyhow::Result<UdplbSkel<'_>> {
     if let Ok(mut log) = LOG.lock() {
         log.clear();
     }

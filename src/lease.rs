@@ -69,7 +69,8 @@ pub fn remaining(map: &MapHandle) -> anyhow::Result<Option<Duration>> {
     Ok(Some(until.saturating_sub(monotonic())))
 }
 
-fn monotonic() -> Duration {
+/// The clock that the program goes by.
+pub fn monotonic() -> Duration {
     let mut now = MaybeUninit::<libc::timespec>::uninit();
     // SAFETY: the clock exists everywhere, and the call fills the struct.
     let now = unsafe {

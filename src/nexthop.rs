@@ -331,7 +331,7 @@ pub fn egress(entry: &types::nexthop) -> Option<IpAddr> {
 }
 
 /// See [`wire`].
-fn unwire(words: [u32; 4], ipv6: bool) -> IpAddr {
+pub fn unwire(words: [u32; 4], ipv6: bool) -> IpAddr {
     let mut octets = [0; 16];
     for (octets, word) in octets.chunks_mut(4).zip(words) {
         octets.copy_from_slice(&word.to_ne_bytes());

@@ -87,6 +87,8 @@ pub struct RuleStatus {
 
 #[derive(Debug, Serialize)]
 pub struct UpstreamStatus {
+    #[serde(skip)]
+    pub id: u32,
     /// Unique in its rule.
     pub label: String,
     pub address: Address,
@@ -121,6 +123,8 @@ pub struct NextHopStatus {
     pub state: Option<String>,
     /// Seconds since it last answered the kernel.
     pub age: Option<u64>,
+    /// Of the way there, in bytes.
+    pub mtu: Option<u16>,
     /// It has a MAC address that is not known.
     #[serde(skip)]
     unresolved: bool,
@@ -385,6 +389,7 @@ fn upstream_status(upstream: &Upstream, id: u32, shared: u64, view: &View<'_>) -
     let grown = view.grown.as_ref();
     let forwarded = grown.unwrap_or(&view.total).of(id).forwarded();
     UpstreamStatus {
+        id,
         label: upstream.label(),
         address: upstream.address.clone(),
         port: upstream.port,
@@ -417,6 +422,7 @@ fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
         mac: mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
         unresolved: mac.is_none() && neighbour.is_none() && entry.macs != types::macs::MACS_NONE,
         state: neighbour.map(|neighbour| neighbour.state.to_string()),
+        mtu: (entry.mtu != 0).then_some(entry.mtu),
         age: neighbour.and_then(|neighbour| neighbour.confirmed).map(|age| age.as_secs()),
     })
 }

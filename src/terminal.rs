@@ -44,11 +44,38 @@ pub enum Woken {
     End,
 }
 
+/// SIGINT, SIGTERM and SIGHUP.
+pub struct Signals([Signal; 3]);
+
+impl Signals {
+    /// From now on they do not end the process. Must be inside a tokio runtime.
+    pub fn new() -> io::Result<Signals> {
+        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+        let [interrupt, terminate, hangup] = kinds.map(signal);
+        Ok(Signals([interrupt?, terminate?, hangup?]))
+    }
+
+    /// Waits for one of them.
+    pub async fn any(&mut self) {
+        let Signals([interrupt, terminate, hangup]) = self;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
+
+    /// Whether one of them comes within a time.
+    pub async fn within(&mut self, time: Duration) -> bool {
+        tokio::time::timeout(time, self.any()).await.is_ok()
+    }
+}
+
 /// A view that is shown again and again. On a terminal it has the whole screen, and reads keys;
 /// the terminal is as it was when the value is gone.
 pub struct Live {
     ticks: Interval,
-    signals: [Signal; 3],
+    signals: Signals,
     on_screen: bool,
     keys: Option<AsyncFd<Stdin>>,
     /// How the terminal was.
@@ -60,11 +87,9 @@ impl Live {
     pub fn open(interval: Duration, keys: bool) -> io::Result<Live> {
         let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + interval, interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-        let [interrupt, terminate, hangup] = kinds.map(signal);
         let mut live = Live {
             ticks,
-            signals: [interrupt?, terminate?, hangup?],
+            signals: Signals::new()?,
             on_screen: io::stdout().is_terminal(),
             keys: None,
             before: None,
@@ -101,11 +126,9 @@ impl Live {
 
     /// Waits for the next thing to do.
     pub async fn woken(&mut self) -> Woken {
-        let Live { ticks, signals: [interrupt, terminate, hangup], keys, .. } = self;
+        let Live { ticks, signals, keys, .. } = self;
         tokio::select! {
-            _ = interrupt.recv() => Woken::End,
-            _ = terminate.recv() => Woken::End,
-            _ = hangup.recv() => Woken::End,
+            () = signals.any() => Woken::End,
             key = read_key(keys.as_ref()) => Woken::Key(key),
             _ = ticks.tick() => Woken::Tick,
         }

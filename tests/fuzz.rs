@@ -16,8 +16,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use cases::Case;
 use common::flow;
-use common::forge::Forged;
+use common::forge::{Forged, V4};
 use common::packet::Mac;
+use common::prelude::Tag;
 use common::program::{Context, Counted, Run};
 use common::random::{Target, any_packet, one_of, usually};
 use common::reference::{Arrival, End, Host, Outcome, Table, Verdict, Way};
@@ -218,6 +219,54 @@ fn the_program_gets_it_right() {
             });
         let wrong: Vec<_> = results.collect();
         assert!(wrong.is_empty(), "{} cases went wrong:\n{}", wrong.len(), wrong.join("\n"));
+    });
+}
+
+/// As many as there may be, each with a source of its own and some of them dead; with fragments, so
+/// that identifications are fresh for each.
+#[test]
+fn sixty_four_receivers() {
+    let fragment = |ip: &mut V4, offset, flags| {
+        (ip.identification, ip.fragment_offset, ip.flags) = (77, offset, flags);
+    };
+    let packets4 = [
+        cases::v4(|_, _| {}),
+        cases::v4(|ip, _| fragment(ip, 0, 1)),
+        cases::v4(|ip, _| fragment(ip, 3, 0)),
+        cases::v4(|ip, udp| (ip.options, udp.payload) = (10, 1432)),
+        Forged { tag: Some(Tag { protocol: 0x8100, control: 7 }), ..cases::v4(|_, _| {}) },
+    ];
+    let packets6 = [cases::v6(|_, _| {}), cases::v6(|_, udp| udp.payload = 1452)];
+    Testbed::with(|testbed| {
+        for (target, packets) in [(UNICAST, &packets4[..]), (UNICAST6, &packets6)] {
+            let addresses: Vec<IpAddr> = match target.address {
+                IpAddr::V4(_) => WAYS.iter().map(|way| way.0).chain([NO_ROUTE.into()]).collect(),
+                IpAddr::V6(_) => WAYS6.iter().map(|way| way.0).chain([NO_ROUTE6]).collect(),
+            };
+            let sources = [Source::Vip, Source::Preserve, Source::Egress];
+            let receivers: Vec<Upstream> = (0..64)
+                .map(|number: u16| {
+                    let at = usize::from(number);
+                    let address = addresses[at % addresses.len()];
+                    let port = (!number.is_multiple_of(5)).then_some(10_000 + number);
+                    let source = Some(sources[at % sources.len()]);
+                    Upstream { source, ..Upstream::new(address, port) }
+                })
+                .collect();
+            let replicating = Rule { mode: Mode::Replicate, ..rule_for(target, receivers.clone()) };
+            let upstreams = vec![Upstream::new(addresses[0], Some(1))];
+            let mirrored = Rule { mirrors: receivers, ..rule_for(target, upstreams) };
+            for rule in [replicating, mirrored] {
+                for action in [Action::Block, Action::Pass] {
+                    for held in [false, true] {
+                        let rule = Rule { action, ..rule.clone() };
+                        let scenario = Scenario { rule, held };
+                        let result = check(testbed, &scenario, packets, &mut BTreeMap::new());
+                        result.unwrap_or_else(|wrong| panic!("{action:?}: {wrong}"));
+                    }
+                }
+            }
+        }
     });
 }
 

@@ -9,6 +9,7 @@ mod floors;
 mod healing;
 mod packets;
 mod tables;
+mod trace;
 mod veth;
 
 #[path = "../../tests/common/mod.rs"]
@@ -17,12 +18,13 @@ mod common;
 /// A part of the figures: its name, and how it is measured.
 type Part = (&'static str, fn(&mut Report));
 
-const PARTS: [Part; 5] = [
+const PARTS: [Part; 6] = [
     ("packets", packets::measure),
     ("veth", veth::measure),
     ("apply", apply::measure),
     ("healing", healing::measure),
     ("tables", tables::measure),
+    ("trace", trace::measure),
 ];
 
 /// The parts that are named; all where none is.
@@ -30,7 +32,7 @@ fn main() {
     // cargo adds --bench
     let named: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
     if let Some(word) = named.iter().find(|word| !PARTS.iter().any(|(name, _)| name == word)) {
-        eprintln!("there is no part {word}, but packets, veth, apply, healing and tables");
+        eprintln!("there is no part {word}, but packets, veth, apply, healing, tables and trace");
         std::process::exit(64);
     }
     let mut report = Report::default();

@@ -445,7 +445,7 @@ fn list(words: &[&str]) -> String {
 }
 
 /// The known word that `word` is probably a slip of.
-fn nearest(word: &str, known: &[&'static str]) -> Option<&'static str> {
+pub fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     let word: Vec<char> = word.to_lowercase().replace('_', "-").chars().collect();
     if word.len() > 32 {
         return None;

@@ -55,7 +55,7 @@ pub fn payload_key(payload: &[u8], offset: usize, length: usize) -> Option<u32> 
 
 /// By the name of the first metric; none: there is no name.
 pub fn metric_key(payload: &[u8]) -> Option<u32> {
-    let end = payload.iter().take(METRIC_MOST).position(|byte| matches!(byte, b':' | b'\n'))?;
+    let end = payload.iter().take(METRIC_MOST + 1).position(|byte| matches!(byte, b':' | b'\n'))?;
     let name = &payload[..end];
     (payload[end] == b':' && end > 0).then(|| mix(fnv(name)) as u32)
 }

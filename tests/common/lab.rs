@@ -150,6 +150,14 @@ impl Lab {
         command
     }
 
+    /// The directory of the maps that outlive generations.
+    pub fn state(&self) -> PathBuf {
+        let entries = fs::read_dir(self.bpffs.pins()).expect("pins");
+        let mut paths = entries.map(|entry| entry.expect("an entry").path());
+        let is_state = |path: &PathBuf| path.to_string_lossy().contains("/state");
+        paths.find(is_state).expect("something is applied")
+    }
+
     /// Runs udplb on the relay.
     pub fn run(&self, words: &str) -> Outcome {
         Outcome::of(&mut self.udplb(words))
@@ -230,6 +238,10 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    pub fn new(code: Option<i32>, stdout: String, stderr: String, command: &str) -> Outcome {
+        Outcome { code, stdout, stderr, command: command.into() }
+    }
+
     pub fn of(command: &mut Command) -> Outcome {
         let (code, stdout, stderr) = super::outcome(command);
         Outcome { code, stdout, stderr, command: format!("{command:?}") }

@@ -1,0 +1,61 @@
+//! Files of packets, as tcpdump and Wireshark read them: the classic format with nanoseconds.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use crate::bpf::types;
+
+const MAGIC: u32 = 0xa1b2_3c4d;
+const VERSION: [u16; 2] = [2, 4];
+/// Longer than any.
+const LONGEST: u32 = 262_144;
+const ETHERNET: u32 = 1;
+
+/// Writes one.
+pub struct Pcap<W>(W);
+
+impl<W: Write> Pcap<W> {
+    /// Begins with the file's header.
+    pub fn new(mut file: W) -> io::Result<Pcap<W>> {
+        let [major, minor] = VERSION.map(u16::to_le_bytes);
+        // no time zone, no accuracy
+        let words = [0, 0, LONGEST, ETHERNET].map(u32::to_le_bytes);
+        file.write_all(&MAGIC.to_le_bytes())?;
+        file.write_all(&[major, minor].concat())?;
+        file.write_all(&words.concat())?;
+        Ok(Pcap(file))
+    }
+
+    /// Adds a frame, or what there is of it; `time` is since 1970.
+    pub fn add(&mut self, time: Duration, frame: &types::snapshot) -> io::Result<()> {
+        let there = (frame.there as usize).min(frame.bytes.len());
+        let words = [time.as_secs() as u32, time.subsec_nanos(), there as u32, frame.length];
+        self.0.write_all(&words.map(u32::to_le_bytes).concat())?;
+        self.0.write_all(&frame.bytes[..there])
+    }
+
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{Pcap, types};
+
+    #[test]
+    fn a_file_of_one_frame() {
+        let mut file = Vec::new();
+        let mut pcap = Pcap::new(&mut file).expect("a header");
+        let frame = types::snapshot { length: 60, there: 2, bytes: [7; 128] };
+        pcap.add(Duration::new(3, 5), &frame).expect("a frame");
+        let wanted = [
+            "4d3cb2a1 0200 0400 00000000 00000000 00000400 01000000",
+            "03000000 05000000 02000000 3c000000 0707",
+        ];
+        let hex: String = file.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, wanted.concat().replace(' ', ""));
+    }
+}
