@@ -56,33 +56,28 @@ static __always_inline bool choose(struct __sk_buff *skb, __u32 layout, struct p
 }
 
 /*
- * A copy to one receiver, if it is due: one step of replicate(), in a function by itself because the verifier
- * would walk every order in which 64 of them can end.
+ * What is to be said of several: forwarded if one was, else why the last was not. Without a branch, since the
+ * verifier would walk every order in which 64 of them can end.
  */
-__noinline __u32 replicate_once(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 identification,
-				__u32 before)
+static __always_inline __u32 both(__u32 before, __u32 sent)
 {
-	__u32 sent;
+	__u32 forwarded = (__s32)(SENT_VERDICT(before) - VERDICT_NO_ROUTE) >> 31;
 
-	if (!(layout & LAYOUT_DUE))
-		return before;
-	sent = send(skb, index, layout, identification);
-	if (SENT_VERDICT(before) > VERDICT_STALE_NEIGHBOUR)
-		return sent;
-	return SENT(SENT_VERDICT(before), SENT_ACTION(sent), 0);
+	return (before & forwarded & 0xff) | (sent & ~forwarded & 0xff) | (sent & ~0xff);
 }
 
 /*
- * A copy to each receiver that is due. Returns SENT(): forwarded if one was, else why the last was not; and
- * to drop the packet where it could not be left as it came.
+ * A copy to each receiver that is due. Returns SENT(); to drop the packet where it could not be left as it
+ * came.
  */
 __noinline __u32 replicate(struct __sk_buff *skb, __u32 first, __u64 due, __u32 layout, __u32 identification)
 {
 	__u32 sent = SENT(VERDICT_NO_UPSTREAM, TC_ACT_UNSPEC, 0), i;
 
 	for (i = 0; i < MOST_RECEIVERS && due >> i; i++) {
-		sent = replicate_once(skb, first + i, layout | (due >> i & 1) * LAYOUT_DUE, identification,
-				      sent);
+		if (!(due >> i & 1))
+			continue;
+		sent = both(sent, send(skb, first + i, layout, identification));
 		if (SENT_ACTION(sent) == TC_ACT_SHOT)
 			break;
 	}
@@ -98,24 +93,36 @@ static __always_inline bool is_to_be_told(const struct rule *rule, __u32 layout,
 	return SENT_VERDICT(sent) == VERDICT_TTL || (SENT_VERDICT(sent) == VERDICT_MTU && SENT_MTU(sent));
 }
 
+/* Of what replicate() says, what is counted for the rule. */
+static __always_inline enum verdict verdict_of_all(const struct rule *rule, enum verdict verdict)
+{
+	/* how sure the way was is each receiver's own */
+	if (verdict == VERDICT_STALE_NEIGHBOUR)
+		return VERDICT_FORWARDED;
+	/* nor is anything amiss where none was due */
+	if (features.receivers && verdict == VERDICT_NO_UPSTREAM &&
+	    has_receivers(rule->first_receiver, rule->receivers))
+		return VERDICT_FORWARDED;
+	return verdict;
+}
+
 /* Carries a choice out, and counts. Returns what the program is to return, or ACTION_BACK. */
 static __always_inline int act(struct __sk_buff *skb, __u32 layout, const struct rule *rule,
 			       const struct choice *choice)
 {
 	bool block = rule->action == ACTION_BLOCK;
 	int action = block ? TC_ACT_SHOT : TC_ACT_UNSPEC;
-	__u32 sent = SENT(VERDICT_FORWARDED, action, 0), verdict;
+	__u32 sent = SENT(VERDICT_NO_UPSTREAM, action, 0);
+	enum verdict verdict;
 
 	if (features.receivers && choice->due) {
 		sent = replicate(skb, rule->first_receiver, choice->due, layout, choice->identification);
 		if (SENT_ACTION(sent) == TC_ACT_SHOT)
 			action = TC_ACT_SHOT;
-	} else if (features.receivers && rule->flags & RULE_REPLICATES &&
-		   !has_receivers(rule->first_receiver, rule->receivers)) {
-		sent = SENT(VERDICT_NO_UPSTREAM, action, 0);
 	}
 	if (rule->flags & RULE_REPLICATES || !choice->upstream) {
-		verdict = rule->flags & RULE_REPLICATES ? SENT_VERDICT(sent) : VERDICT_NO_UPSTREAM;
+		verdict = rule->flags & RULE_REPLICATES ? verdict_of_all(rule, SENT_VERDICT(sent))
+							: VERDICT_NO_UPSTREAM;
 		count(skb, layout, 0, rule->id, verdict);
 		if (layout & LAYOUT_TRACED && verdict == VERDICT_NO_UPSTREAM)
 			end_trace(0, verdict);

@@ -232,6 +232,13 @@ static __always_inline bool remember_choice(struct found *found, __be16 port, bo
 	return remembered;
 }
 
+static __always_inline enum verdict verdict_of_nobodys(enum kind kind)
+{
+	if (kind == KIND_MALFORMED)
+		return VERDICT_MALFORMED;
+	return features.fragments ? VERDICT_FRAGMENT_EARLY : VERDICT_FRAGMENT;
+}
+
 /* What `fragments` of the rule says of one that is not to follow. */
 static __always_inline int leave_fragment(struct __sk_buff *skb, __u32 layout, const struct rule *rule)
 {
@@ -243,6 +250,8 @@ static __always_inline int leave_fragment(struct __sk_buff *skb, __u32 layout, c
 static __always_inline int treat_found(struct __sk_buff *skb, __u32 layout, const struct rule *rule,
 				       struct found *found, __be16 port)
 {
+	bool first = features.fragments && layout & LAYOUT_FIRST;
+	bool leave = layout & (LAYOUT_FIRST | LAYOUT_LATER) && rule->fragments != FRAGMENTS_FOLLOW;
 	struct choice *choice = &found->choice;
 	struct packet packet;
 
@@ -250,17 +259,15 @@ static __always_inline int treat_found(struct __sk_buff *skb, __u32 layout, cons
 		layout |= trace(skb, rule->id, layout);
 	if (!locate(skb, layout, &packet) || !well_formed(skb, layout, &packet)) {
 		/* nor do those that follow go where another datagram's did */
-		if (layout & LAYOUT_FIRST)
+		if (first)
 			remember_choice(found, port, false);
 		return refuse(skb, layout, rule, VERDICT_MALFORMED);
 	}
-	if (packet.has_udp) {
-		if (!choose(skb, layout, &packet, rule, choice))
-			return refuse(skb, layout, rule, VERDICT_CLONE_FAILED);
-		if (layout & LAYOUT_FIRST && !remember_choice(found, port, true))
-			return refuse(skb, layout, rule, VERDICT_FRAGMENT_FULL);
-	}
-	if (layout & (LAYOUT_FIRST | LAYOUT_LATER) && rule->fragments != FRAGMENTS_FOLLOW)
+	if (!leave && packet.has_udp && !choose(skb, layout, &packet, rule, choice))
+		return refuse(skb, layout, rule, VERDICT_CLONE_FAILED);
+	if (first && !remember_choice(found, port, true) && !leave)
+		return refuse(skb, layout, rule, VERDICT_FRAGMENT_FULL);
+	if (leave)
 		return leave_fragment(skb, layout, rule);
 	return act(skb, layout, rule, choice);
 }
@@ -339,9 +346,9 @@ static __always_inline int run_aside(struct __sk_buff *skb, const __u32 l2)
 	if (kind == KIND_MALFORMED || (kind == KIND_LATER && !entry)) {
 		if (found->foreign || !is_key_address(found))
 			return TC_ACT_UNSPEC;
-		if (kind == KIND_LATER)
+		if (kind == KIND_LATER && features.fragments)
 			return wait_for_first(skb, layout, tags_of(found));
-		count_aside(skb, layout, tags_of(found), 0, VERDICT_MALFORMED);
+		count_aside(skb, layout, tags_of(found), 0, verdict_of_nobodys(kind));
 		return TC_ACT_UNSPEC;
 	}
 	if (!entry)

@@ -60,14 +60,6 @@ static __always_inline bool is_unicast_ipv4(__be32 address)
 	return first != 0 && first != 127 && first < 224;
 }
 
-static __always_inline bool is_unicast_ipv6(const struct in6_addr *address)
-{
-	const __be32 *words = address->in6_u.u6_addr32;
-
-	return address->in6_u.u6_addr8[0] != 0xff &&
-	       (words[0] | words[1] | words[2] | (words[3] & ~bpf_htonl(1)));
-}
-
 /* Of a header on the stack. */
 static __always_inline __u64 sum_words(const void *header, const __u32 length)
 {
@@ -178,7 +170,7 @@ static __always_inline bool make_error6(struct __sk_buff *skb, __u32 layout, boo
 	__u32 length;
 	__u64 sum;
 
-	if (!locate(skb, layout, &packet) || !is_unicast_ipv6(&packet.ip6->saddr))
+	if (!locate(skb, layout, &packet) || !is_unicast_ipv6(packet.ip6->saddr.in6_u.u6_addr32))
 		return false;
 	length = sizeof(struct ipv6hdr) + bpf_ntohs(packet.ip6->payload_len);
 	length = (length < QUOTED_IPV6 ? length : QUOTED_IPV6) & ~3;
@@ -209,7 +201,7 @@ __noinline __u32 make_error(struct __sk_buff *skb, __u32 layout, __u32 mtu)
 {
 	if (!may_send_error())
 		return false;
-	if (layout & LAYOUT_IPV6) {
+	if (features.ipv6 && layout & LAYOUT_IPV6) {
 		if (!make_error6(skb, layout, mtu, mtu))
 			return false;
 	} else if (!make_error4(skb, layout, mtu, mtu)) {

@@ -20,6 +20,8 @@ struct sending {
 	struct bpf_fib_lookup fib;
 	struct bpf_redir_neigh neighbour;
 	struct headers original;
+	volatile enum checksum checksum; /* read each time: the verifier would go on once for each of them */
+	__u32 csum;			 /* what was added to skb->csum */
 };
 
 /* One for each CPU: nothing that a packet is sent to comes back in before send() has ended. */
@@ -61,6 +63,20 @@ static __always_inline bool is_same_address(const __be32 *one, const __be32 *oth
 static __always_inline bool is_link_local(const __be32 *address)
 {
 	return (address[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
+}
+
+/* Of one host, and not to itself. */
+static __always_inline bool is_unicast_ipv6(const __be32 *address)
+{
+	return (address[0] & bpf_htonl(0xff000000)) != bpf_htonl(0xff000000) &&
+	       (address[0] | address[1] | address[2] | (address[3] & ~bpf_htonl(1)));
+}
+
+/* What no router sends on (RFC 4291, sections 2.5.2, 2.5.3, 2.5.6 and 2.7); the kernel does not route it. */
+static __always_inline bool stays_here(const struct label *label)
+{
+	return !is_unicast_ipv6(label->source) ||
+	       (is_link_local(label->source) && !is_link_local(label->destination));
 }
 
 static __always_inline const struct nexthop_slot *nexthop_slot(const struct upstream *upstream)
@@ -190,15 +206,6 @@ static __always_inline __u16 mtu_of(const struct upstream *upstream)
 	return known ? known->mtu : 0;
 }
 
-/* The interface of a link-local upstream, which the configuration names. */
-static __always_inline __u32 scope_of(const struct upstream *upstream)
-{
-	const struct nexthop_slot *slot = nexthop_slot(upstream);
-	const struct nexthop *known = slot ? known_of(slot, sequence_of(slot), upstream) : NULL;
-
-	return known ? known->ifindex : 0;
-}
-
 /* Length of the IP packet that goes out: of a segment where the device or the kernel cuts it up. */
 static __always_inline __u32 ip_length(struct __sk_buff *skb, __u32 layout, const struct packet *packet)
 {
@@ -209,14 +216,11 @@ static __always_inline __u32 ip_length(struct __sk_buff *skb, __u32 layout, cons
 	return bpf_ntohs(packet->ip->tot_len);
 }
 
-/* What the kernel's routing says; of a missing neighbour interface and gateway are known. */
-static __always_inline int routed_way(struct __sk_buff *skb, const struct packet *packet,
-				      const struct upstream *upstream, const struct label *label,
-				      struct bpf_fib_lookup *fib, struct way *way, __u32 length)
+/* What the kernel's routing is asked for a packet of that length. */
+static __always_inline void write_question(struct __sk_buff *skb, const struct packet *packet,
+					   const struct label *label, __u32 length,
+					   struct bpf_fib_lookup *fib)
 {
-	__u32 flags = 0;
-	int result;
-
 	__builtin_memset(fib, 0, sizeof(*fib));
 	fib->family = AF_INET;
 	fib->l4_protocol = IPPROTO_UDP;
@@ -232,64 +236,91 @@ static __always_inline int routed_way(struct __sk_buff *skb, const struct packet
 		fib->flowinfo = *(__be32 *)packet->ip6 & bpf_htonl(0x0fffffff);
 		__builtin_memcpy(fib->ipv6_src, label->source, sizeof(fib->ipv6_src));
 		__builtin_memcpy(fib->ipv6_dst, label->destination, sizeof(fib->ipv6_dst));
-		if (is_link_local(label->destination)) {
-			fib->ifindex = scope_of(upstream);
-			flags = BPF_FIB_LOOKUP_OUTPUT;
-		}
 	} else {
 		fib->tos = packet->ip->tos;
 		fib->ipv4_src = label->source[0];
 		/* .ipv4_dst, and zeroes behind it: the gateway is compared as a whole */
 		fib->ipv6_dst[0] = label->destination[0];
 	}
-	result = bpf_fib_lookup(skb, fib, sizeof(*fib), flags);
-	/* takes the place of tot_len, from 5.12 on */
-	if (result == BPF_FIB_LKUP_RET_FRAG_NEEDED)
-		way->mtu = fib->mtu_result < length ? fib->mtu_result : mtu_of(upstream);
-	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
-		return result;
+}
+
+/* The way that the kernel's routing knew: BPF_FIB_LKUP_RET_SUCCESS. */
+static __always_inline void take_way(struct way *way, const struct bpf_fib_lookup *fib)
+{
 	way->ifindex = fib->ifindex;
-	/* before 6.3 the kernel takes a neighbour that it is still asking for as known */
-	if (result == BPF_FIB_LKUP_RET_NO_NEIGH || is_no_mac(fib->dmac)) {
-		way->family = fib->family;
-		__builtin_memcpy(way->gateway, fib->ipv6_dst, sizeof(way->gateway));
-		return BPF_FIB_LKUP_RET_NO_NEIGH;
-	}
 	copy_mac(way->frame, fib->dmac);
 	copy_mac(way->frame + ETH_ALEN, fib->smac);
 	way->mtu = fib->mtu_result;
-	return result;
 }
 
 /*
- * Fills `way`. MAC addresses are there with VERDICT_FORWARDED and VERDICT_STALE_NEIGHBOUR, unless the
- * interface has none, interface and gateway with VERDICT_NO_NEIGHBOUR too, and nothing with any other.
+ * What is done where the kernel's routing has no way; `result` is what it said. As next_hop(); in a function
+ * by itself because the verifier would go on once for each of its ends.
+ */
+__noinline __u32 find_way(__u32 index, __u32 result, __u32 length)
+{
+	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
+	struct sending *sending = get_sending();
+	const struct bpf_fib_lookup *fib;
+	struct way *way;
+
+	if (!upstream || !sending)
+		return VERDICT_NO_ROUTE;
+	way = &sending->way;
+	fib = &sending->fib;
+	__builtin_memset(way, 0, sizeof(*way));
+	switch (result) {
+	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+		/* takes the place of tot_len, from 5.12 on */
+		way->mtu = fib->mtu_result < length ? fib->mtu_result : mtu_of(upstream);
+		return VERDICT_MTU;
+	case BPF_FIB_LKUP_RET_SUCCESS: /* before 6.3, while the kernel still asks for the neighbour */
+	case BPF_FIB_LKUP_RET_NO_NEIGH:
+		way->ifindex = fib->ifindex;
+		way->family = fib->family;
+		__builtin_memcpy(way->gateway, fib->ipv6_dst, sizeof(way->gateway));
+		return expired_way(upstream, way, true);
+	case BPF_FIB_LKUP_RET_FWD_DISABLED:
+		return expired_way(upstream, way, false);
+	default:
+		return VERDICT_NO_ROUTE;
+	}
+}
+
+/* The way that the kernel's routing says, or else one that was known once. */
+static __always_inline enum verdict routed_way(struct __sk_buff *skb, const struct packet *packet,
+					       __u32 index, __u32 length, struct sending *sending)
+{
+	struct bpf_fib_lookup *fib = &sending->fib;
+	int result = BPF_FIB_LKUP_RET_FWD_DISABLED;
+
+	write_question(skb, packet, &sending->label, length, fib);
+	/* the link of a link-local address only the configuration knows */
+	if (!packet->is_ipv6 || !is_link_local(fib->ipv6_dst))
+		result = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
+	if (result != BPF_FIB_LKUP_RET_SUCCESS || is_no_mac(fib->dmac))
+		return find_way(index, result, length);
+	take_way(&sending->way, fib);
+	return VERDICT_FORWARDED;
+}
+
+/*
+ * Fills `way` for the upstream with that index. MAC addresses are there with VERDICT_FORWARDED and
+ * VERDICT_STALE_NEIGHBOUR, unless the interface has none, interface and gateway with VERDICT_NO_NEIGHBOUR
+ * too, and nothing with any other.
  */
 static __always_inline enum verdict next_hop(struct __sk_buff *skb, __u32 layout, const struct packet *packet,
-					     const struct upstream *upstream, struct sending *sending)
+					     const struct upstream *upstream, __u32 index,
+					     struct sending *sending)
 {
 	struct way *way = &sending->way;
-
 	__u32 length = ip_length(skb, layout, packet);
 	enum verdict verdict = VERDICT_FORWARDED;
 
-	__builtin_memset(way, 0, sizeof(*way));
-	if (!leased_way(upstream, way)) {
-		switch (routed_way(skb, packet, upstream, &sending->label, &sending->fib, way, length)) {
-		case BPF_FIB_LKUP_RET_SUCCESS:
-			break;
-		case BPF_FIB_LKUP_RET_FRAG_NEEDED:
-			return VERDICT_MTU;
-		case BPF_FIB_LKUP_RET_NO_NEIGH:
-			verdict = expired_way(upstream, way, true);
-			break;
-		case BPF_FIB_LKUP_RET_FWD_DISABLED:
-			verdict = expired_way(upstream, way, false);
-			break;
-		default:
-			return VERDICT_NO_ROUTE;
-		}
-	}
+	if (packet->is_ipv6 && stays_here(&sending->label))
+		return VERDICT_NO_ROUTE;
+	if (!leased_way(upstream, way))
+		verdict = routed_way(skb, packet, index, length, sending);
 	return verdict != VERDICT_NO_ROUTE && way->mtu && length > way->mtu ? VERDICT_MTU : verdict;
 }
 

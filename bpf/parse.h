@@ -58,8 +58,7 @@ struct packet {
 #define LAYOUT_FIRST (1 << 21)	/* a fragment */
 #define LAYOUT_LATER (1 << 22)	/* a fragment without UDP header */
 #define LAYOUT_GIVE (1 << 23)	/* send the packet itself, not a copy */
-#define LAYOUT_DUE (1 << 24)	/* to be sent at all */
-#define LAYOUT_TRACED (1 << 25) /* somebody wants to hear of it */
+#define LAYOUT_TRACED (1 << 24) /* somebody wants to hear of it */
 #define LAYOUT_MOST (LAYOUT_UDP + 1)
 
 /* Read as it stands: the compiler would keep a copy, zero-extended, that the verifier takes for a number. */
@@ -80,7 +79,7 @@ static __always_inline bool locate(struct __sk_buff *skb, __u32 layout, struct p
 
 	packet->eth = (void *)(long)skb->data;
 	packet->ip = (void *)(packet->eth + 1);
-	if (layout & LAYOUT_IPV6) {
+	if (features.ipv6 && layout & LAYOUT_IPV6) {
 		packet->is_ipv6 = IT_IS(1);
 		if ((void *)(packet->ip6 + 1) > end)
 			return false;
@@ -90,7 +89,7 @@ static __always_inline bool locate(struct __sk_buff *skb, __u32 layout, struct p
 			return false;
 	}
 	packet->has_udp = IT_IS(0);
-	if (layout & LAYOUT_LATER)
+	if (features.fragments && layout & LAYOUT_LATER)
 		return true;
 	packet->has_udp = IT_IS(1);
 	packet->udp = (void *)packet->eth + (layout & LAYOUT_UDP);

@@ -119,7 +119,7 @@ static __always_inline __be32 *identification_of(struct __sk_buff *skb, __u32 la
 	__u32 offset = layout >> LAYOUT_FRAGMENT_SHIFT & LAYOUT_FRAGMENT;
 	__be32 *identification;
 
-	if (!(layout & LAYOUT_IPV6) || !offset)
+	if (!features.ipv6 || !features.fragments || !offset)
 		return NULL;
 	identification = (void *)(long)skb->data + offset + 4;
 	return (void *)(identification + 1) <= data_end(skb) ? identification : NULL;

@@ -193,7 +193,7 @@ __noinline __u32 better(__u32 candidate, __u32 slot, __u32 first_upstream, __u32
 /*
  * The first of the key's other choices that is neither drained nor down: spread by hashing, so that nobody
  * takes over a whole neighbour's flows, then slot by slot, so that a few are found among many. Where all
- * are down, the first that is not drained. Index plus one; 0 where all are drained.
+ * are down, the first that is not drained. A candidate; 0 where all are drained.
  */
 __noinline __u32 other_choice(__u32 first_slot, __u32 slots, __u32 first_upstream, __u32 key,
 			      __u32 skips_down)
@@ -209,7 +209,7 @@ __noinline __u32 other_choice(__u32 first_slot, __u32 slots, __u32 first_upstrea
 		if (CANDIDATE_USABLE(candidate) == USABLE)
 			break;
 	}
-	return candidate >> 2;
+	return candidate;
 }
 
 /* The index of the upstream that a key selects, plus one; 0: none. */
@@ -223,10 +223,11 @@ static __always_inline __u32 select(const struct rule *rule, __u32 key)
 	if (!upstream)
 		return 0;
 	if (is_drained(upstream))
-		return other_choice(rule->first_slot, rule->slots, rule->first_upstream, key, skips_down);
+		return other_choice(rule->first_slot, rule->slots, rule->first_upstream, key, skips_down) >>
+		       2;
 	if (skips_down && is_down(upstream)) {
 		other = other_choice(rule->first_slot, rule->slots, rule->first_upstream, key, true);
-		return other ?: index + 1;
+		return CANDIDATE_USABLE(other) == USABLE ? other >> 2 : index + 1;
 	}
 	return index + 1;
 }
@@ -256,7 +257,7 @@ __noinline __u32 receives(__u32 index)
 }
 
 /* Whether it is to get this one. */
-__noinline __u32 is_due(__u32 index)
+static __always_inline bool is_due(__u32 index)
 {
 	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
 

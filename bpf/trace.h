@@ -88,10 +88,12 @@ static __always_inline bool draft(struct __sk_buff *skb, __u32 rule, __u32 layou
 /* Begins the event of a packet; LAYOUT_TRACED if it is one of those that are asked for. */
 __noinline __u32 begin_trace(struct __sk_buff *skb, __u32 rule, __u32 layout)
 {
+	struct sending *sending = get_sending();
 	struct trace *trace = get_trace();
 	struct event *event = get_draft();
 
-	if (!trace || !event || (trace->rule && trace->rule != rule) || !draft(skb, rule, layout, event))
+	if (!trace || !event || !sending || (trace->rule && trace->rule != rule) ||
+	    !draft(skb, rule, layout, event))
 		return 0;
 	if (event->time > trace->until) {
 		/* whoever asked is gone */
@@ -104,6 +106,8 @@ __noinline __u32 begin_trace(struct __sk_buff *skb, __u32 rule, __u32 layout)
 	if (trace->sample > 1 && ++trace->passed < trace->sample)
 		return 0;
 	trace->passed = 0;
+	/* of an earlier packet; end_trace() clears it for the next copy */
+	__builtin_memset(&sending->way, 0, sizeof(sending->way));
 	if (trace->frames)
 		take_snapshot(skb, &event->came);
 	return LAYOUT_TRACED;
@@ -132,7 +136,7 @@ static __always_inline void trace_choice(__u32 layout, __u32 key, __u32 slots)
  */
 __noinline __u32 end_trace(__u32 upstream, __u32 verdict)
 {
-	const struct sending *sending = get_sending();
+	struct sending *sending = get_sending();
 	struct trace *trace = get_trace();
 	struct event *event = get_draft();
 	long lost;
@@ -145,6 +149,7 @@ __noinline __u32 end_trace(__u32 upstream, __u32 verdict)
 	if (upstream) {
 		__builtin_memcpy(event->gateway, sending->way.gateway, sizeof(event->gateway));
 		copy_macs(event->macs, sending->way.frame);
+		__builtin_memset(&sending->way, 0, sizeof(sending->way));
 	}
 	if (trace->frames)
 		lost = bpf_ringbuf_output(&events, event, sizeof(*event), BPF_RB_NO_WAKEUP);

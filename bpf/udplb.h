@@ -195,8 +195,9 @@ struct {
 struct upstream {
 	__u32 id; /* in `counters`, `nexthops` and `overrides` */
 	__be32 address[4];
-	__be16 port;   /* 0: the port that the packet came to */
-	__u16 drained; /* by the configuration */
+	__be16 port;  /* 0: the port that the packet came to */
+	__u8 drained; /* by the configuration */
+	__u8 twin;    /* how many before it get copies of the same packet at the same address */
 	enum source source;
 	__u32 sample; /* of so many packets, a receiver gets one */
 };

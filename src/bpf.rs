@@ -101,12 +101,15 @@ pub fn from_bytes<T: Pod>(bytes: &[u8]) -> Option<T> {
         .then(|| unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) })
 }
 
-/// Has an object loaded without maps of its own: those that its programs need are to be reused.
-pub fn create_no_maps(skeleton: &mut OpenUdplbSkel<'_>) -> libbpf_rs::Result<()> {
+/// Has an object loaded with no other maps than these, and its constants.
+pub fn create_only(skeleton: &mut OpenUdplbSkel<'_>, wanted: &[&str]) -> libbpf_rs::Result<()> {
     use libbpf_rs::skel::OpenSkel;
     let constants = skeleton.maps.rodata.name().to_owned();
     let mut maps = skeleton.open_object_mut().maps_mut();
-    maps.try_for_each(|mut map| map.set_autocreate(map.name() == constants))
+    maps.try_for_each(|mut map| {
+        let name = map.name();
+        map.set_autocreate(name == constants || wanted.iter().any(|wanted| name == *wanted))
+    })
 }
 
 /// What the kernel says of a loaded program.

@@ -24,9 +24,7 @@ impl Heartbeat {
         let mut skeleton = UdplbSkelBuilder::default().open(&mut object)?;
         skeleton.progs.udplb.set_autoload(false);
         skeleton.progs.udplb_l3.set_autoload(false);
-        bpf::create_no_maps(&mut skeleton)?;
-        // libbpf takes one that is not to be created for one that there is not
-        skeleton.maps.heartbeat.set_autocreate(true)?;
+        bpf::create_only(&mut skeleton, &["heartbeat"])?;
         skeleton.maps.heartbeat.reuse_fd(map.as_fd())?;
         let skeleton = skeleton.load().context("the kernel refuses the heartbeat")?;
         let program = skeleton.progs.udplb_heartbeat.as_fd().try_clone_to_owned()?;

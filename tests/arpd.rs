@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::io::ErrorKind;
 use std::net::Ipv4Addr;
 use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -487,8 +488,10 @@ fn it_notifies() {
     let expect = |wanted: &str| {
         let mut buffer = [0; 256];
         for _ in 0..1000 {
-            let length =
-                socket.recv(&mut buffer).unwrap_or_else(|error| panic!("{wanted}: {error}"));
+            let length = match socket.recv(&mut buffer) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                received => received.unwrap_or_else(|error| panic!("{wanted}: {error}")),
+            };
             if String::from_utf8_lossy(&buffer[..length]).contains(wanted) {
                 return;
             }
@@ -509,7 +512,8 @@ fn it_notifies() {
 fn three_capabilities_suffice() {
     let lab = Lab::new();
     lab.apply(&both_actions("10.2.0.20"));
-    let mut command = lab.relay.command("setpriv");
+    let mut command = lab.relay.command("prlimit");
+    command.args(["--memlock=unlimited", "setpriv"]);
     let three = "-all,+bpf,+net_admin,+perfmon";
     command.args(["--bounding-set", three, "--inh-caps", three, "--securebits=+noroot"]);
     command.args(["--ambient-caps", three, "--", env!("CARGO_BIN_EXE_udplb"), "--pin-dir"]);

@@ -31,21 +31,6 @@ fn to(keys: &[&str], address: &str) -> Value {
     config(&keys.iter().map(rule).collect::<Vec<_>>())
 }
 
-/// A lab whose hosts have an IPv6 address beside each IPv4 one: `2001:db8:2::20` beside `10.2.0.20`.
-fn lab() -> Lab {
-    let lab = Lab::new();
-    for (namespace, interface, addresses) in [
-        (&lab.relay, "eth0", &["2001:db8:1::1"][..]),
-        (&lab.relay, "up0", &["2001:db8:2::1", "fe80::1"]),
-        (&lab.upstream, "eth0", &["2001:db8:2::20", "2001:db8:2::21", "fe80::20"]),
-    ] {
-        for address in addresses {
-            namespace.ip(&format!("addr add {address}/64 dev {interface} nodad"));
-        }
-    }
-    lab
-}
-
 fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
@@ -57,7 +42,7 @@ fn generation(lab: &Lab) -> u64 {
 
 #[test]
 fn neighbours_are_kept_and_their_silence_is_seen() {
-    let lab = lab();
+    let lab = Lab::dual(true, true);
     lab.apply(&to(&[KEY], "2001:db8:2::20"));
     let arpd = Arpd::start(&lab, "");
     lab.await_health("2001:db8:2::20", "up");
@@ -83,7 +68,7 @@ fn neighbours_are_kept_and_their_silence_is_seen() {
 
 #[test]
 fn gateways() {
-    let lab = lab();
+    let lab = Lab::dual(true, true);
     let far = "2001:db8:9::1";
     lab.relay.ip("-6 route add 2001:db8:9::/64 via 2001:db8:2::20");
     lab.apply(&to(&[KEY], far));
@@ -103,7 +88,7 @@ fn gateways() {
 
 #[test]
 fn a_link_local_upstream() {
-    let lab = lab();
+    let lab = Lab::dual(true, true);
     lab.apply(&to(&[KEY], "fe80::20%up0"));
     let _arpd = Arpd::start(&lab, "");
     lab.await_health("fe80::20%up0", "up");
@@ -122,7 +107,7 @@ fn a_link_local_upstream() {
 /// Of both families.
 #[test]
 fn own_addresses_on_the_way_are_followed() {
-    let lab = lab();
+    let lab = Lab::dual(true, true);
     lab.relay.sysctl("net.ipv4.conf.up0.promote_secondaries", "1");
     lab.relay.ip("route add 10.9.0.0/24 via 10.2.0.20");
     for (key, address, old, new) in [
@@ -143,7 +128,7 @@ fn own_addresses_on_the_way_are_followed() {
 
 #[test]
 fn a_name_of_a_rules_family() {
-    let lab = lab();
+    let lab = Lab::dual(true, true);
     let hosts = |text: &str| lab.directory.write("hosts", text);
     hosts("10.2.0.20 both.test\n2001:db8:2::20 both.test\n");
     let file = lab.write(&to(&["10.1.0.1", KEY], "both.test"));
@@ -168,7 +153,7 @@ fn a_name_of_a_rules_family() {
 /// Addresses of other interfaces, link-local ones and failures change nothing.
 #[test]
 fn any_follows_the_interfaces_addresses() {
-    let lab = lab();
+    let lab = Lab::dual(true, true);
     let any = to(&["any"], "2001:db8:2::20");
     lab.apply(&any);
     let arpd = Arpd::start(&lab, "");
@@ -197,7 +182,7 @@ fn any_follows_the_interfaces_addresses() {
 /// interface was taken off stays so.
 #[test]
 fn any_after_a_rollback_and_a_detach() {
-    let lab = lab();
+    let lab = Lab::dual(true, true);
     lab.apply(&to(&[KEY], "2001:db8:2::20"));
     let left = to(&["any"], "2001:db8:2::20");
     lab.apply(&left);
@@ -219,7 +204,7 @@ fn any_after_a_rollback_and_a_detach() {
 /// One interface of two: the other is followed.
 #[test]
 fn any_where_one_interface_was_detached() {
-    let lab = lab();
+    let lab = Lab::dual(true, true);
     let mut any = to(&["any"], "2001:db8:2::20");
     any["interfaces"] = json!(["eth0", "up0"]);
     lab.apply(&any);
@@ -257,7 +242,7 @@ impl Tun {
 
 #[test]
 fn a_link_without_mac_addresses() {
-    let lab = lab();
+    let lab = Lab::dual(true, true);
     let tun = Tun::new(&lab.relay, "tun0");
     lab.relay.ip("addr add 10.4.0.1/24 dev tun0");
     lab.apply(&to(&["10.1.0.1"], "10.4.0.9"));
@@ -276,7 +261,7 @@ fn a_link_without_mac_addresses() {
 /// Mirrors and drained upstreams too, though the one is chosen by nobody and the other by none.
 #[test]
 fn mirrors_and_drained_upstreams_are_looked_after() {
-    let lab = lab();
+    let lab = Lab::dual(true, true);
     let mut config = to(&[KEY], "2001:db8:2::20");
     config["rules"][0]["upstream"][0]["state"] = json!("drained");
     config["rules"][0]["mirror"] = json!([upstream("2001:db8:2::21")]);

@@ -6,23 +6,29 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant};
 
+use common::forge::{Forged, Ip, Udp, V6};
 use common::packet::{
     Checksum, Datagram, ETHERNET, PROTOCOL, TOTAL_LENGTH, UDP_LENGTH, VERSION, endpoint, payload,
     with,
 };
 use common::prelude::Tag;
+use common::program::{Context, Run, SECONDS};
 use common::testbed::{
     BLACKHOLE, BY_IPV6_GATEWAY, BY_IPV6_GATEWAY_COLD, CLIENT, Case, FAR, FAR_COLD, Fate,
     GATEWAY_MAC, Ingress, NARROW, NARROW_COLD, NEAR, NEAR_COLD, NEAR_MAC, NO_ROUTE, OWN, PORTS,
-    Packet, REDIRECT, SHOT, Tamper, Testbed, UNREACHABLE, UNSPEC, Under, VIP, datagram, rule, to,
+    Packet, REDIRECT, RELAY_MAC, SHOT, Tamper, Testbed, UNREACHABLE, UNSPEC, Under, VIP, datagram,
+    rule, to,
 };
+use etherparse::{Icmpv6Header, Icmpv6Type, IpNumber, Ipv6Header};
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
-use udplb::config::{Action, Source, Strategy as Selection};
+use udplb::config::{Action, Key, Source, Strategy as Selection};
 use udplb::nexthop::Way;
-use udplb::plan::Rule;
+use udplb::plan::{Rule, Upstream};
 use udplb::tables::wire;
 
 use Fate::{Answered, Dropped, Queued, Sent, Unmatched, Untouched};
@@ -301,6 +307,154 @@ fn matched_but_not_sent() {
     ];
     let cases = table.into_iter().flat_map(|(name, packet, fate)| both(name, packet, fate));
     Testbed::with(|testbed| testbed.check_all(cases));
+}
+
+/// By whoever knows that a packet does not fit; what comes back is that to the byte.
+#[test]
+fn senders_hear_why() {
+    let whole = |length| Datagram { dont_fragment: true, ..of_length(length) };
+    let old = |length| Datagram { ttl: 1, ..of_length(length) };
+    let options = |datagram| Datagram { options: vec![1; 40], ..datagram };
+    let narrow = Answered("mtu", Some(1000));
+    #[rustfmt::skip]
+    let table = [
+        // the packet                      to      known        fate
+        ("fits",                 whole(1500), NEAR,   None,       Sent("forwarded", NEAR_MAC)),
+        ("a byte too long",      whole(1501), NEAR,   None,       Answered("mtu", Some(1500))),
+        ("far too long",         whole(3000), NEAR,   None,       Answered("mtu", Some(1500))),
+        ("too long, DF not set", of_length(1001), NARROW, None,   Dropped("mtu", Under::Upstream)),
+        ("for the route",        whole(1001), NARROW, None,       narrow),
+        ("with options",         options(whole(961)), NARROW, None, narrow),
+        ("known to user space",  whole(1301), FAR,    Some(1300), Answered("mtu", Some(1300))),
+        ("fits user space's",    whole(1300), FAR,    Some(1300), Sent("forwarded", OLD_MAC)),
+        ("old, 28 bytes",        old(28),     NEAR,   None,       Answered("ttl", None)),
+        ("old, 31 bytes",        old(31),     NEAR,   None,       Answered("ttl", None)),
+        ("old, 547 bytes",       old(547),    NEAR,   None,       Answered("ttl", None)),
+        ("old, 548 bytes",       old(548),    NEAR,   None,       Answered("ttl", None)),
+        ("old, 549 bytes",       old(549),    NEAR,   None,       Answered("ttl", None)),
+        ("old, with options",    options(old(28)), NEAR, None,    Answered("ttl", None)),
+        ("old and corrupt",      Datagram { checksum: Checksum::Wrong(1), ..old(44) }, NEAR, None,
+            Answered("ttl", None)),
+        ("old, a first fragment", Datagram { more_fragments: true, ..old(44) }, NEAR, None,
+            Answered("ttl", None)),
+    ];
+    Testbed::with(|testbed| {
+        testbed.check_all(table.into_iter().flat_map(|(name, packet, upstream, known, fate)| {
+            ACTIONS.map(|action| {
+                let known = known.map(|mtu| testbed.hop(mtu, Some(OLD_MAC)));
+                let hold: Tamper = |program, _| program.lease(true);
+                let tamper = known.is_some().then_some(hold);
+                let rule = rule(action, Source::Vip, upstream);
+                Case { known, tamper, ..Case::new(name, rule, packet.clone(), fate) }
+            })
+        }));
+    });
+}
+
+/// An ICMPv6 error about a packet from a client to [`VIP6`], without its Ethernet header.
+fn error6(kind: [u8; 2], mtu: u32, quotation: &[u8]) -> Vec<u8> {
+    let icmp =
+        Icmpv6Type::Unknown { type_u8: kind[0], code_u8: kind[1], bytes5to8: mtu.to_be_bytes() };
+    let ip = Ipv6Header {
+        payload_length: (8 + quotation.len()) as u16,
+        next_header: IpNumber::IPV6_ICMP,
+        hop_limit: 64,
+        source: VIP6.octets(),
+        destination: CLIENT6.octets(),
+        ..Ipv6Header::default()
+    };
+    let icmp = Icmpv6Header::with_checksum(icmp, ip.source, ip.destination, quotation);
+    let icmp = icmp.expect("a length").to_bytes();
+    [&ip.to_bytes()[..], &icmp, quotation].concat()
+}
+
+const VIP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1);
+const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 7);
+
+#[test]
+fn ipv6_senders_hear_why() {
+    let upstream = |last| Ipv6Addr::new(0xfd00, last, 0, 0, 0, 0, 0, 2);
+    #[rustfmt::skip]
+    let table = [
+        // to      payload, hop limit  answer
+        (upstream(2), 1452, 64, None),
+        (upstream(2), 1453, 64, Some(([2, 0], 1500))),
+        (upstream(6), 1252, 64, None),
+        (upstream(6), 1253, 64, Some(([2, 0], 1300))),
+        (upstream(6), 3000, 64, Some(([2, 0], 1300))),
+        (upstream(2), 0,    1,  Some(([3, 0], 0))),
+        (upstream(2), 3,    0,  Some(([3, 0], 0))),
+        (upstream(2), 1184, 1,  Some(([3, 0], 0))),
+        (upstream(2), 1185, 1,  Some(([3, 0], 0))),
+    ];
+    Testbed::with(|testbed| {
+        for (upstream, payload, hop_limit, answer) in table {
+            let upstreams = vec![Upstream::new(upstream, None)];
+            let rule = Rule {
+                action: Action::Block,
+                ..Rule::new("rule", Key::new(IpAddr::V6(VIP6), vec![PORTS]), upstreams)
+            };
+            testbed.program.configure(&rule, &BTreeMap::new(), 0);
+            let ip = V6 { hop_limit, ..V6::new(CLIENT6, VIP6) };
+            let forged = Forged::new(RELAY_MAC, Ip::V6(ip), PORTS.first);
+            let udp = Udp { payload, ..forged.udp };
+            let came = Forged { udp, ..forged }.frame();
+            let context = Context { ifindex: testbed.routing, ..Context::default() };
+            let run = testbed.program.run(&came, context);
+            assert_eq!(run.action, REDIRECT);
+            let Some((kind, mtu)) = answer else {
+                assert_eq!(run.frame.len(), came.len());
+                continue;
+            };
+            // of the minimum MTU, RFC 4443 section 2.4
+            let quoted = (came.len() - ETHERNET).min(1280 - 40 - 8) / 4 * 4;
+            let error = error6(kind, mtu, &came[ETHERNET..ETHERNET + quoted]);
+            let wanted = [&came[6..12], &came[..6], &came[12..ETHERNET], &error].concat();
+            assert_eq!(run.frame, wanted, "{payload} bytes to {upstream}");
+        }
+    });
+}
+
+/// Fifty at once, and a thousand in each second after that.
+#[test]
+fn senders_hear_it_only_so_often() {
+    const AT_ONCE: u64 = 50;
+    const PER_SECOND: u64 = 1000 / SECONDS as u64;
+    let old = Datagram { ttl: 1, ..datagram() }.frame();
+    Testbed::with(|testbed| {
+        let rule = rule(Action::Block, Source::Vip, NEAR);
+        testbed.program.configure(&rule, &BTreeMap::new(), 0);
+        let context = Context { ifindex: testbed.routing, ..Context::default() };
+        let answers = |packets| {
+            let runs = (0..packets).map(|_| testbed.program.run(&old, context));
+            let answered = |run: &Run| match run.action {
+                REDIRECT => true,
+                action => {
+                    assert_eq!((action, &run.frame), (SHOT, &old));
+                    false
+                }
+            };
+            runs.filter(answered).count() as u64
+        };
+        let within = |elapsed: Duration| elapsed.as_millis() as u64 * PER_SECOND / 1000 + 2;
+        let start = Instant::now();
+        let got = answers(400);
+        assert!((AT_ONCE..=AT_ONCE + within(start.elapsed())).contains(&got), "{got}");
+        // one drips in after another
+        let start = Instant::now();
+        std::thread::sleep(Duration::from_millis(200));
+        let least = within(start.elapsed()).min(AT_ONCE) - 4;
+        let got = answers(400);
+        assert!((least..=within(start.elapsed())).contains(&got), "{got}, {least} at least");
+        // however long nobody asks
+        std::thread::sleep(Duration::from_millis(1000));
+        let start = Instant::now();
+        let got = answers(400);
+        assert!((AT_ONCE..=AT_ONCE + within(start.elapsed())).contains(&got), "{got}");
+        // all are counted
+        let counted = testbed.program.take_counted();
+        assert_eq!(counted.into_values().map(|(packets, _)| packets).sum::<u64>(), 1200);
+    });
 }
 
 #[test]

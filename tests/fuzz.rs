@@ -15,14 +15,16 @@ use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use cases::Case;
-use common::forge::Forged;
+use common::flow;
+use common::forge::{Forged, V4};
 use common::packet::Mac;
+use common::prelude::Tag;
 use common::program::{Context, Counted, Run};
 use common::random::{Target, any_packet, one_of, usually};
-use common::reference::{Arrival, End, Host, Outcome, Supports, Table, Verdict, Way};
+use common::reference::{Arrival, End, Host, Outcome, Table, Verdict, Way};
 use common::testbed::{
     FAR, FAR_COLD, GATEWAY_MAC, NARROW, NARROW_COLD, NEAR, NEAR_COLD, NEAR_MAC, NO_ROUTE, OUT_MAC,
-    OWN, PORTS, REDIRECT, RELAY_MAC, SHOT, Testbed, UNSPEC, VIP,
+    OWN, OWN6, PORTS, REDIRECT, RELAY_MAC, SHOT, Testbed, UNSPEC, VIP,
 };
 use proptest::collection::vec;
 use proptest::prelude::{Just, Strategy, prop_oneof};
@@ -30,24 +32,12 @@ use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use udplb::config::{self, Action, Fragments, Hash, Key, KeyAddress, Mode, Ports, Source};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 
-/// What is asked of the program; the specification has it all.
-const SUPPORTS: Supports = Supports {
-    ipv6: false,
-    vlan: false,
-    fragments: false,
-    errors: false,
-    replicate: false,
-    egress: false,
-    groups: false,
-};
-
 const PACKETS: u32 = 20_000;
 
 /// At most, and at least one.
 const SEQUENCE: u32 = 40;
 
 const VIP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1);
-const OWN6: Ipv6Addr = Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 1);
 const BROADCAST: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 255);
 
 const UNICAST: Target = target(RELAY_MAC, IpAddr::V4(VIP));
@@ -101,7 +91,7 @@ struct Scenario {
 }
 
 impl Scenario {
-    fn host(&self, ids: RuleIds, supports: Supports) -> Host {
+    fn host(&self, ids: RuleIds) -> Host {
         let ways = WAYS.iter().chain(&WAYS6).map(|(address, mtu, mac)| {
             let mac = if self.held { Some(HELD_MAC) } else { *mac };
             let macs = mac.map(|mac| (OUT_MAC, mac));
@@ -116,22 +106,12 @@ impl Scenario {
             // MTU, Ethernet header and, whether there is one or not, a tag
             longest: 1500 + 14 + 4,
             ways: ways.collect(),
-            hashed: |_, _, _| 0,
-            supports,
+            hashed: |rule, source, port| {
+                flow::sender_key(rule, source, port) as usize % rule.upstreams.len()
+            },
         }
     }
 }
-
-/// All that there is.
-const ALL: Supports = Supports {
-    ipv6: true,
-    vlan: true,
-    fragments: true,
-    errors: true,
-    replicate: true,
-    egress: true,
-    groups: true,
-};
 
 /// Ids as a program with this one rule has them.
 fn ids(rule: &Rule) -> RuleIds {
@@ -162,7 +142,7 @@ fn what_is_easily_got_wrong() {
     let mut wrong = Vec::new();
     for Case { name, rule, packets, fates } in cases::all() {
         let (ids, mut table) = (ids(&rule), Table::default());
-        let host = Scenario { rule, held: false }.host(ids, ALL);
+        let host = Scenario { rule, held: false }.host(ids);
         let got = packets.iter().map(|packet| {
             let frame = packet.frame();
             let came = packet.cut.unwrap_or(frame.len());
@@ -201,7 +181,7 @@ fn the_nearest_key_decides() {
     let scenario = Scenario { rule: rules[0].clone(), held: false };
     let host = Host {
         rules: rules.iter().cloned().zip(ids.iter().cloned()).collect(),
-        ..scenario.host(ids[0].clone(), ALL)
+        ..scenario.host(ids[0].clone())
     };
     #[rustfmt::skip]
     let table = [
@@ -233,9 +213,6 @@ fn the_program_gets_it_right() {
     Testbed::with(|testbed| {
         let results =
             cases::all().into_iter().filter_map(|Case { name, rule, packets, .. }| {
-                if !can_be_asked(&rule) {
-                    return None;
-                }
                 let scenario = Scenario { rule, held: false };
                 let result = check(testbed, &scenario, &packets, &mut BTreeMap::new());
                 Some(format!("{name}: {}", result.err()?))
@@ -245,12 +222,52 @@ fn the_program_gets_it_right() {
     });
 }
 
-/// Whether the program knows what the rule says.
-fn can_be_asked(rule: &Rule) -> bool {
-    let family = SUPPORTS.ipv6 || rule.destinations().all(|to| to.address.ip.is_ipv4());
-    let copies = SUPPORTS.replicate || rule.mode == Mode::Balance && rule.mirrors.is_empty();
-    let source = SUPPORTS.egress || rule.source != Source::Egress;
-    family && copies && source
+/// As many as there may be, each with a source of its own and some of them dead; with fragments, so
+/// that identifications are fresh for each.
+#[test]
+fn sixty_four_receivers() {
+    let fragment = |ip: &mut V4, offset, flags| {
+        (ip.identification, ip.fragment_offset, ip.flags) = (77, offset, flags);
+    };
+    let packets4 = [
+        cases::v4(|_, _| {}),
+        cases::v4(|ip, _| fragment(ip, 0, 1)),
+        cases::v4(|ip, _| fragment(ip, 3, 0)),
+        cases::v4(|ip, udp| (ip.options, udp.payload) = (10, 1432)),
+        Forged { tag: Some(Tag { protocol: 0x8100, control: 7 }), ..cases::v4(|_, _| {}) },
+    ];
+    let packets6 = [cases::v6(|_, _| {}), cases::v6(|_, udp| udp.payload = 1452)];
+    Testbed::with(|testbed| {
+        for (target, packets) in [(UNICAST, &packets4[..]), (UNICAST6, &packets6)] {
+            let addresses: Vec<IpAddr> = match target.address {
+                IpAddr::V4(_) => WAYS.iter().map(|way| way.0).chain([NO_ROUTE.into()]).collect(),
+                IpAddr::V6(_) => WAYS6.iter().map(|way| way.0).chain([NO_ROUTE6]).collect(),
+            };
+            let sources = [Source::Vip, Source::Preserve, Source::Egress];
+            let receivers: Vec<Upstream> = (0..64)
+                .map(|number: u16| {
+                    let at = usize::from(number);
+                    let address = addresses[at % addresses.len()];
+                    let port = (!number.is_multiple_of(5)).then_some(10_000 + number);
+                    let source = Some(sources[at % sources.len()]);
+                    Upstream { source, ..Upstream::new(address, port) }
+                })
+                .collect();
+            let replicating = Rule { mode: Mode::Replicate, ..rule_for(target, receivers.clone()) };
+            let upstreams = vec![Upstream::new(addresses[0], Some(1))];
+            let mirrored = Rule { mirrors: receivers, ..rule_for(target, upstreams) };
+            for rule in [replicating, mirrored] {
+                for action in [Action::Block, Action::Pass] {
+                    for held in [false, true] {
+                        let rule = Rule { action, ..rule.clone() };
+                        let scenario = Scenario { rule, held };
+                        let result = check(testbed, &scenario, packets, &mut BTreeMap::new());
+                        result.unwrap_or_else(|wrong| panic!("{action:?}: {wrong}"));
+                    }
+                }
+            }
+        }
+    });
 }
 
 /// Puts the packets to the program and to its specification.
@@ -260,12 +277,15 @@ fn check(
     packets: &[Forged],
     tally: &mut BTreeMap<Verdict, u64>,
 ) -> Result<(), String> {
-    let ways = WAYS.iter().chain(&WAYS6).filter(|_| scenario.held);
-    let ways =
-        ways.map(|(address, mtu, _)| ((*address).into(), testbed.hop(*mtu as u32, Some(HELD_MAC))));
-    let ids = testbed.program.configure(&scenario.rule, &ways.collect(), 0);
+    let ways = WAYS.iter().chain(&WAYS6).map(|(address, mtu, mac)| {
+        let mac = if scenario.held { Some(HELD_MAC) } else { *mac };
+        ((*address).into(), testbed.hop_to(*address, *mtu as u32, mac))
+    });
+    let broadcasts = vec![BROADCAST.into()];
+    let desired = Desired { rules: vec![scenario.rule.clone()], broadcasts, ..Desired::default() };
+    let ids = testbed.program.configure_all(&desired, &ways.collect(), 0).remove(0);
     testbed.program.lease(scenario.held);
-    let host = scenario.host(ids, SUPPORTS);
+    let host = scenario.host(ids);
     let wanted = check_each(testbed, &host, packets);
     // also after a packet that went wrong, for whoever comes next
     let got = testbed.program.take_counted();
@@ -328,15 +348,13 @@ fn is_as(
     let stayed = run.frame == came.frame && run.tag == came.tag;
     let right = match &wanted.end {
         End::Up => run.action == UNSPEC && stayed,
-        End::Dropped => run.action == SHOT && stayed,
+        End::Dropped => run.action == SHOT,
         End::Away(gone) => {
             run.action == REDIRECT && run.tag.is_none() && table.admit(gone, &run.frame)
         }
-        // their rate is limited
-        End::Answered(answer) => match run.action {
-            SHOT => stayed,
-            action => action == REDIRECT && run.tag == came.tag && answer.is(&run.frame),
-        },
+        End::Answered(answer) => {
+            run.action == REDIRECT && run.tag == came.tag && answer.is(&run.frame)
+        }
     };
     let copied = wanted.copies.len() == copies.len()
         && wanted.copies.iter().zip(copies).all(|(gone, copy)| table.admit(gone, copy));
@@ -375,13 +393,7 @@ fn the_program_does_what_the_specification_says() {
         Ok(number) => number.parse().expect("UDPLB_FUZZ_PACKETS is a number"),
         Err(_) => PACKETS,
     };
-    let mut targets = vec![UNICAST];
-    targets.extend(SUPPORTS.ipv6.then_some(UNICAST6));
-    targets.extend(
-        GROUPS
-            .iter()
-            .filter(|target| SUPPORTS.groups && (SUPPORTS.ipv6 || target.address.is_ipv4())),
-    );
+    let targets = [&[UNICAST, UNICAST6][..], &GROUPS].concat();
     Testbed::with(|testbed| {
         let tally = RefCell::new(BTreeMap::new());
         for target in &targets {
@@ -398,8 +410,17 @@ fn the_program_does_what_the_specification_says() {
 }
 
 /// What must occur among so many packets.
-const VERDICTS: &[Verdict] =
-    &["forwarded", "fragment", "malformed", "mtu", "no-neighbour", "no-route", "not-for-us", "ttl"];
+const VERDICTS: &[Verdict] = &[
+    "forwarded",
+    "fragment",
+    "fragment-early",
+    "malformed",
+    "mtu",
+    "no-neighbour",
+    "no-route",
+    "not-for-us",
+    "ttl",
+];
 
 fn fuzz(
     testbed: &Testbed<'_>,
@@ -426,20 +447,18 @@ fn fuzz(
 /// Rules for the target, with all that such a rule may say.
 fn any_scenario(target: Target) -> impl Strategy<Value = Scenario> {
     let action = one_of([Action::Block, Action::Pass]);
-    let only = |supported, value, other| if supported { value } else { other };
     // a group's address is nobody's source
     let group = target.address.is_multicast() || target.address == BROADCAST;
     let source = one_of([
-        only(!group, Source::Vip, Source::Preserve),
+        if group { Source::Preserve } else { Source::Vip },
         Source::Preserve,
-        only(SUPPORTS.egress, Source::Egress, Source::Preserve),
+        Source::Egress,
     ]);
-    let mode =
-        one_of([Mode::Balance, if SUPPORTS.replicate { Mode::Replicate } else { Mode::Balance }]);
+    let mode = one_of([Mode::Balance, Mode::Replicate]);
     let fragments = usually(Fragments::Follow, one_of([Fragments::Pass, Fragments::Drop]));
     let strategy = one_of([config::Strategy::SrcPort, config::Strategy::SrcIp]);
     let upstreams = vec(any_upstream(target), 1..=4);
-    let mirrors = vec(any_upstream(target), 0..=if SUPPORTS.replicate { 2 } else { 0 });
+    let mirrors = vec(any_upstream(target), 0..=2);
     let rule = (action, source, mode, fragments, strategy, upstreams, mirrors).prop_map(
         move |(action, source, mode, fragments, strategy, upstreams, mirrors)| {
             let mirrors = if mode == Mode::Balance { mirrors } else { Vec::new() };

@@ -184,7 +184,7 @@ fn a_rollback_never_sends_to_another_upstreams_next_hop() {
     lab.relay.ip("addr add 10.3.0.1/24 dev up1");
     second.ip("addr add 10.3.0.20/24 dev eth0");
     let here = bind(&lab.upstream, UPSTREAMS[0], 7000);
-    let there = bind(&second, [10, 3, 0, 20].into(), 7000);
+    let there = bind(&second, [10, 3, 0, 20], 7000);
     let to = |address: &str| {
         let upstream = json!({ "name": "it", "address": address, "port": 7000 });
         config(&[rule("only", 5000, json!({ "tc_action": "block" }), &[upstream])])

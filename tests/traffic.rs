@@ -3,26 +3,16 @@
 mod common;
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use common::Namespace;
-use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule, to_port};
-use common::net::{Datagram, TTL, UDP_SEGMENT, bind, expect_silence, local, payload, receive, set};
-use serde_json::{Value, json};
-
-fn options(action: &str, source: &str) -> Value {
-    json!({ "tc_action": action, "source": source })
-}
-
-fn upstream(address: Ipv4Addr, port: u16) -> Value {
-    json!({ "name": address, "address": address, "port": port })
-}
-
-#[track_caller]
-fn expect(socket: &UdpSocket, payload: &[u8], from: SocketAddrV4, ttl: i32) {
-    assert_eq!(receive(socket), Datagram { payload: payload.into(), from, ttl });
-}
+use common::ends::{Ends, KINDS, all_kinds, options, rules};
+use common::lab::{CLIENTS, Lab, Net, Outcome, RELAY, UPSTREAMS, V4, V6, config, rule, upstream};
+use common::net::{
+    TTL, UDP_SEGMENT, bind, expect, expect_silence, local, own, payload, receive, set,
+};
+use serde_json::json;
 
 /// The configuration of udplb's first version.
 fn seed(strategy: &str) -> String {
@@ -64,101 +54,33 @@ fn the_source_address_selects_the_upstream() {
     check_seed("src-ip", [(CLIENTS[0], 40000), (CLIENTS[1], 40000)]);
 }
 
-/// A rule of each kind: port, `tc_action`, `source`. Each has an upstream port of its own.
-const KINDS: [(u16, &str, &str); 4] = [
-    (5000, "pass", "vip"),
-    (5001, "pass", "preserve"),
-    (5002, "block", "vip"),
-    (5003, "block", "preserve"),
-];
-
-fn all_kinds() -> Value {
-    let rules: Vec<Value> = KINDS
-        .iter()
-        .map(|(port, action, source)| {
-            let upstreams = [upstream(UPSTREAMS[0], port + 2000)];
-            rule(&format!("{action}-{source}"), *port, options(action, source), &upstreams)
-        })
-        .collect();
-    config(&rules)
-}
-
-/// Sockets at both ends of every kind of rule.
-struct Ends {
-    sender: UdpSocket,
-    upstreams: Vec<UdpSocket>,
-    here: Vec<UdpSocket>,
-    key: Ipv4Addr,
-}
-
-impl Ends {
-    fn new(lab: &Lab) -> Ends {
-        Ends {
-            sender: bind(&lab.client, CLIENTS[0], 0),
-            upstreams: KINDS
-                .iter()
-                .map(|(port, ..)| bind(&lab.upstream, UPSTREAMS[0], port + 2000))
-                .collect(),
-            here: KINDS.iter().map(|(port, ..)| bind(&lab.relay, RELAY, *port)).collect(),
-            key: RELAY,
-        }
-    }
-
-    /// Sends by every kind of rule; one call gives these datagrams.
-    #[track_caller]
-    fn check(&self, payload: &[u8], datagrams: &[&[u8]]) {
-        let sender = local(&self.sender);
-        for (index, (port, action, source)) in KINDS.iter().enumerate() {
-            self.sender.send_to(payload, (self.key, *port)).expect("sent");
-            let from = match *source {
-                "vip" => SocketAddrV4::new(self.key, sender.port()),
-                _ => sender,
-            };
-            for datagram in datagrams {
-                expect(&self.upstreams[index], datagram, from, TTL - 1);
-                if *action == "pass" {
-                    expect(&self.here[index], datagram, sender, TTL);
-                }
-            }
-        }
-    }
-
-    /// Nothing but what was received so far.
-    #[track_caller]
-    fn check_silence(&self) {
-        for socket in self.upstreams.iter().chain(&self.here) {
-            expect_silence(socket);
-        }
-    }
-}
-
 /// Every kind of rule, size and checksum; where the last device computes no checksums, the
 /// receiver verifies what the program left.
 fn check_checksums(client_offload: bool, upstream_offload: bool) {
-    let lab = Lab::with_offload(client_offload, upstream_offload);
-    let ends = Ends::new(&lab);
+    let lab = Lab::dual(client_offload, upstream_offload);
     lab.apply(&all_kinds());
-    for without_checksum in [0, 1] {
-        set(&ends.sender, libc::SOL_SOCKET, libc::SO_NO_CHECK, without_checksum);
-        for size in [0, 1, 2, 17, 333, 1471, 1472] {
-            let payload = payload(size);
-            ends.check(&payload, &[&payload]);
+    let cuts_up = client_offload || cuts_up_without_offload(&lab);
+    for ends in Ends::both(&lab) {
+        // IPv6 has no datagrams without
+        let without: &[i32] = if ends.net.is_ipv6() { &[0] } else { &[0, 1] };
+        for without_checksum in without {
+            set(&ends.sender, libc::SOL_SOCKET, libc::SO_NO_CHECK, *without_checksum);
+            let header = if ends.net.is_ipv6() { 48 } else { 28 };
+            for size in [0, 1, 2, 17, 333, 1499 - header, 1500 - header] {
+                ends.check_length(size);
+            }
+            // sums that come out as zero are sent as 0xffff: some of these 65,536 / 64 do
+            for word in (0..=u16::MAX).step_by(1 << 11) {
+                ends.check(&word.to_be_bytes(), &[&word.to_be_bytes()]);
+            }
         }
-        // sums that come out as zero are sent as 0xffff: some of these 65,536 / 64 do
-        for word in (0..=u16::MAX).step_by(1 << 11) {
-            ends.check(&word.to_be_bytes(), &[&word.to_be_bytes()]);
+        set(&ends.sender, libc::SOL_SOCKET, libc::SO_NO_CHECK, 0);
+        let segments = if cuts_up { 10 } else { 0 };
+        if cuts_up {
+            ends.check_segments();
         }
-    }
-    set(&ends.sender, libc::SOL_SOCKET, libc::SO_NO_CHECK, 0);
-    let segments = if client_offload || cuts_up_without_offload(&lab) { 10 } else { 0 };
-    if segments > 0 {
-        check_segments(&ends);
-    }
-    ends.check_silence();
-    for (_, action, source) in KINDS {
-        let name = format!("{action}-{source}");
-        let count = lab.packets(&name, &UPSTREAMS[0].to_string(), "forwarded");
-        assert_eq!(count, 2 * (7 + 32) + segments, "{name}");
+        ends.check_silence();
+        ends.check_count(&lab, "forwarded", without.len() as u64 * (7 + 32) + segments);
     }
 }
 
@@ -172,14 +94,6 @@ fn cuts_up_without_offload(lab: &Lab) -> bool {
         Err(error) if error.raw_os_error() == Some(libc::EIO) => false,
         Err(error) => panic!("{error}"),
     }
-}
-
-/// One packet for the sender's stack, ten for everybody else, the counters included.
-fn check_segments(ends: &Ends) {
-    set(&ends.sender, libc::SOL_UDP, UDP_SEGMENT, 1000);
-    let payload = payload(9_500);
-    ends.check(&payload, &payload.chunks(1000).collect::<Vec<_>>());
-    set(&ends.sender, libc::SOL_UDP, UDP_SEGMENT, 0);
 }
 
 #[test]
@@ -202,117 +116,148 @@ fn checksums_are_right_without_offload() {
     check_checksums(false, false);
 }
 
-#[test]
-fn what_the_receiving_device_merges_arrives_in_parts() {
-    let lab = Lab::new();
-    let ends = Ends::new(&lab);
+fn check_merged(kind: &str) {
+    let lab = Lab::dual(true, false);
     let ethtool = |words: &str| {
         let mut ethtool = lab.relay.command("ethtool");
         Outcome::of(ethtool.args(words.split_whitespace())).expect(0).stdout
     };
     ethtool("-K eth0 gro on");
     // before 5.12 it merges only what a socket asks for
-    if ethtool("-k eth0").contains("rx-udp-gro-forwarding") {
-        ethtool("-K eth0 rx-udp-gro-forwarding on");
+    if ethtool("-k eth0").contains(kind) {
+        ethtool(&format!("-K eth0 {kind} on"));
     }
     lab.apply(&all_kinds());
-    check_segments(&ends);
-    for _ in 0..20 {
-        ends.check(b"one by one", &[b"one by one"]);
+    for ends in Ends::both(&lab) {
+        ends.check_segments();
+        for _ in 0..20 {
+            ends.check(b"one by one", &[b"one by one"]);
+        }
+        ends.check_silence();
     }
-    ends.check_silence();
+}
+
+#[test]
+fn what_the_receiving_device_merges_arrives_in_parts() {
+    check_merged("rx-udp-gro-forwarding");
+}
+
+#[test]
+fn what_the_receiving_device_strings_together_arrives_in_parts() {
+    check_merged("rx-gro-list");
 }
 
 #[test]
 fn a_tunnelled_frame_with_a_sum_over_all_of_it() {
-    let lab = Lab::with_offload(false, false);
+    let lab = Lab::dual(false, false);
     // the outer checksum is verified in software, which leaves CHECKSUM_COMPLETE to the inner
     let vxlan = "type vxlan id 7 dstport 4789 udpcsum local";
     lab.client.ip(&format!("link add vx0 {vxlan} {} remote {RELAY}", CLIENTS[0]));
     lab.relay.ip(&format!("link add vx0 {vxlan} {RELAY} remote {}", CLIENTS[0]));
-    for (namespace, address) in [(&lab.client, "10.5.0.20/24"), (&lab.relay, "10.5.0.1/24")] {
-        namespace.ip(&format!("addr add {address} dev vx0"));
+    let client = ["10.5.0.20", "2001:db8:5::20"].map(|it| it.parse::<IpAddr>().expect("one"));
+    let relay = ["10.5.0.1", "2001:db8:5::1"].map(|it| it.parse::<IpAddr>().expect("one"));
+    for (namespace, addresses, link) in
+        [(&lab.client, client, "fe80::5:20"), (&lab.relay, relay, "fe80::5:1")]
+    {
+        namespace.ip(&format!("addr add {}/24 dev vx0", addresses[0]));
+        namespace.ip(&format!("addr add {}/64 dev vx0 nodad", addresses[1]));
+        namespace.ip(&format!("addr add {link}/64 dev vx0 nodad"));
         namespace.ip("link set vx0 up");
     }
-    let key = Ipv4Addr::new(10, 5, 0, 1);
-    let mut ends = Ends::new(&lab);
-    ends.key = key;
-    ends.sender = bind(&lab.client, Ipv4Addr::new(10, 5, 0, 20), 0);
-    ends.here = KINDS.iter().map(|(port, ..)| bind(&lab.relay, key, *port)).collect();
-    let mut config = all_kinds();
+    let nets = [V4, V6].map(|net| {
+        let index = usize::from(net.is_ipv6());
+        Net { key: relay[index], clients: [client[index]; 2], ..net }
+    });
+    let mut config = config(&nets.map(|net| rules(&net)).concat());
     config["interfaces"] = json!(["vx0"]);
-    for rule in config["rules"].as_array_mut().expect("rules") {
-        rule["key"]["address"] = json!(key);
-    }
     lab.apply(&config);
-    for size in [0, 1, 17, 1400] {
-        let payload = payload(size);
-        ends.check(&payload, &[&payload]);
+    for net in nets {
+        let ends = Ends::new(&lab, net);
+        let family = if net.is_ipv6() { "6" } else { "4" };
+        for (forwarding, cold) in [("1", false), ("1", true), ("0", false)] {
+            lab.relay.set_forwarding(forwarding);
+            for size in [0, 1, 17, 1300] {
+                if cold {
+                    lab.relay.ip(&format!("-{family} neigh flush dev up0"));
+                    ends.check_blocked(&payload(size));
+                } else {
+                    ends.check_length(size);
+                }
+            }
+            ends.check_segments();
+        }
+        ends.check_silence();
     }
-    check_segments(&ends);
-    ends.check_silence();
 }
 
 #[test]
 fn it_forwards_where_the_kernel_does_not() {
-    let lab = Lab::new();
-    let ends = Ends::new(&lab);
-    lab.relay.sysctl("net.ipv4.ip_forward", "0");
+    let lab = Lab::dual(true, true);
     lab.apply(&all_kinds());
-    ends.check(b"forwarding off", &[b"forwarding off"]);
-    lab.relay.sysctl("net.ipv4.ip_forward", "1");
-    ends.check(b"forwarding on", &[b"forwarding on"]);
-    ends.check_silence();
+    for forwarding in ["0", "1"] {
+        lab.relay.set_forwarding(forwarding);
+        for ends in Ends::both(&lab) {
+            ends.check(b"forwarded", &[b"forwarded"]);
+            ends.check_silence();
+        }
+    }
 }
 
 #[test]
 fn an_upstream_behind_a_gateway() {
-    let lab = Lab::with_offload(true, false);
+    let lab = Lab::dual(true, false);
     let far = Namespace::new();
-    let address = Ipv4Addr::new(10, 9, 0, 2);
     lab.upstream.link("far0", &far, "eth0", false);
     lab.upstream.ip("addr add 10.9.0.1/24 dev far0");
+    lab.upstream.ip("addr add 2001:db8:9::1/64 dev far0 nodad");
+    lab.upstream.ip("addr add fe80::1/64 dev far0 nodad");
     lab.upstream.sysctl("net.ipv4.ip_forward", "1");
-    far.ip(&format!("addr add {address}/24 dev eth0"));
+    lab.upstream.sysctl("net.ipv6.conf.all.forwarding", "1");
+    far.ip("addr add 10.9.0.2/24 dev eth0");
+    far.ip("addr add 2001:db8:9::2/64 dev eth0 nodad");
+    far.ip("addr add fe80::2/64 dev eth0 nodad");
     far.ip("route add default via 10.9.0.1");
-    lab.relay.ip(&format!("route add 10.9.0.0/24 via {}", UPSTREAMS[1]));
-    let rules = KINDS.map(|(port, action, source)| {
-        rule(action, port, options(action, source), &[upstream(address, port)])
-    });
+    far.ip("-6 route add default via 2001:db8:9::1");
+    lab.relay.ip("route add 10.9.0.0/24 via 10.2.0.21");
+    lab.relay.ip("-6 route add 2001:db8:9::/64 via fe80::20 dev up0");
+    let nets = [(V4, "10.9.0.2"), (V6, "2001:db8:9::2")]
+        .map(|(net, address)| Net { upstreams: [address.parse().expect("one"); 2], ..net });
+    lab.apply(&config(&nets.map(|net| rules(&net)).concat()));
     for forwarding in ["1", "0"] {
-        lab.relay.sysctl("net.ipv4.ip_forward", forwarding);
-        for (rule, (port, _, source)) in rules.iter().zip(KINDS) {
-            lab.apply(&config(std::slice::from_ref(rule)));
-            let receiver = bind(&far, address, port);
-            let sender = bind(&lab.client, CLIENTS[1], 0);
-            sender.send_to(b"over there", (RELAY, port)).expect("sent");
-            let from = match source {
-                "vip" => SocketAddrV4::new(RELAY, local(&sender).port()),
-                _ => local(&sender),
-            };
-            expect(&receiver, b"over there", from, TTL - 2);
+        lab.relay.set_forwarding(forwarding);
+        for net in nets {
+            let mut ends = Ends::with(&lab, net, &far);
+            ends.hops = 2;
+            ends.check(b"over there", &[b"over there"]);
         }
     }
 }
 
 #[test]
 fn a_cold_neighbour_loses_nothing() {
-    let lab = Lab::new();
-    let receiver = bind(&lab.upstream, UPSTREAMS[0], 7000);
-    let sender = bind(&lab.client, CLIENTS[0], 0);
-    lab.apply(&to_port(7000));
-    for forwarding in ["1", "0"] {
-        lab.relay.sysctl("net.ipv4.ip_forward", forwarding);
-        lab.relay.ip("neigh flush dev up0");
-        assert!(!lab.relay.ip("neigh show dev up0").contains("lladdr"));
-        for number in 0..50_u8 {
-            sender.send_to(&[number], (RELAY, 5000)).expect("sent");
+    let lab = Lab::dual(true, true);
+    let block = |net: &Net, name| {
+        let upstream = upstream(net.upstreams[0], 7000);
+        net.rule(name, 5000, options("block", "vip"), &[upstream])
+    };
+    lab.apply(&config(&[block(&V4, "4"), block(&V6, "6")]));
+    for (net, family) in [(V4, "4"), (V6, "6")] {
+        let receiver = bind(&lab.upstream, net.upstreams[0], 7000);
+        let sender = bind(&lab.client, net.clients[0], 0);
+        for forwarding in ["1", "0"] {
+            lab.relay.set_forwarding(forwarding);
+            lab.relay.ip(&format!("-{family} neigh flush dev up0"));
+            assert!(!lab.relay.ip(&format!("-{family} neigh show dev up0")).contains("lladdr"));
+            for number in 0..50_u8 {
+                sender.send_to(&[number], (net.key, 5000)).expect("sent");
+            }
+            for number in 0..50_u8 {
+                assert_eq!(receive(&receiver).payload, [number]);
+            }
         }
-        for number in 0..50_u8 {
-            assert_eq!(receive(&receiver).payload, [number]);
-        }
+        let count = lab.packets(family, &net.upstreams[0].to_string(), "matched");
+        assert_eq!(count, 100);
     }
-    assert_eq!(lab.packets("only", "one", "matched"), 100);
 }
 
 #[test]
@@ -337,21 +282,18 @@ fn a_neighbour_that_was_given_up_is_asked_again() {
 #[test]
 fn reverse_path_filters_see_the_local_copy_only() {
     let lab = Lab::new();
-    let ends = Ends::new(&lab);
+    let ends = Ends::new(&lab, V4);
     for interface in ["all", "eth0", "up0"] {
         lab.relay.sysctl(&format!("net.ipv4.conf.{interface}.rp_filter"), "1");
     }
-    lab.apply(&all_kinds());
+    lab.apply(&config(&rules(&V4)));
     ends.check(b"from where it should", &[b"from where it should"]);
     // an address that the relay would reach through the upstreams' network
     lab.client.ip("addr add 10.2.0.99/32 dev eth0");
     let stranger = bind(&lab.client, Ipv4Addr::new(10, 2, 0, 99), 0);
     for (index, (port, _, source)) in KINDS.iter().enumerate() {
         stranger.send_to(b"from elsewhere", (RELAY, *port)).expect("sent");
-        let from = match *source {
-            "vip" => SocketAddrV4::new(RELAY, local(&stranger).port()),
-            _ => local(&stranger),
-        };
+        let from = V4.seen(source, own(&stranger));
         expect(&ends.upstreams[index], b"from elsewhere", from, TTL - 1);
     }
     ends.check_silence();
@@ -360,7 +302,7 @@ fn reverse_path_filters_see_the_local_copy_only() {
 #[test]
 fn what_no_rule_matches_is_let_alone() {
     let lab = Lab::new();
-    let ends = Ends::new(&lab);
+    let ends = Ends::new(&lab, V4);
     lab.relay.ip("addr add 10.1.0.2/24 dev eth0");
     let others = [
         bind(&lab.relay, RELAY, 5999),
@@ -369,7 +311,7 @@ fn what_no_rule_matches_is_let_alone() {
         bind(&lab.upstream, UPSTREAMS[0], 5000),
     ];
     lab.client.ip("route add default via 10.1.0.1");
-    lab.apply(&all_kinds());
+    lab.apply(&config(&rules(&V4)));
     for other in &others {
         ends.sender.send_to(b"untouched", local(other)).expect("sent");
         let routed = local(other).ip() == &UPSTREAMS[0];
@@ -403,24 +345,25 @@ fn a_range_of_ports_keeps_them() {
 
 #[test]
 fn the_local_copy_is_as_it_was_sent() {
-    let lab = Lab::new();
-    let ends = Ends::new(&lab);
+    let lab = Lab::dual(true, true);
     lab.apply(&all_kinds());
-    for ttl in [2, 3, 255] {
-        set(&ends.sender, libc::IPPROTO_IP, libc::IP_TTL, ttl);
-        ends.sender.send_to(b"ttl", (RELAY, 5000)).expect("sent");
-        assert_eq!(receive(&ends.here[0]).ttl, ttl);
-        assert_eq!(receive(&ends.upstreams[0]).ttl, ttl - 1);
+    for ends in Ends::both(&lab) {
+        for ttl in [2, 3, 255] {
+            ends.set_ttl(ttl);
+            ends.sender.send_to(b"ttl", (ends.net.key, 5000)).expect("sent");
+            assert_eq!(receive(&ends.here[0]).ttl, ttl);
+            assert_eq!(receive(&ends.upstreams[0]).ttl, ttl - 1);
+        }
+        // too old to be sent on, but at home here
+        ends.set_ttl(1);
+        for (index, (port, action, _)) in KINDS.into_iter().enumerate() {
+            if action == "pass" {
+                ends.sender.send_to(b"ttl", (ends.net.key, port)).expect("sent");
+                expect(&ends.here[index], b"ttl", own(&ends.sender), 1);
+            }
+        }
+        ends.check_silence();
     }
-    // too old to be sent on, but at home here
-    set(&ends.sender, libc::IPPROTO_IP, libc::IP_TTL, 1);
-    for (port, ..) in KINDS {
-        ends.sender.send_to(b"ttl", (RELAY, port)).expect("sent");
-    }
-    for here in &ends.here[..2] {
-        expect(here, b"ttl", local(&ends.sender), 1);
-    }
-    ends.check_silence();
 }
 
 /// Sends a whole frame out of an interface.
@@ -450,8 +393,8 @@ fn send_frame(namespace: &Namespace, interface: &str, frame: &[u8]) {
 #[test]
 fn a_tag_held_in_the_packet_stays_here() {
     let lab = Lab::new();
-    let ends = Ends::new(&lab);
-    lab.apply(&all_kinds());
+    let ends = Ends::new(&lab, V4);
+    lab.apply(&config(&rules(&V4)));
     // VLAN 0 is no network of its own: the frame goes up like one without a tag
     for (vlan, goes_up) in [(0, true), (5, false)] {
         for (index, (port, action, source)) in KINDS.iter().enumerate() {
@@ -465,7 +408,7 @@ fn a_tag_held_in_the_packet_stays_here() {
             builder.write(&mut frame, b"tagged").expect("a frame");
             send_frame(&lab.client, "eth0", &frame);
             let sender = SocketAddrV4::new(CLIENTS[0], 1234);
-            let from = if *source == "vip" { SocketAddrV4::new(RELAY, 1234) } else { sender };
+            let from = V4.seen(source, sender.into());
             expect(&ends.upstreams[index], b"tagged", from, TTL - 1);
             if *action == "pass" && goes_up {
                 expect(&ends.here[index], b"tagged", sender, TTL);
@@ -477,19 +420,21 @@ fn a_tag_held_in_the_packet_stays_here() {
 
 #[test]
 fn where_nobody_listens_pass_is_answered_as_ever() {
-    let lab = Lab::new();
+    let lab = Lab::dual(true, true);
     lab.apply(&all_kinds());
-    let [passed, blocked] = [5000, 5002].map(|port| {
-        let sender = bind(&lab.client, CLIENTS[0], 0);
-        sender.connect((RELAY, port)).expect("connected");
-        sender
-    });
-    let receivers = [7000, 7002].map(|port| bind(&lab.upstream, UPSTREAMS[0], port));
-    for (sender, receiver) in [&passed, &blocked].into_iter().zip(&receivers) {
-        sender.send(b"anybody there?").expect("sent");
-        assert_eq!(receive(receiver).payload, b"anybody there?");
+    for net in [V4, V6] {
+        let [passed, blocked] = [5000, 5003].map(|port| {
+            let sender = bind(&lab.client, net.clients[0], 0);
+            sender.connect((net.key, port)).expect("connected");
+            sender
+        });
+        let receivers = [7000, 7003].map(|port| bind(&lab.upstream, net.upstreams[0], port));
+        for (sender, receiver) in [&passed, &blocked].into_iter().zip(&receivers) {
+            sender.send(b"anybody there?").expect("sent");
+            assert_eq!(receive(receiver).payload, b"anybody there?");
+        }
+        let refused = passed.recv(&mut [0]).expect_err("nobody listens");
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        expect_silence(&blocked);
     }
-    let refused = passed.recv(&mut [0]).expect_err("nobody listens");
-    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
-    expect_silence(&blocked);
 }

@@ -116,7 +116,7 @@ fn show(report: &mut Report, what: &str, times: &[Duration], limit: f64) {
 
 /// How many of a steady flow do not arrive while the upstream changes its address in silence.
 fn lost(lab: &Lab, mac: String) -> String {
-    let receiver = bind(&lab.upstream, "10.2.0.20".parse().expect("an address"), 5000);
+    let receiver = bind(&lab.upstream, [10, 2, 0, 20], 5000);
     receiver.set_nonblocking(true).expect("a socket");
     let sender = bind(&lab.client, CLIENTS[0], 0);
     let (mut sent, mut received) = (0, 0);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /* What udplb is measured against and with: floors, a generator of packets, and a sink. */
+#include <stdbool.h>
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <linux/in.h>
@@ -15,18 +16,19 @@ struct frame {
 	struct udphdr udp;
 } __attribute__((packed));
 
-/* The headers of the packet that is measured. */
+/* The beginning of the packet that is measured: all that a program changes, with IPv6 and a fragment header.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct frame);
-} frame SEC(".maps");
+	__type(value, __u8[72]);
+} beginning SEC(".maps");
 
 /* The floors, and udplb's own program. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(max_entries, 4);
+	__uint(max_entries, 16);
 	__type(key, __u32);
 	__type(value, __u32);
 } measured SEC(".maps");
@@ -38,11 +40,10 @@ struct {
 SEC("tc")
 int start(struct __sk_buff *skb)
 {
-	struct frame *original;
-	__u32 zero = 0;
+	const __u32 only = 0;
+	void *original = bpf_map_lookup_elem(&beginning, &only);
 
-	original = bpf_map_lookup_elem(&frame, &zero);
-	if (!original || bpf_skb_store_bytes(skb, 0, original, sizeof(*original), 0))
+	if (!original || bpf_skb_store_bytes(skb, 0, original, 72, 0))
 		return TC_ACT_SHOT;
 	bpf_tail_call(skb, &measured, skb->cb[0]);
 	return TC_ACT_SHOT;
@@ -107,6 +108,79 @@ int clone(struct __sk_buff *skb)
 	return bpf_clone_redirect(skb, skb->cb[1], 0) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
+/* What a copy's headers become. */
+#define UPSTREAM bpf_htonl(0x0a000202)
+#define UPSTREAM_PORT bpf_htons(9000)
+#define MOST_COPIES 64
+
+static __always_inline __u16 fold(__u64 sum)
+{
+	sum = (__u32)sum + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (sum & 0xffff) + (sum >> 16);
+}
+
+/* Of the headers of a frame, what is changed, by the widest words there are. */
+struct originals {
+	__u64 macs;
+	__u32 more_macs;
+	struct iphdr ip;
+	struct udphdr udp;
+};
+
+/* One copy, to where cb[1] says: as little as it takes to change it, send it, and put it back. */
+static __always_inline bool copy(struct __sk_buff *skb)
+{
+	void *packet = (void *)(long)skb->data;
+	struct iphdr *ip = packet + sizeof(struct ethhdr);
+	struct udphdr *udp = (void *)(ip + 1);
+	struct originals original;
+	__u64 addresses, ports;
+
+	if ((void *)(udp + 1) > (void *)(long)skb->data_end)
+		return false;
+	original.macs = *(__u64 *)packet;
+	original.more_macs = *(__u32 *)(packet + 8);
+	original.ip = *ip;
+	original.udp = *udp;
+	addresses = (__u64)(__u32)~ip->saddr + UPSTREAM;
+	ports = (__u64)(__u16)~udp->dest + UPSTREAM_PORT;
+	*(__u64 *)packet = original.macs ^ 3;
+	*(__u32 *)(packet + 8) = original.more_macs ^ 3;
+	ip->saddr = ip->daddr;
+	ip->daddr = UPSTREAM;
+	ip->ttl--;
+	ip->check = ~fold((__u16)~ip->check + addresses + (__u16)~bpf_htons(0x100));
+	udp->dest = UPSTREAM_PORT;
+	udp->check = ~fold((__u16)~udp->check + addresses + ports);
+	if (bpf_clone_redirect(skb, skb->cb[1], 0))
+		return false;
+	packet = (void *)(long)skb->data;
+	ip = packet + sizeof(struct ethhdr);
+	udp = (void *)(ip + 1);
+	if ((void *)(udp + 1) > (void *)(long)skb->data_end)
+		return false;
+	*(__u64 *)packet = original.macs;
+	*(__u32 *)(packet + 8) = original.more_macs;
+	*ip = original.ip;
+	*udp = original.udp;
+	return true;
+}
+
+/* As many as cb[2] says. */
+SEC("tc")
+int copies(struct __sk_buff *skb)
+{
+	__u32 i;
+
+	for (i = 0; i < MOST_COPIES && i < skb->cb[2]; i++) {
+		if (!copy(skb))
+			return TC_ACT_SHOT;
+	}
+	return TC_ACT_UNSPEC;
+}
+
 #define FLOWS 16
 
 /* A run of the generator, which ends when all packets that are wanted have arrived. */
@@ -142,7 +216,7 @@ int generate(struct xdp_md *context)
 	struct frame *original;
 	__u32 flow, zero = 0;
 
-	original = bpf_map_lookup_elem(&frame, &zero);
+	original = bpf_map_lookup_elem(&beginning, &zero);
 	if (!original || !progress || (void *)(packet + 1) > (void *)(long)context->data_end)
 		return XDP_ABORTED;
 	if (!progress->generated)

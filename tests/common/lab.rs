@@ -4,10 +4,13 @@
 //! client  10.1.0.20, .21 ── 10.1.0.1  relay  10.2.0.1 ── 10.2.0.20, .21  upstream
 //!                    eth0   eth0              up0        eth0
 //! ```
+//!
+//! With [`Lab::add_ipv6`] each IPv4 address has an IPv6 one beside it: `2001:db8:2::20` beside
+//! `10.2.0.20`.
 
 use std::fs;
 use std::io::Write;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -18,6 +21,65 @@ use super::{Bpffs, Namespace, run, udplb, unique};
 pub const CLIENTS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 1, 0, 20), Ipv4Addr::new(10, 1, 0, 21)];
 pub const RELAY: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
 pub const UPSTREAMS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 2, 0, 20), Ipv4Addr::new(10, 2, 0, 21)];
+
+/// The lab's addresses, of one family.
+#[derive(Clone, Copy)]
+pub struct Net {
+    pub key: IpAddr,
+    pub clients: [IpAddr; 2],
+    pub upstreams: [IpAddr; 2],
+    /// The relay's own on the side of the upstreams.
+    pub egress: IpAddr,
+}
+
+const fn v4(net: u8, host: u8) -> IpAddr {
+    IpAddr::V4(Ipv4Addr::new(10, net, 0, host))
+}
+
+const fn v6(net: u16, host: u16) -> IpAddr {
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, net, 0, 0, 0, 0, host))
+}
+
+pub const V4: Net = Net {
+    key: v4(1, 1),
+    clients: [v4(1, 20), v4(1, 21)],
+    upstreams: [v4(2, 20), v4(2, 21)],
+    egress: v4(2, 1),
+};
+pub const V6: Net = Net {
+    key: v6(1, 1),
+    clients: [v6(1, 0x20), v6(1, 0x21)],
+    upstreams: [v6(2, 0x20), v6(2, 0x21)],
+    egress: v6(2, 1),
+};
+
+impl Net {
+    pub fn is_ipv6(&self) -> bool {
+        self.key.is_ipv6()
+    }
+
+    /// A rule for the relay's address.
+    pub fn rule(&self, name: &str, port: u16, options: Value, upstreams: &[Value]) -> Value {
+        let mut rule = rule(name, port, options, upstreams);
+        rule["key"]["address"] = json!(self.key);
+        rule
+    }
+
+    /// What a receiver sees as the sender of what a client sent.
+    pub fn seen(&self, source: &str, sender: SocketAddr) -> SocketAddr {
+        match source {
+            "vip" => SocketAddr::new(self.key, sender.port()),
+            "egress" => SocketAddr::new(self.egress, sender.port()),
+            _ => sender,
+        }
+    }
+}
+
+/// An upstream that is named by its address.
+pub fn upstream(address: impl Into<IpAddr>, port: u16) -> Value {
+    let address = address.into();
+    json!({ "name": address, "address": address, "port": port })
+}
 
 pub struct Lab {
     pub client: Namespace,
@@ -54,6 +116,30 @@ impl Lab {
         }
         lab.upstream.ip("route add default via 10.2.0.1");
         lab.relay.sysctl("net.ipv4.ip_forward", "1");
+        lab
+    }
+
+    /// IPv6 addresses beside the others, and link-local ones with the same end.
+    pub fn add_ipv6(&self) {
+        for (namespace, interface, net, hosts) in [
+            (&self.client, "eth0", 1, &["20", "21"][..]),
+            (&self.relay, "eth0", 1, &["1"]),
+            (&self.relay, "up0", 2, &["1"]),
+            (&self.upstream, "eth0", 2, &["20", "21"]),
+        ] {
+            for host in hosts {
+                namespace.ip(&format!("addr add 2001:db8:{net}::{host}/64 dev {interface} nodad"));
+            }
+            namespace.ip(&format!("addr add fe80::{}/64 dev {interface} nodad", hosts[0]));
+        }
+        self.upstream.ip("-6 route add default via 2001:db8:2::1");
+        self.relay.sysctl("net.ipv6.conf.all.forwarding", "1");
+    }
+
+    /// With addresses of both families.
+    pub fn dual(client_offload: bool, upstream_offload: bool) -> Lab {
+        let lab = Lab::with_offload(client_offload, upstream_offload);
+        lab.add_ipv6();
         lab
     }
 

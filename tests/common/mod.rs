@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod ends;
+pub mod flow;
 pub mod forge;
 pub mod lab;
 pub mod net;
@@ -85,6 +87,12 @@ impl Namespace {
     pub fn sysctl(&self, name: &str, value: &str) {
         let path = Path::new("/proc/sys").join(name.replace('.', "/"));
         self.enter(|| fs::write(&path, value)).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+
+    /// Whether the kernel routes what comes for others.
+    pub fn set_forwarding(&self, on: &str) {
+        self.sysctl("net.ipv4.ip_forward", on);
+        self.sysctl("net.ipv6.conf.all.forwarding", on);
     }
 
     /// Runs a closure on a thread inside; sockets that it returns stay inside.

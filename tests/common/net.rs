@@ -1,8 +1,8 @@
 //! Sockets in namespaces.
 
 use std::io::{self, ErrorKind};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -15,13 +15,21 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 const SILENCE: Duration = Duration::from_millis(100);
 
 /// A UDP socket inside, with a large buffer; bound once this returns.
-pub fn bind(namespace: &Namespace, address: Ipv4Addr, port: u16) -> UdpSocket {
+pub fn bind(namespace: &Namespace, address: impl Into<IpAddr>, port: u16) -> UdpSocket {
+    bind_to(namespace, (address.into(), port).into())
+}
+
+/// The same for an address that may be a link's.
+pub fn bind_to(namespace: &Namespace, address: SocketAddr) -> UdpSocket {
     let socket = namespace
-        .enter(|| UdpSocket::bind((address, port)))
-        .unwrap_or_else(|error| panic!("{address}:{port} in {}: {error}", namespace.name));
+        .enter(|| UdpSocket::bind(address))
+        .unwrap_or_else(|error| panic!("{address} in {}: {error}", namespace.name));
     socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 64 << 20);
-    set(&socket, libc::IPPROTO_IP, libc::IP_RECVTTL, 1);
+    match address {
+        SocketAddr::V4(_) => set(&socket, libc::IPPROTO_IP, libc::IP_RECVTTL, 1),
+        SocketAddr::V6(_) => set(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVHOPLIMIT, 1),
+    }
     socket
 }
 
@@ -30,6 +38,7 @@ pub const TTL: i32 = 64;
 
 /// From `linux/udp.h`.
 pub const UDP_SEGMENT: i32 = 103;
+pub const UDP_GRO: i32 = 104;
 
 /// Sets an integer option.
 pub fn set(socket: &UdpSocket, level: i32, option: i32, value: i32) {
@@ -50,8 +59,11 @@ pub fn set(socket: &UdpSocket, level: i32, option: i32, value: i32) {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Datagram {
     pub payload: Vec<u8>,
-    pub from: SocketAddrV4,
+    pub from: SocketAddr,
+    /// With IPv6 the hop limit.
     pub ttl: i32,
+    /// The length of its parts, where it is several datagrams.
+    pub segment: Option<i32>,
 }
 
 /// Waits for a datagram.
@@ -60,32 +72,72 @@ pub struct Datagram {
 /// None comes.
 #[track_caller]
 pub fn receive(socket: &UdpSocket) -> Datagram {
-    try_receive(socket).unwrap_or_else(|error| panic!("{:?}: {error}", socket.local_addr()))
+    loop {
+        match try_receive(socket) {
+            Ok(datagram) => return datagram,
+            // a machine that was stopped and goes on does that
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => panic!("{:?}: {error}", own(socket)),
+        }
+    }
+}
+
+/// Waits for a datagram at one of several sockets, and says which.
+#[track_caller]
+pub fn receive_any(sockets: &[UdpSocket]) -> (usize, Datagram) {
+    let descriptors: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
+    let index = poll(&descriptors, libc::POLLIN);
+    (index, receive(&sockets[index]))
+}
+
+/// Waits for something at one of several descriptors, and says which; errors always count.
+#[track_caller]
+pub fn poll(descriptors: &[BorrowedFd<'_>], events: i16) -> usize {
+    let wanted = |it: &BorrowedFd<'_>| libc::pollfd { fd: it.as_raw_fd(), events, revents: 0 };
+    let mut polls: Vec<_> = descriptors.iter().map(wanted).collect();
+    let (count, patience) = (polls.len() as libc::nfds_t, PATIENCE.as_millis() as i32);
+    loop {
+        // SAFETY: the list is of the length given.
+        let ready = unsafe { libc::poll(polls.as_mut_ptr(), count, patience) };
+        match polls.iter().position(|poll| poll.revents != 0) {
+            Some(index) if ready > 0 => return index,
+            _ => {
+                let error = io::Error::last_os_error();
+                let again = ready < 0 && error.kind() == io::ErrorKind::Interrupted;
+                assert!(again, "nothing came: {ready} {error}");
+            }
+        }
+    }
 }
 
 /// Checks that nothing comes.
 #[track_caller]
 pub fn expect_silence(socket: &UdpSocket) {
-    socket.set_read_timeout(Some(SILENCE)).expect("a timeout");
-    let received = try_receive(socket);
-    socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-    assert!(received.is_err(), "{:?} got {received:?}", socket.local_addr());
+    expect_silence_of([socket]);
+}
+
+/// Checks that nothing comes to any of them.
+#[track_caller]
+pub fn expect_silence_of<'sockets>(sockets: impl IntoIterator<Item = &'sockets UdpSocket>) {
+    std::thread::sleep(SILENCE);
+    for socket in sockets {
+        socket.set_nonblocking(true).expect("a socket");
+        let received = try_receive(socket);
+        socket.set_nonblocking(false).expect("a socket");
+        assert!(received.is_err(), "{:?} got {received:?}", socket.local_addr());
+    }
 }
 
 /// One datagram with its sender and TTL.
 pub fn try_receive(socket: &UdpSocket) -> io::Result<Datagram> {
     let mut payload = vec![0_u8; 65_536];
     let mut control = [0_u64; 8];
-    let mut from = libc::sockaddr_in {
-        sin_family: 0,
-        sin_port: 0,
-        sin_addr: libc::in_addr { s_addr: 0 },
-        sin_zero: [0; 8],
-    };
     let mut part = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: payload.len() };
-    // SAFETY: all zeroes are a msghdr; the buffers outlive the call, and the control messages are
-    // walked with libc's macros.
-    let (length, ttl) = unsafe {
+    let (mut ttl, mut segment) = (0, None);
+    // SAFETY: all zeroes are a msghdr and an address; the buffers outlive the call, and the
+    // control messages, of which each is an int, are walked with libc's macros.
+    let (length, from) = unsafe {
+        let mut from: libc::sockaddr_storage = std::mem::zeroed();
         let mut message: libc::msghdr = std::mem::zeroed();
         message.msg_name = (&raw mut from).cast();
         message.msg_namelen = size_of_val(&from) as libc::socklen_t;
@@ -97,16 +149,34 @@ pub fn try_receive(socket: &UdpSocket) -> io::Result<Datagram> {
         if length < 0 {
             return Err(io::Error::last_os_error());
         }
-        let header = libc::CMSG_FIRSTHDR(&raw const message);
-        let ttl = match header.is_null() {
-            true => 0,
-            false => libc::CMSG_DATA(header).cast::<i32>().read_unaligned(),
-        };
-        (length as usize, ttl)
+        let mut header = libc::CMSG_FIRSTHDR(&raw const message);
+        while !header.is_null() {
+            let value = libc::CMSG_DATA(header).cast::<i32>().read_unaligned();
+            match ((*header).cmsg_level, (*header).cmsg_type) {
+                (libc::SOL_UDP, UDP_GRO) => segment = Some(value),
+                _ => ttl = value,
+            }
+            header = libc::CMSG_NXTHDR(&raw const message, header);
+        }
+        (length as usize, from)
     };
     payload.truncate(length);
-    let address = Ipv4Addr::from(from.sin_addr.s_addr.to_ne_bytes());
-    Ok(Datagram { payload, from: SocketAddrV4::new(address, u16::from_be(from.sin_port)), ttl })
+    Ok(Datagram { payload, from: socket_address(&from), ttl, segment })
+}
+
+/// What the kernel says of a peer.
+pub fn socket_address(address: &libc::sockaddr_storage) -> SocketAddr {
+    if i32::from(address.ss_family) == libc::AF_INET {
+        // SAFETY: the family says that it is one, and the storage is larger.
+        let address = unsafe { &*std::ptr::from_ref(address).cast::<libc::sockaddr_in>() };
+        let ip = Ipv4Addr::from(address.sin_addr.s_addr.to_ne_bytes());
+        return SocketAddrV4::new(ip, u16::from_be(address.sin_port)).into();
+    }
+    assert_eq!(i32::from(address.ss_family), libc::AF_INET6);
+    // SAFETY: likewise.
+    let address = unsafe { &*std::ptr::from_ref(address).cast::<libc::sockaddr_in6>() };
+    let (ip, port) = (address.sin6_addr.s6_addr.into(), u16::from_be(address.sin6_port));
+    SocketAddrV6::new(ip, port, 0, address.sin6_scope_id).into()
 }
 
 /// The IPv4 address and port that a socket has.
@@ -115,6 +185,29 @@ pub fn local(socket: &UdpSocket) -> SocketAddrV4 {
         Ok(SocketAddr::V4(address)) => address,
         other => panic!("{other:?}"),
     }
+}
+
+/// The address and port that a socket has.
+pub fn own(socket: &UdpSocket) -> SocketAddr {
+    socket.local_addr().expect("a bound socket")
+}
+
+/// Waits for a datagram, which must be this one: every byte, the sender and the TTL.
+#[track_caller]
+pub fn expect(socket: &UdpSocket, payload: &[u8], from: impl Into<SocketAddr>, ttl: i32) {
+    let received = receive(socket);
+    let from = from.into();
+    let differs = received.payload.iter().zip(payload).position(|(one, other)| one != other);
+    assert!(
+        received.payload == payload && (received.from, received.ttl) == (from, ttl),
+        "{:?} got {} bytes from {} with TTL {}, not {} bytes from {from} with {ttl}; the first that \
+         differs: {differs:?}",
+        own(socket),
+        received.payload.len(),
+        received.from,
+        received.ttl,
+        payload.len(),
+    );
 }
 
 /// Bytes that differ from place to place.

@@ -8,8 +8,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenMap, OpenObject};
-use udplb::bpf::{Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
+use udplb::bpf::{NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
 use udplb::config::{Action, Address, Hash, Key, Ports, Source, Strategy};
+use udplb::lease::ticks_per_second;
 use udplb::nexthop::{self, Way};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 use udplb::tables::Tables;
@@ -18,7 +19,7 @@ use super::packet::TYPE;
 use super::prelude::{Change, FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL, Tag};
 
 /// Ids given, and read, in each chunk of counters; no configuration here has more.
-const IDS: u32 = 64;
+const IDS: u32 = 80;
 
 /// The chunks of counters that there are.
 const CHUNKS: u32 = 2;
@@ -26,6 +27,9 @@ const CHUNKS: u32 = 2;
 /// Room in the maps of rules and upstreams, and in slots.
 const ENTRIES: u32 = 256;
 const SLOT_LINES: u32 = 1024;
+
+/// So long is a second of the program, for machines that are busy: as many of the kernel's.
+pub const SECONDS: u32 = 10;
 
 /// What there is to a packet besides its bytes.
 #[derive(Clone, Copy, Debug, Default)]
@@ -57,12 +61,17 @@ pub struct Program<'object> {
     prelude: Prelude,
     /// Those that were needed.
     preludes: RefCell<HashMap<Change, OwnedFd>>,
+    /// A second of the program, by [`Program::jiffies`].
+    pub second: u32,
 }
 
 impl<'object> Program<'object> {
     pub fn load(object: &'object mut MaybeUninit<OpenObject>) -> Program<'object> {
         let mut skeleton = UdplbSkelBuilder::default().open(object).expect("the object opens");
+        let second = SECONDS * ticks_per_second().expect("the kernel's clock");
         let maps = &mut skeleton.maps;
+        let constants = maps.rodata_data.as_deref_mut().expect("constants");
+        constants.features.ticks_per_second = second;
         for (map, entries) in [
             (&mut maps.rules, ENTRIES),
             (&mut maps.rules6, ENTRIES),
@@ -84,7 +93,7 @@ impl<'object> Program<'object> {
         let chunk = skeleton.maps.nexthops_chunk.as_fd().as_raw_fd();
         write(&skeleton.maps.nexthops, 0, &chunk.to_ne_bytes());
         let prelude = Prelude::new(skeleton.progs.udplb.as_fd());
-        Program { skeleton, chunks, prelude, preludes: RefCell::default() }
+        Program { skeleton, chunks, prelude, preludes: RefCell::default(), second }
     }
 
     /// Puts one rule in the place of those that were there, behind a decoy, and returns its ids;
@@ -117,6 +126,9 @@ impl<'object> Program<'object> {
         self.forget_fragments();
         // full again
         write(&maps.budget, 0, &[0; size_of::<types::budget>()]);
+        let sampled = size_of::<types::sampled>();
+        write_bytes(&maps.samples, sampled, &vec![0; ENTRIES as usize * sampled]);
+        write_bytes(&maps.overrides, 8, &[0; 8 * IDS.div_ceil(32) as usize]);
         write_all(&maps.nexthops_chunk, &[types::nexthop_slot::default(); IDS as usize]);
         self.lease(false);
         write_pairs(&maps.rules, &tables.rules);
@@ -140,8 +152,57 @@ impl<'object> Program<'object> {
         let bytes = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
         let tickets: Option<types::tickets> = bytes.and_then(|bytes| from_bytes(&bytes));
         let mut tickets = tickets.expect("tickets");
-        tickets.secret += 1;
+        // beside the identifications, that it is mixed with
+        tickets.secret += 1 << 32;
         write(map, 0, bytes_of(&tickets));
+    }
+
+    /// What `drain` and `enable` say of an upstream, and of no other.
+    pub fn override_state(&self, id: u32, drained: bool) {
+        let [index, shift] = [id / 32, id % 32 * 2];
+        let state: u64 = if drained { 1 } else { 2 };
+        write(&self.skeleton.maps.overrides, index, &(state << shift).to_ne_bytes());
+    }
+
+    /// The clock that the program goes by.
+    pub fn jiffies(&self) -> u32 {
+        test_run(self.skeleton.progs.udplb_heartbeat.as_fd(), &[0; 64], Context::default());
+        let bytes = self.skeleton.maps.heartbeat.lookup(&[0; 4], MapFlags::ANY).expect("a lookup");
+        let beat: Option<types::heartbeat> = bytes.and_then(|bytes| from_bytes(&bytes));
+        self.lease(false);
+        beat.expect("a heartbeat").until as u32
+    }
+
+    /// Takes all room for first fragments, since then.
+    pub fn fill_fragments(&self, since: u32) {
+        let map = &self.skeleton.maps.fragment_ring;
+        let place = [&[0xff; 8][..], &since.to_ne_bytes(), &1_u32.to_ne_bytes()].concat();
+        write_bytes(map, place.len(), &place.repeat(map.max_entries() as usize));
+    }
+
+    /// The next first fragment takes the first place again, which was last taken then.
+    pub fn turn_fragments(&self, since: u32) {
+        let (tickets, ring) = (&self.skeleton.maps.tickets, &self.skeleton.maps.fragment_ring);
+        for (map, at, value) in [(tickets, 4, 0), (ring, 8, since)] {
+            let mut bytes = map.lookup(&[0; 4], MapFlags::ANY).expect("a lookup").expect("a value");
+            bytes[at..at + 4].copy_from_slice(&value.to_ne_bytes());
+            write(map, 0, &bytes);
+        }
+    }
+
+    /// Says of all first fragments that they came then.
+    pub fn age_fragments(&self, since: u32) {
+        let map = &self.skeleton.maps.fragments;
+        for key in map.keys().collect::<Vec<_>>() {
+            let mut entry = map.lookup(&key, MapFlags::ANY).expect("a lookup").expect("an entry");
+            entry[4..8].copy_from_slice(&since.to_ne_bytes());
+            map.update(&key, &entry, MapFlags::ANY).expect("an update");
+        }
+    }
+
+    /// How many first fragments are remembered.
+    pub fn fragments(&self) -> usize {
+        self.skeleton.maps.fragments.keys().count()
     }
 
     /// Has every slot lead to an upstream that the map has no room for.
@@ -203,7 +264,7 @@ impl<'object> Program<'object> {
             }
             for value in values.iter_mut() {
                 let counters: types::counters = from_bytes(value).expect("the contract's layout");
-                for (verdict, name) in VERDICTS {
+                for (verdict, name) in VERDICTS.into_iter().chain(NOTES) {
                     let counter = counters.of[verdict.0 as usize];
                     let sum = counted.entry((id, name)).or_default();
                     *sum = (sum.0 + counter.packets, sum.1 + counter.bytes);
@@ -291,8 +352,17 @@ fn write(map: &MapMut<'_>, key: u32, value: &[u8]) {
 }
 
 fn write_all<T: Pod>(map: &MapMut<'_>, values: &[T]) {
-    for (key, value) in values.iter().enumerate() {
-        write(map, key as u32, bytes_of(value));
+    let values: Vec<u8> = values.iter().flat_map(bytes_of).copied().collect();
+    write_bytes(map, size_of::<T>(), &values);
+}
+
+/// The same with values that are none of Rust's, one behind the other.
+fn write_bytes(map: &MapMut<'_>, size: usize, values: &[u8]) {
+    let count = (values.len() / size) as u32;
+    let keys: Vec<u8> = (0..count).flat_map(u32::to_ne_bytes).collect();
+    if count > 0 {
+        let written = map.update_batch(&keys, values, count, MapFlags::ANY, MapFlags::ANY);
+        written.unwrap_or_else(|error| panic!("{}: {error}", map.name().display()));
     }
 }
 

@@ -21,23 +21,6 @@ use super::program::Counted;
 /// A name of `VERDICTS`.
 pub type Verdict = &'static str;
 
-/// What the program under test can do so far.
-#[derive(Clone, Copy, Debug)]
-pub struct Supports {
-    pub ipv6: bool,
-    /// Tags in the frame.
-    pub vlan: bool,
-    /// Fragments go where their first one went.
-    pub fragments: bool,
-    /// Packets that are too big or too old are answered.
-    pub errors: bool,
-    /// `mode: replicate`, and mirrors.
-    pub replicate: bool,
-    pub egress: bool,
-    /// Keys that are multicast or broadcast addresses.
-    pub groups: bool,
-}
-
 /// The one that packets come to.
 #[derive(Clone, Debug)]
 pub struct Host {
@@ -53,7 +36,6 @@ pub struct Host {
     /// By the address of the upstream; there is no route to others.
     pub ways: BTreeMap<IpAddr, Way>,
     pub hashed: Hashed,
-    pub supports: Supports,
 }
 
 #[derive(Clone, Debug)]
@@ -78,6 +60,8 @@ struct Receiver<'host> {
     upstream: &'host Upstream,
     id: u32,
     source: Source,
+    /// How many before it get a copy of the packet at the same host, at most.
+    again: usize,
 }
 
 /// A packet, as it comes in.
@@ -123,7 +107,10 @@ pub struct Gone {
 #[derive(Clone, Debug)]
 pub struct Fresh {
     datagram: Datagram,
-    receiver: u32,
+    receiver: Place,
+    host: IpAddr,
+    /// Several senders are one there.
+    is_merged: bool,
     /// Where the identification is in the frame.
     field: Range<usize>,
 }
@@ -148,13 +135,16 @@ pub struct Answer {
 /// part of it: it may differ from fragment to fragment).
 type Datagram = (IpAddr, IpAddr, u32);
 
+/// A receiver: its id, and how many there are before it at its host.
+type Place = (u32, usize);
+
 /// What is remembered of first fragments.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
-    /// Indices of the rule and of its upstream.
-    followed: HashMap<Datagram, (usize, usize)>,
-    /// By datagram and receiver: the new identification.
-    fresh: HashMap<(Datagram, u32), Vec<u8>>,
+    /// Indices of the rule and of its upstream; none: the first fragment was no rule's.
+    followed: HashMap<Datagram, Option<(usize, usize)>>,
+    /// By datagram and receiver: the host and the new identification.
+    fresh: HashMap<(Datagram, Place), (IpAddr, Vec<u8>)>,
 }
 
 const ETHERNET: usize = 14;
@@ -167,6 +157,9 @@ const TAGS: usize = 2;
 
 /// Extension headers that are looked through.
 const EXTENSIONS: usize = 8;
+
+/// The UDP header begins within so many bytes of the IPv6 packet.
+const HEADERS: usize = 512;
 
 /// Next header values, RFC 8200 section 4.
 const HOP_BY_HOP: u8 = 0;
@@ -231,23 +224,24 @@ impl Host {
         };
         let count = packet.count();
         let found = match packet.is_later() {
-            true => table.followed.get(&packet.datagram()).copied(),
+            true => match table.followed.get(&packet.datagram()) {
+                Some(None) => return Outcome::default(),
+                followed => followed.copied().flatten(),
+            },
             false => self.rule_for(&packet).map(|rule| {
                 let chosen = self.choose(&self.rules[rule].0, &packet);
                 (rule, chosen)
             }),
         };
         let Some((index, chosen)) = found else {
-            if packet.is_first() {
-                table.forget(packet.datagram());
+            if packet.is_first() && self.has_key(packet.destination) {
+                table.remember(packet.datagram(), None);
             }
             if !packet.is_later() {
                 return Outcome::default();
             }
-            let verdict = if self.supports.fragments { "fragment-early" } else { "fragment" };
-            let keys = self.has_key(packet.destination) && packet.may_be_udp;
-            return match keys || !self.supports.fragments {
-                true => Outcome::default().counted(0, verdict, count),
+            return match self.has_key(packet.destination) && packet.may_be_udp {
+                true => Outcome::default().counted(0, "fragment-early", count),
                 false => Outcome::default(),
             };
         };
@@ -255,18 +249,15 @@ impl Host {
         if !self.is_for_us(rule, &packet) {
             return Outcome::default().counted(ids.rule, "not-for-us", count);
         }
-        if packet.fragment.is_some() && !self.supports.fragments {
-            return Outcome::unsent(rule).counted(ids.rule, "fragment", count);
-        }
         if !packet.is_well_formed() {
             if packet.is_first() {
-                table.forget(packet.datagram());
+                table.remember(packet.datagram(), None);
             }
             return Outcome::unsent(rule).counted(ids.rule, "malformed", count);
         }
         if packet.fragment.is_some() {
             if packet.is_first() {
-                table.remember(packet.datagram(), index, chosen);
+                table.remember(packet.datagram(), Some((index, chosen)));
             }
             let outcome = match rule.fragments {
                 Fragments::Follow => None,
@@ -277,13 +268,13 @@ impl Host {
                 return outcome.counted(ids.rule, "fragment", count);
             }
         }
-        let receivers = |upstreams, ids| receivers(rule, upstreams, ids);
-        let upstreams = receivers(&rule.upstreams, &ids.upstreams);
+        let upstreams = receivers(rule, &rule.upstreams, &ids.upstreams, &[]);
         match rule.mode {
             Mode::Balance => {
-                let mirrors = receivers(&rule.mirrors, &ids.mirrors);
+                let mirrors = receivers(rule, &rule.mirrors, &ids.mirrors, &rule.upstreams);
                 let outcome = self.copies(&mirrors, &packet);
-                self.balance(outcome, rule, upstreams[chosen], &packet, arrival)
+                let chosen = Receiver { again: 0, ..upstreams[chosen] };
+                self.balance(outcome, rule, chosen, &packet, arrival)
             }
             Mode::Replicate => {
                 // the rule counts each packet once
@@ -358,6 +349,9 @@ impl Host {
             Source::Preserve => packet.source,
             Source::Egress => way.egress.ok_or("no-route")?,
         };
+        if stays_here(source, to.upstream.address.ip) {
+            return Err("no-route");
+        }
         if packet.length() > way.mtu {
             return Err("mtu");
         }
@@ -368,10 +362,12 @@ impl Host {
         if copy && frame.len() > self.longest {
             return Err("clone-failed");
         }
-        let fresh = packet.fragment.as_ref().filter(|_| to.source != Source::Preserve);
-        let fresh = fresh.map(|fragment| Fresh {
+        let is_fresh = to.again > 0 || to.source != Source::Preserve;
+        let fresh = packet.fragment.as_ref().filter(|_| is_fresh).map(|fragment| Fresh {
             datagram: packet.datagram(),
-            receiver: to.id,
+            receiver: (to.id, to.again),
+            host: to.upstream.address.ip,
+            is_merged: to.source != Source::Preserve,
             field: fragment.field.clone(),
         });
         Ok((Gone { frame, fresh }, way.verdict))
@@ -397,7 +393,7 @@ impl Host {
         let for_many = to != self.mac || self.is_of_many(packet.destination);
         let of_one = is_one_host(packet.source);
         let answered = rule.action == Action::Block && !packet.is_later() && of_one && !for_many;
-        if !answered || !self.supports.errors {
+        if !answered {
             return Outcome::unsent(rule).end;
         }
         let tags = arrival.frame.len() - packet.bytes.len();
@@ -418,11 +414,10 @@ impl Host {
 
     fn parse(&self, arrival: Arrival<'_>) -> Parsed {
         let frame = arrival.frame;
-        let bytes = if self.supports.vlan { untagged(frame) } else { Some(frame.to_vec()) };
-        let Some(bytes) = bytes else { return Parsed::Other };
+        let Some(bytes) = untagged(frame) else { return Parsed::Other };
         let parsed = match word(&bytes, ETHERNET - 2) {
             Some(IPV4) => parse_ipv4(bytes),
-            Some(IPV6) if self.supports.ipv6 => parse_ipv6(bytes),
+            Some(IPV6) => parse_ipv6(bytes),
             _ => Parsed::Other,
         };
         match parsed {
@@ -437,7 +432,8 @@ impl Host {
     /// An exact address before any address, then an exact port before any port, then the smallest
     /// network of senders.
     fn rule_for(&self, packet: &Packet) -> Option<usize> {
-        let port = word(&packet.bytes, packet.body + 2)?;
+        let header = packet.bytes.get(packet.body..packet.body + 8)?;
+        let port = word(header, 2)?;
         let matching = self.rules.iter().enumerate().filter_map(|(index, (rule, _))| {
             let key = &rule.key;
             let port = key.ports.is_empty() || key.ports.iter().any(|ports| ports.contains(port));
@@ -472,9 +468,6 @@ impl Host {
             (Hash::Modulo, Strategy::SrcPort, _) => usize::from(port.swap_bytes()) % count,
             (Hash::Modulo, Strategy::SrcIp, IpAddr::V4(address)) => {
                 address.to_bits() as usize % count
-            }
-            (Hash::Modulo, Strategy::SrcIp, IpAddr::V6(address)) => {
-                (address.to_bits() % count as u128) as usize
             }
             (_, _, source) => (self.hashed)(rule, source, port),
         }
@@ -556,8 +549,11 @@ impl Packet {
     /// The same to another host. What is not named here leaves as it came.
     fn rewritten(&self, macs: Option<(Mac, Mac)>, source: IpAddr, to: &Upstream) -> Vec<u8> {
         let mut bytes = self.bytes.clone();
-        if let Some((from, to)) = macs {
-            bytes[..12].copy_from_slice(&[to, from].concat());
+        match macs {
+            Some((from, to)) => bytes[..12].copy_from_slice(&[to, from].concat()),
+            // the kernel gives what is addressed to a group no neighbour's address
+            None if bytes[0] & 1 == 1 => bytes[..12].fill(0),
+            None => {}
         }
         let addresses = match (source, to.address.ip) {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
@@ -635,8 +631,8 @@ fn parse_ipv4(bytes: Vec<u8>) -> Parsed {
         may_be_udp: true,
         bytes,
     };
-    // the ports must have come; later fragments have none
-    let came = packet.is_later() || packet.bytes.len() >= packet.body + 8;
+    // the ports must have come; not all fragments have them
+    let came = packet.fragment.is_some() || packet.bytes.len() >= packet.body + 8;
     if came { Parsed::Packet(packet) } else { Parsed::Other }
 }
 
@@ -670,7 +666,8 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
         if next == UDP || !known && (next != HOP_BY_HOP || number > 0) {
             break;
         }
-        let Some(extension) = bytes.get(packet.body..packet.body + 8) else {
+        let extension = bytes.get(packet.body..packet.body + 8);
+        let Some(extension) = extension.filter(|_| number < EXTENSIONS) else {
             return unreadable;
         };
         // sections 4.3 to 4.6
@@ -681,7 +678,8 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
         }
         // section 4.1: each of them at most once
         let again = next == FRAGMENT && fragmented;
-        if number == EXTENSIONS || again || packet.body + length > bytes.len() {
+        let end = packet.body + length;
+        if again || end > bytes.len() || end > ETHERNET + HEADERS {
             return unreadable;
         }
         if next == FRAGMENT {
@@ -704,8 +702,8 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
     }
     // of a later fragment this is what the data of the first begin with
     packet.may_be_udp = matches!(next, UDP | HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION);
-    // the ports must have come; later fragments have none
-    let came = packet.is_later() || next == UDP && bytes.len() >= packet.body + 8;
+    let came = packet.fragment.is_some() || bytes.len() >= packet.body + 8;
+    let came = packet.is_later() || next == UDP && came;
     if came { Parsed::Packet(Packet { bytes, ..packet }) } else { Parsed::Other }
 }
 
@@ -724,34 +722,33 @@ impl Outcome {
 }
 
 impl Table {
-    fn remember(&mut self, datagram: Datagram, rule: usize, chosen: usize) {
-        self.forget(datagram);
-        self.followed.insert(datagram, (rule, chosen));
-    }
-
     /// Another datagram has the identification now.
-    fn forget(&mut self, datagram: Datagram) {
-        self.followed.remove(&datagram);
+    fn remember(&mut self, datagram: Datagram, rule_and_upstream: Option<(usize, usize)>) {
+        self.followed.insert(datagram, rule_and_upstream);
         self.fresh.retain(|(known, _), _| *known != datagram);
     }
 
     /// Whether a frame is the one that was to leave. The first fragment of a datagram chooses the
     /// identification of the later ones; as senders have become one, no other may have it (RFC 6864
-    /// section 4.3).
+    /// section 4.3), nor may two copies for one host.
     pub fn admit(&mut self, wanted: &Gone, got: &[u8]) -> bool {
-        let Some(Fresh { datagram, receiver, field }) = &wanted.fresh else {
+        let Some(Fresh { datagram, receiver, host, is_merged, field }) = &wanted.fresh else {
             return wanted.frame == got;
         };
         let key = (*datagram, *receiver);
         let chosen = match self.fresh.get(&key) {
-            Some(chosen) => Some(chosen.clone()),
+            Some((_, chosen)) => Some(chosen.clone()),
             None => got.get(field.clone()).map(<[u8]>::to_vec),
         };
         let Some(chosen) = chosen else { return false };
-        let taken = self.fresh.iter().any(|((other, to), identification)| {
-            *other != *datagram && to == receiver && *identification == chosen
+        let taken = self.fresh.iter().any(|((other, to), (at, identification))| {
+            let meets = match other == datagram {
+                true => to != receiver && at == host,
+                false => to == receiver && *is_merged,
+            };
+            meets && *identification == chosen
         });
-        if taken {
+        if taken || (!is_merged && wanted.frame[field.clone()] == chosen) {
             return false;
         }
         let mut frame = wanted.frame.clone();
@@ -759,7 +756,7 @@ impl Table {
         if word(&frame, ETHERNET - 2) == Some(IPV4) {
             update_ipv4_checksum(&wanted.frame, &mut frame);
         }
-        self.fresh.insert(key, chosen);
+        self.fresh.insert(key, (*host, chosen));
         frame == got
     }
 }
@@ -817,21 +814,36 @@ impl Answer {
 /// "a source address that does not define a single host -- e.g., a zero address, a loopback address, a
 /// broadcast address, a multicast address, or a Class E address", RFC 1122 section 3.2.2.
 fn is_one_host(source: IpAddr) -> bool {
-    let class_e = matches!(source, IpAddr::V4(address) if address.octets()[0] >= 240);
-    !(source.is_unspecified() || source.is_loopback() || source.is_multicast() || class_e)
+    // RFC 6890: all that begins with a zero is "this host on this network"
+    let v4 = matches!(source, IpAddr::V4(address) if matches!(address.octets()[0], 0 | 240..));
+    !(source.is_unspecified() || source.is_loopback() || source.is_multicast() || v4)
+}
+
+/// What no router may send on: RFC 4291, sections 2.5.2, 2.5.3, 2.5.6 and 2.7.
+fn stays_here(source: IpAddr, destination: IpAddr) -> bool {
+    let (IpAddr::V6(source), IpAddr::V6(destination)) = (source, destination) else { return false };
+    let to_other_links = source.is_unicast_link_local() && !destination.is_unicast_link_local();
+    source.is_unspecified() || source.is_loopback() || source.is_multicast() || to_other_links
 }
 
 fn receivers<'host>(
     rule: &'host Rule,
     upstreams: &'host [Upstream],
     ids: &[u32],
+    others: &[Upstream],
 ) -> Vec<Receiver<'host>> {
-    let receiver = |(upstream, id): (&'host Upstream, &u32)| Receiver {
+    let is_at = |upstream: &Upstream, other: &Upstream| other.address.ip == upstream.address.ip;
+    let receiver = |(index, (upstream, id)): (usize, (&'host Upstream, &u32))| Receiver {
         upstream,
         id: *id,
         source: rule.source_of(upstream),
+        again: others
+            .iter()
+            .chain(&upstreams[..index])
+            .filter(|other| is_at(upstream, other))
+            .count(),
     };
-    upstreams.iter().zip(ids).map(receiver).collect()
+    upstreams.iter().zip(ids).enumerate().map(receiver).collect()
 }
 
 fn octets(address: IpAddr) -> Vec<u8> {

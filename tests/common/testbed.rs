@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use udplb::config::{Action, Address, Hash, Key, Ports, Source};
 use udplb::nexthop::{Hop, Macs, Way};
@@ -44,6 +44,7 @@ pub const UNREACHABLE: Ipv4Addr = Ipv4Addr::new(10, 0, 7, 2);
 pub const BLACKHOLE: Ipv4Addr = Ipv4Addr::new(10, 0, 8, 2);
 pub const NO_ROUTE: Ipv4Addr = Ipv4Addr::new(10, 0, 9, 2);
 pub const OWN: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 1);
+pub const OWN6: Ipv6Addr = Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 1);
 
 const ADDRESSES: &[&str] = &[
     "link add in0 address 02:00:00:00:01:01 type veth",
@@ -64,6 +65,14 @@ const ADDRESSES: &[&str] = &[
     "route add 10.0.6.3 via 10.0.2.253 mtu lock 1000",
     "route add unreachable 10.0.7.0/24",
     "route add blackhole 10.0.8.0/24",
+    "address add fd00:1::1/64 dev in0 nodad",
+    "address add fd00:2::1/64 dev out0 nodad",
+    "neighbour add fd00:2::2 lladdr 02:00:00:00:02:02 dev out0",
+    "neighbour add fd00:2::fe lladdr 02:00:00:00:02:fe dev out0",
+    "route add fd00:3::/64 via fd00:2::fe",
+    "route add fd00:4::/64 via fd00:2::fd",
+    "route add fd00:6::2 via fd00:2::fe mtu lock 1300",
+    "route add fd00:6::3 via fd00:2::fd mtu lock 1300",
 ];
 
 /// Where a packet comes in.
@@ -321,6 +330,7 @@ impl Testbed<'_> {
         }
         relay.sysctl("net.ipv4.conf.in0.forwarding", "1");
         relay.sysctl("net.ipv4.conf.in1.forwarding", "0");
+        relay.sysctl("net.ipv6.conf.in0.forwarding", "1");
         let wire = Wire::new((&relay, "out0"), (&upstreams, "relay0"));
         let [routing, closed, out] = ["in0", "in1", "out0"].map(|name| relay.index(name));
         relay.enter(move || {
@@ -347,6 +357,18 @@ impl Testbed<'_> {
             egress: None,
             macs: mac.map_or(Macs::Unknown, |neighbour| Macs::Known { own: OUT_MAC, neighbour }),
         })
+    }
+
+    /// The same for an upstream of either family, with this host's address on the way.
+    pub fn hop_to(&self, upstream: IpAddr, mtu: u32, mac: Option<Mac>) -> Way {
+        let (gateway, egress) = match upstream {
+            IpAddr::V4(_) => (Ipv4Addr::new(10, 0, 2, 254).into(), OWN.into()),
+            IpAddr::V6(_) => (Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 0xfe).into(), OWN6.into()),
+        };
+        match self.hop_by(gateway, mtu, mac) {
+            Way::Hop(hop) => Way::Hop(Hop { egress: Some(egress), ..hop }),
+            way => way,
+        }
     }
 
     /// Runs a case and looks at nothing.

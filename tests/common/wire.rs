@@ -47,13 +47,18 @@ impl Wire {
         Wire { near: open(near, 0), far: open(far, libc::ETH_P_ALL as u16) }
     }
 
-    /// The IPv4 frames that arrived since the last call; does not wait for more, as frames that
+    /// The frames with IP that arrived since the last call; does not wait for more, as frames that
     /// one CPU sends stay in order.
     pub fn drain(&self) -> Vec<Vec<u8>> {
         self.send(SENTINEL);
         std::iter::repeat_with(|| receive(&self.far))
             .filter(|frame| {
-                matches!(frame[TYPE..], [0x08, 0, ..] | [0x81, 0, ..] | [0x88, 0xa8, ..])
+                match frame[TYPE..] {
+                    // the kernel asks for neighbours and reports groups, to groups
+                    [0x86, 0xdd, ..] => frame[0] & 1 == 0,
+                    [0x08, 0, ..] | [0x81, 0, ..] | [0x88, 0xa8, ..] => true,
+                    _ => false,
+                }
             })
             .take_while(|frame| frame != SENTINEL)
             .collect()

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use udplb::config::{Action, Fragments, Mode, Source};
+use udplb::config::{Action, Fragments, KeyAddress, Mode, Source};
 use udplb::plan::{Rule, Upstream};
 
 use super::common::forge::{Checksum, Extension, Forged, Fragment, Ip, Kind, Length, Udp, V4, V6};
@@ -147,6 +147,16 @@ fn without_sums() -> [Case; 4] {
     ]
 }
 
+const GROUP: Ipv4Addr = Ipv4Addr::new(239, 1, 2, 3);
+
+fn to_group() -> Forged {
+    Forged { to: [1, 0, 0x5e, 1, 2, 3], ..v4(|ip, _| ip.destination = GROUP) }
+}
+
+fn of_group(rule: &mut Rule) {
+    (rule.key.address, rule.source) = (KeyAddress::Is(GROUP.into()), Source::Preserve);
+}
+
 #[rustfmt::skip]
 fn ipv4() -> Vec<Case> {
     let mut cases = vec![
@@ -178,6 +188,10 @@ fn ipv4() -> Vec<Case> {
         case("another address", v4(|ip, _| ip.destination = OWN), "up"),
         case("another host's", Forged { to: [2, 0, 0, 0, 9, 9], ..v4(|_, _| {}) }, "up not-for-us"),
         case("for everybody", Forged { to: [0xff; 6], ..v4(|_, _| {}) }, "up not-for-us"),
+        case("a group's", to_group(), "away forwarded").under(of_group),
+        case("a group's, to a neighbour unknown", to_group(), "away forwarded").by(FAR_COLD).under(of_group),
+        case("a group's, of TTL 1", v4(|ip, _| (ip.destination, ip.ttl) = (GROUP, 1)), "drop ttl").under(of_group),
+        case("a group's, in a frame to one", v4(|ip, _| ip.destination = GROUP), "away forwarded").under(of_group),
         case("malformed, another host's",
             Forged { to: [0xff; 6], ..v4(|_, udp| udp.length = Length::Is(0)) }, "up not-for-us"),
         case("to a neighbour unknown", v4(|_, _| {}), "away forwarded").by(FAR_COLD),
@@ -209,14 +223,14 @@ fn ipv4_fragments() -> Vec<Case> {
         cases("another protocol", vec![first4(), part4(3, false, |ip, _| ip.protocol = 1)], "away forwarded, up"),
         cases("early, and to nobody", vec![part4(3, false, |ip, _| ip.destination = OWN)], "up"),
         cases("all of the UDP header", vec![part4(0, true, |_, udp| { udp.cut = Some(8); udp.length = Length::Is(1000); }), later4()], follows),
-        cases("not all of the UDP header", malformed(|_, udp| udp.cut = Some(7)), "up, up fragment-early@0"),
-        cases("a malformed first", malformed(|_, udp| udp.length = Length::Is(7)), "drop malformed, up fragment-early@0"),
+        cases("not all of the UDP header", malformed(|_, udp| udp.cut = Some(7)), "up, up"),
+        cases("a malformed first", malformed(|_, udp| udp.length = Length::Is(7)), "drop malformed, up"),
         cases("a malformed later", vec![first4(), part4(3, false, |ip, _| ip.total_length = Length::Off(1))], "away forwarded, drop malformed"),
         cases("an old later", vec![first4(), part4(3, false, |ip, _| ip.ttl = 1)], "away forwarded, drop ttl"),
         cases("an old first", malformed(|ip, _| ip.ttl = 1), "answer ttl, away forwarded"),
         cases("an identification again, to no rule",
             vec![first4(), part4(0, true, |_, udp| udp.destination = 53), later4()],
-            "away forwarded, up, up fragment-early@0"),
+            "away forwarded, up, up"),
         cases("passed", vec![first4(), later4()], "up fragment, up fragment").under(|rule| rule.fragments = Fragments::Pass),
         cases("dropped", vec![first4(), later4()], "drop fragment, drop fragment").under(|rule| rule.fragments = Fragments::Drop),
         cases("dropped here too", vec![first4(), later4()], "drop fragment, drop fragment")
@@ -231,11 +245,19 @@ fn ipv4_fragments() -> Vec<Case> {
 fn ipv6() -> Vec<Case> {
     let [hop, options] = [Kind::HopByHop, Kind::Destination].map(Extension::new);
     let routing = |segments_left| Extension::new(Kind::Routing { segments_left });
+    let of = |source: &str| v6(|ip, _| ip.source = source.parse().expect("an address"));
+    let preserve = |rule: &mut Rule| rule.source = Source::Preserve;
+    let long = |units| Extension { units, ..options.clone() };
     let lying = |lie| Extension { lie: Some(lie), ..options.clone() };
     vec![
         case("IPv6", v6(|_, _| {}), "away forwarded"),
         case("an odd length in IPv6", v6(|_, udp| udp.payload = 3), "away forwarded"),
         case("IPv6 without a checksum", v6(|_, udp| udp.checksum = Checksum::Is(0)), "drop malformed"),
+        case("a sender of this link alone", of("fe80::7"), "drop no-route").under(preserve),
+        case("a sender of this link, to another", of("fe80::7"), "away forwarded"),
+        case("a group as sender", of("ff05::7"), "drop no-route").under(preserve),
+        case("nobody as sender", of("::"), "drop no-route").under(preserve),
+        case("oneself as sender", of("::1"), "drop no-route").under(preserve),
         case("class and flow", v6(|ip, _| (ip.traffic_class, ip.flow_label) = (0xff, 0xf_ffff)), "away forwarded"),
         case("hop limit 2", v6(|ip, _| ip.hop_limit = 2), "away forwarded"),
         case("version 4 in IPv6", v6(|ip, _| ip.version = 4), "up"),
@@ -248,7 +270,7 @@ fn ipv6() -> Vec<Case> {
         case("bytes behind the IPv6 packet", Forged { padding: 7, ..v6(|_, _| {}) }, "away forwarded"),
         case("hop-by-hop options", chain(std::slice::from_ref(&hop)), "away forwarded"),
         case("all that there is", chain(&[hop.clone(), options.clone(), routing(0), options.clone()]), "away forwarded"),
-        case("long options", chain(&[Extension { units: 3, ..options.clone() }]), "away forwarded"),
+        case("long options", chain(&[long(3)]), "away forwarded"),
         case("hop-by-hop options after others", chain(&[options.clone(), hop.clone()]), "up"),
         case("a route that goes on", chain(&[routing(1)]), "up"),
         case("eight headers", chain(&vec![options.clone(); 8]), "away forwarded"),
@@ -256,6 +278,8 @@ fn ipv6() -> Vec<Case> {
         case("nine headers to nobody", v6(|ip, _| (ip.destination, ip.extensions) = (NEAR6, vec![options.clone(); 9])), "up"),
         case("options longer than the frame", chain(&[lying(255)]), "up malformed@0"),
         case("options over the UDP header", chain(&[lying(1)]), "up"),
+        case("headers of 512 bytes", chain(&[long(58)]), "away forwarded"),
+        case("headers of 520 bytes", chain(&[long(59)]), "up malformed@0"),
         case("options cut off in IPv6", Forged { cut: Some(14 + 40 + 7), ..chain(std::slice::from_ref(&options)) }, "up malformed@0"),
         case("a UDP header cut off", Forged { cut: Some(14 + 40 + 7), ..v6(|_, _| {}) }, "up"),
         case("a UDP header cut off behind options", Forged { cut: Some(14 + 48 + 7), ..chain(&[options]) }, "up"),
@@ -296,7 +320,7 @@ fn ipv6_fragments() -> Vec<Case> {
         cases("two fragment headers", vec![chain(&[fragment(0, false), fragment(0, false)])], "up malformed@0"),
         cases("no UDP header in the first", vec![Forged {
             udp: Udp { cut: Some(0), ..first6().udp }, ..chain(&[fragment(0, true), options.clone()])
-        }, later6()], "up, up fragment-early@0"),
+        }, later6()], "up, up"),
         cases("half of the options in the first", vec![Forged {
             cut: Some(14 + 40 + 8 + 4), ..chain(&[fragment(0, true), options])
         }, later6()], "up malformed@0, up fragment-early@0"),

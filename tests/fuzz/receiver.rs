@@ -14,7 +14,7 @@ use super::cases::{Case, all, case, v4, v6};
 use super::common::forge::{Extension, Forged, Ip, Kind, Udp};
 use super::common::random::any_packet;
 use super::common::reference::{Answer, Arrival, End, Gone, Host, Outcome, Table};
-use super::{ALL, Scenario, UNICAST, UNICAST6, any_scenario, ids};
+use super::{Scenario, UNICAST, UNICAST6, any_scenario, ids};
 
 const HEADERS: usize = 14 + 40;
 
@@ -64,7 +64,7 @@ fn checksums_are_as_right_as_they_were() {
         let result = TestRunner::new(config).run(&packets, |(scenario, packet)| {
             let packet = Forged { tags: Vec::new(), ..packet };
             let frame = packet.frame();
-            let host = scenario.host(ids(&scenario.rule), ALL);
+            let host = scenario.host(ids(&scenario.rule));
             for gone in gone(judge(&host, &mut Table::default(), &frame)) {
                 prop_assert_eq!(checksums(&frame), checksums(&gone.frame));
             }
@@ -87,7 +87,7 @@ fn a_computed_zero_is_ones() {
             "checksum leaves as ones" => false,
             _ => continue,
         };
-        let host = Scenario { rule: rule.clone(), held: false }.host(ids(&rule), ALL);
+        let host = Scenario { rule: rule.clone(), held: false }.host(ids(&rule));
         let frame = packets[0].frame();
         let sent = gone(judge(&host, &mut Table::default(), &frame)).remove(0).frame;
         let ones = if came { &frame } else { &sent };
@@ -149,7 +149,7 @@ fn fragments_are_the_datagram_again() {
         let source = if keep { Source::Preserve } else { Source::Vip };
         let Case { rule, .. } = case("", packet.clone(), "");
         let host = Scenario { rule: Rule { source, ..rule }, held: false };
-        let host = host.host(ids(&host.rule), ALL);
+        let host = host.host(ids(&host.rule));
         check_fragments(&host, &Forged { udp, ..packet }.frame(), data, units, !keep)
     });
     match result {
@@ -217,7 +217,7 @@ fn an_answer_is_told_from_what_is_none() {
         if fates != "answer mtu" && fates != "answer ttl" {
             continue;
         }
-        let host = Scenario { rule: rule.clone(), held: false }.host(ids(&rule), ALL);
+        let host = Scenario { rule: rule.clone(), held: false }.host(ids(&rule));
         let outcome = judge(&host, &mut Table::default(), &packets[0].frame());
         let End::Answered(answer) = outcome.end else { continue };
         let frame = answered(&answer);

@@ -1,0 +1,71 @@
+//! What of a packet selects its upstream, in user space: bpf/select.h has the same arithmetic.
+
+use std::net::IpAddr;
+
+use udplb::config::{Hash, Strategy};
+use udplb::plan::Rule;
+use udplb::tables::Tables;
+
+/// Most bytes of the name of a metric.
+const METRIC_MOST: usize = 256;
+
+/// The finalizer of MurmurHash3.
+pub fn mix(mut hash: u64) -> u64 {
+    hash = (hash ^ hash >> 33).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    hash = (hash ^ hash >> 33).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    hash ^ hash >> 33
+}
+
+/// FNV-1a.
+fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+fn fold(address: IpAddr) -> u64 {
+    match address {
+        IpAddr::V4(address) => address.to_bits().into(),
+        IpAddr::V6(address) => {
+            let bits = address.to_bits();
+            mix(mix((bits >> 64) as u64) ^ bits as u64)
+        }
+    }
+}
+
+/// By the sender, as the rule asks for.
+pub fn sender_key(rule: &Rule, source: IpAddr, port: u16) -> u32 {
+    let number = match rule.strategy {
+        Strategy::SrcPort => port.swap_bytes().into(),
+        Strategy::SrcIp => fold(source),
+        _ => return by_address_and_port(source, port),
+    };
+    if rule.hash == Hash::Maglev { mix(number) as u32 } else { number as u32 }
+}
+
+/// What selects also where the payload has nothing that does.
+pub fn by_address_and_port(source: IpAddr, port: u16) -> u32 {
+    mix(fold(source) << 16 ^ u64::from(port)) as u32
+}
+
+/// By bytes of the payload; none: it ends before them.
+pub fn payload_key(payload: &[u8], offset: usize, length: usize) -> Option<u32> {
+    payload.get(offset..offset + length).map(|bytes| mix(fnv(bytes)) as u32)
+}
+
+/// By the name of the first metric; none: there is no name.
+pub fn metric_key(payload: &[u8]) -> Option<u32> {
+    let end = payload.iter().take(METRIC_MOST + 1).position(|byte| matches!(byte, b':' | b'\n'))?;
+    let name = &payload[..end];
+    (payload[end] == b':' && end > 0).then(|| mix(fnv(name)) as u32)
+}
+
+/// The upstream of a key, by the tables of a configuration; the rule is the one with that id.
+pub fn upstream(tables: &Tables, rule_id: u32, key: u32) -> usize {
+    let rules = tables.rules.iter().map(|(_, rule)| rule);
+    let mut rules = rules.chain(tables.rules6.iter().map(|(_, rule)| rule));
+    let rule = rules.find(|rule| rule.id == rule_id).expect("the rule");
+    let slot = (rule.first_slot + key % rule.slots) as usize;
+    let width = tables.slots[0].upstream.len();
+    tables.slots[slot / width].upstream[slot % width].into()
+}
