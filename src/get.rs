@@ -477,7 +477,7 @@ impl fmt::Display for Answer {
         }
         match (matched.packet, matched.tc_action) {
             ("delivered", _) => line("here", "delivered as it came"),
-            ("dropped", _) => line("here", "dropped"),
+            ("dropped", _) => line("here", "not delivered"),
             _ => Ok(()),
         }
     }

@@ -22,6 +22,7 @@ fn rules() -> Value {
     let copies = [
         json!({ "name": "one", "address": UPSTREAMS[0], "port": 7001 }),
         json!({ "name": "other", "address": UPSTREAMS[1], "port": 7001, "source": "preserve" }),
+        json!({ "name": "no", "address": "192.0.2.1", "port": 7001, "source": "egress" }),
     ];
     let mut mirrored = rule(
         "mirrored",
@@ -134,13 +135,14 @@ fn each_kind_in_words() {
     lab.apply(&rules());
     let trace = Trace::start(&lab, "");
     send_all(&lab);
-    let outcome = trace.stop().expect(0).says(&["7 shown, none lost"]);
+    let outcome = trace.stop().expect(0).says(&["8 shown, none lost"]);
     let from = "TIME eth0 flows 10.1.0.20";
     let wanted = [
         format!("{from}:5666 > 10.1.0.1:5000 length 52 src-port 5666 slot 0 -> 10.2.0.20:7000 dev up0 MAC forwarded"),
         format!("{from}:60256 > 10.1.0.1:5000 length 52 src-port 60256 slot 1 -> 10.2.0.21:7000 dev up0 MAC forwarded"),
         "TIME eth0 copies 10.1.0.20:5666 > 10.1.0.1:5001 length 52 -> copy to one 10.2.0.20:7001 dev up0 MAC forwarded".into(),
         "TIME eth0 copies 10.1.0.20:5666 > 10.1.0.1:5001 length 52 -> copy to other 10.2.0.21:7001 dev up0 MAC forwarded".into(),
+        "TIME eth0 copies 10.1.0.20:5666 > 10.1.0.1:5001 length 52 -> copy to no 192.0.2.1:7001 no-route".into(),
         "TIME eth0 mirrored 10.1.0.20:5666 > 10.1.0.1:5002 length 52 -> copy to spy 10.2.0.21:7002 dev up0 MAC forwarded".into(),
         "TIME eth0 mirrored 10.1.0.20:5666 > 10.1.0.1:5002 length 52 -> 10.2.0.20:7000 dev up0 MAC forwarded".into(),
         "TIME eth0 lost 10.1.0.20:5666 > 10.1.0.1:5003 length 52 -> nowhere 192.0.2.1 no-route".into(),
@@ -173,7 +175,7 @@ fn filters() {
     let lab = Lab::new();
     lab.apply(&rules());
     for (words, count, with) in [
-        ("--drops", 1, "lost 10.1.0.20:5666 > 10.1.0.1:5003"),
+        ("--drops", 2, "no-route"),
         ("--rule mirrored", 2, " mirrored "),
         ("--src 10.1.0.21", 6, " 10.1.0.21:5666 > "),
         ("--src 10.1.0.20/31 --rule flows", 14, " flows "),
@@ -310,7 +312,7 @@ fn packets_as_they_came_and_as_they_left() {
     let file = lab.directory.path().join("trace.pcap");
     let trace = Trace::start(&lab, &format!("--pcap {}", file.display()));
     send_all(&lab);
-    expect_lines(&trace.stop().expect(0), 7, " length 52 ");
+    expect_lines(&trace.stop().expect(0), 8, " length 52 ");
     let came = |port: u16, to: u16| format!("10.1.0.20:{port} > 10.1.0.1:{to} ttl 64");
     let left = |from: &str, to: &str| format!("{from} > {to} ttl 63");
     let wanted = [
