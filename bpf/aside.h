@@ -39,13 +39,13 @@ struct extension {
 /* Where IP begins behind the frame's tags, and its protocol. */
 static __always_inline __u32 skip_tags(struct __sk_buff *skb, __u32 l2, __be16 *protocol)
 {
+	const struct ethhdr *eth = (void *)(long)skb->data;
 	__u32 offset = l2;
 
 	*protocol = skb->protocol;
-	if (!l2)
+	if (!l2 || (void *)(eth + 1) > data_end(skb))
 		return 0;
-	if (bpf_skb_load_bytes(skb, offsetof(struct ethhdr, h_proto), protocol, sizeof(*protocol)))
-		return 0;
+	*protocol = eth->h_proto;
 #pragma unroll
 	for (int i = 0; i < TAGS_IN_FRAME; i++) {
 		if (!is_tag(*protocol))
@@ -57,12 +57,22 @@ static __always_inline __u32 skip_tags(struct __sk_buff *skb, __u32 l2, __be16 *
 	return offset;
 }
 
+/* The IP header; without a helper where it usually lies. */
+static __always_inline bool read_ipv4(struct __sk_buff *skb, __u32 offset, struct iphdr *ip)
+{
+	const struct iphdr *usual = (void *)(long)skb->data + sizeof(struct ethhdr);
+
+	if (offset != sizeof(struct ethhdr) || (void *)(usual + 1) > data_end(skb))
+		return !bpf_skb_load_bytes(skb, offset, ip, sizeof(*ip));
+	*ip = *usual;
+	return true;
+}
+
 static __always_inline enum kind find_ipv4(struct __sk_buff *skb, struct found *found)
 {
 	struct iphdr ip;
 
-	if (bpf_skb_load_bytes(skb, found->ip, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5 ||
-	    ip.protocol != IPPROTO_UDP)
+	if (!read_ipv4(skb, found->ip, &ip) || ip.version != 4 || ip.ihl < 5 || ip.protocol != IPPROTO_UDP)
 		return KIND_OTHER;
 	found->datagram.source[0] = ip.saddr;
 	found->datagram.destination[0] = ip.daddr;
@@ -227,7 +237,7 @@ static __always_inline bool remember_choice(struct found *found, __be16 port, bo
 	entry->due = found->choice.due;
 	entry->port = port;
 	entry->matched = matched;
-	remembered = remember(&found->datagram, entry);
+	remembered = remember(&found->datagram, found->ipv6, entry);
 	found->choice.identification = entry->identification;
 	return remembered;
 }
@@ -255,8 +265,9 @@ static __always_inline int treat_found(struct __sk_buff *skb, __u32 layout, cons
 	struct choice *choice = &found->choice;
 	struct packet packet;
 
-	if (pull(skb, LAYOUT_MOST))
-		layout |= trace(skb, rule->id, layout);
+	if (!is_readable(skb, layout))
+		pull(skb, LAYOUT_MOST);
+	layout |= trace(skb, rule->id, layout);
 	if (!locate(skb, layout, &packet) || !well_formed(skb, layout, &packet)) {
 		/* nor do those that follow go where another datagram's did */
 		if (first)
@@ -342,7 +353,7 @@ static __always_inline int run_aside(struct __sk_buff *skb, const __u32 l2)
 		return TC_ACT_UNSPEC;
 	layout = layout_of(found, kind);
 	if (kind == KIND_LATER)
-		entry = features.fragments ? recall(&found->datagram) : NULL;
+		entry = features.fragments ? recall(&found->datagram, found->ipv6) : NULL;
 	if (kind == KIND_MALFORMED || (kind == KIND_LATER && !entry)) {
 		if (found->foreign || !is_key_address(found))
 			return TC_ACT_UNSPEC;

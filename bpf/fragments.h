@@ -20,13 +20,13 @@ static __always_inline struct tickets *get_tickets(void)
 	return bpf_map_lookup_elem(&tickets, &only);
 }
 
-static __always_inline __u64 fragment_key(const struct datagram *datagram, __u64 secret)
+static __always_inline __u64 fragment_key(const struct datagram *datagram, bool ipv6, __u64 secret)
 {
 	__u64 key = secret ^ datagram->identification;
 	int word;
 
 #pragma unroll
-	for (word = 0; word < 4; word++)
+	for (word = 0; word < 4 && (ipv6 || !word); word++)
 		key = mix(key ^ ((__u64)datagram->source[word] << 32 | datagram->destination[word]));
 	return key;
 }
@@ -75,7 +75,7 @@ static __always_inline bool take_place(struct tickets *tickets, struct fragmente
  * Remembers where the later fragments are to go, and gives `entry` an identification; false: no room. One
  * that comes again keeps what it has: its datagram is one.
  */
-static __always_inline bool remember(const struct datagram *datagram, struct fragmented *entry)
+static __always_inline bool remember(const struct datagram *datagram, bool ipv6, struct fragmented *entry)
 {
 	struct tickets *tickets = get_tickets();
 	const struct fragmented *old;
@@ -85,7 +85,7 @@ static __always_inline bool remember(const struct datagram *datagram, struct fra
 		return true;
 	if (!tickets)
 		return false;
-	key = fragment_key(datagram, tickets->secret);
+	key = fragment_key(datagram, ipv6, tickets->secret);
 	old = bpf_map_lookup_elem(&fragments, &key);
 	if (old && age(old->since) <= REASSEMBLY_SECONDS * features.ticks_per_second) {
 		entry->place = old->place;
@@ -98,7 +98,7 @@ static __always_inline bool remember(const struct datagram *datagram, struct fra
 }
 
 /* What is remembered of a datagram; NULL: nothing, or of another that had the same identification. */
-static __always_inline const struct fragmented *recall(const struct datagram *datagram)
+static __always_inline const struct fragmented *recall(const struct datagram *datagram, bool ipv6)
 {
 	const struct tickets *tickets = get_tickets();
 	const struct fragmented *entry;
@@ -106,7 +106,7 @@ static __always_inline const struct fragmented *recall(const struct datagram *da
 
 	if (!tickets)
 		return NULL;
-	key = fragment_key(datagram, tickets->secret);
+	key = fragment_key(datagram, ipv6, tickets->secret);
 	entry = bpf_map_lookup_elem(&fragments, &key);
 	if (!entry || age(entry->since) > REASSEMBLY_SECONDS * features.ticks_per_second)
 		return NULL;

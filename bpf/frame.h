@@ -17,13 +17,15 @@ struct tags {
 static __always_inline bool read_tag(struct __sk_buff *skb, struct tag *tag)
 {
 	const __u32 offset = offsetof(struct ethhdr, h_proto);
+	const struct ethhdr *eth = (void *)(long)skb->data;
 
 	if (skb->vlan_present) {
 		tag->protocol = skb->vlan_proto;
 		tag->control = skb->vlan_tci;
 		return true;
 	}
-	if (bpf_skb_load_bytes(skb, offset, tag, sizeof(*tag)) || !is_tag(tag->protocol))
+	if ((void *)(eth + 1) > data_end(skb) || !is_tag(eth->h_proto) ||
+	    bpf_skb_load_bytes(skb, offset, tag, sizeof(*tag)))
 		return false;
 	tag->control = bpf_ntohs(tag->control);
 	return true;

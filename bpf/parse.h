@@ -96,6 +96,12 @@ static __always_inline bool locate(struct __sk_buff *skb, __u32 layout, struct p
 	return (void *)(packet->udp + 1) <= end;
 }
 
+/* All that is ever changed. */
+static __always_inline bool is_readable(struct __sk_buff *skb, __u32 layout)
+{
+	return (void *)(long)skb->data + (layout & LAYOUT_UDP) + sizeof(struct udphdr) <= data_end(skb);
+}
+
 /* Makes the first bytes readable, as many as there are. */
 static __always_inline bool pull(struct __sk_buff *skb, __u32 length)
 {

@@ -358,8 +358,10 @@ pub fn assign_ids(
         .collect()
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-enum Role {
+/// What a host is to a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// With `replicate`, one of the receivers.
     Upstream,
     Mirror,
 }

@@ -13,7 +13,7 @@ use crate::changes;
 use crate::cli::Global;
 use crate::clock;
 use crate::columns::{self, Column};
-use crate::config::{Action, Address, Mode};
+use crate::config::{Action, Address, Mode, State};
 use crate::counters::{Count, Counts};
 use crate::failure::Result;
 use crate::generation::{self, Generation};
@@ -21,6 +21,7 @@ use crate::lease;
 use crate::netlink::{Layer, Neighbour, NeighbourKey, Netlink, NudState};
 use crate::nexthop;
 use crate::observe::{Observed, observe};
+use crate::overrides;
 use crate::plan::{Rule, RuleIds, Upstream};
 use crate::state::{self, ReadGuard};
 use crate::tc::Slot;
@@ -93,6 +94,11 @@ pub struct UpstreamStatus {
     pub label: String,
     pub address: Address,
     pub port: Option<u16>,
+    /// By hand, or else by the file.
+    pub state: State,
+    /// What `drain` and `enable` say of it.
+    #[serde(rename = "override")]
+    pub said: Option<State>,
     pub next_hop: Option<NextHopStatus>,
     /// What arpd makes of it: `up`, `stale`, `down`; only as long as arpd runs.
     pub health: Option<&'static str>,
@@ -110,6 +116,9 @@ pub struct UpstreamStatus {
     pub share: Option<f64>,
     #[serde(skip)]
     endpoint: String,
+    /// [`overrides::word`] of it.
+    #[serde(skip)]
+    drained: Option<&'static str>,
 }
 
 #[derive(Debug, Serialize)]
@@ -211,6 +220,7 @@ impl Status {
             total,
             nexthops: maps.nexthops.read_all(most).context("next hops")?,
             vouched: status.arpd == Some(true),
+            overrides: &observed.overrides,
             interfaces: observed
                 .interfaces
                 .iter()
@@ -252,6 +262,8 @@ struct View<'a> {
     /// Their names by index.
     interfaces: HashMap<u32, &'a str>,
     neighbours: HashMap<NeighbourKey, &'a Neighbour>,
+    /// By hand, by id.
+    overrides: &'a BTreeMap<u32, State>,
 }
 
 impl RuleStatus {
@@ -385,6 +397,7 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
 /// `shared` is how many packets of the rule its share is of.
 fn upstream_status(upstream: &Upstream, id: u32, shared: u64, view: &View<'_>) -> UpstreamStatus {
     let entry = view.nexthops.get(id as usize).copied().unwrap_or_default();
+    let said = view.overrides.get(&id).copied();
     let health = view.vouched.then(|| health(&entry)).flatten();
     let grown = view.grown.as_ref();
     let forwarded = grown.unwrap_or(&view.total).of(id).forwarded();
@@ -393,6 +406,9 @@ fn upstream_status(upstream: &Upstream, id: u32, shared: u64, view: &View<'_>) -
         label: upstream.label(),
         address: upstream.address.clone(),
         port: upstream.port,
+        state: said.unwrap_or(upstream.state),
+        said,
+        drained: overrides::word(upstream.state, said),
         next_hop: next_hop(&entry, view),
         health,
         since: health.map(|_| entry.since),
@@ -557,7 +573,7 @@ impl Status {
                         false => upstream.endpoint.clone(),
                     },
                     hop.map_or("no route".into(), NextHopStatus::text),
-                    upstream.health.unwrap_or("").into(),
+                    upstream.drained.or(upstream.health).unwrap_or("").into(),
                 ];
                 let notes = BTreeMap::new();
                 row.extend(amounts(&upstream.counters, &notes, upstream.rate, upstream.share));
