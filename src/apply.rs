@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, anyhow};
 
-use crate::config::Address;
+use crate::config::{Address, State};
 use crate::diff::{Action, Plan, Refusal};
 use crate::generation::{self, Generation};
 use crate::netlink::Netlink;
@@ -170,6 +170,11 @@ impl<'a> Executor<'a> {
                 self.guard.set_current(*number)?;
                 Ok(self.before.current.map(Undo::SetCurrent))
             }
+            Action::Override { id, state, .. } => {
+                let maps = self.guard.maps()?.context("state/ is incomplete")?;
+                maps.overrides.set(self.guard, *id, *state)?;
+                Ok(Some(Undo::Override(*id)))
+            }
             Action::Drop(number) => {
                 generation::drop(self.guard, *number)?;
                 Ok(None)
@@ -242,6 +247,10 @@ impl<'a> Executor<'a> {
                 maps.set_held(self.before.held)
             }
             Undo::SetCurrent(number) => self.guard.set_current(*number),
+            Undo::Override(id) => {
+                let maps = self.guard.maps()?.context("state/ is gone")?;
+                maps.overrides.set(self.guard, *id, self.before.overrides.get(id).copied())
+            }
         }
     }
 }
@@ -254,6 +263,7 @@ enum Undo {
     Attach { interface: String, program: OwnedFd, replace: bool, clsact: bool },
     SetHeld,
     SetCurrent(u32),
+    Override(u32),
 }
 
 /// An action in words, for errors and logs.
@@ -270,6 +280,11 @@ pub fn describe(action: &Action) -> String {
         Action::SetHeld(Some(held)) => format!("holding generation {}", held.generation),
         Action::SetHeld(None) => "letting go of the held configuration".into(),
         Action::SetCurrent(number) => format!("pointing `current` at generation {number}"),
+        Action::Override { upstream, state, .. } => match state {
+            Some(State::Drained) => format!("draining {upstream}"),
+            Some(State::Active) => format!("enabling {upstream}"),
+            None => format!("taking back the override of {upstream}"),
+        },
         Action::Drop(number) => format!("removing generation {number}"),
     }
 }

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::config::Network;
+use crate::drain;
 use crate::state::PIN_DIR;
 use crate::top::Order;
 
@@ -130,6 +131,24 @@ pub enum Command {
     Metrics,
     /// Print what serves as a file that applies to the same state.
     List,
+    /// Leave an upstream out, whatever the file says: others get its packets, until it is enabled.
+    ///
+    /// No generation is built for it, and it holds through applies and rollbacks while the rule has
+    /// the upstream at the same address and port.
+    Drain {
+        /// A rule, and its upstream or mirror: name or address, as status shows them.
+        #[arg(value_name = "RULE/UPSTREAM")]
+        target: drain::Target,
+    },
+    /// Give an upstream its packets again, whatever the file says.
+    Enable {
+        /// A rule, and its upstream or mirror: name or address, as status shows them.
+        #[arg(value_name = "RULE/UPSTREAM", required_unless_present = "all")]
+        target: Option<drain::Target>,
+        /// Take back all that drain and enable said: what the file says holds.
+        #[arg(long, conflicts_with = "target")]
+        all: bool,
+    },
     /// Go back to the generation before; a second time, forth again.
     Rollback,
     /// Take the filter off the interfaces.

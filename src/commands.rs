@@ -13,14 +13,17 @@ use serde_json::{Value, json};
 use crate::apply::{Executor, Outcome};
 use crate::changes::Changes;
 use crate::cli::{self, Cli, Color, Command, Global, Output, Target};
-use crate::config::{Address, Diagnostic};
+use crate::config::{Address, Diagnostic, State};
 use crate::diff::{self, Action, Plan, Refusal};
+use crate::drain::{self, Change};
 use crate::failure::{Failure, Result};
+use crate::generation::Generation;
 use crate::metrics::Gatherer;
 use crate::netlink::Netlink;
 use crate::nexthop::{self, Way};
 use crate::observe::{Observed, observe};
-use crate::plan::Desired;
+use crate::plan::{Desired, RuleIds, assign_ids};
+use crate::state::WriteGuard;
 use crate::status::{self, Paper, Status};
 use crate::tc::{self, Slot};
 use crate::terminal::{self, Live, Woken};
@@ -62,6 +65,9 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         Command::Doctor { file } => examine(global, file.as_deref()).await,
         Command::Metrics => print(&Gatherer::new(global.clone()).gather(&netlink()?).await?),
         Command::List => list_rules(global).await,
+        Command::Drain { target } => steer(global, target, State::Drained).await,
+        Command::Enable { target: Some(target), .. } => steer(global, target, State::Active).await,
+        Command::Enable { target: None, .. } => enable_all(global).await,
         Command::Rollback => rollback(global).await,
         Command::Detach { interfaces, purge } => detach(global, interfaces, *purge).await,
         Command::Arpd(options) => crate::arpd::run(global, *options).await,
@@ -293,15 +299,26 @@ async fn plan(global: &Global, target: &Target, exit_code: bool) -> Result<u8> {
             true
         }
     };
-    let text = match (changes.is_empty(), pending) {
+    let standing = standing(&observed, &wanted.desired);
+    let mut text = match (changes.is_empty(), pending) {
         (false, _) => changes.to_string(),
         (true, true) => "the same rules; the program, its pins or the filter are renewed\n".into(),
         (true, false) => "no changes\n".into(),
     };
+    text.extend(standing.iter().map(|one| drain::line(one) + "\n"));
     let mut json = serde_json::to_value(&changes).context("JSON")?;
     json["changed"] = json!(pending);
+    json["overrides"] = json!(standing);
     report(global, &text, &json)?;
     Ok(if pending && exit_code { PENDING } else { 0 })
+}
+
+/// What `drain` and `enable` say of the hosts of a configuration that is not applied yet.
+fn standing(observed: &Observed, desired: &Desired) -> Vec<drain::Standing> {
+    let others = observed.generations.values();
+    let known: Vec<(&Desired, &[RuleIds])> = others.map(Generation::hosts).collect();
+    let ids = assign_ids(desired, &known, u32::MAX).unwrap_or_default();
+    drain::standing([(desired, &ids[..])].into_iter(), &observed.overrides)
 }
 
 fn serving(observed: &Observed) -> Option<&Desired> {
@@ -396,6 +413,75 @@ async fn list_rules(global: &Global) -> Result<u8> {
     let document = list::document(desired);
     let yaml = serde_yaml::to_string(&document).context("YAML")?;
     report(global, &yaml, &document)
+}
+
+/// The lock and what is below it, for what only writes what is said of upstreams.
+async fn to_steer(global: &Global, netlink: &Netlink) -> Result<(WriteGuard, Observed)> {
+    let nothing = || Failure::Failed(anyhow!("nothing is applied"));
+    // writing makes the directory
+    drop(state::read(&global.pin_dir, global.lock_timeout)?.ok_or_else(nothing)?);
+    let guard = state::write(&global.pin_dir, global.lock_timeout)?;
+    let observed = observe(Some(&guard), netlink).await?;
+    diff::refuse_other_namespace(&observed).map_err(refused)?;
+    match observed.serving() {
+        None => Err(nothing()),
+        Some(number) if !observed.generations.contains_key(&number) => {
+            Err(anyhow!("generation {number} is damaged; apply the file again").into())
+        }
+        Some(_) => Ok((guard, observed)),
+    }
+}
+
+async fn carry_out(
+    guard: &WriteGuard,
+    netlink: &Netlink,
+    observed: &Observed,
+    actions: &[Action],
+) -> Result<()> {
+    let ways = BTreeMap::new();
+    let mut executor = Executor::new(guard, netlink, observed, &ways);
+    Ok(executor.run(actions, &mut apply::log).await?)
+}
+
+/// Drains or enables one upstream.
+async fn steer(global: &Global, target: &drain::Target, state: State) -> Result<u8> {
+    privileges::require()?;
+    let netlink = netlink()?;
+    let (guard, observed) = to_steer(global, &netlink).await?;
+    let number = observed.serving().context("nothing is applied")?;
+    let (desired, ids) = observed.generations[&number].hosts();
+    let change = Change::new(desired, ids, &observed.overrides, target, state)?;
+    carry_out(&guard, &netlink, &observed, change.action.as_slice()).await?;
+    drop(guard);
+    let warning = change.warning();
+    if let Some(warning) = warning.as_ref().filter(|_| !global.quiet) {
+        eprintln!("warning: {warning}");
+    }
+    let mut json = json!(change.after);
+    json["changed"] = json!(change.action.is_some());
+    json["warnings"] = json!(Vec::from_iter(warning));
+    report(global, &(change.text() + "\n"), &json)
+}
+
+/// Takes back all that was said of upstreams, those of the generation before included.
+async fn enable_all(global: &Global) -> Result<u8> {
+    privileges::require()?;
+    let netlink = netlink()?;
+    let (guard, observed) = to_steer(global, &netlink).await?;
+    let newest_first = observed.generations.values().rev().map(Generation::hosts);
+    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+    let all = serving.map(Generation::hosts).into_iter().chain(newest_first);
+    let (actions, after) = drain::take_back(drain::standing(all, &observed.overrides));
+    carry_out(&guard, &netlink, &observed, &actions).await?;
+    drop(guard);
+    let mut text = String::new();
+    for one in &after {
+        text += &format!("{} is {} by the file\n", one.name(), drain::word(one.state));
+    }
+    if after.is_empty() {
+        text += "unchanged (there are no overrides)\n";
+    }
+    report(global, &text, &json!({ "changed": !after.is_empty(), "upstreams": after }))
 }
 
 async fn rollback(global: &Global) -> Result<u8> {

@@ -1,6 +1,7 @@
 //! What it takes to get from what the kernel holds to what is wanted. Pure.
 
 use crate::bpf::OBJECT_SHA256;
+use crate::config::State;
 use crate::generation::{Draft, Generation, Origin};
 use crate::netlink::Layer;
 use crate::observe::Observed;
@@ -33,6 +34,13 @@ pub enum Action {
     },
     SetHeld(Option<Held>),
     SetCurrent(u32),
+    /// What is said of an upstream, whatever the configuration says.
+    Override {
+        /// For messages.
+        upstream: String,
+        id: u32,
+        state: Option<State>,
+    },
     /// Remove a generation that nobody uses.
     Drop(u32),
 }
@@ -269,7 +277,8 @@ pub fn detach(observed: &Observed, interfaces: &[String]) -> Result<Vec<Action>,
         .collect())
 }
 
-fn refuse_other_namespace(observed: &Observed) -> Result<(), Refusal> {
+/// The filters of another network namespace are none of ours.
+pub fn refuse_other_namespace(observed: &Observed) -> Result<(), Refusal> {
     let other = observed
         .generations
         .values()

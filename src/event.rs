@@ -29,7 +29,12 @@ impl Event {
         }
         let mut whole = bytes.to_vec();
         whole.resize(size_of::<types::event>(), 0);
-        from_bytes(&whole).map(Event)
+        let mut event = Event(from_bytes(&whole)?);
+        // of one that did not leave it is the one before's
+        if !event.is_sent() {
+            event.0.left = Default::default();
+        }
+        Some(event)
     }
 
     pub fn source(&self) -> IpAddr {

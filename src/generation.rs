@@ -110,6 +110,18 @@ pub struct Generation {
     pub intact: bool,
 }
 
+impl Generation {
+    /// Its rules and their ids.
+    pub fn hosts(&self) -> (&Desired, &[RuleIds]) {
+        (&self.description.desired, &self.description.ids)
+    }
+
+    /// All that it holds.
+    pub fn ids(&self) -> impl Iterator<Item = u32> {
+        all(&self.description.ids)
+    }
+}
+
 /// What a generation is to be built from.
 #[derive(Clone, Debug)]
 pub struct Draft {
@@ -160,16 +172,16 @@ fn build_in(
     let mut skeleton = open(&mut object)?;
     skeleton.progs.udplb_l3.set_autoload(draft.l3);
     let limit = skeleton.maps.counters.max_entries() * skeleton.maps.counters_chunk.max_entries();
-    let known: Vec<(&Desired, &[RuleIds])> = others
-        .iter()
-        .map(|other| (&other.description.desired, other.description.ids.as_slice()))
-        .collect();
+    let known: Vec<(&Desired, &[RuleIds])> = others.iter().map(|other| other.hosts()).collect();
     let ids = assign_ids(&draft.desired, &known, limit).map_err(|_| {
         anyhow!("more than {limit} rules and upstreams, the kept generations' included")
     })?;
     let tables = Tables::new(&draft.desired, &ids);
     let (mut state, counters_reset) = guard.ensure_maps(&skeleton)?;
-    state.counters.prepare(&skeleton, all(&ids), fresh(&ids, others))?;
+    let held: HashSet<u32> = others.iter().flat_map(|other| other.ids()).collect();
+    let fresh = all(&ids).filter(|id| !held.contains(id));
+    state.counters.prepare(&skeleton, all(&ids), fresh)?;
+    state.overrides.retain(guard, &held)?;
     state.nexthops.prepare(&skeleton, all(&ids))?;
 
     let mut description = Description {
@@ -213,12 +225,6 @@ fn build_in(
 /// Every id that is used.
 pub fn all(ids: &[RuleIds]) -> impl Iterator<Item = u32> {
     ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.destinations()))
-}
-
-/// The ids that no other generation holds.
-fn fresh(ids: &[RuleIds], others: &[&Generation]) -> impl Iterator<Item = u32> {
-    let held: HashSet<u32> = others.iter().flat_map(|other| all(&other.description.ids)).collect();
-    all(ids).filter(move |id| !held.contains(id))
 }
 
 /// What libbpf says, the verifier's log among it; shown when a load fails.
@@ -326,7 +332,7 @@ fn share(skeleton: &mut OpenUdplbSkel<'_>, state: &StateMaps) -> anyhow::Result<
     skeleton.maps.counters.reuse_fd(state.counters.outer().as_fd())?;
     skeleton.maps.nexthops.reuse_fd(state.nexthops.outer().as_fd())?;
     skeleton.maps.heartbeat.reuse_fd(state.heartbeat.as_fd())?;
-    skeleton.maps.overrides.reuse_fd(state.overrides.as_fd())?;
+    skeleton.maps.overrides.reuse_fd(state.overrides.map().as_fd())?;
     skeleton.maps.fragments.reuse_fd(state.fragments.as_fd())?;
     skeleton.maps.fragment_ring.reuse_fd(state.fragment_ring.as_fd())?;
     if let Some(tickets) = &state.tickets {
@@ -461,7 +467,7 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
         map_id(state.counters.outer())?,
         map_id(state.nexthops.outer())?,
         map_id(&state.heartbeat)?,
-        map_id(&state.overrides)?,
+        map_id(state.overrides.map())?,
         map_id(&state.fragments)?,
         map_id(&state.fragment_ring)?,
         map_id(&state.tracing)?,

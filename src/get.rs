@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
 
 use anyhow::{Context, anyhow};
-use libbpf_rs::{MapCore, MapFlags, RingBufferBuilder};
+use libbpf_rs::RingBufferBuilder;
 use serde::Serialize;
 
 use crate::bpf::{self, types};
@@ -411,17 +411,11 @@ impl Looked<'_> {
 
     /// What is asked of an upstream, by the file or by those who know better for now.
     fn state(&self, upstream: &Upstream, id: u32) -> anyhow::Result<String> {
-        // `enum override`, and OVERRIDES_PER_WORD
-        const DRAINED: u64 = 1;
-        const ACTIVE: u64 = 2;
-        const PER_WORD: u32 = 32;
-        let word = self.maps.overrides.lookup(&(id / PER_WORD).to_ne_bytes(), MapFlags::ANY)?;
-        let word = word.and_then(|word| Some(u64::from_ne_bytes(word.try_into().ok()?)));
-        let bits = word.unwrap_or(0) >> (id % PER_WORD * 2) & 3;
-        Ok(match (bits, upstream.state) {
-            (DRAINED, _) => "drained by hand".into(),
-            (ACTIVE, State::Drained) => "active by hand".into(),
-            (_, State::Drained) => "drained by the file".into(),
+        let said = self.maps.overrides.read(id)?.get(&id).copied();
+        Ok(match (said, upstream.state) {
+            (Some(State::Drained), _) => "drained by hand".into(),
+            (Some(State::Active), State::Drained) => "active by hand".into(),
+            (None, State::Drained) => "drained by the file".into(),
             (_, State::Active) => "active".into(),
         })
     }
@@ -483,7 +477,7 @@ impl fmt::Display for Answer {
         }
         match (matched.packet, matched.tc_action) {
             ("delivered", _) => line("here", "delivered as it came"),
-            ("dropped", _) => line("here", "dropped"),
+            ("dropped", _) => line("here", "not delivered"),
             _ => Ok(()),
         }
     }

@@ -8,7 +8,7 @@
 //! bpffs + tc ── observe ──> Observed ────────────┘
 //! ```
 //!
-//! `config`, `partial`, `plan`, `tables` and `diff` are pure. `apply` is the only module that carries
+//! `config`, `partial`, `plan`, `tables`, `drain` and `diff` are pure. `apply` is the only module that carries
 //! actions out, and takes a [`state::WriteGuard`] for it. The kernel is the only state.
 //!
 //! What comes of it is read back the other way:
@@ -36,6 +36,7 @@ pub mod config;
 pub mod counters;
 pub mod diff;
 pub mod doctor;
+pub mod drain;
 pub mod drift;
 pub mod event;
 pub mod failure;
@@ -48,6 +49,7 @@ pub mod metrics;
 pub mod netlink;
 pub mod nexthop;
 pub mod observe;
+pub mod overrides;
 pub mod partial;
 pub mod pcap;
 pub mod plan;

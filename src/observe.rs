@@ -1,15 +1,16 @@
 //! What the kernel holds: generations under the pin directory, filters on interfaces. Reads only.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::Context;
 
+use crate::config::State;
 use crate::generation::{self, Generation, ProgramName};
 use crate::netlink::{Layer, Netlink};
-use crate::state::{Held, ReadGuard};
+use crate::state::{Held, ReadGuard, StateMaps};
 use crate::tc::{self, Hook, Slot};
 
 /// The kernel's side of the comparison.
@@ -25,6 +26,8 @@ pub struct Observed {
     /// Where the symlink points; a hint only.
     pub current: Option<u32>,
     pub held: Option<Held>,
+    /// What `drain` and `enable` say of upstreams, by their id in some generation.
+    pub overrides: BTreeMap<u32, State>,
     /// All interfaces of the network namespace, by name.
     pub interfaces: BTreeMap<String, Interface>,
 }
@@ -82,7 +85,8 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
     if let Some(guard) = guard {
         observed.current = guard.current();
         observed.unfinished = guard.unfinished()?;
-        observed.held = guard.maps()?.map(|maps| maps.held()).transpose()?.flatten();
+        let maps = guard.maps()?;
+        observed.held = maps.as_ref().map(StateMaps::held).transpose()?.flatten();
         for number in guard.numbers()? {
             for layer in [Layer::Ethernet, Layer::Ip] {
                 let pinned = generation::open_program(&guard.generation(number), layer);
@@ -101,6 +105,12 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
                     observed.damaged.push(number);
                 }
             }
+        }
+        let held = observed.generations.values().flat_map(Generation::ids);
+        let held: HashSet<u32> = held.collect();
+        if let (Some(maps), Some(most)) = (&maps, held.iter().max()) {
+            observed.overrides = maps.overrides.read(*most)?;
+            observed.overrides.retain(|id, _| held.contains(id));
         }
     }
     observed.interfaces = interfaces(netlink, &programs).await?;

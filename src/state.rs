@@ -24,6 +24,7 @@ use crate::chunks::Chunks;
 use crate::counters::Counters;
 use crate::failure::{Failure, Result};
 use crate::nexthop::NextHops;
+use crate::overrides::Overrides;
 
 /// Where the pins are unless `--pin-dir` says otherwise.
 pub const PIN_DIR: &str = "/sys/fs/bpf/udplb";
@@ -221,7 +222,7 @@ impl ReadGuard {
             nexthops,
             heartbeat,
             held,
-            overrides,
+            overrides: Overrides::new(overrides),
             fragments,
             fragment_ring,
             tracing,
@@ -316,7 +317,7 @@ impl WriteGuard {
             nexthops,
             heartbeat,
             held,
-            overrides,
+            overrides: Overrides::new(overrides),
             fragments,
             fragment_ring,
             tracing,
@@ -427,7 +428,7 @@ pub struct StateMaps {
     pub nexthops: NextHops,
     /// The lease of the next hops.
     pub heartbeat: MapHandle,
-    pub overrides: MapHandle,
+    pub overrides: Overrides,
     pub fragments: MapHandle,
     pub fragment_ring: MapHandle,
     /// What of the packets is to be told, and where it is.

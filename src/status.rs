@@ -1,6 +1,6 @@
 //! What serves and what became of the packets, for people and for `-o json`.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
@@ -13,7 +13,7 @@ use crate::changes;
 use crate::cli::Global;
 use crate::clock;
 use crate::columns::{self, Column};
-use crate::config::{Action, Address, Mode};
+use crate::config::{Action, Address, Mode, State};
 use crate::counters::{Count, Counts};
 use crate::failure::Result;
 use crate::generation::{self, Generation};
@@ -21,7 +21,8 @@ use crate::lease;
 use crate::netlink::{Layer, Neighbour, NeighbourKey, Netlink, NudState};
 use crate::nexthop;
 use crate::observe::{Observed, observe};
-use crate::plan::{Rule, RuleIds, Upstream};
+use crate::overrides;
+use crate::plan::{Destination, Role, Rule, RuleIds};
 use crate::state::{self, ReadGuard};
 use crate::tc::Slot;
 use crate::traffic::{Rate, Traffic};
@@ -93,6 +94,11 @@ pub struct UpstreamStatus {
     pub label: String,
     pub address: Address,
     pub port: Option<u16>,
+    /// By hand, or else by the file.
+    pub state: State,
+    /// What `drain` and `enable` say of it.
+    #[serde(rename = "override")]
+    pub said: Option<State>,
     pub next_hop: Option<NextHopStatus>,
     /// What arpd makes of it: `up`, `stale`, `down`; only as long as arpd runs.
     pub health: Option<&'static str>,
@@ -110,6 +116,9 @@ pub struct UpstreamStatus {
     pub share: Option<f64>,
     #[serde(skip)]
     endpoint: String,
+    /// [`overrides::word`] of it.
+    #[serde(skip)]
+    drained: Option<&'static str>,
 }
 
 #[derive(Debug, Serialize)]
@@ -211,6 +220,7 @@ impl Status {
             total,
             nexthops: maps.nexthops.read_all(most).context("next hops")?,
             vouched: status.arpd == Some(true),
+            overrides: &observed.overrides,
             interfaces: observed
                 .interfaces
                 .iter()
@@ -252,6 +262,8 @@ struct View<'a> {
     /// Their names by index.
     interfaces: HashMap<u32, &'a str>,
     neighbours: HashMap<NeighbourKey, &'a Neighbour>,
+    /// By hand, by id.
+    overrides: &'a BTreeMap<u32, State>,
 }
 
 impl RuleStatus {
@@ -342,30 +354,17 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
     let grown = view.grown.as_ref().map(|grown| (grown, grown.of_rule(rule, ids)));
     let recent = grown.map_or(counters, |(_, counts)| counts);
     let [matched, forwarded] = [recent.matched(), recent.forwarded()].map(|count| count.packets);
-    let mut seen = HashSet::new();
-    let mut labels = HashSet::new();
-    let mut rows = |list: &[Upstream], ids: &[u32], shared| {
-        let mut rows = Vec::with_capacity(list.len());
-        for (upstream, id) in list.iter().zip(ids) {
-            // one that is listed twice is one
-            if !seen.insert(*id) {
-                continue;
-            }
-            let mut status = upstream_status(upstream, *id, shared, view);
-            // a name may be another's address, and an upstream a mirror too
-            while !labels.insert(status.label.clone()) {
-                status.label.push('\'');
-            }
-            rows.push(status);
-        }
-        rows
+    let destinations = rule.with_ids(ids);
+    let rows = |role, shared| {
+        let rows = destinations.iter().filter(|destination| destination.role == role);
+        rows.map(|destination| upstream_status(destination, shared, view)).collect()
     };
     let shared = match rule.mode {
         Mode::Balance => forwarded,
         Mode::Replicate => matched,
     };
-    let upstreams = rows(&rule.upstreams, &ids.upstreams, shared);
-    let mirrors = rows(&rule.mirrors, &ids.mirrors, matched);
+    let upstreams = rows(Role::Upstream, shared);
+    let mirrors = rows(Role::Mirror, matched);
     let own = view.total.of(ids.rule);
     RuleStatus {
         name: rule.name.clone(),
@@ -383,16 +382,21 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
 }
 
 /// `shared` is how many packets of the rule its share is of.
-fn upstream_status(upstream: &Upstream, id: u32, shared: u64, view: &View<'_>) -> UpstreamStatus {
+fn upstream_status(destination: &Destination<'_>, shared: u64, view: &View<'_>) -> UpstreamStatus {
+    let Destination { id, upstream, .. } = *destination;
     let entry = view.nexthops.get(id as usize).copied().unwrap_or_default();
+    let said = view.overrides.get(&id).copied();
     let health = view.vouched.then(|| health(&entry)).flatten();
     let grown = view.grown.as_ref();
     let forwarded = grown.unwrap_or(&view.total).of(id).forwarded();
     UpstreamStatus {
         id,
-        label: upstream.label(),
+        label: destination.label.clone(),
         address: upstream.address.clone(),
         port: upstream.port,
+        state: said.unwrap_or(upstream.state),
+        said,
+        drained: overrides::word(upstream.state, said),
         next_hop: next_hop(&entry, view),
         health,
         since: health.map(|_| entry.since),
@@ -557,7 +561,7 @@ impl Status {
                         false => upstream.endpoint.clone(),
                     },
                     hop.map_or("no route".into(), NextHopStatus::text),
-                    upstream.health.unwrap_or("").into(),
+                    upstream.drained.or(upstream.health).unwrap_or("").into(),
                 ];
                 let notes = BTreeMap::new();
                 row.extend(amounts(&upstream.counters, &notes, upstream.rate, upstream.share));

@@ -2,12 +2,9 @@
 
 mod common;
 
-use std::fs::File;
-use std::os::fd::AsRawFd;
-
-use common::Namespace;
 use common::lab::{Lab, config, rule};
 use common::service::{Arpd, until};
+use common::tun::Tun;
 use serde_json::{Value, json};
 
 const KEY: &str = "2001:db8:1::1";
@@ -214,30 +211,6 @@ fn any_where_one_interface_was_detached() {
     until("it is followed", || arpd.log().contains("2001:db8:1::7"));
     assert_eq!(lab.filters("up0"), "");
     assert!(lab.filters("eth0").contains("udplb"));
-}
-
-/// A tun device with somebody at its other end.
-struct Tun(#[expect(dead_code, reason = "open as long as the device has carrier")] File);
-
-impl Tun {
-    /// Makes one that goes when the value does.
-    fn new(namespace: &Namespace, name: &str) -> Tun {
-        let file = namespace.enter(|| {
-            let file = File::options().read(true).write(true).open("/dev/net/tun").expect("tun");
-            // struct ifreq: the name, then the flags
-            let mut request = [0_u8; 40];
-            request[..name.len()].copy_from_slice(name.as_bytes());
-            let flags = libc::IFF_TUN | libc::IFF_NO_PI;
-            request[16..18].copy_from_slice(&(flags as u16).to_ne_bytes());
-            // SAFETY: the descriptor is open, and the request is as long as the kernel's.
-            let made =
-                unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request.as_mut_ptr()) };
-            assert_eq!(made, 0, "TUNSETIFF: {}", std::io::Error::last_os_error());
-            file
-        });
-        namespace.ip(&format!("link set {name} up"));
-        Tun(file)
-    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ mod common;
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use common::lab::{CLIENTS, Directory, Lab, Outcome, RELAY, UPSTREAMS, config, rule, to_port};
@@ -22,13 +22,6 @@ fn call(lab: &Lab, words: &str, prepare: impl FnOnce(&mut Command) + Send) -> Ou
         prepare(&mut command);
         Outcome::of(&mut command)
     })
-}
-
-/// A udplb that everybody may run: the build may be in a home directory, its owner's alone.
-fn public(directory: &Directory) -> PathBuf {
-    let copy = directory.path().join("udplb");
-    fs::copy(env!("CARGO_BIN_EXE_udplb"), &copy).expect("a copy of udplb");
-    copy
 }
 
 #[test]
@@ -88,7 +81,7 @@ fn every_exit_code() {
     lock.lock().expect("a lock");
     expect(&format!("apply {good} --lock-timeout 0"), 75);
     lock.unlock().expect("unlocked");
-    let program = public(&lab.directory);
+    let program = lab.directory.program();
     let as_nobody = |words: &str| {
         lab.relay.enter(|| {
             let mut command = Command::new(&program);
@@ -112,7 +105,7 @@ fn checking_takes_neither_privileges_nor_a_network() {
     let nowhere = Namespace::new();
     let named = json!({ "address": "collector.example.net" });
     let file = lab.write(&config(&[rule("named", 5000, json!({}), &[named])]));
-    let program = public(&lab.directory);
+    let program = lab.directory.program();
     let check = |options: &str| {
         nowhere.enter(|| {
             let mut command = Command::new(&program);
@@ -134,16 +127,14 @@ fn checking_takes_neither_privileges_nor_a_network() {
 }
 
 /// Leaves these capabilities, by number, to the program that is run, and as much locked memory as it
-/// likes: kernels before 5.11 count maps and programs as such.
+/// likes, where that may be given: kernels before 5.11 count maps and programs as such.
 fn limit(command: &mut Command, capabilities: &[i32]) {
     let capabilities = capabilities.to_vec();
     let drop_others = move || {
         let unlimited =
             libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
         // SAFETY: the limits outlive the call.
-        if unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) } != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
+        unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) };
         for capability in (0..64).filter(|it| !capabilities.contains(it)) {
             // SAFETY: takes plain numbers; those that the kernel does not know are refused.
             let dropped = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
@@ -432,7 +423,7 @@ fn a_bpffs_is_mounted_where_nothing_is_hidden_by_it() {
 #[test]
 fn what_needs_no_kernel() {
     let directory = Directory::new();
-    let program = public(&directory);
+    let program = directory.program();
     let udplb = |words: &str| {
         let mut command = Command::new(&program);
         Outcome::of(command.args(words.split_whitespace()).uid(NOBODY).gid(NOBODY)).expect(0)

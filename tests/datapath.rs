@@ -839,3 +839,36 @@ fn check_unexpected(
     };
     if fine { Ok(()) } else { Err(TestCaseError::fail(outcome.to_string())) }
 }
+
+/// What is switched off is not verified, and the rest has to hold without it.
+#[test]
+fn it_loads_with_any_of_its_features() {
+    use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+    use udplb::bpf::types::features;
+    const SWITCHES: [fn(&mut features) -> &mut u8; 8] = [
+        |it| &mut it.ipv6,
+        |it| &mut it.any_port,
+        |it| &mut it.senders,
+        |it| &mut it.fragments,
+        |it| &mut it.payload,
+        |it| &mut it.receivers,
+        |it| &mut it.errors,
+        |it| &mut it.asking,
+    ];
+    let load = |name: &str, on: &dyn Fn(usize) -> bool| {
+        let mut object = std::mem::MaybeUninit::uninit();
+        let mut skeleton =
+            udplb::bpf::UdplbSkelBuilder::default().open(&mut object).expect("the object opens");
+        let constants = skeleton.maps.rodata_data.as_deref_mut().expect("constants");
+        for (index, switch) in SWITCHES.iter().enumerate() {
+            *switch(&mut constants.features) = on(index).into();
+        }
+        skeleton.load().unwrap_or_else(|error| panic!("{name}: {error}"));
+    };
+    load("none", &|_| false);
+    load("all", &|_| true);
+    for index in 0..SWITCHES.len() {
+        load(&format!("only {index}"), &|other| other == index);
+        load(&format!("all but {index}"), &|other| other != index);
+    }
+}

@@ -118,6 +118,63 @@ fn status_in_words() {
     assert!(rules[0].get("rate").is_none());
 }
 
+#[test]
+fn copies_and_notes() {
+    let lab = Lab::new();
+    let two = UPSTREAMS.map(|address| json!({ "address": address, "port": 7000 }));
+    let payload = json!({ "strategy": "payload", "payload": { "offset": 4, "length": 4 } });
+    let mut flows = rule("flows", 5000, payload, &two);
+    flows["options"]["tc_action"] = json!("block");
+    flows["mirror"] =
+        json!([{ "name": "spy", "address": UPSTREAMS[0], "port": 7001, "sample": 2 }]);
+    let receivers = [
+        json!({ "name": "one", "address": UPSTREAMS[0], "port": 7002 }),
+        json!({ "name": "none", "address": "192.0.2.1" }),
+    ];
+    let options = json!({ "tc_action": "block", "mode": "replicate", "source": "vip" });
+    let mut all = config(&[flows, rule("copies", 5001, options, &receivers)]);
+    all.as_object_mut().expect("a map").remove("defaults");
+    lab.apply(&all);
+    let sender = bind(&lab.client, CLIENTS[0], 5666);
+    for (text, port) in [("long enough", 5000), ("long enough", 5000), ("short", 5000), ("x", 5001)]
+    {
+        sender.send_to(text.as_bytes(), (RELAY, port)).expect("sent");
+    }
+    until("the last packet is counted", || lab.packets("copies", "one", "forwarded") == 1);
+    let status = lab.status();
+    let [flows, copies] = [0, 1].map(|index| &status["rules"][index]);
+    // each packet once, whatever else got it
+    assert_eq!(flows["counters"]["matched"]["packets"], 3);
+    assert_eq!(flows["notes"], json!({ "short-payload": { "packets": 1, "bytes": 47 } }));
+    assert_eq!(flows["mirrors"][0]["label"], "spy");
+    assert_eq!(flows["mirrors"][0]["counters"]["forwarded"]["packets"], 2);
+    assert_eq!(copies["counters"]["matched"]["packets"], 1);
+    assert_eq!(copies["counters"]["forwarded"]["packets"], 1);
+    assert_eq!(copies["upstreams"][1]["counters"]["no-route"]["packets"], 1);
+    assert!(copies.get("notes").is_none() && copies.get("mirrors").is_none());
+
+    let rows: Vec<String> =
+        rows(&lab.run("status").expect(0).stdout).iter().map(|row| row.join("|")).collect();
+    assert!(rows[1].starts_with("flows|10.1.0.1:5000 block|-|-|-|3|"), "{rows:?}");
+    assert!(rows[1].ends_with("|-|(short-payload 1)"), "{rows:?}");
+    assert!(rows[4].starts_with("flows|-|mirror spy 10.2.0.20:7001|10.2.0.20 dev up0"), "{rows:?}");
+    assert!(rows[4].contains("|66.7%|"), "{rows:?}");
+    assert!(rows[5].starts_with("copies|10.1.0.1:5001 block replicate|-|-|-|1|"), "{rows:?}");
+    assert_eq!(rows[7], "copies|-|none 192.0.2.1|no route|-|0|0|0.0%|no-route 1");
+    let metrics = lab.run("metrics").expect(0).stdout;
+    for line in [
+        "udplb_rule_packets_total{rule=\"flows\"} 3",
+        "udplb_upstream_packets_total{rule=\"flows\",upstream=\"spy\"} 2",
+        "udplb_rule_notes_total{rule=\"flows\",note=\"short-payload\"} 1",
+        "udplb_rule_packets_total{rule=\"copies\"} 1",
+        "udplb_drops_total{rule=\"copies\",upstream=\"none\",reason=\"no-route\"} 1",
+    ] {
+        assert!(metrics.lines().any(|it| it == line), "no {line}: {metrics}");
+    }
+    let top = lab.run("top --once --sort name").expect(0).stdout;
+    assert!(top.contains("mirror spy"), "{top}");
+}
+
 /// Sends as long as the value lives.
 struct Load {
     stop: std::sync::Arc<AtomicBool>,

@@ -4,13 +4,12 @@ mod common;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use common::Namespace;
 use common::ends::{Ends, KINDS, all_kinds, options, rules};
 use common::lab::{CLIENTS, Lab, Net, Outcome, RELAY, UPSTREAMS, V4, V6, config, rule, upstream};
 use common::net::{
-    TTL, UDP_SEGMENT, bind, expect, expect_silence, local, own, payload, receive, set,
+    TTL, UDP_GRO, UDP_SEGMENT, bind, expect, expect_silence, local, own, payload, receive, set,
 };
 use serde_json::json;
 
@@ -145,6 +144,34 @@ fn what_the_receiving_device_merges_arrives_in_parts() {
 #[test]
 fn what_the_receiving_device_strings_together_arrives_in_parts() {
     check_merged("rx-gro-list");
+}
+
+/// What one packet is all the way is one for a receiver that asks for it.
+#[test]
+fn segments_stay_together_for_whom_that_suits() {
+    let lab = Lab::dual(true, true);
+    lab.apply(&all_kinds());
+    for ends in Ends::both(&lab) {
+        set(&ends.sender, libc::SOL_UDP, UDP_SEGMENT, 1000);
+        let payload = payload(9_500);
+        for (index, (port, action, source)) in KINDS.into_iter().enumerate() {
+            let mut receivers = vec![(&ends.upstreams[index], source)];
+            if action == "pass" {
+                receivers.push((&ends.here[index], "preserve"));
+            }
+            for (receiver, _) in &receivers {
+                set(receiver, libc::SOL_UDP, UDP_GRO, 1);
+            }
+            ends.sender.send_to(&payload, (ends.net.key, port)).expect("sent");
+            for (receiver, source) in receivers {
+                let received = receive(receiver);
+                assert_eq!(received.from, ends.net.seen(source, own(&ends.sender)));
+                assert!(received.payload == payload, "{port}");
+                assert_eq!(received.segment, Some(1000), "{port}");
+            }
+        }
+        ends.check_silence();
+    }
 }
 
 #[test]
@@ -364,58 +391,6 @@ fn the_local_copy_is_as_it_was_sent() {
         }
         ends.check_silence();
     }
-}
-
-/// Sends a whole frame out of an interface.
-fn send_frame(namespace: &Namespace, interface: &str, frame: &[u8]) {
-    let index = namespace.index(interface);
-    // SAFETY: plain numbers in, a descriptor that nobody else owns out; the address is a
-    // sockaddr_ll of which all zeroes are a value, and it and the frame outlive the call.
-    let sent = namespace.enter(|| unsafe {
-        let socket = libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0);
-        assert!(socket >= 0, "{}", io::Error::last_os_error());
-        let socket = OwnedFd::from_raw_fd(socket);
-        let mut address: libc::sockaddr_ll = std::mem::zeroed();
-        address.sll_family = libc::AF_PACKET as u16;
-        address.sll_ifindex = index as i32;
-        libc::sendto(
-            socket.as_raw_fd(),
-            frame.as_ptr().cast(),
-            frame.len(),
-            0,
-            (&raw const address).cast(),
-            size_of_val(&address) as libc::socklen_t,
-        )
-    });
-    assert_eq!(sent, frame.len() as isize, "{}", io::Error::last_os_error());
-}
-
-#[test]
-fn a_tag_held_in_the_packet_stays_here() {
-    let lab = Lab::new();
-    let ends = Ends::new(&lab, V4);
-    lab.apply(&config(&rules(&V4)));
-    // VLAN 0 is no network of its own: the frame goes up like one without a tag
-    for (vlan, goes_up) in [(0, true), (5, false)] {
-        for (index, (port, action, source)) in KINDS.iter().enumerate() {
-            let tag = etherparse::VlanId::try_new(vlan).expect("a VLAN");
-            let builder =
-                etherparse::PacketBuilder::ethernet2(lab.client.mac("eth0"), lab.relay.mac("eth0"))
-                    .single_vlan(tag)
-                    .ipv4(CLIENTS[0].octets(), RELAY.octets(), TTL as u8)
-                    .udp(1234, *port);
-            let mut frame = Vec::new();
-            builder.write(&mut frame, b"tagged").expect("a frame");
-            send_frame(&lab.client, "eth0", &frame);
-            let sender = SocketAddrV4::new(CLIENTS[0], 1234);
-            let from = V4.seen(source, sender.into());
-            expect(&ends.upstreams[index], b"tagged", from, TTL - 1);
-            if *action == "pass" && goes_up {
-                expect(&ends.here[index], b"tagged", sender, TTL);
-            }
-        }
-    }
-    ends.check_silence();
 }
 
 #[test]

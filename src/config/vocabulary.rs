@@ -451,7 +451,7 @@ pub fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
         return None;
     }
     let slips = |known: &str| {
-        let known: Vec<char> = known.replace('_', "-").chars().collect();
+        let known: Vec<char> = known.to_lowercase().replace('_', "-").chars().collect();
         distance(&word, &known)
     };
     let near = known.iter().map(|known| (slips(known), *known)).min()?;

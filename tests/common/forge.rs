@@ -1,6 +1,6 @@
 //! Frames of every kind, right and wrong: each header says what it is told to.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::packet::Mac;
 use super::prelude::Tag;
@@ -113,7 +113,7 @@ pub enum Kind {
     Authentication,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Fragment {
     /// In units of eight bytes.
     pub offset: u16,
@@ -173,6 +173,21 @@ impl Forged {
         }
     }
 
+    /// The same between two hosts of one family.
+    pub fn between(to: Mac, source: IpAddr, destination: IpAddr, port: u16) -> Forged {
+        let ip = match (source, destination) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => Ip::V4(V4::new(source, destination)),
+            (IpAddr::V6(source), IpAddr::V6(destination)) => Ip::V6(V6::new(source, destination)),
+            other => panic!("{other:?} are of two families"),
+        };
+        Forged::new(to, ip, port)
+    }
+
+    /// What the UDP datagram carries.
+    pub fn payload(&self) -> Vec<u8> {
+        self.udp.bytes(&[], &[])[8..].to_vec()
+    }
+
     /// The checksum in the UDP header.
     pub fn udp_checksum(&self) -> u16 {
         let (source, destination) = match &self.ip {
@@ -198,6 +213,34 @@ impl Forged {
         frame.resize(frame.len() + self.padding, 0x5a);
         frame
     }
+}
+
+/// The fragments of a frame without tags and extension headers, with so many bytes each (RFC 791
+/// section 3.2, RFC 8200 section 4.5).
+pub fn fragments(frame: &[u8], room: usize, identification: u32) -> Vec<Vec<u8>> {
+    let ipv6 = frame[14] >> 4 == 6;
+    let (headers, body) = frame.split_at(if ipv6 { 54 } else { 34 });
+    let parts: Vec<&[u8]> = body.chunks(room / 8 * 8).collect();
+    let fragment = |(index, part): (usize, &&[u8])| {
+        let (offset, more) = (index * (room / 8), index + 1 < parts.len());
+        let mut headers = headers.to_vec();
+        if ipv6 {
+            headers[18..20].copy_from_slice(&(8 + part.len() as u16).to_be_bytes());
+            headers[20] = Kind::Fragment(Fragment::default()).number();
+            let fragment = Fragment { offset: offset as u16, more, reserved: 0, identification };
+            headers.extend(Extension::new(Kind::Fragment(fragment)).bytes(UDP));
+        } else {
+            headers[16..18].copy_from_slice(&(20 + part.len() as u16).to_be_bytes());
+            headers[18..20].copy_from_slice(&(identification as u16).to_be_bytes());
+            let offset = offset as u16 | u16::from(more) << 13;
+            headers[20..22].copy_from_slice(&offset.to_be_bytes());
+            headers[24..26].fill(0);
+            let checksum = !sum(&headers[14..]);
+            headers[24..26].copy_from_slice(&checksum.to_be_bytes());
+        }
+        [&headers, *part].concat()
+    };
+    parts.iter().enumerate().map(fragment).collect()
 }
 
 impl V4 {

@@ -310,6 +310,14 @@ impl Directory {
         &self.0
     }
 
+    /// A udplb that everybody may run: the build may be in a home directory, its owner's alone.
+    pub fn program(&self) -> PathBuf {
+        let copy = self.0.join("udplb");
+        // not by this process: nothing can run while a child forked by another test has it open
+        run("cp", [env!("CARGO_BIN_EXE_udplb").as_ref(), copy.as_os_str()]);
+        copy
+    }
+
     pub fn write(&self, name: &str, text: &str) -> PathBuf {
         let path = self.0.join(name);
         fs::write(&path, text).expect("a file in the directory");

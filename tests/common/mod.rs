@@ -5,6 +5,7 @@
 pub mod ends;
 pub mod flow;
 pub mod forge;
+pub mod kernel;
 pub mod lab;
 pub mod net;
 pub mod packet;
@@ -14,6 +15,7 @@ pub mod random;
 pub mod reference;
 pub mod service;
 pub mod testbed;
+pub mod tun;
 pub mod wire;
 
 use std::ffi::{CString, OsStr};

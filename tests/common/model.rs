@@ -118,6 +118,12 @@ impl Kernel {
                 assert!(self.observed.generations.contains_key(number));
                 self.observed.current = Some(*number);
             }
+            Action::Override { id, state: Some(state), .. } => {
+                self.observed.overrides.insert(*id, *state);
+            }
+            Action::Override { id, state: None, .. } => {
+                self.observed.overrides.remove(id);
+            }
             Action::Drop(number) => {
                 assert!(!self.observed.is_attached(*number), "{number} serves");
                 self.observed.generations.remove(number);

@@ -2,17 +2,17 @@
 
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Namespace;
 
 /// Longer than anything takes that happens at all.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// What a datagram on a veth never takes.
-const SILENCE: Duration = Duration::from_millis(100);
+pub const SILENCE: Duration = Duration::from_millis(100);
 
 /// A UDP socket inside, with a large buffer; bound once this returns.
 pub fn bind(namespace: &Namespace, address: impl Into<IpAddr>, port: u16) -> UdpSocket {
@@ -21,9 +21,17 @@ pub fn bind(namespace: &Namespace, address: impl Into<IpAddr>, port: u16) -> Udp
 
 /// The same for an address that may be a link's.
 pub fn bind_to(namespace: &Namespace, address: SocketAddr) -> UdpSocket {
-    let socket = namespace
-        .enter(|| UdpSocket::bind(address))
-        .unwrap_or_else(|error| panic!("{address} in {}: {error}", namespace.name));
+    let end = Instant::now() + PATIENCE;
+    let socket = loop {
+        match namespace.enter(|| UdpSocket::bind(address)) {
+            Ok(socket) => break socket,
+            // a child of another test, on its way to its program, may have what this one let go
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => panic!("{address} in {}: {error}", namespace.name),
+        }
+    };
     socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 64 << 20);
     match address {
@@ -42,15 +50,15 @@ pub const UDP_GRO: i32 = 104;
 
 /// Sets an integer option.
 pub fn set(socket: &UdpSocket, level: i32, option: i32, value: i32) {
-    // SAFETY: the value is an int that outlives the call.
+    set_bytes(socket, level, option, &value.to_ne_bytes());
+}
+
+/// Sets an option.
+pub fn set_bytes(socket: &UdpSocket, level: i32, option: i32, value: &[u8]) {
+    let length = value.len() as libc::socklen_t;
+    // SAFETY: the value outlives the call.
     let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            level,
-            option,
-            (&raw const value).cast(),
-            size_of::<i32>() as libc::socklen_t,
-        )
+        libc::setsockopt(socket.as_raw_fd(), level, option, value.as_ptr().cast(), length)
     };
     assert_eq!(result, 0, "setsockopt {level} {option}: {}", io::Error::last_os_error());
 }
@@ -164,7 +172,7 @@ pub fn try_receive(socket: &UdpSocket) -> io::Result<Datagram> {
     Ok(Datagram { payload, from: socket_address(&from), ttl, segment })
 }
 
-/// What the kernel says of a peer.
+/// What the kernel says of a peer, without a link's index.
 pub fn socket_address(address: &libc::sockaddr_storage) -> SocketAddr {
     if i32::from(address.ss_family) == libc::AF_INET {
         // SAFETY: the family says that it is one, and the storage is larger.
@@ -176,7 +184,7 @@ pub fn socket_address(address: &libc::sockaddr_storage) -> SocketAddr {
     // SAFETY: likewise.
     let address = unsafe { &*std::ptr::from_ref(address).cast::<libc::sockaddr_in6>() };
     let (ip, port) = (address.sin6_addr.s6_addr.into(), u16::from_be(address.sin6_port));
-    SocketAddrV6::new(ip, port, 0, address.sin6_scope_id).into()
+    SocketAddrV6::new(ip, port, 0, 0).into()
 }
 
 /// The IPv4 address and port that a socket has.
@@ -213,6 +221,30 @@ pub fn expect(socket: &UdpSocket, payload: &[u8], from: impl Into<SocketAddr>, t
 /// Bytes that differ from place to place.
 pub fn payload(length: usize) -> Vec<u8> {
     (0..length).map(|index| (index * 7 + index / 251) as u8).collect()
+}
+
+/// Sends a whole frame out of an interface.
+pub fn send_frame(namespace: &Namespace, interface: &str, frame: &[u8]) {
+    let index = namespace.index(interface);
+    // SAFETY: plain numbers in, a descriptor that nobody else owns out; the address is a
+    // sockaddr_ll of which all zeroes are a value, and it and the frame outlive the call.
+    let sent = namespace.enter(|| unsafe {
+        let socket = libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0);
+        assert!(socket >= 0, "{}", io::Error::last_os_error());
+        let socket = OwnedFd::from_raw_fd(socket);
+        let mut address: libc::sockaddr_ll = std::mem::zeroed();
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_ifindex = index as i32;
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            (&raw const address).cast(),
+            size_of_val(&address) as libc::socklen_t,
+        )
+    });
+    assert_eq!(sent, frame.len() as isize, "{}", io::Error::last_os_error());
 }
 
 /// Ends a stream of datagrams for [`count`].

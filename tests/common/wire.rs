@@ -64,6 +64,20 @@ impl Wire {
             .collect()
     }
 
+    /// Waits for the next IP frame that arrives.
+    pub fn next(&self) -> Vec<u8> {
+        loop {
+            let frame = receive(&self.far);
+            let mut at = TYPE;
+            while matches!(frame[at..], [0x81, 0, ..] | [0x88, 0xa8, ..]) {
+                at += 4;
+            }
+            if matches!(frame[at..], [0x08, 0, ..] | [0x86, 0xdd, ..]) {
+                return frame;
+            }
+        }
+    }
+
     /// Sends a frame the way that the program's go.
     pub fn send(&self, frame: &[u8]) {
         // SAFETY: the buffer is of the length given.
