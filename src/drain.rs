@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::changes::endpoint;
 use crate::config::{State, nearest, with_port};
 use crate::diff::Action;
-use crate::plan::{Desired, Role, Rule, RuleIds, Upstream};
+use crate::plan::{Desired, Destination, Role, Rule, RuleIds, Upstream};
 
 /// By upstream id.
 pub type Overrides = BTreeMap<u32, State>;
@@ -52,15 +52,20 @@ pub struct Standing {
 }
 
 impl Standing {
-    /// `one` is among the hosts of its rule; those with its id are it too.
-    fn new(rule: &Rule, ids: &RuleIds, one: (u32, Role, &Upstream), said: &Overrides) -> Standing {
-        let (id, _, upstream) = one;
-        let mut filed = hosts(rule, ids).filter(|it| it.0 == id).map(|(_, _, it)| it.state);
+    fn new(
+        rule: &Rule,
+        ids: &RuleIds,
+        destination: &Destination<'_>,
+        said: &Overrides,
+    ) -> Standing {
+        let Destination { id, upstream, .. } = *destination;
+        let same = ids.destinations().zip(rule.destinations()).filter(|(other, _)| *other == id);
+        let mut filed = same.map(|(_, it)| it.state);
         let filed = filed.all(|state| state == upstream.state).then_some(upstream.state);
         let said = said.get(&id).copied();
         Standing {
             rule: rule.name.clone(),
-            upstream: upstream.label(),
+            upstream: destination.label.clone(),
             state: effective(filed, said),
             said,
             id,
@@ -120,13 +125,15 @@ impl Change {
         state: State,
     ) -> anyhow::Result<Change> {
         let (rule, ids) = find_rule(desired, ids, &target.rule)?;
-        let before = Standing::new(rule, ids, find(rule, ids, &target.upstream)?, said);
+        let destinations = rule.with_ids(ids);
+        let before = Standing::new(rule, ids, find(rule, &destinations, &target.upstream)?, said);
         let action = before.to(state);
         let after = before.clone().after(action.as_ref());
-        let mut active = hosts(rule, ids).filter(|(_, role, _)| *role == Role::Upstream);
-        let leaves_none = active.all(|(id, _, it)| match id == after.id {
+        let mut upstreams =
+            destinations.iter().filter(|destination| destination.role == Role::Upstream);
+        let leaves_none = upstreams.all(|Destination { id, upstream, .. }| match *id == after.id {
             true => after.state == State::Drained,
-            false => said.get(&id).copied().unwrap_or(it.state) == State::Drained,
+            false => said.get(id).copied().unwrap_or(upstream.state) == State::Drained,
         });
         Ok(Change { action, before, after, leaves_none })
     }
@@ -162,10 +169,14 @@ pub fn standing<'a>(
     let mut found = Vec::new();
     for (desired, ids) in all {
         for (rule, ids) in desired.rules.iter().zip(ids) {
-            for host in hosts(rule, ids) {
-                if left.remove(&host.0).is_some() {
-                    found.push(Standing::new(rule, ids, host, said));
-                }
+            if left.is_empty() {
+                return found;
+            }
+            let destinations = rule.with_ids(ids).into_iter();
+            for destination in
+                destinations.filter(|destination| left.remove(&destination.id).is_some())
+            {
+                found.push(Standing::new(rule, ids, &destination, said));
             }
         }
     }
@@ -193,13 +204,6 @@ pub fn line(one: &Standing) -> String {
     format!("override: {} is {} by hand", one.name(), word(one.state))
 }
 
-fn hosts<'a>(rule: &'a Rule, ids: &'a RuleIds) -> impl Iterator<Item = (u32, Role, &'a Upstream)> {
-    let upstreams = ids.upstreams.iter().zip(&rule.upstreams);
-    let mirrors = ids.mirrors.iter().zip(&rule.mirrors);
-    let upstreams = upstreams.map(|(id, it)| (*id, Role::Upstream, it));
-    upstreams.chain(mirrors.map(|(id, it)| (*id, Role::Mirror, it)))
-}
-
 fn find_rule<'a>(
     desired: &'a Desired,
     ids: &'a [RuleIds],
@@ -212,58 +216,57 @@ fn find_rule<'a>(
     })
 }
 
-/// By a name or an endpoint, or where none is it, by a host whatever its port is.
+/// By a name or an endpoint, or where it is none, by a host whatever its port is.
 fn find<'a>(
-    rule: &'a Rule,
-    ids: &'a RuleIds,
+    rule: &Rule,
+    destinations: &'a [Destination<'a>],
     text: &str,
-) -> anyhow::Result<(u32, Role, &'a Upstream)> {
+) -> anyhow::Result<&'a Destination<'a>> {
     for forms in [forms, bare_forms] {
-        let mut found: Vec<(u32, Role, &Upstream)> = hosts(rule, ids)
-            .filter(|(_, role, it)| forms(*role, it).iter().any(|form| form == text))
-            .collect();
-        // one that is listed twice is one
-        found.dedup_by_key(|(id, ..)| *id);
+        let is_form =
+            |destination: &&Destination<'_>| forms(destination).iter().any(|form| form == text);
+        let found: Vec<&Destination<'_>> = destinations.iter().filter(is_form).collect();
         match found[..] {
             [] => {}
             [one] => return Ok(one),
             _ => {
-                let each = found.iter().map(|(_, role, it)| format!("`{}`", full(*role, it)));
-                let each = each.collect::<Vec<_>>().join(" or ");
-                return Err(anyhow!("`{text}` of rule {} is ambiguous: say {each}", rule.name));
+                let each: Vec<String> =
+                    found.iter().map(|destination| format!("`{}`", full(destination))).collect();
+                let (rule, each) = (&rule.name, each.join(" or "));
+                return Err(anyhow!("`{text}` of rule {rule} is ambiguous: say {each}"));
             }
         }
     }
-    let mut known: Vec<String> = hosts(rule, ids).map(|(_, _, it)| it.label()).collect();
-    known.dedup();
-    let known: Vec<&str> = known.iter().map(String::as_str).collect();
+    let known: Vec<&str> =
+        destinations.iter().map(|destination| destination.label.as_str()).collect();
     Err(anyhow!("rule {} has no upstream `{text}`; {}", rule.name, hint(text, &known)))
 }
 
-/// What an upstream may be called.
-fn forms(role: Role, upstream: &Upstream) -> Vec<String> {
-    let hosts = [upstream.host.to_string(), upstream.address.to_string()];
-    let hosts = hosts.map(|host| match upstream.port {
+/// What a host may be called.
+fn forms(destination: &Destination<'_>) -> Vec<String> {
+    let with_port = |host| match destination.upstream.port {
         Some(port) => with_port(host, port),
         None => host,
-    });
-    let mut forms = vec![endpoint(upstream), full(role, upstream)];
-    forms.extend(hosts);
-    forms.extend(upstream.name.clone());
+    };
+    let mut forms =
+        vec![destination.label.clone(), endpoint(destination.upstream), full(destination)];
+    forms.extend(bare_forms(destination).into_iter().map(with_port));
+    forms.extend(destination.upstream.name.clone());
     forms
 }
 
-fn bare_forms(_: Role, upstream: &Upstream) -> Vec<String> {
-    vec![upstream.host.to_string(), upstream.address.to_string()]
+fn bare_forms(destination: &Destination<'_>) -> Vec<String> {
+    let Upstream { host, address, .. } = destination.upstream;
+    vec![host.to_string(), address.to_string()]
 }
 
 /// A form that nothing else in the rule has.
-fn full(role: Role, upstream: &Upstream) -> String {
-    let role = match role {
+fn full(destination: &Destination<'_>) -> String {
+    let role = match destination.role {
         Role::Upstream => "upstream",
         Role::Mirror => "mirror",
     };
-    format!("{role} {}", endpoint(upstream))
+    format!("{role} {}", endpoint(destination.upstream))
 }
 
 /// The known one that was probably meant, or the first few.
@@ -341,6 +344,7 @@ rules:
             ("Metrics/upstream 10.0.9.21:1", 7),
             ("Metrics/10.0.9.21:2", 8),
             ("Metrics/mirror 10.0.9.21:1", 9),
+            ("Metrics/10.0.9.21:1'", 9),
             ("Metrics/10.0.9.21", 10),
             ("Metrics/10.0.9.23", 10),
             ("[2001:db8::5]:53/[2001:db8::9]:53", 12),
@@ -430,7 +434,7 @@ rules:
             [
                 "flows/nfcapd Active None",
                 "flows/10.0.9.13:1 Drained None",
-                "Metrics/10.0.9.21:1 Active None"
+                "Metrics/10.0.9.21:1' Active None"
             ]
         );
         let written = actions.iter().map(|action| match action {

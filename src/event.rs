@@ -30,12 +30,9 @@ impl Event {
         let mut whole = bytes.to_vec();
         whole.resize(size_of::<types::event>(), 0);
         let mut event = Event(from_bytes(&whole)?);
-        // of what did not come so far the program leaves what was of the copy before
+        // of one that did not leave it is the one before's
         if !event.is_sent() {
             event.0.left = Default::default();
-        }
-        if !event.is_sent() && !["no-neighbour", "mtu"].contains(&event.verdict()) {
-            (event.0.out, event.0.gateway, event.0.macs) = (0, [0; 4], [0; 12]);
         }
         Some(event)
     }

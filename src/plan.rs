@@ -1,7 +1,7 @@
 //! What the kernel is to hold: a [`Config`] with its names resolved and its interfaces chosen.
 //! Pure.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 
 use serde::{Deserialize, Serialize};
@@ -119,6 +119,25 @@ impl Rule {
     /// All that packets are sent to: the upstreams, then the mirrors.
     pub fn destinations(&self) -> impl Iterator<Item = &Upstream> {
         self.upstreams.iter().chain(&self.mirrors)
+    }
+
+    /// The same by id, each once: one that is listed twice is one.
+    pub fn with_ids<'a>(&'a self, ids: &'a RuleIds) -> Vec<Destination<'a>> {
+        let mut destinations = Vec::with_capacity(self.upstreams.len() + self.mirrors.len());
+        let (mut seen, mut labels) = (HashSet::new(), HashSet::new());
+        for (role, list, ids) in [
+            (Role::Upstream, &self.upstreams, &ids.upstreams),
+            (Role::Mirror, &self.mirrors, &ids.mirrors),
+        ] {
+            for (upstream, id) in list.iter().zip(ids).filter(|(_, id)| seen.insert(**id)) {
+                let mut label = upstream.label();
+                while !labels.insert(label.clone()) {
+                    label.push('\'');
+                }
+                destinations.push(Destination { id: *id, role, upstream, label });
+            }
+        }
+        destinations
     }
 }
 
@@ -356,6 +375,16 @@ pub fn assign_ids(
             })
         })
         .collect()
+}
+
+/// An upstream or mirror of a rule with its id.
+#[derive(Clone, Debug)]
+pub struct Destination<'a> {
+    pub id: u32,
+    pub role: Role,
+    pub upstream: &'a Upstream,
+    /// Unique in the rule: a name may be another's address, and an upstream a mirror too.
+    pub label: String,
 }
 
 /// What a host is to a rule.

@@ -1,6 +1,6 @@
 //! What serves and what became of the packets, for people and for `-o json`.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
@@ -22,7 +22,7 @@ use crate::netlink::{Layer, Neighbour, NeighbourKey, Netlink, NudState};
 use crate::nexthop;
 use crate::observe::{Observed, observe};
 use crate::overrides;
-use crate::plan::{Rule, RuleIds, Upstream};
+use crate::plan::{Destination, Role, Rule, RuleIds};
 use crate::state::{self, ReadGuard};
 use crate::tc::Slot;
 use crate::traffic::{Rate, Traffic};
@@ -354,30 +354,17 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
     let grown = view.grown.as_ref().map(|grown| (grown, grown.of_rule(rule, ids)));
     let recent = grown.map_or(counters, |(_, counts)| counts);
     let [matched, forwarded] = [recent.matched(), recent.forwarded()].map(|count| count.packets);
-    let mut seen = HashSet::new();
-    let mut labels = HashSet::new();
-    let mut rows = |list: &[Upstream], ids: &[u32], shared| {
-        let mut rows = Vec::with_capacity(list.len());
-        for (upstream, id) in list.iter().zip(ids) {
-            // one that is listed twice is one
-            if !seen.insert(*id) {
-                continue;
-            }
-            let mut status = upstream_status(upstream, *id, shared, view);
-            // a name may be another's address, and an upstream a mirror too
-            while !labels.insert(status.label.clone()) {
-                status.label.push('\'');
-            }
-            rows.push(status);
-        }
-        rows
+    let destinations = rule.with_ids(ids);
+    let rows = |role, shared| {
+        let rows = destinations.iter().filter(|destination| destination.role == role);
+        rows.map(|destination| upstream_status(destination, shared, view)).collect()
     };
     let shared = match rule.mode {
         Mode::Balance => forwarded,
         Mode::Replicate => matched,
     };
-    let upstreams = rows(&rule.upstreams, &ids.upstreams, shared);
-    let mirrors = rows(&rule.mirrors, &ids.mirrors, matched);
+    let upstreams = rows(Role::Upstream, shared);
+    let mirrors = rows(Role::Mirror, matched);
     let own = view.total.of(ids.rule);
     RuleStatus {
         name: rule.name.clone(),
@@ -395,7 +382,8 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
 }
 
 /// `shared` is how many packets of the rule its share is of.
-fn upstream_status(upstream: &Upstream, id: u32, shared: u64, view: &View<'_>) -> UpstreamStatus {
+fn upstream_status(destination: &Destination<'_>, shared: u64, view: &View<'_>) -> UpstreamStatus {
+    let Destination { id, upstream, .. } = *destination;
     let entry = view.nexthops.get(id as usize).copied().unwrap_or_default();
     let said = view.overrides.get(&id).copied();
     let health = view.vouched.then(|| health(&entry)).flatten();
@@ -403,7 +391,7 @@ fn upstream_status(upstream: &Upstream, id: u32, shared: u64, view: &View<'_>) -
     let forwarded = grown.unwrap_or(&view.total).of(id).forwarded();
     UpstreamStatus {
         id,
-        label: upstream.label(),
+        label: destination.label.clone(),
         address: upstream.address.clone(),
         port: upstream.port,
         state: said.unwrap_or(upstream.state),

@@ -3,10 +3,15 @@
 use std::fs;
 use std::io;
 use std::mem::MaybeUninit;
+use std::net::Ipv6Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr;
 
-use etherparse::PacketBuilder;
+use etherparse::err::packet::BuildWriteError;
+use etherparse::{
+    Ethernet2Header, IpFragOffset, IpHeaders, IpNumber, Ipv4Extensions, Ipv4Header, Ipv6Extensions,
+    Ipv6FragmentHeader, Ipv6Header, PacketBuilder, PacketBuilderStep,
+};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, TC_INGRESS, TcHook};
 
@@ -19,8 +24,8 @@ mod skeleton {
 
 pub use skeleton::FloorsSkel;
 
-/// Ethernet, IPv4 and UDP.
-const HEADERS: usize = 14 + 20 + 8;
+/// What is put right before a program is run, and the headers that a generator sends.
+const BEGINNING: usize = 72;
 
 /// The object lives as long as the process.
 pub fn load() -> FloorsSkel<'static> {
@@ -29,38 +34,90 @@ pub fn load() -> FloorsSkel<'static> {
     skeleton.load().expect("the kernel takes the floors")
 }
 
-/// A packet to `port` of 10.0.1.1, and what a program may be told of it.
+/// A packet to `port` of 10.0.1.1 or fd00:1::1, and what a program may be told of it.
 pub struct Packet {
     pub bytes: Vec<u8>,
     pub interface: u32,
 }
 
+/// Which part of its datagram a packet is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    Whole,
+    First,
+    Later,
+}
+
 impl Packet {
     pub fn udp(relay: &Namespace, port: u16) -> Packet {
-        let mut bytes = Vec::new();
-        builder(relay).udp(40000, port).write(&mut bytes, &[b'x'; 18]).expect("a packet");
-        Packet { bytes, interface: relay.index("in0") }
+        Packet::part(relay, false, Part::Whole, port)
+    }
+
+    /// Of a later fragment the port is just data.
+    pub fn part(relay: &Namespace, ipv6: bool, part: Part, port: u16) -> Packet {
+        let headers = if ipv6 { ipv6_headers(part) } else { ipv4_headers(part) };
+        Packet::new(relay, |builder, bytes| {
+            builder.ip(headers).udp(40000, port).write(bytes, &[b'x'; 64])
+        })
     }
 
     pub fn tcp(relay: &Namespace, port: u16) -> Packet {
+        let headers = ipv4_headers(Part::Whole);
+        Packet::new(relay, |builder, bytes| {
+            builder.ip(headers).tcp(40000, port, 1, 1024).write(bytes, &[b'x'; 64])
+        })
+    }
+
+    fn new(
+        relay: &Namespace,
+        build: impl FnOnce(
+            PacketBuilderStep<Ethernet2Header>,
+            &mut Vec<u8>,
+        ) -> Result<(), BuildWriteError>,
+    ) -> Packet {
         let mut bytes = Vec::new();
-        builder(relay).tcp(40000, port, 1, 1024).write(&mut bytes, &[]).expect("a packet");
+        let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], relay.mac("in0"));
+        build(builder, &mut bytes).expect("a packet");
         Packet { bytes, interface: relay.index("in0") }
     }
 
     /// Makes it the one that the programs restore or send.
     pub fn choose(&self, floors: &FloorsSkel<'_>) {
-        let headers = &self.bytes[..HEADERS];
-        floors.maps.frame.update(&0_u32.to_ne_bytes(), headers, MapFlags::ANY).expect("frame");
+        let beginning = &self.bytes[..BEGINNING];
+        let key = 0_u32.to_ne_bytes();
+        floors.maps.beginning.update(&key, beginning, MapFlags::ANY).expect("beginning");
     }
 }
 
-fn builder(relay: &Namespace) -> etherparse::PacketBuilderStep<etherparse::IpHeaders> {
-    PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], relay.mac("in0")).ipv4(
-        [10, 0, 1, 2],
-        [10, 0, 1, 1],
-        64,
-    )
+/// In units of eight bytes.
+const OFFSET: u16 = 64;
+
+fn offset(part: Part) -> IpFragOffset {
+    IpFragOffset::try_new(if part == Part::Later { OFFSET } else { 0 }).expect("13 bits")
+}
+
+fn ipv4_headers(part: Part) -> IpHeaders {
+    let addresses = [[10, 0, 1, 2], [10, 0, 1, 1]];
+    let mut header =
+        Ipv4Header::new(0, 64, IpNumber::UDP, addresses[0], addresses[1]).expect("a short packet");
+    header.identification = 7;
+    header.dont_fragment = part == Part::Whole;
+    header.more_fragments = part == Part::First;
+    header.fragment_offset = offset(part);
+    IpHeaders::Ipv4(header, Ipv4Extensions::default())
+}
+
+fn ipv6_headers(part: Part) -> IpHeaders {
+    let address = |host| Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, host).octets();
+    let header = Ipv6Header {
+        hop_limit: 64,
+        source: address(2),
+        destination: address(1),
+        ..Ipv6Header::default()
+    };
+    let fragment = (part != Part::Whole)
+        .then(|| Ipv6FragmentHeader::new(IpNumber::UDP, offset(part), part == Part::First, 7));
+    IpHeaders::Ipv6(header, Ipv6Extensions { fragment, ..Ipv6Extensions::default() })
 }
 
 /// `struct __sk_buff`, of which a test run takes the words named here.
@@ -71,13 +128,27 @@ const INGRESS_IFINDEX: usize = 9;
 const IFINDEX: usize = 10;
 const CB: usize = 12;
 
+/// What the program `start` is told.
+#[derive(Clone, Copy, Default)]
+pub struct Run {
+    /// By its place in `measured`.
+    pub program: u32,
+    /// Where floors send to.
+    pub out: u32,
+    pub copies: u32,
+    /// Where four bytes are at random in each packet; 0: nowhere.
+    pub random: u32,
+    pub repeat: i32,
+}
+
 /// Runs a program that takes an skb; returns its verdict.
-pub fn run_tc(program: BorrowedFd<'_>, packet: &Packet, cb: [u32; 2], repeat: i32) -> i32 {
+pub fn run_tc(start: BorrowedFd<'_>, packet: &Packet, run: Run) -> i32 {
     let mut context = Context([0; 48]);
     context.0[INGRESS_IFINDEX] = packet.interface;
     context.0[IFINDEX] = packet.interface;
+    let cb = [run.program, run.out, run.copies, run.random];
     context.0[CB..CB + cb.len()].copy_from_slice(&cb);
-    run(program, packet, &context, repeat, 0).expect("a test run") as i32
+    test_run(start, packet, &context, run.repeat, 0).expect("a test run") as i32
 }
 
 /// Lets a program for XDP make packets, which come in on the packet's interface.
@@ -88,10 +159,10 @@ pub fn run_xdp(program: BorrowedFd<'_>, packet: &Packet, repeat: i32) {
         ..Default::default()
     };
     let live = libbpf_sys::BPF_F_TEST_XDP_LIVE_FRAMES;
-    run(program, packet, &context, repeat, live).expect("live frames, from Linux 5.18 on");
+    test_run(program, packet, &context, repeat, live).expect("live frames, from Linux 5.18 on");
 }
 
-fn run<C>(
+fn test_run<C>(
     program: BorrowedFd<'_>,
     packet: &Packet,
     context: &C,
@@ -106,6 +177,8 @@ fn run<C>(
         ctx_size_in: size_of::<C>() as u32,
         repeat,
         flags,
+        // so that the copies of a batch do not fill up a queue
+        batch_size: if flags == 0 { 0 } else { 32 },
         ..Default::default()
     };
     // SAFETY: packet and context outlive the call, which reads as many bytes of them as it is told.

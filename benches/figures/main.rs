@@ -5,9 +5,14 @@
 //! fails nothing: a noisy machine is no bug.
 
 mod apply;
+mod copies;
 mod floors;
+mod fragments;
 mod healing;
+mod load;
 mod packets;
+mod relay;
+mod replicator;
 mod tables;
 mod trace;
 mod veth;
@@ -18,9 +23,12 @@ mod common;
 /// A part of the figures: its name, and how it is measured.
 type Part = (&'static str, fn(&mut Report));
 
-const PARTS: [Part; 6] = [
+const PARTS: [Part; 9] = [
     ("packets", packets::measure),
+    ("fragments", fragments::measure),
+    ("copies", copies::measure),
     ("veth", veth::measure),
+    ("load", load::measure),
     ("apply", apply::measure),
     ("healing", healing::measure),
     ("tables", tables::measure),
@@ -32,7 +40,8 @@ fn main() {
     // cargo adds --bench
     let named: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
     if let Some(word) = named.iter().find(|word| !PARTS.iter().any(|(name, _)| name == word)) {
-        eprintln!("there is no part {word}, but packets, veth, apply, healing, tables and trace");
+        let names = PARTS.map(|(name, _)| name).join(", ");
+        eprintln!("there is no part {word}, but {names}");
         std::process::exit(64);
     }
     let mut report = Report::default();

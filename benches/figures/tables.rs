@@ -1,9 +1,16 @@
-//! How long Maglev tables take to make.
+//! How long Maglev tables take to make, and what they and the counters take in the kernel.
 
+use std::fmt::Write;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::Instant;
+
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use udplb::maglev::{Member, size, table};
 
+use crate::common::{Bpffs, Namespace};
+use crate::relay::{apply, open_state};
 use crate::{Report, least};
 
 const ROUNDS: usize = 5;
@@ -16,6 +23,64 @@ pub fn measure(report: &mut Report) {
     };
     judge("1,000 of 10 upstreams, 10,007 slots each", 1000, 10, 1, 300.0);
     judge("one of 100 upstreams, 1,000,003 slots", 1, 100, 100, 1000.0);
+    memory(report);
+}
+
+/// Of 1,000 rules with 10 upstreams each, all distinct.
+fn memory(report: &mut Report) {
+    let (relay, upstream) = (Namespace::new(), Namespace::new());
+    for (here, there, net) in [("in0", "in1", 1), ("out0", "out1", 2)] {
+        relay.link(here, &upstream, there, true);
+        relay.ip(&format!("address add 10.0.{net}.1/24 dev {here}"));
+    }
+    relay.ip("neighbour add 10.0.2.2 lladdr 02:00:00:00:00:02 dev out0 nud permanent");
+    relay.ip("route add 10.1.0.0/16 via 10.0.2.2");
+    let mut rules = String::from("version: 1\ninterfaces: [in0]\nrules:\n");
+    for rule in 0..1000_u16 {
+        let upstreams: Vec<String> = (rule * 10..rule * 10 + 10)
+            .map(|number| {
+                let [high, low] = number.to_be_bytes();
+                format!("{{ address: 10.1.{high}.{low} }}")
+            })
+            .collect();
+        let port = 10_000 + rule;
+        let _ = writeln!(
+            rules,
+            "  - key: {{ address: 10.0.1.1, port: {port} }}\n    upstream: [{}]",
+            upstreams.join(", ")
+        );
+    }
+    let bpffs = Bpffs::new();
+    apply(&relay, &bpffs, &rules);
+    let slots = MapHandle::from_pinned_path(bpffs.pins().join("generations/1/slots"));
+    let slots = megabytes([slots.expect("slots")]);
+    report.title("Memory of 1,000 rules of 10 distinct upstreams each");
+    report.at_most("slots", "", slots, " MB", 25.0);
+    let chunks = |name| megabytes(inner(&open_state(&bpffs, name)));
+    let cpus = libbpf_rs::num_possible_cpus().expect("CPUs");
+    let counters = chunks("counters") / cpus as f64;
+    report.note(&format!("counters, for each of {cpus} CPUs"), &format!("{counters:.1} MB"));
+    report.note("next hops", &format!("{:.1} MB", chunks("nexthops")));
+}
+
+/// The maps in a map.
+fn inner(outer: &MapHandle) -> Vec<MapHandle> {
+    let ids = outer.keys().filter_map(|key| {
+        let id = outer.lookup(&key, MapFlags::ANY).expect("a map's id")?;
+        Some(u32::from_ne_bytes(id.try_into().expect("a number")))
+    });
+    ids.map(|id| MapHandle::from_map_id(id).expect("a map")).collect()
+}
+
+/// As the kernel accounts for them.
+fn megabytes(maps: impl IntoIterator<Item = MapHandle>) -> f64 {
+    let bytes = |map: MapHandle| {
+        let info = format!("/proc/self/fdinfo/{}", map.as_fd().as_raw_fd());
+        let info = fs::read_to_string(info).expect("what the kernel says of a map");
+        let locked = info.lines().find_map(|line| line.strip_prefix("memlock:"));
+        locked.expect("a size").trim().parse::<f64>().expect("a number")
+    };
+    maps.into_iter().map(bytes).sum::<f64>() / 1e6
 }
 
 /// In milliseconds, for `tables` tables of `members` members; all but the first of each weigh

@@ -1,14 +1,14 @@
 //! What it costs that packets are told of, and that nobody asks for it.
 
-use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Instant;
 
-use libbpf_rs::{MapCore, MapFlags, MapHandle, RingBufferBuilder};
+use libbpf_rs::{MapCore, MapFlags, RingBufferBuilder};
 use udplb::bpf::{bytes_of, open_program, types};
 
-use crate::common::{Bpffs, Namespace, udplb};
-use crate::floors::{self, Packet};
+use crate::common::{Bpffs, Namespace};
+use crate::floors::{self, Packet, Run};
+use crate::relay::{apply, open_state};
 use crate::{Report, least};
 
 const PORT: u16 = 2001;
@@ -43,11 +43,7 @@ pub fn measure(report: &mut Report) {
     relay.ip("neighbour add 10.0.2.2 lladdr 02:00:00:00:00:02 dev out0 nud permanent");
     relay.sysctl("net.ipv4.ip_forward", "1");
     let bpffs = Bpffs::new();
-    let file = bpffs.path.with_extension("yaml");
-    fs::write(&file, RULES).expect("a file for the rules");
-    let mut apply = udplb(&relay, &bpffs);
-    assert!(apply.args(["apply", "-q"]).arg(&file).status().expect("udplb").success());
-    fs::remove_file(&file).expect("the file was there");
+    apply(&relay, &bpffs, RULES);
 
     let floors = floors::load();
     let program = open_program(&bpffs.pins().join("generations/1/program")).expect("the program");
@@ -62,13 +58,7 @@ pub fn measure(report: &mut Report) {
     }
     let packet = Packet::udp(&relay, PORT);
     packet.choose(&floors);
-    let open = |name: &str| {
-        let states = fs::read_dir(bpffs.pins()).expect("pins");
-        let mut paths = states.map(|entry| entry.expect("a pin").path().join(name));
-        let path = paths.find(|path| path.exists()).expect("the map is pinned");
-        MapHandle::from_pinned_path(path).expect("the map")
-    };
-    let (tracing, events) = (open("tracing"), open("events"));
+    let (tracing, events) = (open_state(&bpffs, "tracing"), open_state(&bpffs, "events"));
     let mut told = 0_u64;
     let mut ring = RingBufferBuilder::new();
     ring.add(&events, |_| {
@@ -108,10 +98,11 @@ pub fn measure(report: &mut Report) {
 }
 
 /// Nanoseconds per packet.
-fn time(program: BorrowedFd<'_>, packet: &Packet, measured: u32, verdict: i32) -> f64 {
+fn time(start: BorrowedFd<'_>, packet: &Packet, measured: u32, verdict: i32) -> f64 {
     floors::stay_on_one_cpu();
+    let run = Run { program: measured, repeat: RUNS, ..Run::default() };
     let started = Instant::now();
-    let result = floors::run_tc(program, packet, [measured, 0], RUNS);
+    let result = floors::run_tc(start, packet, run);
     let took = started.elapsed();
     assert_eq!(result, verdict, "of {measured}");
     took.as_nanos() as f64 / f64::from(RUNS)

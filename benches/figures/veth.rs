@@ -13,14 +13,15 @@ use std::time::{Duration, Instant};
 
 use libbpf_rs::{MapCore, MapFlags};
 
-use crate::common::{Bpffs, Namespace, udplb};
+use crate::common::{Bpffs, Namespace};
 use crate::floors::{self, FloorsSkel, Packet};
+use crate::relay::{UPSTREAMS, apply};
 use crate::{Report, least};
 
 /// So few packets take less time than a scheduler's slice: some rounds are disturbed by nobody.
 const PACKETS: u64 = 2_000;
 const ROUNDS: usize = 200;
-const PORT: u16 = 2001;
+pub const PORT: u16 = 2001;
 
 const UDPLB: &str = "
 version: 1
@@ -52,9 +53,9 @@ pub fn measure(report: &mut Report) {
     let hosts = [
         Host::new(&floors),
         Host::new(&floors).nftables(DNAT),
-        Host::new(&floors).udplb("block"),
+        Host::new(&floors).udplb(&UDPLB.replace("ACTION", "block")),
         Host::new(&floors).nftables(DUP).listening(&floors),
-        Host::new(&floors).udplb("pass").listening(&floors),
+        Host::new(&floors).udplb(&UDPLB.replace("ACTION", "pass")).listening(&floors),
     ];
     floors::sink(&floors, &hosts[0].relay, "in0");
     let [arrival, dnat, block, dup, pass] = least(ROUNDS, |index| hosts[index].generate(&floors));
@@ -67,50 +68,50 @@ pub fn measure(report: &mut Report) {
     report.at_least("udplb pass, and a local socket", &ns(pass), dup / pass, " x", 1.3);
 }
 
-/// A relay between a client's network and an upstream's.
-struct Host {
-    relay: Namespace,
+/// A relay between a client's network and upstreams'.
+pub struct Host {
+    pub relay: Namespace,
     _outside: Namespace,
     bpffs: Bpffs,
     packet: Packet,
     socket: Option<UdpSocket>,
+    /// How often a packet arrives.
+    copies: u64,
 }
 
 impl Host {
-    fn new(floors: &FloorsSkel<'_>) -> Host {
+    pub fn new(floors: &FloorsSkel<'_>) -> Host {
         let (relay, outside) = (Namespace::new(), Namespace::new());
         for (here, there, address) in [("in0", "in1", "10.0.1.1"), ("out0", "out1", "10.0.2.1")] {
             relay.link(here, &outside, there, true);
             relay.ip(&format!("address add {address}/24 dev {here}"));
         }
-        relay.ip("neighbour add 10.0.2.2 lladdr 02:00:00:00:00:02 dev out0 nud permanent");
+        for host in 2..2 + UPSTREAMS {
+            let mac = format!("02:00:00:00:00:{host:02x}");
+            relay.ip(&format!("neighbour add 10.0.2.{host} lladdr {mac} dev out0 nud permanent"));
+        }
         relay.sysctl("net.ipv4.ip_forward", "1");
         floors::sink(floors, &outside, "out1");
         let packet = Packet::udp(&relay, PORT);
-        Host { relay, _outside: outside, bpffs: Bpffs::new(), packet, socket: None }
+        Host { relay, _outside: outside, bpffs: Bpffs::new(), packet, socket: None, copies: 1 }
     }
 
-    /// Hands a file with a configuration to a program.
-    fn configure(&self, text: &str, apply: impl FnOnce(&str)) {
-        let file = self.bpffs.path.with_extension("yaml");
-        fs::write(&file, text).expect("a file in the temporary directory");
-        apply(file.to_str().expect("a path in ASCII"));
-        fs::remove_file(&file).expect("the file was there");
-    }
-
-    fn udplb(self, action: &str) -> Host {
-        self.configure(&UDPLB.replace("ACTION", action), |file| {
-            let mut apply = udplb(&self.relay, &self.bpffs);
-            assert!(apply.args(["apply", "-q", file]).status().expect("udplb").success());
-        });
+    pub fn udplb(self, rules: &str) -> Host {
+        apply(&self.relay, &self.bpffs, rules);
         self
     }
 
-    fn nftables(self, rules: &str) -> Host {
-        self.configure(rules, |file| {
-            let mut nft = self.relay.command("nft");
-            assert!(nft.args(["-f", file]).status().expect("nft").success());
-        });
+    /// Each packet is to arrive so often.
+    pub fn copying(self, copies: u64) -> Host {
+        Host { copies, ..self }
+    }
+
+    pub fn nftables(self, rules: &str) -> Host {
+        let file = self.bpffs.path.with_extension("nft");
+        fs::write(&file, rules).expect("a file in the temporary directory");
+        let status = self.relay.command("nft").arg("-f").arg(&file).status();
+        fs::remove_file(&file).expect("the file was there");
+        assert!(status.expect("nft").success(), "{rules}");
         self
     }
 
@@ -133,10 +134,10 @@ impl Host {
     }
 
     /// Nanoseconds per packet, from the first to the arrival of the last.
-    fn generate(&self, floors: &FloorsSkel<'_>) -> f64 {
+    pub fn generate(&self, floors: &FloorsSkel<'_>) -> f64 {
         self.packet.choose(floors);
         let program = floors.progs.generate.as_fd();
-        let wanted = [PACKETS, if self.socket.is_some() { PACKETS } else { 0 }];
+        let wanted = [PACKETS * self.copies, if self.socket.is_some() { PACKETS } else { 0 }];
         let mut progress = [0; WORDS];
         progress[WANTED] = wanted.iter().sum();
         write(floors, progress);
@@ -147,6 +148,7 @@ impl Host {
         let deadline = Instant::now() + Duration::from_secs(5);
         while progress[ENDED] == 0 {
             assert!(Instant::now() < deadline, "packets were lost: {progress:?}");
+            std::thread::sleep(Duration::from_micros(100));
             progress = read(floors);
         }
         assert_eq!(progress[AT_UPSTREAM..=AT_SOCKET], wanted);

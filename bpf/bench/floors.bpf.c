@@ -35,16 +35,22 @@ struct {
 
 /*
  * A test run feeds the packet that a program left to its next run, so each of them starts with
- * the packet put right. cb[0] says which program is measured, cb[1] where its clones go.
+ * the packet put right. cb[0] says which program is measured, cb[1] where its clones go, cb[2] how
+ * many it makes, and cb[3] where four bytes of each packet are at random, if that is not 0.
  */
 SEC("tc")
 int start(struct __sk_buff *skb)
 {
 	const __u32 only = 0;
 	void *original = bpf_map_lookup_elem(&beginning, &only);
+	__u32 random;
 
 	if (!original || bpf_skb_store_bytes(skb, 0, original, 72, 0))
 		return TC_ACT_SHOT;
+	if (skb->cb[3]) {
+		random = bpf_get_prandom_u32();
+		bpf_skb_store_bytes(skb, skb->cb[3], &random, sizeof(random), 0);
+	}
 	bpf_tail_call(skb, &measured, skb->cb[0]);
 	return TC_ACT_SHOT;
 }
@@ -102,16 +108,55 @@ int look_up(struct __sk_buff *skb)
 	return bpf_redirect(skb->cb[1], 0);
 }
 
+#define AF_INET 2
+#define AF_INET6 10
+
+/* What the kernel's routing takes for its answer alone; to the upstream 10.0.2.2 or fd00:2::2. */
+SEC("tc")
+int route(struct __sk_buff *skb)
+{
+	struct bpf_fib_lookup fib = {
+		.family = AF_INET,
+		.l4_protocol = IPPROTO_UDP,
+		.tot_len = 100,
+		.ifindex = skb->ifindex,
+	};
+
+	if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		fib.family = AF_INET6;
+		fib.ipv6_src[0] = bpf_htonl(0xfd000001);
+		fib.ipv6_src[3] = bpf_htonl(1);
+		fib.ipv6_dst[0] = bpf_htonl(0xfd000002);
+		fib.ipv6_dst[3] = bpf_htonl(2);
+	} else {
+		fib.ipv4_src = bpf_htonl(0x0a000101);
+		fib.ipv4_dst = bpf_htonl(0x0a000202);
+	}
+	return bpf_fib_lookup(skb, &fib, sizeof(fib), 0) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+}
+
 SEC("tc")
 int clone(struct __sk_buff *skb)
 {
 	return bpf_clone_redirect(skb, skb->cb[1], 0) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
-/* What a copy's headers become. */
-#define UPSTREAM bpf_htonl(0x0a000202)
-#define UPSTREAM_PORT bpf_htons(9000)
+/* Where a copy goes. */
+struct receiver {
+	__u64 macs;
+	__u32 more_macs;
+	__be32 address;
+	__be16 port;
+};
+
 #define MOST_COPIES 64
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MOST_COPIES);
+	__type(key, __u32);
+	__type(value, struct receiver);
+} receivers SEC(".maps");
 
 static __always_inline __u16 fold(__u64 sum)
 {
@@ -129,30 +174,31 @@ struct originals {
 	struct udphdr udp;
 };
 
-/* One copy, to where cb[1] says: as little as it takes to change it, send it, and put it back. */
-static __always_inline bool copy(struct __sk_buff *skb)
+/* One copy, by the interface in cb[1]: as little as it takes to change it, send it, and put it back. */
+static __always_inline bool copy(struct __sk_buff *skb, __u32 index)
 {
+	const struct receiver *to = bpf_map_lookup_elem(&receivers, &index);
 	void *packet = (void *)(long)skb->data;
 	struct iphdr *ip = packet + sizeof(struct ethhdr);
 	struct udphdr *udp = (void *)(ip + 1);
 	struct originals original;
 	__u64 addresses, ports;
 
-	if ((void *)(udp + 1) > (void *)(long)skb->data_end)
+	if (!to || (void *)(udp + 1) > (void *)(long)skb->data_end)
 		return false;
 	original.macs = *(__u64 *)packet;
 	original.more_macs = *(__u32 *)(packet + 8);
 	original.ip = *ip;
 	original.udp = *udp;
-	addresses = (__u64)(__u32)~ip->saddr + UPSTREAM;
-	ports = (__u64)(__u16)~udp->dest + UPSTREAM_PORT;
-	*(__u64 *)packet = original.macs ^ 3;
-	*(__u32 *)(packet + 8) = original.more_macs ^ 3;
+	addresses = (__u64)(__u32)~ip->saddr + to->address;
+	ports = (__u64)(__u16)~udp->dest + to->port;
+	*(__u64 *)packet = to->macs;
+	*(__u32 *)(packet + 8) = to->more_macs;
 	ip->saddr = ip->daddr;
-	ip->daddr = UPSTREAM;
+	ip->daddr = to->address;
 	ip->ttl--;
 	ip->check = ~fold((__u16)~ip->check + addresses + (__u16)~bpf_htons(0x100));
-	udp->dest = UPSTREAM_PORT;
+	udp->dest = to->port;
 	udp->check = ~fold((__u16)~udp->check + addresses + ports);
 	if (bpf_clone_redirect(skb, skb->cb[1], 0))
 		return false;
@@ -175,7 +221,7 @@ int copies(struct __sk_buff *skb)
 	__u32 i;
 
 	for (i = 0; i < MOST_COPIES && i < skb->cb[2]; i++) {
-		if (!copy(skb))
+		if (!copy(skb, i))
 			return TC_ACT_SHOT;
 	}
 	return TC_ACT_UNSPEC;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSock
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Namespace;
 
@@ -21,9 +21,17 @@ pub fn bind(namespace: &Namespace, address: impl Into<IpAddr>, port: u16) -> Udp
 
 /// The same for an address that may be a link's.
 pub fn bind_to(namespace: &Namespace, address: SocketAddr) -> UdpSocket {
-    let socket = namespace
-        .enter(|| UdpSocket::bind(address))
-        .unwrap_or_else(|error| panic!("{address} in {}: {error}", namespace.name));
+    let end = Instant::now() + PATIENCE;
+    let socket = loop {
+        match namespace.enter(|| UdpSocket::bind(address)) {
+            Ok(socket) => break socket,
+            // a child of another test, on its way to its program, may have what this one let go
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => panic!("{address} in {}: {error}", namespace.name),
+        }
+    };
     socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 64 << 20);
     match address {

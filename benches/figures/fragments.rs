@@ -1,0 +1,103 @@
+//! What fragments cost, and what a flood of them costs others.
+
+use std::os::fd::AsFd;
+
+use crate::floors::{self, Packet, Part};
+use crate::relay::{Case, Programs, REDIRECT, Relay, UNSPEC};
+use crate::{Report, least};
+
+const RULES: &str = "
+version: 1
+interfaces: [in0]
+rules:
+  - name: ipv4
+    key: { address: 10.0.1.1, port: 2001 }
+    options: { tc_action: block }
+    upstream: [{ address: 10.0.2.2 }]
+  - name: ipv6
+    key: { address: 'fd00:1::1', port: 2001 }
+    options: { tc_action: block }
+    upstream: [{ address: 'fd00:2::2' }]
+";
+const PORT: u16 = 2001;
+const NOBODYS: u16 = 2002;
+
+/// Where the sender's address is.
+const SENDER: u32 = 14 + 12;
+
+const ROUNDS: usize = 200;
+/// Few, so that what a flood left in the caches is felt.
+const RUNS: i32 = 1_000;
+/// In a round; there is room for no more than those of 13 rounds.
+const FLOOD: i32 = 10_000;
+
+/// IPv6 or not, and whether arpd runs.
+const WAYS: [(&str, bool, bool); 4] = [
+    ("IPv4", false, false),
+    ("IPv4, while arpd runs", false, true),
+    ("IPv6", true, false),
+    ("IPv6, while arpd runs", true, true),
+];
+
+pub fn measure(report: &mut Report) {
+    let floors = floors::load();
+    let relay = Relay::new(&floors, RULES);
+    let mut programs = Programs::new(&floors);
+    let at_once = programs.add(floors.progs.at_once.as_fd());
+    let udplb = programs.add(relay.program());
+    let packet = |ipv6, part| Packet::part(&relay.namespace, ipv6, part, PORT);
+    let packets = [false, true]
+        .map(|ipv6| [Part::Whole, Part::First, Part::Later].map(|part| packet(ipv6, part)));
+    let nobodys = Packet::udp(&relay.namespace, NOBODYS);
+    let up = Case { runs: RUNS, ..Case::new(UNSPEC) };
+    let away = Case { runs: RUNS, ..Case::new(REDIRECT) };
+    let ns = |figure: f64| format!("{figure:.1} ns");
+
+    let figures: [f64; 10] = least(ROUNDS, |index| match index {
+        0 => programs.run_alone(&relay, floors.progs.at_once.as_fd(), &nobodys),
+        1 => programs.run(&relay, at_once, &nobodys, up),
+        _ => {
+            let (_, ipv6, leased) = WAYS[index / 2 - 1];
+            let [whole, first, later] = &packets[usize::from(ipv6)];
+            // it is to be there, and young
+            programs.run(&relay, udplb, first, Case { runs: 1, ..away });
+            let packet = if index % 2 == 0 { whole } else { later };
+            programs.run(&relay, udplb, packet, Case { leased, ..away })
+        }
+    });
+    relay.forwarded_everything();
+    let restoring = figures[1] - figures[0];
+    report.title("Later fragments, to whole packets (bpf_prog_test_run)");
+    for ((what, ..), pair) in WAYS.iter().zip(figures[2..].chunks(2)) {
+        let [whole, later] = [pair[0] - restoring, pair[1] - restoring];
+        report.at_most(what, &ns(later), later / whole, " x", 2.0);
+    }
+
+    let [whole, first, _] = &packets[0];
+    let flood = Case { random: SENDER, runs: FLOOD, verdict: None, ..Case::new(UNSPEC) };
+    // calm, in a flood
+    let figures: [f64; 5] = least(ROUNDS, |index| {
+        let (program, packet, case) = match index {
+            0 => (at_once, &nobodys, up),
+            1 | 2 => (udplb, &nobodys, up),
+            _ => (udplb, whole, away.leased()),
+        };
+        if index % 2 == 0 && index > 0 {
+            programs.run(&relay, udplb, first, flood);
+        } else {
+            programs.run(&relay, program, packet, case);
+        }
+        programs.run(&relay, program, packet, case)
+    });
+    let [_, nobodys, flooded_nobodys, whole, flooded_whole] =
+        figures.map(|figure| figure - restoring);
+    let full = &relay.status()["rules"][0]["counters"]["fragment-full"]["packets"];
+    assert!(full.as_u64() > Some(0), "there was room for all: {full}");
+    report.title(
+        "In a flood of forged first fragments, for which there is no room (bpf_prog_test_run)",
+    );
+    let ratio = flooded_nobodys / nobodys;
+    report.at_most("UDP of nobody's", &ns(flooded_nobodys), ratio, " x", 1.05);
+    let ratio = flooded_whole / whole;
+    report.at_most("udplb block, while arpd runs", &ns(flooded_whole), ratio, " x", 1.05);
+}

@@ -1,0 +1,62 @@
+//! What it takes the kernel to load the program: what its verifier walks, and how long.
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Instant;
+
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use udplb::bpf::{UdplbSkelBuilder, types};
+
+use crate::{Report, least};
+
+const ROUNDS: usize = 10;
+
+pub fn measure(report: &mut Report) {
+    let plain = types::features { fragments: 1, errors: 1, ..Default::default() };
+    let all = types::features {
+        ipv6: 1,
+        any_port: 1,
+        senders: 1,
+        payload: 1,
+        receivers: 1,
+        rounds: 2,
+        ..plain
+    };
+    let sets = [plain, types::features { ipv6: 1, ..plain }, all];
+    let mut walked = [0; 3];
+    let times: [f64; 3] = least(ROUNDS, |index| {
+        let (time, instructions) = load(sets[index]);
+        walked[index] = instructions;
+        time
+    });
+    report.title("Loading the program; of that, instructions that the verifier walks");
+    let names = ["block, IPv4", "block, IPv4 and IPv6", "everything"];
+    for ((what, time), walked) in names.iter().zip(times).zip(walked) {
+        report.note(what, &format!("{walked:>9} {time:>7.1} ms"));
+    }
+}
+
+/// In milliseconds, and how many instructions the verifier walked.
+fn load(features: types::features) -> (f64, u32) {
+    let mut object = MaybeUninit::uninit();
+    let mut skeleton = UdplbSkelBuilder::default().open(&mut object).expect("the object opens");
+    skeleton.progs.udplb_l3.set_autoload(false);
+    skeleton.progs.udplb_heartbeat.set_autoload(false);
+    let rodata = skeleton.maps.rodata_data.as_deref_mut().expect("the object has constants");
+    rodata.features = types::features { ticks_per_second: 250, ..features };
+    let started = Instant::now();
+    let skeleton = skeleton.load().expect("the program loads");
+    let took = started.elapsed();
+    let mut info = libbpf_sys::bpf_prog_info::default();
+    let mut length = size_of_val(&info) as u32;
+    // SAFETY: the kernel writes `length` bytes of the info, which outlives the call.
+    let result = unsafe {
+        libbpf_sys::bpf_prog_get_info_by_fd(
+            skeleton.progs.udplb.as_fd().as_raw_fd(),
+            &mut info,
+            &mut length,
+        )
+    };
+    assert_eq!(result, 0, "what the kernel says of the program");
+    (took.as_secs_f64() * 1000.0, info.verified_insns)
+}

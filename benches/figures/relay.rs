@@ -1,0 +1,173 @@
+//! A relay whose program is run on one packet many times over, by `bpf_prog_test_run`.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use udplb::bpf::{bytes_of, open_program, types};
+
+use crate::common::{Bpffs, Namespace, outcome, udplb};
+use crate::floors::{self, FloorsSkel, Packet, Run};
+
+/// Of include/uapi/linux/pkt_cls.h.
+pub const UNSPEC: i32 = -1;
+pub const REDIRECT: i32 = 7;
+
+/// As many upstreams can be reached.
+pub const UPSTREAMS: u8 = 16;
+
+pub struct Relay {
+    pub namespace: Namespace,
+    _upstream: Namespace,
+    bpffs: Bpffs,
+    program: OwnedFd,
+    heartbeat: MapHandle,
+}
+
+impl Relay {
+    /// With these rules. Its upstreams, from 10.0.2.2 and fd00:2::2 on, take all that comes.
+    pub fn new(floors: &FloorsSkel<'_>, rules: &str) -> Relay {
+        let (namespace, upstream) = (Namespace::new(), Namespace::new());
+        for (name, peer, net) in [("in0", "in1", 1), ("out0", "out1", 2)] {
+            namespace.link(name, &upstream, peer, true);
+            namespace.ip(&format!("address add 10.0.{net}.1/24 dev {name}"));
+            namespace.ip(&format!("address add fd00:{net}::1/64 dev {name} nodad"));
+        }
+        for host in 2..2 + UPSTREAMS {
+            for address in [format!("10.0.2.{host}"), format!("fd00:2::{host:x}")] {
+                let mac = format!("02:00:00:00:00:{host:02x}");
+                namespace
+                    .ip(&format!("neighbour add {address} lladdr {mac} dev out0 nud permanent"));
+            }
+        }
+        namespace.set_forwarding("1");
+        floors::sink(floors, &upstream, "out1");
+        let bpffs = Bpffs::new();
+        apply(&namespace, &bpffs, rules);
+        let program = open_program(&bpffs.pins().join("generations/1/program")).expect("a program");
+        let heartbeat = open_state(&bpffs, "heartbeat");
+        Relay { namespace, _upstream: upstream, bpffs, program, heartbeat }
+    }
+
+    pub fn program(&self) -> BorrowedFd<'_> {
+        self.program.as_fd()
+    }
+
+    /// Whether somebody vouches for what user space knows, as arpd does while it runs.
+    pub fn lease(&self, holds: bool) {
+        let until = if holds { u64::MAX / 2 } else { 0 };
+        let beat = types::heartbeat { until, until_ktime: 0 };
+        let key = 0_u32.to_ne_bytes();
+        self.heartbeat.update(&key, bytes_of(&beat), MapFlags::ANY).expect("the heartbeat");
+    }
+
+    pub fn status(&self) -> serde_json::Value {
+        let command = &mut udplb(&self.namespace, &self.bpffs);
+        let (_, text, errors) = outcome(command.args(["-o", "json", "status"]));
+        serde_json::from_str(&text).unwrap_or_else(|_| panic!("no JSON: {text}{errors}"))
+    }
+
+    /// A figure for packets that were dropped would be none.
+    pub fn forwarded_everything(&self) {
+        for rule in self.status()["rules"].as_array().expect("rules") {
+            let counters = &rule["counters"];
+            assert_eq!(counters["forwarded"], counters["matched"], "{rule}");
+        }
+    }
+}
+
+pub fn apply(namespace: &Namespace, bpffs: &Bpffs, rules: &str) {
+    let file = bpffs.path.with_extension("yaml");
+    fs::write(&file, rules).expect("a file for the rules");
+    let (code, _, errors) = outcome(udplb(namespace, bpffs).args(["apply", "-q"]).arg(&file));
+    fs::remove_file(&file).expect("the file was there");
+    assert_eq!(code, Some(0), "{errors}");
+}
+
+/// A map that outlives generations.
+pub fn open_state(bpffs: &Bpffs, name: &str) -> MapHandle {
+    let entries = fs::read_dir(bpffs.pins()).expect("pins");
+    let mut paths = entries.map(|entry| entry.expect("a pin").path().join(name));
+    let path = paths.find(|path| path.exists()).expect("the map is pinned");
+    MapHandle::from_pinned_path(path).expect("the map")
+}
+
+/// The programs among which a test run chooses.
+pub struct Programs<'a> {
+    pub floors: &'a FloorsSkel<'static>,
+    next: u32,
+}
+
+/// One of them.
+pub type Program = u32;
+
+impl<'a> Programs<'a> {
+    pub fn new(floors: &'a FloorsSkel<'static>) -> Programs<'a> {
+        Programs { floors, next: 0 }
+    }
+
+    pub fn add(&mut self, program: BorrowedFd<'_>) -> Program {
+        let (key, value) = (self.next.to_ne_bytes(), program.as_raw_fd().to_ne_bytes());
+        self.floors.maps.measured.update(&key, &value, MapFlags::ANY).expect("measured");
+        self.next += 1;
+        self.next - 1
+    }
+
+    /// Nanoseconds per packet of a program that leaves it as it is.
+    pub fn run_alone(&self, relay: &Relay, program: BorrowedFd<'_>, packet: &Packet) -> f64 {
+        let run = Run { repeat: RUNS, ..Run::default() };
+        relay.namespace.enter(|| time(program, packet, run, Some(UNSPEC)))
+    }
+
+    /// Nanoseconds per packet, which is put right before each run.
+    pub fn run(&self, relay: &Relay, program: Program, packet: &Packet, case: Case) -> f64 {
+        packet.choose(self.floors);
+        relay.lease(case.leased);
+        let start = self.floors.progs.start.as_fd();
+        let run = Run {
+            program,
+            out: case.out,
+            copies: case.copies,
+            random: case.random,
+            repeat: case.runs,
+        };
+        relay.namespace.enter(|| time(start, packet, run, case.verdict))
+    }
+}
+
+fn time(program: BorrowedFd<'_>, packet: &Packet, run: Run, verdict: Option<i32>) -> f64 {
+    floors::stay_on_one_cpu();
+    let started = Instant::now();
+    let returned = floors::run_tc(program, packet, run);
+    let took = started.elapsed();
+    assert_eq!(returned, verdict.unwrap_or(returned), "of program {}", run.program);
+    took.as_nanos() as f64 / f64::from(run.repeat)
+}
+
+/// How a program is run, and what it returns.
+#[derive(Clone, Copy)]
+pub struct Case {
+    pub leased: bool,
+    /// Where floors send to.
+    pub out: u32,
+    /// How many a floor makes.
+    pub copies: u32,
+    /// Where four bytes are at random in each packet; 0: nowhere.
+    pub random: u32,
+    pub runs: i32,
+    pub verdict: Option<i32>,
+}
+
+/// So few runs take less time than a scheduler's slice: some rounds are disturbed by nobody.
+const RUNS: i32 = 10_000;
+
+impl Case {
+    pub fn new(verdict: i32) -> Case {
+        Case { leased: false, out: 0, copies: 0, random: 0, runs: RUNS, verdict: Some(verdict) }
+    }
+
+    pub fn leased(self) -> Case {
+        Case { leased: true, ..self }
+    }
+}
