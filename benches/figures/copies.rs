@@ -68,7 +68,12 @@ fn measure_hosts(report: &mut Report) {
         let host = || Host::new(&floors).copying(receivers.into());
         let socket = host();
         let replicator = Replicator::start(&socket.relay, receivers as u8);
-        (host().udplb(&rules(veth::PORT, &[receivers], "block")), host().nftables(&dup(receivers)), socket, replicator)
+        (
+            host().udplb(&rules(veth::PORT, &[receivers], "block")),
+            host().nftables(&dup(receivers)),
+            socket,
+            replicator,
+        )
     });
     let figures: [f64; 16] = least(HOST_ROUNDS, |index| match index {
         0 => arrival.generate(&floors),
@@ -77,7 +82,9 @@ fn measure_hosts(report: &mut Report) {
             [udplb, nftables, socket][(index - 1) % 3].generate(&floors)
         }
     });
-    report.title("CPU time of a packet that is copied, on its way through a host: udplb, nftables, sendmmsg");
+    report.title(
+        "CPU time of a packet that is copied, on its way through a host: udplb, nftables, sendmmsg",
+    );
     let arrival = figures[0];
     for (receivers, figures) in RECEIVERS.iter().zip(figures[1..].chunks(3)) {
         let [udplb, nftables, socket] = [0, 1, 2].map(|which| figures[which] - arrival);

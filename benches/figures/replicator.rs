@@ -76,13 +76,10 @@ fn replicate(socket: &UdpSocket, receivers: u8, stop: &AtomicBool) {
         for (place, message) in places.iter_mut().zip(&came[..count]) {
             place.iov_len = message.msg_len as usize;
         }
-        let mut leaving: Vec<libc::mmsghdr> = places[..count]
-            .iter_mut()
-            .flat_map(|place| {
-                let place = ptr::from_mut(place);
-                hosts.iter_mut().map(move |host| message(place, host))
-            })
-            .collect();
+        let mut leaving = Vec::with_capacity(count * hosts.len());
+        for place in &mut places[..count] {
+            leaving.extend(hosts.iter_mut().map(|host| message(place, host)));
+        }
         // SAFETY: as above, and the hosts do so too.
         let sent = unsafe {
             libc::sendmmsg(socket.as_raw_fd(), leaving.as_mut_ptr(), leaving.len() as u32, 0)
