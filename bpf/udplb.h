@@ -73,10 +73,8 @@ struct features {
 	__u8 asking;
 	__u32 generation;
 	__u32 ticks_per_second; /* of the clock that jiffies count */
-	__u32 rounds;		/* that a fragment may go while its first one is not there */
-	__u32 unused;
 };
-SIZE_IS(struct features, 24);
+SIZE_IS(struct features, 16);
 
 const volatile struct features features = {
 	.ipv6 = 1,

@@ -24,9 +24,6 @@ use crate::tables::Tables;
 /// The pins of its maps.
 const MAPS: [&str; 7] = ["rules", "rules6", "senders", "addresses", "slots", "upstreams", "config"];
 
-/// How often a fragment comes round again while its first one is not there.
-const ROUNDS: u32 = 64;
-
 /// The name of a program's pin.
 pub fn pin_of(layer: Layer) -> &'static str {
     match layer {
@@ -202,7 +199,6 @@ fn build_in(
     rodata.features = types::features {
         generation: draft.number,
         ticks_per_second: lease::ticks_per_second()?,
-        rounds: ROUNDS,
         ..tables.features
     };
     share(&mut skeleton, &state)?;
@@ -296,7 +292,6 @@ pub fn twin(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Twin> 
         asking: 1,
         generation: generation.number,
         ticks_per_second: lease::ticks_per_second()?,
-        rounds: ROUNDS,
         ..tables.features
     };
     let state = guard.maps()?.context("maps in state/ are missing; apply the file again")?;

@@ -13,12 +13,13 @@ use serde::Serialize;
 use crate::bpf::{self, types};
 use crate::changes;
 use crate::cli::{Endpoint, Get, Global};
-use crate::config::{Action, KeyAddress, Mode, State, with_port};
+use crate::config::{Action, KeyAddress, Mode, with_port};
 use crate::event::{Event, Names};
 use crate::failure::{Failure, Result};
 use crate::generation::{self, Generation, Twin};
 use crate::netlink::Netlink;
 use crate::observe::{Observed, observe};
+use crate::overrides;
 use crate::plan::{Desired, Rule, Upstream};
 use crate::state::{self, ReadGuard, StateMaps};
 use crate::status::{self, UpstreamStatus};
@@ -189,8 +190,8 @@ pub struct Outcome {
     pub sample: u32,
     /// What arpd makes of it, while it runs.
     pub health: Option<&'static str>,
-    /// `active` or `drained`, and who says so.
-    pub state: Option<String>,
+    /// `active` or `drained`, and whether `drain` or `enable` say so.
+    pub state: Option<&'static str>,
     pub gateway: Option<IpAddr>,
     pub out: Option<String>,
     pub mac: Option<String>,
@@ -395,7 +396,7 @@ impl Looked<'_> {
             true => None,
             false => {
                 let state = self.state(owner, id)?;
-                let why = if state.starts_with("drained") { state } else { "down".into() };
+                let why = if state.starts_with("drained") { state } else { "down" };
                 Some(format!("{}, which is {why}", changes::endpoint(owner)))
             }
         };
@@ -409,15 +410,10 @@ impl Looked<'_> {
         }))
     }
 
-    /// What is asked of an upstream, by the file or by those who know better for now.
-    fn state(&self, upstream: &Upstream, id: u32) -> anyhow::Result<String> {
+    /// What is asked of an upstream, as `status` has it.
+    fn state(&self, upstream: &Upstream, id: u32) -> anyhow::Result<&'static str> {
         let said = self.maps.overrides.read(id)?.get(&id).copied();
-        Ok(match (said, upstream.state) {
-            (Some(State::Drained), _) => "drained by hand".into(),
-            (Some(State::Active), State::Drained) => "active by hand".into(),
-            (None, State::Drained) => "drained by the file".into(),
-            (_, State::Active) => "active".into(),
-        })
+        Ok(overrides::word(upstream.state, said).unwrap_or("active"))
     }
 }
 
@@ -487,7 +483,7 @@ impl Outcome {
     fn lines(&self, line: &mut impl FnMut(&str, &str) -> fmt::Result) -> fmt::Result {
         if let Some(endpoint) = &self.endpoint {
             let mut text = endpoint.clone();
-            for word in self.health.into_iter().chain(self.state.as_deref()) {
+            for word in self.health.into_iter().chain(self.state) {
                 write!(text, ", {word}")?;
             }
             if self.sample > 1 {

@@ -10,6 +10,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, config, rule};
+use common::lock_any_memory;
 use common::net::{bind, count, expect_silence, receive, send_until};
 use common::service::{Arpd, until};
 use serde_json::{Value, json};
@@ -512,9 +513,8 @@ fn it_notifies() {
 fn three_capabilities_suffice() {
     let lab = Lab::new();
     lab.apply(&both_actions("10.2.0.20"));
-    let mut command = lab.relay.command("sh");
-    // kernels before 5.11 count maps as locked memory; not every root may raise the limit
-    command.args(["-c", "ulimit -l unlimited 2>/dev/null; exec setpriv \"$@\"", "setpriv"]);
+    let mut command = lab.relay.command("setpriv");
+    lock_any_memory(&mut command);
     let three = "-all,+bpf,+net_admin,+perfmon";
     command.args(["--bounding-set", three, "--inh-caps", three, "--securebits=+noroot"]);
     command.args(["--ambient-caps", three, "--", env!("CARGO_BIN_EXE_udplb"), "--pin-dir"]);

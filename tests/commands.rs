@@ -9,7 +9,7 @@ use std::process::Command;
 
 use common::lab::{CLIENTS, Directory, Lab, Outcome, RELAY, UPSTREAMS, config, rule, to_port};
 use common::net::{bind, receive};
-use common::{Namespace, run, unique};
+use common::{Namespace, lock_any_memory, run, unique};
 use serde_json::{Value, json};
 
 const NOBODY: u32 = 65_534;
@@ -126,15 +126,10 @@ fn checking_takes_neither_privileges_nor_a_network() {
     assert_eq!(lab.filters("eth0"), before);
 }
 
-/// Leaves these capabilities, by number, to the program that is run, and as much locked memory as it
-/// likes, where that may be given: kernels before 5.11 count maps and programs as such.
+/// Leaves these capabilities, by number, to the program that is run.
 fn limit(command: &mut Command, capabilities: &[i32]) {
     let capabilities = capabilities.to_vec();
     let drop_others = move || {
-        let unlimited =
-            libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
-        // SAFETY: the limits outlive the call.
-        unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) };
         for capability in (0..64).filter(|it| !capabilities.contains(it)) {
             // SAFETY: takes plain numbers; those that the kernel does not know are refused.
             let dropped = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
@@ -144,6 +139,7 @@ fn limit(command: &mut Command, capabilities: &[i32]) {
         }
         Ok(())
     };
+    lock_any_memory(command);
     // SAFETY: the closure makes system calls only.
     unsafe { command.pre_exec(drop_others) };
 }

@@ -85,7 +85,7 @@ fn in_words() {
             "packet    10.1.0.20:5666 > 10.1.0.1:5002 on eth0",
             "rule      drained: 10.1.0.1:5002 block, generation 1",
             "key       src-port 5666, as a number 8726",
-            "slot      0 of 2, of old 10.2.0.20:7000, which is drained by the file",
+            "slot      0 of 2, of old 10.2.0.20:7000, which is drained",
             "upstream  new 10.2.0.21:7000, active",
             "next hop  10.2.0.21 dev up0 MAC NEIGHBOUR MTU 1500",
             "leaves as 10.1.0.1:5666 > 10.2.0.21:7000",
@@ -102,6 +102,11 @@ fn in_words() {
             "here      delivered as it came",
         ]
     );
+
+    lab.run("drain flows/10.2.0.21:7000").expect(0);
+    let lines = get("10.1.0.20:60256 10.1.0.1:5000");
+    let slot = "slot      1 of 2, of 10.2.0.21:7000, which is drained (override)";
+    assert_eq!(lines[3..5], [slot, "upstream  10.2.0.20:7000, active"]);
 
     let outcome = lab.run("get 10.1.0.20 10.1.0.1:53").expect(3);
     let wanted = "no rule matches 10.1.0.1:53 from 10.1.0.20:1024 on eth0 (generation 1): the packet is let alone\n";

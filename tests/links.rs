@@ -181,6 +181,46 @@ fn from_a_device_without_ethernet() {
     }
 }
 
+/// Whose checksums and segments are its host's to make.
+#[test]
+fn from_a_guest() {
+    let lab = Lab::dual(true, false);
+    let tap = Tun::tap(&lab.relay, "tap0");
+    lab.relay.ip("addr add 10.4.0.1/24 dev tap0");
+    lab.relay.ip("addr add 2001:db8:4::1/64 dev tap0 nodad");
+    let nets = [V4, V6].map(|net| Net { key: beyond(&net, 4, 1), ..net });
+    let mut config = config(&nets.map(|net| rules(&net)).concat());
+    config["interfaces"] = json!(["tap0"]);
+    lab.apply(&config);
+    for net in nets {
+        let ends = Ends::new(&lab, net);
+        let client = beyond(&net, 4, 20);
+        let headers = if net.is_ipv6() { 40 } else { 20 };
+        for length in [0, 1, 999, 1000, 9500] {
+            for (index, (port, action, source)) in KINDS.into_iter().enumerate() {
+                let mac = lab.relay.mac("tap0");
+                let mut datagram = Forged::between(mac, client, net.key, port);
+                datagram.udp.payload = length;
+                datagram.udp.checksum = Checksum::Unfinished;
+                tap.send_unfinished(&datagram.frame(), ETHERNET as u16 + headers, 1000);
+                let (payload, sender) = (datagram.payload(), SocketAddr::from((client, 5666)));
+                let segments = match length {
+                    0 => vec![&payload[..]],
+                    _ => payload.chunks(1000).collect(),
+                };
+                for segment in segments {
+                    expect(&ends.upstreams[index], segment, net.seen(source, sender), TTL - 1);
+                    if action == "pass" {
+                        expect(&ends.here[index], segment, sender, TTL);
+                    }
+                }
+            }
+        }
+        ends.check_silence();
+        ends.check_count(&lab, "forwarded", 4 + 10);
+    }
+}
+
 /// Sends frames in and compares what comes out of the device, byte by byte.
 fn check_to_tun(lab: &Lab, out: &Tun, number: u8, send: &dyn Fn(&[u8]), net: &Net, client: IpAddr) {
     let here: Vec<UdpSocket> =

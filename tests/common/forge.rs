@@ -145,6 +145,8 @@ pub enum Checksum {
     Is(u16),
     /// In one's complement.
     Off(u16),
+    /// That of the pseudo-header, to which a device is to add the rest.
+    Unfinished,
 }
 
 impl Forged {
@@ -369,8 +371,8 @@ impl Udp {
         for (byte, first) in bytes[8..].iter_mut().zip(self.first.to_be_bytes()) {
             *byte = first;
         }
-        let right = match !sum(&[&pseudo_header(source, destination, length), &bytes[..]].concat())
-        {
+        let pseudo_header = pseudo_header(source, destination, length);
+        let right = match !sum(&[&pseudo_header, &bytes[..]].concat()) {
             0 => u16::MAX,
             checksum => checksum,
         };
@@ -378,6 +380,7 @@ impl Udp {
             Checksum::Right => right,
             Checksum::Is(checksum) => checksum,
             Checksum::Off(by) => off_by(right, by),
+            Checksum::Unfinished => sum(&pseudo_header),
         };
         bytes[6..8].copy_from_slice(&checksum.to_be_bytes());
         bytes.extend((0..self.trailer).map(|index| (index * 5 + 0x80) as u8));

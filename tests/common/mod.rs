@@ -21,6 +21,7 @@ pub mod wire;
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -186,6 +187,20 @@ pub fn udplb(namespace: &Namespace, bpffs: &Bpffs) -> Command {
     let mut command = namespace.command(env!("CARGO_BIN_EXE_udplb"));
     command.arg("--pin-dir").arg(bpffs.pins());
     command
+}
+
+/// As the units do: before 5.11 the kernel counts maps and programs as locked memory. Who may not
+/// raise the limit, in a container, has a later one.
+pub fn lock_any_memory(command: &mut Command) {
+    const UNLIMITED: libc::rlimit =
+        libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the closure makes one system call, with a limit that outlives it.
+    unsafe {
+        command.pre_exec(|| {
+            libc::setrlimit(libc::RLIMIT_MEMLOCK, &UNLIMITED);
+            Ok(())
+        });
+    }
 }
 
 /// What a command printed and its exit code.

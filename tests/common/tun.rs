@@ -1,4 +1,4 @@
-//! A tun device with the test at its other end.
+//! A tun or tap device with the test at its other end.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -11,14 +11,23 @@ use super::net::poll;
 pub struct Tun(File);
 
 impl Tun {
-    /// Makes one that is up.
+    /// Makes one for IP packets that is up.
     pub fn new(namespace: &Namespace, name: &str) -> Tun {
+        Tun::with(namespace, name, libc::IFF_TUN)
+    }
+
+    /// One for frames with what a guest leaves to its host, as virtual machines have it.
+    pub fn tap(namespace: &Namespace, name: &str) -> Tun {
+        Tun::with(namespace, name, libc::IFF_TAP | libc::IFF_VNET_HDR)
+    }
+
+    fn with(namespace: &Namespace, name: &str, kind: i32) -> Tun {
         let file = namespace.enter(|| {
             let file = File::options().read(true).write(true).open("/dev/net/tun").expect("tun");
             // struct ifreq: the name, then the flags
             let mut request = [0_u8; 40];
             request[..name.len()].copy_from_slice(name.as_bytes());
-            let flags = libc::IFF_TUN | libc::IFF_NO_PI;
+            let flags = kind | libc::IFF_NO_PI;
             request[16..18].copy_from_slice(&(flags as u16).to_ne_bytes());
             // SAFETY: the descriptor is open, and the request is as long as the kernel's.
             let made =
@@ -33,6 +42,24 @@ impl Tun {
     /// A packet comes in.
     pub fn send(&self, packet: &[u8]) {
         (&self.0).write_all(packet).expect("the device takes it");
+    }
+
+    /// A frame comes from a guest, which leaves it to the host to add the sum from `start` on to
+    /// the UDP checksum, and to cut the payload into segments if it is longer.
+    pub fn send_unfinished(&self, frame: &[u8], start: u16, segment: u16) {
+        const NEEDS_CSUM: u8 = 1;
+        const GSO_UDP_L4: u8 = 5;
+        const CHECKSUM: u16 = 6;
+        const UDP: u16 = 8;
+        let is_longer = frame.len() > usize::from(start + UDP + segment);
+        // struct virtio_net_hdr
+        let mut bytes = vec![NEEDS_CSUM, if is_longer { GSO_UDP_L4 } else { 0 }];
+        let segment = if is_longer { segment } else { 0 };
+        for field in [start + UDP, segment, start, CHECKSUM] {
+            bytes.extend(field.to_ne_bytes());
+        }
+        bytes.extend(frame);
+        self.send(&bytes);
     }
 
     /// Waits for a packet of such an address to go out.
