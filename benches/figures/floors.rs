@@ -178,7 +178,7 @@ fn test_run<C>(
         repeat,
         flags,
         // so that the copies of a batch do not fill up a queue
-        batch_size: if flags == 0 { 0 } else { 32 },
+        batch_size: if flags == 0 { 0 } else { 16 },
         ..Default::default()
     };
     // SAFETY: packet and context outlive the call, which reads as many bytes of them as it is told.

@@ -101,5 +101,6 @@ fn least<const N: usize>(rounds: usize, mut measure: impl FnMut(usize) -> f64) -
             *least = least.min(measure(index));
         }
     }
+    assert!(least.iter().all(|figure| figure.is_finite()), "no round succeeded: {least:?}");
     least
 }

@@ -133,7 +133,8 @@ impl Host {
         self
     }
 
-    /// Nanoseconds per packet, from the first to the arrival of the last.
+    /// Nanoseconds per packet, from the first to the arrival of the last; without end where the machine
+    /// was so busy that a queue ran over.
     pub fn generate(&self, floors: &FloorsSkel<'_>) -> f64 {
         self.packet.choose(floors);
         let program = floors.progs.generate.as_fd();
@@ -145,9 +146,11 @@ impl Host {
             floors::stay_on_one_cpu();
             floors::run_xdp(program, &self.packet, PACKETS as i32);
         });
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + Duration::from_secs(1);
         while progress[ENDED] == 0 {
-            assert!(Instant::now() < deadline, "packets were lost: {progress:?}");
+            if Instant::now() > deadline {
+                return f64::INFINITY;
+            }
             std::thread::sleep(Duration::from_micros(100));
             progress = read(floors);
         }
