@@ -98,14 +98,14 @@ __noinline __u64 metric_key(struct __sk_buff *skb, __u32 layout)
 
 	if (!byte)
 		return 0;
-	for (i = 0; i < METRIC_MOST && i < there; i++, byte++) {
-		if ((void *)(byte + 1) > data_end(skb))
+	for (i = 0; i <= METRIC_MOST; i++, byte++) {
+		if (i >= there || (void *)(byte + 1) > data_end(skb) || *byte == '\n')
 			return 0;
-		if (*byte == ':' || *byte == '\n')
+		if (*byte == ':')
 			break;
 		hash = (hash ^ *byte) * FNV_PRIME;
 	}
-	if (i == 0 || i >= there || (void *)(byte + 1) > data_end(skb) || *byte != ':')
+	if (i == 0 || i > METRIC_MOST)
 		return 0;
 	/* the last byte may end the line of the only one */
 	several = has_newline(skb, layout, i, there - i - 1) ? KEY_SEVERAL : 0;
@@ -257,7 +257,7 @@ __noinline __u32 receives(__u32 index)
 }
 
 /* Whether it is to get this one. */
-static __always_inline bool is_due(__u32 index)
+__noinline __u32 is_due(__u32 index)
 {
 	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
 
