@@ -263,6 +263,7 @@ __noinline __u32 find_way(__u32 index, __u32 result, __u32 length)
 	struct sending *sending = get_sending();
 	const struct bpf_fib_lookup *fib;
 	struct way *way;
+	__u16 known;
 
 	if (!upstream || !sending)
 		return VERDICT_NO_ROUTE;
@@ -272,7 +273,8 @@ __noinline __u32 find_way(__u32 index, __u32 result, __u32 length)
 	switch (result) {
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
 		/* takes the place of tot_len, from 5.12 on */
-		way->mtu = fib->mtu_result < length ? fib->mtu_result : mtu_of(upstream);
+		known = fib->mtu_result < length ? fib->mtu_result : mtu_of(upstream);
+		way->mtu = known < length ? known : 0;
 		return VERDICT_MTU;
 	case BPF_FIB_LKUP_RET_SUCCESS: /* before 6.3, while the kernel still asks for the neighbour */
 	case BPF_FIB_LKUP_RET_NO_NEIGH:

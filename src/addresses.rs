@@ -4,18 +4,42 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::config::KeyAddress;
+use anyhow::ensure;
+
+use crate::config::{KEY_ENTRIES, KeyAddress};
 use crate::netlink::{Link, Netlink, OwnAddress};
 use crate::plan::Desired;
 
 /// The configuration with what its interfaces' addresses are now; `None` if it is the same.
+///
+/// # Errors
+/// With these addresses the keys do not fit.
 pub async fn renewed(netlink: &Netlink, desired: &Desired) -> anyhow::Result<Option<Desired>> {
     let (links, own) = (netlink.links().await?, netlink.addresses().await?);
     let new = expand(desired, &of_interfaces(&desired.interfaces, &links, &own));
     let old = (&desired.addresses, &desired.broadcasts);
     let changed = (&new.0, &new.1) != old;
+    if !changed {
+        return Ok(None);
+    }
     let (addresses, broadcasts) = new;
-    Ok(changed.then(|| Desired { addresses, broadcasts, ..desired.clone() }))
+    let renewed = Desired { addresses, broadcasts, ..desired.clone() };
+    fits(&renewed)?;
+    Ok(Some(renewed))
+}
+
+/// The check of a file cannot know how many addresses `any` stands for.
+fn fits(desired: &Desired) -> anyhow::Result<()> {
+    let all = desired.key_entries();
+    ensure!(
+        all <= KEY_ENTRIES,
+        "`address: any` stands for {} addresses of {}, which makes {all} key entries (each port for each \
+         address and each network of senders), and at most {KEY_ENTRIES} fit; name the addresses that \
+         are meant, or fewer ports",
+        desired.addresses.len(),
+        desired.interfaces.join(", ")
+    );
+    Ok(())
 }
 
 fn of_interfaces(interfaces: &[String], links: &[Link], own: &[OwnAddress]) -> Vec<OwnAddress> {
@@ -88,5 +112,19 @@ mod tests {
         assert_eq!(expand(&desired(&[KeyAddress::Any]), &own), (any, Vec::new()));
         let keys = ["10.0.0.5", "10.0.0.255", "10.0.1.255"].map(|key| KeyAddress::Is(ip(key)));
         assert_eq!(expand(&desired(&keys), &own), (Vec::new(), vec![ip("10.0.0.255")]));
+    }
+
+    #[test]
+    fn as_many_addresses_as_fit() {
+        let mut desired = desired(&[KeyAddress::Any, KeyAddress::Is(ip("10.0.0.5"))]);
+        desired.rules[0].key.ports = vec![Ports { first: 1, last: 33_333 }];
+        desired.addresses = ["10.0.0.5", "10.0.0.9", "10.0.1.5", "2001:db8::5"].map(ip).to_vec();
+        super::fits(&desired).expect("99,999 and 1");
+        desired.rules[1].key.ports = vec![Ports { first: 1, last: 2 }];
+        let error = super::fits(&desired).expect_err("one more").to_string();
+        assert!(
+            error.contains("4 addresses of") && error.contains("100001 key entries"),
+            "{error}"
+        );
     }
 }

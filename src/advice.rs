@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::config::{Action, Address, Config, Finding, KeyAddress, Path, with_port};
+use crate::config::{Action, Address, Config, Finding, KeyAddress, Mode, Path, Rule, with_port};
 use crate::netlink::{Link, OwnAddress};
 use crate::nexthop::Way;
 use crate::plan::Desired;
@@ -142,6 +142,25 @@ pub fn stacked(
             ))
         })
         .collect()
+}
+
+/// Major and minor number of the kernel that runs.
+pub fn kernel() -> (u32, u32) {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// What a kernel cannot do that the configuration would have it do.
+pub fn beyond(config: &Config, kernel: (u32, u32)) -> Option<Finding> {
+    let answers = |rule: &&Rule| rule.action == Action::Block && rule.mode == Mode::Balance;
+    let rule = config.rules.iter().find(answers).filter(|_| kernel < (5, 12))?;
+    let (major, minor) = kernel;
+    let message = format!(
+        "Linux {major}.{minor} does not say how large a packet may be that is too large: senders \
+         hear what `apply` or arpd found, and nothing where that has become less since (5.12 does)"
+    );
+    Some(Finding::new(&rule.at, message))
 }
 
 fn is_above(upper: &Link, lower: &Link) -> bool {

@@ -302,6 +302,12 @@ impl Key {
         Key { address: address.into(), ports, from: Vec::new() }
     }
 
+    /// Each port, for each network of senders; what `any` stands for is not counted.
+    pub fn entries(&self) -> usize {
+        let ports: usize = self.ports.iter().map(Ports::count).sum();
+        ports.max(1) * self.from.len().max(1)
+    }
+
     /// Whether what is sent to this port of this address matches; no port means the one that a
     /// packet of the key came to.
     pub fn is(&self, address: IpAddr, port: Option<u16>) -> bool {

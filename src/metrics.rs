@@ -84,11 +84,10 @@ type Fill = Vec<(&'static str, f64)>;
 
 fn fill(description: &Description, most_ids: u32) -> Fill {
     let desired = &description.desired;
-    let ports = desired.rules.iter().flat_map(|rule| &rule.key.ports).map(|ports| ports.count());
     let ids = generation::all(&description.ids).max().unwrap_or(0);
     let share = |used: usize, most: usize| used as f64 / most as f64;
     vec![
-        ("rules", share(ports.sum(), KEY_ENTRIES)),
+        ("rules", share(desired.key_entries(), KEY_ENTRIES)),
         ("upstreams", share(desired.upstreams().count(), UPSTREAMS)),
         ("counters", share(ids as usize, most_ids as usize)),
     ]

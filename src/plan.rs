@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{
     self, Action, Address, Config, Diagnostic, Family, Finding, Fragments, Hash, Health, Host, Key,
-    Mode, Payload, Source, State, Strategy, upstream_refusal, with_port,
+    KeyAddress, Mode, Payload, Source, State, Strategy, upstream_refusal, with_port,
 };
 
 /// A host name, and the kind of its addresses that is asked for.
@@ -232,6 +232,17 @@ impl Desired {
             }
         }
         (desired, refused)
+    }
+
+    /// Of [`KEY_ENTRIES`](crate::config::KEY_ENTRIES), with the addresses that `any` stands for.
+    pub fn key_entries(&self) -> usize {
+        let addresses = |rule: &Rule| match rule.key.address {
+            KeyAddress::Is(_) => 1,
+            KeyAddress::Any => {
+                self.addresses.iter().filter(|address| rule.family() == (**address).into()).count()
+            }
+        };
+        self.rules.iter().map(|rule| rule.key.entries() * addresses(rule)).sum()
     }
 
     /// What the file says, without what names and `any` stood for when it was applied.

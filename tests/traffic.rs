@@ -6,7 +6,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 
 use common::Namespace;
-use common::ends::{Ends, KINDS, all_kinds, options, rules};
+use common::ends::{Ends, KINDS, all_kinds, cuts_up_without_offload, options, rules};
 use common::lab::{CLIENTS, Lab, Net, Outcome, RELAY, UPSTREAMS, V4, V6, config, rule, upstream};
 use common::net::{
     TTL, UDP_GRO, UDP_SEGMENT, bind, expect, expect_silence, local, own, payload, receive, set,
@@ -83,18 +83,6 @@ fn check_checksums(client_offload: bool, upstream_offload: bool) {
     }
 }
 
-/// Whether the client's kernel takes UDP_SEGMENT where it has to compute the checksums, which it
-/// does from 6.11 on.
-fn cuts_up_without_offload(lab: &Lab) -> bool {
-    let sender = bind(&lab.client, CLIENTS[0], 0);
-    set(&sender, libc::SOL_UDP, UDP_SEGMENT, 1000);
-    match sender.send_to(&payload(2000), (RELAY, 5999)) {
-        Ok(_) => true,
-        Err(error) if error.raw_os_error() == Some(libc::EIO) => false,
-        Err(error) => panic!("{error}"),
-    }
-}
-
 #[test]
 fn checksums_are_right_with_offload() {
     check_checksums(true, true);
@@ -150,6 +138,11 @@ fn what_the_receiving_device_strings_together_arrives_in_parts() {
 #[test]
 fn segments_stay_together_for_whom_that_suits() {
     let lab = Lab::dual(true, true);
+    let features = Outcome::of(lab.client.command("ethtool").args(["-k", "eth0"])).expect(0).stdout;
+    // a veth cuts them up itself before 5.12
+    if features.contains("tx-udp-segmentation: off [fixed]") {
+        return;
+    }
     lab.apply(&all_kinds());
     for ends in Ends::both(&lab) {
         set(&ends.sender, libc::SOL_UDP, UDP_SEGMENT, 1000);

@@ -361,11 +361,7 @@ fn overlap(rules: &[Rule], first: Claim, again: Claim, problems: &mut Problems) 
 
 /// Whether all fit.
 fn limits(rules: &[Rule], problems: &mut Problems) -> bool {
-    let entries = |rule: &Rule| {
-        let ports: usize = rule.key.ports.iter().map(Ports::count).sum();
-        ports.max(1) * rule.key.from.len().max(1)
-    };
-    let keys = beyond(rules, KEY_ENTRIES, entries);
+    let keys = beyond(rules, KEY_ENTRIES, |rule| rule.key.entries());
     if let Some((rule, all)) = keys {
         let message = format!(
             "{all} key entries (each port of a range is one, for each network of senders), and at \

@@ -99,10 +99,8 @@ fn first_line(failure: &Failure) -> String {
 }
 
 fn kernel() -> Kernel {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap_or(0));
     Kernel {
-        version: (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)),
+        version: advice::kernel(),
         btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
         // a kernel that always compiles may not show it
         jit: sysctl("net/core/bpf_jit_enable").is_none_or(|value| value != 0),

@@ -5,7 +5,7 @@ use std::net::UdpSocket;
 use serde_json::{Value, json};
 
 use super::Namespace;
-use super::lab::{Lab, Net, V4, V6, config};
+use super::lab::{CLIENTS, Lab, Net, RELAY, V4, V6, config};
 use super::net::{TTL, UDP_SEGMENT, bind, expect, expect_silence_of, own, payload, set};
 
 /// Port, `tc_action` and `source` of each; each has an upstream port of its own.
@@ -146,5 +146,17 @@ impl Ends {
             let upstream = self.net.upstreams[0].to_string();
             assert_eq!(lab.packets(&name, &upstream, verdict), count, "{name} {verdict}");
         }
+    }
+}
+
+/// Whether the client's kernel takes UDP_SEGMENT where it has to compute the checksums, which it
+/// does from 6.11 on.
+pub fn cuts_up_without_offload(lab: &Lab) -> bool {
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    set(&sender, libc::SOL_UDP, UDP_SEGMENT, 1000);
+    match sender.send_to(&payload(2000), (RELAY, 5999)) {
+        Ok(_) => true,
+        Err(error) if error.raw_os_error() == Some(libc::EIO) => false,
+        Err(error) => panic!("{error}"),
     }
 }
