@@ -10,8 +10,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use common::Namespace;
-use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule};
-use common::net::{PATIENCE, receive, set};
+use common::ends::all_kinds;
+use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, V4, V6, config, rule};
+use common::net::{PATIENCE, bind, payload, receive, set};
 use common::service::until;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use serde_json::{Value, json};
@@ -126,7 +127,7 @@ fn send(lab: &Lab, from: (Ipv4Addr, u16), port: u16, payload: &[u8]) {
 /// Without the time of day and MAC addresses.
 fn masked(text: &str) -> Vec<String> {
     let word = |word: &str| match word.matches(':').count() {
-        5 => "MAC".into(),
+        5 if word.split(':').all(|byte| byte.len() == 2) => "MAC".into(),
         2 if word.contains('.') && word.len() == "00:00:00.000000".len() => "TIME".into(),
         _ => word.to_string(),
     };
@@ -165,6 +166,28 @@ fn each_kind_in_words() {
     ];
     assert_eq!(masked(&outcome.stdout), wanted);
     assert_eq!(flag(&lab), 0);
+}
+
+/// A later fragment shows no ports.
+#[test]
+fn fragments_and_ipv6() {
+    let lab = Lab::dual(false, false);
+    lab.apply(&all_kinds());
+    let trace = Trace::start(&lab, "");
+    for net in [V4, V6] {
+        let sender = bind(&lab.client, net.clients[0], 40_000);
+        sender.send_to(&payload(2000), (net.key, 5003)).expect("sent");
+    }
+    let four = "-> 10.2.0.20 10.2.0.20:7003 dev up0 MAC forwarded";
+    let six = "-> 2001:db8:2::20 [2001:db8:2::20]:7003 dev up0 MAC forwarded";
+    let (from, to) = ("2001:db8:1::20", "2001:db8:1::1");
+    let wanted = [
+        format!("TIME eth0 block-vip 10.1.0.20:40000 > 10.1.0.1:5003 length 1514 {four}"),
+        format!("TIME eth0 block-vip 10.1.0.20 > 10.1.0.1 length 562 fragment {four}"),
+        format!("TIME eth0 block-vip-6 [{from}]:40000 > [{to}]:5003 length 1510 {six}"),
+        format!("TIME eth0 block-vip-6 {from} > {to} length 622 fragment {six}"),
+    ];
+    assert_eq!(masked(&trace.stop().expect(0).stdout), wanted);
 }
 
 /// Several packets to the first rule, by each client.
