@@ -8,8 +8,9 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use common::Namespace;
 use common::lab::{Lab, RELAY, UPSTREAMS, config, rule};
-use common::net::{bind, expect_silence};
+use common::net::{bind, expect_silence, is_mac};
 use common::service::until;
+use common::tun::Tun;
 use common::wire::Wire;
 use serde_json::{Value, json};
 use udplb::get::{Asker, Question};
@@ -37,7 +38,7 @@ fn rules() -> Value {
 fn masked(text: &str) -> Vec<String> {
     let states = ["REACHABLE", "DELAY", "PROBE", "STALE"];
     let word = |word: &str| match word.trim_end_matches(',') {
-        plain if plain.matches(':').count() == 5 => "MAC".into(),
+        plain if is_mac(plain) => "MAC".into(),
         plain if states.contains(&plain) => "NEIGHBOUR".into(),
         _ => word.to_string(),
     };
@@ -119,6 +120,71 @@ fn in_words() {
     let up0 = lab.run("get 10.1.0.20 10.1.0.1:53 -i up0").expect(1);
     up0.says(&["up0 is none of the interfaces whose packets meet the rules: eth0"]);
     lab.run("get 10.1.0.20 10.1.0.1:53 -i eth9").expect(1).says(&["no such interface"]);
+}
+
+#[test]
+fn ipv6_groups_and_interfaces_without_ethernet() {
+    let lab = Lab::dual(false, false);
+    let _tun = Tun::new(&lab.relay, "tun0");
+    lab.relay.ip("address add 10.6.0.1/24 dev tun0");
+    lab.relay.ip("link set tun0 up");
+    let to = |name: &str, key: &str, upstream: &str| {
+        json!({
+            "name": name,
+            "key": { "address": key, "port": 5000 },
+            "options": { "tc_action": "block", "source": "preserve" },
+            "upstream": [{ "address": upstream, "port": 7000 }],
+        })
+    };
+    let mut all = config(&[
+        to("six", RELAY6, UPSTREAMS6[0]),
+        to("group", "239.1.2.3", "10.2.0.20"),
+        to("tunnel", "10.6.0.1", "10.2.0.20"),
+    ]);
+    all["interfaces"] = json!(["eth0", "tun0"]);
+    lab.apply(&all);
+    let check = |words: &str, told: [&str; 4]| {
+        let [packet, rule, upstream, left] = told;
+        let gateway = upstream.replace(['[', ']'], "");
+        let gateway = gateway.trim_end_matches(":7000");
+        let wanted = [
+            format!("packet    {packet}"),
+            format!("rule      {rule} block, generation 1"),
+            format!("upstream  {upstream}, active"),
+            format!("next hop  {gateway} dev up0 MAC NEIGHBOUR MTU 1500"),
+            format!("leaves as {left}"),
+            "verdict   forwarded".into(),
+        ];
+        assert_eq!(masked(&lab.run(&format!("get {words}")).expect(0).stdout), wanted);
+    };
+    check(
+        "[2001:db8:1::20]:9 [2001:db8:1::1]:5000 -i eth0",
+        [
+            "[2001:db8:1::20]:9 > [2001:db8:1::1]:5000 on eth0",
+            "six: [2001:db8:1::1]:5000",
+            "[2001:db8:2::20]:7000",
+            "[2001:db8:1::20]:9 > [2001:db8:2::20]:7000",
+        ],
+    );
+    check(
+        "10.1.0.20:9 239.1.2.3:5000 -i eth0",
+        [
+            "10.1.0.20:9 > 239.1.2.3:5000 on eth0",
+            "group: 239.1.2.3:5000",
+            "10.2.0.20:7000",
+            "10.1.0.20:9 > 10.2.0.20:7000",
+        ],
+    );
+    check(
+        "10.6.0.9:9 10.6.0.1:5000 -i tun0",
+        [
+            "10.6.0.9:9 > 10.6.0.1:5000 on tun0",
+            "tunnel: 10.6.0.1:5000",
+            "10.2.0.20:7000",
+            "10.6.0.9:9 > 10.2.0.20:7000",
+        ],
+    );
+    lab.run("get 10.6.0.9 10.6.0.1:5000").expect(64).says(&["eth0", "tun0", "-i"]);
 }
 
 #[test]

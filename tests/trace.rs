@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::Namespace;
 use common::ends::all_kinds;
 use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, V4, V6, config, rule};
-use common::net::{PATIENCE, bind, payload, receive, set};
+use common::net::{PATIENCE, bind, is_mac, payload, receive, set};
 use common::service::until;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use serde_json::{Value, json};
@@ -127,7 +127,7 @@ fn send(lab: &Lab, from: (Ipv4Addr, u16), port: u16, payload: &[u8]) {
 /// Without the time of day and MAC addresses.
 fn masked(text: &str) -> Vec<String> {
     let word = |word: &str| match word.matches(':').count() {
-        5 if word.split(':').all(|byte| byte.len() == 2) => "MAC".into(),
+        _ if is_mac(word) => "MAC".into(),
         2 if word.contains('.') && word.len() == "00:00:00.000000".len() => "TIME".into(),
         _ => word.to_string(),
     };

@@ -48,6 +48,11 @@ pub const TTL: i32 = 64;
 pub const UDP_SEGMENT: i32 = 103;
 pub const UDP_GRO: i32 = 104;
 
+/// Whether a word of some output is a MAC address; IPv6 addresses have colons too.
+pub fn is_mac(word: &str) -> bool {
+    word.len() == 17 && word.split(':').all(|byte| byte.len() == 2)
+}
+
 /// Sets an integer option.
 pub fn set(socket: &UdpSocket, level: i32, option: i32, value: i32) {
     set_bytes(socket, level, option, &value.to_ne_bytes());
