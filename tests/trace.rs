@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::Namespace;
 use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule};
 use common::net::{PATIENCE, receive, set};
-use common::service::until;
+use common::service::{Arpd, until};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use serde_json::{Value, json};
 use udplb::bpf::{from_bytes, types};
@@ -216,6 +216,8 @@ fn it_ends_by_itself_and_there_is_one_at_a_time() {
     lab.run("trace --rule x").expect(1).says(&["there is no rule `x`"]);
     lab.run("trace --sample 0").expect(64);
 
+    // which has a lock of its own
+    let _arpd = Arpd::start(&lab, "");
     let trace = Trace::start(&lab, "-c 3 -o json");
     lab.run("trace").expect(75).says(&["another udplb trace is running"]);
     send_flows(&lab, 6);
