@@ -3,9 +3,11 @@
 //! ```text
 //! /sys/fs/bpf/udplb/            mode 0700; flock: writers exclusive, readers shared
 //!   current -> generations/42
-//!   generations/42/             program, rules, slots, upstreams, config …
+//!   generations/                flock: whoever traces
+//!     42/                       program, rules, slots, upstreams, config …
 //!   building-43/                under construction; bpffs refuses names with a dot
 //!   state-2/                    counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held …
+//!                               flock: arpd
 //! ```
 
 use std::fs::{self, DirBuilder, File, TryLockError};

@@ -58,7 +58,7 @@ pub async fn run(
         }
         None => 0,
     };
-    let alone = alone(&guard.state())?;
+    let alone = alone(&guard.generations())?;
     let mut printer = Printer::new(global, options, colour)?;
     observed.generations.into_values().for_each(|generation| printer.names.add(generation));
     let mut signals = Signals::new().context("signals")?;
@@ -182,15 +182,15 @@ fn learn(global: &Global, names: &mut Names, number: u32) {
 }
 
 /// Keeps others from tracing.
-fn alone(state: &Path) -> Result<File> {
-    let lock = File::open(state).with_context(|| state.display().to_string())?;
+fn alone(directory: &Path) -> Result<File> {
+    let lock = File::open(directory).with_context(|| directory.display().to_string())?;
     match lock.try_lock() {
         Ok(()) => Ok(lock),
         Err(TryLockError::WouldBlock) => Err(Failure::Locked(
             "another udplb trace is running, and there can be only one at a time".into(),
         )),
         Err(TryLockError::Error(error)) => {
-            Err(anyhow!(error).context(state.display().to_string()).into())
+            Err(anyhow!(error).context(directory.display().to_string()).into())
         }
     }
 }

@@ -13,7 +13,7 @@ use common::Namespace;
 use common::ends::all_kinds;
 use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, V4, V6, config, rule};
 use common::net::{PATIENCE, bind, is_mac, payload, receive, set};
-use common::service::until;
+use common::service::{Arpd, until};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use serde_json::{Value, json};
 use udplb::bpf::{from_bytes, types};
@@ -239,6 +239,8 @@ fn it_ends_by_itself_and_there_is_one_at_a_time() {
     lab.run("trace --rule x").expect(1).says(&["there is no rule `x`"]);
     lab.run("trace --sample 0").expect(64);
 
+    // which has a lock of its own
+    let _arpd = Arpd::start(&lab, "");
     let trace = Trace::start(&lab, "-c 3 -o json");
     lab.run("trace").expect(75).says(&["another udplb trace is running"]);
     send_flows(&lab, 6);
