@@ -74,9 +74,8 @@ static __always_inline __u64 sum_words(const void *header, const __u32 length)
 	return sum;
 }
 
-/* The sum of what is quoted. Where the device fills a checksum in, it ends up as if all from there were
- * ~`partial`. */
-static __always_inline __u64 sum_of(struct __sk_buff *skb, __u32 offset, __u32 length)
+/* The sum of what is quoted. */
+__noinline __u64 sum_of(struct __sk_buff *skb, __u32 offset, __u32 length)
 {
 	__u64 sum = 0;
 	__u32 i, word;
