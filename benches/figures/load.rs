@@ -1,12 +1,13 @@
 //! What it takes the kernel to load the program: what its verifier walks, and how long.
 
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::time::Instant;
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use udplb::bpf::{UdplbSkelBuilder, types};
 
+use crate::common::program::walked;
 use crate::{Report, least};
 
 const ROUNDS: usize = 10;
@@ -40,16 +41,5 @@ fn load(features: types::features) -> (f64, u32) {
     let started = Instant::now();
     let skeleton = skeleton.load().expect("the program loads");
     let took = started.elapsed();
-    let mut info = libbpf_sys::bpf_prog_info::default();
-    let mut length = size_of_val(&info) as u32;
-    // SAFETY: the kernel writes `length` bytes of the info, which outlives the call.
-    let result = unsafe {
-        libbpf_sys::bpf_prog_get_info_by_fd(
-            skeleton.progs.udplb.as_fd().as_raw_fd(),
-            &mut info,
-            &mut length,
-        )
-    };
-    assert_eq!(result, 0, "what the kernel says of the program");
-    (took.as_secs_f64() * 1000.0, info.verified_insns)
+    (took.as_secs_f64() * 1000.0, walked(skeleton.progs.udplb.as_fd()))
 }
