@@ -204,15 +204,20 @@ async fn wanted_by_apply(global: &Global, target: &Target, partial: bool) -> Res
         // that is said where it is needed
         Err(_) => None,
     };
-    if let Some(wanted) = again {
-        return Ok(wanted);
-    }
     if !partial {
-        return Wanted::new(&text, target).await;
+        return match again {
+            Some(wanted) => Ok(wanted),
+            None => Wanted::new(&text, target).await,
+        };
     }
     privileges::require()?;
     let observed = look(global, &netlink()?).await?;
-    Wanted::now(&text, target, &observed).await
+    // the same text, and an interface may have gone since
+    let is_here = |name: &String| observed.interfaces.contains_key(name);
+    match again.filter(|wanted| wanted.desired.interfaces.iter().all(is_here)) {
+        Some(wanted) => Ok(wanted),
+        None => Wanted::now(&text, target, &observed).await,
+    }
 }
 
 fn netlink() -> Result<Netlink> {
