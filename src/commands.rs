@@ -16,7 +16,7 @@ use crate::cli::{self, Cli, Color, Command, Global, Output, Target};
 use crate::config::{Address, Diagnostic, State};
 use crate::diff::{self, Action, Plan, Refusal};
 use crate::drain::{self, Change};
-use crate::failure::{Failure, Result};
+use crate::failure::{Failure, Result, say};
 use crate::generation::Generation;
 use crate::metrics::Gatherer;
 use crate::netlink::Netlink;
@@ -112,7 +112,7 @@ fn report(global: &Global, text: &str, json: &Value) -> Result<u8> {
 fn warn(global: &Global, warnings: &[Diagnostic]) {
     if !global.quiet {
         for warning in warnings {
-            eprintln!("{warning}");
+            say(warning);
         }
     }
 }
@@ -124,7 +124,7 @@ async fn check(global: &Global, files: &[std::path::PathBuf], no_resolve: bool) 
         match check_one(global, file, no_resolve).await {
             Ok(report) => reports.push(report),
             Err(error) => {
-                eprintln!("{error}");
+                say(&error);
                 failure = Some(error);
             }
         }
@@ -168,7 +168,7 @@ async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool
     let started = Instant::now();
     let mut wanted = wanted_by_apply(global, target, partial).await?;
     for missing in &wanted.missing {
-        eprintln!("{missing}");
+        say(missing);
     }
     privileges::require()?;
     let netlink = netlink()?;
@@ -185,7 +185,7 @@ async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool
     let outcome = apply::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
     drop(guard);
     if outcome.counters_reset && !global.quiet {
-        eprintln!("warning: the counters were gone and start again at zero");
+        say("warning: the counters were gone and start again at zero");
     }
     let file = target.file.file_name().map_or("-".into(), |name| name.to_string_lossy());
     let text = outcome_text(&outcome, &file, desired, started.elapsed());
@@ -301,7 +301,7 @@ async fn plan(global: &Global, target: &Target, exit_code: bool) -> Result<u8> {
     let pending = match diff::apply(&observed, &wanted.desired, &wanted.origin, false) {
         Ok(Plan { actions, .. }) => !actions.is_empty(),
         Err(refusal) => {
-            eprintln!("warning: apply would fail: {refusal}");
+            say(format_args!("warning: apply would fail: {refusal}"));
             true
         }
     };
@@ -407,7 +407,7 @@ fn colour(global: &Global) -> bool {
 }
 
 fn nothing_applied() -> Result<u8> {
-    eprintln!("nothing is applied");
+    say("nothing is applied");
     Ok(DEGRADED)
 }
 
@@ -461,7 +461,7 @@ async fn steer(global: &Global, target: &drain::Target, state: State) -> Result<
     drop(guard);
     let warning = change.warning();
     if let Some(warning) = warning.as_ref().filter(|_| !global.quiet) {
-        eprintln!("warning: {warning}");
+        say(format_args!("warning: {warning}"));
     }
     let mut json = json!(change.after);
     json["changed"] = json!(change.action.is_some());

@@ -18,7 +18,7 @@ use crate::cli::{Global, Output, Trace};
 use crate::clock;
 use crate::config::{Network, nearest};
 use crate::event::{Event, Names};
-use crate::failure::{Failure, Result};
+use crate::failure::{Failure, Result, say};
 use crate::generation;
 use crate::lease;
 use crate::netlink::Netlink;
@@ -104,7 +104,7 @@ pub async fn run(
     }
     session.end()?;
     if let Some(summary) = summary(global, &printer, &session) {
-        eprintln!("{summary}");
+        say(summary);
     }
     Ok(Some(printer.count))
 }

@@ -230,6 +230,30 @@ fn cron_hears_of_trouble_only() {
 }
 
 #[test]
+fn warnings_that_nobody_reads_keep_nothing_from_being_done() {
+    let lab = Lab::new();
+    let upstream = json!({ "address": UPSTREAMS[0] });
+    let file = lab.write(&config(&[rule("relay", 5000, json!({}), &[upstream])]));
+    let apply = format!("apply {}", file.display());
+    let unread = |words: &str| {
+        lab.relay.enter(|| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_udplb"));
+            command.arg("--pin-dir").arg(lab.bpffs.pins()).args(words.split_whitespace());
+            let full = File::create("/dev/full").expect("a disk that is full");
+            command
+                .stdout(std::process::Stdio::null())
+                .stderr(full)
+                .status()
+                .expect("the program runs")
+                .code()
+        })
+    };
+    assert_eq!(unread(&apply), Some(0));
+    lab.run("status").expect(0);
+    assert_eq!(unread("apply nowhere.yaml"), Some(66));
+}
+
+#[test]
 fn configuration_management_learns_what_changed() {
     let lab = Lab::new();
     let file = lab.write(&to_port(7001));
