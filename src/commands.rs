@@ -413,10 +413,10 @@ fn nothing_applied() -> Result<u8> {
 
 async fn list_rules(global: &Global) -> Result<u8> {
     let observed = look(global, &netlink()?).await?;
-    let Some(desired) = serving(&observed) else {
+    let Some(serving) = observed.described()? else {
         return nothing_applied();
     };
-    let document = list::document(desired);
+    let document = list::document(&serving.description.desired);
     let yaml = serde_yaml::to_string(&document).context("YAML")?;
     report(global, &yaml, &document)
 }
@@ -429,11 +429,8 @@ async fn to_steer(global: &Global, netlink: &Netlink) -> Result<(WriteGuard, Obs
     let guard = state::write(&global.pin_dir, global.lock_timeout)?;
     let observed = observe(Some(&guard), netlink).await?;
     diff::refuse_other_namespace(&observed).map_err(refused)?;
-    match observed.serving() {
+    match observed.described()? {
         None => Err(nothing()),
-        Some(number) if !observed.generations.contains_key(&number) => {
-            Err(anyhow!("generation {number} is damaged; apply the file again").into())
-        }
         Some(_) => Ok((guard, observed)),
     }
 }

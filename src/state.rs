@@ -34,6 +34,9 @@ pub const PIN_DIR: &str = "/sys/fs/bpf/udplb";
 pub const STATE: &str = "state-2";
 const STATES: &str = "state";
 
+/// What is said where one of those maps is missing.
+pub const INCOMPLETE: &str = "pins are missing; apply the file again";
+
 /// Shared access: nobody changes anything meanwhile.
 pub struct ReadGuard {
     path: PathBuf,

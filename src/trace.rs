@@ -25,7 +25,7 @@ use crate::netlink::Netlink;
 use crate::observe::observe;
 use crate::pcap::Pcap;
 use crate::plan::Desired;
-use crate::state;
+use crate::state::{self, INCOMPLETE};
 use crate::tables::wire;
 use crate::terminal::Signals;
 
@@ -48,8 +48,8 @@ pub async fn run(
 ) -> Result<Option<u64>> {
     let Some(guard) = state::read(&global.pin_dir, global.lock_timeout)? else { return Ok(None) };
     let observed = observe(Some(&guard), netlink).await?;
-    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
-    let (Some(serving), Some(maps)) = (serving, guard.maps()?) else { return Ok(None) };
+    let Some(serving) = observed.described()? else { return Ok(None) };
+    let maps = guard.maps()?.context(INCOMPLETE)?;
     let description = &serving.description;
     let rule = match &options.rule {
         Some(name) => {
