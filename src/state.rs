@@ -117,7 +117,11 @@ fn wait_for(
 
 /// The pins' parent must be on bpffs.
 fn ensure_bpffs(path: &Path) -> anyhow::Result<()> {
-    let parent = path.parent().context("the pin directory has no parent")?;
+    let parent = match path.parent().context("the pin directory has no parent")? {
+        // of a bare name
+        parent if parent.as_os_str().is_empty() => Path::new("."),
+        parent => parent,
+    };
     if is_bpffs(parent)? {
         return Ok(());
     }

@@ -438,6 +438,10 @@ fn a_bpffs_is_mounted_where_nothing_is_hidden_by_it() {
     assert!(!fs::read_to_string("/proc/self/mountinfo").expect("mounts").contains("/none"));
     apply(&empty.join("udplb")).expect(0);
     assert!(run("stat", ["-f", "-c", "%T", &empty.display().to_string()]).contains("bpf_fs"));
+    // the same by its bare name
+    let mut again = lab.relay.command(env!("CARGO_BIN_EXE_udplb"));
+    again.current_dir(&empty).args(["--pin-dir", "udplb", "apply"]).arg(&file);
+    assert!(Outcome::of(&mut again).expect(0).stdout.starts_with("unchanged"));
 }
 
 #[test]
