@@ -340,6 +340,15 @@ fn all_notations_and_its_own_list_apply_to_the_same() {
 }
 
 #[test]
+fn the_same_text_in_another_language_is_another_file() {
+    let lab = Lab::new();
+    let yaml = lab.write(&to_port(7001));
+    lab.run(&format!("apply {}", yaml.display())).expect(0);
+    let toml = lab.directory.write("udplb.toml", &fs::read_to_string(yaml).expect("the file"));
+    lab.run(&format!("apply {}", toml.display())).expect(65).says(&["udplb.toml:1:"]);
+}
+
+#[test]
 fn what_is_probably_not_meant_is_said() {
     let lab = Lab::new();
     let pass = |address: &str, upstream: &str| {

@@ -196,6 +196,18 @@ fn drift_and_what_is_not_attached() {
 }
 
 #[test]
+fn drift_of_a_file_that_was_named_from_where_it_is() {
+    let lab = Lab::new();
+    let file = lab.write(&to_port(7001)).display().to_string();
+    let mut apply = lab.udplb("apply udplb.yaml");
+    Outcome::of(apply.current_dir(lab.directory.path())).expect(0);
+    assert_eq!(lab.status()["file"], file);
+    lab.write(&to_port(7002));
+    assert!(examine(&lab, 3).starts_with(&format!("problem: {file}: it is not what serves\n")));
+    assert!(lab.run("metrics").expect(0).stdout.contains("\nudplb_config_drift 1\n"));
+}
+
+#[test]
 fn forwarding_and_reverse_path_filters() {
     let lab = Lab::new();
     let _here = bind(&lab.relay, RELAY, 5000);
