@@ -410,6 +410,12 @@ fn a_plan_tells_what_an_apply_would_do() {
     lab.apply(&two(1, 1));
     assert_eq!(plan(&two(1, 1)), "no changes\n");
     let next = plan(&two(1, 2));
+    let words = format!("plan -o json {}", lab.write(&two(1, 2)).display());
+    let json = lab.run(&words).expect(0).json();
+    let kept = &json["altered"][0];
+    assert_eq!((&json["changed"], &json["added"][0]["name"]), (&json!(true), &json!("r2")));
+    assert_eq!((&kept["name"], &kept["moved"]), (&json!("kept"), &json!(50.0)), "{json:#}");
+    assert_eq!(kept["added"], json!(["10.2.0.21:2"]), "{json:#}");
     for line in [
         "+ rule r2 (10.1.0.1:5001) -> 10.2.0.20:1\n",
         "- rule r1 (10.1.0.1:5001) -> 10.2.0.20:1\n",
