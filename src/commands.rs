@@ -429,10 +429,10 @@ async fn to_steer(global: &Global, netlink: &Netlink) -> Result<(WriteGuard, Obs
     let guard = state::write(&global.pin_dir, global.lock_timeout)?;
     let observed = observe(Some(&guard), netlink).await?;
     diff::refuse_other_namespace(&observed).map_err(refused)?;
-    match observed.described()? {
-        None => Err(nothing()),
-        Some(_) => Ok((guard, observed)),
-    }
+    observed.described()?.ok_or_else(nothing)?;
+    // without them nobody knows what was said of upstreams before
+    guard.maps()?.context(state::INCOMPLETE)?;
+    Ok((guard, observed))
 }
 
 async fn carry_out(

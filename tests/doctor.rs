@@ -64,7 +64,7 @@ fn what_still_serves_without_its_pins() {
     }
     lab.apply(&to_port(7001));
     fs::remove_file(lab.state().join("overrides")).expect("a pin");
-    for command in ["trace", "get 10.1.0.20 10.1.0.1:5000", "drain only/one"] {
+    for command in ["trace", "get 10.1.0.20 10.1.0.1:5000", "drain only/one", "enable --all"] {
         lab.run(command).expect(1).says(&["pins are missing; apply the file again"]);
     }
     fs::remove_dir_all(lab.bpffs.pins()).expect("pins");
