@@ -11,7 +11,7 @@ use crate::generation::{self, Generation};
 use crate::netlink::Netlink;
 use crate::nexthop::{self, Way};
 use crate::observe::Observed;
-use crate::state::WriteGuard;
+use crate::state::{INCOMPLETE, WriteGuard};
 use crate::tc::{self, Slot};
 
 /// Called before each action; an error stops there, as if the action itself had failed.
@@ -161,8 +161,7 @@ impl<'a> Executor<'a> {
                 }))
             }
             Action::SetHeld(held) => {
-                let maps =
-                    self.guard.maps()?.context("state/ is incomplete; apply a file first")?;
+                let maps = self.guard.maps()?.context(INCOMPLETE)?;
                 maps.set_held(*held)?;
                 Ok(Some(Undo::SetHeld))
             }
@@ -171,7 +170,7 @@ impl<'a> Executor<'a> {
                 Ok(self.before.current.map(Undo::SetCurrent))
             }
             Action::Override { id, state, .. } => {
-                let maps = self.guard.maps()?.context("state/ is incomplete")?;
+                let maps = self.guard.maps()?.context(INCOMPLETE)?;
                 maps.overrides.set(self.guard, *id, *state)?;
                 Ok(Some(Undo::Override(*id)))
             }
@@ -213,7 +212,7 @@ impl<'a> Executor<'a> {
     /// Writes the next hops of a generation's upstreams.
     pub fn write_next_hops(&self, number: u32) -> anyhow::Result<()> {
         let generation = self.generation(number).context("no such generation")?;
-        let maps = self.guard.maps()?.context("state/ is incomplete")?;
+        let maps = self.guard.maps()?.context(INCOMPLETE)?;
         let description = &generation.description;
         nexthop::write(&maps.nexthops, &description.desired, &description.ids, self.ways)
     }

@@ -19,7 +19,8 @@ pub struct Changes {
     pub addresses: Difference,
     pub added: Vec<RuleSummary>,
     pub removed: Vec<RuleSummary>,
-    pub changed: Vec<RuleChange>,
+    /// Rules that are in both.
+    pub altered: Vec<RuleChange>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -75,7 +76,7 @@ impl Changes {
                 .filter(|rule| !after.contains_key(rule.name.as_str()))
                 .map(summary)
                 .collect(),
-            changed: new
+            altered: new
                 .rules
                 .iter()
                 .filter_map(|rule| change(before.get(rule.name.as_str())?, rule))
@@ -256,7 +257,7 @@ impl fmt::Display for Changes {
                 writeln!(f)?;
             }
         }
-        for rule in &self.changed {
+        for rule in &self.altered {
             writeln!(f, "~ rule {}: {} % of its flows move", rule.name, rule.moved)?;
             for field in &rule.fields {
                 writeln!(f, "    {field}")?;
@@ -370,7 +371,7 @@ mod tests {
             ))
         };
         let fields = |old: u32, new: u32| {
-            Changes::new(&weighted(old), &weighted(new), &[]).changed[0].fields.clone()
+            Changes::new(&weighted(old), &weighted(new), &[]).altered[0].fields.clone()
         };
         assert_eq!(fields(1, 99), Vec::<String>::new());
         assert_eq!(fields(1, 100), ["slots: 10007 -> 100003"]);

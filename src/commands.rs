@@ -16,7 +16,7 @@ use crate::cli::{self, Cli, Color, Command, Global, Output, Target};
 use crate::config::{Address, Diagnostic, State};
 use crate::diff::{self, Action, Plan, Refusal};
 use crate::drain::{self, Change};
-use crate::failure::{Failure, Result};
+use crate::failure::{Failure, Result, say};
 use crate::generation::Generation;
 use crate::metrics::Gatherer;
 use crate::netlink::Netlink;
@@ -112,7 +112,7 @@ fn report(global: &Global, text: &str, json: &Value) -> Result<u8> {
 fn warn(global: &Global, warnings: &[Diagnostic]) {
     if !global.quiet {
         for warning in warnings {
-            eprintln!("{warning}");
+            say(warning);
         }
     }
 }
@@ -124,7 +124,7 @@ async fn check(global: &Global, files: &[std::path::PathBuf], no_resolve: bool) 
         match check_one(global, file, no_resolve).await {
             Ok(report) => reports.push(report),
             Err(error) => {
-                eprintln!("{error}");
+                say(&error);
                 failure = Some(error);
             }
         }
@@ -168,7 +168,7 @@ async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool
     let started = Instant::now();
     let mut wanted = wanted_by_apply(global, target, partial).await?;
     for missing in &wanted.missing {
-        eprintln!("{missing}");
+        say(missing);
     }
     privileges::require()?;
     let netlink = netlink()?;
@@ -185,7 +185,7 @@ async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool
     let outcome = apply::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
     drop(guard);
     if outcome.counters_reset && !global.quiet {
-        eprintln!("warning: the counters were gone and start again at zero");
+        say("warning: the counters were gone and start again at zero");
     }
     let file = target.file.file_name().map_or("-".into(), |name| name.to_string_lossy());
     let text = outcome_text(&outcome, &file, desired, started.elapsed());
@@ -204,15 +204,20 @@ async fn wanted_by_apply(global: &Global, target: &Target, partial: bool) -> Res
         // that is said where it is needed
         Err(_) => None,
     };
-    if let Some(wanted) = again {
-        return Ok(wanted);
-    }
     if !partial {
-        return Wanted::new(&text, target).await;
+        return match again {
+            Some(wanted) => Ok(wanted),
+            None => Wanted::new(&text, target).await,
+        };
     }
     privileges::require()?;
     let observed = look(global, &netlink()?).await?;
-    Wanted::now(&text, target, &observed).await
+    // the same text, and an interface may have gone since
+    let is_here = |name: &String| observed.interfaces.contains_key(name);
+    match again.filter(|wanted| wanted.desired.interfaces.iter().all(is_here)) {
+        Some(wanted) => Ok(wanted),
+        None => Wanted::now(&text, target, &observed).await,
+    }
 }
 
 fn netlink() -> Result<Netlink> {
@@ -296,7 +301,7 @@ async fn plan(global: &Global, target: &Target, exit_code: bool) -> Result<u8> {
     let pending = match diff::apply(&observed, &wanted.desired, &wanted.origin, false) {
         Ok(Plan { actions, .. }) => !actions.is_empty(),
         Err(refusal) => {
-            eprintln!("warning: apply would fail: {refusal}");
+            say(format_args!("warning: apply would fail: {refusal}"));
             true
         }
     };
@@ -402,16 +407,16 @@ fn colour(global: &Global) -> bool {
 }
 
 fn nothing_applied() -> Result<u8> {
-    eprintln!("nothing is applied");
+    say("nothing is applied");
     Ok(DEGRADED)
 }
 
 async fn list_rules(global: &Global) -> Result<u8> {
     let observed = look(global, &netlink()?).await?;
-    let Some(desired) = serving(&observed) else {
+    let Some(serving) = observed.described()? else {
         return nothing_applied();
     };
-    let document = list::document(desired);
+    let document = list::document(&serving.description.desired);
     let yaml = serde_yaml::to_string(&document).context("YAML")?;
     report(global, &yaml, &document)
 }
@@ -424,13 +429,10 @@ async fn to_steer(global: &Global, netlink: &Netlink) -> Result<(WriteGuard, Obs
     let guard = state::write(&global.pin_dir, global.lock_timeout)?;
     let observed = observe(Some(&guard), netlink).await?;
     diff::refuse_other_namespace(&observed).map_err(refused)?;
-    match observed.serving() {
-        None => Err(nothing()),
-        Some(number) if !observed.generations.contains_key(&number) => {
-            Err(anyhow!("generation {number} is damaged; apply the file again").into())
-        }
-        Some(_) => Ok((guard, observed)),
-    }
+    observed.described()?.ok_or_else(nothing)?;
+    // without them nobody knows what was said of upstreams before
+    guard.maps()?.context(state::INCOMPLETE)?;
+    Ok((guard, observed))
 }
 
 async fn carry_out(
@@ -456,7 +458,7 @@ async fn steer(global: &Global, target: &drain::Target, state: State) -> Result<
     drop(guard);
     let warning = change.warning();
     if let Some(warning) = warning.as_ref().filter(|_| !global.quiet) {
-        eprintln!("warning: {warning}");
+        say(format_args!("warning: {warning}"));
     }
     let mut json = json!(change.after);
     json["changed"] = json!(change.action.is_some());

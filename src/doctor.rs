@@ -53,6 +53,8 @@ pub struct Facts {
     pub kernel: Kernel,
     /// The generation that serves.
     pub generation: Option<u32>,
+    /// Interfaces with a filter of udplb that no generation knows, each with the filter.
+    pub orphans: BTreeMap<String, String>,
     /// What serves is not whole, in words.
     pub damage: Vec<String>,
     /// The generation that a rollback left.
@@ -265,8 +267,13 @@ impl Judge<'_> {
     fn generation(&mut self) {
         let facts = self.facts;
         if facts.generation.is_none() && facts.unreadable.is_none() {
-            let why = "no packet is forwarded";
-            self.problem("", "nothing is applied", why, self.apply());
+            for (interface, filter) in &facts.orphans {
+                self.orphan(interface, filter);
+            }
+            if facts.orphans.is_empty() {
+                let why = "no packet is forwarded";
+                self.problem("", "nothing is applied", why, self.apply());
+            }
         }
         for damage in &facts.damage {
             let why = "rollback, arpd or the next apply may miss it";
@@ -397,16 +404,18 @@ impl Judge<'_> {
                 self.problem(name, what, "its packets meet the rules of before", self.apply());
             }
             Slot::Empty => self.problem(name, "udplb is not attached", why, self.apply()),
-            Slot::Orphan { filter, .. } => {
-                let what = format!("a filter of udplb whose pins are gone is there: {filter}");
-                let why = "its packets meet rules that nobody can change";
-                self.problem(name, what, why, format!("{} --force", self.apply()));
-            }
+            Slot::Orphan { filter, .. } => self.orphan(name, filter),
             Slot::Foreign(filter) => {
                 let what = format!("another filter has udplb's place: {filter}");
                 self.problem(name, what, why, format!("{take_away}; {}", self.apply()));
             }
         }
+    }
+
+    fn orphan(&mut self, name: &str, filter: &str) {
+        let what = format!("a filter of udplb whose pins are gone is there: {filter}");
+        let why = "its packets meet rules that nobody can change";
+        self.problem(name, what, why, format!("{} --force", self.apply()));
     }
 
     fn before(&mut self, name: &str, before: &Before) {

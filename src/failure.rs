@@ -1,6 +1,7 @@
 //! How a command fails: the exit code and what is said.
 
 use std::fmt;
+use std::io::{self, Write};
 
 use crate::config::Diagnostic;
 
@@ -35,6 +36,11 @@ impl Failure {
             Failure::Privileges(_) => 77,
         }
     }
+}
+
+/// To standard error. That nobody reads it, or that its disk is full, keeps nothing from being done.
+pub fn say(text: impl fmt::Display) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
 impl From<anyhow::Error> for Failure {

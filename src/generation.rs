@@ -18,7 +18,7 @@ use crate::bpf::{Pod, bytes_of, types};
 use crate::lease;
 use crate::netlink::Layer;
 use crate::plan::{Desired, RuleIds, assign_ids};
-use crate::state::{ReadGuard, StateMaps, WriteGuard, remove_pins};
+use crate::state::{INCOMPLETE, ReadGuard, StateMaps, WriteGuard, remove_pins};
 use crate::tables::Tables;
 
 /// The pins of its maps.
@@ -294,7 +294,7 @@ pub fn twin(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Twin> 
         ticks_per_second: lease::ticks_per_second()?,
         ..tables.features
     };
-    let state = guard.maps()?.context("maps in state/ are missing; apply the file again")?;
+    let state = guard.maps()?.context(INCOMPLETE)?;
     let directory = guard.generation(generation.number);
     let maps = &mut skeleton.maps;
     let own = [
@@ -457,7 +457,7 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
         }
     }
     let program = bpf::program_info(open_program(directory, Layer::Ethernet)?.as_fd())?;
-    let state = guard.maps()?.context("maps in state/ are missing")?;
+    let state = guard.maps()?.context(INCOMPLETE)?;
     let mut maps = vec![
         map_id(state.counters.outer())?,
         map_id(state.nexthops.outer())?,

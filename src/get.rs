@@ -211,8 +211,7 @@ pub async fn run(global: &Global, options: &Get, netlink: &Netlink) -> Result<Op
     crate::privileges::require()?;
     let Some(guard) = state::read(&global.pin_dir, global.lock_timeout)? else { return Ok(None) };
     let observed = observe(Some(&guard), netlink).await?;
-    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
-    let Some(serving) = serving else { return Ok(None) };
+    let Some(serving) = observed.described()? else { return Ok(None) };
     let desired = &serving.description.desired;
     let question = question(desired, options)?;
     let interface = interface(desired, &observed, options.interface.as_deref())?;
@@ -222,7 +221,7 @@ pub async fn run(global: &Global, options: &Get, netlink: &Netlink) -> Result<Op
     let asker = Asker::new(&guard, serving)?;
     // one without MAC addresses has zeros
     let (events, action) = asker.ask(link.index, link.mac.unwrap_or_default(), &question)?;
-    let maps = guard.maps()?.context("maps in state/ are missing")?;
+    let maps = guard.maps()?.context(state::INCOMPLETE)?;
     drop(guard);
 
     let mut answer = Answer {

@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use udplb::cli::{Cli, Command};
-use udplb::{commands, failure::Failure};
+use udplb::commands;
+use udplb::failure::{Failure, say};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
-            eprintln!("{failure}");
+            say(&failure);
             ExitCode::from(failure.exit_code())
         }
     }

@@ -66,6 +66,26 @@ impl Observed {
         })
     }
 
+    /// The description of what serves; `None`: nothing does.
+    ///
+    /// # Errors
+    /// It is gone, and the filters are still there.
+    pub fn described(&self) -> anyhow::Result<Option<&Generation>> {
+        let Some(number) = self.serving() else { return Ok(None) };
+        let generation = self.generations.get(&number);
+        let damaged = || format!("generation {number} is damaged; apply the file again");
+        generation.with_context(damaged).map(Some)
+    }
+
+    /// The interfaces with a filter of udplb that no generation here knows, which still sends
+    /// packets on, and the filter in words.
+    pub fn orphans(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.interfaces.iter().filter_map(|(name, interface)| match &interface.hook.slot {
+            Slot::Orphan { filter, .. } => Some((name.as_str(), filter.as_str())),
+            _ => None,
+        })
+    }
+
     /// Whether some filter runs the generation's program.
     pub fn is_attached(&self, number: u32) -> bool {
         self.attached().any(|(_, attached)| attached == number)

@@ -36,6 +36,9 @@ pub const PIN_DIR: &str = "/sys/fs/bpf/udplb";
 pub const STATE: &str = "state-2";
 const STATES: &str = "state";
 
+/// What is said where one of those maps is missing.
+pub const INCOMPLETE: &str = "pins are missing; apply the file again";
+
 /// Shared access: nobody changes anything meanwhile.
 pub struct ReadGuard {
     path: PathBuf,
@@ -116,7 +119,11 @@ fn wait_for(
 
 /// The pins' parent must be on bpffs.
 fn ensure_bpffs(path: &Path) -> anyhow::Result<()> {
-    let parent = path.parent().context("the pin directory has no parent")?;
+    let parent = match path.parent().context("the pin directory has no parent")? {
+        // of a bare name
+        parent if parent.as_os_str().is_empty() => Path::new("."),
+        parent => parent,
+    };
     if is_bpffs(parent)? {
         return Ok(());
     }

@@ -307,10 +307,14 @@ fn interfaces(observed: &Observed, serving: Option<&Generation>) -> Vec<Interfac
 fn trouble(observed: &Observed, serving: Option<&Generation>) -> Vec<String> {
     let mut trouble = Vec::new();
     let Some(serving) = serving else {
-        return vec![match observed.serving() {
-            Some(number) => format!("generation {number} is damaged; apply the file again"),
-            None => "nothing is applied".into(),
-        }];
+        trouble.push(match observed.described() {
+            Err(error) => error.to_string(),
+            Ok(_) => "nothing is applied".into(),
+        });
+        trouble.extend(observed.orphans().map(|(interface, filter)| {
+            format!("{interface}: a filter of udplb whose pins are gone still sends on: {filter}")
+        }));
+        return trouble;
     };
     let number = serving.number;
     if !serving.intact {

@@ -18,14 +18,14 @@ use crate::cli::{Global, Output, Trace};
 use crate::clock;
 use crate::config::{Network, nearest};
 use crate::event::{Event, Names};
-use crate::failure::{Failure, Result};
+use crate::failure::{Failure, Result, say};
 use crate::generation;
 use crate::lease;
 use crate::netlink::Netlink;
 use crate::observe::observe;
 use crate::pcap::Pcap;
 use crate::plan::Desired;
-use crate::state;
+use crate::state::{self, INCOMPLETE};
 use crate::tables::wire;
 use crate::terminal::Signals;
 
@@ -48,8 +48,8 @@ pub async fn run(
 ) -> Result<Option<u64>> {
     let Some(guard) = state::read(&global.pin_dir, global.lock_timeout)? else { return Ok(None) };
     let observed = observe(Some(&guard), netlink).await?;
-    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
-    let (Some(serving), Some(maps)) = (serving, guard.maps()?) else { return Ok(None) };
+    let Some(serving) = observed.described()? else { return Ok(None) };
+    let maps = guard.maps()?.context(INCOMPLETE)?;
     let description = &serving.description;
     let rule = match &options.rule {
         Some(name) => {
@@ -104,7 +104,7 @@ pub async fn run(
     }
     session.end()?;
     if let Some(summary) = summary(global, &printer, &session) {
-        eprintln!("{summary}");
+        say(summary);
     }
     Ok(Some(printer.count))
 }
@@ -308,6 +308,8 @@ struct Printer {
     /// `None`: the packets themselves are written there.
     out: Option<BufWriter<io::Stdout>>,
     pcap: Option<Pcap<BufWriter<Box<dyn Write>>>>,
+    /// What that is, for errors.
+    file: String,
     colour: bool,
     count: u64,
     /// Time and interface of those that are in the file as they came.
@@ -335,6 +337,7 @@ impl Printer {
             output: global.output,
             out: (!is_stdout).then(|| BufWriter::new(io::stdout())),
             pcap,
+            file: options.pcap.as_ref().map_or_else(String::new, |it| it.display().to_string()),
             colour,
             count: 0,
             written: VecDeque::new(),
@@ -359,13 +362,13 @@ impl Printer {
                 }
                 Ok(())
             };
-            if !is_read(add())? {
+            if !is_read(add(), &self.file)? {
                 return Ok(false);
             }
         }
         let Some(out) = &mut self.out else { return Ok(true) };
         let account = self.names.account(event, since_1970);
-        is_read(match self.output {
+        let written = match self.output {
             Output::Json => {
                 writeln!(out, "{}", serde_json::to_string(&account).context("JSON")?)
             }
@@ -373,21 +376,24 @@ impl Printer {
                 writeln!(out, "\x1b[31m{account}\x1b[0m")
             }
             Output::Table => writeln!(out, "{account}"),
-        })
+        };
+        is_read(written, STANDARD_OUTPUT)
     }
 
     fn flush(&mut self) -> Result<bool> {
         let pcap = self.pcap.as_mut().map_or(Ok(()), Pcap::flush);
         let out = self.out.as_mut().map_or(Ok(()), BufWriter::flush);
-        Ok(is_read(pcap)? && is_read(out)?)
+        Ok(is_read(pcap, &self.file)? && is_read(out, STANDARD_OUTPUT)?)
     }
 }
 
+const STANDARD_OUTPUT: &str = "standard output";
+
 /// A reader that went away is no failure.
-fn is_read(written: io::Result<()>) -> Result<bool> {
+fn is_read(written: io::Result<()>, to: &str) -> Result<bool> {
     match written {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
-        Err(error) => Err(anyhow!(error).context("output").into()),
+        Err(error) => Err(anyhow!(error).context(to.to_string()).into()),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{self, Path};
 
 use anyhow::anyhow;
 use sha2::{Digest, Sha256};
@@ -50,13 +50,24 @@ impl Text {
     }
 
     fn origin(&self, target: &Target, digest: String) -> Origin {
-        Origin { digest, file: self.name.clone(), interfaces: target.interfaces.clone() }
+        Origin { digest, file: self.place(), interfaces: target.interfaces.clone() }
+    }
+
+    /// The file's name from wherever it is read again; `-` stays.
+    fn place(&self) -> String {
+        match path::absolute(&self.name) {
+            Ok(path) if self.name != "-" => path.display().to_string(),
+            _ => self.name.clone(),
+        }
     }
 
     /// Stands for what this text says to this udplb under these arguments.
     pub fn digest(&self, target: &Target) -> String {
         let mut digest = Sha256::new();
-        for part in [env!("CARGO_PKG_VERSION"), &target.interfaces.join(" "), &self.text] {
+        // it says what language the text is in
+        let extension = Path::new(&self.name).extension().unwrap_or_default().to_string_lossy();
+        let interfaces = target.interfaces.join(" ");
+        for part in [env!("CARGO_PKG_VERSION"), &interfaces, &extension, &self.text] {
             digest.update(part.len().to_le_bytes());
             digest.update(part);
         }

@@ -230,6 +230,30 @@ fn cron_hears_of_trouble_only() {
 }
 
 #[test]
+fn warnings_that_nobody_reads_keep_nothing_from_being_done() {
+    let lab = Lab::new();
+    let upstream = json!({ "address": UPSTREAMS[0] });
+    let file = lab.write(&config(&[rule("relay", 5000, json!({}), &[upstream])]));
+    let apply = format!("apply {}", file.display());
+    let unread = |words: &str| {
+        lab.relay.enter(|| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_udplb"));
+            command.arg("--pin-dir").arg(lab.bpffs.pins()).args(words.split_whitespace());
+            let full = File::create("/dev/full").expect("a disk that is full");
+            command
+                .stdout(std::process::Stdio::null())
+                .stderr(full)
+                .status()
+                .expect("the program runs")
+                .code()
+        })
+    };
+    assert_eq!(unread(&apply), Some(0));
+    lab.run("status").expect(0);
+    assert_eq!(unread("apply nowhere.yaml"), Some(66));
+}
+
+#[test]
 fn configuration_management_learns_what_changed() {
     let lab = Lab::new();
     let file = lab.write(&to_port(7001));
@@ -316,6 +340,15 @@ fn all_notations_and_its_own_list_apply_to_the_same() {
 }
 
 #[test]
+fn the_same_text_in_another_language_is_another_file() {
+    let lab = Lab::new();
+    let yaml = lab.write(&to_port(7001));
+    lab.run(&format!("apply {}", yaml.display())).expect(0);
+    let toml = lab.directory.write("udplb.toml", &fs::read_to_string(yaml).expect("the file"));
+    lab.run(&format!("apply {}", toml.display())).expect(65).says(&["udplb.toml:1:"]);
+}
+
+#[test]
 fn what_is_probably_not_meant_is_said() {
     let lab = Lab::new();
     let pass = |address: &str, upstream: &str| {
@@ -377,6 +410,12 @@ fn a_plan_tells_what_an_apply_would_do() {
     lab.apply(&two(1, 1));
     assert_eq!(plan(&two(1, 1)), "no changes\n");
     let next = plan(&two(1, 2));
+    let words = format!("plan -o json {}", lab.write(&two(1, 2)).display());
+    let json = lab.run(&words).expect(0).json();
+    let kept = &json["altered"][0];
+    assert_eq!((&json["changed"], &json["added"][0]["name"]), (&json!(true), &json!("r2")));
+    assert_eq!((&kept["name"], &kept["moved"]), (&json!("kept"), &json!(50.0)), "{json:#}");
+    assert_eq!(kept["added"], json!(["10.2.0.21:2"]), "{json:#}");
     for line in [
         "+ rule r2 (10.1.0.1:5001) -> 10.2.0.20:1\n",
         "- rule r1 (10.1.0.1:5001) -> 10.2.0.20:1\n",
@@ -414,6 +453,10 @@ fn a_bpffs_is_mounted_where_nothing_is_hidden_by_it() {
     assert!(!fs::read_to_string("/proc/self/mountinfo").expect("mounts").contains("/none"));
     apply(&empty.join("udplb")).expect(0);
     assert!(run("stat", ["-f", "-c", "%T", &empty.display().to_string()]).contains("bpf_fs"));
+    // the same by its bare name
+    let mut again = lab.relay.command(env!("CARGO_BIN_EXE_udplb"));
+    again.current_dir(&empty).args(["--pin-dir", "udplb", "apply"]).arg(&file);
+    assert!(Outcome::of(&mut again).expect(0).stdout.starts_with("unchanged"));
 }
 
 #[test]

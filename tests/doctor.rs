@@ -52,6 +52,41 @@ fn nothing_wrong_and_nothing_applied() {
     lab.run("doctor nowhere.yaml").expect(66);
 }
 
+#[test]
+fn what_still_serves_without_its_pins() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    fs::remove_file(lab.bpffs.pins().join("current/config")).expect("a pin");
+    let found = examine(&lab, 3);
+    assert!(found.starts_with("problem: the description of generation 1 is gone"), "{found}");
+    for command in ["list", "trace", "get 10.1.0.20 10.1.0.1:5000", "drain only/one"] {
+        lab.run(command).expect(1).says(&["generation 1 is damaged; apply the file again"]);
+    }
+    lab.apply(&to_port(7001));
+    fs::remove_file(lab.state().join("overrides")).expect("a pin");
+    for command in ["trace", "get 10.1.0.20 10.1.0.1:5000", "drain only/one", "enable --all"] {
+        lab.run(command).expect(1).says(&["pins are missing; apply the file again"]);
+    }
+    fs::remove_dir_all(lab.bpffs.pins()).expect("pins");
+    let status = lab.run("status").expect(3).stdout;
+    assert!(status.contains("eth0: a filter of udplb whose pins are gone still sends"), "{status}");
+    let file = lab.write(&to_port(7001)).display().to_string();
+    let found = lab.run(&format!("doctor {file}")).expect(3).stdout;
+    assert!(!found.contains("no packet is forwarded"), "{found}");
+    assert!(found.contains(&format!("mend: udplb apply {file} --force\n1 problem")), "{found}");
+    lab.run(&format!("apply {file} --force")).expect(0);
+    assert_eq!(examine(&lab, 0).lines().last(), Some("no problems, 1 note"));
+}
+
+#[test]
+fn somebody_is_changing_it() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    let lock = fs::File::open(lab.bpffs.pins()).expect("the pins");
+    lock.lock().expect("nobody else has it");
+    lab.run("doctor --lock-timeout 0").expect(75).says(&["still locked"]);
+}
+
 /// A program that returns this, and nothing else.
 fn program(returned: i32) -> OwnedFd {
     let instructions = [
@@ -158,6 +193,18 @@ fn drift_and_what_is_not_attached() {
     lab.relay.ip("link set eth0 down");
     lab.relay.ip("link set eth0 name eth7");
     assert!(examine(&lab, 3).starts_with("problem: eth0: there is no such interface\n"));
+}
+
+#[test]
+fn drift_of_a_file_that_was_named_from_where_it_is() {
+    let lab = Lab::new();
+    let file = lab.write(&to_port(7001)).display().to_string();
+    let mut apply = lab.udplb("apply udplb.yaml");
+    Outcome::of(apply.current_dir(lab.directory.path())).expect(0);
+    assert_eq!(lab.status()["file"], file);
+    lab.write(&to_port(7002));
+    assert!(examine(&lab, 3).starts_with(&format!("problem: {file}: it is not what serves\n")));
+    assert!(lab.run("metrics").expect(0).stdout.contains("\nudplb_config_drift 1\n"));
 }
 
 #[test]

@@ -84,6 +84,26 @@ fn an_interface_that_is_late() {
 }
 
 #[test]
+fn an_interface_that_has_gone() {
+    let place = Place::new(TWO_INTERFACES);
+    place.relay.link("late0", &place.other, "late0", true);
+    let (code, _, said) = outcome(&mut place.apply(&["--partial"]));
+    assert_eq!(code, Some(0), "{said}");
+    // as when the service is stopped and started
+    let (code, _, said) = outcome(udplb(&place.relay, &place.bpffs).arg("detach"));
+    assert_eq!(code, Some(0), "{said}");
+    place.relay.ip("link del late0");
+    for changed in [true, false] {
+        let (code, json, said) = outcome(&mut place.apply(&["--partial"]));
+        assert_eq!(code, Some(1));
+        assert!(said.contains("there is no interface late0"), "{said}");
+        let report: Value = serde_json::from_str(&json).expect("the rest serves");
+        assert_eq!(report["changed"], changed, "{report}");
+        assert_eq!(place.serving().1, ["eth0"]);
+    }
+}
+
+#[test]
 fn no_interface_at_all() {
     let place = Place::new(&TWO_INTERFACES.replace("eth0, ", ""));
     let (code, _, said) = outcome(&mut place.apply(&["--partial"]));

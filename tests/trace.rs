@@ -238,6 +238,7 @@ fn it_ends_by_itself_and_there_is_one_at_a_time() {
     lab.run("trace --rule flow").expect(1).says(&["no rule `flow`; did you mean `flows`?"]);
     lab.run("trace --rule x").expect(1).says(&["there is no rule `x`"]);
     lab.run("trace --sample 0").expect(64);
+    lab.run("trace --pcap /dev/full").expect(1).says(&["/dev/full: No space left"]);
 
     // which has a lock of its own
     let _arpd = Arpd::start(&lab, "");

@@ -32,7 +32,7 @@ const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 /// Looks at the host, at what serves, and at the file: the one given, or the one that serves.
 ///
 /// # Errors
-/// The file that was given cannot be read, or the kernel does not answer.
+/// The file that was given cannot be read, the kernel does not answer, or somebody changes it.
 pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Result<Facts> {
     let mut facts = Facts {
         kernel: kernel(),
@@ -42,6 +42,8 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
     };
     let (observed, status) = match status::read(global, netlink, None, None).await {
         Ok(reading) => (reading.observed, Some(reading.status)),
+        // it is no trouble of the host
+        Err(failure @ Failure::Locked(_)) => return Err(failure),
         Err(failure) => {
             facts.unreadable = Some(failure.to_string());
             (observe(None, netlink).await?, None)
@@ -50,7 +52,10 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
     let number = status.as_ref().and_then(|status| status.generation);
     let serving = number.and_then(|number| observed.generations.get(&number));
     let serving = serving.map(|generation| &generation.description);
-    facts.generation = number;
+    // also where its description is gone
+    facts.generation = observed.serving();
+    let orphans = observed.orphans();
+    facts.orphans = orphans.map(|(name, filter)| (name.into(), filter.into())).collect();
     facts.damage = damage(&observed);
     facts.held = observed.held.map(|held| held.generation);
     facts.arpd = status.as_ref().and_then(|status| status.arpd);
