@@ -1,6 +1,6 @@
 //! Carries actions out: the only place where udplb changes the kernel.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, anyhow};
@@ -61,6 +61,7 @@ pub struct Executor<'a> {
     netlink: &'a Netlink,
     before: &'a Observed,
     built: Option<Generation>,
+    dropped: BTreeSet<u32>,
     ways: &'a BTreeMap<Address, Way>,
     /// Counters start at zero: there were none, or their map had gone.
     pub counters_reset: bool,
@@ -74,7 +75,8 @@ impl<'a> Executor<'a> {
         before: &'a Observed,
         ways: &'a BTreeMap<Address, Way>,
     ) -> Executor<'a> {
-        Executor { guard, netlink, before, built: None, ways, counters_reset: false }
+        let (built, dropped) = (None, BTreeSet::new());
+        Executor { guard, netlink, before, built, dropped, ways, counters_reset: false }
     }
 
     fn generation(&self, number: u32) -> Option<&Generation> {
@@ -175,7 +177,8 @@ impl<'a> Executor<'a> {
                 Ok(Some(Undo::Override(*id)))
             }
             Action::Drop(number) => {
-                generation::drop(self.guard, *number)?;
+                self.drop(*number)?;
+                self.dropped.insert(*number);
                 Ok(None)
             }
         }
@@ -217,6 +220,17 @@ impl<'a> Executor<'a> {
         nexthop::write(&maps.nexthops, &description.desired, &description.ids, self.ways)
     }
 
+    /// Removes a generation. What its upstreams counted stays with the rules that the others have.
+    fn drop(&self, number: u32) -> anyhow::Result<()> {
+        let there = self.before.generations.values().chain(&self.built);
+        let there = there.filter(|it| !self.dropped.contains(&it.number));
+        let (gone, others): (Vec<_>, Vec<_>) = there.partition(|it| it.number == number);
+        if let (Some(maps), [gone]) = (self.guard.maps()?, &gone[..]) {
+            maps.former.keep(self.guard, &maps.counters, gone, &others)?;
+        }
+        generation::drop(self.guard, number)
+    }
+
     async fn undo(&self, steps: Vec<Undo>) {
         for step in steps.into_iter().rev() {
             if let Err(error) = self.undo_step(&step).await {
@@ -227,7 +241,7 @@ impl<'a> Executor<'a> {
 
     async fn undo_step(&self, step: &Undo) -> anyhow::Result<()> {
         match step {
-            Undo::Drop(number) => generation::drop(self.guard, *number),
+            Undo::Drop(number) => self.drop(*number),
             Undo::DeleteClsact(interface) => {
                 Ok(self.netlink.delete_clsact(self.index(interface)?).await?)
             }

@@ -73,6 +73,8 @@ unsafe impl Pod for types::upstream {}
 // SAFETY: as above.
 unsafe impl Pod for types::counters {}
 // SAFETY: as above.
+unsafe impl Pod for types::former {}
+// SAFETY: as above.
 unsafe impl Pod for types::nexthop {}
 // SAFETY: as above.
 unsafe impl Pod for types::nexthop_slot {}

@@ -90,6 +90,31 @@ impl Counts {
     }
 }
 
+/// The places of the counts in the kernel's array.
+fn places() -> impl Iterator<Item = usize> {
+    VERDICTS.into_iter().chain(NOTES).map(|(what, _)| what.0 as usize)
+}
+
+impl AddAssign<&types::counters> for Counts {
+    fn add_assign(&mut self, counters: &types::counters) {
+        for (count, place) in self.all_mut().zip(places()) {
+            let types::counter { packets, bytes } = counters.of[place];
+            *count += Count { packets, bytes };
+        }
+    }
+}
+
+impl From<Counts> for types::counters {
+    fn from(mut counts: Counts) -> types::counters {
+        let mut counters = types::counters::default();
+        for (count, place) in counts.all_mut().zip(places()) {
+            let Count { packets, bytes } = *count;
+            counters.of[place] = types::counter { packets, bytes };
+        }
+        counters
+    }
+}
+
 impl AddAssign for Counts {
     fn add_assign(&mut self, other: Counts) {
         let others = other.verdicts.into_iter().chain(other.notes);
@@ -183,6 +208,16 @@ impl Counters {
         all.resize(ids, Counts::default());
         Ok(all)
     }
+
+    /// What was counted under one id, over all CPUs.
+    pub fn of(&self, id: u32) -> anyhow::Result<Counts> {
+        self.0.place(id).map_or(Ok(Counts::default()), |(chunk, key)| read_one(chunk, key))
+    }
+}
+
+fn read_one(chunk: &MapHandle, key: u32) -> anyhow::Result<Counts> {
+    let value = chunk.lookup_percpu(&key.to_ne_bytes(), MapFlags::ANY)?;
+    sum(value.unwrap_or_default().iter().map(Vec::as_slice))
 }
 
 /// Appends the first entries of a chunk, many with one system call where the kernel can (5.13).
@@ -214,8 +249,7 @@ fn read_chunk(chunk: &MapHandle, entries: usize, all: &mut Vec<Counts>) -> anyho
             }
             (place, last) = (place + read, Some(next));
         } else {
-            let value = chunk.lookup_percpu(&place.to_ne_bytes(), MapFlags::ANY)?;
-            all.push(sum(value.unwrap_or_default().iter().map(Vec::as_slice))?);
+            all.push(read_one(chunk, place)?);
             (place, last) = (place + 1, Some(place));
         }
     }
@@ -227,10 +261,7 @@ fn sum<'a>(values: impl Iterator<Item = &'a [u8]>) -> anyhow::Result<Counts> {
     let mut counts = Counts::default();
     for value in values {
         let value: types::counters = from_bytes(value).context("counters of another layout")?;
-        for (count, (what, _)) in counts.all_mut().zip(VERDICTS.into_iter().chain(NOTES)) {
-            let counter = value.of[what.0 as usize];
-            *count += Count { packets: counter.packets, bytes: counter.bytes };
-        }
+        counts += &value;
     }
     Ok(counts)
 }

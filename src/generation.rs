@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bpf::{self, OBJECT_SHA256, OpenUdplbSkel, UdplbSkel, UdplbSkelBuilder};
 use crate::bpf::{Pod, bytes_of, types};
+use crate::config::Mode;
 use crate::lease;
 use crate::netlink::Layer;
 use crate::plan::{Desired, RuleIds, assign_ids};
@@ -117,6 +118,16 @@ impl Generation {
     pub fn ids(&self) -> impl Iterator<Item = u32> {
         all(&self.description.ids)
     }
+
+    /// Each rule's id, and those of its upstreams under which packets of the rule are counted. What
+    /// a rule that replicates has are receivers, which count copies.
+    pub fn counting(&self) -> impl Iterator<Item = (u32, &[u32])> {
+        let (desired, ids) = self.hosts();
+        desired.rules.iter().zip(ids).map(|(rule, ids)| match rule.mode {
+            Mode::Balance => (ids.rule, &ids.upstreams[..]),
+            Mode::Replicate => (ids.rule, &[][..]),
+        })
+    }
 }
 
 /// What a generation is to be built from.
@@ -175,9 +186,11 @@ fn build_in(
     })?;
     let tables = Tables::new(&draft.desired, &ids);
     let (mut state, counters_reset) = guard.ensure_maps(&skeleton)?;
-    let held: HashSet<u32> = others.iter().flat_map(|other| other.ids()).collect();
+    let former = state.former.read()?;
+    let held: HashSet<u32> = others.iter().flat_map(|other| former.left(other)).collect();
     let fresh = all(&ids).filter(|id| !held.contains(id));
     state.counters.prepare(&skeleton, all(&ids), fresh)?;
+    state.former.retain(guard, &held)?;
     state.overrides.retain(guard, &held)?;
     state.nexthops.prepare(&skeleton, all(&ids))?;
 
@@ -239,6 +252,7 @@ fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenU
     skeleton.maps.counters_chunk.set_autocreate(false)?;
     skeleton.maps.nexthops_chunk.set_autocreate(false)?;
     skeleton.maps.held.set_autocreate(false)?;
+    skeleton.maps.former.set_autocreate(false)?;
     Ok(skeleton)
 }
 

@@ -14,9 +14,9 @@
 //! What comes of it is read back the other way:
 //!
 //! ```text
-//! counters ── traffic ──> Traffic ─┐
-//!                                  ├─ status ──> Status ──> status, top, metrics
-//! bpffs + tc ── observe ───────────┘
+//! counters + former ── traffic ──> Traffic ─┐
+//!                                           ├─ status ──> Status ──> status, top, metrics
+//! bpffs + tc ── observe ────────────────────┘
 //! ```
 //!
 //! `doctor` has facts of its own, and judges them purely.
@@ -40,6 +40,7 @@ pub mod drain;
 pub mod drift;
 pub mod event;
 pub mod failure;
+pub mod former;
 pub mod generation;
 pub mod get;
 pub mod lease;

@@ -314,7 +314,8 @@ fn named(
 /// The ids of a rule, and of its upstreams and mirrors in their order.
 ///
 /// Counters and next hops are kept under them; the same rule and the same endpoint keep theirs
-/// from generation to generation.
+/// from generation to generation. An endpoint of a rule that changes its mode gets another: what it
+/// counts are packets of the rule in the one and copies of them in the other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuleIds {
     pub rule: u32,
@@ -343,13 +344,14 @@ pub fn assign_ids(
     limit: u32,
 ) -> Result<Vec<RuleIds>, IdsExhausted> {
     /// A rule, or one of its upstreams or mirrors: a host that is both has an id as each.
-    type Holder<'a> = (&'a str, Option<(Role, &'a Address, Option<u16>)>);
+    type Holder<'a> = (&'a str, Option<(Role, Mode, &'a Address, Option<u16>)>);
     fn holders<'a>(rule: &'a Rule, role: Role) -> impl Iterator<Item = Holder<'a>> {
         let all = match role {
             Role::Upstream => &rule.upstreams,
             Role::Mirror => &rule.mirrors,
         };
-        all.iter().map(move |it| (rule.name.as_str(), Some((role, &it.address, it.port))))
+        let name = rule.name.as_str();
+        all.iter().map(move |it| (name, Some((role, rule.mode, &it.address, it.port))))
     }
     let mut ids: HashMap<Holder<'_>, u32> = HashMap::new();
     let mut held = BTreeSet::new();
@@ -414,10 +416,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{Desired, IdsExhausted, Rule, RuleIds, Upstream, assign_ids};
-    use crate::config::{Key, Ports, Source};
+    use crate::config::{Key, Mode, Ports, Source};
 
-    /// Upstreams and mirrors by rule.
-    type File = BTreeMap<u8, (Vec<Endpoint>, Vec<Endpoint>)>;
+    /// Mode, upstreams and mirrors by rule.
+    type File = BTreeMap<u8, (Mode, Vec<Endpoint>, Vec<Endpoint>)>;
     type Endpoint = (u8, Option<u16>);
 
     fn desired(rules: &File) -> Desired {
@@ -425,26 +427,26 @@ mod tests {
             let host = |(host, port): &Endpoint| Upstream::new([10, 0, 9, *host], *port);
             hosts.iter().map(host).collect()
         };
-        let rule = |(number, (upstreams, mirrors)): (&u8, &(Vec<_>, Vec<_>))| {
+        let rule = |(number, (mode, upstreams, mirrors)): (&u8, &(Mode, Vec<_>, Vec<_>))| {
             let key = Key::new([10, 0, 0, 5], vec![Ports { first: 1, last: 1 }]);
-            Rule { mirrors: hosts(mirrors), ..Rule::new(number.to_string(), key, hosts(upstreams)) }
+            let rule = Rule::new(number.to_string(), key, hosts(upstreams));
+            Rule { mode: *mode, mirrors: hosts(mirrors), ..rule }
         };
         Desired { rules: rules.iter().map(rule).collect(), ..Desired::default() }
     }
 
-    /// Each rule and each endpoint of it, with its id.
+    /// Each rule, and each endpoint of it in its mode, with its id.
     fn holders(desired: &Desired, ids: &[RuleIds]) -> BTreeMap<String, u32> {
         let mut holders = BTreeMap::new();
         for (rule, ids) in desired.rules.iter().zip(ids) {
             assert_eq!(rule.upstreams.len(), ids.upstreams.len());
             assert_eq!(rule.mirrors.len(), ids.mirrors.len());
-            let name = &rule.name;
+            let (name, mode) = (&rule.name, rule.mode);
             let roles = ["upstream"].repeat(rule.upstreams.len()).into_iter();
             let roles = roles.chain(["mirror"].repeat(rule.mirrors.len()));
-            let endpoints = rule
-                .destinations()
-                .zip(roles)
-                .map(|(it, role)| format!("{name} to {role} {} {:?}", it.address, it.port));
+            let endpoints = rule.destinations().zip(roles).map(|(it, role)| {
+                format!("{name} {mode:?} to {role} {} {:?}", it.address, it.port)
+            });
             let named = endpoints.zip(ids.destinations()).chain([(name.clone(), ids.rule)]);
             for (holder, id) in named {
                 assert_eq!(*holders.entry(holder.clone()).or_insert(id), id, "{holder}");
@@ -455,7 +457,8 @@ mod tests {
 
     fn file() -> impl Strategy<Value = File> {
         let endpoint = || (0..4_u8, prop::option::of(1..3_u16));
-        btree_map(0..5_u8, (vec(endpoint(), 1..5), vec(endpoint(), 0..3)), 0..4)
+        let mode = prop::sample::select(vec![Mode::Balance, Mode::Replicate]);
+        btree_map(0..5_u8, (mode, vec(endpoint(), 1..5), vec(endpoint(), 0..3)), 0..4)
     }
 
     proptest! {
@@ -490,7 +493,7 @@ mod tests {
     #[test]
     fn ids_end() {
         let upstreams = vec![(1, None), (2, None), (1, None)];
-        let desired = desired(&[(1, (upstreams, vec![(2, None)]))].into());
+        let desired = desired(&[(1, (Mode::Balance, upstreams, vec![(2, None)]))].into());
         // one for the rule and one for each endpoint, from 1
         assert_eq!(assign_ids(&desired, &[], 4), Err(IdsExhausted));
         let ids = assign_ids(&desired, &[], 5);

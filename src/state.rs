@@ -6,7 +6,7 @@
 //!   generations/                flock: whoever traces
 //!     42/                       program, rules, slots, upstreams, config …
 //!   building-43/                under construction; bpffs refuses names with a dot
-//!   state-2/                    counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held …
+//!   state-2/                    counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held, former …
 //!                               flock: arpd
 //! ```
 
@@ -25,6 +25,7 @@ use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types};
 use crate::chunks::Chunks;
 use crate::counters::Counters;
 use crate::failure::{Failure, Result};
+use crate::former::Former;
 use crate::nexthop::NextHops;
 use crate::overrides::Overrides;
 
@@ -228,6 +229,7 @@ impl ReadGuard {
         let tickets = open("tickets")?;
         Ok(whole.then_some(StateMaps {
             counters,
+            former: Former::new(open("former")?),
             nexthops,
             heartbeat,
             held,
@@ -303,10 +305,15 @@ impl WriteGuard {
                 remove_chunks(&state, name)?;
             }
         }
+        // what was counted before is gone, and so is this part of it
+        if fresh && state.join("former").try_exists()? {
+            fs::remove_file(state.join("former"))?;
+        }
         let chunk = create(&maps.counters_chunk, None)?;
         let counters = ensure(&state, "counters", &maps.counters, Some(chunk.as_fd()))?;
         let chunk = create(&maps.nexthops_chunk, None)?;
         let nexthops = ensure(&state, "nexthops", &maps.nexthops, Some(chunk.as_fd()))?;
+        let former = ensure(&state, "former", &maps.former, None)?;
         let heartbeat = ensure(&state, "heartbeat", &maps.heartbeat, None)?;
         let held = ensure(&state, "held", &maps.held, None)?;
         let overrides = ensure(&state, "overrides", &maps.overrides, None)?;
@@ -323,6 +330,7 @@ impl WriteGuard {
         let nexthops = NextHops::open(nexthops, &state)?;
         let maps = StateMaps {
             counters,
+            former: Former::new(Some(former)),
             nexthops,
             heartbeat,
             held,
@@ -434,6 +442,7 @@ fn ensure(
 /// The maps that outlive generations.
 pub struct StateMaps {
     pub counters: Counters,
+    pub former: Former,
     pub nexthops: NextHops,
     /// The lease of the next hops.
     pub heartbeat: MapHandle,

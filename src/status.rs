@@ -23,7 +23,7 @@ use crate::nexthop;
 use crate::observe::{Observed, observe};
 use crate::overrides;
 use crate::plan::{Destination, Role, Rule, RuleIds};
-use crate::state::{self, ReadGuard};
+use crate::state::{self, ReadGuard, StateMaps};
 use crate::tc::Slot;
 use crate::traffic::{Rate, Traffic};
 
@@ -70,7 +70,7 @@ pub struct RuleStatus {
     /// Those that get copies besides.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub mirrors: Vec<UpstreamStatus>,
-    /// Each packet once, by verdict.
+    /// Each packet once, by verdict; also those of upstreams that it has no more.
     pub counters: Counts,
     /// Of these what was counted for no upstream.
     #[serde(skip)]
@@ -163,12 +163,15 @@ pub async fn read(
 ) -> Result<Reading> {
     let guard = state::read(&global.pin_dir, global.lock_timeout)?;
     let mut observed = observe(guard.as_ref(), netlink).await?;
-    // large, and of no use here
+    let maps = guard.as_ref().map(ReadGuard::maps).transpose()?.flatten();
+    let traffic = maps.as_ref().map(|maps| Traffic::read(maps, &observed.generations));
+    let traffic = traffic.transpose()?;
+    // large, and of no use any more
     let serving = observed.serving();
     observed.generations.retain(|number, _| Some(*number) == serving);
     let neighbours = netlink.neighbours().await.context("neighbours")?;
     let network = Network { observed: &observed, neighbours: &neighbours };
-    let status = Status::new(guard.as_ref(), &network, rule, earlier)?;
+    let status = Status::new(maps.as_ref().zip(traffic), &network, rule, earlier)?;
     let serving = serving.and_then(|number| observed.generations.get(&number));
     let program = guard
         .as_ref()
@@ -180,12 +183,13 @@ pub async fn read(
 }
 
 impl Status {
-    /// `rule` leaves out all others; with an `earlier` traffic there are rates.
+    /// `state` is none where maps are missing. `rule` leaves out all others; with an `earlier` traffic
+    /// there are rates.
     ///
     /// # Errors
     /// There is no such rule, or the maps cannot be read.
     pub fn new(
-        guard: Option<&ReadGuard>,
+        state: Option<(&StateMaps, Traffic)>,
         network: &Network<'_>,
         rule: Option<&str>,
         earlier: Option<&Traffic>,
@@ -206,13 +210,11 @@ impl Status {
             traffic: None,
             most_ids: 0,
         };
-        let maps = guard.map(ReadGuard::maps).transpose()?.flatten();
-        let (Some(serving), Some(maps)) = (serving, maps) else { return Ok(status) };
+        let (Some(serving), Some((maps, total))) = (serving, state) else { return Ok(status) };
         let description = &serving.description;
         let ids = &description.ids;
         status.arpd = lease::remaining(&maps.heartbeat)?.map(|left| !left.is_zero());
         status.most_ids = maps.counters.most_ids();
-        let total = Traffic::read(&maps.counters, ids)?;
         let most = generation::all(ids).max().unwrap_or(0);
         let neighbours = network.neighbours.iter();
         let view = View {
@@ -354,8 +356,8 @@ fn trouble(observed: &Observed, serving: Option<&Generation>) -> Vec<String> {
 }
 
 fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
-    let counters = view.total.of_rule(rule, ids);
-    let grown = view.grown.as_ref().map(|grown| (grown, grown.of_rule(rule, ids)));
+    let counters = view.total.of_rule(ids.rule);
+    let grown = view.grown.as_ref().map(|grown| (grown, grown.of_rule(ids.rule)));
     let recent = grown.map_or(counters, |(_, counts)| counts);
     let [matched, forwarded] = [recent.matched(), recent.forwarded()].map(|count| count.packets);
     let destinations = rule.with_ids(ids);

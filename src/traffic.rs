@@ -1,18 +1,20 @@
 //! What became of the packets of rules and upstreams: the one place that adds counters up.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::config::Mode;
-use crate::counters::{Count, Counters, Counts};
-use crate::generation;
-use crate::plan::{Rule, RuleIds};
+use crate::counters::{Count, Counts};
+use crate::generation::Generation;
+use crate::state::StateMaps;
 
 /// All counters at one moment, or how much they grew between two.
 #[derive(Clone, Debug)]
 pub struct Traffic {
     by_id: Vec<Counts>,
+    /// By the rule's id, in order.
+    rules: Vec<(u32, Counts)>,
     taken: Instant,
     /// Seconds; `None`: since the counters began.
     over: Option<f64>,
@@ -27,10 +29,38 @@ pub struct Rate {
 }
 
 impl Traffic {
-    /// Reads the counters of these rules and upstreams.
-    pub fn read(counters: &Counters, ids: &[RuleIds]) -> anyhow::Result<Traffic> {
-        let most = generation::all(ids).max().unwrap_or(0);
-        Ok(Traffic { by_id: counters.read(most)?, taken: Instant::now(), over: None })
+    /// Reads the counters of all rules and upstreams that these generations have; they must be all
+    /// there are, since a rule's packets stay its own when an upstream goes.
+    pub fn read(
+        maps: &StateMaps,
+        generations: &BTreeMap<u32, Generation>,
+    ) -> anyhow::Result<Traffic> {
+        let most = generations.values().flat_map(Generation::ids).max().unwrap_or(0);
+        let by_id = maps.counters.read(most)?;
+        let former = maps.former.read()?;
+        let mut counting = Vec::new();
+        for generation in generations.values() {
+            for (rule, upstreams) in generation.counting() {
+                counting.push((rule, rule));
+                if !former.has(generation, rule) {
+                    counting.extend(upstreams.iter().map(|id| (rule, *id)));
+                }
+            }
+        }
+        // it is nearly in order, in parts
+        counting.sort();
+        // that of another generation is the same, and one that is listed twice is one
+        counting.dedup();
+        let mut rules: Vec<(u32, Counts)> = Vec::new();
+        for (rule, id) in counting {
+            if rules.last().is_none_or(|(last, _)| *last != rule) {
+                rules.push((rule, former.of(rule)));
+            }
+            if let Some((_, counts)) = rules.last_mut() {
+                *counts += by_id[id as usize];
+            }
+        }
+        Ok(Traffic { by_id, rules, taken: Instant::now(), over: None })
     }
 
     /// What came since. Ids stay with rules and upstreams over an apply.
@@ -38,8 +68,11 @@ impl Traffic {
         let none = Counts::default();
         let earlier_counts = earlier.by_id.iter().chain(std::iter::repeat(&none));
         let by_id = self.by_id.iter().zip(earlier_counts).map(|(now, then)| *now - *then).collect();
+        // of the totals: after an apply a rule's ids are others
+        let rules = self.rules.iter();
+        let rules = rules.map(|(id, now)| (*id, *now - earlier.of_rule(*id))).collect();
         let over = self.taken.duration_since(earlier.taken).as_secs_f64();
-        Traffic { by_id, taken: self.taken, over: Some(over.max(1e-3)) }
+        Traffic { by_id, rules, taken: self.taken, over: Some(over.max(1e-3)) }
     }
 
     /// What was counted under one id: that of an upstream or mirror, or 0 for what belongs to no rule.
@@ -47,21 +80,11 @@ impl Traffic {
         self.by_id.get(id as usize).copied().unwrap_or_default()
     }
 
-    /// Each packet of a rule once, whichever upstream it went to.
-    pub fn of_rule(&self, rule: &Rule, ids: &RuleIds) -> Counts {
-        if rule.mode == Mode::Replicate {
-            // it counts packets, its receivers their copies
-            return self.of(ids.rule);
-        }
-        let mut upstreams = ids.upstreams.clone();
-        upstreams.sort_unstable();
-        // one that is listed twice is one
-        upstreams.dedup();
-        let mut counts = self.of(ids.rule);
-        for id in upstreams {
-            counts += self.of(id);
-        }
-        counts
+    /// Each packet of a rule once, whichever upstream it went to, and also where the rule has that
+    /// upstream no more. By the rule's id.
+    pub fn of_rule(&self, rule: u32) -> Counts {
+        let found = self.rules.binary_search_by_key(&rule, |(id, _)| *id);
+        found.map_or_else(|_| Counts::default(), |place| self.rules[place].1)
     }
 
     /// `None` where this is no growth.
