@@ -35,7 +35,8 @@ static __always_inline bool may_send_error(void)
 	if (features.asking || !bucket)
 		return features.asking;
 	bpf_spin_lock(&bucket->lock);
-	since = now - bucket->filled;
+	/* another CPU may have come in between, with a later time */
+	since = now > bucket->filled ? now - bucket->filled : 0;
 	if (since >= features.ticks_per_second) {
 		bucket->tokens = ERRORS_AT_ONCE;
 		bucket->filled = now;
