@@ -14,7 +14,7 @@
 static __noinline void count_segments(struct __sk_buff *skb, __u32 layout, __u32 bytes,
 				      struct counter *counter)
 {
-	__u32 headers = (layout & LAYOUT_UDP) + sizeof(struct udphdr), segments = skb->gso_segs;
+	__u32 headers = segment_headers(skb, layout), segments = skb->gso_segs;
 
 	/* a guest's packet comes without their number */
 	if (!segments && bytes > headers)

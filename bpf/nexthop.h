@@ -210,7 +210,7 @@ static __always_inline __u16 mtu_of(const struct upstream *upstream)
 static __always_inline __u32 ip_length(struct __sk_buff *skb, __u32 layout, const struct packet *packet)
 {
 	if (skb->gso_size)
-		return (layout & LAYOUT_UDP) - sizeof(struct ethhdr) + sizeof(struct udphdr) + skb->gso_size;
+		return segment_headers(skb, layout) - sizeof(struct ethhdr) + skb->gso_size;
 	if (packet->is_ipv6)
 		return sizeof(struct ipv6hdr) + bpf_ntohs(packet->ip6->payload_len);
 	return bpf_ntohs(packet->ip->tot_len);

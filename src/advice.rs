@@ -144,6 +144,52 @@ pub fn stacked(
         .collect()
 }
 
+/// Interfaces that what `pass` leaves here comes in by after another one that is named: rules match on
+/// both, and what upstreams get is sent twice.
+pub fn met_twice(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Finding> {
+    let Some(rule) = config.rules.iter().find(|rule| rule.action == Action::Pass) else {
+        return Vec::new();
+    };
+    let named: Vec<&Link> = links.iter().filter(|link| interfaces.contains(&link.name)).collect();
+    let pairs = named.iter().flat_map(|lower| named.iter().map(move |upper| (lower, upper)));
+    pairs
+        .filter(|(lower, upper)| goes_up(lower, upper, links))
+        .map(|(lower, upper)| {
+            let message = format!(
+                "{} is above {}: what `tc_action: pass` copies on {} is copied once more on {}; name \
+                 one of them in `interfaces`",
+                upper.name, lower.name, lower.name, upper.name
+            );
+            Finding::new(&rule.at, message)
+        })
+        .collect()
+}
+
+/// Whether frames for the one come in on the other next, or later.
+fn goes_up(lower: &Link, upper: &Link, links: &[Link]) -> bool {
+    // few are stacked higher
+    const MOST: usize = 8;
+    let mut reached = vec![lower];
+    for _ in 0..MOST {
+        let above = |link: &&Link| reached.iter().any(|below| takes_over(link, below));
+        reached = links.iter().filter(above).collect();
+        if reached.iter().any(|link| link.index == upper.index) {
+            return true;
+        }
+    }
+    false
+}
+
+/// With another MAC address, the frames would be another host's for the one below.
+fn takes_over(link: &Link, below: &Link) -> bool {
+    let is_above = match link.kind.as_str() {
+        "vlan" | "ipvlan" => link.lower == Some(below.index),
+        "bridge" | "bond" | "team" => below.controller == Some(link.index),
+        _ => false,
+    };
+    is_above && link.mac == below.mac
+}
+
 /// Major and minor number of the kernel that runs.
 pub fn kernel() -> (u32, u32) {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();

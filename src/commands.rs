@@ -244,6 +244,7 @@ async fn advise(
     let mut findings = advice::unreachable(config, desired, ways);
     findings.extend(advice::unheard(config, desired, &advice::listeners()));
     findings.extend(advice::stacked(config, &desired.interfaces, &links, &addresses));
+    findings.extend(advice::met_twice(config, &desired.interfaces, &links));
     findings.extend(advice::beyond(config, advice::kernel()));
     Ok(config.warnings(findings))
 }

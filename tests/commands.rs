@@ -379,6 +379,11 @@ fn what_is_probably_not_meant_is_said() {
     lab.relay.ip("addr add 10.1.0.6/24 dev br0");
     lab.relay.ip("link set eth0 master br0");
     lab.try_apply(&pass("10.1.0.6", &up), "").expect(0).says(&["br0, a bridge above eth0"]);
+    // rules match on both
+    lab.relay.ip("link set br0 up");
+    let both = lab.try_apply(&pass("10.1.0.1", &up), "-i eth0 -i br0").expect(0);
+    both.says(&["br0 is above eth0", "copied once more on br0"]);
+    lab.try_apply(&pass("10.1.0.1", &up), "").expect(0);
     lab.relay.ip("link set eth0 nomaster");
     lab.try_apply(&pass("10.1.0.1", "192.0.2.1"), "").expect(0).says(&["no route to 192.0.2.1"]);
     // and what cannot be meant is refused

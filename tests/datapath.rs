@@ -279,6 +279,16 @@ fn a_computed_checksum_of_zero_is_sent_as_ones() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
+/// Where two CPUs look at the clock, the one that looked first may come last to the budget of errors.
+#[test]
+fn an_earlier_time_makes_no_errors() {
+    let packet = Datagram { ttl: 1, ..datagram() };
+    let fate = Dropped("ttl", Under::Upstream);
+    let case = Case::new("none left", rule(Action::Block, Source::Vip, NEAR), packet, fate);
+    let tamper: Tamper = |program, _| program.spend_errors();
+    Testbed::with(|testbed| testbed.check_all([Case { tamper: Some(tamper), ..case }]));
+}
+
 #[test]
 fn matched_but_not_sent() {
     let plain = || datagram().frame();

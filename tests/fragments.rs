@@ -126,6 +126,23 @@ fn the_oldest_makes_room() {
     });
 }
 
+/// Who sends much has the same identification again while the datagram before is remembered still.
+#[test]
+fn an_identification_that_comes_again_is_another_datagrams() {
+    Testbed::with(|testbed| {
+        let relay = Relay::with(testbed, &balancing(Action::Block));
+        assert_eq!(relay.run(&first(1)), relay.sent());
+        testbed.program.age_fragments(relay.ago(20.0));
+        testbed.program.turn_fragments(relay.ago(20.0));
+        // it is as new as any other
+        assert_eq!(relay.run(&first(1)), relay.sent());
+        assert_eq!(relay.run(&first(2)), relay.sent());
+        assert_eq!(relay.run(&later(1)), relay.sent());
+        assert_eq!(relay.run(&later(2)), relay.sent());
+        assert_eq!(testbed.program.fragments(), 2);
+    });
+}
+
 /// As long as a receiver waits for them.
 #[test]
 fn half_a_minute() {

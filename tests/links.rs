@@ -221,6 +221,38 @@ fn from_a_guest() {
     }
 }
 
+/// A guest's datagram that is larger than the MTU, which its host is to cut into fragments that fit.
+#[test]
+fn large_datagrams_from_a_guest() {
+    let lab = Lab::dual(true, false);
+    let tap = Tun::tap(&lab.relay, "tap0");
+    lab.relay.ip("addr add 10.4.0.1/24 dev tap0");
+    lab.relay.ip("addr add 2001:db8:4::1/64 dev tap0 nodad");
+    let nets = [V4, V6].map(|net| Net { key: beyond(&net, 4, 1), ..net });
+    let mut config = config(&nets.map(|net| rules(&net)).concat());
+    config["interfaces"] = json!(["tap0"]);
+    lab.apply(&config);
+    for net in nets {
+        let ends = Ends::new(&lab, net);
+        let client = beyond(&net, 4, 20);
+        // 1500 with all headers, that of an IPv6 fragment too
+        let (headers, fragment) = if net.is_ipv6() { (40, 1448) } else { (20, 1480) };
+        for (index, (port, action, source)) in KINDS.into_iter().enumerate() {
+            let mut datagram = Forged::between(lab.relay.mac("tap0"), client, net.key, port);
+            datagram.udp.payload = 9500;
+            datagram.udp.checksum = Checksum::Unfinished;
+            tap.send_unfragmented(&datagram.frame(), ETHERNET as u16 + headers, fragment);
+            let (payload, sender) = (datagram.payload(), SocketAddr::from((client, 5666)));
+            expect(&ends.upstreams[index], &payload, net.seen(source, sender), TTL - 1);
+            if action == "pass" {
+                expect(&ends.here[index], &payload, sender, TTL);
+            }
+        }
+        ends.check_silence();
+        ends.check_count(&lab, "forwarded", 7);
+    }
+}
+
 /// Sends frames in and compares what comes out of the device, byte by byte.
 fn check_to_tun(lab: &Lab, out: &Tun, number: u8, send: &dyn Fn(&[u8]), net: &Net, client: IpAddr) {
     let here: Vec<UdpSocket> =

@@ -283,6 +283,48 @@ fn metrics_are_told_by_their_names() {
     });
 }
 
+/// A GSO packet goes where its first datagram does, and is noted for what that one is.
+#[test]
+fn only_the_first_datagram_of_a_gso_packet_selects() {
+    let bytes_at = |offset, length| Some(Payload::Bytes { offset, length });
+    #[rustfmt::skip]
+    let table: [(_, &[u8], &[u8]); 5] = [
+        // strategy              first datagram  all that follow
+        (bytes_at(0, 8),         b"12345678",    b"abcdefgh"),
+        (bytes_at(8, 8),         b"1234567890",  b"abcdefghij"),
+        (Some(Payload::Statsd),  b"a.b:1|c\n",   b"c.d:2|c\n"),
+        (Some(Payload::Statsd),  b"a.b:1|c",     b"c:2|c\nd"),
+        (Some(Payload::Statsd),  b"a.bb",        b"c:22"),
+    ];
+    Testbed::with(|testbed| {
+        for (payload, first, later) in table {
+            for number in 0..16_u8 {
+                let strategy = Strategy::Payload;
+                let rule = rule(VIP, upstreams(NEAR, 40));
+                let relay = Relay::with(testbed, &[Rule { strategy, payload, ..rule }]);
+                let sender = IpAddr::from([198, 51, 100, number]);
+                let noted = || -> Vec<_> {
+                    let notes = ["short-payload", "several-metrics"];
+                    let counted = relay.counted().into_keys().map(|(_, name)| name);
+                    counted.filter(|name| notes.contains(name)).collect()
+                };
+                let alone = relay.choice(&frame(&(sender, 5666, first.to_vec())));
+                let noted_alone = noted();
+                let frame = frame(&(sender, 5666, [first, later, later].concat()));
+                let context = Context {
+                    ifindex: testbed.routing,
+                    gso_size: first.len() as u32,
+                    gso_segs: 3,
+                    ..Context::default()
+                };
+                let run = testbed.program.run(&frame, context);
+                assert_eq!(run.action, REDIRECT);
+                assert_eq!((upstream_of(&run.frame), noted()), (alone, noted_alone), "{first:?}");
+            }
+        }
+    });
+}
+
 /// Each packet by itself.
 #[test]
 fn by_chance() {

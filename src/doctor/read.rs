@@ -182,6 +182,7 @@ fn warnings(desired: &Desired, links: &[Link], addresses: &[OwnAddress]) -> Vec<
     let Ok(config) = Config::parse("what serves", &text) else { return Vec::new() };
     let mut findings = advice::unheard(&config, desired, &advice::listeners());
     findings.extend(advice::stacked(&config, &desired.interfaces, links, addresses));
+    findings.extend(advice::met_twice(&config, &desired.interfaces, links));
     findings.into_iter().map(|finding| finding.message).collect()
 }
 

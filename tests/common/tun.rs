@@ -47,13 +47,23 @@ impl Tun {
     /// A frame comes from a guest, which leaves it to the host to add the sum from `start` on to
     /// the UDP checksum, and to cut the payload into segments if it is longer.
     pub fn send_unfinished(&self, frame: &[u8], start: u16, segment: u16) {
-        const NEEDS_CSUM: u8 = 1;
         const GSO_UDP_L4: u8 = 5;
+        self.send_large(frame, start, segment, GSO_UDP_L4);
+    }
+
+    /// The same of one datagram, for the host to make fragments of.
+    pub fn send_unfragmented(&self, frame: &[u8], start: u16, fragment: u16) {
+        const GSO_UDP: u8 = 3;
+        self.send_large(frame, start, fragment, GSO_UDP);
+    }
+
+    fn send_large(&self, frame: &[u8], start: u16, segment: u16, kind: u8) {
+        const NEEDS_CSUM: u8 = 1;
         const CHECKSUM: u16 = 6;
         const UDP: u16 = 8;
         let is_longer = frame.len() > usize::from(start + UDP + segment);
         // struct virtio_net_hdr
-        let mut bytes = vec![NEEDS_CSUM, if is_longer { GSO_UDP_L4 } else { 0 }];
+        let mut bytes = vec![NEEDS_CSUM, if is_longer { kind } else { 0 }];
         let segment = if is_longer { segment } else { 0 };
         for field in [start + UDP, segment, start, CHECKSUM] {
             bytes.extend(field.to_ne_bytes());
