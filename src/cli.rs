@@ -15,8 +15,8 @@ use crate::top::Order;
 /// Relays, forwards and balances UDP in the kernel's traffic control layer.
 ///
 /// Verbs change the kernel, nouns read it. Exit codes: 0 done; 1 failed, what served before
-/// still serves; 2 changes pending (plan --exit-code); 3 degraded or nothing applied (status),
-/// or no rule matches (get); 64 usage; 65 bad configuration; 66 unreadable file; 75 locked; 77 privileges missing.
+/// still serves; 2 changes pending (plan --exit-code); 3 nothing applied (status, list, trace, get),
+/// degraded (status), problems found (doctor) or no rule matches (get); 64 usage; 65 bad configuration; 66 unreadable file; 75 locked; 77 privileges missing.
 #[derive(Parser)]
 #[command(version, max_term_width = 100)]
 pub struct Cli {
