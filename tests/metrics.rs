@@ -228,18 +228,27 @@ impl Prometheus {
         Prometheus(command.spawn().expect("Prometheus runs"))
     }
 
+    fn get(&self, lab: &Lab, path: &str) -> io::Result<String> {
+        let mut stream = lab.relay.enter(|| TcpStream::connect(("127.0.0.1", 9090)))?;
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    }
+
+    /// It listens before it serves.
+    fn is_ready(&self, lab: &Lab) -> bool {
+        self.get(lab, "/-/ready").is_ok_and(|answer| answer.starts_with("HTTP/1.0 200"))
+    }
+
     /// The result of an expression.
     ///
     /// # Panics
     /// It is none.
     fn query(&self, lab: &Lab, expression: &str) -> Vec<Value> {
         let query: String = expression.bytes().map(|byte| format!("%{byte:02x}")).collect();
-        let mut stream =
-            lab.relay.enter(|| TcpStream::connect(("127.0.0.1", 9090))).expect("connected");
-        let request = format!("GET /api/v1/query?query={query} HTTP/1.0\r\n\r\n");
-        stream.write_all(request.as_bytes()).expect("sent");
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).expect("an answer");
+        let answer =
+            self.get(lab, &format!("/api/v1/query?query={query}")).expect("Prometheus answers");
         let (_, body) = answer.split_once("\r\n\r\n").expect("a head");
         let body: Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("{answer}"));
         assert_eq!(body["status"], "success", "{expression}: {body}");
@@ -282,8 +291,7 @@ fn a_real_prometheus_scrapes_it() {
     assert_eq!((checked.stdout.as_str(), checked.stderr.as_str()), ("", ""));
 
     let prometheus = Prometheus::start(&lab, programs);
-    let serves = || lab.relay.enter(|| TcpStream::connect(("127.0.0.1", 9090))).is_ok();
-    until("Prometheus serves", serves);
+    until("Prometheus serves", || prometheus.is_ready(&lab));
     until("it has scraped twice", || {
         let scrapes = prometheus.query(&lab, "count_over_time(up{job=\"udplb\"}[1m]) > 2");
         !scrapes.is_empty() && !prometheus.query(&lab, "up{job=\"udplb\"} == 1").is_empty()
