@@ -34,7 +34,7 @@ pub async fn run(global: &Global, options: Arpd) -> Result<u8> {
     service.look_at_everything().await;
     if options.once {
         settle(&mut service).await;
-        return Ok(0);
+        return Ok(service.is_in_trouble().into());
     }
     if let Some(address) = options.metrics {
         metrics::serve(global, address).context("the thread for metrics")?;

@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
 
-use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, config, rule};
-use common::lock_any_memory;
+use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule};
 use common::net::{bind, count, expect_silence, receive, send_until};
 use common::service::{Arpd, until};
+use common::{lock_any_memory, udplb};
 use serde_json::{Value, json};
 
 /// One rule for each action with one upstream; ports as in [`PORTS`].
@@ -116,6 +116,10 @@ fn once_is_for_cron() {
     assert_eq!(lab.next_hop("10.2.0.20")["mac"], mac_text(lab.upstream.mac("eth0")));
     // nobody renews a lease
     assert_eq!(lab.status()["arpd"], Value::Null);
+
+    let mut elsewhere = udplb(&lab.client, &lab.bpffs);
+    let outcome = Outcome::of(elsewhere.args(["arpd", "--once"])).expect(1);
+    outcome.says(&["the pins belong to another network namespace"]);
 }
 
 #[test]

@@ -135,6 +135,11 @@ impl Service {
         }
     }
 
+    /// Whether something failed and did not succeed since; it was told.
+    pub fn is_in_trouble(&self) -> bool {
+        !self.troubles.is_empty()
+    }
+
     /// The service manager may go on.
     pub fn ready(&mut self) {
         let _ = sd_notify::notify(&[NotifyState::Ready]);
