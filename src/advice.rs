@@ -1,4 +1,4 @@
-//! What is applied as it stands but probably not meant. Pure, but for reading /proc/net.
+//! What is applied as it stands but probably not meant. Pure, but for reading /proc.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -42,6 +42,20 @@ pub fn own_upstreams(
         .collect()
 }
 
+/// Whatever does not depend on the ways to upstreams.
+pub fn of_this_host(
+    config: &Config,
+    desired: &Desired,
+    links: &[Link],
+    addresses: &[OwnAddress],
+) -> Vec<Finding> {
+    let mut findings = unheard(config, desired, &listeners());
+    findings.extend(stacked(config, &desired.interfaces, links, addresses));
+    findings.extend(met_twice(config, &desired.interfaces, links));
+    findings.extend(beyond(config, kernel()));
+    findings
+}
+
 /// Upstreams without a route: their packets are dropped and counted until there is one.
 pub fn unreachable(
     config: &Config,
@@ -67,7 +81,7 @@ fn upstreams<'a>(
 }
 
 /// `pass` rules with a port on which nobody listens: their senders get ECONNREFUSED.
-pub fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Finding> {
+fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Finding> {
     config
         .rules
         .iter()
@@ -108,12 +122,13 @@ pub fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Ve
 
 /// Keys whose address sits on a device stacked above an interface: every packet for it looks
 /// as if it were for another host there.
-pub fn stacked(
+fn stacked(
     config: &Config,
     interfaces: &[String],
     links: &[Link],
     addresses: &[OwnAddress],
 ) -> Vec<Finding> {
+    const KINDS: [&str; 4] = ["macvlan", "ipvlan", "macvtap", "bridge"];
     let named: Vec<&Link> = links.iter().filter(|link| interfaces.contains(&link.name)).collect();
     config
         .rules
@@ -124,7 +139,7 @@ pub fn stacked(
             let holder = holders
                 .filter_map(|own| links.iter().find(|link| link.index == own.ifindex))
                 .find_map(|holder| {
-                    named.iter().find(|link| is_above(holder, link)).zip(Some(holder))
+                    named.iter().find(|link| is_above(holder, link, &KINDS)).zip(Some(holder))
                 });
             let (interface, holder) = holder?;
             Some(Finding::new(
@@ -146,7 +161,7 @@ pub fn stacked(
 
 /// Interfaces that what `pass` leaves here comes in by after another one that is named: rules match on
 /// both, and what upstreams get is sent twice.
-pub fn met_twice(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Finding> {
+fn met_twice(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Finding> {
     let Some(rule) = config.rules.iter().find(|rule| rule.action == Action::Pass) else {
         return Vec::new();
     };
@@ -182,12 +197,13 @@ fn goes_up(lower: &Link, upper: &Link, links: &[Link]) -> bool {
 
 /// With another MAC address, the frames would be another host's for the one below.
 fn takes_over(link: &Link, below: &Link) -> bool {
-    let is_above = match link.kind.as_str() {
-        "vlan" | "ipvlan" => link.lower == Some(below.index),
-        "bridge" | "bond" | "team" => below.controller == Some(link.index),
-        _ => false,
-    };
-    is_above && link.mac == below.mac
+    is_above(link, below, &["vlan", "ipvlan", "bridge", "bond", "team"]) && link.mac == below.mac
+}
+
+/// Whether the one is a device of these kinds that is made upon the other, or has it as a port.
+fn is_above(upper: &Link, lower: &Link, kinds: &[&str]) -> bool {
+    let is_next = upper.lower == Some(lower.index) || lower.controller == Some(upper.index);
+    is_next && kinds.contains(&upper.kind.as_str())
 }
 
 /// Major and minor number of the kernel that runs.
@@ -198,7 +214,7 @@ pub fn kernel() -> (u32, u32) {
 }
 
 /// What a kernel cannot do that the configuration would have it do.
-pub fn beyond(config: &Config, kernel: (u32, u32)) -> Option<Finding> {
+fn beyond(config: &Config, kernel: (u32, u32)) -> Option<Finding> {
     let answers = |rule: &&Rule| rule.action == Action::Block && rule.mode == Mode::Balance;
     let rule = config.rules.iter().find(answers).filter(|_| kernel < (5, 12))?;
     let (major, minor) = kernel;
@@ -209,14 +225,8 @@ pub fn beyond(config: &Config, kernel: (u32, u32)) -> Option<Finding> {
     Some(Finding::new(&rule.at, message))
 }
 
-fn is_above(upper: &Link, lower: &Link) -> bool {
-    let child = ["macvlan", "ipvlan", "macvtap"].contains(&upper.kind.as_str())
-        && upper.lower == Some(lower.index);
-    child || (upper.kind == "bridge" && lower.controller == Some(upper.index))
-}
-
 /// The bound UDP sockets of this network namespace.
-pub fn listeners() -> Vec<Listener> {
+fn listeners() -> Vec<Listener> {
     let mut listeners = Vec::new();
     for path in ["/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"] {
         let table = fs::read_to_string(path).unwrap_or_default();

@@ -242,10 +242,7 @@ async fn advise(
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
     let mut findings = advice::unreachable(config, desired, ways);
-    findings.extend(advice::unheard(config, desired, &advice::listeners()));
-    findings.extend(advice::stacked(config, &desired.interfaces, &links, &addresses));
-    findings.extend(advice::met_twice(config, &desired.interfaces, &links));
-    findings.extend(advice::beyond(config, advice::kernel()));
+    findings.extend(advice::of_this_host(config, desired, &links, &addresses));
     Ok(config.warnings(findings))
 }
 

@@ -180,9 +180,7 @@ async fn look(
 fn warnings(desired: &Desired, links: &[Link], addresses: &[OwnAddress]) -> Vec<String> {
     let text = list::document(desired).to_string();
     let Ok(config) = Config::parse("what serves", &text) else { return Vec::new() };
-    let mut findings = advice::unheard(&config, desired, &advice::listeners());
-    findings.extend(advice::stacked(&config, &desired.interfaces, links, addresses));
-    findings.extend(advice::met_twice(&config, &desired.interfaces, links));
+    let findings = advice::of_this_host(&config, desired, links, addresses);
     findings.into_iter().map(|finding| finding.message).collect()
 }
 
