@@ -127,7 +127,6 @@ fn ipv6_groups_and_interfaces_without_ethernet() {
     let lab = Lab::dual(false, false);
     let _tun = Tun::new(&lab.relay, "tun0");
     lab.relay.ip("address add 10.6.0.1/24 dev tun0");
-    lab.relay.ip("link set tun0 up");
     let to = |name: &str, key: &str, upstream: &str| {
         json!({
             "name": name,

@@ -102,12 +102,33 @@ fn rules_match_inside_vlans() {
     }
 }
 
-/// A tun device of the relay, with addresses of both families.
-fn add_tun(lab: &Lab, name: &str, number: u16) -> Tun {
-    let tun = Tun::new(&lab.relay, name);
+/// Gives a device of the relay addresses of both families.
+fn add_addresses(lab: &Lab, name: &str, number: u8) {
     lab.relay.ip(&format!("addr add 10.{number}.0.1/24 dev {name}"));
     lab.relay.ip(&format!("addr add 2001:db8:{number}::1/64 dev {name} nodad"));
+}
+
+/// A tun device of the relay, with such addresses.
+fn add_tun(lab: &Lab, name: &str, number: u8) -> Tun {
+    let tun = Tun::new(&lab.relay, name);
+    add_addresses(lab, name, number);
     tun
+}
+
+/// A guest of the relay, behind a device with such addresses.
+fn add_guest(lab: &Lab, name: &str, number: u8) -> Tun {
+    let tap = Tun::tap(&lab.relay, name);
+    add_addresses(lab, name, number);
+    tap
+}
+
+/// Applies rules of all kinds for what comes in on such a device; returns whose they are.
+fn apply_on(lab: &Lab, name: &str, number: u8) -> [Net; 2] {
+    let nets = [V4, V6].map(|net| Net { key: beyond(&net, number, 1), ..net });
+    let mut config = config(&nets.map(|net| rules(&net)).concat());
+    config["interfaces"] = json!([name]);
+    lab.apply(&config);
+    nets
 }
 
 /// A host behind it, of the family of `net`.
@@ -126,10 +147,7 @@ fn from_a_device_without_ethernet() {
     let lab = Lab::dual(true, false);
     let tun = add_tun(&lab, "tun0", 4);
     lab.relay.ip("link set up0 mtu 1280");
-    let nets = [V4, V6].map(|net| Net { key: beyond(&net, 4, 1), ..net });
-    let mut config = config(&nets.map(|net| rules(&net)).concat());
-    config["interfaces"] = json!(["tun0"]);
-    lab.apply(&config);
+    let nets = apply_on(&lab, "tun0", 4);
     for with_arpd in [false, true] {
         let _arpd = with_arpd.then(|| Arpd::start(&lab, ""));
         for net in nets {
@@ -187,13 +205,8 @@ fn from_a_device_without_ethernet() {
 #[test]
 fn from_a_guest() {
     let lab = Lab::dual(true, false);
-    let tap = Tun::tap(&lab.relay, "tap0");
-    lab.relay.ip("addr add 10.4.0.1/24 dev tap0");
-    lab.relay.ip("addr add 2001:db8:4::1/64 dev tap0 nodad");
-    let nets = [V4, V6].map(|net| Net { key: beyond(&net, 4, 1), ..net });
-    let mut config = config(&nets.map(|net| rules(&net)).concat());
-    config["interfaces"] = json!(["tap0"]);
-    lab.apply(&config);
+    let tap = add_guest(&lab, "tap0", 4);
+    let nets = apply_on(&lab, "tap0", 4);
     // before 6.2 a guest can leave no segments to its host
     let (lengths, segments) = match advice::kernel() < (6, 2) {
         true => (&[0, 1, 999, 1000][..], 0),
@@ -232,13 +245,8 @@ fn from_a_guest() {
 #[test]
 fn large_datagrams_from_a_guest() {
     let lab = Lab::dual(true, false);
-    let tap = Tun::tap(&lab.relay, "tap0");
-    lab.relay.ip("addr add 10.4.0.1/24 dev tap0");
-    lab.relay.ip("addr add 2001:db8:4::1/64 dev tap0 nodad");
-    let nets = [V4, V6].map(|net| Net { key: beyond(&net, 4, 1), ..net });
-    let mut config = config(&nets.map(|net| rules(&net)).concat());
-    config["interfaces"] = json!(["tap0"]);
-    lab.apply(&config);
+    let tap = add_guest(&lab, "tap0", 4);
+    let nets = apply_on(&lab, "tap0", 4);
     for net in nets {
         let ends = Ends::new(&lab, net);
         let client = beyond(&net, 4, 20);

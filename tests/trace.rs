@@ -4,15 +4,14 @@ mod common;
 
 use std::fs;
 use std::io::Read;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::Ipv4Addr;
 use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use common::Namespace;
 use common::ends::all_kinds;
 use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, V4, V6, config, rule};
-use common::net::{PATIENCE, bind, is_mac, payload, receive, set};
+use common::net::{bind, is_mac, payload, receive};
 use common::service::{Arpd, until};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use serde_json::{Value, json};
@@ -107,21 +106,8 @@ fn flag(lab: &Lab) -> u64 {
     value.until
 }
 
-/// A bound socket. One before it may live on for a moment in a process that another test starts.
-fn socket(namespace: &Namespace, address: Ipv4Addr, port: u16) -> UdpSocket {
-    let mut bound = None;
-    until("the port is free", || {
-        bound = namespace.enter(|| UdpSocket::bind((address, port))).ok();
-        bound.is_some()
-    });
-    let socket = bound.expect("a socket");
-    socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-    set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 64 << 20);
-    socket
-}
-
 fn send(lab: &Lab, from: (Ipv4Addr, u16), port: u16, payload: &[u8]) {
-    socket(&lab.client, from.0, from.1).send_to(payload, (RELAY, port)).expect("sent");
+    bind(&lab.client, from.0, from.1).send_to(payload, (RELAY, port)).expect("sent");
 }
 
 /// Without the time of day and MAC addresses.
@@ -139,7 +125,7 @@ const PAYLOAD: &[u8] = b"eleven byte";
 
 /// One packet to each rule, and a second one that another upstream gets.
 fn send_all(lab: &Lab) {
-    let _here = socket(&lab.relay, RELAY, 5003);
+    let _here = bind(&lab.relay, RELAY, 5003);
     for (port, to) in [(5666, 5000), (60256, 5000), (5666, 5001), (5666, 5002), (5666, 5003)] {
         send(lab, (CLIENTS[0], port), to, PAYLOAD);
     }
@@ -192,9 +178,9 @@ fn fragments_and_ipv6() {
 
 /// Several packets to the first rule, by each client.
 fn send_flows(lab: &Lab, count: usize) {
-    let receiver = socket(&lab.upstream, UPSTREAMS[0], 7000);
+    let receiver = bind(&lab.upstream, UPSTREAMS[0], 7000);
     for client in CLIENTS {
-        let sender = socket(&lab.client, client, 5666);
+        let sender = bind(&lab.client, client, 5666);
         for _ in 0..count {
             sender.send_to(b"ten bytes!", (RELAY, 5000)).expect("sent");
             receive(&receiver);
@@ -304,7 +290,7 @@ fn other_generations_have_names_too() {
     changed["rules"][3]["name"] = json!("renamed");
     changed["rules"][3]["upstream"][0]["name"] = json!("void");
     lab.apply(&changed);
-    let _here = socket(&lab.relay, RELAY, 5003);
+    let _here = bind(&lab.relay, RELAY, 5003);
     send(&lab, (CLIENTS[0], 5666), 5003, b"ten bytes!");
     let outcome = trace.stop().expect(0);
     let wanted =
@@ -381,8 +367,8 @@ fn what_is_lost_is_counted() {
     let trace = Trace::start(&lab, "--rule flows --pcap /dev/null");
     let before = lab.status()["rules"][0]["counters"]["matched"]["packets"].clone();
     assert_eq!(before, 0);
-    let sender = socket(&lab.client, CLIENTS[0], 5666);
-    let receiver = socket(&lab.upstream, UPSTREAMS[0], 7000);
+    let sender = bind(&lab.client, CLIENTS[0], 5666);
+    let receiver = bind(&lab.upstream, UPSTREAMS[0], 7000);
     trace.signal(libc::SIGSTOP);
     let count = 5_000_u64;
     for _ in 0..count {
