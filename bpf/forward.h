@@ -34,9 +34,9 @@ static __always_inline void count(struct __sk_buff *skb, __u32 layout, __u32 tag
 	struct counters *counters = inner ? bpf_map_lookup_elem(inner, &index) : NULL;
 	struct counter *counter;
 
-	if (!counters || features.asking)
+	if (!counters || features.asking || which >= COUNTERS)
 		return;
-	counter = &counters->of[which & 15];
+	counter = &counters->of[which];
 	counter->packets++;
 	counter->bytes += bytes;
 	if (skb->gso_size && layout)

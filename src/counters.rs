@@ -149,7 +149,7 @@ impl Serialize for Counts {
     }
 }
 
-/// Bytes that one system call reads at most: an id's counters are 256 for each CPU.
+/// Bytes that one system call reads at most: an id's counters are 384 for each CPU.
 const BATCH: usize = 1 << 20;
 
 /// The table of counters.

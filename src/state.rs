@@ -6,7 +6,7 @@
 //!   generations/                flock: whoever traces
 //!     42/                       program, rules, slots, upstreams, config …
 //!   building-43/                under construction; bpffs refuses names with a dot
-//!   state-2/                    counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held, former …
+//!   state-3/                    counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held, former …
 //!                               flock: arpd
 //! ```
 
@@ -34,7 +34,7 @@ pub const PIN_DIR: &str = "/sys/fs/bpf/udplb";
 
 /// The directory of what outlives generations. Another layout gets one of its own beside it, whose name
 /// begins alike.
-pub const STATE: &str = "state-2";
+pub const STATE: &str = "state-3";
 const STATES: &str = "state";
 
 /// What is said where one of those maps is missing.
