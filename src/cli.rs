@@ -117,7 +117,7 @@ pub enum Command {
     ///
     /// Exits with 3 where no rule matches.
     Get(Get),
-    /// Look for what keeps packets from being forwarded, and name the command that mends it.
+    /// Look for what keeps packets from being forwarded, and name the command that fixes it.
     ///
     /// Changes nothing. Exits with 3 where there are problems; notes are no problems.
     Doctor {

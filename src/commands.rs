@@ -29,7 +29,8 @@ use crate::tc::{self, Slot};
 use crate::terminal::{self, Live, Woken};
 use crate::wanted::{Text, Wanted};
 use crate::{
-    advice, apply, clock, config, doctor, get, list, privileges, resolve, state, top, trace,
+    advice, apply, clock, config, doctor, get, list, privileges, problem, resolve, state, top,
+    trace,
 };
 
 const INCOMPLETE: u8 = 1;
@@ -341,7 +342,7 @@ async fn status(global: &Global, options: &cli::Status) -> Result<u8> {
         status = status::read(global, &netlink, rule, status.traffic.as_ref()).await?.status;
     }
     print(&shown(global, &status, false)?)?;
-    Ok(if status.trouble.is_empty() { 0 } else { DEGRADED })
+    Ok(if problem::any(&status.problems) { DEGRADED } else { 0 })
 }
 
 /// Shows it again and again.
@@ -364,7 +365,7 @@ async fn watch(
             Err(failure) => format!("{failure}\n"),
         };
     }
-    Ok(if status.trouble.is_empty() { 0 } else { DEGRADED })
+    Ok(if problem::any(&status.problems) { DEGRADED } else { 0 })
 }
 
 /// As the options ask for it; JSON of one of many is on one line.
@@ -381,7 +382,7 @@ fn shown(global: &Global, status: &Status, one_of_many: bool) -> Result<String> 
 async fn examine(global: &Global, file: Option<&Path>) -> Result<u8> {
     let facts = doctor::read(global, &netlink()?, file).await?;
     let findings = doctor::judge(&facts);
-    let problems = findings.iter().any(|finding| finding.level == doctor::Level::Problem);
+    let problems = problem::any(&findings);
     let json = json!({ "healthy": !problems, "findings": findings });
     match (global.output, global.quiet && !problems) {
         (Output::Json, _) => print(&pretty(&json)?)?,

@@ -19,7 +19,7 @@
 //! bpffs + tc ── observe ────────────────────┘
 //! ```
 //!
-//! `doctor` has facts of its own, and judges them purely.
+//! `diagnosis` is pure and turns that into problems; `doctor` adds those of the host.
 
 pub mod addresses;
 pub mod advice;
@@ -34,6 +34,7 @@ pub mod columns;
 pub mod commands;
 pub mod config;
 pub mod counters;
+pub mod diagnosis;
 pub mod diff;
 pub mod doctor;
 pub mod drain;
@@ -55,6 +56,7 @@ pub mod partial;
 pub mod pcap;
 pub mod plan;
 pub mod privileges;
+pub mod problem;
 pub mod resolve;
 pub mod state;
 pub mod status;

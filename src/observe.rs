@@ -9,7 +9,7 @@ use anyhow::Context;
 
 use crate::config::State;
 use crate::generation::{self, Generation, ProgramName};
-use crate::netlink::{Layer, Netlink};
+use crate::netlink::{Layer, Link, Netlink};
 use crate::state::{Held, ReadGuard, StateMaps};
 use crate::tc::{self, Hook, Slot};
 
@@ -38,6 +38,9 @@ pub struct Interface {
     pub index: u32,
     /// See [`Layer`].
     pub layer: Option<Layer>,
+    /// Administratively.
+    pub up: bool,
+    pub carrier: bool,
     pub hook: Hook,
 }
 
@@ -147,7 +150,8 @@ async fn interfaces(
         let qdisc = qdiscs.get(&link.index).copied();
         let hook = tc::hook(netlink, link.index, qdisc, programs).await;
         let hook = hook.with_context(|| format!("{}: its filters", link.name))?;
-        interfaces.insert(link.name, Interface { index: link.index, layer: link.layer, hook });
+        let Link { index, layer, up, carrier, .. } = link;
+        interfaces.insert(link.name, Interface { index, layer, up, carrier, hook });
     }
     Ok(interfaces)
 }

@@ -15,6 +15,7 @@ use crate::clock;
 use crate::columns::{self, Column};
 use crate::config::{Action, Address, Mode, State};
 use crate::counters::{Count, Counts};
+use crate::diagnosis::{self, Source};
 use crate::failure::Result;
 use crate::generation::{self, Generation};
 use crate::lease;
@@ -23,8 +24,8 @@ use crate::nexthop;
 use crate::observe::{Observed, observe};
 use crate::overrides;
 use crate::plan::{Destination, Role, Rule, RuleIds};
+use crate::problem::Problem;
 use crate::state::{self, ReadGuard, StateMaps};
-use crate::tc::Slot;
 use crate::traffic::{Rate, Traffic};
 
 /// Everything that `status` shows, copied out of the kernel.
@@ -43,8 +44,8 @@ pub struct Status {
     pub held: Option<u32>,
     /// Whether arpd vouches for the next hops; `None`: it never ran.
     pub arpd: Option<bool>,
-    /// Why the exit code is 3; empty: all is well.
-    pub trouble: Vec<String>,
+    /// Why the exit code is 3, and notes.
+    pub problems: Vec<Problem>,
     /// What the next one may be compared with.
     #[serde(skip)]
     pub traffic: Option<Traffic>,
@@ -206,11 +207,14 @@ impl Status {
             unmatched: Counts::default(),
             held: observed.held.map(|held| held.generation),
             arpd: None,
-            trouble: trouble(observed, serving),
+            problems: Vec::new(),
             traffic: None,
             most_ids: 0,
         };
-        let (Some(serving), Some((maps, total))) = (serving, state) else { return Ok(status) };
+        let (Some(serving), Some((maps, total))) = (serving, state) else {
+            status.problems = status.diagnose(observed, serving);
+            return Ok(status);
+        };
         let description = &serving.description;
         let ids = &description.ids;
         status.arpd = lease::remaining(&maps.heartbeat)?.map(|left| !left.is_zero());
@@ -243,12 +247,20 @@ impl Status {
             }
         }
         status.traffic = Some(view.total);
-        let down: Vec<String> = status.rules.iter().flat_map(RuleStatus::down).collect();
-        status.trouble.extend(down);
+        status.problems = status.diagnose(observed, Some(serving));
         match rule {
             Some(name) if status.rules.is_empty() => anyhow::bail!("there is no rule `{name}`"),
             _ => Ok(status),
         }
+    }
+
+    fn diagnose(&self, observed: &Observed, serving: Option<&Generation>) -> Vec<Problem> {
+        diagnosis::problems(&diagnosis::Facts {
+            observed,
+            serving,
+            rules: &self.rules,
+            source: Source(self.file.as_deref().unwrap_or("FILE")),
+        })
     }
 }
 
@@ -274,17 +286,6 @@ impl RuleStatus {
         let upstreams = self.upstreams.iter().map(|upstream| (upstream, false));
         upstreams.chain(self.mirrors.iter().map(|mirror| (mirror, true)))
     }
-
-    /// The upstreams and mirrors that do not answer, in words.
-    fn down(&self) -> impl Iterator<Item = String> {
-        let all = self.destinations().map(|(upstream, _)| upstream);
-        let down = all.filter(|upstream| upstream.health == Some("down"));
-        down.map(|upstream| {
-            let since = upstream.since.filter(|since| *since > 0);
-            let since = since.map(|since| format!(" since {}", clock::utc(since.into())));
-            format!("{}: {} is down{}", self.name, upstream.label, since.unwrap_or_default())
-        })
-    }
 }
 
 fn interfaces(observed: &Observed, serving: Option<&Generation>) -> Vec<InterfaceStatus> {
@@ -304,55 +305,6 @@ fn interfaces(observed: &Observed, serving: Option<&Generation>) -> Vec<Interfac
                 .map(|(_, number)| *number),
         })
         .collect()
-}
-
-fn trouble(observed: &Observed, serving: Option<&Generation>) -> Vec<String> {
-    let mut trouble = Vec::new();
-    let Some(serving) = serving else {
-        trouble.push(match observed.described() {
-            Err(error) => error.to_string(),
-            Ok(_) => "nothing is applied".into(),
-        });
-        trouble.extend(observed.orphans().map(|(interface, filter)| {
-            format!("{interface}: a filter of udplb whose pins are gone still sends on: {filter}")
-        }));
-        return trouble;
-    };
-    let number = serving.number;
-    if !serving.intact {
-        trouble.push(format!("generation {number}: pins are missing; apply the file again"));
-    }
-    if serving.description.namespace != observed.namespace {
-        trouble.push(format!(
-            "the pins belong to another network namespace (net:[{}])",
-            serving.description.namespace
-        ));
-    }
-    for name in &serving.description.desired.interfaces {
-        let Some(interface) = observed.interfaces.get(name) else {
-            trouble.push(format!("{name}: there is no such interface"));
-            continue;
-        };
-        match &interface.hook.slot {
-            Slot::Generation(attached) if *attached == number => {}
-            Slot::Generation(attached) => trouble.push(format!(
-                "{name}: generation {attached} still serves here; apply the file again"
-            )),
-            Slot::Empty => {
-                trouble.push(format!("{name}: not attached; apply the file again"));
-            }
-            Slot::Orphan { filter, .. } | Slot::Foreign(filter) => {
-                trouble.push(format!("{name}: another filter has its place: {filter}"));
-            }
-        }
-    }
-    for (name, attached) in observed.attached() {
-        if !serving.description.desired.interfaces.iter().any(|wanted| wanted == name) {
-            trouble
-                .push(format!("{name}: generation {attached} serves here; apply the file again"));
-        }
-    }
-    trouble
 }
 
 fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
@@ -512,8 +464,8 @@ impl Status {
             Some(false) => text += "arpd has ended; the kernel's own table is relied on\n",
             None => {}
         }
-        for trouble in &self.trouble {
-            let _ = writeln!(text, "! {trouble}");
+        for problem in &self.problems {
+            let _ = writeln!(text, "! {problem}");
         }
         if !self.rules.is_empty() {
             let lines = columns::lines(&self.columns(), &self.rows(paper), paper.width);

@@ -1,4 +1,4 @@
-//! `udplb doctor`: each trouble is seen, and what it names mends it.
+//! `udplb doctor`: each trouble is seen, and what it names fixes it.
 
 mod common;
 
@@ -19,12 +19,12 @@ fn examine(lab: &Lab, code: i32) -> String {
 }
 
 /// Runs what a finding names.
-fn mend(lab: &Lab, what: &str) {
+fn fix(lab: &Lab, what: &str) {
     let outcome = lab.run("doctor -o json").json();
     let findings = outcome["findings"].as_array().expect("findings");
     let found = findings.iter().find(|it| it["what"].as_str().is_some_and(|it| it.contains(what)));
     let found = found.unwrap_or_else(|| panic!("no `{what}` in {outcome:#}"));
-    let command = found["mend"].as_str().expect("a command");
+    let command = found["fix"].as_str().expect("a command");
     // it may say more than one needs
     let command = command.split([',', ';']).next().expect("a command");
     match command.strip_prefix("udplb ") {
@@ -42,7 +42,7 @@ fn nothing_wrong_and_nothing_applied() {
     let lab = Lab::new();
     let file = lab.write(&to_port(7001));
     let wanted =
-        "problem: nothing is applied\n  why:  no packet is forwarded\n  mend: udplb apply ";
+        "problem: nothing is applied\n  why:  no packet is forwarded\n  fix:  udplb apply ";
     let found = lab.run(&format!("doctor {}", file.display())).expect(3).stdout;
     assert_eq!(found, format!("{wanted}{}\n1 problem\n", file.display()));
     assert_eq!(examine(&lab, 3), format!("{wanted}FILE\n1 problem\n"));
@@ -73,7 +73,7 @@ fn what_still_serves_without_its_pins() {
     let file = lab.write(&to_port(7001)).display().to_string();
     let found = lab.run(&format!("doctor {file}")).expect(3).stdout;
     assert!(!found.contains("no packet is forwarded"), "{found}");
-    assert!(found.contains(&format!("mend: udplb apply {file} --force\n1 problem")), "{found}");
+    assert!(found.contains(&format!("fix:  udplb apply {file} --force\n1 problem")), "{found}");
     lab.run(&format!("apply {file} --force")).expect(0);
     assert_eq!(examine(&lab, 0).lines().last(), Some("no problems, 1 note"));
 }
@@ -141,13 +141,13 @@ fn a_filter_that_hides_packets() {
     assert!(found.contains("hides every packet from udplb\n"), "{found}");
     assert!(found.contains("it comes first and says TC_ACT_OK, after which"), "{found}");
     assert!(
-        found.contains("mend: tc filter del dev eth0 ingress pref 50 handle 0x1 bpf, or"),
+        found.contains("fix:  tc filter del dev eth0 ingress pref 50 handle 0x1 bpf, or"),
         "{found}"
     );
     let receiver = bind(&lab.upstream, UPSTREAMS[0], 7001);
     let sender = bind(&lab.client, CLIENTS[0], 0);
     sender.send_to(b"hidden", (RELAY, 5000)).expect("sent");
-    mend(&lab, "hides every packet");
+    fix(&lab, "hides every packet");
     sender.send_to(b"seen", (RELAY, 5000)).expect("sent");
     assert_eq!(receive(&receiver).payload, b"seen");
     assert_eq!(examine(&lab, 0), "all is well\n");
@@ -162,14 +162,14 @@ fn drift_and_what_is_not_attached() {
     let wanted = format!(
         "problem: {file}: it is not what serves\n  \
          why:  it was changed after it was applied, or another file was applied\n  \
-         mend: udplb plan {file}; udplb apply {file}\n1 problem\n"
+         fix:  udplb plan {file}; udplb apply {file}\n1 problem\n"
     );
     assert_eq!(found, wanted);
     lab.run(&format!("apply {file}")).expect(0);
     assert_eq!(examine(&lab, 0), "all is well\n");
     lab.run("rollback").expect(0);
     assert!(examine(&lab, 3).contains("a rollback left it, and it is held"));
-    mend(&lab, "not what serves");
+    fix(&lab, "not what serves");
     assert_eq!(examine(&lab, 0), "all is well\n");
     fs::write(&file, "version: 1\nrules: 1\n").expect("the file");
     assert!(
@@ -180,15 +180,15 @@ fn drift_and_what_is_not_attached() {
 
     lab.run("detach").expect(0);
     assert!(examine(&lab, 3).starts_with("problem: eth0: udplb is not attached\n"));
-    mend(&lab, "not attached");
+    fix(&lab, "not attached");
     lab.relay.ip("link set eth0 down");
     assert!(examine(&lab, 3).contains("eth0: it is down\n"));
-    mend(&lab, "it is down");
+    fix(&lab, "it is down");
     assert_eq!(examine(&lab, 0), "all is well\n");
     fs::remove_file(lab.bpffs.pins().join("current/slots")).expect("a pin");
     let number = &lab.status()["generation"];
     assert!(examine(&lab, 3).contains(&format!("pins of generation {number} are missing")));
-    mend(&lab, "pins of generation");
+    fix(&lab, "pins of generation");
     assert_eq!(examine(&lab, 0), "all is well\n");
     lab.relay.ip("link set eth0 down");
     lab.relay.ip("link set eth0 name eth7");
@@ -232,7 +232,7 @@ fn forwarding_and_reverse_path_filters() {
     lab.relay.ip("route replace default via 10.2.0.20");
     let found = examine(&lab, 3);
     assert!(found.starts_with("problem: eth0: rp_filter is strict there"), "{found}");
-    mend(&lab, "rp_filter is strict");
+    fix(&lab, "rp_filter is strict");
     assert_eq!(examine(&lab, 0), "all is well\n");
 }
 
@@ -251,7 +251,7 @@ fn what_is_too_large_and_who_is_behind_a_router() {
         found.contains("larger packets, up to 1500, are dropped as `mtu`: 1 so far"),
         "{found}"
     );
-    mend(&lab, "the MTU");
+    fix(&lab, "the MTU");
     assert_eq!(examine(&lab, 0), "all is well\n");
 
     lab.relay.ip("route add 10.9.0.0/24 via 10.2.0.21");

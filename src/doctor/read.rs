@@ -13,6 +13,7 @@ use crate::advice;
 use crate::bpf;
 use crate::cli::{Global, Target};
 use crate::config::{Action, Address, Config, Family, Health, Key, KeyAddress, Source, with_port};
+use crate::diagnosis;
 use crate::drift;
 use crate::failure::{Failure, Result};
 use crate::generation::Description;
@@ -50,12 +51,8 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
         }
     };
     let number = status.as_ref().and_then(|status| status.generation);
-    let serving = number.and_then(|number| observed.generations.get(&number));
-    let serving = serving.map(|generation| &generation.description);
-    // also where its description is gone
-    facts.generation = observed.serving();
-    let orphans = observed.orphans();
-    facts.orphans = orphans.map(|(name, filter)| (name.into(), filter.into())).collect();
+    let generation = number.and_then(|number| observed.generations.get(&number));
+    let serving = generation.map(|generation| &generation.description);
     facts.damage = damage(&observed);
     facts.held = observed.held.map(|held| held.generation);
     facts.arpd = status.as_ref().and_then(|status| status.arpd);
@@ -70,6 +67,14 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
         (None, Some(description)) => description.origin.file.clone(),
         (None, None) => "FILE".into(),
     };
+    if let Some(status) = &status {
+        facts.problems = diagnosis::problems(&diagnosis::Facts {
+            observed: &observed,
+            serving: generation,
+            rules: &status.rules,
+            source: diagnosis::Source(&facts.file),
+        });
+    }
     let mut desired = serving.map(|description| description.desired.clone());
     match (given, serving) {
         (Some((text, target)), Some(description)) => {
@@ -116,23 +121,16 @@ fn sysctl(name: &str) -> Option<i64> {
     fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?.trim().parse().ok()
 }
 
-/// What of the pins is not whole.
+/// What of the pins is not whole, besides those of the generation that serves.
 fn damage(observed: &Observed) -> Vec<String> {
-    let mut damage: Vec<String> = observed
-        .damaged
-        .iter()
-        .map(|number| format!("the description of generation {number} is gone"))
-        .collect();
-    for generation in observed.generations.values() {
-        if !generation.intact {
-            damage.push(format!("pins of generation {} are missing", generation.number));
-        }
-        if generation.description.namespace != observed.namespace {
-            damage.push("the pins belong to another network namespace".into());
-        }
-    }
-    damage.extend(observed.unfinished.iter().map(|name| format!("{name} was left by a crash")));
-    damage
+    let serving = observed.serving();
+    let is_other = |number: &&u32| Some(**number) != serving;
+    let damaged = observed.damaged.iter().filter(is_other);
+    let damaged = damaged.map(|number| format!("the description of generation {number} is gone"));
+    let others = observed.generations.values().filter(|it| is_other(&&it.number) && !it.intact);
+    let others = others.map(|it| format!("pins of generation {} are missing", it.number));
+    let unfinished = observed.unfinished.iter().map(|name| format!("{name} was left by a crash"));
+    damaged.chain(others).chain(unfinished).collect()
 }
 
 async fn look(
@@ -218,11 +216,8 @@ async fn inputs(
         inputs.push(Input {
             name: name.clone(),
             link: Some(InputLink {
-                up: link.up,
-                carrier: link.carrier,
                 mtu: link.mtu,
                 lro: lro(name),
-                slot: seen.hook.slot.clone(),
                 foreign_qdisc: qdisc.is_some()
                     && serving.is_some_and(|serving| !serving.clsact.contains(name)),
                 before: match qdisc {
@@ -368,9 +363,6 @@ async fn upstreams(
                 preserves: rule.source_of(upstream) == Source::Preserve,
                 lacks_egress: rule.source_of(upstream) == Source::Egress
                     && ways.get(&upstream.address).is_some_and(|(_, egress)| egress.is_none()),
-                down: status
-                    .filter(|upstream| upstream.health == Some("down"))
-                    .map(|upstream| upstream.since.unwrap_or(0).into()),
                 too_large: too_large.map_or(0, |(_, count)| count.packets),
                 label,
             });

@@ -28,6 +28,8 @@ impl Kernel {
         let empty = |index: usize| Interface {
             index: index as u32 + 1,
             layer: Some(udplb::netlink::Layer::Ethernet),
+            up: true,
+            carrier: true,
             hook: Hook { qdisc: None, slot: Slot::Empty, shared: false },
         };
         let interfaces =
