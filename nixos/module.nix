@@ -41,7 +41,7 @@ let
     types.oneOf [
       ipv4
       ipv6
-      (types.strMatching "[fF][eE][89abAB][[:xdigit:]:]*%[^[:space:]/:]{1,15}")
+      (types.strMatching "[fF][eE][89abAB][[:xdigit:]:]*%[^[:space:]/:]{1,127}")
       (types.strMatching "([[:alnum:]_-]+\\.)*[[:alnum:]-]*[[:alpha:]-][[:alnum:]-]*\\.?")
     ]
     // {
@@ -62,8 +62,8 @@ let
     "preserve"
     "egress"
   ];
-  interface = types.strMatching "[^[:space:]/:]{1,15}" // {
-    description = "network interface name (1 to 15 characters)";
+  interface = types.strMatching "[^[:space:]/:]{1,127}" // {
+    description = "network interface name (1 to 127 characters; an alternative name too)";
   };
 
   ruleOptions = types.submodule {

@@ -12,6 +12,7 @@ mod check;
 mod decode;
 mod diagnostic;
 mod document;
+mod hint;
 mod host;
 mod network;
 mod path;

@@ -7,7 +7,9 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use super::decode::Decoded;
 use super::diagnostic::{Complaint, Problems};
 use super::vocabulary::{self as words, Root};
-use super::{Family, Hash, Host, KeyAddress, Mode, Network, Path, Ports, Rule, Source, Upstream};
+use super::{
+    Family, Finding, Hash, Host, KeyAddress, Mode, Network, Path, Ports, Rule, Source, Upstream,
+};
 use crate::maglev;
 
 /// How many ports all keys may have together, each for each of its networks of senders.
@@ -38,6 +40,7 @@ pub(super) fn check(decoded: &mut Decoded) {
         receivers(rule, &mut problems);
         weights(rule, &mut problems);
     }
+    decoded.warnings.extend(large_tables(rules));
     names(rules, &mut problems);
     // Too many to compare would be too many.
     if limits(rules, &mut problems) {
@@ -227,6 +230,32 @@ fn weights(rule: &Rule, problems: &mut Problems) {
     if let Err(error) = maglev::size(&weights) {
         problems.push(rule.at.field(words::UPSTREAM.name), Complaint::new(error.to_string()));
     }
+}
+
+/// Warns of weights so uneven that their tables take much memory.
+fn large_tables(rules: &[Rule]) -> Option<Finding> {
+    const LARGE: u32 = 100_000;
+    /// Kernel memory of a slot, in bytes.
+    const SLOT: u64 = 2;
+    let weighted = |rule: &&Rule| (rule.mode, rule.hash) == (Mode::Balance, Hash::Maglev);
+    let slots = |rule: &Rule| {
+        let weights: Vec<u32> = rule.upstreams.iter().map(|it| it.weight.unwrap_or(1)).collect();
+        maglev::size(&weights).ok().filter(|slots| *slots >= LARGE)
+    };
+    let large = rules.iter().filter(weighted).filter_map(|rule| Some((rule, slots(rule)?)));
+    let large: Vec<(&Rule, u32)> = large.collect();
+    let (rule, slots) = large.first()?;
+    let kilobytes = large.iter().map(|(_, slots)| SLOT * u64::from(*slots)).sum::<u64>() / 1000;
+    let others = match large.len() - 1 {
+        0 => String::new(),
+        others => format!(", with the tables of {others} more such rules"),
+    };
+    let message = format!(
+        "these weights need a table of {slots} slots, and apply takes longer to fill it: up to \
+         {kilobytes} kB of kernel memory{others}; weights of at most 100 times the least in all \
+         need 20 kB"
+    );
+    Some(Finding::new(&rule.at.field(words::UPSTREAM.name), message))
 }
 
 /// The one port that an upstream gets; none where it gets each packet's own.

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde::de::value::{Error, StrDeserializer};
 
-use super::diagnostic::{Complaint, Part, Place, Problems};
+use super::diagnostic::{Complaint, Part, Place, Problems, shorten};
 use super::document::{Entry, Node};
 use super::path::Trail;
 use super::vocabulary::{self as words, ANY, Choice, Field, Number, Root, STATSD, Table};
@@ -204,8 +204,15 @@ impl Decoder {
         at: &Trail<'_>,
     ) -> Option<Fields<'n, 't>> {
         let Node::Map(entries) = node else {
-            let what = format!("{} (a map)", table.what);
-            return self.note(at, scalar::expected(&what, node));
+            let expected = scalar::expected(&format!("{} (a map)", table.what), node);
+            let is_host = table.fields.iter().any(|it| std::ptr::eq(*it, &words::UPSTREAM_ADDRESS));
+            return match node {
+                Node::Text(text) if is_host => {
+                    let help = format!("write `address: {}`", shorten(text));
+                    self.note(at, expected.map_err(|complaint: Complaint| complaint.help(help)))
+                }
+                _ => self.note(at, expected),
+            };
         };
         let root = self.decoded.root;
         for (name, _) in entries {
@@ -236,12 +243,12 @@ impl Decoder {
     ) -> Option<&'n [Node<'t>]> {
         match node {
             Node::List(nodes) => Some(nodes),
-            _ => self.note(at, scalar::expected(what, node)),
+            _ => self.note(at, scalar::list(what, node)),
         }
     }
 
     fn interfaces(&mut self, node: &Node<'_>, at: &Trail<'_>) {
-        let nodes = self.list(node, "a list of interfaces", at);
+        let nodes = self.list(node, scalar::INTERFACES, at);
         for (index, node) in nodes.unwrap_or_default().iter().enumerate() {
             let interface = self.note(&at.index(index), scalar::interface(node));
             self.decoded.interfaces.extend(interface);
@@ -440,7 +447,7 @@ impl Decoder {
 
     fn from(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Vec<Network>> {
         let Node::List(nodes) = node else {
-            return self.note(at, scalar::network(node)).map(|network| vec![network]);
+            return self.note(at, scalar::networks(node)).map(|network| vec![network]);
         };
         if nodes.is_empty() {
             let complaint = Complaint::new("no networks: nobody could send");

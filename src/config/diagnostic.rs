@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::hint::is_invisible;
 use super::path::Path;
 
 /// How many errors one run shows; the rest is only counted.
@@ -142,9 +143,10 @@ fn ellipsis(wanted: bool) -> impl Iterator<Item = char> {
     wanted.then_some('…').into_iter()
 }
 
-/// A file must not be able to send control sequences to the operator's terminal.
+/// Replaces what would reach the operator's terminal as a control sequence, or not be seen there.
 fn printable(c: char) -> char {
-    if c.is_control() && c != '\t' { char::REPLACEMENT_CHARACTER } else { c }
+    let plain = !c.is_control() && !is_invisible(c) || c == '\t';
+    if plain { c } else { char::REPLACEMENT_CHARACTER }
 }
 
 /// Text from the file, fit to stand inside a message.

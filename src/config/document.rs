@@ -9,7 +9,7 @@ use super::diagnostic::{
     Complaint, Diagnostic, Excerpt, Place, Problem, Related, Severity, shorten,
 };
 use super::path::Path;
-use super::{toml, yaml};
+use super::{hint, toml, yaml};
 
 /// A value of the file, of whatever format.
 #[derive(Debug)]
@@ -126,6 +126,10 @@ impl Document {
         path: &Path,
         complaint: Complaint,
     ) -> Diagnostic {
+        let advice = match severity {
+            Severity::Error => hint::advice(position.line_of(&self.text)),
+            Severity::Warning => None,
+        };
         Diagnostic {
             severity,
             file: self.name.clone(),
@@ -133,7 +137,7 @@ impl Document {
             column: position.column,
             field: path.to_string(),
             message: complaint.message,
-            help: complaint.help,
+            help: advice.or(complaint.help),
             related: None,
             excerpt: position.excerpt(&self.text),
         }
@@ -171,8 +175,11 @@ impl Position {
         }
     }
 
+    fn line_of<'t>(&self, text: &'t str) -> &'t str {
+        text[self.start..].lines().next().unwrap_or("")
+    }
+
     fn excerpt(&self, text: &str) -> Excerpt {
-        let line = text[self.start..].lines().next().unwrap_or("");
-        Excerpt::new(line, self.column)
+        Excerpt::new(self.line_of(text), self.column)
     }
 }

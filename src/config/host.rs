@@ -7,10 +7,12 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::diagnostic::{Complaint, shorten};
+use super::hint::is_invisible;
 use super::vocabulary::ANY;
 
-/// The longest interface name, in bytes: IFNAMSIZ less the final zero.
-pub(super) const INTERFACE: usize = 15;
+/// The longest name that `ip link` takes for an interface, in bytes: that of an alternative name,
+/// ALTIFNAMSIZ less the final zero.
+pub(super) const INTERFACE: usize = 127;
 
 /// An IP address, with the interface that an IPv6 link-local one is on: `10.0.0.5`, `2001:db8::5`,
 /// `fe80::1%eth0`.
@@ -251,6 +253,13 @@ fn refusal(address: IpAddr) -> Option<String> {
     Some(format!("{address} is not a host's address: {why}"))
 }
 
+const ANY_ADDRESS: &str = "`address: any` matches every address of the interfaces";
+
+/// True for what other programs' files say where udplb's say `any`.
+pub(super) fn means_any(text: &str) -> bool {
+    matches!(text, "*" | "all" | "ANY" | "Any" | "0/0" | "0.0.0.0/0" | "::/0")
+}
+
 /// The address that a rule matches.
 pub(super) fn key(text: &str) -> Result<KeyAddress, Complaint> {
     if text == ANY {
@@ -264,11 +273,15 @@ pub(super) fn key(text: &str) -> Result<KeyAddress, Complaint> {
             None => refusal(address.ip),
         };
         return match why {
+            Some(why) if address.ip.is_unspecified() => Err(Complaint::new(why).help(ANY_ADDRESS)),
             Some(why) => Err(Complaint::new(why)),
             None => Ok(KeyAddress::Is(address.ip)),
         };
     }
     let complaint = Complaint::new(format!("`{}` is not an IP address", shorten(text)));
+    if means_any(text) {
+        return Err(complaint.help(ANY_ADDRESS));
+    }
     Err(match host_name(text) {
         Ok(_) => complaint.help("a key has an address, like 10.0.0.5, or `any`, and no host name"),
         Err(_) => complaint,
@@ -355,13 +368,15 @@ pub(super) fn interface_name(name: &str) -> Result<String, Complaint> {
         let message = format!("`{}` cannot be an interface: {why}", shorten(name));
         Err(Complaint::new(message))
     };
-    let forbidden = |c: char| c.is_whitespace() || c.is_control() || c == '/' || c == ':';
+    let forbidden = |c: char| {
+        c.is_whitespace() || c.is_control() || is_invisible(c) || c == '/' || c == ':'
+    };
     match name {
         "" => refuse("its name is empty"),
         "." | ".." => refuse("the kernel refuses that name"),
-        _ if name.len() > INTERFACE => refuse("its name is longer than 15 bytes"),
+        _ if name.len() > INTERFACE => refuse("its name is longer than 127 bytes"),
         _ if name.contains(forbidden) => {
-            refuse("its name has a blank, a control character, a `/` or a `:`")
+            refuse("its name has a blank, a control or invisible character, a `/` or a `:`")
         }
         _ => Ok(name.into()),
     }

@@ -1,11 +1,14 @@
 //! Single values: ports, names, interfaces.
 
 use super::diagnostic::{Complaint, shorten};
+use super::hint::is_invisible;
 use super::document::Node;
-use super::vocabulary::Number;
+use super::vocabulary::{ANY, Number};
 use super::{Host, KeyAddress, Network, Ports, host, network};
 
 type Result<T> = std::result::Result<T, Complaint>;
+
+pub(super) const INTERFACES: &str = "a list of interfaces";
 
 /// The longest name, in bytes.
 const NAME: usize = 64;
@@ -16,6 +19,16 @@ const PORTS_HELP: &str =
 pub(super) fn expected<T>(what: &str, found: &Node<'_>) -> Result<T> {
     let found = found.describe();
     Err(Complaint::new(format!("expected {what}, found {found}")))
+}
+
+/// Refuses what is no list, and shows how it becomes one.
+pub(super) fn list<T>(what: &str, found: &Node<'_>) -> Result<T> {
+    let help = match found {
+        Node::Text(text) if what == INTERFACES => format!("write a list: `[{}]`", shorten(text)),
+        Node::Map(_) => "write it as a list: `- ` before its first field".into(),
+        _ => return expected(what, found),
+    };
+    expected(what, found).map_err(|complaint| complaint.help(help))
 }
 
 fn text<'n>(node: &'n Node<'_>, what: &str) -> Result<&'n str> {
@@ -74,6 +87,12 @@ pub(super) fn ports(node: &Node<'_>) -> Result<Ports> {
         }
         return Ok(Ports { first, last });
     }
+    if let Node::Text(text) = node
+        && host::means_any(text)
+    {
+        let help = "`port: any` matches every port";
+        return Err(Complaint::new(format!("`{}` is not a UDP port", shorten(text))).help(help));
+    }
     let port = port(node)?;
     Ok(Ports { first: port, last: port })
 }
@@ -114,17 +133,29 @@ pub(super) fn name(node: &Node<'_>) -> Result<String> {
         let message = format!("`{}` cannot be a name: {why}", shorten(name));
         Err(Complaint::new(message))
     };
-    let forbidden = |c: char| c.is_whitespace() || c.is_control() || c == '/';
+    let forbidden =
+        |c: char| c.is_whitespace() || c.is_control() || is_invisible(c) || c == '/';
     match name {
         "" => refuse("it is empty"),
         _ if name.len() > NAME => refuse("it is longer than 64 bytes"),
-        _ if name.contains(forbidden) => refuse("it has a blank, a control character or a `/`"),
+        _ if name.contains(forbidden) => refuse("it has a blank, a control or invisible character or a `/`"),
         _ => Ok(name.into()),
     }
 }
 
 pub(super) fn interface(node: &Node<'_>) -> Result<String> {
     host::interface_name(text(node, "an interface")?)
+}
+
+/// The only network of a key, where there is no list of them.
+pub(super) fn networks(node: &Node<'_>) -> Result<Network> {
+    match node {
+        Node::Text(text) if text == ANY || host::means_any(text) && text.len() < 4 => {
+            let message = format!("`{}` is not a network", shorten(text));
+            Err(Complaint::new(message).help("leave `from` out to match any sender"))
+        }
+        _ => network(node),
+    }
 }
 
 pub(super) fn network(node: &Node<'_>) -> Result<Network> {

@@ -144,7 +144,7 @@ impl Reading {
         match self.refusal {
             Some(complaint) => Fault { complaint, path: Path(self.steps), offset },
             None => Fault {
-                complaint: unquoted(text, offset, Complaint::new(message_of(error))),
+                complaint: explain(text, offset, message_of(error)),
                 path: Path::default(),
                 offset,
             },
@@ -152,13 +152,41 @@ impl Reading {
     }
 }
 
-/// Colons mean something to YAML where an IPv6 address begins or ends with them.
-fn unquoted(text: &str, offset: usize, complaint: Complaint) -> Complaint {
+/// Adds what to do about a parser's error to its message.
+fn explain(text: &str, offset: usize, message: String) -> Complaint {
     let before = text.get(..offset).unwrap_or(text);
     let start = before.rfind('\n').map_or(0, |newline| newline + 1);
-    match text[start..].lines().next().is_some_and(|line| line.contains("::")) {
-        true => complaint.help("put an IPv6 address that begins or ends with `:` in quotes"),
-        false => complaint,
+    let line = text[start..].lines().next().unwrap_or_default();
+    let blank = |c: char| c == ' ' || c == '\t';
+    let indent = &line[..line.len() - line.trim_start_matches(blank).len()];
+    if indent.contains('\t') || text[before.len()..].starts_with('\t') {
+        let complaint = Complaint::new("a tab stands where YAML takes blanks only");
+        return complaint.help("indent with blanks");
+    }
+    let help = match message.as_str() {
+        "mapping values are not allowed in this context" => {
+            Some("give each field a line, or put them in braces: `{ address: 10.0.0.5, port: 53 }`")
+        }
+        _ if message.starts_with("did not find expected '-' indicator")
+            || message.starts_with("did not find expected key") =>
+        {
+            Some("check the indentation: the fields of one map begin in one column")
+        }
+        _ => None,
+    };
+    let complaint = Complaint { help: help.map(String::from), ..Complaint::new(message) };
+    match text[before.len()..].trim_start_matches('*').chars().next() {
+        // colons mean something to YAML where an IPv6 address begins or ends with them
+        _ if line.contains("::") => {
+            complaint.help("put an IPv6 address that begins or ends with `:` in quotes")
+        }
+        _ if line.contains('*') => complaint.help(
+            "`*` refers to an anchor in YAML; to match all addresses or ports of a key, write `any`",
+        ),
+        Some(c @ ('@' | '`' | '%' | '&' | '!' | '|' | '>')) => {
+            complaint.help(format!("put text that begins with `{c}` in quotes"))
+        }
+        _ => complaint,
     }
 }
 
