@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::config::{Action, Address, Config, Finding, KeyAddress, Mode, Path, Rule, with_port};
@@ -80,7 +81,8 @@ fn upstreams<'a>(
     places.zip(desired.upstreams()).map(|(place, upstream)| (&place.at, &upstream.address))
 }
 
-/// `pass` rules with a port on which nobody listens: their senders get ECONNREFUSED.
+/// Returns the `pass` rules with a port on which nobody listens. What netfilter does to their packets
+/// before delivery is not looked at.
 fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Finding> {
     config
         .rules
@@ -111,8 +113,8 @@ fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Fi
             Some(Finding::new(
                 &rule.at,
                 format!(
-                    "nobody listens on {}{more}: with `tc_action: pass` its senders get ICMP port \
-                     unreachable",
+                    "nobody listens on {}{more}: `tc_action: pass` delivers there, and senders get \
+                     ICMP errors unless a firewall drops or translates the packets (DNAT)",
                     with_port(address, first)
                 ),
             ))
@@ -120,8 +122,8 @@ fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Fi
         .collect()
 }
 
-/// Keys whose address sits on a device stacked above an interface: every packet for it looks
-/// as if it were for another host there.
+/// Returns the keys whose address sits on a device stacked above an interface, with another MAC
+/// address: every packet for it looks as if it were for another host there.
 fn stacked(
     config: &Config,
     interfaces: &[String],
@@ -139,7 +141,10 @@ fn stacked(
             let holder = holders
                 .filter_map(|own| links.iter().find(|link| link.index == own.ifindex))
                 .find_map(|holder| {
-                    named.iter().find(|link| is_above(holder, link, &KINDS)).zip(Some(holder))
+                    let mut named = named.iter();
+                    let hidden =
+                        |link: &&&Link| is_above(holder, link, &KINDS) && holder.mac != link.mac;
+                    named.find(hidden).zip(Some(holder))
                 });
             let (interface, holder) = holder?;
             Some(Finding::new(
@@ -208,8 +213,22 @@ fn is_above(upper: &Link, lower: &Link, kinds: &[&str]) -> bool {
 
 /// Major and minor number of the kernel that runs.
 pub fn kernel() -> (u32, u32) {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers = release.split(['.', '-']).map(|number| number.parse().unwrap_or(0));
+    let mut names = MaybeUninit::<libc::utsname>::zeroed();
+    // SAFETY: all zeroes are a utsname, which the kernel fills and which outlives the call.
+    let names = unsafe {
+        libc::uname(names.as_mut_ptr());
+        names.assume_init()
+    };
+    let release: Vec<u8> = names.release.iter().map(|byte| *byte as u8).collect();
+    version(&String::from_utf8_lossy(&release))
+}
+
+fn version(release: &str) -> (u32, u32) {
+    let number = |text: &str| {
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        text[..digits].parse().unwrap_or(0)
+    };
+    let mut numbers = release.split('.').map(number);
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
@@ -263,7 +282,19 @@ pub fn endpoint(text: &str) -> Option<(IpAddr, u16)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Listener, listener};
+    use super::{Listener, listener, version};
+
+    #[test]
+    fn versions_of_kernels() {
+        for (release, wanted) in [
+            ("6.12.57+deb13-amd64", (6, 12)),
+            ("5.10.0-28-cloud-amd64", (5, 10)),
+            ("6.18-rc1\0\0", (6, 18)),
+            ("", (0, 0)),
+        ] {
+            assert_eq!(version(release), wanted, "{release}");
+        }
+    }
 
     #[test]
     fn lines_of_proc_net_udp() {

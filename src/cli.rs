@@ -42,11 +42,22 @@ pub struct Global {
     #[arg(short, long, global = true)]
     pub quiet: bool,
     /// Where the pins are, in a bpffs.
-    #[arg(long, global = true, value_name = "DIR", default_value = PIN_DIR)]
+    #[arg(long, global = true, value_name = "DIR", default_value = PIN_DIR, value_parser = pin_dir)]
     pub pin_dir: PathBuf,
     /// How long to wait for another udplb, in seconds.
     #[arg(long, global = true, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub lock_timeout: Duration,
+}
+
+fn pin_dir(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    match path.file_name() {
+        None => Err("a directory of its own in a bpffs, like /sys/fs/bpf/udplb".into()),
+        Some(name) if name.to_string_lossy().contains('.') => {
+            Err("a bpffs takes no names with a dot (`.`); choose one without".into())
+        }
+        Some(_) => Ok(path),
+    }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

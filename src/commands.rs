@@ -110,6 +110,16 @@ fn report(global: &Global, text: &str, json: &Value) -> Result<u8> {
     }
 }
 
+/// Like [`report`], of a change that has been made: that its report cannot be written is a warning.
+fn report_done(global: &Global, text: &str, json: &Value) -> Result<u8> {
+    if let Err(failure) = report(global, text, json) {
+        let why = failure.to_string();
+        let why = why.strip_prefix("error: ").unwrap_or(&why);
+        say(format_args!("warning: the change is made, and cannot be reported: {why}"));
+    }
+    Ok(0)
+}
+
 fn warn(global: &Global, warnings: &[Diagnostic]) {
     if !global.quiet {
         for warning in warnings {
@@ -193,7 +203,7 @@ async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool
     let mut json = outcome_json(&outcome, desired, started.elapsed());
     json["warnings"] = json!(wanted.warnings);
     json["missing"] = json!(wanted.missing);
-    report(global, &text, &json)?;
+    report_done(global, &text, &json)?;
     Ok(if wanted.missing.is_empty() { 0 } else { INCOMPLETE })
 }
 
@@ -462,7 +472,7 @@ async fn steer(global: &Global, target: &drain::Target, state: State) -> Result<
     let mut json = json!(change.after);
     json["changed"] = json!(change.action.is_some());
     json["warnings"] = json!(Vec::from_iter(warning));
-    report(global, &(change.text() + "\n"), &json)
+    report_done(global, &(change.text() + "\n"), &json)
 }
 
 /// Takes back all that was said of upstreams, those of the generation before included.
@@ -483,7 +493,7 @@ async fn enable_all(global: &Global) -> Result<u8> {
     if after.is_empty() {
         text += "unchanged (there are no overrides)\n";
     }
-    report(global, &text, &json!({ "changed": !after.is_empty(), "upstreams": after }))
+    report_done(global, &text, &json!({ "changed": !after.is_empty(), "upstreams": after }))
 }
 
 async fn rollback(global: &Global) -> Result<u8> {
@@ -500,7 +510,7 @@ async fn rollback(global: &Global) -> Result<u8> {
     drop(guard);
     let took = started.elapsed();
     let text = outcome_text(&outcome, &target.description.origin.file, &desired, took);
-    report(global, &text, &outcome_json(&outcome, &desired, took))
+    report_done(global, &text, &outcome_json(&outcome, &desired, took))
 }
 
 async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u8> {
@@ -538,7 +548,7 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
     if purge {
         text += "removed all pins\n";
     }
-    report(global, &text, &json!({ "changed": true, "detached": detached }))
+    report_done(global, &text, &json!({ "changed": true, "detached": detached }))
 }
 
 /// A filter whose pins are gone stays: nothing proves that it is ours to take away.

@@ -8,15 +8,15 @@ use crate::cli::Target;
 use crate::failure::Result;
 use crate::generation::Description;
 use crate::plan::{Desired, Name};
-use crate::wanted::{Text, interfaces};
+use crate::wanted::{Text, interfaces, is_kept};
 
 /// What a generation was made of, read again; `None` where that cannot be found again.
 pub fn source(description: &Description) -> Option<(Text, Target)> {
     let origin = &description.origin;
     let target =
         Target { file: PathBuf::from(&origin.file), interfaces: origin.interfaces.clone() };
-    // standard input, or a name that was good elsewhere
-    if !target.file.is_absolute() {
+    // of standard input, or gone
+    if !target.file.is_absolute() || !is_kept(&target.file) {
         return None;
     }
     Some((Text::read(&target.file).ok()?, target))

@@ -370,7 +370,8 @@ impl Netlink {
         if output != 0 {
             message.attributes.push(RouteAttribute::Oif(output));
         }
-        let replies = self.request(RouteNetlinkMessage::GetRoute(message), 0).await?;
+        let replies = self.request(RouteNetlinkMessage::GetRoute(message), 0).await;
+        let replies = replies.map_err(no_route)?;
         let mut routes = replies.into_iter().filter_map(|reply| match reply {
             RouteNetlinkMessage::NewRoute(message) => Some(route(address, &message)),
             _ => None,
@@ -818,6 +819,18 @@ fn on_link(address: IpAddr, interface: &str, links: &HashMap<u32, Link>) -> io::
         io::Error::new(io::ErrorKind::NotFound, format!("there is no interface {interface}"))
     })?;
     Ok(Route { ifindex: link.index, gateway: address, mtu: None, egress: None, local: false })
+}
+
+/// Names the kind of a route that leads nowhere, by the error that a look-up ends with.
+fn no_route(error: io::Error) -> io::Error {
+    let kind = match error.raw_os_error() {
+        Some(libc::EINVAL) => "a blackhole route drops its packets",
+        Some(libc::EACCES) => "a prohibit route refuses its packets",
+        Some(libc::EHOSTUNREACH) => "an unreachable route refuses its packets",
+        Some(libc::ENETUNREACH) => "no route matches",
+        _ => return error,
+    };
+    io::Error::new(error.kind(), kind)
 }
 
 /// Nothing for a route that leads nowhere: blackhole, unreachable, multicast, broadcast. Paths

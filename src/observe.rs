@@ -98,7 +98,7 @@ impl Observed {
 /// Inode of this thread's network namespace.
 pub fn namespace() -> anyhow::Result<u64> {
     const PATH: &str = "/proc/thread-self/ns/net";
-    Ok(fs::metadata(PATH).context(PATH)?.ino())
+    Ok(fs::metadata(PATH).with_context(|| format!("{PATH}, which needs /proc"))?.ino())
 }
 
 /// Looks at everything. Without a guard there are no pins, and only the interfaces are seen.

@@ -1,7 +1,5 @@
 //! The capabilities that changing the kernel takes.
 
-use std::fs;
-
 use crate::failure::{Failure, Result};
 
 /// Name, number in include/uapi/linux/capability.h, and what it is for.
@@ -27,13 +25,23 @@ pub fn require() -> Result<()> {
 
 /// Those that this process lacks, in words.
 pub fn missing_now() -> Vec<String> {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    missing(effective(&status).unwrap_or(0))
+    missing(effective())
 }
 
-fn effective(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
-    u64::from_str_radix(line.trim(), 16).ok()
+/// The effective capabilities of this thread, a bit for each.
+fn effective() -> u64 {
+    /// `_LINUX_CAPABILITY_VERSION_3` of linux/capability.h: 64 capabilities.
+    const VERSION: u32 = 0x2008_0522;
+    let mut header = [VERSION, 0];
+    // effective, permitted and inheritable, of the lower 32 and then of the upper
+    let mut sets = [[0_u32; 3]; 2];
+    // SAFETY: the kernel reads and writes a header of two words and two sets of three, and all of
+    // them outlive the call.
+    let result = unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) };
+    match result {
+        0 => u64::from(sets[1][0]) << 32 | u64::from(sets[0][0]),
+        _ => 0,
+    }
 }
 
 fn missing(effective: u64) -> Vec<String> {
@@ -49,6 +57,8 @@ fn missing(effective: u64) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::{effective, missing};
 
     #[test]
@@ -61,8 +71,9 @@ mod tests {
     }
 
     #[test]
-    fn reads_the_effective_set() {
-        assert_eq!(effective("CapPrm:\t1\nCapEff:\t000001ffffffffff\n"), Some(0x1ff_ffff_ffff));
-        assert_eq!(effective("Name:\tudplb\n"), None);
+    fn effective_set_is_that_of_proc() {
+        let status = fs::read_to_string("/proc/thread-self/status").expect("/proc");
+        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("a line");
+        assert_eq!(u64::from_str_radix(line.trim(), 16), Ok(effective()));
     }
 }

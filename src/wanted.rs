@@ -1,6 +1,6 @@
 //! A configuration file, read and ready to be compared with the kernel.
 
-use std::fs;
+use std::fs::File;
 use std::io::{self, Read};
 use std::path::{self, Path};
 
@@ -19,28 +19,47 @@ use crate::plan::Desired;
 use crate::resolve;
 use crate::state::ReadGuard;
 
+/// The longest text of a configuration, in bytes.
+pub const LONGEST: u64 = 16 << 20;
+
+/// The name that stands for standard input.
+pub const STANDARD_INPUT: &str = "-";
+
+/// True for a file that says the same whoever opens it, and when: no pipe and no descriptor.
+pub fn is_kept(path: &Path) -> bool {
+    let of_process = ["/dev", "/proc"].iter().any(|directory| path.starts_with(directory));
+    !of_process && path.is_file()
+}
+
 /// A file's text.
 pub struct Text {
-    /// As messages call it; `-` is standard input.
+    /// The name in messages; [`STANDARD_INPUT`] for standard input.
     pub name: String,
     text: String,
 }
 
 impl Text {
     /// # Errors
-    /// The file cannot be read, or is not UTF-8.
+    /// The file cannot be read, is longer than [`LONGEST`], or is not UTF-8.
     pub fn read(file: &Path) -> Result<Text> {
         let name = file.display().to_string();
+        let unreadable = |what: String| Failure::Unreadable(format!("{name}: {what}"));
         let mut bytes = Vec::new();
-        let read = if name == "-" {
-            io::stdin().lock().read_to_end(&mut bytes).map(drop)
+        let read = if name == STANDARD_INPUT {
+            io::stdin().lock().take(LONGEST + 1).read_to_end(&mut bytes)
         } else {
-            fs::read(file).map(|contents| bytes = contents)
+            File::open(file).and_then(|file| file.take(LONGEST + 1).read_to_end(&mut bytes))
         };
-        read.map_err(|error| Failure::Unreadable(format!("{name}: {error}")))?;
+        read.map_err(|error| unreadable(error.to_string()))?;
+        if bytes.len() as u64 > LONGEST {
+            return Err(unreadable("longer than 16 MiB, which no configuration is".into()));
+        }
         let text = String::from_utf8(bytes).map_err(|error| {
             let valid = error.utf8_error().valid_up_to();
-            Failure::Unreadable(format!("{name}: not UTF-8 at byte {valid}"))
+            let before = &error.as_bytes()[..valid];
+            let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+            let wrong = error.as_bytes()[valid];
+            unreadable(format!("not UTF-8 in line {line}: byte {wrong:#04x} at offset {valid}"))
         })?;
         Ok(Text { name, text })
     }
@@ -53,11 +72,11 @@ impl Text {
         Origin { digest, file: self.place(), interfaces: target.interfaces.clone() }
     }
 
-    /// The file's name from wherever it is read again; `-` stays.
+    /// The name by which a later command finds the file; [`STANDARD_INPUT`] if none will.
     fn place(&self) -> String {
         match path::absolute(&self.name) {
-            Ok(path) if self.name != "-" => path.display().to_string(),
-            _ => self.name.clone(),
+            Ok(path) if is_kept(&path) => path.display().to_string(),
+            _ => STANDARD_INPUT.into(),
         }
     }
 

@@ -76,7 +76,7 @@ fn every_exit_code() {
     ]);
     expect(&format!("check {good} {bad} {missing}"), 66);
     expect(&format!("apply {missing}"), 66).says(&["missing.yaml", "No such file"]);
-    expect(&format!("apply {latin}"), 66).says(&["latin.yaml", "UTF-8 at byte 7"]);
+    expect(&format!("apply {latin}"), 66).says(&["latin.yaml", "not UTF-8 in line 1"]);
     let lock = File::open(lab.bpffs.pins()).expect("the pin directory");
     lock.lock().expect("a lock");
     expect(&format!("apply {good} --lock-timeout 0"), 75);
@@ -375,11 +375,13 @@ fn what_is_probably_not_meant_is_said() {
         .expect(0)
         .says(&["10.1.0.5 is an address of mac0, a macvlan above eth0", "name mac0"]);
     lab.relay.ip("link del mac0");
-    lab.relay.ip("link add br0 type bridge");
+    lab.relay.ip("link add br0 address 02:00:00:00:00:99 type bridge");
     lab.relay.ip("addr add 10.1.0.6/24 dev br0");
     lab.relay.ip("link set eth0 master br0");
     lab.try_apply(&pass("10.1.0.6", &up), "").expect(0).says(&["br0, a bridge above eth0"]);
-    // rules match on both
+    // rules match on both where the MAC address is the same
+    let mac = lab.relay.mac("eth0").map(|byte| format!("{byte:02x}")).join(":");
+    lab.relay.ip(&format!("link set br0 address {mac}"));
     lab.relay.ip("link set br0 up");
     let both = lab.try_apply(&pass("10.1.0.1", &up), "-i eth0 -i br0").expect(0);
     both.says(&["br0 is above eth0", "copied once more on br0"]);

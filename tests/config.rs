@@ -700,12 +700,16 @@ proptest! {
 #[test]
 fn weights_with_large_tables_are_warned_of() {
     let weighted = |weight: u32| {
-        let upstreams = format!("{{ address: 10.0.9.1 }}, {{ address: 10.0.9.2, weight: {weight} }}");
+        let upstreams =
+            format!("{{ address: 10.0.9.1 }}, {{ address: 10.0.9.2, weight: {weight} }}");
         accept("f", &rule("address: 10.0.0.5, port: 53", "", &upstreams)).warnings
     };
     assert!(weighted(99).is_empty());
     assert!(weighted(100)[0].message.contains("a table of 100003 slots"));
     let warning = &weighted(9_999)[0];
     assert!(warning.message.contains("up to 2000 kB of kernel memory"), "{warning}");
-    assert_eq!((warning.severity, warning.field.as_str()), (Severity::Warning, "rules[0].upstream"));
+    assert_eq!(
+        (warning.severity, warning.field.as_str()),
+        (Severity::Warning, "rules[0].upstream")
+    );
 }

@@ -38,7 +38,9 @@ pub(super) fn advice(line: &str) -> Option<String> {
     let (open, close) = placeholders.iter().find(|(open, close)| {
         line.split_once(open).is_some_and(|(_, behind)| behind.contains(close))
     })?;
-    Some(format!("`{open} … {close}` belongs to a template: fill it in before udplb reads the file"))
+    Some(format!(
+        "`{open} … {close}` belongs to a template: fill it in before udplb reads the file"
+    ))
 }
 
 #[cfg(test)]

@@ -368,9 +368,8 @@ pub(super) fn interface_name(name: &str) -> Result<String, Complaint> {
         let message = format!("`{}` cannot be an interface: {why}", shorten(name));
         Err(Complaint::new(message))
     };
-    let forbidden = |c: char| {
-        c.is_whitespace() || c.is_control() || is_invisible(c) || c == '/' || c == ':'
-    };
+    let forbidden =
+        |c: char| c.is_whitespace() || c.is_control() || is_invisible(c) || c == '/' || c == ':';
     match name {
         "" => refuse("its name is empty"),
         "." | ".." => refuse("the kernel refuses that name"),

@@ -1,8 +1,8 @@
 //! Single values: ports, names, interfaces.
 
 use super::diagnostic::{Complaint, shorten};
-use super::hint::is_invisible;
 use super::document::Node;
+use super::hint::is_invisible;
 use super::vocabulary::{ANY, Number};
 use super::{Host, KeyAddress, Network, Ports, host, network};
 
@@ -133,12 +133,13 @@ pub(super) fn name(node: &Node<'_>) -> Result<String> {
         let message = format!("`{}` cannot be a name: {why}", shorten(name));
         Err(Complaint::new(message))
     };
-    let forbidden =
-        |c: char| c.is_whitespace() || c.is_control() || is_invisible(c) || c == '/';
+    let forbidden = |c: char| c.is_whitespace() || c.is_control() || is_invisible(c) || c == '/';
     match name {
         "" => refuse("it is empty"),
         _ if name.len() > NAME => refuse("it is longer than 64 bytes"),
-        _ if name.contains(forbidden) => refuse("it has a blank, a control or invisible character or a `/`"),
+        _ if name.contains(forbidden) => {
+            refuse("it has a blank, a control or invisible character or a `/`")
+        }
         _ => Ok(name.into()),
     }
 }
