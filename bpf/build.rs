@@ -1,5 +1,4 @@
-//! Compiles bpf/udplb.bpf.c and generates its skeleton, and compiles what it is benchmarked with:
-//! the only place where clang runs.
+//! Compiles bpf/udplb.bpf.c and generates its skeleton.
 
 use std::path::PathBuf;
 use std::{env, fs};
@@ -8,7 +7,6 @@ use libbpf_cargo::SkeletonBuilder;
 use sha2::{Digest, Sha256};
 
 const SOURCE: &str = "bpf/udplb.bpf.c";
-const FLOORS: &str = "bpf/bench/floors.bpf.c";
 
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
@@ -28,12 +26,5 @@ fn main() {
     let bytes = fs::read(&object).expect("the object was just built");
     let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
     println!("cargo::rustc-env=UDPLB_OBJECT_SHA256={digest}");
-
-    SkeletonBuilder::new()
-        .source(FLOORS)
-        .obj(out.join("floors.bpf.o"))
-        .clang_args(arguments)
-        .build_and_generate(out.join("floors.skel.rs"))
-        .unwrap_or_else(|error| panic!("{FLOORS} does not build: {error:#}"));
     println!("cargo::rerun-if-changed=bpf");
 }

@@ -106,11 +106,14 @@ let
         "off"
         "neighbour"
       ]) "`neighbour` leaves out upstreams whose next hop does not answer; the default is `off`.";
-      fragments = word (types.enum [
-        "follow"
-        "pass"
-        "drop"
-      ]) "Fragments go where their first one goes (`follow`, the default), are only delivered here, or are dropped.";
+      fragments =
+        word
+          (types.enum [
+            "follow"
+            "pass"
+            "drop"
+          ])
+          "Fragments go where their first one goes (`follow`, the default), are only delivered here, or are dropped.";
     };
   };
 
@@ -152,9 +155,7 @@ let
           ];
           description = "Destination ports that the rule matches: one, a range, a list of both, or `any`.";
         };
-        from = word (types.either network (
-          types.nonEmptyListOf network
-        )) "Networks of senders that the rule matches. The program's default is any sender.";
+        from = word (types.either network (types.nonEmptyListOf network)) "Networks of senders that the rule matches. The program's default is any sender.";
       };
       options = mkOption {
         type = ruleOptions;

@@ -1,13 +1,17 @@
 {
   lib,
   stdenv,
+  buildPackages,
   rustPlatform,
   installShellFiles,
+  versionCheckHook,
   llvmPackages,
   pkg-config,
   elfutils,
   linuxHeaders,
   zlib,
+  # VM tests, for passthru
+  tests ? { },
 }:
 let
   cargo = (lib.importTOML ../Cargo.toml).package;
@@ -17,18 +21,30 @@ rustPlatform.buildRustPackage {
   pname = cargo.name;
   inherit (cargo) version;
 
+  # tests/nix/package.py builds exactly this, without Nix.
   src = lib.fileset.toSource {
     root = ../.;
     fileset = lib.fileset.unions [
       ../Cargo.toml
       ../Cargo.lock
+      ../LICENSE
+      ../LICENSES
+      ../benches
       ../bpf
+      ../contrib/alerts.yaml
+      ../contrib/grafana.json
       ../examples
       ../src
     ];
   };
   cargoLock.lockFile = ../Cargo.lock;
 
+  # The build script links libbpf too, for the machine that builds.
+  depsBuildBuild = [
+    buildPackages.stdenv.cc
+    elfutils
+    zlib
+  ];
   nativeBuildInputs = [
     installShellFiles
     # The wrapped clang adds flags that "-target bpf" refuses.
@@ -51,7 +67,12 @@ rustPlatform.buildRustPackage {
     target/${stdenv.hostPlatform.rust.cargoShortTarget}/release/udplb check --no-resolve examples/seed.yaml
   '';
 
-  postInstall = lib.optionalString runs ''
+  postInstall = ''
+    install -D -m 644 -t $out/share/udplb contrib/alerts.yaml contrib/grafana.json
+    install -D -m 644 -t $out/share/doc/udplb LICENSE LICENSES/*
+    install -D -m 644 -t $out/share/doc/udplb/examples examples/*.yaml examples/*.toml
+  ''
+  + lib.optionalString runs ''
     mkdir man
     $out/bin/udplb man man
     installManPage man/*
@@ -60,6 +81,12 @@ rustPlatform.buildRustPackage {
       --fish <($out/bin/udplb completions fish) \
       --zsh <($out/bin/udplb completions zsh)
   '';
+
+  doInstallCheck = runs;
+  nativeInstallCheckInputs = [ versionCheckHook ];
+  versionCheckProgramArg = "--version";
+
+  passthru = { inherit tests; };
 
   meta = {
     inherit (cargo) description;
@@ -70,7 +97,12 @@ rustPlatform.buildRustPackage {
       lib.licenses.gpl2Only
       lib.licenses.bsd2
     ];
+    maintainers = [ { name = cargo.metadata.deb.maintainer; } ];
     platforms = lib.platforms.linux;
     mainProgram = "udplb";
+  }
+  // lib.optionalAttrs (cargo ? repository) {
+    homepage = cargo.repository;
+    changelog = "${cargo.repository}/releases/tag/v${cargo.version}";
   };
 }

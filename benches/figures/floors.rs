@@ -17,12 +17,7 @@ use libbpf_rs::{MapCore, MapFlags, TC_INGRESS, TcHook};
 
 use crate::common::Namespace;
 
-#[allow(clippy::all, dead_code)]
-mod skeleton {
-    include!(concat!(env!("OUT_DIR"), "/floors.skel.rs"));
-}
-
-pub use skeleton::FloorsSkel;
+pub use udplb_floors::FloorsSkel;
 
 /// What is put right before a program is run, and the headers that a generator sends.
 const BEGINNING: usize = 72;
@@ -30,7 +25,7 @@ const BEGINNING: usize = 72;
 /// The object lives as long as the process.
 pub fn load() -> FloorsSkel<'static> {
     let object = Box::leak(Box::new(MaybeUninit::uninit()));
-    let skeleton = skeleton::FloorsSkelBuilder::default().open(object).expect("floors.bpf.o");
+    let skeleton = udplb_floors::FloorsSkelBuilder::default().open(object).expect("floors.bpf.o");
     skeleton.load().expect("the kernel takes the floors")
 }
 

@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import package
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FIXTURES = ROOT / "tests/vm/fixtures"
@@ -207,6 +209,17 @@ def check_package(nix: Nix, write: bool) -> None:
     report("the module's words are those of words.json", "" if fresh else error or STALE)
 
 
+def build_package() -> None:
+    """Each step needs the one before."""
+    for what, step in package.STEPS.items():
+        try:
+            step()
+        except package.Wrong as error:
+            report(f"the package {what}", str(error))
+            return
+        report(f"the package {what}")
+
+
 def wrong_escapes(escaped: dict[str, str]) -> str:
     if not shutil.which("systemd-escape"):
         return ""
@@ -305,7 +318,7 @@ def lint_scripts() -> None:
     """The scripts as the NixOS test driver lints them, and our own Python."""
     pyflakes = shutil.which("pyflakes") or shutil.which("pyflakes3") or "pyflakes"
     env = {**os.environ, "MYPYPATH": str(DRIVER)}
-    own = ["nix/run.py", "vm/driver/nsdriver.py", "vm/driver/switch-to-configuration", "vm/udp.py", "deb/run", "docs/run"]
+    own = ["nix/package.py", "nix/run.py", "vm/driver/nsdriver.py", "vm/driver/switch-to-configuration", "vm/udp.py", "deb/run", "docs/run"]
     own += [f"pictures/{name}.py" for name in ("dashboard", "terminal", "traffic")]
     # what libraries say of their types depends on their version, and on whether they are installed
     alone = ["--follow-imports=skip", "--ignore-missing-imports"]
@@ -369,6 +382,7 @@ def main() -> int:
     fixture_units = json.loads((FIXTURES / "relay.json").read_text())["nodes"]["relay"]["units"]
     check_contrib("the fixture", fixture_units)
     check_words(args.udplb)
+    build_package()
     if not shutil.which(args.nix):
         skip("EVERYTHING THAT EVALUATES", f"no {args.nix}")
     elif not lib or not (lib / "lib/default.nix").is_file():

@@ -32,7 +32,9 @@ let
     stdenv = {
       hostPlatform = platform;
       buildPlatform = platform;
+      cc = drv "cc" { };
     };
+    buildPackages = { inherit stdenv; };
     # What the module writes stays readable (.text, and .env with .script) and has
     # a path of its own, so that other contents make another unit.
     writeText =
@@ -91,6 +93,7 @@ let
     "rustfmt"
     "systemd"
     "util-linux"
+    "versionCheckHook"
     "zlib"
   ] (name: drv name { });
 

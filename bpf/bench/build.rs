@@ -1,0 +1,24 @@
+//! Compiles floors.bpf.c as bpf/build.rs compiles the product, and generates its skeleton.
+
+use std::env;
+use std::path::PathBuf;
+
+use libbpf_cargo::SkeletonBuilder;
+
+const SOURCE: &str = "floors.bpf.c";
+
+fn main() {
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    // Debian keeps asm/types.h where only the native target looks
+    let multiarch = format!(
+        "-I/usr/include/{}-linux-gnu",
+        env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets the target")
+    );
+    SkeletonBuilder::new()
+        .source(SOURCE)
+        .obj(out.join("floors.bpf.o"))
+        .clang_args(["-O2", "-g", "-mcpu=v3", "-Wall", "-Wextra", "-Werror", &multiarch])
+        .build_and_generate(out.join("floors.skel.rs"))
+        .unwrap_or_else(|error| panic!("{SOURCE} does not build: {error:#}"));
+    println!("cargo::rerun-if-changed={SOURCE}");
+}
