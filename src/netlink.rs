@@ -40,6 +40,13 @@ use crate::config::Address;
 /// Requests under way at once: their answers fit into the socket's receive buffer.
 const WINDOW: usize = 64;
 
+/// How long one message of an answer may take.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+fn lost(what: &str) -> io::Error {
+    io::Error::other(format!("netlink: {what}; whether the request was carried out is not known"))
+}
+
 /// All packets, whatever they carry.
 pub const ETH_P_ALL: u16 = 0x0003;
 
@@ -253,12 +260,19 @@ pub struct Netlink {
 impl Netlink {
     /// Opens a socket and drives it as a task of the running tokio runtime.
     pub fn open() -> io::Result<Netlink> {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
+        let (mut connection, handle, _) = rtnetlink::new_connection()?;
+        // they tell an end of the answer from an end of the connection
+        connection.set_forward_ack(true);
+        connection.set_forward_done(true);
         tokio::spawn(connection);
         Ok(Netlink { handle })
     }
 
     /// Sends one message and collects what comes back for it.
+    ///
+    /// # Errors
+    /// The kernel refused it, or its answer has no end: neither ACK nor DONE nor, without these
+    /// flags, a message.
     async fn request(
         &self,
         message: RouteNetlinkMessage,
@@ -268,17 +282,25 @@ impl Netlink {
         request.header.flags = NLM_F_REQUEST | flags;
         let mut replies = self.handle.clone().request(request).map_err(io::Error::other)?;
         let mut messages = Vec::new();
-        while let Some(reply) = replies.next().await {
-            match reply.payload {
-                NetlinkPayload::InnerMessage(message) => messages.push(message),
-                NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
-                NetlinkPayload::Overrun(_) => {
-                    return Err(io::Error::other("netlink lost an answer (ENOBUFS)"));
+        loop {
+            let reply = tokio::time::timeout(ANSWER_TIMEOUT, replies.next()).await;
+            let reply = reply.map_err(|_| lost("the kernel does not answer"))?;
+            match reply.ok_or_else(|| lost("the connection ended before the answer"))?.payload {
+                NetlinkPayload::InnerMessage(message) => {
+                    messages.push(message);
+                    if flags & (NLM_F_ACK | NLM_F_DUMP) == 0 {
+                        return Ok(messages);
+                    }
                 }
+                NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
+                NetlinkPayload::Done(done) if done.code < 0 => {
+                    return Err(io::Error::from_raw_os_error(-done.code));
+                }
+                NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => return Ok(messages),
+                NetlinkPayload::Overrun(_) => return Err(lost("an answer was lost (ENOBUFS)")),
                 _ => {}
             }
         }
-        Ok(messages)
     }
 
     /// All interfaces of this network namespace.
