@@ -21,6 +21,7 @@ pub type Witness<'a> = &'a mut dyn FnMut(&Action) -> anyhow::Result<()>;
 #[derive(Clone, Copy, Debug)]
 pub struct Outcome {
     pub changed: bool,
+    /// 0: none serves.
     pub generation: u32,
     /// The one that served before.
     pub previous: Option<u32>,
@@ -38,7 +39,8 @@ pub async fn reconcile(
 ) -> anyhow::Result<Outcome> {
     let mut executor = Executor::new(guard, netlink, observed, ways);
     executor.run(&plan.actions, &mut log).await?;
-    if !plan.actions.iter().any(|action| matches!(action, Action::WriteNextHops(_))) {
+    let written = plan.actions.iter().any(|action| matches!(action, Action::WriteNextHops(_)));
+    if !written && plan.generation != 0 {
         executor.write_next_hops(plan.generation).context("next hops")?;
     }
     Ok(Outcome {
@@ -167,9 +169,14 @@ impl<'a> Executor<'a> {
                 maps.set_held(*held)?;
                 Ok(Some(Undo::SetHeld))
             }
+            Action::SetPending(pending) => {
+                let maps = self.guard.maps()?.context(INCOMPLETE)?;
+                maps.set_pending(*pending)?;
+                Ok(Some(Undo::SetPending))
+            }
             Action::SetCurrent(number) => {
                 self.guard.set_current(*number)?;
-                Ok(self.before.current.map(Undo::SetCurrent))
+                Ok(Some(Undo::SetCurrent))
             }
             Action::Override { id, state, .. } => {
                 let maps = self.guard.maps()?.context(INCOMPLETE)?;
@@ -259,7 +266,11 @@ impl<'a> Executor<'a> {
                 let maps = self.guard.maps()?.ok_or_else(|| anyhow!("state/ is gone"))?;
                 maps.set_held(self.before.held)
             }
-            Undo::SetCurrent(number) => self.guard.set_current(*number),
+            Undo::SetPending => {
+                let maps = self.guard.maps()?.context("state/ is gone")?;
+                maps.set_pending(self.before.pending)
+            }
+            Undo::SetCurrent => self.guard.set_current(self.before.current),
             Undo::Override(id) => {
                 let maps = self.guard.maps()?.context("state/ is gone")?;
                 maps.overrides.set(self.guard, *id, self.before.overrides.get(id).copied())
@@ -275,7 +286,8 @@ enum Undo {
     Detach(String),
     Attach { interface: String, program: OwnedFd, replace: bool, clsact: bool },
     SetHeld,
-    SetCurrent(u32),
+    SetPending,
+    SetCurrent,
     Override(u32),
 }
 
@@ -292,7 +304,12 @@ pub fn describe(action: &Action) -> String {
         Action::Detach { interface, .. } => format!("detaching from {interface}"),
         Action::SetHeld(Some(held)) => format!("holding generation {}", held.generation),
         Action::SetHeld(None) => "letting go of the held configuration".into(),
-        Action::SetCurrent(number) => format!("pointing `current` at generation {number}"),
+        Action::SetPending(Some(pending)) => {
+            format!("waiting for confirmation of generation {}", pending.generation)
+        }
+        Action::SetPending(None) => "ending the wait for confirmation".into(),
+        Action::SetCurrent(Some(number)) => format!("pointing `current` at generation {number}"),
+        Action::SetCurrent(None) => "removing `current`".into(),
         Action::Override { upstream, state, .. } => match state {
             Some(State::Drained) => format!("draining {upstream}"),
             Some(State::Active) => format!("enabling {upstream}"),

@@ -82,6 +82,8 @@ unsafe impl Pod for types::nexthop_slot {}
 unsafe impl Pod for types::heartbeat {}
 // SAFETY: as above.
 unsafe impl Pod for types::held {}
+// SAFETY: as above.
+unsafe impl Pod for types::pending {}
 
 // SAFETY: as above.
 unsafe impl Pod for types::trace {}

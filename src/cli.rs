@@ -103,6 +103,15 @@ pub enum Command {
         /// resolve; exits with 1 then.
         #[arg(long, conflicts_with = "dry_run")]
         partial: bool,
+        /// Roll the change back after so many seconds, unless `udplb confirm` comes before.
+        #[arg(long, value_name = "SECONDS", value_parser = some_seconds, conflicts_with = "dry_run")]
+        confirm: Option<Duration>,
+    },
+    /// Keep what `apply --confirm` changed.
+    Confirm {
+        /// Roll the change with this deadline back when it has passed; in nanoseconds since boot.
+        #[arg(long, hide = true, value_name = "NANOSECONDS")]
+        waiter: Option<u64>,
     },
     /// Show what applying the file would change.
     Plan {

@@ -1,5 +1,6 @@
 //! Times in output.
 
+use std::mem::MaybeUninit;
 use std::time::{Duration, UNIX_EPOCH};
 
 use jiff::Timestamp;
@@ -7,6 +8,17 @@ use jiff::Timestamp;
 /// Seconds since 1970, now.
 pub fn now() -> u64 {
     u64::try_from(Timestamp::now().as_second()).unwrap_or(0)
+}
+
+/// Time since boot, suspended time included (`CLOCK_BOOTTIME`): no clock adjustment moves it.
+pub fn since_boot() -> Duration {
+    let mut now = MaybeUninit::<libc::timespec>::uninit();
+    // SAFETY: the clock exists since Linux 2.6.39, and the call fills the struct.
+    let now = unsafe {
+        libc::clock_gettime(libc::CLOCK_BOOTTIME, now.as_mut_ptr());
+        now.assume_init()
+    };
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
 /// Since 1970, now.

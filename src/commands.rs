@@ -29,8 +29,8 @@ use crate::tc::{self, Slot};
 use crate::terminal::{self, Live, Woken};
 use crate::wanted::{Text, Wanted};
 use crate::{
-    advice, apply, clock, config, doctor, get, list, privileges, problem, resolve, state, top,
-    trace,
+    advice, apply, clock, config, confirm, doctor, get, list, privileges, problem, resolve, state,
+    top, trace,
 };
 
 const INCOMPLETE: u8 = 1;
@@ -44,9 +44,13 @@ pub async fn run(cli: &Cli) -> Result<u8> {
     match command {
         Command::Check { files, no_resolve } => check(global, files, *no_resolve).await,
         Command::Apply { target, dry_run: true, .. } => plan(global, target, false).await,
-        Command::Apply { target, force, partial, .. } => {
-            apply_file(global, target, *force, *partial).await
+        Command::Apply { target, force, partial, confirm, .. } => {
+            apply_file(global, target, *force, *partial, *confirm).await
         }
+        Command::Confirm { waiter: Some(deadline) } => {
+            confirm::wait(global, &netlink()?, Duration::from_nanos(*deadline)).await
+        }
+        Command::Confirm { waiter: None } => confirm(global).await,
         Command::Plan { target, exit_code } => plan(global, target, *exit_code).await,
         Command::Status(options) => status(global, options).await,
         Command::Top(options) => top::run(global, options, &netlink()?, paper(global)).await,
@@ -175,7 +179,13 @@ fn plural(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool) -> Result<u8> {
+async fn apply_file(
+    global: &Global,
+    target: &Target,
+    force: bool,
+    partial: bool,
+    confirm: Option<Duration>,
+) -> Result<u8> {
     let started = Instant::now();
     let mut wanted = wanted_by_apply(global, target, partial).await?;
     for missing in &wanted.missing {
@@ -190,17 +200,26 @@ async fn apply_file(global: &Global, target: &Target, force: bool, partial: bool
     warn(global, &wanted.warnings);
 
     let desired = &wanted.desired;
-    let guard = state::write(&global.pin_dir, global.lock_timeout)?;
+    let guard = lock(global, &netlink).await?;
     let observed = observe(Some(&guard), &netlink).await?;
-    let plan = diff::apply(&observed, desired, &wanted.origin, force).map_err(refused)?;
+    let deadline = confirm.map(|confirm| clock::since_boot() + confirm);
+    let plan =
+        diff::apply_until(&observed, desired, &wanted.origin, force, deadline).map_err(refused)?;
+    let waiter = deadline.filter(|_| plan.is_pending());
+    let waiter = waiter.map(|deadline| confirm::start_waiter(global, deadline)).transpose()?;
     let outcome = apply::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
+    let pending = confirm::pending(&guard)?;
     drop(guard);
+    drop(waiter);
     if outcome.counters_reset && !global.quiet {
         say("warning: the counters were gone and start again at zero");
     }
     let file = target.file.file_name().map_or("-".into(), |name| name.to_string_lossy());
-    let text = outcome_text(&outcome, &file, desired, started.elapsed());
+    let mut text = outcome_text(&outcome, &file, desired, started.elapsed());
+    let pending = pending.map(|pending| status::PendingStatus::new(&pending));
+    text.extend(pending.iter().map(|pending| format!("{pending}\n")));
     let mut json = outcome_json(&outcome, desired, started.elapsed());
+    json["pending"] = json!(pending);
     json["warnings"] = json!(wanted.warnings);
     json["missing"] = json!(wanted.missing);
     report_done(global, &text, &json)?;
@@ -435,7 +454,7 @@ async fn to_steer(global: &Global, netlink: &Netlink) -> Result<(WriteGuard, Obs
     let nothing = || Failure::Failed(anyhow!("nothing is applied"));
     // writing makes the directory
     drop(state::read(&global.pin_dir, global.lock_timeout)?.ok_or_else(nothing)?);
-    let guard = state::write(&global.pin_dir, global.lock_timeout)?;
+    let guard = lock(global, netlink).await?;
     let observed = observe(Some(&guard), netlink).await?;
     diff::refuse_other_namespace(&observed).map_err(refused)?;
     observed.described()?.ok_or_else(nothing)?;
@@ -496,6 +515,35 @@ async fn enable_all(global: &Global) -> Result<u8> {
     report_done(global, &text, &json!({ "changed": !after.is_empty(), "upstreams": after }))
 }
 
+/// Locks for writing, and first carries out a rollback that is overdue.
+async fn lock(global: &Global, netlink: &Netlink) -> Result<WriteGuard> {
+    let guard = state::write(&global.pin_dir, global.lock_timeout)?;
+    if let Some(done) = confirm::settle(&guard, netlink).await? {
+        say(format_args!("warning: {done}"));
+    }
+    Ok(guard)
+}
+
+async fn confirm(global: &Global) -> Result<u8> {
+    privileges::require()?;
+    let netlink = netlink()?;
+    let nothing = || Failure::Failed(anyhow!("nothing waits for confirmation"));
+    // writing makes the directory
+    drop(state::read(&global.pin_dir, global.lock_timeout)?.ok_or_else(nothing)?);
+    let guard = state::write(&global.pin_dir, global.lock_timeout)?;
+    if let Some(done) = confirm::settle(&guard, &netlink).await? {
+        return Err(Failure::Failed(anyhow!("too late: {done}")));
+    }
+    let observed = observe(Some(&guard), &netlink).await?;
+    let actions = diff::confirm(&observed).map_err(refused)?;
+    let number = observed.pending.map(|pending| pending.generation);
+    carry_out(&guard, &netlink, &observed, &actions).await?;
+    drop(guard);
+    let text = number.map(|number| format!("generation {number} is confirmed\n"));
+    let json = json!({ "changed": true, "generation": number });
+    report_done(global, &text.unwrap_or_default(), &json)
+}
+
 async fn rollback(global: &Global) -> Result<u8> {
     let started = Instant::now();
     privileges::require()?;
@@ -503,13 +551,18 @@ async fn rollback(global: &Global) -> Result<u8> {
     let guard = state::write(&global.pin_dir, global.lock_timeout)?;
     let observed = observe(Some(&guard), &netlink).await?;
     let plan = diff::rollback(&observed, clock::now()).map_err(refused)?;
-    let target = observed.generations.get(&plan.generation).context("no such generation")?;
-    let desired = target.description.desired.clone();
+    let target = observed.generations.get(&plan.generation);
+    let desired = target.map(|target| target.description.desired.clone()).unwrap_or_default();
     let ways = nexthop::resolve(&netlink, &desired.addresses()).await.context("next hops")?;
     let outcome = apply::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
     drop(guard);
     let took = started.elapsed();
-    let text = outcome_text(&outcome, &target.description.origin.file, &desired, took);
+    let text = match target {
+        Some(target) => outcome_text(&outcome, &target.description.origin.file, &desired, took),
+        None => {
+            "detached: nothing was attached before the change that waited to be confirmed\n".into()
+        }
+    };
     report_done(global, &text, &outcome_json(&outcome, &desired, took))
 }
 

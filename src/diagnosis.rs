@@ -58,8 +58,12 @@ pub struct Facts<'a> {
 
 /// All problems, causes before their consequences.
 pub fn problems(facts: &Facts<'_>) -> Vec<Problem> {
-    let Some(serving) = facts.serving else { return nothing(facts) };
-    let mut problems = generation(facts, serving);
+    let mut problems = Vec::from_iter(overdue(facts.observed));
+    let Some(serving) = facts.serving else {
+        problems.extend(nothing(facts));
+        return problems;
+    };
+    problems.extend(generation(facts, serving));
     problems.extend(interfaces(facts, serving));
     problems.extend(facts.rules.iter().flat_map(upstreams));
     problems
@@ -67,6 +71,17 @@ pub fn problems(facts: &Facts<'_>) -> Vec<Problem> {
 
 fn problem(id: &'static str, place: &str, what: impl Into<String>) -> Problem {
     Problem::new(id, Level::Problem, place, what)
+}
+
+/// A change that was not confirmed in time, and that nobody has rolled back.
+fn overdue(observed: &Observed) -> Option<Problem> {
+    let pending = observed.pending.filter(|pending| pending.remaining().is_zero())?;
+    let what = format!(
+        "generation {} was not confirmed in time, and its rollback is overdue",
+        pending.generation
+    );
+    let why = "the process that was to roll it back is gone, and no arpd runs";
+    Some(problem("rollback-overdue", "", what).why(why).fix("udplb rollback"))
 }
 
 /// No generation that can be described serves.

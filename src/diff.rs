@@ -1,12 +1,14 @@
 //! What it takes to get from what the kernel holds to what is wanted. Pure.
 
+use std::time::Duration;
+
 use crate::bpf::OBJECT_SHA256;
 use crate::config::State;
 use crate::generation::{Draft, Generation, Origin};
 use crate::netlink::Layer;
 use crate::observe::Observed;
 use crate::plan::Desired;
-use crate::state::Held;
+use crate::state::{Held, Pending};
 use crate::tc::Slot;
 
 /// One step. The executor carries them out in the order given and undoes those already done
@@ -33,7 +35,9 @@ pub enum Action {
         clsact: bool,
     },
     SetHeld(Option<Held>),
-    SetCurrent(u32),
+    SetPending(Option<Pending>),
+    /// `None` removes it: nothing serves.
+    SetCurrent(Option<u32>),
     /// What is said of an upstream, whatever the configuration says.
     Override {
         /// For messages.
@@ -48,8 +52,16 @@ pub enum Action {
 /// A sequence of actions and the generation that serves when they are done.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    /// 0: none.
     pub generation: u32,
     pub actions: Vec<Action>,
+}
+
+impl Plan {
+    /// Returns true if the change waits for confirmation.
+    pub fn is_pending(&self) -> bool {
+        self.actions.iter().any(|action| matches!(action, Action::SetPending(Some(_))))
+    }
 }
 
 /// Why nothing may be done.
@@ -57,11 +69,22 @@ pub struct Plan {
 pub enum Refusal {
     NoInterface(String),
     UnknownLayer(String),
-    Foreign { interface: String, filter: String },
-    Orphan { interface: String, filter: String },
+    Foreign {
+        interface: String,
+        filter: String,
+    },
+    Orphan {
+        interface: String,
+        filter: String,
+    },
     OtherNamespace(u64),
     Held(Held),
+    Unconfirmed(Pending),
     NothingBefore,
+    NothingToReturnTo(u32),
+    NothingToConfirm(Option<Held>),
+    /// The change that waits is not, or not everywhere, in place.
+    Interrupted(u32),
 }
 
 impl std::fmt::Display for Refusal {
@@ -95,9 +118,34 @@ impl std::fmt::Display for Refusal {
                 crate::clock::utc(held.since),
                 held.generation
             ),
+            Refusal::Unconfirmed(pending) => write!(
+                f,
+                "generation {} waits for confirmation for {} s more; keep it with `udplb confirm` \
+                 or undo it with `udplb rollback` first; --confirm replaces it, under a new \
+                 deadline, and --force replaces it for good",
+                pending.generation,
+                pending.remaining().as_secs()
+            ),
             Refusal::NothingBefore => {
                 write!(f, "there is no earlier generation to roll back to")
             }
+            Refusal::NothingToConfirm(None) => write!(f, "nothing waits for confirmation"),
+            Refusal::NothingToConfirm(Some(held)) => write!(
+                f,
+                "nothing waits for confirmation; generation {} was rolled back at {}",
+                held.generation,
+                crate::clock::utc(held.since)
+            ),
+            Refusal::Interrupted(number) => write!(
+                f,
+                "generation {number} is not on all of its interfaces: its apply was interrupted; \
+                 apply it again, or undo it with `udplb rollback`"
+            ),
+            Refusal::NothingToReturnTo(number) => write!(
+                f,
+                "generation {number}, which serves now, has lost pins, so --confirm could not \
+                 return to it; apply the file without --confirm"
+            ),
         }
     }
 }
@@ -109,13 +157,24 @@ pub fn apply(
     origin: &Origin,
     force: bool,
 ) -> Result<Plan, Refusal> {
-    replace(observed, desired, origin, force, Why::Asked)
+    apply_until(observed, desired, origin, force, None)
+}
+
+/// Like [`apply`]; with a deadline (time since boot) the change is pending until it is confirmed.
+pub fn apply_until(
+    observed: &Observed,
+    desired: &Desired,
+    origin: &Origin,
+    force: bool,
+    deadline: Option<Duration>,
+) -> Result<Plan, Refusal> {
+    replace(observed, desired, origin, &Request { force, deadline, moved: false })
 }
 
 /// What is to be done when a host name of the configuration or `any` stands for other addresses: the
 /// generation that serves is replaced, and what a rollback goes back to or has left stays.
 pub fn renew(observed: &Observed, desired: &Desired, origin: &Origin) -> Result<Plan, Refusal> {
-    replace(observed, desired, origin, false, Why::Moved)
+    replace(observed, desired, origin, &Request { force: false, deadline: None, moved: true })
 }
 
 /// Puts the generation that serves onto interfaces that have lost it; those that somebody else
@@ -144,24 +203,25 @@ pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, 
     Ok(Plan { generation: number, actions })
 }
 
-/// Why a generation takes the place of another.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Why {
-    Asked,
-    Moved,
+/// How a generation takes the place of another.
+struct Request {
+    force: bool,
+    /// When it is rolled back unless it is confirmed.
+    deadline: Option<Duration>,
+    /// The configuration is the same; only addresses that it stands for have changed.
+    moved: bool,
 }
 
 fn replace(
     observed: &Observed,
     desired: &Desired,
     origin: &Origin,
-    force: bool,
-    why: Why,
+    request: &Request,
 ) -> Result<Plan, Refusal> {
     refuse_other_namespace(observed)?;
     let held = held(observed);
     if let Some((held, left)) = held
-        && !force
+        && !request.force
         && left.description.desired.as_written() == desired.as_written()
     {
         return Err(Refusal::Held(held));
@@ -186,23 +246,33 @@ fn replace(
         })));
     }
     // one that is not intact is dropped below, and nothing could be compared with it then
-    let stays = held.filter(|(_, left)| {
-        left.intact && (why == Why::Moved || observed.serving() == Some(number))
-    });
+    let stays = held
+        .filter(|(_, left)| left.intact && (request.moved || observed.serving() == Some(number)));
     if observed.held.is_some() && stays.is_none() {
         // before the swap: a crash after it must not leave what is held now held for ever
         actions.push(Action::SetHeld(None));
     }
-    let interfaces: Vec<String> = match why {
-        Why::Asked => desired.interfaces.clone(),
+    let interfaces: Vec<String> = match request.moved {
+        false => desired.interfaces.clone(),
         // one that it was taken off, or that is gone, is nothing that a name or address changes
-        Why::Moved => observed.attached().map(|(name, _)| name.into()).collect(),
+        true => observed.attached().map(|(name, _)| name.into()).collect(),
     };
-    switch(observed, number, &interfaces, force, &mut actions)?;
+    let mut swaps = Vec::new();
+    switch(observed, number, &interfaces, request.force, &mut swaps)?;
+    let changes = !actions.is_empty() || !swaps.is_empty();
+    let pending = pending_after(observed, desired, number, request, changes)?;
+    if pending.is_some() && pending != observed.pending {
+        actions.push(Action::SetPending(pending));
+    }
+    actions.append(&mut swaps);
+    if pending.is_none() && observed.pending.is_some() {
+        insert_before_current(&mut actions, Action::SetPending(None));
+    }
     let stays = stays.map(|(held, _)| held);
     let before = match observed.serving().and_then(|serving| observed.generations.get(&serving)) {
+        _ if pending.is_some() => pending.and_then(|pending| pending.previous),
         // it is the same configuration: going back leads to the one before
-        Some(serving) if why == Why::Moved => {
+        Some(serving) if request.moved => {
             before(observed, serving.number, stays).or(Some(serving.number))
         }
         Some(serving) if serving.number < number && serving.intact => Some(serving.number),
@@ -214,10 +284,52 @@ fn replace(
     Ok(Plan { generation: number, actions })
 }
 
-/// The generation that may serve as it is: an equal one, and none before the one that serves, so
-/// that going back keeps its direction.
+/// Returns the change that waits for confirmation once generation `number` is in place.
+///
+/// # Errors
+/// One waits already, and this is another configuration; or there is nothing to return to.
+fn pending_after(
+    observed: &Observed,
+    desired: &Desired,
+    number: u32,
+    request: &Request,
+    changes: bool,
+) -> Result<Option<Pending>, Refusal> {
+    if let Some(deadline) = request.deadline {
+        let previous = match observed.pending {
+            Some(pending) => pending.previous,
+            None if !changes => return Ok(None),
+            None => previous(observed)?,
+        };
+        return Ok(Some(Pending { deadline, generation: number, previous }));
+    }
+    let Some(pending) = observed.pending else { return Ok(None) };
+    let waiting = observed.generations.get(&pending.generation);
+    let is_same =
+        waiting.is_some_and(|it| it.description.desired.as_written() == desired.as_written());
+    if request.moved || is_same {
+        return Ok(Some(Pending { generation: number, ..pending }));
+    }
+    match request.force || pending.previous == Some(number) {
+        true => Ok(None),
+        false => Err(Refusal::Unconfirmed(pending)),
+    }
+}
+
+/// Returns the generation that a change is rolled back to; `None`: no filter is attached.
+fn previous(observed: &Observed) -> Result<Option<u32>, Refusal> {
+    let Some(serving) = observed.serving().filter(|_| observed.attached().next().is_some()) else {
+        return Ok(None);
+    };
+    let intact = observed.generations.get(&serving).is_some_and(|it| it.intact);
+    if intact { Ok(Some(serving)) } else { Err(Refusal::NothingToReturnTo(serving)) }
+}
+
+/// The generation that may serve as it is: an equal one, and none before the one that serves or
+/// would be restored, so that going back keeps its direction.
 fn reusable(observed: &Observed, desired: &Desired, clsact: &[String], l3: bool) -> Option<u32> {
-    let least = observed.serving().unwrap_or(0);
+    let restored = observed.pending.and_then(|pending| pending.previous);
+    let least = restored.or(observed.serving()).unwrap_or(0);
     observed
         .generations
         .range(least..)
@@ -248,18 +360,82 @@ fn before(observed: &Observed, number: u32, held: Option<Held>) -> Option<u32> {
     })
 }
 
-/// What `rollback` is to do: back to the generation before, and from there to and fro.
+/// Returns what `rollback` does: switch to the generation before, or back. A pending change is
+/// undone, and a rollback that was interrupted is completed.
 pub fn rollback(observed: &Observed, now: u64) -> Result<Plan, Refusal> {
     refuse_other_namespace(observed)?;
-    let serving = observed.serving().ok_or(Refusal::NothingBefore)?;
-    let number = before(observed, serving, held(observed).map(|(held, _)| held));
+    if let Some(pending) = &observed.pending {
+        return undo_pending(observed, pending, now);
+    }
+    let held = held(observed);
+    let serving = observed.serving();
+    let number = match (serving, &held) {
+        (Some(serving), Some((held, _))) if is_interrupted(observed, held) => Some(serving),
+        (Some(serving), _) => before(observed, serving, held.map(|(held, _)| held)),
+        // the first apply of all was rolled back
+        (None, Some((held, left))) if left.intact => Some(held.generation),
+        (None, _) => None,
+    };
     let target = number.and_then(|number| observed.generations.get(&number));
     let target = target.ok_or(Refusal::NothingBefore)?;
     let mut actions = unfinished(observed);
+    match serving {
+        Some(serving) if serving == target.number => {}
+        // before the swap: nothing may put back what a rollback has begun to leave
+        Some(serving) => {
+            actions.push(Action::SetHeld(Some(Held { generation: serving, since: now })));
+        }
+        None => actions.push(Action::SetHeld(None)),
+    }
     switch(observed, target.number, &target.description.desired.interfaces, false, &mut actions)?;
-    let held = Held { generation: serving, since: now };
-    insert_before_current(&mut actions, Action::SetHeld(Some(held)));
     Ok(Plan { generation: target.number, actions })
+}
+
+/// Returns true if a rollback has held this generation and was interrupted before its end.
+fn is_interrupted(observed: &Observed, held: &Held) -> bool {
+    observed.current == Some(held.generation) || observed.is_attached(held.generation)
+}
+
+/// Restores what served before a pending change, and holds what is left.
+fn undo_pending(observed: &Observed, pending: &Pending, now: u64) -> Result<Plan, Refusal> {
+    let mut actions = unfinished(observed);
+    let left = Some(pending.generation)
+        .filter(|number| observed.is_attached(*number))
+        .or(observed.serving().filter(|serving| Some(*serving) != pending.previous));
+    if let Some(generation) = left {
+        actions.push(Action::SetHeld(Some(Held { generation, since: now })));
+    }
+    match pending.previous {
+        Some(number) => {
+            let previous = observed.generations.get(&number).filter(|it| it.intact);
+            let interfaces =
+                &previous.ok_or(Refusal::NothingBefore)?.description.desired.interfaces;
+            // one that has gone since must not keep the others on the unconfirmed generation
+            let here = interfaces.iter().filter(|name| observed.interfaces.contains_key(*name));
+            switch(observed, number, &Vec::from_iter(here.cloned()), false, &mut actions)?;
+        }
+        None => {
+            let attached = observed.attached();
+            actions.extend(attached.map(|(name, number)| detachment(observed, name, number)));
+            if observed.current.is_some() {
+                actions.push(Action::SetCurrent(None));
+            }
+        }
+    }
+    insert_before_current(&mut actions, Action::SetPending(None));
+    Ok(Plan { generation: pending.previous.unwrap_or(0), actions })
+}
+
+/// Returns what `confirm` does: the pending change stays.
+pub fn confirm(observed: &Observed) -> Result<Vec<Action>, Refusal> {
+    refuse_other_namespace(observed)?;
+    let held = observed.held;
+    let Pending { generation, .. } = observed.pending.ok_or(Refusal::NothingToConfirm(held))?;
+    let on_all = observed.attached().all(|(_, attached)| attached == generation);
+    match on_all && observed.serving() == Some(generation) {
+        true => Ok(vec![Action::SetPending(None)]),
+        false => Err(Refusal::Interrupted(generation)),
+    }
 }
 
 /// What `detach` is to do: off the named interfaces, or off all where none is named.
@@ -270,11 +446,16 @@ pub fn detach(observed: &Observed, interfaces: &[String]) -> Result<Vec<Action>,
             return Err(Refusal::NoInterface(name.clone()));
         }
     }
-    Ok(observed
+    let mut actions: Vec<Action> = observed
         .attached()
         .filter(|(name, _)| interfaces.is_empty() || interfaces.iter().any(|named| named == name))
         .map(|(name, generation)| detachment(observed, name, generation))
-        .collect())
+        .collect();
+    // with nothing attached there is nothing to confirm, and nothing may be attached again
+    if observed.pending.is_some() && actions.len() == observed.attached().count() {
+        actions.push(Action::SetPending(None));
+    }
+    Ok(actions)
 }
 
 /// The filters of another network namespace are none of ours.
@@ -362,7 +543,7 @@ fn switch(
         actions.append(&mut attachments);
     }
     if observed.current != Some(number) {
-        actions.push(Action::SetCurrent(number));
+        actions.push(Action::SetCurrent(Some(number)));
     }
     Ok(())
 }

@@ -252,6 +252,7 @@ fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenU
     skeleton.maps.counters_chunk.set_autocreate(false)?;
     skeleton.maps.nexthops_chunk.set_autocreate(false)?;
     skeleton.maps.held.set_autocreate(false)?;
+    skeleton.maps.pending.set_autocreate(false)?;
     skeleton.maps.former.set_autocreate(false)?;
     Ok(skeleton)
 }

@@ -33,6 +33,7 @@ pub mod clock;
 pub mod columns;
 pub mod commands;
 pub mod config;
+pub mod confirm;
 pub mod counters;
 pub mod diagnosis;
 pub mod diff;

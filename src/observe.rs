@@ -10,7 +10,7 @@ use anyhow::Context;
 use crate::config::State;
 use crate::generation::{self, Generation, ProgramName};
 use crate::netlink::{Layer, Link, Netlink};
-use crate::state::{Held, ReadGuard, StateMaps};
+use crate::state::{Held, Pending, ReadGuard, StateMaps};
 use crate::tc::{self, Hook, Slot};
 
 /// The kernel's side of the comparison.
@@ -26,6 +26,8 @@ pub struct Observed {
     /// Where the symlink points; a hint only.
     pub current: Option<u32>,
     pub held: Option<Held>,
+    /// Change that waits for confirmation.
+    pub pending: Option<Pending>,
     /// What `drain` and `enable` say of upstreams, by their id in some generation.
     pub overrides: BTreeMap<u32, State>,
     /// All interfaces of the network namespace, by name.
@@ -46,7 +48,7 @@ pub struct Interface {
 
 impl Observed {
     /// The generation that serves: the one whose program most filters run, or where none does
-    /// the one that `current` points at.
+    /// the one that `current` points at. A held one comes last: a rollback from it has begun.
     pub fn serving(&self) -> Option<u32> {
         let mut filters: BTreeMap<u32, usize> = BTreeMap::new();
         for interface in self.interfaces.values() {
@@ -56,7 +58,10 @@ impl Observed {
         }
         filters
             .into_iter()
-            .max_by_key(|(number, count)| (*count, Some(*number) == self.current, *number))
+            .max_by_key(|(number, count)| {
+                let is_held = self.held.is_some_and(|held| held.generation == *number);
+                (!is_held, *count, Some(*number) == self.current, *number)
+            })
             .map(|(number, _)| number)
             .or(self.current.filter(|number| self.generations.contains_key(number)))
     }
@@ -110,6 +115,7 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
         observed.unfinished = guard.unfinished()?;
         let maps = guard.maps()?;
         observed.held = maps.as_ref().map(StateMaps::held).transpose()?.flatten();
+        observed.pending = maps.as_ref().map(StateMaps::pending).transpose()?.flatten();
         for number in guard.numbers()? {
             for layer in [Layer::Ethernet, Layer::Ip] {
                 let pinned = generation::open_program(&guard.generation(number), layer);

@@ -23,6 +23,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenMap};
 
 use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types};
 use crate::chunks::Chunks;
+use crate::clock;
 use crate::counters::Counters;
 use crate::failure::{Failure, Result};
 use crate::former::Former;
@@ -226,13 +227,14 @@ impl ReadGuard {
         let counters = Counters::open(counters, &state)?;
         let nexthops = NextHops::open(nexthops, &state)?;
         let whole = counters.is_whole()? && nexthops.is_whole()?;
-        let tickets = open("tickets")?;
+        let (tickets, pending) = (open("tickets")?, open("pending")?);
         Ok(whole.then_some(StateMaps {
             counters,
             former: Former::new(open("former")?),
             nexthops,
             heartbeat,
             held,
+            pending,
             overrides: Overrides::new(overrides),
             fragments,
             fragment_ring,
@@ -259,8 +261,16 @@ fn names(directory: &Path) -> anyhow::Result<Vec<String>> {
 const NEXT_CURRENT: &str = "current-next";
 
 impl WriteGuard {
-    /// Points `current` at a generation, in one step.
-    pub fn set_current(&self, number: u32) -> anyhow::Result<()> {
+    /// Points `current` at a generation, in one step; `None` removes it.
+    pub fn set_current(&self, number: Option<u32>) -> anyhow::Result<()> {
+        let Some(number) = number else {
+            return match fs::remove_file(self.path.join("current")) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    Err(error).context("current")
+                }
+                _ => Ok(()),
+            };
+        };
         let next = self.path.join(NEXT_CURRENT);
         let _ = fs::remove_file(&next);
         symlink(format!("generations/{number}"), &next)
@@ -316,6 +326,7 @@ impl WriteGuard {
         let former = ensure(&state, "former", &maps.former, None)?;
         let heartbeat = ensure(&state, "heartbeat", &maps.heartbeat, None)?;
         let held = ensure(&state, "held", &maps.held, None)?;
+        let pending = Some(ensure(&state, "pending", &maps.pending, None)?);
         let overrides = ensure(&state, "overrides", &maps.overrides, None)?;
         let fragments = ensure(&state, "fragments", &maps.fragments, None)?;
         let fragment_ring = ensure(&state, "fragment_ring", &maps.fragment_ring, None)?;
@@ -334,6 +345,7 @@ impl WriteGuard {
             nexthops,
             heartbeat,
             held,
+            pending,
             overrides: Overrides::new(overrides),
             fragments,
             fragment_ring,
@@ -455,6 +467,8 @@ pub struct StateMaps {
     /// None before the first generation.
     pub tickets: Option<MapHandle>,
     held: MapHandle,
+    /// None in a directory of an older udplb.
+    pending: Option<MapHandle>,
 }
 
 /// The configuration that a rollback left.
@@ -465,7 +479,56 @@ pub struct Held {
     pub since: u64,
 }
 
+/// A change that is rolled back at its deadline unless it is confirmed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pending {
+    /// Time since boot, see [`clock::since_boot`].
+    pub deadline: Duration,
+    pub generation: u32,
+    /// Generation that is restored; `None`: nothing was attached, the filters are removed.
+    pub previous: Option<u32>,
+}
+
+impl Pending {
+    /// Time until the deadline; zero once it has passed.
+    pub fn remaining(&self) -> Duration {
+        self.deadline.saturating_sub(clock::since_boot())
+    }
+}
+
 impl StateMaps {
+    /// Returns the change that waits for confirmation.
+    pub fn pending(&self) -> anyhow::Result<Option<Pending>> {
+        let Some(map) = &self.pending else { return Ok(None) };
+        let bytes = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY)?;
+        let pending: types::pending = bytes
+            .and_then(|bytes| from_bytes(&bytes))
+            .context("state/pending is no map of pending changes")?;
+        Ok((pending.deadline != 0).then_some(Pending {
+            deadline: Duration::from_nanos(pending.deadline),
+            generation: pending.generation,
+            previous: (pending.previous != 0).then_some(pending.previous),
+        }))
+    }
+
+    /// Records a pending change, or that there is none.
+    pub fn set_pending(&self, pending: Option<Pending>) -> anyhow::Result<()> {
+        let map = match (&self.pending, pending) {
+            (Some(map), _) => map,
+            (None, None) => return Ok(()),
+            (None, Some(_)) => bail!("state/pending is missing"),
+        };
+        let value = match pending {
+            Some(pending) => types::pending {
+                deadline: u64::try_from(pending.deadline.as_nanos())?,
+                generation: pending.generation,
+                previous: pending.previous.unwrap_or(0),
+            },
+            None => types::pending::default(),
+        };
+        Ok(map.update(&0_u32.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)?)
+    }
+
     /// What is held, if anything is.
     pub fn held(&self) -> anyhow::Result<Option<Held>> {
         let bytes = self.held.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY)?;

@@ -25,7 +25,7 @@ use crate::observe::{Observed, observe};
 use crate::overrides;
 use crate::plan::{Destination, Role, Rule, RuleIds};
 use crate::problem::Problem;
-use crate::state::{self, ReadGuard, StateMaps};
+use crate::state::{self, Pending, ReadGuard, StateMaps};
 use crate::traffic::{Rate, Traffic};
 
 /// Everything that `status` shows, copied out of the kernel.
@@ -42,6 +42,9 @@ pub struct Status {
     pub unmatched: Counts,
     /// The generation that a rollback left.
     pub held: Option<u32>,
+    /// Change that waits for confirmation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pending: Option<PendingStatus>,
     /// Whether arpd vouches for the next hops; `None`: it never ran.
     pub arpd: Option<bool>,
     /// Why the exit code is 3, and notes.
@@ -52,6 +55,36 @@ pub struct Status {
     /// How many ids of rules and upstreams there may be.
     #[serde(skip)]
     pub most_ids: u32,
+}
+
+/// A change that is rolled back unless it is confirmed.
+#[derive(Debug, Serialize)]
+pub struct PendingStatus {
+    pub generation: u32,
+    /// Generation that is restored; `None`: the filters are removed.
+    pub previous: Option<u32>,
+    /// Seconds until the rollback; 0: it is overdue.
+    pub seconds_left: u64,
+}
+
+impl PendingStatus {
+    pub fn new(pending: &Pending) -> PendingStatus {
+        let Pending { generation, previous, .. } = *pending;
+        // a deadline that has not passed is never 0
+        let seconds_left = pending.remaining().as_millis().div_ceil(1000) as u64;
+        PendingStatus { generation, previous, seconds_left }
+    }
+}
+
+impl std::fmt::Display for PendingStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let PendingStatus { generation, previous, seconds_left } = self;
+        write!(f, "generation {generation} waits for `udplb confirm`: in {seconds_left} s ")?;
+        match previous {
+            Some(previous) => write!(f, "generation {previous} serves again"),
+            None => write!(f, "it is detached"),
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -206,6 +239,7 @@ impl Status {
             rules: Vec::new(),
             unmatched: Counts::default(),
             held: observed.held.map(|held| held.generation),
+            pending: observed.pending.as_ref().map(PendingStatus::new),
             arpd: None,
             problems: Vec::new(),
             traffic: None,
@@ -458,6 +492,9 @@ impl Status {
         }
         if let Some(held) = self.held {
             let _ = writeln!(text, "generation {held} is held: a rollback left it");
+        }
+        if let Some(pending) = self.pending.as_ref().filter(|pending| pending.seconds_left > 0) {
+            let _ = writeln!(text, "{pending}");
         }
         match self.arpd {
             Some(true) => text += "arpd keeps the next hops\n",

@@ -59,6 +59,8 @@ fn desired() -> impl Strategy<Value = Desired> {
 #[derive(Clone, Debug)]
 enum Event {
     Apply(Desired, bool, usize),
+    ApplyPending(Desired, bool, usize),
+    Confirm,
     Rollback(usize),
     Detach(Vec<String>, usize),
     ForeignClsact(&'static str),
@@ -75,6 +77,9 @@ fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         6 => (desired(), any::<bool>(), steps())
             .prop_map(|(desired, force, steps)| Event::Apply(desired, force, steps)),
+        3 => (desired(), any::<bool>(), steps())
+            .prop_map(|(desired, force, steps)| Event::ApplyPending(desired, force, steps)),
+        1 => Just(Event::Confirm),
         3 => steps().prop_map(Event::Rollback),
         2 => (some, steps()).prop_map(|(names, steps)| Event::Detach(names, steps)),
         1 => interface().prop_map(Event::ForeignClsact),
@@ -90,6 +95,10 @@ fn happen(kernel: &mut Kernel, event: &Event) {
     match event {
         // one that is refused changes nothing
         Event::Apply(desired, force, steps) => drop(kernel.apply(desired, *force, *steps)),
+        Event::ApplyPending(desired, force, steps) => {
+            drop(kernel.apply_pending(desired, *force, *steps));
+        }
+        Event::Confirm => kernel.confirm(),
         Event::Rollback(steps) => drop(kernel.rollback(*steps)),
         Event::Detach(names, steps) => kernel.detach(names, *steps),
         Event::ForeignClsact(name) => kernel.add_foreign_clsact(name),
@@ -244,6 +253,88 @@ proptest! {
         let goal = if forward { &new } else { &old };
         kernel.apply(goal, true, ALL).expect("force");
         check_applied(&kernel, goal);
+    }
+
+    #[test]
+    fn rollback_that_has_begun_to_swap_is_not_put_back_by_cron(
+        old in desired(), new in desired(), steps in 0..16_usize,
+    ) {
+        prop_assume!(old != new);
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply(&old, false, ALL).expect("no refusal");
+        let left = kernel.apply(&new, false, ALL).expect("no refusal").generation;
+        kernel.rollback(steps).expect("there is one before");
+        let begun = kernel.observed.attached().any(|(_, number)| number != left);
+        let cron = kernel.clone().apply(&new, false, ALL);
+        if begun {
+            prop_assert!(matches!(cron, Err(Refusal::Held(_))), "{cron:?}");
+            // once more the same way, where it did not come to its end
+            if kernel.observed.current == Some(left) {
+                kernel.rollback(ALL).expect("there is one before");
+            }
+            check_applied(&kernel, &old);
+        } else if kernel.observed.attached().next().is_some() {
+            prop_assert!(cron.is_ok());
+        }
+    }
+
+    #[test]
+    fn unconfirmed_change_is_undone_wherever_its_apply_crashed(
+        old in desired(), news in vec(desired(), 1..4), steps in 0..16_usize, back in 0..16_usize,
+    ) {
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply(&old, false, ALL).expect("no refusal");
+        for new in &news {
+            let result = kernel.apply_pending(new, false, steps);
+            prop_assert!(result.is_ok(), "{result:?}");
+        }
+        // the deadline has come; what carries the rollback out is killed too
+        for steps in [back, ALL] {
+            if kernel.observed.pending.is_some() {
+                kernel.rollback(steps).expect("there is one before");
+            }
+        }
+        prop_assert_eq!(kernel.observed.pending, None);
+        kernel.apply(&old, false, 0).expect("no refusal");
+        let attached: Vec<(&str, u32)> = kernel.observed.attached().collect();
+        prop_assert!(!attached.is_empty());
+        for (_, number) in attached {
+            prop_assert_eq!(&kernel.observed.generations[&number].description.desired, &old);
+        }
+    }
+
+    #[test]
+    fn unconfirmed_first_apply_is_undone_wherever_it_crashed(
+        new in desired(), steps in 0..16_usize, back in 0..16_usize,
+    ) {
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply_pending(&new, false, steps).expect("no refusal");
+        for steps in [back, ALL] {
+            if kernel.observed.pending.is_some() {
+                kernel.rollback(steps).expect("a detachment");
+            }
+        }
+        prop_assert_eq!(kernel.observed.attached().count(), 0);
+        prop_assert_eq!(kernel.observed.pending, None);
+    }
+
+    #[test]
+    fn confirmed_change_stays_and_can_be_rolled_back(
+        old in desired(), first in desired(), second in desired(),
+    ) {
+        prop_assume!(old != first && old != second);
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply(&old, false, ALL).expect("no refusal");
+        kernel.apply_pending(&first, false, ALL).expect("no refusal");
+        kernel.apply_pending(&second, false, ALL).expect("no refusal");
+        prop_assert!(first == second || matches!(
+            kernel.clone().apply(&first, false, ALL), Err(Refusal::Unconfirmed(_))
+        ));
+        kernel.confirm();
+        prop_assert_eq!(kernel.observed.pending, None);
+        check_applied(&kernel, &second);
+        kernel.rollback(ALL).expect("there is one before");
+        check_applied(&kernel, &old);
     }
 
     #[test]
@@ -402,7 +493,7 @@ fn snapshot(lab: &Lab) -> String {
         pins.extend(directories);
     }
     let status = lab.status();
-    text + &format!("{} {}", status["generation"], status["held"])
+    text + &format!("{} {} {}", status["generation"], status["held"], status["pending"])
 }
 
 /// Fails at each action in turn, in one laboratory: what a failure leaves is what the next try
@@ -485,6 +576,20 @@ fn a_failing_rollback_leaves_the_new_generation_serving() {
     });
     expect_way(&lab, 7002);
     assert_eq!(lab.status()["held"], Value::Null);
+}
+
+#[test]
+fn failing_apply_with_confirm_leaves_nothing_pending() {
+    let lab = Lab::new();
+    lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+    let desired = wanted(&to_port(7002));
+    let deadline = udplb::clock::since_boot() + std::time::Duration::from_secs(3000);
+    fail_everywhere(&lab, Some(7001), &|observed| {
+        diff::apply_until(observed, &desired, &Origin::default(), false, Some(deadline))
+    });
+    assert_eq!(lab.status()["pending"]["previous"], 1);
+    lab.run("confirm").expect(0);
+    expect_way(&lab, 7002);
 }
 
 #[test]

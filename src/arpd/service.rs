@@ -23,7 +23,7 @@ use crate::netlink::{
 use crate::observe::{Observed, observe};
 use crate::state::{self, StateMaps};
 use crate::tc::{self, Slot};
-use crate::{addresses, apply, clock, diff, nexthop};
+use crate::{addresses, apply, clock, confirm, diff, nexthop};
 
 /// Routes are not asked for more often than so many times as long as it takes: a routing daemon
 /// that changes thousands of them costs a twentieth of a CPU at most.
@@ -67,6 +67,8 @@ pub struct Service {
     routes_not_before: Instant,
     round_due: Instant,
     beat_due: Instant,
+    /// When an overdue rollback is tried again.
+    rollback_due: Instant,
     notified: Instant,
     /// The time has come to see what is due.
     ticked: bool,
@@ -112,6 +114,7 @@ impl Service {
             routes_not_before: now,
             round_due: now,
             beat_due: now,
+            rollback_due: now,
             notified: now,
             ticked: true,
             unwritten: Vec::new(),
@@ -214,6 +217,10 @@ impl Service {
             let beat = self.serving.as_ref().map_or(Ok(()), |serving| serving.heartbeat.beat());
             self.note("lease", beat);
         }
+        if instant >= self.rollback_due {
+            let result = self.settle_pending(instant).await;
+            self.note("confirmation", result);
+        }
         if current(&self.pin_dir) != self.current {
             self.stale.generation = true;
             self.relock()?;
@@ -231,6 +238,25 @@ impl Service {
             self.notified = instant;
             let _ = sd_notify::notify(&[NotifyState::Watchdog]);
         }
+        Ok(())
+    }
+
+    /// Rolls back a change that was not confirmed in time.
+    async fn settle_pending(&mut self, now: Instant) -> anyhow::Result<()> {
+        let pending = self.serving.as_ref().map(|serving| serving.maps.pending()).transpose()?;
+        if pending.flatten().is_none_or(|pending| !pending.remaining().is_zero()) {
+            return Ok(());
+        }
+        self.rollback_due = now + confirm::RETRY_INTERVAL;
+        let guard = match state::write(&self.pin_dir, LOCK_PATIENCE) {
+            Ok(guard) => guard,
+            Err(Failure::Locked(_)) => return Ok(()),
+            Err(failure) => bail!("{failure}"),
+        };
+        if let Some(done) = confirm::settle(&guard, &self.netlink).await? {
+            log::warn!("{done}");
+        }
+        self.stale.generation = true;
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! A kernel in which actions are carried out on paper, and which objects to what must not be done.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use udplb::bpf::OBJECT_SHA256;
 use udplb::diff::{self, Action, Plan, Refusal};
@@ -67,10 +68,30 @@ impl Kernel {
         Ok(plan)
     }
 
+    /// The same with `--confirm`.
+    pub fn apply_pending(
+        &mut self,
+        desired: &Desired,
+        force: bool,
+        steps: usize,
+    ) -> Result<Plan, Refusal> {
+        let (origin, deadline) = (Origin::default(), Some(Duration::from_secs(1)));
+        let plan = diff::apply_until(&self.observed, desired, &origin, force, deadline)?;
+        self.carry_out(&plan.actions, steps);
+        Ok(plan)
+    }
+
     pub fn rollback(&mut self, steps: usize) -> Result<Plan, Refusal> {
         let plan = diff::rollback(&self.observed, 1_000)?;
         self.carry_out(&plan.actions, steps);
         Ok(plan)
+    }
+
+    /// What is refused changes nothing.
+    pub fn confirm(&mut self) {
+        if let Ok(actions) = diff::confirm(&self.observed) {
+            self.carry_out(&actions, usize::MAX);
+        }
     }
 
     pub fn detach(&mut self, interfaces: &[String], steps: usize) {
@@ -116,9 +137,10 @@ impl Kernel {
                 }
             }
             Action::SetHeld(held) => self.observed.held = *held,
+            Action::SetPending(pending) => self.observed.pending = *pending,
             Action::SetCurrent(number) => {
-                assert!(self.observed.generations.contains_key(number));
-                self.observed.current = Some(*number);
+                assert!(number.is_none_or(|it| self.observed.generations.contains_key(&it)));
+                self.observed.current = *number;
             }
             Action::Override { id, state: Some(state), .. } => {
                 self.observed.overrides.insert(*id, *state);
