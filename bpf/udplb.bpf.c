@@ -16,6 +16,7 @@
 
 #include "udplb.h"
 #include "parse.h"
+#include "siphash.h"
 #include "match.h"
 #include "rewrite.h"
 #include "nexthop.h"

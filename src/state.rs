@@ -360,9 +360,12 @@ impl WriteGuard {
     /// only libbpf makes one with a lock in it.
     pub fn pin_tickets(&self, map: &mut MapMut<'_>) -> anyhow::Result<()> {
         let mut tickets = types::tickets::default();
-        let mut secret = [0; 8];
-        File::open("/dev/urandom")?.read_exact(&mut secret)?;
-        tickets.secret = u64::from_ne_bytes(secret);
+        let mut random = File::open("/dev/urandom")?;
+        for secret in &mut tickets.secret {
+            let mut bytes = [0; 8];
+            random.read_exact(&mut bytes)?;
+            *secret = u64::from_ne_bytes(bytes);
+        }
         map.update(&0_u32.to_ne_bytes(), bytes_of(&tickets), MapFlags::ANY)?;
         let path = self.state().join("tickets");
         map.pin(&path).with_context(|| path.display().to_string())

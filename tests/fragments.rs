@@ -160,18 +160,85 @@ fn half_a_minute() {
     });
 }
 
-/// That a first fragment is no rule's is remembered too: what follows is not early.
+/// A first fragment that is no rule's takes no place, and corrects what is remembered of another datagram.
 #[test]
-fn of_no_rule() {
+fn first_fragment_of_no_rule_only_corrects() {
     Testbed::with(|testbed| {
         let relay = Relay::with(testbed, &balancing(Action::Block));
         let nobodys = |packet| Datagram { destination: endpoint(VIP, PORTS.last + 1), ..packet };
         assert_eq!(relay.run(&nobodys(first(1))), (UNSPEC, Vec::new()));
+        assert_eq!(testbed.program.fragments(), 0);
+        assert_eq!(relay.run(&later(1)), relay.early());
+        assert_eq!(relay.run(&first(1)), relay.sent());
+        assert_eq!(relay.run(&nobodys(first(1))), (UNSPEC, Vec::new()));
         assert_eq!(relay.run(&later(1)), (UNSPEC, Vec::new()));
-        // to an address that no rule is for, nothing is
+        // to an address that no rule is for, nothing is remembered either
         let elsewhere = |packet| Datagram { destination: endpoint(NEAR, 53), ..packet };
         assert_eq!(relay.run(&elsewhere(first(2))), (UNSPEC, Vec::new()));
         assert_eq!(relay.run(&elsewhere(later(2))), (UNSPEC, Vec::new()));
         assert_eq!(testbed.program.fragments(), 1);
+    });
+}
+
+/// The same for senders that the key's networks leave out.
+#[test]
+fn first_fragment_of_another_sender_takes_no_place() {
+    Testbed::with(|testbed| {
+        let from = vec!["10.0.0.0/8".parse().expect("a network")];
+        let mut rule = balancing(Action::Block);
+        rule.key.from = from;
+        let relay = Relay::with(testbed, &rule);
+        for sender in 1..=100 {
+            assert_eq!(relay.run(&first(sender)), (UNSPEC, Vec::new()));
+        }
+        assert_eq!(testbed.program.fragments(), 0);
+    });
+}
+
+/// A sender who does not know the secret cannot make two datagrams one.
+#[test]
+fn key_is_the_siphash_of_all_fields() {
+    #[allow(deprecated)]
+    use std::hash::{Hasher, SipHasher};
+    Testbed::with(|testbed| {
+        let relay = Relay::with(testbed, &balancing(Action::Block));
+        let word = |address: &Ipv4Addr| u64::from(u32::from_ne_bytes(address.octets()));
+        for (identification, sender) in [(1, 1), (1, 2), (2, 1)] {
+            let packet = Datagram { identification, ..first(sender) };
+            let known = testbed.program.fragment_keys();
+            assert_eq!(relay.run(&packet), relay.sent());
+            let [one, two] = testbed.program.secret();
+            #[allow(deprecated)]
+            let mut hasher = SipHasher::new_with_keys(one, two);
+            hasher.write_u64(word(packet.source.ip()) << 32 | word(&VIP));
+            hasher.write_u64(identification.to_be().into());
+            let new: Vec<u64> = testbed.program.fragment_keys();
+            let new: Vec<_> = new.into_iter().filter(|key| !known.contains(key)).collect();
+            assert_eq!(new, [hasher.finish()], "{packet:?}");
+        }
+    });
+}
+
+/// CPUs that come at the same time each get a place: there are enough.
+#[test]
+fn concurrent_first_fragments_all_find_room() {
+    const EACH: u32 = 20_000;
+    Testbed::with(|testbed| {
+        let relay = Relay::with(testbed, &balancing(Action::Block));
+        let (program, ifindex) = (testbed.program.program(), testbed.routing);
+        std::thread::scope(|scope| {
+            for thread in 0..2 {
+                scope.spawn(move || {
+                    common::wire::run_on_cpu(thread);
+                    for sender in 0..EACH {
+                        let frame = first((thread as u32) << 16 | sender).frame();
+                        udplb::bpf::run_on_frame(program, ifindex, &frame).expect("a run");
+                    }
+                });
+            }
+        });
+        let counted = testbed.program.take_counted();
+        let packets: Vec<_> = counted.iter().map(|(key, (packets, _))| (*key, *packets)).collect();
+        assert_eq!(packets, [((relay.ids.upstreams[0], "forwarded"), u64::from(2 * EACH))]);
     });
 }

@@ -124,8 +124,10 @@ impl<'object> Program<'object> {
         clear(&maps.senders);
         clear(&maps.addresses);
         self.forget_fragments();
-        // full again
-        write(&maps.budget, 0, &[0; size_of::<types::budget>()]);
+        // full again; forget_fragments() gave all senders other places
+        for kind in 0..2 {
+            write(&maps.budget, kind, &[0; size_of::<types::budget>()]);
+        }
         let sampled = size_of::<types::sampled>();
         write_bytes(&maps.samples, sampled, &vec![0; ENTRIES as usize * sampled]);
         write_bytes(&maps.overrides, 8, &[0; 8 * IDS.div_ceil(32) as usize]);
@@ -146,15 +148,32 @@ impl<'object> Program<'object> {
         ids
     }
 
-    /// Nothing that was remembered is found any more.
+    /// Nothing that was remembered is found any more, neither of fragments nor of errors to senders.
     pub fn forget_fragments(&self) {
+        let mut tickets = self.tickets();
+        tickets.secret[0] += 1;
+        write(&self.skeleton.maps.tickets, 0, bytes_of(&tickets));
+    }
+
+    fn tickets(&self) -> types::tickets {
         let map = &self.skeleton.maps.tickets;
         let bytes = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
-        let tickets: Option<types::tickets> = bytes.and_then(|bytes| from_bytes(&bytes));
-        let mut tickets = tickets.expect("tickets");
-        // beside the identifications, that it is mixed with
-        tickets.secret += 1 << 32;
-        write(map, 0, bytes_of(&tickets));
+        bytes.and_then(|bytes| from_bytes(&bytes)).expect("tickets")
+    }
+
+    /// What the keys of first fragments are hashed with.
+    pub fn secret(&self) -> [u64; 2] {
+        self.tickets().secret
+    }
+
+    /// The keys of the first fragments that are remembered.
+    pub fn fragment_keys(&self) -> Vec<u64> {
+        let keys = self.skeleton.maps.fragments.keys();
+        keys.map(|key| u64::from_ne_bytes(key.try_into().expect("eight bytes"))).collect()
+    }
+
+    pub fn program(&self) -> BorrowedFd<'_> {
+        self.skeleton.progs.udplb.as_fd()
     }
 
     /// What `drain` and `enable` say of an upstream, and of no other.
@@ -169,7 +188,9 @@ impl<'object> Program<'object> {
     pub fn spend_errors(&self) {
         let filled = u64::MAX / 2;
         let budget = [&[0; 8], &filled.to_ne_bytes()[..]].concat();
-        write(&self.skeleton.maps.budget, 0, &budget);
+        for kind in 0..2 {
+            write(&self.skeleton.maps.budget, kind, &budget);
+        }
     }
 
     /// The clock that the program goes by.

@@ -141,7 +141,8 @@ type Place = (u32, usize);
 /// What is remembered of first fragments.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
-    /// Indices of the rule and of its upstream; none: the first fragment was no rule's.
+    /// Indices of the rule and of its upstream; none: another datagram that is no rule's has the
+    /// identification now.
     followed: HashMap<Datagram, Option<(usize, usize)>>,
     /// By datagram and receiver: the host and the new identification.
     fresh: HashMap<(Datagram, Place), (IpAddr, Vec<u8>)>,
@@ -234,8 +235,8 @@ impl Host {
             }),
         };
         let Some((index, chosen)) = found else {
-            if packet.is_first() && self.has_key(packet.destination) {
-                table.remember(packet.datagram(), None);
+            if packet.is_first() {
+                table.correct(packet.datagram());
             }
             if !packet.is_later() {
                 return Outcome::default();
@@ -251,13 +252,13 @@ impl Host {
         }
         if !packet.is_well_formed() {
             if packet.is_first() {
-                table.remember(packet.datagram(), None);
+                table.correct(packet.datagram());
             }
             return Outcome::unsent(rule).counted(ids.rule, "malformed", count);
         }
         if packet.fragment.is_some() {
             if packet.is_first() {
-                table.remember(packet.datagram(), Some((index, chosen)));
+                table.remember(packet.datagram(), (index, chosen));
             }
             let outcome = match rule.fragments {
                 Fragments::Follow => None,
@@ -723,9 +724,16 @@ impl Outcome {
 
 impl Table {
     /// Another datagram has the identification now.
-    fn remember(&mut self, datagram: Datagram, rule_and_upstream: Option<(usize, usize)>) {
-        self.followed.insert(datagram, rule_and_upstream);
+    fn remember(&mut self, datagram: Datagram, rule_and_upstream: (usize, usize)) {
+        self.followed.insert(datagram, Some(rule_and_upstream));
         self.fresh.retain(|(known, _), _| *known != datagram);
+    }
+
+    /// The same of one that is no rule's; what was not remembered is not to be remembered now.
+    fn correct(&mut self, datagram: Datagram) {
+        if let Some(followed) = self.followed.get_mut(&datagram) {
+            *followed = None;
+        }
     }
 
     /// Whether a frame is the one that was to leave. The first fragment of a datagram chooses the

@@ -89,10 +89,17 @@ impl Wire {
 
 /// Keeps the thread on the CPU that it is on.
 pub fn stay_on_this_cpu() {
+    // SAFETY: takes and returns plain numbers.
+    run_on_cpu(unsafe { libc::sched_getcpu() } as usize);
+}
+
+/// Keeps the thread on that CPU, or on the last one if there are fewer.
+pub fn run_on_cpu(cpu: usize) {
+    let cpu = cpu.min(libbpf_rs::num_possible_cpus().expect("the number of CPUs") - 1);
     // SAFETY: the set is plain data, and concerns this thread alone.
     let result = unsafe {
         let mut cpus: libc::cpu_set_t = zeroed();
-        libc::CPU_SET(libc::sched_getcpu() as usize, &mut cpus);
+        libc::CPU_SET(cpu, &mut cpus);
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &cpus)
     };
     assert_eq!(result, 0, "sched_setaffinity: {}", io::Error::last_os_error());

@@ -223,8 +223,8 @@ fn ipv4_fragments() -> Vec<Case> {
         cases("another protocol", vec![first4(), part4(3, false, |ip, _| ip.protocol = 1)], "away forwarded, up"),
         cases("early, and to nobody", vec![part4(3, false, |ip, _| ip.destination = OWN)], "up"),
         cases("all of the UDP header", vec![part4(0, true, |_, udp| { udp.cut = Some(8); udp.length = Length::Is(1000); }), later4()], follows),
-        cases("not all of the UDP header", malformed(|_, udp| udp.cut = Some(7)), "up, up"),
-        cases("a malformed first", malformed(|_, udp| udp.length = Length::Is(7)), "drop malformed, up"),
+        cases("not all of the UDP header", malformed(|_, udp| udp.cut = Some(7)), "up, up fragment-early@0"),
+        cases("a malformed first", malformed(|_, udp| udp.length = Length::Is(7)), "drop malformed, up fragment-early@0"),
         cases("a malformed later", vec![first4(), part4(3, false, |ip, _| ip.total_length = Length::Off(1))], "away forwarded, drop malformed"),
         cases("an old later", vec![first4(), part4(3, false, |ip, _| ip.ttl = 1)], "away forwarded, drop ttl"),
         cases("an old first", malformed(|ip, _| ip.ttl = 1), "answer ttl, away forwarded"),
@@ -320,7 +320,7 @@ fn ipv6_fragments() -> Vec<Case> {
         cases("two fragment headers", vec![chain(&[fragment(0, false), fragment(0, false)])], "up malformed@0"),
         cases("no UDP header in the first", vec![Forged {
             udp: Udp { cut: Some(0), ..first6().udp }, ..chain(&[fragment(0, true), options.clone()])
-        }, later6()], "up, up"),
+        }, later6()], "up, up fragment-early@0"),
         cases("half of the options in the first", vec![Forged {
             cut: Some(14 + 40 + 8 + 4), ..chain(&[fragment(0, true), options])
         }, later6()], "up malformed@0, up fragment-early@0"),
