@@ -28,6 +28,7 @@ use etherparse::{Icmpv6Header, Icmpv6Type, IpNumber, Ipv6Header};
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use udplb::advice;
+use udplb::bpf::types;
 use udplb::config::{Action, Key, Source, Strategy as Selection};
 use udplb::nexthop::Way;
 use udplb::plan::{Rule, Upstream};
@@ -439,45 +440,72 @@ fn ipv6_senders_hear_why() {
     });
 }
 
-/// Fifty at once, and a thousand in each second after that.
+/// Runs so many packets on the program, each from the next of `senders`; returns how many were answered.
+fn answers(testbed: &Testbed<'_>, packet: &Datagram, senders: u32, packets: u32) -> u64 {
+    let context = Context { ifindex: testbed.routing, ..Context::default() };
+    let answered = (0..packets).filter(|number| {
+        let address = Ipv4Addr::from_bits(CLIENT.to_bits() + number % senders);
+        let frame = Datagram { source: endpoint(address, 5666), ..packet.clone() }.frame();
+        match testbed.program.run(&frame, context) {
+            Run { action: REDIRECT, .. } => true,
+            Run { action, frame: left, .. } => {
+                assert_eq!((action, left), (SHOT, frame));
+                false
+            }
+        }
+    });
+    answered.count() as u64
+}
+
+/// How many may be answered in all, and of one sender: so many at once, and so many in each second after that.
 #[test]
 fn senders_hear_it_only_so_often() {
-    const AT_ONCE: u64 = 50;
-    const PER_SECOND: u64 = 1000 / SECONDS as u64;
-    let old = Datagram { ttl: 1, ..datagram() }.frame();
+    let old = Datagram { ttl: 1, ..datagram() };
     Testbed::with(|testbed| {
         let rule = rule(Action::Block, Source::Vip, NEAR);
-        testbed.program.configure(&rule, &BTreeMap::new(), 0);
-        let context = Context { ifindex: testbed.routing, ..Context::default() };
-        let answers = |packets| {
-            let runs = (0..packets).map(|_| testbed.program.run(&old, context));
-            let answered = |run: &Run| match run.action {
-                REDIRECT => true,
-                action => {
-                    assert_eq!((action, &run.frame), (SHOT, &old));
-                    false
-                }
-            };
-            runs.filter(answered).count() as u64
-        };
-        let within = |elapsed: Duration| elapsed.as_millis() as u64 * PER_SECOND / 1000 + 2;
-        let start = Instant::now();
-        let got = answers(400);
-        assert!((AT_ONCE..=AT_ONCE + within(start.elapsed())).contains(&got), "{got}");
-        // one drips in after another
-        let start = Instant::now();
-        std::thread::sleep(Duration::from_millis(200));
-        let least = within(start.elapsed()).min(AT_ONCE) - 4;
-        let got = answers(400);
-        assert!((least..=within(start.elapsed())).contains(&got), "{got}, {least} at least");
-        // however long nobody asks
-        std::thread::sleep(Duration::from_millis(1000));
-        let start = Instant::now();
-        let got = answers(400);
-        assert!((AT_ONCE..=AT_ONCE + within(start.elapsed())).contains(&got), "{got}");
-        // all are counted
-        let counted = testbed.program.take_counted();
-        assert_eq!(counted.into_values().map(|(packets, _)| packets).sum::<u64>(), 1200);
+        for (senders, at_once, per_second) in [(400, 50, 1000), (1, 10, 50)] {
+            testbed.program.configure(&rule, &BTreeMap::new(), 0);
+            let per_second = per_second / u64::from(SECONDS);
+            let answers = || answers(testbed, &old, senders, 400);
+            let within = |elapsed: Duration| elapsed.as_millis() as u64 * per_second / 1000 + 2;
+            let start = Instant::now();
+            let got = answers();
+            assert!((at_once..=at_once + within(start.elapsed())).contains(&got), "{got}");
+            // one drips in after another
+            let start = Instant::now();
+            std::thread::sleep(Duration::from_millis(400));
+            let least = within(start.elapsed()).min(at_once).saturating_sub(4);
+            let got = answers();
+            assert!((least..=within(start.elapsed())).contains(&got), "{got}, {least} at least");
+            // however long nobody asks
+            std::thread::sleep(Duration::from_millis(2000));
+            let start = Instant::now();
+            let got = answers();
+            assert!((at_once..=at_once + within(start.elapsed())).contains(&got), "{got}");
+            // all are counted
+            let counted = testbed.program.take_counted();
+            assert_eq!(counted.into_values().map(|(packets, _)| packets).sum::<u64>(), 1200);
+        }
+    });
+}
+
+/// Who forges old packets, of one sender or of many, does not keep an honest sender from hearing that its own are
+/// too large.
+#[test]
+fn forged_packets_do_not_silence_errors() {
+    let old = Datagram { ttl: 1, ..datagram() };
+    let large = Datagram { dont_fragment: true, ..of_length(1501) };
+    Testbed::with(|testbed| {
+        let rule = rule(Action::Block, Source::Vip, NEAR);
+        for (forged, senders) in [(&old, 1), (&old, 5000), (&large, 1)] {
+            testbed.program.configure(&rule, &BTreeMap::new(), 0);
+            answers(testbed, forged, senders, 5000);
+            let honest = Ipv4Addr::new(192, 0, 2, 77);
+            let packet = Datagram { source: endpoint(honest, 5666), ..large.clone() };
+            let context = Context { ifindex: testbed.routing, ..Context::default() };
+            let run = testbed.program.run(&packet.frame(), context);
+            assert_eq!(run.action, REDIRECT, "{senders} senders");
+        }
     });
 }
 
@@ -898,4 +926,36 @@ fn it_loads_with_any_of_its_features() {
         load(&format!("only {index}"), &|other| other == index);
         load(&format!("all but {index}"), &|other| other != index);
     }
+}
+
+/// Where the kernel is locked down (confidentiality), no program may read its memory that way; from 6.2 on it
+/// need not.
+#[test]
+fn program_reads_no_kernel_memory_by_helper() {
+    use libbpf_rs::AsRawLibbpf;
+    use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+    if advice::kernel() < (6, 2) {
+        return;
+    }
+    let mut object = std::mem::MaybeUninit::uninit();
+    let mut skeleton =
+        udplb::bpf::UdplbSkelBuilder::default().open(&mut object).expect("the object opens");
+    // the rest reads none, and its log is long
+    let constants = skeleton.maps.rodata_data.as_deref_mut().expect("constants");
+    constants.features = types::features { ticks_per_second: 250, ..types::features::default() };
+    let mut log = vec![0_u8; 64 << 20];
+    let program = skeleton.progs.udplb.as_libbpf_object().as_ptr();
+    // SAFETY: the program is open, and the log outlives its loading.
+    unsafe {
+        libbpf_sys::bpf_program__set_log_level(program, 2);
+        libbpf_sys::bpf_program__set_log_buf(program, log.as_mut_ptr().cast(), log.len() as u64);
+    }
+    let loaded = skeleton.load().expect("the program loads");
+    drop(loaded);
+    let end = log.iter().position(|byte| *byte == 0).expect("an end");
+    let log = String::from_utf8_lossy(&log[..end]);
+    // those that it walked: it lists all others too
+    let calls = |helper: &str| log.contains(&format!(": (85) call {helper}"));
+    assert!(calls("bpf_redirect#"), "what it calls is seen");
+    assert!(!calls("bpf_probe_read"), "it calls bpf_probe_read");
 }
