@@ -12,23 +12,26 @@
         "x86_64-linux"
       ];
       forAllSystems = f: lib.genAttrs systems (system: f nixpkgs.legacyPackages.${system});
-      udplbFor = pkgs: self.packages.${pkgs.stdenv.hostPlatform.system}.udplb;
-      scenarios = import ./tests/vm lib;
+      udplbFor = pkgs: pkgs.callPackage ./nixos/package.nix { };
+      # With a key it may be imported twice, also from two copies of this flake.
+      module = {
+        key = "udplb/nixos/module.nix";
+        _class = "nixos";
+        imports = [ ./nixos/module.nix ];
+      };
     in
     {
-      overlays.default = final: _prev: { udplb = final.callPackage ./nixos/package.nix { }; };
+      overlays.default = final: _prev: { udplb = udplbFor final; };
 
       packages = forAllSystems (pkgs: rec {
-        udplb = pkgs.callPackage ./nixos/package.nix { };
+        udplb = udplbFor pkgs;
         default = udplb;
       });
 
-      nixosModules.default =
-        { lib, pkgs, ... }:
-        {
-          imports = [ ./nixos/module.nix ];
-          services.udplb.package = lib.mkDefault (udplbFor pkgs);
-        };
+      nixosModules = {
+        default = module;
+        udplb = module;
+      };
 
       devShells = forAllSystems (pkgs: {
         default = pkgs.mkShell {
@@ -65,7 +68,11 @@
           };
           demo = pkgs.writeShellApplication {
             name = "udplb-demo";
+            # all that it runs: it hides /run, where NixOS keeps the rest
             runtimeInputs = [
+              pkgs.coreutils
+              pkgs.diffutils
+              pkgs.gnused
               pkgs.iproute2
               pkgs.util-linux
             ];
@@ -117,15 +124,7 @@
                 touch $out
               '';
         }
-        // lib.mapAttrs' (
-          name: test:
-          lib.nameValuePair "vm-${name}" (
-            pkgs.testers.runNixOSTest {
-              imports = [ test ];
-              defaults.imports = [ self.nixosModules.default ];
-            }
-          )
-        ) scenarios
+        // lib.mapAttrs' (name: lib.nameValuePair "vm-${name}") (udplbFor pkgs).tests
       );
     };
 }

@@ -9,21 +9,32 @@ let
   inherit (lib) mkOption types;
   cfg = config.services.udplb;
 
+  yaml = pkgs.formats.yaml { };
+  # The words that are typed here, and any other that the program knows: `udplb check` judges those.
+  words =
+    options:
+    types.submodule {
+      freeformType = yaml.type;
+      inherit options;
+    };
   # Unset words stay out of the file, so that `defaults` and the program's own defaults hold.
   word =
-    type: description:
+    type: example: description:
     mkOption {
       type = types.nullOr type;
       default = null;
-      inherit description;
+      inherit example description;
     };
 
   octet = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])";
-  ipv4 = types.strMatching "${octet}(\\.${octet}){3}" // {
+  ipv4Pattern = "${octet}(\\.${octet}){3}";
+  ipv6Pattern = "[[:xdigit:]]*:[[:xdigit:]:.]*";
+  linkLocalPattern = "[fF][eE][89abAB][[:xdigit:]:]*%[^[:space:]/:]{1,15}";
+  ipv4 = types.strMatching ipv4Pattern // {
     description = "IPv4 address";
   };
   # What is no address but looks like one, `udplb check` finds.
-  ipv6 = types.strMatching "[[:xdigit:]]*:[[:xdigit:]:.]*" // {
+  ipv6 = types.strMatching ipv6Pattern // {
     description = "IPv6 address";
   };
   any = types.enum [ "any" ];
@@ -41,12 +52,19 @@ let
     types.oneOf [
       ipv4
       ipv6
-      (types.strMatching "[fF][eE][89abAB][[:xdigit:]:]*%[^[:space:]/:]{1,127}")
+      (types.strMatching linkLocalPattern)
       (types.strMatching "([[:alnum:]_-]+\\.)*[[:alnum:]-]*[[:alpha:]-][[:alnum:]-]*\\.?")
     ]
     // {
       description = "IP address or host name";
     };
+  isName =
+    address:
+    !lib.any (pattern: builtins.match pattern address != null) [
+      ipv4Pattern
+      ipv6Pattern
+      linkLocalPattern
+    ];
   network = types.strMatching "[[:xdigit:].:]+(/[0-9]{1,3})?" // {
     description = "network, like 10.20.0.0/16";
   };
@@ -62,120 +80,154 @@ let
     "preserve"
     "egress"
   ];
-  interface = types.strMatching "[^[:space:]/:]{1,127}" // {
-    description = "network interface name (1 to 127 characters; an alternative name too)";
+  interface = types.strMatching "[^[:space:]/:]{1,15}" // {
+    description = "network interface name (1 to 15 characters)";
   };
 
-  ruleOptions = types.submodule {
-    options = {
-      tc_action = word (types.enum [
-        "pass"
+  payloadBytes = words {
+    offset = mkOption {
+      type = types.ints.u16;
+      example = 4;
+      description = "Number of bytes of the payload before the key.";
+    };
+    length = mkOption {
+      type = types.ints.between 1 64;
+      example = 8;
+      description = "Number of bytes of the key.";
+    };
+  };
+  ruleOptions = words {
+    tc_action =
+      word
+        (types.enum [
+          "pass"
+          "block"
+        ])
         "block"
-      ]) "`pass` delivers the packet here too, `block` ends it here. The program's default is `pass`.";
-      mode = word (types.enum [
+        "`pass` delivers the packet here too, `block` ends it here. The program's default is `pass`.";
+    mode = word (types.enum
+      [
         "balance"
         "replicate"
-      ]) "One upstream for each packet (`balance`, the default) or all of them (`replicate`).";
-      strategy = word (types.enum [
-        "src-port"
-        "src-ip"
-        "src-ip-port"
-        "random"
-        "payload"
-      ]) "What of a packet selects its upstream. The program's default is `src-ip-port`.";
-      payload = word (types.either (types.enum [ "statsd" ]) (
-        types.submodule {
-          options = {
-            offset = mkOption {
-              type = types.ints.u16;
-              description = "The bytes of the payload before those.";
-            };
-            length = mkOption {
-              type = types.ints.between 1 64;
-              description = "How many bytes.";
-            };
-          };
-        }
-      )) "What of the payload the strategy `payload` looks at: bytes, or the name of a StatsD metric.";
-      hash = word (types.enum [
-        "modulo"
-        "maglev"
-      ]) "How the strategy's key becomes an upstream. The program's default is `maglev`.";
-      source = word source "Whom upstreams see: the matched destination (`vip`, the default), the sender (`preserve`) or this host's own address (`egress`).";
-      health = word (types.enum [
-        "off"
+      ]
+    ) "replicate" "One upstream for each packet (`balance`, the default) or all of them (`replicate`).";
+    strategy = word (types.enum [
+      "src-port"
+      "src-ip"
+      "src-ip-port"
+      "random"
+      "payload"
+    ]) "src-ip" "Part of a packet that selects its upstream. The program's default is `src-ip-port`.";
+    payload = word (types.either (types.enum [ "statsd" ]) payloadBytes) {
+      offset = 4;
+      length = 8;
+    } "Key of the strategy `payload`: bytes of the payload, or the name of a StatsD metric (`statsd`).";
+    hash = word (types.enum [
+      "modulo"
+      "maglev"
+    ]) "modulo" "Mapping from the strategy's key to an upstream. The program's default is `maglev`.";
+    source =
+      word source "preserve"
+        "Sender that upstreams see: the matched destination (`vip`, the default), the original one (`preserve`) or this host's own address (`egress`).";
+    health =
+      word
+        (types.enum [
+          "off"
+          "neighbour"
+        ])
         "neighbour"
-      ]) "`neighbour` leaves out upstreams whose next hop does not answer; the default is `off`.";
-      fragments =
-        word
-          (types.enum [
-            "follow"
-            "pass"
-            "drop"
-          ])
-          "Fragments go where their first one goes (`follow`, the default), are only delivered here, or are dropped.";
-    };
+        "`neighbour` leaves out upstreams whose next hop does not answer; the default is `off`.";
+    fragments =
+      word
+        (types.enum [
+          "follow"
+          "pass"
+          "drop"
+        ])
+        "drop"
+        "Fragments go where their first one goes (`follow`, the default), are only delivered here (`pass`), or are dropped (`drop`).";
   };
 
   # Of upstreams and mirrors.
   hostOptions = {
-    name = word types.str "Name of the host, unique in its rule.";
+    name = word types.str "nfcapd" "Name of the host, unique in its rule.";
     address = mkOption {
       type = host;
       example = "10.0.9.11";
       description = "Address or host name.";
     };
-    port = word port "UDP port. The program's default is the port that the packet came to.";
+    port = word port 9995 "UDP port. The program's default is the port that the packet came to.";
     state = word (types.enum [
       "active"
       "drained"
-    ]) "Others get the packets of a `drained` upstream. The program's default is `active`.";
-    source = word source "Whom this host sees as sender, if not what the rule says.";
-    sample = word (types.ints.between 1 1000000) "N: every N-th packet is sent. The program's default is 1.";
+    ]) "drained" "Others get the packets of a `drained` upstream. The program's default is `active`.";
+    source = word source "egress" "Sender that this host sees, if not the rule's `source`.";
+    sample =
+      word (types.ints.between 1 1000000) 10
+        "N: every N-th packet is sent. The program's default is 1.";
   };
 
-  rule = types.submodule {
-    options = {
-      name = word types.str "Name of the rule, unique. The program's default is address:port.";
-      key = {
-        address = mkOption {
-          type = keyAddress;
-          example = "10.0.0.5";
-          description = "Destination address that the rule matches; `any` is each address of the interfaces.";
-        };
-        port = mkOption {
-          type = types.oneOf [
-            ports
-            (types.nonEmptyListOf ports)
-            any
-          ];
-          example = [
-            2055
-            "6343-6350"
-          ];
-          description = "Destination ports that the rule matches: one, a range, a list of both, or `any`.";
-        };
-        from = word (types.either network (types.nonEmptyListOf network)) "Networks of senders that the rule matches. The program's default is any sender.";
-      };
-      options = mkOption {
-        type = ruleOptions;
-        default = { };
-        description = "What happens to the rule's packets; what is unset comes from {option}`services.udplb.defaults`.";
-      };
-      upstream = mkOption {
-        type = types.nonEmptyListOf (
-          types.submodule {
-            options = hostOptions // {
-              weight = word (types.ints.between 1 10000) "Share of the flows. The program's default is 1.";
-            };
-          }
-        );
-        description = "Where the rule's packets are sent.";
-      };
-      mirror = word (types.nonEmptyListOf (
-        types.submodule { options = hostOptions; }
-      )) "Where copies are sent besides.";
+  upstream = words (
+    hostOptions
+    // {
+      weight = word (types.ints.between 1 10000) 2 "Share of the flows. The program's default is 1.";
+    }
+  );
+  mirror = words hostOptions;
+
+  key = words {
+    address = mkOption {
+      type = keyAddress;
+      example = "10.0.0.5";
+      description = "Destination address that the rule matches; `any` is each address of the interfaces.";
     };
+    port = mkOption {
+      type = types.oneOf [
+        ports
+        (types.nonEmptyListOf ports)
+        any
+      ];
+      example = [
+        2055
+        "6343-6350"
+      ];
+      description = "Destination ports that the rule matches: one, a range, a list of both, or `any`.";
+    };
+    from = word (types.either network (types.nonEmptyListOf network)) [
+      "10.20.0.0/16"
+    ] "Networks of senders that the rule matches. The program's default is any sender.";
+  };
+
+  rule = words {
+    name = word types.str "flows" "Name of the rule, unique. The program's default is address:port.";
+    key = mkOption {
+      type = key;
+      example = {
+        address = "10.0.0.5";
+        port = 514;
+      };
+      description = "Packets that the rule matches.";
+    };
+    options = mkOption {
+      type = ruleOptions;
+      default = { };
+      example = {
+        mode = "replicate";
+        source = "preserve";
+      };
+      description = "Treatment of the rule's packets; what is unset comes from {option}`services.udplb.defaults`.";
+    };
+    upstream = mkOption {
+      type = types.nonEmptyListOf upstream;
+      example = [ { address = "10.0.9.11"; } ];
+      description = "Hosts that the rule's packets are sent to.";
+    };
+    mirror = word (types.nonEmptyListOf mirror) [
+      {
+        address = "10.0.9.13";
+        sample = 10;
+      }
+    ] "Hosts that get copies besides.";
   };
 
   inherit (cfg) configFile rules;
@@ -194,7 +246,7 @@ let
     if fromFile then
       "${configFile}"
     else
-      (pkgs.formats.yaml { }).generate "udplb.yaml" {
+      yaml.generate "udplb.yaml" {
         version = 1;
         inherit (cfg) interfaces;
         defaults = withoutNull cfg.defaults;
@@ -202,6 +254,21 @@ let
       };
   # A file outside the store changes without a rebuild: nothing can be said about it here.
   inStore = !fromFile || lib.hasPrefix builtins.storeDir written;
+  # What ProtectHome and PrivateTmp hide.
+  hidden = [
+    "/home/"
+    "/root/"
+    "/run/user/"
+    "/tmp/"
+    "/var/tmp/"
+  ];
+  # A name server may be needed; what the rules of a file outside this configuration need is not known.
+  needsNetwork =
+    fromFile
+    || lib.any (
+      r: lib.any (u: isName u.address) (r.upstream ++ lib.optionals (r.mirror != null) r.mirror)
+    ) rules;
+  network-online = lib.optional needsNetwork "network-online.target";
   # The program knows the format by the extension.
   fileName = if lib.hasSuffix ".toml" written then "udplb.toml" else "udplb.yaml";
   file =
@@ -323,14 +390,15 @@ in
   options.services.udplb = {
     enable = lib.mkEnableOption "udplb, which relays, forwards and balances UDP in the kernel";
 
-    package = mkOption {
-      type = types.package;
-      default =
-        pkgs.udplb
-          or (throw "services.udplb.package: no udplb in pkgs; use the flake's nixosModules.default or overlays.default");
-      defaultText = lib.literalExpression "pkgs.udplb";
-      description = "The udplb package.";
-    };
+    package =
+      lib.mkPackageOption
+        {
+          udplb = pkgs.udplb or (pkgs.callPackage ./package.nix { });
+        }
+        "udplb"
+        {
+          example = "inputs.udplb.packages.x86_64-linux.default";
+        };
 
     interfaces = mkOption {
       type = types.listOf interface;
@@ -374,7 +442,8 @@ in
       description = ''
         A configuration file (YAML or TOML) in place of {option}`services.udplb.rules`.
         A path goes into the store and is checked; a string outside the store is read where it is,
-        and `systemctl reload udplb` applies it after a change.
+        and `systemctl reload udplb` applies it after a change. The service does not see
+        home directories and `/tmp`.
       '';
     };
 
@@ -382,6 +451,7 @@ in
       type = types.bool;
       default = pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform;
       defaultText = lib.literalMD "whether the build machine can run the program";
+      example = false;
       description = ''
         Whether `udplb check` reads the configuration while the system is built, so that a bad rule
         fails the build and not the router.
@@ -391,6 +461,7 @@ in
     keepOnStop = mkOption {
       type = types.bool;
       default = false;
+      example = true;
       description = ''
         Whether the rules stay in the kernel when the service stops. They outlive `enable = false`
         too: `udplb detach` or a reboot removes them.
@@ -410,13 +481,18 @@ in
     arpd.enable = mkOption {
       type = types.bool;
       default = true;
-      description = "Whether `udplb arpd` keeps the upstreams' next hops resolved and fresh.";
+      example = false;
+      description = ''
+        Whether `udplb arpd` keeps the upstreams' next hops resolved and fresh, and completes what
+        was missing when the rules were applied: interfaces and host names.
+      '';
     };
 
     metrics = {
       enable = mkOption {
         type = types.bool;
         default = false;
+        example = true;
         description = ''
           Whether `udplb arpd` answers Prometheus, at `/metrics`. Anybody who reaches the address may ask;
           the firewall is left as it is.
@@ -426,18 +502,20 @@ in
         type = types.str;
         default = "127.0.0.1";
         example = "::";
-        description = "The address that it listens at.";
+        description = "IP address to listen at.";
       };
       port = mkOption {
         type = types.port;
         default = 9477;
-        description = "The TCP port that it listens at.";
+        example = 9500;
+        description = "TCP port to listen at.";
       };
     };
 
     openFirewall = mkOption {
       type = types.bool;
       default = false;
+      example = true;
       description = ''
         Whether the firewall lets in the keys of `pass` rules on the named interfaces. Packets sent to
         upstreams never meet the firewall, the copy that is delivered here does.
@@ -464,6 +542,10 @@ in
         message = "services.udplb.openFirewall: needs services.udplb.rules; the ports of a configFile are not known here.";
       }
       {
+        assertion = !lib.any (folder: lib.hasPrefix folder written) hidden;
+        message = "services.udplb.configFile: the service does not see ${written}: ProtectHome and PrivateTmp hide it. Put the file elsewhere, or give a path, which goes into the store.";
+      }
+      {
         assertion = cfg.metrics.enable -> cfg.arpd.enable;
         message = "services.udplb.metrics.enable: needs services.udplb.arpd.enable.";
       }
@@ -482,6 +564,13 @@ in
       "cls_bpf"
       "sch_ingress"
     ];
+    system.requiredKernelConfig = with config.lib.kernelConfig; [
+      (isYes "BPF_SYSCALL")
+      (isYes "DEBUG_INFO_BTF")
+      (isYes "NET_CLS_ACT")
+      (isEnabled "NET_CLS_BPF")
+      (isEnabled "NET_SCH_INGRESS")
+    ];
 
     networking.firewall.interfaces = lib.mkIf cfg.openFirewall (
       lib.genAttrs cfg.interfaces (_: {
@@ -494,11 +583,12 @@ in
       description = "udplb rules";
       documentation = [ "man:udplb(1)" ];
       wantedBy = [ "multi-user.target" ];
-      wants = [ "network-online.target" ];
+      wants = network-online;
       # Only "after" the devices: wanting one that is late would hold back all the others.
       after = [
-        "network-online.target"
+        "network.target"
       ]
+      ++ network-online
       ++ map (i: "${utils.escapeSystemdPath "/sys/subsystem/net/devices/${i}"}.device") cfg.interfaces;
       unitConfig = {
         RequiresMountsFor = [ "/sys/fs/bpf" ];
@@ -513,12 +603,16 @@ in
           RemainAfterExit = true;
           ExecStart = apply [ ];
           ExecReload = apply [ ];
+          # 4: an interface or a name is missing. The rest serves, and arpd completes it: the unit
+          # is active, so that a stop runs ExecStop.
+          SuccessExitStatus = 4;
           Restart = "on-failure";
           RestartSec = 5;
-          # Usage, configuration, privileges: trying again changes nothing.
+          # Usage, configuration, no such file, privileges: trying again changes nothing.
           RestartPreventExitStatus = [
             64
             65
+            66
             77
           ];
           TimeoutStartSec = 120;
@@ -533,6 +627,7 @@ in
       serviceConfig = hardening // {
         Type = "oneshot";
         ExecStart = apply [ "-q" ];
+        SuccessExitStatus = 4;
         TimeoutStartSec = 120;
       };
     };

@@ -9,15 +9,14 @@
   pkg-config,
   elfutils,
   linuxHeaders,
+  testers,
   zlib,
-  # VM tests, for passthru
-  tests ? { },
 }:
 let
   cargo = (lib.importTOML ../Cargo.toml).package;
   runs = stdenv.buildPlatform.canExecute stdenv.hostPlatform;
 in
-rustPlatform.buildRustPackage {
+rustPlatform.buildRustPackage (finalAttrs: {
   pname = cargo.name;
   inherit (cargo) version;
 
@@ -86,7 +85,16 @@ rustPlatform.buildRustPackage {
   nativeInstallCheckInputs = [ versionCheckHook ];
   versionCheckProgramArg = "--version";
 
-  passthru = { inherit tests; };
+  passthru.tests = lib.mapAttrs (
+    _: test:
+    testers.runNixOSTest {
+      imports = [ test ];
+      defaults = {
+        imports = [ ./module.nix ];
+        services.udplb.package = finalAttrs.finalPackage;
+      };
+    }
+  ) (import ../tests/vm lib);
 
   meta = {
     inherit (cargo) description;
@@ -105,4 +113,4 @@ rustPlatform.buildRustPackage {
     homepage = cargo.repository;
     changelog = "${cargo.repository}/releases/tag/v${cargo.version}";
   };
-}
+})

@@ -13,8 +13,9 @@ let
   package = pkgs.callPackage (root + "/nixos/package.nix") { };
   modules = [
     stubs.base
+    # twice, as by two flakes
     (root + "/nixos/module.nix")
-    { services.udplb.package = lib.mkDefault package; }
+    (root + "/nixos/module.nix")
   ];
 
   word = v: if builtins.isBool v then lib.boolToString v else toString v;
@@ -69,6 +70,7 @@ let
     failed = map (a: a.message) (lib.filter (a: !a.assertion) config.assertions);
     inherit (config) warnings;
     inherit (config.boot) kernelModules;
+    kernelConfig = map (c: c.configLine) config.system.requiredKernelConfig;
     etc = lib.mapAttrs (_: etcFile) config.environment.etc;
     units =
       lib.mapAttrs' (n: s: lib.nameValuePair "${n}.service" (service s)) config.systemd.services
@@ -150,14 +152,17 @@ let
     options:
     lib.concatLists (
       lib.mapAttrsToList (name: o: [ name ] ++ (if lib.isOption o then ofType o.type else words o)) (
-        removeAttrs options [ "_module" ]
+        removeAttrs options [
+          "_module"
+          "_freeformOptions"
+        ]
       )
     );
   ofType =
     type:
     (type.functor.payload.values or [ ])
     ++ words (type.getSubOptions [ ])
-    ++ lib.concatMap ofType (lib.attrValues (type.nestedTypes or { }));
+    ++ lib.concatMap ofType (lib.attrValues (removeAttrs (type.nestedTypes or { }) [ "freeformType" ]));
   udplbOptions =
     (lib.evalModules {
       class = "nixos";
@@ -175,6 +180,12 @@ in
   words = words {
     inherit (udplbOptions) defaults interfaces rules;
   };
+  # as the manual lists them
+  options = map (o: {
+    inherit (o) name;
+    description = o.description or null != null;
+    example = o ? example;
+  }) (lib.filter (o: o.visible && !o.internal) (lib.optionAttrSetToDocList udplbOptions));
   package = {
     inherit (package.args) pname version;
     src = "${package.args.src}";

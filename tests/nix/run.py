@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Checks flake, module, package and VM tests with nothing of nixpkgs but its lib/ folder.
 
-Without lib/ or without Nix the evaluation is skipped, loudly; linters that are not
-installed are skipped each. The last line counts.
+Without lib/ or without Nix the evaluation is skipped, loudly; the fixtures that it makes
+say of which sources they are. Linters that are not installed are skipped each. The last line counts.
 """
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import re
@@ -86,8 +87,9 @@ def check_expectation(expect: dict[str, Any], got: dict[str, Any]) -> str:
     for interface, ports in expect.get("open", {}).items():
         if got["firewall"]["open"].get(interface) != ports:
             return f"firewall: {got['firewall']['open']}"
-    if "kernelModules" in expect and got["kernelModules"] != expect["kernelModules"]:
-        return f"kernelModules: {got['kernelModules']}"
+    for kind in ("kernelModules", "kernelConfig"):
+        if kind in expect and got[kind] != expect[kind]:
+            return f"{kind}: {got[kind]}"
     for unit, pattern in expect.get("says", {}).items():
         if not re.search(pattern, got["units"][unit]):
             return f"{unit} does not say {pattern}: {got['units'][unit]}"
@@ -168,7 +170,7 @@ def check_cases(nix: Nix, udplb: str) -> None:
         else:
             report(name, check_expectation(expect, got))
             check_units(name, got["units"])
-            if name == "units":
+            if name == "units-with-file":
                 check_contrib("the module", {unit: text.splitlines() for unit, text in got["units"].items()})
             check_built(name, got["etc"], udplb, "")
 
@@ -195,6 +197,17 @@ def check_words(udplb: str) -> None:
     theirs = words(json.loads(run(udplb, "schema").stdout)) - {"version"}
     wrong = theirs.symmetric_difference(json.loads(WORDS.read_text()))
     report("the module has the program's words", f"{sorted(wrong)}: nixos/module.nix and {WORDS}" if wrong else "")
+
+
+def check_options(nix: Nix) -> None:
+    """Every option says what it is for, and how it is used."""
+    options, error = nix.get("options")
+    if options is None:
+        report("options", error)
+        return
+    for what in ("description", "example"):
+        without = [option["name"] for option in options if not option[what]]
+        report(f"all {len(options)} options have a{'n' * (what == 'example')} {what}", ", ".join(without))
 
 
 def check_package(nix: Nix, write: bool) -> None:
@@ -230,6 +243,15 @@ def wrong_escapes(escaped: dict[str, str]) -> str:
     )
 
 
+@functools.cache
+def sources() -> str:
+    """The digest of all that a fixture is made of."""
+    digest = hashlib.sha256()
+    for file in sorted(file for folder in ("nixos", "tests/nix", "tests/vm") for file in (ROOT / folder).glob("*.nix")):
+        digest.update(f"{file.relative_to(ROOT)}\0{file.read_text()}\0".encode())
+    return digest.hexdigest()
+
+
 def fixture(test: dict[str, Any]) -> str:
     """What the driver needs of a test. The script is not in it: the driver reads the .py itself."""
 
@@ -246,7 +268,7 @@ def fixture(test: dict[str, Any]) -> str:
         | {"specialisations": {n: files(s) for n, s in node["specialisations"].items()}}
         for name, node in test["nodes"].items()
     }
-    test = {"name": test["name"], "globalTimeout": test["globalTimeout"], "nodes": nodes}
+    test = {"name": test["name"], "globalTimeout": test["globalTimeout"], "nodes": nodes, "sources": sources()}
     return json.dumps(test, indent=1, sort_keys=True) + "\n"
 
 
@@ -362,6 +384,15 @@ def check_contrib(name: str, units: dict[str, list[str]]) -> None:
         report(f"contrib: {file.name} and {name} agree", "\n".join(sorted(ours ^ theirs)))
 
 
+def check_fixtures() -> None:
+    """Without Nix: the fixtures were made of the sources that are here, and Debian's units are like theirs."""
+    for file in sorted(FIXTURES.glob("*.json")):
+        stored = json.loads(file.read_text())
+        report(f"{file.stem}: fixture is of these .nix files", "" if stored.get("sources") == sources() else STALE)
+    relay = json.loads((FIXTURES / "reload.json").read_text())["nodes"]["relay"]
+    check_contrib("the fixture", relay["specialisations"]["file"]["units"])
+
+
 @functools.cache
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -379,8 +410,6 @@ def main() -> int:
     lib = Path(args.lib).resolve() if args.lib else None
     lint_nix()
     lint_scripts()
-    fixture_units = json.loads((FIXTURES / "relay.json").read_text())["nodes"]["relay"]["units"]
-    check_contrib("the fixture", fixture_units)
     check_words(args.udplb)
     build_package()
     if not shutil.which(args.nix):
@@ -391,9 +420,11 @@ def main() -> int:
         skip("EVERYTHING THAT EVALUATES", f"{args.nix} is older than 2.18")
     else:
         check_package(nix, args.write_fixtures)
+        check_options(nix)
         check_cases(nix, args.udplb)
         check_scenarios(nix, args.udplb, args.write_fixtures)
         check_flake(nix)
+    check_fixtures()
     print(", ".join(f"{number} {what}" for what, number in count.items()))
     return 1 if count["failed"] else 0
 

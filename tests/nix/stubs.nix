@@ -52,18 +52,42 @@ let
     writeShellApplication = { name, ... }@args: drv name (args // { meta.mainProgram = name; });
     mkShell = drv "shell";
     formats.yaml = _: {
+      type =
+        let
+          value =
+            types.nullOr (
+              types.oneOf [
+                types.bool
+                types.int
+                types.float
+                types.str
+                types.path
+                (types.attrsOf value)
+                (types.listOf value)
+              ]
+            )
+            // {
+              description = "YAML value";
+            };
+        in
+        value;
       generate = name: value: writeText name (builtins.toJSON value);
     };
     rustPlatform.buildRustPackage =
-      args:
-      drv "${args.pname}-${args.version}" (
-        args
-        // args.env
-        // {
-          inherit args;
-          overrideAttrs = over: rustPlatform.buildRustPackage (args // over);
-        }
-      );
+      f:
+      let
+        args = f { finalPackage = package; };
+        package = drv "${args.pname}-${args.version}" (
+          removeAttrs args [ "passthru" ]
+          // args.passthru or { }
+          // args.env
+          // {
+            inherit args;
+            overrideAttrs = over: rustPlatform.buildRustPackage (final: f final // over);
+          }
+        );
+      in
+      package;
     llvmPackages.clang-unwrapped = drv "clang" { };
     python3Packages.pyflakes = drv "pyflakes" { };
     testers.runNixOSTest = test: drv "vm-test-run" { inherit test; };
@@ -79,7 +103,9 @@ let
     "clippy"
     "coreutils"
     "deadnix"
+    "diffutils"
     "elfutils"
+    "gnused"
     "installShellFiles"
     "iproute2"
     "linuxHeaders"
@@ -201,6 +227,8 @@ let
           )
         )) { };
         boot.kernelModules = names;
+        system.requiredKernelConfig = option (types.listOf types.attrs) [ ];
+        lib = option (types.attrsOf types.attrs) { };
         boot.kernel.sysctl = option (types.attrsOf unitValue) { };
         networking.firewall = openPorts // {
           enable = flag true;
@@ -217,6 +245,11 @@ let
           }
         )) { };
       };
+      config.lib.kernelConfig = lib.genAttrs [ "isYes" "isEnabled" ] (
+        is: option: {
+          configLine = "CONFIG_${option} ${is}";
+        }
+      );
       config._module.args = { inherit pkgs utils; };
     };
 

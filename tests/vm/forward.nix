@@ -72,6 +72,7 @@ in
           eth1 = {
             vlan = 2;
             address = "10.2.0.254";
+            routes = via "10.1.0.0" "10.2.0.2";
           };
           eth2 = {
             vlan = 3;

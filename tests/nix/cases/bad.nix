@@ -31,7 +31,8 @@ let
   entry = "\"\\[definition 1-entry 1\\]\"";
   inRule = field: "services\\.udplb\\.rules\\.${entry}\\.${field}";
   wrong = field: type: { error = "${inRule field}. is not of type .${type}"; };
-  unknown = field: { error = "The option .${inRule field}. does not exist"; };
+  # of the file, by the program
+  unknown = field: { check = "rules\\[0\\]\\.${field}: .*unknown"; };
 in
 {
   address = {
@@ -64,6 +65,7 @@ in
     expect = unknown "key\\.prot";
     config = key {
       address = "10.0.0.5";
+      port = 514;
       prot = 514;
     };
   };
@@ -155,7 +157,7 @@ in
     };
   };
   mirror-word = {
-    expect = unknown "mirror\\.${entry}\\.weight";
+    expect = unknown "mirror\\[0\\]\\.weight";
     config = rule {
       mirror = [
         {
@@ -191,7 +193,7 @@ in
     config = rule { upstream = [ ]; };
   };
   upstream-word = {
-    expect = unknown "upstream\\.${entry}\\.adress";
+    expect = unknown "upstream\\[0\\]\\.adress";
     config = upstream {
       address = "10.0.9.1";
       adress = "10.0.9.2";
@@ -251,6 +253,20 @@ in
       enable = true;
       configFile = "/etc/udplb.yaml";
       openFirewall = true;
+    };
+  };
+  file-at-home = {
+    expect.failed = "^services\\.udplb\\.configFile: the service does not see /home/ops/udplb\\.yaml";
+    config.services.udplb = {
+      enable = true;
+      configFile = "/home/ops/udplb.yaml";
+    };
+  };
+  file-in-tmp = {
+    expect.failed = "^services\\.udplb\\.configFile: the service does not see /tmp/udplb\\.yaml";
+    config.services.udplb = {
+      enable = true;
+      configFile = "/tmp/udplb.yaml";
     };
   };
   metrics-without-arpd = {

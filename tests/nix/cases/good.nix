@@ -93,6 +93,13 @@ in
         "cls_bpf"
         "sch_ingress"
       ];
+      kernelConfig = [
+        "CONFIG_BPF_SYSCALL isYes"
+        "CONFIG_DEBUG_INFO_BTF isYes"
+        "CONFIG_NET_CLS_ACT isYes"
+        "CONFIG_NET_CLS_BPF isEnabled"
+        "CONFIG_NET_SCH_INGRESS isEnabled"
+      ];
       says."udplb-repair.timer" =
         "PartOf=udplb.service\n(?s:.*)OnActiveSec=5min\nOnUnitInactiveSec=5min\n(?s:.*)WantedBy=timers.target udplb.service";
       says."udplb-repair.service" = "ExecStart=.*\"apply\" \"--partial\" \"-q\" \"/stub/";
@@ -226,15 +233,17 @@ in
     };
   };
 
-  # What the units must say to start in order, to be reloaded and to be kept at it.
+  # What the units must say to start in order, to be reloaded and to be kept at it. No name is used:
+  # nothing waits for the network.
   units = {
     expect = {
       says = {
         "udplb.service" =
-          "(?s)Wants=network-online.target\n.*After=network-online.target sys-subsystem-net-devices-br\\\\x2dlan.device\n.*X-ReloadIfChanged=true\n.*ExecReload=(?P<apply>[^\n]*)\nExecStart=(?P=apply)\nExecStop=[^\n]*\"detach\"\n.*Restart=on-failure\n.*Type=oneshot\n";
+          "(?s)After=network.target sys-subsystem-net-devices-br\\\\x2dlan.device\n.*X-ReloadIfChanged=true\n.*ExecReload=(?P<apply>[^\n]*)\nExecStart=(?P=apply)\nExecStop=[^\n]*\"detach\"\n.*Restart=on-failure\n.*RestartPreventExitStatus=64\nRestartPreventExitStatus=65\nRestartPreventExitStatus=66\nRestartPreventExitStatus=77\n.*SuccessExitStatus=4\n.*Type=oneshot\n";
         "udplb-arpd.service" =
           "(?s)Wants=udplb.service\nAfter=udplb.service\n.*Restart=on-failure\n.*Type=notify\n.*WatchdogSec=30\n";
       };
+      silent."udplb.service" = "network-online";
       silent."udplb-arpd.service" = "Requires=|X-ReloadIfChanged";
     };
     config.services.udplb = {
@@ -247,6 +256,121 @@ in
             port = 514;
           };
           upstream = [ { address = "10.0.9.12"; } ];
+          mirror = [ { address = "10.0.9.13"; } ];
+        }
+        {
+          key = {
+            address = "2001:db8::5";
+            port = 514;
+          };
+          upstream = [ { address = "fe80::1%br-lan"; } ];
+        }
+      ];
+    };
+  };
+
+  # A name server may be far away.
+  units-with-name = {
+    expect.says."udplb.service" =
+      "Wants=network-online.target\n(?s:.*)After=network.target network-online.target sys-subsystem";
+    config.services.udplb = {
+      enable = true;
+      interfaces = [ "ens3" ];
+      rules = [
+        {
+          key = {
+            address = "10.0.0.5";
+            port = 514;
+          };
+          upstream = [ { address = "10.0.9.12"; } ];
+          mirror = [ { address = "collector"; } ];
+        }
+      ];
+    };
+  };
+
+  # As Debian's units are: what a file says is not known.
+  units-with-file = {
+    expect = { };
+    config.services.udplb = {
+      enable = true;
+      configFile = "/etc/udplb.yaml";
+    };
+  };
+
+  # A word that the module does not know is the program's matter; here there is none to ask.
+  new-words = {
+    expect.file = {
+      version = 1;
+      interfaces = [ "ens3" ];
+      defaults.shape = "round";
+      rules = [
+        {
+          key = {
+            address = "10.0.0.5";
+            port = 514;
+            colour = [
+              "red"
+              { deep = true; }
+            ];
+          };
+          options.payload = {
+            offset = 1;
+            length = 2;
+            case = "upper";
+          };
+          upstream = [
+            {
+              address = "10.0.9.12";
+              speed = 1.5;
+            }
+          ];
+          mirror = [
+            {
+              address = "10.0.9.13";
+              speed = 2;
+            }
+          ];
+          until = "noon";
+        }
+      ];
+    };
+    config.services.udplb = {
+      enable = true;
+      checkConfig = false;
+      interfaces = [ "ens3" ];
+      defaults = {
+        shape = "round";
+        dropped = null;
+      };
+      rules = [
+        {
+          key = {
+            address = "10.0.0.5";
+            port = 514;
+            colour = [
+              "red"
+              { deep = true; }
+            ];
+          };
+          options.payload = {
+            offset = 1;
+            length = 2;
+            case = "upper";
+          };
+          upstream = [
+            {
+              address = "10.0.9.12";
+              speed = 1.5;
+            }
+          ];
+          mirror = [
+            {
+              address = "10.0.9.13";
+              speed = 2;
+            }
+          ];
+          until = "noon";
         }
       ];
     };

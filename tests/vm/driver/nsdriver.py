@@ -49,6 +49,9 @@ BASE_UNITS = {f"{name}.target": f"[Unit]\nDescription={name}\n" for name in PASS
     "SuccessAction=poweroff-force\n[Service]\nType=oneshot\nExecStart=/bin/true\n",
 }
 
+# as systemd sets it on NixOS, Debian 13 and Ubuntu: a sender that no route leads to is dropped
+SYSCTL = {f"net.ipv4.conf.{which}.rp_filter": 2 for which in ("all", "default")}
+
 numbers = itertools.count()
 
 
@@ -185,7 +188,7 @@ class Machine:
     def connect(self) -> None:
         ip = self.inside("ip")
         call(*ip, "link", "set", "lo", "up")
-        for key, value in self.node["sysctl"].items():
+        for key, value in (SYSCTL | self.node["sysctl"]).items():
             call(*self.inside("sysctl", "-q", "-w", f"{key}={int(value)}"))
         if self.node["firewall"]["enable"]:
             nft = subprocess.run(
