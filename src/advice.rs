@@ -1,11 +1,13 @@
 //! What is applied as it stands but probably not meant. Pure, but for reading /proc.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::config::{Action, Address, Config, Finding, KeyAddress, Mode, Path, Rule, with_port};
+use crate::config::{
+    self, Action, Address, Config, Finding, KeyAddress, Mode, Path, Rule, with_port,
+};
 use crate::netlink::{Link, OwnAddress};
 use crate::nexthop::Way;
 use crate::plan::Desired;
@@ -73,12 +75,24 @@ pub fn unreachable(
         .collect()
 }
 
+/// The upstreams that serve and are in the file, with their places in it. Both have the same order,
+/// but what serves may lack some.
 fn upstreams<'a>(
     config: &'a Config,
     desired: &'a Desired,
 ) -> impl Iterator<Item = (&'a Path, &'a Address)> {
-    let places = config.rules.iter().flat_map(|rule| rule.destinations());
-    places.zip(desired.upstreams()).map(|(place, upstream)| (&place.at, &upstream.address))
+    let by_name = config.rules.iter().map(|rule| (rule.name.as_str(), rule));
+    let by_name: HashMap<&str, &Rule> = by_name.collect();
+    desired.rules.iter().flat_map(move |rule| {
+        let written = by_name.get(rule.name.as_str()).copied();
+        let mut written = written.into_iter().flat_map(Rule::destinations).peekable();
+        rule.destinations().filter_map(move |upstream| {
+            let is_other =
+                |it: &&config::Upstream| (&it.address, it.port) != (&upstream.host, upstream.port);
+            while written.next_if(is_other).is_some() {}
+            Some((&written.peek()?.at, &upstream.address))
+        })
+    })
 }
 
 /// Returns the `pass` rules with a port on which nobody listens. What netfilter does to their packets

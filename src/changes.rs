@@ -289,7 +289,7 @@ mod tests {
     fn desired(rules: &str) -> Desired {
         let text = format!("version: 1\ninterfaces: [b, a]\nrules:\n{rules}");
         let config = Config::parse("test.yaml", &text).expect("a good configuration");
-        Desired::new(&config, &config.interfaces, &Default::default()).expect("no names")
+        Desired::written(&config, &config.interfaces)
     }
 
     const ONE: &str = "

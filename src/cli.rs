@@ -16,7 +16,7 @@ use crate::top::Order;
 ///
 /// Verbs change the kernel, nouns read it. Exit codes: 0 done; 1 failed, what served before
 /// still serves; 2 changes pending (plan --exit-code); 3 nothing applied (status, list, trace, get),
-/// degraded (status), problems found (doctor) or no rule matches (get); 64 usage; 65 bad configuration; 66 unreadable file; 75 locked; 77 privileges missing.
+/// degraded (status), problems found (doctor) or no rule matches (get); 4 applied in part (apply --partial); 64 usage; 65 bad configuration; 66 unreadable file; 75 locked; 77 privileges missing.
 #[derive(Parser)]
 #[command(version, max_term_width = 100)]
 pub struct Cli {
@@ -100,7 +100,7 @@ pub enum Command {
         #[arg(long)]
         force: bool,
         /// Apply what can be applied where an interface is missing or a host name does not
-        /// resolve; exits with 1 then.
+        /// resolve; exits with 4 then, and arpd completes it.
         #[arg(long, conflicts_with = "dry_run")]
         partial: bool,
         /// Roll the change back after so many seconds, unless `udplb confirm` comes before.

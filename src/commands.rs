@@ -27,15 +27,16 @@ use crate::state::WriteGuard;
 use crate::status::{self, Paper, Status};
 use crate::tc::{self, Slot};
 use crate::terminal::{self, Live, Woken};
-use crate::wanted::{Text, Wanted};
+use crate::wanted::{Request, Text, Wanted};
 use crate::{
-    advice, apply, clock, config, confirm, doctor, get, list, privileges, problem, resolve, state,
-    top, trace,
+    advice, apply, clock, config, confirm, doctor, get, list, privileges, problem, state, top,
+    trace, wanted,
 };
 
-const INCOMPLETE: u8 = 1;
 const PENDING: u8 = 2;
 const DEGRADED: u8 = 3;
+/// Something of the file is missing, and the rest serves.
+const INCOMPLETE: u8 = 4;
 
 /// Runs a command; the exit code is 0 or one that is no failure.
 pub async fn run(cli: &Cli) -> Result<u8> {
@@ -167,9 +168,7 @@ async fn check_one(
     let config = text.parse()?;
     warn(global, &config.warnings);
     if !no_resolve {
-        let names = resolve::names(&config).await.all(&config).map_err(Failure::Config)?;
-        warn(global, &config.warnings(names.warnings));
-        Desired::new(&config, &config.interfaces, &names.addresses).map_err(Failure::Config)?;
+        warn(global, &wanted::check_names(&config).await?);
     }
     let upstreams = config.rules.iter().map(|rule| rule.destinations().count()).sum();
     Ok((text.name, config.rules.len(), upstreams))
@@ -234,20 +233,23 @@ async fn wanted_by_apply(global: &Global, target: &Target, partial: bool) -> Res
         // that is said where it is needed
         Err(_) => None,
     };
-    if !partial {
-        return match again {
-            Some(wanted) => Ok(wanted),
-            None => Wanted::new(&text, target).await,
-        };
+    if let Some(wanted) = again {
+        // the same text, and an interface may have gone since
+        if !partial || is_here(&wanted.desired, &look(global, &netlink()?).await?) {
+            return Ok(wanted);
+        }
     }
+    let request = Request::new(&text, target)?;
     privileges::require()?;
     let observed = look(global, &netlink()?).await?;
-    // the same text, and an interface may have gone since
-    let is_here = |name: &String| observed.interfaces.contains_key(name);
-    match again.filter(|wanted| wanted.desired.interfaces.iter().all(is_here)) {
-        Some(wanted) => Ok(wanted),
-        None => Wanted::now(&text, target, &observed).await,
+    match partial {
+        true => Wanted::partial(request, &observed).await,
+        false => Wanted::whole(request, &observed).await,
     }
+}
+
+fn is_here(desired: &Desired, observed: &Observed) -> bool {
+    desired.interfaces.iter().all(|name| observed.interfaces.contains_key(name))
 }
 
 fn netlink() -> Result<Netlink> {
@@ -318,11 +320,13 @@ async fn look(global: &Global, netlink: &Netlink) -> Result<Observed> {
 }
 
 async fn plan(global: &Global, target: &Target, exit_code: bool) -> Result<u8> {
-    let mut wanted = Wanted::new(&Text::read(&target.file)?, target).await?;
-    warn(global, &wanted.warnings);
+    let text = Text::read(&target.file)?;
+    let request = Request::new(&text, target)?;
     let netlink = netlink()?;
-    wanted.expand(&netlink).await?;
     let observed = look(global, &netlink).await?;
+    let mut wanted = Wanted::whole(request, &observed).await?;
+    warn(global, &wanted.warnings);
+    wanted.expand(&netlink).await?;
     let old = serving(&observed).cloned().unwrap_or_default();
     let attached: Vec<String> = observed.attached().map(|(name, _)| name.into()).collect();
     let changes = Changes::new(&old, &wanted.desired, &attached);

@@ -36,6 +36,7 @@ pub use host::{Address, Family, Host, KeyAddress, upstream_refusal, with_port};
 pub use network::Network;
 pub use path::Path;
 pub use schema::schema;
+use vocabulary::INTERFACES;
 pub use vocabulary::{ANY, STATSD, nearest};
 
 /// What happens to a matched packet here, after it was sent to its upstream.
@@ -240,6 +241,18 @@ impl Config {
         Ok(config)
     }
 
+    /// The host with this index among the destinations of the rule with that one.
+    pub fn destination(&self, (rule, host): (usize, usize)) -> &Upstream {
+        let rule = &self.rules[rule];
+        rule.upstreams.get(host).unwrap_or_else(|| &rule.mirrors[host - rule.upstreams.len()])
+    }
+
+    /// The place of an interface's name.
+    pub fn interface(&self, name: &str) -> Path {
+        let nth = self.interfaces.iter().position(|it| it == name);
+        Path::default().field(INTERFACES.name).index(nth.unwrap_or_default())
+    }
+
     /// Errors of a later stage, each with its place in the file; of very many the first few and
     /// a count. Costs one pass over the file's text.
     pub fn errors(&self, findings: Vec<Finding>) -> Vec<Diagnostic> {
@@ -249,6 +262,18 @@ impl Config {
     /// Like [`Config::errors`].
     pub fn warnings(&self, findings: Vec<Finding>) -> Vec<Diagnostic> {
         self.diagnose(Severity::Warning, findings)
+    }
+
+    /// Line and column of each place, counted from 1.
+    pub fn locate(&self, places: &[Path]) -> Vec<(usize, usize)> {
+        let at = |path: &Path| Problem {
+            at: path.clone().into(),
+            complaint: Complaint::new(""),
+            related: None,
+        };
+        let problems: Vec<Problem> = places.iter().map(at).collect();
+        let found = self.document.diagnose(Severity::Error, &problems);
+        found.into_iter().map(|found| (found.line, found.column)).collect()
     }
 
     fn diagnose(&self, severity: Severity, findings: Vec<Finding>) -> Vec<Diagnostic> {
@@ -282,6 +307,10 @@ impl Ports {
         usize::from(self.last).saturating_sub(self.first.into()) + 1
     }
 
+    fn overlaps(self, other: Ports) -> bool {
+        self.first <= other.last && other.first <= self.last
+    }
+
     pub fn contains(&self, port: u16) -> bool {
         (self.first..=self.last).contains(&port)
     }
@@ -307,6 +336,19 @@ impl Key {
     pub fn entries(&self) -> usize {
         let ports: usize = self.ports.iter().map(Ports::count).sum();
         ports.max(1) * self.from.len().max(1)
+    }
+
+    /// Returns true if packets match both keys and nothing decides between them.
+    pub fn overlaps(&self, other: &Key) -> bool {
+        let ports = match (&self.ports[..], &other.ports[..]) {
+            ([], []) => true,
+            (some, others) => some.iter().any(|one| others.iter().any(|it| one.overlaps(*it))),
+        };
+        let senders = match (&self.from[..], &other.from[..]) {
+            ([], []) => true,
+            (some, others) => some.iter().any(|network| others.contains(network)),
+        };
+        self.address == other.address && ports && senders
     }
 
     /// Whether what is sent to this port of this address matches; no port means the one that a

@@ -2,6 +2,7 @@
 
 use crate::generation::Generation;
 use crate::observe::{Interface, Observed};
+use crate::partial::Unresolved;
 use crate::problem::{Level, Problem};
 use crate::status::RuleStatus;
 use crate::tc::{self, Slot};
@@ -65,6 +66,7 @@ pub fn problems(facts: &Facts<'_>) -> Vec<Problem> {
     };
     problems.extend(generation(facts, serving));
     problems.extend(interfaces(facts, serving));
+    problems.extend(serving.description.desired.incomplete.hosts.iter().map(unresolved));
     problems.extend(facts.rules.iter().flat_map(upstreams));
     problems
 }
@@ -124,6 +126,14 @@ fn generation(facts: &Facts<'_>, serving: &Generation) -> Vec<Problem> {
         problems.push(problem("other-namespace", "", what).why(why).fix(fix));
     }
     problems
+}
+
+/// A host without an address.
+fn unresolved(host: &Unresolved) -> Problem {
+    let place = format!("{}/{}", host.rule, host.upstream);
+    problem("name-unresolved", &place, host.effect.to_string())
+        .why(format!("`{}` {}", host.host, host.cause))
+        .fix(format!("getent ahosts {}", host.host))
 }
 
 /// The interfaces whose packets are to meet the rules, and those whose packets do.

@@ -253,9 +253,12 @@ fn replace(
         actions.push(Action::SetHeld(None));
     }
     let interfaces: Vec<String> = match request.moved {
-        false => desired.interfaces.clone(),
+        false => to_attach(observed, desired),
         // one that it was taken off, or that is gone, is nothing that a name or address changes
-        true => observed.attached().map(|(name, _)| name.into()).collect(),
+        true => {
+            let attached = observed.attached().map(|(name, _)| name.into());
+            attached.chain(appeared(observed, desired)).collect()
+        }
     };
     let mut swaps = Vec::new();
     switch(observed, number, &interfaces, request.force, &mut swaps)?;
@@ -272,7 +275,11 @@ fn replace(
     let before = match observed.serving().and_then(|serving| observed.generations.get(&serving)) {
         _ if pending.is_some() => pending.and_then(|pending| pending.previous),
         // it is the same configuration: going back leads to the one before
-        Some(serving) if request.moved => {
+        Some(serving)
+            if request.moved
+                || (serving.description.object == OBJECT_SHA256
+                    && serving.description.desired.as_written() == desired.as_written()) =>
+        {
             before(observed, serving.number, stays).or(Some(serving.number))
         }
         Some(serving) if serving.number < number && serving.intact => Some(serving.number),
@@ -325,6 +332,26 @@ fn previous(observed: &Observed) -> Result<Option<u32>, Refusal> {
     if intact { Ok(Some(serving)) } else { Err(Refusal::NothingToReturnTo(serving)) }
 }
 
+/// The interfaces of a configuration, without those that are known to be missing.
+fn to_attach(observed: &Observed, desired: &Desired) -> Vec<String> {
+    let is_missing = |name: &&String| {
+        desired.incomplete.interfaces.contains(name) && !observed.interfaces.contains_key(*name)
+    };
+    desired.interfaces.iter().filter(|name| !is_missing(name)).cloned().collect()
+}
+
+/// The interfaces that the generation that serves lacked, and `desired` does not lack any more.
+fn appeared(observed: &Observed, desired: &Desired) -> Vec<String> {
+    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+    let lacked = serving.map_or(&[][..], |it| &it.description.desired.incomplete.interfaces);
+    let is_empty = |name: &&String| {
+        let interface = observed.interfaces.get(*name);
+        interface.is_some_and(|interface| interface.hook.slot == Slot::Empty)
+    };
+    let lacked = lacked.iter().filter(|name| !desired.incomplete.interfaces.contains(name));
+    lacked.filter(is_empty).cloned().collect()
+}
+
 /// The generation that may serve as it is: an equal one, and none before the one that serves or
 /// would be restored, so that going back keeps its direction.
 fn reusable(observed: &Observed, desired: &Desired, clsact: &[String], l3: bool) -> Option<u32> {
@@ -336,7 +363,7 @@ fn reusable(observed: &Observed, desired: &Desired, clsact: &[String], l3: bool)
         .map(|(_, generation)| generation)
         .filter(|generation| generation.intact)
         .find(|Generation { description, .. }| {
-            description.desired == *desired
+            description.desired.serves(desired)
                 && description.object == OBJECT_SHA256
                 && description.clsact == clsact
                 && description.program_l3.is_some() == l3
@@ -387,7 +414,8 @@ pub fn rollback(observed: &Observed, now: u64) -> Result<Plan, Refusal> {
         }
         None => actions.push(Action::SetHeld(None)),
     }
-    switch(observed, target.number, &target.description.desired.interfaces, false, &mut actions)?;
+    let interfaces = to_attach(observed, &target.description.desired);
+    switch(observed, target.number, &interfaces, false, &mut actions)?;
     Ok(Plan { generation: target.number, actions })
 }
 

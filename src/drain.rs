@@ -313,8 +313,7 @@ rules:
 
     fn applied() -> (Desired, Vec<RuleIds>) {
         let config = Config::parse("test.yaml", FILE).expect("a good configuration");
-        let desired = Desired::new(&config, &config.interfaces, &Default::default());
-        let desired = desired.expect("no names");
+        let desired = Desired::written(&config, &config.interfaces);
         let ids = assign_ids(&desired, &[], 100).expect("ids enough");
         (desired, ids)
     }

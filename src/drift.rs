@@ -1,13 +1,11 @@
 //! Whether what serves is what its file says.
 
-use std::collections::BTreeMap;
-use std::net::IpAddr;
 use std::path::PathBuf;
 
 use crate::cli::Target;
 use crate::failure::Result;
 use crate::generation::Description;
-use crate::plan::{Desired, Name};
+use crate::plan::Desired;
 use crate::wanted::{Text, interfaces, is_kept};
 
 /// What a generation was made of, read again; `None` where that cannot be found again.
@@ -22,11 +20,11 @@ pub fn source(description: &Description) -> Option<(Text, Target)> {
     Some((Text::read(&target.file).ok()?, target))
 }
 
-/// Whether applying the text would change rules or interfaces. Host names and `any` are taken to stand
-/// for the addresses that serve.
+/// Whether the text says something else than the one that was applied. The addresses of host names and
+/// of `any` do not matter.
 ///
 /// # Errors
-/// The text is no configuration, or names what does not serve yet and may not resolve.
+/// The text is no configuration.
 pub fn differs(text: &Text, target: &Target, description: &Description) -> Result<bool> {
     let desired = &description.desired;
     if text.digest(target) == description.origin.digest {
@@ -34,12 +32,5 @@ pub fn differs(text: &Text, target: &Target, description: &Description) -> Resul
     }
     let config = text.parse()?;
     let interfaces = interfaces(text, target, &config)?;
-    let names: BTreeMap<Name, IpAddr> = desired
-        .upstreams()
-        .filter_map(|upstream| Some((upstream.named()?, upstream.address.ip)))
-        .collect();
-    let Ok(wanted) = Desired::new(&config, &interfaces, &names) else { return Ok(true) };
-    // what follows from this host's addresses is not in the file
-    let (addresses, broadcasts) = (desired.addresses.clone(), desired.broadcasts.clone());
-    Ok(Desired { addresses, broadcasts, ..wanted } != *desired)
+    Ok(Desired::written(&config, &interfaces) != desired.as_written())
 }

@@ -5,8 +5,10 @@ use serde_json::{Map, Value, json};
 use crate::config::{ANY, Key, Mode, Payload, Ports, STATSD, State};
 use crate::plan::{Desired, Rule, Upstream};
 
-/// The map form of the configuration, every option spelled out. Host names stay names.
+/// The map form of the configuration, every option spelled out. Host names stay names, and what is
+/// missing is there.
 pub fn document(desired: &Desired) -> Value {
+    let desired = desired.as_written();
     json!({
         "version": 1,
         "interfaces": desired.interfaces,
@@ -96,7 +98,6 @@ fn host(upstream: &Upstream) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
     use std::net::{IpAddr, Ipv6Addr};
 
     use proptest::collection::{btree_set, vec};
@@ -109,7 +110,9 @@ mod tests {
         Action, Address, Config, Family, Fragments, Hash, Health, Host, Key, KeyAddress, Mode,
         Network, Payload, Ports, Source, State, Strategy as Selection,
     };
-    use crate::plan::{Desired, Name, Rule, Upstream};
+    use crate::partial::resolve;
+    use crate::plan::{Desired, Rule, Upstream};
+    use crate::resolve::Answers;
 
     const NAMES: [&str; 4] = ["logs.example.net", "a", "true.example", "0x1f.example"];
 
@@ -124,12 +127,12 @@ mod tests {
     }
 
     /// What the host names stand for.
-    fn names() -> BTreeMap<Name, IpAddr> {
+    fn names() -> Answers {
         let families = [Family::V4, Family::V6].into_iter();
         let names = families.flat_map(|family| NAMES.map(|name| (name, family)));
         let numbered = names.zip(1..);
         numbered
-            .map(|((name, family), last)| ((name.into(), family), ip(family, 8, last)))
+            .map(|((name, family), last)| ((name.into(), family), Ok([ip(family, 8, last)].into())))
             .collect()
     }
 
@@ -169,7 +172,10 @@ mod tests {
                 .map(|((host, port, named, state), name)| {
                     let address = match &host {
                         Host::Address(address) => address.clone(),
-                        Host::Name(name) => self::names()[&(name.clone(), family)].into(),
+                        Host::Name(name) => match &self::names()[&(name.clone(), family)] {
+                            Ok(found) => (*found.first().expect("an address")).into(),
+                            Err(no) => panic!("{}", no.cause),
+                        },
                     };
                     let name = named.then(|| format!("{prefix}{name}"));
                     Upstream { name, host, state, ..Upstream::new(address, port) }
@@ -273,8 +279,9 @@ mod tests {
             for text in [text, document(&desired).to_string()] {
                 let config = Config::parse("list.yaml", &text)
                     .unwrap_or_else(|errors| panic!("{}\n{text}", errors[0]));
-                let again = Desired::new(&config, &config.interfaces, &names());
-                prop_assert_eq!(again.expect("good names"), desired.clone(), "{}", text);
+                let written = Desired::written(&config, &config.interfaces);
+                let again = resolve(&written, &names(), None).desired;
+                prop_assert_eq!(again, desired.clone(), "{}", text);
             }
             let stored = serde_json::to_string(&desired).expect("JSON");
             prop_assert_eq!(serde_json::from_str::<Desired>(&stored).expect("the same"), desired);

@@ -129,6 +129,10 @@ impl Metrics {
             let help = "Whether its file says something else than what serves";
             gauge(encoder, "config_drift", help)?.set(&[], u32::from(drift))?;
         }
+        let missing = &status.incomplete;
+        let help = "Interfaces and host names of the file that are missing";
+        gauge(encoder, "config_incomplete", help)?
+            .set(&[], (missing.interfaces.len() + missing.hosts.len()) as u64)?;
         let help = "Whether packets that come in there meet the rules";
         let mut attached = gauge(encoder, "interface_attached", help)?;
         for interface in &status.interfaces {

@@ -1,15 +1,16 @@
 //! What the kernel is to hold: a [`Config`] with its names resolved and its interfaces chosen.
 //! Pure.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    self, Action, Address, Config, Diagnostic, Family, Finding, Fragments, Hash, Health, Host, Key,
-    KeyAddress, Mode, Payload, Source, State, Strategy, upstream_refusal, with_port,
+    self, Action, Address, Config, Family, Fragments, Hash, Health, Host, Key, KeyAddress, Mode,
+    Payload, Source, State, Strategy, with_port,
 };
+use crate::partial::Incomplete;
 
 /// A host name, and the kind of its addresses that is asked for.
 pub type Name = (String, Family);
@@ -17,7 +18,7 @@ pub type Name = (String, Family);
 /// A configuration, as a generation carries it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Desired {
-    /// Sorted, without duplicates.
+    /// Sorted, without duplicates; also those that are missing.
     pub interfaces: Vec<String>,
     pub rules: Vec<Rule>,
     /// What a key's `any` address stands for: those of the interfaces, sorted. Empty where no rule
@@ -27,6 +28,9 @@ pub struct Desired {
     /// Of the keys' addresses those that whole networks of the interfaces listen to, sorted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub broadcasts: Vec<IpAddr>,
+    /// What the file says and this configuration lacks.
+    #[serde(default, skip_serializing_if = "Incomplete::is_empty")]
+    pub incomplete: Incomplete,
 }
 
 /// The fields with a default are those that generations of an earlier udplb do not have.
@@ -176,62 +180,12 @@ impl Upstream {
 }
 
 impl Desired {
-    /// `names` has the address of every host name in the configuration, of its rule's family.
-    ///
-    /// # Errors
-    /// A name that stands for an address which is no upstream: missing, loopback, multicast,
-    /// zero, or the rule's own key.
-    pub fn new(
-        config: &Config,
-        interfaces: &[String],
-        names: &BTreeMap<Name, IpAddr>,
-    ) -> Result<Desired, Vec<Diagnostic>> {
-        let mut errors = Vec::new();
-        let mut rules = Vec::with_capacity(config.rules.len());
-        for rule in &config.rules {
-            let mut resolved = |upstreams: &[config::Upstream]| {
-                let resolved = upstreams.iter().map(|it| resolved(rule, it, names));
-                let good = resolved.filter_map(|it| it.map_err(|error| errors.push(error)).ok());
-                good.collect()
-            };
-            rules.push(Rule {
-                name: rule.name.clone(),
-                key: rule.key.clone(),
-                action: rule.action,
-                mode: rule.mode,
-                strategy: rule.strategy,
-                payload: rule.payload,
-                hash: rule.hash,
-                source: rule.source,
-                health: rule.health,
-                fragments: rule.fragments,
-                upstreams: resolved(&rule.upstreams),
-                mirrors: resolved(&rule.mirrors),
-            });
-        }
+    /// Converts a configuration; the addresses of its host names are unspecified, see
+    /// [`partial::resolve`](crate::partial::resolve).
+    pub fn written(config: &Config, interfaces: &[String]) -> Desired {
+        let rules = config.rules.iter().map(written).collect();
         let interfaces: BTreeSet<String> = interfaces.iter().cloned().collect();
-        let interfaces = interfaces.into_iter().collect();
-        let desired = Desired { interfaces, rules, ..Desired::default() };
-        if errors.is_empty() { Ok(desired) } else { Err(config.errors(errors)) }
-    }
-
-    /// The same with the addresses that its host names have now; those that are not in `names`
-    /// keep theirs. With the names whose address is none for an upstream, and why.
-    pub fn renamed(&self, names: &BTreeMap<Name, IpAddr>) -> (Desired, Vec<String>) {
-        let mut desired = self.clone();
-        let mut refused = Vec::new();
-        for rule in &mut desired.rules {
-            for upstream in rule.upstreams.iter_mut().chain(&mut rule.mirrors) {
-                let Some(name) = upstream.named().filter(|name| names.contains_key(name)) else {
-                    continue;
-                };
-                match named(&rule.key, &name, upstream.port, names) {
-                    Ok(address) => upstream.address = address,
-                    Err(reason) => refused.push(reason),
-                }
-            }
-        }
-        (desired, refused)
+        Desired { interfaces: interfaces.into_iter().collect(), rules, ..Desired::default() }
     }
 
     /// Of [`KEY_ENTRIES`](crate::config::KEY_ENTRIES), with the addresses that `any` stands for.
@@ -245,17 +199,33 @@ impl Desired {
         self.rules.iter().map(|rule| rule.key.entries() * addresses(rule)).sum()
     }
 
-    /// What the file says, without what names and `any` stood for when it was applied.
+    /// Returns the configuration as [`Desired::written`] made it, including what is not applied.
     pub fn as_written(&self) -> Desired {
-        let mut desired = Desired { addresses: vec![], broadcasts: vec![], ..self.clone() };
+        let incomplete = Incomplete::default();
+        let mut desired =
+            Desired { addresses: vec![], broadcasts: vec![], incomplete, ..self.clone() };
+        if !self.incomplete.rules.is_empty() {
+            desired.rules.clone_from(&self.incomplete.rules);
+        }
         for rule in &mut desired.rules {
             for upstream in rule.upstreams.iter_mut().chain(&mut rule.mirrors) {
                 if let Host::Name(_) = upstream.host {
-                    upstream.address = IpAddr::V4(Ipv4Addr::UNSPECIFIED).into();
+                    upstream.address = unspecified(upstream.address.ip.into());
                 }
             }
         }
         desired
+    }
+
+    /// Returns true if a generation with this configuration can stay where `other` is wanted. Causes
+    /// may differ, and interfaces that it has been attached to may be missing.
+    pub fn serves(&self, other: &Desired) -> bool {
+        let Desired { interfaces, rules, addresses, broadcasts, incomplete } = self;
+        let same = (interfaces, rules) == (&other.interfaces, &other.rules)
+            && (addresses, broadcasts) == (&other.addresses, &other.broadcasts)
+            && incomplete.lacks_the_same(&other.incomplete);
+        let is_missing = |name| other.incomplete.interfaces.contains(name);
+        same && incomplete.interfaces.iter().all(is_missing)
     }
 
     /// The addresses of all upstreams and mirrors, each once.
@@ -269,46 +239,42 @@ impl Desired {
     }
 }
 
-fn resolved(
-    rule: &config::Rule,
-    upstream: &config::Upstream,
-    names: &BTreeMap<Name, IpAddr>,
-) -> Result<Upstream, Finding> {
-    let address = match &upstream.address {
-        Host::Address(address) => address.clone(),
-        Host::Name(name) => named(&rule.key, &(name.clone(), rule.family()), upstream.port, names)
-            .map_err(|message| Finding::new(&upstream.at, message))?,
-    };
-    Ok(Upstream {
+fn written(rule: &config::Rule) -> Rule {
+    let upstream = |upstream: &config::Upstream| Upstream {
         name: upstream.name.clone(),
         host: upstream.address.clone(),
-        address,
+        address: match &upstream.address {
+            Host::Address(address) => address.clone(),
+            Host::Name(_) => unspecified(rule.family()),
+        },
         port: upstream.port,
         weight: upstream.weight.unwrap_or(1),
         state: upstream.state,
         // said or not: the same configuration
         source: upstream.source.filter(|source| *source != rule.source),
         sample: upstream.sample.unwrap_or(1),
-    })
+    };
+    Rule {
+        name: rule.name.clone(),
+        key: rule.key.clone(),
+        action: rule.action,
+        mode: rule.mode,
+        strategy: rule.strategy,
+        payload: rule.payload,
+        hash: rule.hash,
+        source: rule.source,
+        health: rule.health,
+        fragments: rule.fragments,
+        upstreams: rule.upstreams.iter().map(upstream).collect(),
+        mirrors: rule.mirrors.iter().map(upstream).collect(),
+    }
 }
 
-/// The address that a name has for upstreams of a rule with this key.
-fn named(
-    key: &Key,
-    name: &Name,
-    port: Option<u16>,
-    names: &BTreeMap<Name, IpAddr>,
-) -> Result<Address, String> {
-    let (text, family) = name;
-    let found = names.get(name).copied();
-    let address = found.ok_or_else(|| format!("`{text}` was not resolved to {family}"))?;
-    if let Some(reason) = upstream_refusal(&address.into()) {
-        return Err(format!("`{text}`: {reason}"));
+fn unspecified(family: Family) -> Address {
+    match family {
+        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
     }
-    if key.is(address, port) {
-        return Err(format!("`{text}` is {address}, the rule's own key"));
-    }
-    Ok(address.into())
 }
 
 /// The ids of a rule, and of its upstreams and mirrors in their order.

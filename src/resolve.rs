@@ -3,79 +3,49 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use crate::config::{Config, Diagnostic, Family, Finding, Host};
-use crate::plan::Name;
+use crate::config::Family;
+use crate::plan::{Desired, Name, Upstream};
 
-/// What became of the host names of a configuration.
-pub struct Names {
-    pub addresses: BTreeMap<Name, IpAddr>,
-    /// Those without an address of the family, and where that is a trouble.
-    pub unresolved: Vec<(Name, Finding)>,
-    /// Addresses that were not chosen.
-    pub warnings: Vec<Finding>,
+/// The addresses of names, never none of them, or why there are none.
+pub type Answers = BTreeMap<Name, Result<BTreeSet<IpAddr>, NoAnswer>>;
+
+/// Why a name has no address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NoAnswer {
+    /// Follows the name in a message.
+    pub cause: String,
+    /// The resolver may know later.
+    pub temporary: bool,
 }
 
-impl Names {
-    /// All or nothing.
-    ///
-    /// # Errors
-    /// A diagnostic for each name that has no address of its rule's family.
-    pub fn all(self, config: &Config) -> Result<Names, Vec<Diagnostic>> {
-        match self.unresolved.is_empty() {
-            true => Ok(self),
-            false => {
-                Err(config
-                    .errors(self.unresolved.into_iter().map(|(_, finding)| finding).collect()))
+/// The host names of a configuration.
+pub fn names(desired: &Desired) -> BTreeSet<Name> {
+    desired.upstreams().filter_map(Upstream::named).collect()
+}
+
+/// Asks the system's resolver.
+pub async fn ask(names: BTreeSet<Name>) -> Answers {
+    let mut answers = Answers::new();
+    for name in names {
+        let answer = lookup(&name).await;
+        answers.insert(name, answer);
+    }
+    answers
+}
+
+async fn lookup((name, family): &Name) -> Result<BTreeSet<IpAddr>, NoAnswer> {
+    let no = |cause| Err(NoAnswer { cause, temporary: false });
+    match tokio::net::lookup_host((name.as_str(), 0)).await {
+        Ok(found) => {
+            let found = found.map(|address| address.ip());
+            let found: BTreeSet<IpAddr> =
+                found.filter(|address| Family::from(*address) == *family).collect();
+            if found.is_empty() {
+                no(format!("does not resolve: it has no {family} address"))
+            } else {
+                Ok(found)
             }
         }
+        Err(error) => no(format!("does not resolve: {error}")),
     }
-}
-
-/// Asks the system's resolver for every host name of the configuration.
-pub async fn names(config: &Config) -> Names {
-    let mut names =
-        Names { addresses: BTreeMap::new(), unresolved: Vec::new(), warnings: Vec::new() };
-    let mut asked = BTreeSet::new();
-    for rule in &config.rules {
-        let family = rule.family();
-        for upstream in rule.destinations() {
-            let Host::Name(text) = &upstream.address else { continue };
-            let name = (text.clone(), family);
-            if !asked.insert(name.clone()) {
-                continue;
-            }
-            let error = match lookup(text).await.map(|addresses| choose(&name, &addresses)) {
-                Ok(Some((address, warning))) => {
-                    names.addresses.insert(name, address);
-                    names.warnings.extend(warning.map(|text| Finding::new(&upstream.at, text)));
-                    continue;
-                }
-                Ok(None) => format!("`{text}` has no {family} address"),
-                Err(error) => format!("`{text}` does not resolve: {error}"),
-            };
-            names.unresolved.push((name, Finding::new(&upstream.at, error)));
-        }
-    }
-    names
-}
-
-/// The addresses of a name, of both families.
-pub async fn lookup(name: &str) -> std::io::Result<BTreeSet<IpAddr>> {
-    let found = tokio::net::lookup_host((name, 0)).await?;
-    Ok(found.map(|address| address.ip()).collect())
-}
-
-/// The lowest address of the family, so that every machine chooses alike, and a warning if there
-/// are others.
-pub fn choose(
-    (name, family): &Name,
-    addresses: &BTreeSet<IpAddr>,
-) -> Option<(IpAddr, Option<String>)> {
-    let mut addresses = addresses.iter().filter(|address| Family::from(**address) == *family);
-    let first = *addresses.next()?;
-    let others: Vec<String> = addresses.map(ToString::to_string).collect();
-    let warning = (!others.is_empty()).then(|| {
-        format!("`{name}` has several addresses: {first} is used, not {}", others.join(", "))
-    });
-    Some((first, warning))
 }

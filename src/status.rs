@@ -23,6 +23,7 @@ use crate::netlink::{Layer, Neighbour, NeighbourKey, Netlink, NudState};
 use crate::nexthop;
 use crate::observe::{Observed, observe};
 use crate::overrides;
+use crate::partial::Unresolved;
 use crate::plan::{Destination, Role, Rule, RuleIds};
 use crate::problem::Problem;
 use crate::state::{self, Pending, ReadGuard, StateMaps};
@@ -40,6 +41,8 @@ pub struct Status {
     pub rules: Vec<RuleStatus>,
     /// What belongs to no rule, by verdict.
     pub unmatched: Counts,
+    /// What the file says and the generation lacks.
+    pub incomplete: Missing,
     /// The generation that a rollback left.
     pub held: Option<u32>,
     /// Change that waits for confirmation.
@@ -85,6 +88,14 @@ impl std::fmt::Display for PendingStatus {
             None => write!(f, "it is detached"),
         }
     }
+}
+
+/// The part of the configuration that does not serve.
+#[derive(Debug, Default, Serialize)]
+pub struct Missing {
+    pub interfaces: Vec<String>,
+    /// Hosts without an address.
+    pub hosts: Vec<Unresolved>,
 }
 
 #[derive(Debug, Serialize)]
@@ -238,6 +249,7 @@ impl Status {
             interfaces: interfaces(observed, serving),
             rules: Vec::new(),
             unmatched: Counts::default(),
+            incomplete: missing(observed, serving),
             held: observed.held.map(|held| held.generation),
             pending: observed.pending.as_ref().map(PendingStatus::new),
             arpd: None,
@@ -339,6 +351,16 @@ fn interfaces(observed: &Observed, serving: Option<&Generation>) -> Vec<Interfac
                 .map(|(_, number)| *number),
         })
         .collect()
+}
+
+fn missing(observed: &Observed, serving: Option<&Generation>) -> Missing {
+    let Some(serving) = serving else { return Missing::default() };
+    let desired = &serving.description.desired;
+    let is_missing = |name: &&String| !observed.interfaces.contains_key(*name);
+    Missing {
+        interfaces: desired.interfaces.iter().filter(is_missing).cloned().collect(),
+        hosts: desired.incomplete.hosts.clone(),
+    }
 }
 
 fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {

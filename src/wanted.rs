@@ -9,12 +9,12 @@ use sha2::{Digest, Sha256};
 
 use crate::addresses;
 use crate::cli::Target;
-use crate::config::{Config, Diagnostic, Host};
+use crate::config::{self, Config, Diagnostic, Finding, Host};
 use crate::failure::{Failure, Result};
 use crate::generation::{self, Origin};
 use crate::netlink::Netlink;
 use crate::observe::Observed;
-use crate::partial;
+use crate::partial::{self, Resolved};
 use crate::plan::Desired;
 use crate::resolve;
 use crate::state::ReadGuard;
@@ -94,6 +94,24 @@ impl Text {
     }
 }
 
+/// A good configuration, and where it is to be applied.
+pub struct Request<'a> {
+    text: &'a Text,
+    target: &'a Target,
+    config: Config,
+    interfaces: Vec<String>,
+}
+
+impl<'a> Request<'a> {
+    /// # Errors
+    /// The text is no configuration, or there are no interfaces.
+    pub fn new(text: &'a Text, target: &'a Target) -> Result<Request<'a>> {
+        let config = text.parse()?;
+        let interfaces = interfaces(text, target, &config)?;
+        Ok(Request { text, target, config, interfaces })
+    }
+}
+
 /// What a file wants of the kernel.
 pub struct Wanted {
     pub origin: Origin,
@@ -101,47 +119,50 @@ pub struct Wanted {
     pub config: Option<Config>,
     pub desired: Desired,
     pub warnings: Vec<Diagnostic>,
-    /// What of the file is not in `desired`, in words.
-    pub missing: Vec<String>,
+    /// What the file says and `desired` lacks.
+    pub missing: Vec<Diagnostic>,
 }
 
 impl Wanted {
-    /// Judges and resolves the text.
-    pub async fn new(text: &Text, target: &Target) -> Result<Wanted> {
-        let config = text.parse()?;
-        let interfaces = interfaces(text, target, &config)?;
-        let names = resolve::names(&config).await.all(&config).map_err(Failure::Config)?;
-        let mut warnings = config.warnings.clone();
-        warnings.extend(config.warnings(names.warnings));
-        let desired =
-            Desired::new(&config, &interfaces, &names.addresses).map_err(Failure::Config)?;
-        let origin = text.origin(target, text.digest(target));
-        Ok(Wanted { origin, config: Some(config), desired, warnings, missing: Vec::new() })
+    /// Resolves a configuration; all of it, or it fails.
+    pub async fn whole(request: Request<'_>, observed: &Observed) -> Result<Wanted> {
+        let resolved = resolve(&request.config, &request.interfaces, observed).await;
+        let resolved = whole(&request.config, resolved)?;
+        Ok(Wanted::of(request, resolved))
     }
 
-    /// Like [`Wanted::new`], without what is not there now.
-    pub async fn now(text: &Text, target: &Target, observed: &Observed) -> Result<Wanted> {
-        let mut config = text.parse()?;
-        let mut interfaces = interfaces(text, target, &config)?;
-        let all = interfaces.join(", ");
-        let mut names = resolve::names(&config).await;
-        let mut warnings = config.warnings.clone();
-        warnings.extend(config.warnings(std::mem::take(&mut names.warnings)));
-        let is_here = |name: &str| observed.interfaces.contains_key(name);
-        let serving = observed.serving().and_then(|number| observed.generations.get(&number));
-        let serving = serving.map(|generation| &generation.description.desired);
-        let missing = partial::reduce(&mut config, &mut interfaces, &mut names, is_here, serving);
-        if interfaces.is_empty() {
+    /// Like [`Wanted::whole`], without what is missing now.
+    pub async fn partial(request: Request<'_>, observed: &Observed) -> Result<Wanted> {
+        let Request { config, .. } = &request;
+        let mut resolved = resolve(config, &request.interfaces, observed).await;
+        let desired = &mut resolved.desired;
+        let is_missing = |name: &&String| !observed.interfaces.contains_key(*name);
+        desired.incomplete.interfaces =
+            desired.interfaces.iter().filter(is_missing).cloned().collect();
+        let missing = &desired.incomplete.interfaces;
+        // else a slip in a name would end what serves
+        if missing.len() == desired.interfaces.len() && observed.attached().next().is_some() {
+            let all = missing.join(", ");
             return Err(anyhow!("none of the interfaces is here: {all}").into());
         }
-        let desired =
-            Desired::new(&config, &interfaces, &names.addresses).map_err(Failure::Config)?;
-        let digest = match missing.is_empty() {
-            true => text.digest(target),
-            false => String::new(),
-        };
-        let origin = text.origin(target, digest);
-        Ok(Wanted { origin, config: Some(config), desired, warnings, missing })
+        let mut diagnostics = no_interfaces(config, request.target, missing);
+        let spots: Vec<config::Path> =
+            resolved.gaps.iter().map(|gap| config.destination(gap.spot).at.clone()).collect();
+        let hosts = &mut desired.incomplete.hosts;
+        for (host, place) in hosts.iter_mut().zip(config.locate(&spots)) {
+            (host.line, host.column) = place;
+        }
+        let findings = hosts.iter().zip(&spots).map(|(host, at)| Finding::new(at, host.message()));
+        diagnostics.extend(config.errors(findings.collect()));
+        Ok(Wanted { missing: diagnostics, ..Wanted::of(request, resolved) })
+    }
+
+    fn of(Request { text, target, config, .. }: Request<'_>, resolved: Resolved) -> Wanted {
+        let mut warnings = config.warnings.clone();
+        warnings.extend(config.warnings(several(&config, &resolved)));
+        let origin = text.origin(target, text.digest(target));
+        let desired = resolved.desired;
+        Wanted { origin, config: Some(config), desired, warnings, missing: Vec::new() }
     }
 
     /// What the current generation was made of, if it was made of this very text: judging that of
@@ -150,6 +171,9 @@ impl Wanted {
     pub fn again(text: &Text, target: &Target, guard: &ReadGuard) -> Option<Wanted> {
         let digest = text.digest(target);
         let desired = generation::made_of(guard, guard.current()?, &digest)?;
+        if !desired.incomplete.is_empty() {
+            return None;
+        }
         let named = desired.upstreams().any(|upstream| matches!(upstream.host, Host::Name(_)));
         let origin = text.origin(target, digest);
         let (warnings, missing) = (Vec::new(), Vec::new());
@@ -163,6 +187,54 @@ impl Wanted {
         }
         Ok(())
     }
+}
+
+/// Asks for the host names of a configuration.
+async fn resolve(config: &Config, interfaces: &[String], observed: &Observed) -> Resolved {
+    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+    let serving = serving.map(|generation| &generation.description.desired);
+    let written = Desired::written(config, interfaces);
+    let answers = resolve::ask(resolve::names(&written)).await;
+    partial::resolve(&written, &answers, serving)
+}
+
+/// Asks for the host names of a configuration that may be applied anywhere.
+///
+/// # Errors
+/// See [`whole`].
+pub async fn check_names(config: &Config) -> Result<Vec<Diagnostic>> {
+    let resolved = resolve(config, &config.interfaces, &Observed::default()).await;
+    let resolved = whole(config, resolved)?;
+    Ok(config.warnings(several(config, &resolved)))
+}
+
+/// # Errors
+/// A host name has no address that can be used.
+fn whole(config: &Config, resolved: Resolved) -> Result<Resolved> {
+    if resolved.gaps.is_empty() {
+        return Ok(resolved);
+    }
+    let hosts = resolved.desired.incomplete.hosts.iter().zip(&resolved.gaps);
+    let findings = hosts.map(|(host, gap)| {
+        let at = &config.destination(gap.spot).at;
+        Finding::new(at, format!("`{}` {}", host.host, host.cause))
+    });
+    Err(Failure::Config(config.errors(findings.collect())))
+}
+
+fn several(config: &Config, resolved: &Resolved) -> Vec<Finding> {
+    let several = resolved.several.iter();
+    several.map(|(spot, text)| Finding::new(&config.destination(*spot).at, text)).collect()
+}
+
+/// Each at its place in the file, unless the command line names them.
+fn no_interfaces(config: &Config, target: &Target, names: &[String]) -> Vec<Diagnostic> {
+    let message = |name: &String| format!("there is no interface {name}");
+    if !target.interfaces.is_empty() {
+        return names.iter().map(|name| Diagnostic::without_place(message(name))).collect();
+    }
+    let findings = names.iter().map(|name| Finding::new(&config.interface(name), message(name)));
+    config.errors(findings.collect())
 }
 
 /// The command line's, or else the file's.

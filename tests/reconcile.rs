@@ -467,7 +467,7 @@ fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> any
 
 fn wanted(config: &Value) -> Desired {
     let config = Config::parse("udplb.yaml", &config.to_string()).expect("a good configuration");
-    Desired::new(&config, &config.interfaces, &BTreeMap::new()).expect("no host names")
+    Desired::written(&config, &config.interfaces)
 }
 
 /// All that a failed apply must leave as it was: filters with their programs, qdiscs, generations,

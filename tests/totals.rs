@@ -326,7 +326,7 @@ fn a_failed_apply_loses_nothing() {
     let mut flows = Flows::new(&lab);
     flows.send(1);
     let config = Config::parse("udplb.yaml", &balance(&[1]).to_string()).expect("a configuration");
-    let desired = Desired::new(&config, &config.interfaces, &BTreeMap::new()).expect("addresses");
+    let desired = Desired::written(&config, &config.interfaces);
     let mut served = [0; HOSTS];
     let (sender, receivers) = (&flows.senders[0], &flows.receivers);
     let mut inside = async || {

@@ -1,64 +1,65 @@
 //! Host names of upstreams, asked for again and again beside the service's own work: a name
 //! server that does not answer must not stop the lease.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use crate::plan::{Desired, Name, Upstream};
-use crate::resolve;
+use crate::partial::Unresolved;
+use crate::plan::Desired;
+use crate::resolve::{self, Answers};
 
-/// What a name stood for when it was asked for, or why it could not be said.
-pub type Answers = BTreeMap<String, Result<BTreeSet<IpAddr>, String>>;
+/// The longest interval while a host of the configuration has no address.
+const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Asks for names.
 pub struct Names {
     interval: Duration,
-    due: Instant,
+    asked: Instant,
+    /// Not to wait for the interval.
+    now: bool,
     asking: bool,
     sender: UnboundedSender<Answers>,
     receiver: UnboundedReceiver<Answers>,
-    /// Names whose last answer was none, so that this is told once.
-    failing: BTreeSet<Name>,
+    /// Messages about names without an address, each told once.
+    failing: BTreeSet<(String, String)>,
 }
 
 impl Names {
     /// With interval zero it never asks.
     pub fn new(interval: Duration) -> Names {
         let (sender, receiver) = unbounded_channel();
-        let due = Instant::now() + interval;
-        Names { interval, due, asking: false, sender, receiver, failing: BTreeSet::new() }
+        let failing = BTreeSet::new();
+        let asked = Instant::now();
+        Names { interval, asked, now: false, asking: false, sender, receiver, failing }
     }
 
     /// The next time there is no waiting.
     pub fn ask_now(&mut self) {
-        self.due = Instant::now();
+        self.now = true;
     }
 
     /// Asks for all names of the configuration, if it is time.
     pub fn ask(&mut self, desired: &Desired) {
-        let now = Instant::now();
-        if self.interval.is_zero() || self.asking || now < self.due {
+        let interval = match desired.incomplete.hosts.is_empty() {
+            true => self.interval,
+            false => self.interval.min(RETRY_INTERVAL),
+        };
+        let is_due = self.now || self.asked.elapsed() >= interval;
+        if self.interval.is_zero() || self.asking || !is_due {
             return;
         }
-        self.due = now + self.interval;
-        let names = desired.upstreams().filter_map(Upstream::named);
-        let names: BTreeSet<String> = names.map(|(name, _)| name).collect();
+        (self.asked, self.now) = (Instant::now(), false);
+        let names = resolve::names(&desired.as_written());
         if names.is_empty() {
             return;
         }
         self.asking = true;
         let sender = self.sender.clone();
         tokio::spawn(async move {
-            let mut answers = Answers::new();
-            for name in names {
-                let answer = resolve::lookup(&name).await.map_err(|error| error.to_string());
-                answers.insert(name, answer);
-            }
             // nobody listens any more at the end
-            let _ = sender.send(answers);
+            let _ = sender.send(resolve::ask(names).await);
         });
     }
 
@@ -74,33 +75,21 @@ impl Names {
         }
     }
 
-    /// The names that stand for another address than the configuration has. An address that is
-    /// still among several stays, so that an answer's order changes nothing.
-    pub fn changed(&mut self, desired: &Desired, answers: &Answers) -> BTreeMap<Name, IpAddr> {
-        let mut changed = BTreeMap::new();
-        for upstream in desired.upstreams() {
-            let Some(name) = upstream.named() else { continue };
-            let (text, family) = &name;
-            let reason = match answers.get(text) {
-                None => continue,
-                Some(Ok(addresses)) => match resolve::choose(&name, addresses) {
-                    Some((address, _)) => {
-                        if self.failing.remove(&name) {
-                            log::info!("{text} resolves again");
-                        }
-                        if !addresses.contains(&upstream.address.ip) {
-                            changed.insert(name, address);
-                        }
-                        continue;
-                    }
-                    None => &format!("it has no {family} address"),
-                },
-                Some(Err(reason)) => reason,
-            };
-            if self.failing.insert(name.clone()) {
-                log::warn!("{text} does not resolve: {reason}; it stays {}", upstream.address);
+    /// Logs the names that have no address, and those that have one again.
+    pub fn tell(&mut self, unresolved: &[Unresolved]) {
+        let failing = unresolved.iter().map(|it| (it.host.clone(), it.effect.to_string()));
+        let failing: BTreeSet<(String, String)> = failing.collect();
+        for it in unresolved {
+            if self.failing.insert((it.host.clone(), it.effect.to_string())) {
+                log::warn!("{} {}; {}", it.host, it.cause, it.effect);
             }
         }
-        changed
+        for (host, effect) in std::mem::take(&mut self.failing) {
+            if failing.contains(&(host.clone(), effect.clone())) {
+                self.failing.insert((host, effect));
+            } else if !failing.iter().any(|(other, _)| *other == host) {
+                log::info!("{host} resolves again");
+            }
+        }
     }
 }

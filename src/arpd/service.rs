@@ -11,7 +11,7 @@ use anyhow::{Context, anyhow, bail};
 use sd_notify::NotifyState;
 
 use super::keeper::{self, Action, Keeper, Now, Upstream};
-use super::names::{Answers, Names};
+use super::names::Names;
 use crate::bpf::{OBJECT_SHA256, types};
 use crate::cli::{Arpd, Global};
 use crate::failure::{Failure, Result};
@@ -21,9 +21,11 @@ use crate::netlink::{
     Batches, Event, Events, Link, NeighbourKey, NeighbourRequest, NeighbourTable, Netlink,
 };
 use crate::observe::{Observed, observe};
+use crate::plan::Desired;
+use crate::resolve::Answers;
 use crate::state::{self, StateMaps};
 use crate::tc::{self, Slot};
-use crate::{addresses, apply, clock, confirm, diff, nexthop};
+use crate::{addresses, apply, clock, confirm, diff, nexthop, partial};
 
 /// Routes are not asked for more often than so many times as long as it takes: a routing daemon
 /// that changes thousands of them costs a twentieth of a CPU at most.
@@ -442,9 +444,26 @@ impl Service {
         self.stale.interfaces = false;
         let Some(serving) = &self.serving else { return Ok(()) };
         let found = hooks(&self.netlink, &serving.generation).await?;
+        let desired = &serving.generation.description.desired;
+        let lacked = |name: &String| desired.incomplete.interfaces.contains(name);
+        let appeared: Vec<String> = found
+            .iter()
+            .filter(|(name, seen)| lacked(name) && matches!(seen, Seen::Detached(_)))
+            .map(|(name, _)| name.clone())
+            .collect();
+        // where the filter was taken off the others it was meant for all
+        if !appeared.is_empty()
+            && (found.values().any(is_attached) || desired.interfaces.iter().all(lacked))
+        {
+            let mut desired = desired.clone();
+            desired.incomplete.interfaces.retain(|name| !appeared.contains(name));
+            return self.attach_new(desired, &appeared).await;
+        }
         let lost: Vec<String> = found
             .iter()
-            .filter(|(name, seen)| is_made_again(serving.interfaces.get(*name), **seen))
+            .filter(|(name, seen)| {
+                !lacked(name) && is_made_again(serving.interfaces.get(*name), **seen)
+            })
             .map(|(name, _)| name.clone())
             .collect();
         if lost.is_empty() {
@@ -479,17 +498,41 @@ impl Service {
         Ok(())
     }
 
+    /// Attaches to interfaces that were missing so far. A new generation does: only that says whose their
+    /// qdiscs are, and has a program for such without an Ethernet header.
+    async fn attach_new(
+        &mut self,
+        mut desired: Desired,
+        appeared: &[String],
+    ) -> anyhow::Result<()> {
+        if let Some(renewed) = addresses::renewed(&self.netlink, &desired).await? {
+            desired = renewed;
+        }
+        let Some(serving) = &self.serving else { return Ok(()) };
+        let number = serving.generation.number;
+        match self.renew(number, &desired).await? {
+            Some(renewed) => {
+                let names = appeared.join(", ");
+                log::info!("attached to {names}: generation {number} -> {renewed}");
+            }
+            None => self.stale.interfaces = true,
+        }
+        Ok(())
+    }
+
     /// Where `any` stands for other addresses, or a broadcast address of a key came or went: builds
     /// a generation with them, as `apply` would.
     async fn read_addresses(&mut self) -> anyhow::Result<()> {
         self.stale.addresses = false;
         let Some(serving) = &self.serving else { return Ok(()) };
-        let seen = serving.interfaces.values();
+        let desired = &serving.generation.description.desired;
+        let lacked = &desired.incomplete.interfaces;
         // one that is made again has its addresses back soon
-        if seen.clone().any(|seen| *seen == Seen::Missing) || !seen.clone().any(is_attached) {
+        let mut gone = serving.interfaces.iter().filter(|(name, _)| !lacked.contains(name));
+        let is_gone = gone.any(|(_, seen)| *seen == Seen::Missing);
+        if is_gone || !serving.interfaces.values().any(is_attached) {
             return Ok(());
         }
-        let desired = &serving.generation.description.desired;
         let Some(desired) = addresses::renewed(&self.netlink, desired).await? else {
             return Ok(());
         };
@@ -584,32 +627,23 @@ impl Service {
         if !serving.interfaces.values().any(is_attached) {
             return;
         }
-        let description = &serving.generation.description;
-        let changed = self.names.changed(&description.desired, &answers);
-        if changed.is_empty() {
+        let before = &serving.generation.description.desired;
+        let (desired, unresolved) = partial::renew(before, &answers);
+        self.names.tell(&unresolved);
+        if desired.serves(before) {
             self.troubles.remove("names");
             return;
         }
-        let (desired, refused) = description.desired.renamed(&changed);
-        if !refused.is_empty() {
-            let text = refused.join("; ");
-            return self.note("names", Err(anyhow!("{text}; what served before stays")));
-        }
         let number = serving.generation.number;
-        let texts: Vec<String> =
-            changed.iter().map(|((name, _), address)| format!("{name} is now {address}")).collect();
+        let text = partial::moved(before, &desired);
         let result = self.renew(number, &desired).await;
         if let Ok(Some(renewed)) = &result {
-            log::info!("{}: generation {number} -> {renewed}", texts.join(", "));
+            log::info!("{text}: generation {number} -> {renewed}");
         }
         self.note("names", result.map(drop));
     }
 
-    async fn renew(
-        &mut self,
-        number: u32,
-        desired: &crate::plan::Desired,
-    ) -> anyhow::Result<Option<u32>> {
+    async fn renew(&mut self, number: u32, desired: &Desired) -> anyhow::Result<Option<u32>> {
         let ways = nexthop::resolve(&self.netlink, &desired.addresses()).await?;
         if let Some((address, _)) = ways.iter().find(|(_, way)| **way == nexthop::Way::Local) {
             bail!("{address} is an address of this host, which is no upstream");

@@ -32,10 +32,13 @@ pub enum Severity {
 pub struct Diagnostic {
     pub severity: Severity,
     /// The file's name as it was given.
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub file: String,
-    /// Counted from 1.
+    /// Counted from 1; 0: it is not about the file.
+    #[serde(skip_serializing_if = "is_zero")]
     pub line: usize,
     /// Counted from 1, in characters.
+    #[serde(skip_serializing_if = "is_zero")]
     pub column: usize,
     /// The place in the configuration, like `rules[2].key.port`; empty where it is the file's syntax.
     pub field: String,
@@ -61,6 +64,27 @@ pub struct Related {
     pub(super) excerpt: Excerpt,
 }
 
+fn is_zero(number: &usize) -> bool {
+    *number == 0
+}
+
+impl Diagnostic {
+    /// An error that is not about the file.
+    pub fn without_place(message: String) -> Diagnostic {
+        Diagnostic {
+            severity: Severity::Error,
+            file: String::new(),
+            line: 0,
+            column: 0,
+            field: String::new(),
+            message,
+            help: None,
+            related: None,
+            excerpt: Excerpt::default(),
+        }
+    }
+}
+
 impl fmt::Display for Severity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -72,7 +96,10 @@ impl fmt::Display for Severity {
 
 impl fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}:{}:{}: ", self.severity, self.file, self.line, self.column)?;
+        write!(f, "{}: ", self.severity)?;
+        if self.line > 0 {
+            write!(f, "{}:{}:{}: ", self.file, self.line, self.column)?;
+        }
         if !self.field.is_empty() {
             write!(f, "{}: ", self.field)?;
         }

@@ -25,7 +25,7 @@ use crate::privileges;
 use crate::status::{self, Status};
 use crate::tables;
 use crate::tc;
-use crate::wanted::{Text, Wanted};
+use crate::wanted::{Request, Text, Wanted};
 
 /// Of the documentation's networks: the way there is the default route.
 const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
@@ -80,10 +80,16 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
         (Some((text, target)), Some(description)) => {
             facts.drift = Some(differs(&text, target, description));
         }
-        (Some((text, target)), None) => match Wanted::new(&text, &target).await {
-            Ok(wanted) => desired = Some(wanted.desired),
-            Err(failure) => facts.drift = Some(Err(first_line(&failure))),
-        },
+        (Some((text, target)), None) => {
+            let wanted = match Request::new(&text, &target) {
+                Ok(request) => Wanted::whole(request, &observed).await,
+                Err(failure) => Err(failure),
+            };
+            match wanted {
+                Ok(wanted) => desired = Some(wanted.desired),
+                Err(failure) => facts.drift = Some(Err(first_line(&failure))),
+            }
+        }
         (None, _) => {}
     }
     if let Some(desired) = desired {
