@@ -7,25 +7,33 @@ use std::net::IpAddr;
 use anyhow::ensure;
 
 use crate::config::{KEY_ENTRIES, KeyAddress};
-use crate::netlink::{Link, Netlink, OwnAddress};
+use crate::netlink::{self, Link, Netlink, OwnAddress};
 use crate::plan::Desired;
 
-/// The configuration with what its interfaces' addresses are now; `None` if it is the same.
+/// The configuration with what its interfaces' names and addresses are now; `None` if it is the same.
 ///
 /// # Errors
 /// With these addresses the keys do not fit.
 pub async fn renewed(netlink: &Netlink, desired: &Desired) -> anyhow::Result<Option<Desired>> {
     let (links, own) = (netlink.links().await?, netlink.addresses().await?);
-    let new = expand(desired, &of_interfaces(&desired.interfaces, &links, &own));
-    let old = (&desired.addresses, &desired.broadcasts);
-    let changed = (&new.0, &new.1) != old;
-    if !changed {
+    let interfaces = canonical(&desired.interfaces, &links);
+    let (addresses, broadcasts) = expand(desired, &of_interfaces(&interfaces, &links, &own));
+    let new = (&interfaces, &addresses, &broadcasts);
+    if new == (&desired.interfaces, &desired.addresses, &desired.broadcasts) {
         return Ok(None);
     }
-    let (addresses, broadcasts) = new;
-    let renewed = Desired { addresses, broadcasts, ..desired.clone() };
+    let renewed = Desired { interfaces, addresses, broadcasts, ..desired.clone() };
     fits(&renewed)?;
     Ok(Some(renewed))
+}
+
+/// Returns the kernel's own names of interfaces, sorted; those that are not here stay as they are.
+fn canonical(names: &[String], links: &[Link]) -> Vec<String> {
+    let own = |name: &String| {
+        let link = netlink::find_link(links.iter(), name);
+        link.map_or_else(|| name.clone(), |link| link.name.clone())
+    };
+    names.iter().map(own).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// The check of a file cannot know how many addresses `any` stands for.

@@ -576,18 +576,20 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
     let none =
         || report(global, "nothing was attached\n", &json!({ "changed": false, "detached": [] }));
     if state::read(&global.pin_dir, global.lock_timeout)?.is_none() {
-        refuse_orphans(&observe(None, &netlink).await?, interfaces)?;
+        let observed = observe(None, &netlink).await?;
+        refuse_orphans(&observed, &canonical(&observed, interfaces))?;
         return none();
     }
     let guard = state::write(&global.pin_dir, global.lock_timeout)?;
     let observed = observe(Some(&guard), &netlink).await?;
-    let actions = diff::detach(&observed, interfaces).map_err(refused)?;
+    let interfaces = canonical(&observed, interfaces);
+    let actions = diff::detach(&observed, &interfaces).map_err(refused)?;
     let ways = BTreeMap::new();
     Executor::new(&guard, &netlink, &observed, &ways).run(&actions, &mut apply::log).await?;
     if purge {
         guard.remove_all()?;
     }
-    refuse_orphans(&observed, interfaces)?;
+    refuse_orphans(&observed, &interfaces)?;
     let detached: Vec<&str> = actions
         .iter()
         .filter_map(|action| match action {
@@ -606,6 +608,10 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
         text += "removed all pins\n";
     }
     report_done(global, &text, &json!({ "changed": true, "detached": detached }))
+}
+
+fn canonical(observed: &Observed, interfaces: &[String]) -> Vec<String> {
+    interfaces.iter().map(|name| observed.canonical(name)).collect()
 }
 
 /// A filter whose pins are gone stays: nothing proves that it is ours to take away.

@@ -311,7 +311,8 @@ fn only_port(desired: &Desired, address: IpAddr) -> Result<u16> {
 /// Where the packet comes in.
 fn interface(desired: &Desired, observed: &Observed, named: Option<&str>) -> Result<String> {
     let all = &desired.interfaces;
-    match (named, &all[..]) {
+    let named = named.map(|name| observed.canonical(name));
+    match (named.as_deref(), &all[..]) {
         (Some(name), _) if all.iter().any(|it| it == name) => Ok(name.into()),
         (Some(name), _) if observed.interfaces.contains_key(name) => Err(anyhow!(
             "{name} is none of the interfaces whose packets meet the rules: {}",

@@ -15,7 +15,7 @@ use netlink_packet_core::{
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
-    LinkMessage,
+    LinkMessage, Prop,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
@@ -55,6 +55,8 @@ pub const ETH_P_ALL: u16 = 0x0003;
 pub struct Link {
     pub index: u32,
     pub name: String,
+    /// Alternative names.
+    pub altnames: Vec<String>,
     pub mac: Option<[u8; 6]>,
     pub mtu: u32,
     /// Of IPv6 packets, where a router or a sysctl has lowered it.
@@ -80,6 +82,24 @@ pub enum Layer {
     Ethernet,
     /// With the IP header: tun, WireGuard, ipip. It knows no MAC addresses, and no neighbours to ask.
     Ip,
+}
+
+/// Returns true if `ip link` takes or shows `wanted` for an interface of that name: an alternative
+/// name, or `eth0@if5` for eth0.
+pub fn is_called(name: &str, altnames: &[String], wanted: &str) -> bool {
+    let shown = wanted.split_once('@').is_some_and(|(before, _)| before == name);
+    shown || wanted == name || altnames.iter().any(|altname| altname == wanted)
+}
+
+/// Returns the interface of that name, or else the one that is also called so.
+pub fn find_link<'a>(
+    links: impl Iterator<Item = &'a Link> + Clone,
+    wanted: &str,
+) -> Option<&'a Link> {
+    links.clone().find(|link| link.name == wanted).or_else(|| {
+        let mut links = links;
+        links.find(|link| is_called(&link.name, &link.altnames, wanted))
+    })
 }
 
 impl Link {
@@ -726,6 +746,7 @@ fn link(message: LinkMessage) -> Link {
     let mut link = Link {
         index: message.header.index,
         name: String::new(),
+        altnames: Vec::new(),
         mac: None,
         mtu: 0,
         mtu6: None,
@@ -739,6 +760,7 @@ fn link(message: LinkMessage) -> Link {
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
+            LinkAttribute::PropList(properties) => link.altnames = altnames(properties),
             LinkAttribute::Address(bytes) => link.mac = mac(&bytes),
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
             LinkAttribute::Link(index) => link.lower = Some(index),
@@ -749,6 +771,14 @@ fn link(message: LinkMessage) -> Link {
         }
     }
     link
+}
+
+fn altnames(properties: Vec<Prop>) -> Vec<String> {
+    let name = |property| match property {
+        Prop::AltIfName(name) => Some(name),
+        _ => None,
+    };
+    properties.into_iter().filter_map(name).collect()
 }
 
 /// As the kernel decides (`dev_is_mac_header_xmit`) whether a redirected packet loses its MAC header.
@@ -837,7 +867,7 @@ fn source_key(destination: IpAddr, path: &Route) -> (u32, IpAddr, bool) {
 
 /// An address that is nowhere but on one link: no table is asked where that is.
 fn on_link(address: IpAddr, interface: &str, links: &HashMap<u32, Link>) -> io::Result<Route> {
-    let link = links.values().find(|link| link.name == interface).ok_or_else(|| {
+    let link = find_link(links.values(), interface).ok_or_else(|| {
         io::Error::new(io::ErrorKind::NotFound, format!("there is no interface {interface}"))
     })?;
     Ok(Route { ifindex: link.index, gateway: address, mtu: None, egress: None, local: false })

@@ -9,7 +9,7 @@ use anyhow::Context;
 
 use crate::config::State;
 use crate::generation::{self, Generation, ProgramName};
-use crate::netlink::{Layer, Link, Netlink};
+use crate::netlink::{Layer, Link, Netlink, is_called};
 use crate::state::{Held, Pending, ReadGuard, StateMaps};
 use crate::tc::{self, Hook, Slot};
 
@@ -38,6 +38,7 @@ pub struct Observed {
 #[derive(Clone, Debug)]
 pub struct Interface {
     pub index: u32,
+    pub altnames: Vec<String>,
     /// See [`Layer`].
     pub layer: Option<Layer>,
     /// Administratively.
@@ -64,6 +65,15 @@ impl Observed {
             })
             .map(|(number, _)| number)
             .or(self.current.filter(|number| self.generations.contains_key(number)))
+    }
+
+    /// Returns the kernel's name of an interface that is called so; the name itself if there is none.
+    pub fn canonical(&self, name: &str) -> String {
+        if self.interfaces.contains_key(name) {
+            return name.into();
+        }
+        let is_it = |(own, it): &(&String, &Interface)| is_called(own, &it.altnames, name);
+        self.interfaces.iter().find(is_it).map_or(name, |(own, _)| own).into()
     }
 
     /// The names of the interfaces whose filter runs some generation's program.
@@ -156,8 +166,8 @@ async fn interfaces(
         let qdisc = qdiscs.get(&link.index).copied();
         let hook = tc::hook(netlink, link.index, qdisc, programs).await;
         let hook = hook.with_context(|| format!("{}: its filters", link.name))?;
-        let Link { index, layer, up, carrier, .. } = link;
-        interfaces.insert(link.name, Interface { index, layer, up, carrier, hook });
+        let Link { index, layer, up, carrier, altnames, .. } = link;
+        interfaces.insert(link.name, Interface { index, altnames, layer, up, carrier, hook });
     }
     Ok(interfaces)
 }

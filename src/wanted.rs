@@ -110,6 +110,12 @@ impl<'a> Request<'a> {
         let interfaces = interfaces(text, target, &config)?;
         Ok(Request { text, target, config, interfaces })
     }
+
+    /// With the kernel's own names of the interfaces.
+    fn canonical(self, observed: &Observed) -> Request<'a> {
+        let interfaces = self.interfaces.iter().map(|name| observed.canonical(name)).collect();
+        Request { interfaces, ..self }
+    }
 }
 
 /// What a file wants of the kernel.
@@ -126,6 +132,7 @@ pub struct Wanted {
 impl Wanted {
     /// Resolves a configuration; all of it, or it fails.
     pub async fn whole(request: Request<'_>, observed: &Observed) -> Result<Wanted> {
+        let request = request.canonical(observed);
         let resolved = resolve(&request.config, &request.interfaces, observed).await;
         let resolved = whole(&request.config, resolved)?;
         Ok(Wanted::of(request, resolved))
@@ -133,6 +140,7 @@ impl Wanted {
 
     /// Like [`Wanted::whole`], without what is missing now.
     pub async fn partial(request: Request<'_>, observed: &Observed) -> Result<Wanted> {
+        let request = request.canonical(observed);
         let Request { config, .. } = &request;
         let mut resolved = resolve(config, &request.interfaces, observed).await;
         let desired = &mut resolved.desired;

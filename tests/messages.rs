@@ -174,3 +174,40 @@ fn nobody_listening_is_no_certain_error() {
     );
     applied.expect(0).says(&[&format!("nobody listens on {RELAY}:5000"), "unless", "DNAT"]);
 }
+
+#[test]
+fn interfaces_go_by_every_name_that_ip_shows() {
+    let lab = Lab::dual(true, true);
+    const LONG: &str = "a-name-longer-than-15-bytes";
+    lab.relay.ip(&format!("link property add dev eth0 altname enp0s31f6 altname {LONG}"));
+    lab.relay.ip("link property add dev up0 altname uplink-with-a-long-name");
+    let shown = lab.relay.ip("-br link");
+    let shown = shown.split_whitespace().find(|word| word.starts_with("eth0@")).expect("a veth");
+    let named = |name: &str| {
+        let mut all = to_port(7001);
+        all["interfaces"] = json!([name]);
+        all
+    };
+    assert_eq!(lab.apply(&named("eth0"))["changed"], true);
+    for name in ["enp0s31f6", LONG, shown] {
+        for options in ["", "--partial"] {
+            let applied = lab.try_apply(&named(name), options).expect(0).json();
+            assert_eq!(applied["changed"], false, "{name}");
+            assert_eq!(applied["interfaces"], json!(["eth0"]));
+        }
+        let applied = lab.try_apply(&named("lo"), &format!("-i {name}")).expect(0).json();
+        assert_eq!(applied["changed"], false, "{name}");
+        let get = lab.run(&format!("get 10.1.0.20 10.1.0.1 -i {name} -o json")).expect(0).json();
+        assert_eq!(get["interface"], "eth0");
+    }
+    assert_eq!(lab.run(&format!("detach -i {LONG} -o json")).json()["detached"], json!(["eth0"]));
+
+    // the interface of a link-local address too
+    let upstream = json!({ "address": "fe80::20%uplink-with-a-long-name", "port": 7001 });
+    let mut six = rule("six", 5000, json!({}), &[upstream]);
+    six["key"]["address"] = json!("2001:db8:1::1");
+    let applied = lab.try_apply(&config(&[six]), "").expect(0);
+    assert!(!applied.stderr.contains("no route"), "{applied:?}");
+    assert_eq!(lab.status()["rules"][0]["upstreams"][0]["next_hop"]["interface"], "up0");
+    lab.try_apply(&named("eth7@if3"), "").expect(1).says(&["there is no interface eth7@if3"]);
+}

@@ -715,6 +715,7 @@ mod tests {
             let link = Link {
                 index: 7,
                 name: "eth0".into(),
+                altnames: Vec::new(),
                 mac: Some(OWN),
                 mtu: 1500,
                 mtu6: None,

@@ -27,6 +27,7 @@ pub struct Kernel {
 impl Kernel {
     pub fn new(interfaces: &[&str]) -> Kernel {
         let empty = |index: usize| Interface {
+            altnames: Vec::new(),
             index: index as u32 + 1,
             layer: Some(udplb::netlink::Layer::Ethernet),
             up: true,
