@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::config::{
     self, Action, Address, Config, Finding, KeyAddress, Mode, Path, Rule, with_port,
 };
+use crate::kernel;
 use crate::netlink::{Link, OwnAddress};
 use crate::nexthop::Way;
 use crate::plan::Desired;
@@ -55,7 +55,7 @@ pub fn of_this_host(
     let mut findings = unheard(config, desired, &listeners());
     findings.extend(stacked(config, &desired.interfaces, links, addresses));
     findings.extend(met_twice(config, &desired.interfaces, links));
-    findings.extend(beyond(config, kernel()));
+    findings.extend(beyond(config, kernel::version()));
     findings
 }
 
@@ -225,27 +225,6 @@ fn is_above(upper: &Link, lower: &Link, kinds: &[&str]) -> bool {
     is_next && kinds.contains(&upper.kind.as_str())
 }
 
-/// Major and minor number of the kernel that runs.
-pub fn kernel() -> (u32, u32) {
-    let mut names = MaybeUninit::<libc::utsname>::zeroed();
-    // SAFETY: all zeroes are a utsname, which the kernel fills and which outlives the call.
-    let names = unsafe {
-        libc::uname(names.as_mut_ptr());
-        names.assume_init()
-    };
-    let release: Vec<u8> = names.release.iter().map(|byte| *byte as u8).collect();
-    version(&String::from_utf8_lossy(&release))
-}
-
-fn version(release: &str) -> (u32, u32) {
-    let number = |text: &str| {
-        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-        text[..digits].parse().unwrap_or(0)
-    };
-    let mut numbers = release.split('.').map(number);
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
-}
-
 /// What a kernel cannot do that the configuration would have it do.
 fn beyond(config: &Config, kernel: (u32, u32)) -> Option<Finding> {
     let answers = |rule: &&Rule| rule.action == Action::Block && rule.mode == Mode::Balance;
@@ -296,19 +275,7 @@ pub fn endpoint(text: &str) -> Option<(IpAddr, u16)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Listener, listener, version};
-
-    #[test]
-    fn versions_of_kernels() {
-        for (release, wanted) in [
-            ("6.12.57+deb13-amd64", (6, 12)),
-            ("5.10.0-28-cloud-amd64", (5, 10)),
-            ("6.18-rc1\0\0", (6, 18)),
-            ("", (0, 0)),
-        ] {
-            assert_eq!(version(release), wanted, "{release}");
-        }
-    }
+    use super::{Listener, listener};
 
     #[test]
     fn lines_of_proc_net_udp() {

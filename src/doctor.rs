@@ -59,6 +59,8 @@ pub struct Kernel {
     pub btf: bool,
     /// Programs are compiled.
     pub jit: bool,
+    /// Lockdown keeps programs from reading kernel memory.
+    pub confidential: bool,
 }
 
 /// An interface whose incoming packets are to meet the rules.
@@ -73,8 +75,8 @@ pub struct Input {
 pub struct InputLink {
     /// Bytes.
     pub mtu: u32,
-    /// The device merges packets that cannot be taken apart again.
-    pub lro: bool,
+    /// The device, it or one below, that merges packets which cannot be taken apart again.
+    pub lro: Option<String>,
     /// The qdisc was there before udplb.
     pub foreign_qdisc: bool,
     /// What sees packets earlier.
@@ -189,7 +191,7 @@ impl Judge<'_> {
 
     fn host(&mut self) {
         let facts = self.facts;
-        let Kernel { version, btf, jit } = facts.kernel;
+        let Kernel { version, btf, jit, confidential } = facts.kernel;
         for capability in &facts.missing_capabilities {
             self.problem(
                 "privileges",
@@ -219,6 +221,15 @@ impl Judge<'_> {
                 "the kernel has no BTF",
                 "the program is fitted to the kernel's types when it is loaded",
                 "run a kernel with CONFIG_DEBUG_INFO_BTF",
+            );
+        }
+        if confidential {
+            self.problem(
+                "lockdown",
+                "",
+                "the kernel is locked down (confidentiality)",
+                "it lets no program read kernel memory, and so does not load udplb's",
+                "boot with lockdown=integrity",
             );
         }
         if !jit {
@@ -352,13 +363,13 @@ impl Judge<'_> {
                 format!("sysctl -w net.ipv4.conf.{name}.rp_filter=2"),
             );
         }
-        if link.lro {
+        if let Some(device) = &link.lro {
             self.problem(
                 "lro",
                 name,
-                "large receive offload is on",
+                format!("large receive offload is on at {device}"),
                 "the device merges packets that cannot be taken apart again",
-                format!("ethtool -K {name} lro off"),
+                format!("ethtool -K {device} lro off"),
             );
         }
     }
@@ -554,13 +565,13 @@ mod tests {
         Facts {
             file: "/etc/udplb.yaml".into(),
             drift: Some(Ok(false)),
-            kernel: Kernel { version: (6, 1), btf: true, jit: true },
+            kernel: Kernel { version: (6, 1), btf: true, jit: true, confidential: false },
             arpd: Some(true),
             inputs: vec![Input {
                 name: "eth0".into(),
                 link: Some(InputLink {
                     mtu: 1500,
-                    lro: false,
+                    lro: None,
                     foreign_qdisc: false,
                     before: Vec::new(),
                     not_forwarding: Vec::new(),
@@ -633,10 +644,14 @@ mod tests {
             &[(Problem, "", "this user lacks CAP_BPF (to load)", "run udplb as root")],
         );
         check(
-            |facts| facts.kernel = Kernel { version: (5, 4), btf: false, jit: false },
+            |facts| {
+                facts.kernel =
+                    Kernel { version: (5, 4), btf: false, jit: false, confidential: true }
+            },
             &[
                 (Problem, "", "Linux 5.4 is too old", "install"),
                 (Problem, "", "the kernel has no BTF", "run a kernel"),
+                (Problem, "", "the kernel is locked down", "boot with lockdown=integrity"),
                 (
                     Problem,
                     "",
@@ -692,8 +707,13 @@ mod tests {
     #[test]
     fn interfaces() {
         check(
-            |facts| link(facts).lro = true,
-            &[(Problem, "eth0", "large receive offload is on", "ethtool -K eth0 lro off")],
+            |facts| link(facts).lro = Some("port1".into()),
+            &[(
+                Problem,
+                "eth0",
+                "large receive offload is on at port1",
+                "ethtool -K port1 lro off",
+            )],
         );
         check(
             |facts| link(facts).foreign_qdisc = true,

@@ -1,7 +1,11 @@
 //! How a command fails: the exit code and what is said.
 
+use std::any::Any;
 use std::fmt;
 use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use anyhow::anyhow;
 
 use crate::config::Diagnostic;
 
@@ -38,6 +42,17 @@ impl Failure {
     }
 }
 
+/// Runs `work`, and makes an error of a panic in it: some libraries panic where the kernel refuses.
+pub fn catch<T>(work: impl FnOnce() -> T) -> anyhow::Result<T> {
+    catch_unwind(AssertUnwindSafe(work))
+        .map_err(|payload| anyhow!("internal error: {}; please report it", message(&*payload)))
+}
+
+fn message(payload: &dyn Any) -> &str {
+    let owned = payload.downcast_ref::<String>().map(String::as_str);
+    owned.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("a panic")
+}
+
 /// To standard error. That nobody reads it, or that its disk is full, keeps nothing from being done.
 pub fn say(text: impl fmt::Display) {
     let _ = writeln!(io::stderr().lock(), "{text}");
@@ -62,5 +77,18 @@ impl fmt::Display for Failure {
                 write!(f, "{}", texts.join("\n"))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::catch;
+
+    #[test]
+    fn panics_become_errors() {
+        assert_eq!(catch(|| 5).expect("no panic"), 5);
+        let error = catch(|| panic!("map {}", 7)).expect_err("a panic").to_string();
+        assert_eq!(error, "internal error: map 7; please report it");
+        assert!(catch(|| panic!("plain")).expect_err("a panic").to_string().contains("plain"));
     }
 }

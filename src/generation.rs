@@ -16,6 +16,8 @@ use serde::{Deserialize, Serialize};
 use crate::bpf::{self, OBJECT_SHA256, OpenUdplbSkel, UdplbSkel, UdplbSkelBuilder};
 use crate::bpf::{Pod, bytes_of, types};
 use crate::config::Mode;
+use crate::failure::catch;
+use crate::kernel;
 use crate::lease;
 use crate::netlink::Layer;
 use crate::plan::{Desired, RuleIds, assign_ids};
@@ -157,7 +159,7 @@ pub fn build(guard: &WriteGuard, draft: &Draft, others: &[&Generation]) -> anyho
         .mode(0o700)
         .create(&directory)
         .with_context(|| directory.display().to_string())?;
-    let built = build_in(guard, &directory, draft, others).and_then(|built| {
+    let built = catch(|| build_in(guard, &directory, draft, others)).flatten().and_then(|built| {
         fs::rename(&directory, guard.generation(draft.number))
             .with_context(|| format!("generation {}", draft.number))?;
         Ok(built)
@@ -247,7 +249,7 @@ fn keep_log(_: PrintLevel, line: String) {
 
 fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenUdplbSkel<'_>> {
     libbpf_rs::set_print(Some((PrintLevel::Warn, keep_log)));
-    let mut skeleton = UdplbSkelBuilder::default().open(object)?;
+    let mut skeleton = catch(|| UdplbSkelBuilder::default().open(object))??;
     skeleton.progs.udplb_heartbeat.set_autoload(false);
     skeleton.maps.counters_chunk.set_autocreate(false)?;
     skeleton.maps.nexthops_chunk.set_autocreate(false)?;
@@ -355,9 +357,11 @@ fn load(skeleton: OpenUdplbSkel<'_>) -> anyhow::Result<UdplbSkel<'_>> {
     if let Ok(mut log) = LOG.lock() {
         log.clear();
     }
-    skeleton.load().map_err(|error| {
+    // its code panics where a map's name is not what it was
+    catch(|| skeleton.load())?.map_err(|error| {
         let log = LOG.lock().map(|log| log.clone()).unwrap_or_default();
-        anyhow!("the kernel refuses the program: {error}\n{}", log.trim_end())
+        let cause = kernel::refusal(error.kind(), &log).unwrap_or_else(|| error.to_string());
+        anyhow!("the kernel refuses the program: {cause}\n{}", log.trim_end())
     })
 }
 

@@ -45,6 +45,7 @@ pub mod failure;
 pub mod former;
 pub mod generation;
 pub mod get;
+pub mod kernel;
 pub mod lease;
 pub mod list;
 pub mod maglev;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use udplb::cli::{Cli, Command};
 use udplb::commands;
-use udplb::failure::{Failure, say};
+use udplb::failure::{Failure, catch, say};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -17,10 +17,12 @@ fn main() -> ExitCode {
         }
     };
     log_to_stderr(&cli);
+    std::panic::set_hook(Box::new(|info| log::debug!("{info}")));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = match runtime {
         Ok(runtime) => {
-            let result = runtime.block_on(commands::run(&cli));
+            let result = catch(|| runtime.block_on(commands::run(&cli)));
+            let result = result.unwrap_or_else(|panic| Err(Failure::Failed(panic)));
             // a name server that does not answer must not hold up the end
             runtime.shutdown_background();
             result

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenMap};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapMut, OpenMap};
 
 use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types};
 use crate::chunks::Chunks;
@@ -412,7 +412,8 @@ pub fn create(
         inner_map_fd: inner.map_or(0, |fd| fd.as_raw_fd() as u32),
         ..Default::default()
     };
-    MapHandle::create(
+    let context = || format!("map {}", definition.name().display());
+    let map = MapHandle::create(
         definition.map_type(),
         Some(definition.name()),
         definition.key_size(),
@@ -420,7 +421,13 @@ pub fn create(
         definition.max_entries(),
         &options,
     )
-    .with_context(|| format!("map {}", definition.name().display()))
+    .with_context(context)?;
+    // libbpf takes a kernel that was short of memory when it probed for one without names, and no
+    // later program could use the map
+    if MapInfo::new(map.as_fd()).with_context(context)?.info.name[0] == 0 {
+        bail!("{}: the kernel kept no name for it; try again", context());
+    }
+    Ok(map)
 }
 
 fn ensure(

@@ -24,6 +24,14 @@ pub fn size() -> Option<(usize, usize)> {
     Some((or(size.ws_col, 80), or(size.ws_row, 24)))
 }
 
+/// Returns true if nobody will read standard output any more: its terminal or its reader is gone.
+pub fn is_gone() -> bool {
+    let mut output = libc::pollfd { fd: libc::STDOUT_FILENO, events: 0, revents: 0 };
+    // SAFETY: one structure, that outlives the call, which does not wait.
+    let ready = unsafe { libc::poll(&mut output, 1, 0) };
+    ready > 0 && output.revents & (libc::POLLHUP | libc::POLLERR) != 0
+}
+
 /// A key that was pressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
@@ -96,7 +104,7 @@ impl Live {
         };
         if live.on_screen {
             // the other screen, without a cursor, and what is too long is cut
-            print!("\x1b[?1049h\x1b[?25l\x1b[?7l");
+            io::stdout().write_all(b"\x1b[?1049h\x1b[?25l\x1b[?7l")?;
         }
         if live.on_screen && keys && io::stdin().is_terminal() {
             live.before = single_keys();
@@ -142,8 +150,10 @@ impl Drop for Live {
             unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, before) };
         }
         if self.on_screen {
-            print!("\x1b[?7h\x1b[?25h\x1b[?1049l");
-            let _ = io::stdout().flush();
+            // a terminal that is gone needs nothing back
+            let mut out = io::stdout().lock();
+            let _ = out.write_all(b"\x1b[?7h\x1b[?25h\x1b[?1049l");
+            let _ = out.flush();
         }
     }
 }

@@ -27,7 +27,7 @@ use crate::pcap::Pcap;
 use crate::plan::Desired;
 use crate::state::{self, INCOMPLETE};
 use crate::tables::wire;
-use crate::terminal::Signals;
+use crate::terminal::{Signals, is_gone};
 
 /// How long the program goes on when nobody is there any more.
 const LEASE: Duration = Duration::from_secs(1);
@@ -93,7 +93,7 @@ pub async fn run(
                 break;
             }
         }
-        if !printer.flush()? || ended {
+        if !printer.flush()? || ended || is_gone() {
             break;
         }
         if !more && signals.within(LOOKS).await {

@@ -27,9 +27,9 @@ use common::testbed::{
 use etherparse::{Icmpv6Header, Icmpv6Type, IpNumber, Ipv6Header};
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
-use udplb::advice;
 use udplb::bpf::types;
 use udplb::config::{Action, Key, Source, Strategy as Selection};
+use udplb::kernel;
 use udplb::nexthop::Way;
 use udplb::plan::{Rule, Upstream};
 use udplb::tables::wire;
@@ -324,7 +324,7 @@ fn matched_but_not_sent() {
 
 /// From 5.12 on; before, nobody knows what user space does not say.
 fn routes_tell_mtu() -> bool {
-    advice::kernel() >= (5, 12)
+    kernel::version() >= (5, 12)
 }
 
 /// By whoever knows that a packet does not fit; what comes back is that to the byte.
@@ -934,7 +934,7 @@ fn it_loads_with_any_of_its_features() {
 fn program_reads_no_kernel_memory_by_helper() {
     use libbpf_rs::AsRawLibbpf;
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-    if advice::kernel() < (6, 2) {
+    if kernel::version() < (6, 2) {
         return;
     }
     let mut object = std::mem::MaybeUninit::uninit();

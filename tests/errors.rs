@@ -12,7 +12,7 @@ use common::lab::{Lab, Outcome, V4, V6, config, upstream};
 use common::net::{TTL, UDP_SEGMENT, bind, expect, own, payload, set};
 use common::service::{Arpd, until};
 use serde_json::json;
-use udplb::advice;
+use udplb::kernel;
 
 /// What the upstreams' link takes.
 const NARROW: usize = 1280;
@@ -128,7 +128,7 @@ fn too_big_for_the_way() {
 /// would be no answer.
 #[test]
 fn the_way_has_narrowed_since() {
-    let says = advice::kernel() >= (5, 12);
+    let says = kernel::version() >= (5, 12);
     let lab = lab(Offload::Both);
     let applied = lab.try_apply(&all_kinds(), "").expect(0);
     assert_eq!(applied.stderr.contains("does not say how large a packet may be"), !says);

@@ -17,7 +17,7 @@ use common::service::Arpd;
 use common::tun::Tun;
 use common::wire::Wire;
 use serde_json::json;
-use udplb::advice;
+use udplb::kernel;
 
 const ETHERNET: usize = 14;
 
@@ -208,7 +208,7 @@ fn from_a_guest() {
     let tap = add_guest(&lab, "tap0", 4);
     let nets = apply_on(&lab, "tap0", 4);
     // before 6.2 a guest can leave no segments to its host
-    let (lengths, segments) = match advice::kernel() < (6, 2) {
+    let (lengths, segments) = match kernel::version() < (6, 2) {
         true => (&[0, 1, 999, 1000][..], 0),
         false => (&[0, 1, 999, 1000, 9500][..], 10),
     };

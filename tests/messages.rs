@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use common::lab::{Lab, Outcome, RELAY, UPSTREAMS, config, rule, to_port};
@@ -210,4 +211,91 @@ fn interfaces_go_by_every_name_that_ip_shows() {
     assert!(!applied.stderr.contains("no route"), "{applied:?}");
     assert_eq!(lab.status()["rules"][0]["upstreams"][0]["next_hop"]["interface"], "up0");
     lab.try_apply(&named("eth7@if3"), "").expect(1).says(&["there is no interface eth7@if3"]);
+}
+
+/// Makes `libbpf`'s probes for features of the kernel fail, as where memory is short, and nothing else:
+/// their attributes are shorter.
+fn fail_probes(command: &mut Command) {
+    const PROBE: u32 = 148;
+    const BPF_PROG_LOAD: u32 = 5;
+    let jump =
+        |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
+    let load =
+        |offset: usize| jump(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset as u32);
+    let unless =
+        |value: u32, skip: u8| jump(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, skip, value);
+    let answer = |value: u32| jump(libc::BPF_RET | libc::BPF_K, 0, 0, value);
+    // the lower halves of the first and the third argument
+    let argument = |nth: usize| 16 + 8 * nth + if cfg!(target_endian = "big") { 4 } else { 0 };
+    let mut filter = [
+        load(0),
+        unless(libc::SYS_bpf as u32, 5),
+        load(argument(0)),
+        unless(BPF_PROG_LOAD, 3),
+        load(argument(2)),
+        unless(PROBE, 1),
+        answer(libc::SECCOMP_RET_ERRNO | libc::ENOMEM as u32),
+        answer(libc::SECCOMP_RET_ALLOW),
+    ];
+    let install = move || {
+        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+        // SAFETY: takes plain numbers and a program that outlives the calls.
+        let failed = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
+                || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) != 0
+        };
+        if failed { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: the closure makes system calls only.
+    unsafe { command.pre_exec(install) };
+}
+
+#[test]
+fn map_that_the_kernel_refuses_is_an_error_and_leaves_nothing() {
+    let lab = Lab::new();
+    let file = lab.write(&to_port(7001)).display().to_string();
+    let mut command = lab.udplb(&format!("apply {file}"));
+    fail_probes(&mut command);
+    Outcome::of(&mut command).expect(1).says(&["building generation 1", "no name"]);
+    let left: Vec<_> = fs::read_dir(lab.bpffs.pins())
+        .expect("pins")
+        .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+        .collect();
+    assert!(!left.iter().any(|name| name.starts_with("building")), "{left:?}");
+    assert_eq!(lab.filters("eth0"), "");
+    lab.run(&format!("apply {file}")).expect(0);
+}
+
+#[test]
+fn kernel_without_types_or_locked_down_is_named() {
+    let lab = Lab::new();
+    let file = lab.write(&to_port(7001)).display().to_string();
+    let no_btf = "mount -t tmpfs none /sys/kernel/btf";
+    with_mounts(&lab, no_btf, &format!("apply {file}")).expect(1).says(&["no BTF", "run one with"]);
+    let doctor = with_mounts(&lab, no_btf, &format!("doctor {file}")).expect(3);
+    assert!(doctor.stdout.contains("the kernel has no BTF"), "{doctor:?}");
+    let locked = "mount -t tmpfs none /sys/kernel/security && \
+                  echo 'none integrity [confidentiality]' >/sys/kernel/security/lockdown";
+    let doctor = with_mounts(&lab, locked, &format!("doctor {file}")).expect(3);
+    assert!(doctor.stdout.contains("the kernel is locked down (confidentiality)"), "{doctor:?}");
+}
+
+#[test]
+fn bond_that_lets_its_members_merge_is_no_problem() {
+    let lab = Lab::new();
+    let bond = lab.relay.command("ip").args("link add bond0 type bond".split(' ')).output();
+    if !bond.expect("ip").status.success() {
+        eprintln!("skipped: this kernel has no bonds");
+        return;
+    }
+    lab.relay.ip("link set eth0 down");
+    lab.relay.ip("link set eth0 master bond0");
+    lab.relay.ip("link set bond0 up");
+    lab.relay.ip("addr flush dev eth0");
+    lab.relay.ip("addr add 10.1.0.1/24 dev bond0");
+    let mut all = to_port(7001);
+    all["interfaces"] = json!(["bond0"]);
+    lab.apply(&all);
+    let doctor = lab.run("doctor");
+    assert!(!doctor.stdout.contains("large receive offload"), "{doctor:?}");
 }

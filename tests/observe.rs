@@ -244,7 +244,22 @@ fn interrupt(child: &Child) {
     assert_eq!(sent, 0, "kill: {}", std::io::Error::last_os_error());
 }
 
-/// A program on a terminal of its own, 100 columns wide.
+/// Both ends of a terminal of 100 columns and 10 lines, that of the program second.
+fn open_terminal() -> (OwnedFd, OwnedFd) {
+    let size = libc::winsize { ws_row: 10, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
+    let (mut ours, mut theirs) = (0, 0);
+    // SAFETY: the numbers and the size outlive the call, and the descriptors are ours alone.
+    unsafe {
+        let null = std::ptr::null_mut();
+        let opened = libc::openpty(&mut ours, &mut theirs, null, null.cast(), &size);
+        assert_eq!(opened, 0, "openpty: {}", std::io::Error::last_os_error());
+        // no other child inherits it
+        libc::fcntl(ours, libc::F_SETFD, libc::FD_CLOEXEC);
+        (OwnedFd::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs))
+    }
+}
+
+/// A program on a terminal of its own.
 struct OnTerminal {
     child: Child,
     keyboard: File,
@@ -253,15 +268,7 @@ struct OnTerminal {
 
 impl OnTerminal {
     fn start(mut command: Command) -> OnTerminal {
-        let size = libc::winsize { ws_row: 10, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
-        let (mut ours, mut theirs) = (0, 0);
-        // SAFETY: the numbers and the size outlive the call, and the descriptors are ours alone.
-        let (ours, theirs) = unsafe {
-            let null = std::ptr::null_mut();
-            let opened = libc::openpty(&mut ours, &mut theirs, null, null.cast(), &size);
-            assert_eq!(opened, 0, "openpty: {}", std::io::Error::last_os_error());
-            (OwnedFd::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs))
-        };
+        let (ours, theirs) = open_terminal();
         let copy = || Stdio::from(theirs.try_clone().expect("a copy"));
         command.stdin(copy()).stdout(copy()).stderr(Stdio::null());
         let child = command.spawn().expect("the program runs");
@@ -306,6 +313,26 @@ fn a_watch_gives_the_terminal_back() {
         assert!(line.chars().count() <= 100, "{line:?}");
     }
     assert!(frame.contains("RULE"), "{frame}");
+}
+
+/// As when the window is closed, or the connection breaks.
+#[test]
+fn terminal_that_goes_away_ends_the_view() {
+    let lab = Lab::new();
+    lab.apply(&rules());
+    for words in ["top", "status --watch", "trace"] {
+        let (ours, theirs) = open_terminal();
+        let copy = || Stdio::from(theirs.try_clone().expect("a copy"));
+        let mut command = lab.udplb(words);
+        command.stdin(copy()).stdout(copy()).stderr(copy());
+        let mut child = command.spawn().expect("the program runs");
+        drop((theirs, command));
+        sleep(Duration::from_millis(700));
+        drop(ours);
+        until("it ends", || child.try_wait().expect("the child").is_some());
+        let code = child.wait().expect("the child").code();
+        assert_eq!(code, Some(0), "{words}");
+    }
 }
 
 #[test]

@@ -17,6 +17,7 @@ use crate::diagnosis;
 use crate::drift;
 use crate::failure::{Failure, Result};
 use crate::generation::Description;
+use crate::kernel;
 use crate::list;
 use crate::netlink::{Direction, ETH_P_ALL, Filter, Link, Netlink, OwnAddress, Route};
 use crate::observe::{Observed, observe};
@@ -36,7 +37,7 @@ const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 /// The file that was given cannot be read, the kernel does not answer, or somebody changes it.
 pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Result<Facts> {
     let mut facts = Facts {
-        kernel: kernel(),
+        kernel: abilities(),
         missing_capabilities: privileges::missing_now(),
         neighbours: netlink.neighbour_tables().await.context("neighbours")?,
         ..Facts::default()
@@ -114,10 +115,11 @@ fn first_line(failure: &Failure) -> String {
     failure.to_string().lines().next().unwrap_or_default().into()
 }
 
-fn kernel() -> Kernel {
+fn abilities() -> Kernel {
     Kernel {
-        version: advice::kernel(),
-        btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
+        version: kernel::version(),
+        btf: kernel::has_btf(),
+        confidential: kernel::is_confidential(),
         // a kernel that always compiles may not show it
         jit: sysctl("net/core/bpf_jit_enable").is_none_or(|value| value != 0),
     }
@@ -223,7 +225,7 @@ async fn inputs(
             name: name.clone(),
             link: Some(InputLink {
                 mtu: link.mtu,
-                lro: lro(name),
+                lro: devices_below(link, links).find(|device| lro(device)).map(String::from),
                 foreign_qdisc: qdisc.is_some()
                     && serving.is_some_and(|serving| !serving.clsact.contains(name)),
                 before: match qdisc {
@@ -309,6 +311,27 @@ fn tcx(link: &Link) -> Vec<Before> {
             all: true,
         })
         .collect()
+}
+
+/// Returns the devices that packets of a link come in by: its members, or what it is made upon. A
+/// bond's own flags say what its members may do.
+fn devices_below<'a>(link: &'a Link, links: &'a [Link]) -> impl Iterator<Item = &'a str> {
+    // few are stacked higher
+    const DEEPEST: usize = 8;
+    let mut below = vec![link];
+    for _ in 0..DEEPEST {
+        below = below.into_iter().flat_map(|link| next_below(link, links)).collect();
+    }
+    below.into_iter().map(|link| link.name.as_str())
+}
+
+fn next_below<'a>(link: &'a Link, links: &'a [Link]) -> Vec<&'a Link> {
+    let made_upon = ["vlan", "macvlan", "ipvlan", "macvtap"].contains(&link.kind.as_str());
+    let is_next = |other: &&Link| {
+        other.controller == Some(link.index) || made_upon && link.lower == Some(other.index)
+    };
+    let next: Vec<&Link> = links.iter().filter(is_next).collect();
+    if next.is_empty() { vec![link] } else { next }
 }
 
 /// Whether the device merges what it receives.

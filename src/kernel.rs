@@ -1,0 +1,109 @@
+//! Abilities and settings of the running kernel that decide whether the program loads.
+
+use std::fs;
+use std::mem::MaybeUninit;
+use std::path::Path;
+
+use libbpf_rs::ErrorKind;
+
+/// Types of the kernel, which the program is fitted to when it is loaded.
+const BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// Major and minor number of the kernel that runs.
+pub fn version() -> (u32, u32) {
+    let mut names = MaybeUninit::<libc::utsname>::zeroed();
+    // SAFETY: all zeroes are a utsname, which the kernel fills and which outlives the call.
+    let names = unsafe {
+        libc::uname(names.as_mut_ptr());
+        names.assume_init()
+    };
+    let release: Vec<u8> = names.release.iter().map(|byte| *byte as u8).collect();
+    parse(&String::from_utf8_lossy(&release))
+}
+
+fn parse(release: &str) -> (u32, u32) {
+    let number = |text: &str| {
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        text[..digits].parse().unwrap_or(0)
+    };
+    let mut numbers = release.split('.').map(number);
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// Returns true if the kernel describes its types.
+pub fn has_btf() -> bool {
+    Path::new(BTF).exists()
+}
+
+/// Returns true if lockdown keeps BPF programs from reading kernel memory; false also where securityfs
+/// is not mounted.
+pub fn is_confidential() -> bool {
+    let lockdown = fs::read_to_string("/sys/kernel/security/lockdown");
+    lockdown.is_ok_and(|modes| modes.contains("[confidentiality]"))
+}
+
+/// Why the program of confidential kernels is refused.
+pub const CONFIDENTIAL: &str = "the kernel is locked down (confidentiality): it lets no program read \
+                                kernel memory; boot it with lockdown=integrity";
+
+/// Returns the likely cause of a refusal to load, and what to do, from the kind of error and libbpf's
+/// and the verifier's log.
+pub fn refusal(error: ErrorKind, log: &str) -> Option<String> {
+    // helpers that lockdown takes away are unknown to the verifier
+    let no_reads = ["cannot use helper bpf_probe_read", "unknown func bpf_probe_read"];
+    if is_confidential() || no_reads.iter().any(|message| log.contains(message)) {
+        return Some(CONFIDENTIAL.into());
+    }
+    if !has_btf() {
+        return Some(format!("the kernel has no BTF ({BTF}): run one with CONFIG_DEBUG_INFO_BTF"));
+    }
+    match error {
+        ErrorKind::PermissionDenied if log.contains("RLIMIT_MEMLOCK") || log.contains("memlock") => {
+            Some("locked memory is limited: raise the limit (ulimit -l unlimited)".into())
+        }
+        ErrorKind::PermissionDenied if !log.contains("processed ") => Some(
+            "a security module, a seccomp filter or the container's user namespace forbids bpf(2): \
+             run udplb as root of the host"
+                .into(),
+        ),
+        ErrorKind::OutOfMemory => Some("no memory is left for its maps, or for this cgroup".into()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libbpf_rs::ErrorKind;
+
+    use super::{CONFIDENTIAL, parse, refusal};
+
+    #[test]
+    fn versions_of_kernels() {
+        for (release, wanted) in [
+            ("6.12.57+deb13-amd64", (6, 12)),
+            ("5.10.0-28-cloud-amd64", (5, 10)),
+            ("6.18-rc1\0\0", (6, 18)),
+            ("", (0, 0)),
+        ] {
+            assert_eq!(parse(release), wanted, "{release}");
+        }
+    }
+
+    #[test]
+    fn refusals_have_causes() {
+        let log = "program of this type cannot use helper bpf_probe_read#4\nprocessed 90 insns";
+        assert_eq!(refusal(ErrorKind::InvalidInput, log).as_deref(), Some(CONFIDENTIAL));
+        let says = |error, log: &str, wanted: &str| {
+            let said = refusal(error, log).unwrap_or_default();
+            assert!(said.contains(wanted), "{said}");
+        };
+        // the kernel of the tests has BTF
+        says(ErrorKind::PermissionDenied, "", "as root of the host");
+        says(ErrorKind::PermissionDenied, "consider raising RLIMIT_MEMLOCK", "ulimit -l");
+        says(ErrorKind::OutOfMemory, "", "memory");
+        assert_eq!(
+            refusal(ErrorKind::PermissionDenied, "R1 invalid mem access\nprocessed 9 insns"),
+            None
+        );
+    }
+}
