@@ -1,6 +1,7 @@
 //! Compiles bpf/udplb.bpf.c and generates its skeleton.
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::{env, fs};
 
 use libbpf_cargo::SkeletonBuilder;
@@ -26,5 +27,36 @@ fn main() {
     let bytes = fs::read(&object).expect("the object was just built");
     let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
     println!("cargo::rustc-env=UDPLB_OBJECT_SHA256={digest}");
+    println!("cargo::rustc-env=UDPLB_COMMIT={}", commit());
     println!("cargo::rerun-if-changed=bpf");
+}
+
+/// Returns the commit that is built: of UDPLB_COMMIT (a package's build), of the crate's file, or of
+/// git. A debug build does not ask git: it would be built anew with each commit.
+fn commit() -> String {
+    const UNKNOWN: &str = "unknown";
+    println!("cargo::rerun-if-env-changed=UDPLB_COMMIT");
+    if let Ok(commit) = env::var("UDPLB_COMMIT") {
+        return commit;
+    }
+    // as cargo package writes it
+    if let Ok(info) = fs::read_to_string(".cargo_vcs_info.json") {
+        let commit = info.split("\"sha1\": \"").nth(1).and_then(|rest| rest.split('"').next());
+        return commit.unwrap_or(UNKNOWN).into();
+    }
+    if env::var("PROFILE").is_ok_and(|profile| profile == "debug") {
+        return format!("{UNKNOWN} (debug build)");
+    }
+    let log = git(&["rev-parse", "--git-path", "logs/HEAD"]);
+    if let Some(log) = log.filter(|log| fs::exists(log).unwrap_or(false)) {
+        println!("cargo::rerun-if-changed={log}");
+    }
+    git(&["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"])
+        .unwrap_or_else(|| UNKNOWN.into())
+}
+
+fn git(arguments: &[&str]) -> Option<String> {
+    let output = Command::new("git").args(arguments).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?.trim().to_string();
+    (output.status.success() && !text.is_empty()).then_some(text)
 }

@@ -15,7 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::MissedTickBehavior;
 
 use crate::cli::{Arpd, Global};
-use crate::failure::Result;
+use crate::failure::{Failure, Result, say};
 use crate::metrics;
 use crate::netlink::Events;
 use crate::nexthop::PATIENCE;
@@ -34,7 +34,14 @@ pub async fn run(global: &Global, options: Arpd) -> Result<u8> {
     service.look_at_everything().await;
     if options.once {
         settle(&mut service).await;
-        return Ok(service.is_in_trouble().into());
+        if !service.serves() && !service.is_in_trouble() {
+            return Err(Failure::NothingApplied);
+        }
+        let unreachable = service.unreachable();
+        for address in &unreachable {
+            say(format_args!("error: {address} cannot be reached; udplb doctor says why"));
+        }
+        return Ok((service.is_in_trouble() || !unreachable.is_empty()).into());
     }
     if let Some(address) = options.metrics {
         metrics::serve(global, address).context("the thread for metrics")?;

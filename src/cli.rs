@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use clap_complete::engine::ArgValueCandidates;
 
+use crate::complete;
 use crate::config::Network;
 use crate::drain;
 use crate::state::PIN_DIR;
@@ -15,10 +17,9 @@ use crate::top::Order;
 /// Relays, forwards and balances UDP in the kernel's traffic control layer.
 ///
 /// Verbs change the kernel, nouns read it. Exit codes: 0 done; 1 failed, what served before
-/// still serves; 2 changes pending (plan --exit-code); 3 nothing applied (status, list, trace, get),
-/// degraded (status), problems found (doctor) or no rule matches (get); 4 applied in part (apply --partial); 64 usage; 65 bad configuration; 66 unreadable file; 75 locked; 77 privileges missing.
+/// still serves; 2 changes pending (plan --exit-code); 3 nothing applied (in all commands), degraded (status), problems found (doctor) or no rule matches (get); 4 applied in part (apply --partial); 64 usage; 65 bad configuration; 66 unreadable file; 75 locked; 77 privileges missing.
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(version, long_version = LONG_VERSION, max_term_width = 100)]
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,
@@ -27,7 +28,17 @@ pub struct Cli {
     pub command: Option<Command>,
 }
 
+/// Version, commit and kernel object, for reports.
+const LONG_VERSION: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    "\ncommit: ",
+    env!("UDPLB_COMMIT"),
+    "\nkernel object: sha256 ",
+    env!("UDPLB_OBJECT_SHA256")
+);
+
 #[derive(Args, Clone)]
+#[command(next_help_heading = "Global options")]
 pub struct Global {
     /// How data is printed.
     #[arg(short, long, global = true, value_enum, default_value = "table")]
@@ -60,9 +71,19 @@ fn pin_dir(text: &str) -> Result<PathBuf, String> {
     }
 }
 
+/// Parses seconds, with a fraction or without; at most so many that no clock overflows.
 fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds = text.parse::<u32>().map_err(|error| error.to_string())?;
-    Ok(Duration::from_secs(seconds.into()))
+    const LONGEST: Duration = Duration::from_secs(u32::MAX as u64);
+    let wrong = || "a number of seconds, like 2 or 0.5".to_string();
+    let seconds = text.parse().map_err(|_| wrong())?;
+    let duration = Duration::try_from_secs_f64(seconds).map_err(|_| wrong())?;
+    Ok(duration.min(LONGEST))
+}
+
+/// Parses a number of packets.
+fn at_least_one<T: std::str::FromStr + Default + PartialEq>(text: &str) -> Result<T, String> {
+    let number = text.parse().ok().filter(|number| *number != T::default());
+    number.ok_or_else(|| "a number, at least 1".into())
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -157,13 +178,14 @@ pub enum Command {
     /// the upstream at the same address and port.
     Drain {
         /// A rule, and its upstream or mirror: name or address, as status shows them.
-        #[arg(value_name = "RULE/UPSTREAM")]
+        #[arg(value_name = "RULE/UPSTREAM", add = ArgValueCandidates::new(complete::upstreams))]
         target: drain::Target,
     },
     /// Give an upstream its packets again, whatever the file says.
     Enable {
         /// A rule, and its upstream or mirror: name or address, as status shows them.
-        #[arg(value_name = "RULE/UPSTREAM", required_unless_present = "all")]
+        #[arg(value_name = "RULE/UPSTREAM", required_unless_present = "all",
+              add = ArgValueCandidates::new(complete::upstreams))]
         target: Option<drain::Target>,
         /// Take back all that drain and enable said: what the file says holds.
         #[arg(long, conflicts_with = "target")]
@@ -174,7 +196,8 @@ pub enum Command {
     /// Take the filter off the interfaces.
     Detach {
         /// Only this interface; may be given several times.
-        #[arg(short, long = "interface", value_name = "IF")]
+        #[arg(short, long = "interface", value_name = "IF",
+              add = ArgValueCandidates::new(complete::interfaces))]
         interfaces: Vec<String>,
         /// Remove the pins too: nothing of udplb stays in the kernel.
         #[arg(long, conflicts_with = "interfaces")]
@@ -187,7 +210,7 @@ pub enum Command {
     Arpd(Arpd),
     /// Print the JSON Schema (draft-07) of the configuration.
     Schema,
-    /// Print a completion script.
+    /// Print a completion script, which asks udplb for rules, upstreams and interfaces.
     Completions {
         #[arg(value_name = "SH")]
         shell: Shell,
@@ -207,7 +230,8 @@ pub struct Target {
     pub file: PathBuf,
     /// Interface on whose ingress packets are matched, instead of the file's; may be given
     /// several times.
-    #[arg(short, long = "interface", value_name = "IF")]
+    #[arg(short, long = "interface", value_name = "IF",
+          add = ArgValueCandidates::new(complete::interfaces))]
     pub interfaces: Vec<String>,
 }
 
@@ -215,7 +239,7 @@ pub struct Target {
 #[derive(Args, Default)]
 pub struct Status {
     /// Only this rule.
-    #[arg(value_name = "RULE")]
+    #[arg(value_name = "RULE", add = ArgValueCandidates::new(complete::rules))]
     pub rule: Option<String>,
     /// Show it again and again, with rates, until it is interrupted.
     #[arg(short, long)]
@@ -232,7 +256,7 @@ pub struct Status {
 #[derive(Args)]
 pub struct Trace {
     /// Only those of this rule.
-    #[arg(long, value_name = "RULE")]
+    #[arg(long, value_name = "RULE", add = ArgValueCandidates::new(complete::rules))]
     pub rule: Option<String>,
     /// Only those from this network or address.
     #[arg(long, value_name = "CIDR")]
@@ -244,10 +268,10 @@ pub struct Trace {
     #[arg(long)]
     pub drops: bool,
     /// End after so many lines.
-    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(short, long, value_name = "N", value_parser = at_least_one::<u64>)]
     pub count: Option<u64>,
     /// Only every N-th packet of those.
-    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value = "1", value_parser = at_least_one::<u32>)]
     pub sample: u32,
     /// Write the frames too, the first 128 bytes of each, as they came and as they left; - is
     /// standard output, instead of the lines.
@@ -268,7 +292,7 @@ pub struct Get {
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub payload: String,
     /// Where it comes in, where there are several interfaces.
-    #[arg(short, long, value_name = "IF")]
+    #[arg(short, long, value_name = "IF", add = ArgValueCandidates::new(complete::interfaces))]
     pub interface: Option<String>,
 }
 
@@ -338,12 +362,15 @@ const METRICS_PORT: u16 = 9477;
 fn metrics_address(text: &str) -> Result<SocketAddr, String> {
     text.parse()
         .or_else(|_| text.parse().map(|address: IpAddr| SocketAddr::new(address, METRICS_PORT)))
-        .map_err(|_| "an address, `127.0.0.1` or `[::1]:9477`".into())
+        .map_err(|_| {
+            "an IP address, like `127.0.0.1` or `[::1]:9477`; host names are not resolved".into()
+        })
 }
 
 fn some_seconds(text: &str) -> Result<Duration, String> {
+    const LEAST: Duration = Duration::from_millis(100);
     match seconds(text)? {
-        Duration::ZERO => Err("at least 1".into()),
+        seconds if seconds < LEAST => Err("at least 0.1 seconds".into()),
         seconds => Ok(seconds.min(Duration::from_secs(86_400))),
     }
 }

@@ -29,8 +29,8 @@ use crate::tc::{self, Slot};
 use crate::terminal::{self, Live, Woken};
 use crate::wanted::{Request, Text, Wanted};
 use crate::{
-    advice, apply, clock, config, confirm, doctor, get, list, privileges, problem, state, top,
-    trace, wanted,
+    advice, apply, clock, complete, config, confirm, doctor, get, list, privileges, problem, state,
+    top, trace, wanted,
 };
 
 const PENDING: u8 = 2;
@@ -58,7 +58,7 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         Command::Trace(options) => {
             match trace::run(global, options, &netlink()?, colour(global)).await? {
                 Some(_) => Ok(0),
-                None => nothing_applied(),
+                None => Err(Failure::NothingApplied),
             }
         }
         Command::Get(options) => match get::run(global, options, &netlink()?).await? {
@@ -66,7 +66,7 @@ pub async fn run(cli: &Cli) -> Result<u8> {
                 report(global, &answer.to_string(), &json!(answer))?;
                 Ok(if answer.matched() { 0 } else { DEGRADED })
             }
-            None => nothing_applied(),
+            None => Err(Failure::NothingApplied),
         },
         Command::Doctor { file } => examine(global, file.as_deref()).await,
         Command::Metrics => print(&Gatherer::new(global.clone()).gather(&netlink()?).await?),
@@ -79,9 +79,7 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         Command::Arpd(options) => crate::arpd::run(global, *options).await,
         Command::Schema => print(&pretty(&config::schema())?),
         Command::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(*shell, &mut Cli::command(), "udplb", &mut script);
-            print(&String::from_utf8_lossy(&script))
+            print(&complete::script(*shell).with_context(|| format!("a script for {shell}"))?)
         }
         Command::Man { directory } => {
             fs::create_dir_all(directory)
@@ -406,7 +404,7 @@ fn shown(global: &Global, status: &Status, one_of_many: bool) -> Result<String> 
     let json = match (global.output, one_of_many) {
         (Output::Json, false) => serde_json::to_string_pretty(status),
         (Output::Json, true) => serde_json::to_string(status),
-        (Output::Table, _) if global.quiet => return Ok(String::new()),
+        (Output::Table, _) if global.quiet => return Ok(status.problems_text()),
         (Output::Table, _) => return Ok(status.text(clock::now(), paper(global))),
     };
     Ok(json.context("JSON")? + "\n")
@@ -438,15 +436,10 @@ fn colour(global: &Global) -> bool {
     }
 }
 
-fn nothing_applied() -> Result<u8> {
-    say("nothing is applied");
-    Ok(DEGRADED)
-}
-
 async fn list_rules(global: &Global) -> Result<u8> {
     let observed = look(global, &netlink()?).await?;
     let Some(serving) = observed.described()? else {
-        return nothing_applied();
+        return Err(Failure::NothingApplied);
     };
     let document = list::document(&serving.description.desired);
     let yaml = serde_yaml::to_string(&document).context("YAML")?;
@@ -455,13 +448,13 @@ async fn list_rules(global: &Global) -> Result<u8> {
 
 /// The lock and what is below it, for what only writes what is said of upstreams.
 async fn to_steer(global: &Global, netlink: &Netlink) -> Result<(WriteGuard, Observed)> {
-    let nothing = || Failure::Failed(anyhow!("nothing is applied"));
     // writing makes the directory
-    drop(state::read(&global.pin_dir, global.lock_timeout)?.ok_or_else(nothing)?);
+    let guard = state::read(&global.pin_dir, global.lock_timeout)?;
+    drop(guard.ok_or(Failure::NothingApplied)?);
     let guard = lock(global, netlink).await?;
     let observed = observe(Some(&guard), netlink).await?;
     diff::refuse_other_namespace(&observed).map_err(refused)?;
-    observed.described()?.ok_or_else(nothing)?;
+    observed.described()?.ok_or(Failure::NothingApplied)?;
     // without them nobody knows what was said of upstreams before
     guard.maps()?.context(state::INCOMPLETE)?;
     Ok((guard, observed))
@@ -554,6 +547,9 @@ async fn rollback(global: &Global) -> Result<u8> {
     let netlink = netlink()?;
     let guard = state::write(&global.pin_dir, global.lock_timeout)?;
     let observed = observe(Some(&guard), &netlink).await?;
+    if observed.generations.is_empty() && observed.damaged.is_empty() {
+        return Err(Failure::NothingApplied);
+    }
     let plan = diff::rollback(&observed, clock::now()).map_err(refused)?;
     let target = observed.generations.get(&plan.generation);
     let desired = target.map(|target| target.description.desired.clone()).unwrap_or_default();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use serde::Serialize;
 
 use crate::changes::endpoint;
@@ -209,8 +209,16 @@ fn find_rule<'a>(
     ids: &'a [RuleIds],
     name: &str,
 ) -> anyhow::Result<(&'a Rule, &'a RuleIds)> {
-    let mut all = desired.rules.iter().zip(ids);
-    all.find(|(rule, _)| rule.name == name).ok_or_else(|| {
+    let index = rule_index(desired, name)?;
+    Ok((&desired.rules[index], ids.get(index).context("a rule without ids")?))
+}
+
+/// Finds a rule by its name.
+///
+/// # Errors
+/// There is none; the name that was probably meant is said.
+pub fn rule_index(desired: &Desired, name: &str) -> anyhow::Result<usize> {
+    desired.rules.iter().position(|rule| rule.name == name).ok_or_else(|| {
         let known: Vec<&str> = desired.rules.iter().map(|rule| rule.name.as_str()).collect();
         anyhow!("there is no rule `{name}`; {}", hint(name, &known))
     })

@@ -8,12 +8,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use anyhow::anyhow;
 
 use crate::config::Diagnostic;
+use crate::journal;
 
 /// A failed command. Everything else than [`Failure::Failed`] has an exit code of its own.
 #[derive(Debug)]
 pub enum Failure {
     /// 1: the old generation still serves.
     Failed(anyhow::Error),
+    /// 3: there is no configuration in the kernel.
+    NothingApplied,
     /// 64: the call's words are off.
     Usage(String),
     /// 65: the configuration is bad; nothing was touched.
@@ -33,6 +36,7 @@ impl Failure {
     pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Failed(_) => 1,
+            Failure::NothingApplied => 3,
             Failure::Usage(_) => 64,
             Failure::Config(_) => 65,
             Failure::Unreadable(_) => 66,
@@ -53,9 +57,16 @@ fn message(payload: &dyn Any) -> &str {
     owned.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("a panic")
 }
 
-/// To standard error. That nobody reads it, or that its disk is full, keeps nothing from being done.
+/// Writes to standard error. That nobody reads it, or that its disk is full, keeps nothing from being
+/// done.
 pub fn say(text: impl fmt::Display) {
-    let _ = writeln!(io::stderr().lock(), "{text}");
+    let text = text.to_string();
+    let level = match text.split([':', ' ']).next() {
+        Some("error") => log::Level::Error,
+        Some("warning") => log::Level::Warn,
+        _ => log::Level::Info,
+    };
+    let _ = writeln!(io::stderr().lock(), "{}", journal::prefixed(level, &text));
 }
 
 impl From<anyhow::Error> for Failure {
@@ -68,6 +79,7 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Failure::Failed(error) => write!(f, "error: {error:#}"),
+            Failure::NothingApplied => write!(f, "error: nothing is applied"),
             Failure::Usage(message)
             | Failure::Unreadable(message)
             | Failure::Locked(message)

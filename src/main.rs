@@ -4,10 +4,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use udplb::cli::{Cli, Command};
-use udplb::commands;
 use udplb::failure::{Failure, catch, say};
+use udplb::{commands, complete, journal};
 
 fn main() -> ExitCode {
+    complete::answer();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -48,10 +49,8 @@ fn log_to_stderr(cli: &Cli) {
         (false, 1) => log::LevelFilter::Info,
         (false, _) => log::LevelFilter::Debug,
     };
-    env_logger::Builder::new()
-        .filter_module("udplb", level)
-        .format_timestamp(None)
-        .format_target(false)
-        .parse_env("RUST_LOG")
-        .init();
+    let mut logger = env_logger::Builder::new();
+    logger.filter_module("udplb", level).format_timestamp(None).format_target(false);
+    journal::format(&mut logger);
+    logger.parse_env("RUST_LOG").init();
 }

@@ -16,6 +16,7 @@ use crate::columns::{self, Column};
 use crate::config::{Action, Address, Mode, State};
 use crate::counters::{Count, Counts};
 use crate::diagnosis::{self, Source};
+use crate::drain;
 use crate::failure::Result;
 use crate::generation::{self, Generation};
 use crate::lease;
@@ -25,7 +26,7 @@ use crate::observe::{Observed, observe};
 use crate::overrides;
 use crate::partial::Unresolved;
 use crate::plan::{Destination, Role, Rule, RuleIds};
-use crate::problem::Problem;
+use crate::problem::{Level, Problem};
 use crate::state::{self, Pending, ReadGuard, StateMaps};
 use crate::traffic::{Rate, Traffic};
 
@@ -294,10 +295,10 @@ impl Status {
         }
         status.traffic = Some(view.total);
         status.problems = status.diagnose(observed, Some(serving));
-        match rule {
-            Some(name) if status.rules.is_empty() => anyhow::bail!("there is no rule `{name}`"),
-            _ => Ok(status),
+        if let Some(name) = rule {
+            drain::rule_index(&description.desired, name)?;
         }
+        Ok(status)
     }
 
     fn diagnose(&self, observed: &Observed, serving: Option<&Generation>) -> Vec<Problem> {
@@ -540,6 +541,12 @@ impl Status {
             }
         }
         text
+    }
+
+    /// The problems alone, a line for each.
+    pub fn problems_text(&self) -> String {
+        let problems = self.problems.iter().filter(|problem| problem.level == Level::Problem);
+        problems.map(|problem| format!("! {problem}\n")).collect()
     }
 
     fn has_rates(&self) -> bool {

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::cli::{Global, Output, Top};
 use crate::columns::{self, Column};
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
 use crate::netlink::Netlink;
 use crate::status::{self, Paper, Reading, Status};
 use crate::terminal::{self, Key, Live, Woken};
@@ -79,6 +79,9 @@ pub async fn run(global: &Global, options: &Top, netlink: &Netlink, paper: Paper
     let mut screen = Screen { order: options.sort, reversed: false, first: 0 };
     let mut last = status::read(global, netlink, None, None).await?;
     let mut history = History::default();
+    if options.once && last.status.generation.is_none() {
+        return Err(Failure::NothingApplied);
+    }
     if options.once {
         tokio::time::sleep(options.interval).await;
         let reading = status::read(global, netlink, None, last.status.traffic.as_ref()).await?;

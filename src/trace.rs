@@ -16,7 +16,8 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle, RingBuffer, RingBufferBuilder};
 use crate::bpf::{bytes_of, from_bytes, types};
 use crate::cli::{Global, Output, Trace};
 use crate::clock;
-use crate::config::{Network, nearest};
+use crate::config::Network;
+use crate::drain;
 use crate::event::{Event, Names};
 use crate::failure::{Failure, Result, say};
 use crate::generation;
@@ -24,7 +25,6 @@ use crate::lease;
 use crate::netlink::Netlink;
 use crate::observe::observe;
 use crate::pcap::Pcap;
-use crate::plan::Desired;
 use crate::state::{self, INCOMPLETE};
 use crate::tables::wire;
 use crate::terminal::{Signals, is_gone};
@@ -53,7 +53,7 @@ pub async fn run(
     let description = &serving.description;
     let rule = match &options.rule {
         Some(name) => {
-            let index = find(&description.desired, name)?;
+            let index = drain::rule_index(&description.desired, name)?;
             description.ids.get(index).map_or(0, |ids| ids.rule)
         }
         None => 0,
@@ -121,21 +121,6 @@ fn summary(global: &Global, printer: &Printer, session: &Session) -> Option<Stri
             "{shown} shown, {lost} lost: more came than could be told; --sample, --rule, --src, \
              --dst and --drops take fewer"
         )),
-    }
-}
-
-/// The rule of that name.
-///
-/// # Errors
-/// There is none; what was probably meant is said.
-pub fn find(desired: &Desired, name: &str) -> anyhow::Result<usize> {
-    if let Some(index) = desired.rules.iter().position(|rule| rule.name == name) {
-        return Ok(index);
-    }
-    let names: Vec<&str> = desired.rules.iter().map(|rule| rule.name.as_str()).collect();
-    match nearest(name, &names) {
-        Some(near) => bail!("there is no rule `{name}`; did you mean `{near}`?"),
-        None => bail!("there is no rule `{name}`"),
     }
 }
 

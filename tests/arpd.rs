@@ -117,6 +117,11 @@ fn once_is_for_cron() {
     // nobody renews a lease
     assert_eq!(lab.status()["arpd"], Value::Null);
 
+    lab.upstream.ip("link set eth0 down");
+    lab.relay.ip("neigh flush dev up0");
+    lab.run("arpd --once").expect(1).says(&["error: 10.2.0.20 cannot be reached"]);
+    lab.upstream.ip("link set eth0 up");
+
     let mut elsewhere = udplb(&lab.client, &lab.bpffs);
     let outcome = Outcome::of(elsewhere.args(["arpd", "--once"])).expect(1);
     outcome.says(&["the pins belong to another network namespace"]);

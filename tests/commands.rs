@@ -46,7 +46,11 @@ fn every_exit_code() {
     expect("doctor", 3);
     expect("metrics", 0);
     expect("list", 3).says(&["nothing is applied"]);
-    expect("rollback", 1);
+    for words in ["rollback", "drain a/b", "enable a/b", "enable --all", "trace", "arpd --once"] {
+        expect(words, 3).says(&["nothing is applied"]);
+    }
+    expect("top --once", 3).says(&["nothing is applied"]);
+    expect("get 10.1.0.20 10.1.0.1:5000", 3).says(&["nothing is applied"]);
     expect(&format!("plan {good}"), 0);
     expect(&format!("plan {good} --exit-code"), 2);
     expect(&format!("apply {good} --dry-run"), 0);
@@ -54,7 +58,9 @@ fn every_exit_code() {
     expect(&format!("apply {good}"), 0);
     expect("status", 0);
     expect("status only", 0);
-    expect("status nosuch", 1).says(&["no rule `nosuch`"]);
+    for words in ["status onyl", "trace --rule onyl", "drain onyl/one"] {
+        expect(words, 1).says(&["there is no rule `onyl`; did you mean `only`?"]);
+    }
     expect(&format!("plan {good} --exit-code"), 0);
     expect(&format!("plan {other} --exit-code"), 2);
     for words in [
@@ -477,12 +483,125 @@ fn what_needs_no_kernel() {
     let schema = udplb("schema").json();
     assert_eq!(schema["$schema"], "http://json-schema.org/draft-07/schema#");
     for shell in ["bash", "zsh", "fish"] {
-        assert!(udplb(&format!("completions {shell}")).stdout.contains("rollback"));
+        assert!(udplb(&format!("completions {shell}")).stdout.contains("UDPLB_COMPLETE"));
     }
-    assert!(udplb("--version").stdout.starts_with("udplb "));
+    let version = udplb("--version").stdout;
+    let object = format!("\nkernel object: sha256 {}\n", udplb::bpf::OBJECT_SHA256);
+    assert!(version.starts_with("udplb ") && version.ends_with(&object), "{version}");
+    assert!(version.contains("\ncommit: "), "{version}");
+    assert_eq!(udplb("-V").stdout.lines().count(), 1);
     assert!(udplb("--help").stdout.contains("Exit codes"));
     run("chmod", ["0777".as_ref(), directory.path().as_os_str()]);
     let pages = directory.path().join("man");
     udplb(&format!("man {}", pages.display()));
     assert!(pages.join("udplb-apply.1").exists());
+}
+
+/// What a shell is offered for the last of these words.
+fn completed(lab: &Lab, words: &str) -> Vec<String> {
+    let mut command = lab.relay.command(env!("CARGO_BIN_EXE_udplb"));
+    command.env("UDPLB_COMPLETE", "bash").env("_CLAP_IFS", "\n");
+    let pins = format!("--pin-dir={}", lab.bpffs.pins().display());
+    let words: Vec<&str> = ["udplb", &pins].into_iter().chain(words.split(' ')).collect();
+    command.env("_CLAP_COMPLETE_INDEX", (words.len() - 1).to_string());
+    let outcome = Outcome::of(command.arg("--").args(words)).expect(0);
+    let lines = outcome.stdout.lines().filter(|line| !line.starts_with("--"));
+    lines.map(String::from).collect()
+}
+
+#[test]
+fn completion_offers_what_serves() {
+    let lab = Lab::new();
+    assert_eq!(completed(&lab, "drain "), Vec::<String>::new());
+    lab.relay.ip("link add spare0 type bridge");
+    let unnamed = json!({ "address": UPSTREAMS[1], "port": 9 });
+    let named = json!({ "name": "one", "address": UPSTREAMS[0] });
+    lab.apply(&config(&[
+        rule("flows", 5000, json!({ "tc_action": "block" }), &[named, unnamed]),
+        rule("traps", 162, json!({ "tc_action": "block" }), &[json!({ "address": UPSTREAMS[0] })]),
+    ]));
+    let upstreams = ["flows/one", "flows/10.2.0.21", "traps/10.2.0.20"];
+    for command in ["drain", "enable"] {
+        assert_eq!(completed(&lab, &format!("{command} f")), upstreams[..2]);
+        let offered = completed(&lab, &format!("{command} "));
+        assert!(upstreams.iter().all(|it| offered.iter().any(|offer| offer == it)), "{offered:?}");
+    }
+    // and each of them is understood
+    for upstream in upstreams {
+        lab.run(&format!("drain {upstream}")).expect(0);
+    }
+    assert_eq!(completed(&lab, "status t"), ["traps"]);
+    assert_eq!(completed(&lab, "trace --rule fl"), ["flows"]);
+    for words in ["apply x -i sp", "detach -i sp", "get a b --interface sp"] {
+        assert_eq!(completed(&lab, words), ["spare0"], "{words}");
+    }
+    assert!(completed(&lab, "roll").contains(&"rollback".into()));
+}
+
+#[test]
+fn options_of_all_commands_have_a_heading() {
+    for words in [&["--help"][..], &["apply", "--help"], &["trace", "-h"]] {
+        let help = Outcome::of(Command::new(env!("CARGO_BIN_EXE_udplb")).args(words)).stdout;
+        let (own, global) = help.split_once("Global options:").expect("a heading");
+        assert!(global.contains("--pin-dir") && !own.contains("--pin-dir"), "{help}");
+    }
+}
+
+#[test]
+fn numbers_on_the_command_line_are_explained() {
+    let lab = Lab::new();
+    for (words, says) in [
+        ("trace -c 0", "a number, at least 1"),
+        ("trace --sample -1", ""),
+        ("trace --sample none", "a number, at least 1"),
+        ("status --interval 0", "at least 0.1 seconds"),
+        ("status --interval 1,5", "a number of seconds, like 2 or 0.5"),
+        ("status --lock-timeout inf", "a number of seconds, like 2 or 0.5"),
+        ("arpd --metrics relay.example.net", "host names are not resolved"),
+    ] {
+        let outcome = lab.run(words).expect(64).says(&[says]);
+        assert!(!outcome.stderr.contains("18446744073709551615"), "{outcome:?}");
+    }
+    lab.apply(&to_port(7001));
+    lab.run("status --rate --interval 0.2 --lock-timeout 0.5").expect(0);
+    lab.run("status --lock-timeout 1e12").expect(0);
+}
+
+#[test]
+fn quiet_status_prints_problems_only() {
+    let lab = Lab::new();
+    let quiet = lab.run("status -q").expect(3);
+    assert!(quiet.stdout.starts_with("! nothing is applied"), "{quiet:?}");
+    lab.apply(&to_port(7001));
+    assert_eq!(lab.run("status -q").expect(0).stdout, "");
+    lab.relay.ip("link set eth0 down");
+    let quiet = lab.run("status -q").expect(3);
+    assert!(quiet.stdout.starts_with("! eth0: "), "{quiet:?}");
+    assert!(quiet.stdout.lines().all(|line| line.starts_with("! ")), "{quiet:?}");
+}
+
+#[test]
+fn journal_reads_priorities() {
+    let lab = Lab::new();
+    let to_journal = |words: &str, own: bool| {
+        let log = lab.directory.path().join("journal");
+        let file = File::create(&log).expect("a file");
+        let meta = std::os::unix::fs::MetadataExt::ino(&file.metadata().expect("metadata"));
+        let device = std::os::unix::fs::MetadataExt::dev(&file.metadata().expect("metadata"));
+        let inode = if own { meta } else { meta + 1 };
+        let mut command = lab.udplb(words);
+        command.env("JOURNAL_STREAM", format!("{device}:{inode}")).stderr(file);
+        command.stdout(std::process::Stdio::null()).status().expect("the program runs");
+        fs::read_to_string(log).expect("the log")
+    };
+    let bad = lab.directory.write("bad.yaml", "version: 1\nrules: 1\n").display().to_string();
+    let text = to_journal(&format!("apply {bad}"), true);
+    assert!(text.lines().count() > 1 && text.lines().all(|line| line.starts_with("<3>")), "{text}");
+    let file = lab.write(&config(&[])).display().to_string();
+    let text = to_journal(&format!("apply {file}"), true);
+    assert!(text.starts_with("<4>warning: "), "{text}");
+    let text = to_journal(&format!("apply {file} -v --force"), true);
+    assert!(text.lines().all(|line| line.starts_with('<')), "{text}");
+    // it is somebody else's
+    assert!(to_journal(&format!("apply {bad}"), false).starts_with("error: "));
 }

@@ -421,7 +421,7 @@ fn all_are_enabled_at_once() {
 fn what_cannot_be_done() {
     let lab = Lab::new();
     for words in ["drain only/a", "enable only/a", "enable --all"] {
-        lab.run(words).expect(1).says(&["nothing is applied"]);
+        lab.run(words).expect(3).says(&["nothing is applied"]);
         assert!(!lab.bpffs.pins().exists());
     }
     lab.apply(&block(&[upstream("collector", 0, 7001), upstream("b", 1, 7001)]));

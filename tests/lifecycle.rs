@@ -96,7 +96,7 @@ fn the_previous_generation_is_kept_and_no_other() {
 #[test]
 fn a_rollback_is_held_against_the_cron_job() {
     let lab = Lab::new();
-    lab.run("rollback").expect(1).says(&["no earlier generation"]);
+    lab.run("rollback").expect(3).says(&["nothing is applied"]);
     lab.apply(&to_port(7001));
     lab.run("rollback").expect(1).says(&["no earlier generation"]);
     lab.apply(&to_port(7002));

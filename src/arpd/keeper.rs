@@ -177,6 +177,19 @@ impl Keeper {
         })
     }
 
+    /// The upstreams that cannot be reached: without a route, or with a next hop that does not answer.
+    pub fn unreachable(&self) -> Vec<String> {
+        let up = |upstream: &&Upstream| {
+            let health = self.entry(upstream).health;
+            [Health::HEALTH_UP, Health::HEALTH_STALE].contains(&health)
+        };
+        let dead = self.upstreams.iter().filter(|upstream| !up(upstream));
+        dead.map(|upstream| upstream.address.to_string())
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .collect()
+    }
+
     /// All interfaces.
     pub fn set_links(&mut self, links: Vec<Link>) {
         let links: HashMap<u32, Link> = links.into_iter().map(|link| (link.index, link)).collect();

@@ -286,6 +286,15 @@ impl Service {
     }
 
     /// Whether every neighbour has answered or given up.
+    pub fn unreachable(&self) -> Vec<String> {
+        self.keeper.unreachable()
+    }
+
+    /// True if a configuration serves.
+    pub fn serves(&self) -> bool {
+        self.serving.is_some()
+    }
+
     pub fn is_settled(&self) -> bool {
         self.keeper.is_settled()
     }
