@@ -12,11 +12,10 @@ const SOURCE: &str = "bpf/udplb.bpf.c";
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let object = out.join("udplb.bpf.o");
-    // Debian keeps asm/types.h where only the native target looks
-    let multiarch = format!(
-        "-I/usr/include/{}-linux-gnu",
-        env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets the target")
-    );
+    // Debian keeps asm/types.h where only the native target looks; it is the same for all of them
+    let host = env::var("HOST").expect("cargo sets the host");
+    let multiarch =
+        format!("-I/usr/include/{}-linux-gnu", host.split('-').next().unwrap_or_default());
     let arguments = ["-O2", "-g", "-mcpu=v3", "-Wall", "-Wextra", "-Werror", &multiarch];
     SkeletonBuilder::new()
         .source(SOURCE)

@@ -156,7 +156,9 @@ fn is_bpffs(path: &Path) -> anyhow::Result<bool> {
         bail!("{}: {error}", path.display());
     }
     // SAFETY: filled, as just checked.
-    Ok(unsafe { stat.assume_init() }.f_type == libc::BPF_FS_MAGIC as libc::c_long)
+    let f_type = unsafe { stat.assume_init() }.f_type;
+    // signed with glibc, unsigned with musl
+    Ok(i128::from(f_type) == i128::from(libc::BPF_FS_MAGIC))
 }
 
 impl ReadGuard {

@@ -9,11 +9,10 @@ const SOURCE: &str = "floors.bpf.c";
 
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    // Debian keeps asm/types.h where only the native target looks
-    let multiarch = format!(
-        "-I/usr/include/{}-linux-gnu",
-        env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets the target")
-    );
+    // Debian keeps asm/types.h where only the native target looks; it is the same for all of them
+    let host = env::var("HOST").expect("cargo sets the host");
+    let multiarch =
+        format!("-I/usr/include/{}-linux-gnu", host.split('-').next().unwrap_or_default());
     SkeletonBuilder::new()
         .source(SOURCE)
         .obj(out.join("floors.bpf.o"))

@@ -349,7 +349,7 @@ fn lro(interface: &str) -> bool {
             *to = from as libc::c_char;
         }
         request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
-        libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &mut request)
+        libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &mut request)
     };
     result == 0 && value[1] & LRO != 0
 }

@@ -99,9 +99,12 @@ async fn metrics(exposition: Arc<Mutex<Exposition>>) -> anyhow::Result<Arc<Strin
     let text = Arc::new(text.map_err(|failure| anyhow::anyhow!("{failure}"))?);
     locked.text = Some(Arc::clone(&text));
     drop(locked);
-    // what it took is not kept until the next scrape
+    // glibc would keep what it took until the next scrape
     // SAFETY: takes a plain number.
-    unsafe { libc::malloc_trim(0) };
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0)
+    };
     tokio::spawn(async move {
         sleep(FRESH).await;
         exposition.lock().await.text = None;
