@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* The two ways out: the packet itself or a copy of it; and what is counted for it. */
+/* The two ways out: the packet itself or a copy of it, whole or in pieces. */
 #ifndef UDPLB_FORWARD_H
 #define UDPLB_FORWARD_H
 
@@ -10,82 +10,22 @@
 #define SENT_ACTION(sent) ((__s8)((sent) >> 8 & 0xff))
 #define SENT_MTU(sent) ((sent) >> 16)
 
-/* The segments of a GSO packet but the first, each of which has headers of its own. */
-static __noinline void count_segments(struct __sk_buff *skb, __u32 layout, __u32 bytes,
-				      struct counter *counter)
-{
-	__u32 headers = segment_headers(skb, layout), segments = skb->gso_segs;
-
-	/* a guest's packet comes without their number */
-	if (!segments && bytes > headers)
-		segments = (bytes - headers + skb->gso_size - 1) / skb->gso_size;
-	if (segments < 2)
-		return;
-	counter->packets += segments - 1;
-	counter->bytes += (__u64)(segments - 1) * headers;
-}
-
-/* `tags`: what is in the frame that the layout does not know of, in bytes. */
-static __always_inline void count(struct __sk_buff *skb, __u32 layout, __u32 tags, __u32 id,
-				  enum verdict which)
-{
-	__u32 chunk = id / COUNTERS_PER_CHUNK, index = id % COUNTERS_PER_CHUNK, bytes = skb->len - tags;
-	void *inner = bpf_map_lookup_elem(&counters, &chunk);
-	struct counters *counters = inner ? bpf_map_lookup_elem(inner, &index) : NULL;
-	struct counter *counter;
-
-	if (!counters || features.asking || which >= COUNTERS)
-		return;
-	counter = &counters->of[which];
-	counter->packets++;
-	counter->bytes += bytes;
-	if (skb->gso_size && layout)
-		count_segments(skb, layout, bytes, counter);
-}
-
-/* Out of line: off the main path, and the verifier need not go on from each of its ends. */
-__noinline __u32 count_aside(struct __sk_buff *skb, __u32 layout, __u32 tags, __u32 id, __u32 which)
-{
-	count(skb, layout, tags, id, which);
-	return 0;
-}
-
 /*
- * Ends CHECKSUM_COMPLETE, which no other helper does. bpf_redirect_neigh() takes a header off and leaves it
- * in the sum; a receiver on this host then takes another one out of it, and drops the packet if the sum is
- * not the hardware's: behind a tunnel it is not.
- */
-static __always_inline void forget_sum(struct __sk_buff *skb)
-{
-	__u32 length = skb->len;
-
-	if (!skb->gso_size && !bpf_skb_change_tail(skb, length + 1, 0))
-		bpf_skb_change_tail(skb, length, 0);
-}
-
-/* Gives the packet away, which says already what it is to say. */
-static __always_inline int give(struct __sk_buff *skb, struct sending *sending, enum verdict verdict)
-{
-	struct bpf_redir_neigh *neighbour = &sending->neighbour;
-	const struct way *way = &sending->way;
-
-	if (verdict == VERDICT_FORWARDED)
-		return bpf_redirect(way->ifindex, 0);
-	if (sending->checksum == CHECKSUM_OF_FRAME)
-		forget_sum(skb);
-	/* the kernel asks for the neighbour and keeps the packet meanwhile */
-	neighbour->nh_family = way->family;
-	__builtin_memcpy(neighbour->ipv6_nh, way->gateway, sizeof(neighbour->ipv6_nh));
-	return bpf_redirect_neigh(way->ifindex, neighbour, sizeof(*neighbour), 0);
-}
-
-/* Sends a copy, and leaves the packet as it came: every byte, and skb->csum. False where it cannot be left
- * so.
+ * Sends a copy, or as many fragments of it as `sending` says, for the MTU of the way, and leaves the packet
+ * as it came: every byte, and skb->csum. Returns false where it cannot be left so.
  */
 static __always_inline bool copy(struct __sk_buff *skb, __u32 layout, struct packet *packet,
 				 const struct sending *sending, enum verdict *verdict)
 {
-	if (!features.asking && bpf_clone_redirect(skb, sending->way.ifindex, 0))
+	bool sent;
+
+	if (sending->pieces)
+		sent = recirculate(skb, layout, sending->upstream, sending->way.mtu, sending->pieces);
+	else if (*verdict != VERDICT_FORWARDED)
+		sent = recirculate(skb, layout, sending->upstream, 0, 1);
+	else
+		sent = features.asking || !bpf_clone_redirect(skb, sending->way.ifindex, 0);
+	if (!sent)
 		*verdict = VERDICT_CLONE_FAILED;
 	if (sending->checksum == CHECKSUM_OF_FRAME)
 		bpf_csum_update(skb, ~sending->csum);
@@ -102,13 +42,10 @@ static __always_inline bool copy(struct __sk_buff *skb, __u32 layout, struct pac
 static __always_inline enum verdict send_on(struct __sk_buff *skb, __u32 layout, struct packet *packet,
 					    struct sending *sending, enum verdict verdict, int *action)
 {
-	bool gives = layout & LAYOUT_GIVE;
+	bool gives = layout & LAYOUT_GIVE && !sending->pieces;
 
-	if (!gives) {
-		if (verdict == VERDICT_NO_NEIGHBOUR)
-			return verdict;
+	if (!gives)
 		save(skb, layout, packet, &sending->original);
-	}
 	/* what is addressed to a group the kernel does not give a neighbour's address; nor is there one yet
 	 */
 	if (!gives || verdict == VERDICT_FORWARDED || packet->eth->h_dest[0] & 1)
@@ -121,7 +58,7 @@ static __always_inline enum verdict send_on(struct __sk_buff *skb, __u32 layout,
 		trace_frame(skb);
 	if (gives) {
 		*action = give(skb, sending, verdict);
-		return VERDICT_FORWARDED;
+		return verdict;
 	}
 	if (!copy(skb, layout, packet, sending, &verdict))
 		*action = TC_ACT_SHOT;
@@ -177,6 +114,40 @@ static __always_inline bool write_label(struct __sk_buff *skb, __u32 layout, con
 	return true;
 }
 
+/* Gives the fragments of a whole packet an identification of their own, where several senders are one. */
+static __always_inline void identify_pieces(struct __sk_buff *skb, __u32 layout, const struct packet *packet,
+					    const struct upstream *upstream, struct label *label)
+{
+	if (!(layout & (LAYOUT_FIRST | LAYOUT_LATER)))
+		label->identification =
+			new_identification(skb, layout | LAYOUT_FIRST, packet, upstream,
+					   upstream->source == SOURCE_PRESERVE ? 0 : next_identification());
+}
+
+/* By the next hop: the packet or a copy of it, and what is too large and may be cut in pieces. */
+static __always_inline enum verdict send_to(struct __sk_buff *skb, __u32 layout, struct packet *packet,
+					    const struct upstream *upstream, struct sending *sending,
+					    int *action)
+{
+	enum verdict verdict;
+
+	if (packet->is_ipv6 && stays_here(&sending->label))
+		return VERDICT_NO_ROUTE;
+	sending->upstream = upstream->id;
+	sending->pieces = 0;
+	verdict = next_hop(skb, packet, ip_length(skb, layout, packet), sending);
+	if (verdict == VERDICT_MTU && is_sent(sending->way.verdict) &&
+	    (sending->pieces = pieces_of(skb, layout, sending->way.mtu))) {
+		verdict = sending->way.verdict;
+		if (!locate(skb, layout, packet))
+			return VERDICT_CLONE_FAILED;
+		identify_pieces(skb, layout, packet, upstream, &sending->label);
+	}
+	if (!is_sent(verdict))
+		return verdict;
+	return send_on(skb, layout, packet, sending, verdict, action);
+}
+
 /*
  * Sends a packet, or a copy of it, to the upstream with that index, and counts it there.
  * `identification` is for fragments whose senders merge. Returns SENT().
@@ -199,9 +170,7 @@ __noinline __u32 send(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 id
 	} else if (!write_label(skb, layout, &packet, upstream, identification, &sending->label)) {
 		verdict = VERDICT_NO_ROUTE;
 	} else {
-		verdict = next_hop(skb, layout, &packet, upstream, index, sending);
-		if (verdict != VERDICT_MTU && verdict != VERDICT_NO_ROUTE)
-			verdict = send_on(skb, layout, &packet, sending, verdict, &action);
+		verdict = send_to(skb, layout, &packet, upstream, sending, &action);
 	}
 	sent = SENT(verdict, action, verdict == VERDICT_MTU ? sending->way.mtu : 0);
 	count(skb, layout, 0, upstream->id, verdict);

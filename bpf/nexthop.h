@@ -10,16 +10,23 @@ struct way {
 	__u32 ifindex;
 	__u32 family;
 	__be32 gateway[4];
-	__u16 mtu; /* 0: unknown */
+	__u16 mtu;	      /* 0: unknown */
+	bool asks;	      /* it is time to ask the kernel for the MTU of the path */
+	enum verdict verdict; /* of a packet that fits */
 };
 
 /* What a packet is sent with. Not on the stack, of which all functions on the way have 512 bytes together. */
 struct sending {
+	__u32 upstream; /* id */
 	struct label label;
 	struct way way;
 	struct bpf_fib_lookup fib;
 	struct bpf_redir_neigh neighbour;
 	struct headers original;
+	__u32 pieces;		     /* fragments that the packet is cut into; 0: it is not */
+	__u32 cb[5];		     /* of the skb, as it came */
+	__u32 options[MOST_OPTIONS]; /* of the IP header of a packet that is cut */
+	__u8 shifted[SHIFTED];
 	volatile enum checksum checksum; /* read each time: the verifier would go on once for each of them */
 	__u32 csum;			 /* what was added to skb->csum */
 };
@@ -54,6 +61,13 @@ static __always_inline bool is_no_mac(const __u8 *mac)
 	return !(words[0] | words[1] | words[2]);
 }
 
+/* Returns true for a packet that goes out, or to the kernel's neighbour table. */
+static __always_inline bool is_sent(enum verdict verdict)
+{
+	return verdict == VERDICT_FORWARDED || verdict == VERDICT_STALE_NEIGHBOUR ||
+	       verdict == VERDICT_UNRESOLVED;
+}
+
 static __always_inline bool is_same_address(const __be32 *one, const __be32 *other)
 {
 	return !((one[0] ^ other[0]) | (one[1] ^ other[1]) | (one[2] ^ other[2]) | (one[3] ^ other[3]));
@@ -79,9 +93,9 @@ static __always_inline bool stays_here(const struct label *label)
 	       (is_link_local(label->source) && !is_link_local(label->destination));
 }
 
-static __always_inline const struct nexthop_slot *nexthop_slot(const struct upstream *upstream)
+static __always_inline struct nexthop_slot *nexthop_slot(__u32 upstream)
 {
-	__u32 chunk = upstream->id / NEXTHOPS_PER_CHUNK, index = upstream->id % NEXTHOPS_PER_CHUNK;
+	__u32 chunk = upstream / NEXTHOPS_PER_CHUNK, index = upstream % NEXTHOPS_PER_CHUNK;
 	void *inner = bpf_map_lookup_elem(&nexthops, &chunk);
 
 	return inner ? bpf_map_lookup_elem(inner, &index) : NULL;
@@ -92,14 +106,13 @@ static __always_inline __u32 sequence_of(const struct nexthop_slot *slot)
 	return *(const volatile __u32 *)&slot->sequence;
 }
 
-/* The entry that is in use, if it is this upstream's. */
+/* The entry that is in use, if it is for this upstream's address. */
 static __always_inline const struct nexthop *known_of(const struct nexthop_slot *slot, __u32 sequence,
-						      const struct upstream *upstream)
+						      const __be32 *address)
 {
 	const struct nexthop *known = &slot->copies[sequence & 1];
 
-	if (features.ipv6 ? !is_same_address(known->address, upstream->address)
-			  : known->address[0] != upstream->address[0])
+	if (features.ipv6 ? !is_same_address(known->address, address) : known->address[0] != address[0])
 		return NULL;
 	return known;
 }
@@ -116,10 +129,10 @@ static __always_inline bool lease_holds(void)
 /* Whether an upstream is known not to answer. */
 static __always_inline bool is_down(const struct upstream *upstream)
 {
-	const struct nexthop_slot *slot = nexthop_slot(upstream);
+	const struct nexthop_slot *slot = nexthop_slot(upstream->id);
 	const struct nexthop *known;
 
-	if (!slot || !(known = known_of(slot, sequence_of(slot), upstream)))
+	if (!slot || !(known = known_of(slot, sequence_of(slot), upstream->address)))
 		return false;
 	return known->health == HEALTH_DOWN && lease_holds();
 }
@@ -127,83 +140,88 @@ static __always_inline bool is_down(const struct upstream *upstream)
 /* This host's own address on the way; false where it is not known. */
 static __always_inline bool egress_address(const struct upstream *upstream, __be32 *address)
 {
-	const struct nexthop_slot *slot = nexthop_slot(upstream);
+	const struct nexthop_slot *slot = nexthop_slot(upstream->id);
 	const struct nexthop *known;
 	__u32 sequence;
 
 	if (!slot)
 		return false;
 	sequence = sequence_of(slot);
-	known = known_of(slot, sequence, upstream);
+	known = known_of(slot, sequence, upstream->address);
 	if (!known)
 		return false;
 	__builtin_memcpy(address, known->egress, sizeof(known->egress));
 	return (address[0] | address[1] | address[2] | address[3]) && sequence_of(slot) == sequence;
 }
 
-/* The way that user space vouches for; false where it does not, or no longer. */
-static __always_inline bool leased_way(const struct upstream *upstream, struct way *way)
+enum leased {
+	LEASED_NOTHING, /* or no longer */
+	LEASED_DOWN,	/* the next hop does not answer */
+	LEASED_WAY,
+};
+
+/* Takes the way that arpd vouches for. */
+static __always_inline enum leased leased_way(struct sending *sending)
 {
+	struct way *way = &sending->way;
 	const struct nexthop_slot *slot;
 	const struct nexthop *known;
 	__u32 sequence;
 
-	if (!lease_holds() || !(slot = nexthop_slot(upstream)))
-		return false;
+	if (!lease_holds() || !(slot = nexthop_slot(sending->upstream)))
+		return LEASED_NOTHING;
 	sequence = sequence_of(slot);
-	known = known_of(slot, sequence, upstream);
-	if (!known || known->macs < MACS_FRESH || !known->ifindex)
-		return false;
+	known = known_of(slot, sequence, sending->label.destination);
+	if (!known)
+		return LEASED_NOTHING;
+	if (known->health == HEALTH_DOWN)
+		return LEASED_DOWN;
+	if (known->macs < MACS_FRESH || !known->ifindex)
+		return LEASED_NOTHING;
 	way->ifindex = known->ifindex;
 	copy_macs(way->frame, known->destination);
 	way->mtu = known->mtu;
+	way->asks = age(slot->asked) >= ASKED_SECONDS * features.ticks_per_second;
 	/* two writes since: what was read may be a mixture */
-	return sequence_of(slot) == sequence;
+	return sequence_of(slot) == sequence ? LEASED_WAY : LEASED_NOTHING;
 }
 
 /*
- * What user space resolved once, where the kernel's routing knows no MAC address (`routed`:
- * `way` has interface and gateway) or does not route at all.
+ * Takes interface and gateway that user space resolved, where the kernel does not route for this interface.
+ * Only the kernel's neighbour table knows whether the gateway answers.
  */
-static __always_inline enum verdict expired_way(const struct upstream *upstream, struct way *way, bool routed)
+static __always_inline enum verdict known_way(const struct sending *sending, struct way *way)
 {
-	const enum verdict without = routed ? VERDICT_NO_NEIGHBOUR : VERDICT_NO_ROUTE;
-	const struct nexthop_slot *slot = nexthop_slot(upstream);
+	const struct nexthop_slot *slot = nexthop_slot(sending->upstream);
+	enum verdict verdict = VERDICT_STALE_NEIGHBOUR;
 	const struct nexthop *known;
 	__u32 sequence;
 
 	if (!slot)
-		return without;
+		return VERDICT_NO_ROUTE;
 	sequence = sequence_of(slot);
-	known = known_of(slot, sequence, upstream);
+	known = known_of(slot, sequence, sending->label.destination);
 	if (!known || !known->ifindex)
-		return without;
-	if (routed && known->ifindex != way->ifindex)
-		return without;
-	if (known->macs == MACS_NONE) {
-		way->ifindex = known->ifindex;
-		way->mtu = known->mtu;
-		return sequence_of(slot) == sequence ? VERDICT_FORWARDED : VERDICT_NO_NEIGHBOUR;
-	}
-	if (routed && !is_same_address(known->gateway, way->gateway))
-		return without;
+		return VERDICT_NO_ROUTE;
 	way->ifindex = known->ifindex;
 	way->family = known->family;
 	__builtin_memcpy(way->gateway, known->gateway, sizeof(way->gateway));
-	copy_macs(way->frame, known->destination);
 	way->mtu = known->mtu;
-	if (known->macs == MACS_UNKNOWN || sequence_of(slot) != sequence)
-		return VERDICT_NO_NEIGHBOUR;
-	return VERDICT_STALE_NEIGHBOUR;
+	if (known->macs == MACS_NONE)
+		verdict = VERDICT_FORWARDED;
+	else if (known->macs == MACS_UNKNOWN)
+		verdict = VERDICT_UNRESOLVED;
+	return sequence_of(slot) == sequence ? verdict : VERDICT_NO_NEIGHBOUR;
 }
 
-/* Of the route, as user space found it; 0: unknown. */
-static __always_inline __u16 mtu_of(const struct upstream *upstream)
+/* What user space knows of the way, if it is out by that interface or, with 0, by any. */
+static __always_inline const struct nexthop *known_on(const struct sending *sending, __u32 ifindex)
 {
-	const struct nexthop_slot *slot = nexthop_slot(upstream);
-	const struct nexthop *known = slot ? known_of(slot, sequence_of(slot), upstream) : NULL;
+	const struct nexthop_slot *slot = nexthop_slot(sending->upstream);
+	const struct nexthop *known =
+		slot ? known_of(slot, sequence_of(slot), sending->label.destination) : NULL;
 
-	return known ? known->mtu : 0;
+	return known && (!ifindex || known->ifindex == ifindex) ? known : NULL;
 }
 
 /* Length of the IP packet that goes out: of a segment where the device or the kernel cuts it up. */
@@ -253,45 +271,103 @@ static __always_inline void take_way(struct way *way, const struct bpf_fib_looku
 	way->mtu = fib->mtu_result;
 }
 
+/* Takes the way to a neighbour that the kernel knows no MAC address of; there may be none to know. */
+static __always_inline enum verdict gateway_way(const struct sending *sending, struct way *way)
+{
+	const struct bpf_fib_lookup *fib = &sending->fib;
+	const struct nexthop *known = known_on(sending, fib->ifindex);
+
+	way->ifindex = fib->ifindex;
+	way->family = fib->family;
+	__builtin_memcpy(way->gateway, fib->ipv6_dst, sizeof(way->gateway));
+	if (!known)
+		return VERDICT_UNRESOLVED;
+	way->mtu = known->mtu;
+	return known->macs == MACS_NONE ? VERDICT_FORWARDED : VERDICT_UNRESOLVED;
+}
+
+/* The way of a packet that fits, where a larger one was asked for. */
+static __always_inline enum verdict way_that_fits(struct __sk_buff *skb, struct sending *sending, __u16 mtu)
+{
+	struct bpf_fib_lookup *fib = &sending->fib;
+	int result;
+
+	fib->tot_len = mtu;
+	result = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
+	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
+		return VERDICT_NO_ROUTE;
+	if (result == BPF_FIB_LKUP_RET_NO_NEIGH || is_no_mac(fib->dmac))
+		return gateway_way(sending, &sending->way);
+	take_way(&sending->way, fib);
+	return VERDICT_FORWARDED;
+}
+
+/* The MTU that the kernel said takes the place of tot_len, from 5.12 on. Returns 0 where it is not known. */
+static __always_inline __u16 mtu_that_fits(const struct sending *sending, __u32 length)
+{
+	const struct nexthop *known;
+	__u16 mtu = sending->fib.mtu_result;
+
+	if (mtu >= length) {
+		known = known_on(sending, 0);
+		mtu = known ? known->mtu : 0;
+	}
+	return mtu < length ? mtu : 0;
+}
+
 /*
  * What is done where the kernel's routing has no way; `result` is what it said. As next_hop(); in a function
  * by itself because the verifier would go on once for each of its ends.
  */
-__noinline __u32 find_way(__u32 index, __u32 result, __u32 length)
+__noinline __u32 find_way(struct __sk_buff *skb, __u32 result, __u32 length)
 {
-	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
 	struct sending *sending = get_sending();
-	const struct bpf_fib_lookup *fib;
 	struct way *way;
-	__u16 known;
+	__u16 mtu;
 
-	if (!upstream || !sending)
+	if (!sending)
 		return VERDICT_NO_ROUTE;
 	way = &sending->way;
-	fib = &sending->fib;
 	__builtin_memset(way, 0, sizeof(*way));
 	switch (result) {
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
-		/* takes the place of tot_len, from 5.12 on */
-		known = fib->mtu_result < length ? fib->mtu_result : mtu_of(upstream);
-		way->mtu = known < length ? known : 0;
+		mtu = mtu_that_fits(sending, length);
+		way->verdict = VERDICT_NO_ROUTE;
+		if (mtu && sending->fib.family == AF_INET)
+			way->verdict = way_that_fits(skb, sending, mtu);
+		way->mtu = mtu;
 		return VERDICT_MTU;
 	case BPF_FIB_LKUP_RET_SUCCESS: /* before 6.3, while the kernel still asks for the neighbour */
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
-		way->ifindex = fib->ifindex;
-		way->family = fib->family;
-		__builtin_memcpy(way->gateway, fib->ipv6_dst, sizeof(way->gateway));
-		return expired_way(upstream, way, true);
+		return gateway_way(sending, way);
 	case BPF_FIB_LKUP_RET_FWD_DISABLED:
-		return expired_way(upstream, way, false);
+		return known_way(sending, way);
 	default:
 		return VERDICT_NO_ROUTE;
 	}
 }
 
-/* The way that the kernel's routing says, or else one that was known once. */
+/*
+ * Notes what the kernel's routing says of the path, where arpd vouches for the way: what other traffic of
+ * this host has learned counts for upstreams too.
+ */
+__noinline __u32 note_kernel_mtu(__u32 result, __u32 length)
+{
+	struct sending *sending = get_sending();
+	struct nexthop_slot *slot = sending ? nexthop_slot(sending->upstream) : NULL;
+
+	if (!slot)
+		return 0;
+	slot->asked = bpf_jiffies64();
+	if (result == BPF_FIB_LKUP_RET_FRAG_NEEDED && sending->fib.mtu_result < length)
+		note_mtu((const struct key_address *)sending->label.destination, sending->fib.mtu_result,
+			 2 * ASKED_SECONDS);
+	return 0;
+}
+
+/* The way that the kernel's routing says, or else the one that user space resolved. */
 static __always_inline enum verdict routed_way(struct __sk_buff *skb, const struct packet *packet,
-					       __u32 index, __u32 length, struct sending *sending)
+					       __u32 length, bool is_leased, struct sending *sending)
 {
 	struct bpf_fib_lookup *fib = &sending->fib;
 	int result = BPF_FIB_LKUP_RET_FWD_DISABLED;
@@ -300,30 +376,53 @@ static __always_inline enum verdict routed_way(struct __sk_buff *skb, const stru
 	/* the link of a link-local address only the configuration knows */
 	if (!packet->is_ipv6 || !is_link_local(fib->ipv6_dst))
 		result = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
+	if (is_leased) {
+		note_kernel_mtu(result, length);
+		return VERDICT_FORWARDED;
+	}
 	if (result != BPF_FIB_LKUP_RET_SUCCESS || is_no_mac(fib->dmac))
-		return find_way(index, result, length);
+		return find_way(skb, result, length);
 	take_way(&sending->way, fib);
 	return VERDICT_FORWARDED;
 }
 
+/* Where a lower MTU is noted of the path, it is the way's. */
+__noinline __u32 limit_mtu(void)
+{
+	struct sending *sending = get_sending();
+	const struct path_mtu *noted;
+
+	if (!sending)
+		return 0;
+	noted = bpf_map_lookup_elem(&path_mtus, sending->label.destination);
+	if (noted && is_ahead(noted->until) && (!sending->way.mtu || noted->mtu < sending->way.mtu))
+		sending->way.mtu = noted->mtu;
+	return 0;
+}
+
 /*
- * Fills `way` for the upstream with that index. MAC addresses are there with VERDICT_FORWARDED and
- * VERDICT_STALE_NEIGHBOUR, unless the interface has none, interface and gateway with VERDICT_NO_NEIGHBOUR
- * too, and nothing with any other.
+ * Fills `way` for an IP packet of that length to the upstream in `sending`. MAC addresses are there with
+ * VERDICT_FORWARDED, unless the interface has none; interface and gateway with VERDICT_STALE_NEIGHBOUR and
+ * VERDICT_UNRESOLVED. With VERDICT_MTU, way->mtu is what fits, if it is known, and way->verdict says the same
+ * of a packet that does.
  */
-static __always_inline enum verdict next_hop(struct __sk_buff *skb, __u32 layout, const struct packet *packet,
-					     const struct upstream *upstream, __u32 index,
+static __always_inline enum verdict next_hop(struct __sk_buff *skb, const struct packet *packet, __u32 length,
 					     struct sending *sending)
 {
-	struct way *way = &sending->way;
-	__u32 length = ip_length(skb, layout, packet);
+	bool is_large = length > least_mtu(packet->is_ipv6);
+	enum leased leased = leased_way(sending);
 	enum verdict verdict = VERDICT_FORWARDED;
+	struct way *way = &sending->way;
 
-	if (packet->is_ipv6 && stays_here(&sending->label))
-		return VERDICT_NO_ROUTE;
-	if (!leased_way(upstream, way))
-		verdict = routed_way(skb, packet, index, length, sending);
-	return verdict != VERDICT_NO_ROUTE && way->mtu && length > way->mtu ? VERDICT_MTU : verdict;
+	if (leased == LEASED_DOWN)
+		return VERDICT_NO_NEIGHBOUR;
+	if (leased == LEASED_NOTHING || (is_large && way->asks))
+		verdict = routed_way(skb, packet, length, leased == LEASED_WAY, sending);
+	if (verdict != VERDICT_MTU)
+		way->verdict = verdict;
+	if (is_large && is_any_noted())
+		limit_mtu();
+	return is_sent(verdict) && way->mtu && length > way->mtu ? VERDICT_MTU : verdict;
 }
 
 #endif

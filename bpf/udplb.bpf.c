@@ -19,15 +19,21 @@
 #include "siphash.h"
 #include "match.h"
 #include "rewrite.h"
+#include "fragments.h"
+#include "path.h"
 #include "nexthop.h"
 #include "trace.h"
-#include "forward.h"
+#include "count.h"
 #include "select.h"
-#include "fragments.h"
-#include "icmp.h"
+#include "redirect.h"
 #include "frame.h"
+#include "cut.h"
+#include "recirculate.h"
+#include "forward.h"
+#include "icmp.h"
 #include "act.h"
 #include "aside.h"
+#include "learn.h"
 
 /* A whole datagram of a rule, in an Ethernet frame without tags. */
 static __always_inline int treat(struct __sk_buff *skb, __u32 layout, const struct rule *rule,
@@ -60,6 +66,8 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	__u32 layout;
 	int action;
 
+	if (skb->cb[RECIRCULATED_MARK] == RECIRCULATED && (action = resume(skb, l2)) != ACTION_NONE)
+		return action;
 	switch (parse(skb, l2, &packet)) {
 	case PARSED_IPV4:
 		rule = match(&packet.ip->saddr, &packet.ip->daddr, packet.udp->dest, false);
@@ -69,6 +77,9 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 		rule = match(&packet.ip6->saddr, &packet.ip6->daddr, packet.udp->dest, true);
 		layout = LAYOUT_IPV6 | (sizeof(struct ethhdr) + sizeof(struct ipv6hdr));
 		break;
+	case PARSED_ICMP:
+		learn(skb, l2);
+		return TC_ACT_UNSPEC;
 	case PARSED_ASIDE:
 		return l2 ? aside(skb) : aside_l3(skb);
 	default:

@@ -35,6 +35,7 @@ pub const VERDICTS: [(Verdict, &str); Verdict::VERDICTS.0 as usize] = [
     (Verdict::VERDICT_NOT_FOR_US, "not-for-us"),
     (Verdict::VERDICT_FRAGMENT_EARLY, "fragment-early"),
     (Verdict::VERDICT_FRAGMENT_FULL, "fragment-full"),
+    (Verdict::VERDICT_UNRESOLVED, "unresolved"),
 ];
 
 /// What is counted at a rule besides verdicts, and its name in output.
@@ -66,6 +67,10 @@ unsafe impl Pod for types::sender_key {}
 unsafe impl Pod for types::key_address {}
 // SAFETY: as above.
 unsafe impl Pod for types::tickets {}
+// SAFETY: as above.
+unsafe impl Pod for types::destination_key {}
+// SAFETY: as above.
+unsafe impl Pod for types::destination {}
 // SAFETY: as above.
 unsafe impl Pod for types::slot_line {}
 // SAFETY: as above.

@@ -269,6 +269,7 @@ fn size(skeleton: &mut OpenUdplbSkel<'_>, tables: &Tables, json: usize) -> anyho
         (&mut skeleton.maps.samples, tables.samples()),
         (&mut skeleton.maps.slots, tables.slots.len()),
         (&mut skeleton.maps.upstreams, tables.upstreams.len()),
+        (&mut skeleton.maps.destinations, tables.destinations.len()),
         (&mut skeleton.maps.description, chunks),
     ] {
         map.set_max_entries(u32::try_from(entries.max(1))?)?;
@@ -347,6 +348,7 @@ fn share(skeleton: &mut OpenUdplbSkel<'_>, state: &StateMaps) -> anyhow::Result<
     skeleton.maps.overrides.reuse_fd(state.overrides.map().as_fd())?;
     skeleton.maps.fragments.reuse_fd(state.fragments.as_fd())?;
     skeleton.maps.fragment_ring.reuse_fd(state.fragment_ring.as_fd())?;
+    skeleton.maps.path_mtus.reuse_fd(state.path_mtus.as_fd())?;
     if let Some(tickets) = &state.tickets {
         skeleton.maps.tickets.reuse_fd(tickets.as_fd())?;
     }
@@ -370,6 +372,7 @@ fn fill(skeleton: &mut UdplbSkel<'_>, tables: &Tables, json: &[u8]) -> anyhow::R
     write_pairs(&skeleton.maps.rules6, &tables.rules6)?;
     write_pairs(&skeleton.maps.senders, &tables.senders)?;
     write_pairs(&skeleton.maps.addresses, &tables.addresses)?;
+    write_pairs(&skeleton.maps.destinations, &tables.destinations)?;
     let lines: Vec<&[u8]> = tables.slots.iter().map(bytes_of).collect();
     write_array(&skeleton.maps.slots, &lines.concat())?;
     let upstreams: Vec<&[u8]> = tables.upstreams.iter().map(bytes_of).collect();
@@ -484,6 +487,7 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
         map_id(state.overrides.map())?,
         map_id(&state.fragments)?,
         map_id(&state.fragment_ring)?,
+        map_id(&state.path_mtus)?,
         map_id(&state.tracing)?,
         map_id(&state.events)?,
         map_id(state.tickets.as_ref().context("state/tickets is missing")?)?,

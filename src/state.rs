@@ -223,7 +223,9 @@ impl ReadGuard {
         else {
             return Ok(None);
         };
-        let (Some(tracing), Some(events)) = (open("tracing")?, open("events")?) else {
+        let (Some(path_mtus), Some(tracing), Some(events)) =
+            (open("path_mtus")?, open("tracing")?, open("events")?)
+        else {
             return Ok(None);
         };
         let counters = Counters::open(counters, &state)?;
@@ -240,6 +242,7 @@ impl ReadGuard {
             overrides: Overrides::new(overrides),
             fragments,
             fragment_ring,
+            path_mtus,
             tracing,
             events,
             tickets,
@@ -332,6 +335,7 @@ impl WriteGuard {
         let overrides = ensure(&state, "overrides", &maps.overrides, None)?;
         let fragments = ensure(&state, "fragments", &maps.fragments, None)?;
         let fragment_ring = ensure(&state, "fragment_ring", &maps.fragment_ring, None)?;
+        let path_mtus = ensure(&state, "path_mtus", &maps.path_mtus, None)?;
         let tracing = ensure(&state, "tracing", &maps.tracing, None)?;
         let events = ensure(&state, "events", &maps.events, None)?;
         let tickets = state.join("tickets");
@@ -351,6 +355,7 @@ impl WriteGuard {
             overrides: Overrides::new(overrides),
             fragments,
             fragment_ring,
+            path_mtus,
             tracing,
             events,
             tickets,
@@ -473,6 +478,7 @@ pub struct StateMaps {
     pub overrides: Overrides,
     pub fragments: MapHandle,
     pub fragment_ring: MapHandle,
+    pub path_mtus: MapHandle,
     /// What of the packets is to be told, and where it is.
     pub tracing: MapHandle,
     pub events: MapHandle,

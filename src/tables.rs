@@ -21,6 +21,8 @@ pub struct Tables {
     pub addresses: Vec<(types::key_address, u32)>,
     pub slots: Vec<types::slot_line>,
     pub upstreams: Vec<types::upstream>,
+    /// The same by address and port.
+    pub destinations: Vec<(types::destination_key, types::destination)>,
     /// What of the program is needed; without its number and the kernel's clock.
     pub features: types::features,
 }
@@ -38,6 +40,7 @@ impl Tables {
             .collect();
         tables.slots = slots.lines();
         tables.keys(desired, &rules);
+        tables.destinations = by_destination(&tables.upstreams);
         tables.features = features(desired, &tables);
         tables
     }
@@ -141,6 +144,20 @@ impl Tables {
             .map(|address| (types::key_address { words: wire(*address) }, 1))
             .collect();
     }
+}
+
+/// The sources of several upstreams at one address and port are put together.
+fn by_destination(
+    upstreams: &[types::upstream],
+) -> Vec<(types::destination_key, types::destination)> {
+    let mut destinations = BTreeMap::new();
+    for upstream in upstreams {
+        let destination = destinations.entry((upstream.address, upstream.port));
+        let new = types::destination { upstream: upstream.id, sources: 0 };
+        destination.or_insert(new).sources |= 1 << upstream.source.0;
+    }
+    let key = |(address, port)| types::destination_key { address, port, unused: 0 };
+    destinations.into_iter().map(|(place, destination)| (key(place), destination)).collect()
 }
 
 /// The rules that ask for an address, and there for a port; 0 is any.

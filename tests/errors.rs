@@ -177,7 +177,7 @@ fn segments_that_are_too_big() {
     }
 }
 
-/// Routers cut that up; who does not forbid it does not learn of it.
+/// What may be cut is, and nobody hears of it.
 #[test]
 fn too_big_without_do_not_fragment() {
     let lab = narrow_lab(Offload::Both);
@@ -185,16 +185,10 @@ fn too_big_without_do_not_fragment() {
     let ends = Ends::new(&lab, V4);
     want_errors(&ends.sender);
     discover(&ends.sender, Discovery::Off);
-    let large = payload(1400);
-    for (index, (port, action, _)) in KINDS.into_iter().enumerate() {
-        ends.sender.send_to(&large, (V4.key, port)).expect("sent");
-        if action == "pass" {
-            expect(&ends.here[index], &large, own(&ends.sender), TTL);
-        }
-    }
+    ends.check_length(1400);
     expect_no_error(&ends.sender);
     ends.check_silence();
-    ends.check_count(&lab, "mtu", 1);
+    ends.check_count(&lab, "forwarded", 1);
 }
 
 /// What a TTL of one is answered with.
@@ -266,7 +260,7 @@ fn copies_are_not_answered() {
     }
 }
 
-/// 50 at once and 1,000 a second, as README says of nobody more.
+/// One sender hears of 20 at once and 100 a second.
 #[test]
 fn answers_are_limited() {
     let lab = Lab::dual(true, false);
@@ -275,8 +269,6 @@ fn answers_are_limited() {
         let answers = || counted(&lab.client, name);
         let to = (ends.net.key, 5003);
         ends.set_ttl(1);
-        // both families have one budget, and it is to be full
-        sleep(Duration::from_millis(200));
         let (mut sent, before, start) = (0, answers(), Instant::now());
         // however long that takes on a busy machine: until fewer come back than were sent
         while sent < 200_000 && answers() - before + 200 > sent {
@@ -285,8 +277,8 @@ fn answers_are_limited() {
                 sent += u64::from(ends.sender.send_to(b"too far", to).is_ok());
             }
         }
-        until("the first ones are there", || answers() - before >= 50);
-        let most = 50 + start.elapsed().as_millis() as u64 + 50;
+        until("the first ones are there", || answers() - before >= 20);
+        let most = 20 + start.elapsed().as_millis() as u64 / 10 + 20;
         let got = answers() - before;
         assert!(got <= most && got < sent, "{got} answers to {sent} datagrams, of {most} at most");
         until("there are answers again", || {

@@ -150,7 +150,7 @@ fn dead_receivers_cost_the_others_nothing() {
         for name in ["nobody", "nobody-either", "dark"] {
             assert_eq!(lab.packets(rule, name, "matched"), 160, "{rule} {name}");
         }
-        assert_eq!(lab.packets(rule, "nobody", "no-neighbour"), 160, "{rule}");
+        assert_eq!(lab.packets(rule, "nobody", "unresolved"), 160, "{rule}");
     }
 }
 

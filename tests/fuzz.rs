@@ -356,8 +356,10 @@ fn is_as(
             run.action == REDIRECT && run.tag == came.tag && answer.is(&run.frame)
         }
     };
-    let copied = wanted.copies.len() == copies.len()
-        && wanted.copies.iter().zip(copies).all(|(gone, copy)| table.admit(gone, copy));
+    let mut gone: Vec<_> = wanted.copies.iter().collect();
+    gone.sort_by_key(|gone| gone.is_piece);
+    let copied = gone.len() == copies.len()
+        && gone.iter().zip(copies).all(|(gone, copy)| table.admit(gone, copy));
     right && copied
 }
 
@@ -416,10 +418,10 @@ const VERDICTS: &[Verdict] = &[
     "fragment-early",
     "malformed",
     "mtu",
-    "no-neighbour",
     "no-route",
     "not-for-us",
     "ttl",
+    "unresolved",
 ];
 
 fn fuzz(

@@ -544,7 +544,7 @@ fn a_dead_receiver_costs_the_others_nothing() {
     let came = frame(&(sender, 5666, payload.to_vec()));
     Testbed::with(|testbed| {
         for (dead, verdict) in
-            [(NEAR_COLD, "no-neighbour"), (FAR_COLD, "no-neighbour"), (NO_ROUTE, "no-route")]
+            [(NEAR_COLD, "unresolved"), (FAR_COLD, "unresolved"), (NO_ROUTE, "no-route")]
         {
             for place in 0..4 {
                 for (action, end) in [(Action::Block, SHOT), (Action::Pass, UNSPEC)] {

@@ -7,7 +7,9 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenMap, OpenObject};
+use libbpf_rs::{
+    MapCore, MapFlags, MapHandle, MapMut, OpenMap, OpenObject, TC_INGRESS, TcHookBuilder,
+};
 use udplb::bpf::{NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
 use udplb::config::{Action, Address, Hash, Key, Ports, Source, Strategy};
 use udplb::lease::ticks_per_second;
@@ -78,6 +80,7 @@ impl<'object> Program<'object> {
             (&mut maps.senders, ENTRIES),
             (&mut maps.addresses, ENTRIES),
             (&mut maps.upstreams, ENTRIES),
+            (&mut maps.destinations, ENTRIES),
             (&mut maps.samples, ENTRIES),
             (&mut maps.slots, SLOT_LINES),
         ] {
@@ -123,9 +126,11 @@ impl<'object> Program<'object> {
         clear(&maps.rules6);
         clear(&maps.senders);
         clear(&maps.addresses);
+        clear(&maps.destinations);
+        clear(&maps.path_mtus);
         self.forget_fragments();
         // full again; forget_fragments() gave all senders other places
-        for kind in 0..2 {
+        for kind in 0..3 {
             write(&maps.budget, kind, &[0; size_of::<types::budget>()]);
         }
         let sampled = size_of::<types::sampled>();
@@ -137,6 +142,7 @@ impl<'object> Program<'object> {
         write_pairs(&maps.rules6, &tables.rules6);
         write_pairs(&maps.senders, &tables.senders);
         write_pairs(&maps.addresses, &tables.addresses);
+        write_pairs(&maps.destinations, &tables.destinations);
         write_all(&maps.slots, &tables.slots);
         write_all(&maps.upstreams, &tables.upstreams);
         if !ways.is_empty() {
@@ -170,6 +176,13 @@ impl<'object> Program<'object> {
     pub fn fragment_keys(&self) -> Vec<u64> {
         let keys = self.skeleton.maps.fragments.keys();
         keys.map(|key| u64::from_ne_bytes(key.try_into().expect("eight bytes"))).collect()
+    }
+
+    /// Has it run for what comes in by an interface.
+    pub fn attach(&self, ifindex: u32) {
+        let mut hook = TcHookBuilder::new(self.program());
+        let mut hook = hook.ifindex(ifindex as i32).handle(1).priority(1).hook(TC_INGRESS);
+        hook.create().and_then(|mut hook| hook.attach()).expect("the program attached");
     }
 
     pub fn program(&self) -> BorrowedFd<'_> {
@@ -232,6 +245,29 @@ impl<'object> Program<'object> {
     /// How many first fragments are remembered.
     pub fn fragments(&self) -> usize {
         self.skeleton.maps.fragments.keys().count()
+    }
+
+    /// The MTUs that are noted of paths, by the address of the upstream.
+    pub fn path_mtus(&self) -> BTreeMap<[u32; 4], u32> {
+        let map = &self.skeleton.maps.path_mtus;
+        let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("four bytes"));
+        let noted = |key: Vec<u8>| {
+            let value = map.lookup(&key, MapFlags::ANY).expect("a lookup").expect("an entry");
+            let address: Vec<u32> = key.chunks(4).map(word).collect();
+            (address.try_into().expect("four words"), word(&value[..4]))
+        };
+        map.keys().map(noted).collect()
+    }
+
+    /// What is noted of paths has been so for that long.
+    pub fn age_path_mtus(&self, jiffies: u32) {
+        let map = &self.skeleton.maps.path_mtus;
+        for key in map.keys().collect::<Vec<_>>() {
+            let mut value = map.lookup(&key, MapFlags::ANY).expect("a lookup").expect("an entry");
+            let until = u32::from_ne_bytes(value[4..].try_into().expect("four bytes"));
+            value[4..].copy_from_slice(&until.wrapping_sub(jiffies).to_ne_bytes());
+            map.update(&key, &value, MapFlags::ANY).expect("an update");
+        }
     }
 
     /// Has every slot lead to an upstream that the map has no room for.

@@ -100,6 +100,8 @@ pub enum End {
 #[derive(Clone, Debug)]
 pub struct Gone {
     pub frame: Vec<u8>,
+    /// It is a piece of what was too large: those leave last.
+    pub is_piece: bool,
     /// Its identification is new, and the same in all fragments of the datagram.
     pub fresh: Option<Fresh>,
 }
@@ -133,7 +135,8 @@ pub struct Answer {
 /// What the fragments of a datagram have in common: source, destination, identification (RFC 791
 /// section 3.2; IPv4's protocol is always UDP here. In RFC 8200 section 4.5 the next header is not
 /// part of it: it may differ from fragment to fragment).
-type Datagram = (IpAddr, IpAddr, u32);
+/// Those that came whole have numbers of their own, above all identifications.
+type Datagram = (IpAddr, IpAddr, u64);
 
 /// A receiver: its id, and how many there are before it at its host.
 type Place = (u32, usize);
@@ -146,6 +149,8 @@ pub struct Table {
     followed: HashMap<Datagram, Option<(usize, usize)>>,
     /// By datagram and receiver: the host and the new identification.
     fresh: HashMap<(Datagram, Place), (IpAddr, Vec<u8>)>,
+    /// The packets that came.
+    packets: u64,
 }
 
 const ETHERNET: usize = 14;
@@ -197,10 +202,14 @@ struct Packet {
     fragment: Option<Fragment>,
     /// Whether what it is a fragment of may be UDP, by what this one says.
     may_be_udp: bool,
+    /// Where the data of an IPv4 fragment belong.
+    offset: usize,
     /// May be told to use a smaller MTU.
     dont_fragment: bool,
     gso_size: usize,
     gso_segs: usize,
+    /// Of those that came.
+    number: u64,
 }
 
 struct Fragment {
@@ -223,6 +232,8 @@ impl Host {
             }
             Parsed::Packet(packet) => packet,
         };
+        table.packets += 1;
+        let packet = Packet { number: table.packets, ..packet };
         let count = packet.count();
         let found = match packet.is_later() {
             true => match table.followed.get(&packet.datagram()) {
@@ -280,14 +291,21 @@ impl Host {
             Mode::Replicate => {
                 // the rule counts each packet once
                 let outcome = self.copies(&upstreams, &packet);
-                let last = upstreams.last().map(|last| self.send(*last, &packet, true));
-                let verdict = match last {
-                    Some(Err(verdict)) if outcome.copies.is_empty() => verdict,
-                    _ => "forwarded",
+                let verdicts: Vec<Verdict> =
+                    upstreams.iter().map(|to| self.verdict(*to, &packet, true)).collect();
+                let verdict = match verdicts.contains(&"forwarded") {
+                    true => "forwarded",
+                    false => verdicts.last().expect("an upstream"),
                 };
                 let end = Outcome::unsent(rule).end;
                 Outcome { end, ..outcome }.counted(ids.rule, verdict, count)
             }
+        }
+    }
+
+    fn verdict(&self, to: Receiver<'_>, packet: &Packet, copy: bool) -> Verdict {
+        match self.send(to, packet, copy) {
+            Ok((_, verdict)) | Err(verdict) => verdict,
         }
     }
 
@@ -302,10 +320,13 @@ impl Host {
     ) -> Outcome {
         let copy = rule.action == Action::Pass;
         let verdict = match self.send(to, packet, copy) {
-            Ok((gone, verdict)) => {
-                match copy {
-                    true => outcome.copies.push(gone),
-                    false => outcome.end = End::Away(gone),
+            Ok((mut gone, verdict)) => {
+                match gone.pop_if(|gone| !copy && !gone.is_piece) {
+                    Some(gone) => outcome.end = End::Away(gone),
+                    None => {
+                        outcome.end = Outcome::unsent(rule).end;
+                        outcome.copies.append(&mut gone);
+                    }
                 }
                 verdict
             }
@@ -321,8 +342,8 @@ impl Host {
         let mut outcome = Outcome::default();
         for receiver in receivers {
             let verdict = match self.send(*receiver, packet, true) {
-                Ok((gone, verdict)) => {
-                    outcome.copies.push(gone);
+                Ok((mut gone, verdict)) => {
+                    outcome.copies.append(&mut gone);
                     verdict
                 }
                 Err(verdict) => verdict,
@@ -332,14 +353,14 @@ impl Host {
         outcome
     }
 
-    /// Up to the way out. A copy cannot wait for a neighbour; the packet itself can, and then keeps
-    /// its MAC addresses till the kernel knows better.
+    /// Up to the way out. The packet itself keeps its MAC addresses till the kernel knows the
+    /// neighbour; a copy and pieces wait for that in the kernel.
     fn send(
         &self,
         to: Receiver<'_>,
         packet: &Packet,
         copy: bool,
-    ) -> Result<(Gone, Verdict), Verdict> {
+    ) -> Result<(Vec<Gone>, Verdict), Verdict> {
         // RFC 791 section 3.2, RFC 8200 section 3: it would arrive at zero
         if packet.ttl <= 1 {
             return Err("ttl");
@@ -353,25 +374,33 @@ impl Host {
         if stays_here(source, to.upstream.address.ip) {
             return Err("no-route");
         }
-        if packet.length() > way.mtu {
+        let is_cut = packet.length() > way.mtu;
+        if is_cut && !packet.may_be_cut() {
             return Err("mtu");
         }
-        if copy && way.macs.is_none() {
-            return Err("no-neighbour");
+        let verdict = if way.macs.is_some() { way.verdict } else { "unresolved" };
+        if (copy || is_cut) && way.macs.is_none() {
+            return Ok((Vec::new(), verdict));
         }
         let frame = packet.rewritten(way.macs, source, to.upstream);
-        if copy && frame.len() > self.longest {
+        if copy && !is_cut && frame.len() > self.longest {
             return Err("clone-failed");
         }
         let is_fresh = to.again > 0 || to.source != Source::Preserve;
-        let fresh = packet.fragment.as_ref().filter(|_| is_fresh).map(|fragment| Fresh {
+        let field = match &packet.fragment {
+            Some(fragment) => Some(fragment.field.clone()),
+            None => is_cut.then_some(ETHERNET + 4..ETHERNET + 6),
+        };
+        let fresh = field.filter(|_| is_fresh).map(|field| Fresh {
             datagram: packet.datagram(),
             receiver: (to.id, to.again),
             host: to.upstream.address.ip,
             is_merged: to.source != Source::Preserve,
-            field: fragment.field.clone(),
+            field,
         });
-        Ok((Gone { frame, fresh }, way.verdict))
+        let frames = if is_cut { cut(&frame, way.mtu) } else { vec![frame] };
+        let gone = |frame| Gone { frame, is_piece: is_cut, fresh: fresh.clone() };
+        Ok((frames.into_iter().map(gone).collect(), verdict))
     }
 
     /// Errors go to whom a packet was taken from, and for nothing that many may have got, RFC 1122
@@ -496,7 +525,8 @@ impl Packet {
     }
 
     fn datagram(&self) -> Datagram {
-        let identification = self.fragment.as_ref().map_or(0, |it| it.identification);
+        let whole = (1 << 32) + self.number;
+        let identification = self.fragment.as_ref().map_or(whole, |it| it.identification.into());
         (self.source, self.destination, identification)
     }
 
@@ -522,6 +552,13 @@ impl Packet {
         let fits = self.fragment.is_some() || self.body + length <= self.end;
         let checked = self.source.is_ipv4() || checksum != 0;
         self.body + 8 <= self.end && length >= 8 && fits && checked
+    }
+
+    /// RFC 791, section 3.2: in IPv4, if the sender allows it. What a device is to cut into
+    /// segments is left to it, and what ends behind the longest datagram is no part of one.
+    fn may_be_cut(&self) -> bool {
+        let end = self.offset + self.end - self.body;
+        self.source.is_ipv4() && !self.dont_fragment && self.gso_size == 0 && end <= 65535
     }
 
     /// Of the IP packet, or of the largest that it is to be cut into.
@@ -625,9 +662,11 @@ fn parse_ipv4(bytes: Vec<u8>) -> Parsed {
         ttl: header[8],
         end: ETHERNET + usize::from(field(2)),
         body: ETHERNET + length,
+        offset: usize::from(offset) * 8,
         dont_fragment: field(6) & 0x4000 != 0,
         gso_size: 0,
         gso_segs: 0,
+        number: 0,
         fragment: (more || offset > 0).then_some(fragment),
         may_be_udp: true,
         bytes,
@@ -652,9 +691,11 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
         ttl: header[7],
         end: ETHERNET + 40 + usize::from(word(header, 4).expect("within the header")),
         body: ETHERNET + 40,
+        offset: 0,
         dont_fragment: true,
         gso_size: 0,
         gso_segs: 0,
+        number: 0,
         fragment: None,
         may_be_udp: true,
         bytes: Vec::new(),
@@ -881,6 +922,51 @@ fn sum(bytes: &[u8]) -> u16 {
 fn updated(checksum: u16, old: &[u8], new: &[u8]) -> u16 {
     let inverted: Vec<u8> = old.iter().map(|byte| !byte).collect();
     !sum(&[&(!checksum).to_be_bytes(), &inverted[..], new].concat())
+}
+
+/// RFC 791, section 3.2: an example fragmentation procedure. What is behind the IP packet is left out.
+pub fn cut(frame: &[u8], mtu: usize) -> Vec<Vec<u8>> {
+    let header = usize::from(frame[ETHERNET] & 15) * 4;
+    let field = |at: usize| word(frame, ETHERNET + at).expect("within the header");
+    let end = ETHERNET + usize::from(field(2));
+    let data: Vec<&[u8]> = frame[ETHERNET + header..end].chunks((mtu - header) / 8 * 8).collect();
+    let (first, mut offset) = (field(6) & 0x1fff, 0);
+    let piece = |(index, part): (usize, &&[u8])| {
+        let more = if index + 1 < data.len() { 0x2000 } else { field(6) & 0x2000 };
+        let mut piece = [&frame[..ETHERNET + header], part].concat();
+        piece[ETHERNET + 2..ETHERNET + 4]
+            .copy_from_slice(&((header + part.len()) as u16).to_be_bytes());
+        let place = (first + offset) | more;
+        piece[ETHERNET + 6..ETHERNET + 8].copy_from_slice(&place.to_be_bytes());
+        if index > 0 {
+            leave_out_options(&mut piece[ETHERNET + 20..ETHERNET + header]);
+        }
+        piece[ETHERNET + 10..ETHERNET + 12].fill(0);
+        let checksum = !sum(&piece[ETHERNET..ETHERNET + header]);
+        piece[ETHERNET + 10..ETHERNET + 12].copy_from_slice(&checksum.to_be_bytes());
+        offset += (part.len() / 8) as u16;
+        piece
+    };
+    data.iter().enumerate().map(piece).collect()
+}
+
+/// RFC 791, section 3.1: without the copied flag they are in the first fragment only.
+fn leave_out_options(options: &mut [u8]) {
+    const END: u8 = 0;
+    const NO_OPERATION: u8 = 1;
+    const COPIED: u8 = 0x80;
+    let mut at = 0;
+    while at < options.len() && options[at] != END {
+        let length = match options[at] {
+            NO_OPERATION => 1,
+            _ => options.get(at + 1).map_or(1, |length| usize::from(*length)).max(1),
+        };
+        let end = options.len().min(at + length);
+        if options[at] & COPIED == 0 {
+            options[at..end].fill(NO_OPERATION);
+        }
+        at += length;
+    }
 }
 
 /// For the change from one frame to the other.

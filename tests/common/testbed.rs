@@ -14,6 +14,7 @@ use super::Namespace;
 use super::packet::{Datagram, Mac, endpoint};
 use super::prelude::Tag;
 use super::program::{Context, Counted, Program, Run};
+use super::reference::cut;
 use super::wire::{Wire, stay_on_this_cpu};
 
 pub const UNSPEC: i32 = -1;
@@ -99,6 +100,8 @@ pub enum Fate {
     Sent(&'static str, Mac),
     /// It leaves as it is addressed; the kernel is to ask for the neighbour.
     Queued(&'static str),
+    /// Pieces of it, for an MTU, leave for this MAC address.
+    Cut(&'static str, Mac, usize),
     /// It ends here; for `pass`, no copy leaves.
     Dropped(&'static str, Under),
     /// The same, and where a packet itself was to be sent the sender is told why: it is longer than
@@ -201,14 +204,17 @@ impl Case {
         self.tags.iter().rev().fold(frame, |frame, tag| tag.put_into(frame))
     }
 
-    fn expected(&self, ids: &RuleIds) -> Outcome {
+    /// `identification` is that of the pieces.
+    fn expected(&self, ids: &RuleIds, identification: Option<u16>) -> Outcome {
         let mut frame = self.packet.frame();
         frame.truncate(self.length.unwrap_or(frame.len()));
         let count = self.count.unwrap_or((1, frame.len() as u64));
         let counted = self.counter(ids).map(|counter| (counter, count)).into_iter().collect();
         let pass = self.rule.action == Action::Pass;
         let stays = |action, frame| Run { action, frame: self.tagged(frame), tag: self.tag };
-        let (run, copies) = match (self.fate, self.departed()) {
+        let action = if pass { UNSPEC } else { SHOT };
+        let (run, copies) = match (self.fate, self.departed(identification)) {
+            (Fate::Cut(_, _, mtu), Some(gone)) => (stays(action, frame), cut(&gone, mtu)),
             (_, Some(gone)) if pass => (stays(UNSPEC, frame), vec![gone]),
             // without its tag
             (_, Some(gone)) => (Run { action: REDIRECT, frame: gone, tag: None }, Vec::new()),
@@ -224,6 +230,7 @@ impl Case {
     fn counter(&self, ids: &RuleIds) -> Option<(u32, &'static str)> {
         let (verdict, under) = match self.fate {
             Fate::Sent(verdict, _) | Fate::Queued(verdict) => (verdict, Under::Upstream),
+            Fate::Cut(verdict, ..) => (verdict, Under::Upstream),
             Fate::Answered(verdict, _) => (verdict, Under::Upstream),
             Fate::Dropped(verdict, under) | Fate::Untouched(verdict, under) => (verdict, under),
             Fate::Unmatched => return None,
@@ -237,10 +244,10 @@ impl Case {
     }
 
     /// The frame that leaves, made from scratch.
-    fn departed(&self) -> Option<Vec<u8>> {
+    fn departed(&self, identification: Option<u16>) -> Option<Vec<u8>> {
         let Packet::Datagram(came) = &self.packet else { return None };
         let (to, from) = match self.fate {
-            Fate::Sent(_, to) => (to, OUT_MAC),
+            Fate::Sent(_, to) | Fate::Cut(_, to, _) => (to, OUT_MAC),
             Fate::Queued(_) => (came.to, came.from),
             _ => return None,
         };
@@ -257,6 +264,7 @@ impl Case {
             source: endpoint(source, came.source.port()),
             destination: endpoint(ipv4(&upstream.address), port),
             ttl: came.ttl - 1,
+            identification: identification.unwrap_or(came.identification),
             ..came.clone()
         };
         Some(gone.frame())
@@ -338,6 +346,10 @@ impl Testbed<'_> {
             stay_on_this_cpu();
             let mut object = MaybeUninit::uninit();
             let program = Program::load(&mut object);
+            // copies come in again
+            for ifindex in [routing, closed] {
+                program.attach(ifindex);
+            }
             test(&Testbed { program, wire, routing, closed, out });
         });
     }
@@ -373,6 +385,11 @@ impl Testbed<'_> {
 
     /// Runs a case and looks at nothing.
     pub fn run(&self, case: &Case) -> (RuleIds, Outcome) {
+        self.run_after(case, |_| {})
+    }
+
+    /// The same after something else was done with the configured program.
+    fn run_after(&self, case: &Case, before: impl FnOnce(&Program<'_>)) -> (RuleIds, Outcome) {
         let address = &case.rule.upstreams[case.chosen].address;
         let ways: BTreeMap<_, _> =
             case.known.iter().map(|way| (address.clone(), way.clone())).collect();
@@ -384,6 +401,7 @@ impl Testbed<'_> {
             Ingress::Routing => self.routing,
             Ingress::Closed => self.closed,
         };
+        before(&self.program);
         let (gso_size, gso_segs) = case.gso;
         let (tag, length) = (case.tag, case.length);
         let context = Context { ifindex, gso_size, gso_segs, tag, length };
@@ -393,8 +411,24 @@ impl Testbed<'_> {
 
     /// Runs a case; the error tells what was wanted and what came.
     pub fn check(&self, case: &Case) -> Result<(), String> {
-        let (ids, got) = self.run(case);
-        let wanted = case.expected(&ids);
+        self.try_after(case, |_| {})
+    }
+
+    /// # Panics
+    /// The case goes wrong after something else was done with the configured program.
+    #[track_caller]
+    pub fn check_after(&self, case: &Case, before: impl FnOnce(&Program<'_>)) {
+        self.try_after(case, before).unwrap_or_else(|wrong| panic!("{wrong}"));
+    }
+
+    fn try_after(&self, case: &Case, before: impl FnOnce(&Program<'_>)) -> Result<(), String> {
+        let (ids, got) = self.run_after(case, before);
+        // pieces of what came from several senders have a new one
+        let identification = match (case.fate, got.copies.first()) {
+            (Fate::Cut(..), Some(piece)) => Some(u16::from_be_bytes([piece[18], piece[19]])),
+            _ => None,
+        };
+        let wanted = case.expected(&ids, identification);
         if got == wanted {
             return Ok(());
         }

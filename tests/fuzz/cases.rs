@@ -8,7 +8,7 @@ use udplb::plan::{Rule, Upstream};
 use super::common::forge::{Checksum, Extension, Forged, Fragment, Ip, Kind, Length, Udp, V4, V6};
 use super::common::prelude::Tag;
 use super::common::random::Target;
-use super::common::testbed::{FAR_COLD, NARROW, NEAR, NO_ROUTE, OWN};
+use super::common::testbed::{FAR_COLD, NARROW, NARROW_COLD, NEAR, NO_ROUTE, OWN};
 use super::{NEAR6, UNICAST, UNICAST6, rule_for};
 
 pub struct Case {
@@ -43,7 +43,7 @@ impl Case {
         case
     }
 
-    fn by(self, upstream: impl Into<IpAddr>) -> Case {
+    pub fn by(self, upstream: impl Into<IpAddr>) -> Case {
         self.under(|rule| rule.upstreams = vec![Upstream::new(upstream.into(), None)])
     }
 }
@@ -189,12 +189,12 @@ fn ipv4() -> Vec<Case> {
         case("another host's", Forged { to: [2, 0, 0, 0, 9, 9], ..v4(|_, _| {}) }, "up not-for-us"),
         case("for everybody", Forged { to: [0xff; 6], ..v4(|_, _| {}) }, "up not-for-us"),
         case("a group's", to_group(), "away forwarded").under(of_group),
-        case("a group's, to a neighbour unknown", to_group(), "away forwarded").by(FAR_COLD).under(of_group),
+        case("a group's, to a neighbour unknown", to_group(), "away unresolved").by(FAR_COLD).under(of_group),
         case("a group's, of TTL 1", v4(|ip, _| (ip.destination, ip.ttl) = (GROUP, 1)), "drop ttl").under(of_group),
         case("a group's, in a frame to one", v4(|ip, _| ip.destination = GROUP), "away forwarded").under(of_group),
         case("malformed, another host's",
             Forged { to: [0xff; 6], ..v4(|_, udp| udp.length = Length::Is(0)) }, "up not-for-us"),
-        case("to a neighbour unknown", v4(|_, _| {}), "away forwarded").by(FAR_COLD),
+        case("to a neighbour unknown", v4(|_, _| {}), "away unresolved").by(FAR_COLD),
         case("to nowhere", v4(|_, _| {}), "drop no-route").by(NO_ROUTE),
     ];
     cases.extend(without_sums());
@@ -374,7 +374,20 @@ fn answers() -> Vec<Case> {
         case("hop limit 0", v6(|ip, _| ip.hop_limit = 0), "answer ttl"),
         case("hop limit 1, of nobody", v6(|ip, _| (ip.hop_limit, ip.source) = (1, Ipv6Addr::UNSPECIFIED)), "drop ttl"),
         case("too long", long(2), "answer mtu").by(NARROW),
-        case("too long, and may be cut", long(0), "drop mtu").by(NARROW),
+        case("too long, and may be cut", long(0), "drop +2 forwarded").by(NARROW),
+        case("too long, and may be cut, copied", long(0), "up +2 forwarded").by(NARROW).under(|rule| rule.action = Action::Pass),
+        case("too long, and may be cut, of the sender", long(0), "drop +2 forwarded").by(NARROW)
+            .under(|rule| rule.source = Source::Preserve),
+        case("cut into many, with options", v4(|ip, udp| (ip.options, udp.payload) = (10, 2950)), "drop +4 forwarded").by(NARROW),
+        case("cut, and odd", v4(|_, udp| udp.payload = 977), "drop +2 forwarded").by(NARROW),
+        case("cut, and padded", Forged { padding: 9, ..long(0) }, "drop +2 forwarded").by(NARROW),
+        case("cut, without a checksum", v4(|_, udp| (udp.payload, udp.checksum) = (1100, Checksum::Is(0))), "drop +2 forwarded").by(NARROW),
+        case("cut, to a neighbour unknown", long(0), "drop unresolved").by(NARROW_COLD),
+        cases("fragments that are cut", vec![
+            part4(0, true, |_, udp| (udp.payload, udp.length) = (1192, Length::Is(2408))),
+            part4(150, false, |_, udp| udp.payload = 1193),
+        ], "drop +2 forwarded, drop +2 forwarded").by(NARROW),
+        case("long segments that may be cut", Forged { gso: (973, 2), ..v4(|_, udp| udp.payload = 1946) }, "drop mtu").by(NARROW),
         case("too long, copied", long(2), "up mtu").by(NARROW).under(|rule| rule.action = Action::Pass),
         case("too long by its options", v4(|ip, udp| (ip.flags, ip.options, udp.payload) = (2, 1, 969)), "answer mtu").by(NARROW),
         case("too long IPv6", v6(|_, udp| udp.payload = 1453), "answer mtu"),
@@ -393,12 +406,12 @@ fn copies() -> Vec<Case> {
     let mirrored = move |rule: &mut Rule| rule.mirrors = vec![to(NARROW), to(NO_ROUTE)];
     vec![
         // the rule's id is the lowest
-        case("one of three is dead", v4(|_, _| {}), "drop +2 forwarded forwarded no-neighbour forwarded").under(three),
-        case("all are dead", v4(|_, _| {}), "drop no-route no-neighbour no-route").under(dead),
+        case("one of three is dead", v4(|_, _| {}), "drop +2 forwarded forwarded unresolved forwarded").under(three),
+        case("all are dead", v4(|_, _| {}), "drop no-route unresolved no-route").under(dead),
         case("mirrored", v4(|_, _| {}), "away +1 forwarded forwarded no-route").under(mirrored),
         case("mirrored alone", v4(|_, _| {}), "drop +1 no-route forwarded no-route").by(NO_ROUTE).under(mirrored),
         cases("fragments to three", vec![first4(), later4()],
-            "drop +2 forwarded forwarded no-neighbour forwarded, drop +2 forwarded forwarded no-neighbour forwarded").under(three),
+            "drop +2 forwarded forwarded unresolved forwarded, drop +2 forwarded forwarded unresolved forwarded").under(three),
         case("from this host", v4(|_, _| {}), "away forwarded").under(|rule| rule.source = Source::Egress),
         case("IPv6 from this host", v6(|_, _| {}), "away forwarded").under(|rule| rule.source = Source::Egress),
     ]

@@ -14,6 +14,7 @@ use super::cases::{Case, all, case, v4, v6};
 use super::common::forge::{Extension, Forged, Ip, Kind, Udp};
 use super::common::random::any_packet;
 use super::common::reference::{Answer, Arrival, End, Gone, Host, Outcome, Table};
+use super::common::testbed::NARROW;
 use super::{Scenario, UNICAST, UNICAST6, any_scenario, ids};
 
 const HEADERS: usize = 14 + 40;
@@ -65,7 +66,9 @@ fn checksums_are_as_right_as_they_were() {
             let packet = Forged { tags: Vec::new(), ..packet };
             let frame = packet.frame();
             let host = scenario.host(ids(&scenario.rule));
-            for gone in gone(judge(&host, &mut Table::default(), &frame)) {
+            let gone = gone(judge(&host, &mut Table::default(), &frame));
+            // of pieces only the first has a UDP header
+            for gone in gone.iter().filter(|gone| !gone.is_piece) {
                 prop_assert_eq!(checksums(&frame), checksums(&gone.frame));
             }
             Ok(())
@@ -180,6 +183,38 @@ fn check_fragments(
     }
     prop_assert_eq!(datagram.map(|datagram| datagram.payload), Some(whole[data..].to_vec()));
     Ok(())
+}
+
+/// What is cut for a narrow way and put together again is what would have gone by a wide one.
+#[test]
+fn pieces_are_the_datagram_again() {
+    for options in 0..=10_u8 {
+        for payload in [974, 1500, 2921, 4000] {
+            let packet = v4(|ip, udp| (ip.options, udp.payload) = (options, payload));
+            let Case { rule, .. } = case("", packet.clone(), "").by(NARROW);
+            let scenario = Scenario { rule, held: false };
+            let narrow = scenario.host(ids(&scenario.rule));
+            let mut wide = narrow.clone();
+            wide.ways.get_mut(&NARROW.into()).expect("the way").mtu = 9000;
+            let (mut table, frame) = (Table::default(), packet.frame());
+            let whole = gone(judge(&wide, &mut table, &frame)).remove(0).frame;
+            assert_eq!(checksums(&whole), Some((true, true)));
+            let pieces = gone(judge(&narrow, &mut table, &frame));
+            assert!(pieces.len() > 1, "{payload} bytes");
+            let mut pool = IpDefragPool::<(), ()>::new();
+            let mut datagram = None;
+            for piece in pieces {
+                assert!(datagram.is_none() && piece.is_piece && piece.frame.len() <= 14 + 1000);
+                assert_eq!(addresses(&piece.frame), addresses(&whole));
+                let (header, _) = Ipv4Header::from_slice(&piece.frame[14..]).expect("a header");
+                assert_eq!(header.calc_header_checksum(), header.header_checksum);
+                let packet = SlicedPacket::from_ethernet(&piece.frame).expect("a packet");
+                datagram = pool.process_sliced_packet(&packet, (), ()).expect("a fragment");
+            }
+            let data = 14 + 20 + usize::from(options) * 4;
+            assert_eq!(datagram.map(|datagram| datagram.payload), Some(whole[data..].to_vec()));
+        }
+    }
 }
 
 /// Of the Ethernet and of the IP header.

@@ -1,0 +1,46 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* Packets and bytes by verdict. */
+#ifndef UDPLB_COUNT_H
+#define UDPLB_COUNT_H
+
+/* The segments of a GSO packet but the first, each of which has headers of its own. */
+static __noinline void count_segments(struct __sk_buff *skb, __u32 layout, __u32 bytes,
+				      struct counter *counter)
+{
+	__u32 headers = segment_headers(skb, layout), segments = skb->gso_segs;
+
+	/* a guest's packet comes without their number */
+	if (!segments && bytes > headers)
+		segments = (bytes - headers + skb->gso_size - 1) / skb->gso_size;
+	if (segments < 2)
+		return;
+	counter->packets += segments - 1;
+	counter->bytes += (__u64)(segments - 1) * headers;
+}
+
+/* `tags`: what is in the frame that the layout does not know of, in bytes. */
+static __always_inline void count(struct __sk_buff *skb, __u32 layout, __u32 tags, __u32 id,
+				  enum verdict which)
+{
+	__u32 chunk = id / COUNTERS_PER_CHUNK, index = id % COUNTERS_PER_CHUNK, bytes = skb->len - tags;
+	void *inner = bpf_map_lookup_elem(&counters, &chunk);
+	struct counters *counters = inner ? bpf_map_lookup_elem(inner, &index) : NULL;
+	struct counter *counter;
+
+	if (!counters || features.asking || which >= COUNTERS)
+		return;
+	counter = &counters->of[which];
+	counter->packets++;
+	counter->bytes += bytes;
+	if (skb->gso_size && layout)
+		count_segments(skb, layout, bytes, counter);
+}
+
+/* Out of line: off the main path, and the verifier need not go on from each of its ends. */
+__noinline __u32 count_aside(struct __sk_buff *skb, __u32 layout, __u32 tags, __u32 id, __u32 which)
+{
+	count(skb, layout, tags, id, which);
+	return 0;
+}
+
+#endif
