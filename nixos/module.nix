@@ -80,8 +80,8 @@ let
     "preserve"
     "egress"
   ];
-  interface = types.strMatching "[^[:space:]/:]{1,15}" // {
-    description = "network interface name (1 to 15 characters)";
+  interface = types.strMatching "[^[:space:]/:]{1,127}" // {
+    description = "network interface name (1 to 15 characters, an alternative name up to 127)";
   };
 
   payloadBytes = words {
@@ -468,6 +468,17 @@ in
       '';
     };
 
+    confirm = mkOption {
+      type = types.nullOr types.ints.positive;
+      default = null;
+      example = 60;
+      description = ''
+        Seconds within which `udplb confirm` must follow a reload that changes the rules, as after
+        `nixos-rebuild switch`. Without it the change is rolled back, and held until the rules change
+        again. A start of the service, as at boot, needs no confirmation.
+      '';
+    };
+
     repairInterval = mkOption {
       type = types.nullOr types.str;
       default = null;
@@ -602,7 +613,12 @@ in
           Type = "oneshot";
           RemainAfterExit = true;
           ExecStart = apply [ ];
-          ExecReload = apply [ ];
+          ExecReload = apply (
+            lib.optionals (cfg.confirm != null) [
+              "--confirm"
+              (toString cfg.confirm)
+            ]
+          );
           # 4: an interface or a name is missing. The rest serves, and arpd completes it: the unit
           # is active, so that a stop runs ExecStop.
           SuccessExitStatus = 4;

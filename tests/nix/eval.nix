@@ -66,6 +66,33 @@ let
       check = source.script or "";
     };
 
+  # The files that NixOS makes of networking.interfaces and networking.bridges for systemd-networkd.
+  networkd =
+    config:
+    let
+      cidr = a: "${a.address}/${toString a.prefixLength}";
+      ports = lib.concatMapAttrs (
+        bridge: b: lib.genAttrs b.interfaces (_: bridge)
+      ) config.networking.bridges;
+      network =
+        name: own:
+        lib.nameValuePair "40-${name}.network" (
+          lib.concatLines (
+            [
+              "[Match]"
+              "Name=${name}"
+              "[Network]"
+              "DHCP=no"
+            ]
+            ++ lib.optional (ports ? ${name}) "Bridge=${ports.${name}}"
+            ++ map (a: "Address=${cidr a}") (own.ipv4.addresses ++ own.ipv6.addresses)
+          )
+        );
+      bridge = name: _: lib.nameValuePair "40-${name}.netdev" "[NetDev]\nName=${name}\nKind=bridge\n";
+    in
+    lib.mapAttrs' network config.networking.interfaces
+    // lib.mapAttrs' bridge config.networking.bridges;
+
   summary = config: {
     failed = map (a: a.message) (lib.filter (a: !a.assertion) config.assertions);
     inherit (config) warnings;
@@ -75,8 +102,19 @@ let
     units =
       lib.mapAttrs' (n: s: lib.nameValuePair "${n}.service" (service s)) config.systemd.services
       // lib.mapAttrs' (n: t: lib.nameValuePair "${n}.timer" (timer t)) config.systemd.timers;
+    # what a test makes of the package
+    packages =
+      let
+        inherit (config.services.udplb) package;
+      in
+      lib.optionalAttrs (package ? script) { ${package.outPath} = package.script; };
+    networkd = lib.optionalAttrs (config.networking.useNetworkd or false) (networkd config);
     firewall = {
       inherit (config.networking.firewall) enable;
+      nftables = config.networking.nftables.enable or false;
+      tables = lib.mapAttrsToList (
+        name: t: "table ${t.family} ${name} {\n${t.content}\n}\n"
+      ) config.networking.nftables.tables or { };
       open = lib.mapAttrs (_: o: o.allowedUDPPorts ++ o.allowedUDPPortRanges) (
         config.networking.firewall.interfaces // { "" = config.networking.firewall; }
       );

@@ -233,6 +233,25 @@ def build_package() -> None:
         report(f"the package {what}")
 
 
+def check_demo(udplb: str) -> None:
+    """The flake's demo has nothing on its PATH but its runtimeInputs: here the like of them from Debian."""
+    inputs = re.search(r"runtimeInputs = \[(.*?)\]", (ROOT / "flake.nix").read_text(), re.DOTALL)
+    debian = {"gnused": "sed", "util-linux": "util-linux mount"}
+    packages = " ".join(debian.get(name, name) for name in re.findall(r"pkgs\.(\S+)", inputs[1] if inputs else ""))
+    listed = run("dpkg", "-L", *packages.split()) if shutil.which("dpkg") else None
+    become_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    built = Path(udplb).resolve().parent
+    if not udplb or not (built / "examples/datagram").exists() or not listed or listed.returncode:
+        skip("the demo with its own programs alone", "needs --udplb beside examples/datagram, and Debian")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        files = {Path(file).name: file for file in listed.stdout.split() if re.fullmatch(r"(/usr)?/s?bin/[^/]+", file)}
+        for name, file in files.items():
+            Path(folder, name).symlink_to(file)
+        result = run(*become_root, "env", "-i", f"PATH={folder}", "/bin/sh", ROOT / "tests/demo", built)
+        report("the demo with its own programs alone", (result.stdout + result.stderr) if result.returncode else "")
+
+
 def wrong_escapes(escaped: dict[str, str]) -> str:
     if not shutil.which("systemd-escape"):
         return ""
@@ -260,6 +279,8 @@ def fixture(test: dict[str, Any]) -> str:
             "etc": {name: {key: e[key] for key in ("target", "text", "path")} for name, e in summary["etc"].items()},
             "units": {name: text.splitlines() for name, text in summary["units"].items()},
             "firewall": summary["firewall"],
+            "networkd": summary["networkd"],
+            "packages": summary["packages"],
         }
 
     nodes = {
@@ -411,6 +432,7 @@ def main() -> int:
     lint_nix()
     lint_scripts()
     check_words(args.udplb)
+    check_demo(args.udplb)
     build_package()
     if not shutil.which(args.nix):
         skip("EVERYTHING THAT EVALUATES", f"no {args.nix}")

@@ -47,6 +47,7 @@ let
       name: env: script:
       drv name {
         inherit env script;
+        meta = env.meta or { };
         pname = "${digest (script + toString (env.source or ""))}-${name}";
       };
     writeShellApplication = { name, ... }@args: drv name (args // { meta.mainProgram = name; });
@@ -283,6 +284,19 @@ let
       )) { };
       networking = {
         useDHCP = flag true;
+        useNetworkd = flag false;
+        bridges = option (types.attrsOf (
+          types.submodule { options.interfaces = option (types.listOf types.str) [ ]; }
+        )) { };
+        nftables = {
+          enable = flag false;
+          tables = option (types.attrsOf (
+            types.submodule {
+              options.family = mkOption { type = types.str; };
+              options.content = mkOption { type = types.lines; };
+            }
+          )) { };
+        };
         interfaces = option (types.attrsOf (
           types.submodule {
             options.ipv4 = family;

@@ -11,7 +11,17 @@ rec {
       };
     };
 
-  # links: interface -> { vlan, address, routes }
+  # The same with IPv6.
+  host6 =
+    address6:
+    machine {
+      eth1 = {
+        vlan = 1;
+        inherit address6;
+      };
+    };
+
+  # links: interface -> { vlan, address, address6, routes }
   machine = links: {
     environment.etc."udp.py".source = ./udp.py;
     environment.systemPackages = [
@@ -24,12 +34,14 @@ rec {
       # The end points of a scenario are not what is tested: who wants the firewall says so.
       firewall.enable = lib.mkDefault false;
       interfaces = lib.mapAttrs (_: link: {
-        ipv4.addresses = [
-          {
-            inherit (link) address;
-            prefixLength = 24;
-          }
-        ];
+        ipv4.addresses = lib.optional (link ? address) {
+          inherit (link) address;
+          prefixLength = 24;
+        };
+        ipv6.addresses = lib.optional (link ? address6) {
+          address = link.address6;
+          prefixLength = 64;
+        };
         ipv4.routes = link.routes or [ ];
       }) links;
     };

@@ -65,18 +65,32 @@ with subtest("a bad file fails the reload and leaves the old rules serving"):
     relay.fail("systemctl reload udplb.service")
     relay.require_unit_state("udplb.service", "active")
     sent_to(up2, 40011)
+    relay.succeed("sed -i 's/port: 0/port: 514/' /var/lib/udplb.yaml")
     switch()
     sent_to(up1, 40012)
 
-with subtest("an interface that is late keeps nothing else out"):
-    relay.fail(SWITCH.format("specialisation/late/"))
-    sent_to(up1, 40020)
+with subtest("a file that is not there fails the service for good, and a rebuild that mends it succeeds"):
+    switch("file")
+    relay.succeed("rm /var/lib/udplb.yaml")
     relay.fail("systemctl restart udplb.service")
-    sent_to(up1, 40021)
-    relay.succeed("ip link add late0 type veth peer name late1", "ip link set late0 up")
-    relay.wait_for_unit("udplb.service", timeout=120)
+    relay.require_unit_state("udplb.service", "failed")
     switch()
+    relay.require_unit_state("udplb.service", "active")
+    sent_to(up1, 40014)
+
+with subtest("a late interface keeps nothing else out, fails no rebuild, and is attached when it appears"):
+    switch("late")
+    sent_to(up1, 40020)
+    relay.succeed("systemctl restart udplb.service")
+    sent_to(up1, 40021)
+    relay.fail("udplb status")
+    relay.succeed("ip link add late0 type veth peer name late1", "ip link set late0 up", "ip link set late1 up")
+    relay.wait_until_succeeds("udplb status >/dev/null", timeout=60)
+    relay.succeed("tc filter show dev late0 ingress | grep -q udplb")
     relay.succeed("ip link delete late0")
+    # mends it: what is missing is wanted no longer
+    switch()
+    relay.succeed("udplb status >&2")
     sent_to(up1, 40022)
 
 with subtest("a stop detaches, a start attaches"):

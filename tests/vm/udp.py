@@ -3,11 +3,13 @@
 
 listen PORT FILE                returns when the socket is bound; FILE gets a line per datagram:
                                 address port TTL payload
-send ADDRESS PORT [--from PORT] [--count N | --until FILE] [--interval SECONDS]
-                                payloads are FROM-0, FROM-1, …; prints how many, when FILE is there
+send ADDRESS PORT [--from PORT] [--sources N] [--count N | --until FILE] [--interval SECONDS]
+                                payloads are FROM-0, FROM-1, …; prints how many, when FILE is there;
+                                from so many ports, from FROM on
 """
 
 import argparse
+import ipaddress
 import os
 import socket
 import sys
@@ -17,13 +19,17 @@ BUFFER = 8 << 20
 # Linux' numbers; Python's socket module does not have the names.
 SO_RCVBUFFORCE = 33
 IP_RECVTTL = 12
+# the largest ancillary data: an int for each family
+ANCILLARY = 128
 
 
 def listen(port: int, file: str) -> None:
-    receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    # hears IPv4 too
+    receiver = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
     receiver.setsockopt(socket.IPPROTO_IP, IP_RECVTTL, 1)
-    receiver.bind(("0.0.0.0", port))
+    receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVHOPLIMIT, 1)
+    receiver.bind(("::", port))
     with open(file, "w", buffering=1) as lines:
         if os.fork():
             os._exit(0)
@@ -32,14 +38,15 @@ def listen(port: int, file: str) -> None:
         for stream in (0, 1, 2):
             os.dup2(null, stream)
         while True:
-            payload, ancillary, _, (address, source) = receiver.recvmsg(65536, 64)
+            payload, ancillary, _, sender = receiver.recvmsg(65536, ANCILLARY)
             ttl = int.from_bytes(ancillary[0][2], sys.byteorder)
-            print(address, source, ttl, payload.decode(), file=lines)
+            address = ipaddress.IPv6Address(sender[0])
+            print(address.ipv4_mapped or address, sender[1], ttl, payload.decode(), file=lines)
 
 
 def send(address: str, port: int, source: int, count: int, until: str, interval: float) -> None:
-    sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    sender.bind(("0.0.0.0", source))
+    sender = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+    sender.bind(("", source))
     source = sender.getsockname()[1]
     start = time.monotonic()
     number = 0
@@ -59,6 +66,7 @@ verb = verbs.add_parser("send")
 verb.add_argument("address")
 verb.add_argument("port", type=int)
 verb.add_argument("--from", dest="source", type=int, default=0)
+verb.add_argument("--sources", type=int, default=1)
 verb.add_argument("--count", type=int, default=1)
 verb.add_argument("--until", default="")
 verb.add_argument("--interval", type=float, default=0.0)
@@ -66,4 +74,5 @@ args = parser.parse_args()
 if args.verb == "listen":
     listen(args.port, args.file)
 else:
-    send(args.address, args.port, args.source, args.count, args.until, args.interval)
+    for source in range(args.source, args.source + args.sources):
+        send(args.address, args.port, source, args.count, args.until, args.interval)

@@ -225,8 +225,12 @@ in
   interface-name = {
     expect.error = "services\\.udplb\\.interfaces\\.${entry}. is not of type .network interface name";
     config = lib.recursiveUpdate (rules [ ]) {
-      services.udplb.interfaces = [ "longer-than-15-characters" ];
+      services.udplb.interfaces = [ "eth0:1" ];
     };
+  };
+  confirm = {
+    expect.error = "services\\.udplb\\.confirm. is not of type .null or \\(?positive integer";
+    config = lib.recursiveUpdate (rules [ ]) { services.udplb.confirm = 0; };
   };
   interfaces-none = {
     expect.failed = "^services\\.udplb\\.interfaces: at least one";

@@ -103,6 +103,8 @@ in
       says."udplb-repair.timer" =
         "PartOf=udplb.service\n(?s:.*)OnActiveSec=5min\nOnUnitInactiveSec=5min\n(?s:.*)WantedBy=timers.target udplb.service";
       says."udplb-repair.service" = "ExecStart=.*\"apply\" \"--partial\" \"-q\" \"/stub/";
+      says."udplb.service" =
+        "ExecReload=.*\"apply\" \"--partial\" \"--confirm\" \"60\" \"/stub/[^\n]*\nExecStart=.*\"--partial\" \"/stub/";
       units = [
         "udplb-arpd.service"
         "udplb-repair.service"
@@ -126,6 +128,7 @@ in
       enable = true;
       inherit interfaces rules;
       defaults.source = "preserve";
+      confirm = 60;
       repairInterval = "5min";
       openFirewall = true;
     };

@@ -55,6 +55,35 @@ SYSCTL = {f"net.ipv4.conf.{which}.rp_filter": 2 for which in ("all", "default")}
 numbers = itertools.count()
 
 
+# NixOS' own services, of which the machine's configuration says what they do.
+NETWORKD = """[Unit]
+Wants=network.target
+Before=network.target
+[Service]
+Type=notify
+ExecStart=/lib/systemd/systemd-networkd
+# without udev: with a writable /sys it would wait for it
+ReadOnlyPaths=/sys
+User=systemd-network
+AmbientCapabilities=CAP_NET_ADMIN CAP_NET_BIND_SERVICE CAP_NET_BROADCAST CAP_NET_RAW
+RuntimeDirectory=systemd/netif
+RuntimeDirectoryPreserve=yes
+[Install]
+WantedBy=multi-user.target
+"""
+NFTABLES = """[Unit]
+Before=network-pre.target
+[Service]
+X-ReloadIfChanged=true
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/sbin/nft -f /etc/nftables.nft
+ExecReload=/usr/sbin/nft -f /etc/nftables.nft
+[Install]
+WantedBy=multi-user.target
+"""
+
+
 class Failed(Exception):
     pass
 
@@ -83,7 +112,7 @@ def retry(fn: Callable[[bool], bool], timeout_seconds: int = 900) -> None:
 
 
 def ruleset(firewall: dict[str, Any]) -> str:
-    """The input chain of NixOS' firewall, as far as UDP goes."""
+    """The input chain of NixOS' firewall, as far as UDP goes, and the tables beside it."""
 
     def ports(spec: int | dict[str, int]) -> str:
         return f"{spec['from']}-{spec['to']}" if isinstance(spec, dict) else str(spec)
@@ -100,7 +129,11 @@ def ruleset(firewall: dict[str, Any]) -> str:
         "meta l4proto { icmp, ipv6-icmp } accept",
         *accept,
     ]
-    return "table inet nixos-fw {\nchain input {\n" + "\n".join(rules) + "\n}\n}\n"
+    firewalls = ["table inet nixos-fw {\nchain input {\n" + "\n".join(rules) + "\n}\n}\n"] if firewall["enable"] else []
+    tables = firewalls + firewall["tables"]
+    # each is replaced, in one step
+    heads = [table.partition("{")[0] for table in tables]
+    return "".join(f"{head}\ndelete {head}\n" for head in heads) + "".join(tables)
 
 
 class Machine:
@@ -115,8 +148,10 @@ class Machine:
         (self.dir / "root").mkdir(parents=True)
         booted = self.dir / "booted-system"
         self.write_system(booted, node)
+        self.packages: dict[str, str] = {}
         for specialisation, system in node["specialisations"].items():
             self.write_system(booted / "specialisation" / specialisation, system)
+            self.packages |= system["packages"]
         (booted / "etc/hosts").write_text(driver.hosts)
         (booted / "etc/hostname").write_text(f"{name}\n")
         (booted / "etc/machine-id").write_text("")
@@ -130,7 +165,15 @@ class Machine:
         (folder / "units/service.d").mkdir(parents=True)
         (folder / "units/service.d/console.conf").write_text("[Service]\nStandardOutput=tty\nStandardError=tty\n")
         shutil.copy(HERE / "switch-to-configuration", folder / "bin")
-        for name, text in BASE_UNITS.items() | {(n, "\n".join(u) + "\n") for n, u in system["units"].items()}:
+        units = BASE_UNITS | {name: "\n".join(lines) + "\n" for name, lines in system["units"].items()}
+        files = {f"systemd/network/{name}": text for name, text in system["networkd"].items()}
+        if files:
+            # a unit changes with its files
+            units["systemd-networkd.service"] = f"# {sorted(files.items())}\n{NETWORKD}"
+        if system["firewall"]["nftables"]:
+            files["nftables.nft"] = ruleset(system["firewall"])
+            units["nftables.service"] = f"# {files['nftables.nft']!r}\n{NFTABLES}"
+        for name, text in units.items():
             (folder / "units" / name).write_text(text)
             for targets in re.findall(r"(?m)^WantedBy=(.*)$", text):
                 for target in targets.split():
@@ -138,6 +181,9 @@ class Machine:
                     wants.mkdir(exist_ok=True)
                     (wants / name).symlink_to(f"../{name}")
         (folder / "etc").mkdir()
+        for name, text in files.items():
+            (folder / "etc" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "etc" / name).write_text(text)
         for name, file in system["etc"].items():
             text = file["text"] or (ROOT / file["path"]).read_text()
             (folder / "etc" / name).write_text(text)
@@ -175,6 +221,8 @@ class Machine:
         assert self.process.stdin
         self.process.stdin.close()
         wait(lambda: self.run("test -S /run/systemd/private", 5)[0] == 0, 30, f"{self.name} boots: {self.console}")
+        for out, script in self.packages.items():
+            self.succeed(f"mkdir -p {out}; out={out}; {script}")
 
     def find_init(self, children: Path) -> bool:
         assert self.process
@@ -190,9 +238,10 @@ class Machine:
         call(*ip, "link", "set", "lo", "up")
         for key, value in (SYSCTL | self.node["sysctl"]).items():
             call(*self.inside("sysctl", "-q", "-w", f"{key}={int(value)}"))
-        if self.node["firewall"]["enable"]:
+        firewall = self.node["firewall"]
+        if firewall["enable"] and not firewall["nftables"]:
             nft = subprocess.run(
-                self.inside("nft", "-f", "-"), input=ruleset(self.node["firewall"]), text=True, capture_output=True
+                self.inside("nft", "-f", "-"), input=ruleset(firewall), text=True, capture_output=True
             )
             if nft.returncode:
                 raise Failed(f"nft: {nft.stderr}")
@@ -205,6 +254,8 @@ class Machine:
             call(*switch, *f"link add {cable} type veth {peer}".split())
             call(*switch, *f"link set {cable} master vlan{link['vlan']} up".split())
             self.cables.append(cable)
+            if self.node["networkd"]:
+                continue
             call(*ip, "link", "set", interface, "up")
             for address in link["addresses"]:
                 call(*ip, "address", "add", address, "dev", interface, *(["nodad"] if ":" in address else []))
@@ -349,7 +400,9 @@ class Machine:
 
 def plain_machines(name: str, addresses: dict[str, str]) -> dict[str, Any]:
     """A test whose machines have an address each on one VLAN, and nothing else."""
-    empty = {"etc": {}, "units": {}, "firewall": {"enable": False}, "sysctl": {}, "specialisations": {}}
+    firewall = {"enable": False, "nftables": False, "tables": [], "open": {}}
+    empty = {"etc": {}, "units": {}, "firewall": firewall, "networkd": {}, "packages": {}}
+    empty |= {"sysctl": {}, "specialisations": {}}
     nodes = {
         machine: empty | {"links": {"eth1": {"vlan": 1, "addresses": [f"{address}/24"], "routes": []}}}
         for machine, address in addresses.items()
