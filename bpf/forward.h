@@ -21,7 +21,7 @@ static __always_inline bool copy(struct __sk_buff *skb, __u32 layout, struct pac
 
 	if (sending->pieces)
 		sent = recirculate(skb, layout, sending->upstream, sending->way.mtu, sending->pieces);
-	else if (*verdict != VERDICT_FORWARDED)
+	else if (!sending->way.resolved)
 		sent = recirculate(skb, layout, sending->upstream, 0, 1);
 	else
 		sent = features.asking || !bpf_clone_redirect(skb, sending->way.ifindex, 0);
@@ -48,7 +48,7 @@ static __always_inline enum verdict send_on(struct __sk_buff *skb, __u32 layout,
 		save(skb, layout, packet, &sending->original);
 	/* what is addressed to a group the kernel does not give a neighbour's address; nor is there one yet
 	 */
-	if (!gives || verdict == VERDICT_FORWARDED || packet->eth->h_dest[0] & 1)
+	if (!gives || sending->way.resolved || packet->eth->h_dest[0] & 1)
 		copy_macs(packet->eth, sending->way.frame);
 	sending->checksum = checksum_of(skb, layout);
 	sending->csum = rewrite(skb, layout, packet, sending->checksum, &sending->label);
@@ -57,7 +57,7 @@ static __always_inline enum verdict send_on(struct __sk_buff *skb, __u32 layout,
 	if (layout & LAYOUT_TRACED)
 		trace_frame(skb);
 	if (gives) {
-		*action = give(skb, sending, verdict);
+		*action = give(skb, sending);
 		return verdict;
 	}
 	if (!copy(skb, layout, packet, sending, &verdict))

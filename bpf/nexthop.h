@@ -12,6 +12,7 @@ struct way {
 	__be32 gateway[4];
 	__u16 mtu;	      /* 0: unknown */
 	bool asks;	      /* it is time to ask the kernel for the MTU of the path */
+	bool resolved;	      /* the frame has the MAC addresses, or needs none */
 	enum verdict verdict; /* of a packet that fits */
 };
 
@@ -45,6 +46,8 @@ static __always_inline struct sending *get_sending(void)
 
 	return bpf_map_lookup_elem(&sendings, &only);
 }
+
+#include "neighbour.h"
 
 /* Half-word by half-word, as the stack is aligned: a plain copy would go byte by byte. */
 static __always_inline void copy_mac(void *to, const void *from)
@@ -181,6 +184,7 @@ static __always_inline enum leased leased_way(struct sending *sending)
 	way->ifindex = known->ifindex;
 	copy_macs(way->frame, known->destination);
 	way->mtu = known->mtu;
+	way->resolved = true;
 	way->asks = age(slot->asked) >= ASKED_SECONDS * features.ticks_per_second;
 	/* two writes since: what was read may be a mixture */
 	return sequence_of(slot) == sequence ? LEASED_WAY : LEASED_NOTHING;
@@ -190,12 +194,13 @@ static __always_inline enum leased leased_way(struct sending *sending)
  * Takes interface and gateway that user space resolved, where the kernel does not route for this interface.
  * Only the kernel's neighbour table knows whether the gateway answers.
  */
-static __always_inline enum verdict known_way(const struct sending *sending, struct way *way)
+static __always_inline enum verdict known_way(struct __sk_buff *skb, const struct sending *sending,
+					      struct way *way)
 {
 	const struct nexthop_slot *slot = nexthop_slot(sending->upstream);
 	enum verdict verdict = VERDICT_STALE_NEIGHBOUR;
 	const struct nexthop *known;
-	__u32 sequence;
+	__u32 sequence, gateway;
 
 	if (!slot)
 		return VERDICT_NO_ROUTE;
@@ -207,11 +212,17 @@ static __always_inline enum verdict known_way(const struct sending *sending, str
 	way->family = known->family;
 	__builtin_memcpy(way->gateway, known->gateway, sizeof(way->gateway));
 	way->mtu = known->mtu;
-	if (known->macs == MACS_NONE)
-		verdict = VERDICT_FORWARDED;
-	else if (known->macs == MACS_UNKNOWN)
+	way->resolved = known->macs == MACS_NONE;
+	if (known->macs == MACS_UNKNOWN)
 		verdict = VERDICT_UNRESOLVED;
-	return sequence_of(slot) == sequence ? verdict : VERDICT_NO_NEIGHBOUR;
+	if (sequence_of(slot) != sequence)
+		return VERDICT_NO_NEIGHBOUR;
+	if (way->resolved)
+		return VERDICT_FORWARDED;
+	gateway = is_gateway_known(skb);
+	if (gateway == KNOWN_NOT_READABLE)
+		return verdict;
+	return gateway == KNOWN_VALID ? VERDICT_FORWARDED : VERDICT_UNRESOLVED;
 }
 
 /* What user space knows of the way, if it is out by that interface or, with 0, by any. */
@@ -269,6 +280,7 @@ static __always_inline void take_way(struct way *way, const struct bpf_fib_looku
 	copy_mac(way->frame, fib->dmac);
 	copy_mac(way->frame + ETH_ALEN, fib->smac);
 	way->mtu = fib->mtu_result;
+	way->resolved = true;
 }
 
 /* Takes the way to a neighbour that the kernel knows no MAC address of; there may be none to know. */
@@ -283,7 +295,8 @@ static __always_inline enum verdict gateway_way(const struct sending *sending, s
 	if (!known)
 		return VERDICT_UNRESOLVED;
 	way->mtu = known->mtu;
-	return known->macs == MACS_NONE ? VERDICT_FORWARDED : VERDICT_UNRESOLVED;
+	way->resolved = known->macs == MACS_NONE;
+	return way->resolved ? VERDICT_FORWARDED : VERDICT_UNRESOLVED;
 }
 
 /* The way of a packet that fits, where a larger one was asked for. */
@@ -341,7 +354,7 @@ __noinline __u32 find_way(struct __sk_buff *skb, __u32 result, __u32 length)
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
 		return gateway_way(sending, way);
 	case BPF_FIB_LKUP_RET_FWD_DISABLED:
-		return known_way(sending, way);
+		return known_way(skb, sending, way);
 	default:
 		return VERDICT_NO_ROUTE;
 	}

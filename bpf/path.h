@@ -15,10 +15,10 @@ static __always_inline __u32 least_mtu(bool ipv6)
 	return ipv6 ? LEAST_MTU_IPV6 : LEAST_MTU_IPV4;
 }
 
-/* Returns true while that time of jiffies, which go round, is to come. */
-static __always_inline bool is_ahead(__u32 until)
+/* Returns true while that time is to come. */
+static __always_inline bool is_ahead(__u64 until)
 {
-	return (__s32)(until - (__u32)bpf_jiffies64()) > 0;
+	return until > bpf_jiffies64();
 }
 
 /* Notes the MTU of a path for so many seconds, unless a lower one is known. */
@@ -30,7 +30,7 @@ static __always_inline void note_mtu(const struct key_address *destination, __u3
 
 	if (!tickets || (known && known->mtu < mtu && is_ahead(known->until)))
 		return;
-	if (!is_ahead(tickets->path_mtus_until) || (__s32)(noted.until - tickets->path_mtus_until) > 0)
+	if (noted.until > tickets->path_mtus_until)
 		tickets->path_mtus_until = noted.until;
 	bpf_map_update_elem(&path_mtus, destination, &noted, BPF_ANY);
 }

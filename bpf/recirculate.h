@@ -84,7 +84,7 @@ static __always_inline enum verdict send_recirculated(struct __sk_buff *skb, __u
 		return verdict;
 	copy_macs(packet.eth, sending->way.frame);
 	sending->checksum = checksum_of(skb, layout);
-	*action = give(skb, sending, verdict);
+	*action = give(skb, sending);
 	return verdict;
 }
 

@@ -17,12 +17,12 @@ static __always_inline void forget_sum(struct __sk_buff *skb)
 }
 
 /* Redirects the packet, whose headers have been rewritten already. */
-static __always_inline int give(struct __sk_buff *skb, struct sending *sending, enum verdict verdict)
+static __always_inline int give(struct __sk_buff *skb, struct sending *sending)
 {
 	struct bpf_redir_neigh *neighbour = &sending->neighbour;
 	const struct way *way = &sending->way;
 
-	if (verdict == VERDICT_FORWARDED)
+	if (way->resolved)
 		return bpf_redirect(way->ifindex, 0);
 	if (sending->checksum == CHECKSUM_OF_FRAME)
 		forget_sum(skb);

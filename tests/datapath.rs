@@ -101,21 +101,19 @@ fn the_kernel_knows_the_way() {
 }
 
 /// Forwarding is off where the packets come in: what user space resolved is the way, and the kernel's
-/// neighbour table, which knows the gateway but not the one that is cold, has the MAC address.
+/// neighbour table, which knows the gateway but not the one that is silent, has the MAC address.
 #[test]
 fn user_space_knows_the_way() {
     let no_route = Dropped("no-route", Under::Upstream);
     let cold = Dropped("unresolved", Under::Upstream);
-    let queued = Queued("stale-neighbour");
-    let sent = Sent("stale-neighbour", GATEWAY_MAC);
-    let late = Sent("unresolved", GATEWAY_MAC);
-    let cut = |verdict| Cut(verdict, GATEWAY_MAC, 1000);
+    let queued = Queued("forwarded");
+    let sent = Sent("forwarded", GATEWAY_MAC);
+    let cut = Cut("forwarded", GATEWAY_MAC, 1000);
     Testbed::with(|testbed| {
         // which is not what the kernel has by now
         let mac = Some(OLD_MAC);
         let hop = |mtu, mac| Some(testbed.hop(mtu, mac));
-        let silent = Some(testbed.hop_by(Ipv4Addr::new(10, 0, 2, 253).into(), 1500, None));
-        let (cut, cut_late) = (cut("stale-neighbour"), cut("unresolved"));
+        let silent = |mac| Some(testbed.hop_by(Ipv4Addr::new(10, 0, 2, 253).into(), 1500, mac));
         #[rustfmt::skip]
         let table = [
             // the upstream            known                            length pass      block
@@ -123,11 +121,12 @@ fn user_space_knows_the_way() {
             ("without a route",        Some(Way::None("none".into())),      44, no_route, no_route),
             ("this host itself",       Some(Way::Local),                    44, no_route, no_route),
             ("with MAC addresses",     hop(1500, mac),                      44, sent,     queued),
-            ("without MAC addresses",  hop(1500, None),                     44, late,     Queued("unresolved")),
-            ("and not in the kernel",  silent,                              44, cold,     Queued("unresolved")),
+            ("without MAC addresses",  hop(1500, None),                     44, sent,     queued),
+            ("never in the kernel",    silent(None),                        44, cold,     Queued("unresolved")),
+            ("not in it any more",     silent(mac),                         44, cold,     Queued("unresolved")),
             ("fits the route",         hop(1000, mac),                    1000, sent,     queued),
             ("too long for the route", hop(1000, mac),                    1001, cut,      cut),
-            ("too long, and late",     hop(1000, None),                   1001, cut_late, cut_late),
+            ("too long, and late",     hop(1000, None),                   1001, cut,      cut),
             ("MTU unknown",            hop(0, mac),                       1500, sent,     queued),
         ];
         let cases = table.into_iter().flat_map(|(name, known, length, pass, block)| {
@@ -1005,7 +1004,7 @@ fn a_gso_packet_is_its_segments() {
         testbed.check_all(cases.map(|case| {
             let narrow = case.rule.upstreams[0].address == NARROW.into();
             let fate = match case.fate {
-                Sent(..) => Queued("stale-neighbour"),
+                Sent(verdict, _) => Queued(verdict),
                 fate => fate,
             };
             let known = known(if narrow { 1000 } else { 1500 });

@@ -47,7 +47,9 @@ fn neighbour_that_answers_late_gets_packets() {
             }
             ends.check_silence();
         }
-        assert!(lab.packets("pass-vip", "10.2.0.20", "unresolved") > 0, "{:#}", lab.status());
+        for (rule, upstream) in [("pass-vip", "10.2.0.20"), ("pass-vip-6", "2001:db8:2::20")] {
+            assert_eq!(lab.packets(rule, upstream, "forwarded"), 4, "{:#}", lab.status());
+        }
     }
 }
 
@@ -63,10 +65,13 @@ fn neighbour_with_a_new_mac_address_gets_packets() {
         ends.check_length(100);
         ends.check_silence();
     }
-    assert_eq!(lab.packets("pass-vip", "10.2.0.20", "stale-neighbour"), 1, "{:#}", lab.status());
+    // the first packet has the kernel ask
+    assert_eq!(lab.packets("pass-vip", "10.2.0.20", "unresolved"), 1, "{:#}", lab.status());
+    assert_eq!(lab.packets("block-egress", "10.2.0.20", "forwarded"), 1, "{:#}", lab.status());
 }
 
-/// Counted as what it is, with forwarding and without, for packets and for copies.
+/// Counted as what it is, with forwarding and without, for packets and for copies; also where the next hop had
+/// answered when the file was applied.
 #[test]
 fn silent_next_hop_is_unresolved() {
     for forwarding in ["0", "1"] {
@@ -81,6 +86,16 @@ fn silent_next_hop_is_unresolved() {
             }
             until("three are counted", || lab.packets("only", "silent", "unresolved") == 3);
             assert_eq!(lab.packets("only", "silent", "forwarded"), 0);
+            let upstream = json!({ "name": "gone", "address": "10.2.0.20", "port": 7000 });
+            lab.apply(&config(&[rule("only", 5000, json!({ "tc_action": action }), &[upstream])]));
+            lab.upstream.ip("addr flush dev eth0");
+            lab.relay.ip("neigh flush dev up0");
+            for _ in 0..3 {
+                sender.send_to(b"to nobody", (V4.key, 5000)).expect("sent");
+            }
+            until("three are counted", || lab.packets("only", "gone", "unresolved") == 3);
+            assert_eq!(lab.packets("only", "gone", "forwarded"), 0);
+            assert_eq!(lab.packets("only", "gone", "stale-neighbour"), 0);
         }
     }
 }

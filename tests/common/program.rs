@@ -254,7 +254,7 @@ impl<'object> Program<'object> {
         let noted = |key: Vec<u8>| {
             let value = map.lookup(&key, MapFlags::ANY).expect("a lookup").expect("an entry");
             let address: Vec<u32> = key.chunks(4).map(word).collect();
-            (address.try_into().expect("four words"), word(&value[..4]))
+            (address.try_into().expect("four words"), word(&value[8..12]))
         };
         map.keys().map(noted).collect()
     }
@@ -264,8 +264,8 @@ impl<'object> Program<'object> {
         let map = &self.skeleton.maps.path_mtus;
         for key in map.keys().collect::<Vec<_>>() {
             let mut value = map.lookup(&key, MapFlags::ANY).expect("a lookup").expect("an entry");
-            let until = u32::from_ne_bytes(value[4..].try_into().expect("four bytes"));
-            value[4..].copy_from_slice(&until.wrapping_sub(jiffies).to_ne_bytes());
+            let until = u64::from_ne_bytes(value[..8].try_into().expect("eight bytes"));
+            value[..8].copy_from_slice(&(until - u64::from(jiffies)).to_ne_bytes());
             map.update(&key, &value, MapFlags::ANY).expect("an update");
         }
     }
