@@ -340,14 +340,17 @@ def check_flake(nix: Nix) -> None:
             if (ROOT / file).is_file():
                 (source / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / file, source / file)
+        options = ["--extra-experimental-features", "nix-command flakes", "--offline", "--no-write-lock-file"]
+        options += ["--override-input", "nixpkgs", f"path:{nixpkgs}"]
         for command in (["show", "--all-systems"], ["check", "--no-build", "--all-systems"]):
-            result = run(
-                program,
-                *("--extra-experimental-features", "nix-command flakes", "flake", *command, "--offline"),
-                *("--no-write-lock-file", "--override-input", "nixpkgs", f"path:{nixpkgs}", f"path:{source}"),
-                env=env,
-            )
+            result = run(program, "flake", *command, *options, f"path:{source}", env=env)
             report(f"nix flake {' '.join(command)}", result.stderr if result.returncode else "")
+        for output, function in (
+            ("overlays.default", "o: (o { callPackage = file: _: import file; } { }) ? udplb"),
+            ("nixosModules", "m: m.default.key == m.udplb.key"),
+        ):
+            result = run(program, "eval", *options, f"path:{source}#{output}", "--apply", function, env=env)
+            report(f"{output} of the flake", "" if result.stdout.strip() == "true" else result.stdout + result.stderr)
         run("chmod", "-R", "u+w", folder)
 
 
@@ -360,8 +363,9 @@ def lint_nix() -> None:
 def lint_scripts() -> None:
     """The scripts as the NixOS test driver lints them, and our own Python."""
     pyflakes = shutil.which("pyflakes") or shutil.which("pyflakes3") or "pyflakes"
-    env = {**os.environ, "MYPYPATH": str(DRIVER)}
-    own = ["nix/package.py", "nix/run.py", "vm/driver/nsdriver.py", "vm/driver/switch-to-configuration", "vm/udp.py", "deb/run", "docs/run"]
+    env = {**os.environ, "MYPYPATH": f"{DRIVER}:{ROOT / 'tests/deb'}"}
+    own = ["nix/package.py", "nix/run.py", "vm/driver/nsdriver.py", "vm/driver/switch-to-configuration", "vm/udp.py", "docs/run"]
+    own += [f"deb/{name}" for name in ("lab.py", "run", "tarball")]
     own += [f"pictures/{name}.py" for name in ("dashboard", "terminal", "traffic")]
     # what libraries say of their types depends on their version, and on whether they are installed
     alone = ["--follow-imports=skip", "--ignore-missing-imports"]
@@ -426,9 +430,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def find_lib(args: argparse.Namespace) -> Path | None:
+    """The folder that holds nixpkgs' lib/: as told, or where Nix itself finds nixpkgs."""
+    if args.lib or not shutil.which(args.nix):
+        return Path(args.lib).resolve() if args.lib else None
+    found = run(args.nix, "--eval", "--json", "-E", "toString <nixpkgs>", env={**os.environ, "NIX_REMOTE": "dummy://"})
+    return Path(json.loads(found.stdout)) if found.returncode == 0 else None
+
+
 def main() -> int:
     args = arguments()
-    lib = Path(args.lib).resolve() if args.lib else None
+    lib = find_lib(args)
     lint_nix()
     lint_scripts()
     check_words(args.udplb)

@@ -12,7 +12,6 @@ in
     lb = {
       imports = [ (host "10.1.0.2") ];
       networking.firewall.enable = true;
-      networking.firewall.allowedUDPPorts = [ ];
       services.udplb = {
         enable = true;
         interfaces = [ "eth1" ];
