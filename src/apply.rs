@@ -8,6 +8,7 @@ use anyhow::{Context, anyhow};
 use crate::config::{Address, State};
 use crate::diff::{Action, Plan, Refusal};
 use crate::generation::{self, Generation};
+use crate::marks::Mark;
 use crate::netlink::Netlink;
 use crate::nexthop::{self, Way};
 use crate::observe::Observed;
@@ -49,6 +50,21 @@ pub async fn reconcile(
         previous: observed.serving(),
         counters_reset: executor.counters_reset,
     })
+}
+
+/// Remembers that arpd has put back the filter of an interface.
+pub fn count_reattached(
+    guard: &WriteGuard,
+    observed: &Observed,
+    interface: &str,
+) -> anyhow::Result<()> {
+    let Some(maps) = guard.maps()? else { return Ok(()) };
+    let index = observed.interfaces.get(interface).map_or(0, |interface| interface.index);
+    let before = maps.marks.get(interface)?.unwrap_or_default();
+    // of another interface of this name only the count goes on
+    let mark = if before.index == index { before } else { Mark { index, ..Mark::default() } };
+    let mark = Mark { reattached: before.reattached + 1, ..mark };
+    maps.marks.set(guard, interface, Some(mark))
 }
 
 /// The witness that only tells.
@@ -141,28 +157,43 @@ impl<'a> Executor<'a> {
                 Ok(None)
             }
             Action::AddClsact(interface) => {
-                self.netlink.add_clsact(self.index(interface)?).await?;
+                tc::add_clsact(self.guard, self.netlink, self.index(interface)?).await?;
                 Ok(Some(Undo::DeleteClsact(interface.clone())))
+            }
+            Action::DeleteClsact(interface) => {
+                let index = self.index(interface)?;
+                tc::delete_unused_clsact(self.guard, self.netlink, index).await?;
+                Ok(None)
             }
             Action::Attach { interface, generation, replaces } => {
                 let undo = self.undo_attach(interface, replaces);
                 let program = self.program(interface, *generation)?;
                 let replace = *replaces != Slot::Empty;
                 let index = self.index(interface)?;
-                tc::attach(self.guard, self.netlink, index, program.as_fd(), replace).await?;
-                Ok(Some(undo))
+                // before it: should this be killed between the two, arpd attaches
+                self.mark(interface, |mark| mark.detached = false)?;
+                let done =
+                    tc::attach(self.guard, self.netlink, index, program.as_fd(), replace).await;
+                if done.is_err() {
+                    self.restore_mark(interface)?;
+                }
+                done.map(|()| Some(undo))
             }
             Action::Detach { interface, generation, clsact } => {
                 let program = self.program(interface, *generation).ok();
                 let index = self.index(interface)?;
-                tc::detach(self.guard, self.netlink, index, *clsact).await?;
-                let (interface, clsact) = (interface.clone(), *clsact);
-                Ok(program.map(|program| Undo::Attach {
-                    interface,
-                    program,
-                    replace: false,
-                    clsact,
-                }))
+                // before it, so that arpd never sees the one without the other
+                self.mark(interface, |mark| {
+                    *mark = Mark { index, detached: true, clsact: *clsact, ..*mark };
+                })?;
+                let done = tc::detach(self.guard, self.netlink, index).await;
+                if done.is_err() {
+                    self.restore_mark(interface)?;
+                }
+                let interface = interface.clone();
+                let undo =
+                    program.map(|program| Undo::Attach { interface, program, replace: false });
+                done.map(|()| undo)
             }
             Action::SetHeld(held) => {
                 let maps = self.guard.maps()?.context(INCOMPLETE)?;
@@ -199,9 +230,26 @@ impl<'a> Executor<'a> {
         };
         let interface = interface.to_string();
         match before {
-            Some(program) => Undo::Attach { interface, program, replace: true, clsact: false },
+            Some(program) => Undo::Attach { interface, program, replace: true },
             None => Undo::Detach(interface),
         }
+    }
+
+    /// Changes what is remembered of an interface; nothing is where pins are missing.
+    fn mark(&self, interface: &str, change: impl FnOnce(&mut Mark)) -> anyhow::Result<()> {
+        let Some(maps) = self.guard.maps()? else { return Ok(()) };
+        let before = self.before.marks.get(interface).copied();
+        let mut mark = before.unwrap_or_default();
+        change(&mut mark);
+        match before.unwrap_or_default() == mark {
+            true => Ok(()),
+            false => maps.marks.set(self.guard, interface, Some(mark)),
+        }
+    }
+
+    fn restore_mark(&self, interface: &str) -> anyhow::Result<()> {
+        let Some(maps) = self.guard.maps()? else { return Ok(()) };
+        maps.marks.set(self.guard, interface, self.before.marks.get(interface).copied())
     }
 
     fn index(&self, interface: &str) -> anyhow::Result<u32> {
@@ -239,28 +287,33 @@ impl<'a> Executor<'a> {
     }
 
     async fn undo(&self, steps: Vec<Undo>) {
+        if steps.is_empty() {
+            return;
+        }
+        // the connection may be what failed
+        let anew = Netlink::open();
+        let netlink = anew.as_ref().unwrap_or(self.netlink);
         for step in steps.into_iter().rev() {
-            if let Err(error) = self.undo_step(&step).await {
+            if let Err(error) = self.undo_step(netlink, &step).await {
                 log::error!("undoing it: {error:#}");
             }
         }
     }
 
-    async fn undo_step(&self, step: &Undo) -> anyhow::Result<()> {
+    async fn undo_step(&self, netlink: &Netlink, step: &Undo) -> anyhow::Result<()> {
         match step {
             Undo::Drop(number) => self.drop(*number),
             Undo::DeleteClsact(interface) => {
-                Ok(self.netlink.delete_clsact(self.index(interface)?).await?)
+                tc::delete_unused_clsact(self.guard, netlink, self.index(interface)?).await
             }
             Undo::Detach(interface) => {
-                tc::detach(self.guard, self.netlink, self.index(interface)?, false).await
+                tc::detach(self.guard, netlink, self.index(interface)?).await?;
+                self.restore_mark(interface)
             }
-            Undo::Attach { interface, program, replace, clsact } => {
+            Undo::Attach { interface, program, replace } => {
                 let index = self.index(interface)?;
-                if *clsact {
-                    self.netlink.add_clsact(index).await?;
-                }
-                tc::attach(self.guard, self.netlink, index, program.as_fd(), *replace).await
+                tc::attach(self.guard, netlink, index, program.as_fd(), *replace).await?;
+                self.restore_mark(interface)
             }
             Undo::SetHeld => {
                 let maps = self.guard.maps()?.ok_or_else(|| anyhow!("state/ is gone"))?;
@@ -284,7 +337,7 @@ enum Undo {
     Drop(u32),
     DeleteClsact(String),
     Detach(String),
-    Attach { interface: String, program: OwnedFd, replace: bool, clsact: bool },
+    Attach { interface: String, program: OwnedFd, replace: bool },
     SetHeld,
     SetPending,
     SetCurrent,
@@ -298,6 +351,7 @@ pub fn describe(action: &Action) -> String {
         Action::Build(draft) => format!("building generation {}", draft.number),
         Action::WriteNextHops(number) => format!("next hops of generation {number}"),
         Action::AddClsact(interface) => format!("adding a clsact qdisc to {interface}"),
+        Action::DeleteClsact(interface) => format!("removing the clsact qdisc of {interface}"),
         Action::Attach { interface, generation, .. } => {
             format!("attaching generation {generation} to {interface}")
         }

@@ -28,7 +28,7 @@ const TICK: Duration = Duration::from_millis(250);
 const SWARM: Duration = Duration::from_millis(10);
 
 /// Runs until SIGTERM or SIGINT, or once.
-pub async fn run(global: &Global, options: Arpd) -> Result<u8> {
+pub async fn run(global: &Global, options: &Arpd) -> Result<u8> {
     privileges::require()?;
     let mut service = Service::open(global, options)?;
     service.look_at_everything().await;
@@ -44,7 +44,8 @@ pub async fn run(global: &Global, options: Arpd) -> Result<u8> {
         return Ok((service.is_in_trouble() || !unreachable.is_empty()).into());
     }
     if let Some(address) = options.metrics {
-        metrics::serve(global, address).context("the thread for metrics")?;
+        metrics::serve(global, address, &options.metrics_hosts)
+            .context("the thread for metrics")?;
     }
     let result = serve(&mut service).await;
     service.end();

@@ -89,6 +89,8 @@ unsafe impl Pod for types::heartbeat {}
 unsafe impl Pod for types::held {}
 // SAFETY: as above.
 unsafe impl Pod for types::pending {}
+// SAFETY: as above.
+unsafe impl Pod for types::mark {}
 
 // SAFETY: as above.
 unsafe impl Pod for types::trace {}

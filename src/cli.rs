@@ -117,7 +117,8 @@ pub enum Command {
         /// Only show what would change.
         #[arg(long)]
         dry_run: bool,
-        /// Apply what a rollback left, and take over filters whose pins are gone.
+        /// Apply what a rollback left or what waits for confirmation, and take over filters whose
+        /// pins are nowhere to be seen.
         #[arg(long)]
         force: bool,
         /// Apply what can be applied where an interface is missing or a host name does not
@@ -192,7 +193,11 @@ pub enum Command {
         all: bool,
     },
     /// Go back to the generation before; a second time, forth again.
-    Rollback,
+    Rollback {
+        /// Only show what would change.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Take the filter off the interfaces.
     Detach {
         /// Only this interface; may be given several times.
@@ -333,7 +338,7 @@ pub struct Top {
 }
 
 /// How the next hops are kept.
-#[derive(Args, Clone, Copy)]
+#[derive(Args, Clone)]
 pub struct Arpd {
     /// Resolve everything once and end, for cron.
     #[arg(long)]
@@ -354,6 +359,10 @@ pub struct Arpd {
     #[arg(long, value_name = "ADDRESS[:PORT]", num_args = 0..=1, default_missing_value = "127.0.0.1",
           value_parser = metrics_address)]
     pub metrics: Option<SocketAddr>,
+    /// A name that Prometheus calls this host by, beside its own name and addresses; may be given
+    /// several times, and * is any name.
+    #[arg(long = "metrics-host", value_name = "NAME", requires = "metrics")]
+    pub metrics_hosts: Vec<String>,
 }
 
 /// Of Prometheus' exporters this is the port that udplb has.

@@ -17,20 +17,20 @@ use crate::config::{Address, Diagnostic, State};
 use crate::diff::{self, Action, Plan, Refusal};
 use crate::drain::{self, Change};
 use crate::failure::{Failure, Result, say};
-use crate::generation::Generation;
+use crate::generation::{Generation, Origin};
 use crate::metrics::Gatherer;
-use crate::netlink::Netlink;
+use crate::netlink::{NeighbourKey, Netlink, OUR_PROTOCOL};
 use crate::nexthop::{self, Way};
 use crate::observe::{Observed, observe};
 use crate::plan::{Desired, RuleIds, assign_ids};
 use crate::state::WriteGuard;
 use crate::status::{self, Paper, Status};
-use crate::tc::{self, Slot};
+use crate::tc;
 use crate::terminal::{self, Live, Woken};
 use crate::wanted::{Request, Text, Wanted};
 use crate::{
-    advice, apply, clock, complete, config, confirm, doctor, get, list, privileges, problem, state,
-    top, trace, wanted,
+    advice, apply, clock, complete, config, confirm, doctor, get, list, pins, privileges, problem,
+    state, top, trace, wanted,
 };
 
 const PENDING: u8 = 2;
@@ -74,9 +74,10 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         Command::Drain { target } => steer(global, target, State::Drained).await,
         Command::Enable { target: Some(target), .. } => steer(global, target, State::Active).await,
         Command::Enable { target: None, .. } => enable_all(global).await,
-        Command::Rollback => rollback(global).await,
+        Command::Rollback { dry_run: true } => plan_rollback(global).await,
+        Command::Rollback { dry_run: false } => rollback(global).await,
         Command::Detach { interfaces, purge } => detach(global, interfaces, *purge).await,
-        Command::Arpd(options) => crate::arpd::run(global, *options).await,
+        Command::Arpd(options) => crate::arpd::run(global, options).await,
         Command::Schema => print(&pretty(&config::schema())?),
         Command::Completions { shell } => {
             print(&complete::script(*shell).with_context(|| format!("a script for {shell}"))?)
@@ -194,18 +195,18 @@ async fn apply_file(
     let addresses = wanted.desired.addresses();
     let ways = nexthop::resolve(&netlink, &addresses).await.context("next hops")?;
     wanted.warnings.extend(advise(&wanted, &ways, &netlink).await?);
-    warn(global, &wanted.warnings);
-
     let desired = &wanted.desired;
     let guard = lock(global, &netlink).await?;
     let observed = observe(Some(&guard), &netlink).await?;
     let deadline = confirm.map(|confirm| clock::since_boot() + confirm);
     let plan =
         diff::apply_until(&observed, desired, &wanted.origin, force, deadline).map_err(refused)?;
+    // once a generation: the cron job has said them already
+    let warnings = if plan.builds() { wanted.warnings } else { Vec::new() };
+    warn(global, &warnings);
     let waiter = deadline.filter(|_| plan.is_pending());
     let waiter = waiter.map(|deadline| confirm::start_waiter(global, deadline)).transpose()?;
     let outcome = apply::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
-    let pending = confirm::pending(&guard)?;
     drop(guard);
     drop(waiter);
     if outcome.counters_reset && !global.quiet {
@@ -213,11 +214,11 @@ async fn apply_file(
     }
     let file = target.file.file_name().map_or("-".into(), |name| name.to_string_lossy());
     let mut text = outcome_text(&outcome, &file, desired, started.elapsed());
-    let pending = pending.map(|pending| status::PendingStatus::new(&pending));
+    let pending = plan.pending(&observed).map(|pending| status::PendingStatus::new(&pending));
     text.extend(pending.iter().map(|pending| format!("{pending}\n")));
     let mut json = outcome_json(&outcome, desired, started.elapsed());
     json["pending"] = json!(pending);
-    json["warnings"] = json!(wanted.warnings);
+    json["warnings"] = json!(warnings);
     json["missing"] = json!(wanted.missing);
     report_done(global, &text, &json)?;
     Ok(if wanted.missing.is_empty() { 0 } else { INCOMPLETE })
@@ -566,35 +567,47 @@ async fn rollback(global: &Global) -> Result<u8> {
     report_done(global, &text, &outcome_json(&outcome, &desired, took))
 }
 
+/// Shows what `rollback` would change.
+async fn plan_rollback(global: &Global) -> Result<u8> {
+    let observed = look(global, &netlink()?).await?;
+    let plan = diff::rollback(&observed, clock::now()).map_err(refused)?;
+    let target = observed.generations.get(&plan.generation);
+    let new = target.map(|target| target.description.desired.clone()).unwrap_or_default();
+    let attached: Vec<String> = observed.attached().map(|(name, _)| name.into()).collect();
+    let old = serving(&observed).cloned().unwrap_or_default();
+    let changes = Changes::new(&old, &new, &attached);
+    let mut text = match target {
+        Some(target) => {
+            let Origin { file, .. } = &target.description.origin;
+            format!("rollback leads to generation {} of {file}\n", target.number)
+        }
+        None => "rollback detaches\n".into(),
+    };
+    text += &changes.to_string();
+    let mut json = serde_json::to_value(&changes).context("JSON")?;
+    json["changed"] = json!(!plan.actions.is_empty());
+    json["generation"] = json!(target.map(|target| target.number));
+    report(global, &text, &json)
+}
+
 async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u8> {
     privileges::require()?;
     let netlink = netlink()?;
-    let none =
-        || report(global, "nothing was attached\n", &json!({ "changed": false, "detached": [] }));
-    if state::read(&global.pin_dir, global.lock_timeout)?.is_none() {
-        let observed = observe(None, &netlink).await?;
-        refuse_orphans(&observed, &canonical(&observed, interfaces))?;
-        return none();
-    }
-    let guard = state::write(&global.pin_dir, global.lock_timeout)?;
-    let observed = observe(Some(&guard), &netlink).await?;
-    let interfaces = canonical(&observed, interfaces);
-    let actions = diff::detach(&observed, &interfaces).map_err(refused)?;
-    let ways = BTreeMap::new();
-    Executor::new(&guard, &netlink, &observed, &ways).run(&actions, &mut apply::log).await?;
+    let is_there = state::read(&global.pin_dir, global.lock_timeout)?.is_some();
+    let (mut changed, detached) = match is_there {
+        true => detach_locked(global, &netlink, interfaces, purge).await?,
+        false => {
+            let observed = observe(None, &netlink).await?;
+            refuse_orphans(&observed, &canonical(&observed, interfaces))?;
+            (false, Vec::new())
+        }
+    };
     if purge {
-        guard.remove_all()?;
+        changed |= forget_neighbours(&netlink).await?;
     }
-    refuse_orphans(&observed, &interfaces)?;
-    let detached: Vec<&str> = actions
-        .iter()
-        .filter_map(|action| match action {
-            Action::Detach { interface, .. } => Some(interface.as_str()),
-            _ => None,
-        })
-        .collect();
-    if detached.is_empty() && !purge {
-        return none();
+    let json = json!({ "changed": changed, "detached": detached });
+    if !changed {
+        return report(global, "nothing was attached\n", &json);
     }
     let mut text = match detached.is_empty() {
         true => String::new(),
@@ -603,25 +616,57 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
     if purge {
         text += "removed all pins\n";
     }
-    report_done(global, &text, &json!({ "changed": true, "detached": detached }))
+    report_done(global, &text, &json)
 }
 
 fn canonical(observed: &Observed, interfaces: &[String]) -> Vec<String> {
     interfaces.iter().map(|name| observed.canonical(name)).collect()
 }
 
-/// A filter whose pins are gone stays: nothing proves that it is ours to take away.
+/// Returns whether anything changed, and the interfaces that the filter was taken off.
+async fn detach_locked(
+    global: &Global,
+    netlink: &Netlink,
+    interfaces: &[String],
+    purge: bool,
+) -> Result<(bool, Vec<String>)> {
+    let guard = state::write(&global.pin_dir, global.lock_timeout)?;
+    let observed = observe(Some(&guard), netlink).await?;
+    let interfaces = canonical(&observed, interfaces);
+    let actions = diff::detach(&observed, &interfaces, purge).map_err(refused)?;
+    let purges = purge && !guard.is_empty()?;
+    carry_out(&guard, netlink, &observed, &actions).await?;
+    if purge {
+        guard.remove_all()?;
+    }
+    refuse_orphans(&observed, &interfaces)?;
+    let detached = actions.iter().filter_map(|action| match action {
+        Action::Detach { interface, .. } => Some(interface.clone()),
+        _ => None,
+    });
+    Ok((purges || !actions.is_empty(), detached.collect()))
+}
+
+/// Removes the neighbours that an arpd has the kernel keep: one that was killed leaves them.
+async fn forget_neighbours(netlink: &Netlink) -> Result<bool> {
+    let all = netlink.neighbours().await.context("neighbours")?;
+    let ours = all.iter().filter(|neighbour| neighbour.protocol == OUR_PROTOCOL);
+    let ours: Vec<NeighbourKey> =
+        ours.map(|neighbour| (neighbour.ifindex, neighbour.address)).collect();
+    netlink.delete_neighbours(&ours).await.context("neighbours")?;
+    Ok(!ours.is_empty())
+}
+
+/// A filter whose pins are nowhere to be seen stays: nothing proves that it is ours to take away.
 fn refuse_orphans(observed: &Observed, interfaces: &[String]) -> Result<()> {
-    let named = |name: &String| interfaces.is_empty() || interfaces.contains(name);
-    let orphan =
-        observed.interfaces.iter().find_map(|(name, interface)| match &interface.hook.slot {
-            Slot::Orphan { filter, .. } if named(name) => Some((name, filter)),
-            _ => None,
-        });
-    orphan.map_or(Ok(()), |(name, filter)| {
+    let named = |name: &str| interfaces.is_empty() || interfaces.iter().any(|it| it == name);
+    let mut orphans = observed.orphans();
+    let orphan = orphans.find(|(name, _, home)| home.is_none() && named(name));
+    orphan.map_or(Ok(()), |(name, filter, _)| {
         Err(Failure::Failed(anyhow!(
-            "{name}: a filter of udplb whose pins are gone stays on ingress: {filter}; remove it \
-             with: tc filter del dev {name} ingress pref {}",
+            "{name}: a filter of udplb whose pins are not in this pin directory stays on ingress: \
+             {filter}; {}, remove it with: tc filter del dev {name} ingress pref {}",
+            pins::HOW_TO_FIND,
             tc::PRIORITY
         )))
     })

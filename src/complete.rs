@@ -82,7 +82,7 @@ pub fn interfaces() -> Vec<CompletionCandidate> {
 /// The configuration that serves below the pin directory that the words to complete name.
 fn serving() -> Option<Desired> {
     let guard = state::read(&pin_dir(env::args()), Duration::ZERO).ok()??;
-    let generation = generation::read(&guard, guard.current()?).ok()?;
+    let generation = generation::read(&guard, guard.current()?).ok()??;
     Some(generation.description.desired)
 }
 

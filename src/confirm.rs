@@ -33,7 +33,7 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 pub const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Returns the change that waits for confirmation.
-pub fn pending(guard: &ReadGuard) -> anyhow::Result<Option<Pending>> {
+fn pending(guard: &ReadGuard) -> anyhow::Result<Option<Pending>> {
     guard.maps()?.as_ref().map(StateMaps::pending).transpose().map(Option::flatten)
 }
 

@@ -3,6 +3,7 @@
 use crate::generation::Generation;
 use crate::observe::{Interface, Observed};
 use crate::partial::Unresolved;
+use crate::pins::{self, Place};
 use crate::problem::{Level, Problem};
 use crate::status::RuleStatus;
 use crate::tc::{self, Slot};
@@ -90,7 +91,7 @@ fn overdue(observed: &Observed) -> Option<Problem> {
 fn nothing(facts: &Facts<'_>) -> Vec<Problem> {
     let orphans = facts.observed.orphans();
     let orphans: Vec<Problem> =
-        orphans.map(|(interface, filter)| orphan(facts, interface, filter)).collect();
+        orphans.map(|(interface, filter, home)| orphan(facts, interface, filter, home)).collect();
     if let Some(number) = facts.observed.serving() {
         let what = format!("the description of generation {number} is gone");
         let why = "its program still runs, and nobody can tell what it does";
@@ -103,11 +104,24 @@ fn nothing(facts: &Facts<'_>) -> Vec<Problem> {
     vec![nothing.why("no packet is forwarded").fix(facts.source.apply())]
 }
 
-fn orphan(facts: &Facts<'_>, interface: &str, filter: &str) -> Problem {
-    let what = format!("a filter of udplb whose pins are gone still sends on: {filter}");
-    problem("orphan", interface, what)
-        .why("its packets meet rules that nobody can change")
-        .fix(facts.source.force())
+/// A filter of a udplb with other pins, or whose pins are gone.
+fn orphan(facts: &Facts<'_>, interface: &str, filter: &str, home: Option<&Place>) -> Problem {
+    match home {
+        Some(home) => {
+            let what =
+                format!("another udplb, whose pins are in {home}, has its filter here: {filter}");
+            problem("other-pin-dir", interface, what)
+                .why("an interface has one udplb, and its packets meet the rules of that one")
+                .fix(format!("{0} list; {0} detach -i {interface}", home.command()))
+        }
+        None => {
+            let what =
+                format!("a filter of udplb whose pins are not here still sends on: {filter}");
+            problem("orphan", interface, what)
+                .why("its packets meet rules that cannot be read from here")
+                .fix(format!("{}: {}", pins::HOW_TO_FIND, facts.source.force()))
+        }
+    }
 }
 
 /// The generation as a whole.
@@ -190,7 +204,7 @@ fn slot(facts: &Facts<'_>, number: u32, name: &str, slot: &Slot) -> Option<Probl
         Slot::Empty => {
             Some(problem("not-attached", name, "udplb is not attached").why(why).fix(apply))
         }
-        Slot::Orphan { filter, .. } => Some(orphan(facts, name, filter)),
+        Slot::Orphan { filter, home, .. } => Some(orphan(facts, name, filter, home.as_ref())),
         Slot::Foreign(filter) => Some(
             problem("place-taken", name, format!("another filter has udplb's place: {filter}"))
                 .why(why)

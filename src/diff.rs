@@ -5,8 +5,9 @@ use std::time::Duration;
 use crate::bpf::OBJECT_SHA256;
 use crate::config::State;
 use crate::generation::{Draft, Generation, Origin};
-use crate::netlink::Layer;
+use crate::netlink::{Layer, Qdisc};
 use crate::observe::Observed;
+use crate::pins::{self, Place};
 use crate::plan::Desired;
 use crate::state::{Held, Pending};
 use crate::tc::Slot;
@@ -31,9 +32,11 @@ pub enum Action {
     Detach {
         interface: String,
         generation: u32,
-        /// The clsact is ours and carries nothing else: it goes too.
+        /// The clsact is ours, which is remembered. It stays.
         clsact: bool,
     },
+    /// Take away a clsact of ours that carries nothing.
+    DeleteClsact(String),
     SetHeld(Option<Held>),
     SetPending(Option<Pending>),
     /// `None` removes it: nothing serves.
@@ -58,9 +61,31 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// The interfaces that a filter is attached to.
+    pub fn attached(&self) -> impl Iterator<Item = &str> {
+        self.actions.iter().filter_map(|action| match action {
+            Action::Attach { interface, .. } => Some(interface.as_str()),
+            _ => None,
+        })
+    }
+
+    /// Returns true if a generation is built.
+    pub fn builds(&self) -> bool {
+        self.actions.iter().any(|action| matches!(action, Action::Build(_)))
+    }
+
     /// Returns true if the change waits for confirmation.
     pub fn is_pending(&self) -> bool {
         self.actions.iter().any(|action| matches!(action, Action::SetPending(Some(_))))
+    }
+
+    /// Returns the change that waits for confirmation once this is done.
+    pub fn pending(&self, observed: &Observed) -> Option<Pending> {
+        let last = self.actions.iter().rev().find_map(|action| match action {
+            Action::SetPending(pending) => Some(*pending),
+            _ => None,
+        });
+        last.unwrap_or(observed.pending)
     }
 }
 
@@ -76,6 +101,11 @@ pub enum Refusal {
     Orphan {
         interface: String,
         filter: String,
+    },
+    Elsewhere {
+        interface: String,
+        filter: String,
+        home: Place,
     },
     OtherNamespace(u64),
     Held(Held),
@@ -103,8 +133,16 @@ impl std::fmt::Display for Refusal {
             ),
             Refusal::Orphan { interface, filter } => write!(
                 f,
-                "{interface}: a filter of udplb whose pins are gone is on ingress: {filter}; \
-                 --force takes it over"
+                "{interface}: a filter of udplb whose pins are not in this pin directory is on \
+                 ingress: {filter}; {}, {interface} is taken over with --force",
+                pins::HOW_TO_FIND
+            ),
+            Refusal::Elsewhere { interface, filter, home } => write!(
+                f,
+                "{interface}: the filter of another udplb, whose pins are in {home}, is on \
+                 ingress: {filter}; apply with that --pin-dir, or take it away with: {} detach -i \
+                 {interface}",
+                home.command()
             ),
             Refusal::OtherNamespace(inode) => write!(
                 f,
@@ -388,11 +426,14 @@ fn before(observed: &Observed, number: u32, held: Option<Held>) -> Option<u32> {
 }
 
 /// Returns what `rollback` does: switch to the generation before, or back. A pending change is
-/// undone, and a rollback that was interrupted is completed.
+/// undone, what `detach` took off is attached again, and a rollback that was interrupted is completed.
 pub fn rollback(observed: &Observed, now: u64) -> Result<Plan, Refusal> {
     refuse_other_namespace(observed)?;
     if let Some(pending) = &observed.pending {
         return undo_pending(observed, pending, now);
+    }
+    if let Some(plan) = attach_detached(observed)? {
+        return Ok(plan);
     }
     let held = held(observed);
     let serving = observed.serving();
@@ -417,6 +458,21 @@ pub fn rollback(observed: &Observed, now: u64) -> Result<Plan, Refusal> {
     let interfaces = to_attach(observed, &target.description.desired);
     switch(observed, target.number, &interfaces, false, &mut actions)?;
     Ok(Plan { generation: target.number, actions })
+}
+
+/// Undoes `detach`: what serves, or would, is attached again where it was taken off.
+fn attach_detached(observed: &Observed) -> Result<Option<Plan>, Refusal> {
+    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+    let Some(serving) = serving.filter(|serving| serving.intact) else { return Ok(None) };
+    let here = serving.description.desired.interfaces.iter();
+    let here: Vec<String> =
+        here.filter(|name| observed.interfaces.contains_key(*name)).cloned().collect();
+    if !here.iter().any(|name| observed.is_detached(name)) {
+        return Ok(None);
+    }
+    let mut actions = unfinished(observed);
+    switch(observed, serving.number, &here, false, &mut actions)?;
+    Ok(Some(Plan { generation: serving.number, actions }))
 }
 
 /// Returns true if a rollback has held this generation and was interrupted before its end.
@@ -466,22 +522,36 @@ pub fn confirm(observed: &Observed) -> Result<Vec<Action>, Refusal> {
     }
 }
 
-/// What `detach` is to do: off the named interfaces, or off all where none is named.
-pub fn detach(observed: &Observed, interfaces: &[String]) -> Result<Vec<Action>, Refusal> {
+/// Returns what `detach` does: remove the filter from the named interfaces, or from all where none is
+/// named. A purge also removes each clsact of ours that carries nothing else.
+pub fn detach(
+    observed: &Observed,
+    interfaces: &[String],
+    purge: bool,
+) -> Result<Vec<Action>, Refusal> {
     refuse_other_namespace(observed)?;
     for name in interfaces {
         if !observed.interfaces.contains_key(name) {
             return Err(Refusal::NoInterface(name.clone()));
         }
     }
+    let is_named = |name: &str| interfaces.is_empty() || interfaces.iter().any(|it| it == name);
     let mut actions: Vec<Action> = observed
         .attached()
-        .filter(|(name, _)| interfaces.is_empty() || interfaces.iter().any(|named| named == name))
+        .filter(|(name, _)| is_named(name))
         .map(|(name, generation)| detachment(observed, name, generation))
         .collect();
     // with nothing attached there is nothing to confirm, and nothing may be attached again
     if observed.pending.is_some() && actions.len() == observed.attached().count() {
         actions.push(Action::SetPending(None));
+    }
+    if purge {
+        let unused = observed.interfaces.iter().filter(|(name, interface)| {
+            let hook = &interface.hook;
+            hook.qdisc == Some(Qdisc::Clsact) && !hook.shared && made_clsact(observed, name)
+        });
+        let unused = unused.filter(|(name, _)| is_named(name));
+        actions.extend(unused.map(|(name, _)| Action::DeleteClsact(name.clone())));
     }
     Ok(actions)
 }
@@ -516,12 +586,12 @@ fn clsact_after(observed: &Observed, desired: &Desired) -> Vec<String> {
     desired.interfaces.iter().filter(ours).cloned().collect()
 }
 
-/// Says so the generation that is attached there: where none is, the clsact may be anybody's.
+/// Returns true if the clsact is udplb's: the generation that is attached there says so, or what is
+/// remembered of its detachment.
 fn made_clsact(observed: &Observed, interface: &str) -> bool {
-    let Some(Slot::Generation(number)) =
-        observed.interfaces.get(interface).map(|interface| &interface.hook.slot)
-    else {
-        return false;
+    let slot = observed.interfaces.get(interface).map(|interface| &interface.hook.slot);
+    let Some(Slot::Generation(number)) = slot else {
+        return observed.marks.get(interface).is_some_and(|mark| mark.clsact);
     };
     let generation = observed.generations.get(number);
     generation.is_some_and(|it| it.description.clsact.iter().any(|name| name == interface))
@@ -546,6 +616,10 @@ fn switch(
             Slot::Generation(attached) if *attached == number => continue,
             Slot::Foreign(filter) => {
                 return Err(Refusal::Foreign { interface: name.clone(), filter: filter.clone() });
+            }
+            Slot::Orphan { filter, home: Some(home), .. } => {
+                let (interface, filter, home) = (name.clone(), filter.clone(), home.clone());
+                return Err(Refusal::Elsewhere { interface, filter, home });
             }
             Slot::Orphan { filter, .. } if !force => {
                 return Err(Refusal::Orphan { interface: name.clone(), filter: filter.clone() });
@@ -577,11 +651,10 @@ fn switch(
 }
 
 fn detachment(observed: &Observed, interface: &str, generation: u32) -> Action {
-    let shared = observed.interfaces.get(interface).is_some_and(|it| it.hook.shared);
     Action::Detach {
         interface: interface.into(),
         generation,
-        clsact: !shared && made_clsact(observed, interface),
+        clsact: made_clsact(observed, interface),
     }
 }
 

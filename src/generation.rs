@@ -255,6 +255,7 @@ fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenU
     skeleton.maps.nexthops_chunk.set_autocreate(false)?;
     skeleton.maps.held.set_autocreate(false)?;
     skeleton.maps.pending.set_autocreate(false)?;
+    skeleton.maps.marks.set_autocreate(false)?;
     skeleton.maps.former.set_autocreate(false)?;
     Ok(skeleton)
 }
@@ -440,12 +441,53 @@ fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path, l3: bool) -> anyhow::Resu
     pin(skeleton.progs.udplb.as_fd(), Layer::Ethernet)
 }
 
-/// Reads a generation back.
+/// Reads a generation back; `None`: its description is missing or is none, and what is left of it is
+/// of no use.
 ///
 /// # Errors
-/// Its description is missing or is none: what is left of it is of no use.
-pub fn read(guard: &ReadGuard, number: u32) -> anyhow::Result<Generation> {
+/// It cannot be read now, which says nothing about it.
+pub fn read(guard: &ReadGuard, number: u32) -> anyhow::Result<Option<Generation>> {
     let directory = guard.generation(number);
+    let damage = match read_description(&directory) {
+        Ok(description) => {
+            let intact = unless_damaged(check(guard, &directory, &description))?;
+            if let Err(error) = &intact {
+                log::debug!("generation {number}: {error:#}");
+            }
+            return Ok(Some(Generation { number, description, intact: intact.is_ok() }));
+        }
+        error => unless_damaged(error)?,
+    };
+    if let Err(error) = damage {
+        log::warn!("generation {number} is damaged: {error:#}");
+    }
+    Ok(None)
+}
+
+/// Splits what is wrong with a generation from what went wrong while it was read: too few descriptors
+/// or too little memory, a missing privilege.
+fn unless_damaged<T>(result: anyhow::Result<T>) -> anyhow::Result<anyhow::Result<T>> {
+    match result {
+        Err(error) if !is_damage(&error) => {
+            Err(error.context("what is applied cannot be read now; nothing was changed"))
+        }
+        result => Ok(result),
+    }
+}
+
+/// A pin that is missing or of another kind, or a finding of ours.
+fn is_damage(error: &anyhow::Error) -> bool {
+    use libbpf_rs::ErrorKind::{InvalidData as Data, InvalidInput as Invalid, NotFound as Missing};
+    use std::io::ErrorKind::{InvalidData, InvalidInput, NotFound};
+    error.chain().all(|cause| {
+        let map = cause.downcast_ref::<libbpf_rs::Error>().map(libbpf_rs::Error::kind);
+        let file = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        map.is_none_or(|kind| matches!(kind, Missing | Invalid | Data))
+            && file.is_none_or(|kind| matches!(kind, NotFound | InvalidInput | InvalidData))
+    })
+}
+
+fn read_description(directory: &Path) -> anyhow::Result<Description> {
     let config = directory.join("config");
     let map = MapHandle::from_pinned_path(&config).with_context(|| config.display().to_string())?;
     let mut json = Vec::new();
@@ -453,12 +495,18 @@ pub fn read(guard: &ReadGuard, number: u32) -> anyhow::Result<Generation> {
         json.extend(map.lookup(&chunk.to_ne_bytes(), MapFlags::ANY)?.unwrap_or_default());
     }
     let end = json.iter().position(|byte| *byte == 0).unwrap_or(json.len());
-    let description: Description = serde_json::from_slice(&json[..end])
-        .with_context(|| format!("the description of generation {number}"))?;
-    let intact = check(guard, &directory, &description).inspect_err(|error| {
-        log::debug!("generation {number}: {error:#}");
-    });
-    Ok(Generation { number, description, intact: intact.is_ok() })
+    serde_json::from_slice(&json[..end]).context("its description")
+}
+
+/// The names of the programs whose pins are there.
+pub fn pinned_programs(directory: &Path) -> anyhow::Result<Vec<ProgramName>> {
+    let mut names = Vec::new();
+    for layer in [Layer::Ethernet, Layer::Ip] {
+        let name = open_program(directory, layer)
+            .and_then(|program| Ok(ProgramName::of(program.as_fd())?));
+        names.extend(unless_damaged(name)?);
+    }
+    Ok(names)
 }
 
 /// The configuration of a generation, if it is intact and was made of the text with this digest.
@@ -468,7 +516,7 @@ pub fn made_of(guard: &ReadGuard, number: u32, digest: &str) -> Option<Desired> 
     if !start.starts_with(format!("{{\"digest\":\"{digest}\"").as_bytes()) {
         return None;
     }
-    let generation = read(guard, number).ok().filter(|generation| generation.intact)?;
+    let generation = read(guard, number).ok()?.filter(|generation| generation.intact)?;
     Some(generation.description.desired)
 }
 

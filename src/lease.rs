@@ -9,6 +9,7 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::bpf::{self, UdplbSkelBuilder, from_bytes, types};
+use crate::failure::catch;
 
 /// Renews the lease.
 pub struct Heartbeat {
@@ -20,6 +21,10 @@ pub struct Heartbeat {
 impl Heartbeat {
     /// Loads the program that knows the kernel's clock, for one map.
     pub fn load(map: &MapHandle, lease: Duration) -> anyhow::Result<Heartbeat> {
+        catch(|| Heartbeat::load_for(map, lease)).flatten()
+    }
+
+    fn load_for(map: &MapHandle, lease: Duration) -> anyhow::Result<Heartbeat> {
         let mut object = MaybeUninit::uninit();
         let mut skeleton = UdplbSkelBuilder::default().open(&mut object)?;
         skeleton.progs.udplb.set_autoload(false);

@@ -139,6 +139,11 @@ impl Metrics {
             let is_attached = interface.generation.is_some();
             attached.set(&[("interface", &interface.name)], u32::from(is_attached))?;
         }
+        let help = "How often arpd put back a filter that somebody else had removed";
+        let mut reattached = counter(encoder, "reattached", help)?;
+        for interface in &status.interfaces {
+            reattached.set(&[("interface", &interface.name)], interface.reattached)?;
+        }
         let help = "Whether arpd vouches for the next hops";
         gauge(encoder, "arpd_up", help)?.set(&[], u32::from(status.arpd == Some(true)))?;
         let help = "How full a table is, of the most that there may be in it";

@@ -456,6 +456,22 @@ impl Netlink {
             .await
     }
 
+    /// Removes entries from the neighbour tables; those that have gone are no failure.
+    pub async fn delete_neighbours(&self, neighbours: &[NeighbourKey]) -> io::Result<()> {
+        for (ifindex, address) in neighbours {
+            let mut message = NeighbourMessage::default();
+            message.header.family = family(*address);
+            message.header.ifindex = *ifindex;
+            message.attributes.push(NeighbourAttribute::Destination((*address).into()));
+            let request = RouteNetlinkMessage::DelNeighbour(message);
+            match self.request(request, NLM_F_ACK).await {
+                Err(error) if error.raw_os_error() != Some(libc::ENOENT) => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// How full the neighbour tables are.
     pub async fn neighbour_tables(&self) -> io::Result<Vec<NeighbourTable>> {
         let request = RouteNetlinkMessage::GetNeighbourTable(NeighbourTableMessage::default());
@@ -641,6 +657,8 @@ pub enum Event {
     NeighbourGone(NeighbourKey),
     /// Interfaces or addresses are not what they were.
     Links,
+    /// Qdiscs or filters may not be what they were.
+    Filters,
     /// Routes, rules or next hop objects are not what they were.
     Routes,
     /// There was more than could be kept.
@@ -661,7 +679,7 @@ impl Events {
     pub fn open() -> io::Result<Events> {
         use MulticastGroup::{
             Ipv4Ifaddr, Ipv4Route, Ipv4Rule, Ipv6Ifaddr, Ipv6Ifinfo, Ipv6Route, Ipv6Rule, Link,
-            Neigh, Nexthop,
+            Neigh, Nexthop, Tc,
         };
         let mut socket = Socket::new(rtnetlink::sys::protocols::NETLINK_ROUTE)?;
         socket.bind_auto()?;
@@ -670,7 +688,7 @@ impl Events {
         let _ = socket.set_rx_buf_sz(Self::BACKLOG as libc::c_int);
         for group in [
             Link, Neigh, Nexthop, Ipv4Ifaddr, Ipv4Route, Ipv4Rule, Ipv6Ifaddr, Ipv6Ifinfo,
-            Ipv6Route, Ipv6Rule,
+            Ipv6Route, Ipv6Rule, Tc,
         ] {
             socket.add_membership(group as u32)?;
         }
@@ -711,6 +729,9 @@ fn parse_event(bytes: &[u8]) -> Option<Event> {
     use RouteNetlinkMessage::{
         DelAddress, DelLink, DelNeighbour, NewAddress, NewLink, NewNeighbour,
     };
+    if is_about_tc(bytes) {
+        return Some(Event::Filters);
+    }
     let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes) else {
         // of a newer kernel perhaps: what it says may matter
         return Some(Event::Lost);
@@ -729,6 +750,14 @@ fn parse_event(bytes: &[u8]) -> Option<Event> {
         NetlinkPayload::InnerMessage(_) => Some(Event::Routes),
         _ => None,
     }
+}
+
+/// Returns true for qdiscs, classes, filters, actions and chains; what they say is not looked at.
+fn is_about_tc(message: &[u8]) -> bool {
+    let kind = message.get(4..6).map(|kind| u16::from_ne_bytes([kind[0], kind[1]]));
+    kind.is_some_and(|kind| {
+        (libc::RTM_NEWQDISC..=libc::RTM_GETACTION).contains(&kind) || (100..=102).contains(&kind)
+    })
 }
 
 fn family(address: IpAddr) -> AddressFamily {

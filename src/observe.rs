@@ -2,14 +2,15 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
-use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
 use anyhow::Context;
 
 use crate::config::State;
 use crate::generation::{self, Generation, ProgramName};
+use crate::marks::Mark;
 use crate::netlink::{Layer, Link, Netlink, is_called};
+use crate::pins::{self, Place};
 use crate::state::{Held, Pending, ReadGuard, StateMaps};
 use crate::tc::{self, Hook, Slot};
 
@@ -28,6 +29,8 @@ pub struct Observed {
     pub held: Option<Held>,
     /// Change that waits for confirmation.
     pub pending: Option<Pending>,
+    /// What is remembered of interfaces that are here.
+    pub marks: BTreeMap<String, Mark>,
     /// What `drain` and `enable` say of upstreams, by their id in some generation.
     pub overrides: BTreeMap<u32, State>,
     /// All interfaces of the network namespace, by name.
@@ -96,12 +99,29 @@ impl Observed {
     }
 
     /// The interfaces with a filter of udplb that no generation here knows, which still sends
-    /// packets on, and the filter in words.
-    pub fn orphans(&self) -> impl Iterator<Item = (&str, &str)> {
+    /// packets on; the filter in words, and the pin directory that has it.
+    pub fn orphans(&self) -> impl Iterator<Item = (&str, &str, Option<&Place>)> {
         self.interfaces.iter().filter_map(|(name, interface)| match &interface.hook.slot {
-            Slot::Orphan { filter, .. } => Some((name.as_str(), filter.as_str())),
+            Slot::Orphan { filter, home, .. } => {
+                Some((name.as_str(), filter.as_str(), home.as_ref()))
+            }
             _ => None,
         })
+    }
+
+    /// Leaves of the marks what is true of the interfaces that are here now.
+    fn forget_marks(&mut self) {
+        self.marks.retain(|name, _| self.interfaces.contains_key(name));
+        for (name, mark) in &mut self.marks {
+            if self.interfaces[name].index != mark.index {
+                *mark = Mark { reattached: mark.reattached, ..Mark::default() };
+            }
+        }
+    }
+
+    /// Returns true if the filter was taken off by command.
+    pub fn is_detached(&self, interface: &str) -> bool {
+        self.marks.get(interface).is_some_and(|mark| mark.detached)
     }
 
     /// Whether some filter runs the generation's program.
@@ -126,23 +146,18 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
         let maps = guard.maps()?;
         observed.held = maps.as_ref().map(StateMaps::held).transpose()?.flatten();
         observed.pending = maps.as_ref().map(StateMaps::pending).transpose()?.flatten();
+        observed.marks =
+            maps.as_ref().map(|maps| maps.marks.read()).transpose()?.unwrap_or_default();
         for number in guard.numbers()? {
-            for layer in [Layer::Ethernet, Layer::Ip] {
-                let pinned = generation::open_program(&guard.generation(number), layer);
-                if let Some(name) = pinned.ok().and_then(|fd| ProgramName::of(fd.as_fd()).ok()) {
-                    programs.push((number, name));
-                }
-            }
-            match generation::read(guard, number) {
-                Ok(generation) => {
+            let pinned = generation::pinned_programs(&guard.generation(number))?;
+            programs.extend(pinned.into_iter().map(|name| (number, name)));
+            match generation::read(guard, number)? {
+                Some(generation) => {
                     let names = generation.description.programs();
                     programs.extend(names.map(|(_, name)| (number, name.clone())));
                     observed.generations.insert(number, generation);
                 }
-                Err(error) => {
-                    log::warn!("generation {number} is damaged: {error:#}");
-                    observed.damaged.push(number);
-                }
+                None => observed.damaged.push(number),
             }
         }
         let held = observed.generations.values().flat_map(Generation::ids);
@@ -153,6 +168,12 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
         }
     }
     observed.interfaces = interfaces(netlink, &programs).await?;
+    observed.forget_marks();
+    for interface in observed.interfaces.values_mut() {
+        if let Slot::Orphan { program, home, .. } = &mut interface.hook.slot {
+            *home = pins::find(*program);
+        }
+    }
     Ok(observed)
 }
 

@@ -6,15 +6,16 @@
 //!   generations/                flock: whoever traces
 //!     42/                       program, rules, slots, upstreams, config …
 //!   building-43/                under construction; bpffs refuses names with a dot
+//!   queue/                      flock: a writer that waits for readers to end, and readers that come after it
 //!   state-3/                    counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held, former …
 //!                               flock: arpd
 //! ```
 
-use std::fs::{self, DirBuilder, File, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read};
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -27,11 +28,17 @@ use crate::clock;
 use crate::counters::Counters;
 use crate::failure::{Failure, Result};
 use crate::former::Former;
+use crate::lock;
+use crate::marks::Marks;
 use crate::nexthop::NextHops;
 use crate::overrides::Overrides;
 
 /// Where the pins are unless `--pin-dir` says otherwise.
 pub const PIN_DIR: &str = "/sys/fs/bpf/udplb";
+/// Where systems mount it, and udplb where they do not.
+const BPFFS: &str = "/sys/fs/bpf";
+/// The directory that a writer locks while it waits, so that readers queue behind it.
+const QUEUE: &str = "queue";
 
 /// The directory of what outlives generations. Another layout gets one of its own beside it, whose name
 /// begins alike.
@@ -48,102 +55,198 @@ pub struct ReadGuard {
 }
 
 /// Exclusive access: what changes anything takes one of these.
-pub struct WriteGuard(ReadGuard);
+pub struct WriteGuard {
+    guard: ReadGuard,
+    /// The bpffs was mounted for this, and goes again unless something is built in it.
+    mounted: bool,
+}
 
 impl Deref for WriteGuard {
     type Target = ReadGuard;
 
     fn deref(&self) -> &ReadGuard {
-        &self.0
+        &self.guard
     }
 }
 
 /// Locks for reading; `None` where udplb has never been applied.
 pub fn read(path: &Path, wait: Duration) -> Result<Option<ReadGuard>> {
-    match File::open(path) {
-        Ok(lock) => {
-            wait_for(path, wait, || lock.try_lock_shared())?;
-            Ok(Some(ReadGuard { path: path.into(), _lock: lock }))
+    let end = Instant::now() + wait;
+    loop {
+        let Some(lock) = open(path)? else { return Ok(None) };
+        // behind a writer that waits
+        let turn = File::open(path.join(QUEUE)).ok();
+        if let Some(turn) = &turn {
+            lock::wait(path, wait, end, || turn.try_lock_shared())?;
+        }
+        lock::wait(path, wait, end, || lock.try_lock_shared())?;
+        if is_at(path, &lock) {
+            return Ok(Some(ReadGuard { path: path.into(), _lock: lock }));
+        }
+        // `detach --purge` has removed it meanwhile
+    }
+}
+
+/// Locks for writing; makes the directory where it is missing.
+pub fn write(path: &Path, wait: Duration) -> Result<WriteGuard> {
+    let end = Instant::now() + wait;
+    let mounted = ensure_bpffs(path)?;
+    loop {
+        make(path)?;
+        let lock = open(path)?.with_context(|| format!("{} is gone", path.display()))?;
+        make(&path.join(QUEUE))?;
+        if lock.try_lock().is_err() {
+            // those who come to read after this wait behind it, so that readers do not keep it out
+            let turn = File::open(path.join(QUEUE)).context(QUEUE)?;
+            lock::wait(path, wait, end, || turn.try_lock())?;
+            lock::wait(path, wait, end, || lock.try_lock())?;
+        }
+        if is_at(path, &lock) {
+            let guard = WriteGuard { guard: ReadGuard { path: path.into(), _lock: lock }, mounted };
+            for directory in [guard.generations(), guard.state()] {
+                fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
+            }
+            return Ok(guard);
+        }
+    }
+}
+
+/// Makes a directory for root alone, unless it is there.
+fn make(path: &Path) -> anyhow::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(error).with_context(|| path.display().to_string())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Opens the pin directory; `None` where there is none.
+///
+/// # Errors
+/// Somebody else could change what is in it.
+fn open(path: &Path) -> Result<Option<File>> {
+    let directory =
+        OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(path);
+    match directory {
+        Ok(directory) => {
+            refuse_unsafe(path, &directory)?;
+            Ok(Some(directory))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             Err(Failure::Privileges(format!("{}: {error}; run as root", path.display())))
         }
+        Err(_) if path.is_symlink() => Err(anyhow!(
+            "{} is a symbolic link, which anybody who owns it can point elsewhere; name the \
+             directory itself",
+            path.display()
+        )
+        .into()),
         Err(error) => Err(anyhow!(error).context(path.display().to_string()).into()),
     }
 }
 
-/// Locks for writing; makes the directory, and mounts bpffs, where they are missing.
-pub fn write(path: &Path, wait: Duration) -> Result<WriteGuard> {
-    ensure_bpffs(path)?;
-    match DirBuilder::new().mode(0o700).create(path) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(anyhow!(error).context(path.display().to_string()).into());
-        }
-        _ => {}
+/// Whoever can write to the pin directory, or owns it, decides what udplb does.
+fn refuse_unsafe(path: &Path, directory: &File) -> anyhow::Result<()> {
+    let metadata = directory.metadata().with_context(|| path.display().to_string())?;
+    // SAFETY: takes and changes nothing.
+    let own = unsafe { libc::geteuid() };
+    if ![0, own].contains(&metadata.uid()) {
+        bail!(
+            "{} belongs to user {}, who could change what udplb does; remove it, or give another \
+             --pin-dir",
+            path.display(),
+            metadata.uid()
+        );
     }
-    let lock = File::open(path).with_context(|| path.display().to_string())?;
-    wait_for(path, wait, || lock.try_lock())?;
-    let guard = WriteGuard(ReadGuard { path: path.into(), _lock: lock });
-    for directory in [guard.generations(), guard.state()] {
-        fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
+    if metadata.mode() & 0o022 != 0 {
+        bail!(
+            "{} can be written by others (mode {:o}), who could change what udplb does; close it \
+             with: chmod 0700 {}",
+            path.display(),
+            metadata.mode() & 0o7777,
+            path.display()
+        );
     }
-    Ok(guard)
+    Ok(())
 }
 
-fn wait_for(
-    path: &Path,
-    wait: Duration,
-    mut lock: impl FnMut() -> std::result::Result<(), TryLockError>,
-) -> Result<()> {
-    let end = Instant::now() + wait;
-    loop {
-        match lock() {
-            Ok(()) => return Ok(()),
-            Err(TryLockError::WouldBlock) if Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            Err(TryLockError::WouldBlock) => {
-                return Err(Failure::Locked(format!(
-                    "{} is still locked after {} s: another udplb is changing it \
-                     (fuser {} shows which)",
-                    path.display(),
-                    wait.as_secs(),
-                    path.display()
-                )));
-            }
-            Err(TryLockError::Error(error)) => {
-                return Err(anyhow!(error).context(path.display().to_string()).into());
-            }
-        }
+/// Returns true if the directory is still the one at this path.
+fn is_at(path: &Path, directory: &File) -> bool {
+    let place = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    match (fs::symlink_metadata(path), directory.metadata()) {
+        (Ok(there), Ok(ours)) => place(there) == place(ours),
+        _ => false,
     }
 }
 
-/// The pins' parent must be on bpffs.
-fn ensure_bpffs(path: &Path) -> anyhow::Result<()> {
+/// The pins' parent must be on a bpffs. Returns true if one was mounted on [`BPFFS`], the only place
+/// where udplb mounts anything.
+fn ensure_bpffs(path: &Path) -> anyhow::Result<bool> {
     let parent = match path.parent().context("the pin directory has no parent")? {
         // of a bare name
         parent if parent.as_os_str().is_empty() => Path::new("."),
         parent => parent,
     };
     if is_bpffs(parent)? {
-        return Ok(());
+        return Ok(false);
     }
-    let how = format!("mount it with: mount -t bpf bpf {}", parent.display());
-    if !names(parent)?.is_empty() {
-        bail!("{} is not a bpffs, and mounting one would hide what is in it", parent.display());
+    let how = format!("mount one with: mount -t bpf -o mode=0700 bpf {}", parent.display());
+    if parent != Path::new(BPFFS) {
+        bail!(
+            "{} is not on a bpffs, where pins are; leave --pin-dir away, or {how}",
+            parent.display()
+        );
     }
-    // SAFETY: constant C strings and a path that outlives the call.
+    // SAFETY: constant C strings that outlive the call.
     let result = unsafe {
-        let target = std::ffi::CString::new(parent.as_os_str().as_encoded_bytes())?;
-        libc::mount(c"bpf".as_ptr(), target.as_ptr(), c"bpf".as_ptr(), 0, std::ptr::null())
+        let target = std::ffi::CString::new(BPFFS)?;
+        let options = c"mode=0700".as_ptr().cast();
+        libc::mount(c"bpf".as_ptr(), target.as_ptr(), c"bpf".as_ptr(), 0, options)
     };
     if result != 0 {
         let error = io::Error::last_os_error();
-        bail!("{} is not a bpffs, and mounting one failed ({error}); {how}", parent.display());
+        bail!("{BPFFS} is not a bpffs, and mounting one failed ({error}); {how}");
     }
-    log::info!("mounted bpffs on {}", parent.display());
-    Ok(())
+    log::info!("mounted bpffs on {BPFFS}");
+    Ok(true)
+}
+
+impl WriteGuard {
+    /// Has a bpffs stay that was mounted for this, though nothing was built in it.
+    pub fn keep_mount(&mut self) {
+        self.mounted = false;
+    }
+
+    /// Takes the bpffs away again where nothing was built in it.
+    fn unmount(&self) -> anyhow::Result<()> {
+        if !self.numbers()?.is_empty() {
+            return Ok(());
+        }
+        self.remove_all()?;
+        // it is busy as long as anybody has a directory of it open, this guard too
+        // SAFETY: a constant C string that outlives the call.
+        let result = unsafe {
+            let target = std::ffi::CString::new(BPFFS)?;
+            libc::umount2(target.as_ptr(), libc::MNT_DETACH)
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error()).context(BPFFS);
+        }
+        log::info!("unmounted bpffs from {BPFFS}");
+        Ok(())
+    }
+}
+
+impl Drop for WriteGuard {
+    fn drop(&mut self) {
+        if self.mounted
+            && let Err(error) = self.unmount()
+        {
+            log::warn!("{error:#}");
+        }
+    }
 }
 
 fn is_bpffs(path: &Path) -> anyhow::Result<bool> {
@@ -232,6 +335,7 @@ impl ReadGuard {
         let nexthops = NextHops::open(nexthops, &state)?;
         let whole = counters.is_whole()? && nexthops.is_whole()?;
         let (tickets, pending) = (open("tickets")?, open("pending")?);
+        let marks = Marks::new(open("marks")?);
         Ok(whole.then_some(StateMaps {
             counters,
             former: Former::new(open("former")?),
@@ -239,6 +343,7 @@ impl ReadGuard {
             heartbeat,
             held,
             pending,
+            marks,
             overrides: Overrides::new(overrides),
             fragments,
             fragment_ring,
@@ -294,7 +399,19 @@ impl WriteGuard {
         .with_context(|| path.display().to_string())
     }
 
-    /// Removes every pin. The directory itself stays: it is what writers lock.
+    /// Returns true if nothing was ever built in the directory.
+    pub fn is_empty(&self) -> anyhow::Result<bool> {
+        let mut kept = vec![self.generations()];
+        let states = names(&self.path)?.into_iter().filter(|name| name.starts_with(STATES));
+        kept.extend(states.map(|name| self.path.join(name)));
+        let mut empty = self.current().is_none() && self.unfinished()?.is_empty();
+        for directory in kept {
+            empty &= names(&directory)?.is_empty();
+        }
+        Ok(empty)
+    }
+
+    /// Removes every pin, and the directory.
     pub fn remove_all(&self) -> anyhow::Result<()> {
         let _ = fs::remove_file(self.path.join("current"));
         for name in self.unfinished()? {
@@ -306,7 +423,11 @@ impl WriteGuard {
         for name in names(&self.path)?.iter().filter(|name| name.starts_with(STATES)) {
             remove_pins(&self.path.join(name))?;
         }
-        fs::remove_dir(self.generations()).context("generations")
+        for name in ["generations", QUEUE] {
+            fs::remove_dir(self.path.join(name)).context(name)?;
+        }
+        // last: those who wait for it look whether it is still there
+        fs::remove_dir(&self.path).with_context(|| self.path.display().to_string())
     }
 
     /// The maps that outlive generations; those that are missing are made as the program wants
@@ -332,6 +453,7 @@ impl WriteGuard {
         let heartbeat = ensure(&state, "heartbeat", &maps.heartbeat, None)?;
         let held = ensure(&state, "held", &maps.held, None)?;
         let pending = Some(ensure(&state, "pending", &maps.pending, None)?);
+        let marks = Marks::new(Some(ensure(&state, "marks", &maps.marks, None)?));
         let overrides = ensure(&state, "overrides", &maps.overrides, None)?;
         let fragments = ensure(&state, "fragments", &maps.fragments, None)?;
         let fragment_ring = ensure(&state, "fragment_ring", &maps.fragment_ring, None)?;
@@ -352,6 +474,7 @@ impl WriteGuard {
             heartbeat,
             held,
             pending,
+            marks,
             overrides: Overrides::new(overrides),
             fragments,
             fragment_ring,
@@ -476,6 +599,7 @@ pub struct StateMaps {
     /// The lease of the next hops.
     pub heartbeat: MapHandle,
     pub overrides: Overrides,
+    pub marks: Marks,
     pub fragments: MapHandle,
     pub fragment_ring: MapHandle,
     pub path_mtus: MapHandle,

@@ -104,6 +104,8 @@ pub struct InterfaceStatus {
     pub name: String,
     /// The generation whose program its filter runs.
     pub generation: Option<u32>,
+    /// How often arpd put back a filter that somebody else had removed.
+    pub reattached: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -346,6 +348,7 @@ fn interfaces(observed: &Observed, serving: Option<&Generation>) -> Vec<Interfac
         .into_iter()
         .map(|name| InterfaceStatus {
             name: name.into(),
+            reattached: observed.marks.get(name).map_or(0, |mark| mark.reattached),
             generation: attached
                 .iter()
                 .find(|(other, _)| *other == name)

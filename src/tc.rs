@@ -1,11 +1,14 @@
 //! Our filter on an interface: how it is recognised, put there and taken away.
 
+use std::io;
 use std::os::fd::BorrowedFd;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
+use crate::bpf;
 use crate::generation::ProgramName;
 use crate::netlink::{Direction, ETH_P_ALL, Filter, Netlink, Qdisc};
+use crate::pins::Place;
 use crate::state::WriteGuard;
 
 /// Where the filter sits on the hook. Filters of a lower priority run before it, and those of a
@@ -21,10 +24,12 @@ pub enum Slot {
     Empty,
     /// A generation's program.
     Generation(u32),
-    /// A filter with our name whose generation is gone; the program still runs.
+    /// A filter with our name whose generation is not here; the program still runs.
     Orphan {
         program: u32,
         filter: String,
+        /// The pin directory that has it; `None`: there is none that can be seen from here.
+        home: Option<Place>,
     },
     /// Somebody else's.
     Foreign(String),
@@ -49,7 +54,7 @@ pub fn judge(
 ) -> Hook {
     let mut hook = Hook { qdisc, slot: Slot::Empty, shared: !egress.is_empty() };
     for filter in ingress {
-        if (filter.chain, filter.priority, filter.handle) != (0, PRIORITY, HANDLE) {
+        if !is_in_our_place(filter) {
             hook.shared = true;
             if takes_priority(filter) && hook.slot == Slot::Empty {
                 hook.slot = Slot::Foreign(describe(filter));
@@ -63,7 +68,7 @@ pub fn judge(
         hook.slot = match (own, &filter.program) {
             (Some(number), _) => Slot::Generation(number),
             (None, Some(program)) if program.name == NAME => {
-                Slot::Orphan { program: program.id, filter: describe(filter) }
+                Slot::Orphan { program: program.id, filter: describe(filter), home: None }
             }
             _ => Slot::Foreign(describe(filter)),
         };
@@ -107,6 +112,9 @@ pub async fn hook(
 }
 
 /// Puts the program on the interface, in place of our filter there where `replace` says so.
+///
+/// # Errors
+/// Another program runs there afterwards, whatever the kernel answered.
 pub async fn attach(
     _: &WriteGuard,
     netlink: &Netlink,
@@ -114,24 +122,88 @@ pub async fn attach(
     program: BorrowedFd<'_>,
     replace: bool,
 ) -> anyhow::Result<()> {
-    netlink
-        .set_filter(ifindex, PRIORITY, HANDLE, NAME, program, replace)
-        .await
-        .context("the tc filter")
+    let wanted = bpf::program_info(program).context("the program")?.id;
+    let answer = netlink.set_filter(ifindex, PRIORITY, HANDLE, NAME, program, replace).await;
+    settle(answer, netlink, ifindex, |found| found == Some(wanted)).await
 }
 
-/// Takes our filter away, and the clsact where the caller knows that it is ours and unused.
-pub async fn detach(
+/// Takes our filter away.
+///
+/// # Errors
+/// It is there afterwards, whatever the kernel answered.
+pub async fn detach(_: &WriteGuard, netlink: &Netlink, ifindex: u32) -> anyhow::Result<()> {
+    let answer = netlink.delete_filter(ifindex, PRIORITY, HANDLE).await;
+    settle(answer, netlink, ifindex, |found| found.is_none()).await
+}
+
+/// Looks whether what was asked for is there: an answer may be lost, and its connection with it.
+async fn settle(
+    answer: io::Result<()>,
+    netlink: &Netlink,
+    ifindex: u32,
+    is_done: impl Fn(Option<u32>) -> bool,
+) -> anyhow::Result<()> {
+    // the kernel has refused it
+    if answer.as_ref().is_err_and(|error| error.raw_os_error().is_some()) {
+        return answer.context("the tc filter");
+    }
+    let found = match attached(netlink, ifindex).await {
+        Ok(found) => found,
+        Err(_) => {
+            let anew = Netlink::open().context("netlink")?;
+            attached(&anew, ifindex).await.context("the tc filter cannot be read back")?
+        }
+    };
+    match (is_done(found), answer) {
+        (true, _) => Ok(()),
+        (false, Err(error)) => Err(error).context("the tc filter"),
+        (false, Ok(())) => bail!(
+            "the tc filter: the kernel said that it is done, and it is not; another program \
+             changes the same filter"
+        ),
+    }
+}
+
+/// The program that our filter on an interface runs.
+async fn attached(netlink: &Netlink, ifindex: u32) -> io::Result<Option<u32>> {
+    let filters = netlink.filters(ifindex, Direction::Ingress).await?;
+    let ours = filters.into_iter().find(is_in_our_place);
+    Ok(ours.and_then(|filter| filter.program).map(|program| program.id))
+}
+
+fn is_in_our_place(filter: &Filter) -> bool {
+    (filter.chain, filter.priority, filter.handle) == (0, PRIORITY, HANDLE)
+}
+
+/// Puts a clsact onto an interface that has none.
+pub async fn add_clsact(_: &WriteGuard, netlink: &Netlink, ifindex: u32) -> anyhow::Result<()> {
+    match netlink.add_clsact(ifindex).await {
+        // the answer was lost
+        Err(error) if error.raw_os_error().is_none() => {
+            let qdiscs = Netlink::open().context("netlink")?.qdiscs().await.context("qdiscs")?;
+            match qdiscs.contains(&(ifindex, Qdisc::Clsact)) {
+                true => Ok(()),
+                false => Err(error).context("the clsact qdisc"),
+            }
+        }
+        answer => answer.context("the clsact qdisc"),
+    }
+}
+
+/// Takes a clsact of ours away, unless anything hangs on it: the kernel would take that away with it, and
+/// cannot be asked to look first. What somebody adds between the look and the request is lost.
+pub async fn delete_unused_clsact(
     _: &WriteGuard,
     netlink: &Netlink,
     ifindex: u32,
-    clsact: bool,
 ) -> anyhow::Result<()> {
-    netlink.delete_filter(ifindex, PRIORITY, HANDLE).await.context("the tc filter")?;
-    if clsact {
-        netlink.delete_clsact(ifindex).await.context("the clsact qdisc")?;
+    let is_there = netlink.qdiscs().await?.contains(&(ifindex, Qdisc::Clsact));
+    for direction in [Direction::Egress, Direction::Ingress] {
+        if !is_there || !netlink.filters(ifindex, direction).await?.is_empty() {
+            return Ok(());
+        }
     }
-    Ok(())
+    netlink.delete_clsact(ifindex).await.context("the clsact qdisc")
 }
 
 #[cfg(test)]
@@ -165,7 +237,7 @@ mod tests {
         assert_eq!(slot(&[]), (Slot::Empty, false));
         assert_eq!(slot(&[filter(2)]), (Slot::Generation(42), false));
         let text = "bpf pref 100 handle 0x7564 udplb (program 3)";
-        let orphan = Slot::Orphan { program: 3, filter: text.into() };
+        let orphan = Slot::Orphan { program: 3, filter: text.into(), home: None };
         assert_eq!(slot(&[filter(3)]), (orphan, false));
         // an id that was given to another program
         let mut reused = filter(1);

@@ -161,8 +161,8 @@ fn learn(global: &Global, names: &mut Names, number: u32) {
     // where an apply is in the way it is looked for with the next event
     let Ok(Some(guard)) = state::read(&global.pin_dir, PATIENCE) else { return };
     match generation::read(&guard, number) {
-        Ok(generation) => names.add(generation),
-        Err(_) => names.give_up(number),
+        Ok(Some(generation)) => names.add(generation),
+        Ok(None) | Err(_) => names.give_up(number),
     }
 }
 

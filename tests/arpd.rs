@@ -294,6 +294,43 @@ fn an_interface_that_is_made_again_is_attached_again() {
     assert!(arpd.log().contains("attaching generation 1 to eth0"), "{}", arpd.log());
 }
 
+/// The number of times that arpd put the filter of an interface back.
+fn reattached(lab: &Lab, interface: &str) -> u64 {
+    let interfaces = lab.status()["interfaces"].clone();
+    let found =
+        interfaces.as_array().expect("interfaces").iter().find(|it| it["name"] == interface);
+    found.expect("the interface")["reattached"].as_u64().expect("a number")
+}
+
+#[test]
+fn filter_that_somebody_removes_is_put_back() {
+    let (lab, arpd) = lab();
+    // by events, long before the next look at everything
+    for (count, words) in [
+        (1, "qdisc del dev eth0 clsact"),
+        (2, "filter del dev eth0 ingress pref 100"),
+        (3, "filter del dev eth0 ingress"),
+    ] {
+        lab.relay.tc(words);
+        until("it is put back", || lab.filters("eth0").contains("udplb"));
+        until("it is counted", || reattached(&lab, "eth0") == count);
+        expect_delivery(&lab, UPSTREAMS[0]);
+        lab.run("status").expect(0);
+    }
+    assert!(arpd.log().contains("eth0: udplb's filter was gone, and no detach took it"));
+    let metrics = lab.run("metrics").expect(0).stdout;
+    assert!(metrics.contains("udplb_reattached_total{interface=\"eth0\"} 3"), "{metrics}");
+    // it goes on counting after an apply, and after a detach nothing is put back
+    lab.run("detach").expect(0);
+    arpd.signal(libc::SIGHUP);
+    until("its neighbours are let go", || !lab.neighbour("10.2.0.20").contains("managed"));
+    assert!(!lab.filters("eth0").contains("udplb"));
+    lab.run("rollback").expect(0);
+    lab.relay.tc("qdisc del dev eth0 clsact");
+    until("it is put back", || lab.filters("eth0").contains("udplb"));
+    until("it is counted", || reattached(&lab, "eth0") == 4);
+}
+
 /// Nor are next hops kept that nobody uses.
 #[test]
 fn an_interface_that_was_detached_stays_detached() {

@@ -4,12 +4,11 @@ mod common;
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::Command;
 
 use common::lab::{CLIENTS, Directory, Lab, Outcome, RELAY, UPSTREAMS, config, rule, to_port};
 use common::net::{bind, receive};
-use common::{Namespace, lock_any_memory, run, unique};
+use common::{Namespace, lock_any_memory, run};
 use serde_json::{Value, json};
 
 const NOBODY: u32 = 65_534;
@@ -442,33 +441,12 @@ fn a_plan_tells_what_an_apply_would_do() {
 }
 
 #[test]
-fn a_bpffs_is_mounted_where_nothing_is_hidden_by_it() {
-    struct Mounted<'a>(&'a Path);
-    impl Drop for Mounted<'_> {
-        fn drop(&mut self) {
-            let _ = Command::new("umount").arg(self.0).output();
-        }
-    }
+fn pin_directory_by_its_bare_name() {
     let lab = Lab::new();
-    let directory = Directory::new();
-    let empty = directory.path().join(unique("bpf"));
-    fs::create_dir(&empty).expect("an empty directory");
-    let _mounted = [Mounted(&empty), Mounted(directory.path())];
-    let file = lab.write(&to_port(7001));
-    let apply = |pins: &Path| {
-        let mut command = lab.relay.command(env!("CARGO_BIN_EXE_udplb"));
-        Outcome::of(command.arg("--pin-dir").arg(pins).arg("apply").arg(&file))
-    };
-    // nothing is mounted over what somebody may need
-    directory.write("needed", "");
-    apply(&directory.path().join("udplb")).expect(1).says(&["not a bpffs", "hide"]);
-    apply(&empty.join("none/udplb")).expect(1).says(&["none"]);
-    assert!(!fs::read_to_string("/proc/self/mountinfo").expect("mounts").contains("/none"));
-    apply(&empty.join("udplb")).expect(0);
-    assert!(run("stat", ["-f", "-c", "%T", &empty.display().to_string()]).contains("bpf_fs"));
-    // the same by its bare name
+    lab.apply(&to_port(7001));
     let mut again = lab.relay.command(env!("CARGO_BIN_EXE_udplb"));
-    again.current_dir(&empty).args(["--pin-dir", "udplb", "apply"]).arg(&file);
+    again.current_dir(&lab.bpffs.path).args(["--pin-dir", "udplb", "apply"]);
+    again.arg(lab.write(&to_port(7001)));
     assert!(Outcome::of(&mut again).expect(0).stdout.starts_with("unchanged"));
 }
 

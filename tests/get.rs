@@ -311,7 +311,7 @@ fn it_agrees_with_where_packets_go() {
     }
     let guard = state::read(&lab.bpffs.pins(), common::net::PATIENCE).expect("pins");
     let guard = guard.expect("something is applied");
-    let generation = generation::read(&guard, 1).expect("a generation");
+    let generation = generation::read(&guard, 1).expect("readable").expect("a generation");
     let asker = Asker::new(&guard, &generation).expect("a twin");
     let (index, mac) = (lab.relay.index("eth0"), lab.relay.mac("eth0"));
 

@@ -4,14 +4,17 @@
 mod common;
 
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::Namespace;
 use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule, to_port};
 use common::net::{bind, count, expect_silence, receive, send_until};
+use common::service::{Arpd, until};
 use common::tun::Tun;
 use serde_json::{Value, json};
 use udplb::state::STATE;
@@ -283,15 +286,23 @@ fn has_clsact(lab: &Lab, interface: &str) -> bool {
 #[test]
 fn only_a_clsact_of_our_own_is_removed() {
     let lab = Lab::new();
-    // ours, and nothing else on it
-    lab.apply(&to_port(7001));
-    lab.run("detach").expect(0);
-    assert!(!has_clsact(&lab, "eth0"));
+    // ours, and nothing else on it: a detach leaves it, and a purge knows it all the same
+    for again in ["", "detach", "rollback"] {
+        lab.apply(&to_port(7001));
+        lab.run("detach").expect(0);
+        assert!(has_clsact(&lab, "eth0"));
+        if !again.is_empty() {
+            lab.apply(&to_port(7002));
+            lab.run(again).expect(0);
+        }
+        lab.run("detach --purge").expect(0);
+        assert!(!has_clsact(&lab, "eth0"), "after {again}");
+    }
     // ours, but in use, on either hook
     for foreign in FOREIGN {
         lab.apply(&to_port(7001));
         let shared = add_filter(&lab, "eth0", foreign);
-        lab.run("detach").expect(0);
+        lab.run("detach --purge").expect(0);
         assert_eq!(has_clsact(&lab, "eth0"), shared);
         if shared {
             lab.relay.tc("qdisc del dev eth0 clsact");
@@ -301,10 +312,9 @@ fn only_a_clsact_of_our_own_is_removed() {
     lab.relay.tc("qdisc add dev eth0 clsact");
     lab.apply(&to_port(7001));
     lab.run("detach").expect(0);
-    assert!(has_clsact(&lab, "eth0"));
     lab.apply(&to_port(7002));
     lab.run("rollback").expect(0);
-    lab.run("detach").expect(0);
+    lab.run("detach --purge").expect(0);
     assert!(has_clsact(&lab, "eth0"));
 }
 
@@ -354,7 +364,8 @@ fn a_filter_whose_pins_are_gone_is_taken_over_with_force_only() {
     lab.run("status").expect(3);
     expect_way(&lab, 7001);
     let before = lab.filters("eth0");
-    lab.try_apply(&to_port(7002), "").expect(1).says(&["eth0", "pins are gone", "--force"]);
+    let refused = lab.try_apply(&to_port(7002), "").expect(1);
+    refused.says(&["eth0", "not in this pin directory", "or gone", "/proc/*/mountinfo", "--force"]);
     assert_eq!(lab.filters("eth0"), before);
     expect_way(&lab, 7001);
     lab.try_apply(&to_port(7002), "--force").expect(0);
@@ -412,7 +423,7 @@ fn all_pins_lost() {
     // with the directory that this made, and without
     for _ in 0..2 {
         let by_hand = "tc filter del dev eth0 ingress pref 100";
-        lab.run("detach").expect(1).says(&["eth0", "pins are gone", by_hand]);
+        lab.run("detach").expect(1).says(&["eth0", "not in this pin directory", by_hand]);
         lab.run("detach -i up0").expect(0);
         let _ = fs::remove_dir_all(lab.bpffs.pins());
     }
@@ -444,7 +455,6 @@ fn several_interfaces() {
     assert!(plan.stdout.contains("- interface up0: detached"), "{plan:?}");
     lab.apply(&to_port(7001));
     assert_eq!(lab.filters("up0"), "");
-    assert!(!has_clsact(&lab, "up0"));
     expect_way(&lab, 7001);
     lab.apply(&on(&["eth0", "up0"], to_port(7001)));
     lab.run("detach -i eth0").expect(0);
@@ -575,7 +585,8 @@ fn readers_share_the_lock_and_writers_do_not() {
     }
     let writers = [&apply, "rollback --lock-timeout 0", "detach --lock-timeout 0"];
     for writer in writers {
-        lab.run(writer).expect(75).says(&["still locked after 0 s", "another udplb"]);
+        let here = format!("(pid {})", std::process::id());
+        lab.run(writer).expect(75).says(&["still locked after 0 s by", &here]);
     }
     directory.lock().expect("a lock");
     for command in [&plan, "status --lock-timeout 0"].into_iter().chain(writers) {
@@ -586,6 +597,32 @@ fn readers_share_the_lock_and_writers_do_not() {
     directory.unlock().expect("unlocked");
     assert_eq!(waiting.wait_with_output().expect("it ends").status.code(), Some(0));
     expect_way(&lab, 7001);
+}
+
+/// Readers that overlap without a pause keep no writer out.
+#[test]
+fn writer_gets_its_turn_among_readers() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    // under the lock they read; here they also rest on it
+                    let guard = udplb::state::read(&lab.bpffs.pins(), Duration::from_secs(60));
+                    std::thread::sleep(Duration::from_millis(300));
+                    drop(guard.map_err(|failure| failure.to_string()).expect("a lock"));
+                }
+            });
+        }
+        for port in [7002, 7003] {
+            let outcome = lab.try_apply(&to_port(port), "--lock-timeout 60");
+            stop.store(port == 7003 || outcome.code != Some(0), Ordering::Relaxed);
+            outcome.expect(0);
+        }
+    });
+    expect_way(&lab, 7003);
 }
 
 fn spawn(lab: &Lab, words: &str) -> Child {
@@ -744,15 +781,208 @@ fn a_purge_leaves_nothing() {
     let lab = Lab::new();
     lab.apply(&on(&["eth0", "up0"], to_port(7001)));
     lab.apply(&on(&["eth0", "up0"], to_port(7002)));
-    lab.run("detach --purge").expect(0);
-    assert!(pins(&lab).is_empty(), "{:?}", pins(&lab));
+    assert_eq!(lab.run("detach --purge -o json").expect(0).json()["changed"], true);
+    assert!(!lab.bpffs.pins().exists());
     for interface in ["eth0", "up0"] {
         assert!(!has_clsact(&lab, interface));
     }
     lab.run("status").expect(3);
-    lab.run("detach --purge").expect(0);
+    for nothing_left in ["detach --purge -o json", "detach -o json"] {
+        let again = lab.run(nothing_left).expect(0).json();
+        assert_eq!(again, json!({ "changed": false, "detached": [] }));
+    }
+    assert!(!lab.bpffs.pins().exists());
+    // also where the directory is there, and nothing was ever built in it
+    lab.try_apply(&on(&["eth7"], to_port(7001)), "").expect(1);
+    assert_eq!(lab.run("detach --purge -o json").expect(0).json()["changed"], false);
     lab.apply(&to_port(7001));
     expect_generation(&lab, 1);
+}
+
+#[test]
+fn purge_removes_the_neighbours_of_a_killed_arpd() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    let arpd = Arpd::start(&lab, "");
+    until("arpd keeps the neighbour", || lab.neighbour("10.2.0.20").contains("proto 117"));
+    arpd.end(libc::SIGKILL);
+    lab.run("detach").expect(0);
+    assert!(lab.neighbour("10.2.0.20").contains("proto 117"));
+    assert_eq!(lab.run("detach --purge -o json").expect(0).json()["changed"], true);
+    assert_eq!(lab.neighbour("10.2.0.20"), "");
+    assert_eq!(lab.run("detach --purge -o json").expect(0).json()["changed"], false);
+}
+
+#[test]
+fn rollback_after_detach_attaches_what_was_detached() {
+    let lab = Lab::new();
+    lab.apply(&on(&["eth0", "up0"], to_port(7001)));
+    lab.apply(&on(&["eth0", "up0"], to_port(7002)));
+    for detach in ["detach", "detach -i eth0"] {
+        lab.run(detach).expect(0);
+        let dry = lab.run("rollback --dry-run").expect(0);
+        assert!(dry.stdout.contains("rollback leads to generation 2"), "{dry:?}");
+        assert_eq!(lab.filters("eth0"), "");
+        lab.run("rollback").expect(0);
+        expect_way(&lab, 7002);
+        expect_generation(&lab, 2);
+        assert_eq!(lab.status()["held"], Value::Null);
+    }
+    lab.run("rollback").expect(0);
+    expect_way(&lab, 7001);
+    // what an apply took off is its change, and undone with it
+    lab.try_apply(&to_port(7003), "").expect(0);
+    lab.run("rollback").expect(0);
+    expect_way(&lab, 7001);
+    expect_generation(&lab, 1);
+}
+
+#[test]
+fn rollback_dry_run_changes_nothing() {
+    let lab = Lab::new();
+    lab.run("rollback --dry-run").expect(1).says(&["no earlier generation"]);
+    lab.apply(&to_port(7001));
+    lab.apply(&to_port(7002));
+    let (before, filters) = (pins(&lab), lab.filters("eth0"));
+    let dry = lab.run("rollback --dry-run -o json").expect(0).json();
+    assert_eq!((&dry["changed"], &dry["generation"]), (&json!(true), &json!(1)));
+    let text = lab.run("rollback --dry-run").expect(0).stdout;
+    assert!(text.contains("generation 1") && text.contains("7001"), "{text}");
+    assert_eq!((pins(&lab), lab.filters("eth0")), (before, filters));
+    expect_way(&lab, 7002);
+}
+
+#[test]
+fn warnings_are_said_once_a_generation() {
+    let lab = Lab::new();
+    let mut config = to_port(7001);
+    config["rules"][0]["upstream"][0]["address"] = json!("10.77.0.1");
+    let first = lab.try_apply(&config, "").expect(0);
+    assert!(first.stderr.contains("warning"), "{first:?}");
+    assert_ne!(first.json()["warnings"], json!([]));
+    // also where the text is judged again
+    for options in ["", "--force", "--partial"] {
+        let again = lab.try_apply(&config, options).expect(0);
+        assert!(!again.stderr.contains("warning"), "{again:?}");
+        assert_eq!(again.json()["warnings"], json!([]));
+    }
+}
+
+/// Two udplb on one interface, each with its pins.
+#[test]
+fn filter_of_another_pin_directory_is_named_and_left_alone() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    let other = |words: &str| {
+        let mut command = lab.relay.command(env!("CARGO_BIN_EXE_udplb"));
+        command.arg("--pin-dir").arg(lab.bpffs.path.join("other"));
+        Outcome::of(command.args(words.split_whitespace()))
+    };
+    let home = lab.bpffs.pins().display().to_string();
+    let take_away = format!("udplb --pin-dir {home} detach -i eth0");
+    let apply = format!("apply {}", lab.write(&to_port(7002)).display());
+    for words in [apply.clone(), format!("{apply} --force")] {
+        other(&words).expect(1).says(&["eth0", &home, &take_away]);
+        expect_way(&lab, 7001);
+    }
+    let doctor = other("doctor").expect(3);
+    assert!(doctor.stdout.contains(&take_away) && !doctor.stdout.contains("--force"), "{doctor:?}");
+    // it is not this one's to detach
+    other("detach --purge").expect(0);
+    expect_way(&lab, 7001);
+    lab.run("detach").expect(0);
+    other(&apply).expect(0);
+    expect_way(&lab, 7002);
+    other("detach --purge").expect(0);
+}
+
+/// The same in another mount namespace, as of a container.
+#[test]
+fn filter_of_another_mount_namespace_is_named() {
+    let lab = Lab::new();
+    let file = lab.write(&to_port(7001));
+    let mut command = lab.relay.command("unshare");
+    let script = "mount -t bpf bpf /mnt && \"$0\" --pin-dir /mnt/udplb apply \"$1\" >&2 && \
+                  echo applied && exec sleep 1000";
+    command.args(["--mount", "sh", "-c", script, env!("CARGO_BIN_EXE_udplb")]).arg(&file);
+    let mut inside = command.stdout(Stdio::piped()).spawn().expect("unshare");
+    let mut line = String::new();
+    let output = inside.stdout.take().expect("a pipe");
+    BufReader::new(output).read_line(&mut line).expect("a line");
+    assert_eq!(line, "applied\n");
+    let refused = lab.try_apply(&to_port(7002), "--force");
+    let namespace = format!("/mnt/udplb in the mount namespace of process {}", inside.id());
+    inside.kill().expect("the process");
+    inside.wait().expect("the process");
+    refused.expect(1).says(&["eth0", &namespace, "nsenter --mount"]);
+    expect_way(&lab, 7001);
+    // nobody has it any more
+    lab.try_apply(&to_port(7002), "").expect(1).says(&["or gone", "--force"]);
+    lab.try_apply(&to_port(7002), "--force").expect(0);
+    expect_way(&lab, 7002);
+}
+
+#[test]
+fn pin_directory_that_others_can_change_is_refused() {
+    let lab = Lab::new();
+    let directory = lab.bpffs.pins();
+    let apply = format!("apply {}", lab.write(&to_port(7001)).display());
+    let refused = |text: &str| {
+        for words in [&apply, "status", "detach --purge", "rollback", "confirm"] {
+            lab.run(words).expect(1).says(&[&directory.display().to_string(), text]);
+        }
+        assert_eq!(lab.filters("eth0"), "");
+    };
+    for mode in [0o777, 0o1777, 0o720] {
+        fs::create_dir(&directory).expect("a directory");
+        fs::set_permissions(&directory, fs::Permissions::from_mode(mode)).expect("a mode");
+        refused("can be written by others");
+        fs::remove_dir(&directory).expect("it is empty");
+    }
+    fs::create_dir(&directory).expect("a directory");
+    std::os::unix::fs::chown(&directory, Some(1000), None).expect("an owner");
+    refused("belongs to user 1000");
+    fs::remove_dir(&directory).expect("it is empty");
+    let elsewhere = lab.bpffs.path.join("elsewhere");
+    fs::create_dir(&elsewhere).expect("a directory");
+    std::os::unix::fs::symlink(&elsewhere, &directory).expect("a link");
+    refused("is a symbolic link");
+    assert_eq!(fs::read_dir(&elsewhere).expect("it").count(), 0);
+    fs::remove_file(&directory).expect("the link");
+    lab.run(&apply).expect(0);
+    assert_eq!(fs::metadata(&directory).expect("it").permissions().mode() & 0o7777, 0o700);
+}
+
+/// Runs udplb in a mount namespace of its own, after a script, and returns what the script says last.
+fn in_mounts(lab: &Lab, before: &str, words: &str, after: &str) -> Outcome {
+    let mut command = lab.relay.command("unshare");
+    let script = format!("{before}; \"$0\" {words}; echo rc=$?; {after}");
+    command.args(["--mount", "sh", "-c", &script, env!("CARGO_BIN_EXE_udplb")]);
+    Outcome::of(&mut command)
+}
+
+#[test]
+fn only_sys_fs_bpf_is_mounted() {
+    let lab = Lab::new();
+    let plain = lab.directory.path().join("plain");
+    fs::create_dir(&plain).expect("a directory");
+    let file = lab.write(&to_port(7001));
+    let words = format!("--pin-dir {}/udplb apply {}", plain.display(), file.display());
+    let refused =
+        in_mounts(&lab, ":", &words, &format!("grep -c {} /proc/mounts", plain.display()));
+    assert!(refused.stdout.contains("rc=1\n0\n"), "{refused:?}");
+    refused.says(&["is not on a bpffs", "mount -t bpf -o mode=0700"]);
+    assert_eq!(fs::read_dir(&plain).expect("it").count(), 0);
+
+    // a mount of its own goes again where the command fails, and is root's alone where it does not
+    let bare = "umount -l /sys/fs/bpf; while umount -l /sys/fs/bpf 2>/dev/null; do :; done";
+    let mounts = "grep ' /sys/fs/bpf bpf ' /proc/mounts | wc -l; stat -c %a /sys/fs/bpf";
+    let missing = lab.directory.write("missing.yaml", &on(&["eth7"], to_port(7001)).to_string());
+    let failed = in_mounts(&lab, bare, &format!("apply {}", missing.display()), mounts);
+    assert!(failed.stdout.contains("rc=1\n0\n"), "{failed:?}");
+    let apply = format!("apply {}", file.display());
+    let applied = in_mounts(&lab, bare, &apply, &format!("{mounts}; \"$0\" detach --purge"));
+    assert!(applied.stdout.contains("rc=0\n1\n1700\n"), "{applied:?}");
 }
 
 #[test]

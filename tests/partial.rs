@@ -293,7 +293,7 @@ fn arpd_completes_under_traffic() {
     assert_eq!(receive(&receiver).payload, b"late");
     // and all is as if it had been applied at once: its qdisc is udplb's to remove
     lab.with_hosts(&format!("apply {}", file.display())).output().expect("applied");
-    lab.run("detach").expect(0);
+    lab.run("detach --purge").expect(0);
     assert!(!lab.relay.tc("qdisc show dev late0").contains("clsact"));
 }
 

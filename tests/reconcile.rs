@@ -62,7 +62,7 @@ enum Event {
     ApplyPending(Desired, bool, usize),
     Confirm,
     Rollback(usize),
-    Detach(Vec<String>, usize),
+    Detach(Vec<String>, bool, usize),
     ForeignClsact(&'static str),
     Share(&'static str, bool),
     LosePin(usize),
@@ -81,7 +81,8 @@ fn event() -> impl Strategy<Value = Event> {
             .prop_map(|(desired, force, steps)| Event::ApplyPending(desired, force, steps)),
         1 => Just(Event::Confirm),
         3 => steps().prop_map(Event::Rollback),
-        2 => (some, steps()).prop_map(|(names, steps)| Event::Detach(names, steps)),
+        2 => (some, any::<bool>(), steps())
+            .prop_map(|(names, purge, steps)| Event::Detach(names, purge, steps)),
         1 => interface().prop_map(Event::ForeignClsact),
         1 => (interface(), any::<bool>()).prop_map(|(name, shared)| Event::Share(name, shared)),
         1 => (0..3_usize).prop_map(Event::LosePin),
@@ -100,7 +101,7 @@ fn happen(kernel: &mut Kernel, event: &Event) {
         }
         Event::Confirm => kernel.confirm(),
         Event::Rollback(steps) => drop(kernel.rollback(*steps)),
-        Event::Detach(names, steps) => kernel.detach(names, *steps),
+        Event::Detach(names, purge, steps) => kernel.detach(names, *purge, *steps),
         Event::ForeignClsact(name) => kernel.add_foreign_clsact(name),
         Event::Share(name, shared) => kernel.share(name, *shared),
         Event::LosePin(index) => {
@@ -345,8 +346,8 @@ proptest! {
             .filter(|(_, owner)| **owner == Owner::Other)
             .map(|(name, _)| name.clone())
             .collect();
-        kernel.detach(&[], steps);
-        kernel.detach(&[], ALL);
+        kernel.detach(&[], true, steps);
+        kernel.detach(&[], true, ALL);
         prop_assert_eq!(kernel.observed.attached().count(), 0);
         for name in foreign {
             prop_assert_eq!(kernel.clsacts.get(&name), Some(&Owner::Other));
@@ -362,7 +363,8 @@ proptest! {
         if back {
             drop(kernel.rollback(ALL));
         }
-        kernel.detach(&[], ALL);
+        kernel.detach(&[], false, ALL);
+        kernel.detach(&[], true, ALL);
         prop_assert!(kernel.clsacts.is_empty(), "{:?}", kernel.clsacts);
     }
 }
@@ -415,9 +417,12 @@ fn what_is_not_ours_to_change_is_refused() {
     assert_eq!(refusal(&|kernel| drop(interface(kernel))), Refusal::NoInterface("a".into()));
     let foreign = refusal(&|kernel| put(kernel, Slot::Foreign("theirs".into())));
     assert!(matches!(foreign, Refusal::Foreign { filter, .. } if filter == "theirs"));
-    let ours = || Slot::Orphan { program: 1, filter: "ours".into() };
-    let orphan = refusal(&|kernel| put(kernel, ours()));
+    let ours = |home| Slot::Orphan { program: 1, filter: "ours".into(), home };
+    let orphan = refusal(&|kernel| put(kernel, ours(None)));
     assert!(matches!(orphan, Refusal::Orphan { filter, .. } if filter == "ours"));
+    let place = udplb::pins::Place { process: None, pin_dir: "/there".into() };
+    let elsewhere = refusal(&|kernel| put(kernel, ours(Some(place.clone()))));
+    assert!(matches!(elsewhere, Refusal::Elsewhere { home, .. } if home == place));
     let other = refusal(&|kernel| {
         kernel.apply(&one, false, ALL).expect("no refusal");
         kernel.observed.namespace = 8;
@@ -552,7 +557,6 @@ fn a_failing_apply_leaves_the_old_generation_serving() {
         diff::apply(observed, &desired, &Origin::default(), false)
     });
     expect_way(&lab, 7002);
-    assert!(!lab.relay.tc("qdisc show dev up0").contains("clsact"));
     // and back to two, with a generation to drop
     let desired = wanted(&with_interfaces(to_port(7003), &["eth0", "up0"]));
     fail_everywhere(&lab, Some(7002), &|observed| {

@@ -25,11 +25,13 @@ use crate::plan::Desired;
 use crate::resolve::Answers;
 use crate::state::{self, StateMaps};
 use crate::tc::{self, Slot};
-use crate::{addresses, apply, clock, confirm, diff, nexthop, partial};
+use crate::{addresses, apply, clock, confirm, diff, lock, nexthop, partial};
 
 /// Routes are not asked for more often than so many times as long as it takes: a routing daemon
 /// that changes thousands of them costs a twentieth of a CPU at most.
 const ROUTES_PAUSE: u32 = 20;
+/// Until filters that were put back are looked at again.
+const ATTACH_PAUSE: Duration = Duration::from_secs(1);
 /// How long another udplb that writes is waited for; what was to be done is done later.
 const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -47,8 +49,10 @@ enum Seen {
     Missing,
     /// On the interface with this index.
     Attached(u32),
-    /// The interface is there, and the filter was taken off it.
+    /// The interface is there, and `detach` has taken the filter off it.
     Detached(u32),
+    /// It is there without the filter, and nobody said so: made again, or somebody removed the filter.
+    Lost(u32),
 }
 
 /// The service's connections, and what it has read.
@@ -71,6 +75,8 @@ pub struct Service {
     beat_due: Instant,
     /// When an overdue rollback is tried again.
     rollback_due: Instant,
+    /// Somebody who removes filters again and again is not answered more often.
+    attach_not_before: Instant,
     notified: Instant,
     /// The time has come to see what is due.
     ticked: bool,
@@ -95,14 +101,15 @@ struct Stale {
 impl Service {
     /// # Errors
     /// Another arpd serves these pins, or a privilege is missing.
-    pub fn open(global: &Global, options: Arpd) -> Result<Service> {
-        let guard = state::write(&global.pin_dir, global.lock_timeout)?;
-        let lock = lock(&guard.state())?;
+    pub fn open(global: &Global, options: &Arpd) -> Result<Service> {
+        let mut guard = state::write(&global.pin_dir, global.lock_timeout)?;
+        let lock = lock_state(&guard.state())?;
+        guard.keep_mount();
         drop(guard);
         let now = Instant::now();
         Ok(Service {
             pin_dir: global.pin_dir.clone(),
-            options,
+            options: options.clone(),
             netlink: Netlink::open().context("netlink")?,
             batches: Batches::open().context("netlink")?,
             // before anything is read, so that nothing is missed
@@ -117,6 +124,7 @@ impl Service {
             round_due: now,
             beat_due: now,
             rollback_due: now,
+            attach_not_before: now,
             notified: now,
             ticked: true,
             unwritten: Vec::new(),
@@ -198,6 +206,7 @@ impl Service {
                     (self.stale.links, self.stale.routes) = (true, true);
                     (self.stale.interfaces, self.stale.addresses) = (true, true);
                 }
+                Event::Filters => self.stale.interfaces = true,
                 Event::Routes => self.stale.routes = true,
                 Event::Lost => {
                     self.stale = Stale { generation: self.stale.generation, ..Stale::all() };
@@ -268,7 +277,7 @@ impl Service {
         let ours = self.lock.metadata().map(|meta| (meta.dev(), meta.ino())).ok();
         let there = fs::metadata(&directory).map(|meta| (meta.dev(), meta.ino())).ok();
         if there.is_some() && there != ours {
-            self.lock = lock(&directory)?;
+            self.lock = lock_state(&directory)?;
         }
         Ok(())
     }
@@ -318,7 +327,7 @@ impl Service {
             let result = self.read_neighbours().await;
             self.note("neighbours", result);
         }
-        if self.stale.interfaces {
+        if self.stale.interfaces && Instant::now() >= self.attach_not_before {
             let result = self.read_interfaces().await;
             self.note("attaching again", result);
         }
@@ -447,17 +456,17 @@ impl Service {
         Ok(())
     }
 
-    /// Puts the filter back onto interfaces that were deleted and made again; one that it was
-    /// taken off stays without.
+    /// Puts the filter back onto interfaces that have lost it without a `detach`: they were made again,
+    /// or somebody else has removed it or the qdisc under it.
     async fn read_interfaces(&mut self) -> anyhow::Result<()> {
         self.stale.interfaces = false;
-        let Some(serving) = &self.serving else { return Ok(()) };
-        let found = hooks(&self.netlink, &serving.generation).await?;
+        let Some(serving) = &mut self.serving else { return Ok(()) };
+        let found = hooks(&self.netlink, serving).await?;
         let desired = &serving.generation.description.desired;
         let lacked = |name: &String| desired.incomplete.interfaces.contains(name);
         let appeared: Vec<String> = found
             .iter()
-            .filter(|(name, seen)| lacked(name) && matches!(seen, Seen::Detached(_)))
+            .filter(|(name, seen)| lacked(name) && matches!(seen, Seen::Lost(_)))
             .map(|(name, _)| name.clone())
             .collect();
         // where the filter was taken off the others it was meant for all
@@ -470,17 +479,12 @@ impl Service {
         }
         let lost: Vec<String> = found
             .iter()
-            .filter(|(name, seen)| {
-                !lacked(name) && is_made_again(serving.interfaces.get(*name), **seen)
-            })
+            .filter(|(name, seen)| !lacked(name) && matches!(seen, Seen::Lost(_)))
             .map(|(name, _)| name.clone())
             .collect();
         if lost.is_empty() {
-            let before = serving.interfaces.clone();
-            if let Some(serving) = &mut self.serving {
-                serving.interfaces.clone_from(&found);
-            }
-            if before != found {
+            if serving.interfaces != found {
+                serving.interfaces = found;
                 self.take_up()?;
                 self.stale.routes = true;
             }
@@ -488,21 +492,43 @@ impl Service {
         }
         // until it has worked, what was seen before stands
         self.stale.interfaces = true;
+        self.attach_not_before = Instant::now() + ATTACH_PAUSE;
+        self.attach_again(&lost).await
+    }
+
+    async fn attach_again(&mut self, lost: &[String]) -> anyhow::Result<()> {
         let guard = match state::write(&self.pin_dir, LOCK_PATIENCE) {
             Ok(guard) => guard,
             Err(Failure::Locked(_)) => return Ok(()),
             Err(failure) => bail!("{failure}"),
         };
         let observed = observe(Some(&guard), &self.netlink).await?;
-        if observed.serving() != Some(serving.generation.number) {
-            self.stale.generation = true;
+        self.stale.generation = true;
+        let number = self.serving.as_ref().map(|serving| serving.generation.number);
+        if observed.serving() != number {
             return Ok(());
         }
+        // one that `detach` was faster with is left alone
+        let lost: Vec<String> =
+            lost.iter().filter(|name| !observed.is_detached(name)).cloned().collect();
         let plan = diff::attach_again(&observed, &lost).map_err(|refusal| anyhow!("{refusal}"))?;
         let ways = BTreeMap::new();
         let mut executor = apply::Executor::new(&guard, &self.netlink, &observed, &ways);
         executor.run(&plan.actions, &mut apply::log).await?;
-        self.stale.generation = true;
+        let before = self.serving.as_ref().map(|serving| &serving.interfaces);
+        for name in plan.attached() {
+            let index = observed.interfaces[name].index;
+            let before = match before.and_then(|before| before.get(name)) {
+                Some(Seen::Attached(old) | Seen::Detached(old) | Seen::Lost(old)) => Some(*old),
+                Some(Seen::Missing) | None => None,
+            };
+            if before != Some(index) {
+                log::info!("{name} was made again: attached");
+                continue;
+            }
+            log::warn!("{name}: udplb's filter was gone, and no detach took it: attached again");
+            apply::count_reattached(&guard, &observed, name)?;
+        }
         self.stale.interfaces = false;
         Ok(())
     }
@@ -727,14 +753,14 @@ fn current(pin_dir: &Path) -> Option<u64> {
     fs::symlink_metadata(pin_dir.join("current")).map(|symlink| symlink.ino()).ok()
 }
 
-fn lock(directory: &Path) -> Result<File> {
+fn lock_state(directory: &Path) -> Result<File> {
     let file = File::open(directory).with_context(|| directory.display().to_string())?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Failure::Locked(format!(
-            "another arpd looks after {} (fuser {} shows which)",
+            "another arpd looks after {}: {}",
             directory.display(),
-            directory.display()
+            lock::holders(directory)
         ))),
         Err(TryLockError::Error(error)) => {
             Err(anyhow!(error).context(directory.display().to_string()).into())
@@ -755,7 +781,8 @@ fn seen(generation: &Generation, observed: &Observed) -> BTreeMap<String, Seen> 
             let seen = match observed.interfaces.get(name) {
                 None => Seen::Missing,
                 Some(interface) => match interface.hook.slot {
-                    Slot::Empty => Seen::Detached(interface.index),
+                    Slot::Empty if observed.is_detached(name) => Seen::Detached(interface.index),
+                    Slot::Empty => Seen::Lost(interface.index),
                     _ => Seen::Attached(interface.index),
                 },
             };
@@ -765,10 +792,8 @@ fn seen(generation: &Generation, observed: &Observed) -> BTreeMap<String, Seen> 
 }
 
 /// The same, asked of the kernel for these interfaces alone.
-async fn hooks(
-    netlink: &Netlink,
-    generation: &Generation,
-) -> anyhow::Result<BTreeMap<String, Seen>> {
+async fn hooks(netlink: &Netlink, serving: &Serving) -> anyhow::Result<BTreeMap<String, Seen>> {
+    let generation = &serving.generation;
     let names = generation.description.programs();
     let programs: Vec<(u32, ProgramName)> =
         names.map(|(_, name)| (generation.number, name.clone())).collect();
@@ -780,8 +805,12 @@ async fn hooks(
             None => Seen::Missing,
             Some(link) => {
                 let qdisc = qdiscs.get(&link.index).copied();
+                let mark = serving.maps.marks.get(name)?.filter(|mark| mark.index == link.index);
                 match tc::hook(netlink, link.index, qdisc, &programs).await?.slot {
-                    Slot::Empty => Seen::Detached(link.index),
+                    Slot::Empty if mark.is_some_and(|mark| mark.detached) => {
+                        Seen::Detached(link.index)
+                    }
+                    Slot::Empty => Seen::Lost(link.index),
                     _ => Seen::Attached(link.index),
                 }
             }
@@ -793,13 +822,4 @@ async fn hooks(
 
 fn is_attached(seen: &Seen) -> bool {
     matches!(seen, Seen::Attached(_))
-}
-
-/// An interface without the filter that is not the one that was there before.
-fn is_made_again(before: Option<&Seen>, now: Seen) -> bool {
-    match (before, now) {
-        (Some(Seen::Missing), Seen::Detached(_)) => true,
-        (Some(Seen::Attached(old)), Seen::Detached(new)) => *old != new,
-        _ => false,
-    }
 }

@@ -2,22 +2,25 @@
 //! they do or leave undone holds up who started it.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use prometheus_client::encoding::prometheus_text::CONTENT_TYPE;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Mutex, Semaphore};
+use tokio::sync::{Mutex, Notify};
 use tokio::time::{sleep, timeout};
 
 use super::Gatherer;
 use crate::cli::Global;
 use crate::netlink::Netlink;
 
-/// At once; further ones are closed.
-const CONNECTIONS: usize = 16;
+/// Connections at once; for a further one the oldest idle one is closed.
+const MAX_CONNECTIONS: usize = 16;
+/// The same of one address.
+const MAX_CONNECTIONS_PER_PEER: usize = 4;
 /// Bytes of a request, its body left out.
 const REQUEST: usize = 4096;
 /// For a request to arrive.
@@ -31,37 +34,146 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 /// Until the address is tried again: it may not be there yet.
 const BIND_PAUSE: Duration = Duration::from_secs(5);
 
-/// Starts to answer, in the network namespace of the calling thread, until the process ends.
-pub fn serve(global: &Global, address: SocketAddr) -> io::Result<()> {
+/// Starts to answer, in the network namespace of the calling thread, until the process ends. `hosts` are
+/// names that requests may be made to, besides this host's own; `*` is any.
+pub fn serve(global: &Global, address: SocketAddr, hosts: &[String]) -> io::Result<()> {
     let global = Global { lock_timeout: LOCK_PATIENCE, ..global.clone() };
+    let hosts = Hosts(hosts.to_vec());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let thread = std::thread::Builder::new().name("metrics".into());
-    thread.spawn(move || runtime.block_on(answer_all(global, address))).map(drop)
+    thread.spawn(move || runtime.block_on(answer_all(global, address, hosts))).map(drop)
 }
 
-async fn answer_all(global: Global, address: SocketAddr) {
+async fn answer_all(global: Global, address: SocketAddr, hosts: Hosts) {
     let listener = bind(address).await;
     let exposition =
         Arc::new(Mutex::new(Exposition { gatherer: Gatherer::new(global), text: None }));
-    let permits = Arc::new(Semaphore::new(CONNECTIONS));
+    let connections = Connections::default();
+    let hosts = Arc::new(hosts);
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match listener.accept().await {
+            Ok((stream, peer)) => (stream, peer.ip().to_canonical()),
             Err(error) => {
                 log::debug!("metrics: {error}");
                 sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
-        let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else { continue };
-        let exposition = Arc::clone(&exposition);
+        let Some(connection) = connections.admit(peer) else { continue };
+        let (exposition, hosts) = (Arc::clone(&exposition), Arc::clone(&hosts));
         tokio::spawn(async move {
-            if let Err(error) = answer(stream, exposition).await {
+            let closed = Arc::clone(&connection.entry.closed);
+            let answer = answer(stream, exposition, &hosts, &connection);
+            let result = tokio::select! {
+                result = answer => result,
+                () = closed.notified() => Err(io::Error::other("closed for another connection")),
+            };
+            if let Err(error) = result {
                 log::debug!("metrics: {error}");
             }
-            drop(permit);
         });
     }
+}
+
+/// The connections that are open, oldest first.
+#[derive(Clone, Default)]
+struct Connections(Arc<std::sync::Mutex<Vec<Arc<Entry>>>>);
+
+struct Entry {
+    peer: IpAddr,
+    /// Since when it waits for its peer; `None`: the peer waits.
+    idle: std::sync::Mutex<Option<Instant>>,
+    /// A whole request has come.
+    asked: AtomicBool,
+    closed: Arc<Notify>,
+}
+
+/// An open connection; it is forgotten when this is dropped.
+struct Connection {
+    entry: Arc<Entry>,
+    all: Connections,
+}
+
+impl Connections {
+    /// Takes a connection in; where there are too many, the one that has been idle longest goes, of the
+    /// same address if it has too many. `None`: all are being answered.
+    fn admit(&self, peer: IpAddr) -> Option<Connection> {
+        let mut all = self.0.lock().ok()?;
+        let full = all.len() >= MAX_CONNECTIONS;
+        let has_many =
+            all.iter().filter(|entry| entry.peer == peer).count() >= MAX_CONNECTIONS_PER_PEER;
+        if full || has_many {
+            let place = all.iter().position(|it| it.can_go() && (it.peer == peer || !has_many))?;
+            all.remove(place).closed.notify_one();
+        }
+        let entry = Arc::new(Entry {
+            peer,
+            idle: std::sync::Mutex::new(Some(Instant::now())),
+            asked: AtomicBool::new(false),
+            closed: Arc::new(Notify::new()),
+        });
+        all.push(Arc::clone(&entry));
+        Some(Connection { entry, all: self.clone() })
+    }
+}
+
+impl Entry {
+    /// Returns true if its request has not come yet, or its answer has not been taken for some time.
+    fn can_go(&self) -> bool {
+        let idle = self.idle.lock().ok().and_then(|idle| *idle);
+        let asked = self.asked.load(Ordering::Relaxed);
+        idle.is_some_and(|since| !asked || since.elapsed() > REQUEST_PATIENCE)
+    }
+}
+
+impl Connection {
+    /// A whole request has come, and its answer is being made.
+    fn has_asked(&self) {
+        self.entry.asked.store(true, Ordering::Relaxed);
+        self.set_idle(None);
+    }
+
+    fn set_idle(&self, since: Option<Instant>) {
+        if let Ok(mut idle) = self.entry.idle.lock() {
+            *idle = since;
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Ok(mut all) = self.all.0.lock() {
+            all.retain(|entry| !Arc::ptr_eq(entry, &self.entry));
+        }
+    }
+}
+
+/// Names that a request may be made to. A page in somebody's browser can give any name this address, and
+/// read what it would not get of another site; it cannot do so with an address for a name.
+struct Hosts(Vec<String>);
+
+impl Hosts {
+    fn accept(&self, host: &str) -> bool {
+        let name = match host.rsplit_once(':') {
+            Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+            _ => host,
+        };
+        let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']'));
+        let is = |known: &str| known.eq_ignore_ascii_case(name.trim_end_matches('.'));
+        address.unwrap_or(name).parse::<IpAddr>().is_ok()
+            || is("localhost")
+            || self.0.iter().any(|known| known == "*" || is(known))
+            || own_name().is_some_and(|own| is(&own))
+    }
+}
+
+/// This host's name.
+fn own_name() -> Option<String> {
+    let mut name = [0_u8; 256];
+    // SAFETY: the buffer outlives the call, which writes at most its length.
+    let result = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len()) };
+    let end = name.iter().position(|byte| *byte == 0)?;
+    (result == 0 && end > 0).then(|| String::from_utf8_lossy(&name[..end]).into_owned())
 }
 
 async fn bind(address: SocketAddr) -> TcpListener {
@@ -112,33 +224,58 @@ async fn metrics(exposition: Arc<Mutex<Exposition>>) -> anyhow::Result<Arc<Strin
     Ok(text)
 }
 
-async fn answer(mut stream: TcpStream, exposition: Arc<Mutex<Exposition>>) -> io::Result<()> {
-    let path = timeout(REQUEST_PATIENCE, read_path(&mut stream)).await??;
+async fn answer(
+    mut stream: TcpStream,
+    exposition: Arc<Mutex<Exposition>>,
+    hosts: &Hosts,
+    connection: &Connection,
+) -> io::Result<()> {
+    let request = timeout(REQUEST_PATIENCE, read_request(&mut stream)).await??;
+    connection.has_asked();
     const PLAIN: &str = "text/plain; charset=utf-8";
-    let (state, kind, body): (_, _, Arc<String>) = match path {
+    let is_head = request.as_ref().is_ok_and(|request| request.is_head);
+    let (state, kind, body): (_, _, Arc<String>) = match request {
         Err(state) => (state, PLAIN, format!("{state}\n").into()),
-        Ok(path) if path == "/metrics" => match metrics(exposition).await {
-            Ok(text) => ("200 OK", CONTENT_TYPE, text),
-            Err(error) => ("503 Service Unavailable", PLAIN, format!("{error:#}\n").into()),
+        Ok(Request { host: Some(host), .. }) if !hosts.accept(&host) => {
+            let body = "this server has no such name; arpd --metrics-host gives it one\n";
+            ("421 Misdirected Request", PLAIN, body.to_string().into())
+        }
+        Ok(request) => match request.path.as_str() {
+            "/metrics" => match metrics(exposition).await {
+                Ok(text) => ("200 OK", CONTENT_TYPE, text),
+                Err(error) => ("503 Service Unavailable", PLAIN, format!("{error:#}\n").into()),
+            },
+            "/" => ("200 OK", PLAIN, "udplb: see /metrics\n".to_string().into()),
+            _ => ("404 Not Found", PLAIN, "only /metrics is here\n".to_string().into()),
         },
-        Ok(path) if path == "/" => ("200 OK", PLAIN, "udplb: see /metrics\n".to_string().into()),
-        Ok(_) => ("404 Not Found", PLAIN, "only /metrics is here\n".to_string().into()),
     };
+    connection.set_idle(Some(Instant::now()));
     let head = format!(
         "HTTP/1.1 {state}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\
-         Allow: GET\r\nConnection: close\r\n\r\n",
+         Allow: GET, HEAD\r\nConnection: close\r\n\r\n",
         body.len()
     );
     timeout(ANSWER_PATIENCE, async {
         stream.write_all(head.as_bytes()).await?;
-        stream.write_all(body.as_bytes()).await?;
+        if !is_head {
+            stream.write_all(body.as_bytes()).await?;
+        }
         stream.shutdown().await
     })
     .await?
 }
 
-/// The path of a request, or how it is refused.
-async fn read_path(stream: &mut TcpStream) -> io::Result<Result<String, &'static str>> {
+/// As much of a request as matters.
+#[derive(Debug, PartialEq, Eq)]
+struct Request {
+    is_head: bool,
+    path: String,
+    /// HTTP/1.0 has none.
+    host: Option<String>,
+}
+
+/// A request, or how it is refused.
+async fn read_request(stream: &mut TcpStream) -> io::Result<Result<Request, &'static str>> {
     let mut request = Vec::with_capacity(512);
     while !request.windows(4).any(|end| end == b"\r\n\r\n") {
         if request.len() >= REQUEST {
@@ -148,14 +285,87 @@ async fn read_path(stream: &mut TcpStream) -> io::Result<Result<String, &'static
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
     }
-    let line = request.split(|byte| *byte == b'\r').next().unwrap_or_default();
-    let line = String::from_utf8_lossy(line);
-    let words: Vec<&str> = line.split(' ').collect();
-    Ok(match words[..] {
-        ["GET", target, version] if version.starts_with("HTTP/1.") => {
-            Ok(target.split('?').next().unwrap_or_default().to_string())
+    Ok(parse_request(&String::from_utf8_lossy(&request)))
+}
+
+fn parse_request(text: &str) -> Result<Request, &'static str> {
+    const BAD: &str = "400 Bad Request";
+    let mut lines = text.split("\r\n");
+    let words: Vec<&str> = lines.next().unwrap_or_default().split(' ').collect();
+    let [method, target, version] = words[..] else { return Err(BAD) };
+    if !version.starts_with("HTTP/1.") {
+        return Err(BAD);
+    }
+    let mut hosts = lines.filter_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("host").then(|| value.trim().to_string())
+    });
+    let host = hosts.next();
+    if hosts.next().is_some() || (host.is_none() && version != "HTTP/1.0") {
+        return Err(BAD);
+    }
+    if !matches!(method, "GET" | "HEAD") {
+        return Err("405 Method Not Allowed");
+    }
+    let path = target.split('?').next().unwrap_or_default().to_string();
+    Ok(Request { is_head: method == "HEAD", path, host })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Connections, Hosts, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_PEER, parse_request};
+
+    #[test]
+    fn requests() {
+        let parse = |text: &str| {
+            parse_request(text).map(|request| (request.is_head, request.path, request.host))
+        };
+        let get = parse("GET /metrics?x=1 HTTP/1.1\r\nhOsT:  relay:9477 \r\n\r\n");
+        assert_eq!(get, Ok((false, "/metrics".into(), Some("relay:9477".into()))));
+        assert_eq!(parse("HEAD / HTTP/1.0\r\n\r\n"), Ok((true, "/".into(), None)));
+        assert_eq!(parse("PUT / HTTP/1.0\r\n\r\n"), Err("405 Method Not Allowed"));
+        for bad in [
+            "GET / HTTP/1.1\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+            "GET / HTTP/2\r\nHost: a\r\n\r\n",
+            "GET\r\n\r\n",
+            "\r\n\r\n",
+        ] {
+            assert_eq!(parse(bad), Err("400 Bad Request"), "{bad:?}");
         }
-        [_, _, version] if version.starts_with("HTTP/1.") => Err("405 Method Not Allowed"),
-        _ => Err("400 Bad Request"),
-    })
+    }
+
+    #[test]
+    fn hosts() {
+        let none = Hosts(Vec::new());
+        for own in ["127.0.0.1", "10.0.0.1:9477", "[::1]", "[2001:db8::1]:9477", "LOCALHOST:1"] {
+            assert!(none.accept(own), "{own}");
+        }
+        for other in ["evil.example", "evil.example:9477", "127.0.0.1.evil.example", "", "a:b"] {
+            assert!(!none.accept(other), "{other}");
+        }
+        let own = super::own_name().expect("a name");
+        assert!(none.accept(&format!("{own}:9477")));
+        let named = Hosts(vec!["relay.example.net".into()]);
+        assert!(named.accept("Relay.Example.NET.:9477") && !named.accept("example.net"));
+        assert!(Hosts(vec!["*".into()]).accept("evil.example"));
+    }
+
+    #[test]
+    fn oldest_idle_connection_goes() {
+        let peer = |number: u32| std::net::Ipv4Addr::from(number).into();
+        let all = Connections::default();
+        // one address gets no more than its part
+        let first: Vec<_> = (0..MAX_CONNECTIONS_PER_PEER).map(|_| all.admit(peer(1))).collect();
+        let more = all.admit(peer(1)).expect("the oldest goes");
+        assert_eq!(all.0.lock().unwrap().len(), MAX_CONNECTIONS_PER_PEER);
+        // those that are being answered stay
+        first.iter().flatten().chain([&more]).for_each(super::Connection::has_asked);
+        assert!(all.admit(peer(1)).is_none());
+        let others: Vec<_> = (2..40).map(|number| all.admit(peer(number))).collect();
+        assert!(others.iter().all(Option::is_some));
+        assert_eq!(all.0.lock().unwrap().len(), MAX_CONNECTIONS);
+        drop((first, more, others));
+        assert!(all.0.lock().unwrap().is_empty());
+    }
 }

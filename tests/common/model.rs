@@ -6,6 +6,7 @@ use std::time::Duration;
 use udplb::bpf::OBJECT_SHA256;
 use udplb::diff::{self, Action, Plan, Refusal};
 use udplb::generation::{Description, Draft, Generation, Origin, ProgramName};
+use udplb::marks::Mark;
 use udplb::netlink::Qdisc;
 use udplb::observe::{Interface, Observed};
 use udplb::plan::{Desired, RuleIds, assign_ids};
@@ -45,7 +46,8 @@ impl Kernel {
     /// one, a rollback to it would take this one for its own, once it is empty.
     pub fn add_foreign_clsact(&mut self, interface: &str) {
         let claims = |it: &Generation| it.description.clsact.iter().any(|name| name == interface);
-        if self.observed.generations.values().any(claims) {
+        let marked = self.observed.marks.get(interface).is_some_and(|mark| mark.clsact);
+        if marked || self.observed.generations.values().any(claims) {
             return;
         }
         let hook = self.hook(interface);
@@ -95,8 +97,8 @@ impl Kernel {
         }
     }
 
-    pub fn detach(&mut self, interfaces: &[String], steps: usize) {
-        let actions = diff::detach(&self.observed, interfaces).expect("they exist");
+    pub fn detach(&mut self, interfaces: &[String], purge: bool, steps: usize) {
+        let actions = diff::detach(&self.observed, interfaces, purge).expect("they exist");
         self.carry_out(&actions, steps);
     }
 
@@ -126,16 +128,21 @@ impl Kernel {
                 assert!(hook.qdisc.is_some(), "no qdisc on {interface}");
                 assert_eq!(hook.slot, *replaces);
                 hook.slot = Slot::Generation(*generation);
+                self.observed.marks.entry(interface.clone()).or_default().detached = false;
             }
             Action::Detach { interface, generation, clsact } => {
                 let hook = self.hook(interface);
                 assert_eq!(hook.slot, Slot::Generation(*generation));
                 hook.slot = Slot::Empty;
-                if *clsact {
-                    assert!(!hook.shared, "others hang on it");
-                    hook.qdisc = None;
-                    assert_eq!(self.clsacts.remove(interface), Some(Owner::Udplb));
-                }
+                let mark = Mark { detached: true, clsact: *clsact, ..Mark::default() };
+                self.observed.marks.insert(interface.clone(), mark);
+            }
+            Action::DeleteClsact(interface) => {
+                let hook = self.hook(interface);
+                assert!(!hook.shared, "others hang on it");
+                assert_eq!(hook.slot, Slot::Empty);
+                hook.qdisc = None;
+                assert_eq!(self.clsacts.remove(interface), Some(Owner::Udplb));
             }
             Action::SetHeld(held) => self.observed.held = *held,
             Action::SetPending(pending) => self.observed.pending = *pending,
