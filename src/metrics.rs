@@ -1,6 +1,7 @@
 //! Metrics for Prometheus. Their labels are the configuration's names, interfaces and fixed words,
 //! so that there are never more of them than the configuration says.
 
+mod connections;
 mod http;
 
 use std::fmt;

@@ -9,8 +9,8 @@ use std::{fmt, io};
 
 use futures_util::{StreamExt, stream};
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
-    NetlinkPayload, Nla,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
+    NetlinkMessage, NetlinkPayload, Nla,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
@@ -40,6 +40,8 @@ use crate::config::Address;
 /// Requests under way at once: their answers fit into the socket's receive buffer.
 const WINDOW: usize = 64;
 
+/// How often a dump is asked for that is inconsistent.
+const DUMP_ATTEMPTS: u32 = 4;
 /// How long one message of an answer may take.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -288,35 +290,59 @@ impl Netlink {
         Ok(Netlink { handle })
     }
 
-    /// Sends one message and collects what comes back for it.
+    /// Sends one message and collects what comes back for it. A dump that the kernel calls
+    /// inconsistent, because what it lists changed meanwhile, is asked for again.
     ///
     /// # Errors
-    /// The kernel refused it, or its answer has no end: neither ACK nor DONE nor, without these
-    /// flags, a message.
+    /// See [`Netlink::request_once`].
     async fn request(
         &self,
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> io::Result<Vec<RouteNetlinkMessage>> {
+        for _ in 1..DUMP_ATTEMPTS {
+            let (messages, is_consistent) = self.request_once(message.clone(), flags).await?;
+            if is_consistent {
+                return Ok(messages);
+            }
+        }
+        // something changes all the time; what is missing here comes with the next look
+        self.request_once(message, flags).await.map(|(messages, _)| messages)
+    }
+
+    /// Returns the answer, and false if it is an inconsistent dump.
+    ///
+    /// # Errors
+    /// The kernel refused it, or its answer has no end: neither ACK nor DONE nor, without these
+    /// flags, a message.
+    async fn request_once(
+        &self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> io::Result<(Vec<RouteNetlinkMessage>, bool)> {
         let mut request = NetlinkMessage::from(message);
         request.header.flags = NLM_F_REQUEST | flags;
         let mut replies = self.handle.clone().request(request).map_err(io::Error::other)?;
-        let mut messages = Vec::new();
+        let (mut messages, mut is_consistent) = (Vec::new(), true);
         loop {
             let reply = tokio::time::timeout(ANSWER_TIMEOUT, replies.next()).await;
             let reply = reply.map_err(|_| lost("the kernel does not answer"))?;
-            match reply.ok_or_else(|| lost("the connection ended before the answer"))?.payload {
+            let reply = reply.ok_or_else(|| lost("the connection ended before the answer"))?;
+            is_consistent &= reply.header.flags & NLM_F_DUMP_INTR == 0;
+            match reply.payload {
                 NetlinkPayload::InnerMessage(message) => {
                     messages.push(message);
                     if flags & (NLM_F_ACK | NLM_F_DUMP) == 0 {
-                        return Ok(messages);
+                        return Ok((messages, true));
                     }
                 }
                 NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
                 NetlinkPayload::Done(done) if done.code < 0 => {
                     return Err(io::Error::from_raw_os_error(-done.code));
                 }
-                NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => return Ok(messages),
+                NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => {
+                    return Ok((messages, is_consistent));
+                }
                 NetlinkPayload::Overrun(_) => return Err(lost("an answer was lost (ENOBUFS)")),
                 _ => {}
             }
@@ -1151,7 +1177,27 @@ mod tests {
     use netlink_packet_core::DefaultNla;
     use netlink_packet_route::tc::{TcAction, TcActionAttribute, TcActionOption};
 
-    use super::decision;
+    use super::{Netlink, decision};
+
+    /// Polls a request until it waits for its answer, and lets the connection die then.
+    #[test]
+    fn connection_that_dies_is_an_error() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let found = runtime.expect("a runtime").block_on(async {
+            let (connection, handle, _) = rtnetlink::new_connection().expect("a socket");
+            let netlink = Netlink { handle };
+            let died = async {
+                tokio::task::yield_now().await;
+                drop(connection);
+            };
+            let (links, ()) = tokio::join!(netlink.links(), died);
+            // nor is one that has died before
+            (links, netlink.qdiscs().await)
+        });
+        let text = found.0.expect_err("no answer").to_string();
+        assert!(text.contains("ended before the answer"), "{text}");
+        assert!(found.1.is_err());
+    }
 
     /// Its parameters are these words.
     fn action(kind: u16, words: &[i32]) -> TcAction {

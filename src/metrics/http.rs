@@ -4,23 +4,19 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use prometheus_client::encoding::prometheus_text::CONTENT_TYPE;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Mutex, Notify};
+use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
 
 use super::Gatherer;
+use super::connections::{Connection, Connections, State};
 use crate::cli::Global;
 use crate::netlink::Netlink;
 
-/// Connections at once; for a further one the oldest idle one is closed.
-const MAX_CONNECTIONS: usize = 16;
-/// The same of one address.
-const MAX_CONNECTIONS_PER_PEER: usize = 4;
 /// Bytes of a request, its body left out.
 const REQUEST: usize = 4096;
 /// For a request to arrive.
@@ -62,89 +58,14 @@ async fn answer_all(global: Global, address: SocketAddr, hosts: Hosts) {
         let Some(connection) = connections.admit(peer) else { continue };
         let (exposition, hosts) = (Arc::clone(&exposition), Arc::clone(&hosts));
         tokio::spawn(async move {
-            let closed = Arc::clone(&connection.entry.closed);
-            let answer = answer(stream, exposition, &hosts, &connection);
             let result = tokio::select! {
-                result = answer => result,
-                () = closed.notified() => Err(io::Error::other("closed for another connection")),
+                result = answer(stream, exposition, &hosts, &connection) => result,
+                () = connection.closed() => Err(io::Error::other("closed for another connection")),
             };
             if let Err(error) = result {
                 log::debug!("metrics: {error}");
             }
         });
-    }
-}
-
-/// The connections that are open, oldest first.
-#[derive(Clone, Default)]
-struct Connections(Arc<std::sync::Mutex<Vec<Arc<Entry>>>>);
-
-struct Entry {
-    peer: IpAddr,
-    /// Since when it waits for its peer; `None`: the peer waits.
-    idle: std::sync::Mutex<Option<Instant>>,
-    /// A whole request has come.
-    asked: AtomicBool,
-    closed: Arc<Notify>,
-}
-
-/// An open connection; it is forgotten when this is dropped.
-struct Connection {
-    entry: Arc<Entry>,
-    all: Connections,
-}
-
-impl Connections {
-    /// Takes a connection in; where there are too many, the one that has been idle longest goes, of the
-    /// same address if it has too many. `None`: all are being answered.
-    fn admit(&self, peer: IpAddr) -> Option<Connection> {
-        let mut all = self.0.lock().ok()?;
-        let full = all.len() >= MAX_CONNECTIONS;
-        let has_many =
-            all.iter().filter(|entry| entry.peer == peer).count() >= MAX_CONNECTIONS_PER_PEER;
-        if full || has_many {
-            let place = all.iter().position(|it| it.can_go() && (it.peer == peer || !has_many))?;
-            all.remove(place).closed.notify_one();
-        }
-        let entry = Arc::new(Entry {
-            peer,
-            idle: std::sync::Mutex::new(Some(Instant::now())),
-            asked: AtomicBool::new(false),
-            closed: Arc::new(Notify::new()),
-        });
-        all.push(Arc::clone(&entry));
-        Some(Connection { entry, all: self.clone() })
-    }
-}
-
-impl Entry {
-    /// Returns true if its request has not come yet, or its answer has not been taken for some time.
-    fn can_go(&self) -> bool {
-        let idle = self.idle.lock().ok().and_then(|idle| *idle);
-        let asked = self.asked.load(Ordering::Relaxed);
-        idle.is_some_and(|since| !asked || since.elapsed() > REQUEST_PATIENCE)
-    }
-}
-
-impl Connection {
-    /// A whole request has come, and its answer is being made.
-    fn has_asked(&self) {
-        self.entry.asked.store(true, Ordering::Relaxed);
-        self.set_idle(None);
-    }
-
-    fn set_idle(&self, since: Option<Instant>) {
-        if let Ok(mut idle) = self.entry.idle.lock() {
-            *idle = since;
-        }
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        if let Ok(mut all) = self.all.0.lock() {
-            all.retain(|entry| !Arc::ptr_eq(entry, &self.entry));
-        }
     }
 }
 
@@ -231,7 +152,7 @@ async fn answer(
     connection: &Connection,
 ) -> io::Result<()> {
     let request = timeout(REQUEST_PATIENCE, read_request(&mut stream)).await??;
-    connection.has_asked();
+    connection.set(State::Answering);
     const PLAIN: &str = "text/plain; charset=utf-8";
     let is_head = request.as_ref().is_ok_and(|request| request.is_head);
     let (state, kind, body): (_, _, Arc<String>) = match request {
@@ -249,7 +170,7 @@ async fn answer(
             _ => ("404 Not Found", PLAIN, "only /metrics is here\n".to_string().into()),
         },
     };
-    connection.set_idle(Some(Instant::now()));
+    connection.set(State::Writing(Instant::now()));
     let head = format!(
         "HTTP/1.1 {state}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\
          Allow: GET, HEAD\r\nConnection: close\r\n\r\n",
@@ -313,7 +234,7 @@ fn parse_request(text: &str) -> Result<Request, &'static str> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Connections, Hosts, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_PEER, parse_request};
+    use super::{Hosts, parse_request};
 
     #[test]
     fn requests() {
@@ -349,23 +270,5 @@ mod tests {
         let named = Hosts(vec!["relay.example.net".into()]);
         assert!(named.accept("Relay.Example.NET.:9477") && !named.accept("example.net"));
         assert!(Hosts(vec!["*".into()]).accept("evil.example"));
-    }
-
-    #[test]
-    fn oldest_idle_connection_goes() {
-        let peer = |number: u32| std::net::Ipv4Addr::from(number).into();
-        let all = Connections::default();
-        // one address gets no more than its part
-        let first: Vec<_> = (0..MAX_CONNECTIONS_PER_PEER).map(|_| all.admit(peer(1))).collect();
-        let more = all.admit(peer(1)).expect("the oldest goes");
-        assert_eq!(all.0.lock().unwrap().len(), MAX_CONNECTIONS_PER_PEER);
-        // those that are being answered stay
-        first.iter().flatten().chain([&more]).for_each(super::Connection::has_asked);
-        assert!(all.admit(peer(1)).is_none());
-        let others: Vec<_> = (2..40).map(|number| all.admit(peer(number))).collect();
-        assert!(others.iter().all(Option::is_some));
-        assert_eq!(all.0.lock().unwrap().len(), MAX_CONNECTIONS);
-        drop((first, more, others));
-        assert!(all.0.lock().unwrap().is_empty());
     }
 }
