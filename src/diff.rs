@@ -318,7 +318,9 @@ fn replace(
                 || (serving.description.object == OBJECT_SHA256
                     && serving.description.desired.as_written() == desired.as_written()) =>
         {
-            before(observed, serving.number, stays).or(Some(serving.number))
+            // one that has lost pins is of no use
+            let same = Some(serving.number).filter(|_| serving.intact);
+            before(observed, serving.number, stays).or(same)
         }
         Some(serving) if serving.number < number && serving.intact => Some(serving.number),
         _ => before(observed, number, stays),

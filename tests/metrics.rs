@@ -46,6 +46,7 @@ fn samples(text: &str) -> Vec<&str> {
 
 const WANTED: &str = r#"udplb_config_generation 1
 udplb_config_drift 0
+udplb_config_incomplete 0
 udplb_interface_attached{interface="eth0"} 1
 udplb_reattached_total{interface="eth0"} 0
 udplb_arpd_up 0
