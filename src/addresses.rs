@@ -36,6 +36,11 @@ fn canonical(names: &[String], links: &[Link]) -> Vec<String> {
     names.iter().map(own).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
+/// This host's own addresses.
+pub async fn own(netlink: &Netlink) -> anyhow::Result<BTreeSet<IpAddr>> {
+    Ok(netlink.addresses().await?.into_iter().map(|own| own.address).collect())
+}
+
 /// The check of a file cannot know how many addresses `any` stands for.
 fn fits(desired: &Desired) -> anyhow::Result<()> {
     let all = desired.key_entries();

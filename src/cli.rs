@@ -17,7 +17,7 @@ use crate::top::Order;
 /// Relays, forwards and balances UDP in the kernel's traffic control layer.
 ///
 /// Verbs change the kernel, nouns read it. Exit codes: 0 done; 1 failed, what served before
-/// still serves; 2 changes pending (plan --exit-code); 3 nothing applied (in all commands), degraded (status), problems found (doctor) or no rule matches (get); 4 applied in part (apply --partial); 64 usage; 65 bad configuration; 66 unreadable file; 75 locked; 77 privileges missing.
+/// still serves; 2 changes pending (plan --exit-code); 3 nothing applied (in all commands), degraded (status), problems found (doctor) or no rule matches (get); 4 applied in part (apply --partial); 64 usage; 65 bad configuration; 66 unreadable file; 75 locked, or no answer from a name server; 77 privileges missing.
 #[derive(Parser)]
 #[command(version, long_version = LONG_VERSION, max_term_width = 100)]
 pub struct Cli {
@@ -109,26 +109,11 @@ pub enum Command {
         /// Leave host names unresolved.
         #[arg(long)]
         no_resolve: bool,
+        #[command(flatten)]
+        resolver: Resolver,
     },
     /// Make the kernel do what the file says, in one step.
-    Apply {
-        #[command(flatten)]
-        target: Target,
-        /// Only show what would change.
-        #[arg(long)]
-        dry_run: bool,
-        /// Apply what a rollback left or what waits for confirmation, and take over filters whose
-        /// pins are nowhere to be seen.
-        #[arg(long)]
-        force: bool,
-        /// Apply what can be applied where an interface is missing or a host name does not
-        /// resolve; exits with 4 then, and arpd completes it.
-        #[arg(long, conflicts_with = "dry_run")]
-        partial: bool,
-        /// Roll the change back after so many seconds, unless `udplb confirm` comes before.
-        #[arg(long, value_name = "SECONDS", value_parser = some_seconds, conflicts_with = "dry_run")]
-        confirm: Option<Duration>,
-    },
+    Apply(Apply),
     /// Keep what `apply --confirm` changed.
     Confirm {
         /// Roll the change with this deadline back when it has passed; in nanoseconds since boot.
@@ -142,6 +127,8 @@ pub enum Command {
         /// Exit with 2 when something would change.
         #[arg(long)]
         exit_code: bool,
+        #[command(flatten)]
+        resolver: Resolver,
     },
     /// Show what serves, where packets go and what became of them.
     Status(Status),
@@ -227,6 +214,29 @@ pub enum Command {
     },
 }
 
+/// How a file is applied.
+#[derive(Args)]
+pub struct Apply {
+    #[command(flatten)]
+    pub target: Target,
+    /// Only show what would change.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Apply what a rollback left or what waits for confirmation, and take over filters whose
+    /// pins are nowhere to be seen.
+    #[arg(long)]
+    pub force: bool,
+    /// Apply what can be applied where an interface is missing or a host name does not
+    /// resolve; exits with 4 then, and arpd completes it.
+    #[arg(long, conflicts_with = "dry_run")]
+    pub partial: bool,
+    /// Roll the change back after so many seconds, unless `udplb confirm` comes before.
+    #[arg(long, value_name = "SECONDS", value_parser = some_seconds, conflicts_with = "dry_run")]
+    pub confirm: Option<Duration>,
+    #[command(flatten)]
+    pub resolver: Resolver,
+}
+
 /// A configuration file and where it is to be applied.
 #[derive(Args)]
 pub struct Target {
@@ -238,6 +248,21 @@ pub struct Target {
     #[arg(short, long = "interface", value_name = "IF",
           add = ArgValueCandidates::new(complete::interfaces))]
     pub interfaces: Vec<String>,
+}
+
+/// How host names are resolved.
+#[derive(Args, Clone, Copy)]
+pub struct Resolver {
+    /// Wait this long for the addresses of all host names together, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = some_seconds)]
+    pub resolve_timeout: Duration,
+}
+
+/// As for a command that has no such option.
+impl Default for Resolver {
+    fn default() -> Resolver {
+        Resolver { resolve_timeout: Duration::from_secs(10) }
+    }
 }
 
 /// What `status` shows, and how often.
@@ -355,6 +380,8 @@ pub struct Arpd {
     /// Ask for the addresses of host names this often, in seconds; 0: never.
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
     pub resolve_interval: Duration,
+    #[command(flatten)]
+    pub resolver: Resolver,
     /// Answer Prometheus here, at /metrics; by default at 127.0.0.1, and at port 9477.
     #[arg(long, value_name = "ADDRESS[:PORT]", num_args = 0..=1, default_missing_value = "127.0.0.1",
           value_parser = metrics_address)]

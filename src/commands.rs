@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::apply::{Executor, Outcome};
 use crate::changes::Changes;
-use crate::cli::{self, Cli, Color, Command, Global, Output, Target};
+use crate::cli::{self, Cli, Color, Command, Global, Output, Resolver, Target};
 use crate::config::{Address, Diagnostic, State};
 use crate::diff::{self, Action, Plan, Refusal};
 use crate::drain::{self, Change};
@@ -43,16 +43,21 @@ pub async fn run(cli: &Cli) -> Result<u8> {
     let global = &cli.global;
     let Some(command) = &cli.command else { return status(global, &cli::Status::default()).await };
     match command {
-        Command::Check { files, no_resolve } => check(global, files, *no_resolve).await,
-        Command::Apply { target, dry_run: true, .. } => plan(global, target, false).await,
-        Command::Apply { target, force, partial, confirm, .. } => {
-            apply_file(global, target, *force, *partial, *confirm).await
+        Command::Check { files, no_resolve, resolver } => {
+            let timeout = (!no_resolve).then_some(resolver.resolve_timeout);
+            check(global, files, timeout).await
         }
+        Command::Apply(options) if options.dry_run => {
+            plan(global, &options.target, options.resolver, false).await
+        }
+        Command::Apply(options) => apply_file(global, options).await,
         Command::Confirm { waiter: Some(deadline) } => {
             confirm::wait(global, &netlink()?, Duration::from_nanos(*deadline)).await
         }
         Command::Confirm { waiter: None } => confirm(global).await,
-        Command::Plan { target, exit_code } => plan(global, target, *exit_code).await,
+        Command::Plan { target, exit_code, resolver } => {
+            plan(global, target, *resolver, *exit_code).await
+        }
         Command::Status(options) => status(global, options).await,
         Command::Top(options) => top::run(global, options, &netlink()?, paper(global)).await,
         Command::Trace(options) => {
@@ -132,11 +137,15 @@ fn warn(global: &Global, warnings: &[Diagnostic]) {
     }
 }
 
-async fn check(global: &Global, files: &[std::path::PathBuf], no_resolve: bool) -> Result<u8> {
+async fn check(
+    global: &Global,
+    files: &[std::path::PathBuf],
+    timeout: Option<Duration>,
+) -> Result<u8> {
     let mut failure = None;
     let mut reports = Vec::new();
     for file in files {
-        match check_one(global, file, no_resolve).await {
+        match check_one(global, file, timeout).await {
             Ok(report) => reports.push(report),
             Err(error) => {
                 say(&error);
@@ -161,13 +170,13 @@ async fn check(global: &Global, files: &[std::path::PathBuf], no_resolve: bool) 
 async fn check_one(
     global: &Global,
     file: &Path,
-    no_resolve: bool,
+    timeout: Option<Duration>,
 ) -> Result<(String, usize, usize)> {
     let text = Text::read(file)?;
     let config = text.parse()?;
     warn(global, &config.warnings);
-    if !no_resolve {
-        warn(global, &wanted::check_names(&config).await?);
+    if let Some(timeout) = timeout {
+        warn(global, &wanted::check_names(&config, timeout).await?);
     }
     let upstreams = config.rules.iter().map(|rule| rule.destinations().count()).sum();
     Ok((text.name, config.rules.len(), upstreams))
@@ -177,15 +186,9 @@ fn plural(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-async fn apply_file(
-    global: &Global,
-    target: &Target,
-    force: bool,
-    partial: bool,
-    confirm: Option<Duration>,
-) -> Result<u8> {
+async fn apply_file(global: &Global, options: &cli::Apply) -> Result<u8> {
     let started = Instant::now();
-    let mut wanted = wanted_by_apply(global, target, partial).await?;
+    let mut wanted = wanted_by_apply(global, options).await?;
     for missing in &wanted.missing {
         say(missing);
     }
@@ -198,9 +201,9 @@ async fn apply_file(
     let desired = &wanted.desired;
     let guard = lock(global, &netlink).await?;
     let observed = observe(Some(&guard), &netlink).await?;
-    let deadline = confirm.map(|confirm| clock::since_boot() + confirm);
-    let plan =
-        diff::apply_until(&observed, desired, &wanted.origin, force, deadline).map_err(refused)?;
+    let deadline = options.confirm.map(|confirm| clock::since_boot() + confirm);
+    let plan = diff::apply_until(&observed, desired, &wanted.origin, options.force, deadline)
+        .map_err(refused)?;
     // once a generation: the cron job has said them already
     let warnings = if plan.builds() { wanted.warnings } else { Vec::new() };
     warn(global, &warnings);
@@ -212,7 +215,7 @@ async fn apply_file(
     if outcome.counters_reset && !global.quiet {
         say("warning: the counters were gone and start again at zero");
     }
-    let file = target.file.file_name().map_or("-".into(), |name| name.to_string_lossy());
+    let file = options.target.file.file_name().map_or("-".into(), |name| name.to_string_lossy());
     let mut text = outcome_text(&outcome, &file, desired, started.elapsed());
     let pending = plan.pending(&observed).map(|pending| status::PendingStatus::new(&pending));
     text.extend(pending.iter().map(|pending| format!("{pending}\n")));
@@ -224,7 +227,8 @@ async fn apply_file(
     Ok(if wanted.missing.is_empty() { 0 } else { INCOMPLETE })
 }
 
-async fn wanted_by_apply(global: &Global, target: &Target, partial: bool) -> Result<Wanted> {
+async fn wanted_by_apply(global: &Global, options: &cli::Apply) -> Result<Wanted> {
+    let cli::Apply { target, resolver, partial, .. } = options;
     let text = Text::read(&target.file)?;
     let again = match state::read(&global.pin_dir, global.lock_timeout) {
         Ok(guard) => guard.and_then(|guard| Wanted::again(&text, target, &guard)),
@@ -234,16 +238,17 @@ async fn wanted_by_apply(global: &Global, target: &Target, partial: bool) -> Res
     };
     if let Some(wanted) = again {
         // the same text, and an interface may have gone since
-        if !partial || is_here(&wanted.desired, &look(global, &netlink()?).await?) {
+        if !*partial || is_here(&wanted.desired, &look(global, &netlink()?).await?) {
             return Ok(wanted);
         }
     }
-    let request = Request::new(&text, target)?;
+    let request = Request::new(&text, target, *resolver)?;
     privileges::require()?;
-    let observed = look(global, &netlink()?).await?;
-    match partial {
-        true => Wanted::partial(request, &observed).await,
-        false => Wanted::whole(request, &observed).await,
+    let netlink = netlink()?;
+    let observed = look(global, &netlink).await?;
+    match *partial {
+        true => Wanted::partial(request, &observed, &netlink).await,
+        false => Wanted::whole(request, &observed, &netlink).await,
     }
 }
 
@@ -318,12 +323,12 @@ async fn look(global: &Global, netlink: &Netlink) -> Result<Observed> {
     Ok(observe(guard.as_ref(), netlink).await?)
 }
 
-async fn plan(global: &Global, target: &Target, exit_code: bool) -> Result<u8> {
+async fn plan(global: &Global, target: &Target, resolver: Resolver, exit_code: bool) -> Result<u8> {
     let text = Text::read(&target.file)?;
-    let request = Request::new(&text, target)?;
+    let request = Request::new(&text, target, resolver)?;
     let netlink = netlink()?;
     let observed = look(global, &netlink).await?;
-    let mut wanted = Wanted::whole(request, &observed).await?;
+    let mut wanted = Wanted::whole(request, &observed, &netlink).await?;
     warn(global, &wanted.warnings);
     wanted.expand(&netlink).await?;
     let old = serving(&observed).cloned().unwrap_or_default();

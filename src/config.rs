@@ -117,6 +117,17 @@ pub enum State {
     Drained,
 }
 
+/// How many of the addresses of a host name are used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Addresses {
+    /// One of them.
+    #[default]
+    One,
+    /// Each is an upstream of its own.
+    All,
+}
+
 /// The source address of what is sent to the upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -199,6 +210,8 @@ pub struct Upstream {
     /// Unique in its rule.
     pub name: Option<String>,
     pub address: Host,
+    /// Of a host name.
+    pub addresses: Addresses,
     /// Host byte order; none: the port that the packet was sent to.
     pub port: Option<u16>,
     /// Its share of the flows, beside those of the others; none: 1.

@@ -384,12 +384,12 @@ fn to_attach(observed: &Observed, desired: &Desired) -> Vec<String> {
 fn appeared(observed: &Observed, desired: &Desired) -> Vec<String> {
     let serving = observed.serving().and_then(|number| observed.generations.get(&number));
     let lacked = serving.map_or(&[][..], |it| &it.description.desired.incomplete.interfaces);
-    let is_empty = |name: &&String| {
-        let interface = observed.interfaces.get(*name);
+    let is_empty = |name: &String| {
+        let interface = observed.interfaces.get(name);
         interface.is_some_and(|interface| interface.hook.slot == Slot::Empty)
     };
     let lacked = lacked.iter().filter(|name| !desired.incomplete.interfaces.contains(name));
-    lacked.filter(is_empty).cloned().collect()
+    lacked.map(|name| observed.canonical(name)).filter(is_empty).collect()
 }
 
 /// The generation that may serve as it is: an equal one, and none before the one that serves or

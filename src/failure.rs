@@ -25,6 +25,8 @@ pub enum Failure {
     Unreadable(String),
     /// 75: somebody else holds the lock.
     Locked(String),
+    /// 75: host names that the resolver may know later.
+    Unresolved(Vec<Diagnostic>),
     /// 77: a privilege is missing.
     Privileges(String),
 }
@@ -40,7 +42,7 @@ impl Failure {
             Failure::Usage(_) => 64,
             Failure::Config(_) => 65,
             Failure::Unreadable(_) => 66,
-            Failure::Locked(_) => 75,
+            Failure::Locked(_) | Failure::Unresolved(_) => 75,
             Failure::Privileges(_) => 77,
         }
     }
@@ -84,7 +86,7 @@ impl fmt::Display for Failure {
             | Failure::Unreadable(message)
             | Failure::Locked(message)
             | Failure::Privileges(message) => write!(f, "error: {message}"),
-            Failure::Config(diagnostics) => {
+            Failure::Config(diagnostics) | Failure::Unresolved(diagnostics) => {
                 let texts: Vec<String> = diagnostics.iter().map(ToString::to_string).collect();
                 write!(f, "{}", texts.join("\n"))
             }

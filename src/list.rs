@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::config::{ANY, Key, Mode, Payload, Ports, STATSD, State};
+use crate::config::{ANY, Addresses, Key, Mode, Payload, Ports, STATSD, State};
 use crate::plan::{Desired, Rule, Upstream};
 
 /// The map form of the configuration, every option spelled out. Host names stay names, and what is
@@ -78,6 +78,9 @@ fn host(upstream: &Upstream) -> Value {
         say("name", json!(name));
     }
     say("address", json!(upstream.host));
+    if upstream.addresses == Addresses::All {
+        say("addresses", json!(upstream.addresses));
+    }
     if let Some(port) = upstream.port {
         say("port", json!(port));
     }
@@ -110,7 +113,7 @@ mod tests {
         Action, Address, Config, Family, Fragments, Hash, Health, Host, Key, KeyAddress, Mode,
         Network, Payload, Ports, Source, State, Strategy as Selection,
     };
-    use crate::partial::resolve;
+    use crate::partial::{Known, resolve};
     use crate::plan::{Desired, Rule, Upstream};
     use crate::resolve::Answers;
 
@@ -134,6 +137,12 @@ mod tests {
         numbered
             .map(|((name, family), last)| ((name.into(), family), Ok([ip(family, 8, last)].into())))
             .collect()
+    }
+
+    fn resolved(written: &Desired) -> Desired {
+        let (own, shrunk) = Default::default();
+        resolve(written, &Known { answers: &names(), own: &own, serving: None, shrunk: &shrunk })
+            .desired
     }
 
     fn address(family: Family) -> BoxedStrategy<Address> {
@@ -280,7 +289,7 @@ mod tests {
                 let config = Config::parse("list.yaml", &text)
                     .unwrap_or_else(|errors| panic!("{}\n{text}", errors[0]));
                 let written = Desired::written(&config, &config.interfaces);
-                let again = resolve(&written, &names(), None).desired;
+                let again = resolved(&written);
                 prop_assert_eq!(again, desired.clone(), "{}", text);
             }
             let stored = serde_json::to_string(&desired).expect("JSON");

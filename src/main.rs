@@ -5,9 +5,12 @@ use std::process::ExitCode;
 use clap::Parser;
 use udplb::cli::{Cli, Command};
 use udplb::failure::{Failure, catch, say};
-use udplb::{commands, complete, journal};
+use udplb::{commands, complete, journal, resolve};
 
 fn main() -> ExitCode {
+    if std::env::args_os().next().is_some_and(|name| name == resolve::PROCESS) {
+        return resolve::answer();
+    }
     complete::answer();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -23,10 +26,7 @@ fn main() -> ExitCode {
     let result = match runtime {
         Ok(runtime) => {
             let result = catch(|| runtime.block_on(commands::run(&cli)));
-            let result = result.unwrap_or_else(|panic| Err(Failure::Failed(panic)));
-            // a name server that does not answer must not hold up the end
-            runtime.shutdown_background();
-            result
+            result.unwrap_or_else(|panic| Err(Failure::Failed(panic)))
         }
         Err(error) => Err(Failure::Failed(error.into())),
     };

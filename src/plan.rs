@@ -7,8 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    self, Action, Address, Config, Family, Fragments, Hash, Health, Host, Key, KeyAddress, Mode,
-    Payload, Source, State, Strategy, with_port,
+    self, Action, Address, Addresses, Config, Family, Fragments, Hash, Health, Host, Key,
+    KeyAddress, Mode, Payload, Source, State, Strategy, with_port,
 };
 use crate::partial::Incomplete;
 
@@ -67,6 +67,9 @@ pub struct Upstream {
     pub host: Host,
     /// What it was resolved to.
     pub address: Address,
+    /// With `all` several upstreams may have one host.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub addresses: Addresses,
     /// `None`: the port that the packet came to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
@@ -85,6 +88,10 @@ pub struct Upstream {
 
 fn one() -> u32 {
     1
+}
+
+fn is_default(addresses: &Addresses) -> bool {
+    *addresses == Addresses::default()
 }
 
 fn is_one(number: &u32) -> bool {
@@ -153,6 +160,7 @@ impl Upstream {
             name: None,
             host: Host::Address(address.clone()),
             address,
+            addresses: Addresses::One,
             port,
             weight: 1,
             state: State::Active,
@@ -169,9 +177,22 @@ impl Upstream {
         }
     }
 
-    /// What it is called in output: its name, or its host and port.
+    /// What it is called in output: its name, or its host and port. Where a host name has all its
+    /// addresses, the address is in it: `pool@10.0.9.11`.
     pub fn label(&self) -> String {
         match (&self.name, self.port) {
+            (name, port)
+                if self.addresses == Addresses::All && !self.address.ip.is_unspecified() =>
+            {
+                let host = self.host.to_string();
+                let (of, port) = match name {
+                    Some(name) => (name, None),
+                    None => (&host, port),
+                };
+                let address =
+                    port.map_or(self.address.to_string(), |port| with_port(&self.address, port));
+                format!("{of}@{address}")
+            }
             (Some(name), _) => name.clone(),
             (None, Some(port)) => with_port(&self.host, port),
             (None, None) => self.host.to_string(),
@@ -208,13 +229,24 @@ impl Desired {
             desired.rules.clone_from(&self.incomplete.rules);
         }
         for rule in &mut desired.rules {
-            for upstream in rule.upstreams.iter_mut().chain(&mut rule.mirrors) {
-                if let Host::Name(_) = upstream.host {
-                    upstream.address = unspecified(upstream.address.ip.into());
+            for hosts in [&mut rule.upstreams, &mut rule.mirrors] {
+                for upstream in &mut *hosts {
+                    if let Host::Name(_) = upstream.host {
+                        upstream.address = unspecified(upstream.address.ip.into());
+                    }
                 }
+                hosts.dedup_by(|next, host| host.addresses == Addresses::All && next == host);
             }
         }
         desired
+    }
+
+    /// Records the rules as they were written, if they do not follow from these.
+    pub fn keep_written(&mut self, written: &[Rule]) {
+        self.incomplete.rules.clear();
+        if self.as_written().rules != written {
+            self.incomplete.rules = written.to_vec();
+        }
     }
 
     /// Returns true if a generation with this configuration can stay where `other` is wanted. Causes
@@ -247,6 +279,7 @@ fn written(rule: &config::Rule) -> Rule {
             Host::Address(address) => address.clone(),
             Host::Name(_) => unspecified(rule.family()),
         },
+        addresses: upstream.addresses,
         port: upstream.port,
         weight: upstream.weight.unwrap_or(1),
         state: upstream.state,

@@ -1,20 +1,22 @@
 //! A configuration file, read and ready to be compared with the kernel.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{self, Path};
+use std::time::Duration;
 
 use anyhow::anyhow;
 use sha2::{Digest, Sha256};
 
 use crate::addresses;
-use crate::cli::Target;
+use crate::cli::{Resolver, Target};
 use crate::config::{self, Config, Diagnostic, Finding, Host};
 use crate::failure::{Failure, Result};
 use crate::generation::{self, Origin};
 use crate::netlink::Netlink;
 use crate::observe::Observed;
-use crate::partial::{self, Resolved};
+use crate::partial::{self, Known, Resolved};
 use crate::plan::Desired;
 use crate::resolve;
 use crate::state::ReadGuard;
@@ -100,15 +102,29 @@ pub struct Request<'a> {
     target: &'a Target,
     config: Config,
     interfaces: Vec<String>,
+    /// For the host names.
+    timeout: Duration,
 }
 
 impl<'a> Request<'a> {
     /// # Errors
     /// The text is no configuration, or there are no interfaces.
-    pub fn new(text: &'a Text, target: &'a Target) -> Result<Request<'a>> {
+    pub fn new(text: &'a Text, target: &'a Target, resolver: Resolver) -> Result<Request<'a>> {
         let config = text.parse()?;
         let interfaces = interfaces(text, target, &config)?;
-        Ok(Request { text, target, config, interfaces })
+        Ok(Request { text, target, config, interfaces, timeout: resolver.resolve_timeout })
+    }
+
+    /// Asks for the host names.
+    async fn resolve(&self, observed: &Observed, netlink: &Netlink) -> Result<Resolved> {
+        let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+        let serving = serving.map(|generation| &generation.description.desired);
+        let written = Desired::written(&self.config, &self.interfaces);
+        let answers = resolve::ask(resolve::names(&written), self.timeout).await;
+        let own = addresses::own(netlink).await?;
+        let shrunk = serving.map(|serving| serving.incomplete.shrunk.clone()).unwrap_or_default();
+        let known = Known { answers: &answers, own: &own, serving, shrunk: &shrunk };
+        Ok(partial::resolve(&written, &known))
     }
 
     /// With the kernel's own names of the interfaces.
@@ -131,18 +147,26 @@ pub struct Wanted {
 
 impl Wanted {
     /// Resolves a configuration; all of it, or it fails.
-    pub async fn whole(request: Request<'_>, observed: &Observed) -> Result<Wanted> {
+    pub async fn whole(
+        request: Request<'_>,
+        observed: &Observed,
+        netlink: &Netlink,
+    ) -> Result<Wanted> {
         let request = request.canonical(observed);
-        let resolved = resolve(&request.config, &request.interfaces, observed).await;
+        let resolved = request.resolve(observed, netlink).await?;
         let resolved = whole(&request.config, resolved)?;
         Ok(Wanted::of(request, resolved))
     }
 
     /// Like [`Wanted::whole`], without what is missing now.
-    pub async fn partial(request: Request<'_>, observed: &Observed) -> Result<Wanted> {
+    pub async fn partial(
+        request: Request<'_>,
+        observed: &Observed,
+        netlink: &Netlink,
+    ) -> Result<Wanted> {
         let request = request.canonical(observed);
         let Request { config, .. } = &request;
-        let mut resolved = resolve(config, &request.interfaces, observed).await;
+        let mut resolved = request.resolve(observed, netlink).await?;
         let desired = &mut resolved.desired;
         let is_missing = |name: &&String| !observed.interfaces.contains_key(*name);
         desired.incomplete.interfaces =
@@ -167,7 +191,7 @@ impl Wanted {
 
     fn of(Request { text, target, config, .. }: Request<'_>, resolved: Resolved) -> Wanted {
         let mut warnings = config.warnings.clone();
-        warnings.extend(config.warnings(several(&config, &resolved)));
+        warnings.extend(config.warnings(notes(&config, &resolved)));
         let origin = text.origin(target, text.digest(target));
         let desired = resolved.desired;
         Wanted { origin, config: Some(config), desired, warnings, missing: Vec::new() }
@@ -197,23 +221,17 @@ impl Wanted {
     }
 }
 
-/// Asks for the host names of a configuration.
-async fn resolve(config: &Config, interfaces: &[String], observed: &Observed) -> Resolved {
-    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
-    let serving = serving.map(|generation| &generation.description.desired);
-    let written = Desired::written(config, interfaces);
-    let answers = resolve::ask(resolve::names(&written)).await;
-    partial::resolve(&written, &answers, serving)
-}
-
 /// Asks for the host names of a configuration that may be applied anywhere.
 ///
 /// # Errors
 /// See [`whole`].
-pub async fn check_names(config: &Config) -> Result<Vec<Diagnostic>> {
-    let resolved = resolve(config, &config.interfaces, &Observed::default()).await;
-    let resolved = whole(config, resolved)?;
-    Ok(config.warnings(several(config, &resolved)))
+pub async fn check_names(config: &Config, timeout: Duration) -> Result<Vec<Diagnostic>> {
+    let written = Desired::written(config, &[]);
+    let answers = resolve::ask(resolve::names(&written), timeout).await;
+    let (own, shrunk) = (BTreeSet::new(), BTreeSet::new());
+    let known = Known { answers: &answers, own: &own, serving: None, shrunk: &shrunk };
+    let resolved = whole(config, partial::resolve(&written, &known))?;
+    Ok(config.warnings(notes(config, &resolved)))
 }
 
 /// # Errors
@@ -227,12 +245,16 @@ fn whole(config: &Config, resolved: Resolved) -> Result<Resolved> {
         let at = &config.destination(gap.spot).at;
         Finding::new(at, format!("`{}` {}", host.host, host.cause))
     });
-    Err(Failure::Config(config.errors(findings.collect())))
+    let errors = config.errors(findings.collect());
+    match resolved.gaps.iter().all(|gap| gap.temporary) {
+        true => Err(Failure::Unresolved(errors)),
+        false => Err(Failure::Config(errors)),
+    }
 }
 
-fn several(config: &Config, resolved: &Resolved) -> Vec<Finding> {
-    let several = resolved.several.iter();
-    several.map(|(spot, text)| Finding::new(&config.destination(*spot).at, text)).collect()
+fn notes(config: &Config, resolved: &Resolved) -> Vec<Finding> {
+    let notes = resolved.notes.iter();
+    notes.map(|(spot, text)| Finding::new(&config.destination(*spot).at, text)).collect()
 }
 
 /// Each at its place in the file, unless the command line names them.

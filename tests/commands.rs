@@ -121,13 +121,14 @@ fn checking_takes_neither_privileges_nor_a_network() {
     check("--no-resolve").expect(0);
     let outcome = check("--no-resolve -o json").expect(0);
     assert_eq!(outcome.json()[0]["rules"], 1);
-    check("").expect(65).says(&["udplb.yaml:1:", "`collector.example.net` does not resolve"]);
+    // no name server is there to say whether there is such a name
+    check("").expect(75).says(&["udplb.yaml:1:", "`collector.example.net` does not resolve"]);
     // nor does what does not resolve change anything
     lab.apply(&to_port(7001));
     let before = lab.filters("eth0");
     let named = json!({ "address": "collector.invalid" });
     let unresolved = config(&[rule("named", 5000, json!({}), &[named])]);
-    lab.try_apply(&unresolved, "").expect(65).says(&["`collector.invalid` does not resolve"]);
+    lab.try_apply(&unresolved, "").expect(75).says(&["`collector.invalid` does not resolve"]);
     assert_eq!(lab.filters("eth0"), before);
 }
 

@@ -5,8 +5,8 @@ use std::path::Path as FilePath;
 
 use proptest::prelude::*;
 use udplb::config::{
-    Action, Config, Diagnostic, Family, Finding, Fragments, Hash, Health, Host, KeyAddress, Mode,
-    Payload, Ports, Severity, Source, State, Strategy, schema,
+    Action, Addresses, Config, Diagnostic, Family, Finding, Fragments, Hash, Health, Host,
+    KeyAddress, Mode, Payload, Ports, Severity, Source, State, Strategy, schema,
 };
 
 const SEED: &str = include_str!("../examples/seed.yaml");
@@ -247,7 +247,7 @@ rules:
   key: { address: any, port: 53 }
   options: { hash: maglev, payload: { offset: 4, length: \"8\" }, health: neighbour, fragments: pass }
   upstream:
-  - { address: a.example, weight: 2, state: active }
+  - { address: a.example, weight: 2, state: active, addresses: all }
   mirror:
   - { name: m, address: 10.0.9.1, port: 54, sample: 1000000, source: vip, state: drained }
 - name: names
@@ -288,6 +288,8 @@ rules:
     );
     assert_eq!((one.health, one.fragments), (Health::Neighbour, Fragments::Pass));
     assert_eq!(one.upstreams[0].weight, Some(2));
+    assert_eq!(one.upstreams[0].addresses, Addresses::All);
+    assert_eq!(names.upstreams[0].addresses, Addresses::One);
     let mirror = &one.mirrors[0];
     assert_eq!((mirror.sample, mirror.source), (Some(1_000_000), Some(Source::Vip)));
     assert_eq!((mirror.state, mirror.endpoint()), (State::Drained, "10.0.9.1:54".into()));
@@ -653,6 +655,7 @@ const PIECES: &[&str] = &[
     "from: [10.0.0.0/8]",
     "weight: 2",
     "sample: 2",
+    "addresses: all",
     "mode: replicate",
     "mirror: [{address: a}]",
     "payload: {offset: 1, length: 2}",

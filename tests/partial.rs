@@ -241,7 +241,7 @@ fn a_rule_that_serves_is_not_lost_to_a_typo() {
     assert_eq!(list.matches("up.invalid").count(), 2, "{list}");
     // without --partial it is all or nothing
     let (code, _, _) = outcome(&mut place.apply(&[]));
-    assert_eq!((code, place.rules().len()), (Some(65), 2));
+    assert_eq!((code, place.rules().len()), (Some(75), 2));
 }
 
 /// Two interfaces and two receivers, of which one each is missing.

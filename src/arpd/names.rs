@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use crate::partial::Unresolved;
-use crate::plan::Desired;
+use crate::plan::{Desired, Name};
 use crate::resolve::{self, Answers};
 
 /// The longest interval while a host of the configuration has no address.
@@ -22,6 +22,8 @@ pub struct Names {
     asking: bool,
     sender: UnboundedSender<Answers>,
     receiver: UnboundedReceiver<Answers>,
+    /// Names whose last answer had lost most of their addresses.
+    pub shrunk: BTreeSet<Name>,
     /// Messages about names without an address, each told once.
     failing: BTreeSet<(String, String)>,
 }
@@ -30,9 +32,16 @@ impl Names {
     /// With interval zero it never asks.
     pub fn new(interval: Duration) -> Names {
         let (sender, receiver) = unbounded_channel();
-        let failing = BTreeSet::new();
-        let asked = Instant::now();
-        Names { interval, asked, now: false, asking: false, sender, receiver, failing }
+        Names {
+            interval,
+            asked: Instant::now(),
+            now: false,
+            asking: false,
+            sender,
+            receiver,
+            shrunk: BTreeSet::new(),
+            failing: BTreeSet::new(),
+        }
     }
 
     /// The next time there is no waiting.
@@ -41,7 +50,7 @@ impl Names {
     }
 
     /// Asks for all names of the configuration, if it is time.
-    pub fn ask(&mut self, desired: &Desired) {
+    pub fn ask(&mut self, desired: &Desired, timeout: Duration) {
         let interval = match desired.incomplete.hosts.is_empty() {
             true => self.interval,
             false => self.interval.min(RETRY_INTERVAL),
@@ -59,7 +68,7 @@ impl Names {
         let sender = self.sender.clone();
         tokio::spawn(async move {
             // nobody listens any more at the end
-            let _ = sender.send(resolve::ask(names).await);
+            let _ = sender.send(resolve::ask(names, timeout).await);
         });
     }
 

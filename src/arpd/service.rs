@@ -19,6 +19,7 @@ use crate::generation::{Generation, ProgramName};
 use crate::lease::Heartbeat;
 use crate::netlink::{
     Batches, Event, Events, Link, NeighbourKey, NeighbourRequest, NeighbourTable, Netlink,
+    find_link,
 };
 use crate::observe::{Observed, observe};
 use crate::plan::Desired;
@@ -243,7 +244,8 @@ impl Service {
             self.keeper.rewrite();
         }
         if let Some(serving) = &self.serving {
-            self.names.ask(&serving.generation.description.desired);
+            let timeout = self.options.resolver.resolve_timeout;
+            self.names.ask(&serving.generation.description.desired, timeout);
         }
         if sd_notify::watchdog_enabled().is_some_and(|most| self.notified.elapsed() >= most / 4) {
             self.notified = instant;
@@ -658,12 +660,16 @@ impl Service {
 
     /// Names stand for other addresses: builds a generation with them, as `apply` would.
     pub async fn renamed(&mut self, answers: Answers) {
+        let own = match addresses::own(&self.netlink).await {
+            Ok(own) => own,
+            Err(error) => return self.note("names", Err(error)),
+        };
         let Some(serving) = &self.serving else { return };
         if !serving.interfaces.values().any(is_attached) {
             return;
         }
         let before = &serving.generation.description.desired;
-        let (desired, unresolved) = partial::renew(before, &answers);
+        let (desired, unresolved) = partial::renew(before, &answers, &own, &mut self.names.shrunk);
         self.names.tell(&unresolved);
         if desired.serves(before) {
             self.troubles.remove("names");
@@ -801,7 +807,7 @@ async fn hooks(netlink: &Netlink, serving: &Serving) -> anyhow::Result<BTreeMap<
     let qdiscs: BTreeMap<u32, _> = netlink.qdiscs().await?.into_iter().collect();
     let mut found = BTreeMap::new();
     for name in &generation.description.desired.interfaces {
-        let seen = match links.iter().find(|link| link.name == *name) {
+        let seen = match find_link(links.iter(), name) {
             None => Seen::Missing,
             Some(link) => {
                 let qdisc = qdiscs.get(&link.index).copied();

@@ -8,8 +8,8 @@ use super::document::{Entry, Node};
 use super::path::Trail;
 use super::vocabulary::{self as words, ANY, Choice, Field, Number, Root, STATSD, Table};
 use super::{
-    Action, Finding, Fragments, Hash, Health, Key, KeyAddress, Mode, Network, Payload, Ports, Rule,
-    Source, Strategy, Upstream, scalar,
+    Action, Finding, Fragments, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Ports,
+    Rule, Source, Strategy, Upstream, scalar,
 };
 
 /// A file's content, as far as it could be understood.
@@ -498,6 +498,12 @@ impl Decoder {
             let at = at.field(words::UPSTREAM_ADDRESS.name);
             self.note(&at, scalar::upstream_address(node))
         });
+        let addresses = self.choice(&fields, &words::UPSTREAM_ADDRESSES, at);
+        if let (Some(Host::Address(_)), true) = (&address, addresses.is_something()) {
+            let complaint = Complaint::new("`addresses` needs a host name, and this is an address");
+            self.complain(&at.field(words::UPSTREAM_ADDRESSES.field.name), complaint);
+        }
+        let addresses = self.settle(addresses, &words::UPSTREAM_ADDRESSES);
         let port = match fields.get(&words::UPSTREAM_PORT) {
             None => Some(None),
             Some(node) => {
@@ -516,6 +522,7 @@ impl Decoder {
         Some(Upstream {
             name: name?,
             address: address?,
+            addresses: addresses?,
             port: port?,
             weight: weight?,
             state: state?,
@@ -607,7 +614,7 @@ impl Decoder {
 
 #[cfg(test)]
 mod tests {
-    use super::super::State;
+    use super::super::{Addresses, State};
     use super::*;
 
     fn has_variants<T: Deserialize<'static>>(choice: &'static Choice) {
@@ -626,5 +633,6 @@ mod tests {
         has_variants::<Health>(&words::HEALTH);
         has_variants::<Fragments>(&words::FRAGMENTS);
         has_variants::<State>(&words::UPSTREAM_STATE);
+        has_variants::<Addresses>(&words::UPSTREAM_ADDRESSES);
     }
 }

@@ -84,7 +84,7 @@ impl From<[u8; 4]> for Address {
 }
 
 /// Which of the two kinds of IP addresses one is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Family {
     V4,
     V6,

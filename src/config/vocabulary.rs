@@ -272,6 +272,16 @@ pub static UPSTREAM_ADDRESS: Field =
     Field::new("address", Shape::Host, "The upstream's IP address or host name.")
         .required()
         .in_list();
+pub static UPSTREAM_ADDRESSES: Choice = Choice {
+    field: Field::new(
+        "addresses",
+        Shape::Choice(&UPSTREAM_ADDRESSES),
+        "Whether one address of a host name is used (`one`), or each is an upstream of its own (`all`).",
+    ),
+    words: &[Word::new("one"), Word::new("all")],
+    default_list: Some("one"),
+    default_map: Some("one"),
+};
 pub static UPSTREAM_PORT: Field = Field::new(
     "port",
     Shape::Port,
@@ -337,6 +347,7 @@ pub static UPSTREAM_MAP: Table = Table {
     fields: &[
         &UPSTREAM_NAME,
         &UPSTREAM_ADDRESS,
+        &UPSTREAM_ADDRESSES.field,
         &UPSTREAM_PORT,
         &UPSTREAM_WEIGHT,
         &UPSTREAM_STATE.field,
@@ -349,6 +360,7 @@ pub static MIRROR_MAP: Table = Table {
     fields: &[
         &UPSTREAM_NAME,
         &UPSTREAM_ADDRESS,
+        &UPSTREAM_ADDRESSES.field,
         &UPSTREAM_PORT,
         &UPSTREAM_STATE.field,
         &UPSTREAM_SOURCE.field,

@@ -11,7 +11,7 @@ use anyhow::Context;
 use super::{Before, Facts, Input, InputLink, Kernel, Sender, Upstream, Way, returns};
 use crate::advice;
 use crate::bpf;
-use crate::cli::{Global, Target};
+use crate::cli::{Global, Resolver, Target};
 use crate::config::{Action, Address, Config, Family, Health, Key, KeyAddress, Source, with_port};
 use crate::diagnosis;
 use crate::drift;
@@ -82,8 +82,8 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
             facts.drift = Some(differs(&text, target, description));
         }
         (Some((text, target)), None) => {
-            let wanted = match Request::new(&text, &target) {
-                Ok(request) => Wanted::whole(request, &observed).await,
+            let wanted = match Request::new(&text, &target, Resolver::default()) {
+                Ok(request) => Wanted::whole(request, &observed, netlink).await,
                 Err(failure) => Err(failure),
             };
             match wanted {

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod dns;
 pub mod ends;
 pub mod flow;
 pub mod forge;
