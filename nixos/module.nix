@@ -157,6 +157,14 @@ let
       description = "Address or host name.";
     };
     port = word port 9995 "UDP port. The program's default is the port that the packet came to.";
+    addresses =
+      word
+        (types.enum [
+          "one"
+          "all"
+        ])
+        "all"
+        "Whether one address of a host name is used, or each is an upstream. The program's default is `one`.";
     state = word (types.enum [
       "active"
       "drained"
