@@ -18,6 +18,28 @@ static __noinline void count_segments(struct __sk_buff *skb, __u32 layout, __u32
 	counter->bytes += (__u64)(segments - 1) * headers;
 }
 
+static __always_inline void note_moment(struct moment *moment, enum verdict verdict)
+{
+	__u32 tick = bpf_jiffies64();
+
+	moment->verdict = verdict;
+	if (moment->tick == tick)
+		return;
+	moment->tick = tick;
+	moment->time = bpf_ktime_get_ns();
+}
+
+static __always_inline bool is_given_away(enum verdict verdict)
+{
+	return verdict <= VERDICT_STALE_NEIGHBOUR || verdict == VERDICT_UNRESOLVED;
+}
+
+/* Returns true for packets that were to be sent. `fragments` of the rule may leave one out. */
+static __always_inline bool is_lost(enum verdict verdict)
+{
+	return verdict < VERDICTS && verdict != VERDICT_NOT_FOR_US && verdict != VERDICT_FRAGMENT;
+}
+
 /* `tags`: what is in the frame that the layout does not know of, in bytes. */
 static __always_inline void count(struct __sk_buff *skb, __u32 layout, __u32 tags, __u32 id,
 				  enum verdict which)
@@ -32,6 +54,10 @@ static __always_inline void count(struct __sk_buff *skb, __u32 layout, __u32 tag
 	counter = &counters->of[which];
 	counter->packets++;
 	counter->bytes += bytes;
+	if (is_given_away(which))
+		note_moment(&counters->forwarded, which);
+	else if (is_lost(which))
+		note_moment(&counters->lost, which);
 	if (skb->gso_size && layout)
 		count_segments(skb, layout, bytes, counter);
 }

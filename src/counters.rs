@@ -4,6 +4,7 @@ use std::ops::{AddAssign, Sub};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::ptr;
+use std::time::Duration;
 
 use anyhow::Context;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
@@ -44,6 +45,28 @@ impl Sub for Count {
 pub struct Counts {
     verdicts: [Count; VERDICTS.len()],
     notes: [Count; NOTES.len()],
+    forwarded: Moment,
+    lost: Moment,
+}
+
+/// Time and verdict of a packet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Moment {
+    /// Nanoseconds of CLOCK_MONOTONIC; 0: never.
+    time: u64,
+    verdict: u32,
+}
+
+impl From<Moment> for types::moment {
+    fn from(Moment { time, verdict }: Moment) -> types::moment {
+        types::moment { time, tick: 0, verdict: types::verdict(verdict) }
+    }
+}
+
+impl From<types::moment> for Moment {
+    fn from(moment: types::moment) -> Moment {
+        Moment { time: moment.time, verdict: moment.verdict.0 }
+    }
 }
 
 impl Counts {
@@ -75,6 +98,18 @@ impl Counts {
         notes.filter(|(_, count)| count.packets > 0)
     }
 
+    /// Time of the last packet that was to be sent, by CLOCK_MONOTONIC.
+    pub fn last(&self) -> Option<Duration> {
+        let last = self.forwarded.time.max(self.lost.time);
+        (last != 0).then(|| Duration::from_nanos(last))
+    }
+
+    /// Time of the last packet that was to be sent and was not, and its verdict.
+    pub fn last_lost(&self) -> Option<(Duration, &'static str)> {
+        let name = VERDICTS.iter().find(|(verdict, _)| verdict.0 == self.lost.verdict)?.1;
+        (self.lost.time != 0).then(|| (Duration::from_nanos(self.lost.time), name))
+    }
+
     fn all_mut(&mut self) -> impl Iterator<Item = &mut Count> {
         self.verdicts.iter_mut().chain(&mut self.notes)
     }
@@ -101,12 +136,18 @@ impl AddAssign<&types::counters> for Counts {
             let types::counter { packets, bytes } = counters.of[place];
             *count += Count { packets, bytes };
         }
+        self.forwarded = self.forwarded.max(counters.forwarded.into());
+        self.lost = self.lost.max(counters.lost.into());
     }
 }
 
 impl From<Counts> for types::counters {
     fn from(mut counts: Counts) -> types::counters {
-        let mut counters = types::counters::default();
+        let mut counters = types::counters {
+            forwarded: counts.forwarded.into(),
+            lost: counts.lost.into(),
+            ..Default::default()
+        };
         for (count, place) in counts.all_mut().zip(places()) {
             let Count { packets, bytes } = *count;
             counters.of[place] = types::counter { packets, bytes };
@@ -121,6 +162,8 @@ impl AddAssign for Counts {
         for (mine, others) in self.all_mut().zip(others) {
             *mine += others;
         }
+        self.forwarded = self.forwarded.max(other.forwarded);
+        self.lost = self.lost.max(other.lost);
     }
 }
 
@@ -149,7 +192,7 @@ impl Serialize for Counts {
     }
 }
 
-/// Bytes that one system call reads at most: an id's counters are 384 for each CPU.
+/// Bytes that one system call reads at most: an id's counters are 416 for each CPU.
 const BATCH: usize = 1 << 20;
 
 /// The table of counters.
