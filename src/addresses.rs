@@ -119,6 +119,7 @@ mod tests {
             ifindex: 7,
             address: ip(address),
             broadcast: broadcast.map(ip),
+            network: ip(address).into(),
         })
         .to_vec();
         let any = ["10.0.0.5", "10.0.0.9", "2001:db8::5"].map(ip).to_vec();

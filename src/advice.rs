@@ -9,7 +9,7 @@ use crate::config::{
 };
 use crate::kernel;
 use crate::netlink::{Link, OwnAddress};
-use crate::nexthop::Way;
+use crate::nexthop::{Hop, Macs, Way};
 use crate::plan::Desired;
 
 /// A bound UDP socket; the unspecified address stands for all.
@@ -59,7 +59,8 @@ pub fn of_this_host(
     findings
 }
 
-/// Upstreams without a route: their packets are dropped and counted until there is one.
+/// Upstreams without a route, or whose next hop does not answer: their packets are dropped and counted
+/// until that changes.
 pub fn unreachable(
     config: &Config,
     desired: &Desired,
@@ -70,9 +71,23 @@ pub fn unreachable(
             Some(Way::None(reason)) => {
                 Some(Finding::new(at, format!("no route to {address}: {reason}")))
             }
+            Some(Way::Hop(hop)) if hop.macs == Macs::Unknown => {
+                Some(Finding::new(at, unanswered(address, hop)))
+            }
             _ => None,
         })
         .collect()
+}
+
+fn unanswered(address: &Address, hop: &Hop) -> String {
+    let Hop { gateway, interface, .. } = hop;
+    let asked = if gateway.is_ipv4() { "ARP" } else { "NDP" };
+    match *gateway == address.ip {
+        true => format!("{address} on {interface} does not answer {asked}"),
+        false => {
+            format!("{gateway} on {interface}, the gateway to {address}, does not answer {asked}")
+        }
+    }
 }
 
 /// The upstreams that serve and are in the file, with their places in it. Both have the same order,

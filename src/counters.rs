@@ -98,6 +98,12 @@ impl Counts {
         notes.filter(|(_, count)| count.packets > 0)
     }
 
+    #[cfg(test)]
+    pub fn forwarded_at(time: Duration) -> Counts {
+        let time = time.as_nanos() as u64;
+        Counts { forwarded: Moment { time, verdict: 0 }, ..Counts::default() }
+    }
+
     /// Time of the last packet that was to be sent, by CLOCK_MONOTONIC.
     pub fn last(&self) -> Option<Duration> {
         let last = self.forwarded.time.max(self.lost.time);

@@ -35,7 +35,7 @@ use rtnetlink::MulticastGroup;
 use rtnetlink::sys::{Socket, SocketAddr};
 use tokio::io::unix::AsyncFd;
 
-use crate::config::Address;
+use crate::config::{Address, Network};
 
 /// Requests under way at once: their answers fit into the socket's receive buffer.
 const WINDOW: usize = 64;
@@ -121,6 +121,8 @@ pub struct OwnAddress {
     pub address: IpAddr,
     /// To which everybody on its network listens.
     pub broadcast: Option<IpAddr>,
+    /// The addresses that are on its link.
+    pub network: Network,
 }
 
 /// Where packets to an address go.
@@ -153,6 +155,8 @@ pub struct Neighbour {
     pub state: NudState,
     /// Since it last answered.
     pub confirmed: Option<Duration>,
+    /// Since its state changed.
+    pub updated: Option<Duration>,
     /// The kernel keeps it resolved by itself.
     pub managed: bool,
     /// Who made it, [`OUR_PROTOCOL`] for ours; 0: the kernel, or nobody said.
@@ -382,13 +386,9 @@ impl Netlink {
         addresses: &[Address],
         links: &HashMap<u32, Link>,
     ) -> Vec<io::Result<Vec<Route>>> {
-        let paths = stream::iter(addresses).map(|address| async {
-            match &address.scope {
-                Some(interface) => Ok(vec![on_link(address.ip, interface, links)?]),
-                None => self.matched(address.ip).await,
-            }
-        });
-        let mut all: Vec<_> = paths.buffered(WINDOW).collect().await;
+        // collected, since a stream that borrows from a closure's argument is not Send
+        let paths: Vec<_> = addresses.iter().map(|address| self.paths_to(address, links)).collect();
+        let mut all: Vec<_> = stream::iter(paths).buffered(WINDOW).collect().await;
         let mut unsourced: Vec<(IpAddr, &mut Route)> = addresses
             .iter()
             .zip(&mut all)
@@ -411,6 +411,17 @@ impl Netlink {
             }
         }
         all
+    }
+
+    async fn paths_to(
+        &self,
+        address: &Address,
+        links: &HashMap<u32, Link>,
+    ) -> io::Result<Vec<Route>> {
+        match &address.scope {
+            Some(interface) => Ok(vec![on_link(address.ip, interface, links)?]),
+            None => self.matched(address.ip).await,
+        }
     }
 
     /// The paths of the route that an address matches.
@@ -910,7 +921,12 @@ fn address(message: &AddressMessage) -> Option<OwnAddress> {
         broadcast = Some(Ipv4Addr::from_bits(network.to_bits() | u32::MAX >> prefix).into());
     }
     // of a point-to-point link the plain address is the peer's
-    Some(OwnAddress { ifindex: message.header.index, address: local.or(plain)?, broadcast })
+    Some(OwnAddress {
+        ifindex: message.header.index,
+        address: local.or(plain)?,
+        broadcast,
+        network: Network::new(plain.or(local)?, message.header.prefix_len),
+    })
 }
 
 /// What the address of a local sender depends on: the interface, and the destination or, on IPv4,
@@ -1009,6 +1025,7 @@ fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
         mac: None,
         state: nud_state(message.header.state),
         confirmed: None,
+        updated: None,
         managed: false,
         protocol: 0,
         learned: message.header.flags.contains(NeighbourFlags::ExtLearned),
@@ -1025,7 +1042,8 @@ fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
             NeighbourAttribute::LinkLayerAddress(bytes) => neighbour.mac = mac(bytes),
             // in hundredths of a second, whatever the kernel's own clock
             NeighbourAttribute::CacheInfo(info) => {
-                neighbour.confirmed = Some(Duration::from_millis(u64::from(info.confirmed) * 10));
+                let age = |hundredths: u32| Some(Duration::from_millis(u64::from(hundredths) * 10));
+                (neighbour.confirmed, neighbour.updated) = (age(info.confirmed), age(info.updated));
             }
             NeighbourAttribute::Protocol(protocol) => neighbour.protocol = u8::from(*protocol),
             NeighbourAttribute::ExtFlags(flags) => {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use anyhow::Context;
 use serde::Serialize;
@@ -15,12 +16,12 @@ use crate::clock;
 use crate::columns::{self, Column};
 use crate::config::{Action, Address, Mode, State};
 use crate::counters::{Count, Counts};
-use crate::diagnosis::{self, Source};
+use crate::diagnosis::{self, Answer, Facts, Now, Routes, Silence, Source};
 use crate::drain;
 use crate::failure::Result;
 use crate::generation::{self, Generation};
 use crate::lease;
-use crate::netlink::{Layer, Neighbour, NeighbourKey, Netlink, NudState};
+use crate::netlink::{Layer, Link, Neighbour, NeighbourKey, Netlink, NudState, OwnAddress};
 use crate::nexthop;
 use crate::observe::{Observed, observe};
 use crate::overrides;
@@ -51,7 +52,7 @@ pub struct Status {
     pub pending: Option<PendingStatus>,
     /// Whether arpd vouches for the next hops; `None`: it never ran.
     pub arpd: Option<bool>,
-    /// Why the exit code is 3, and notes.
+    /// Filled in by [`read`]. The exit code is 3 if one of them is more than a note.
     pub problems: Vec<Problem>,
     /// What the next one may be compared with.
     #[serde(skip)]
@@ -162,6 +163,9 @@ pub struct UpstreamStatus {
     /// Of the rule's packets that were forwarded, 0 to 1; for a receiver of copies, of all that
     /// matched. Where there is a rate, of those that it is of. `None`: there were none.
     pub share: Option<f64>,
+    /// Its next hop does not answer.
+    #[serde(skip)]
+    pub silence: Option<Silence>,
     #[serde(skip)]
     endpoint: String,
     /// [`overrides::word`] of it.
@@ -200,6 +204,23 @@ pub struct Reading {
     pub status: Status,
     /// Of the serving program.
     pub runs: Option<Runs>,
+    /// See [`Routes`].
+    pub routes: Routes,
+}
+
+impl Reading {
+    /// The problems of what serves; commands that fix one name the source.
+    pub fn problems(&self, source: Source<'_>) -> Vec<Problem> {
+        let serving = self.status.generation;
+        diagnosis::problems(&Facts {
+            observed: &self.observed,
+            serving: serving.and_then(|number| self.observed.generations.get(&number)),
+            rules: &self.status.rules,
+            routes: &self.routes,
+            source,
+            now: Now { utc: clock::now(), monotonic: lease::monotonic() },
+        })
+    }
 }
 
 /// Reads everything under the lock, and lets go of it; see [`Status::new`].
@@ -227,7 +248,34 @@ pub async fn read(
         .map(|(guard, it)| generation::program(guard, it, Layer::Ethernet));
     let runs =
         program.and_then(|program| Some(bpf::program_info(program.ok()?.as_fd()).ok()?.runs));
-    Ok(Reading { observed, status, runs })
+    drop(guard);
+    let routes = routes(netlink, &status.rules, &observed).await?;
+    let mut reading = Reading { observed, status, runs, routes };
+    let file = reading.status.file.as_deref().unwrap_or("FILE");
+    reading.status.problems = reading.problems(Source(file));
+    Ok(reading)
+}
+
+/// Asks for the routes that a diagnosis needs, which are few.
+async fn routes(netlink: &Netlink, rules: &[RuleStatus], observed: &Observed) -> Result<Routes> {
+    let suspects = diagnosis::suspects(rules, observed);
+    if suspects.is_empty() {
+        return Ok(Routes::default());
+    }
+    let links = netlink.links().await.context("interfaces")?;
+    let links: HashMap<u32, Link> = links.into_iter().map(|link| (link.index, link)).collect();
+    let name = |index: u32| links.get(&index).map_or_else(String::new, |link| link.name.clone());
+    let paths = netlink.paths(&suspects, &links).await.into_iter().map(|paths| match paths {
+        Ok(paths) => Ok(name(paths[0].ifindex)),
+        Err(error) => Err(error.to_string()),
+    });
+    let own = netlink.addresses().await.context("addresses")?;
+    let is_down = |own: &OwnAddress| links.get(&own.ifindex).is_some_and(|link| !link.up);
+    let down = own.into_iter().filter(is_down);
+    Ok(Routes {
+        to: suspects.iter().cloned().zip(paths).collect(),
+        down: down.map(|own| (name(own.ifindex), own.network)).collect(),
+    })
 }
 
 impl Status {
@@ -260,10 +308,7 @@ impl Status {
             traffic: None,
             most_ids: 0,
         };
-        let (Some(serving), Some((maps, total))) = (serving, state) else {
-            status.problems = status.diagnose(observed, serving);
-            return Ok(status);
-        };
+        let (Some(serving), Some((maps, total))) = (serving, state) else { return Ok(status) };
         let description = &serving.description;
         let ids = &description.ids;
         status.arpd = lease::remaining(&maps.heartbeat)?.map(|left| !left.is_zero());
@@ -296,20 +341,10 @@ impl Status {
             }
         }
         status.traffic = Some(view.total);
-        status.problems = status.diagnose(observed, Some(serving));
         if let Some(name) = rule {
             drain::rule_index(&description.desired, name)?;
         }
         Ok(status)
-    }
-
-    fn diagnose(&self, observed: &Observed, serving: Option<&Generation>) -> Vec<Problem> {
-        diagnosis::problems(&diagnosis::Facts {
-            observed,
-            serving,
-            rules: &self.rules,
-            source: Source(self.file.as_deref().unwrap_or("FILE")),
-        })
     }
 }
 
@@ -327,6 +362,13 @@ struct View<'a> {
     neighbours: HashMap<NeighbourKey, &'a Neighbour>,
     /// By hand, by id.
     overrides: &'a BTreeMap<u32, State>,
+}
+
+impl UpstreamStatus {
+    /// Since when it does not answer, in seconds since 1970.
+    pub fn down_since(&self) -> Option<u64> {
+        self.silence?.since
+    }
 }
 
 impl RuleStatus {
@@ -418,6 +460,7 @@ fn upstream_status(destination: &Destination<'_>, shared: u64, view: &View<'_>) 
         next_hop: next_hop(&entry, view),
         health,
         since: health.map(|_| entry.since),
+        silence: silence(&entry, health, view),
         counters: view.total.of(id),
         rate: grown.and_then(|grown| grown.rate(forwarded)),
         drop_rate: grown.and_then(|grown| drop_rate(grown, grown.of(id))),
@@ -447,6 +490,32 @@ fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
         mtu: (entry.mtu != 0).then_some(entry.mtu),
         age: neighbour.and_then(|neighbour| neighbour.confirmed).map(|age| age.as_secs()),
     })
+}
+
+/// Whether the next hop answers: arpd's word, or else what the kernel's neighbour table has.
+fn silence(entry: &types::nexthop, health: Option<&str>, view: &View<'_>) -> Option<Silence> {
+    let since = |age: Option<Duration>| Some(clock::now().saturating_sub(age?.as_secs()));
+    match health {
+        Some("down") => {
+            let since = (entry.since > 0).then_some(entry.since.into());
+            return Some(Silence { state: Answer::Down, since });
+        }
+        Some(_) => return None,
+        None if entry.macs == types::macs::MACS_NONE => return None,
+        None => {}
+    }
+    let neighbour = view.neighbours.get(&(entry.ifindex, nexthop::gateway(entry)));
+    let unknown = entry.macs == types::macs::MACS_UNKNOWN;
+    match neighbour.map(|neighbour| (neighbour.state, neighbour.updated)) {
+        Some((NudState::Failed, age)) => Some(Silence { state: Answer::Failed, since: since(age) }),
+        Some((NudState::Incomplete, age)) if unknown => {
+            Some(Silence { state: Answer::Never, since: since(age) })
+        }
+        None if unknown && entry.ifindex != 0 => {
+            Some(Silence { state: Answer::Never, since: None })
+        }
+        _ => None,
+    }
 }
 
 /// What arpd makes of the upstream.

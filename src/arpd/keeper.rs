@@ -780,6 +780,7 @@ mod tests {
             mac,
             state,
             confirmed: None,
+            updated: None,
             managed: true,
             protocol: OUR_PROTOCOL,
             learned: false,

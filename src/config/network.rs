@@ -19,6 +19,12 @@ pub struct Network {
 }
 
 impl Network {
+    /// The network of an address.
+    pub fn new(address: IpAddr, prefix: u8) -> Network {
+        let prefix = prefix.min(width(address));
+        Network { address: masked(address, prefix), prefix }
+    }
+
     pub fn contains(&self, address: IpAddr) -> bool {
         self.address.is_ipv4() == address.is_ipv4() && masked(address, self.prefix) == self.address
     }

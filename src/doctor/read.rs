@@ -42,21 +42,29 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
         neighbours: netlink.neighbour_tables().await.context("neighbours")?,
         ..Facts::default()
     };
-    let (observed, status) = match status::read(global, netlink, None, None).await {
-        Ok(reading) => (reading.observed, Some(reading.status)),
+    let reading = match status::read(global, netlink, None, None).await {
+        Ok(reading) => Some(reading),
         // it is no trouble of the host
         Err(failure @ Failure::Locked(_)) => return Err(failure),
         Err(failure) => {
             facts.unreadable = Some(failure.to_string());
-            (observe(None, netlink).await?, None)
+            None
         }
     };
-    let number = status.as_ref().and_then(|status| status.generation);
-    let generation = number.and_then(|number| observed.generations.get(&number));
-    let serving = generation.map(|generation| &generation.description);
-    facts.damage = damage(&observed);
+    let unread;
+    let (observed, status) = match &reading {
+        Some(reading) => (&reading.observed, Some(&reading.status)),
+        None => {
+            unread = observe(None, netlink).await?;
+            (&unread, None)
+        }
+    };
+    let number = status.and_then(|status| status.generation);
+    let serving = number.and_then(|number| observed.generations.get(&number));
+    let serving = serving.map(|generation| &generation.description);
+    facts.damage = damage(observed);
     facts.held = observed.held.map(|held| held.generation);
-    facts.arpd = status.as_ref().and_then(|status| status.arpd);
+    facts.arpd = status.and_then(|status| status.arpd);
     let given = match file {
         Some(file) => {
             Some((Text::read(file)?, Target { file: file.into(), interfaces: Vec::new() }))
@@ -68,13 +76,8 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
         (None, Some(description)) => description.origin.file.clone(),
         (None, None) => "FILE".into(),
     };
-    if let Some(status) = &status {
-        facts.problems = diagnosis::problems(&diagnosis::Facts {
-            observed: &observed,
-            serving: generation,
-            rules: &status.rules,
-            source: diagnosis::Source(&facts.file),
-        });
+    if let Some(reading) = &reading {
+        facts.problems = reading.problems(diagnosis::Source(&facts.file));
     }
     let mut desired = serving.map(|description| description.desired.clone());
     match (given, serving) {
@@ -94,7 +97,7 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
         (None, _) => {}
     }
     if let Some(desired) = desired {
-        look(&mut facts, netlink, &observed, status.as_ref(), serving, &desired).await?;
+        look(&mut facts, netlink, observed, status, serving, &desired).await?;
     }
     Ok(facts)
 }
