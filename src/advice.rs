@@ -5,7 +5,11 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::config::{
+<<<<<<< HEAD
     self, Action, Address, Config, Finding, KeyAddress, Mode, Path, Rule, with_port,
+=======
+    Action, Address, Config, Family, Finding, KeyAddress, Mode, Path, Rule, with_port,
+>>>>>>> 176ba4f (config: warn of defaults that lose something silently)
 };
 use crate::kernel;
 use crate::netlink::{Link, OwnAddress};
@@ -52,7 +56,9 @@ pub fn of_this_host(
     links: &[Link],
     addresses: &[OwnAddress],
 ) -> Vec<Finding> {
-    let mut findings = unheard(config, desired, &listeners());
+    let listeners = listeners();
+    let mut findings = unheard(config, desired, &listeners);
+    findings.extend(robbed(config, desired, &listeners));
     findings.extend(stacked(config, &desired.interfaces, links, addresses));
     findings.extend(met_twice(config, &desired.interfaces, links));
     findings.extend(beyond(config, kernel::version()));
@@ -262,10 +268,12 @@ fn listeners() -> Vec<Listener> {
     listeners
 }
 
-/// A line of /proc/net/udp or udp6.
+/// A line of /proc/net/udp or udp6. A connected socket hears its peer only.
 fn listener(line: &str) -> Option<Listener> {
-    let (address, port) = endpoint(line.split_whitespace().nth(1)?)?;
-    Some(Listener { address, port })
+    let mut words = line.split_whitespace().skip(1);
+    let (address, port) = endpoint(words.next()?)?;
+    let (_, peer_port) = words.next()?.rsplit_once(':')?;
+    (u16::from_str_radix(peer_port, 16) == Ok(0)).then_some(Listener { address, port })
 }
 
 /// An address and a port, as /proc/net/udp and udp6 have them: hexadecimal words as they lie in memory.
@@ -307,6 +315,8 @@ mod tests {
             assert_eq!(of("0000000000000000FFFF00000500000A"), at("10.0.0.5"));
         }
         assert_eq!(of("0000000000"), None);
+        let connected = "  12: 0100007F:0035 0100007F:1FBD 01 00000000:00000000";
+        assert_eq!(listener(connected), None);
         assert_eq!(listener(""), None);
         assert_eq!(listener("1: x:y"), None);
     }

@@ -471,6 +471,56 @@ fn upstreams_may_be_what_is_no_circle() {
 }
 
 #[test]
+fn unwritten_defaults_that_lose_something_are_warnings() {
+    let warned = |port: &str, action: &str, options: &str, upstream: &str| {
+        let text = format!(
+            "version: 1\n{options}\nrules:\n- key: {{ address: any, port: {port} }}\n  \
+             options: {{ tc_action: {action} }}\n  upstream: [{upstream}]\n"
+        );
+        let warnings = accept("f", &text).warnings.into_iter();
+        let words = ["all senders look like", "each packet goes to one", "every datagram"];
+        warnings
+            .map(|it| words.iter().position(|word| it.message.contains(word)).expect("a warning"))
+            .collect::<Vec<_>>()
+    };
+    let one = "{ address: 10.0.9.1 }";
+    let two = "{ address: 10.0.9.1 }, { address: 10.0.9.2 }";
+    for port in [162, 514, 2055, 4739, 6343, 9995, 9996] {
+        assert_eq!(warned(&port.to_string(), "pass", "", one), [0], "{port}");
+    }
+    assert_eq!(warned("'500-600'", "block", "", one), [0]);
+    assert_eq!(warned("2055", "pass", "defaults: { source: vip }", one), []);
+    assert_eq!(warned("2055", "pass", "", "{ address: 10.0.9.1, source: egress }"), []);
+    assert_eq!(warned("53", "pass", "", one), []);
+    assert_eq!(warned("53", "pass", "", two), [1]);
+    assert_eq!(warned("2055", "pass", "", two), [1, 0]);
+    for said in ["mode: balance", "strategy: random", "hash: modulo"] {
+        assert_eq!(warned("53", "pass", &format!("defaults: {{ {said} }}"), two), [], "{said}");
+    }
+    assert_eq!(warned("53", "pass", "", &two.replace("9.2", "9.2, weight: 2")), []);
+    assert_eq!(warned("any", "block", "", one), [2]);
+    assert_eq!(warned("any", "pass", "", one), []);
+    // which has no words to say it otherwise
+    let bare = "- key: { address: 10.0.0.5, port: 514 }\n  upstream: [{ address: 10.0.9.1 }, { address: 10.0.9.2 }]\n";
+    assert!(accept("f", bare).warnings.is_empty());
+}
+
+#[test]
+fn examples_have_no_warnings() {
+    for (name, text) in [("seed.yaml", SEED), ("udplb.yaml", YAML), ("udplb.toml", TOML)] {
+        let warnings = accept(name, text).warnings;
+        assert!(warnings.is_empty(), "{name}: {}", render(&warnings));
+    }
+    // the example that Debian's file has in its comment
+    let debian = include_str!("../contrib/debian/udplb.yaml");
+    let (_, example) = debian.split_once("For example").expect("an example");
+    let lines = example.lines().filter_map(|line| line.strip_prefix("#   "));
+    let text = format!("version: 1\n{}", lines.collect::<Vec<_>>().join("\n"));
+    let config = accept("udplb.yaml", &text);
+    assert_eq!((config.rules.len(), render(&config.warnings).as_str()), (1, ""));
+}
+
+#[test]
 fn no_rules_are_a_warning() {
     let config = accept("f", "version: 1\nrules: []\n");
     assert_eq!(
@@ -494,7 +544,7 @@ fn later_stages_cite_the_file() {
     let warning = &config.warnings(vec![Finding::new(&at, "has two addresses")])[0];
     assert_eq!(
         warning.to_string().lines().next(),
-        Some("warning: udplb.toml:39:43: rules[2].upstream[0].address: has two addresses")
+        Some("warning: udplb.toml:40:43: rules[2].upstream[0].address: has two addresses")
     );
 }
 

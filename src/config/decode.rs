@@ -44,6 +44,17 @@ pub(super) fn decode(node: &Node<'_>) -> Decoded {
     decoder.decoded
 }
 
+/// Ports whose receivers tell senders apart by their addresses.
+const TELEMETRY: [(u16, &str); 7] = [
+    (162, "SNMP traps"),
+    (514, "syslog"),
+    (2055, "NetFlow"),
+    (4739, "IPFIX"),
+    (6343, "sFlow"),
+    (9995, "NetFlow"),
+    (9996, "NetFlow"),
+];
+
 /// A version that is missing is complained with the other missing fields.
 fn version(node: &Node<'_>) -> Result<(), Complaint> {
     let Node::Map(entries) = node else {
@@ -298,14 +309,53 @@ impl Decoder {
             mirrors: mirrors?,
             at: at.path(),
         };
-        let source = own.source.or(defaults.source);
-        let own_sources = rule.upstreams.iter().all(|upstream| upstream.source.is_some());
-        if rule.mode == Mode::Replicate && !source.is_something() && !own_sources {
-            let message = "with `source: vip`, the default, all senders look like this host to \
-                           the upstreams: say `source`";
-            self.warn(&at_options, message);
+        if self.decoded.root == Root::Map {
+            self.unwritten(&rule, &own.or(defaults), &at_options);
+        }
+        if rule.action == Action::Block
+            && rule.key.address == KeyAddress::Any
+            && rule.key.ports.is_empty()
+        {
+            let message = "with `tc_action: block`, `any` address and port take every datagram that \
+                           comes to this host, also those for its own services: DNS answers, DHCP, \
+                           VPNs";
+            self.warn(&at.field(words::KEY.name), message);
         }
         Some(rule)
+    }
+
+    /// Warns of defaults that are often not what was meant. A bare list has no words for anything else.
+    fn unwritten(&mut self, rule: &Rule, said: &Options, at: &Trail<'_>) {
+        let all = rule.upstreams.len();
+        // which have no meaning but for balancing
+        let balances =
+            said.hash.is_something() || rule.upstreams.iter().any(|it| it.weight.is_some());
+        let chosen = said.mode.is_something() || said.strategy.is_something() || balances;
+        if all > 1 && !chosen {
+            let message = format!(
+                "each packet goes to one of the {all} upstreams (`mode: balance`, the default): say \
+                 `mode: replicate` if all are to get it, or else `mode: balance`"
+            );
+            self.warn(at, &message);
+        }
+        let own_sources = rule.destinations().all(|upstream| upstream.source.is_some());
+        if said.source.is_something() || own_sources {
+            return;
+        }
+        let telemetry = TELEMETRY
+            .iter()
+            .find(|(port, _)| rule.key.ports.iter().any(|ports| ports.contains(*port)));
+        if rule.mode == Mode::Replicate {
+            let message = "with `source: vip`, the default, all senders look like this host to \
+                           the upstreams: say `source`";
+            self.warn(at, message);
+        } else if let Some((port, protocol)) = telemetry {
+            let message = format!(
+                "port {port} ({protocol}): with `source: vip`, the default, all senders look like this \
+                 host to the upstreams: say `source: preserve`, or `source: vip`"
+            );
+            self.warn(at, &message);
+        }
     }
 
     /// What holds for a rule that says `own`.
