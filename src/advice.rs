@@ -5,11 +5,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::config::{
-<<<<<<< HEAD
-    self, Action, Address, Config, Finding, KeyAddress, Mode, Path, Rule, with_port,
-=======
-    Action, Address, Config, Family, Finding, KeyAddress, Mode, Path, Rule, with_port,
->>>>>>> 176ba4f (config: warn of defaults that lose something silently)
+    self, Action, Address, Config, Family, Finding, KeyAddress, Mode, Path, Rule, with_port,
 };
 use crate::kernel;
 use crate::netlink::{Link, OwnAddress};

@@ -1,7 +1,7 @@
 //! The compiled program and its types, as libbpf-cargo generates them from bpf/, and the few
 //! system calls about programs and maps that libbpf-rs does not wrap.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -127,6 +127,8 @@ pub fn create_only(skeleton: &mut OpenUdplbSkel<'_>, wanted: &[&str]) -> libbpf_
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProgramInfo {
     pub id: u32,
+    /// As the kernel keeps it, cut.
+    pub name: String,
     pub tag: [u8; 8],
     pub map_ids: Vec<u32>,
     pub runs: Runs,
@@ -175,12 +177,49 @@ pub fn program_info(program: BorrowedFd<'_>) -> io::Result<ProgramInfo> {
         info.assume_init()
     };
     let maps = (info.nr_map_ids as usize).min(MOST_MAPS);
+    let name = info.name.map(|byte| byte as u8);
+    let name = CStr::from_bytes_until_nul(&name).map_or_else(|_| "".into(), CStr::to_string_lossy);
     Ok(ProgramInfo {
         id: info.id,
+        name: name.into_owned(),
         tag: info.tag,
         map_ids: map_ids[..maps].to_vec(),
         runs: Runs { count: info.run_cnt, nanoseconds: info.run_time_ns },
     })
+}
+
+/// Has the kernel measure how often and how long programs run, which costs each of them some
+/// nanoseconds, until the descriptor is closed. Takes CAP_SYS_ADMIN.
+pub fn measure_runs() -> io::Result<OwnedFd> {
+    // SAFETY: takes a plain number.
+    owned(unsafe { libbpf_sys::bpf_enable_stats(libbpf_sys::BPF_STATS_RUN_TIME) })
+}
+
+/// Ids of the programs on the tcx hook of an interface's ingress (6.6), in their order. Empty where the
+/// kernel has no such hook.
+pub fn tcx_programs(ifindex: u32) -> Vec<u32> {
+    const MAX_PROGRAMS: usize = 64;
+    let mut ids = vec![0_u32; MAX_PROGRAMS];
+    let mut options = libbpf_sys::bpf_prog_query_opts {
+        sz: size_of::<libbpf_sys::bpf_prog_query_opts>() as libbpf_sys::size_t,
+        prog_ids: ids.as_mut_ptr(),
+        ..Default::default()
+    };
+    options.__bindgen_anon_1.count = MAX_PROGRAMS as u32;
+    // SAFETY: the kernel writes at most `count` ids, and everything outlives the call; the union is
+    // one of two names of the same number.
+    let found = unsafe {
+        match libbpf_sys::bpf_prog_query_opts(
+            ifindex as i32,
+            libbpf_sys::BPF_TCX_INGRESS,
+            &mut options,
+        ) {
+            0 => options.__bindgen_anon_1.count as usize,
+            _ => 0,
+        }
+    };
+    ids.truncate(found);
+    ids
 }
 
 /// Runs a tc program on a packet of nothing, with what `skb->cb` is to hold; returns its result.

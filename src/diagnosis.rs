@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::config::{Address, Mode, Network, State};
 use crate::generation::Generation;
+use crate::netlink::NudState;
 use crate::observe::{Interface, Observed};
 use crate::partial::Unresolved;
 use crate::pins::{self, Place};
@@ -350,8 +351,8 @@ pub struct Silence {
 pub enum Answer {
     /// arpd's probes have no answer.
     Down,
-    /// The kernel has given up.
-    Failed,
+    /// The kernel has given up, or asks for a while already: its word for the state.
+    Failed(NudState),
     /// There was none yet.
     Never,
 }
@@ -412,7 +413,7 @@ fn unreachable(
             };
             let answer = match silence.state {
                 Answer::Down => "does not answer",
-                Answer::Failed => "does not answer (FAILED)",
+                Answer::Failed(state) => &format!("does not answer ({state})"),
                 Answer::Never => "has never answered",
             };
             problem("upstream-down", place, format!("{label} is down"))
@@ -480,6 +481,11 @@ fn losses(facts: &Facts<'_>, rule: &RuleStatus) -> Vec<Problem> {
     problems
 }
 
+/// Returns true for verdicts of packets that were to be sent, as the program has it in `is_lost()`.
+pub fn is_loss(verdict: &str) -> bool {
+    !["not-for-us", "fragment"].contains(&verdict)
+}
+
 /// Why packets have a verdict, and what can be done.
 pub struct Explanation {
     pub why: &'static str,
@@ -521,6 +527,7 @@ pub fn explain(verdict: &str) -> Explanation {
             "the packets come from an upstream of the rule itself, or were here before",
             "have upstreams answer to another port, or name another one in the rule",
         ),
+        "fragment" => ("the rule says so of fragments", "change `fragments` of the rule"),
         "not-for-us" => (
             "the frames are for other hosts, and are left alone",
             "nothing is lost; a switch floods them, or the interface is promiscuous",
@@ -599,7 +606,7 @@ mod tests {
 
     fn interface(slot: Slot) -> Interface {
         let hook = Hook { qdisc: None, slot, shared: false };
-        Interface { index: 1, layer: None, up: true, carrier: true, hook }
+        Interface { index: 1, layer: None, up: true, carrier: true, received: 0, hook }
     }
 
     /// The rows of rules that matched their last packet so many seconds after they were applied.
@@ -675,7 +682,7 @@ mod tests {
     fn every_verdict_is_explained() {
         for (verdict, name) in crate::bpf::VERDICTS {
             let is_other = explain(name).why == explain("something else").why;
-            assert_eq!(is_other, name == "fragment" || crate::bpf::is_forwarded(verdict), "{name}");
+            assert_eq!(is_other, crate::bpf::is_forwarded(verdict), "{name}");
         }
     }
 

@@ -1,20 +1,22 @@
 //! `udplb doctor`: what keeps packets from being forwarded, or soon will, and the command that
 //! fixes each. [`read`] gathers the facts; [`judge`] is pure.
 
+mod before;
 mod read;
-mod returns;
+mod sample;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::net::IpAddr;
 
 use crate::arpd::keeper;
-use crate::diagnosis::Source;
+use crate::diagnosis::{Explanation, Source, explain, is_loss};
 use crate::netlink::NeighbourTable;
-use crate::tc;
 
 pub use crate::problem::{Level, Problem};
+pub use before::Before;
 pub use read::read;
+pub use sample::Growth;
 
 /// What is known of the host and of what serves.
 #[derive(Clone, Debug, Default)]
@@ -30,6 +32,10 @@ pub struct Facts {
     pub kernel: Kernel,
     /// Problems of what serves.
     pub problems: Vec<Problem>,
+    /// Packets that were not sent, within a sample.
+    pub growth: Vec<Growth>,
+    /// Packets of a sample, by the interface that they came in by, of which udplb saw none.
+    pub hidden: BTreeMap<String, u64>,
     /// Pins besides that are not whole, in words.
     pub damage: Vec<String>,
     /// The generation that a rollback left.
@@ -93,19 +99,6 @@ pub struct InputLink {
     pub passes: bool,
 }
 
-/// A filter or a program that sees packets before udplb does.
-#[derive(Clone, Debug)]
-pub struct Before {
-    /// In words.
-    pub filter: String,
-    /// Takes it away.
-    pub remove: String,
-    /// What it may decide; -1: the next filter is asked. `None`: anything.
-    pub verdicts: Option<BTreeSet<i32>>,
-    /// It looks at every packet.
-    pub all: bool,
-}
-
 /// An upstream and the way to it.
 #[derive(Clone, Debug)]
 pub struct Upstream {
@@ -146,6 +139,11 @@ pub struct Sender {
 /// Everything that is not as it should be, problems first.
 pub fn judge(facts: &Facts) -> Vec<Problem> {
     let mut judge = Judge { facts, findings: facts.problems.clone() };
+    // which the growth has more exactly
+    judge.findings.retain(|problem| {
+        problem.id != "packets-lost" || facts.growth.iter().all(|it| it.place != problem.place)
+    });
+    judge.growth();
     judge.host();
     judge.generation();
     for input in &facts.inputs {
@@ -324,9 +322,7 @@ impl Judge<'_> {
     fn input(&mut self, input: &Input) {
         let name = &input.name;
         let Some(link) = &input.link else { return };
-        for before in &link.before {
-            self.before(name, before);
-        }
+        self.before(name, link);
         if link.foreign_qdisc {
             self.note(
                 "foreign-qdisc",
@@ -374,43 +370,53 @@ impl Judge<'_> {
         }
     }
 
-    fn before(&mut self, name: &str, before: &Before) {
-        const NEXT: i32 = -1;
-        let Before { filter, remove, verdicts, all } = before;
-        let hiding: Option<Vec<&str>> = verdicts
-            .as_ref()
-            .map(|all| all.iter().filter(|it| **it != NEXT).map(|it| verdict(*it)).collect());
-        let goes_on = verdicts.as_ref().is_none_or(|all| all.contains(&NEXT));
-        let fix = format!("{remove}, or give it a pref above {}", tc::PRIORITY);
-        match hiding {
-            Some(hiding) if hiding.is_empty() => {}
-            Some(hiding) if *all && !goes_on => self.problem(
-                "filter-before",
-                name,
-                format!("{filter} hides every packet from udplb"),
-                &format!(
-                    "it comes first and says {}, after which nobody else is asked",
-                    hiding.join(", ")
+    fn before(&mut self, name: &str, link: &InputLink) {
+        let hidden = self.facts.hidden.get(name);
+        let names: Vec<&str> = link.before.iter().map(|before| before.name.as_str()).collect();
+        if let Some(packets) = hidden {
+            let (why, fix) = match link.before.first() {
+                Some(_) => (
+                    format!("before it: {}", names.join(", ")),
+                    link.before.iter().map(|it| it.remove.clone()).collect::<Vec<_>>().join("; "),
                 ),
-                fix,
-            ),
-            Some(hiding) => self.note(
-                "filter-before",
-                name,
-                format!("{filter} may hide packets from udplb"),
-                &format!(
-                    "it comes first; where it says {} nobody else is asked",
-                    hiding.join(", ")
+                None => {
+                    ("something takes them before tc".into(), format!("ip -d link show {name}"))
+                }
+            };
+            let what = format!("{packets} packets came in within a second, and none reached udplb");
+            return self.problem("packets-hidden", name, what, &why, fix);
+        }
+        for Before { name: filter, remove, takes_all } in &link.before {
+            let fix = format!("{remove}, or have it run later");
+            match takes_all {
+                true => self.problem(
+                    "packets-hidden",
+                    name,
+                    format!("{filter} hides every packet from udplb"),
+                    "it runs first, and decides on all packets",
+                    fix,
                 ),
-                fix,
-            ),
-            None => self.note(
-                "filter-before",
-                name,
-                format!("{filter} may hide packets from udplb"),
-                "it comes first, and what it says of a packet cannot be seen from here",
-                fix,
-            ),
+                false => self.note(
+                    "runs-before",
+                    name,
+                    format!("{filter} runs first and may consume packets"),
+                    "packets that it drops, accepts or redirects do not meet the rules",
+                    fix,
+                ),
+            }
+        }
+    }
+
+    /// Verdicts of packets that are not sent right now.
+    fn growth(&mut self) {
+        let facts = self.facts;
+        for Growth { place, verdict, packets } in &facts.growth {
+            let Explanation { why, fix } = explain(verdict);
+            let what = format!("{packets} packets within a second were not sent: `{verdict}`");
+            match is_loss(verdict) {
+                true => self.problem("packets-lost", place, what, why, fix),
+                false => self.note("packets-left", place, what, why, fix),
+            }
         }
     }
 
@@ -497,22 +503,6 @@ impl Judge<'_> {
     }
 }
 
-/// As linux/pkt_cls.h names it.
-fn verdict(number: i32) -> &'static str {
-    const NAMES: [&str; 9] = [
-        "TC_ACT_OK",
-        "TC_ACT_RECLASSIFY",
-        "TC_ACT_SHOT",
-        "TC_ACT_PIPE",
-        "TC_ACT_STOLEN",
-        "TC_ACT_QUEUED",
-        "TC_ACT_REPEAT",
-        "TC_ACT_REDIRECT",
-        "TC_ACT_TRAP",
-    ];
-    usize::try_from(number).ok().and_then(|it| NAMES.get(it)).copied().unwrap_or("another verdict")
-}
-
 /// Of findings for one reason so many are shown; of 10,000 upstreams all may be down.
 const SHOWN: usize = 5;
 
@@ -556,8 +546,6 @@ pub fn text(findings: &[Problem], bold: bool) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
 
     /// A host on which all is well.
@@ -620,15 +608,6 @@ mod tests {
         facts.inputs[0].link.as_mut().expect("a link")
     }
 
-    fn before(verdicts: Option<&[i32]>, all: bool) -> Before {
-        Before {
-            filter: "bpf pref 1".into(),
-            remove: "tc filter del".into(),
-            verdicts: verdicts.map(|verdicts| BTreeSet::from_iter(verdicts.iter().copied())),
-            all,
-        }
-    }
-
     use Level::{Note, Problem};
 
     #[test]
@@ -689,19 +668,48 @@ mod tests {
     }
 
     #[test]
-    fn filters_before_ours() {
-        let put = |verdicts: Option<&[i32]>, all: bool| {
-            let before = before(verdicts, all);
-            move |facts: &mut Facts| link(facts).before = vec![before]
+    fn programs_before_ours() {
+        let before = |takes_all| Before {
+            name: "tc filter bpf pref 1".into(),
+            remove: "tc filter del".into(),
+            takes_all,
         };
-        let hides = "bpf pref 1 hides every packet";
-        let may = "bpf pref 1 may hide packets";
-        check(put(Some(&[-1]), true), &[]);
-        check(put(Some(&[0]), true), &[(Problem, "eth0", hides, "tc filter del, or give")]);
-        check(put(Some(&[2, 7]), true), &[(Problem, "eth0", hides, "tc filter del")]);
-        check(put(Some(&[0]), false), &[(Note, "eth0", may, "tc filter del")]);
-        check(put(Some(&[-1, 0]), true), &[(Note, "eth0", may, "tc filter del")]);
-        check(put(None, true), &[(Note, "eth0", may, "tc filter del")]);
+        check(
+            |facts| link(facts).before = vec![before(false)],
+            &[(
+                Note,
+                "eth0",
+                "tc filter bpf pref 1 runs first and may consume",
+                "tc filter del, or",
+            )],
+        );
+        check(
+            |facts| link(facts).before = vec![before(true)],
+            &[(Problem, "eth0", "tc filter bpf pref 1 hides every packet", "tc filter del, or")],
+        );
+        check(
+            |facts| {
+                link(facts).before = vec![before(false)];
+                facts.hidden = [("eth0".to_string(), 9)].into();
+            },
+            &[(Problem, "eth0", "9 packets came in within a second, and none", "tc filter del")],
+        );
+    }
+
+    #[test]
+    fn packets_that_are_not_sent() {
+        let growth = |verdict| Growth { place: "flows/one".into(), verdict, packets: 7 };
+        let lost = super::Problem::new("packets-lost", Problem, "flows/one", "packets were lost");
+        check(
+            |facts| {
+                facts.growth = vec![growth("not-for-us"), growth("mtu")];
+                facts.problems = vec![lost];
+            },
+            &[
+                (Problem, "flows/one", "7 packets within a second were not sent: `mtu`", "raise"),
+                (Note, "flows/one", "7 packets within a second were not sent: `not-for", "nothing"),
+            ],
+        );
     }
 
     #[test]

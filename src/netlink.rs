@@ -15,7 +15,7 @@ use netlink_packet_core::{
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
-    LinkMessage, Prop,
+    LinkMessage, LinkXdp, Prop,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
@@ -75,6 +75,10 @@ pub struct Link {
     pub lower: Option<u32>,
     /// The bridge or bond it belongs to.
     pub controller: Option<u32>,
+    /// Packets that came in so far.
+    pub received: u64,
+    /// XDP programs, each with the word that `ip link` has for its mode.
+    pub xdp: Vec<(&'static str, u32)>,
 }
 
 /// How that begins which an interface carries.
@@ -509,6 +513,24 @@ impl Netlink {
         Ok(())
     }
 
+    /// Has the kernel probe neighbours that it knows. One that is gone meanwhile is no loss.
+    pub async fn probe(&self, neighbours: &[NeighbourKey]) {
+        let probes: Vec<_> = neighbours.iter().map(|key| self.probe_one(*key)).collect();
+        stream::iter(probes).buffered(WINDOW).collect::<Vec<_>>().await;
+    }
+
+    async fn probe_one(&self, (ifindex, address): NeighbourKey) {
+        let mut message = NeighbourMessage::default();
+        message.header.family = family(address);
+        message.header.ifindex = ifindex;
+        message.header.state = NeighbourState::Probe;
+        message.attributes.push(NeighbourAttribute::Destination(address.into()));
+        let probe = RouteNetlinkMessage::NewNeighbour(message);
+        if let Err(error) = self.request(probe, NLM_F_ACK).await {
+            log::info!("neighbour {address}: {error}");
+        }
+    }
+
     /// How full the neighbour tables are.
     pub async fn neighbour_tables(&self) -> io::Result<Vec<NeighbourTable>> {
         let request = RouteNetlinkMessage::GetNeighbourTable(NeighbourTableMessage::default());
@@ -822,6 +844,8 @@ fn link(message: LinkMessage) -> Link {
         kind: String::new(),
         lower: None,
         controller: None,
+        received: 0,
+        xdp: Vec::new(),
     };
     for attribute in message.attributes {
         match attribute {
@@ -833,6 +857,8 @@ fn link(message: LinkMessage) -> Link {
             LinkAttribute::Controller(index) => link.controller = Some(index),
             LinkAttribute::LinkInfo(infos) => link.kind = link_kind(&infos),
             LinkAttribute::AfSpecUnspec(families) => link.mtu6 = mtu6(&families),
+            LinkAttribute::Stats64(stats) => link.received = stats.rx_packets,
+            LinkAttribute::Xdp(facts) => link.xdp = xdp(&facts),
             _ => {}
         }
     }
@@ -861,6 +887,17 @@ fn layer(kind: LinkLayerType) -> Option<Layer> {
         | LinkLayerType::Ip6gre => Some(Layer::Ip),
         _ => None,
     }
+}
+
+/// The kernel names a program by its mode, and again as the one program where there is only one.
+fn xdp(facts: &[LinkXdp]) -> Vec<(&'static str, u32)> {
+    let by_mode = |fact: &LinkXdp| match fact {
+        LinkXdp::DrvProgId(id) => Some(("xdpdrv", *id)),
+        LinkXdp::SkbProgId(id) => Some(("xdpgeneric", *id)),
+        LinkXdp::HwProgId(id) => Some(("xdpoffload", *id)),
+        _ => None,
+    };
+    facts.iter().filter_map(by_mode).collect()
 }
 
 fn mtu6(families: &[AfSpecUnspec]) -> Option<u32> {

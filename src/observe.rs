@@ -47,6 +47,8 @@ pub struct Interface {
     /// Administratively.
     pub up: bool,
     pub carrier: bool,
+    /// Packets that came in so far.
+    pub received: u64,
     pub hook: Hook,
 }
 
@@ -187,8 +189,9 @@ async fn interfaces(
         let qdisc = qdiscs.get(&link.index).copied();
         let hook = tc::hook(netlink, link.index, qdisc, programs).await;
         let hook = hook.with_context(|| format!("{}: its filters", link.name))?;
-        let Link { index, layer, up, carrier, altnames, .. } = link;
-        interfaces.insert(link.name, Interface { index, altnames, layer, up, carrier, hook });
+        let Link { index, layer, up, carrier, received, altnames, .. } = link;
+        let interface = Interface { index, altnames, layer, up, carrier, received, hook };
+        interfaces.insert(link.name, interface);
     }
     Ok(interfaces)
 }

@@ -1,6 +1,6 @@
 //! What serves and what became of the packets, for people and for `-o json`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
@@ -209,6 +209,17 @@ pub struct Reading {
 }
 
 impl Reading {
+    /// Next hops that the kernel knows, but has not heard of for a while.
+    pub fn doubtful(&self) -> Vec<NeighbourKey> {
+        let all = self.status.rules.iter().flat_map(RuleStatus::destinations);
+        let hops = all.filter_map(|(upstream, _)| upstream.next_hop.as_ref());
+        let stale = hops.filter(|hop| hop.state.as_deref() == Some("STALE"));
+        let key = |hop: &NextHopStatus| {
+            Some((self.observed.interfaces.get(&hop.interface)?.index, hop.gateway))
+        };
+        stale.filter_map(key).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
     /// The problems of what serves; commands that fix one name the source.
     pub fn problems(&self, source: Source<'_>) -> Vec<Problem> {
         let serving = self.status.generation;
@@ -492,6 +503,9 @@ fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
     })
 }
 
+/// A neighbour that lives has answered the kernel's probe by then.
+const ANSWERS: Duration = Duration::from_millis(800);
+
 /// Whether the next hop answers: arpd's word, or else what the kernel's neighbour table has.
 fn silence(entry: &types::nexthop, health: Option<&str>, view: &View<'_>) -> Option<Silence> {
     let since = |age: Option<Duration>| Some(clock::now().saturating_sub(age?.as_secs()));
@@ -507,7 +521,12 @@ fn silence(entry: &types::nexthop, health: Option<&str>, view: &View<'_>) -> Opt
     let neighbour = view.neighbours.get(&(entry.ifindex, nexthop::gateway(entry)));
     let unknown = entry.macs == types::macs::MACS_UNKNOWN;
     match neighbour.map(|neighbour| (neighbour.state, neighbour.updated)) {
-        Some((NudState::Failed, age)) => Some(Silence { state: Answer::Failed, since: since(age) }),
+        Some((state @ NudState::Failed, age)) => {
+            Some(Silence { state: Answer::Failed(state), since: since(age) })
+        }
+        Some((state @ NudState::Probe, Some(age))) if age >= ANSWERS => {
+            Some(Silence { state: Answer::Failed(state), since: since(Some(age)) })
+        }
         Some((NudState::Incomplete, age)) if unknown => {
             Some(Silence { state: Answer::Never, since: since(age) })
         }

@@ -3,12 +3,11 @@
 use std::cmp::Ordering;
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Write;
-use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
 
 use anyhow::Context;
 use serde::Serialize;
 
+use crate::bpf;
 use crate::cli::{Global, Output, Top};
 use crate::columns::{self, Column};
 use crate::failure::{Failure, Result};
@@ -75,7 +74,7 @@ struct View {
 /// Shows it until it is told to end, or once.
 pub async fn run(global: &Global, options: &Top, netlink: &Netlink, paper: Paper) -> Result<u8> {
     // the kernel measures as long as this is open
-    let _measured = measure().inspect_err(|error| log::info!("run time: {error}")).ok();
+    let _measured = bpf::measure_runs().inspect_err(|error| log::info!("run time: {error}")).ok();
     let mut screen = Screen { order: options.sort, reversed: false, first: 0 };
     let mut last = status::read(global, netlink, None, None).await?;
     let mut history = History::default();
@@ -113,17 +112,6 @@ pub async fn run(global: &Global, options: &Top, netlink: &Netlink, paper: Paper
                 view = history.view(&reading, &last, screen.order);
                 last = reading;
             }
-        }
-    }
-}
-
-/// Has the kernel measure how long programs run, which costs each of them some nanoseconds.
-fn measure() -> io::Result<OwnedFd> {
-    // SAFETY: takes a plain number; what it returns is ours alone.
-    unsafe {
-        match libbpf_sys::bpf_enable_stats(libbpf_sys::BPF_STATS_RUN_TIME) {
-            error if error < 0 => Err(io::Error::from_raw_os_error(-error)),
-            descriptor => Ok(OwnedFd::from_raw_fd(descriptor)),
         }
     }
 }

@@ -2,13 +2,14 @@
 
 mod common;
 
+use std::ffi::CStr;
 use std::fs;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule, to_port};
-use common::net::{bind, receive};
+use common::net::{Load, bind, receive, set};
 use common::service::{Arpd, until};
 use serde_json::{Value, json};
 use udplb::netlink::Netlink;
@@ -88,8 +89,8 @@ fn somebody_is_changing_it() {
     lab.run("doctor --lock-timeout 0").expect(75).says(&["still locked"]);
 }
 
-/// A program that returns this, and nothing else.
-fn program(returned: i32) -> OwnedFd {
+/// A program of this kind and name that returns a constant.
+fn program(kind: u32, name: &CStr, returned: i32) -> OwnedFd {
     let instructions = [
         libbpf_sys::bpf_insn { code: 0xb4, imm: returned, ..Default::default() },
         libbpf_sys::bpf_insn { code: 0x95, ..Default::default() },
@@ -97,8 +98,8 @@ fn program(returned: i32) -> OwnedFd {
     // SAFETY: C strings and instructions outlive the call; what it returns is ours alone.
     unsafe {
         let program = libbpf_sys::bpf_prog_load(
-            libbpf_sys::BPF_PROG_TYPE_SCHED_CLS,
-            c"foreign".as_ptr(),
+            kind,
+            name.as_ptr(),
             c"GPL".as_ptr(),
             instructions.as_ptr(),
             instructions.len() as libbpf_sys::size_t,
@@ -117,7 +118,7 @@ fn attach(lab: &Lab, priority: u16, returned: i32) {
             tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(async {
             let netlink = Netlink::open().expect("netlink");
-            let program = program(returned);
+            let program = program(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, c"foreign", returned);
             let attached =
                 netlink.set_filter(index, priority, 1, "foreign", program.as_fd(), false);
             attached.await.expect("attached");
@@ -126,32 +127,79 @@ fn attach(lab: &Lab, priority: u16, returned: i32) {
 }
 
 #[test]
-fn a_filter_that_hides_packets() {
+fn filter_that_hides_packets() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
-    // behind udplb, and one that lets the next one look
+    // behind udplb
     attach(&lab, 101, 0);
-    attach(&lab, 10, -1);
     assert_eq!(examine(&lab, 0), "all is well\n");
     attach(&lab, 50, 0);
-    let found = examine(&lab, 3);
-    assert!(
-        found.starts_with("problem: eth0: bpf pref 50 handle 0x1 foreign (program "),
-        "{found}"
-    );
-    assert!(found.contains("hides every packet from udplb\n"), "{found}");
-    assert!(found.contains("it comes first and says TC_ACT_OK, after which"), "{found}");
-    assert!(
-        found.contains("fix:  tc filter del dev eth0 ingress pref 50 handle 0x1 bpf, or"),
-        "{found}"
-    );
+    let found = examine(&lab, 0);
+    let named = "note: eth0: tc filter bpf pref 50 handle 0x1 foreign (program ";
+    assert!(found.starts_with(named), "{found}");
+    assert!(found.contains(") runs first and may consume packets\n"), "{found}");
+    let fix_of = "fix:  tc filter del dev eth0 ingress pref 50 handle 0x1 bpf, or";
+    assert!(found.contains(fix_of), "{found}");
     let receiver = bind(&lab.upstream, UPSTREAMS[0], 7001);
-    let sender = bind(&lab.client, CLIENTS[0], 0);
-    sender.send_to(b"hidden", (RELAY, 5000)).expect("sent");
-    fix(&lab, "hides every packet");
-    sender.send_to(b"seen", (RELAY, 5000)).expect("sent");
-    assert_eq!(receive(&receiver).payload, b"seen");
+    let load = Load::start(bind(&lab.client, CLIENTS[0], 0), 5000);
+    let found = examine(&lab, 3);
+    assert!(found.contains("packets came in within a second, and none reached udplb\n"), "{found}");
+    fix(&lab, "none reached udplb");
+    receive(&receiver);
+    drop(load);
     assert_eq!(examine(&lab, 0), "all is well\n");
+}
+
+#[test]
+fn programs_that_run_before() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    let index = lab.relay.index("eth0") as i32;
+    let xdp = program(libbpf_sys::BPF_PROG_TYPE_XDP, c"other_xdp", 2);
+    let tcx = program(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, c"other_tcx", -1);
+    lab.relay.enter(|| {
+        // SAFETY: takes plain numbers, and options of which all zeroes are none.
+        let (by_xdp, by_tcx) = unsafe {
+            let xdp = libbpf_sys::bpf_xdp_attach(index, xdp.as_raw_fd(), 0, std::ptr::null());
+            let none = std::ptr::null();
+            let hook = libbpf_sys::BPF_TCX_INGRESS;
+            (xdp, libbpf_sys::bpf_prog_attach_opts(tcx.as_raw_fd(), index, hook, none))
+        };
+        assert_eq!((by_xdp, by_tcx), (0, 0));
+    });
+    let found = examine(&lab, 0);
+    for name in ["XDP program ", "other_xdp runs first", "tcx program ", "other_tcx runs first"] {
+        assert!(found.contains(name), "{name}: {found}");
+    }
+    assert!(found.contains("fix:  ip link set dev eth0 xdp"), "{found}");
+    fix(&lab, "other_xdp");
+    assert!(!examine(&lab, 0).contains("other_xdp"));
+}
+
+#[test]
+fn upstream_that_died_without_traffic() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    lab.upstream.ip("link set eth0 arp off");
+    lab.relay.ip("neigh change 10.2.0.20 dev up0 nud stale");
+    // nobody needed it since, and the kernel has not noticed
+    lab.run("status").expect(0);
+    let found = examine(&lab, 3);
+    assert!(found.starts_with("problem: only: one is down since "), "{found}");
+    assert!(found.contains("10.2.0.20 on up0 does not answer (PROBE) ARP"), "{found}");
+}
+
+#[test]
+fn every_verdict_that_grows_is_explained() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    set(&sender, libc::IPPROTO_IP, libc::IP_TTL, 1);
+    let _load = Load::start(sender, 5000);
+    let found = examine(&lab, 3);
+    let said = "packets within a second were not sent: `ttl`\n  why:  the packets' TTL is spent\n";
+    assert!(found.contains(said), "{found}");
+    assert!(found.starts_with("problem: only/one: "), "{found}");
 }
 
 #[test]

@@ -538,6 +538,8 @@ fn an_interface_that_is_missing_or_made_anew() {
     assert!(status.stdout.contains("up0: there is no such interface"), "{status:?}");
     lab.try_apply(&on(&["eth0", "up0"], to_port(7001)), "").expect(1).says(&["no interface up0"]);
     lab.relay.link("up0", &lab.upstream, "eth1", true);
+    lab.relay.ip("addr add 10.2.0.1/24 dev up0");
+    lab.upstream.ip("addr add 10.2.0.20/24 dev eth1");
     let status = lab.run("status").expect(3);
     assert!(status.stdout.contains("up0: udplb is not attached"), "{status:?}");
     lab.apply(&on(&["eth0", "up0"], to_port(7001)));

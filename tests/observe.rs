@@ -7,12 +7,11 @@ use std::io::{Read, Write};
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{sleep, spawn};
 use std::time::{Duration, Instant};
 
 use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, config, rule};
-use common::net::{bind, local, receive, send_until, set};
+use common::net::{Load, bind, local, receive, set};
 use common::service::until;
 use serde_json::{Value, json};
 use udplb::bpf::{open_program, program_info};
@@ -82,10 +81,11 @@ fn status_in_words() {
     let lab = Lab::new();
     lab.apply(&rules());
     send(&lab);
-    let text = lab.run("status").expect(0).stdout;
+    let text = lab.run("status").expect(3).stdout;
     // without a command it is the same
-    assert_eq!(masked(&lab.run("").expect(0).stdout).lines().next(), masked(&text).lines().next());
-    let head = "generation 1 of FILE applied TIME (AGE ago)\neth0: attached\n\n";
+    assert_eq!(masked(&lab.run("").expect(3).stdout).lines().next(), masked(&text).lines().next());
+    let head = "generation 1 of FILE applied TIME (AGE ago)\neth0: attached\n\
+                ! copies: there is no route to nowhere: ";
     assert!(masked(&text).starts_with(head), "{}", masked(&text));
     let mut rows = rows(&text);
     for row in &mut rows {
@@ -103,7 +103,7 @@ fn status_in_words() {
         "copies|-|nowhere 192.0.2.1|no route|-|0|0|-|no-route 2",
     ];
     assert_eq!(rows.iter().map(|row| row.join("|")).collect::<Vec<_>>(), wanted);
-    let one = lab.run("status copies").expect(0).stdout;
+    let one = lab.run("status copies").expect(3).stdout;
     assert!(one.contains("nowhere") && !one.contains("flows"), "{one}");
     // no colour but where it is asked for
     assert!(!text.contains('\x1b'));
@@ -154,7 +154,7 @@ fn copies_and_notes() {
     assert!(copies.get("notes").is_none() && copies.get("mirrors").is_none());
 
     let rows: Vec<String> =
-        rows(&lab.run("status").expect(0).stdout).iter().map(|row| row.join("|")).collect();
+        rows(&lab.run("status").expect(3).stdout).iter().map(|row| row.join("|")).collect();
     assert!(rows[1].starts_with("flows|10.1.0.1:5000 block|-|-|-|3|"), "{rows:?}");
     assert!(rows[1].ends_with("|-|(short-payload 1)"), "{rows:?}");
     assert!(rows[4].starts_with("flows|-|mirror spy 10.2.0.20:7001|10.2.0.20 dev up0"), "{rows:?}");
@@ -175,34 +175,6 @@ fn copies_and_notes() {
     assert!(top.contains("mirror spy"), "{top}");
 }
 
-/// Sends as long as the value lives.
-struct Load {
-    stop: std::sync::Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<u64>>,
-}
-
-impl Load {
-    fn start(socket: UdpSocket, port: u16) -> Load {
-        let stop = std::sync::Arc::new(AtomicBool::new(false));
-        let stopped = std::sync::Arc::clone(&stop);
-        let thread = spawn(move || send_until(&stopped, &socket, (RELAY, port)));
-        Load { stop, thread: Some(thread) }
-    }
-
-    /// How many datagrams it sent.
-    fn end(mut self) -> u64 {
-        self.stop.store(true, Ordering::Relaxed);
-        // and one that says that it is the last
-        self.thread.take().expect("running").join().expect("sent") + 1
-    }
-}
-
-impl Drop for Load {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-}
-
 #[test]
 fn rates_and_a_watch() {
     let lab = Lab::new();
@@ -210,7 +182,7 @@ fn rates_and_a_watch() {
     let _receivers = UPSTREAMS.map(|address| bind(&lab.upstream, address, 7000));
     let _load = Load::start(bind(&lab.client, CLIENTS[0], 5666), 5000);
     let started = Instant::now();
-    let status = lab.run("status --rate -o json").expect(0).json();
+    let status = lab.run("status --rate -o json").expect(3).json();
     assert!(started.elapsed() > Duration::from_secs(1));
     let upstreams = &status["rules"][0]["upstreams"];
     let number = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{status:#}"));
@@ -220,7 +192,7 @@ fn rates_and_a_watch() {
     assert_eq!(number(&upstreams[0]["rate"]["bits_per_second"]).round(), (packets * 400.0).round());
     assert_eq!(number(&upstreams[0]["share"]), 1.0);
     assert_eq!(number(&upstreams[1]["rate"]["packets_per_second"]), 0.0);
-    let titles = &rows(&lab.run("status --rate").expect(0).stdout)[0];
+    let titles = &rows(&lab.run("status --rate").expect(3).stdout)[0];
     assert_eq!(titles[5..], ["PPS", "MBIT/S", "SHARE", "NOT FORWARDED"]);
 
     // one line for each look; ended by a signal, the exit code is that of the last
@@ -230,7 +202,7 @@ fn rates_and_a_watch() {
     interrupt(&child);
     let mut text = String::new();
     child.stdout.take().expect("a pipe").read_to_string(&mut text).expect("text");
-    assert_eq!(child.wait().expect("the child").code(), Some(0));
+    assert_eq!(child.wait().expect("the child").code(), Some(3));
     let looks: Vec<Value> =
         text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
     assert!((2..=4).contains(&looks.len()), "{}", looks.len());
@@ -284,9 +256,9 @@ impl OnTerminal {
     }
 
     /// What was on the screen, after the end.
-    fn end(mut self) -> String {
+    fn end(mut self, wanted: i32) -> String {
         let code = self.child.wait().expect("the child").code();
-        assert_eq!(code, Some(0));
+        assert_eq!(code, Some(wanted));
         self.screen.join().expect("the screen")
     }
 }
@@ -302,7 +274,7 @@ fn a_watch_gives_the_terminal_back() {
     let watch = OnTerminal::start(lab.udplb("status --watch"));
     sleep(Duration::from_millis(1_500));
     interrupt(&watch.child);
-    let screen = watch.end();
+    let screen = watch.end(3);
     assert!(screen.starts_with(ENTER) && screen.ends_with(LEAVE), "{screen:?}");
     assert!(screen.matches("\x1b[H").count() >= 2, "{screen:?}");
     // no line is wider than the terminal
@@ -358,7 +330,7 @@ fn top_shows_what_goes_where() {
     top.keyboard.write_all(b"n").expect("a key");
     sleep(Duration::from_millis(300));
     top.keyboard.write_all(b"q").expect("a key");
-    let screen = top.end();
+    let screen = top.end(0);
     assert!(screen.starts_with(ENTER) && screen.ends_with(LEAVE), "{screen:?}");
     let frames: Vec<&str> = screen.split("\x1b[H").collect();
     let first = |frame: &str, one: &str, other: &str| frame.find(one) < frame.find(other);

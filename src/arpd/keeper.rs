@@ -738,6 +738,8 @@ mod tests {
                 kind: String::new(),
                 lower: None,
                 controller: None,
+                received: 0,
+                xdp: Vec::new(),
             };
             self.keeper.set_links(vec![link]);
         }

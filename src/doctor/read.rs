@@ -1,14 +1,14 @@
 //! What doctor looks at. Nothing is changed.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use anyhow::Context;
 
-use super::{Before, Facts, Input, InputLink, Kernel, Sender, Upstream, Way, returns};
+use super::{Facts, Input, InputLink, Kernel, Sender, Upstream, Way, before, sample};
 use crate::advice;
 use crate::bpf;
 use crate::cli::{Global, Resolver, Target};
@@ -19,13 +19,12 @@ use crate::failure::{Failure, Result};
 use crate::generation::Description;
 use crate::kernel;
 use crate::list;
-use crate::netlink::{Direction, ETH_P_ALL, Filter, Link, Netlink, OwnAddress, Route};
+use crate::netlink::{Link, Netlink, OwnAddress, Route};
 use crate::observe::{Observed, observe};
 use crate::plan::{Desired, Rule};
 use crate::privileges;
-use crate::status::{self, Status};
+use crate::status::{self, Reading, Status};
 use crate::tables;
-use crate::tc;
 use crate::wanted::{Request, Text, Wanted};
 
 /// Of the documentation's networks: the way there is the default route.
@@ -42,8 +41,15 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
         neighbours: netlink.neighbour_tables().await.context("neighbours")?,
         ..Facts::default()
     };
-    let reading = match status::read(global, netlink, None, None).await {
-        Ok(reading) => Some(reading),
+    let measured = bpf::measure_runs().inspect_err(|error| log::info!("run times: {error}"));
+    let reading = match readings(global, netlink).await {
+        Ok((before, after)) => {
+            facts.growth = sample::growth(&before.status, &after.status);
+            if measured.is_ok() {
+                facts.hidden = sample::hidden(&before, &after);
+            }
+            Some(after)
+        }
         // it is no trouble of the host
         Err(failure @ Failure::Locked(_)) => return Err(failure),
         Err(failure) => {
@@ -100,6 +106,18 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
         look(&mut facts, netlink, observed, status, serving, &desired).await?;
     }
     Ok(facts)
+}
+
+/// Two readings, a sample's length apart. Neighbours that the kernel does not vouch for are asked
+/// meanwhile, since a route's next hop that died a while ago looks like one that nobody needed.
+async fn readings(global: &Global, netlink: &Netlink) -> Result<(Reading, Reading)> {
+    let before = status::read(global, netlink, None, None).await?;
+    if before.status.arpd != Some(true) {
+        netlink.probe(&before.doubtful()).await;
+    }
+    tokio::time::sleep(sample::LENGTH).await;
+    let after = status::read(global, netlink, None, None).await?;
+    Ok((before, after))
 }
 
 /// A file that was given takes the interfaces that serve, where it names none.
@@ -231,10 +249,7 @@ async fn inputs(
                 lro: devices_below(link, links).find(|device| lro(device)).map(String::from),
                 foreign_qdisc: qdisc.is_some()
                     && serving.is_some_and(|serving| !serving.clsact.contains(name)),
-                before: match qdisc {
-                    Some(_) => before(netlink, link, &protocols).await?,
-                    None => tcx(link),
-                },
+                before: before::read(netlink, link, &protocols).await?,
                 not_forwarding: families
                     .iter()
                     .map(|(family, _)| format!("net.{family}.conf.{name}.forwarding"))
@@ -249,71 +264,6 @@ async fn inputs(
         });
     }
     Ok(inputs)
-}
-
-/// The filters that are asked before udplb's, in no order.
-async fn before(netlink: &Netlink, link: &Link, protocols: &[u16]) -> Result<Vec<Before>> {
-    let filters = netlink.filters(link.index, Direction::Ingress).await.context("filters")?;
-    let mut before = tcx(link);
-    let is_first = |filter: &&Filter| {
-        filter.chain == 0
-            && filter.priority < tc::PRIORITY
-            && (filter.protocol == ETH_P_ALL || protocols.contains(&filter.protocol))
-    };
-    for filter in filters.iter().filter(is_first) {
-        let verdicts = match (&filter.program, filter.direct, filter.action) {
-            (Some(program), true, _) => constants(program.id),
-            (_, _, Some(action)) => Some(BTreeSet::from([action])),
-            _ => None,
-        };
-        before.push(Before {
-            filter: tc::describe(filter),
-            remove: format!(
-                "tc filter del dev {} ingress pref {} handle {:#x} {}",
-                link.name, filter.priority, filter.handle, filter.kind
-            ),
-            verdicts,
-            all: filter.direct || filter.kind == "matchall",
-        });
-    }
-    Ok(before)
-}
-
-fn constants(program: u32) -> Option<BTreeSet<i32>> {
-    let program = bpf::program_by_id(program).ok()?;
-    returns::constants(&returns::instructions(program.as_fd())?)
-}
-
-/// The programs of the newer hook (6.6), which are all asked before any filter.
-fn tcx(link: &Link) -> Vec<Before> {
-    let mut ids = [0_u32; 64];
-    let mut options = libbpf_sys::bpf_prog_query_opts {
-        sz: size_of::<libbpf_sys::bpf_prog_query_opts>() as libbpf_sys::size_t,
-        prog_ids: ids.as_mut_ptr(),
-        ..Default::default()
-    };
-    options.__bindgen_anon_1.count = ids.len() as u32;
-    // SAFETY: the kernel writes at most `count` ids, and everything outlives the call; the union is
-    // one of two names of the same number.
-    let found = unsafe {
-        match libbpf_sys::bpf_prog_query_opts(
-            link.index as i32,
-            libbpf_sys::BPF_TCX_INGRESS,
-            &mut options,
-        ) {
-            0 => options.__bindgen_anon_1.count as usize,
-            _ => 0,
-        }
-    };
-    ids.iter()
-        .take(found)
-        .map(|id| Before {
-            filter: format!("tcx program {id}"),
-            remove: format!("bpftool net detach tcx_ingress dev {}", link.name),
-            verdicts: constants(*id),
-            all: true,
-        })
-        .collect()
 }
 
 /// Returns the devices that packets of a link come in by: its members, or what it is made upon. A

@@ -33,6 +33,7 @@ impl Kernel {
             layer: Some(udplb::netlink::Layer::Ethernet),
             up: true,
             carrier: true,
+            received: 0,
             hook: Hook { qdisc: None, slot: Slot::Empty, shared: false },
         };
         let interfaces =

@@ -3,6 +3,7 @@
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -267,6 +268,35 @@ pub fn send_until(stop: &AtomicBool, socket: &UdpSocket, to: (Ipv4Addr, u16)) ->
     }
     send_last(socket, to);
     sent
+}
+
+/// Sends as long as the value lives.
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<u64>>,
+}
+
+impl Load {
+    pub fn start(socket: UdpSocket, port: u16) -> Load {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread =
+            std::thread::spawn(move || send_until(&stopped, &socket, (super::lab::RELAY, port)));
+        Load { stop, thread: Some(thread) }
+    }
+
+    /// How many datagrams it sent.
+    pub fn end(mut self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        // and one that says that it is the last
+        self.thread.take().expect("running").join().expect("sent") + 1
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Tells a [`count`]er that nothing follows.
