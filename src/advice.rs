@@ -112,6 +112,40 @@ fn upstreams<'a>(
     })
 }
 
+/// `block` rules that take what sockets of this host listen for.
+fn robbed(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Finding> {
+    let blocks = config.rules.iter().filter(|rule| rule.action == Action::Block);
+    let robbed = blocks.filter_map(|rule| {
+        let addresses = match rule.key.address {
+            KeyAddress::Is(address) => vec![address],
+            KeyAddress::Any => desired.addresses.clone(),
+        };
+        let of_family =
+            addresses.into_iter().filter(|address| Family::from(*address) == rule.family());
+        let takes = |port: u16| {
+            rule.key.ports.is_empty() || rule.key.ports.iter().any(|ports| ports.contains(port))
+        };
+        let mut taken: Vec<String> = of_family
+            .flat_map(|address| {
+                let heard = listeners.iter().filter(move |it| it.hears(address));
+                heard.filter(|it| takes(it.port)).map(move |it| with_port(address, it.port))
+            })
+            .collect();
+        taken.sort_unstable();
+        taken.dedup();
+        let first = taken.first()?;
+        let more = match taken.len() - 1 {
+            0 => String::new(),
+            more => format!(", and on {more} more of its addresses and ports"),
+        };
+        let message = format!(
+            "a socket of this host listens on {first}{more}: with `tc_action: block` it gets nothing"
+        );
+        Some(Finding::new(&rule.at, message))
+    });
+    robbed.collect()
+}
+
 /// Returns the `pass` rules with a port on which nobody listens. What netfilter does to their packets
 /// before delivery is not looked at.
 fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Finding> {

@@ -7,7 +7,7 @@ use anyhow::{Context, anyhow};
 
 use crate::config::{Address, State};
 use crate::diff::{Action, Plan, Refusal};
-use crate::generation::{self, Generation};
+use crate::generation::{self, Generation, Origin};
 use crate::marks::Mark;
 use crate::netlink::Netlink;
 use crate::nexthop::{self, Way};
@@ -65,6 +65,21 @@ pub fn count_reattached(
     let mark = if before.index == index { before } else { Mark { index, ..Mark::default() } };
     let mark = Mark { reattached: before.reattached + 1, ..mark };
     maps.marks.set(guard, interface, Some(mark))
+}
+
+/// Records that the configuration of a generation came from elsewhere this time. It is a write only where
+/// that differs from what is known, and drift is judged by it.
+pub fn record_origin(
+    guard: &WriteGuard,
+    observed: &Observed,
+    number: u32,
+    origin: &Origin,
+) -> anyhow::Result<()> {
+    let known = observed.generations.get(&number).map(|it| &it.description.origin);
+    match (known, guard.maps()?) {
+        (Some(known), Some(maps)) if known != origin => maps.set_origin(number, origin),
+        _ => Ok(()),
+    }
 }
 
 /// The witness that only tells.

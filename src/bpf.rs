@@ -88,6 +88,8 @@ unsafe impl Pod for types::heartbeat {}
 // SAFETY: as above.
 unsafe impl Pod for types::held {}
 // SAFETY: as above.
+unsafe impl Pod for types::origin {}
+// SAFETY: as above.
 unsafe impl Pod for types::pending {}
 // SAFETY: as above.
 unsafe impl Pod for types::mark {}

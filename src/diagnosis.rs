@@ -1,6 +1,6 @@
 //! What is wrong with the configuration that serves, and why. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use crate::config::{Address, Mode, Network, State};
@@ -121,7 +121,9 @@ pub fn problems(facts: &Facts<'_>) -> Vec<Problem> {
             .iter()
             .filter_map(|(rule, upstream, why)| unreachable(facts, rule, upstream, why)),
     );
-    problems.extend(facts.rules.iter().flat_map(|rule| losses(facts, rule)));
+    // the consequence of what is said already is not said again
+    let explained: HashSet<u32> = unreached.iter().map(|(_, upstream, _)| upstream.id).collect();
+    problems.extend(facts.rules.iter().flat_map(|rule| losses(facts, rule, &explained)));
     problems.extend(silent(facts, serving));
     problems
 }
@@ -452,33 +454,32 @@ fn all_drained(facts: &Facts<'_>, rule: &RuleStatus) -> Option<Problem> {
     Some(problem("all-drained", &rule.name, what).why(why).fix(fix))
 }
 
-/// Packets of a rule that were lost just now.
-fn losses(facts: &Facts<'_>, rule: &RuleStatus) -> Vec<Problem> {
+/// Packets of a rule that were lost just now. `explained` are upstreams of which the reason is known.
+fn losses(facts: &Facts<'_>, rule: &RuleStatus, explained: &HashSet<u32>) -> Vec<Problem> {
     let recent = |lost: Option<(Duration, &'static str)>| {
         let (time, verdict) = lost?;
         (facts.now.monotonic.saturating_sub(time) < RECENT).then_some(verdict)
     };
     let loss = |place: &str, verdict: &'static str| {
         let Explanation { why, fix } = explain(verdict);
-        problem(
-            "packets-lost",
-            place,
-            format!("packets were lost in the last second as `{verdict}`"),
-        )
-        .why(why)
-        .fix(fix)
+        let what = format!("packets were lost in the last second as `{verdict}`");
+        problem("packets-lost", place, what).why(why).fix(fix)
     };
-    let mut problems = Vec::new();
-    for (upstream, _) in rule.destinations() {
-        let verdict = recent(upstream.counters.last_lost());
-        let place = format!("{}/{}", rule.name, upstream.label);
-        problems.extend(verdict.map(|verdict| loss(&place, verdict)));
+    let lossy: Vec<(&UpstreamStatus, &'static str)> = rule
+        .destinations()
+        .filter_map(|(upstream, _)| Some((upstream, recent(upstream.counters.last_lost())?)))
+        .collect();
+    // where none of several copies was sent, the rule's own counter says the same again
+    if lossy.is_empty() && rule.upstreams.iter().any(|it| it.state == State::Active) {
+        return recent(rule.own.last_lost())
+            .map(|verdict| loss(&rule.name, verdict))
+            .into_iter()
+            .collect();
     }
-    // where none of several copies was sent, its own counter says the same again
-    if problems.is_empty() {
-        problems.extend(recent(rule.own.last_lost()).map(|verdict| loss(&rule.name, verdict)));
-    }
-    problems
+    let unexplained = lossy.into_iter().filter(|(upstream, _)| !explained.contains(&upstream.id));
+    unexplained
+        .map(|(upstream, verdict)| loss(&format!("{}/{}", rule.name, upstream.label), verdict))
+        .collect()
 }
 
 /// Returns true for verdicts of packets that were to be sent, as the program has it in `is_lost()`.

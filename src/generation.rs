@@ -70,7 +70,7 @@ impl Description {
 }
 
 /// Where a configuration came from.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
     /// Of the text and of how it was applied; empty where the text says more than was applied.
     #[serde(default)]
@@ -256,6 +256,7 @@ fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenU
     skeleton.maps.held.set_autocreate(false)?;
     skeleton.maps.pending.set_autocreate(false)?;
     skeleton.maps.marks.set_autocreate(false)?;
+    skeleton.maps.origin.set_autocreate(false)?;
     skeleton.maps.former.set_autocreate(false)?;
     Ok(skeleton)
 }

@@ -162,6 +162,11 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
                 None => observed.damaged.push(number),
             }
         }
+        if let Some((number, origin)) = maps.as_ref().map(StateMaps::origin).transpose()?.flatten()
+            && let Some(generation) = observed.generations.get_mut(&number)
+        {
+            generation.description.origin = origin;
+        }
         let held = observed.generations.values().flat_map(Generation::ids);
         let held: HashSet<u32> = held.collect();
         if let (Some(maps), Some(most)) = (&maps, held.iter().max()) {

@@ -28,6 +28,7 @@ use crate::clock;
 use crate::counters::Counters;
 use crate::failure::{Failure, Result};
 use crate::former::Former;
+use crate::generation::Origin;
 use crate::lock;
 use crate::marks::Marks;
 use crate::nexthop::NextHops;
@@ -334,7 +335,7 @@ impl ReadGuard {
         let counters = Counters::open(counters, &state)?;
         let nexthops = NextHops::open(nexthops, &state)?;
         let whole = counters.is_whole()? && nexthops.is_whole()?;
-        let (tickets, pending) = (open("tickets")?, open("pending")?);
+        let (tickets, pending, origin) = (open("tickets")?, open("pending")?, open("origin")?);
         let marks = Marks::new(open("marks")?);
         Ok(whole.then_some(StateMaps {
             counters,
@@ -344,6 +345,7 @@ impl ReadGuard {
             held,
             pending,
             marks,
+            origin,
             overrides: Overrides::new(overrides),
             fragments,
             fragment_ring,
@@ -454,6 +456,7 @@ impl WriteGuard {
         let held = ensure(&state, "held", &maps.held, None)?;
         let pending = Some(ensure(&state, "pending", &maps.pending, None)?);
         let marks = Marks::new(Some(ensure(&state, "marks", &maps.marks, None)?));
+        let origin = Some(ensure(&state, "origin", &maps.origin, None)?);
         let overrides = ensure(&state, "overrides", &maps.overrides, None)?;
         let fragments = ensure(&state, "fragments", &maps.fragments, None)?;
         let fragment_ring = ensure(&state, "fragment_ring", &maps.fragment_ring, None)?;
@@ -475,6 +478,7 @@ impl WriteGuard {
             held,
             pending,
             marks,
+            origin,
             overrides: Overrides::new(overrides),
             fragments,
             fragment_ring,
@@ -611,6 +615,8 @@ pub struct StateMaps {
     held: MapHandle,
     /// None in a directory of an older udplb.
     pending: Option<MapHandle>,
+    /// None where an earlier udplb built the generation.
+    origin: Option<MapHandle>,
 }
 
 /// The configuration that a rollback left.
@@ -651,6 +657,33 @@ impl StateMaps {
             generation: pending.generation,
             previous: (pending.previous != 0).then_some(pending.previous),
         }))
+    }
+
+    /// Returns the generation whose configuration was applied again from elsewhere, and from where.
+    pub fn origin(&self) -> anyhow::Result<Option<(u32, Origin)>> {
+        let Some(map) = &self.origin else { return Ok(None) };
+        let bytes = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY)?;
+        let value: types::origin =
+            bytes.and_then(|bytes| from_bytes(&bytes)).context("state/origin is no origin map")?;
+        let Some(json) = value.json.get(..value.length as usize).filter(|json| !json.is_empty())
+        else {
+            return Ok(None);
+        };
+        Ok(Some((value.generation, serde_json::from_slice(json).context("state/origin")?)))
+    }
+
+    /// Records where the configuration of a generation was applied from last.
+    pub fn set_origin(&self, generation: u32, origin: &Origin) -> anyhow::Result<()> {
+        let Some(map) = &self.origin else { return Ok(()) };
+        let mut json = serde_json::to_vec(origin)?;
+        let mut value = types::origin { generation, ..Default::default() };
+        if json.len() > value.json.len() {
+            // it is not found again, as one of standard input
+            json = serde_json::to_vec(&Origin { file: "-".into(), ..Origin::default() })?;
+        }
+        value.length = json.len() as u32;
+        value.json[..json.len()].copy_from_slice(&json);
+        Ok(map.update(&0_u32.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)?)
     }
 
     /// Records a pending change, or that there is none.

@@ -257,6 +257,44 @@ fn drift_of_a_file_that_was_named_from_where_it_is() {
 }
 
 #[test]
+fn drift_follows_the_file_that_was_applied_last() {
+    let lab = Lab::new();
+    let text = to_port(7001).to_string();
+    let [first, second] = ["first.yaml", "second.yaml"]
+        .map(|name| lab.directory.write(name, &text).display().to_string());
+    let apply = |words: &str| {
+        let changed = lab.run(&format!("apply {words} -o json")).expect(0).json();
+        changed["changed"].as_bool().expect("a truth value")
+    };
+    assert!(apply(&first));
+    assert!(!apply(&second));
+    assert_eq!(lab.status()["file"], second);
+    let other = to_port(7002).to_string();
+    lab.directory.write("first.yaml", &other);
+    assert_eq!(examine(&lab, 0), "all is well\n");
+    lab.directory.write("second.yaml", &other);
+    assert!(examine(&lab, 3).starts_with(&format!("problem: {second}: it is not what serves")));
+    // another generation has its own, and what a rollback brings back has the last one
+    assert!(apply(&first));
+    assert_eq!(lab.status()["file"], first);
+    lab.run("rollback").expect(0);
+    assert_eq!(lab.status()["file"], second);
+    // of standard input there is nothing to compare, and nothing to edit
+    let mut stdin = lab.udplb("apply - -o json");
+    let outcome = Outcome::with_input(&mut stdin, &text).expect(0);
+    assert_eq!(outcome.json()["changed"], false);
+    lab.run("detach").expect(0);
+    let found = examine(&lab, 3);
+    assert!(
+        found.contains("fix:  apply the configuration again (it came from standard input)"),
+        "{found}"
+    );
+    for advice in ["edit -", "apply -", "plan -", "check -"] {
+        assert!(!found.contains(&format!("{advice}\n")), "{found}");
+    }
+}
+
+#[test]
 fn forwarding_and_reverse_path_filters() {
     let lab = Lab::new();
     let _here = bind(&lab.relay, RELAY, 5000);
