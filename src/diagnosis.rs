@@ -607,7 +607,15 @@ mod tests {
 
     fn interface(slot: Slot) -> Interface {
         let hook = Hook { qdisc: None, slot, shared: false };
-        Interface { index: 1, layer: None, up: true, carrier: true, received: 0, hook }
+        Interface {
+            index: 1,
+            altnames: Vec::new(),
+            layer: None,
+            up: true,
+            carrier: true,
+            received: 0,
+            hook,
+        }
     }
 
     /// The rows of rules that matched their last packet so many seconds after they were applied.

@@ -43,10 +43,10 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
     };
     let measured = bpf::measure_runs().inspect_err(|error| log::info!("run times: {error}"));
     let reading = match readings(global, netlink).await {
-        Ok((before, after)) => {
+        Ok((before, links, after)) => {
             facts.growth = sample::growth(&before.status, &after.status);
             if measured.is_ok() {
-                facts.hidden = sample::hidden(&before, &after);
+                facts.hidden = sample::hidden(&before, &links, &after);
             }
             Some(after)
         }
@@ -108,16 +108,17 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
     Ok(facts)
 }
 
-/// Two readings, a sample's length apart. Neighbours that the kernel does not vouch for are asked
+/// Two readings, a sample's length apart, and the links right after the first. Neighbours that the kernel does not vouch for are asked
 /// meanwhile, since a route's next hop that died a while ago looks like one that nobody needed.
-async fn readings(global: &Global, netlink: &Netlink) -> Result<(Reading, Reading)> {
+async fn readings(global: &Global, netlink: &Netlink) -> Result<(Reading, Vec<Link>, Reading)> {
     let before = status::read(global, netlink, None, None).await?;
     if before.status.arpd != Some(true) {
         netlink.probe(&before.doubtful()).await;
     }
+    let links = netlink.links().await.context("interfaces")?;
     tokio::time::sleep(sample::LENGTH).await;
     let after = status::read(global, netlink, None, None).await?;
-    Ok((before, after))
+    Ok((before, links, after))
 }
 
 /// A file that was given takes the interfaces that serve, where it names none.

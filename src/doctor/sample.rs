@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use crate::counters::Counts;
+use crate::netlink::Link;
 use crate::status::{Reading, RuleStatus, Status};
 
 /// Time between the readings.
@@ -49,8 +50,9 @@ fn drops(place: &str, now: Counts, then: Counts) -> Vec<Growth> {
 }
 
 /// The interfaces that packets came in by, with their number, while udplb's program never ran: something
-/// before it took them all. Empty where the kernel did not measure runs.
-pub fn hidden(before: &Reading, after: &Reading) -> BTreeMap<String, u64> {
+/// before it took them all. `links` are of a time between the readings, so that what was received after
+/// them has met the program by the second one. Empty where the kernel did not measure runs.
+pub fn hidden(before: &Reading, links: &[Link], after: &Reading) -> BTreeMap<String, u64> {
     /// One may be under way.
     const SOME: u64 = 3;
     let (Some(earlier), Some(later)) = (before.runs, after.runs) else { return BTreeMap::new() };
@@ -58,8 +60,8 @@ pub fn hidden(before: &Reading, after: &Reading) -> BTreeMap<String, u64> {
         return BTreeMap::new();
     }
     let interfaces = after.observed.attached().filter_map(|(name, _)| {
-        let received = |reading: &Reading| Some(reading.observed.interfaces.get(name)?.received);
-        let packets = received(after)?.saturating_sub(received(before)?);
+        let then = links.iter().find(|link| link.name == name)?.received;
+        let packets = after.observed.interfaces.get(name)?.received.saturating_sub(then);
         (packets >= SOME).then(|| (name.to_string(), packets))
     });
     interfaces.collect()
