@@ -484,7 +484,7 @@ fn losses(facts: &Facts<'_>, rule: &RuleStatus, explained: &HashSet<u32>) -> Vec
 
 /// Returns true for verdicts of packets that were to be sent, as the program has it in `is_lost()`.
 pub fn is_loss(verdict: &str) -> bool {
-    !["not-for-us", "fragment"].contains(&verdict)
+    !["not-for-us", "fragment", "unresolved"].contains(&verdict)
 }
 
 /// Why packets have a verdict, and what can be done.
