@@ -667,7 +667,7 @@ mod tests {
         assert_eq!(ids(Slot::Empty), ["not-attached"]);
         assert_eq!(ids(Slot::Generation(1)), ["other-generation"]);
         assert_eq!(ids(Slot::Foreign("flower".into())), ["place-taken"]);
-        assert_eq!(ids(Slot::Orphan { program: 1, filter: "bpf".into() }), ["orphan"]);
+        assert_eq!(ids(Slot::Orphan { program: 1, filter: "bpf".into(), home: None }), ["orphan"]);
     }
 
     #[test]
