@@ -92,7 +92,7 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
         }
         (Some((text, target)), None) => {
             let wanted = match Request::new(&text, &target, Resolver::default()) {
-                Ok(request) => Wanted::whole(request, &observed, netlink).await,
+                Ok(request) => Wanted::whole(request, observed, netlink).await,
                 Err(failure) => Err(failure),
             };
             match wanted {
