@@ -48,10 +48,13 @@ static __always_inline void count(struct __sk_buff *skb, __u32 layout, __u32 tag
 	void *inner = bpf_map_lookup_elem(&counters, &chunk);
 	struct counters *counters = inner ? bpf_map_lookup_elem(inner, &index) : NULL;
 	struct counter *counter;
+	__u64 place = which;
 
-	if (!counters || features.asking || which >= COUNTERS)
+	/* or 5.10 loses the bound, as the compiler compares a copy */
+	asm volatile("" : "+r"(place));
+	if (!counters || features.asking || place >= COUNTERS)
 		return;
-	counter = &counters->of[which];
+	counter = &counters->of[place];
 	counter->packets++;
 	counter->bytes += bytes;
 	if (is_given_away(which))

@@ -68,10 +68,13 @@ __noinline __u32 store_options(struct __sk_buff *skb, __u32 headers)
 __noinline __u32 blank_options(__u32 length)
 {
 	struct sending *sending = get_sending();
-	__u8 *options = sending ? (__u8 *)sending->options : NULL;
 	__u32 i, end = 0, blank = 0;
+	__u8 *options;
 
-	for (i = 0; options && i < MOST_OPTIONS * 4 - 1 && i < length; i++) {
+	if (!sending)
+		return 0;
+	options = (__u8 *)sending->options;
+	for (i = 0; i < MOST_OPTIONS * 4 - 1 && i < length; i++) {
 		if (i >= end) {
 			if (options[i] == OPTION_END)
 				break;

@@ -124,6 +124,8 @@ pub enum Way {
         gateway: IpAddr,
         /// Bytes.
         mtu: u32,
+        /// Name and MTU of the interface below, which limits that MTU.
+        lower: Option<(String, u32)>,
     },
 }
 
@@ -445,12 +447,15 @@ impl Judge<'_> {
                         format!("ip route add {address} via ROUTER"),
                     );
                 }
-                Way::Hop { interface, gateway, mtu } => {
+                Way::Hop { interface, gateway, mtu, lower } => {
                     // one finding for each way
                     if *mtu < largest && narrow.insert((interface, mtu, upstream.too_large > 0)) {
                         let what = format!("the MTU on the way to {label} is {mtu}");
-                        let why = format!("larger packets, up to {largest}, are dropped as `mtu`");
-                        let fix = format!("ip link set {interface} mtu {largest}");
+                        let why = format!(
+                            "larger packets, up to {largest}, are fragmented, or dropped as `mtu` if \
+                             they must not be"
+                        );
+                        let fix = widen(interface, *mtu, lower.as_ref(), largest);
                         match upstream.too_large {
                             0 => self.note("mtu", rule, what, &why, fix),
                             count => self.problem(
@@ -544,6 +549,18 @@ pub fn text(findings: &[Problem], bold: bool) -> String {
     text
 }
 
+/// Returns the command that gives an interface an MTU; one below it has to have room for its headers too.
+fn widen(interface: &str, mtu: u32, lower: Option<&(String, u32)>, wanted: u32) -> String {
+    let set = format!("ip link set {interface} mtu {wanted}");
+    match lower {
+        Some((lower, room)) => {
+            let headers = room.saturating_sub(mtu);
+            format!("ip link set {lower} mtu {} && {set}", wanted + headers)
+        }
+        None => set,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -577,6 +594,7 @@ mod tests {
                     interface: "up0".into(),
                     gateway: [10, 2, 0, 20].into(),
                     mtu: 1500,
+                    lower: None,
                 },
                 preserves: true,
                 lacks_egress: false,
@@ -773,8 +791,12 @@ mod tests {
                 "ip addr add ADDRESS dev up0",
             )],
         );
-        let gateway =
-            |mtu| Way::Hop { interface: "up0".into(), gateway: [10, 2, 0, 1].into(), mtu };
+        let gateway = |mtu| Way::Hop {
+            interface: "up0".into(),
+            gateway: [10, 2, 0, 1].into(),
+            mtu,
+            lower: None,
+        };
         let mut facts = healthy();
         facts.upstreams[0].way = gateway(1400);
         facts.upstreams.push(facts.upstreams[0].clone());

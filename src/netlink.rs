@@ -14,8 +14,8 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType,
-    LinkMessage, LinkXdp, Prop,
+    AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo,
+    LinkLayerType, LinkMessage, LinkXdp, Prop,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
@@ -73,6 +73,8 @@ pub struct Link {
     pub kind: String,
     /// The interface it is stacked on (macvlan, VLAN); a veth's peer too.
     pub lower: Option<u32>,
+    /// The interface that a VXLAN's own packets leave by.
+    pub outer: Option<u32>,
     /// The bridge or bond it belongs to.
     pub controller: Option<u32>,
     /// Packets that came in so far.
@@ -846,6 +848,7 @@ fn link(message: LinkMessage) -> Link {
         controller: None,
         received: 0,
         xdp: Vec::new(),
+        outer: None,
     };
     for attribute in message.attributes {
         match attribute {
@@ -855,7 +858,10 @@ fn link(message: LinkMessage) -> Link {
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
             LinkAttribute::Link(index) => link.lower = Some(index),
             LinkAttribute::Controller(index) => link.controller = Some(index),
-            LinkAttribute::LinkInfo(infos) => link.kind = link_kind(&infos),
+            LinkAttribute::LinkInfo(infos) => {
+                link.kind = link_kind(&infos);
+                link.outer = outer_link(&infos);
+            }
             LinkAttribute::AfSpecUnspec(families) => link.mtu6 = mtu6(&families),
             LinkAttribute::Stats64(stats) => link.received = stats.rx_packets,
             LinkAttribute::Xdp(facts) => link.xdp = xdp(&facts),
@@ -928,6 +934,17 @@ fn neighbour_table(message: NeighbourTableMessage) -> Option<NeighbourTable> {
         }
     }
     (known && whole).then_some(table)
+}
+
+fn outer_link(infos: &[LinkInfo]) -> Option<u32> {
+    let of_vxlan = |info: &InfoVxlan| match info {
+        InfoVxlan::Link(index) => Some(*index),
+        _ => None,
+    };
+    infos.iter().find_map(|info| match info {
+        LinkInfo::Data(InfoData::Vxlan(infos)) => infos.iter().find_map(of_vxlan),
+        _ => None,
+    })
 }
 
 fn link_kind(infos: &[LinkInfo]) -> String {

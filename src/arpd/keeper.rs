@@ -740,6 +740,7 @@ mod tests {
                 controller: None,
                 received: 0,
                 xdp: Vec::new(),
+                outer: None,
             };
             self.keeper.set_links(vec![link]);
         }

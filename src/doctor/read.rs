@@ -362,6 +362,10 @@ fn way(address: IpAddr, route: std::io::Result<Route>, links: &HashMap<u32, Link
                 interface: link.name.clone(),
                 gateway: route.gateway,
                 mtu: route.mtu.unwrap_or_else(|| link.mtu_to(address)),
+                // a veth has a peer there
+                lower: link.outer.or(link.lower.filter(|_| link.kind != "veth")).and_then(
+                    |lower| links.get(&lower).map(|lower| (lower.name.clone(), lower.mtu)),
+                ),
             },
             None => Way::None("its interface is gone".into()),
         },
