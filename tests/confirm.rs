@@ -6,11 +6,13 @@ use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::time::Duration;
 
 use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, to_port};
 use common::net::{bind, receive};
 use common::service::{Arpd, until};
 use serde_json::{Value, json};
+use udplb::state::{self, Pending};
 
 /// A datagram to the rule's key arrives at this port of the first upstream.
 #[track_caller]
@@ -43,6 +45,17 @@ fn kill_waiters(lab: &Lab) {
         kill(pid, libc::SIGKILL);
     }
     until("the waiters are gone", || waiters(lab).is_empty());
+}
+
+/// Lets the deadline of the pending change pass, with nobody who waits for it.
+fn pass_deadline(lab: &Lab) {
+    kill_waiters(lab);
+    let guard = state::write(&lab.bpffs.pins(), Duration::from_secs(60));
+    let guard = guard.map_err(|failure| failure.to_string()).expect("the lock");
+    let maps = guard.maps().expect("readable").expect("whole");
+    let pending = maps.pending().expect("readable").expect("a pending change");
+    let deadline = Duration::from_nanos(1);
+    maps.set_pending(Some(Pending { deadline, ..pending })).expect("written");
 }
 
 fn apply(lab: &Lab, port: u16, options: &str) -> Value {
@@ -126,7 +139,7 @@ fn unconfirmed_change_is_rolled_back_though_the_session_is_killed() {
     lab.apply(&to_port(7001));
     let file = lab.write(&to_port(7002));
     let mut shell = lab.relay.command("sh");
-    let script = "\"$0\" --pin-dir \"$1\" apply --confirm 5 \"$2\" && echo done && sleep 1000";
+    let script = "\"$0\" --pin-dir \"$1\" apply --confirm 15 \"$2\" && echo done && sleep 1000";
     shell.args(["-c", script, env!("CARGO_BIN_EXE_udplb")]).arg(lab.bpffs.pins()).arg(file);
     shell.stdout(Stdio::piped()).process_group(0);
     let mut shell = shell.spawn().expect("a shell");
@@ -154,9 +167,9 @@ fn overdue_rollback_is_shown_and_done_by_the_next_command() {
     let lab = Lab::new();
     for command in ["confirm", "apply", "drain only/one", "rollback", "detach"] {
         lab.apply(&to_port(7001));
-        apply(&lab, 7002, "--confirm 1");
-        kill_waiters(&lab);
-        until("it is overdue", || lab.status()["pending"]["seconds_left"] == 0);
+        apply(&lab, 7002, "--confirm 3000");
+        pass_deadline(&lab);
+        assert_eq!(lab.status()["pending"]["seconds_left"], 0);
         let status = lab.run("status").expect(3);
         assert!(status.stdout.contains("its rollback is overdue"), "{status:?}");
         expect_way(&lab, 7002);
@@ -183,8 +196,8 @@ fn overdue_rollback_is_done_by_arpd() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     let arpd = Arpd::start(&lab, "");
-    let generation = apply(&lab, 7002, "--confirm 2")["generation"].clone();
-    kill_waiters(&lab);
+    let generation = apply(&lab, 7002, "--confirm 3000")["generation"].clone();
+    pass_deadline(&lab);
     until_serves(&lab, 1);
     expect_way(&lab, 7001);
     assert_eq!(lab.status()["held"], generation);
