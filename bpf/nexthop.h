@@ -159,7 +159,7 @@ static __always_inline bool egress_address(const struct upstream *upstream, __be
 
 enum leased {
 	LEASED_NOTHING, /* or no longer */
-	LEASED_DOWN,	/* the next hop does not answer */
+	LEASED_DOWN,	/* there is a next hop, which does not answer */
 	LEASED_WAY,
 };
 
@@ -175,11 +175,11 @@ static __always_inline enum leased leased_way(struct sending *sending)
 		return LEASED_NOTHING;
 	sequence = sequence_of(slot);
 	known = known_of(slot, sequence, sending->label.destination);
-	if (!known)
+	if (!known || !known->ifindex)
 		return LEASED_NOTHING;
 	if (known->health == HEALTH_DOWN)
 		return LEASED_DOWN;
-	if (known->macs < MACS_FRESH || !known->ifindex)
+	if (known->macs < MACS_FRESH)
 		return LEASED_NOTHING;
 	way->ifindex = known->ifindex;
 	copy_macs(way->frame, known->destination);
