@@ -314,7 +314,14 @@ let
 
   portList = r: lib.toList r.key.port;
   # Of the others it depends on networks and families whether two are one: `udplb check` knows.
-  isPlain = r: r.key.from == null && r.key.address != "any";
+  isPlain =
+    r:
+    r.key.address != "any"
+    &&
+      lib.attrNames (withoutNull r.key) == [
+        "address"
+        "port"
+      ];
   keys = lib.concatLists (
     lib.imap0 (
       n: r:

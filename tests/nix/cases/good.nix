@@ -301,6 +301,30 @@ in
     };
   };
 
+  # A new word of a key may tell apart what an address and a port do not.
+  new-word-in-key = {
+    expect = { };
+    config.services.udplb = {
+      enable = true;
+      checkConfig = false;
+      interfaces = [ "ens3" ];
+      rules =
+        map
+          (colour: {
+            key = {
+              address = "10.0.0.5";
+              port = 514;
+              inherit colour;
+            };
+            upstream = [ { address = "10.0.9.12"; } ];
+          })
+          [
+            "red"
+            "blue"
+          ];
+    };
+  };
+
   # A word that the module does not know is the program's matter; here there is none to ask.
   new-words = {
     expect.file = {
