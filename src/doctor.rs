@@ -42,6 +42,8 @@ pub struct Facts {
     pub held: Option<u32>,
     /// Whether arpd vouches for the next hops; `None`: it never ran.
     pub arpd: Option<bool>,
+    /// systemd has a unit for arpd: not every way of installing brings one.
+    pub arpd_unit: bool,
     pub inputs: Vec<Input>,
     pub upstreams: Vec<Upstream>,
     /// Sockets of this host that send to a key.
@@ -290,14 +292,17 @@ impl Judge<'_> {
                 "",
                 "arpd has ended",
                 "nobody sees which upstreams are down, and next hops are asked of the kernel again",
-                "systemctl restart udplb-arpd",
+                match facts.arpd_unit {
+                    true => "systemctl restart udplb-arpd",
+                    false => "start `udplb arpd` again",
+                },
             ),
             None if facts.wants_health => self.problem(
                 "arpd-missing",
                 "",
                 "arpd does not run, and a rule says `health: neighbour`",
                 "nobody sees which upstreams are down",
-                "systemctl enable --now udplb-arpd",
+                self.start_arpd(),
             ),
             _ => {}
         }
@@ -318,6 +323,13 @@ impl Judge<'_> {
                 "nobody answers for it here: packets come only if a router sends them this way",
                 format!("ip addr add {address} dev lo, and route it here"),
             );
+        }
+    }
+
+    fn start_arpd(&self) -> &'static str {
+        match self.facts.arpd_unit {
+            true => "systemctl enable --now udplb-arpd",
+            false => "start `udplb arpd` and keep it running",
         }
     }
 
@@ -350,7 +362,7 @@ impl Judge<'_> {
                 name,
                 "forwarding is off there, and arpd does not run",
                 "packets go by what the last apply saw: changes of routes are not followed",
-                format!("systemctl enable --now udplb-arpd, or sysctl -w {}", on.join(" ")),
+                format!("{}, or sysctl -w {}", self.start_arpd(), on.join(" ")),
             );
         }
         if link.strict && link.passes && link.default_elsewhere {
@@ -675,14 +687,22 @@ mod tests {
                 "sysctl -w net.ipv6.neigh.default.gc_thresh2=1024 net.ipv6.neigh.default.gc_thresh3=2048",
             )],
         );
-        check(
-            |facts| facts.arpd = Some(false),
-            &[(Problem, "", "arpd has ended", "systemctl restart udplb-arpd")],
-        );
-        check(
-            |facts| (facts.arpd, facts.wants_health) = (None, true),
-            &[(Problem, "", "arpd does not run, and a rule", "systemctl enable --now udplb-arpd")],
-        );
+        let no_arpd = "arpd does not run, and a rule";
+        for (unit, restart, start) in [
+            (true, "systemctl restart udplb-arpd", "systemctl enable --now udplb-arpd"),
+            (false, "start `udplb arpd` again", "start `udplb arpd` and keep it running"),
+        ] {
+            check(
+                |facts| (facts.arpd, facts.arpd_unit) = (Some(false), unit),
+                &[(Problem, "", "arpd has ended", restart)],
+            );
+            check(
+                |facts| {
+                    (facts.arpd, facts.arpd_unit, facts.wants_health) = (None, unit, true);
+                },
+                &[(Problem, "", no_arpd, start)],
+            );
+        }
     }
 
     #[test]
@@ -754,7 +774,7 @@ mod tests {
                 Note,
                 "eth0",
                 "forwarding is off there",
-                "systemctl enable --now udplb-arpd, or sysctl -w net.ipv6.conf.eth0.forwarding=1",
+                "start `udplb arpd` and keep it running, or sysctl -w net.ipv6.conf.eth0.forwarding=1",
             )],
         );
         check(

@@ -30,6 +30,15 @@ use crate::wanted::{Request, Text, Wanted};
 /// Of the documentation's networks: the way there is the default route.
 const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 
+/// Where systemd finds unit files, whoever installed them.
+const UNIT_DIRS: [&str; 5] = [
+    "/etc/systemd/system",
+    "/run/systemd/system",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
+    "/lib/systemd/system",
+];
+
 /// Looks at the host, at what serves, and at the file: the one given, or the one that serves.
 ///
 /// # Errors
@@ -71,6 +80,8 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
     facts.damage = damage(observed);
     facts.held = observed.held.map(|held| held.generation);
     facts.arpd = status.and_then(|status| status.arpd);
+    facts.arpd_unit =
+        UNIT_DIRS.iter().any(|dir| Path::new(dir).join("udplb-arpd.service").exists());
     let given = match file {
         Some(file) => {
             Some((Text::read(file)?, Target { file: file.into(), interfaces: Vec::new() }))
