@@ -131,8 +131,6 @@ static __always_inline enum verdict send_to(struct __sk_buff *skb, __u32 layout,
 {
 	enum verdict verdict;
 
-	if (packet->is_ipv6 && stays_here(&sending->label))
-		return VERDICT_NO_ROUTE;
 	sending->upstream = upstream->id;
 	sending->pieces = 0;
 	verdict = next_hop(skb, packet, ip_length(skb, layout, packet), sending);
@@ -169,6 +167,8 @@ __noinline __u32 send(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 id
 		verdict = VERDICT_TTL;
 	} else if (!write_label(skb, layout, &packet, upstream, identification, &sending->label)) {
 		verdict = VERDICT_NO_ROUTE;
+	} else if (leaves_as_martian(layout)) {
+		verdict = VERDICT_MARTIAN;
 	} else {
 		verdict = send_to(skb, layout, &packet, upstream, sending, &action);
 	}

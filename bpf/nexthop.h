@@ -30,6 +30,9 @@ struct sending {
 	__u8 shifted[SHIFTED];
 	volatile enum checksum checksum; /* read each time: the verifier would go on once for each of them */
 	__u32 csum;			 /* what was added to skb->csum */
+	/* of the walk through an IPv4 header's options, and read each time, too: where, and its verdict */
+	volatile __u32 option, goes_on;
+	__u32 martians; /* the packet's rule forwards any source */
 };
 
 /* One for each CPU: nothing that a packet is sent to comes back in before send() has ended. */
@@ -71,6 +74,13 @@ static __always_inline bool is_sent(enum verdict verdict)
 	       verdict == VERDICT_UNRESOLVED;
 }
 
+static __always_inline bool is_same_mac(const void *one, const void *other)
+{
+	const __u16 *ones = one, *others = other;
+
+	return !((ones[0] ^ others[0]) | (ones[1] ^ others[1]) | (ones[2] ^ others[2]));
+}
+
 static __always_inline bool is_same_address(const __be32 *one, const __be32 *other)
 {
 	return !((one[0] ^ other[0]) | (one[1] ^ other[1]) | (one[2] ^ other[2]) | (one[3] ^ other[3]));
@@ -89,11 +99,23 @@ static __always_inline bool is_unicast_ipv6(const __be32 *address)
 	       (address[0] | address[1] | address[2] | (address[3] & ~bpf_htonl(1)));
 }
 
-/* What no router sends on (RFC 4291, sections 2.5.2, 2.5.3, 2.5.6 and 2.7); the kernel does not route it. */
-static __always_inline bool stays_here(const struct label *label)
+/*
+ * Returns true for a packet that no router sends on (RFC 4291, sections 2.5.2, 2.5.3, 2.5.6 and 2.7) and the
+ * kernel does not route, and for one that would be from its receiver, which drops it.
+ */
+__noinline __u32 leaves_as_martian(__u32 layout)
 {
+	struct sending *sending = get_sending();
+	const struct label *label;
+
+	if (!sending)
+		return true;
+	label = &sending->label;
+	if (!(layout & LAYOUT_IPV6))
+		return !sending->martians && label->source[0] == label->destination[0];
 	return !is_unicast_ipv6(label->source) ||
-	       (is_link_local(label->source) && !is_link_local(label->destination));
+	       (is_link_local(label->source) && !is_link_local(label->destination)) ||
+	       (!sending->martians && is_same_address(label->source, label->destination));
 }
 
 static __always_inline struct nexthop_slot *nexthop_slot(__u32 upstream)

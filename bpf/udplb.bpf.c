@@ -31,6 +31,7 @@
 #include "recirculate.h"
 #include "forward.h"
 #include "icmp.h"
+#include "admit.h"
 #include "act.h"
 #include "aside.h"
 #include "learn.h"
@@ -40,10 +41,12 @@ static __always_inline int treat(struct __sk_buff *skb, __u32 layout, const stru
 				 struct packet *packet)
 {
 	struct choice choice = {};
+	enum verdict verdict;
 
 	layout |= trace(skb, rule->id, layout);
-	if (!well_formed(skb, layout, packet))
-		return refuse(skb, layout, rule, VERDICT_MALFORMED);
+	verdict = admit(skb, layout, rule->id, rule->flags);
+	if (verdict != VERDICT_FORWARDED)
+		return refuse(skb, layout, rule, verdict);
 	if (!choose(skb, layout, packet, rule, &choice))
 		return refuse(skb, layout, rule, VERDICT_CLONE_FAILED);
 	return act(skb, layout, rule, &choice);
@@ -87,12 +90,12 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	}
 	if (!rule)
 		return TC_ACT_UNSPEC;
-	if (!is_for_us(skb, rule)) {
-		count_aside(skb, layout, (__u32)(l2 - sizeof(struct ethhdr)), rule->id, VERDICT_NOT_FOR_US);
-		return TC_ACT_UNSPEC;
-	}
 	if (!l2 || skb->vlan_present)
 		return l2 ? aside(skb) : aside_l3(skb);
+	if (!is_for_us(skb)) {
+		count_aside(skb, layout, 0, rule->id, VERDICT_NOT_FOR_US);
+		return TC_ACT_UNSPEC;
+	}
 	action = treat(skb, layout, rule, &packet);
 	return action == ACTION_BACK ? bpf_redirect(skb->ifindex, 0) : action;
 }

@@ -80,6 +80,10 @@ let
     "preserve"
     "egress"
   ];
+  admission = types.enum [
+    "deny"
+    "allow"
+  ];
   interface = types.strMatching "[^[:space:]/:]{1,127}" // {
     description = "network interface name (1 to 15 characters, an alternative name up to 127)";
   };
@@ -146,6 +150,12 @@ let
         ])
         "drop"
         "Fragments go where their first one goes (`follow`, the default), are only delivered here (`pass`), or are dropped (`drop`).";
+    zero-checksum =
+      word admission "allow"
+        "Whether UDP over IPv6 without a checksum is sent on. The program's default is `deny`.";
+    martians =
+      word admission "allow"
+        "Whether packets are sent on whose source address no router forwards. The program's default is `deny`.";
   };
 
   # Of upstreams and mirrors.

@@ -6,11 +6,13 @@ use std::net::IpAddr;
 
 use anyhow::ensure;
 
-use crate::config::{KEY_ENTRIES, KeyAddress};
+use crate::config::{KEY_ENTRIES, KeyAddress, Ports};
 use crate::netlink::{self, Link, Netlink, OwnAddress};
 use crate::plan::Desired;
+use crate::tables::takes_answers;
 
-/// The configuration with what its interfaces' names and addresses are now; `None` if it is the same.
+/// The configuration with what its interfaces' names and addresses and this host's ports are now; `None` if
+/// it is the same.
 ///
 /// # Errors
 /// With these addresses the keys do not fit.
@@ -18,11 +20,12 @@ pub async fn renewed(netlink: &Netlink, desired: &Desired) -> anyhow::Result<Opt
     let (links, own) = (netlink.links().await?, netlink.addresses().await?);
     let interfaces = canonical(&desired.interfaces, &links);
     let (addresses, broadcasts) = expand(desired, &of_interfaces(&interfaces, &links, &own));
-    let new = (&interfaces, &addresses, &broadcasts);
-    if new == (&desired.interfaces, &desired.addresses, &desired.broadcasts) {
+    let local_ports = local_ports()
+        .filter(|local| desired.rules.iter().any(|rule| takes_answers(rule, Some(*local))));
+    let renewed = Desired { interfaces, addresses, broadcasts, local_ports, ..desired.clone() };
+    if renewed == *desired {
         return Ok(None);
     }
-    let renewed = Desired { interfaces, addresses, broadcasts, ..desired.clone() };
     fits(&renewed)?;
     Ok(Some(renewed))
 }
@@ -39,6 +42,13 @@ fn canonical(names: &[String], links: &[Link]) -> Vec<String> {
 /// This host's own addresses.
 pub async fn own(netlink: &Netlink) -> anyhow::Result<BTreeSet<IpAddr>> {
     Ok(netlink.addresses().await?.into_iter().map(|own| own.address).collect())
+}
+
+/// net.ipv4.ip_local_port_range, which is IPv6's too; `None` where it cannot be read.
+fn local_ports() -> Option<Ports> {
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?;
+    let mut ports = text.split_whitespace().map_while(|port| port.parse().ok());
+    Some(Ports { first: ports.next()?, last: ports.next()? })
 }
 
 /// The check of a file cannot know how many addresses `any` stands for.

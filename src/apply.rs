@@ -1,17 +1,19 @@
 //! Carries actions out: the only place where udplb changes the kernel.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, anyhow};
 
 use crate::config::{Address, State};
 use crate::diff::{Action, Plan, Refusal};
+use crate::environment::Environment;
 use crate::generation::{self, Generation, Origin};
 use crate::marks::Mark;
 use crate::netlink::Netlink;
 use crate::nexthop::{self, Way};
 use crate::observe::Observed;
+use crate::spares::{self, Situation};
 use crate::state::{INCOMPLETE, WriteGuard};
 use crate::tc::{self, Slot};
 
@@ -42,7 +44,7 @@ pub async fn reconcile(
     executor.run(&plan.actions, &mut log).await?;
     let written = plan.actions.iter().any(|action| matches!(action, Action::WriteNextHops(_)));
     if !written && plan.generation != 0 {
-        executor.write_next_hops(plan.generation).context("next hops")?;
+        executor.refresh(plan.generation).await?;
     }
     Ok(Outcome {
         changed: !plan.actions.is_empty(),
@@ -168,7 +170,7 @@ impl<'a> Executor<'a> {
                 Ok(Some(Undo::Drop(draft.number)))
             }
             Action::WriteNextHops(number) => {
-                self.write_next_hops(*number)?;
+                self.refresh(*number).await?;
                 Ok(None)
             }
             Action::AddClsact(interface) => {
@@ -225,8 +227,7 @@ impl<'a> Executor<'a> {
                 Ok(Some(Undo::SetCurrent))
             }
             Action::Override { id, state, .. } => {
-                let maps = self.guard.maps()?.context(INCOMPLETE)?;
-                maps.overrides.set(self.guard, *id, *state)?;
+                self.steer(*id, *state)?;
                 Ok(Some(Undo::Override(*id)))
             }
             Action::Drop(number) => {
@@ -282,19 +283,51 @@ impl<'a> Executor<'a> {
         }
     }
 
-    /// Writes the next hops of a generation's upstreams.
-    pub fn write_next_hops(&self, number: u32) -> anyhow::Result<()> {
+    /// Writes what a generation's program is to know besides its own tables: next hops, who stands in for
+    /// upstreams that cannot be selected, and this host's addresses and VLANs.
+    async fn refresh(&self, number: u32) -> anyhow::Result<()> {
         let generation = self.generation(number).context("no such generation")?;
         let maps = self.guard.maps()?.context(INCOMPLETE)?;
-        let description = &generation.description;
-        nexthop::write(&maps.nexthops, &description.desired, &description.ids, self.ways)
+        let (desired, ids) = generation.hosts();
+        nexthop::write(&maps.nexthops, desired, ids, self.ways).context("next hops")?;
+        let situation = Situation::read(&maps, generation.ids().max().unwrap_or(0))?;
+        spares::write(self.guard, number, (desired, ids), &[&situation], None)?;
+        let environment = Environment::read(self.netlink).await.context("addresses")?;
+        environment.write(&maps, self.generations().map(|it| it.hosts().0), false)
+    }
+
+    /// Overrides the state of an upstream. What stands in for it is written before it goes, and again when
+    /// it is back.
+    fn steer(&self, id: u32, state: Option<State>) -> anyhow::Result<()> {
+        let maps = self.guard.maps()?.context(INCOMPLETE)?;
+        let most = self.generations().flat_map(Generation::ids).max().unwrap_or(0);
+        let before = Situation::read(&maps, most)?;
+        let mut after = before.clone();
+        match state {
+            Some(state) => after.overrides.insert(id, state),
+            None => after.overrides.remove(&id),
+        };
+        let write = |situations: &[&Situation]| {
+            let changed = Some(&HashSet::from([id]));
+            self.generations().try_for_each(|it| {
+                spares::write(self.guard, it.number, it.hosts(), situations, changed)
+            })
+        };
+        write(&[&before, &after])?;
+        maps.overrides.set(self.guard, id, state)?;
+        write(&[&after])
+    }
+
+    /// Those that are there.
+    fn generations(&self) -> impl Iterator<Item = &Generation> {
+        let before = self.before.generations.values();
+        before.chain(&self.built).filter(|it| !self.dropped.contains(&it.number))
     }
 
     /// Removes a generation. What its upstreams counted stays with the rules that the others have.
     fn drop(&self, number: u32) -> anyhow::Result<()> {
-        let there = self.before.generations.values().chain(&self.built);
-        let there = there.filter(|it| !self.dropped.contains(&it.number));
-        let (gone, others): (Vec<_>, Vec<_>) = there.partition(|it| it.number == number);
+        let (gone, others): (Vec<_>, Vec<_>) =
+            self.generations().partition(|it| it.number == number);
         if let (Some(maps), [gone]) = (self.guard.maps()?, &gone[..]) {
             maps.former.keep(self.guard, &maps.counters, gone, &others)?;
         }
@@ -339,10 +372,7 @@ impl<'a> Executor<'a> {
                 maps.set_pending(self.before.pending)
             }
             Undo::SetCurrent => self.guard.set_current(self.before.current),
-            Undo::Override(id) => {
-                let maps = self.guard.maps()?.context("state/ is gone")?;
-                maps.overrides.set(self.guard, *id, self.before.overrides.get(id).copied())
-            }
+            Undo::Override(id) => self.steer(*id, self.before.overrides.get(id).copied()),
         }
     }
 }

@@ -36,6 +36,10 @@ pub const VERDICTS: [(Verdict, &str); Verdict::VERDICTS.0 as usize] = [
     (Verdict::VERDICT_FRAGMENT_EARLY, "fragment-early"),
     (Verdict::VERDICT_FRAGMENT_FULL, "fragment-full"),
     (Verdict::VERDICT_UNRESOLVED, "unresolved"),
+    (Verdict::VERDICT_LOOP, "loop"),
+    (Verdict::VERDICT_MARTIAN, "martian"),
+    (Verdict::VERDICT_NO_CHECKSUM, "no-checksum"),
+    (Verdict::VERDICT_LOCAL_SOCKET, "local-socket"),
 ];
 
 /// What is counted at a rule besides verdicts, and its name in output.
@@ -75,6 +79,14 @@ unsafe impl Pod for types::destination {}
 unsafe impl Pod for types::slot_line {}
 // SAFETY: as above.
 unsafe impl Pod for types::upstream {}
+// SAFETY: as above.
+unsafe impl Pod for types::spare {}
+// SAFETY: as above.
+unsafe impl Pod for types::answer_key {}
+// SAFETY: as above.
+unsafe impl Pod for types::vlan_key {}
+// SAFETY: as above.
+unsafe impl Pod for types::vlan {}
 // SAFETY: as above.
 unsafe impl Pod for types::counters {}
 // SAFETY: as above.

@@ -98,7 +98,10 @@ fn addresses(old: &Desired, new: &Desired) -> Difference {
     let all = |desired: &Desired| -> Vec<String> {
         let any = desired.addresses.iter().map(|address| format!("{address} is one of `{ANY}`"));
         let broadcasts = desired.broadcasts.iter();
-        any.chain(broadcasts.map(|address| format!("{address} is a broadcast address"))).collect()
+        let ports = desired.local_ports.iter();
+        any.chain(broadcasts.map(|address| format!("{address} is a broadcast address")))
+            .chain(ports.map(|ports| format!("{ports} are ports of this host's sockets")))
+            .collect()
     };
     let (old, new) = (all(old), all(new));
     Difference { added: only_in(&new, &old), removed: only_in(&old, &new), altered: Vec::new() }
@@ -127,6 +130,8 @@ fn change(old: &Rule, new: &Rule) -> Option<RuleChange> {
         ("source", word(&old.source), word(&new.source)),
         ("health", word(&old.health), word(&new.health)),
         ("fragments", word(&old.fragments), word(&new.fragments)),
+        ("zero-checksum", word(&old.zero_checksum), word(&new.zero_checksum)),
+        ("martians", word(&old.martians), word(&new.martians)),
     ];
     let slots = slots(old).zip(slots(new));
     let slots = slots.map(|(old, new)| [("slots", old.to_string(), new.to_string())]);

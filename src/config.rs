@@ -107,6 +107,21 @@ pub enum Fragments {
     Drop,
 }
 
+/// Whether packets that no router would forward are sent on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Admission {
+    #[default]
+    Deny,
+    Allow,
+}
+
+impl Admission {
+    pub fn is_denied(&self) -> bool {
+        *self == Admission::Deny
+    }
+}
+
 /// Whether an upstream is given packets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -196,6 +211,10 @@ pub struct Rule {
     pub source: Source,
     pub health: Health,
     pub fragments: Fragments,
+    /// UDP over IPv6 without a checksum.
+    pub zero_checksum: Admission,
+    /// Packets whose source no router forwards.
+    pub martians: Admission,
     /// At least one.
     pub upstreams: Vec<Upstream>,
     /// Those that get a copy of each packet besides.

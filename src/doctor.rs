@@ -114,6 +114,8 @@ pub struct Upstream {
     pub lacks_egress: bool,
     /// Packets that were too large for it.
     pub too_large: u64,
+    /// Packets for it whose TTL was spent.
+    pub spent: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -154,6 +156,7 @@ pub fn judge(facts: &Facts) -> Vec<Problem> {
         judge.input(input);
     }
     judge.upstreams();
+    judge.loops();
     judge.senders();
     judge.findings.sort_by_key(|finding| finding.level);
     judge.findings
@@ -434,6 +437,28 @@ impl Judge<'_> {
         }
     }
 
+    /// Relays that replicate to each other cannot be told from others by their packets: only the TTL ends
+    /// what goes round.
+    fn loops(&mut self) {
+        let mut rules = BTreeSet::new();
+        for upstream in self.facts.upstreams.iter().filter(|upstream| upstream.spent > 0) {
+            let Upstream { rule, spent, .. } = upstream;
+            if rules.insert(rule) {
+                self.note(
+                    "ttl",
+                    rule,
+                    format!("{spent} packets came with a TTL of 1"),
+                    "senders of multicast use it unless they are told otherwise; or packets go round in a loop \
+                     of relays that send to each other, each of which multiplies them if it replicates",
+                    format!(
+                        "udplb trace --rule {rule} --drops shows where they come from; relays must not have \
+                         each other as upstreams"
+                    ),
+                );
+            }
+        }
+    }
+
     fn upstreams(&mut self) {
         let largest = self.facts.inputs.iter().filter_map(|input| input.link.as_ref());
         let largest = largest.map(|link| link.mtu).max().unwrap_or(0);
@@ -611,6 +636,7 @@ mod tests {
                 preserves: true,
                 lacks_egress: false,
                 too_large: 0,
+                spent: 0,
             }],
             neighbours: [false, true]
                 .map(|ipv6| NeighbourTable { ipv6, entries: 9, threshold2: 512, threshold3: 1024 })
@@ -644,6 +670,14 @@ mod tests {
     fn a_host_on_which_all_is_well() {
         check(|_| {}, &[]);
         assert_eq!(text(&[], false), "all is well\n");
+    }
+
+    #[test]
+    fn packets_that_may_go_round() {
+        check(
+            |facts| facts.upstreams[0].spent = 7,
+            &[(Note, "flows", "7 packets came with a TTL of 1", "udplb trace --rule flows")],
+        );
     }
 
     #[test]

@@ -21,11 +21,22 @@ use crate::kernel;
 use crate::lease;
 use crate::netlink::Layer;
 use crate::plan::{Desired, RuleIds, assign_ids};
+use crate::spares;
 use crate::state::{INCOMPLETE, ReadGuard, StateMaps, WriteGuard, remove_pins};
 use crate::tables::Tables;
 
 /// The pins of its maps.
-const MAPS: [&str; 7] = ["rules", "rules6", "senders", "addresses", "slots", "upstreams", "config"];
+const MAPS: [&str; 9] = [
+    "rules",
+    "rules6",
+    "senders",
+    "addresses",
+    "answers",
+    "slots",
+    "upstreams",
+    spares::PIN,
+    "config",
+];
 
 /// The name of a program's pin.
 pub fn pin_of(layer: Layer) -> &'static str {
@@ -268,10 +279,12 @@ fn size(skeleton: &mut OpenUdplbSkel<'_>, tables: &Tables, json: usize) -> anyho
         (&mut skeleton.maps.rules6, tables.rules6.len()),
         (&mut skeleton.maps.senders, tables.senders.len()),
         (&mut skeleton.maps.addresses, tables.addresses.len()),
+        (&mut skeleton.maps.answers, tables.answers.len()),
         (&mut skeleton.maps.samples, tables.samples()),
         (&mut skeleton.maps.slots, tables.slots.len()),
         (&mut skeleton.maps.upstreams, tables.upstreams.len()),
         (&mut skeleton.maps.destinations, tables.destinations.len()),
+        (&mut skeleton.maps.spares, tables.upstreams.len()),
         (&mut skeleton.maps.description, chunks),
     ] {
         map.set_max_entries(u32::try_from(entries.max(1))?)?;
@@ -322,8 +335,10 @@ pub fn twin(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Twin> 
         &mut maps.rules6,
         &mut maps.senders,
         &mut maps.addresses,
+        &mut maps.answers,
         &mut maps.slots,
         &mut maps.upstreams,
+        &mut maps.spares,
     ];
     for (map, name) in own.into_iter().zip(MAPS) {
         let path = directory.join(name);
@@ -351,6 +366,9 @@ fn share(skeleton: &mut OpenUdplbSkel<'_>, state: &StateMaps) -> anyhow::Result<
     skeleton.maps.fragments.reuse_fd(state.fragments.as_fd())?;
     skeleton.maps.fragment_ring.reuse_fd(state.fragment_ring.as_fd())?;
     skeleton.maps.path_mtus.reuse_fd(state.path_mtus.as_fd())?;
+    skeleton.maps.own.reuse_fd(state.own.as_fd())?;
+    skeleton.maps.suspects.reuse_fd(state.suspects.as_fd())?;
+    skeleton.maps.vlans.reuse_fd(state.vlans.as_fd())?;
     if let Some(tickets) = &state.tickets {
         skeleton.maps.tickets.reuse_fd(tickets.as_fd())?;
     }
@@ -375,6 +393,7 @@ fn fill(skeleton: &mut UdplbSkel<'_>, tables: &Tables, json: &[u8]) -> anyhow::R
     write_pairs(&skeleton.maps.senders, &tables.senders)?;
     write_pairs(&skeleton.maps.addresses, &tables.addresses)?;
     write_pairs(&skeleton.maps.destinations, &tables.destinations)?;
+    write_pairs(&skeleton.maps.answers, &tables.answers)?;
     let lines: Vec<&[u8]> = tables.slots.iter().map(bytes_of).collect();
     write_array(&skeleton.maps.slots, &lines.concat())?;
     let upstreams: Vec<&[u8]> = tables.upstreams.iter().map(bytes_of).collect();
@@ -424,8 +443,10 @@ fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path, l3: bool) -> anyhow::Resu
         &mut maps.rules6,
         &mut maps.senders,
         &mut maps.addresses,
+        &mut maps.answers,
         &mut maps.slots,
         &mut maps.upstreams,
+        &mut maps.spares,
         &mut maps.description,
     ];
     for (map, name) in all.into_iter().zip(MAPS) {
@@ -537,6 +558,9 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
         map_id(&state.fragments)?,
         map_id(&state.fragment_ring)?,
         map_id(&state.path_mtus)?,
+        map_id(&state.own)?,
+        map_id(&state.suspects)?,
+        map_id(&state.vlans)?,
         map_id(&state.tracing)?,
         map_id(&state.events)?,
         map_id(state.tickets.as_ref().context("state/tickets is missing")?)?,

@@ -56,6 +56,8 @@ fn options(rule: &Rule) -> Value {
         "source": rule.source,
         "health": rule.health,
         "fragments": rule.fragments,
+        "zero-checksum": rule.zero_checksum,
+        "martians": rule.martians,
     });
     if rule.mode == Mode::Balance {
         options["strategy"] = json!(rule.strategy);
@@ -110,8 +112,8 @@ mod tests {
 
     use super::document;
     use crate::config::{
-        Action, Address, Config, Family, Fragments, Hash, Health, Host, Key, KeyAddress, Mode,
-        Network, Payload, Ports, Source, State, Strategy as Selection,
+        Action, Address, Admission, Config, Family, Fragments, Hash, Health, Host, Key, KeyAddress,
+        Mode, Network, Payload, Ports, Source, State, Strategy as Selection,
     };
     use crate::partial::{Known, resolve};
     use crate::plan::{Desired, Rule, Upstream};
@@ -229,6 +231,8 @@ mod tests {
             select(sources()),
             select(vec![Health::Off, Health::Neighbour]),
             select(vec![Fragments::Follow, Fragments::Pass, Fragments::Drop]),
+            select(vec![Admission::Deny, Admission::Allow]),
+            select(vec![Admission::Deny, Admission::Allow]),
             select(vec![Mode::Balance, Mode::Replicate]),
             select(vec![Hash::Modulo, Hash::Maglev]),
         );
@@ -250,7 +254,7 @@ mod tests {
         });
         (words, selection, hosts, own).prop_map(move |(words, selection, hosts, own)| {
             let (key, upstreams, mirrors) = hosts;
-            let (action, source, health, fragments, mode, hash) = words;
+            let (action, source, health, fragments, zero_checksum, martians, mode, hash) = words;
             let (strategy, payload) = selection;
             let mirrors = mirrors.unwrap_or_default();
             let rule = Rule::new(format!("r{place}"), key, upstreams);
@@ -271,7 +275,7 @@ mod tests {
                 mirror.source = own.filter(|own| *own != source);
                 mirror.sample = sample;
             }
-            Rule { action, mode, source, health, fragments, ..rule }
+            Rule { action, mode, source, health, fragments, zero_checksum, martians, ..rule }
         })
     }
 

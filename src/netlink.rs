@@ -14,8 +14,8 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo,
-    LinkLayerType, LinkMessage, LinkXdp, Prop,
+    AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVlan, InfoVxlan, LinkAttribute, LinkFlags,
+    LinkInfo, LinkLayerType, LinkMessage, LinkXdp, Prop, VlanProtocol,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
@@ -81,6 +81,8 @@ pub struct Link {
     pub received: u64,
     /// XDP programs, each with the word that `ip link` has for its mode.
     pub xdp: Vec<(&'static str, u32)>,
+    /// Protocol and id of a VLAN device above an interface of this network namespace.
+    pub vlan: Option<(u16, u16)>,
 }
 
 /// How that begins which an interface carries.
@@ -849,7 +851,9 @@ fn link(message: LinkMessage) -> Link {
         received: 0,
         xdp: Vec::new(),
         outer: None,
+        vlan: None,
     };
+    let mut elsewhere = false;
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
@@ -861,12 +865,17 @@ fn link(message: LinkMessage) -> Link {
             LinkAttribute::LinkInfo(infos) => {
                 link.kind = link_kind(&infos);
                 link.outer = outer_link(&infos);
+                link.vlan = link_vlan(&infos);
             }
+            LinkAttribute::LinkNetNsId(_) => elsewhere = true,
             LinkAttribute::AfSpecUnspec(families) => link.mtu6 = mtu6(&families),
             LinkAttribute::Stats64(stats) => link.received = stats.rx_packets,
             LinkAttribute::Xdp(facts) => link.xdp = xdp(&facts),
             _ => {}
         }
+    }
+    if elsewhere {
+        link.vlan = None;
     }
     link
 }
@@ -945,6 +954,22 @@ fn outer_link(infos: &[LinkInfo]) -> Option<u32> {
         LinkInfo::Data(InfoData::Vxlan(infos)) => infos.iter().find_map(of_vxlan),
         _ => None,
     })
+}
+
+fn link_vlan(infos: &[LinkInfo]) -> Option<(u16, u16)> {
+    let vlan = infos.iter().find_map(|info| match info {
+        LinkInfo::Data(InfoData::Vlan(vlan)) => Some(vlan),
+        _ => None,
+    })?;
+    let (mut protocol, mut id) = (VlanProtocol::Ieee8021Q, None);
+    for part in vlan {
+        match part {
+            InfoVlan::Id(number) => id = Some(*number),
+            InfoVlan::Protocol(said) => protocol = *said,
+            _ => {}
+        }
+    }
+    Some((protocol.into(), id?))
 }
 
 fn link_kind(infos: &[LinkInfo]) -> String {

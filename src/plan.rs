@@ -7,8 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    self, Action, Address, Addresses, Config, Family, Fragments, Hash, Health, Host, Key,
-    KeyAddress, Mode, Payload, Source, State, Strategy, with_port,
+    self, Action, Address, Addresses, Admission, Config, Family, Fragments, Hash, Health, Host,
+    Key, KeyAddress, Mode, Payload, Ports, Source, State, Strategy, with_port,
 };
 use crate::partial::Incomplete;
 
@@ -28,6 +28,9 @@ pub struct Desired {
     /// Of the keys' addresses those that whole networks of the interfaces listen to, sorted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub broadcasts: Vec<IpAddr>,
+    /// The ports that the kernel gives to sockets which ask for none, where a rule takes such away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local_ports: Option<Ports>,
     /// What the file says and this configuration lacks.
     #[serde(default, skip_serializing_if = "Incomplete::is_empty")]
     pub incomplete: Incomplete,
@@ -52,6 +55,12 @@ pub struct Rule {
     pub health: Health,
     #[serde(default)]
     pub fragments: Fragments,
+    /// UDP over IPv6 without a checksum.
+    #[serde(default, skip_serializing_if = "Admission::is_denied")]
+    pub zero_checksum: Admission,
+    /// Packets whose source no router forwards.
+    #[serde(default, skip_serializing_if = "Admission::is_denied")]
+    pub martians: Admission,
     /// Never empty; their order is that of the file, which `modulo` counts in.
     pub upstreams: Vec<Upstream>,
     /// Those that get a copy of each packet besides.
@@ -112,6 +121,8 @@ impl Rule {
             source: Source::Vip,
             health: Health::Off,
             fragments: Fragments::Follow,
+            zero_checksum: Admission::Deny,
+            martians: Admission::Deny,
             upstreams,
             mirrors: Vec::new(),
         }
@@ -222,9 +233,9 @@ impl Desired {
 
     /// Returns the configuration as [`Desired::written`] made it, including what is not applied.
     pub fn as_written(&self) -> Desired {
-        let incomplete = Incomplete::default();
-        let mut desired =
-            Desired { addresses: vec![], broadcasts: vec![], incomplete, ..self.clone() };
+        let mut desired = self.clone();
+        (desired.addresses, desired.broadcasts, desired.local_ports) = (vec![], vec![], None);
+        desired.incomplete = Incomplete::default();
         if !self.incomplete.rules.is_empty() {
             desired.rules.clone_from(&self.incomplete.rules);
         }
@@ -252,9 +263,10 @@ impl Desired {
     /// Returns true if a generation with this configuration can stay where `other` is wanted. Causes
     /// may differ, and interfaces that it has been attached to may be missing.
     pub fn serves(&self, other: &Desired) -> bool {
-        let Desired { interfaces, rules, addresses, broadcasts, incomplete } = self;
+        let Desired { interfaces, rules, addresses, broadcasts, local_ports, incomplete } = self;
         let same = (interfaces, rules) == (&other.interfaces, &other.rules)
             && (addresses, broadcasts) == (&other.addresses, &other.broadcasts)
+            && *local_ports == other.local_ports
             && incomplete.lacks_the_same(&other.incomplete);
         let is_missing = |name| other.incomplete.interfaces.contains(name);
         same && incomplete.interfaces.iter().all(is_missing)
@@ -298,6 +310,8 @@ fn written(rule: &config::Rule) -> Rule {
         source: rule.source,
         health: rule.health,
         fragments: rule.fragments,
+        zero_checksum: rule.zero_checksum,
+        martians: rule.martians,
         upstreams: rule.upstreams.iter().map(upstream).collect(),
         mirrors: rule.mirrors.iter().map(upstream).collect(),
     }

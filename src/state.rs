@@ -332,6 +332,11 @@ impl ReadGuard {
         else {
             return Ok(None);
         };
+        let (Some(own), Some(suspects), Some(vlans)) =
+            (open("own")?, open("suspects")?, open("vlans")?)
+        else {
+            return Ok(None);
+        };
         let counters = Counters::open(counters, &state)?;
         let nexthops = NextHops::open(nexthops, &state)?;
         let whole = counters.is_whole()? && nexthops.is_whole()?;
@@ -350,6 +355,9 @@ impl ReadGuard {
             fragments,
             fragment_ring,
             path_mtus,
+            own,
+            suspects,
+            vlans,
             tracing,
             events,
             tickets,
@@ -461,6 +469,9 @@ impl WriteGuard {
         let fragments = ensure(&state, "fragments", &maps.fragments, None)?;
         let fragment_ring = ensure(&state, "fragment_ring", &maps.fragment_ring, None)?;
         let path_mtus = ensure(&state, "path_mtus", &maps.path_mtus, None)?;
+        let own = ensure(&state, "own", &maps.own, None)?;
+        let suspects = ensure(&state, "suspects", &maps.suspects, None)?;
+        let vlans = ensure(&state, "vlans", &maps.vlans, None)?;
         let tracing = ensure(&state, "tracing", &maps.tracing, None)?;
         let events = ensure(&state, "events", &maps.events, None)?;
         let tickets = state.join("tickets");
@@ -483,6 +494,9 @@ impl WriteGuard {
             fragments,
             fragment_ring,
             path_mtus,
+            own,
+            suspects,
+            vlans,
             tracing,
             events,
             tickets,
@@ -607,6 +621,10 @@ pub struct StateMaps {
     pub fragments: MapHandle,
     pub fragment_ring: MapHandle,
     pub path_mtus: MapHandle,
+    /// See [`Environment`](crate::environment::Environment).
+    pub own: MapHandle,
+    pub suspects: MapHandle,
+    pub vlans: MapHandle,
     /// What of the packets is to be told, and where it is.
     pub tracing: MapHandle,
     pub events: MapHandle,

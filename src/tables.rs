@@ -1,13 +1,13 @@
 //! The contents of a generation's maps, and what they say of where a flow goes. Pure.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use crate::bpf::types;
 use crate::bpf::types::rule_flags as flags;
 use crate::config::{
-    Action, Address, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Source, State,
-    Strategy,
+    Action, Address, Admission, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports,
+    Source, State, Strategy,
 };
 use crate::maglev::{self, Member};
 use crate::plan::{Desired, Rule, RuleIds, Upstream};
@@ -19,6 +19,7 @@ pub struct Tables {
     pub rules6: Vec<(types::rule_key6, types::rule)>,
     pub senders: Vec<(types::sender_key, types::rule)>,
     pub addresses: Vec<(types::key_address, u32)>,
+    pub answers: Vec<(types::answer_key, u32)>,
     pub slots: Vec<types::slot_line>,
     pub upstreams: Vec<types::upstream>,
     /// The same by address and port.
@@ -36,11 +37,15 @@ impl Tables {
             .rules
             .iter()
             .zip(ids)
-            .map(|(rule, ids)| tables.rule(rule, ids, &mut slots))
+            .map(|(rule, ids)| types::rule {
+                flags: flags_of(rule, desired),
+                ..tables.rule(rule, ids, &mut slots)
+            })
             .collect();
         tables.slots = slots.lines();
         tables.keys(desired, &rules);
         tables.destinations = by_destination(&tables.upstreams);
+        tables.answers = answers(desired, ids);
         tables.features = features(desired, &tables);
         tables
     }
@@ -69,7 +74,7 @@ impl Tables {
         types::rule {
             id: ids.rule,
             senders: 0,
-            flags: flags_of(rule),
+            flags: flags(0),
             action: action(rule.action),
             strategy: strategy(rule),
             fragments: fragments(rule.fragments),
@@ -77,7 +82,9 @@ impl Tables {
             slots,
             first_upstream: upstreams.0,
             first_receiver,
-            receivers,
+            // at most 64 and 65,535
+            receivers: receivers as u16,
+            upstreams: upstreams.1 as u16,
             payload_offset,
             payload_length,
         }
@@ -243,6 +250,43 @@ fn is_within(network: &Network, wider: &Network) -> bool {
     wider.prefix <= network.prefix && wider.contains(network.address)
 }
 
+/// Whether a rule takes packets away from this host that sockets of its own have asked for. A single port
+/// is meant for the rule.
+pub fn takes_answers(rule: &Rule, local: Option<Ports>) -> bool {
+    let meets = |local: Ports, ports: &Ports| {
+        ports.first < ports.last && ports.first <= local.last && local.first <= ports.last
+    };
+    let ports = &rule.key.ports;
+    rule.action == Action::Block
+        && local
+            .is_some_and(|local| ports.is_empty() || ports.iter().any(|ports| meets(local, ports)))
+}
+
+/// The index of each rule's first upstream in the table of all.
+pub fn first_upstreams(desired: &Desired) -> impl Iterator<Item = u32> {
+    desired.rules.iter().scan(0, |next, rule| {
+        let first = *next;
+        *next += (rule.upstreams.len() + rule.mirrors.len()) as u32;
+        Some(first)
+    })
+}
+
+/// Where upstreams' answers come from. Those of hosts that are none of a rule's senders never meet it.
+fn answers(desired: &Desired, ids: &[RuleIds]) -> Vec<(types::answer_key, u32)> {
+    let mut answers = BTreeSet::new();
+    for (rule, ids) in desired.rules.iter().zip(ids) {
+        let from = &rule.key.from;
+        for upstream in rule.destinations() {
+            let address = upstream.address.ip;
+            if from.is_empty() || from.iter().any(|network| network.contains(address)) {
+                answers.insert((wire(address), ids.rule, upstream.port.unwrap_or(0).to_be()));
+            }
+        }
+    }
+    let key = |(address, rule, port)| types::answer_key { address, rule, port, unused: 0 };
+    answers.into_iter().map(|answer| (key(answer), 1)).collect()
+}
+
 /// Frames for it come to many, and are not addressed to one of them.
 pub fn is_group(desired: &Desired, address: IpAddr) -> bool {
     address.is_multicast()
@@ -363,6 +407,7 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
         payload: any(&|rule| rule.strategy == Strategy::Payload),
         receivers: tables.rules_with_receivers().into(),
         errors: any(&|rule| rule.action == Action::Block && rule.mode == Mode::Balance),
+        sockets: any(&|rule| takes_answers(rule, desired.local_ports)),
         ..Default::default()
     }
 }
@@ -382,11 +427,14 @@ impl Tables {
     }
 }
 
-fn flags_of(rule: &Rule) -> flags {
+fn flags_of(rule: &Rule, desired: &Desired) -> flags {
     let set = [
         (flags::RULE_REPLICATES, rule.mode == Mode::Replicate),
         (flags::RULE_SKIPS_DOWN, rule.health == Health::Neighbour),
         (flags::RULE_HASHES, rule.hash == Hash::Maglev),
+        (flags::RULE_NO_CHECKSUM, rule.zero_checksum == Admission::Allow),
+        (flags::RULE_MARTIANS, rule.martians == Admission::Allow),
+        (flags::RULE_SOCKETS, takes_answers(rule, desired.local_ports)),
     ]
     .into_iter()
     .filter(|(_, is)| *is);

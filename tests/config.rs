@@ -5,8 +5,8 @@ use std::path::Path as FilePath;
 
 use proptest::prelude::*;
 use udplb::config::{
-    Action, Addresses, Config, Diagnostic, Family, Finding, Fragments, Hash, Health, Host,
-    KeyAddress, Mode, Payload, Ports, Severity, Source, State, Strategy, schema,
+    Action, Addresses, Admission, Config, Diagnostic, Family, Finding, Fragments, Hash, Health,
+    Host, KeyAddress, Mode, Payload, Ports, Severity, Source, State, Strategy, schema,
 };
 
 const SEED: &str = include_str!("../examples/seed.yaml");
@@ -235,7 +235,7 @@ fn the_map_form_has_its_own_defaults() {
 fn every_word_is_read() {
     let text = "
 version: 1
-defaults: { strategy: payload, payload: statsd, hash: modulo, fragments: drop }
+defaults: { strategy: payload, payload: statsd, hash: modulo, fragments: drop, martians: allow }
 rules:
 - name: all
   key: { address: 10.0.0.5, port: any, from: [10.20.0.0/16, 192.0.2.1] }
@@ -245,7 +245,8 @@ rules:
   - { address: 10.0.9.2, source: egress, state: drained }
 - name: one
   key: { address: any, port: 53 }
-  options: { hash: maglev, payload: { offset: 4, length: \"8\" }, health: neighbour, fragments: pass }
+  options: { hash: maglev, payload: { offset: 4, length: \"8\" }, health: neighbour, fragments: pass,
+             zero-checksum: allow, martians: deny }
   upstream:
   - { address: a.example, weight: 2, state: active, addresses: all }
   mirror:
@@ -269,6 +270,7 @@ rules:
         (Mode::Replicate, Strategy::SrcIpPort, None, Hash::Maglev)
     );
     assert_eq!((all.source, all.fragments), (Source::Preserve, Fragments::Drop));
+    assert_eq!((all.zero_checksum, all.martians), (Admission::Deny, Admission::Allow));
     let [sampled, drained] = &all.upstreams[..] else { panic!("two upstreams") };
     assert_eq!((sampled.sample, sampled.source, sampled.state), (Some(10), None, State::Active));
     assert_eq!(
@@ -287,6 +289,7 @@ rules:
         )
     );
     assert_eq!((one.health, one.fragments), (Health::Neighbour, Fragments::Pass));
+    assert_eq!((one.zero_checksum, one.martians), (Admission::Allow, Admission::Deny));
     assert_eq!(one.upstreams[0].weight, Some(2));
     assert_eq!(one.upstreams[0].addresses, Addresses::All);
     assert_eq!(names.upstreams[0].addresses, Addresses::One);

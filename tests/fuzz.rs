@@ -19,17 +19,19 @@ use common::flow;
 use common::forge::{Forged, V4};
 use common::packet::Mac;
 use common::prelude::Tag;
-use common::program::{Context, Counted, Run};
+use common::program::{Context, Counted, Run, VLAN_MAC};
 use common::random::{Target, any_packet, one_of, usually};
 use common::reference::{Arrival, End, Host, Outcome, Table, Verdict, Way};
 use common::testbed::{
     FAR, FAR_COLD, GATEWAY_MAC, NARROW, NARROW_COLD, NEAR, NEAR_COLD, NEAR_MAC, NO_ROUTE, OUT_MAC,
-    OWN, OWN6, PORTS, REDIRECT, RELAY_MAC, SHOT, Testbed, UNSPEC, VIP,
+    OWN, OWN6, PORTS, REDIRECT, RELAY_MAC, SHOT, Testbed, UNSPEC, VIP, VLANS,
 };
 use proptest::collection::vec;
 use proptest::prelude::{Just, Strategy, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
-use udplb::config::{self, Action, Fragments, Hash, Key, KeyAddress, Mode, Ports, Source};
+use udplb::config::{
+    self, Action, Admission, Fragments, Hash, Key, KeyAddress, Mode, Ports, Source,
+};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
 
 const PACKETS: u32 = 20_000;
@@ -103,6 +105,8 @@ impl Scenario {
             rules: vec![(self.rule.clone(), ids)],
             addresses: vec![VIP.into(), OWN.into(), VIP6.into(), OWN6.into()],
             broadcasts: vec![BROADCAST.into(), Ipv4Addr::new(10, 0, 2, 255).into()],
+            vlans: VLANS.iter().map(|path| path.to_vec()).collect(),
+            vlan_mac: VLAN_MAC,
             // MTU, Ethernet header and, whether there is one or not, a tag
             longest: 1500 + 14 + 4,
             ways: ways.collect(),
@@ -416,8 +420,11 @@ const VERDICTS: &[Verdict] = &[
     "forwarded",
     "fragment",
     "fragment-early",
+    "loop",
     "malformed",
+    "martian",
     "mtu",
+    "no-checksum",
     "no-route",
     "not-for-us",
     "ttl",
@@ -459,15 +466,20 @@ fn any_scenario(target: Target) -> impl Strategy<Value = Scenario> {
     let mode = one_of([Mode::Balance, Mode::Replicate]);
     let fragments = usually(Fragments::Follow, one_of([Fragments::Pass, Fragments::Drop]));
     let strategy = one_of([config::Strategy::SrcPort, config::Strategy::SrcIp]);
+    let admissions = usually(Admission::Deny, Just(Admission::Allow));
+    let admissions = (admissions.clone(), admissions);
     let upstreams = vec(any_upstream(target), 1..=4);
     let mirrors = vec(any_upstream(target), 0..=2);
-    let rule = (action, source, mode, fragments, strategy, upstreams, mirrors).prop_map(
-        move |(action, source, mode, fragments, strategy, upstreams, mirrors)| {
-            let mirrors = if mode == Mode::Balance { mirrors } else { Vec::new() };
-            let rule = rule_for(target, upstreams);
-            Rule { action, source, mode, fragments, strategy, mirrors, ..rule }
-        },
-    );
+    let rule = (action, source, mode, fragments, admissions, strategy, upstreams, mirrors)
+        .prop_map(
+            move |(action, source, mode, fragments, admissions, strategy, upstreams, mirrors)| {
+                let (zero_checksum, martians) = admissions;
+                let mirrors = if mode == Mode::Balance { mirrors } else { Vec::new() };
+                let rule = rule_for(target, upstreams);
+                let rule = Rule { action, source, mode, fragments, strategy, mirrors, ..rule };
+                Rule { zero_checksum, martians, ..rule }
+            },
+        );
     (rule, usually(false, Just(true))).prop_map(|(rule, held)| Scenario { rule, held })
 }
 

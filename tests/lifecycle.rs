@@ -378,12 +378,22 @@ fn a_filter_whose_pins_are_gone_is_taken_over_with_force_only() {
 fn a_lost_pin_is_noticed_and_healed() {
     let lab = Lab::new();
     let growing = ["counters", "counters-0", "nexthops", "nexthops-0"];
-    let fixed = ["heartbeat", "held", "overrides", "fragments", "fragment_ring", "tickets"];
+    let fixed = [
+        "heartbeat",
+        "held",
+        "overrides",
+        "own",
+        "suspects",
+        "vlans",
+        "fragments",
+        "fragment_ring",
+        "tickets",
+    ];
     let telling = ["tracing", "events"];
     let state = growing.iter().chain(&fixed).chain(&telling);
     let state: Vec<String> = state.map(|name| format!("{STATE}/{name}")).collect();
-    let keys = ["rules", "rules6", "senders", "addresses"];
-    let rest = ["program", "slots", "upstreams", "config"];
+    let keys = ["rules", "rules6", "senders", "addresses", "answers"];
+    let rest = ["program", "slots", "upstreams", "spares", "config"];
     let generation: Vec<String> = keys.iter().chain(&rest).map(ToString::to_string).collect();
     let mut port = 7001;
     lab.apply(&to_port(port));

@@ -121,10 +121,10 @@ impl Relay<'_> {
 fn flows(ipv6: bool, payloads: impl proptest::strategy::Strategy<Value = Vec<u8>>) -> Vec<Flow> {
     let near = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0).to_bits();
     let address = prop_oneof![any::<u128>(), (0..256_u128).prop_map(move |host| near + host)];
-    // kernels route no such senders' packets
+    // kernels route no other senders' packets
     let address = address.prop_map(move |bits| match ipv6 {
         true => Ipv6Addr::from_bits(bits & (u128::MAX >> 3) | 1 << 125).into(),
-        false => IpAddr::from(Ipv4Addr::from_bits(bits as u32)),
+        false => IpAddr::from(Ipv4Addr::from_bits(0x1000_0000 | bits as u32 >> 2)),
     });
     let port = prop_oneof![any::<u16>(), 30_000..30_100_u16];
     let flows = vec((address, port, payloads), FLOWS);
@@ -165,8 +165,8 @@ fn key_of(rule: &Rule, (source, port, payload): &Flow) -> (u32, bool) {
 
 /// Whether a metric follows the first.
 fn has_several(payload: &[u8]) -> bool {
-    let body = payload.strip_suffix(b"\n").unwrap_or(payload);
-    flow::metric_key(payload).is_some() && body.contains(&b'\n')
+    let lines = payload.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    flow::metric_key(payload).is_some() && lines.count() > 1
 }
 
 /// The program and user space go by the same numbers.
@@ -242,7 +242,14 @@ fn metrics_are_told_by_their_names() {
         ("a.b:1|c\n".into(),          Some("a.b"), 0, 0),
         ("a.b:17|ms|@0.1|#x:y".into(), Some("a.b"), 0, 0),
         ("a.b:1|c\nc.d:1|c".into(),   Some("a.b"), 0, 1),
-        ("a.b:1|c\n\n".into(),        Some("a.b"), 0, 1),
+        ("a.b:1|c\n\n".into(),        Some("a.b"), 0, 0),
+        ("a.b:1|c\r\n\r\n".into(),    Some("a.b"), 0, 0),
+        ("a.b:1|c\n\r\nc.d:1|c".into(), Some("a.b"), 0, 1),
+        ("\na.b:1|c".into(),          Some("a.b"), 0, 0),
+        ("\r\na.b:1|c\r\n".into(),    Some("a.b"), 0, 0),
+        ("\n\n\n\na.b:1|c\nc.d:1".into(), Some("a.b"), 0, 1),
+        ("\n\n".into(),               None,        1, 0),
+        ("\n".repeat(1400) + "a:1",   None,        1, 0),
         ("a.b:".into(),               Some("a.b"), 0, 0),
         (format!("a.b:{}\n1", "1".repeat(1000)), Some("a.b"), 0, 1),
         ("".into(),                   None,        1, 0),
@@ -381,6 +388,47 @@ fn check_drained(before: &[usize], after: &[usize]) {
     assert_eq!(none, 0);
 }
 
+/// However little is left, it gets all, by weight, and the flows of what is left stay.
+#[test]
+fn what_is_left_gets_all() {
+    const COUNT: usize = 70;
+    #[rustfmt::skip]
+    let table: [(_, &[u32], &[usize]); 5] = [
+        // weights, and what is left
+        (Hash::Maglev, &[999, 1], &[1]),
+        (Hash::Maglev, &[990, 1, 3], &[1, 2]),
+        (Hash::Maglev, &[1; COUNT], &[17]),
+        (Hash::Maglev, &[1; COUNT], &[0, 17, COUNT - 1]),
+        (Hash::Modulo, &[1; COUNT], &[5, 6]),
+    ];
+    Testbed::with(|testbed| {
+        for (hash, weights, left) in table {
+            for (rule, ipv6) in rules(weights.len()).into_iter().zip([false, true]) {
+                let flows = flows(ipv6, Just(Vec::new()));
+                let mut rule = Rule { hash, ..rule };
+                for (upstream, weight) in rule.upstreams.iter_mut().zip(weights) {
+                    upstream.weight = *weight;
+                }
+                let before = Relay::with(testbed, std::slice::from_ref(&rule)).choices(&flows);
+                for (index, upstream) in rule.upstreams.iter_mut().enumerate() {
+                    let stays = left.contains(&index);
+                    upstream.state = if stays { State::Active } else { State::Drained };
+                }
+                let after = Relay::with(testbed, std::slice::from_ref(&rule)).choices(&flows);
+                let all: u32 = left.iter().map(|index| weights[*index]).sum();
+                for index in left {
+                    let got = after.iter().filter(|choice| *choice == index).count() as f64;
+                    let share = f64::from(weights[*index]) / f64::from(all);
+                    let (mean, most) = (share * FLOWS as f64, 5.0 * (FLOWS as f64).sqrt() / 2.0);
+                    assert!((got - mean).abs() <= most, "{hash:?} {left:?}: {got}, not {mean}");
+                }
+                let stay = before.iter().zip(&after).filter(|(before, _)| left.contains(before));
+                assert!(stay.clone().all(|(before, after)| before == after), "{left:?}");
+            }
+        }
+    });
+}
+
 #[test]
 fn all_are_drained() {
     let drained = |upstream| Upstream { state: State::Drained, ..upstream };
@@ -447,7 +495,7 @@ fn the_nearest_key_decides() {
         ("10.0.1.1",   2055, "198.51.100.200",      Some(6)),
         ("10.0.1.1",   2055, "198.51.101.0",        Some(4)),
         ("10.0.1.1",   2055, "198.52.0.0",          Some(3)),
-        ("10.0.1.1",   2055, "0.0.0.1",             Some(3)),
+        ("10.0.1.1",   2055, "1.0.0.1",             Some(3)),
         ("10.0.1.1",   2059, "198.51.100.7",        Some(3)),
         ("10.0.1.1",   53,   "198.51.100.127",      Some(7)),
         ("10.0.1.1",   53,   "198.51.100.128",      Some(3)),
@@ -484,7 +532,7 @@ fn the_nearest_key_decides() {
     });
 }
 
-/// Of so many packets exactly every N-th, each receiver for itself.
+/// Of N packets exactly one, each receiver for itself.
 #[test]
 fn samples_are_exact() {
     const PACKETS: u64 = 10_000;
@@ -511,15 +559,20 @@ fn samples_are_exact() {
                     copies[upstream_of(&copy)] += 1;
                 }
             }
-            let wanted = samples.map(|sample| PACKETS.div_ceil(sample.into()));
-            assert_eq!(copies, wanted);
+            for (got, sample) in copies.iter().zip(samples.map(u64::from)) {
+                let turns = PACKETS / sample;
+                // the last turn may not be at its end
+                let most = turns + u64::from(!PACKETS.is_multiple_of(sample));
+                assert!((turns..=most).contains(got), "{got} of one in {sample}");
+            }
             let ids = &relay.ids[0];
             let (receivers, whole) = match mirrors {
                 true => (&ids.mirrors, ids.upstreams[0]),
                 false => (&ids.upstreams, ids.rule),
             };
-            let all = receivers.iter().copied().zip(wanted).chain([(whole, PACKETS)]);
+            let all = receivers.iter().copied().zip(copies).chain([(whole, PACKETS)]);
             let length = came.len() as u64;
+            let all = all.filter(|(_, count)| *count > 0);
             let counted = all.map(|(id, count)| ((id, "forwarded"), (count, count * length)));
             assert_eq!(relay.counted(), counted.collect());
         }

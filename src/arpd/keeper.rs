@@ -741,6 +741,7 @@ mod tests {
                 received: 0,
                 xdp: Vec::new(),
                 outer: None,
+                vlan: None,
             };
             self.keeper.set_links(vec![link]);
         }

@@ -14,6 +14,7 @@ use super::keeper::{self, Action, Keeper, Now, Upstream};
 use super::names::Names;
 use crate::bpf::{OBJECT_SHA256, types};
 use crate::cli::{Arpd, Global};
+use crate::environment::Environment;
 use crate::failure::{Failure, Result};
 use crate::generation::{Generation, ProgramName};
 use crate::lease::Heartbeat;
@@ -24,7 +25,8 @@ use crate::netlink::{
 use crate::observe::{Observed, observe};
 use crate::plan::Desired;
 use crate::resolve::Answers;
-use crate::state::{self, StateMaps};
+use crate::spares::{self, Situation};
+use crate::state::{self, ReadGuard, StateMaps};
 use crate::tc::{self, Slot};
 use crate::{addresses, apply, clock, confirm, diff, lock, nexthop, partial};
 
@@ -97,6 +99,51 @@ struct Stale {
     interfaces: bool,
     /// Of this host.
     addresses: bool,
+}
+
+impl Serving {
+    /// Writes next hops, and with them who stands in for upstreams that are down: before they go, and again
+    /// when they are back.
+    fn write(&self, guard: &ReadGuard, entries: &[(u32, keeper::Entry)]) -> anyhow::Result<()> {
+        let nexthops = &self.maps.nexthops;
+        let is_down = |entry: &types::nexthop| entry.health == types::health::HEALTH_DOWN;
+        let (mut gone, mut back) = (HashSet::new(), HashSet::new());
+        for (id, entry) in entries {
+            match (is_down(&nexthops.read(*id)?), is_down(&entry.0)) {
+                (false, true) => gone.insert(*id),
+                (true, false) => back.insert(*id),
+                _ => false,
+            };
+        }
+        let changed: HashSet<u32> = gone.union(&back).copied().collect();
+        let mut situation = self.situation()?;
+        if !changed.is_empty() {
+            situation.down.extend(gone);
+            self.write_spares(guard, &situation, Some(&changed))?;
+        }
+        for (id, entry) in entries {
+            nexthops.write(*id, &entry.0)?;
+        }
+        if !back.is_empty() {
+            situation.down.retain(|id| !back.contains(id));
+            self.write_spares(guard, &situation, Some(&changed))?;
+        }
+        Ok(())
+    }
+
+    fn situation(&self) -> anyhow::Result<Situation> {
+        Situation::leased(&self.maps, self.generation.ids().max().unwrap_or(0))
+    }
+
+    fn write_spares(
+        &self,
+        guard: &ReadGuard,
+        situation: &Situation,
+        changed: Option<&HashSet<u32>>,
+    ) -> anyhow::Result<()> {
+        let Generation { number, .. } = self.generation;
+        spares::write(guard, number, self.generation.hosts(), &[situation], changed)
+    }
 }
 
 impl Service {
@@ -381,6 +428,9 @@ impl Service {
             }),
             _ => None,
         };
+        if let (Some(serving), Some(guard)) = (&self.serving, &guard) {
+            serving.write_spares(guard, &serving.situation()?, None)?;
+        }
         drop(guard);
         self.current = symlink;
         self.unwritten.clear();
@@ -563,6 +613,11 @@ impl Service {
         self.stale.addresses = false;
         let Some(serving) = &self.serving else { return Ok(()) };
         let desired = &serving.generation.description.desired;
+        Environment::read(&self.netlink).await?.write(
+            &serving.maps,
+            [desired].into_iter(),
+            true,
+        )?;
         let lacked = &desired.incomplete.interfaces;
         // one that is made again has its addresses back soon
         let mut gone = serving.interfaces.iter().filter(|(name, _)| !lacked.contains(name));
@@ -636,22 +691,16 @@ impl Service {
     /// apply out, and what serves is still what was read.
     fn write(&mut self) -> anyhow::Result<()> {
         let guard = match state::read(&self.pin_dir, Duration::ZERO) {
-            Ok(Some(guard)) => guard,
-            Ok(None) => {
-                self.unwritten.clear();
-                return Ok(());
-            }
+            Ok(guard) => guard,
             Err(Failure::Locked(_)) => return Ok(()),
             Err(failure) => bail!("{failure}"),
         };
-        if current(&self.pin_dir) != self.current {
+        if guard.is_some() && current(&self.pin_dir) != self.current {
             self.stale.generation = true;
             return Ok(());
         }
-        if let Some(serving) = &self.serving {
-            for (id, entry) in &self.unwritten {
-                serving.maps.nexthops.write(*id, &entry.0)?;
-            }
+        if let (Some(serving), Some(guard)) = (&self.serving, &guard) {
+            serving.write(guard, &self.unwritten)?;
         }
         drop(guard);
         self.unwritten.clear();

@@ -8,8 +8,8 @@ use super::document::{Entry, Node};
 use super::path::Trail;
 use super::vocabulary::{self as words, ANY, Choice, Field, Number, Root, STATSD, Table};
 use super::{
-    Action, Finding, Fragments, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Ports,
-    Rule, Source, Strategy, Upstream, scalar,
+    Action, Admission, Finding, Fragments, Hash, Health, Host, Key, KeyAddress, Mode, Network,
+    Payload, Ports, Rule, Source, Strategy, Upstream, scalar,
 };
 
 /// A file's content, as far as it could be understood.
@@ -127,6 +127,8 @@ struct Options {
     hash: Said<Hash>,
     health: Said<Health>,
     fragments: Said<Fragments>,
+    zero_checksum: Said<Admission>,
+    martians: Said<Admission>,
 }
 
 impl Options {
@@ -140,6 +142,8 @@ impl Options {
             hash: self.hash.or(defaults.hash),
             health: self.health.or(defaults.health),
             fragments: self.fragments.or(defaults.fragments),
+            zero_checksum: self.zero_checksum.or(defaults.zero_checksum),
+            martians: self.martians.or(defaults.martians),
         }
     }
 }
@@ -154,6 +158,8 @@ struct Chosen {
     source: Source,
     health: Health,
     fragments: Fragments,
+    zero_checksum: Admission,
+    martians: Admission,
 }
 
 /// The variant that a word of the vocabulary is called by.
@@ -305,6 +311,8 @@ impl Decoder {
             source: chosen.source,
             health: chosen.health,
             fragments: chosen.fragments,
+            zero_checksum: chosen.zero_checksum,
+            martians: chosen.martians,
             upstreams: upstreams?,
             mirrors: mirrors?,
             at: at.path(),
@@ -381,6 +389,8 @@ impl Decoder {
             hash: hash?,
             health: self.settle(said.health, &words::HEALTH)?,
             fragments: self.settle(said.fragments, &words::FRAGMENTS)?,
+            zero_checksum: self.settle(said.zero_checksum, &words::ZERO_CHECKSUM)?,
+            martians: self.settle(said.martians, &words::MARTIANS)?,
         })
     }
 
@@ -620,6 +630,8 @@ impl Decoder {
             hash: self.choice(&fields, &words::HASH, at),
             health: self.choice(&fields, &words::HEALTH, at),
             fragments: self.choice(&fields, &words::FRAGMENTS, at),
+            zero_checksum: self.choice(&fields, &words::ZERO_CHECKSUM, at),
+            martians: self.choice(&fields, &words::MARTIANS, at),
         }
     }
 
@@ -682,6 +694,8 @@ mod tests {
         has_variants::<Hash>(&words::HASH);
         has_variants::<Health>(&words::HEALTH);
         has_variants::<Fragments>(&words::FRAGMENTS);
+        has_variants::<Admission>(&words::ZERO_CHECKSUM);
+        has_variants::<Admission>(&words::MARTIANS);
         has_variants::<State>(&words::UPSTREAM_STATE);
         has_variants::<Addresses>(&words::UPSTREAM_ADDRESSES);
     }

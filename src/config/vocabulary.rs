@@ -255,6 +255,27 @@ pub static FRAGMENTS: Choice = Choice {
     default_list: Some("follow"),
     default_map: Some("follow"),
 };
+pub static ZERO_CHECKSUM: Choice = Choice {
+    field: Field::new(
+        "zero-checksum",
+        Shape::Choice(&ZERO_CHECKSUM),
+        "Whether UDP over IPv6 without a checksum is sent on, as tunnels send it.",
+    ),
+    words: ADMISSIONS,
+    default_list: Some("deny"),
+    default_map: Some("deny"),
+};
+pub static MARTIANS: Choice = Choice {
+    field: Field::new(
+        "martians",
+        Shape::Choice(&MARTIANS),
+        "Whether packets are sent on whose source address no router forwards.",
+    ),
+    words: ADMISSIONS,
+    default_list: Some("deny"),
+    default_map: Some("deny"),
+};
+const ADMISSIONS: &[Word] = &[Word::new("deny"), Word::new("allow")];
 pub static HEALTH: Choice = Choice {
     field: Field::new(
         "health",
@@ -338,6 +359,8 @@ pub static OPTIONS_MAP: Table = Table {
         &HASH.field,
         &HEALTH.field,
         &FRAGMENTS.field,
+        &ZERO_CHECKSUM.field,
+        &MARTIANS.field,
     ],
 };
 pub static PAYLOAD_MAP: Table =

@@ -349,7 +349,10 @@ async fn upstreams(
         for upstream in rule.destinations() {
             let label = upstream.label();
             let status = known.get(&(rule.name.as_str(), label.as_str()));
-            let too_large = status.and_then(|it| it.counters.drops().find(|drop| drop.0 == "mtu"));
+            let dropped = |reason| {
+                let drop = status.and_then(|it| it.counters.drops().find(|it| it.0 == reason));
+                drop.map_or(0, |(_, count)| count.packets)
+            };
             upstreams.push(Upstream {
                 rule: rule.name.clone(),
                 address: upstream.address.ip,
@@ -357,7 +360,8 @@ async fn upstreams(
                 preserves: rule.source_of(upstream) == Source::Preserve,
                 lacks_egress: rule.source_of(upstream) == Source::Egress
                     && ways.get(&upstream.address).is_some_and(|(_, egress)| egress.is_none()),
-                too_large: too_large.map_or(0, |(_, count)| count.packets),
+                too_large: dropped("mtu"),
+                spent: dropped("ttl"),
                 label,
             });
         }

@@ -53,8 +53,10 @@ pub fn payload_key(payload: &[u8], offset: usize, length: usize) -> Option<u32> 
     payload.get(offset..offset + length).map(|bytes| mix(fnv(bytes)) as u32)
 }
 
-/// By the name of the first metric; none: there is no name.
+/// By the name of the first metric; none: there is no name. Empty lines are none.
 pub fn metric_key(payload: &[u8]) -> Option<u32> {
+    let start = payload.iter().position(|byte| !matches!(byte, b'\r' | b'\n'))?;
+    let payload = &payload[start..];
     let end = payload.iter().take(METRIC_MOST + 1).position(|byte| matches!(byte, b':' | b'\n'))?;
     let name = &payload[..end];
     (payload[end] == b':' && end > 0).then(|| mix(fnv(name)) as u32)

@@ -77,6 +77,8 @@ pub struct V4 {
     pub destination: Ipv4Addr,
     /// Words of options.
     pub options: u8,
+    /// The pointer of a loose source route among them, of seven bytes.
+    pub source_route: Option<u8>,
 }
 
 /// RFC 8200, section 3.
@@ -261,6 +263,7 @@ impl V4 {
             source,
             destination,
             options: 0,
+            source_route: None,
         }
     }
 
@@ -277,6 +280,9 @@ impl V4 {
         header.extend(self.source.octets());
         header.extend(self.destination.octets());
         header.extend((20..length).map(|at| if at < length - 1 { 1 } else { 0 }));
+        if let Some(pointer) = self.source_route.filter(|_| self.options > 1) {
+            header[20..23].copy_from_slice(&[131, 7, pointer]);
+        }
         let checksum = off_by(!sum(&header), self.checksum_error);
         header[10..12].copy_from_slice(&checksum.to_be_bytes());
         [header, body].concat()

@@ -20,6 +20,7 @@ pub const TYPE: usize = 12;
 /// Where the fields are that some tests overwrite, in a frame without IP options.
 pub const VERSION: usize = ETHERNET;
 pub const TOTAL_LENGTH: usize = ETHERNET + 2;
+pub const IP_CHECKSUM: usize = ETHERNET + 10;
 pub const PROTOCOL: usize = ETHERNET + 9;
 pub const UDP_LENGTH: usize = ETHERNET + IP + 4;
 
@@ -195,6 +196,15 @@ pub fn with<const LENGTH: usize>(frame: Vec<u8>, at: usize, bytes: [u8; LENGTH])
     let mut frame = frame;
     frame[at..at + LENGTH].copy_from_slice(&bytes);
     frame
+}
+
+/// The same with the checksum that its IPv4 header without options is to have.
+pub fn summed(frame: Vec<u8>) -> Vec<u8> {
+    let header = with(frame.clone(), IP_CHECKSUM, [0, 0]);
+    let words = header[ETHERNET..ETHERNET + 20].chunks(2);
+    let sum: u32 = words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    with(frame, IP_CHECKSUM, (!((folded & 0xffff) + (folded >> 16)) as u16).to_be_bytes())
 }
 
 /// `10.0.0.1:5666` from its parts.

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::mem::{MaybeUninit, size_of};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -11,13 +11,15 @@ use libbpf_rs::{
     MapCore, MapFlags, MapHandle, MapMut, OpenMap, OpenObject, TC_INGRESS, TcHookBuilder,
 };
 use udplb::bpf::{NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
-use udplb::config::{Action, Address, Hash, Key, Ports, Source, Strategy};
+use udplb::config::{Action, Address, Hash, Key, Mode, Ports, Source, State, Strategy};
+use udplb::environment::suspects;
 use udplb::lease::ticks_per_second;
 use udplb::nexthop::{self, Way};
 use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
-use udplb::tables::Tables;
+use udplb::spares::{self, Situation};
+use udplb::tables::{Tables, first_upstreams, wire};
 
-use super::packet::TYPE;
+use super::packet::{Mac, TYPE};
 use super::prelude::{Change, FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL, Tag};
 
 /// Ids given, and read, in each chunk of counters; no configuration here has more.
@@ -28,7 +30,10 @@ const CHUNKS: u32 = 2;
 
 /// Room in the maps of rules and upstreams, and in slots.
 const ENTRIES: u32 = 256;
-const SLOT_LINES: u32 = 1024;
+const SLOT_LINES: u32 = 3200;
+
+/// Of VLAN devices, which have one of their own here.
+pub const VLAN_MAC: Mac = [2, 0, 0, 0, 3, 1];
 
 /// So long is a second of the program, for machines that are busy: as many of the kernel's.
 pub const SECONDS: u32 = 10;
@@ -63,6 +68,9 @@ pub struct Program<'object> {
     prelude: Prelude,
     /// Those that were needed.
     preludes: RefCell<HashMap<Change, OwnedFd>>,
+    /// Addresses of this host.
+    own: RefCell<Vec<IpAddr>>,
+    configured: RefCell<(Desired, Vec<RuleIds>)>,
     /// A second of the program, by [`Program::jiffies`].
     pub second: u32,
 }
@@ -79,8 +87,10 @@ impl<'object> Program<'object> {
             (&mut maps.rules6, ENTRIES),
             (&mut maps.senders, ENTRIES),
             (&mut maps.addresses, ENTRIES),
+            (&mut maps.answers, ENTRIES),
             (&mut maps.upstreams, ENTRIES),
             (&mut maps.destinations, ENTRIES),
+            (&mut maps.spares, ENTRIES),
             (&mut maps.samples, ENTRIES),
             (&mut maps.slots, SLOT_LINES),
         ] {
@@ -96,7 +106,47 @@ impl<'object> Program<'object> {
         let chunk = skeleton.maps.nexthops_chunk.as_fd().as_raw_fd();
         write(&skeleton.maps.nexthops, 0, &chunk.to_ne_bytes());
         let prelude = Prelude::new(skeleton.progs.udplb.as_fd());
-        Program { skeleton, chunks, prelude, preludes: RefCell::default(), second }
+        let preludes = RefCell::default();
+        let (own, configured) = (RefCell::default(), RefCell::default());
+        Program { skeleton, chunks, prelude, preludes, own, configured, second }
+    }
+
+    /// Tells of this host's addresses, and which of them are broadcast addresses.
+    pub fn set_own(&self, addresses: &[(IpAddr, bool)]) {
+        for (address, broadcast) in addresses {
+            let key = types::key_address { words: wire(*address) };
+            write_pairs(&self.skeleton.maps.own, &[(key, 1 + u32::from(*broadcast))]);
+        }
+        *self.own.borrow_mut() = addresses.iter().map(|(address, _)| *address).collect();
+    }
+
+    /// Has an interface take the frames with these tags, the outermost first, and no others.
+    pub fn set_vlans(&self, ifindex: u32, paths: &[&[(u16, u16)]]) {
+        const FIRST: u32 = 1_000_000;
+        let place = |path: &[(u16, u16)]| match path {
+            [] => ifindex,
+            path => {
+                let place = paths.iter().position(|it| *it == path).expect("what it is within");
+                FIRST + place as u32
+            }
+        };
+        for path in paths {
+            let (inner, outer) = path.split_last().expect("a tag");
+            let (protocol, id) = *inner;
+            let key = types::vlan_key { ifindex: place(outer), protocol: protocol.to_be(), id };
+            let vlan = types::vlan { ifindex: place(path), mac: VLAN_MAC, unused: 0 };
+            write_pairs(&self.skeleton.maps.vlans, &[(key, vlan)]);
+        }
+    }
+
+    fn write_spares(&self, situation: &Situation) {
+        let (desired, ids) = &*self.configured.borrow();
+        let rules = desired.rules.iter().zip(ids).zip(first_upstreams(desired));
+        for ((rule, ids), first) in rules.filter(|((rule, _), _)| rule.mode == Mode::Balance) {
+            for (index, spare) in (first..).zip(spares::table(first, rule, ids, &[situation])) {
+                write(&self.skeleton.maps.spares, index, bytes_of(&spare));
+            }
+        }
     }
 
     /// Puts one rule in the place of those that were there, behind a decoy, and returns its ids;
@@ -128,6 +178,7 @@ impl<'object> Program<'object> {
         clear(&maps.addresses);
         clear(&maps.destinations);
         clear(&maps.path_mtus);
+        clear(&maps.answers);
         self.forget_fragments();
         // full again; forget_fragments() gave all senders other places
         for kind in 0..3 {
@@ -143,6 +194,13 @@ impl<'object> Program<'object> {
         write_pairs(&maps.senders, &tables.senders);
         write_pairs(&maps.addresses, &tables.addresses);
         write_pairs(&maps.destinations, &tables.destinations);
+        write_pairs(&maps.answers, &tables.answers);
+        let answering = desired.upstreams().map(|upstream| upstream.address.ip);
+        let suspects = suspects(self.own.borrow().iter().copied().chain(answering));
+        let suspects: Vec<u8> = suspects.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        write_bytes(&maps.suspects, size_of::<u64>(), &suspects);
+        *self.configured.borrow_mut() = (desired.clone(), ids.clone());
+        self.write_spares(&Situation::default());
         write_all(&maps.slots, &tables.slots);
         write_all(&maps.upstreams, &tables.upstreams);
         if !ways.is_empty() {
@@ -193,6 +251,9 @@ impl<'object> Program<'object> {
     pub fn override_state(&self, id: u32, drained: bool) {
         let [index, shift] = [id / 32, id % 32 * 2];
         let state: u64 = if drained { 1 } else { 2 };
+        let said = if drained { State::Drained } else { State::Active };
+        let overrides = [(id, said)].into();
+        self.write_spares(&Situation { overrides, ..Situation::default() });
         write(&self.skeleton.maps.overrides, index, &(state << shift).to_ne_bytes());
     }
 

@@ -31,6 +31,27 @@ const OTHERS: [Ipv4Addr; 4] = [
 ];
 const OTHERS6: [Ipv6Addr; 3] =
     [CLIENT6, Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1), Ipv6Addr::LOCALHOST];
+/// Of packets that come back, or from nobody: upstreams, this host, its networks.
+const SOURCES: [Ipv4Addr; 8] = [
+    Ipv4Addr::new(10, 0, 2, 2),
+    Ipv4Addr::new(10, 0, 3, 2),
+    Ipv4Addr::new(10, 0, 1, 1),
+    Ipv4Addr::new(10, 0, 2, 1),
+    Ipv4Addr::new(10, 0, 1, 255),
+    Ipv4Addr::new(169, 254, 1, 1),
+    Ipv4Addr::LOCALHOST,
+    Ipv4Addr::UNSPECIFIED,
+];
+const SOURCES6: [Ipv6Addr; 8] = [
+    Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 2),
+    Ipv6Addr::new(0xfd00, 3, 0, 0, 0, 0, 0, 2),
+    Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1),
+    Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 1),
+    Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 7),
+    Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0xa00, 7),
+    Ipv6Addr::LOCALHOST,
+    Ipv6Addr::UNSPECIFIED,
+];
 const OTHER_MACS: [Mac; 4] =
     [[0xff; 6], [1, 0, 0x5e, 0, 0, 1], [0x33, 0x33, 0, 0, 0, 1], [2, 0, 0, 0, 2, 2]];
 
@@ -112,8 +133,9 @@ fn any_ttl() -> BoxedStrategy<u8> {
 
 fn any_ipv4(address: Ipv4Addr) -> impl Strategy<Value = V4> {
     let source = prop_oneof![
-        2 => (0..3_u32).prop_map(|host| Ipv4Addr::from_bits(CLIENT.to_bits() + host)),
-        1 => any::<u32>().prop_map(Ipv4Addr::from_bits),
+        16 => (0..3_u32).prop_map(|host| Ipv4Addr::from_bits(CLIENT.to_bits() + host)),
+        8 => any::<u32>().prop_map(Ipv4Addr::from_bits),
+        3 => one_of(SOURCES),
     ];
     let fragment = prop_oneof![
         // whole
@@ -128,8 +150,9 @@ fn any_ipv4(address: Ipv4Addr) -> impl Strategy<Value = V4> {
     let ids = prop_oneof![4 => 0..3_u16, 1 => any::<u16>()];
     let rest = (usually(0, any::<u8>()), any_ttl(), any_protocol(), usually(0, any::<u16>()));
     let addresses = (source, usually(address, one_of(OTHERS)));
-    (header, fragment, ids, rest, addresses, usually(0, 1..=10_u8)).prop_map(
-        |(header, fragment, identification, rest, addresses, options)| V4 {
+    let options = usually((0, None), (1..=10_u8, usually(None, (0..16_u8).prop_map(Some))));
+    (header, fragment, ids, rest, addresses, options).prop_map(
+        |(header, fragment, identification, rest, addresses, (options, source_route))| V4 {
             version: header.0,
             words: header.1,
             tos: rest.0,
@@ -143,14 +166,16 @@ fn any_ipv4(address: Ipv4Addr) -> impl Strategy<Value = V4> {
             source: addresses.0,
             destination: addresses.1,
             options,
+            source_route,
         },
     )
 }
 
 fn any_ipv6(address: Ipv6Addr) -> impl Strategy<Value = V6> {
     let source = prop_oneof![
-        2 => (0..3_u128).prop_map(|host| Ipv6Addr::from_bits(CLIENT6.to_bits() + host)),
-        1 => any::<u128>().prop_map(Ipv6Addr::from_bits),
+        16 => (0..3_u128).prop_map(|host| Ipv6Addr::from_bits(CLIENT6.to_bits() + host)),
+        8 => any::<u128>().prop_map(Ipv6Addr::from_bits),
+        3 => one_of(SOURCES6),
     ];
     let chain = prop_oneof![4 => vec(any_extension(), 0..=3), 1 => vec(any_extension(), 7..=9)];
     let header = (usually(6, 0..16_u8), any::<u8>(), any::<u32>(), any_length(), any_ttl());
@@ -208,7 +233,8 @@ fn any_udp(first_port: u16) -> impl Strategy<Value = Udp> {
     ];
     let trailer = usually(0, 1..16_usize);
     let cut = usually(None, (0..40_usize).prop_map(Some));
-    (any::<u16>(), port, any_length(), checksum, (payload, any::<u16>()), trailer, cut).prop_map(
+    let source = prop_oneof![3 => any::<u16>(), 1 => first_port..first_port + 4];
+    (source, port, any_length(), checksum, (payload, any::<u16>()), trailer, cut).prop_map(
         |(source, destination, length, checksum, (payload, first), trailer, cut)| Udp {
             source,
             destination,

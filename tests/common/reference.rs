@@ -2,7 +2,7 @@
 //! README.md promises, and not from the program that is held against it.
 //!
 //! ```text
-//! frame ─ untag ─ IP ─ UDP or a later fragment ─ rule ─ for us? ─ well-formed? ─ upstream ─ TTL ─ way ─ MTU ─ rewrite
+//! frame ─ untag ─ IP ─ UDP or a later fragment ─ rule ─ for us? ─ well-formed? ─ whose? ─ upstream ─ TTL ─ way ─ MTU ─ rewrite
 //! ```
 //!
 //! What ends on the way ends with one counted verdict; [`Host::judge`] is that line.
@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 
-use udplb::config::{Action, Fragments, Hash, KeyAddress, Mode, Source, Strategy};
+use udplb::config::{Action, Admission, Fragments, Hash, KeyAddress, Mode, Source, Strategy};
 use udplb::plan::{Rule, RuleIds, Upstream};
 
 use super::packet::Mac;
@@ -31,6 +31,10 @@ pub struct Host {
     pub addresses: Vec<IpAddr>,
     /// The subnets' broadcast addresses.
     pub broadcasts: Vec<IpAddr>,
+    /// Those that it is in: protocols and ids of the tags, the outermost first.
+    pub vlans: Vec<Vec<(u16, u16)>>,
+    /// Of the VLANs' interfaces.
+    pub vlan_mac: Mac,
     /// The longest frame that the interfaces take; IP packets may have bytes behind them.
     pub longest: usize,
     /// By the address of the upstream; there is no route to others.
@@ -62,6 +66,8 @@ struct Receiver<'host> {
     source: Source,
     /// How many before it get a copy of the packet at the same host, at most.
     again: usize,
+    /// Whoever it is from.
+    martians: bool,
 }
 
 /// A packet, as it comes in.
@@ -258,14 +264,14 @@ impl Host {
             };
         };
         let (rule, ids) = &self.rules[index];
-        if !self.is_for_us(rule, &packet) {
+        if !self.is_for_us(&packet, arrival) {
             return Outcome::default().counted(ids.rule, "not-for-us", count);
         }
-        if !packet.is_well_formed() {
+        if let Some(verdict) = self.objection(rule, &packet) {
             if packet.is_first() {
                 table.correct(packet.datagram());
             }
-            return Outcome::unsent(rule).counted(ids.rule, "malformed", count);
+            return Outcome::unsent(rule).counted(ids.rule, verdict, count);
         }
         if packet.fragment.is_some() {
             if packet.is_first() {
@@ -365,15 +371,18 @@ impl Host {
         if packet.ttl <= 1 {
             return Err("ttl");
         }
-        let way = self.ways.get(&to.upstream.address.ip).ok_or("no-route")?;
+        let way = self.ways.get(&to.upstream.address.ip);
         let source = match to.source {
             Source::Vip => packet.destination,
             Source::Preserve => packet.source,
-            Source::Egress => way.egress.ok_or("no-route")?,
+            Source::Egress => way.and_then(|way| way.egress).ok_or("no-route")?,
         };
-        if stays_here(source, to.upstream.address.ip) {
-            return Err("no-route");
+        let receiver = to.upstream.address.ip;
+        // it would be from itself
+        if stays_here(source, receiver) || !to.martians && source == receiver {
+            return Err("martian");
         }
+        let way = way.ok_or("no-route")?;
         let is_cut = packet.length() > way.mtu;
         if is_cut && !packet.may_be_cut() {
             return Err("mtu");
@@ -503,16 +512,100 @@ impl Host {
         }
     }
 
-    /// By the frame's destination. Frames to many are for keys that many have.
-    fn is_for_us(&self, rule: &Rule, packet: &Packet) -> bool {
+    /// By the frame's destination, or that of the VLAN's interface, and by its tags: those of IEEE
+    /// 802.1Q whose id is 0 say a priority only.
+    fn is_for_us(&self, packet: &Packet, arrival: Arrival<'_>) -> bool {
         let (to, _) = packet.macs();
-        let many = match rule.key.address {
-            KeyAddress::Is(key) => self.is_of_many(key),
-            KeyAddress::Any => false,
-        };
+        let mut path = Vec::new();
+        let beside = arrival.tag.map(|tag| (tag.protocol, tag.control));
+        for (protocol, control) in beside.into_iter().chain(tags(arrival.frame)) {
+            let id = control & 0xfff;
+            path.push((protocol, id));
+            if !self.vlans.contains(&path) {
+                if id != 0 {
+                    return false;
+                }
+                path.pop();
+            }
+        }
         // the group bit of IEEE 802
-        to == self.mac || to[0] & 1 == 1 && many
+        to == self.mac || to[0] & 1 == 1 || !path.is_empty() && to == self.vlan_mac
     }
+
+    /// Why a packet is none that the rule sends on.
+    fn objection(&self, rule: &Rule, packet: &Packet) -> Option<Verdict> {
+        let allows = rule.martians == Admission::Allow;
+        if !packet.is_well_formed() {
+            return Some("malformed");
+        }
+        match packet.route() {
+            Route::Malformed => return Some("malformed"),
+            Route::GoesOn if !allows => return Some("martian"),
+            _ => {}
+        }
+        if packet.is_later() {
+            return None;
+        }
+        // RFC 8200 section 8.1; RFC 6935
+        let unchecked = packet.source.is_ipv6() && packet.udp_field(6) == 0;
+        if unchecked && rule.zero_checksum == Admission::Deny {
+            return Some("no-checksum");
+        }
+        if !allows && self.is_martian(packet) {
+            return Some("martian");
+        }
+        if self.addresses.contains(&packet.source) {
+            return Some("loop");
+        }
+        if self.broadcasts.contains(&packet.source) {
+            return (!allows).then_some("martian");
+        }
+        self.is_answer(rule, packet).then_some("loop")
+    }
+
+    /// RFC 1812 section 5.3.7, RFC 3927 section 2.7; RFC 4291 sections 2.5.2, 2.5.3, 2.5.5.2 and 2.7.
+    fn is_martian(&self, packet: &Packet) -> bool {
+        if packet.source == packet.destination {
+            return true;
+        }
+        match (packet.source, packet.destination) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                let dhcp = source.is_unspecified() && destination.is_broadcast();
+                let on_link = destination.is_link_local() || self.is_of_many(packet.destination);
+                source.octets()[0] == 0 && !dhcp
+                    || source.is_loopback()
+                    || source.is_multicast()
+                    || source.is_broadcast()
+                    || source.is_link_local() && !on_link
+            }
+            (IpAddr::V6(source), _) => {
+                source.is_unspecified()
+                    || source.is_loopback()
+                    || source.is_multicast()
+                    || source.to_ipv4_mapped().is_some()
+            }
+            mixed => panic!("two families: {mixed:?}"),
+        }
+    }
+
+    /// It comes from where an upstream of the rule got packets.
+    fn is_answer(&self, rule: &Rule, packet: &Packet) -> bool {
+        let port = packet.udp_field(0);
+        let ports = &rule.key.ports;
+        let of_key = ports.is_empty() || ports.iter().any(|ports| ports.contains(port));
+        rule.destinations().any(|upstream| {
+            upstream.address.ip == packet.source
+                && upstream.port.map_or(of_key, |its_own| its_own == port)
+        })
+    }
+}
+
+/// What the options of an IPv4 header ask for.
+enum Route {
+    Malformed,
+    /// To other hosts first.
+    GoesOn,
+    EndsHere,
 }
 
 impl Packet {
@@ -538,8 +631,7 @@ impl Packet {
 
     /// Whether the lengths are within each other: RFC 768, "Length is the length in octets of this
     /// user datagram including this header and the data. (This means the minimum value of the
-    /// length is eight.)"; IP may carry more than that, a fragment less. In IPv6 there is no datagram
-    /// without a checksum, RFC 8200 section 8.1.
+    /// length is eight.)"; IP may carry more than that, a fragment less.
     fn is_well_formed(&self) -> bool {
         if self.end > self.bytes.len() {
             return false;
@@ -547,11 +639,44 @@ impl Packet {
         if self.is_later() {
             return self.body <= self.end;
         }
-        let field = |at: usize| word(&self.bytes, self.body + at).map_or(0, usize::from);
-        let (length, checksum) = (field(4), field(6));
+        let length = usize::from(self.udp_field(4));
         let fits = self.fragment.is_some() || self.body + length <= self.end;
-        let checked = self.source.is_ipv4() || checksum != 0;
-        self.body + 8 <= self.end && length >= 8 && fits && checked
+        self.body + 8 <= self.end && length >= 8 && fits
+    }
+
+    fn udp_field(&self, at: usize) -> u16 {
+        word(&self.bytes, self.body + at).unwrap_or_default()
+    }
+
+    /// RFC 791 section 3.1.
+    fn route(&self) -> Route {
+        if self.source.is_ipv6() {
+            return Route::EndsHere;
+        }
+        let header = &self.bytes[ETHERNET..self.body];
+        if sum(header) != u16::MAX {
+            return Route::Malformed;
+        }
+        let (mut options, mut route) = (&header[20..], Route::EndsHere);
+        while let [kind, rest @ ..] = options {
+            let length = match (kind, rest) {
+                (0, _) => break,
+                (1, _) => 1,
+                // loose and strict source routes
+                (131 | 137, [length @ 3..=255, pointer, ..]) => {
+                    if pointer <= length {
+                        route = Route::GoesOn;
+                    }
+                    usize::from(*length)
+                }
+                (131 | 137, _) => return Route::Malformed,
+                (_, [length @ 2..=255, ..]) => usize::from(*length),
+                _ => return Route::Malformed,
+            };
+            let Some(left) = options.get(length..) else { return Route::Malformed };
+            options = left;
+        }
+        route
     }
 
     /// RFC 791, section 3.2: in IPv4, if the sender allows it. What a device is to cut into
@@ -633,12 +758,19 @@ impl Packet {
 
 /// The frame without its tags; none: it ends within one.
 fn untagged(frame: &[u8]) -> Option<Vec<u8>> {
-    let mut tags = 0;
-    while tags < TAGS && VLAN.contains(&word(frame, ETHERNET - 2 + tags * 4)?) {
-        tags += 1;
-    }
+    let tags = tags(frame).count();
     word(frame, ETHERNET - 2 + tags * 4)?;
     Some([&frame[..ETHERNET - 2], &frame[ETHERNET - 2 + tags * 4..]].concat())
+}
+
+/// Protocols and controls of the frame's tags.
+fn tags(frame: &[u8]) -> impl Iterator<Item = (u16, u16)> {
+    let tags = (0..TAGS).map_while(|number| {
+        let at = ETHERNET - 2 + number * 4;
+        let protocol = word(frame, at).filter(|protocol| VLAN.contains(protocol))?;
+        Some((protocol, word(frame, at + 2)?))
+    });
+    tags.collect::<Vec<_>>().into_iter()
 }
 
 /// RFC 791, section 3.1.
@@ -886,6 +1018,7 @@ fn receivers<'host>(
         upstream,
         id: *id,
         source: rule.source_of(upstream),
+        martians: rule.martians == Admission::Allow,
         again: others
             .iter()
             .chain(&upstreams[..index])

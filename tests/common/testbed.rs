@@ -76,6 +76,29 @@ const ADDRESSES: &[&str] = &[
     "route add fd00:6::3 via fd00:2::fd mtu lock 1300",
 ];
 
+/// The VLANs that the relay is in: protocols and ids of the tags, the outermost first.
+pub const VLANS: &[&[(u16, u16)]] = &[
+    &[(0x8100, 7)],
+    &[(0x88a8, 100)],
+    &[(0x88a8, 100), (0x8100, 7)],
+    &[(0x88a8, 100), (0x88a8, 100)],
+    &[(0x88a8, 100), (0x88a8, 100), (0x8100, 7)],
+    &[(0x8100, 7), (0x8100, 7)],
+    &[(0x88a8, 9)],
+    &[(0x88a8, 9), (0x8100, 7)],
+    &[(0x88a8, 9), (0x88a8, 100)],
+    &[(0x88a8, 9), (0x88a8, 100), (0x8100, 7)],
+    &[(0x88a8, 9), (0x8100, 7), (0x8100, 7)],
+];
+
+/// The relay's addresses, and which of them are broadcast addresses.
+fn own() -> Vec<(IpAddr, bool)> {
+    let broadcasts = [VIP, OWN].map(|own| Ipv4Addr::from_bits(own.to_bits() | 0xff));
+    let vip6 = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1);
+    let own = [VIP.into(), OWN.into(), vip6.into(), OWN6.into()].map(|own| (own, false));
+    own.into_iter().chain(broadcasts.map(|address| (address.into(), true))).collect()
+}
+
 /// Where a packet comes in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ingress {
@@ -350,6 +373,9 @@ impl Testbed<'_> {
             for ifindex in [routing, closed] {
                 program.attach(ifindex);
             }
+            program.set_own(&own());
+            program.set_vlans(routing, VLANS);
+            program.set_vlans(closed, VLANS);
             test(&Testbed { program, wire, routing, closed, out });
         });
     }

@@ -2,11 +2,12 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use udplb::config::{Action, Fragments, KeyAddress, Mode, Source};
+use udplb::config::{Action, Admission, Fragments, KeyAddress, Mode, Ports, Source};
 use udplb::plan::{Rule, Upstream};
 
 use super::common::forge::{Checksum, Extension, Forged, Fragment, Ip, Kind, Length, Udp, V4, V6};
 use super::common::prelude::Tag;
+use super::common::program::VLAN_MAC;
 use super::common::random::Target;
 use super::common::testbed::{FAR_COLD, NARROW, NARROW_COLD, NEAR, NO_ROUTE, OWN};
 use super::{NEAR6, UNICAST, UNICAST6, rule_for};
@@ -107,8 +108,12 @@ fn later6() -> Forged {
     chain(&[fragment(3, false)])
 }
 
+fn martians(rule: &mut Rule) {
+    rule.martians = Admission::Allow;
+}
+
 pub fn all() -> Vec<Case> {
-    [ipv4(), ipv4_fragments(), ipv6(), ipv6_fragments(), tags(), answers(), copies()]
+    [ipv4(), ipv4_fragments(), ipv6(), ipv6_fragments(), tags(), answers(), copies(), sources()]
         .into_iter()
         .flatten()
         .collect()
@@ -164,7 +169,8 @@ fn ipv4() -> Vec<Case> {
         case("no checksum", v4(|_, udp| udp.checksum = Checksum::Is(0)), "away forwarded"),
         case("a wrong checksum", v4(|_, udp| udp.checksum = Checksum::Off(1)), "away forwarded"),
         case("a wrong checksum of ones", v4(|_, udp| udp.checksum = Checksum::Is(0xffff)), "away forwarded"),
-        case("a wrong header checksum", v4(|ip, _| ip.checksum_error = 1), "away forwarded"),
+        case("a wrong header checksum", v4(|ip, _| ip.checksum_error = 1), "drop malformed"),
+        case("a wrong header checksum, with options", v4(|ip, _| (ip.checksum_error, ip.options) = (1, 10)), "drop malformed"),
         case("an odd length", v4(|_, udp| udp.payload = 3), "away forwarded"),
         case("no payload", v4(|_, udp| udp.payload = 0), "away forwarded"),
         case("all options", v4(|ip, _| ip.options = 10), "away forwarded"),
@@ -187,13 +193,14 @@ fn ipv4() -> Vec<Case> {
         case("another port", v4(|_, udp| udp.destination = 53), "up"),
         case("another address", v4(|ip, _| ip.destination = OWN), "up"),
         case("another host's", Forged { to: [2, 0, 0, 0, 9, 9], ..v4(|_, _| {}) }, "up not-for-us"),
-        case("for everybody", Forged { to: [0xff; 6], ..v4(|_, _| {}) }, "up not-for-us"),
+        case("for everybody", Forged { to: [0xff; 6], ..v4(|_, _| {}) }, "away forwarded"),
+        case("for everybody, of TTL 1", Forged { to: [0xff; 6], ..v4(|ip, _| ip.ttl = 1) }, "drop ttl"),
         case("a group's", to_group(), "away forwarded").under(of_group),
         case("a group's, to a neighbour unknown", to_group(), "away unresolved").by(FAR_COLD).under(of_group),
         case("a group's, of TTL 1", v4(|ip, _| (ip.destination, ip.ttl) = (GROUP, 1)), "drop ttl").under(of_group),
         case("a group's, in a frame to one", v4(|ip, _| ip.destination = GROUP), "away forwarded").under(of_group),
         case("malformed, another host's",
-            Forged { to: [0xff; 6], ..v4(|_, udp| udp.length = Length::Is(0)) }, "up not-for-us"),
+            Forged { to: [2, 0, 0, 0, 9, 9], ..v4(|_, udp| udp.length = Length::Is(0)) }, "up not-for-us"),
         case("to a neighbour unknown", v4(|_, _| {}), "away unresolved").by(FAR_COLD),
         case("to nowhere", v4(|_, _| {}), "drop no-route").by(NO_ROUTE),
     ];
@@ -252,12 +259,14 @@ fn ipv6() -> Vec<Case> {
     vec![
         case("IPv6", v6(|_, _| {}), "away forwarded"),
         case("an odd length in IPv6", v6(|_, udp| udp.payload = 3), "away forwarded"),
-        case("IPv6 without a checksum", v6(|_, udp| udp.checksum = Checksum::Is(0)), "drop malformed"),
-        case("a sender of this link alone", of("fe80::7"), "drop no-route").under(preserve),
+        case("IPv6 without a checksum", v6(|_, udp| udp.checksum = Checksum::Is(0)), "drop no-checksum"),
+        case("IPv6 without a checksum, as it may", v6(|_, udp| udp.checksum = Checksum::Is(0)), "away forwarded")
+            .under(|rule| rule.zero_checksum = Admission::Allow),
+        case("a sender of this link alone", of("fe80::7"), "drop martian").under(preserve),
         case("a sender of this link, to another", of("fe80::7"), "away forwarded"),
-        case("a group as sender", of("ff05::7"), "drop no-route").under(preserve),
-        case("nobody as sender", of("::"), "drop no-route").under(preserve),
-        case("oneself as sender", of("::1"), "drop no-route").under(preserve),
+        case("a group as sender", of("ff05::7"), "drop martian").under(preserve),
+        case("nobody as sender", of("::"), "drop martian").under(preserve),
+        case("oneself as sender", of("::1"), "drop martian").under(preserve),
         case("class and flow", v6(|ip, _| (ip.traffic_class, ip.flow_label) = (0xff, 0xf_ffff)), "away forwarded"),
         case("hop limit 2", v6(|ip, _| ip.hop_limit = 2), "away forwarded"),
         case("version 4 in IPv6", v6(|ip, _| ip.version = 4), "up"),
@@ -343,6 +352,14 @@ fn tags() -> Vec<Case> {
         case("three tags", tagged(Some(outer), &[outer, inner]), "away forwarded"),
         case("three tags, copied", tagged(Some(outer), &[outer, inner]), "up +1 forwarded").under(copy),
         case("three tags within", tagged(None, &[outer, inner, inner]), "up"),
+        case("a VLAN of others", tagged(None, &[tag(0x8100, 8)]), "up not-for-us"),
+        case("a VLAN of others, beside", tagged(Some(tag(0x8100, 8)), &[]), "up not-for-us"),
+        case("a VLAN of others, within", tagged(None, &[outer, tag(0x8100, 8)]), "up not-for-us"),
+        case("a VLAN of the other kind", tagged(None, &[tag(0x88a8, 7)]), "up not-for-us"),
+        case("a VLAN and a priority", tagged(None, &[inner, tag(0x8100, 0)]), "away forwarded"),
+        case("a VLAN of others, copied", tagged(None, &[tag(0x8100, 8)]), "up not-for-us").under(copy),
+        case("a VLAN, to its own address", Forged { to: VLAN_MAC, ..tagged(None, &[inner]) }, "away forwarded"),
+        case("a VLAN's address without a tag", Forged { to: VLAN_MAC, ..v4(|_, _| {}) }, "up not-for-us"),
         case("priority alone", tagged(None, &[tag(0x8100, 0xe000)]), "away forwarded"),
         case("another kind of tag", tagged(None, &[tag(0x9100, 7)]), "up"),
         case("cut within a tag", Forged { cut: Some(17), ..tagged(None, &[inner]) }, "up"),
@@ -365,14 +382,14 @@ fn answers() -> Vec<Case> {
         case("TTL 1 and nowhere to go", v4(|ip, _| ip.ttl = 1), "answer ttl").by(NO_ROUTE),
         case("TTL 1, copied", v4(|ip, _| ip.ttl = 1), "up ttl").under(|rule| rule.action = Action::Pass),
         case("TTL 1, replicated", v4(|ip, _| ip.ttl = 1), "drop ttl ttl").under(|rule| rule.mode = Mode::Replicate),
-        case("TTL 1, of nobody", old([0; 4]), "drop ttl"),
-        case("TTL 1, of everybody", old([255; 4]), "drop ttl"),
-        case("TTL 1, of a group", old([224, 0, 0, 1]), "drop ttl"),
-        case("TTL 1, of oneself", old([127, 0, 0, 1]), "drop ttl"),
+        case("TTL 1, of nobody", old([0; 4]), "drop ttl").under(martians),
+        case("TTL 1, of everybody", old([255; 4]), "drop ttl").under(martians),
+        case("TTL 1, of a group", old([224, 0, 0, 1]), "drop ttl").under(martians),
+        case("TTL 1, of oneself", old([127, 0, 0, 1]), "drop ttl").under(martians),
         case("TTL 1, of class E", old([240, 0, 0, 1]), "drop ttl"),
         case("hop limit 1", v6(|ip, _| ip.hop_limit = 1), "answer ttl"),
         case("hop limit 0", v6(|ip, _| ip.hop_limit = 0), "answer ttl"),
-        case("hop limit 1, of nobody", v6(|ip, _| (ip.hop_limit, ip.source) = (1, Ipv6Addr::UNSPECIFIED)), "drop ttl"),
+        case("hop limit 1, of nobody", v6(|ip, _| (ip.hop_limit, ip.source) = (1, Ipv6Addr::UNSPECIFIED)), "drop ttl").under(martians),
         case("too long", long(2), "answer mtu").by(NARROW),
         case("too long, and may be cut", long(0), "drop +2 forwarded").by(NARROW),
         case("too long, and may be cut, copied", long(0), "up +2 forwarded").by(NARROW).under(|rule| rule.action = Action::Pass),
@@ -414,5 +431,73 @@ fn copies() -> Vec<Case> {
             "drop +2 forwarded forwarded unresolved forwarded, drop +2 forwarded forwarded unresolved forwarded").under(three),
         case("from this host", v4(|_, _| {}), "away forwarded").under(|rule| rule.source = Source::Egress),
         case("IPv6 from this host", v6(|_, _| {}), "away forwarded").under(|rule| rule.source = Source::Egress),
+    ]
+}
+
+/// Packets that come back, and those of senders that nobody can be.
+#[rustfmt::skip]
+fn sources() -> Vec<Case> {
+    let from = |source: [u8; 4]| v4(|ip, _| ip.source = source.into());
+    let from6 = |source: &str| v6(|ip, _| ip.source = source.parse().expect("an address"));
+    let answer = |port| v4(|ip, udp| (ip.source, udp.source) = (NEAR, port));
+    let answer6 = |port| v6(|ip, udp| (ip.source, udp.source) = (NEAR6, port));
+    let routed = |pointer| v4(|ip, _| (ip.options, ip.source_route) = (2, Some(pointer)));
+    let copy = |rule: &mut Rule| rule.action = Action::Pass;
+    let preserve = |rule: &mut Rule| rule.source = Source::Preserve;
+    let replicate = |rule: &mut Rule| rule.mode = Mode::Replicate;
+    let any_port = |rule: &mut Rule| (rule.key.ports, rule.upstreams) = (Vec::new(), vec![Upstream::new(NEAR, None)]);
+    let mirrored = |rule: &mut Rule| {
+        (rule.upstreams, rule.mirrors) = (vec![Upstream::new(NARROW, None)], vec![Upstream::new(NEAR, Some(9995))]);
+    };
+    let of_others = |rule: &mut Rule| rule.key.from = vec!["198.51.0.0/16".parse().expect("a network")];
+    let of_both = |rule: &mut Rule| rule.key.from = vec!["0.0.0.0/0".parse().expect("a network")];
+    let elsewhere = |rule: &mut Rule| rule.key.ports = vec![Ports { first: 2055, last: 2056 }];
+    vec![
+        case("an answer", answer(9995), "drop loop"),
+        case("an answer, copied", answer(9995), "up loop").under(copy),
+        case("an answer, replicated", answer(9995), "drop loop").under(replicate),
+        case("an answer of a mirror", answer(9995), "drop loop").under(mirrored),
+        case("an answer to whom senders are named for", answer(9995), "drop loop").under(of_both),
+        case("not of those that are named", answer(9995), "up").under(of_others),
+        case("an upstream as sender", answer(9996), "away forwarded"),
+        case("an upstream as sender, which would be from itself", answer(9996), "drop martian").under(preserve),
+        case("the same, as it may", answer(9996), "away forwarded").under(preserve).under(martians),
+        case("an answer as it may not", answer(9995), "drop loop").under(martians),
+        case("an answer by the key's port", answer(2057), "drop loop").by(NEAR),
+        case("an upstream as sender, by another port", answer(2059), "away forwarded").by(NEAR),
+        case("an answer of the port before", answer(2057), "away forwarded").by(NEAR).under(elsewhere),
+        case("an answer by any port", answer(7), "drop loop").under(any_port),
+        case("an IPv6 answer", answer6(9995), "drop loop"),
+        case("an IPv6 answer, copied", answer6(9995), "up loop").under(copy),
+        case("an IPv6 answer by the key's port", answer6(2058), "drop loop").by(NEAR6),
+        case("an IPv6 upstream as sender", answer6(9996), "away forwarded"),
+        cases("an answer in fragments", vec![part4(0, true, |ip, udp| (ip.source, udp.source) = (NEAR, 9995)),
+            part4(3, false, |ip, _| ip.source = NEAR)], "drop loop, up fragment-early@0"),
+        case("of this host", from(OWN.octets()), "drop loop"),
+        case("of this host, copied", from(OWN.octets()), "up loop").under(copy),
+        case("of this host, as it may", from(OWN.octets()), "drop loop").under(martians),
+        case("IPv6 of this host", from6("fd00:2::1"), "drop loop"),
+        case("of the key", v4(|ip, _| ip.source = ip.destination), "drop martian"),
+        case("IPv6 of the key", v6(|ip, _| ip.source = ip.destination), "drop martian"),
+        case("this network", from([0, 1, 2, 3]), "drop martian"),
+        case("nobody", from([0; 4]), "drop martian"),
+        case("oneself", from([127, 0, 0, 1]), "drop martian"),
+        case("oneself, copied", from([127, 0, 0, 1]), "up martian").under(copy),
+        case("oneself, as it may", from([127, 0, 0, 1]), "away forwarded").under(martians),
+        case("a group", from([224, 0, 0, 5]), "drop martian"),
+        case("everybody", from([255; 4]), "drop martian"),
+        case("everybody here", from([10, 0, 1, 255]), "drop martian"),
+        case("everybody here, as it may", from([10, 0, 1, 255]), "away forwarded").under(martians),
+        case("class E", from([240, 1, 1, 1]), "away forwarded"),
+        case("link-local", from([169, 254, 7, 7]), "drop martian"),
+        case("link-local to a group", Forged { to: [1, 0, 0x5e, 1, 2, 3],
+            ..v4(|ip, _| (ip.source, ip.destination) = ([169, 254, 7, 7].into(), GROUP)) }, "away forwarded").under(of_group),
+        case("IPv4 in IPv6", from6("::ffff:1.2.3.4"), "drop martian"),
+        case("IPv6 nobody", from6("::"), "drop martian"),
+        case("IPv6 oneself", from6("::1"), "drop martian"),
+        case("IPv6 a group", from6("ff02::1"), "drop martian"),
+        case("a source route that goes on", routed(4), "drop martian"),
+        case("a source route that goes on, as it may", routed(4), "away forwarded").under(martians),
+        case("a source route that ends here", routed(8), "away forwarded"),
     ]
 }

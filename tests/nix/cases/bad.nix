@@ -109,6 +109,10 @@ in
     expect = wrong "options\\.fragments" "null or one of .follow., .pass., .drop.'";
     config = options { fragments = "reassemble"; };
   };
+  zero-checksum = {
+    expect = wrong "options\\.zero-checksum" "null or one of .deny., .allow.'";
+    config = options { zero-checksum = true; };
+  };
   payload-word = {
     expect = wrong "options\\.payload" "";
     config = options { payload = "stats"; };

@@ -29,6 +29,8 @@ let
           length = 8;
         };
         fragments = "pass";
+        zero-checksum = "allow";
+        martians = "deny";
       };
       upstream = [
         {
