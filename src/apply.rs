@@ -212,6 +212,10 @@ impl<'a> Executor<'a> {
                     program.map(|program| Undo::Attach { interface, program, replace: false });
                 done.map(|()| undo)
             }
+            Action::SetDetached { interface, detached } => {
+                self.mark(interface, |mark| mark.detached = *detached)?;
+                Ok(Some(Undo::RestoreMark(interface.clone())))
+            }
             Action::SetHeld(held) => {
                 let maps = self.guard.maps()?.context(INCOMPLETE)?;
                 maps.set_held(*held)?;
@@ -367,6 +371,7 @@ impl<'a> Executor<'a> {
                 let maps = self.guard.maps()?.ok_or_else(|| anyhow!("state/ is gone"))?;
                 maps.set_held(self.before.held)
             }
+            Undo::RestoreMark(interface) => self.restore_mark(interface),
             Undo::SetPending => {
                 let maps = self.guard.maps()?.context("state/ is gone")?;
                 maps.set_pending(self.before.pending)
@@ -385,6 +390,7 @@ enum Undo {
     Attach { interface: String, program: OwnedFd, replace: bool },
     SetHeld,
     SetPending,
+    RestoreMark(String),
     SetCurrent,
     Override(u32),
 }
@@ -405,6 +411,12 @@ pub fn describe(action: &Action) -> String {
         Action::SetHeld(None) => "letting go of the held configuration".into(),
         Action::SetPending(Some(pending)) => {
             format!("waiting for confirmation of generation {}", pending.generation)
+        }
+        Action::SetDetached { interface, detached: true } => {
+            format!("leaving {interface}, which is missing, without the filter")
+        }
+        Action::SetDetached { interface, detached: false } => {
+            format!("waiting for {interface}")
         }
         Action::SetPending(None) => "ending the wait for confirmation".into(),
         Action::SetCurrent(Some(number)) => format!("pointing `current` at generation {number}"),

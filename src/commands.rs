@@ -616,7 +616,8 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
         return report(global, "nothing was attached\n", &json);
     }
     let mut text = match detached.is_empty() {
-        true => String::new(),
+        true if purge => String::new(),
+        true => "nothing was attached; interfaces that are missing stay without udplb\n".into(),
         false => format!("detached from {}\n", detached.join(", ")),
     };
     if purge {

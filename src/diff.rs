@@ -39,6 +39,11 @@ pub enum Action {
     DeleteClsact(String),
     SetHeld(Option<Held>),
     SetPending(Option<Pending>),
+    /// Whether arpd attaches to an interface that is missing now.
+    SetDetached {
+        interface: String,
+        detached: bool,
+    },
     /// `None` removes it: nothing serves.
     SetCurrent(Option<u32>),
     /// What is said of an upstream, whatever the configuration says.
@@ -283,6 +288,9 @@ fn replace(
             desired: desired.clone(),
         })));
     }
+    if !request.moved {
+        actions.extend(await_missing(observed, desired));
+    }
     // one that is not intact is dropped below, and nothing could be compared with it then
     let stays = held
         .filter(|(_, left)| left.intact && (request.moved || observed.serving() == Some(number)));
@@ -380,6 +388,16 @@ fn to_attach(observed: &Observed, desired: &Desired) -> Vec<String> {
     desired.interfaces.iter().filter(|name| !is_missing(name)).cloned().collect()
 }
 
+/// Has arpd attach to the missing interfaces of a configuration again, after a `detach`.
+fn await_missing(observed: &Observed, desired: &Desired) -> Vec<Action> {
+    let missing = desired
+        .interfaces
+        .iter()
+        .filter(|name| !observed.interfaces.contains_key(*name) && observed.is_detached(name));
+    let wait = |name: &String| Action::SetDetached { interface: name.clone(), detached: false };
+    missing.map(wait).collect()
+}
+
 /// The interfaces that the generation that serves lacked, and `desired` does not lack any more.
 fn appeared(observed: &Observed, desired: &Desired) -> Vec<String> {
     let serving = observed.serving().and_then(|number| observed.generations.get(&number));
@@ -473,6 +491,7 @@ fn attach_detached(observed: &Observed) -> Result<Option<Plan>, Refusal> {
         return Ok(None);
     }
     let mut actions = unfinished(observed);
+    actions.extend(await_missing(observed, &serving.description.desired));
     switch(observed, serving.number, &here, false, &mut actions)?;
     Ok(Some(Plan { generation: serving.number, actions }))
 }
@@ -543,8 +562,20 @@ pub fn detach(
         .filter(|(name, _)| is_named(name))
         .map(|(name, generation)| detachment(observed, name, generation))
         .collect();
+    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+    let meant = serving.map_or(&[][..], |serving| &serving.description.desired.interfaces);
+    let missing = meant.iter().filter(|name| {
+        is_named(name) && !observed.interfaces.contains_key(*name) && !observed.is_detached(name)
+    });
+    if !purge {
+        let detached =
+            |name: &String| Action::SetDetached { interface: name.clone(), detached: true };
+        actions.extend(missing.map(detached));
+    }
     // with nothing attached there is nothing to confirm, and nothing may be attached again
-    if observed.pending.is_some() && actions.len() == observed.attached().count() {
+    let detaches = |action: &&Action| matches!(action, Action::Detach { .. });
+    let detached = actions.iter().filter(detaches).count();
+    if observed.pending.is_some() && detached == observed.attached().count() {
         actions.push(Action::SetPending(None));
     }
     if purge {

@@ -12,7 +12,8 @@ use crate::state::WriteGuard;
 /// What is remembered of an interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mark {
-    /// Of the interface that this is said of; one with another index is another interface.
+    /// Index of the interface; one with another index is another interface. 0: it was missing, and the
+    /// next one of that name is meant.
     pub index: u32,
     /// `detach`, or an apply that no longer names it, has taken the filter off.
     pub detached: bool,
@@ -20,6 +21,13 @@ pub struct Mark {
     pub clsact: bool,
     /// How often arpd put back a filter that somebody else had removed.
     pub reattached: u64,
+}
+
+impl Mark {
+    /// Returns true for the interface with this index.
+    pub fn is_of(&self, index: u32) -> bool {
+        [0, index].contains(&self.index)
+    }
 }
 
 /// The marks, by the interface's name.

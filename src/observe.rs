@@ -113,9 +113,10 @@ impl Observed {
 
     /// Leaves of the marks what is true of the interfaces that are here now.
     fn forget_marks(&mut self) {
-        self.marks.retain(|name, _| self.interfaces.contains_key(name));
+        let interfaces = &self.interfaces;
+        self.marks.retain(|name, mark| mark.index == 0 || interfaces.contains_key(name));
         for (name, mark) in &mut self.marks {
-            if self.interfaces[name].index != mark.index {
+            if interfaces.get(name).is_some_and(|interface| !mark.is_of(interface.index)) {
                 *mark = Mark { reattached: mark.reattached, ..Mark::default() };
             }
         }

@@ -297,6 +297,30 @@ fn arpd_completes_under_traffic() {
     assert!(!lab.relay.tc("qdisc show dev late0").contains("clsact"));
 }
 
+/// As when the only interface is late, and the service is stopped meanwhile.
+#[test]
+fn a_missing_interface_stays_detached_until_apply() {
+    let lab = Lab::new();
+    let mut config = late_config();
+    config["rules"][0]["upstream"][1]["address"] = json!(UPSTREAMS[1]);
+    config["interfaces"] = json!(["late0"]);
+    lab.try_apply(&config, "--partial").expect(4);
+    let arpd = Arpd::start(&lab, "");
+    let changed = |words: &str| lab.run(words).expect(0).json()["changed"].clone();
+    assert_eq!([changed("detach -o json"), changed("detach -o json")], [true, false]);
+    let other = Namespace::new();
+    lab.relay.link("late0", &other, "eth0", true);
+    arpd.signal(libc::SIGHUP);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!lab.filters("late0").contains("udplb"), "{}", arpd.log());
+
+    lab.relay.ip("link del late0");
+    lab.try_apply(&config, "--partial").expect(4);
+    lab.relay.link("late0", &other, "eth0", true);
+    until("it is attached", || lab.filters("late0").contains("udplb"));
+    lab.run("status -q").expect(0);
+}
+
 /// What was detached stays so, also where an interface was missing then.
 #[test]
 fn arpd_attaches_no_late_interface_after_a_detach() {

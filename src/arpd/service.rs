@@ -521,10 +521,7 @@ impl Service {
             .filter(|(name, seen)| lacked(name) && matches!(seen, Seen::Lost(_)))
             .map(|(name, _)| name.clone())
             .collect();
-        // where the filter was taken off the others it was meant for all
-        if !appeared.is_empty()
-            && (found.values().any(is_attached) || desired.interfaces.iter().all(lacked))
-        {
+        if !appeared.is_empty() {
             let mut desired = desired.clone();
             desired.incomplete.interfaces.retain(|name| !appeared.contains(name));
             return self.attach_new(desired, &appeared).await;
@@ -860,7 +857,7 @@ async fn hooks(netlink: &Netlink, serving: &Serving) -> anyhow::Result<BTreeMap<
             None => Seen::Missing,
             Some(link) => {
                 let qdisc = qdiscs.get(&link.index).copied();
-                let mark = serving.maps.marks.get(name)?.filter(|mark| mark.index == link.index);
+                let mark = serving.maps.marks.get(name)?.filter(|mark| mark.is_of(link.index));
                 match tc::hook(netlink, link.index, qdisc, &programs).await?.slot {
                     Slot::Empty if mark.is_some_and(|mark| mark.detached) => {
                         Seen::Detached(link.index)

@@ -145,6 +145,9 @@ impl Kernel {
                 hook.qdisc = None;
                 assert_eq!(self.clsacts.remove(interface), Some(Owner::Udplb));
             }
+            Action::SetDetached { interface, detached } => {
+                self.observed.marks.entry(interface.clone()).or_default().detached = *detached;
+            }
             Action::SetHeld(held) => self.observed.held = *held,
             Action::SetPending(pending) => self.observed.pending = *pending,
             Action::SetCurrent(number) => {
