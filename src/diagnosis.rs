@@ -547,7 +547,7 @@ fn silent(facts: &Facts<'_>, serving: &Generation) -> Vec<Problem> {
     }
     let last = |rule: &RuleStatus| rule.counters.last().map_or(0, |last| facts.now.at(last));
     let silent: Vec<&RuleStatus> = facts.rules.iter().filter(|rule| last(rule) < built).collect();
-    let fix = |key: &str| format!("udplb get SENDER {key}; udplb trace --unmatched");
+    let fix = |key: &str| format!("udplb get SENDER {key}; tcpdump -ni any udp");
     let note = |place: &str, what: String, fix: String| {
         Problem::new("rule-silent", Level::Note, place, what)
             .why("nobody sends, or what is sent does not match")

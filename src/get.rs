@@ -17,6 +17,7 @@ use crate::config::{Action, KeyAddress, Mode, with_port};
 use crate::event::{Event, Names};
 use crate::failure::{Failure, Result};
 use crate::generation::{self, Generation, Twin};
+use crate::miss::{self, Miss};
 use crate::netlink::Netlink;
 use crate::observe::{Observed, observe};
 use crate::overrides;
@@ -151,6 +152,12 @@ pub struct Answer {
     /// `None`: no rule matches, and the packet is let alone.
     #[serde(flatten)]
     pub matched: Option<Matched>,
+    /// Rules that nearly match, where none does.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub misses: Vec<Miss>,
+    /// Source and destination of a packet that would match.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub example: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -215,12 +222,16 @@ pub async fn run(global: &Global, options: &Get, netlink: &Netlink) -> Result<Op
     let desired = &serving.description.desired;
     let question = question(desired, options)?;
     let interface = interface(desired, &observed, options.interface.as_deref())?;
+    let is_attached = desired.interfaces.contains(&interface);
     let links = netlink.links().await.context("interfaces")?;
     let link = links.iter().find(|link| link.name == interface);
     let link = link.with_context(|| format!("{interface}: there is no such interface"))?;
     let asker = Asker::new(&guard, serving)?;
     // one without MAC addresses has zeros
-    let (events, action) = asker.ask(link.index, link.mac.unwrap_or_default(), &question)?;
+    let (events, action) = match is_attached {
+        true => asker.ask(link.index, link.mac.unwrap_or_default(), &question)?,
+        false => (Vec::new(), TC_ACT_UNSPEC),
+    };
     let maps = guard.maps()?.context(state::INCOMPLETE)?;
     drop(guard);
 
@@ -230,8 +241,13 @@ pub async fn run(global: &Global, options: &Get, netlink: &Netlink) -> Result<Op
         interface,
         generation: serving.number,
         matched: None,
+        misses: Vec::new(),
+        example: None,
     };
-    let Some(first) = events.first() else { return Ok(Some(answer)) };
+    let Some(first) = events.first() else {
+        answer.explain_miss(desired);
+        return Ok(Some(answer));
+    };
     let mut names = Names::default();
     names.add(serving.clone());
     let rule = names.rule(first).context("the program names a rule that there is not")?.clone();
@@ -313,12 +329,8 @@ fn interface(desired: &Desired, observed: &Observed, named: Option<&str>) -> Res
     let all = &desired.interfaces;
     let named = named.map(|name| observed.canonical(name));
     match (named.as_deref(), &all[..]) {
-        (Some(name), _) if all.iter().any(|it| it == name) => Ok(name.into()),
-        (Some(name), _) if observed.interfaces.contains_key(name) => Err(anyhow!(
-            "{name} is none of the interfaces whose packets meet the rules: {}",
-            all.join(", ")
-        )
-        .into()),
+        // where it is none of those whose packets meet the rules, that is the answer
+        (Some(name), _) if observed.interfaces.contains_key(name) => Ok(name.into()),
         (Some(name), _) => Err(anyhow!("{name}: there is no such interface").into()),
         (None, [only]) => Ok(only.clone()),
         (None, _) => {
@@ -440,17 +452,33 @@ impl Answer {
     pub fn matched(&self) -> bool {
         self.matched.is_some()
     }
+
+    fn explain_miss(&mut self, desired: &Desired) {
+        let (source, destination) = (self.source.ip(), self.destination);
+        self.misses = miss::explain(desired, source, destination, &self.interface);
+        self.example = self.misses.first().and_then(|miss| {
+            let rule = desired.rules.iter().find(|rule| rule.name == miss.rule)?;
+            miss.example(rule, source, destination)
+        });
+    }
 }
 
 impl fmt::Display for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Answer { source, destination, interface, generation, .. } = self;
         let Some(matched) = &self.matched else {
-            return writeln!(
+            writeln!(
                 f,
                 "no rule matches {destination} from {source} on {interface} (generation {generation}): \
                  the packet is let alone"
-            );
+            )?;
+            for Miss { rule, text, .. } in &self.misses {
+                writeln!(f, "rule {rule} {text}")?;
+            }
+            return match &self.example {
+                Some(example) => writeln!(f, "would match: udplb get {example}"),
+                None => Ok(()),
+            };
         };
         let action = match matched.tc_action {
             Action::Pass => "pass",

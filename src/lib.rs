@@ -55,6 +55,7 @@ pub mod lock;
 pub mod maglev;
 pub mod marks;
 pub mod metrics;
+pub mod miss;
 pub mod netlink;
 pub mod nexthop;
 pub mod observe;

@@ -20,7 +20,7 @@ use crate::config::Network;
 use crate::drain;
 use crate::event::{Event, Names};
 use crate::failure::{Failure, Result, say};
-use crate::generation;
+use crate::generation::{self, Description};
 use crate::lease;
 use crate::netlink::Netlink;
 use crate::observe::observe;
@@ -58,6 +58,7 @@ pub async fn run(
         }
         None => 0,
     };
+    let beginning = beginning(options, description, serving.number);
     let alone = alone(&guard.generations())?;
     let mut printer = Printer::new(global, options, colour)?;
     observed.generations.into_values().for_each(|generation| printer.names.add(generation));
@@ -65,6 +66,9 @@ pub async fn run(
     let settings = settings(options, rule);
     let mut session = Session::new(maps.tracing, alone, guard.state().join("tracing"), settings)?;
     drop(guard);
+    if !global.quiet {
+        say(beginning);
+    }
 
     let taken = RefCell::new(VecDeque::new());
     let take = |bytes: &[u8]| {
@@ -107,6 +111,25 @@ pub async fn run(
         say(summary);
     }
     Ok(Some(printer.count))
+}
+
+/// What is traced, in a line.
+fn beginning(options: &Trace, description: &Description, number: u32) -> String {
+    let Trace { rule, src, dst, drops, sample, count, .. } = options;
+    let mut text = match (drops, rule) {
+        (true, Some(rule)) => format!("tracing packets of rule {rule} that are not sent"),
+        (true, None) => "tracing packets that are not sent".into(),
+        (false, Some(rule)) => format!("tracing packets of rule {rule}"),
+        (false, None) => "tracing packets of all rules".into(),
+    };
+    text += &format!(" on {}", description.desired.interfaces.join(", "));
+    text.extend(src.map(|network| format!(", from {network}")));
+    text.extend(dst.map(|network| format!(", to {network}")));
+    if *sample > 1 {
+        text += &format!(", one in {sample}");
+    }
+    let end = count.map_or("until Ctrl-C".into(), |count| format!("until {count} are shown"));
+    format!("{text} (generation {number}), {end}")
 }
 
 fn summary(global: &Global, printer: &Printer, session: &Session) -> Option<String> {

@@ -111,14 +111,21 @@ fn in_words() {
 
     let outcome = lab.run("get 10.1.0.20 10.1.0.1:53").expect(3);
     let wanted = "no rule matches 10.1.0.1:53 from 10.1.0.20:1024 on eth0 (generation 1): the packet is let alone\n";
-    assert_eq!(outcome.stdout, wanted);
+    assert!(outcome.stdout.starts_with(wanted), "{outcome:?}");
+    let would = "rule flows matches 10.1.0.1 on port 5000 only\n";
+    assert!(outcome.stdout.contains(would), "{outcome:?}");
+    let answer = lab.run("get 10.1.0.20 10.1.0.1:53 -o json").expect(3).json();
+    assert_eq!(answer["misses"][0]["differs"], "port", "{answer:#}");
+    let example = answer["example"].as_str().expect("an example");
+    assert_eq!(example, "10.1.0.20 10.1.0.1:5000");
+    lab.run(&format!("get {example}")).expect(0);
     lab.run("get 10.1.0.20 10.1.0.1").expect(64).says(&["which port? give it as 10.1.0.1:PORT"]);
     lab.run("get 10.1.0.20 [2001:db8::1]:53")
         .expect(64)
         .says(&["both addresses must be IPv4 or both IPv6"]);
     lab.run("get here 10.1.0.1:53").expect(64);
-    let up0 = lab.run("get 10.1.0.20 10.1.0.1:53 -i up0").expect(1);
-    up0.says(&["up0 is none of the interfaces whose packets meet the rules: eth0"]);
+    let up0 = lab.run("get 10.1.0.20 10.1.0.1:5000 -i up0").expect(3).stdout;
+    assert!(up0.contains("rule flows matches on eth0 only\n"), "{up0}");
     lab.run("get 10.1.0.20 10.1.0.1:53 -i eth9").expect(1).says(&["no such interface"]);
 }
 

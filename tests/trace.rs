@@ -138,7 +138,10 @@ fn each_kind_in_words() {
     lab.apply(&rules());
     let trace = Trace::start(&lab, "");
     send_all(&lab);
-    let outcome = trace.stop().expect(0).says(&["8 shown, none lost"]);
+    let outcome = trace.stop().expect(0).says(&[
+        "tracing packets of all rules on eth0 (generation 1), until Ctrl-C\n",
+        "8 shown, none lost",
+    ]);
     let from = "TIME eth0 flows 10.1.0.20";
     let wanted = [
         format!("{from}:5666 > 10.1.0.1:5000 length 53 src-port 5666 slot 0 -> 10.2.0.20:7000 dev up0 MAC forwarded"),
@@ -378,7 +381,8 @@ fn what_is_lost_is_counted() {
     trace.signal(libc::SIGCONT);
     let outcome = trace.stop().expect(0);
     let shown = outcome.stdout.lines().count() as u64;
-    let words: Vec<&str> = outcome.stderr.split_whitespace().collect();
+    let end = outcome.stderr.lines().last().expect("a summary");
+    let words: Vec<&str> = end.split_whitespace().collect();
     assert!(words[1].starts_with("shown"), "{outcome:?}");
     assert_eq!(words[0].parse(), Ok(shown), "{outcome:?}");
     if words[1] == "shown," {
