@@ -84,6 +84,19 @@ impl Changes {
         }
     }
 
+    /// Counts again how many flows move, by the states that upstreams are in.
+    pub fn count_moved(&mut self, old: &[Rule], new: &[Rule]) {
+        let by_name = |rules: &[Rule]| -> BTreeMap<String, usize> {
+            rules.iter().enumerate().map(|(index, rule)| (rule.name.clone(), index)).collect()
+        };
+        let (before, after) = (by_name(old), by_name(new));
+        for rule in &mut self.altered {
+            if let (Some(then), Some(now)) = (before.get(&rule.name), after.get(&rule.name)) {
+                rule.moved = percent(moved_share(&old[*then], &new[*now]));
+            }
+        }
+    }
+
     pub fn is_empty(&self) -> bool {
         *self == Changes::default()
     }
@@ -142,8 +155,13 @@ fn change(old: &Rule, new: &Rule) -> Option<RuleChange> {
         fields,
         upstreams: difference((old, &old.upstreams), (new, &new.upstreams)),
         mirrors: difference((old, &old.mirrors), (new, &new.mirrors)),
-        moved: (moved_share(old, new) * 1000.0).round() / 10.0,
+        moved: percent(moved_share(old, new)),
     })
+}
+
+/// To a tenth.
+fn percent(share: f64) -> f64 {
+    (share * 1000.0).round() / 10.0
 }
 
 /// How long the table of a rule is, if that is for its weights to say: where it changes, that moves

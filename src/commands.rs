@@ -334,7 +334,8 @@ async fn plan(global: &Global, target: &Target, resolver: Resolver, exit_code: b
     wanted.expand(&netlink).await?;
     let old = serving(&observed).cloned().unwrap_or_default();
     let attached: Vec<String> = observed.attached().map(|(name, _)| name.into()).collect();
-    let changes = Changes::new(&old, &wanted.desired, &attached);
+    let mut changes = Changes::new(&old, &wanted.desired, &attached);
+    count_moved(&mut changes, &observed, &wanted.desired);
     let pending = match diff::apply(&observed, &wanted.desired, &wanted.origin, false) {
         Ok(Plan { actions, .. }) => !actions.is_empty(),
         Err(refusal) => {
@@ -354,6 +355,18 @@ async fn plan(global: &Global, target: &Target, resolver: Resolver, exit_code: b
     json["overrides"] = json!(standing);
     report(global, &text, &json)?;
     Ok(if pending && exit_code { PENDING } else { 0 })
+}
+
+/// Counts how many flows move, with what `drain` and `enable` say of upstreams.
+fn count_moved(changes: &mut Changes, observed: &Observed, new: &Desired) {
+    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+    let Some((old, ids)) = serving.map(Generation::hosts) else { return };
+    let known: Vec<(&Desired, &[RuleIds])> =
+        observed.generations.values().map(Generation::hosts).collect();
+    let Ok(new_ids) = assign_ids(new, &known, u32::MAX) else { return };
+    let old = drain::effective_rules(old, ids, &observed.overrides);
+    let new = drain::effective_rules(new, &new_ids, &observed.overrides);
+    changes.count_moved(&old, &new);
 }
 
 /// What `drain` and `enable` say of the hosts of a configuration that is not applied yet.
@@ -581,7 +594,8 @@ async fn plan_rollback(global: &Global) -> Result<u8> {
     let new = target.map(|target| target.description.desired.clone()).unwrap_or_default();
     let attached: Vec<String> = observed.attached().map(|(name, _)| name.into()).collect();
     let old = serving(&observed).cloned().unwrap_or_default();
-    let changes = Changes::new(&old, &new, &attached);
+    let mut changes = Changes::new(&old, &new, &attached);
+    count_moved(&mut changes, &observed, &new);
     let mut text = match target {
         Some(target) => {
             let Origin { file, .. } = &target.description.origin;

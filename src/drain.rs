@@ -183,6 +183,17 @@ pub fn standing<'a>(
     found
 }
 
+/// The same rules with each upstream in the state that it is in, whoever says so.
+pub fn effective_rules(desired: &Desired, ids: &[RuleIds], said: &Overrides) -> Vec<Rule> {
+    let mut rules = desired.rules.clone();
+    for (rule, ids) in rules.iter_mut().zip(ids) {
+        for (upstream, id) in rule.upstreams.iter_mut().zip(&ids.upstreams) {
+            upstream.state = said.get(id).copied().unwrap_or(upstream.state);
+        }
+    }
+    rules
+}
+
 /// Takes back all that is said: what to do, and how it is then.
 pub fn take_back(standing: Vec<Standing>) -> (Vec<Action>, Vec<Standing>) {
     let actions: Vec<Action> = standing.iter().map(|one| one.say(None)).collect();

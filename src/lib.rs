@@ -44,6 +44,7 @@ pub mod drift;
 pub mod environment;
 pub mod event;
 pub mod failure;
+pub mod flow;
 pub mod former;
 pub mod generation;
 pub mod get;

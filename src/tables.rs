@@ -9,6 +9,7 @@ use crate::config::{
     Action, Address, Admission, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports,
     Source, State, Strategy,
 };
+use crate::flow;
 use crate::maglev::{self, Member};
 use crate::plan::{Desired, Rule, RuleIds, Upstream};
 
@@ -484,6 +485,11 @@ pub fn moved_share(old: &Rule, new: &Rule) -> f64 {
     let (before, after) = (Table::of(old).slots(), Table::of(new).slots());
     let (old_ends, new_ends) = (ends(old), ends(new));
     let several = before.len().max(after.len()) > 1;
+    let drained = |rule: &Rule| rule.upstreams.iter().any(|it| it.state == State::Drained);
+    if several && (drained(old) || drained(new)) {
+        let same_key = selection(old) == selection(new);
+        return flow::moved((old, &before), (new, &after), same_key);
+    }
     if several && selection(old) != selection(new) {
         return moved_by_selection((&before, &old_ends), (&after, &new_ends));
     }
@@ -528,7 +534,7 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::{Tables, moved_share, wire};
-    use crate::config::{Action, Hash, Key, Ports, Strategy};
+    use crate::config::{Action, Hash, Key, Ports, State, Strategy};
     use crate::plan::{Desired, Rule, Upstream, assign_ids};
 
     const KEY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 5);
@@ -626,6 +632,32 @@ mod tests {
         {
             let by_port = Rule { strategy: Strategy::SrcPort, ..of(new) };
             assert_eq!(moved_share(&of(old), &by_port), moved, "{old:?} -> {new:?}");
+        }
+    }
+
+    #[test]
+    fn flows_of_drained_upstreams_are_somewhere_else_already() {
+        let of = |drained: &[u8]| {
+            let mut rule = rule("one", 1, 1, &[1, 2, 3, 4]);
+            rule.hash = Hash::Maglev;
+            for upstream in drained {
+                rule.upstreams[usize::from(*upstream)].state = State::Drained;
+            }
+            rule
+        };
+        for (old, new, moved) in [
+            (&[][..], &[][..], 0.0),
+            (&[], &[0], 0.25),
+            (&[0], &[], 0.25),
+            (&[0], &[0], 0.0),
+            // what the first left to the second is a third of a quarter
+            (&[0], &[0, 1], 0.25 + 0.25 / 3.0),
+            (&[0], &[1], 0.5),
+            (&[0, 1, 2, 3], &[0, 1, 2, 3], 0.0),
+            (&[0, 1, 2], &[0, 1, 2, 3], 1.0),
+        ] {
+            let share = moved_share(&of(old), &of(new));
+            assert!((share - moved).abs() < 0.01, "{old:?} -> {new:?}: {share}");
         }
     }
 
