@@ -4,8 +4,8 @@
 #define UDPLB_COUNT_H
 
 /* The segments of a GSO packet but the first, each of which has headers of its own. */
-static __noinline void count_segments(struct __sk_buff *skb, __u32 layout, __u32 bytes,
-				      struct counter *counter)
+static __always_inline void count_segments(struct __sk_buff *skb, __u32 layout, __u32 bytes,
+					   struct counter *counter)
 {
 	__u32 headers = segment_headers(skb, layout), segments = skb->gso_segs;
 

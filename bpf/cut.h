@@ -64,24 +64,28 @@ __noinline __u32 store_options(struct __sk_buff *skb, __u32 headers)
 	return 0;
 }
 
-/* Replaces the options that only the first fragment has (RFC 791, section 3.1). */
+/*
+ * Replaces the options that only the first fragment has (RFC 791, section 3.1). What is known of an option is
+ * in the map: before 6.18 the verifier would go on once for each length that it may have.
+ */
 __noinline __u32 blank_options(__u32 length)
 {
 	struct sending *sending = get_sending();
-	__u32 i, end = 0, blank = 0;
 	__u8 *options;
+	__u32 i;
 
 	if (!sending)
 		return 0;
 	options = (__u8 *)sending->options;
+	sending->option_end = 0;
 	for (i = 0; i < MOST_OPTIONS * 4 - 1 && i < length; i++) {
-		if (i >= end) {
+		if (i >= *(volatile __u32 *)&sending->option_end) {
 			if (options[i] == OPTION_END)
 				break;
-			end = i + (options[i] == OPTION_NONE ? 1 : options[i + 1]);
-			blank = !(options[i] & OPTION_COPIED);
+			sending->option_end = i + (options[i] == OPTION_NONE ? 1 : options[i + 1]);
+			sending->option_blank = !(options[i] & OPTION_COPIED);
 		}
-		if (blank)
+		if (*(volatile __u32 *)&sending->option_blank)
 			options[i] = OPTION_NONE;
 	}
 	return 0;

@@ -173,7 +173,7 @@ __noinline __u32 send(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 id
 		verdict = send_to(skb, layout, &packet, upstream, sending, &action);
 	}
 	sent = SENT(verdict, action, verdict == VERDICT_MTU ? sending->way.mtu : 0);
-	count(skb, layout, 0, upstream->id, verdict);
+	count_aside(skb, layout, 0, upstream->id, verdict);
 	if (layout & LAYOUT_TRACED)
 		end_trace(upstream->id, verdict);
 	return sent;

@@ -27,6 +27,8 @@ struct sending {
 	__u32 pieces;		     /* fragments that the packet is cut into; 0: it is not */
 	__u32 cb[5];		     /* of the skb, as it came */
 	__u32 options[MOST_OPTIONS]; /* of the IP header of a packet that is cut */
+	__u32 option_end;	     /* of the one that is looked at */
+	__u32 option_blank;	     /* it is to be replaced */
 	__u8 shifted[SHIFTED];
 	volatile enum checksum checksum; /* read each time: the verifier would go on once for each of them */
 	__u32 csum;			 /* what was added to skb->csum */
