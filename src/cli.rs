@@ -88,7 +88,10 @@ fn at_least_one<T: std::str::FromStr + Default + PartialEq>(text: &str) -> Resul
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Output {
+    /// For people.
     Table,
+    /// With next hops, MAC addresses, ages and totals (status).
+    Wide,
     Json,
 }
 
@@ -134,7 +137,8 @@ pub enum Command {
     Status(Status),
     /// Show where packets go right now, on the whole screen.
     ///
-    /// Keys: p, m, d, n sort by packets, bits, drops and name; r reverses; arrows scroll; q quits.
+    /// Keys: p, m, d, n sort by packets, bits, drops and name; r reverses; / filters by rule or
+    /// upstream, Esc ends that; arrows, Home and End scroll; q quits.
     Top(Top),
     /// Tell of packets as they come: one line for each, or for each copy, in the file's own words.
     ///
@@ -271,12 +275,15 @@ pub struct Status {
     /// Only this rule.
     #[arg(value_name = "RULE", add = ArgValueCandidates::new(complete::rules))]
     pub rule: Option<String>,
-    /// Show it again and again, with rates, until it is interrupted.
+    /// Show it again and again, with rates, until q is pressed; arrows scroll.
     #[arg(short, long)]
     pub watch: bool,
     /// Packets and bits a second instead of totals; takes an interval's time.
     #[arg(short, long)]
     pub rate: bool,
+    /// Problems only, and what to do about them.
+    #[arg(short, long, conflicts_with_all = ["watch", "rate"])]
+    pub problems: bool,
     /// What rates are measured over, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = some_seconds)]
     pub interval: Duration,

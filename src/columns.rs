@@ -83,6 +83,26 @@ fn shrink(columns: &[Column], widths: &mut [usize], most: usize) {
     }
 }
 
+/// Breaks text at blanks, so that no line is longer than `width` unless a word is; lines but the first
+/// are indented.
+pub fn wrapped(text: &str, width: usize, indent: &str) -> Vec<String> {
+    let start = text.len() - text.trim_start().len();
+    let mut lines = vec![text[..start].to_string()];
+    let mut is_empty = true;
+    for word in text.split_whitespace() {
+        let Some(line) = lines.last_mut() else { break };
+        let blank = usize::from(!is_empty);
+        if is_empty || line.chars().count() + blank + word.chars().count() <= width {
+            *line += if is_empty { "" } else { " " };
+            *line += word;
+        } else {
+            lines.push(format!("{indent}{word}"));
+        }
+        is_empty = false;
+    }
+    lines
+}
+
 /// The text, or its start and an ellipsis.
 pub fn cut(text: &str, width: usize) -> Cow<'_, str> {
     if text.chars().count() <= width {
@@ -93,7 +113,15 @@ pub fn cut(text: &str, width: usize) -> Cow<'_, str> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Column, cut, lines};
+    use super::{Column, cut, lines, wrapped};
+
+    #[test]
+    fn text_breaks_at_blanks() {
+        assert_eq!(wrapped("! one two three", 9, "  "), ["! one two", "  three"]);
+        assert_eq!(wrapped("  fix: a", 80, "    "), ["  fix: a"]);
+        assert_eq!(wrapped("averylongword b", 5, " "), ["averylongword", " b"]);
+        assert_eq!(wrapped("", 5, " "), [""]);
+    }
 
     const COLUMNS: [Column; 3] =
         [Column::text("RULE", 4), Column::text("NEXT HOP", 9), Column::number("PPS")];

@@ -24,9 +24,9 @@ use crate::nexthop::{self, Way};
 use crate::observe::{Observed, observe};
 use crate::plan::{Desired, RuleIds, assign_ids};
 use crate::state::WriteGuard;
-use crate::status::{self, Paper, Status};
+use crate::status::{self, Amounts, Layout, Paper, Status};
 use crate::tc;
-use crate::terminal::{self, Live, Woken};
+use crate::terminal::{self, Key, Live, Scroll, Woken};
 use crate::wanted::{Request, Text, Wanted};
 use crate::{
     advice, apply, clock, complete, config, confirm, doctor, get, list, pins, privileges, problem,
@@ -114,8 +114,8 @@ fn pretty(value: &Value) -> Result<String> {
 fn report(global: &Global, text: &str, json: &Value) -> Result<u8> {
     match global.output {
         Output::Json => print(&pretty(json)?),
-        Output::Table if global.quiet => Ok(0),
-        Output::Table => print(text),
+        _ if global.quiet => Ok(0),
+        _ => print(text),
     }
 }
 
@@ -388,12 +388,23 @@ async fn status(global: &Global, options: &cli::Status) -> Result<u8> {
     if options.watch {
         return watch(global, options, &netlink, status).await;
     }
-    if options.rate {
+    let tree =
+        global.output == Output::Table && !global.quiet && layout(global, options) == Layout::Tree;
+    if (options.rate || tree) && status.generation.is_some() {
         tokio::time::sleep(options.interval).await;
         status = status::read(global, &netlink, rule, status.traffic.as_ref()).await?.status;
     }
-    print(&shown(global, &status, false)?)?;
-    Ok(if problem::any(&status.problems) { DEGRADED } else { 0 })
+    let amounts = match (options.rate, tree) {
+        (true, _) => Amounts::Rates,
+        (false, true) => Amounts::Mixed,
+        (false, false) => Amounts::Totals,
+    };
+    print(&shown(global, options, &status, amounts)?)?;
+    Ok(exit_code(&status))
+}
+
+fn exit_code(status: &Status) -> u8 {
+    if problem::any(&status.problems) { DEGRADED } else { 0 }
 }
 
 /// Shows it again and again.
@@ -403,31 +414,64 @@ async fn watch(
     netlink: &Netlink,
     mut status: Status,
 ) -> Result<u8> {
-    let mut live = Live::open(options.interval, false).context("the terminal")?;
-    let mut text = shown(global, &status, true)?;
-    while live.show(&text).is_ok() && live.woken().await == Woken::Tick {
+    let mut live = Live::open(options.interval, true).context("the terminal")?;
+    let mut scroll = Scroll::default();
+    let mut text = match global.output {
+        Output::Json => shown(global, options, &status, Amounts::Totals)?,
+        _ if live.is_on_screen() => "measuring\n".into(),
+        _ => String::new(),
+    };
+    while live.show(scroll.window(&text)).is_ok() {
+        match live.woken().await {
+            Woken::End | Woken::Key(Key::Char('q')) => break,
+            Woken::Key(key) => {
+                let lines = terminal::size().map_or(usize::MAX, |(_, lines)| lines);
+                scroll.press(key, text.lines().count(), lines);
+                continue;
+            }
+            Woken::Tick => {}
+        }
         let rule = options.rule.as_deref();
         text = match status::read(global, netlink, rule, status.traffic.as_ref()).await {
             Ok(reading) => {
                 status = reading.status;
-                shown(global, &status, true)?
+                shown(global, options, &status, Amounts::Rates)?
             }
             // it may be over the next time
             Err(failure) => format!("{failure}\n"),
         };
     }
-    Ok(if problem::any(&status.problems) { DEGRADED } else { 0 })
+    Ok(exit_code(&status))
 }
 
 /// As the options ask for it; JSON of one of many is on one line.
-fn shown(global: &Global, status: &Status, one_of_many: bool) -> Result<String> {
-    let json = match (global.output, one_of_many) {
+fn shown(
+    global: &Global,
+    options: &cli::Status,
+    status: &Status,
+    amounts: Amounts,
+) -> Result<String> {
+    let json = match (global.output, options.watch) {
         (Output::Json, false) => serde_json::to_string_pretty(status),
         (Output::Json, true) => serde_json::to_string(status),
-        (Output::Table, _) if global.quiet => return Ok(status.problems_text()),
-        (Output::Table, _) => return Ok(status.text(clock::now(), paper(global))),
+        _ if global.quiet => return Ok(status.problems_text()),
+        _ => {
+            let layout = layout(global, options);
+            let width = paper(global).width.filter(|_| layout != Layout::Wide);
+            let paper = Paper { width, ..paper(global) };
+            return Ok(status.text(clock::now(), paper, layout, amounts));
+        }
     };
     Ok(json.context("JSON")? + "\n")
+}
+
+/// A tree where the width is known, unless something else is asked for.
+fn layout(global: &Global, options: &cli::Status) -> Layout {
+    match (options.problems, global.output, paper(global).width) {
+        (true, ..) => Layout::Problems,
+        (false, Output::Wide, _) | (false, _, None) => Layout::Wide,
+        (false, _, Some(_)) => Layout::Tree,
+    }
 }
 
 async fn examine(global: &Global, file: Option<&Path>) -> Result<u8> {
@@ -437,15 +481,14 @@ async fn examine(global: &Global, file: Option<&Path>) -> Result<u8> {
     let json = json!({ "healthy": !problems, "findings": findings });
     match (global.output, global.quiet && !problems) {
         (Output::Json, _) => print(&pretty(&json)?)?,
-        (Output::Table, true) => 0,
-        (Output::Table, false) => print(&doctor::text(&findings, colour(global)))?,
+        (_, true) => 0,
+        (_, false) => print(&doctor::text(&findings, colour(global)))?,
     };
     Ok(if problems { DEGRADED } else { 0 })
 }
 
 fn paper(global: &Global) -> Paper {
-    let width = io::stdout().is_terminal().then(terminal::size).flatten();
-    Paper { colour: colour(global), width: width.map(|(width, _)| width) }
+    Paper { colour: colour(global), width: terminal::width() }
 }
 
 fn colour(global: &Global) -> bool {

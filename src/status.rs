@@ -1,10 +1,12 @@
 //! What serves and what became of the packets, for people and for `-o json`.
 
+mod text;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt::Write;
+use std::fs;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Context;
 use serde::Serialize;
@@ -13,8 +15,7 @@ use crate::bpf::{self, Runs, types};
 use crate::changes;
 use crate::cli::Global;
 use crate::clock;
-use crate::columns::{self, Column};
-use crate::config::{Action, Address, Mode, State};
+use crate::config::{Address, Mode, State};
 use crate::counters::{Count, Counts};
 use crate::diagnosis::{self, Answer, Facts, Now, Routes, Silence, Source};
 use crate::drain;
@@ -27,9 +28,11 @@ use crate::observe::{Observed, observe};
 use crate::overrides;
 use crate::partial::Unresolved;
 use crate::plan::{Destination, Role, Rule, RuleIds};
-use crate::problem::{Level, Problem};
+use crate::problem::Problem;
 use crate::state::{self, Pending, ReadGuard, StateMaps};
 use crate::traffic::{Rate, Traffic};
+
+pub use text::{Amounts, Layout, Paper};
 
 /// Everything that `status` shows, copied out of the kernel.
 #[derive(Debug, Serialize)]
@@ -39,6 +42,8 @@ pub struct Status {
     /// Seconds since 1970.
     pub built: Option<u64>,
     pub version: Option<String>,
+    /// Start of the counters, in seconds since 1970: those of later rules started with them.
+    pub counted_since: Option<u64>,
     pub interfaces: Vec<InterfaceStatus>,
     pub rules: Vec<RuleStatus>,
     /// What belongs to no rule, by verdict.
@@ -130,9 +135,12 @@ pub struct RuleStatus {
     /// Of all that matched.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
-    /// What was not forwarded, in packets a second.
+    /// Packets a second that were not forwarded, by reason.
     #[serde(skip)]
-    pub drop_rate: Option<f64>,
+    pub losses: BTreeMap<&'static str, f64>,
+    /// Of these those that were counted for no upstream.
+    #[serde(skip)]
+    pub own_losses: BTreeMap<&'static str, f64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -157,9 +165,9 @@ pub struct UpstreamStatus {
     /// What was forwarded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
-    /// What was not forwarded, in packets a second.
+    /// Packets a second that were not forwarded, by reason.
     #[serde(skip)]
-    pub drop_rate: Option<f64>,
+    pub losses: BTreeMap<&'static str, f64>,
     /// Of the rule's packets that were forwarded, 0 to 1; for a receiver of copies, of all that
     /// matched. Where there is a rate, of those that it is of. `None`: there were none.
     pub share: Option<f64>,
@@ -251,7 +259,8 @@ pub async fn read(
     observed.generations.retain(|number, _| Some(*number) == serving);
     let neighbours = netlink.neighbours().await.context("neighbours")?;
     let network = Network { observed: &observed, neighbours: &neighbours };
-    let status = Status::new(maps.as_ref().zip(traffic), &network, rule, earlier)?;
+    let mut status = Status::new(maps.as_ref().zip(traffic), &network, rule, earlier)?;
+    status.counted_since = guard.as_ref().and_then(counted_since);
     let serving = serving.and_then(|number| observed.generations.get(&number));
     let program = guard
         .as_ref()
@@ -308,6 +317,7 @@ impl Status {
             file: serving.map(|generation| generation.description.origin.file.clone()),
             built: serving.map(|generation| generation.description.built),
             version: serving.map(|generation| generation.description.version.clone()),
+            counted_since: None,
             interfaces: interfaces(observed, serving),
             rules: Vec::new(),
             unmatched: Counts::default(),
@@ -357,6 +367,12 @@ impl Status {
         }
         Ok(status)
     }
+}
+
+/// Returns when the map of counters was made, in seconds since 1970.
+fn counted_since(guard: &ReadGuard) -> Option<u64> {
+    let made = fs::metadata(guard.state().join("counters")).ok()?.modified().ok()?;
+    Some(made.duration_since(UNIX_EPOCH).ok()?.as_secs())
 }
 
 /// Where the rows of the table come from.
@@ -448,7 +464,9 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
         own,
         notes: own.notes().collect(),
         rate: grown.and_then(|(grown, counts)| grown.rate(counts.matched())),
-        drop_rate: grown.and_then(|(grown, counts)| drop_rate(grown, counts)),
+        losses: grown.map_or_else(BTreeMap::new, |(grown, counts)| losses(grown, counts)),
+        own_losses: grown
+            .map_or_else(BTreeMap::new, |(grown, _)| losses(grown, grown.of(ids.rule))),
     }
 }
 
@@ -474,14 +492,16 @@ fn upstream_status(destination: &Destination<'_>, shared: u64, view: &View<'_>) 
         silence: silence(&entry, health, view),
         counters: view.total.of(id),
         rate: grown.and_then(|grown| grown.rate(forwarded)),
-        drop_rate: grown.and_then(|grown| drop_rate(grown, grown.of(id))),
+        losses: grown.map_or_else(BTreeMap::new, |grown| losses(grown, grown.of(id))),
         share: (shared > 0).then(|| forwarded.packets as f64 / shared as f64),
         endpoint: changes::endpoint(upstream),
     }
 }
 
-fn drop_rate(grown: &Traffic, counts: Counts) -> Option<f64> {
-    Some(grown.rate(counts.matched() - counts.forwarded())?.packets_per_second)
+/// Packets a second that were not forwarded, by reason.
+fn losses(grown: &Traffic, counts: Counts) -> BTreeMap<&'static str, f64> {
+    let drops = counts.drops();
+    drops.filter_map(|(name, count)| Some((name, grown.rate(count)?.packets_per_second))).collect()
 }
 
 fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
@@ -561,161 +581,4 @@ impl NextHopStatus {
         }
         text
     }
-}
-
-/// What the text is written on.
-#[derive(Clone, Copy)]
-pub struct Paper {
-    pub colour: bool,
-    /// Of the terminal, in characters. Without one the table is for scripts: no cell is empty or
-    /// cut, and every row says its rule.
-    pub width: Option<usize>,
-}
-
-const STATUS_COLUMNS: [Column; 9] = [
-    Column::text("RULE", 8),
-    Column::text("KEY", 12),
-    Column::text("UPSTREAM", 12),
-    Column::text("NEXT HOP", 9),
-    Column::text("STATE", 5),
-    Column::number("FORWARDED"),
-    Column::number("BYTES"),
-    Column::number("SHARE"),
-    Column::text("NOT FORWARDED", 13),
-];
-
-impl Status {
-    /// `now` is in seconds since 1970.
-    pub fn text(&self, now: u64, paper: Paper) -> String {
-        let mut text = String::new();
-        if let (Some(number), Some(built), Some(file)) = (self.generation, self.built, &self.file) {
-            let _ = writeln!(
-                text,
-                "generation {number} of {file}, applied {} ({} ago)",
-                clock::utc(built),
-                clock::age(now.saturating_sub(built))
-            );
-        }
-        for interface in &self.interfaces {
-            let state = match interface.generation {
-                Some(number) if Some(number) == self.generation => "attached".into(),
-                Some(number) => format!("generation {number}"),
-                None => "not attached".into(),
-            };
-            let _ = writeln!(text, "{}: {state}", interface.name);
-        }
-        if let Some(held) = self.held {
-            let _ = writeln!(text, "generation {held} is held: a rollback left it");
-        }
-        if let Some(pending) = self.pending.as_ref().filter(|pending| pending.seconds_left > 0) {
-            let _ = writeln!(text, "{pending}");
-        }
-        match self.arpd {
-            Some(true) => text += "arpd keeps the next hops\n",
-            Some(false) => text += "arpd has ended; the kernel's own table is relied on\n",
-            None => {}
-        }
-        for problem in &self.problems {
-            let _ = writeln!(text, "! {problem}");
-        }
-        if !self.rules.is_empty() {
-            let lines = columns::lines(&self.columns(), &self.rows(paper), paper.width);
-            let (header, rows) =
-                lines.split_first().map_or(("", &[][..]), |(first, rest)| (first, rest));
-            let _ = match paper.colour {
-                true => writeln!(text, "\n\x1b[1m{header}\x1b[0m"),
-                false => writeln!(text, "\n{header}"),
-            };
-            for row in rows {
-                text += row;
-                text.push('\n');
-            }
-        }
-        text
-    }
-
-    /// The problems alone, a line for each.
-    pub fn problems_text(&self) -> String {
-        let problems = self.problems.iter().filter(|problem| problem.level == Level::Problem);
-        problems.map(|problem| format!("! {problem}\n")).collect()
-    }
-
-    fn has_rates(&self) -> bool {
-        self.rules.iter().any(|rule| rule.rate.is_some())
-    }
-
-    fn columns(&self) -> [Column; 9] {
-        let mut columns = STATUS_COLUMNS;
-        if self.has_rates() {
-            (columns[5].title, columns[6].title) = ("PPS", "MBIT/S");
-        }
-        columns
-    }
-
-    fn rows(&self, paper: Paper) -> Vec<Vec<String>> {
-        let filler = if paper.width.is_some() { "" } else { "-" };
-        let mut rows = Vec::new();
-        for rule in &self.rules {
-            let action = match rule.tc_action {
-                Action::Pass => "pass",
-                Action::Block => "block",
-            };
-            let mode = if rule.mode == Mode::Replicate { " replicate" } else { "" };
-            let mut row = vec![rule.name.clone(), format!("{} {action}{mode}", rule.key)];
-            row.extend(vec![String::new(); 3]);
-            row.extend(amounts(&rule.counters, &rule.notes, rule.rate, None));
-            rows.push(row);
-            for (upstream, is_mirror) in rule.destinations() {
-                let name = if paper.width.is_some() { "" } else { &rule.name };
-                let hop = upstream.next_hop.as_ref();
-                let mut row = vec![
-                    name.into(),
-                    String::new(),
-                    match is_mirror {
-                        true => format!("mirror {}", upstream.endpoint),
-                        false => upstream.endpoint.clone(),
-                    },
-                    hop.map_or("no route".into(), NextHopStatus::text),
-                    upstream.drained.or(upstream.health).unwrap_or("").into(),
-                ];
-                let notes = BTreeMap::new();
-                row.extend(amounts(&upstream.counters, &notes, upstream.rate, upstream.share));
-                rows.push(row);
-            }
-        }
-        for cell in rows.iter_mut().flatten().filter(|cell| cell.is_empty()) {
-            *cell = filler.into();
-        }
-        rows
-    }
-}
-
-/// Forwarded packets and bytes, or their rate; the share; and what was not forwarded, or was noted.
-fn amounts(
-    counts: &Counts,
-    notes: &BTreeMap<&str, Count>,
-    rate: Option<Rate>,
-    share: Option<f64>,
-) -> [String; 4] {
-    const STALE: &str = "stale-neighbour";
-    let forwarded = counts.forwarded();
-    let stale = counts.by_verdict().find(|(name, count)| *name == STALE && count.packets > 0);
-    let stale = stale.map(|(_, count)| format!(" ({} stale)", count.packets));
-    let drops: Vec<String> =
-        counts.drops().map(|(reason, count)| format!("{reason} {}", count.packets)).collect();
-    let [packets, bytes] = match rate {
-        Some(rate) => [
-            format!("{:.0}", rate.packets_per_second),
-            format!("{:.2}", rate.bits_per_second / 1e6),
-        ],
-        None => [
-            forwarded.packets.to_string() + &stale.unwrap_or_default(),
-            forwarded.bytes.to_string(),
-        ],
-    };
-    let share = share.map(|share| format!("{:.1}%", share * 100.0));
-    // they were forwarded all the same
-    let notes = notes.iter().map(|(note, count)| format!("({note} {})", count.packets));
-    let remarks: Vec<String> = drops.into_iter().chain(notes).collect();
-    [packets, bytes, share.unwrap_or_default(), remarks.join(", ")]
 }

@@ -1,5 +1,6 @@
 //! The terminal: its size, and a screen that is given back as it was.
 
+use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Stdin, Write};
 use std::mem::MaybeUninit;
 use std::time::Duration;
@@ -32,14 +33,56 @@ pub fn is_gone() -> bool {
     ready > 0 && output.revents & (libc::POLLHUP | libc::POLLERR) != 0
 }
 
+/// Columns to write in: those of the terminal, or COLUMNS where that is set; `None`: nobody said.
+pub fn width() -> Option<usize> {
+    let set = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
+    let of_terminal = || io::stdout().is_terminal().then(size).flatten().map(|(width, _)| width);
+    set.filter(|width| *width > 0).or_else(of_terminal)
+}
+
 /// A key that was pressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
-    Char(u8),
+    Char(char),
+    Enter,
+    Escape,
+    Backspace,
     Up,
     Down,
     PageUp,
     PageDown,
+    Home,
+    End,
+}
+
+/// The part of a long text that is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Scroll {
+    /// The line at the top.
+    pub first: usize,
+}
+
+impl Scroll {
+    /// Moves by a key, among so many lines of which a page is shown.
+    pub fn press(&mut self, key: Key, lines: usize, page: usize) {
+        let page = page.max(1);
+        self.first = match key {
+            Key::Up | Key::Char('k') => self.first.saturating_sub(1),
+            Key::Down | Key::Char('j') => self.first + 1,
+            Key::PageUp => self.first.saturating_sub(page),
+            Key::PageDown | Key::Char(' ') => self.first + page,
+            Key::Home | Key::Char('g') => 0,
+            Key::End | Key::Char('G') => lines,
+            _ => self.first,
+        };
+        self.first = self.first.min(lines.saturating_sub(page));
+    }
+
+    /// The text from the line at the top on.
+    pub fn window<'t>(&self, text: &'t str) -> &'t str {
+        let start = text.split_inclusive('\n').take(self.first).map(str::len).sum();
+        &text[start..]
+    }
 }
 
 /// Why a [`Live`] view goes on.
@@ -86,6 +129,9 @@ pub struct Live {
     signals: Signals,
     on_screen: bool,
     keys: Option<AsyncFd<Stdin>>,
+    /// Keys that were read and not taken yet, and the beginning of another.
+    typed: VecDeque<Key>,
+    rest: Vec<u8>,
     /// How the terminal was.
     before: Option<libc::termios>,
 }
@@ -100,6 +146,8 @@ impl Live {
             signals: Signals::new()?,
             on_screen: io::stdout().is_terminal(),
             keys: None,
+            typed: VecDeque::new(),
+            rest: Vec::new(),
             before: None,
         };
         if live.on_screen {
@@ -132,13 +180,26 @@ impl Live {
         out.flush()
     }
 
+    /// True if the view has a terminal's screen.
+    pub fn is_on_screen(&self) -> bool {
+        self.on_screen
+    }
+
     /// Waits for the next thing to do.
     pub async fn woken(&mut self) -> Woken {
-        let Live { ticks, signals, keys, .. } = self;
-        tokio::select! {
-            () = signals.any() => Woken::End,
-            key = read_key(keys.as_ref()) => Woken::Key(key),
-            _ = ticks.tick() => Woken::Tick,
+        let Live { ticks, signals, keys, typed, rest, .. } = self;
+        loop {
+            if let Some(key) = typed.pop_front() {
+                return Woken::Key(key);
+            }
+            tokio::select! {
+                () = signals.any() => return Woken::End,
+                bytes = read_keys(keys.as_ref()) => {
+                    rest.extend(bytes);
+                    typed.extend(parse_keys(rest));
+                }
+                _ = ticks.tick() => return Woken::Tick,
+            }
         }
     }
 }
@@ -176,47 +237,123 @@ fn single_keys() -> Option<libc::termios> {
     }
 }
 
-async fn read_key(keys: Option<&AsyncFd<Stdin>>) -> Key {
+async fn read_keys(keys: Option<&AsyncFd<Stdin>>) -> Vec<u8> {
     let Some(keys) = keys else { return std::future::pending().await };
     loop {
         let Ok(mut ready) = keys.readable().await else { return std::future::pending().await };
-        let mut bytes = [0_u8; 16];
+        let mut bytes = [0_u8; 256];
         // SAFETY: the buffer is as long as said and outlives the call.
         let read =
             unsafe { libc::read(libc::STDIN_FILENO, bytes.as_mut_ptr().cast(), bytes.len()) };
         ready.clear_ready();
-        if read <= 0 {
+        match usize::try_from(read) {
+            Ok(read) if read > 0 => return bytes[..read].to_vec(),
             // hung up perhaps: that is a signal of its own
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        if let Some(key) = usize::try_from(read).ok().and_then(|read| key(&bytes[..read])) {
-            return key;
+            _ => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
 }
 
-fn key(bytes: &[u8]) -> Option<Key> {
-    match bytes {
-        b"\x1b[A" | b"\x1bOA" => Some(Key::Up),
-        b"\x1b[B" | b"\x1bOB" => Some(Key::Down),
-        b"\x1b[5~" => Some(Key::PageUp),
-        b"\x1b[6~" => Some(Key::PageDown),
-        [0x1b, _, ..] => None,
-        [first, ..] => Some(Key::Char(*first)),
-        [] => None,
+/// Takes all keys out of what was read; the beginning of a key stays.
+fn parse_keys(bytes: &mut Vec<u8>) -> Vec<Key> {
+    let mut keys = Vec::new();
+    let mut at = 0;
+    while at < bytes.len() {
+        let Some((length, key)) = parse_key(&bytes[at..]) else { break };
+        keys.extend(key);
+        at += length;
     }
+    bytes.drain(..at);
+    keys
+}
+
+/// The length of the first key, and which it is if it is one of ours; `None`: it is not whole.
+fn parse_key(bytes: &[u8]) -> Option<(usize, Option<Key>)> {
+    let key = match bytes {
+        [0x1b] => return Some((1, Some(Key::Escape))),
+        [0x1b, b'[' | b'O', rest @ ..] => {
+            // up to a letter or a tilde
+            let end = rest.iter().position(|byte| (0x40..=0x7e).contains(byte))?;
+            let key = match &rest[..=end] {
+                b"A" => Some(Key::Up),
+                b"B" => Some(Key::Down),
+                b"H" | b"1~" | b"7~" => Some(Key::Home),
+                b"F" | b"4~" | b"8~" => Some(Key::End),
+                b"5~" => Some(Key::PageUp),
+                b"6~" => Some(Key::PageDown),
+                _ => None,
+            };
+            return Some((end + 3, key));
+        }
+        // with Alt
+        [0x1b, _, ..] => return Some((2, None)),
+        [b'\r' | b'\n', ..] => Key::Enter,
+        [0x7f | 0x08, ..] => Key::Backspace,
+        [first, ..] if first.is_ascii() => Key::Char(char::from(*first)),
+        _ => return parse_character(bytes),
+    };
+    Some((1, Some(key)))
+}
+
+/// A character of several bytes.
+fn parse_character(bytes: &[u8]) -> Option<(usize, Option<Key>)> {
+    let most = &bytes[..bytes.len().min(4)];
+    let valid = match std::str::from_utf8(most) {
+        Ok(text) => text,
+        Err(error) if error.valid_up_to() > 0 => {
+            std::str::from_utf8(&most[..error.valid_up_to()]).unwrap_or_default()
+        }
+        // the rest of it may come
+        Err(error) if error.error_len().is_none() => return None,
+        Err(_) => return Some((1, None)),
+    };
+    let first = valid.chars().next()?;
+    Some((first.len_utf8(), Some(Key::Char(first))))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Key, key};
+    use super::{Key, Scroll, parse_keys};
 
     #[test]
-    fn keys_as_terminals_send_them() {
-        assert_eq!(key(b"q"), Some(Key::Char(b'q')));
-        assert_eq!(key(b"\x1b[A"), Some(Key::Up));
-        assert_eq!(key(b"\x1b[6~"), Some(Key::PageDown));
-        assert_eq!(key(b"\x1b[1;5C"), None);
-        assert_eq!(key(b""), None);
+    fn keys_are_read_as_terminals_send_them() {
+        let keys = |bytes: &[u8]| {
+            let mut bytes = bytes.to_vec();
+            let keys = parse_keys(&mut bytes);
+            (keys, bytes)
+        };
+        let all = |bytes: &[u8], wanted: &[Key]| assert_eq!(keys(bytes), (wanted.to_vec(), vec![]));
+        all(b"q", &[Key::Char('q')]);
+        all(b"\x1b[A\x1bOBmr", &[Key::Up, Key::Down, Key::Char('m'), Key::Char('r')]);
+        all(b"\x1b[5~\x1b[6~", &[Key::PageUp, Key::PageDown]);
+        all(b"\x1b[H\x1b[1~\x1bOF\x1b[4~", &[Key::Home, Key::Home, Key::End, Key::End]);
+        all(b"/\xc3\xbc\x7f\r", &[Key::Char('/'), Key::Char('ü'), Key::Backspace, Key::Enter]);
+        all(b"\x1b[1;5Cx", &[Key::Char('x')]);
+        all(b"\x1b", &[Key::Escape]);
+        all(b"", &[]);
+        all(b"\xff", &[]);
+        // the rest comes later
+        assert_eq!(keys(b"a\x1b[5"), (vec![Key::Char('a')], b"\x1b[5".to_vec()));
+        assert_eq!(keys(b"\xc3"), (vec![], b"\xc3".to_vec()));
+    }
+
+    #[test]
+    fn scroll_stays_within_the_text() {
+        let mut scroll = Scroll::default();
+        for (key, first) in [
+            (Key::Up, 0),
+            (Key::Down, 1),
+            (Key::PageDown, 6),
+            (Key::PageDown, 7),
+            (Key::Home, 0),
+            (Key::End, 7),
+            (Key::PageUp, 2),
+        ] {
+            scroll.press(key, 12, 5);
+            assert_eq!(scroll.first, first, "{key:?}");
+        }
+        assert_eq!(scroll.window("a\nb\nc\nd\n"), "c\nd\n");
+        scroll.press(Key::Down, 3, 5);
+        assert_eq!(scroll.first, 0);
     }
 }

@@ -13,7 +13,7 @@ use crate::columns::{self, Column};
 use crate::failure::{Failure, Result};
 use crate::netlink::Netlink;
 use crate::status::{self, Paper, Reading, Status};
-use crate::terminal::{self, Key, Live, Woken};
+use crate::terminal::{self, Key, Live, Scroll, Woken};
 use crate::traffic::Rate;
 
 /// How many rates a sparkline shows.
@@ -47,6 +47,9 @@ struct Row {
     /// It gets copies besides.
     mirror: bool,
     health: Option<&'static str>,
+    /// Drained, or what was said by hand.
+    #[serde(skip)]
+    drained: Option<&'static str>,
     #[serde(flatten)]
     rate: Rate,
     drops_per_second: f64,
@@ -75,7 +78,7 @@ struct View {
 pub async fn run(global: &Global, options: &Top, netlink: &Netlink, paper: Paper) -> Result<u8> {
     // the kernel measures as long as this is open
     let _measured = bpf::measure_runs().inspect_err(|error| log::info!("run time: {error}")).ok();
-    let mut screen = Screen { order: options.sort, reversed: false, first: 0 };
+    let mut screen = Screen::new(options.sort);
     let mut last = status::read(global, netlink, None, None).await?;
     let mut history = History::default();
     if options.once && last.status.generation.is_none() {
@@ -98,9 +101,10 @@ pub async fn run(global: &Global, options: &Top, netlink: &Netlink, paper: Paper
             return Ok(0);
         }
         match live.woken().await {
-            Woken::End | Woken::Key(Key::Char(b'q')) => return Ok(0),
+            Woken::End => return Ok(0),
+            Woken::Key(Key::Char('q')) if !screen.typing => return Ok(0),
             Woken::Key(key) => {
-                screen.press(key, view.upstreams.len(), lines);
+                screen.press(key, &view, lines);
                 sort(&mut view.upstreams, screen.order);
             }
             Woken::Tick => {
@@ -139,7 +143,7 @@ impl History {
             if let Some(rate) = rule.rate {
                 view.packets_per_second += rate.packets_per_second;
                 view.bits_per_second += rate.bits_per_second;
-                view.drops_per_second += rule.drop_rate.unwrap_or(0.0);
+                view.drops_per_second += rule.losses.values().sum::<f64>();
             }
             for (upstream, is_mirror) in rule.destinations() {
                 let key = (rule.name.clone(), upstream.label.clone());
@@ -157,8 +161,9 @@ impl History {
                     upstream: key.1.clone(),
                     mirror: is_mirror,
                     health: upstream.health,
+                    drained: upstream.drained(),
                     rate,
-                    drops_per_second: upstream.drop_rate.unwrap_or(0.0),
+                    drops_per_second: upstream.losses.values().sum(),
                     share: upstream.rate.and(upstream.share),
                     history: history.iter().copied().collect(),
                 });
@@ -190,29 +195,68 @@ fn sort(rows: &mut [Row], order: Order) {
 struct Screen {
     order: Order,
     reversed: bool,
-    /// The row at the top.
-    first: usize,
+    scroll: Scroll,
+    /// Part of the names of rule or upstream that are shown; empty: all.
+    filter: String,
+    /// Keys go to the filter.
+    typing: bool,
 }
 
 /// Lines that are no rows.
 const HEAD: usize = 3;
 
 impl Screen {
-    fn press(&mut self, key: Key, rows: usize, lines: usize) {
-        let page = lines.saturating_sub(HEAD).max(1);
-        match key {
-            Key::Char(b'p') => self.order = Order::Pps,
-            Key::Char(b'm') => self.order = Order::Mbit,
-            Key::Char(b'd') => self.order = Order::Drops,
-            Key::Char(b'n') => self.order = Order::Name,
-            Key::Char(b'r') => self.reversed = !self.reversed,
-            Key::Up | Key::Char(b'k') => self.first = self.first.saturating_sub(1),
-            Key::Down | Key::Char(b'j') => self.first += 1,
-            Key::PageUp => self.first = self.first.saturating_sub(page),
-            Key::PageDown | Key::Char(b' ') => self.first += page,
-            Key::Char(_) => {}
+    fn new(order: Order) -> Screen {
+        let (scroll, filter) = (Scroll::default(), String::new());
+        Screen { order, reversed: false, scroll, filter, typing: false }
+    }
+
+    fn press(&mut self, key: Key, view: &View, lines: usize) {
+        match (self.typing, key) {
+            (_, Key::Escape) => (self.typing, self.filter) = (false, String::new()),
+            (true, Key::Enter) => self.typing = false,
+            (true, Key::Char(c)) if !c.is_control() => self.filter.push(c),
+            (true, Key::Backspace) => drop(self.filter.pop()),
+            (false, Key::Char('/')) => self.typing = true,
+            (false, Key::Char('p')) => self.order = Order::Pps,
+            (false, Key::Char('m')) => self.order = Order::Mbit,
+            (false, Key::Char('d')) => self.order = Order::Drops,
+            (false, Key::Char('n')) => self.order = Order::Name,
+            (false, Key::Char('r')) => self.reversed = !self.reversed,
+            _ => {}
         }
-        self.first = self.first.min(rows.saturating_sub(page));
+        let key = if self.typing && matches!(key, Key::Char(_)) { Key::Enter } else { key };
+        let rows = view.upstreams.iter().filter(|row| self.shows(row)).count();
+        self.scroll.press(key, rows, lines.saturating_sub(HEAD));
+    }
+
+    fn shows(&self, row: &Row) -> bool {
+        let filter = self.filter.to_lowercase();
+        [&row.rule, &row.upstream].iter().any(|name| name.to_lowercase().contains(&filter))
+    }
+
+    /// The columns, that of the order marked.
+    fn columns(&self) -> [Column; 8] {
+        let (place, titles) = match self.order {
+            Order::Name => (0, ["RULE▼", "RULE▲"]),
+            Order::Pps => (3, ["PPS▼", "PPS▲"]),
+            Order::Mbit => (4, ["MBIT/S▼", "MBIT/S▲"]),
+            Order::Drops => (6, ["DROPS/S▼", "DROPS/S▲"]),
+        };
+        let mut columns = COLUMNS;
+        // names go up where numbers go down
+        columns[place].title = titles[usize::from(self.reversed != (place == 0))];
+        columns
+    }
+
+    fn keys(&self) -> String {
+        match (self.typing, self.filter.is_empty()) {
+            (true, _) => format!("/{}_  Enter: keep  Esc: all", self.filter),
+            (false, true) => "p m d n: sort  r: reverse  /: filter  q: quit".into(),
+            (false, false) => {
+                format!("/{}  Esc: all  p m d n: sort  r: reverse  q: quit", self.filter)
+            }
+        }
     }
 }
 
@@ -225,7 +269,7 @@ fn shown(
 ) -> Result<String> {
     match global.output {
         Output::Json => Ok(serde_json::to_string(view).context("JSON")? + "\n"),
-        Output::Table => Ok(text(screen, view, paper, lines)),
+        _ => Ok(text(screen, view, paper, lines)),
     }
 }
 
@@ -241,22 +285,25 @@ fn text(screen: &Screen, view: &View, paper: Paper, lines: usize) -> String {
         view.drops_per_second,
         cost.unwrap_or_default()
     );
-    let mut keys = "p m d n: sort  r: reverse  q: quit".to_string();
+    let mut keys = screen.keys();
     if let Some(width) = paper.width {
         (head, keys) = (columns::cut(&head, width).into(), columns::cut(&keys, width).into());
     }
     let filler = if paper.width.is_some() { "" } else { "-" };
-    let mut rows: Vec<Vec<String>> = view.upstreams.iter().map(|row| cells(row, filler)).collect();
+    let shown = view.upstreams.iter().filter(|row| screen.shows(row));
+    let mut rows: Vec<Vec<String>> = shown.map(|row| cells(row, filler)).collect();
     if screen.reversed {
         rows.reverse();
     }
     let rows: Vec<Vec<String>> =
-        rows.into_iter().skip(screen.first).take(lines.saturating_sub(HEAD)).collect();
-    let mut table = columns::lines(&COLUMNS, &rows, paper.width).into_iter();
+        rows.into_iter().skip(screen.scroll.first).take(lines.saturating_sub(HEAD)).collect();
+    // nobody presses keys where there is no terminal
+    let is_live = lines != usize::MAX;
+    let columns = if is_live { screen.columns() } else { COLUMNS };
+    let mut table = columns::lines(&columns, &rows, paper.width).into_iter();
     let titles = table.next().unwrap_or_default();
     let mut text = head + "\n";
-    // nobody presses keys where there is no terminal
-    if lines != usize::MAX {
+    if is_live {
         text += &(keys + "\n");
     }
     let _ = match paper.colour {
@@ -272,7 +319,7 @@ fn cells(row: &Row, filler: &str) -> Vec<String> {
     vec![
         row.rule.clone(),
         if row.mirror { format!("mirror {}", row.upstream) } else { row.upstream.clone() },
-        or(row.health.map(String::from)),
+        or(row.drained.or(row.health).map(String::from)),
         format!("{:.0}", row.rate.packets_per_second),
         format!("{:.2}", row.rate.bits_per_second / 1e6),
         or(row.share.map(|share| format!("{:.1}%", share * 100.0))),
@@ -302,6 +349,7 @@ mod tests {
             upstream: upstream.into(),
             mirror: false,
             health: Some("up"),
+            drained: None,
             rate: Rate { packets_per_second: pps, bits_per_second: bits },
             drops_per_second: drops,
             share: Some(0.5),
@@ -330,7 +378,7 @@ mod tests {
 
     #[test]
     fn a_screen_of_it() {
-        let screen = Screen { order: Order::Pps, reversed: false, first: 0 };
+        let screen = Screen::new(Order::Pps);
         let wanted = "\
 generation 4: 65 packets/s, 12.00 Mbit/s, 5 drops/s, 87 ns/packet
 RULE   UPSTREAM  STATE  PPS  MBIT/S  SHARE  DROPS/S  PPS BEFORE
@@ -342,9 +390,9 @@ flows  one       up      10    9.00  50.0%        0  ▁▅█
         let terminal = Paper { colour: false, width: Some(40) };
         let wanted = "\
 generation 4: 65 packets/s, 12.00 Mbit/…
-p m d n: sort  r: reverse  q: quit
-RULE   UPSTREAM  STATE  PPS  MBIT/S  SH…
-flows  two       up      30    1.00  50…
+p m d n: sort  r: reverse  /: filter  q…
+RULE   UPSTREAM  STATE  PPS▼  MBIT/S  S…
+flows  two       up       30    1.00  5…
 ";
         assert_eq!(text(&screen, &view(Order::Pps), terminal, 4), wanted);
     }
@@ -363,17 +411,39 @@ flows  two       up      30    1.00  50…
 
     #[test]
     fn keys_choose() {
-        let mut screen = Screen { order: Order::Pps, reversed: false, first: 0 };
-        screen.press(Key::Char(b'm'), 9, 8);
-        screen.press(Key::Char(b'r'), 9, 8);
-        assert_eq!((screen.order, screen.reversed), (Order::Mbit, true));
-        screen.press(Key::Down, 9, 8);
-        assert_eq!(screen.first, 1);
-        screen.press(Key::PageDown, 9, 8);
-        assert_eq!(screen.first, 4);
-        screen.press(Key::PageUp, 9, 8);
-        screen.press(Key::Up, 9, 8);
-        assert_eq!(screen.first, 0);
+        let mut screen = Screen::new(Order::Pps);
+        let view = view(Order::Pps);
+        let mut press = |keys: &[Key]| {
+            for key in keys {
+                screen.press(*key, &view, 5);
+            }
+            let text = text(&screen, &view, SCRIPT, 5);
+            let rows = text.lines().skip(3);
+            let names: Vec<String> =
+                rows.map(|row| row.split_whitespace().take(2).collect()).collect();
+            (text.lines().nth(2).unwrap_or_default().to_string(), names.join(" "))
+        };
+        let (titles, _) = press(&[Key::Char('m'), Key::Char('r')]);
+        assert!(titles.contains("MBIT/S▲"), "{titles}");
+        let (titles, rows) = press(&[Key::Char('n'), Key::Char('r')]);
+        assert!(titles.starts_with("RULE▲"), "{titles}");
+        // two of the three rows have room
+        assert_eq!(rows, "flowstwo aone");
+        assert_eq!(press(&[Key::End]).1, "aone flowsone");
+        assert_eq!(press(&[Key::Home]).1, "flowstwo aone");
+        // keys that would sort are letters of the filter
+        assert_eq!(press(&[Key::Char('/'), Key::Char('O'), Key::Char('n')]).1, "aone flowsone");
+        assert_eq!(press(&[Key::Backspace, Key::Backspace, Key::Char('t')]).1, "flowstwo");
+        assert_eq!(press(&[Key::Enter, Key::Char('d')]).1, "flowstwo");
+        assert_eq!(press(&[Key::Escape]).1, "flowstwo aone");
+    }
+
+    #[test]
+    fn drained_upstreams_are_shown_as_such() {
+        let mut view = view(Order::Name);
+        view.upstreams[0].drained = Some("drained (override)");
+        let text = text(&Screen::new(Order::Name), &view, SCRIPT, usize::MAX);
+        assert!(text.contains("a      one       drained (override)"), "{text}");
     }
 
     #[test]

@@ -380,10 +380,10 @@ impl Printer {
             Output::Json => {
                 writeln!(out, "{}", serde_json::to_string(&account).context("JSON")?)
             }
-            Output::Table if self.colour && !account.sent => {
+            _ if self.colour && !account.sent => {
                 writeln!(out, "\x1b[31m{account}\x1b[0m")
             }
-            Output::Table => writeln!(out, "{account}"),
+            _ => writeln!(out, "{account}"),
         };
         is_read(written, STANDARD_OUTPUT)
     }

@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::{sleep, spawn};
 use std::time::{Duration, Instant};
 
-use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, config, rule};
+use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule};
 use common::net::{Load, bind, local, receive, set};
 use common::service::until;
 use serde_json::{Value, json};
@@ -83,10 +83,14 @@ fn status_in_words() {
     send(&lab);
     let text = lab.run("status").expect(3).stdout;
     // without a command it is the same
-    assert_eq!(masked(&lab.run("").expect(3).stdout).lines().next(), masked(&text).lines().next());
-    let head = "generation 1 of FILE applied TIME (AGE ago)\neth0: attached\n\
-                ! copies: there is no route to nowhere: ";
-    assert!(masked(&text).starts_with(head), "{}", masked(&text));
+    let bare = lab.run("").expect(3).stdout;
+    let first = |text: &str| text.split('(').next().map(String::from);
+    assert_eq!(first(&bare), first(&text));
+    let masked = masked(&text);
+    let (first, rest) = masked.split_once('\n').expect("lines");
+    assert!(first.contains("problem") && first.contains(": generation 1 of FILE applied TIME (AGE ago)"), "{masked}");
+    assert!(rest.starts_with("on eth0\ntotals are counted since TIME"), "{masked}");
+    assert!(rest.contains("\n! copies: there is no route to nowhere: "), "{masked}");
     let mut rows = rows(&text);
     for row in &mut rows {
         // the next hop's MAC address, state and age
@@ -116,6 +120,96 @@ fn status_in_words() {
     assert_eq!(rules[0]["upstreams"][1]["share"], 0.25);
     assert_eq!(rules[1]["upstreams"][0]["share"], Value::Null);
     assert!(rules[0].get("rate").is_none());
+}
+
+/// Runs udplb as on a terminal of so many columns.
+fn in_columns(lab: &Lab, columns: usize, words: &str) -> String {
+    let mut command = lab.udplb(words);
+    Outcome::of(command.env("COLUMNS", columns.to_string())).stdout
+}
+
+#[test]
+fn status_in_80_columns_is_a_tree() {
+    let lab = Lab::new();
+    let listener = bind(&lab.relay, RELAY, 5001);
+    lab.apply(&rules());
+    drop(listener);
+    send(&lab);
+    let text = in_columns(&lab, 80, "status --interval 0.2");
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines.iter().all(|line| line.chars().count() <= 80), "{text}");
+    assert!(lines[0].contains(": generation 1 of "), "{text}");
+    let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    let at = lines.iter().position(|line| line.starts_with("RULE")).expect("a table");
+    let table: Vec<String> = lines[at..].iter().map(|line| words(line)).collect();
+    let wanted = [
+        "RULE PPS MBIT/S",
+        "flows 10.1.0.1:5000 block 0 0.00",
+        "├ 10.2.0.20:7000 0 0.00",
+        "└ 10.2.0.21:7000 0 0.00",
+        "copies 10.1.0.1:5001 pass 0 0.00",
+        "└ nowhere 192.0.2.1 0 0.00",
+        "not forwarded: no-route 2",
+    ];
+    assert_eq!(table, wanted, "{text}");
+    assert!(text.contains("what was not forwarded is counted since 2"), "{text}");
+
+    // rates alone, where that is asked for
+    let _load = Load::start(bind(&lab.client, CLIENTS[0], 5666), 5001);
+    let text = in_columns(&lab, 80, "status --rate --interval 0.5");
+    let lost =
+        text.lines().find(|line| line.contains("not forwarded/s: no-route ")).expect("losses");
+    let rate: f64 = lost.rsplit(' ').next().and_then(|rate| rate.parse().ok()).expect("a rate");
+    assert!(rate > 20.0 && !text.contains("counted since"), "{text}");
+    // everything, in one line for each
+    let wide = in_columns(&lab, 80, "status -o wide");
+    assert!(wide.contains("NEXT HOP") && wide.contains("totals are counted since"), "{wide}");
+    assert!(
+        wide.lines().any(|line| line.starts_with("flows ") && line.contains("dev up0")),
+        "{wide}"
+    );
+
+    lab.run("drain flows/10.2.0.20").expect(0);
+    let colours = in_columns(&lab, 80, "status --interval 0.2 --color always");
+    assert!(colours.contains("\x1b[33m├ 10.2.0.20:7000"), "{colours}");
+    assert!(colours.contains("\x1b[31m    not forwarded: no-route"), "{colours}");
+}
+
+#[test]
+fn problems_alone_come_with_their_fix() {
+    let lab = Lab::new();
+    lab.apply(&rules());
+    lab.relay.ip("link set eth0 down");
+    let text = lab.run("status --problems").expect(3).stdout;
+    assert!(!text.contains("RULE"), "{text}");
+    let first = text.lines().next().expect("a line");
+    assert!(first.contains("problem") && first.contains("generation 1"), "{text}");
+    assert!(text.contains("\n! eth0: ") && text.contains("\n  fix: ip link set eth0 up"), "{text}");
+    lab.run("status --problems --watch").expect(64);
+}
+
+#[test]
+fn watch_scrolls_and_quits() {
+    let lab = Lab::new();
+    let many: Vec<Value> = (1..=30)
+        .map(|port| {
+            let upstream = json!({ "address": UPSTREAMS[0], "port": 7000 });
+            rule(&format!("rule{port}"), 5000 + port, json!({ "tc_action": "block" }), &[upstream])
+        })
+        .collect();
+    lab.apply(&config(&many));
+    let mut watch = OnTerminal::start(lab.udplb("status --watch --interval 0.3"));
+    sleep(Duration::from_millis(1_500));
+    // several keys at once
+    watch.keyboard.write_all(b"\x1b[F\x1b[A").expect("keys");
+    sleep(Duration::from_millis(700));
+    watch.keyboard.write_all(b"q").expect("a key");
+    let screen = watch.end();
+    assert!(screen.starts_with(ENTER) && screen.ends_with(LEAVE), "{screen:?}");
+    let frames: Vec<&str> = screen.split("\x1b[H").collect();
+    let last = frames.last().expect("a frame");
+    assert!(frames.iter().any(|frame| frame.contains("rule1 ") && !frame.contains("rule30 ")));
+    assert!(last.contains("rule30 ") && !last.contains("rule1 "), "{last}");
 }
 
 #[test]
@@ -193,7 +287,7 @@ fn rates_and_a_watch() {
     assert_eq!(number(&upstreams[0]["share"]), 1.0);
     assert_eq!(number(&upstreams[1]["rate"]["packets_per_second"]), 0.0);
     let titles = &rows(&lab.run("status --rate").expect(3).stdout)[0];
-    assert_eq!(titles[5..], ["PPS", "MBIT/S", "SHARE", "NOT FORWARDED"]);
+    assert_eq!(titles[5..], ["PPS", "MBIT/S", "SHARE", "NOT FORWARDED/S"]);
 
     // one line for each look; ended by a signal, the exit code is that of the last
     let mut command = lab.udplb("status --watch -o json");
@@ -280,7 +374,7 @@ fn a_watch_gives_the_terminal_back() {
     // no line is wider than the terminal
     let escapes = ["\x1b[K", "\x1b[J", "\x1b[1m", "\x1b[0m"];
     let plain = escapes.iter().fold(screen, |screen, escape| screen.replace(escape, ""));
-    let frame = plain.split("\x1b[H").nth(1).expect("a frame");
+    let frame = plain.split("\x1b[H").last().expect("a frame");
     for line in frame.lines() {
         assert!(line.chars().count() <= 100, "{line:?}");
     }
