@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::config::{ANY, Hash, Mode, Payload, STATSD, with_port};
@@ -11,7 +12,7 @@ use crate::plan::{Desired, Rule, Upstream};
 use crate::tables::moved_share;
 
 /// What applying the new configuration would change.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
 pub struct Changes {
     pub attach: Vec<String>,
     pub detach: Vec<String>,
@@ -23,28 +24,31 @@ pub struct Changes {
     pub altered: Vec<RuleChange>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct RuleSummary {
+    #[serde(rename = "rule")]
     pub name: String,
     pub key: String,
     pub upstreams: Vec<String>,
     pub mirrors: Vec<String>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct RuleChange {
+    #[serde(rename = "rule")]
     pub name: String,
     /// `field: old -> new`.
     pub fields: Vec<String>,
     #[serde(flatten)]
     pub upstreams: Difference,
     pub mirrors: Difference,
-    /// Share of the flows that go elsewhere, in percent.
+    /// Share of the flows that go elsewhere, 0 to 1.
+    #[serde(rename = "moved_share")]
     pub moved: f64,
 }
 
 /// Between two lists.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
 pub struct Difference {
     pub added: Vec<String>,
     pub removed: Vec<String>,
@@ -92,7 +96,7 @@ impl Changes {
         let (before, after) = (by_name(old), by_name(new));
         for rule in &mut self.altered {
             if let (Some(then), Some(now)) = (before.get(&rule.name), after.get(&rule.name)) {
-                rule.moved = percent(moved_share(&old[*then], &new[*now]));
+                rule.moved = rounded(moved_share(&old[*then], &new[*now]));
             }
         }
     }
@@ -155,13 +159,13 @@ fn change(old: &Rule, new: &Rule) -> Option<RuleChange> {
         fields,
         upstreams: difference((old, &old.upstreams), (new, &new.upstreams)),
         mirrors: difference((old, &old.mirrors), (new, &new.mirrors)),
-        moved: percent(moved_share(old, new)),
+        moved: rounded(moved_share(old, new)),
     })
 }
 
-/// To a tenth.
-fn percent(share: f64) -> f64 {
-    (share * 1000.0).round() / 10.0
+/// A share to a tenth of a percent.
+fn rounded(share: f64) -> f64 {
+    (share * 1000.0).round() / 1000.0
 }
 
 /// How long the table of a rule is, if that is for its weights to say: where it changes, that moves
@@ -281,7 +285,8 @@ impl fmt::Display for Changes {
             }
         }
         for rule in &self.altered {
-            writeln!(f, "~ rule {}: {} % of its flows move", rule.name, rule.moved)?;
+            let percent = (rule.moved * 1000.0).round() / 10.0;
+            writeln!(f, "~ rule {}: {percent} % of its flows move", rule.name)?;
             for field in &rule.fields {
                 writeln!(f, "    {field}")?;
             }

@@ -11,6 +11,7 @@ use clap_complete::engine::ArgValueCandidates;
 use crate::complete;
 use crate::config::Network;
 use crate::drain;
+use crate::output::Subject;
 use crate::state::PIN_DIR;
 use crate::top::Order;
 
@@ -204,8 +205,11 @@ pub enum Command {
     /// Runs in the foreground. Follows what is applied by itself. SIGHUP: look at everything now;
     /// SIGTERM: end, while traffic goes on.
     Arpd(Arpd),
-    /// Print the JSON Schema (draft-07) of the configuration.
-    Schema,
+    /// Print the JSON Schema (draft-07) of the configuration, or of a command's -o json.
+    Schema {
+        #[arg(value_enum, default_value = "config", value_name = "OF")]
+        subject: Subject,
+    },
     /// Print a completion script, which asks udplb for rules, upstreams and interfaces.
     Completions {
         #[arg(value_name = "SH")]

@@ -4,6 +4,7 @@ use std::mem::MaybeUninit;
 use std::time::{Duration, UNIX_EPOCH};
 
 use jiff::Timestamp;
+use serde::{Serialize, Serializer};
 
 /// Seconds since 1970, now.
 pub fn now() -> u64 {
@@ -46,6 +47,14 @@ pub fn utc(seconds: u64) -> String {
         .ok()
         .and_then(|seconds| Timestamp::from_second(seconds).ok())
         .map_or_else(|| format!("second {seconds}"), |time| time.to_string())
+}
+
+/// Serializes seconds since 1970 as RFC 3339.
+pub fn rfc3339<T: Copy + Into<u64>, S: Serializer>(
+    time: &Option<T>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    time.map(|time| utc(time.into())).serialize(serializer)
 }
 
 /// A length of time in its two largest units: `3d4h`, `12m5s`.

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use anyhow::{Context, anyhow};
 use clap::CommandFactory;
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use crate::apply::{Executor, Outcome};
 use crate::changes::Changes;
@@ -22,6 +22,10 @@ use crate::metrics::Gatherer;
 use crate::netlink::{NeighbourKey, Netlink, OUR_PROTOCOL};
 use crate::nexthop::{self, Way};
 use crate::observe::{Observed, observe};
+use crate::output::{
+    Applied, Checked, CheckedFile, Confirmed, Detached, Document, Enabled, Planned,
+    RollbackPlanned, Steered,
+};
 use crate::plan::{Desired, RuleIds, assign_ids};
 use crate::state::WriteGuard;
 use crate::status::{self, Amounts, Layout, Paper, Status};
@@ -29,8 +33,8 @@ use crate::tc;
 use crate::terminal::{self, Key, Live, Scroll, Woken};
 use crate::wanted::{Request, Text, Wanted};
 use crate::{
-    advice, apply, clock, complete, config, confirm, doctor, get, list, pins, privileges, problem,
-    state, top, trace, wanted,
+    advice, apply, clock, complete, confirm, doctor, get, list, pins, privileges, problem, state,
+    top, trace, wanted,
 };
 
 const PENDING: u8 = 2;
@@ -68,7 +72,7 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         }
         Command::Get(options) => match get::run(global, options, &netlink()?).await? {
             Some(answer) => {
-                report(global, &answer.to_string(), &json!(answer))?;
+                report(global, &answer.to_string(), &answer)?;
                 Ok(if answer.matched() { 0 } else { DEGRADED })
             }
             None => Err(Failure::NothingApplied),
@@ -83,7 +87,7 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         Command::Rollback { dry_run: false } => rollback(global).await,
         Command::Detach { interfaces, purge } => detach(global, interfaces, *purge).await,
         Command::Arpd(options) => crate::arpd::run(global, options).await,
-        Command::Schema => print(&pretty(&config::schema())?),
+        Command::Schema { subject } => print(&pretty(&subject.schema())?),
         Command::Completions { shell } => {
             print(&complete::script(*shell).with_context(|| format!("a script for {shell}"))?)
         }
@@ -106,21 +110,21 @@ pub fn print(text: &str) -> Result<u8> {
     }
 }
 
-fn pretty(value: &Value) -> Result<String> {
+fn pretty(value: &impl Serialize) -> Result<String> {
     Ok(serde_json::to_string_pretty(value).context("JSON")? + "\n")
 }
 
-/// `json` where that is asked for, else `text` unless silence is.
-fn report(global: &Global, text: &str, json: &Value) -> Result<u8> {
+/// Prints `json` where that is asked for, else `text` unless silence is.
+fn report(global: &Global, text: &str, json: impl Serialize) -> Result<u8> {
     match global.output {
-        Output::Json => print(&pretty(json)?),
+        Output::Json => print(&pretty(&Document::new(json))?),
         _ if global.quiet => Ok(0),
         _ => print(text),
     }
 }
 
 /// Like [`report`], of a change that has been made: that its report cannot be written is a warning.
-fn report_done(global: &Global, text: &str, json: &Value) -> Result<u8> {
+fn report_done(global: &Global, text: &str, json: impl Serialize) -> Result<u8> {
     if let Err(failure) = report(global, text, json) {
         let why = failure.to_string();
         let why = why.strip_prefix("error: ").unwrap_or(&why);
@@ -137,49 +141,49 @@ fn warn(global: &Global, warnings: &[Diagnostic]) {
     }
 }
 
-async fn check(
-    global: &Global,
-    files: &[std::path::PathBuf],
-    timeout: Option<Duration>,
-) -> Result<u8> {
-    let mut failure = None;
-    let mut reports = Vec::new();
+async fn check(global: &Global, files: &[PathBuf], timeout: Option<Duration>) -> Result<u8> {
+    let mut code = 0;
+    let mut checked = Vec::new();
+    let mut text = String::new();
     for file in files {
-        match check_one(global, file, timeout).await {
-            Ok(report) => reports.push(report),
-            Err(error) => {
-                say(&error);
-                failure = Some(error);
+        let name = file.display().to_string();
+        checked.push(match check_one(file, timeout).await {
+            Ok((rules, upstreams, warnings)) => {
+                warn(global, &warnings);
+                let counts = [plural(rules, "rule"), plural(upstreams, "upstream")];
+                text += &format!("{name}: {}\n", counts.join(", "));
+                CheckedFile {
+                    file: name,
+                    valid: true,
+                    rule_count: Some(rules),
+                    upstream_count: Some(upstreams),
+                    diagnostics: warnings,
+                    error: None,
+                }
             }
-        }
+            Err(failure) => {
+                say(&failure);
+                code = failure.exit_code();
+                CheckedFile::failed(name, failure)
+            }
+        });
     }
-    let text: String = reports
-        .iter()
-        .map(|(name, rules, upstreams)| {
-            format!("{name}: {}, {}\n", plural(*rules, "rule"), plural(*upstreams, "upstream"))
-        })
-        .collect();
-    let json = reports
-        .iter()
-        .map(|(name, rules, upstreams)| json!({ "file": name, "rules": rules, "upstreams": upstreams }))
-        .collect();
-    report(global, &text, &json)?;
-    failure.map_or(Ok(0), |failure| Ok(failure.exit_code()))
+    report(global, &text, Checked { valid: code == 0, files: checked })?;
+    Ok(code)
 }
 
+/// Returns the numbers of rules and of upstreams, and warnings.
 async fn check_one(
-    global: &Global,
     file: &Path,
     timeout: Option<Duration>,
-) -> Result<(String, usize, usize)> {
-    let text = Text::read(file)?;
-    let config = text.parse()?;
-    warn(global, &config.warnings);
+) -> Result<(usize, usize, Vec<Diagnostic>)> {
+    let config = Text::read(file)?.parse()?;
+    let mut warnings = config.warnings.clone();
     if let Some(timeout) = timeout {
-        warn(global, &wanted::check_names(&config, timeout).await?);
+        warnings.extend(wanted::check_names(&config, timeout).await?);
     }
     let upstreams = config.rules.iter().map(|rule| rule.destinations().count()).sum();
-    Ok((text.name, config.rules.len(), upstreams))
+    Ok((config.rules.len(), upstreams, warnings))
 }
 
 fn plural(count: usize, noun: &str) -> String {
@@ -220,12 +224,15 @@ async fn apply_file(global: &Global, options: &cli::Apply) -> Result<u8> {
     let mut text = outcome_text(&outcome, &file, desired, started.elapsed());
     let pending = plan.pending(&observed).map(|pending| status::PendingStatus::new(&pending));
     text.extend(pending.iter().map(|pending| format!("{pending}\n")));
-    let mut json = outcome_json(&outcome, desired, started.elapsed());
-    json["pending"] = json!(pending);
-    json["warnings"] = json!(warnings);
-    json["missing"] = json!(wanted.missing);
-    report_done(global, &text, &json)?;
-    Ok(if wanted.missing.is_empty() { 0 } else { INCOMPLETE })
+    let applied = Applied {
+        pending,
+        warnings,
+        missing: wanted.missing,
+        ..applied(&outcome, desired, started.elapsed())
+    };
+    let complete = applied.missing.is_empty();
+    report_done(global, &text, applied)?;
+    Ok(if complete { 0 } else { INCOMPLETE })
 }
 
 async fn wanted_by_apply(global: &Global, options: &cli::Apply) -> Result<Wanted> {
@@ -302,16 +309,19 @@ fn outcome_text(outcome: &Outcome, file: &str, desired: &Desired, took: Duration
     )
 }
 
-fn outcome_json(outcome: &Outcome, desired: &Desired, took: Duration) -> Value {
-    json!({
-        "changed": outcome.changed,
-        "generation": outcome.generation,
-        "previous": outcome.previous,
-        "rules": desired.rules.len(),
-        "upstreams": desired.upstreams().count(),
-        "interfaces": desired.interfaces,
-        "milliseconds": took.as_millis() as u64,
-    })
+fn applied(outcome: &Outcome, desired: &Desired, took: Duration) -> Applied {
+    Applied {
+        changed: outcome.changed,
+        generation: outcome.generation,
+        previous: outcome.previous,
+        rule_count: desired.rules.len(),
+        upstream_count: desired.upstreams().count(),
+        interfaces: desired.interfaces.clone(),
+        milliseconds: took.as_millis() as u64,
+        pending: None,
+        warnings: Vec::new(),
+        missing: Vec::new(),
+    }
 }
 
 fn refused(refusal: Refusal) -> Failure {
@@ -350,10 +360,7 @@ async fn plan(global: &Global, target: &Target, resolver: Resolver, exit_code: b
         (true, false) => "no changes\n".into(),
     };
     text.extend(standing.iter().map(|one| drain::line(one) + "\n"));
-    let mut json = serde_json::to_value(&changes).context("JSON")?;
-    json["changed"] = json!(pending);
-    json["overrides"] = json!(standing);
-    report(global, &text, &json)?;
+    report(global, &text, Planned { changed: pending, changes, overrides: standing })?;
     Ok(if pending && exit_code { PENDING } else { 0 })
 }
 
@@ -452,8 +459,8 @@ fn shown(
     amounts: Amounts,
 ) -> Result<String> {
     let json = match (global.output, options.watch) {
-        (Output::Json, false) => serde_json::to_string_pretty(status),
-        (Output::Json, true) => serde_json::to_string(status),
+        (Output::Json, false) => return pretty(&Document::new(status)),
+        (Output::Json, true) => serde_json::to_string(&Document::new(status)),
         _ if global.quiet => return Ok(status.problems_text()),
         _ => {
             let layout = layout(global, options);
@@ -478,9 +485,11 @@ async fn examine(global: &Global, file: Option<&Path>) -> Result<u8> {
     let facts = doctor::read(global, &netlink()?, file).await?;
     let findings = doctor::judge(&facts);
     let problems = problem::any(&findings);
-    let json = json!({ "healthy": !problems, "findings": findings });
     match (global.output, global.quiet && !problems) {
-        (Output::Json, _) => print(&pretty(&json)?)?,
+        (Output::Json, _) => {
+            let report = doctor::Report { healthy: !problems, findings };
+            print(&pretty(&Document::new(report))?)?
+        }
         (_, true) => 0,
         (_, false) => print(&doctor::text(&findings, colour(global)))?,
     };
@@ -506,7 +515,11 @@ async fn list_rules(global: &Global) -> Result<u8> {
     };
     let document = list::document(&serving.description.desired);
     let yaml = serde_yaml::to_string(&document).context("YAML")?;
-    report(global, &yaml, &document)
+    match global.output {
+        // a configuration file, which has a version of its own
+        Output::Json => print(&pretty(&document)?),
+        _ => report(global, &yaml, &document),
+    }
 }
 
 /// The lock and what is below it, for what only writes what is said of upstreams.
@@ -548,10 +561,10 @@ async fn steer(global: &Global, target: &drain::Target, state: State) -> Result<
     if let Some(warning) = warning.as_ref().filter(|_| !global.quiet) {
         say(format_args!("warning: {warning}"));
     }
-    let mut json = json!(change.after);
-    json["changed"] = json!(change.action.is_some());
-    json["warnings"] = json!(Vec::from_iter(warning));
-    report_done(global, &(change.text() + "\n"), &json)
+    let text = change.text() + "\n";
+    let changed = change.action.is_some();
+    let steered = Steered { changed, upstream: change.after, warnings: Vec::from_iter(warning) };
+    report_done(global, &text, steered)
 }
 
 /// Takes back all that was said of upstreams, those of the generation before included.
@@ -572,7 +585,7 @@ async fn enable_all(global: &Global) -> Result<u8> {
     if after.is_empty() {
         text += "unchanged (there are no overrides)\n";
     }
-    report_done(global, &text, &json!({ "changed": !after.is_empty(), "upstreams": after }))
+    report_done(global, &text, Enabled { changed: !after.is_empty(), upstreams: after })
 }
 
 /// Locks for writing, and first carries out a rollback that is overdue.
@@ -600,8 +613,8 @@ async fn confirm(global: &Global) -> Result<u8> {
     carry_out(&guard, &netlink, &observed, &actions).await?;
     drop(guard);
     let text = number.map(|number| format!("generation {number} is confirmed\n"));
-    let json = json!({ "changed": true, "generation": number });
-    report_done(global, &text.unwrap_or_default(), &json)
+    let json = Confirmed { changed: true, generation: number };
+    report_done(global, &text.unwrap_or_default(), json)
 }
 
 async fn rollback(global: &Global) -> Result<u8> {
@@ -626,7 +639,7 @@ async fn rollback(global: &Global) -> Result<u8> {
             "detached: nothing was attached before the change that waited to be confirmed\n".into()
         }
     };
-    report_done(global, &text, &outcome_json(&outcome, &desired, took))
+    report_done(global, &text, applied(&outcome, &desired, took))
 }
 
 /// Shows what `rollback` would change.
@@ -647,10 +660,9 @@ async fn plan_rollback(global: &Global) -> Result<u8> {
         None => "rollback detaches\n".into(),
     };
     text += &changes.to_string();
-    let mut json = serde_json::to_value(&changes).context("JSON")?;
-    json["changed"] = json!(!plan.actions.is_empty());
-    json["generation"] = json!(target.map(|target| target.number));
-    report(global, &text, &json)
+    let changed = !plan.actions.is_empty();
+    let generation = target.map(|target| target.number);
+    report(global, &text, RollbackPlanned { changed, generation, changes })
 }
 
 async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u8> {
@@ -668,9 +680,8 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
     if purge {
         changed |= forget_neighbours(&netlink).await?;
     }
-    let json = json!({ "changed": changed, "detached": detached });
     if !changed {
-        return report(global, "nothing was attached\n", &json);
+        return report(global, "nothing was attached\n", Detached { changed, detached });
     }
     let mut text = match detached.is_empty() {
         true if purge => String::new(),
@@ -680,7 +691,7 @@ async fn detach(global: &Global, interfaces: &[String], purge: bool) -> Result<u
     if purge {
         text += "removed all pins\n";
     }
-    report_done(global, &text, &json)
+    report_done(global, &text, Detached { changed, detached })
 }
 
 fn canonical(observed: &Observed, interfaces: &[String]) -> Vec<String> {

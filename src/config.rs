@@ -25,6 +25,7 @@ mod yaml;
 use std::fmt;
 use std::net::IpAddr;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use diagnostic::{Complaint, Problem, Problems};
@@ -40,7 +41,7 @@ use vocabulary::INTERFACES;
 pub use vocabulary::{ANY, STATSD, nearest};
 
 /// What happens to a matched packet here, after it was sent to its upstream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Action {
     /// The original goes up the local stack, byte-identical; the upstream gets a copy.
@@ -50,7 +51,7 @@ pub enum Action {
 }
 
 /// How many upstreams get a packet.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// One.
@@ -123,7 +124,7 @@ impl Admission {
 }
 
 /// Whether an upstream is given packets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     #[default]

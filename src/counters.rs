@@ -1,5 +1,6 @@
 //! Packets and bytes by verdict, under the ids of rules and upstreams.
 
+use std::collections::BTreeMap;
 use std::ops::{AddAssign, Sub};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
@@ -8,14 +9,14 @@ use std::time::Duration;
 
 use anyhow::Context;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
-use serde::ser::SerializeMap;
-use serde::{Serialize, Serializer};
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use crate::bpf::{NOTES, OpenUdplbSkel, VERDICTS, bytes_of, from_bytes, is_forwarded, types};
 use crate::chunks::Chunks;
 
 /// Packets and bytes; a GSO packet is its segments, bytes are with the Ethernet header.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Count {
     pub packets: u64,
     pub bytes: u64,
@@ -41,7 +42,8 @@ impl Sub for Count {
 }
 
 /// What was counted under one id, or the sum over several, in the order of [`VERDICTS`] and [`NOTES`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(into = "Tally")]
 pub struct Counts {
     verdicts: [Count; VERDICTS.len()],
     notes: [Count; NOTES.len()],
@@ -50,7 +52,7 @@ pub struct Counts {
 }
 
 /// Time and verdict of a packet.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, JsonSchema)]
 struct Moment {
     /// Nanoseconds of CLOCK_MONOTONIC; 0: never.
     time: u64,
@@ -186,15 +188,32 @@ impl Sub for Counts {
     }
 }
 
-/// By verdict, and `matched` for all of them.
-impl Serialize for Counts {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(None)?;
-        for (name, count) in self.by_verdict() {
-            map.serialize_entry(name, &count)?;
+/// Counters in output, without those that are zero: what matched is what was forwarded and what was
+/// not.
+#[derive(Serialize, JsonSchema)]
+struct Tally {
+    matched: Count,
+    /// Sent to the upstream; the verdicts beside it are parts of this.
+    forwarded: Count,
+    #[serde(flatten)]
+    parts: BTreeMap<&'static str, Count>,
+    /// By reason.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    not_forwarded: BTreeMap<&'static str, Count>,
+}
+
+impl From<Counts> for Tally {
+    fn from(counts: Counts) -> Tally {
+        let parts = VERDICTS.iter().zip(counts.verdicts).filter(|((verdict, _), count)| {
+            let whole = *verdict == types::verdict::VERDICT_FORWARDED;
+            is_forwarded(*verdict) && !whole && count.packets > 0
+        });
+        Tally {
+            matched: counts.matched(),
+            forwarded: counts.forwarded(),
+            parts: parts.map(|((_, name), count)| (*name, count)).collect(),
+            not_forwarded: counts.drops().collect(),
         }
-        map.serialize_entry("matched", &self.matched())?;
-        map.end()
     }
 }
 

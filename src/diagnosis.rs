@@ -634,7 +634,8 @@ mod tests {
             own: Counts::default(),
             notes: BTreeMap::new(),
             rate: None,
-            drop_rate: None,
+            losses: BTreeMap::new(),
+            own_losses: BTreeMap::new(),
         };
         last.iter().enumerate().map(row).collect()
     }

@@ -9,6 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::net::IpAddr;
 
+use schemars::JsonSchema;
+use serde::Serialize;
+
 use crate::arpd::keeper;
 use crate::diagnosis::{Explanation, Source, explain, is_loss};
 use crate::netlink::NeighbourTable;
@@ -140,6 +143,15 @@ pub struct Sender {
     pub from: String,
     pub to: String,
     pub uid: u32,
+}
+
+/// Output of `doctor`.
+#[derive(Serialize, JsonSchema)]
+pub struct Report {
+    /// There are no problems; there may be notes.
+    pub healthy: bool,
+    /// Problems first, then notes.
+    pub findings: Vec<Problem>,
 }
 
 /// Everything that is not as it should be, problems first.

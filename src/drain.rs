@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::str::FromStr;
 
 use anyhow::{Context, anyhow};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::changes::endpoint;
@@ -37,7 +38,7 @@ impl FromStr for Target {
 }
 
 /// An upstream, receiver or mirror with what is said of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Standing {
     pub rule: String,
     pub upstream: String,

@@ -7,6 +7,7 @@ use std::mem::offset_of;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::bpf::{VERDICTS, from_bytes, is_forwarded, types};
@@ -164,6 +165,7 @@ impl Names {
         let time = since_1970 + Duration::from_nanos(event.0.time);
         let interface = self.interface(event.0.interface);
         let out = (event.0.out != 0).then(|| self.interface(event.0.out));
+        let hop = NextHop { interface: out, gateway: event.gateway(), mac: event.mac() };
         let rule = self.rule(event);
         let upstream = self.upstream(event);
         let is_copy = upstream.is_some_and(|(_, is_copy)| is_copy);
@@ -181,15 +183,15 @@ impl Names {
             destination: event.endpoint(event.destination(), event.0.port),
             length: event.0.length,
             fragment: event.0.fragment != 0,
-            strategy: selected.map(|rule| changes::word(&rule.strategy)),
-            key: selected.and_then(|rule| event.key(rule.strategy)),
-            number: selected.map(|_| event.0.key),
-            slot: selected.map(|_| event.0.slot),
+            selection: selected.map(|rule| Selection {
+                strategy: changes::word(&rule.strategy),
+                value: event.key(rule.strategy),
+                number: event.0.key,
+                slot: event.0.slot,
+            }),
             upstream: sent_to(upstream.map(|(upstream, _)| upstream.label())),
             copy: is_copy,
-            out,
-            gateway: event.gateway(),
-            mac: event.mac(),
+            next_hop: (hop.interface.is_some() || hop.gateway.is_some()).then_some(hop),
             sent: event.is_sent(),
             verdict: event.verdict(),
             endpoint: sent_to(upstream.map(|(upstream, _)| changes::endpoint(upstream))),
@@ -209,8 +211,27 @@ fn interface(index: u32) -> String {
     }
 }
 
+/// The selection of an upstream by a packet.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Selection {
+    pub strategy: String,
+    /// The part of the packet that selects, where the headers show it.
+    pub value: Option<String>,
+    /// What the program made of it.
+    pub number: u32,
+    pub slot: u32,
+}
+
+/// Where a packet left, or was to leave.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct NextHop {
+    pub interface: Option<String>,
+    pub gateway: Option<IpAddr>,
+    pub mac: Option<String>,
+}
+
 /// One event in words; as text it is one line.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Account {
     pub time: String,
     #[serde(skip)]
@@ -224,19 +245,12 @@ pub struct Account {
     pub length: u32,
     /// A later one: it has no ports.
     pub fragment: bool,
-    pub strategy: Option<String>,
-    /// What of the packet selects, where the headers show it.
-    pub key: Option<String>,
-    /// What the program made of it.
-    pub number: Option<u32>,
-    pub slot: Option<u32>,
+    /// How the upstream was selected, where there was a choice.
+    pub selection: Option<Selection>,
     pub upstream: Option<String>,
     /// Others get the packet too.
     pub copy: bool,
-    /// The interface that it left by, or was to leave by.
-    pub out: Option<String>,
-    pub gateway: Option<IpAddr>,
-    pub mac: Option<String>,
+    pub next_hop: Option<NextHop>,
     pub sent: bool,
     pub verdict: &'static str,
     #[serde(skip)]
@@ -250,26 +264,24 @@ impl fmt::Display for Account {
         if self.fragment {
             write!(f, " fragment")?;
         }
-        if let Some(strategy) = &self.strategy {
+        if let Some(Selection { strategy, value, slot, .. }) = &self.selection {
             write!(f, " {strategy}")?;
-        }
-        if let Some(key) = &self.key {
-            write!(f, " {key}")?;
-        }
-        if let Some(slot) = self.slot {
+            if let Some(value) = value {
+                write!(f, " {value}")?;
+            }
             write!(f, " slot {slot}")?;
         }
         if let Some(endpoint) = &self.endpoint {
             write!(f, " -> {}{endpoint}", if self.copy { "copy to " } else { "" })?;
         }
-        if let Some(gateway) = &self.gateway {
-            write!(f, " via {gateway}")?;
-        }
-        if let Some(out) = &self.out {
-            write!(f, " dev {out}")?;
-        }
-        if let Some(mac) = &self.mac {
-            write!(f, " {mac}")?;
+        if let Some(NextHop { interface, gateway, mac }) = &self.next_hop {
+            for (word, text) in [
+                (" via ", gateway.map(|gateway| gateway.to_string())),
+                (" dev ", interface.clone()),
+                (" ", mac.clone()),
+            ] {
+                text.map_or(Ok(()), |text| write!(f, "{word}{text}"))?;
+            }
         }
         write!(f, " {}", self.verdict)
     }

@@ -34,6 +34,19 @@ pub enum Failure {
 pub type Result<T> = std::result::Result<T, Failure>;
 
 impl Failure {
+    /// Stable name of the kind, for programs.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Failure::Failed(_) => "failed",
+            Failure::NothingApplied => "nothing-applied",
+            Failure::Usage(_) => "usage",
+            Failure::Config(_) => "configuration",
+            Failure::Unreadable(_) => "unreadable",
+            Failure::Locked(_) | Failure::Unresolved(_) => "temporary",
+            Failure::Privileges(_) => "privileges",
+        }
+    }
+
     /// The process's exit code.
     pub fn exit_code(&self) -> u8 {
         match self {

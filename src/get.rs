@@ -8,12 +8,13 @@ use std::os::fd::AsFd;
 
 use anyhow::{Context, anyhow};
 use libbpf_rs::RingBufferBuilder;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::bpf::{self, types};
 use crate::changes;
 use crate::cli::{Endpoint, Get, Global};
-use crate::config::{Action, KeyAddress, Mode, with_port};
+use crate::config::{Action, KeyAddress, Mode, State, with_port};
 use crate::event::{Event, Names};
 use crate::failure::{Failure, Result};
 use crate::generation::{self, Generation, Twin};
@@ -143,7 +144,7 @@ fn checksum(parts: &[&[u8]]) -> u16 {
 }
 
 /// What would happen, and why.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Answer {
     pub source: SocketAddr,
     pub destination: SocketAddr,
@@ -160,7 +161,7 @@ pub struct Answer {
     pub example: Option<String>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Matched {
     pub rule: String,
     pub key: String,
@@ -174,11 +175,11 @@ pub struct Matched {
     pub packet: &'static str,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Selection {
     pub strategy: String,
-    /// What of the packet selects, where the headers show it.
-    pub key: Option<String>,
+    /// The part of the packet that selects, where the headers show it.
+    pub value: Option<String>,
     /// What the program made of it.
     pub number: u32,
     pub slot: u32,
@@ -187,7 +188,7 @@ pub struct Selection {
     pub instead_of: Option<String>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Outcome {
     /// `None`: none was chosen.
     pub upstream: Option<String>,
@@ -197,20 +198,31 @@ pub struct Outcome {
     pub sample: u32,
     /// What arpd makes of it, while it runs.
     pub health: Option<&'static str>,
-    /// `active` or `drained`, and whether `drain` or `enable` say so.
-    pub state: Option<&'static str>,
-    pub gateway: Option<IpAddr>,
-    pub out: Option<String>,
-    pub mac: Option<String>,
-    /// Of the next hop, as `ip neigh` has it.
-    pub neighbour: Option<String>,
-    pub mtu: Option<u16>,
+    /// By hand, or else by the file.
+    pub state: Option<State>,
+    #[serde(rename = "override")]
+    pub said: Option<State>,
+    pub next_hop: Option<Hop>,
     /// The packet's addresses as it leaves.
     pub source: Option<SocketAddr>,
     pub destination: Option<SocketAddr>,
     pub verdict: &'static str,
     #[serde(skip)]
     endpoint: Option<String>,
+    /// State and override in words.
+    #[serde(skip)]
+    condition: Option<&'static str>,
+}
+
+/// Next hop of a packet.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Hop {
+    pub interface: String,
+    pub gateway: Option<IpAddr>,
+    pub mac: Option<String>,
+    /// In the neighbour table, as `ip neigh` has it.
+    pub state: Option<String>,
+    pub mtu: Option<u16>,
 }
 
 /// Asks. `None`: nothing is applied.
@@ -357,7 +369,7 @@ impl Looked<'_> {
             Some((_, copy)) => (left, *copy),
             None => (None, false),
         };
-        let state = match &upstream {
+        let condition = match &upstream {
             Some((upstream, _)) => Some(self.state(upstream, event.0.upstream)?),
             None => None,
         };
@@ -367,12 +379,16 @@ impl Looked<'_> {
             copy,
             sample: upstream.as_ref().map_or(1, |(upstream, _)| upstream.sample),
             health: row.and_then(|row| row.health),
-            state,
-            gateway: event.gateway().or(hop.filter(|_| out.is_some()).map(|hop| hop.gateway)),
-            mac: event.mac(),
-            neighbour: hop.and_then(|hop| hop.state.clone()),
-            mtu: hop.and_then(|hop| hop.mtu),
-            out,
+            state: row.map(|row| row.state),
+            said: row.and_then(|row| row.said),
+            condition,
+            next_hop: out.map(|interface| Hop {
+                interface,
+                gateway: event.gateway().or(hop.map(|hop| hop.gateway)),
+                mac: event.mac(),
+                state: hop.and_then(|hop| hop.state.clone()),
+                mtu: hop.and_then(|hop| hop.mtu),
+            }),
             source: left.map(|(source, _)| source),
             destination: left.map(|(_, destination)| destination),
             verdict: event.verdict(),
@@ -414,7 +430,7 @@ impl Looked<'_> {
         };
         Ok(Some(Selection {
             strategy: changes::word(&rule.strategy),
-            key: event.key(rule.strategy),
+            value: event.key(rule.strategy),
             number: event.0.key,
             slot: event.0.slot,
             slots: entry.slots,
@@ -491,7 +507,7 @@ impl fmt::Display for Answer {
         line("rule", &format!("{rule}: {key} {action}{mode}, generation {generation}"))?;
         if let Some(selection) = &matched.selection {
             let Selection { strategy, number, slot, slots, .. } = selection;
-            let key = selection.key.as_ref().map(|key| format!(" {key}")).unwrap_or_default();
+            let key = selection.value.as_ref().map(|key| format!(" {key}")).unwrap_or_default();
             line("key", &format!("{strategy}{key}, as a number {number}"))?;
             let instead = selection.instead_of.as_ref().map(|of| format!(", of {of}"));
             line("slot", &format!("{slot} of {slots}{}", instead.unwrap_or_default()))?;
@@ -511,7 +527,7 @@ impl Outcome {
     fn lines(&self, line: &mut impl FnMut(&str, &str) -> fmt::Result) -> fmt::Result {
         if let Some(endpoint) = &self.endpoint {
             let mut text = endpoint.clone();
-            for word in self.health.into_iter().chain(self.state) {
+            for word in self.health.into_iter().chain(self.condition) {
                 write!(text, ", {word}")?;
             }
             if self.sample > 1 {
@@ -519,12 +535,12 @@ impl Outcome {
             }
             line(if self.copy { "copy to" } else { "upstream" }, &text)?;
         }
-        if let (Some(gateway), Some(out)) = (&self.gateway, &self.out) {
-            let mut text = format!("{gateway} dev {out}");
-            for word in [&self.mac, &self.neighbour].into_iter().flatten() {
+        if let Some(Hop { interface, gateway: Some(gateway), mac, state, mtu }) = &self.next_hop {
+            let mut text = format!("{gateway} dev {interface}");
+            for word in [mac, state].into_iter().flatten() {
                 write!(text, " {word}")?;
             }
-            if let Some(mtu) = self.mtu {
+            if let Some(mtu) = mtu {
                 write!(text, ", MTU {mtu}")?;
             }
             line("next hop", &text)?;

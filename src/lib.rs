@@ -60,6 +60,7 @@ pub mod miss;
 pub mod netlink;
 pub mod nexthop;
 pub mod observe;
+pub mod output;
 pub mod overrides;
 pub mod partial;
 pub mod pcap;

@@ -1,10 +1,12 @@
 //! The entry point: arguments in, exit code out.
 
+use std::env;
 use std::process::ExitCode;
 
 use clap::Parser;
-use udplb::cli::{Cli, Command};
+use udplb::cli::{Cli, Command, Output};
 use udplb::failure::{Failure, catch, say};
+use udplb::output::ErrorReport;
 use udplb::{commands, complete, journal, resolve};
 
 fn main() -> ExitCode {
@@ -16,6 +18,9 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();
+            if error.use_stderr() && wants_json(env::args()) {
+                let _ = commands::print(&ErrorReport::usage(&error.to_string()).line());
+            }
             // clap's own code, 2, means pending changes here
             return ExitCode::from(if error.use_stderr() { 64 } else { 0 });
         }
@@ -34,9 +39,20 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
             say(&failure);
+            if cli.global.output == Output::Json {
+                let _ = commands::print(&ErrorReport::new(&failure).line());
+            }
             ExitCode::from(failure.exit_code())
         }
     }
+}
+
+/// True if the words ask for JSON; they are none that clap understands.
+fn wants_json(words: impl Iterator<Item = String>) -> bool {
+    let words: Vec<String> = words.collect();
+    let alone = ["-ojson", "-o=json", "--output=json"];
+    let pair = |pair: &[String]| ["-o", "--output"].contains(&&*pair[0]) && pair[1] == "json";
+    words.iter().any(|word| alone.contains(&&**word)) || words.windows(2).any(pair)
 }
 
 fn log_to_stderr(cli: &Cli) {

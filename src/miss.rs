@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::changes;
@@ -12,7 +13,7 @@ use crate::plan::{Desired, Rule};
 const SHOWN: usize = 5;
 
 /// A rule that nearly matches.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Miss {
     pub rule: String,
     pub key: String,
@@ -22,7 +23,7 @@ pub struct Miss {
 }
 
 /// The part of the key that the packet does not have. Those that come first are nearer to a match.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Differs {
     Interface,

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::{fmt, mem};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Address, Addresses, Hash, Mode, RECEIVERS, upstream_refusal};
@@ -30,7 +31,7 @@ pub struct Incomplete {
 }
 
 /// A host of a rule whose name has no address.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Unresolved {
     pub rule: String,
     /// Its label.
@@ -44,7 +45,7 @@ pub struct Unresolved {
 }
 
 /// The consequence of a missing address.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Effect {
     /// The rule serves without the host.

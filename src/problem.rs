@@ -2,12 +2,13 @@
 
 use std::fmt;
 
-use serde::{Serialize, Serializer};
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use crate::clock;
 
 /// A problem or a note, with its cause and what to do about it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Problem {
     /// Stable name of its kind, for programs: `interface-down`.
     pub id: &'static str,
@@ -18,13 +19,14 @@ pub struct Problem {
     pub what: String,
     pub why: String,
     /// Seconds since 1970; `None`: unknown.
-    #[serde(serialize_with = "time", skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "clock::rfc3339", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
     pub since: Option<u64>,
     /// A command, or an instruction where none is enough.
     pub fix: String,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
     /// Packets do not go where they should.
@@ -85,8 +87,4 @@ impl fmt::Display for Problem {
 /// Returns true if any of them is more than a note.
 pub fn any(problems: &[Problem]) -> bool {
     problems.iter().any(|problem| problem.level == Level::Problem)
-}
-
-fn time<S: Serializer>(seconds: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
-    seconds.map(clock::utc).serialize(serializer)
 }

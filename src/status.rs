@@ -9,6 +9,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Context;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::bpf::{self, Runs, types};
@@ -35,14 +36,18 @@ use crate::traffic::{Rate, Traffic};
 pub use text::{Amounts, Layout, Paper};
 
 /// Everything that `status` shows, copied out of the kernel.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct Status {
     pub generation: Option<u32>,
     pub file: Option<String>,
-    /// Seconds since 1970.
+    /// When it was applied, in seconds since 1970.
+    #[serde(rename = "applied", serialize_with = "clock::rfc3339")]
+    #[schemars(with = "Option<String>")]
     pub built: Option<u64>,
     pub version: Option<String>,
     /// Start of the counters, in seconds since 1970: those of later rules started with them.
+    #[serde(serialize_with = "clock::rfc3339")]
+    #[schemars(with = "Option<String>")]
     pub counted_since: Option<u64>,
     pub interfaces: Vec<InterfaceStatus>,
     pub rules: Vec<RuleStatus>,
@@ -68,7 +73,7 @@ pub struct Status {
 }
 
 /// A change that is rolled back unless it is confirmed.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct PendingStatus {
     pub generation: u32,
     /// Generation that is restored; `None`: the filters are removed.
@@ -98,15 +103,16 @@ impl std::fmt::Display for PendingStatus {
 }
 
 /// The part of the configuration that does not serve.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, JsonSchema)]
 pub struct Missing {
     pub interfaces: Vec<String>,
     /// Hosts without an address.
     pub hosts: Vec<Unresolved>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct InterfaceStatus {
+    #[serde(rename = "interface")]
     pub name: String,
     /// The generation whose program its filter runs.
     pub generation: Option<u32>,
@@ -114,8 +120,9 @@ pub struct InterfaceStatus {
     pub reattached: u64,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct RuleStatus {
+    #[serde(rename = "rule")]
     pub name: String,
     pub key: String,
     pub tc_action: crate::config::Action,
@@ -136,18 +143,19 @@ pub struct RuleStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
     /// Packets a second that were not forwarded, by reason.
-    #[serde(skip)]
+    #[serde(rename = "not_forwarded_per_second", skip_serializing_if = "BTreeMap::is_empty")]
     pub losses: BTreeMap<&'static str, f64>,
     /// Of these those that were counted for no upstream.
     #[serde(skip)]
     pub own_losses: BTreeMap<&'static str, f64>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct UpstreamStatus {
     #[serde(skip)]
     pub id: u32,
     /// Unique in its rule.
+    #[serde(rename = "upstream")]
     pub label: String,
     pub address: Address,
     pub port: Option<u16>,
@@ -160,13 +168,15 @@ pub struct UpstreamStatus {
     /// What arpd makes of it: `up`, `stale`, `down`; only as long as arpd runs.
     pub health: Option<&'static str>,
     /// Since when, in seconds since 1970.
+    #[serde(serialize_with = "clock::rfc3339")]
+    #[schemars(with = "Option<String>")]
     pub since: Option<u32>,
     pub counters: Counts,
     /// What was forwarded.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
     /// Packets a second that were not forwarded, by reason.
-    #[serde(skip)]
+    #[serde(rename = "not_forwarded_per_second", skip_serializing_if = "BTreeMap::is_empty")]
     pub losses: BTreeMap<&'static str, f64>,
     /// Of the rule's packets that were forwarded, 0 to 1; for a receiver of copies, of all that
     /// matched. Where there is a rate, of those that it is of. `None`: there were none.
@@ -181,7 +191,7 @@ pub struct UpstreamStatus {
     drained: Option<&'static str>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct NextHopStatus {
     pub interface: String,
     pub gateway: IpAddr,
@@ -191,6 +201,7 @@ pub struct NextHopStatus {
     /// In the kernel's neighbour table, as `ip neigh` has it: `REACHABLE`.
     pub state: Option<String>,
     /// Seconds since it last answered the kernel.
+    #[serde(rename = "age_seconds")]
     pub age: Option<u64>,
     /// Of the way there, in bytes.
     pub mtu: Option<u16>,

@@ -5,13 +5,16 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt::Write;
 
 use anyhow::Context;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::bpf;
 use crate::cli::{Global, Output, Top};
 use crate::columns::{self, Column};
+use crate::config::State;
 use crate::failure::{Failure, Result};
 use crate::netlink::Netlink;
+use crate::output::Document;
 use crate::status::{self, Paper, Reading, Status};
 use crate::terminal::{self, Key, Live, Scroll, Woken};
 use crate::traffic::Rate;
@@ -40,18 +43,23 @@ pub enum Order {
 }
 
 /// An upstream in the last interval.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 struct Row {
     rule: String,
     upstream: String,
     /// It gets copies besides.
     mirror: bool,
     health: Option<&'static str>,
-    /// Drained, or what was said by hand.
+    /// By hand, or else by the file.
+    state: State,
+    #[serde(rename = "override")]
+    said: Option<State>,
+    /// Drained, or what was said by hand, in words.
     #[serde(skip)]
     drained: Option<&'static str>,
     #[serde(flatten)]
     rate: Rate,
+    #[serde(rename = "not_forwarded_per_second")]
     drops_per_second: f64,
     /// Of what the rule forwarded, 0 to 1.
     share: Option<f64>,
@@ -59,14 +67,15 @@ struct Row {
     history: Vec<f64>,
 }
 
-/// All of them.
-#[derive(Clone, Debug, Serialize)]
-struct View {
+/// Rates of all rules and upstreams in one interval.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct View {
     generation: Option<u32>,
     /// Of all rules, what matched.
     packets_per_second: f64,
     bits_per_second: f64,
     /// Also those for which no upstream was chosen.
+    #[serde(rename = "not_forwarded_per_second")]
     drops_per_second: f64,
     /// What the program takes for a packet that comes in, whether or not it matches; `None`: none
     /// came, or the kernel does not measure it for this user.
@@ -161,6 +170,8 @@ impl History {
                     upstream: key.1.clone(),
                     mirror: is_mirror,
                     health: upstream.health,
+                    state: upstream.state,
+                    said: upstream.said,
                     drained: upstream.drained(),
                     rate,
                     drops_per_second: upstream.losses.values().sum(),
@@ -268,7 +279,7 @@ fn shown(
     lines: usize,
 ) -> Result<String> {
     match global.output {
-        Output::Json => Ok(serde_json::to_string(view).context("JSON")? + "\n"),
+        Output::Json => Ok(serde_json::to_string(&Document::new(view)).context("JSON")? + "\n"),
         _ => Ok(text(screen, view, paper, lines)),
     }
 }
@@ -349,6 +360,8 @@ mod tests {
             upstream: upstream.into(),
             mirror: false,
             health: Some("up"),
+            state: State::Active,
+            said: None,
             drained: None,
             rate: Rate { packets_per_second: pps, bits_per_second: bits },
             drops_per_second: drops,

@@ -24,6 +24,7 @@ use crate::generation::{self, Description};
 use crate::lease;
 use crate::netlink::Netlink;
 use crate::observe::observe;
+use crate::output::Document;
 use crate::pcap::Pcap;
 use crate::state::{self, INCOMPLETE};
 use crate::tables::wire;
@@ -378,7 +379,11 @@ impl Printer {
         let account = self.names.account(event, since_1970);
         let written = match self.output {
             Output::Json => {
-                writeln!(out, "{}", serde_json::to_string(&account).context("JSON")?)
+                writeln!(
+                    out,
+                    "{}",
+                    serde_json::to_string(&Document::new(&account)).context("JSON")?
+                )
             }
             _ if self.colour && !account.sent => {
                 writeln!(out, "\x1b[31m{account}\x1b[0m")

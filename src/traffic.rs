@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::counters::{Count, Counts};
@@ -21,7 +22,7 @@ pub struct Traffic {
 }
 
 /// How much a second.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
 pub struct Rate {
     pub packets_per_second: f64,
     /// With the Ethernet headers.

@@ -298,7 +298,7 @@ fn an_interface_that_is_made_again_is_attached_again() {
 fn reattached(lab: &Lab, interface: &str) -> u64 {
     let interfaces = lab.status()["interfaces"].clone();
     let found =
-        interfaces.as_array().expect("interfaces").iter().find(|it| it["name"] == interface);
+        interfaces.as_array().expect("interfaces").iter().find(|it| it["interface"] == interface);
     found.expect("the interface")["reattached"].as_u64().expect("a number")
 }
 

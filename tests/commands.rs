@@ -120,7 +120,7 @@ fn checking_takes_neither_privileges_nor_a_network() {
     };
     check("--no-resolve").expect(0);
     let outcome = check("--no-resolve -o json").expect(0);
-    assert_eq!(outcome.json()[0]["rules"], 1);
+    assert_eq!(outcome.json()["files"][0]["rule_count"], 1);
     // no name server is there to say whether there is such a name
     check("").expect(75).says(&["udplb.yaml:1:", "`collector.example.net` does not resolve"]);
     // nor does what does not resolve change anything
@@ -267,7 +267,7 @@ fn configuration_management_learns_what_changed() {
     let first = lab.run(&apply).expect(0).json();
     assert_eq!(first["changed"], true);
     assert_eq!((&first["generation"], &first["previous"]), (&json!(1), &Value::Null));
-    assert_eq!((&first["rules"], &first["upstreams"]), (&json!(1), &json!(1)));
+    assert_eq!((&first["rule_count"], &first["upstream_count"]), (&json!(1), &json!(1)));
     assert_eq!(first["interfaces"], json!(["eth0"]));
     assert_eq!(lab.run(&apply).expect(0).json()["changed"], false);
     lab.write(&to_port(7002));
@@ -281,9 +281,9 @@ fn configuration_management_learns_what_changed() {
     assert_eq!(lab.run(&format!("{apply} --dry-run")).expect(0).json()["changed"], false);
     assert_eq!(lab.run("rollback -o json").expect(0).json()["changed"], true);
     let detached = lab.run("detach -o json").expect(0).json();
-    assert_eq!(detached, json!({ "changed": true, "detached": ["eth0"] }));
+    assert_eq!(detached, json!({ "format_version": 1, "changed": true, "detached": ["eth0"] }));
     let again = lab.run("detach -o json").expect(0).json();
-    assert_eq!(again, json!({ "changed": false, "detached": [] }));
+    assert_eq!(again, json!({ "format_version": 1, "changed": false, "detached": [] }));
 }
 
 /// The same configuration three times.
@@ -426,8 +426,8 @@ fn a_plan_tells_what_an_apply_would_do() {
     let words = format!("plan -o json {}", lab.write(&two(1, 2)).display());
     let json = lab.run(&words).expect(0).json();
     let kept = &json["altered"][0];
-    assert_eq!((&json["changed"], &json["added"][0]["name"]), (&json!(true), &json!("r2")));
-    assert_eq!((&kept["name"], &kept["moved"]), (&json!("kept"), &json!(50.0)), "{json:#}");
+    assert_eq!((&json["changed"], &json["added"][0]["rule"]), (&json!(true), &json!("r2")));
+    assert_eq!((&kept["rule"], &kept["moved_share"]), (&json!("kept"), &json!(0.5)), "{json:#}");
     assert_eq!(kept["added"], json!(["10.2.0.21:2"]), "{json:#}");
     for line in [
         "+ rule r2 (10.1.0.1:5001) -> 10.2.0.20:1\n",

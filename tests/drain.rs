@@ -30,7 +30,7 @@ fn block(upstreams: &[Value]) -> Value {
 fn shown(lab: &Lab, list: &str, label: &str) -> Value {
     let status = lab.status();
     let hosts = status["rules"][0][list].as_array().expect("a list").iter();
-    hosts.clone().find(|host| host["label"] == label).expect("a host").clone()
+    hosts.clone().find(|host| host["upstream"] == label).expect("a host").clone()
 }
 
 #[track_caller]
@@ -223,7 +223,7 @@ fn without_any_upstream() {
             _ => expect_silence(&here),
         }
         let counters = &lab.status()["rules"][0]["counters"];
-        assert_eq!(counters["no-upstream"]["packets"], 1);
+        assert_eq!(counters["not_forwarded"]["no-upstream"]["packets"], 1);
         assert_eq!(counters["matched"]["packets"], 1);
         lab.run("enable only/a").expect(0);
         send(&lab);
@@ -250,7 +250,7 @@ fn receivers_and_mirrors() {
     receivers.iter().for_each(expect_silence);
     let counters = lab.status()["rules"][0]["counters"].clone();
     assert_eq!(
-        (&counters["forwarded"]["packets"], &counters["no-upstream"]["packets"]),
+        (&counters["forwarded"]["packets"], &counters["not_forwarded"]["no-upstream"]["packets"]),
         (&json!(1), &json!(1))
     );
     lab.run("enable --all").expect(0);
@@ -412,9 +412,9 @@ fn all_are_enabled_at_once() {
     lab.run("drain only/b").expect(0);
     let json = lab.run("enable --all -o json").expect(0).json();
     let b = json!({ "rule": "only", "upstream": "b", "state": "active", "override": null });
-    assert_eq!(json, json!({ "changed": true, "upstreams": [b] }));
+    assert_eq!(json, json!({ "format_version": 1, "changed": true, "upstreams": [b] }));
     let again = lab.run("enable --all -o json").expect(0).json();
-    assert_eq!(again, json!({ "changed": false, "upstreams": [] }));
+    assert_eq!(again, json!({ "format_version": 1, "changed": false, "upstreams": [] }));
 }
 
 #[test]

@@ -51,7 +51,7 @@ impl Place {
     fn rules(&self) -> Vec<String> {
         let (_, status) = self.status();
         let rules = status["rules"].as_array().into_iter().flatten();
-        rules.filter_map(|rule| rule["name"].as_str()).map(String::from).collect()
+        rules.filter_map(|rule| rule["rule"].as_str()).map(String::from).collect()
     }
 
     /// The interfaces with the filter.
@@ -59,7 +59,7 @@ impl Place {
         let (_, status) = self.status();
         let interfaces = status["interfaces"].as_array().into_iter().flatten();
         let attached = interfaces.filter(|it| it["generation"].is_number());
-        attached.filter_map(|it| it["name"].as_str()).map(String::from).collect()
+        attached.filter_map(|it| it["interface"].as_str()).map(String::from).collect()
     }
 }
 
@@ -178,7 +178,7 @@ rules:
 /// The upstreams of a rule that serve.
 fn upstreams(status: &Value, rule: &str) -> Vec<String> {
     let mut rules = status["rules"].as_array().into_iter().flatten();
-    let rule = rules.find(|it| it["name"] == rule).expect("the rule");
+    let rule = rules.find(|it| it["rule"] == rule).expect("the rule");
     let upstreams = rule["upstreams"].as_array().into_iter().flatten();
     upstreams.filter_map(|it| it["address"].as_str()).map(String::from).collect()
 }

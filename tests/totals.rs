@@ -10,7 +10,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{anyhow, bail};
-use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule};
+use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, packets, rule};
 use common::net::{bind, expect_silence_of, receive_any, set};
 use common::service::until;
 use serde_json::{Value, json};
@@ -100,7 +100,7 @@ impl Flows<'_> {
         let lists = [&rule["upstreams"], &rule["mirrors"]];
         let hosts = lists.into_iter().filter_map(Value::as_array).flatten();
         let one = |host: &Value| {
-            let label = host["label"].as_str().expect("a label").into();
+            let label = host["upstream"].as_str().expect("a label").into();
             (label, host["counters"]["forwarded"]["packets"].as_u64().expect("a number"))
         };
         hosts.map(one).collect()
@@ -110,16 +110,17 @@ impl Flows<'_> {
     #[track_caller]
     fn check(&self) {
         let rule = self.rule();
-        let counters = rule["counters"].as_object().expect("counters");
+        let counters = &rule["counters"];
         let all = json!({ "packets": self.sent, "bytes": self.sent * BYTES });
         assert_eq!(counters["matched"], all, "{rule:#}");
-        let of = |name: &str| counters[name]["packets"].as_u64().expect("a number");
-        let verdicts = counters.keys().filter(|name| *name != "matched");
-        assert_eq!(verdicts.map(|name| of(name)).sum::<u64>(), self.sent, "{rule:#}");
-        assert_eq!(of("ttl"), self.old, "{rule:#}");
+        let lost = counters["not_forwarded"].as_object().cloned().unwrap_or_default();
+        let lost: u64 = lost.keys().map(|name| packets(counters, name)).sum();
+        let sent_on = packets(counters, "forwarded") + packets(counters, "stale-neighbour");
+        assert_eq!(sent_on + lost, self.sent, "{rule:#}");
+        assert_eq!(packets(counters, "ttl"), self.old, "{rule:#}");
         let metrics = self.lab.run("metrics").expect(0).stdout;
         for (name, value) in [("packets", self.sent), ("bytes", self.sent * BYTES)] {
-            let line = format!("udplb_rule_{name}_total{{rule={}}} {value}", rule["name"]);
+            let line = format!("udplb_rule_{name}_total{{rule={}}} {value}", rule["rule"]);
             assert!(metrics.lines().any(|it| it == line), "no {line}: {metrics}");
         }
     }

@@ -243,14 +243,15 @@ fn it_ends_by_itself_and_there_is_one_at_a_time() {
     let event = event.as_object_mut().expect("an object");
     let time = event.remove("time").expect("a time");
     assert!(time.as_str().is_some_and(|time| time.ends_with('Z') && time.contains('T')), "{time}");
-    let mac = event.remove("mac").expect("a MAC address");
-    assert_eq!(mac.as_str().map(str::len), Some(17));
+    let hop = event.remove("next_hop").expect("a next hop");
+    assert_eq!(hop["mac"].as_str().map(str::len), Some(17));
+    assert_eq!((&hop["interface"], &hop["gateway"]), (&json!("up0"), &Value::Null));
     let wanted = json!({
-        "interface": "eth0", "generation": 1, "rule": "flows",
+        "format_version": 1, "interface": "eth0", "generation": 1, "rule": "flows",
         "source": "10.1.0.20:5666", "destination": "10.1.0.1:5000", "length": 52, "fragment": false,
         // 0x1622, the other way round
-        "strategy": "src-port", "key": "5666", "number": 0x2216, "slot": 0,
-        "upstream": "10.2.0.20:7000", "copy": false, "out": "up0", "gateway": null,
+        "selection": { "strategy": "src-port", "value": "5666", "number": 0x2216, "slot": 0 },
+        "upstream": "10.2.0.20:7000", "copy": false,
         "sent": true, "verdict": "forwarded",
     });
     assert_eq!(Value::Object(event.clone()), wanted);

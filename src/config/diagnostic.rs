@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::hint::is_invisible;
@@ -16,7 +17,7 @@ const WIDTH: usize = 120;
 /// The longest piece of the file's text that is repeated inside a message, in characters.
 const QUOTED: usize = 60;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
     /// The file cannot be applied.
@@ -28,7 +29,7 @@ pub enum Severity {
 /// One finding about a file, with the place in it.
 ///
 /// `Display` shows it as text over several lines, without colour and without a final newline.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Diagnostic {
     pub severity: Severity,
     /// The file's name as it was given.
@@ -51,7 +52,7 @@ pub struct Diagnostic {
 }
 
 /// A second place that a [`Diagnostic`] is about.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Related {
     /// Counted from 1.
     pub line: usize,

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::diagnostic::{Complaint, shorten};
@@ -16,7 +17,9 @@ pub(super) const INTERFACE: usize = 127;
 
 /// An IP address, with the interface that an IPv6 link-local one is on: `10.0.0.5`, `2001:db8::5`,
 /// `fe80::1%eth0`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(into = "String", try_from = "String")]
 pub struct Address {
     pub ip: IpAddr,

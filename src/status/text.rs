@@ -252,14 +252,14 @@ impl UpstreamStatus {
         self.drained
     }
 
-    /// Override or drained, or else health.
+    /// Override or drained, or else health, or else that the next hop does not answer.
     fn condition(&self) -> Option<&str> {
-        self.drained.or(self.health)
+        self.drained.or(self.health).or(self.silence.map(|_| "silent"))
     }
 
     fn style(&self) -> &'static str {
-        match (self.health, self.drained) {
-            (Some("down"), _) => RED,
+        match (self.silence, self.drained) {
+            (Some(_), _) => RED,
             (_, Some(_)) => YELLOW,
             _ => "",
         }

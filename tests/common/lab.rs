@@ -192,14 +192,24 @@ impl Lab {
             let found = list.as_array().and_then(|list| list.iter().find(|it| it[field] == name));
             found.unwrap_or_else(|| panic!("no {name} in {status:#}")).clone()
         };
-        let rule = by(&status["rules"], "name", rule);
-        let counters = &by(&rule["upstreams"], "label", upstream)["counters"];
-        counters[verdict]["packets"].as_u64().expect("a number")
+        let rule = by(&status["rules"], "rule", rule);
+        packets(&by(&rule["upstreams"], "upstream", upstream)["counters"], verdict)
     }
 
     /// What runs on the relay's ingress of an interface: identical text means nothing was written.
     pub fn filters(&self, interface: &str) -> String {
         self.relay.tc(&format!("filter show dev {interface} ingress"))
+    }
+}
+
+/// The packets that counters of `status` have for a verdict; what is not there is zero.
+pub fn packets(counters: &Value, verdict: &str) -> u64 {
+    let of = |count: &Value| count["packets"].as_u64().unwrap_or(0);
+    match verdict {
+        // the other verdicts of what was sent are a part of it
+        "forwarded" => of(&counters[verdict]) - of(&counters["stale-neighbour"]),
+        "matched" | "stale-neighbour" => of(&counters[verdict]),
+        _ => of(&counters["not_forwarded"][verdict]),
     }
 }
 

@@ -14,6 +14,7 @@ pub mod prelude;
 pub mod program;
 pub mod random;
 pub mod reference;
+pub mod schema;
 pub mod service;
 pub mod testbed;
 pub mod tun;

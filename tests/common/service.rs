@@ -89,7 +89,7 @@ impl Lab {
         let rules = status["rules"].as_array().expect("rules");
         let mut upstreams =
             rules.iter().flat_map(|rule| rule["upstreams"].as_array().expect("upstreams"));
-        let upstream = upstreams.find(|upstream| upstream["label"] == label);
+        let upstream = upstreams.find(|upstream| upstream["upstream"] == label);
         upstream.unwrap_or_else(|| panic!("no {label} in {status:#}")).clone()
     }
 
