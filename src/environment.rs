@@ -187,6 +187,7 @@ mod tests {
             ifindex: 2,
             address: address.into(),
             broadcast: Some(broadcast.into()),
+            network: std::net::IpAddr::from(address).into(),
         };
         let environment = Environment::new(
             &[own([10, 0, 0, 1], [10, 0, 0, 255]), own([10, 0, 0, 255], [10, 0, 1, 255])],
