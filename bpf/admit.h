@@ -204,16 +204,15 @@ struct sock {
 
 extern void *bpf_rdonly_cast(const void *object, __u32 btf_id) __ksym __weak;
 
-/* Returns true where bind() named the port: a server's. */
+/* Returns true where bind() named the port: a server's; before 6.2, which cannot be asked, of any. */
 static __always_inline bool is_port_named(struct bpf_sock *socket)
 {
-	const struct sock *sock = (void *)socket;
+	const struct sock *sock;
 
-	if (bpf_rdonly_cast) {
-		sock = bpf_rdonly_cast(socket, bpf_core_type_id_kernel(struct sock));
-		return BPF_CORE_READ_BITFIELD(sock, sk_userlocks) & SOCK_BINDPORT_LOCK;
-	}
-	return BPF_CORE_READ_BITFIELD_PROBED(sock, sk_userlocks) & SOCK_BINDPORT_LOCK;
+	if (!bpf_rdonly_cast)
+		return true;
+	sock = bpf_rdonly_cast(socket, bpf_core_type_id_kernel(struct sock));
+	return BPF_CORE_READ_BITFIELD(sock, sk_userlocks) & SOCK_BINDPORT_LOCK;
 }
 
 /*
