@@ -132,6 +132,7 @@ static __always_inline enum verdict send_to(struct __sk_buff *skb, __u32 layout,
 	enum verdict verdict;
 
 	sending->upstream = upstream->id;
+	sending->own = upstream->source == SOURCE_EGRESS;
 	sending->pieces = 0;
 	verdict = next_hop(skb, packet, ip_length(skb, layout, packet), sending);
 	if (verdict == VERDICT_MTU && is_sent(sending->way.verdict) &&

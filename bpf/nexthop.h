@@ -19,6 +19,7 @@ struct way {
 /* What a packet is sent with. Not on the stack, of which all functions on the way have 512 bytes together. */
 struct sending {
 	__u32 upstream; /* id */
+	bool own;	/* the source is this host's address on the way that user space resolved */
 	struct label label;
 	struct way way;
 	struct bpf_fib_lookup fib;
@@ -209,6 +210,8 @@ static __always_inline enum leased leased_way(struct sending *sending)
 	copy_macs(way->frame, known->destination);
 	way->mtu = known->mtu;
 	way->resolved = true;
+	if (features.asking)
+		__builtin_memcpy(way->gateway, known->gateway, sizeof(way->gateway));
 	way->asks = age(slot->asked) >= ASKED_SECONDS * features.ticks_per_second;
 	/* two writes since: what was read may be a mixture */
 	return sequence_of(slot) == sequence ? LEASED_WAY : LEASED_NOTHING;
@@ -305,6 +308,22 @@ static __always_inline void take_way(struct way *way, const struct bpf_fib_looku
 	copy_mac(way->frame + ETH_ALEN, fib->smac);
 	way->mtu = fib->mtu_result;
 	way->resolved = true;
+	if (features.asking)
+		__builtin_memcpy(way->gateway, fib->ipv6_dst, sizeof(way->gateway));
+}
+
+/*
+ * Returns true for a path that leaves by another interface than the one whose address the packet has. Before
+ * 6.15 the kernel hashes a flow over several paths whatever its source is.
+ */
+static __always_inline bool is_other_path(const struct sending *sending, int result)
+{
+	const struct nexthop *known;
+
+	if (!sending->own || (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH))
+		return false;
+	known = known_on(sending, 0);
+	return known && known->ifindex != sending->fib.ifindex;
 }
 
 /* Takes the way to a neighbour that the kernel knows no MAC address of; there may be none to know. */
@@ -333,6 +352,8 @@ static __always_inline enum verdict way_that_fits(struct __sk_buff *skb, struct 
 	result = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
 	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
 		return VERDICT_NO_ROUTE;
+	if (is_other_path(sending, result))
+		return known_way(skb, sending, &sending->way);
 	if (result == BPF_FIB_LKUP_RET_NO_NEIGH || is_no_mac(fib->dmac))
 		return gateway_way(sending, &sending->way);
 	take_way(&sending->way, fib);
@@ -417,6 +438,8 @@ static __always_inline enum verdict routed_way(struct __sk_buff *skb, const stru
 		note_kernel_mtu(result, length);
 		return VERDICT_FORWARDED;
 	}
+	if (is_other_path(sending, result))
+		result = BPF_FIB_LKUP_RET_FWD_DISABLED;
 	if (result != BPF_FIB_LKUP_RET_SUCCESS || is_no_mac(fib->dmac))
 		return find_way(skb, result, length);
 	take_way(&sending->way, fib);

@@ -12,11 +12,14 @@
 /* The words of skb->cb. */
 enum recirculated {
 	RECIRCULATED_MARK,
-	RECIRCULATED_SECRET, /* nobody but the program marks packets */
-	RECIRCULATED_UPSTREAM,
+	RECIRCULATED_SECRET,   /* nobody but the program marks packets */
+	RECIRCULATED_UPSTREAM, /* its id, and RECIRCULATED_OWN */
 	RECIRCULATED_LAYOUT,
 	RECIRCULATED_PIECE, /* its number, and the MTU in the lower half; 0: the whole packet */
 };
+
+/* See `own` of struct sending; no id is as large. */
+#define RECIRCULATED_OWN (1U << 31)
 
 /* What resume() returns for a packet that has not come in again. */
 #define ACTION_NONE 101
@@ -43,7 +46,7 @@ __noinline __u32 recirculate(struct __sk_buff *skb, __u32 layout, __u32 upstream
 	copy_words(sending->cb, skb->cb);
 	skb->cb[RECIRCULATED_MARK] = RECIRCULATED;
 	skb->cb[RECIRCULATED_SECRET] = tickets->secret[0];
-	skb->cb[RECIRCULATED_UPSTREAM] = upstream;
+	skb->cb[RECIRCULATED_UPSTREAM] = sending->own ? upstream | RECIRCULATED_OWN : upstream;
 	skb->cb[RECIRCULATED_LAYOUT] = layout;
 	for (piece = 0; taken && piece < MOST_PIECES && piece < pieces; piece++) {
 		skb->cb[RECIRCULATED_PIECE] = piece << 16 | mtu;
@@ -77,7 +80,8 @@ static __always_inline enum verdict send_recirculated(struct __sk_buff *skb, __u
 	if (!sending ||
 	    (!locate(skb, layout, &packet) && (!pull(skb, LAYOUT_MOST) || !locate(skb, layout, &packet))))
 		return VERDICT_CLONE_FAILED;
-	sending->upstream = upstream;
+	sending->upstream = upstream & ~RECIRCULATED_OWN;
+	sending->own = upstream & RECIRCULATED_OWN;
 	read_label(&packet, &sending->label);
 	verdict = next_hop(skb, &packet, ip_length(skb, layout, &packet), sending);
 	if (!is_sent(verdict))
@@ -109,7 +113,7 @@ __noinline int resume(struct __sk_buff *skb, __u32 l2)
 	if ((l2 || add_header(skb)) && (!mtu || cut(skb, layout, piece, mtu)))
 		verdict = send_recirculated(skb, piece ? layout | LAYOUT_LATER : layout, upstream, &action);
 	if (!is_sent(verdict))
-		count_aside(skb, 0, 0, upstream, verdict);
+		count_aside(skb, 0, 0, upstream & ~RECIRCULATED_OWN, verdict);
 	return action;
 }
 

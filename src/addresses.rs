@@ -130,6 +130,7 @@ mod tests {
             address: ip(address),
             broadcast: broadcast.map(ip),
             network: ip(address).into(),
+            tentative: false,
         })
         .to_vec();
         let any = ["10.0.0.5", "10.0.0.9", "2001:db8::5"].map(ip).to_vec();

@@ -1,16 +1,18 @@
 //! What is applied as it stands but probably not meant. Pure, but for reading /proc.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::config::{
-    self, Action, Address, Config, Family, Finding, KeyAddress, Mode, Path, Rule, with_port,
+    self, Action, Config, Family, Finding, KeyAddress, Mode, Path, Rule, with_port,
 };
+use crate::ipsec::{self, Effect, Flow, SecurityPolicy};
 use crate::kernel;
-use crate::netlink::{Link, OwnAddress};
+use crate::netlink::{Link, OwnAddress, find_link};
 use crate::nexthop::{Hop, Macs, Way};
-use crate::plan::Desired;
+use crate::plan::{self, Desired, Upstream};
+use crate::routing::{Choice, Target};
 
 /// A bound UDP socket; the unspecified address stands for all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,11 +37,11 @@ impl Listener {
 pub fn own_upstreams(
     config: &Config,
     desired: &Desired,
-    ways: &BTreeMap<Address, Way>,
+    ways: &BTreeMap<Target, Way>,
 ) -> Vec<Finding> {
-    upstreams(config, desired)
-        .filter(|(_, address)| ways.get(address) == Some(&Way::Local))
-        .map(|(at, address)| {
+    targets(config, desired)
+        .filter(|(_, target)| ways.get(target) == Some(&Way::Local))
+        .map(|(at, Target { address, .. })| {
             Finding::new(at, format!("{address} is an address of this host, which is no upstream"))
         })
         .collect()
@@ -66,22 +68,19 @@ pub fn of_this_host(
 pub fn unreachable(
     config: &Config,
     desired: &Desired,
-    ways: &BTreeMap<Address, Way>,
+    ways: &BTreeMap<Target, Way>,
 ) -> Vec<Finding> {
-    upstreams(config, desired)
-        .filter_map(|(at, address)| match ways.get(address) {
+    targets(config, desired)
+        .filter_map(|(at, target)| match ways.get(&target) {
             Some(Way::None(reason)) => {
-                Some(Finding::new(at, format!("no route to {address}: {reason}")))
-            }
-            Some(Way::Hop(hop)) if hop.macs == Macs::Unknown => {
-                Some(Finding::new(at, unanswered(address, hop)))
+                Some(Finding::new(at, format!("no route to {}: {reason}", target.address)))
             }
             _ => None,
         })
         .collect()
 }
 
-fn unanswered(address: &Address, hop: &Hop) -> String {
+fn does_not_answer(address: &config::Address, hop: &Hop) -> String {
     let Hop { gateway, interface, .. } = hop;
     let asked = if gateway.is_ipv4() { "ARP" } else { "NDP" };
     match *gateway == address.ip {
@@ -92,12 +91,169 @@ fn unanswered(address: &Address, hop: &Hop) -> String {
     }
 }
 
-/// The upstreams that serve and are in the file, with their places in it. Both have the same order,
-/// but what serves may lack some.
+/// Next hops that have not answered, each once, with the first upstream behind it.
+pub fn unanswered(
+    config: &Config,
+    desired: &Desired,
+    ways: &BTreeMap<Target, Way>,
+) -> Vec<Finding> {
+    let mut seen = BTreeSet::new();
+    let mut findings = Vec::new();
+    for (at, target) in targets(config, desired) {
+        let hops = ways.get(&target).map_or(&[][..], Way::hops);
+        for hop in hops.iter().filter(|hop| hop.macs == Macs::Unknown) {
+            if !seen.insert((hop.ifindex, hop.gateway)) {
+                continue;
+            }
+            findings.push(Finding::new(at, does_not_answer(&target.address, hop)));
+        }
+    }
+    findings
+}
+
+/// Upstreams on whose way IPsec policies are: packets to them would leave in clear.
+pub fn in_clear(
+    config: &Config,
+    desired: &Desired,
+    ways: &BTreeMap<Target, Way>,
+    policies: &[SecurityPolicy],
+) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (at, rule, upstream) in upstreams(config, desired) {
+        let target = desired.target(rule, upstream);
+        let hops = ways.get(&target).map_or(&[][..], Way::hops);
+        // the port that the packet came to is its own
+        let port = upstream.port.or(match rule.key.ports[..] {
+            [ports] if ports.first == ports.last => Some(ports.first),
+            _ => None,
+        });
+        let policy = hops.iter().find_map(|hop| {
+            let flow = Flow {
+                address: target.address.ip,
+                senders: &target.senders,
+                egress: hop.egress,
+                port,
+                ifindex: hop.ifindex,
+            };
+            ipsec::in_the_way(policies, &flow)
+        });
+        let Some(policy) = policy else { continue };
+        let would = match policy.effect {
+            Effect::Drop => "drops",
+            _ => "encrypts",
+        };
+        let address = &target.address.ip;
+        findings.push(Finding::new(
+            at,
+            format!(
+                "an IPsec policy {would} packets to {address} ({}), and udplb would send them in clear; if that \
+                 is meant: ip xfrm policy add dst {address} proto udp dir out priority 0",
+                policy.text()
+            ),
+        ));
+    }
+    findings
+}
+
+/// Upstreams whose packets take several paths, which the kernel chooses for each; one for each set of
+/// paths.
+pub fn several(config: &Config, desired: &Desired, ways: &BTreeMap<Target, Way>) -> Vec<Finding> {
+    let mut seen = BTreeSet::new();
+    let mut findings = Vec::new();
+    for (at, target) in targets(config, desired) {
+        let Some(Way::Several { hops, by, routed }) = ways.get(&target) else { continue };
+        let first = &hops[0].gateway;
+        let mut names: Vec<String> =
+            hops.iter().map(|hop| format!("{} dev {}", hop.gateway, hop.interface)).collect();
+        names.sort_unstable();
+        let names = names.join(" or ");
+        let by = match by {
+            Choice::Sender => "routing rules decide by the sender",
+            Choice::Interface => "routing decides by the interface that a packet comes in by",
+            Choice::Flow | Choice::Only => "a route with several next hops decides by the flow",
+        };
+        let then = match routed {
+            true => "the kernel is asked for each packet".to_string(),
+            false => {
+                format!("with `source: egress`, or where forwarding is off, all go via {first}")
+            }
+        };
+        if seen.insert((by, names.clone())) {
+            let address = &target.address;
+            let message = format!("{by} whether packets to {address} go via {names}: {then}");
+            findings.push(Finding::new(at, message));
+        }
+    }
+    findings
+}
+
+/// Multicast keys that no program of this host is a member of, on an interface that exists.
+pub fn not_joined(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Finding> {
+    let Some(joined) = memberships() else { return Vec::new() };
+    let mut seen = BTreeSet::new();
+    let mut findings = Vec::new();
+    for rule in &config.rules {
+        let KeyAddress::Is(group) = rule.key.address else { continue };
+        if !group.is_multicast() {
+            continue;
+        }
+        for link in interfaces.iter().filter_map(|name| find_link(links.iter(), name)) {
+            let name = &link.name;
+            if joined.contains(&(name.clone(), group)) || !seen.insert((name, group)) {
+                continue;
+            }
+            let prefix = if group.is_ipv4() { 32 } else { 128 };
+            findings.push(Finding::new(
+                &rule.at,
+                format!(
+                    "nobody here is a member of {group} on {name}, and a switch or router may send none of \
+                     its packets: run arpd, which joins it, or: ip addr add {group}/{prefix} dev {name} autojoin"
+                ),
+            ));
+        }
+    }
+    findings
+}
+
+/// The groups that this host is a member of, by interface; `None` where /proc does not tell.
+fn memberships() -> Option<BTreeSet<(String, IpAddr)>> {
+    let read = |name: &str| fs::read_to_string(format!("/proc/thread-self/net/{name}"));
+    // without IPv6 there is none
+    let (table, table6) = (read("igmp").ok()?, read("igmp6").unwrap_or_default());
+    Some(members(&table).into_iter().chain(table6.lines().filter_map(member6)).collect())
+}
+
+/// The groups of /proc/net/igmp: a line for each interface, and indented ones for its groups.
+fn members(table: &str) -> Vec<(String, IpAddr)> {
+    let mut members = Vec::new();
+    let mut interface = "";
+    for line in table.lines().skip(1) {
+        let mut words = line.split_whitespace();
+        if line.starts_with(char::is_whitespace) {
+            let group = words.next().and_then(|word| u32::from_str_radix(word, 16).ok());
+            // a word as it lies in memory
+            let group = group.map(|group| Ipv4Addr::from(group.to_ne_bytes()));
+            members.extend(group.map(|group| (interface.into(), group.into())));
+        } else {
+            interface = words.nth(1).unwrap_or_default();
+        }
+    }
+    members
+}
+
+/// A line of /proc/net/igmp6.
+fn member6(line: &str) -> Option<(String, IpAddr)> {
+    let mut words = line.split_whitespace();
+    let (name, group) = (words.nth(1)?, words.next()?);
+    Some((name.into(), Ipv6Addr::from(u128::from_str_radix(group, 16).ok()?).into()))
+}
+
+/// The upstreams that serve and are in the file, with their rules and their places in the file. Both have
+/// the same order, but what serves may lack some.
 fn upstreams<'a>(
     config: &'a Config,
     desired: &'a Desired,
-) -> impl Iterator<Item = (&'a Path, &'a Address)> {
+) -> impl Iterator<Item = (&'a Path, &'a plan::Rule, &'a Upstream)> {
     let by_name = config.rules.iter().map(|rule| (rule.name.as_str(), rule));
     let by_name: HashMap<&str, &Rule> = by_name.collect();
     desired.rules.iter().flat_map(move |rule| {
@@ -107,7 +263,7 @@ fn upstreams<'a>(
             let is_other =
                 |it: &&config::Upstream| (&it.address, it.port) != (&upstream.host, upstream.port);
             while written.next_if(is_other).is_some() {}
-            Some((&written.peek()?.at, &upstream.address))
+            Some((&written.peek()?.at, rule, upstream))
         })
     })
 }
@@ -144,6 +300,14 @@ fn robbed(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Fin
         Some(Finding::new(&rule.at, message))
     });
     robbed.collect()
+}
+
+/// Their targets.
+fn targets<'a>(
+    config: &'a Config,
+    desired: &'a Desired,
+) -> impl Iterator<Item = (&'a Path, Target)> {
+    upstreams(config, desired).map(|(at, rule, upstream)| (at, desired.target(rule, upstream)))
 }
 
 /// Returns the `pass` rules with a port on which nobody listens. What netfilter does to their packets
@@ -328,7 +492,23 @@ pub fn endpoint(text: &str) -> Option<(IpAddr, u16)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Listener, listener};
+    use super::{Listener, listener, member6, members};
+
+    #[test]
+    fn lines_of_proc_net_igmp() {
+        let table = "Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n\
+                     1\tlo        :     1      V3\n\t\t\t\t010000E0     1 0:00000000\t\t0\n\
+                     2\teth0      :     2      V3\n\t\t\t\t010101EF     1 0:00000000\t\t0\n\
+                     \t\t\t\t010000E0     1 0:00000000\t\t0\n";
+        if cfg!(target_endian = "little") {
+            let wanted = [("lo", "224.0.0.1"), ("eth0", "239.1.1.1"), ("eth0", "224.0.0.1")];
+            let wanted = wanted.map(|(name, group)| (name.into(), group.parse().unwrap()));
+            assert_eq!(members(table), wanted);
+        }
+        let line = "2    eth0            ff050000000000000000000000000005     1 00000004 0";
+        assert_eq!(member6(line), Some(("eth0".into(), "ff05::5".parse().unwrap())));
+        assert_eq!(member6("2 eth0"), None);
+    }
 
     #[test]
     fn lines_of_proc_net_udp() {

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, anyhow};
 
-use crate::config::{Address, State};
+use crate::config::State;
 use crate::diff::{Action, Plan, Refusal};
 use crate::environment::Environment;
 use crate::generation::{self, Generation, Origin};
@@ -13,6 +13,7 @@ use crate::marks::Mark;
 use crate::netlink::Netlink;
 use crate::nexthop::{self, Way};
 use crate::observe::Observed;
+use crate::routing::Target;
 use crate::spares::{self, Situation};
 use crate::state::{INCOMPLETE, WriteGuard};
 use crate::tc::{self, Slot};
@@ -38,7 +39,7 @@ pub async fn reconcile(
     netlink: &Netlink,
     observed: &Observed,
     plan: &Plan,
-    ways: &BTreeMap<Address, Way>,
+    ways: &BTreeMap<Target, Way>,
 ) -> anyhow::Result<Outcome> {
     let mut executor = Executor::new(guard, netlink, observed, ways);
     executor.run(&plan.actions, &mut log).await?;
@@ -97,7 +98,7 @@ pub struct Executor<'a> {
     before: &'a Observed,
     built: Option<Generation>,
     dropped: BTreeSet<u32>,
-    ways: &'a BTreeMap<Address, Way>,
+    ways: &'a BTreeMap<Target, Way>,
     /// Counters start at zero: there were none, or their map had gone.
     pub counters_reset: bool,
 }
@@ -108,7 +109,7 @@ impl<'a> Executor<'a> {
         guard: &'a WriteGuard,
         netlink: &'a Netlink,
         before: &'a Observed,
-        ways: &'a BTreeMap<Address, Way>,
+        ways: &'a BTreeMap<Target, Way>,
     ) -> Executor<'a> {
         let (built, dropped) = (None, BTreeSet::new());
         Executor { guard, netlink, before, built, dropped, ways, counters_reset: false }

@@ -4,6 +4,7 @@
 //! done, and renews the lease as long as both succeed. Events only make it look earlier: every
 //! interval it looks at everything.
 
+mod groups;
 pub mod keeper;
 mod names;
 mod service;
@@ -91,9 +92,7 @@ async fn serve(service: &mut Service) -> Result<u8> {
     }
 }
 
-/// Waits until the kernel has something to tell.
+/// Waits until the kernel has something to tell; an error is found again when events are taken.
 async fn has_events(events: &Events) {
-    if events.wait().await.is_err() {
-        std::future::pending::<()>().await;
-    }
+    let _ = events.wait().await;
 }

@@ -13,13 +13,13 @@ use serde::Serialize;
 use crate::apply::{Executor, Outcome};
 use crate::changes::Changes;
 use crate::cli::{self, Cli, Color, Command, Global, Output, Resolver, Target};
-use crate::config::{Address, Diagnostic, State};
+use crate::config::{Config, Diagnostic, State};
 use crate::diff::{self, Action, Plan, Refusal};
 use crate::drain::{self, Change};
 use crate::failure::{Failure, Result, say};
 use crate::generation::{Generation, Origin};
 use crate::metrics::Gatherer;
-use crate::netlink::{NeighbourKey, Netlink, OUR_PROTOCOL};
+use crate::netlink::{NeighbourKey, Netlink, OUR_PROTOCOL, security_policies};
 use crate::nexthop::{self, Way};
 use crate::observe::{Observed, observe};
 use crate::output::{
@@ -33,8 +33,8 @@ use crate::tc;
 use crate::terminal::{self, Key, Live, Scroll, Woken};
 use crate::wanted::{Request, Text, Wanted};
 use crate::{
-    advice, apply, clock, complete, confirm, doctor, get, list, pins, privileges, problem, state,
-    top, trace, wanted,
+    advice, apply, clock, complete, config, confirm, doctor, get, lease, list, pins, privileges,
+    problem, routing, state, top, trace, wanted,
 };
 
 const PENDING: u8 = 2;
@@ -192,16 +192,18 @@ fn plural(count: usize, noun: &str) -> String {
 
 async fn apply_file(global: &Global, options: &cli::Apply) -> Result<u8> {
     let started = Instant::now();
-    let mut wanted = wanted_by_apply(global, options).await?;
+    let text = Text::read(&options.target.file)?;
+    let mut wanted = wanted_by_apply(global, &text, options).await?;
     for missing in &wanted.missing {
         say(missing);
     }
     privileges::require()?;
     let netlink = netlink()?;
     wanted.expand(&netlink).await?;
-    let addresses = wanted.desired.addresses();
-    let ways = nexthop::resolve(&netlink, &addresses).await.context("next hops")?;
-    wanted.warnings.extend(advise(&wanted, &ways, &netlink).await?);
+    let (targets, interfaces) = (wanted.desired.targets(), &wanted.desired.interfaces);
+    let ways = nexthop::resolve(&netlink, &targets, interfaces).await.context("next hops")?;
+    let (advice, hops) = advise(global, &text, &wanted, &ways, &netlink).await?;
+    wanted.warnings.extend(advice);
     let desired = &wanted.desired;
     let guard = lock(global, &netlink).await?;
     let observed = observe(Some(&guard), &netlink).await?;
@@ -209,7 +211,9 @@ async fn apply_file(global: &Global, options: &cli::Apply) -> Result<u8> {
     let plan = diff::apply_until(&observed, desired, &wanted.origin, options.force, deadline)
         .map_err(refused)?;
     // once a generation: the cron job has said them already
-    let warnings = if plan.builds() { wanted.warnings } else { Vec::new() };
+    let mut warnings = if plan.builds() { wanted.warnings } else { Vec::new() };
+    // whoever answers now may not the next time
+    warnings.extend(hops);
     warn(global, &warnings);
     let waiter = deadline.filter(|_| plan.is_pending());
     let waiter = waiter.map(|deadline| confirm::start_waiter(global, deadline)).transpose()?;
@@ -235,11 +239,10 @@ async fn apply_file(global: &Global, options: &cli::Apply) -> Result<u8> {
     Ok(if complete { 0 } else { INCOMPLETE })
 }
 
-async fn wanted_by_apply(global: &Global, options: &cli::Apply) -> Result<Wanted> {
+async fn wanted_by_apply(global: &Global, text: &Text, options: &cli::Apply) -> Result<Wanted> {
     let cli::Apply { target, resolver, partial, .. } = options;
-    let text = Text::read(&target.file)?;
     let again = match state::read(&global.pin_dir, global.lock_timeout) {
-        Ok(guard) => guard.and_then(|guard| Wanted::again(&text, target, &guard)),
+        Ok(guard) => guard.and_then(|guard| Wanted::again(text, target, &guard)),
         Err(Failure::Locked(message)) => return Err(Failure::Locked(message)),
         // that is said where it is needed
         Err(_) => None,
@@ -250,7 +253,7 @@ async fn wanted_by_apply(global: &Global, options: &cli::Apply) -> Result<Wanted
             return Ok(wanted);
         }
     }
-    let request = Request::new(&text, target, *resolver)?;
+    let request = Request::new(text, target, *resolver)?;
     privileges::require()?;
     let netlink = netlink()?;
     let observed = look(global, &netlink).await?;
@@ -268,26 +271,60 @@ fn netlink() -> Result<Netlink> {
     Ok(Netlink::open().context("netlink")?)
 }
 
-/// What is probably not meant; nothing of a file that was applied before.
+/// Returns what is probably not meant, of a file that was not applied before, and the next hops that are
+/// not there now.
 ///
 /// # Errors
-/// An upstream that is this host itself.
+/// An upstream that is this host itself, or packets to which IPsec would protect.
 async fn advise(
+    global: &Global,
+    text: &Text,
     wanted: &Wanted,
-    ways: &BTreeMap<Address, Way>,
+    ways: &BTreeMap<routing::Target, Way>,
     netlink: &Netlink,
-) -> Result<Vec<Diagnostic>> {
-    let Some(config) = &wanted.config else { return Ok(Vec::new()) };
+) -> Result<(Vec<Diagnostic>, Vec<Diagnostic>)> {
     let desired = &wanted.desired;
-    let own = advice::own_upstreams(config, desired, ways);
-    if !own.is_empty() {
-        return Err(Failure::Config(config.errors(own)));
-    }
+    let policies = security_policies().context("IPsec policies")?;
+    let Some(config) = &wanted.config else {
+        if policies.is_empty() && !ways.values().any(Way::is_wanting) {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        let config = text.parse()?;
+        refuse(&config, advice::in_clear(&config, desired, ways, &policies))?;
+        return Ok((Vec::new(), config.warnings(missing_hops(&config, desired, ways))));
+    };
+    refuse(config, advice::own_upstreams(config, desired, ways))?;
+    refuse(config, advice::in_clear(config, desired, ways, &policies))?;
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
-    let mut findings = advice::unreachable(config, desired, ways);
+    let mut findings = advice::several(config, desired, ways);
+    if !arpd_runs(global) {
+        findings.extend(advice::not_joined(config, &desired.interfaces, &links));
+    }
     findings.extend(advice::of_this_host(config, desired, &links, &addresses));
-    Ok(config.warnings(findings))
+    Ok((config.warnings(findings), config.warnings(missing_hops(config, desired, ways))))
+}
+
+fn refuse(config: &Config, findings: Vec<config::Finding>) -> Result<()> {
+    if findings.is_empty() { Ok(()) } else { Err(Failure::Config(config.errors(findings))) }
+}
+
+/// Returns true while arpd's lease holds.
+fn arpd_runs(global: &Global) -> bool {
+    let guard = state::read(&global.pin_dir, global.lock_timeout).ok().flatten();
+    let maps = guard.and_then(|guard| guard.maps().ok().flatten());
+    let left = maps.and_then(|maps| lease::remaining(&maps.heartbeat).ok().flatten());
+    left.is_some_and(|left| !left.is_zero())
+}
+
+fn missing_hops(
+    config: &Config,
+    desired: &Desired,
+    ways: &BTreeMap<routing::Target, Way>,
+) -> Vec<config::Finding> {
+    let mut findings = advice::unreachable(config, desired, ways);
+    findings.extend(advice::unanswered(config, desired, ways));
+    findings
 }
 
 fn outcome_text(outcome: &Outcome, file: &str, desired: &Desired, took: Duration) -> String {
@@ -629,7 +666,8 @@ async fn rollback(global: &Global) -> Result<u8> {
     let plan = diff::rollback(&observed, clock::now()).map_err(refused)?;
     let target = observed.generations.get(&plan.generation);
     let desired = target.map(|target| target.description.desired.clone()).unwrap_or_default();
-    let ways = nexthop::resolve(&netlink, &desired.addresses()).await.context("next hops")?;
+    let (targets, interfaces) = (desired.targets(), &desired.interfaces);
+    let ways = nexthop::resolve(&netlink, &targets, interfaces).await.context("next hops")?;
     let outcome = apply::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
     drop(guard);
     let took = started.elapsed();

@@ -66,8 +66,9 @@ pub async fn settle(guard: &WriteGuard, netlink: &Netlink) -> anyhow::Result<Opt
 async fn undo(guard: &WriteGuard, netlink: &Netlink, observed: &Observed) -> anyhow::Result<()> {
     let plan = diff::rollback(observed, clock::now()).map_err(|refusal| anyhow!("{refusal}"))?;
     let restored = observed.generations.get(&plan.generation);
-    let addresses = restored.map(|it| it.description.desired.addresses()).unwrap_or_default();
-    let ways = nexthop::resolve(netlink, &addresses).await.context("next hops")?;
+    let desired = restored.map(|it| it.description.desired.clone()).unwrap_or_default();
+    let (targets, interfaces) = (desired.targets(), &desired.interfaces);
+    let ways = nexthop::resolve(netlink, &targets, interfaces).await.context("next hops")?;
     apply::reconcile(guard, netlink, observed, &plan, &ways).await.map(drop)
 }
 

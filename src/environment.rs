@@ -133,18 +133,11 @@ mod tests {
             name: format!("if{index}"),
             mac: Some([2, 0, 0, 0, 0, index as u8]),
             mtu: 1500,
-            mtu6: None,
             up: true,
             carrier: true,
             layer: Some(Layer::Ethernet),
             kind: kind.into(),
-            lower: None,
-            controller: None,
-            altnames: Vec::new(),
-            received: 0,
-            xdp: Vec::new(),
-            outer: None,
-            vlan: None,
+            ..Link::default()
         }
     }
 
@@ -188,6 +181,7 @@ mod tests {
             address: address.into(),
             broadcast: Some(broadcast.into()),
             network: std::net::IpAddr::from(address).into(),
+            tentative: false,
         };
         let environment = Environment::new(
             &[own([10, 0, 0, 1], [10, 0, 0, 255]), own([10, 0, 0, 255], [10, 0, 1, 255])],

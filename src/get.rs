@@ -19,7 +19,7 @@ use crate::event::{Event, Names};
 use crate::failure::{Failure, Result};
 use crate::generation::{self, Generation, Twin};
 use crate::miss::{self, Miss};
-use crate::netlink::Netlink;
+use crate::netlink::{Neighbour, Netlink, NudState};
 use crate::observe::{Observed, observe};
 use crate::overrides;
 use crate::plan::{Desired, Rule, Upstream};
@@ -270,7 +270,8 @@ pub async fn run(global: &Global, options: &Get, netlink: &Netlink) -> Result<Op
         .iter()
         .flat_map(|rule| rule.destinations().map(|(upstream, _)| upstream))
         .collect();
-    let looked = Looked { maps: &maps, rows, twin: &asker.twin };
+    let neighbours = netlink.neighbours().await.context("neighbours")?;
+    let looked = Looked { maps: &maps, rows, neighbours, twin: &asker.twin };
     let mut outcomes = Vec::new();
     for event in &events {
         outcomes.push(looked.outcome(event, &mut names)?);
@@ -355,6 +356,7 @@ fn interface(desired: &Desired, observed: &Observed, named: Option<&str>) -> Res
 struct Looked<'a> {
     maps: &'a StateMaps,
     rows: Vec<&'a UpstreamStatus>,
+    neighbours: Vec<Neighbour>,
     twin: &'a Twin,
 }
 
@@ -362,8 +364,12 @@ impl Looked<'_> {
     fn outcome(&self, event: &Event, names: &mut Names) -> anyhow::Result<Outcome> {
         let upstream = names.upstream(event).map(|(upstream, copy)| (upstream.clone(), copy));
         let row = self.rows.iter().find(|row| row.id == event.0.upstream);
-        let hop = row.and_then(|row| row.next_hop.as_ref());
         let out = (event.0.out != 0).then(|| names.interface(event.0.out));
+        // what is recorded may be of another hop than the kernel chose
+        let hop = row.and_then(|row| row.next_hop.as_ref());
+        let hop = hop.filter(|hop| Some(&hop.interface) == out.as_ref());
+        let gateway = event.gateway().or(hop.map(|hop| hop.gateway));
+        let hop = hop.filter(|hop| Some(hop.gateway) == gateway);
         let left = addresses(&event.0.left);
         let (left, copy) = match &upstream {
             Some((_, copy)) => (left, *copy),
@@ -384,15 +390,23 @@ impl Looked<'_> {
             condition,
             next_hop: out.map(|interface| Hop {
                 interface,
-                gateway: event.gateway().or(hop.map(|hop| hop.gateway)),
+                gateway,
                 mac: event.mac(),
-                state: hop.and_then(|hop| hop.state.clone()),
+                state: gateway.and_then(|gateway| self.neighbour(event.0.out, gateway)),
                 mtu: hop.and_then(|hop| hop.mtu),
             }),
             source: left.map(|(source, _)| source),
             destination: left.map(|(_, destination)| destination),
             verdict: event.verdict(),
         })
+    }
+
+    /// The state of a next hop, as `ip neigh` has it.
+    fn neighbour(&self, ifindex: u32, gateway: IpAddr) -> Option<String> {
+        let key = (ifindex, gateway);
+        let mut all = self.neighbours.iter();
+        let found = all.find(|neighbour| (neighbour.ifindex, neighbour.address) == key)?;
+        (found.state != NudState::None).then(|| found.state.to_string())
     }
 
     fn selection(

@@ -1,21 +1,21 @@
 //! What udplb asks of rtnetlink and tells it, in its own types. The only module that knows
 //! the netlink crates: both change their interfaces often.
 
-use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 use std::{fmt, io};
 
-use futures_util::{StreamExt, stream};
+use futures_util::{StreamExt, TryStreamExt, stream};
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
     NetlinkMessage, NetlinkPayload, Nla,
 };
-use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVlan, InfoVxlan, LinkAttribute, LinkFlags,
-    LinkInfo, LinkLayerType, LinkMessage, LinkXdp, Prop, VlanProtocol,
+    AfSpecInet, AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVlan, InfoVrf, InfoVxlan,
+    LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, Prop, VlanProtocol,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
@@ -26,16 +26,19 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteNextHopFlags,
     RouteProtocol, RouteType, RouteVia,
 };
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use netlink_packet_route::tc::{
     TcAction, TcActionAttribute, TcAttribute, TcBpfFlags, TcFilterBpfOption, TcFilterFlowerOption,
     TcFilterMatchAllOption, TcFilterU32Option, TcHandle, TcMessage, TcOption,
 };
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
 use rtnetlink::MulticastGroup;
 use rtnetlink::sys::{Socket, SocketAddr};
 use tokio::io::unix::AsyncFd;
 
 use crate::config::{Address, Network};
+use crate::ipsec::{self, SecurityPolicy};
+use crate::routing::{Match, PolicyAction, PolicyRule, TableRoute};
 
 /// Requests under way at once: their answers fit into the socket's receive buffer.
 const WINDOW: usize = 64;
@@ -53,7 +56,7 @@ fn lost(what: &str) -> io::Error {
 pub const ETH_P_ALL: u16 = 0x0003;
 
 /// A network interface.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Link {
     pub index: u32,
     pub name: String,
@@ -75,7 +78,7 @@ pub struct Link {
     pub lower: Option<u32>,
     /// The interface that a VXLAN's own packets leave by.
     pub outer: Option<u32>,
-    /// The bridge or bond it belongs to.
+    /// The bridge, bond or VRF it belongs to.
     pub controller: Option<u32>,
     /// Packets that came in so far.
     pub received: u64,
@@ -83,6 +86,10 @@ pub struct Link {
     pub xdp: Vec<(&'static str, u32)>,
     /// Protocol and id of a VLAN device above an interface of this network namespace.
     pub vlan: Option<(u16, u16)>,
+    /// The table of a VRF.
+    pub vrf: Option<u32>,
+    /// Packets that come in are routed on, of IPv4 and of IPv6.
+    pub forwards: [bool; 2],
 }
 
 /// How that begins which an interface carries.
@@ -131,6 +138,8 @@ pub struct OwnAddress {
     pub broadcast: Option<IpAddr>,
     /// The addresses that are on its link.
     pub network: Network,
+    /// The kernel does not use it yet: it looks for duplicates.
+    pub tentative: bool,
 }
 
 /// Where packets to an address go.
@@ -361,6 +370,48 @@ impl Netlink {
         }
     }
 
+    /// The rules of `ip rule` for a family, in the order of their priority.
+    pub async fn rules(&self, ipv6: bool) -> io::Result<Vec<PolicyRule>> {
+        let mut message = RuleMessage::default();
+        message.header.family = if ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
+        let replies = self.request(RouteNetlinkMessage::GetRule(message), NLM_F_DUMP).await?;
+        let mut rules: Vec<PolicyRule> = replies
+            .into_iter()
+            .filter_map(|reply| match reply {
+                RouteNetlinkMessage::NewRule(message) => Some(policy_rule(&message)),
+                _ => None,
+            })
+            .collect();
+        rules.sort_by_key(|rule| rule.priority);
+        Ok(rules)
+    }
+
+    /// The routes of all tables of a family that any of these addresses matches.
+    pub async fn routes_to(
+        &self,
+        addresses: &BTreeSet<IpAddr>,
+        ipv6: bool,
+    ) -> io::Result<Vec<TableRoute>> {
+        let mut message = RouteMessage::default();
+        message.header.address_family =
+            if ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
+        let replies = self.request(RouteNetlinkMessage::GetRoute(message), NLM_F_DUMP).await?;
+        let mut matched = HashMap::<u8, HashSet<Network>>::new();
+        let mut routes = Vec::new();
+        for reply in replies {
+            let RouteNetlinkMessage::NewRoute(message) = reply else { continue };
+            let Some(route) = table_route(&message, ipv6) else { continue };
+            let prefix = route.network.prefix;
+            let networks = matched.entry(prefix).or_insert_with(|| {
+                addresses.iter().map(|address| Network::new(*address, prefix)).collect()
+            });
+            if networks.contains(&route.network) {
+                routes.push(route);
+            }
+        }
+        Ok(routes)
+    }
+
     /// All interfaces of this network namespace.
     pub async fn links(&self) -> io::Result<Vec<Link>> {
         let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
@@ -387,68 +438,70 @@ impl Netlink {
             .collect())
     }
 
-    /// All paths to each address, in the order asked, at least one; the error of one does not
-    /// touch the others. `links` are all interfaces, by index.
+    /// Returns all paths to each address, at least one, in the order asked, or the kernel's reason why
+    /// there is none. `links` are all interfaces, by index.
+    ///
+    /// # Errors
+    /// The kernel could not be asked, which says nothing of the paths.
     pub async fn paths(
         &self,
         addresses: &[Address],
         links: &HashMap<u32, Link>,
-    ) -> Vec<io::Result<Vec<Route>>> {
+    ) -> io::Result<Vec<Result<Vec<Route>, String>>> {
         // collected, since a stream that borrows from a closure's argument is not Send
         let paths: Vec<_> = addresses.iter().map(|address| self.paths_to(address, links)).collect();
-        let mut all: Vec<_> = stream::iter(paths).buffered(WINDOW).collect().await;
+        let mut all: Vec<_> = stream::iter(paths).buffered(WINDOW).try_collect().await?;
         let mut unsourced: Vec<(IpAddr, &mut Route)> = addresses
             .iter()
             .zip(&mut all)
             .flat_map(|(address, paths)| paths.iter_mut().flatten().map(|path| (address.ip, path)))
-            .filter(|(_, path)| !path.local && path.egress.is_none())
             .collect();
-        let asked: HashMap<_, _> = unsourced
+        self.add_sources(&mut unsourced).await?;
+        Ok(all)
+    }
+
+    /// Fills in this host's own address on paths to these addresses, where the route names none.
+    pub async fn add_sources(&self, paths: &mut [(IpAddr, &mut Route)]) -> io::Result<()> {
+        let is_unsourced = |path: &Route| !path.local && path.egress.is_none();
+        let asked: HashMap<_, _> = paths
             .iter()
+            .filter(|(_, path)| is_unsourced(path))
             .map(|(address, path)| (source_key(*address, path), *address))
             .collect();
         let sources = stream::iter(asked).map(|(key, address)| async move {
             // of several paths the kernel would choose one, but each has an address of its own
-            let found = self.route(address, key.0, RouteFlags::empty()).await;
-            (key, found.ok().and_then(|found| found.first().copied()))
+            let found = self.route(address, key.0, RouteFlags::empty()).await?;
+            Ok::<_, io::Error>((key, found.ok().and_then(|found| found.first().copied())))
         });
-        let sources: HashMap<_, _> = sources.buffer_unordered(WINDOW).collect().await;
-        for (address, path) in &mut unsourced {
+        let sources: HashMap<_, _> = sources.buffer_unordered(WINDOW).try_collect().await?;
+        for (address, path) in paths.iter_mut().filter(|(_, path)| is_unsourced(path)) {
             if let Some(Some(found)) = sources.get(&source_key(*address, path)) {
                 (path.egress, path.local) = (found.egress, found.local);
             }
         }
-        all
+        Ok(())
     }
 
     async fn paths_to(
         &self,
         address: &Address,
         links: &HashMap<u32, Link>,
-    ) -> io::Result<Vec<Route>> {
+    ) -> io::Result<Result<Vec<Route>, String>> {
         match &address.scope {
-            Some(interface) => Ok(vec![on_link(address.ip, interface, links)?]),
-            None => self.matched(address.ip).await,
-        }
-    }
-
-    /// The paths of the route that an address matches.
-    async fn matched(&self, address: IpAddr) -> io::Result<Vec<Route>> {
-        let paths = self.route(address, 0, RouteFlags::FibMatch).await?;
-        match paths.is_empty() {
-            true => Err(io::Error::new(io::ErrorKind::HostUnreachable, "no unicast route")),
-            false => Ok(paths),
+            Some(interface) => Ok(on_link(address.ip, interface, links).map(|path| vec![path])),
+            None => self.route(address.ip, 0, RouteFlags::FibMatch).await,
         }
     }
 
     /// Asks as a local sender would, one that is bound to an interface if that is not 0: with an
-    /// input interface the kernel refuses to answer while forwarding is off.
+    /// input interface the kernel refuses to answer while forwarding is off. The inner error is the
+    /// kernel's reason why there is no path.
     async fn route(
         &self,
         address: IpAddr,
         output: u32,
         flags: RouteFlags,
-    ) -> io::Result<Vec<Route>> {
+    ) -> io::Result<Result<Vec<Route>, String>> {
         let mut message = RouteMessage::default();
         message.header.address_family = family(address);
         message.header.destination_prefix_length = if address.is_ipv4() { 32 } else { 128 };
@@ -457,13 +510,16 @@ impl Netlink {
         if output != 0 {
             message.attributes.push(RouteAttribute::Oif(output));
         }
-        let replies = self.request(RouteNetlinkMessage::GetRoute(message), 0).await;
-        let replies = replies.map_err(no_route)?;
+        let replies = match self.request(RouteNetlinkMessage::GetRoute(message), 0).await {
+            Ok(replies) => replies,
+            Err(error) => return no_route(&error).map_or(Err(error), |reason| Ok(Err(reason))),
+        };
         let mut routes = replies.into_iter().filter_map(|reply| match reply {
             RouteNetlinkMessage::NewRoute(message) => Some(route(address, &message)),
             _ => None,
         });
-        Ok(routes.next().unwrap_or_default())
+        let routes = routes.next().unwrap_or_default();
+        Ok(if routes.is_empty() { Err("no unicast route".into()) } else { Ok(routes) })
     }
 
     /// The neighbour tables of both families.
@@ -713,6 +769,54 @@ impl Batches {
     }
 }
 
+/// The IPsec policies for packets that leave, in the order of their priority; none where the kernel has
+/// no IPsec.
+///
+/// # Errors
+/// The kernel could not be asked, or a privilege is missing.
+pub fn security_policies() -> io::Result<Vec<SecurityPolicy>> {
+    const GET_POLICY: u16 = 0x15;
+    const NEW_POLICY: u16 = 0x13;
+    const HEADER: usize = 16;
+    /// `struct xfrm_userpolicy_id`, all zeroes.
+    const NONE: usize = 64;
+    let socket = match Socket::new(rtnetlink::sys::protocols::NETLINK_XFRM) {
+        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(Vec::new()),
+        socket => socket?,
+    };
+    let mut request = vec![0; HEADER + NONE];
+    let length = request.len() as u32;
+    request[..4].copy_from_slice(&length.to_ne_bytes());
+    request[4..6].copy_from_slice(&GET_POLICY.to_ne_bytes());
+    request[6..8].copy_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
+    let mut policies = Vec::new();
+    let mut buffer = Vec::with_capacity(1 << 16);
+    loop {
+        buffer.clear();
+        socket.recv(&mut buffer, 0)?;
+        let mut rest = &buffer[..];
+        while rest.len() >= HEADER {
+            let word =
+                |at: usize| u32::from_ne_bytes(rest[at..at + 4].try_into().expect("four bytes"));
+            let (length, kind) = (word(0) as usize, u16::from_ne_bytes([rest[4], rest[5]]));
+            let message = rest.get(HEADER..length).ok_or_else(|| lost("a message is cut off"))?;
+            match (i32::from(kind), message.first_chunk()) {
+                (_, _) if kind == NEW_POLICY => policies.extend(ipsec::parse(message)),
+                (libc::NLMSG_ERROR, Some(code)) => {
+                    return Err(io::Error::from_raw_os_error(-i32::from_ne_bytes(*code)));
+                }
+                (libc::NLMSG_DONE, _) => {
+                    policies.sort_by_key(|policy| policy.priority);
+                    return Ok(policies);
+                }
+                _ => {}
+            }
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        }
+    }
+}
+
 /// Something that the kernel told without being asked.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -837,21 +941,10 @@ fn mac(bytes: &[u8]) -> Option<[u8; 6]> {
 fn link(message: LinkMessage) -> Link {
     let mut link = Link {
         index: message.header.index,
-        name: String::new(),
-        altnames: Vec::new(),
-        mac: None,
-        mtu: 0,
-        mtu6: None,
         up: message.header.flags.contains(LinkFlags::Up),
         carrier: message.header.flags.contains(LinkFlags::LowerUp),
         layer: layer(message.header.link_layer_type),
-        kind: String::new(),
-        lower: None,
-        controller: None,
-        received: 0,
-        xdp: Vec::new(),
-        outer: None,
-        vlan: None,
+        ..Link::default()
     };
     let mut elsewhere = false;
     for attribute in message.attributes {
@@ -866,9 +959,12 @@ fn link(message: LinkMessage) -> Link {
                 link.kind = link_kind(&infos);
                 link.outer = outer_link(&infos);
                 link.vlan = link_vlan(&infos);
+                link.vrf = vrf_table(&infos);
             }
             LinkAttribute::LinkNetNsId(_) => elsewhere = true,
-            LinkAttribute::AfSpecUnspec(families) => link.mtu6 = mtu6(&families),
+            LinkAttribute::AfSpecUnspec(families) => {
+                (link.mtu6, link.forwards) = (mtu6(&families), forwards(&families));
+            }
             LinkAttribute::Stats64(stats) => link.received = stats.rx_packets,
             LinkAttribute::Xdp(facts) => link.xdp = xdp(&facts),
             _ => {}
@@ -919,6 +1015,35 @@ fn mtu6(families: &[AfSpecUnspec]) -> Option<u32> {
     families.iter().find_map(|family| match family {
         AfSpecUnspec::Inet6(facts) => facts.iter().find_map(|fact| match fact {
             AfSpecInet6::DevConf(configuration) => u32::try_from(configuration.mtu6).ok(),
+            _ => None,
+        }),
+        _ => None,
+    })
+}
+
+/// Whether packets of IPv4 and of IPv6 that come in are routed on.
+fn forwards(families: &[AfSpecUnspec]) -> [bool; 2] {
+    let mut forwards = [false; 2];
+    for family in families {
+        match family {
+            AfSpecUnspec::Inet(facts) => {
+                let is_on = |fact: &AfSpecInet| matches!(fact, AfSpecInet::DevConf(conf) if conf.forwarding != 0);
+                forwards[0] = facts.iter().any(is_on);
+            }
+            AfSpecUnspec::Inet6(facts) => {
+                let is_on = |fact: &AfSpecInet6| matches!(fact, AfSpecInet6::DevConf(conf) if conf.forwarding != 0);
+                forwards[1] = facts.iter().any(is_on);
+            }
+            _ => {}
+        }
+    }
+    forwards
+}
+
+fn vrf_table(infos: &[LinkInfo]) -> Option<u32> {
+    infos.iter().find_map(|info| match info {
+        LinkInfo::Data(InfoData::Vrf(facts)) => facts.iter().find_map(|fact| match fact {
+            InfoVrf::TableId(table) => Some(*table),
             _ => None,
         }),
         _ => None,
@@ -985,8 +1110,11 @@ fn link_kind(infos: &[LinkInfo]) -> String {
 
 fn address(message: &AddressMessage) -> Option<OwnAddress> {
     let (mut local, mut plain, mut broadcast) = (None, None, None);
+    let flags = u32::from(message.header.flags.bits());
+    let mut flags = AddressFlags::from_bits_retain(flags);
     for attribute in &message.attributes {
         match attribute {
+            AddressAttribute::Flags(all) => flags = *all,
             AddressAttribute::Local(address) => local = Some(*address),
             AddressAttribute::Address(address) => plain = Some(*address),
             AddressAttribute::Broadcast(address) => broadcast = Some(IpAddr::V4(*address)),
@@ -1000,10 +1128,13 @@ fn address(message: &AddressMessage) -> Option<OwnAddress> {
         broadcast = Some(Ipv4Addr::from_bits(network.to_bits() | u32::MAX >> prefix).into());
     }
     // of a point-to-point link the plain address is the peer's
+    let tentative = flags.contains(AddressFlags::Tentative)
+        && !flags.intersects(AddressFlags::Dadfailed | AddressFlags::Optimistic);
     Some(OwnAddress {
         ifindex: message.header.index,
         address: local.or(plain)?,
         broadcast,
+        tentative,
         network: Network::new(plain.or(local)?, message.header.prefix_len),
     })
 }
@@ -1016,23 +1147,24 @@ fn source_key(destination: IpAddr, path: &Route) -> (u32, IpAddr, bool) {
 }
 
 /// An address that is nowhere but on one link: no table is asked where that is.
-fn on_link(address: IpAddr, interface: &str, links: &HashMap<u32, Link>) -> io::Result<Route> {
-    let link = find_link(links.values(), interface).ok_or_else(|| {
-        io::Error::new(io::ErrorKind::NotFound, format!("there is no interface {interface}"))
-    })?;
+fn on_link(address: IpAddr, interface: &str, links: &HashMap<u32, Link>) -> Result<Route, String> {
+    let link = find_link(links.values(), interface);
+    let link = link.ok_or_else(|| format!("there is no interface {interface}"))?;
     Ok(Route { ifindex: link.index, gateway: address, mtu: None, egress: None, local: false })
 }
 
-/// Names the kind of a route that leads nowhere, by the error that a look-up ends with.
-fn no_route(error: io::Error) -> io::Error {
-    let kind = match error.raw_os_error() {
-        Some(libc::EINVAL) => "a blackhole route drops its packets",
-        Some(libc::EACCES) => "a prohibit route refuses its packets",
-        Some(libc::EHOSTUNREACH) => "an unreachable route refuses its packets",
-        Some(libc::ENETUNREACH) => "no route matches",
-        _ => return error,
+/// The kernel's reason why an address has no route, by the error that a look-up ends with; any other
+/// error is no answer.
+fn no_route(error: &io::Error) -> Option<String> {
+    let reason = match error.raw_os_error()? {
+        libc::EINVAL => "a blackhole route drops its packets",
+        libc::EACCES => "a prohibit route refuses its packets",
+        libc::EHOSTUNREACH => "an unreachable route refuses its packets",
+        libc::ENETUNREACH => "no route matches",
+        libc::ENETDOWN | libc::ENODEV | libc::EADDRNOTAVAIL => return Some(error.to_string()),
+        _ => return None,
     };
-    io::Error::new(error.kind(), kind)
+    Some(reason.into())
 }
 
 /// Nothing for a route that leads nowhere: blackhole, unreachable, multicast, broadcast. Paths
@@ -1074,6 +1206,127 @@ fn route(address: IpAddr, message: &RouteMessage) -> Vec<Route> {
     alive.push(only);
     alive.retain(|path| path.ifindex != 0);
     alive
+}
+
+/// A route as a dump has it.
+fn table_route(message: &RouteMessage, ipv6: bool) -> Option<TableRoute> {
+    let anywhere: IpAddr = match ipv6 {
+        true => Ipv6Addr::UNSPECIFIED.into(),
+        false => Ipv4Addr::UNSPECIFIED.into(),
+    };
+    let header = &message.header;
+    let (mut table, mut address, mut metric) = (u32::from(header.table), anywhere, 0);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(id) => table = *id,
+            RouteAttribute::Destination(destination) => address = ip(destination)?,
+            RouteAttribute::Priority(priority) => metric = *priority,
+            // for some senders or classes of service only, which the kernel has hardly ever
+            RouteAttribute::Source(_) => return None,
+            _ => {}
+        }
+    }
+    let outcome = match header.kind {
+        RouteType::Throw => None,
+        RouteType::BlackHole => Some(Err("a blackhole route drops its packets".into())),
+        RouteType::Prohibit => Some(Err("a prohibit route refuses its packets".into())),
+        RouteType::Unreachable => Some(Err("an unreachable route refuses its packets".into())),
+        _ => match route(anywhere, message) {
+            routes if routes.is_empty() => Some(Err("no unicast route".into())),
+            routes => Some(Ok(routes)),
+        },
+    };
+    let network = Network::new(address, header.destination_prefix_length);
+    Some(TableRoute { table, network, metric, outcome })
+}
+
+/// A rule of `ip rule`. Packets come without a mark, as those of the program do that the kernel is asked
+/// about; their source port and class of service are anything.
+fn policy_rule(message: &RuleMessage) -> PolicyRule {
+    let header = &message.header;
+    let mut rule = PolicyRule {
+        priority: 0,
+        inverted: header.flags.contains(RuleFlags::Invert),
+        from: None,
+        to: None,
+        input: None,
+        vrf: false,
+        others: if header.tos == 0 { Match::All } else { Match::Some },
+        suppressed: None,
+        action: PolicyAction::Nop,
+    };
+    let (mut table, mut target, mut mark, mut mask) = (u32::from(header.table), 0, 0, u32::MAX);
+    for attribute in &message.attributes {
+        let matches = match attribute {
+            RuleAttribute::Source(address) => {
+                rule.from = Some(Network::new(*address, header.src_len));
+                Match::All
+            }
+            RuleAttribute::Destination(address) => {
+                rule.to = Some(Network::new(*address, header.dst_len));
+                Match::All
+            }
+            RuleAttribute::Iifname(name) => {
+                rule.input = Some(name.clone());
+                Match::All
+            }
+            RuleAttribute::L3MDev(is_set) => {
+                rule.vrf = *is_set;
+                Match::All
+            }
+            RuleAttribute::SuppressPrefixLen(length) => {
+                // all ones: none
+                rule.suppressed = u8::try_from(*length).ok();
+                Match::All
+            }
+            RuleAttribute::Priority(priority) => {
+                rule.priority = *priority;
+                Match::All
+            }
+            RuleAttribute::Table(id) => {
+                table = *id;
+                Match::All
+            }
+            RuleAttribute::Goto(priority) => {
+                target = *priority;
+                Match::All
+            }
+            RuleAttribute::FwMark(bits) => {
+                mark = *bits;
+                Match::All
+            }
+            RuleAttribute::FwMask(bits) => {
+                mask = *bits;
+                Match::All
+            }
+            // a route's protocol, and its realm
+            RuleAttribute::Protocol(_) | RuleAttribute::Realm(_) => Match::All,
+            RuleAttribute::Oifname(_) => Match::No,
+            RuleAttribute::TunId(id) if *id != 0 => Match::No,
+            RuleAttribute::IpProtocol(protocol) if *protocol != IpProtocol::Udp => Match::No,
+            RuleAttribute::UidRange(range) if range.start != 0 => Match::No,
+            RuleAttribute::TunId(_) | RuleAttribute::IpProtocol(_) | RuleAttribute::UidRange(_) => {
+                Match::All
+            }
+            // ports, and whatever else there is
+            _ => Match::Some,
+        };
+        rule.others = rule.others.min(matches);
+    }
+    if mark & mask != 0 {
+        rule.others = Match::No;
+    }
+    rule.action = match header.action {
+        RuleAction::ToTable => PolicyAction::Table(table),
+        RuleAction::Goto if !header.flags.contains(RuleFlags::Unresolved) => {
+            PolicyAction::Goto(target)
+        }
+        RuleAction::Blackhole => PolicyAction::Refuse("a blackhole rule drops its packets"),
+        RuleAction::Unreachable => PolicyAction::Refuse("an unreachable rule refuses its packets"),
+        RuleAction::Prohibit => PolicyAction::Refuse("a prohibit rule refuses its packets"),
+        _ => PolicyAction::Nop,
+    };
+    rule
 }
 
 fn read_hop(route: &mut Route, attributes: &[RouteAttribute]) {

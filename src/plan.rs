@@ -11,6 +11,7 @@ use crate::config::{
     Key, KeyAddress, Mode, Payload, Ports, Source, State, Strategy, with_port,
 };
 use crate::partial::Incomplete;
+use crate::routing::{Senders, Target};
 
 /// A host name, and the kind of its addresses that is asked for.
 pub type Name = (String, Family);
@@ -272,9 +273,35 @@ impl Desired {
         same && incomplete.interfaces.iter().all(is_missing)
     }
 
-    /// The addresses of all upstreams and mirrors, each once.
-    pub fn addresses(&self) -> BTreeSet<Address> {
-        self.upstreams().map(|upstream| upstream.address.clone()).collect()
+    /// The multicast groups among the keys.
+    pub fn groups(&self) -> impl Iterator<Item = IpAddr> {
+        self.rules.iter().filter_map(|rule| match rule.key.address {
+            KeyAddress::Is(address) if address.is_multicast() => Some(address),
+            _ => None,
+        })
+    }
+
+    /// Where packets of a rule are sent to for an upstream or a mirror of it, and by whom.
+    pub fn target(&self, rule: &Rule, upstream: &Upstream) -> Target {
+        let senders = match (rule.source_of(upstream), rule.key.address) {
+            (Source::Egress, _) => Senders::Own,
+            (Source::Preserve, _) => Senders::Among(rule.key.from.clone()),
+            (Source::Vip, KeyAddress::Is(address)) => Senders::Among(vec![address.into()]),
+            (Source::Vip, KeyAddress::Any) => {
+                let family = rule.family();
+                let own = self.addresses.iter().filter(|own| family == (**own).into());
+                Senders::Among(own.map(|own| (*own).into()).collect())
+            }
+        };
+        Target { address: upstream.address.clone(), senders }
+    }
+
+    /// The targets of all upstreams and mirrors, each once.
+    pub fn targets(&self) -> BTreeSet<Target> {
+        let rules = self.rules.iter();
+        rules
+            .flat_map(|rule| rule.destinations().map(move |upstream| self.target(rule, upstream)))
+            .collect()
     }
 
     /// The upstreams and mirrors of all rules.

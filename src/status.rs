@@ -30,6 +30,7 @@ use crate::overrides;
 use crate::partial::Unresolved;
 use crate::plan::{Destination, Role, Rule, RuleIds};
 use crate::problem::Problem;
+use crate::routing::{self, Target};
 use crate::state::{self, Pending, ReadGuard, StateMaps};
 use crate::traffic::{Rate, Traffic};
 
@@ -296,15 +297,18 @@ async fn routes(netlink: &Netlink, rules: &[RuleStatus], observed: &Observed) ->
     let links = netlink.links().await.context("interfaces")?;
     let links: HashMap<u32, Link> = links.into_iter().map(|link| (link.index, link)).collect();
     let name = |index: u32| links.get(&index).map_or_else(String::new, |link| link.name.clone());
-    let paths = netlink.paths(&suspects, &links).await.into_iter().map(|paths| match paths {
-        Ok(paths) => Ok(name(paths[0].ifindex)),
-        Err(error) => Err(error.to_string()),
-    });
+    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+    let desired = serving.map(|serving| serving.description.desired.clone()).unwrap_or_default();
+    let mut targets: Vec<Target> = desired.targets().into_iter().collect();
+    targets.retain(|target| suspects.contains(&target.address));
+    let paths = routing::paths(netlink, &targets, &desired.interfaces, &links).await;
+    let paths = paths.context("routes")?.into_iter();
+    let paths = paths.map(|paths| paths.map(|paths| name(paths.routes[0].ifindex)));
     let own = netlink.addresses().await.context("addresses")?;
     let is_down = |own: &OwnAddress| links.get(&own.ifindex).is_some_and(|link| !link.up);
     let down = own.into_iter().filter(is_down);
     Ok(Routes {
-        to: suspects.iter().cloned().zip(paths).collect(),
+        to: targets.into_iter().map(|target| target.address).zip(paths).collect(),
         down: down.map(|own| (name(own.ifindex), own.network)).collect(),
     })
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
 
+use common::faults::Faults;
 use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule};
 use common::net::{bind, count, expect_silence, receive, send_until};
 use common::service::{Arpd, until};
@@ -519,6 +520,70 @@ fn a_thousand_upstreams_on_one_link() {
             upstreams.iter().all(|upstream| upstream["health"] == "up")
         });
     }
+}
+
+/// A lab that routes nothing by itself, and an arpd that looks at everything each second, whose
+/// requests to the kernel can be made to fail.
+fn faulty_lab(notify: Option<&std::path::Path>) -> (Lab, Arpd, Faults) {
+    let lab = Lab::new();
+    lab.relay.sysctl("net.ipv4.ip_forward", "0");
+    lab.apply(&both_actions("10.2.0.20"));
+    let mut command = lab.udplb("arpd --interval 1 --lease 2");
+    if let Some(path) = notify {
+        command.env("NOTIFY_SOCKET", path).env("WATCHDOG_USEC", "1000000");
+    }
+    let faults = Faults::new(&mut command);
+    let arpd = Arpd::spawn(&lab, command);
+    lab.await_health("10.2.0.20", "up");
+    (lab, arpd, faults)
+}
+
+/// An error is no answer: whichever request it is that fails once, what was known stands.
+#[test]
+fn one_failed_request_costs_no_packet() {
+    let (lab, arpd, faults) = faulty_lab(None);
+    for spared in 0..16 {
+        faults.fail(spared, 1);
+        until("a request fails", || faults.failed() == 1);
+        for _ in 0..4 {
+            expect_delivery(&lab, UPSTREAMS[0]);
+            sleep(Duration::from_millis(50));
+        }
+        assert_eq!(lab.upstream_status("10.2.0.20")["health"], "up", "after {spared}");
+    }
+    until("the lease holds", || lab.status()["arpd"] == true);
+    assert!(arpd.log().contains("connection ended"), "{}", arpd.log());
+    assert!(!arpd.log().contains("no route"), "{}", arpd.log());
+}
+
+/// Without the kernel's answers it vouches for nothing, and the service manager hears no sign of life.
+#[test]
+fn a_blind_arpd_lets_its_lease_run_out() {
+    let directory = common::lab::Directory::new();
+    let path = directory.path().join("notify");
+    let socket = UnixDatagram::bind(&path).expect("a socket");
+    socket.set_nonblocking(true).expect("a socket");
+    let (lab, arpd, faults) = faulty_lab(Some(&path));
+    let notes = || {
+        let mut buffer = [0; 256];
+        let mut notes = Vec::new();
+        while let Ok(length) = socket.recv(&mut buffer) {
+            notes.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
+        }
+        notes
+    };
+    faults.fail(0, i64::MAX);
+    until("the lease runs out", || lab.status()["arpd"] == false);
+    let told = notes();
+    assert!(told.iter().any(|note| note.contains("no lease until these succeed")), "{told:?}");
+    sleep(Duration::from_secs(1));
+    assert!(!notes().iter().any(|note| note.contains("WATCHDOG")));
+    expect_delivery(&lab, UPSTREAMS[0]);
+    faults.fail(0, 0);
+    until("the lease holds again", || lab.status()["arpd"] == true);
+    until("it shows signs of life", || notes().iter().any(|note| note.contains("WATCHDOG")));
+    lab.await_health("10.2.0.20", "up");
+    assert!(!arpd.log().contains("no route"), "{}", arpd.log());
 }
 
 /// As a service manager sees it.

@@ -7,6 +7,7 @@ mod model;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::net::IpAddr;
 
 use anyhow::{anyhow, bail};
 use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, to_port};
@@ -17,12 +18,13 @@ use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use serde_json::{Value, json};
 use udplb::apply::Executor;
-use udplb::config::{Action as TcAction, Address, Config, Hash, Key, Ports, Strategy as Selection};
+use udplb::config::{Action as TcAction, Config, Hash, Key, Ports, Strategy as Selection};
 use udplb::diff::{self, Action, Plan, Refusal};
 use udplb::generation::Origin;
 use udplb::netlink::Netlink;
 use udplb::observe::{Observed, observe};
 use udplb::plan::{Desired, Rule, Upstream};
+use udplb::routing::{Senders, Target};
 use udplb::tc::Slot;
 use udplb::{nexthop, state};
 
@@ -449,8 +451,14 @@ fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> any
             .map_err(|failure| anyhow!("{failure}"))?;
         let observed = observe(Some(&guard), &netlink).await?;
         let plan = plan(&observed).map_err(|refusal| anyhow!("{refusal}"))?;
-        let addresses: BTreeSet<Address> = UPSTREAMS.into_iter().map(Address::from).collect();
-        let ways = nexthop::resolve(&netlink, &addresses).await?;
+        let targets: BTreeSet<Target> = UPSTREAMS
+            .into_iter()
+            .map(|upstream| Target {
+                address: upstream.into(),
+                senders: Senders::Among(vec![IpAddr::from(RELAY).into()]),
+            })
+            .collect();
+        let ways = nexthop::resolve(&netlink, &targets, &["eth0".into()]).await?;
         let mut steps = 0;
         let mut witness = |_: &Action| {
             steps += 1;

@@ -11,6 +11,7 @@ use common::service::until;
 use udplb::config::Address;
 use udplb::netlink::{NeighbourKey, Netlink};
 use udplb::nexthop::{self, Hop, Macs, Way};
+use udplb::routing::{Senders, Target};
 
 /// A host on one link with a neighbour:
 ///
@@ -61,11 +62,12 @@ impl Pair {
 
     fn way(&self, address: &str) -> Way {
         let address: Address = address.parse().expect("an address");
+        let target = Target { address, senders: Senders::Own };
         let ways = self.ask(async |netlink| {
-            let asked = BTreeSet::from([address.clone()]);
-            nexthop::resolve(&netlink, &asked).await.expect("ways")
+            let asked = BTreeSet::from([target.clone()]);
+            nexthop::resolve(&netlink, &asked, &["eth0".into()]).await.expect("ways")
         });
-        ways[&address].clone()
+        ways[&target].clone()
     }
 
     #[track_caller]
@@ -165,7 +167,7 @@ fn the_own_address_is_the_paths() {
         let paths = pair.ask(async |netlink| {
             let links = netlink.links().await.expect("links");
             let links = links.into_iter().map(|link| (link.index, link)).collect();
-            netlink.paths(&[address.parse().expect("an address")], &links).await
+            netlink.paths(&[address.parse().expect("an address")], &links).await.expect("answers")
         });
         let paths = paths.into_iter().next().expect("an answer").expect("paths");
         let egress: Vec<_> = paths.iter().filter_map(|path| path.egress).collect();

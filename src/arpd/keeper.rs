@@ -10,7 +10,8 @@ use crate::netlink::{
     Layer, Link, Neighbour, NeighbourKey, NeighbourRequest, NeighbourTable, NudState, OUR_PROTOCOL,
     Route,
 };
-use crate::nexthop::{self, Hop, Way};
+use crate::nexthop::{self, Chosen, Hop, Way};
+use crate::routing::{Paths, Target};
 use types::health as Health;
 
 /// How long one waits for an answer before it is overdue: the kernel asks every second.
@@ -29,7 +30,7 @@ const PROBES: u32 = 100;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Upstream {
     pub id: u32,
-    pub address: Address,
+    pub target: Target,
 }
 
 /// A step to be taken.
@@ -90,7 +91,7 @@ pub struct Keeper {
     upstreams: Vec<Upstream>,
     links: HashMap<u32, Link>,
     /// `None` in front of the first answer.
-    paths: HashMap<Address, Result<Vec<Route>, String>>,
+    paths: HashMap<Target, Result<Paths, String>>,
     tracked: BTreeMap<NeighbourKey, Tracked>,
     written: HashMap<u32, Entry>,
     /// Upstreams whose entry may have changed.
@@ -104,6 +105,8 @@ pub struct Keeper {
     rewrite: bool,
     /// Its first look at the neighbour table is still to come.
     fresh: bool,
+    /// New entries that the kernel's tables have room for, of IPv4 and of IPv6.
+    room: [usize; 2],
 }
 
 impl Keeper {
@@ -121,7 +124,14 @@ impl Keeper {
             seconds: 0,
             rewrite: false,
             fresh: true,
+            room: [usize::MAX; 2],
         }
+    }
+
+    /// Sets how many entries the kernel's table of a family has room for. Beyond that none is asked for
+    /// that is not there: it would take the place of one that the host needs, or be refused.
+    pub fn set_room(&mut self, ipv6: bool, room: usize) {
+        self.room[usize::from(ipv6)] = room;
     }
 
     /// The upstreams to look after, with what was last known of them; routes are to follow.
@@ -134,11 +144,11 @@ impl Keeper {
         self.written.retain(|id, _| ids.contains(id));
     }
 
-    /// The addresses whose routes are wanted.
-    pub fn addresses(&self) -> Vec<Address> {
-        let addresses: BTreeSet<Address> =
-            self.upstreams.iter().map(|upstream| upstream.address.clone()).collect();
-        addresses.into_iter().collect()
+    /// Whose paths are wanted.
+    pub fn targets(&self) -> Vec<Target> {
+        let targets: BTreeSet<&Target> =
+            self.upstreams.iter().map(|upstream| &upstream.target).collect();
+        targets.into_iter().cloned().collect()
     }
 
     /// All interfaces, by index.
@@ -184,7 +194,7 @@ impl Keeper {
             [Health::HEALTH_UP, Health::HEALTH_STALE].contains(&health)
         };
         let dead = self.upstreams.iter().filter(|upstream| !up(upstream));
-        dead.map(|upstream| upstream.address.to_string())
+        dead.map(|upstream| upstream.target.address.to_string())
             .collect::<BTreeSet<_>>()
             .into_iter()
             .collect()
@@ -199,8 +209,8 @@ impl Keeper {
         }
     }
 
-    /// The paths to each of [`Keeper::addresses`].
-    pub fn set_paths(&mut self, paths: Vec<(Address, Result<Vec<Route>, String>)>, now: Now) {
+    /// The paths to each of [`Keeper::targets`].
+    pub fn set_paths(&mut self, paths: Vec<(Target, Result<Paths, String>)>, now: Now) {
         let paths: HashMap<_, _> = paths.into_iter().collect();
         self.tell_moves(&paths);
         self.paths = paths;
@@ -208,31 +218,31 @@ impl Keeper {
         self.dirty.extend(0..self.upstreams.len());
     }
 
-    fn tell_moves(&mut self, paths: &HashMap<Address, Result<Vec<Route>, String>>) {
-        let mut moves: BTreeMap<(String, String), Vec<&Address>> = BTreeMap::new();
-        for (address, new) in paths {
-            let Some(old) = self.paths.get(address) else { continue };
+    fn tell_moves(&mut self, paths: &HashMap<Target, Result<Paths, String>>) {
+        let mut moves: BTreeMap<(String, String), BTreeSet<&Address>> = BTreeMap::new();
+        for (target, new) in paths {
+            let Some(old) = self.paths.get(target) else { continue };
             let (old, new) = (self.path_text(old), self.path_text(new));
             if old != new {
-                moves.entry((old, new)).or_default().push(address);
+                moves.entry((old, new)).or_default().insert(&target.address);
             }
         }
-        for ((old, new), mut addresses) in moves {
-            addresses.sort_unstable();
+        for ((old, new), addresses) in moves {
             let others = match addresses.len() - 1 {
                 0 => String::new(),
                 others => format!(" and {others} more"),
             };
-            let text = format!("{}{others}: {new}, was {old}", addresses[0]);
+            let first = addresses.first().expect("one that moved");
+            let text = format!("{first}{others}: {new}, was {old}");
             self.actions.push(Action::Tell { trouble: new.starts_with("no route"), text });
         }
     }
 
-    fn path_text(&self, paths: &Result<Vec<Route>, String>) -> String {
+    fn path_text(&self, paths: &Result<Paths, String>) -> String {
         match paths {
             Ok(paths) => {
                 let hops: Vec<String> =
-                    paths.iter().map(|path| self.name(path.neighbour())).collect();
+                    paths.routes.iter().map(|path| self.name(path.neighbour())).collect();
                 format!("via {}", hops.join(", "))
             }
             Err(reason) => format!("no route ({reason})"),
@@ -250,8 +260,8 @@ impl Keeper {
     fn track(&mut self, now: Now) {
         let mut users: BTreeMap<NeighbourKey, Vec<usize>> = BTreeMap::new();
         for (index, upstream) in self.upstreams.iter().enumerate() {
-            let Some(Ok(paths)) = self.paths.get(&upstream.address) else { continue };
-            for path in paths.iter().filter(|path| !path.local) {
+            let Some(Ok(paths)) = self.paths.get(&upstream.target) else { continue };
+            for path in paths.routes.iter().filter(|path| !path.local) {
                 users.entry(path.neighbour()).or_default().push(index);
             }
         }
@@ -381,7 +391,8 @@ impl Keeper {
             if link.0 != key.0 {
                 link = (key.0, LinkState::of(self.links.get(&key.0)));
             }
-            let step = tracked.step(link.1, interval, now);
+            let mut step = tracked.step(link.1, interval, now);
+            step.fit(*key, tracked, &mut self.room);
             step.take(*key, tracked, &mut self.dirty, &mut self.actions, &mut self.changes);
         }
     }
@@ -391,7 +402,8 @@ impl Keeper {
         let interval = self.interval();
         let link = LinkState::of(self.links.get(&key.0));
         let Some(tracked) = self.tracked.get_mut(&key) else { return };
-        let step = tracked.step(link, interval, now);
+        let mut step = tracked.step(link, interval, now);
+        step.fit(key, tracked, &mut self.room);
         step.take(key, tracked, &mut self.dirty, &mut self.actions, &mut self.changes);
     }
 
@@ -441,7 +453,7 @@ impl Keeper {
         let rewrite = std::mem::take(&mut self.rewrite);
         for index in std::mem::take(&mut self.dirty) {
             let Some(upstream) = self.upstreams.get(index) else { continue };
-            if !self.paths.contains_key(&upstream.address) {
+            if !self.paths.contains_key(&upstream.target) {
                 continue;
             }
             let (id, entry) = (upstream.id, Entry(self.entry(upstream)));
@@ -454,18 +466,10 @@ impl Keeper {
     }
 
     fn entry(&self, upstream: &Upstream) -> types::nexthop {
-        let down = |path: &&Route| {
-            let tracked = self.tracked.get(&path.neighbour());
-            tracked.is_none_or(|tracked| tracked.health == Health::HEALTH_DOWN)
-        };
-        let path = match self.paths.get(&upstream.address) {
-            // any path reaches it; the first that is alive, so that all arpds choose alike
-            Some(Ok(paths)) => paths.iter().find(|path| !down(path)).or(paths.first()),
-            _ => None,
-        };
-        let way = path.filter(|path| !path.local).and_then(|path| self.way(upstream, path));
-        let mut entry = nexthop::entry(upstream.address.ip, way.as_ref());
-        match path.and_then(|path| self.tracked.get(&path.neighbour())) {
+        let chosen = self.choose(upstream);
+        let way = chosen.as_ref().map(|(way, _)| way);
+        let mut entry = nexthop::entry(upstream.target.address.ip, way);
+        match chosen.as_ref().and_then(|(_, tracked)| *tracked) {
             Some(tracked) => (entry.health, entry.since) = (tracked.health, tracked.since),
             None => {
                 let last = self.written.get(&upstream.id).map(|entry| &entry.0);
@@ -482,10 +486,39 @@ impl Keeper {
         entry
     }
 
-    fn way(&self, upstream: &Upstream, path: &Route) -> Option<Way> {
+    /// Returns the way that the program is told of, and the neighbour whose health is the upstream's:
+    /// of several hops that packets may take, the one that fares best.
+    fn choose(&self, upstream: &Upstream) -> Option<(Way, Option<&Tracked>)> {
+        let paths = self.paths.get(&upstream.target)?.as_ref().ok()?;
+        if paths.routes.iter().any(|path| path.local) {
+            return None;
+        }
+        let tracked = |path: &Route| self.tracked.get(&path.neighbour());
+        let is_alive = |path: &Route| {
+            tracked(path).is_some_and(|tracked| tracked.health != Health::HEALTH_DOWN)
+        };
+        let alive: Vec<bool> = paths.routes.iter().map(is_alive).collect();
+        let hops: Vec<Hop> =
+            paths.routes.iter().filter_map(|path| self.hop(upstream, path)).collect();
+        let chosen = nexthop::choose(paths, &upstream.target.senders, &hops, &alive).ok()?;
+        let Chosen { path, leased } = chosen;
+        if leased {
+            let path = &paths.routes[path];
+            return Some((Way::Hop(self.hop(upstream, path)?), tracked(path)));
+        }
+        let mut hops = hops;
+        // of one whose interface is gone there is no hop
+        let place = hops.iter().position(|hop| hop.is_by(&paths.routes[path]))?;
+        hops.swap(0, place);
+        let best =
+            paths.routes.iter().filter_map(tracked).min_by_key(|tracked| rank(tracked.health));
+        Some((Way::Several { hops, by: paths.by, routed: true }, best))
+    }
+
+    fn hop(&self, upstream: &Upstream, path: &Route) -> Option<Hop> {
         let link = self.links.get(&path.ifindex)?;
         let mac = self.valid_entry(path).and_then(|entry| entry.mac);
-        Some(Way::Hop(Hop::new(upstream.address.ip, path, link, mac)))
+        Some(Hop::new(upstream.target.address.ip, path, link, mac))
     }
 
     fn valid_entry(&self, path: &Route) -> Option<Neighbour> {
@@ -502,6 +535,16 @@ impl Keeper {
             (entry.source, entry.destination) = (last.source, last.destination);
             entry.macs = types::macs::MACS_KNOWN;
         }
+    }
+}
+
+/// The better, the lower.
+fn rank(health: Health) -> u8 {
+    match health {
+        Health::HEALTH_UP => 0,
+        Health::HEALTH_STALE => 1,
+        Health::HEALTH_UNKNOWN => 2,
+        _ => 3,
     }
 }
 
@@ -534,6 +577,18 @@ struct Step {
 }
 
 impl Step {
+    /// Takes back a request for a new entry that there is no room for.
+    fn fit(&mut self, key: NeighbourKey, tracked: &Tracked, room: &mut [usize; 2]) {
+        if self.request != Some(NeighbourRequest::Keep) || tracked.entry.is_some() {
+            return;
+        }
+        let room = &mut room[usize::from(key.1.is_ipv6())];
+        match room.checked_sub(1) {
+            Some(left) => *room = left,
+            None => self.request = None,
+        }
+    }
+
     fn take(
         self,
         key: NeighbourKey,
@@ -666,6 +721,11 @@ fn mac(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
+/// Returns how many entries a table has room for. A sixteenth is left to the host itself.
+pub fn room(table: &NeighbourTable) -> usize {
+    (table.threshold3 - table.threshold3 / 16).saturating_sub(table.entries) as usize
+}
+
 /// Whether more neighbours are wanted than the kernel's table holds; with the advice to give.
 pub fn overflow(wanted: usize, others: usize, table: &NeighbourTable) -> Option<String> {
     let all = wanted + others;
@@ -688,6 +748,7 @@ mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
     use super::*;
+    use crate::routing::{Choice, Senders};
 
     const OWN: [u8; 6] = [2, 0, 0, 0, 0, 1];
     const THEIRS: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -713,7 +774,7 @@ mod tests {
             let keeper = Keeper::new(Duration::from_secs(2));
             let (start, passed) = (Instant::now(), Duration::ZERO);
             let mut world = World { keeper, start, passed, layer, address };
-            let upstream = Upstream { id: 1, address: address.into() };
+            let upstream = Upstream { id: 1, target: target(address) };
             world.keeper.set_upstreams(vec![(upstream, types::nexthop::default())]);
             world.link(true);
             world.route(address);
@@ -728,20 +789,13 @@ mod tests {
             let link = Link {
                 index: 7,
                 name: "eth0".into(),
-                altnames: Vec::new(),
                 mac: Some(OWN),
                 mtu: 1500,
-                mtu6: None,
                 up: true,
                 carrier,
                 layer: Some(self.layer),
-                kind: String::new(),
-                lower: None,
-                controller: None,
-                received: 0,
-                xdp: Vec::new(),
-                outer: None,
-                vlan: None,
+                forwards: [true; 2],
+                ..Link::default()
             };
             self.keeper.set_links(vec![link]);
         }
@@ -753,7 +807,8 @@ mod tests {
         fn route_from(&mut self, gateway: impl Into<IpAddr>, egress: Option<IpAddr>) {
             let gateway = gateway.into();
             let path = Route { ifindex: 7, gateway, mtu: None, egress, local: false };
-            self.keeper.set_paths(vec![(self.address.into(), Ok(vec![path]))], self.now());
+            let paths = Paths { routes: vec![path], by: Choice::Only, routed: true };
+            self.keeper.set_paths(vec![(target(self.address), Ok(paths))], self.now());
         }
 
         fn neighbour(&mut self, state: NudState) {
@@ -775,6 +830,11 @@ mod tests {
         fn health(&self) -> Health {
             self.entry().health
         }
+    }
+
+    /// An upstream that gets packets of anybody.
+    fn target(address: IpAddr) -> Target {
+        Target { address: address.into(), senders: Senders::Among(Vec::new()) }
     }
 
     fn entry(key: NeighbourKey, state: NudState, mac: Option<[u8; 6]>) -> Neighbour {
@@ -926,29 +986,109 @@ mod tests {
         );
     }
 
-    #[test]
-    fn of_two_paths_the_one_that_is_alive() {
-        let mut world = World::new();
-        let gateways = [Ipv4Addr::new(10, 0, 0, 8), Ipv4Addr::new(10, 0, 0, 9)];
-        let paths = gateways.map(|gateway| Route {
-            ifindex: 7,
-            gateway: gateway.into(),
-            mtu: None,
-            egress: None,
-            local: false,
-        });
-        world.keeper.set_paths(vec![(ADDRESS.into(), Ok(paths.to_vec()))], world.now());
-        for gateway in gateways {
-            let entry = entry((7, gateway.into()), NudState::Reachable, Some(THEIRS));
-            world.keeper.set_neighbour(entry, world.now());
+    const GATEWAYS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 0, 0, 8), Ipv4Addr::new(10, 0, 0, 9)];
+
+    impl World {
+        /// Both gateways answer, and something chooses between them for each packet.
+        fn two_paths(&mut self, by: Choice, routed: bool, senders: Senders) {
+            let address = ADDRESS.into();
+            let target = Target { address, senders };
+            let upstream = Upstream { id: 1, target: target.clone() };
+            self.keeper.set_upstreams(vec![(upstream, types::nexthop::default())]);
+            let routes = GATEWAYS.map(|gateway| Route {
+                ifindex: 7,
+                gateway: gateway.into(),
+                mtu: None,
+                egress: None,
+                local: false,
+            });
+            let paths = Paths { routes: routes.to_vec(), by, routed };
+            self.keeper.set_paths(vec![(target, Ok(paths))], self.now());
+            for gateway in GATEWAYS {
+                let entry = entry((7, gateway.into()), NudState::Reachable, Some(THEIRS));
+                self.keeper.set_neighbour(entry, self.now());
+            }
+            self.after(0);
         }
-        world.after(0);
-        let chosen = |world: &World| nexthop::gateway(&world.entry());
-        assert_eq!(chosen(&world), IpAddr::from(gateways[0]));
-        let failed = entry((7, gateways[0].into()), NudState::Failed, None);
-        world.keeper.set_neighbour(failed, world.now());
-        world.after(500);
-        assert_eq!(chosen(&world), IpAddr::from(gateways[1]));
+
+        fn fail(&mut self, gateway: Ipv4Addr) {
+            let failed = entry((7, gateway.into()), NudState::Failed, None);
+            self.keeper.set_neighbour(failed, self.now());
+            self.after(500);
+        }
+
+        /// Gateway, whether it stands for all packets, and health.
+        fn told(&self) -> (IpAddr, bool, Health) {
+            let entry = self.entry();
+            let leased = entry.macs == types::macs::MACS_FRESH;
+            (nexthop::gateway(&entry), leased, entry.health)
+        }
+    }
+
+    #[test]
+    fn of_two_paths_the_kernel_chooses_while_both_are_alive() {
+        let mut world = World::new();
+        let [first, second] = GATEWAYS.map(IpAddr::from);
+        world.two_paths(Choice::Flow, true, Senders::Among(Vec::new()));
+        assert_eq!(world.told(), (first, false, Health::HEALTH_UP));
+        world.fail(GATEWAYS[0]);
+        assert_eq!(world.told(), (second, true, Health::HEALTH_UP));
+    }
+
+    #[test]
+    fn of_two_paths_one_where_the_kernel_cannot_choose() {
+        for (routed, senders) in [(false, Senders::Among(Vec::new())), (true, Senders::Own)] {
+            let mut world = World::new();
+            world.two_paths(Choice::Flow, routed, senders);
+            assert_eq!(world.told(), (GATEWAYS[0].into(), true, Health::HEALTH_UP));
+            world.fail(GATEWAYS[0]);
+            assert_eq!(world.told(), (GATEWAYS[1].into(), true, Health::HEALTH_UP));
+        }
+    }
+
+    #[test]
+    fn paths_by_sender_are_up_while_one_is() {
+        let mut world = World::new();
+        world.two_paths(Choice::Sender, true, Senders::Among(Vec::new()));
+        world.fail(GATEWAYS[0]);
+        assert_eq!(world.told(), (GATEWAYS[0].into(), false, Health::HEALTH_UP));
+        world.fail(GATEWAYS[1]);
+        assert_eq!(world.health(), Health::HEALTH_DOWN);
+    }
+
+    /// What is sent to another VRF's network is worse than what is lost.
+    #[test]
+    fn paths_by_interface_need_the_kernel() {
+        let mut world = World::new();
+        world.two_paths(Choice::Interface, true, Senders::Among(Vec::new()));
+        assert_eq!(world.told(), (GATEWAYS[0].into(), false, Health::HEALTH_UP));
+        for (routed, senders) in [(false, Senders::Among(Vec::new())), (true, Senders::Own)] {
+            let mut world = World::new();
+            world.two_paths(Choice::Interface, routed, senders);
+            assert_eq!((world.entry().ifindex, world.health()), (0, Health::HEALTH_DOWN));
+        }
+    }
+
+    #[test]
+    fn new_entries_are_asked_for_while_there_is_room() {
+        let mut world = World::new();
+        world.keeper.set_room(false, 0);
+        assert!(asked(&world.after(3000)).is_empty());
+        // one that is there takes no room
+        world.neighbour(NudState::Stale);
+        assert!(asked(&world.after(3000)).contains(&NeighbourRequest::Probe));
+        world.keeper.remove_neighbour(KEY, world.now());
+        world.keeper.set_room(true, 1);
+        assert!(asked(&world.after(3000)).is_empty());
+        world.keeper.set_room(false, 1);
+        assert_eq!(asked(&world.after(3000)), [NeighbourRequest::Keep]);
+        assert!(asked(&world.after(3000)).is_empty());
+    }
+
+    #[test]
+    fn a_sixteenth_of_the_table_is_the_hosts() {
+        let table = |entries| NeighbourTable { entries, threshold3: 1024, ..Default::default() };
+        assert_eq!([0, 900, 960, 2000].map(|entries| room(&table(entries))), [960, 60, 0, 0]);
     }
 
     #[test]

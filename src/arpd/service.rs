@@ -1,6 +1,6 @@
 //! What `arpd` reads and does.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, File, TryLockError};
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail};
 use sd_notify::NotifyState;
 
+use super::groups::Groups;
 use super::keeper::{self, Action, Keeper, Now, Upstream};
 use super::names::Names;
 use crate::bpf::{OBJECT_SHA256, types};
@@ -28,7 +29,7 @@ use crate::resolve::Answers;
 use crate::spares::{self, Situation};
 use crate::state::{self, ReadGuard, StateMaps};
 use crate::tc::{self, Slot};
-use crate::{addresses, apply, clock, confirm, diff, lock, nexthop, partial};
+use crate::{addresses, apply, clock, confirm, diff, lock, nexthop, partial, routing};
 
 /// Routes are not asked for more often than so many times as long as it takes: a routing daemon
 /// that changes thousands of them costs a twentieth of a CPU at most.
@@ -68,6 +69,7 @@ pub struct Service {
     /// One arpd for each pin directory.
     lock: File,
     keeper: Keeper,
+    groups: Groups,
     pub names: Names,
     serving: Option<Serving>,
     /// The symlink `current` as it was when the generation was read.
@@ -86,6 +88,8 @@ pub struct Service {
     unwritten: Vec<(u32, keeper::Entry)>,
     /// The last of what went wrong, by what was tried, so that it is told once.
     troubles: BTreeMap<&'static str, String>,
+    /// Reads and writes that failed and have to succeed before the lease is renewed again.
+    blind: BTreeSet<&'static str>,
     status: String,
 }
 
@@ -164,6 +168,7 @@ impl Service {
             events: Events::open().context("netlink")?,
             lock,
             keeper: Keeper::new(options.probe_interval),
+            groups: Groups::default(),
             names: Names::new(options.resolve_interval),
             serving: None,
             current: None,
@@ -177,6 +182,7 @@ impl Service {
             ticked: true,
             unwritten: Vec::new(),
             troubles: BTreeMap::new(),
+            blind: BTreeSet::new(),
             status: String::new(),
         })
     }
@@ -196,6 +202,22 @@ impl Service {
         }
     }
 
+    /// As [`Service::note`], for what the lease vouches for: after a failure it is not renewed until
+    /// the same succeeds. What was read before stands meanwhile, and the next attempt has new
+    /// connections.
+    fn vouch(&mut self, what: &'static str, result: anyhow::Result<()>) {
+        match result {
+            Ok(()) => _ = self.blind.remove(what),
+            Err(_) => {
+                self.blind.insert(what);
+                if let Ok(netlink) = Netlink::open() {
+                    self.netlink = netlink;
+                }
+            }
+        }
+        self.note(what, result);
+    }
+
     /// Whether something failed and did not succeed since; it was told.
     pub fn is_in_trouble(&self) -> bool {
         !self.troubles.is_empty()
@@ -209,7 +231,7 @@ impl Service {
                 "generation {}: {} next hops of {} upstreams",
                 serving.generation.number,
                 self.keeper.neighbours(),
-                self.keeper.addresses().len()
+                self.keeper.targets().len()
             );
         } else {
             log::info!("nothing is applied yet");
@@ -221,6 +243,10 @@ impl Service {
         let down = self.keeper.count(types::health::HEALTH_DOWN);
         let status = match &self.serving {
             None => "nothing is applied".to_string(),
+            Some(_) if !self.blind.is_empty() => {
+                let blind: Vec<&str> = self.blind.iter().copied().collect();
+                format!("no lease until these succeed: {}", blind.join(", "))
+            }
             Some(serving) => format!(
                 "generation {}: {} next hops, {down} upstreams down",
                 serving.generation.number,
@@ -238,10 +264,7 @@ impl Service {
         let taken = tokio::time::timeout(Duration::ZERO, self.events.take()).await;
         let events = match taken {
             Ok(Ok(events)) => events,
-            Ok(Err(error)) => {
-                self.note("events", Err(error.into()));
-                vec![Event::Lost]
-            }
+            Ok(Err(error)) => return self.vouch("events", Err(error.into())),
             // there are none
             Err(_) => return,
         };
@@ -263,6 +286,15 @@ impl Service {
         }
     }
 
+    /// Listens anew where that failed; what was told meanwhile is lost.
+    fn listen_again(&mut self) {
+        let events = Events::open().map(|events| self.events = events);
+        if events.is_ok() {
+            self.stale = Stale { generation: self.stale.generation, ..Stale::all() };
+        }
+        self.vouch("events", events.map_err(Into::into));
+    }
+
     /// Several times a second: renews the lease, looks for another generation, and at its time at
     /// everything.
     ///
@@ -273,7 +305,8 @@ impl Service {
         self.ticked = true;
         if instant >= self.beat_due {
             self.beat_due = instant + (self.options.lease / 4).min(Duration::from_secs(1));
-            let beat = self.serving.as_ref().map_or(Ok(()), |serving| serving.heartbeat.beat());
+            let serving = self.serving.as_ref().filter(|_| self.blind.is_empty());
+            let beat = serving.map_or(Ok(()), |serving| serving.heartbeat.beat());
             self.note("lease", beat);
         }
         if instant >= self.rollback_due {
@@ -294,7 +327,8 @@ impl Service {
             let timeout = self.options.resolver.resolve_timeout;
             self.names.ask(&serving.generation.description.desired, timeout);
         }
-        if sd_notify::watchdog_enabled().is_some_and(|most| self.notified.elapsed() >= most / 4) {
+        let due = |most: Duration| self.notified.elapsed() >= most / 4;
+        if self.blind.is_empty() && sd_notify::watchdog_enabled().is_some_and(due) {
             self.notified = instant;
             let _ = sd_notify::notify(&[NotifyState::Watchdog]);
         }
@@ -360,24 +394,39 @@ impl Service {
     /// Reads what is stale and does what is due.
     pub async fn work(&mut self) {
         let looked = self.stale.any();
+        if self.blind.contains("events") {
+            self.listen_again();
+        }
         if self.stale.generation {
             let result = self.read_generation().await;
-            self.note("generation", result);
+            match result {
+                Ok(Some(unusable)) => {
+                    self.vouch("generation", Ok(()));
+                    self.note("generation", Err(unusable));
+                }
+                Ok(None) => self.vouch("generation", Ok(())),
+                Err(error) => self.vouch("generation", Err(error)),
+            }
         }
         if self.stale.links {
             let result = self.read_links().await;
-            self.note("interfaces", result);
+            self.vouch("interfaces", result);
+        }
+        if looked {
+            let result = self.follow_groups();
+            self.note("joining multicast groups", result);
         }
         if self.stale.routes && Instant::now() >= self.routes_not_before {
             let result = self.read_routes().await;
-            self.note("routes", result);
+            self.vouch("routes", result);
         }
         if self.stale.neighbours {
             let result = self.read_neighbours().await;
-            self.note("neighbours", result);
+            self.vouch("neighbours", result);
         }
         if self.stale.interfaces && Instant::now() >= self.attach_not_before {
             let result = self.read_interfaces().await;
+            self.stale.interfaces |= result.is_err();
             self.note("attaching again", result);
         }
         // those of an interface come one after the other: not at once
@@ -396,15 +445,16 @@ impl Service {
         }
         if !self.unwritten.is_empty() {
             let result = self.write();
-            self.note("next hops", result);
+            self.vouch("next hops", result);
         }
     }
 
-    async fn read_generation(&mut self) -> anyhow::Result<()> {
+    /// Returns why the generation that is there cannot be looked after, where that is so.
+    async fn read_generation(&mut self) -> anyhow::Result<Option<anyhow::Error>> {
         let guard = match state::read(&self.pin_dir, LOCK_PATIENCE) {
             Ok(guard) => guard,
             // an apply is under way; there is time for it until the next tick
-            Err(Failure::Locked(_)) => return Ok(()),
+            Err(Failure::Locked(_)) => return Ok(None),
             Err(failure) => bail!("{failure}"),
         };
         let symlink = current(&self.pin_dir);
@@ -438,7 +488,7 @@ impl Service {
         self.stale = Stale { generation: false, ..Stale::all() };
         self.routes_not_before = Instant::now();
         self.beat_due = Instant::now();
-        unusable.map_or(Ok(()), Err)
+        Ok(unusable)
     }
 
     /// Hands the upstreams of the generation to the keeper. Where every filter was taken off
@@ -454,13 +504,26 @@ impl Service {
                 for (upstream, id) in rule.destinations().zip(given.destinations()) {
                     if ids.insert(id) {
                         let known = serving.maps.nexthops.read(id)?;
-                        upstreams.push((Upstream { id, address: upstream.address.clone() }, known));
+                        let target = description.desired.target(rule, upstream);
+                        upstreams.push((Upstream { id, target }, known));
                     }
                 }
             }
         }
         self.keeper.set_upstreams(upstreams);
         Ok(())
+    }
+
+    /// Joins the groups of what serves, on the interfaces where it is attached.
+    fn follow_groups(&mut self) -> anyhow::Result<()> {
+        let serving = self.serving.as_ref();
+        let desired = serving.map(|serving| &serving.generation.description.desired);
+        let links = self.keeper.links();
+        let is_here = |(_, seen): &(&String, &Seen)| !matches!(seen, Seen::Detached(_));
+        let here =
+            serving.into_iter().flat_map(|serving| serving.interfaces.iter().filter(is_here));
+        let here = here.filter_map(|(name, _)| find_link(links.values(), name));
+        self.groups.follow(desired, here)
     }
 
     async fn read_links(&mut self) -> anyhow::Result<()> {
@@ -471,13 +534,15 @@ impl Service {
 
     async fn read_routes(&mut self) -> anyhow::Result<()> {
         let started = Instant::now();
+        let targets = self.keeper.targets();
+        let interfaces = self
+            .serving
+            .as_ref()
+            .map_or(&[][..], |serving| &serving.generation.description.desired.interfaces);
+        let links = self.keeper.links();
+        let paths = routing::paths(&self.netlink, &targets, interfaces, links).await?;
+        self.keeper.set_paths(targets.into_iter().zip(paths).collect(), now());
         self.stale.routes = false;
-        let addresses = self.keeper.addresses();
-        let paths = self.netlink.paths(&addresses, self.keeper.links()).await;
-        let paths = addresses
-            .into_iter()
-            .zip(paths.into_iter().map(|paths| paths.map_err(|error| error.to_string())));
-        self.keeper.set_paths(paths.collect(), now());
         self.routes_not_before = started + started.elapsed() * ROUTES_PAUSE;
         // neighbours that nobody looked at so far may be known
         self.stale.neighbours = true;
@@ -493,11 +558,16 @@ impl Service {
             known[usize::from(entry.address.is_ipv6())] += usize::from(tracked);
         }
         self.keeper.set_neighbours(table, now());
-        self.stale.neighbours = false;
         for table in self.netlink.neighbour_tables().await? {
             let others = (table.entries as usize).saturating_sub(known[usize::from(table.ipv6)]);
             let advice = keeper::overflow(self.keeper.neighbours_of(table.ipv6), others, &table);
             let what = table_of(table.ipv6);
+            let room = keeper::room(&table);
+            self.keeper.set_room(table.ipv6, room);
+            let advice = match room {
+                0 => advice.map(|advice| format!("{advice}; until then no next hops are added")),
+                _ => advice,
+            };
             match advice {
                 // the others come and go, which is not worth telling each time
                 Some(_) if self.troubles.contains_key(what) => {}
@@ -505,6 +575,7 @@ impl Service {
                 None => self.note(what, Ok(())),
             }
         }
+        self.stale.neighbours = false;
         Ok(())
     }
 
@@ -659,9 +730,12 @@ impl Service {
                 if let Ok(batches) = Batches::open() {
                     self.batches = batches;
                 }
+                // nothing was asked that the keeper thinks was
+                self.stale.neighbours = true;
                 return self.note("asking neighbours", Err(error.into()));
             }
         };
+        self.note("asking neighbours", Ok(()));
         let mut plainly = Vec::new();
         for ((key, request), result) in requests.iter().zip(results) {
             let Err(error) = result else { continue };
@@ -671,6 +745,7 @@ impl Service {
                 }
                 (NeighbourRequest::Keep, Some(libc::ENOBUFS)) => {
                     let ipv6 = key.1.is_ipv6();
+                    self.keeper.set_room(ipv6, 0);
                     let sysctl = NeighbourTable { ipv6, ..Default::default() }.sysctl("gc_thresh3");
                     if !self.troubles.contains_key(table_of(ipv6)) {
                         let advice = format!("it is full: raise the sysctl {sysctl}");
@@ -731,8 +806,10 @@ impl Service {
     }
 
     async fn renew(&mut self, number: u32, desired: &Desired) -> anyhow::Result<Option<u32>> {
-        let ways = nexthop::resolve(&self.netlink, &desired.addresses()).await?;
-        if let Some((address, _)) = ways.iter().find(|(_, way)| **way == nexthop::Way::Local) {
+        let (targets, interfaces) = (desired.targets(), &desired.interfaces);
+        let ways = nexthop::resolve(&self.netlink, &targets, interfaces).await?;
+        if let Some((target, _)) = ways.iter().find(|(_, way)| **way == nexthop::Way::Local) {
+            let address = &target.address;
             bail!("{address} is an address of this host, which is no upstream");
         }
         let guard = match state::write(&self.pin_dir, LOCK_PATIENCE) {

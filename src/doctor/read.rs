@@ -12,17 +12,19 @@ use super::{Facts, Input, InputLink, Kernel, Sender, Upstream, Way, before, samp
 use crate::advice;
 use crate::bpf;
 use crate::cli::{Global, Resolver, Target};
-use crate::config::{Action, Address, Config, Family, Health, Key, KeyAddress, Source, with_port};
+use crate::config::{Action, Config, Family, Health, Key, KeyAddress, Source, with_port};
 use crate::diagnosis;
 use crate::drift;
 use crate::failure::{Failure, Result};
 use crate::generation::Description;
 use crate::kernel;
 use crate::list;
-use crate::netlink::{Link, Netlink, OwnAddress, Route};
+use crate::netlink::{self, Link, Netlink, OwnAddress};
+use crate::nexthop;
 use crate::observe::{Observed, observe};
 use crate::plan::{Desired, Rule};
 use crate::privileges;
+use crate::routing;
 use crate::status::{self, Reading, Status};
 use crate::tables;
 use crate::wanted::{Request, Text, Wanted};
@@ -185,7 +187,8 @@ async fn look(
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
     facts.inputs = inputs(netlink, observed, &links, serving, desired).await?;
-    facts.upstreams = upstreams(netlink, &links, status, desired).await;
+    let ways = nexthop::look(netlink, &desired.targets(), &desired.interfaces).await?;
+    facts.upstreams = upstreams(&ways, &links, status, desired);
     let hops: HashSet<(&str, IpAddr)> = facts
         .upstreams
         .iter()
@@ -199,7 +202,7 @@ async fn look(
     }
     facts.senders = senders(desired);
     facts.wants_health = desired.rules.iter().any(|rule| rule.health == Health::Neighbour);
-    facts.warnings = warnings(desired, &links, &addresses);
+    facts.warnings = warnings(desired, &ways, &links, &addresses);
     let own: HashSet<IpAddr> = addresses.iter().map(|own| own.address).collect();
     facts.homeless = desired
         .rules
@@ -216,10 +219,20 @@ async fn look(
 }
 
 /// What `apply` would say of what serves.
-fn warnings(desired: &Desired, links: &[Link], addresses: &[OwnAddress]) -> Vec<String> {
+fn warnings(
+    desired: &Desired,
+    ways: &BTreeMap<routing::Target, nexthop::Way>,
+    links: &[Link],
+    addresses: &[OwnAddress],
+) -> Vec<String> {
     let text = list::document(desired).to_string();
     let Ok(config) = Config::parse("what serves", &text) else { return Vec::new() };
-    let findings = advice::of_this_host(&config, desired, links, addresses);
+    let mut findings = advice::of_this_host(&config, desired, links, addresses);
+    // who may not ask is told of the missing privilege
+    let policies = netlink::security_policies().unwrap_or_default();
+    findings.extend(advice::in_clear(&config, desired, ways, &policies));
+    findings.extend(advice::several(&config, desired, ways));
+    findings.extend(advice::not_joined(&config, &desired.interfaces, links));
     findings.into_iter().map(|finding| finding.message).collect()
 }
 
@@ -230,7 +243,8 @@ async fn inputs(
     serving: Option<&Description>,
     desired: &Desired,
 ) -> Result<Vec<Input>> {
-    let elsewhere = netlink.paths(&[ELSEWHERE.into()], &HashMap::new()).await.pop();
+    let elsewhere = netlink.paths(&[ELSEWHERE.into()], &HashMap::new()).await;
+    let elsewhere = elsewhere.context("routes")?.pop();
     let elsewhere = elsewhere.and_then(|paths| paths.ok()?.first().copied());
     let of = |family: Family| desired.rules.iter().filter(move |rule| rule.family() == family);
     let passes = of(Family::V4).any(|rule| rule.action == Action::Pass);
@@ -319,25 +333,13 @@ fn lro(interface: &str) -> bool {
     result == 0 && value[1] & LRO != 0
 }
 
-async fn upstreams(
-    netlink: &Netlink,
+fn upstreams(
+    ways: &BTreeMap<routing::Target, nexthop::Way>,
     links: &[Link],
     status: Option<&Status>,
     desired: &Desired,
 ) -> Vec<Upstream> {
     let links: HashMap<u32, Link> = links.iter().map(|link| (link.index, link.clone())).collect();
-    let addresses: Vec<Address> = desired.addresses().into_iter().collect();
-    let paths = netlink.paths(&addresses, &links).await;
-    let ways: BTreeMap<Address, (Way, Option<IpAddr>)> = addresses
-        .into_iter()
-        .zip(paths)
-        .map(|(address, paths)| {
-            let route = paths.map(|paths| paths[0]);
-            let egress = route.as_ref().ok().and_then(|route| route.egress);
-            let way = way(address.ip, route, &links);
-            (address, (way, egress))
-        })
-        .collect();
     let mut known = HashMap::new();
     for rule in status.iter().flat_map(|status| &status.rules) {
         for (upstream, _) in rule.destinations() {
@@ -348,6 +350,8 @@ async fn upstreams(
     for rule in &desired.rules {
         for upstream in rule.destinations() {
             let label = upstream.label();
+            let found = ways.get(&desired.target(rule, upstream));
+            let hop = found.and_then(|found| found.hops().first());
             let status = known.get(&(rule.name.as_str(), label.as_str()));
             let dropped = |reason| {
                 let drop = status.and_then(|it| it.counters.drops().find(|it| it.0 == reason));
@@ -356,10 +360,10 @@ async fn upstreams(
             upstreams.push(Upstream {
                 rule: rule.name.clone(),
                 address: upstream.address.ip,
-                way: ways.get(&upstream.address).map_or(Way::Local, |(way, _)| way.clone()),
+                way: found.map_or(Way::Local, |found| way(found, &links)),
                 preserves: rule.source_of(upstream) == Source::Preserve,
                 lacks_egress: rule.source_of(upstream) == Source::Egress
-                    && ways.get(&upstream.address).is_some_and(|(_, egress)| egress.is_none()),
+                    && hop.is_some_and(|hop| hop.egress.is_none()),
                 too_large: dropped("mtu"),
                 spent: dropped("ttl"),
                 label,
@@ -369,22 +373,22 @@ async fn upstreams(
     upstreams
 }
 
-fn way(address: IpAddr, route: std::io::Result<Route>, links: &HashMap<u32, Link>) -> Way {
-    match route {
-        Ok(route) if route.local => Way::Local,
-        Ok(route) => match links.get(&route.ifindex) {
-            Some(link) => Way::Hop {
-                interface: link.name.clone(),
-                gateway: route.gateway,
-                mtu: route.mtu.unwrap_or_else(|| link.mtu_to(address)),
-                // a veth has a peer there
-                lower: link.outer.or(link.lower.filter(|_| link.kind != "veth")).and_then(
-                    |lower| links.get(&lower).map(|lower| (lower.name.clone(), lower.mtu)),
-                ),
-            },
-            None => Way::None("its interface is gone".into()),
-        },
-        Err(error) => Way::None(error.to_string()),
+/// What doctor says of a way, by its first hop. `links` are all interfaces, by index.
+fn way(way: &nexthop::Way, links: &HashMap<u32, Link>) -> Way {
+    let hop = match (way, way.hops().first()) {
+        (nexthop::Way::None(reason), _) => return Way::None(reason.clone()),
+        (_, Some(hop)) => hop,
+        (_, None) => return Way::Local,
+    };
+    let link = links.get(&hop.ifindex);
+    // a veth has a peer there
+    let lower = link.and_then(|link| link.outer.or(link.lower.filter(|_| link.kind != "veth")));
+    let lower = lower.and_then(|lower| links.get(&lower));
+    Way::Hop {
+        interface: hop.interface.clone(),
+        gateway: hop.gateway,
+        mtu: hop.mtu,
+        lower: lower.map(|lower| (lower.name.clone(), lower.mtu)),
     }
 }
 

@@ -4,6 +4,7 @@
 
 pub mod dns;
 pub mod ends;
+pub mod faults;
 pub mod flow;
 pub mod forge;
 pub mod kernel;

@@ -204,7 +204,7 @@ impl<'object> Program<'object> {
         write_all(&maps.slots, &tables.slots);
         write_all(&maps.upstreams, &tables.upstreams);
         if !ways.is_empty() {
-            for (id, entry) in nexthop::entries(desired, &ids, ways) {
+            for (id, entry) in nexthop::entries(desired, &ids, |target| ways.get(&target.address)) {
                 let slot = types::nexthop_slot { copies: [entry; 2], ..Default::default() };
                 write(&maps.nexthops_chunk, id, bytes_of(&slot));
             }
