@@ -280,6 +280,66 @@ fn socket(namespace: &Namespace, address: SocketAddr) -> UdpSocket {
 }
 
 #[test]
+fn plan_announces_the_share_that_moves() {
+    const FLOWS: u64 = 2_000;
+    let lab = Lab::new();
+    let config = |states: [&str; 4], weight: u32| {
+        let upstreams = [0, 1, 2, 3].map(|place: usize| {
+            json!({
+                "name": format!("u{place}"),
+                "address": UPSTREAMS[place % 2],
+                "port": 7000 + place,
+                "state": states[place],
+                "weight": if place == 0 { weight } else { 1 },
+            })
+        });
+        let mut all = config(&[rule("flows", 5000, json!({ "tc_action": "block" }), &upstreams)]);
+        all.as_object_mut().expect("a map").remove("defaults");
+        all
+    };
+    let (index, mac) = (lab.relay.index("eth0"), lab.relay.mac("eth0"));
+    let ends = || {
+        let guard = state::read(&lab.bpffs.pins(), common::net::PATIENCE).expect("pins");
+        let guard = guard.expect("something is applied");
+        let number = lab.status()["generation"].as_u64().expect("a number") as u32;
+        let generation = generation::read(&guard, number).expect("readable").expect("a generation");
+        let asker = Asker::new(&guard, &generation).expect("a twin");
+        let end = |flow: u64| {
+            let question = Question {
+                source: SocketAddr::new([10, 1, (flow >> 8) as u8, flow as u8].into(), 5000),
+                destination: SocketAddr::new(RELAY.into(), 5000),
+                payload: Vec::new(),
+            };
+            let (events, _) =
+                lab.relay.enter(|| asker.ask(index, mac, &question)).expect("an answer");
+            events[0].0.upstream
+        };
+        (0..FLOWS).map(end).collect::<Vec<u32>>()
+    };
+    let (active, drained) = ("active", "drained");
+    let all = config([active; 4], 1);
+    lab.apply(&all);
+    for (drain, next) in [
+        ("", config([active, drained, active, active], 1)),
+        ("drain flows/u0", config([active, drained, drained, active], 1)),
+        ("", config([active; 4], 3)),
+    ] {
+        if !drain.is_empty() {
+            lab.run(drain).expect(0);
+        }
+        let before = ends();
+        let file = lab.write(&next);
+        let plan = lab.run(&format!("plan {} -o json", file.display())).expect(0).json();
+        let announced = plan["altered"][0]["moved"].as_f64().expect("a share");
+        lab.apply(&next);
+        let after = ends();
+        let moved = before.iter().zip(&after).filter(|(one, other)| one != other).count();
+        let moved = moved as f64 * 100.0 / FLOWS as f64;
+        assert!((announced - moved).abs() < 4.0, "{announced} announced, {moved} moved: {plan:#}");
+    }
+}
+
+#[test]
 fn it_agrees_with_where_packets_go() {
     const PACKETS: u64 = 1_000;
     let lab = Lab::new();
