@@ -528,6 +528,18 @@ pub fn explain(verdict: &str) -> Explanation {
             "the packets come from an upstream of the rule itself, or were here before",
             "have upstreams answer to another port, or name another one in the rule",
         ),
+        "martian" => (
+            "the sender's address is one that no router forwards, or a source route is unfinished",
+            "find out who sends them: udplb trace --drops; or say `martians: allow`",
+        ),
+        "no-checksum" => (
+            "UDP over IPv6 came without a checksum",
+            "say `zero-checksum: allow`, if the upstream takes such datagrams",
+        ),
+        "local-socket" => (
+            "a socket of this host asked for the packets, and gets them",
+            "nothing is lost; leave the ephemeral ports out of the rule to spare the look-up",
+        ),
         "fragment" => ("the rule says so of fragments", "change `fragments` of the rule"),
         "not-for-us" => (
             "the frames are for other hosts, and are left alone",
