@@ -93,7 +93,7 @@ fn confirm_in_time_keeps_the_change() {
     assert_eq!(lab.status()["pending"]["generation"], 2);
 
     let confirmed = lab.run("confirm -o json").expect(0).json();
-    assert_eq!(confirmed, json!({ "changed": true, "generation": 2 }));
+    assert_eq!(confirmed, json!({ "format_version": 1, "changed": true, "generation": 2 }));
     assert_eq!(lab.status()["pending"], Value::Null);
     until("the waiter has ended", || waiters(&lab).is_empty());
     lab.run("confirm").expect(1).says(&["nothing waits for confirmation"]);

@@ -52,7 +52,10 @@ fn nothing_wrong_and_nothing_applied() {
     assert_eq!(examine(&lab, 3), format!("{wanted}FILE\n1 problem\n"));
     lab.apply(&to_port(7001));
     assert_eq!(examine(&lab, 0), "all is well\n");
-    assert_eq!(lab.run("doctor -o json").json(), json!({ "healthy": true, "findings": [] }));
+    assert_eq!(
+        lab.run("doctor -o json").json(),
+        json!({ "format_version": 1, "healthy": true, "findings": [] })
+    );
     lab.run("doctor nowhere.yaml").expect(66);
 }
 

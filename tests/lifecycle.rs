@@ -801,7 +801,7 @@ fn a_purge_leaves_nothing() {
     lab.run("status").expect(3);
     for nothing_left in ["detach --purge -o json", "detach -o json"] {
         let again = lab.run(nothing_left).expect(0).json();
-        assert_eq!(again, json!({ "changed": false, "detached": [] }));
+        assert_eq!(again, json!({ "format_version": 1, "changed": false, "detached": [] }));
     }
     assert!(!lab.bpffs.pins().exists());
     // also where the directory is there, and nothing was ever built in it

@@ -58,5 +58,5 @@ with subtest("everything that came was counted, where it went"):
     files = {"by-port": "/tmp/by-port", "by-address": "/tmp/by-address"}
     for rule in status["rules"]:
         counted = [upstream["counters"]["forwarded"]["packets"] for upstream in rule["upstreams"]]
-        got = [int(upstream.succeed(f"wc -l < {files[rule['name']]}")) for upstream in upstreams]
+        got = [int(upstream.succeed(f"wc -l < {files[rule['rule']]}")) for upstream in upstreams]
         assert counted == got and rule["counters"]["matched"]["packets"] == sum(got), (rule, got)
