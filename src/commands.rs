@@ -218,7 +218,11 @@ async fn apply_file(global: &Global, options: &cli::Apply) -> Result<u8> {
     let waiter = deadline.filter(|_| plan.is_pending());
     let waiter = waiter.map(|deadline| confirm::start_waiter(global, deadline)).transpose()?;
     let outcome = apply::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
-    apply::record_origin(&guard, &observed, outcome.generation, &wanted.origin)?;
+    // the new generation serves already
+    if let Err(error) = apply::record_origin(&guard, &observed, outcome.generation, &wanted.origin)
+    {
+        say(format_args!("warning: the file that was applied is not recorded: {error:#}"));
+    }
     drop(guard);
     drop(waiter);
     if outcome.counters_reset && !global.quiet {

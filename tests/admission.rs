@@ -6,15 +6,15 @@ mod common;
 use std::net::IpAddr;
 
 use common::forge::{Forged, Ip};
-use common::lab::{Lab, Net, V4, V6, config};
+use common::lab::{Lab, Net, V4, V6, config, packets};
 use common::net::{TTL, bind, expect, expect_silence, expect_silence_of, own, receive, send_frame};
 use common::prelude::Tag;
 use common::service::{Arpd, until};
 use serde_json::{Value, json};
 
-/// Packets of the first rule; a verdict that none met is left out.
+/// Packets of the first rule.
 fn counted(lab: &Lab, verdict: &str) -> u64 {
-    lab.status()["rules"][0]["counters"][verdict]["packets"].as_u64().unwrap_or(0)
+    packets(&lab.status()["rules"][0]["counters"], verdict)
 }
 
 fn rule(net: &Net, port: Value, options: Value, upstreams: &[IpAddr]) -> Value {

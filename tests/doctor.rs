@@ -140,6 +140,8 @@ fn filter_that_hides_packets() {
     attach(&lab, 101, 0);
     assert_eq!(examine(&lab, 0), "all is well\n");
     attach(&lab, 50, 0);
+    // neighbour discovery of the fresh interfaces is hidden too
+    until("it is quiet", || lab.run("doctor").code == Some(0));
     let found = examine(&lab, 0);
     let named = "note: eth0: tc filter bpf pref 50 handle 0x1 foreign (program ";
     assert!(found.starts_with(named), "{found}");

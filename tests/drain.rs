@@ -277,7 +277,8 @@ fn receivers_and_mirrors() {
     send(&lab);
     assert_eq!(receive(&receivers[0]).payload, b"where");
     expect_silence(&receivers[1]);
-    let status = lab.run("status").expect(0).stdout;
+    // 3 while the packet that nobody got is less than a second old
+    let status = lab.run("status").stdout;
     let is_drained = |line: &&str| line.contains("mirror ") && line.contains("drained (override)");
     assert_eq!(status.lines().filter(is_drained).count(), 2, "{status}");
 }

@@ -367,7 +367,7 @@ fn pins_of_an_earlier_udplb_go_on() {
     fs::remove_file(lab.bpffs.pins().join(STATE).join("former")).expect("a pin");
     let mut flows = Flows::new(&lab);
     flows.send(1);
-    lab.run("status").expect(0);
+    lab.status();
     flows.apply(&balance(&[0]));
     flows.rollback();
     flows.rollback();
