@@ -330,7 +330,7 @@ fn plan_announces_the_share_that_moves() {
         let before = ends();
         let file = lab.write(&next);
         let plan = lab.run(&format!("plan {} -o json", file.display())).expect(0).json();
-        let announced = plan["altered"][0]["moved_share"].as_f64().expect("a share");
+        let announced = plan["altered"][0]["moved_share"].as_f64().expect("a share") * 100.0;
         lab.apply(&next);
         let after = ends();
         let moved = before.iter().zip(&after).filter(|(one, other)| one != other).count();

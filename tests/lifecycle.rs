@@ -868,7 +868,7 @@ fn rollback_dry_run_changes_nothing() {
 fn warnings_are_said_once_a_generation() {
     let lab = Lab::new();
     let mut config = to_port(7001);
-    config["rules"][0]["upstream"][0]["address"] = json!("10.77.0.1");
+    config["rules"][0]["key"]["port"] = json!(2055);
     let first = lab.try_apply(&config, "").expect(0);
     assert!(first.stderr.contains("warning"), "{first:?}");
     assert_ne!(first.json()["warnings"], json!([]));

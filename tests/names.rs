@@ -164,7 +164,7 @@ fn upstreams(lab: &Lab) -> Vec<(String, u64)> {
     let status = lab.status();
     let upstreams = status["rules"][0]["upstreams"].as_array().into_iter().flatten();
     let one = |it: &Value| {
-        let label = it["label"].as_str().expect("a label").to_string();
+        let label = it["upstream"].as_str().expect("a label").to_string();
         (label, it["counters"]["forwarded"]["packets"].as_u64().unwrap_or(0))
     };
     upstreams.map(one).collect()
