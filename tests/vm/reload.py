@@ -48,7 +48,12 @@ with subtest("a rebuild under traffic moves a rule and loses nothing"):
     client.succeed("touch /tmp/end")
     client.wait_until_succeeds("test -s /tmp/sent", timeout=60)
     sent = int(client.succeed("cat /tmp/sent"))
-    got = [upstream.succeed("grep -o '50000-[0-9]*$' /tmp/got").split() for upstream in (up1, up2)]
+
+    def arrived():
+        return [upstream.succeed("grep -o '50000-[0-9]*$' /tmp/got").split() for upstream in (up1, up2)]
+
+    retry(lambda _: sum(map(len, arrived())) >= sent, 60)
+    got = arrived()
     assert all(got), "both were in use"
     assert len(got[0] + got[1]) == len(set(got[0] + got[1])) == sent, (sent, list(map(len, got)))
 
