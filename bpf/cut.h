@@ -7,7 +7,7 @@
 #define MOST_PIECES 128
 #define LONGEST_DATAGRAM 65535
 
-/* What bpf_skb_adjust_room() removes at once is less than 4096 bytes. */
+/* Bytes that one bpf_skb_adjust_room() removes: the helper refuses 4096 and more. */
 #define REMOVED_AT_ONCE 4080
 
 #define OPTION_END 0

@@ -9,7 +9,7 @@
 #define LEARNED_PER_SECOND 100
 #define LEARNED_AT_ONCE 50
 
-/* What an error says, and of which packet. */
+/* The MTU that an ICMP error reports, and the packet that it quotes. */
 struct lesson {
 	__u32 mtu;
 	__u32 length;	    /* of the packet that did not fit */

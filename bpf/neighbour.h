@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Whether the kernel's neighbour table knows a next hop. bpf_fib_lookup() says so only while forwarding is
+ * Looks next hops up in the kernel's neighbour table. bpf_fib_lookup() does so only while forwarding is
  * on; else the table is read as it lies in the kernel's memory (net/core/neighbour.c), which tc programs may
  * do under RCU. What cannot be read counts as unknown.
  */
@@ -9,7 +9,7 @@
 
 #define BY_LAYOUT __attribute__((preserve_access_index))
 
-/* Of the kernel's structs, what leads from a packet to a neighbour. */
+/* The members of the kernel's structs that lead from a packet to a neighbour. */
 struct hlist_node {
 	struct hlist_node *next;
 } BY_LAYOUT;
@@ -163,7 +163,7 @@ static __always_inline __u64 find_table(__u64 device, bool ipv6)
 	return read_pointer(AT(read_pointer(AT(parms, neigh_parms, tbl)), neigh_table, nht));
 }
 
-/* Whether the kernel's neighbour table knows the gateway of the way in `sending`. */
+/* Looks the gateway in `sending` up in the kernel's neighbour table. */
 static __always_inline enum known is_gateway_known(struct __sk_buff *skb)
 {
 	bool listed = bpf_core_field_exists(struct neigh_hash_table, hash_heads);

@@ -252,7 +252,7 @@ static __always_inline enum verdict known_way(struct __sk_buff *skb, const struc
 	return gateway == KNOWN_VALID ? VERDICT_FORWARDED : VERDICT_UNRESOLVED;
 }
 
-/* What user space knows of the way, if it is out by that interface or, with 0, by any. */
+/* Returns the entry of user space if it leaves by that interface; 0: by any. */
 static __always_inline const struct nexthop *known_on(const struct sending *sending, __u32 ifindex)
 {
 	const struct nexthop_slot *slot = nexthop_slot(sending->upstream);
@@ -446,7 +446,7 @@ static __always_inline enum verdict routed_way(struct __sk_buff *skb, const stru
 	return VERDICT_FORWARDED;
 }
 
-/* Where a lower MTU is noted of the path, it is the way's. */
+/* Lowers the MTU of the next hop to the one that is noted of the path. */
 __noinline __u32 limit_mtu(void)
 {
 	struct sending *sending = get_sending();

@@ -3,7 +3,7 @@
 #ifndef UDPLB_PATH_H
 #define UDPLB_PATH_H
 
-/* What no path is taken to be narrower than: net.ipv4.route.min_pmtu, and RFC 8200, section 5. */
+/* Floors of a path's MTU: net.ipv4.route.min_pmtu, and RFC 8200, section 5. */
 #define LEAST_MTU_IPV4 552
 #define LEAST_MTU_IPV6 1280
 

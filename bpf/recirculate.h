@@ -21,7 +21,7 @@ enum recirculated {
 /* See `own` of struct sending; no id is as large. */
 #define RECIRCULATED_OWN (1U << 31)
 
-/* What resume() returns for a packet that has not come in again. */
+/* Returned by resume() for a packet that has not come in again. */
 #define ACTION_NONE 101
 
 static __always_inline void copy_words(__u32 *to, const __u32 *from)
