@@ -3,9 +3,10 @@
 use serde::Deserialize;
 use serde::de::value::{Error, StrDeserializer};
 
-use super::diagnostic::{Complaint, Part, Place, Problems, shorten};
-use super::document::{Entry, Node};
+use super::diagnostic::{Complaint, Part, Place, Problems};
+use super::node::{Entry, Node};
 use super::path::Trail;
+use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, Choice, Field, Number, Root, STATSD, Table};
 use super::{
     Action, Admission, Finding, Fragments, Hash, Health, Host, Key, KeyAddress, Mode, Network,

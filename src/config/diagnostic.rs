@@ -5,17 +5,14 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::hint::is_invisible;
 use super::path::Path;
+use super::quote::printable;
 
 /// How many errors one run shows; the rest is only counted.
 const SHOWN: usize = 20;
 
 /// The longest piece of a source line that is shown, in characters.
 const WIDTH: usize = 120;
-
-/// The longest piece of the file's text that is repeated inside a message, in characters.
-const QUOTED: usize = 60;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -169,21 +166,6 @@ impl Excerpt {
 
 fn ellipsis(wanted: bool) -> impl Iterator<Item = char> {
     wanted.then_some('…').into_iter()
-}
-
-/// Replaces what would reach the operator's terminal as a control sequence, or not be seen there.
-fn printable(c: char) -> char {
-    let plain = !c.is_control() && !is_invisible(c) || c == '\t';
-    if plain { c } else { char::REPLACEMENT_CHARACTER }
-}
-
-/// Text from the file, fit to stand inside a message.
-pub(super) fn shorten(text: &str) -> String {
-    let mut short: String = text.chars().take(QUOTED).map(printable).collect();
-    if short.len() < text.len() && text.chars().nth(QUOTED).is_some() {
-        short.push('…');
-    }
-    short
 }
 
 /// A message and what to do about it, before it has a place.

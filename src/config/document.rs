@@ -3,46 +3,10 @@
 //! The tree has no positions. They are looked up in the text again when there is something to say
 //! about a place, so that a good file pays nothing for them.
 
-use std::borrow::Cow;
-
-use super::diagnostic::{
-    Complaint, Diagnostic, Excerpt, Place, Problem, Related, Severity, shorten,
-};
+use super::diagnostic::{Complaint, Diagnostic, Excerpt, Place, Problem, Related, Severity};
+use super::node::Node;
 use super::path::Path;
 use super::{hint, toml, yaml};
-
-/// A value of the file, of whatever format.
-#[derive(Debug)]
-pub(super) enum Node<'t> {
-    Null,
-    Bool(bool),
-    Int(i128),
-    Float(f64),
-    Text(Cow<'t, str>),
-    /// TOML has dates; no field of ours has.
-    Date,
-    List(Vec<Node<'t>>),
-    Map(Vec<Entry<'t>>),
-}
-
-/// A field of a map: its name and its value.
-pub(super) type Entry<'t> = (Cow<'t, str>, Node<'t>);
-
-impl Node<'_> {
-    /// What stands there, for a message: "the number 5".
-    pub fn describe(&self) -> String {
-        match self {
-            Node::Null => "nothing".into(),
-            Node::Bool(value) => format!("the boolean {value}"),
-            Node::Int(value) => format!("the number {value}"),
-            Node::Float(value) => format!("the number {value:?}"),
-            Node::Text(text) => format!("the text `{}`", shorten(text)),
-            Node::Date => "a date".into(),
-            Node::List(_) => "a list".into(),
-            Node::Map(_) => "a map".into(),
-        }
-    }
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Format {
@@ -57,14 +21,6 @@ pub(super) struct Document {
     name: String,
     text: String,
     format: Format,
-}
-
-/// Why a text cannot be read.
-pub(super) struct Fault {
-    pub complaint: Complaint,
-    pub path: Path,
-    /// Byte offset into the text.
-    pub offset: usize,
 }
 
 impl Document {

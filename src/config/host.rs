@@ -7,8 +7,9 @@ use std::str::FromStr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::diagnostic::{Complaint, shorten};
+use super::diagnostic::Complaint;
 use super::hint::is_invisible;
+use super::quote::shorten;
 use super::vocabulary::ANY;
 
 /// The longest name that `ip link` takes for an interface, in bytes: that of an alternative name,

@@ -6,7 +6,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::diagnostic::{Complaint, shorten};
+use super::diagnostic::Complaint;
+use super::quote::shorten;
 
 /// The addresses that begin with the same `prefix` bits. Text: `10.20.0.0/16`; an address alone is
 /// a network of one.

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use super::diagnostic::shorten;
+use super::quote::shorten;
 
 /// A place in the file, printed like `rules[2].upstream[0].address`, or `[2].key.port` in a bare list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

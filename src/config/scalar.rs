@@ -1,8 +1,9 @@
 //! Single values: ports, names, interfaces.
 
-use super::diagnostic::{Complaint, shorten};
-use super::document::Node;
+use super::diagnostic::Complaint;
 use super::hint::is_invisible;
+use super::node::Node;
+use super::quote::shorten;
 use super::vocabulary::{ANY, Number};
 use super::{Host, KeyAddress, Network, Ports, host, network};
 

@@ -4,7 +4,7 @@ use ::toml::Spanned;
 use ::toml::de::{DeArray, DeTable, DeValue};
 
 use super::diagnostic::{Complaint, Part, Place};
-use super::document::{Fault, Node};
+use super::node::{Fault, Node};
 use super::path::{Path, Step};
 
 pub(super) fn read(text: &str) -> Result<Node<'_>, Fault> {

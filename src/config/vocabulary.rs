@@ -1,7 +1,8 @@
 //! The words of a configuration file, each said once: decoding, suggestions and the schema read them
 //! from here.
 
-use super::diagnostic::{Complaint, shorten};
+use super::diagnostic::Complaint;
+use super::quote::shorten;
 
 /// The address or port of a key that matches all.
 pub const ANY: &str = "any";

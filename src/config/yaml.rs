@@ -11,9 +11,10 @@ use serde::de::{
 };
 use serde_yaml::Location;
 
-use super::diagnostic::{Complaint, Part, Place, shorten};
-use super::document::{Entry, Fault, Node};
+use super::diagnostic::{Complaint, Part, Place};
+use super::node::{Entry, Fault, Node};
 use super::path::{Path, Step};
+use super::quote::shorten;
 
 /// How many values a file may hold once its aliases are followed. The largest configuration that
 /// fits into the maps has about half as many.
