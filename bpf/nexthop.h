@@ -145,15 +145,6 @@ static __always_inline const struct nexthop *known_of(const struct nexthop_slot 
 	return known;
 }
 
-/* Somebody lives who takes back what is no longer so. */
-static __always_inline bool lease_holds(void)
-{
-	const __u32 only = 0;
-	const struct heartbeat *last = bpf_map_lookup_elem(&heartbeat, &only);
-
-	return last && (__s64)(last->until - bpf_jiffies64()) > 0;
-}
-
 /* Whether an upstream is known not to answer. */
 static __always_inline bool is_down(const struct upstream *upstream)
 {

@@ -1,40 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /* The packet's way: parse, match, choose, send, count. */
-#include <stdbool.h>
-#include <stddef.h>
-#include <linux/bpf.h>
-#include <linux/if_ether.h>
-#include <linux/if_packet.h>
-#include <linux/in.h>
-#include <linux/ip.h>
-#include <linux/ipv6.h>
-#include <linux/pkt_cls.h>
-#include <linux/udp.h>
-#include <bpf/bpf_helpers.h>
-#include <bpf/bpf_endian.h>
-#include <bpf/bpf_core_read.h>
-
 #include "udplb.h"
 #include "parse.h"
 #include "siphash.h"
 #include "match.h"
 #include "rewrite.h"
-#include "fragments.h"
-#include "path.h"
+#include "ipfrag.h"
+#include "pmtu.h"
+#include "lease.h"
 #include "nexthop.h"
 #include "trace.h"
 #include "count.h"
-#include "select.h"
+#include "lb.h"
 #include "redirect.h"
-#include "frame.h"
-#include "cut.h"
+#include "vlan.h"
+#include "fragmentation.h"
 #include "recirculate.h"
-#include "forward.h"
+#include "xmit.h"
 #include "icmp.h"
 #include "admit.h"
-#include "act.h"
-#include "aside.h"
-#include "learn.h"
+#include "deliver.h"
+#include "slowpath.h"
+#include "pmtu_discovery.h"
 
 /* A whole datagram of a rule, in an Ethernet frame without tags. */
 static __always_inline int treat(struct __sk_buff *skb, __u32 layout, const struct rule *rule,
@@ -50,16 +37,6 @@ static __always_inline int treat(struct __sk_buff *skb, __u32 layout, const stru
 	if (!choose(skb, layout, packet, rule, &choice))
 		return refuse(skb, layout, rule, VERDICT_CLONE_FAILED);
 	return act(skb, layout, rule, &choice);
-}
-
-__noinline int aside(struct __sk_buff *skb)
-{
-	return run_aside(skb, sizeof(struct ethhdr));
-}
-
-__noinline int aside_l3(struct __sk_buff *skb)
-{
-	return run_aside(skb, 0);
 }
 
 static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
@@ -111,23 +88,6 @@ SEC("tc")
 int udplb_l3(struct __sk_buff *skb)
 {
 	return run(skb, 0);
-}
-
-/*
- * Run by arpd and never attached, since user space cannot read jiffies. How long the lease is
- * stands in skb->cb: in jiffies, and in milliseconds.
- */
-SEC("tc")
-int udplb_heartbeat(struct __sk_buff *skb)
-{
-	const __u32 only = 0;
-	struct heartbeat *beat = bpf_map_lookup_elem(&heartbeat, &only);
-
-	if (!beat)
-		return TC_ACT_SHOT;
-	beat->until = bpf_jiffies64() + skb->cb[0];
-	beat->until_ktime = bpf_ktime_get_ns() + skb->cb[1] * 1000000ULL;
-	return TC_ACT_OK;
 }
 
 const char LICENSE[] SEC("license") = "Dual BSD/GPL";

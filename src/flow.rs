@@ -1,4 +1,4 @@
-//! Which upstream a flow goes to where some are drained, as bpf/select.h selects it. Pure.
+//! Which upstream a flow goes to where some are drained, as bpf/lb.h selects it. Pure.
 
 use std::collections::HashMap;
 

@@ -1,4 +1,4 @@
-//! What of a packet selects its upstream, in user space: bpf/select.h has the same arithmetic.
+//! What of a packet selects its upstream, in user space: bpf/lb.h has the same arithmetic.
 
 use std::net::IpAddr;
 

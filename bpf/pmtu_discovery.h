@@ -3,8 +3,8 @@
  * Learns the MTU of a path from the ICMP errors of routers on it (RFC 1191, section 3; RFC 8201, section 4).
  * The kernel notes it for its own sockets only; the error itself goes on up the stack.
  */
-#ifndef UDPLB_LEARN_H
-#define UDPLB_LEARN_H
+#ifndef UDPLB_PMTU_DISCOVERY_H
+#define UDPLB_PMTU_DISCOVERY_H
 
 #define LEARNED_PER_SECOND 100
 #define LEARNED_AT_ONCE 50

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* The MTU of the path to an upstream, where it is less than that of the way out. */
-#ifndef UDPLB_PATH_H
-#define UDPLB_PATH_H
+#ifndef UDPLB_PMTU_H
+#define UDPLB_PMTU_H
 
 /* Floors of a path's MTU: net.ipv4.route.min_pmtu, and RFC 8200, section 5. */
 #define LEAST_MTU_IPV4 552

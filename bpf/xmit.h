@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* The two ways out: the packet itself or a copy of it, whole or in pieces. */
-#ifndef UDPLB_FORWARD_H
-#define UDPLB_FORWARD_H
+#ifndef UDPLB_XMIT_H
+#define UDPLB_XMIT_H
 
 /* What became of a packet, in one number: verdict, what the program is to return, the MTU that it does not
  * fit. */

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* Fragments of IPv4 packets that are too large for their way and may be cut, as a router makes them (RFC 791,
  * section 3.2). */
-#ifndef UDPLB_CUT_H
-#define UDPLB_CUT_H
+#ifndef UDPLB_FRAGMENTATION_H
+#define UDPLB_FRAGMENTATION_H
 
 #define MOST_PIECES 128
 #define LONGEST_DATAGRAM 65535
