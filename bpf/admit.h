@@ -135,7 +135,7 @@ static __always_inline bool is_martian(const struct packet *packet, bool to_grou
 	       is_martian_ipv6(packet->ip6);
 }
 
-/* Looks a source up in `suspects`; src/environment.rs has the same arithmetic. */
+/* Looks a source up in `suspects`; src/datapath/environment.rs has the same arithmetic. */
 static __always_inline bool is_suspect(const struct packet *packet)
 {
 	const __be32 *source6 = packet->ip6->saddr.in6_u.u6_addr32;

@@ -1,83 +1,51 @@
 //! udplb relays, forwards and balances UDP in the kernel's traffic control layer.
 //!
-//! The modules in the order of the data flow:
+//! The folders in the order of data flow; each imports only from those below it:
 //!
 //! ```text
-//! file ── config ──> Config ── plan ──> Desired ─┐
-//!                                                ├─ diff ──> Vec<Action> ── apply
-//! bpffs + tc ── observe ──> Observed ────────────┘
+//! commands    one file a command: its arguments, its text and its JSON
+//! arpd        the daemon that keeps next hops and host names fresh
+//! cli         global options, printing, tables, the terminal
+//! telemetry   readings for people and programs: status, trace events, metrics
+//! reconcile   source (file -> desired), observe, plan, execute
+//! datapath    pins, generations, maps and filters in the kernel
+//! desired     configuration -> desired state -> contents of maps; pure
+//! net         rtnetlink in the project's own types, next-hop resolution
+//! config      text -> configuration or diagnostics
 //! ```
 //!
-//! `config`, `partial`, `plan`, `tables`, `drain` and `diff` are pure. `apply` is the only module that carries
-//! actions out, and takes a [`state::WriteGuard`] for it. The kernel is the only state.
-//!
-//! What comes of it is read back the other way:
+//! Applying a file:
 //!
 //! ```text
-//! counters + former ── traffic ──> Traffic ─┐
-//!                                           ├─ status ──> Status ──> status, top, metrics
-//! bpffs + tc ── observe ────────────────────┘
+//! file ── config ──> Config ── desired ──> Desired ─┐
+//!                                                   ├─ reconcile::plan ──> Vec<Action> ── execute
+//! bpffs + tc ── reconcile::observe ──> Observed ────┘
 //! ```
 //!
-//! `diagnosis` is pure and turns that into problems; `doctor` adds those of the host.
+//! `config`, `desired` and `reconcile::plan` are pure. `reconcile::execute` is the only module that carries actions
+//! out, and takes a [`datapath::pins::WriteGuard`] for it. The kernel is the only state.
+//!
+//! Reading it back:
+//!
+//! ```text
+//! counters + retired ── telemetry::traffic ──> Traffic ─┐
+//!                                                       ├─ telemetry::status ──> status, top, metrics
+//! bpffs + tc ── reconcile::observe ─────────────────────┘
+//! ```
+//!
+//! `telemetry::diagnosis` is pure and turns that into problems; `commands::doctor` adds those of the host.
 
-pub mod addresses;
-pub mod advice;
-pub mod apply;
 pub mod arpd;
 pub mod bpf;
-pub mod changes;
-pub mod chunks;
 pub mod cli;
-pub mod clock;
-pub mod columns;
 pub mod commands;
-pub mod complete;
 pub mod config;
-pub mod confirm;
-pub mod counters;
-pub mod diagnosis;
-pub mod diff;
-pub mod doctor;
-pub mod drain;
-pub mod drift;
-pub mod environment;
-pub mod event;
-pub mod failure;
-pub mod flow;
-pub mod former;
-pub mod generation;
-pub mod get;
-pub mod ipsec;
+pub mod datapath;
+pub mod desired;
+pub mod error;
 pub mod journal;
-pub mod kernel;
-pub mod lease;
-pub mod list;
-pub mod lock;
 pub mod maglev;
-pub mod marks;
-pub mod metrics;
-pub mod miss;
-pub mod netlink;
-pub mod nexthop;
-pub mod observe;
-pub mod output;
-pub mod overrides;
-pub mod partial;
-pub mod pcap;
-pub mod pins;
-pub mod plan;
-pub mod privileges;
-pub mod problem;
-pub mod resolve;
-pub mod routing;
-pub mod spares;
-pub mod state;
-pub mod status;
-pub mod tables;
-pub mod tc;
-pub mod terminal;
-pub mod top;
-pub mod trace;
-pub mod traffic;
-pub mod wanted;
+pub mod net;
+pub mod reconcile;
+pub mod telemetry;
+pub mod time;

@@ -4,14 +4,17 @@ use std::env;
 use std::process::ExitCode;
 
 use clap::Parser;
+use udplb::cli::output::ErrorReport;
 use udplb::cli::{Cli, Command, Output};
-use udplb::failure::{Failure, catch, say};
-use udplb::output::ErrorReport;
-use udplb::{commands, complete, journal, resolve};
+use udplb::commands;
+use udplb::commands::complete;
+use udplb::desired::dns;
+use udplb::error::{Failure, catch, say};
+use udplb::journal;
 
 fn main() -> ExitCode {
-    if std::env::args_os().next().is_some_and(|name| name == resolve::PROCESS) {
-        return resolve::answer();
+    if std::env::args_os().next().is_some_and(|name| name == dns::PROCESS) {
+        return dns::answer();
     }
     complete::answer();
     let cli = match Cli::try_parse() {

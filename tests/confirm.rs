@@ -12,7 +12,7 @@ use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, to_port};
 use common::net::{bind, receive};
 use common::service::{Arpd, until};
 use serde_json::{Value, json};
-use udplb::state::{self, Pending};
+use udplb::datapath::pins::{self, Pending};
 
 /// A datagram to the rule's key arrives at this port of the first upstream.
 #[track_caller]
@@ -50,7 +50,7 @@ fn kill_waiters(lab: &Lab) {
 /// Lets the deadline of the pending change pass, with nobody who waits for it.
 fn pass_deadline(lab: &Lab) {
     kill_waiters(lab);
-    let guard = state::write(&lab.bpffs.pins(), Duration::from_secs(60));
+    let guard = pins::write(&lab.bpffs.pins(), Duration::from_secs(60));
     let guard = guard.map_err(|failure| failure.to_string()).expect("the lock");
     let maps = guard.maps().expect("readable").expect("whole");
     let pending = maps.pending().expect("readable").expect("a pending change");

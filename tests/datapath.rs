@@ -29,10 +29,10 @@ use proptest::prelude::{Just, Strategy, any, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use udplb::bpf::types;
 use udplb::config::{Action, Key, Source, Strategy as Selection};
-use udplb::kernel;
-use udplb::nexthop::Way;
-use udplb::plan::{Rule, Upstream};
-use udplb::tables::wire;
+use udplb::datapath::kernel;
+use udplb::desired::tables::wire;
+use udplb::desired::{Rule, Upstream};
+use udplb::net::nexthop::Way;
 
 use Fate::{Answered, Cut, Dropped, Queued, Sent, Unmatched, Untouched};
 

@@ -12,7 +12,7 @@ use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule, to_port
 use common::net::{Load, bind, receive, set};
 use common::service::{Arpd, until};
 use serde_json::{Value, json};
-use udplb::netlink::Netlink;
+use udplb::net::Netlink;
 
 /// What is found, and whether there are problems.
 fn examine(lab: &Lab, code: i32) -> String {

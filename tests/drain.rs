@@ -16,7 +16,7 @@ use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule};
 use common::net::{bind, expect_silence, receive};
 use serde_json::{Value, json};
 use udplb::config::State;
-use udplb::state;
+use udplb::datapath::pins;
 
 fn upstream(name: &str, index: usize, port: u16) -> Value {
     json!({ "name": name, "address": UPSTREAMS[index], "port": port })
@@ -41,7 +41,7 @@ fn expect_state(lab: &Lab, label: &str, state: &str, by_hand: Option<&str>) {
 
 /// All that is said, by id.
 fn overrides(lab: &Lab) -> BTreeMap<u32, State> {
-    let guard = state::read(&lab.bpffs.pins(), Duration::ZERO).ok().flatten().expect("pins");
+    let guard = pins::read(&lab.bpffs.pins(), Duration::ZERO).ok().flatten().expect("pins");
     let maps = guard.maps().expect("maps").expect("all maps");
     maps.overrides.read(u32::MAX).expect("overrides")
 }

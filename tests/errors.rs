@@ -12,7 +12,7 @@ use common::lab::{Lab, Outcome, V4, V6, config, upstream};
 use common::net::{TTL, UDP_SEGMENT, bind, expect, own, payload, set};
 use common::service::{Arpd, until};
 use serde_json::json;
-use udplb::kernel;
+use udplb::datapath::kernel;
 
 /// What the upstreams' link takes.
 const NARROW: usize = 1280;

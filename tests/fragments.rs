@@ -9,7 +9,7 @@ use common::packet::{Datagram, endpoint};
 use common::program::{Context, Counted};
 use common::testbed::{NEAR, PORTS, REDIRECT, SHOT, Testbed, UNSPEC, VIP, datagram, rule};
 use udplb::config::{Action, Fragments, Source};
-use udplb::plan::{Rule, RuleIds};
+use udplb::desired::{Rule, RuleIds};
 
 /// The first fragment of a sender's datagram.
 fn first(sender: u32) -> Datagram {

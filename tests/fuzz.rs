@@ -32,7 +32,7 @@ use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use udplb::config::{
     self, Action, Admission, Fragments, Hash, Key, KeyAddress, Mode, Ports, Source,
 };
-use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
+use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
 
 const PACKETS: u32 = 20_000;
 

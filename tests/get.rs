@@ -13,8 +13,9 @@ use common::service::until;
 use common::tun::Tun;
 use common::wire::Wire;
 use serde_json::{Value, json};
-use udplb::get::{Asker, Question};
-use udplb::{generation, state};
+use udplb::commands::get::{Asker, Question};
+use udplb::datapath::generation;
+use udplb::datapath::pins;
 
 /// Rules of all kinds, the first with the first version's strategy and hash.
 fn rules() -> Value {
@@ -299,7 +300,7 @@ fn plan_announces_the_share_that_moves() {
     };
     let (index, mac) = (lab.relay.index("eth0"), lab.relay.mac("eth0"));
     let ends = || {
-        let guard = state::read(&lab.bpffs.pins(), common::net::PATIENCE).expect("pins");
+        let guard = pins::read(&lab.bpffs.pins(), common::net::PATIENCE).expect("pins");
         let guard = guard.expect("something is applied");
         let number = lab.status()["generation"].as_u64().expect("a number") as u32;
         let generation = generation::read(&guard, number).expect("readable").expect("a generation");
@@ -376,7 +377,7 @@ fn it_agrees_with_where_packets_go() {
             receivers.insert(address, socket(&lab.upstream, address));
         }
     }
-    let guard = state::read(&lab.bpffs.pins(), common::net::PATIENCE).expect("pins");
+    let guard = pins::read(&lab.bpffs.pins(), common::net::PATIENCE).expect("pins");
     let guard = guard.expect("something is applied");
     let generation = generation::read(&guard, 1).expect("readable").expect("a generation");
     let asker = Asker::new(&guard, &generation).expect("a twin");

@@ -6,7 +6,7 @@ use common::program::Program;
 use common::testbed::{Case, Fate, NEAR, NEAR_MAC, Tamper, Testbed, datagram, rule, to};
 use udplb::bpf::types;
 use udplb::config::{Action, Health, Source, Strategy};
-use udplb::plan::{Rule, RuleIds};
+use udplb::desired::{Rule, RuleIds};
 
 /// Ten upstreams on one address; the datagram's source port, 5666, is for the first or last.
 fn balanced(skip: Health) -> Rule {
@@ -21,7 +21,7 @@ fn balanced(skip: Health) -> Rule {
 fn set_down(program: &Program<'_>, ids: &[u32]) {
     for id in ids {
         program.change_nexthop(*id, |hop| {
-            hop.address = udplb::tables::wire(NEAR.into());
+            hop.address = udplb::desired::tables::wire(NEAR.into());
             hop.health = types::health::HEALTH_DOWN;
         });
     }

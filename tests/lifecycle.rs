@@ -17,7 +17,7 @@ use common::net::{bind, count, expect_silence, receive, send_until};
 use common::service::{Arpd, until};
 use common::tun::Tun;
 use serde_json::{Value, json};
-use udplb::state::STATE;
+use udplb::datapath::pins::STATE;
 
 /// Replaces the interfaces of a configuration.
 fn on(interfaces: &[&str], mut config: Value) -> Value {
@@ -622,7 +622,8 @@ fn writer_gets_its_turn_among_readers() {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     // under the lock they read; here they also rest on it
-                    let guard = udplb::state::read(&lab.bpffs.pins(), Duration::from_secs(60));
+                    let guard =
+                        udplb::datapath::pins::read(&lab.bpffs.pins(), Duration::from_secs(60));
                     std::thread::sleep(Duration::from_millis(300));
                     drop(guard.map_err(|failure| failure.to_string()).expect("a lock"));
                 }

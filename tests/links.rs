@@ -17,7 +17,7 @@ use common::service::Arpd;
 use common::tun::Tun;
 use common::wire::Wire;
 use serde_json::json;
-use udplb::kernel;
+use udplb::datapath::kernel;
 
 const ETHERNET: usize = 14;
 

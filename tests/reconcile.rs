@@ -17,16 +17,17 @@ use proptest::collection::{btree_set, vec};
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use serde_json::{Value, json};
-use udplb::apply::Executor;
 use udplb::config::{Action as TcAction, Config, Hash, Key, Ports, Strategy as Selection};
-use udplb::diff::{self, Action, Plan, Refusal};
-use udplb::generation::Origin;
-use udplb::netlink::Netlink;
-use udplb::observe::{Observed, observe};
-use udplb::plan::{Desired, Rule, Upstream};
-use udplb::routing::{Senders, Target};
-use udplb::tc::Slot;
-use udplb::{nexthop, state};
+use udplb::datapath::generation::Origin;
+use udplb::datapath::pins;
+use udplb::datapath::tc::Slot;
+use udplb::desired::{Desired, Rule, Upstream};
+use udplb::net::Netlink;
+use udplb::net::nexthop;
+use udplb::net::routing::{Senders, Target};
+use udplb::reconcile::execute::Executor;
+use udplb::reconcile::observe::{Observed, observe};
+use udplb::reconcile::plan::{self, Action, Plan, Refusal};
 
 const INTERFACES: [&str; 3] = ["a", "b", "c"];
 const ALL: usize = usize::MAX;
@@ -167,7 +168,7 @@ fn check_applied(kernel: &Kernel, desired: &Desired) {
     assert!(observed.damaged.is_empty(), "{:?}", observed.damaged);
     assert!(observed.generations.len() <= 2);
     check_ids(kernel);
-    let again = diff::apply(observed, desired, &Origin::default(), false).expect("no refusal");
+    let again = plan::apply(observed, desired, &Origin::default(), false).expect("no refusal");
     assert_eq!(again.generation, serving);
     assert!(again.actions.is_empty(), "{:?}", again.actions);
 }
@@ -379,7 +380,7 @@ fn a_generation_that_was_never_attached_is_not_gone_back_to() {
     kernel.apply(&one, false, ALL).expect("no refusal");
     assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
     let two = Desired { interfaces: vec!["b".into()], ..Desired::default() };
-    let plan = diff::apply(&kernel.observed, &two, &Origin::default(), false).expect("no refusal");
+    let plan = plan::apply(&kernel.observed, &two, &Origin::default(), false).expect("no refusal");
     assert!(matches!(plan.actions[0], Action::Build(_)));
     kernel.apply(&two, false, 1).expect("no refusal");
     assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
@@ -408,7 +409,7 @@ fn what_is_not_ours_to_change_is_refused() {
     let refusal = |change: &dyn Fn(&mut Kernel)| {
         let mut kernel = kernel.clone();
         change(&mut kernel);
-        diff::apply(&kernel.observed, &one, &Origin::default(), false).expect_err("a refusal")
+        plan::apply(&kernel.observed, &one, &Origin::default(), false).expect_err("a refusal")
     };
     let interface = |kernel: &mut Kernel| kernel.observed.interfaces.remove("a").expect("a");
     let put = |kernel: &mut Kernel, slot: Slot| {
@@ -422,7 +423,7 @@ fn what_is_not_ours_to_change_is_refused() {
     let ours = |home| Slot::Orphan { program: 1, filter: "ours".into(), home };
     let orphan = refusal(&|kernel| put(kernel, ours(None)));
     assert!(matches!(orphan, Refusal::Orphan { filter, .. } if filter == "ours"));
-    let place = udplb::pins::Place { process: None, pin_dir: "/there".into() };
+    let place = udplb::datapath::pin_search::Place { process: None, pin_dir: "/there".into() };
     let elsewhere = refusal(&|kernel| put(kernel, ours(Some(place.clone()))));
     assert!(matches!(elsewhere, Refusal::Elsewhere { home, .. } if home == place));
     let other = refusal(&|kernel| {
@@ -447,7 +448,7 @@ enum Trouble {
 fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> anyhow::Result<usize> {
     let inside = async || {
         let netlink = Netlink::open()?;
-        let guard = state::write(&lab.bpffs.pins(), std::time::Duration::ZERO)
+        let guard = pins::write(&lab.bpffs.pins(), std::time::Duration::ZERO)
             .map_err(|failure| anyhow!("{failure}"))?;
         let observed = observe(Some(&guard), &netlink).await?;
         let plan = plan(&observed).map_err(|refusal| anyhow!("{refusal}"))?;
@@ -501,7 +502,7 @@ fn snapshot(lab: &Lab) -> String {
             inside.map(|name| name.trim_start_matches('/').to_string()).filter(|name| {
                 // state/ may be made by what fails; it is nobody's generation
                 let path = lab.bpffs.pins().join(name);
-                path.is_dir() && !path.is_symlink() && name != state::STATE
+                path.is_dir() && !path.is_symlink() && name != pins::STATE
             });
         pins.extend(directories);
     }
@@ -512,7 +513,7 @@ fn snapshot(lab: &Lab) -> String {
 /// Fails at each action in turn, in one laboratory: what a failure leaves is what the next try
 /// starts from. Then lets it pass.
 fn fail_everywhere(lab: &Lab, serves: Option<u16>, plan: Planner<'_>) {
-    drop(state::write(&lab.bpffs.pins(), std::time::Duration::ZERO).expect("the pin directory"));
+    drop(pins::write(&lab.bpffs.pins(), std::time::Duration::ZERO).expect("the pin directory"));
     let before = snapshot(lab);
     let mut stop = 0;
     loop {
@@ -550,7 +551,7 @@ fn a_failing_first_apply_leaves_nothing() {
     let lab = Lab::new();
     let desired = wanted(&with_interfaces(to_port(7001), &["eth0", "up0"]));
     fail_everywhere(&lab, None, &|observed| {
-        diff::apply(observed, &desired, &Origin::default(), false)
+        plan::apply(observed, &desired, &Origin::default(), false)
     });
     expect_way(&lab, 7001);
 }
@@ -562,13 +563,13 @@ fn a_failing_apply_leaves_the_old_generation_serving() {
     lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
     let desired = wanted(&to_port(7002));
     fail_everywhere(&lab, Some(7001), &|observed| {
-        diff::apply(observed, &desired, &Origin::default(), false)
+        plan::apply(observed, &desired, &Origin::default(), false)
     });
     expect_way(&lab, 7002);
     // and back to two, with a generation to drop
     let desired = wanted(&with_interfaces(to_port(7003), &["eth0", "up0"]));
     fail_everywhere(&lab, Some(7002), &|observed| {
-        diff::apply(observed, &desired, &Origin::default(), false)
+        plan::apply(observed, &desired, &Origin::default(), false)
     });
     expect_way(&lab, 7003);
 }
@@ -578,13 +579,13 @@ fn a_failing_rollback_leaves_the_new_generation_serving() {
     let lab = Lab::new();
     lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
     lab.apply(&to_port(7002));
-    fail_everywhere(&lab, Some(7002), &|observed| diff::rollback(observed, 1_000));
+    fail_everywhere(&lab, Some(7002), &|observed| plan::rollback(observed, 1_000));
     expect_way(&lab, 7001);
     assert_eq!(lab.status()["held"], 2);
     // with --force, out of it again
     let desired = wanted(&to_port(7002));
     fail_everywhere(&lab, Some(7001), &|observed| {
-        diff::apply(observed, &desired, &Origin::default(), true)
+        plan::apply(observed, &desired, &Origin::default(), true)
     });
     expect_way(&lab, 7002);
     assert_eq!(lab.status()["held"], Value::Null);
@@ -595,9 +596,9 @@ fn failing_apply_with_confirm_leaves_nothing_pending() {
     let lab = Lab::new();
     lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
     let desired = wanted(&to_port(7002));
-    let deadline = udplb::clock::since_boot() + std::time::Duration::from_secs(3000);
+    let deadline = udplb::time::since_boot() + std::time::Duration::from_secs(3000);
     fail_everywhere(&lab, Some(7001), &|observed| {
-        diff::apply_until(observed, &desired, &Origin::default(), false, Some(deadline))
+        plan::apply_until(observed, &desired, &Origin::default(), false, Some(deadline))
     });
     assert_eq!(lab.status()["pending"]["previous"], 1);
     lab.run("confirm").expect(0);
@@ -612,7 +613,7 @@ fn a_failing_clean_up_is_no_failure() {
     }
     fs::create_dir(lab.bpffs.pins().join("building-9")).expect("leftovers");
     let desired = wanted(&to_port(7003));
-    let plan = |observed: &Observed| diff::apply(observed, &desired, &Origin::default(), false);
+    let plan = |observed: &Observed| plan::apply(observed, &desired, &Origin::default(), false);
     let all = carry_out(
         &lab,
         &|observed| {
@@ -641,7 +642,7 @@ fn a_failing_take_over_leaves_the_orphan_serving() {
     fs::remove_dir_all(lab.bpffs.pins().join("generations/1")).expect("pins");
     let before = lab.filters("eth0");
     let desired = wanted(&with_interfaces(to_port(7002), &["eth0", "up0"]));
-    let plan = |observed: &Observed| diff::apply(observed, &desired, &Origin::default(), true);
+    let plan = |observed: &Observed| plan::apply(observed, &desired, &Origin::default(), true);
     for stop in 0.. {
         match carry_out(&lab, &plan, stop, Trouble::Failure) {
             Ok(_) => break,
@@ -664,7 +665,7 @@ fn a_crash_at_any_action_of_the_executor_is_healed() {
     'all: loop {
         for (desired, config) in &configurations {
             let plan =
-                |observed: &Observed| diff::apply(observed, desired, &Origin::default(), false);
+                |observed: &Observed| plan::apply(observed, desired, &Origin::default(), false);
             let crash =
                 std::panic::AssertUnwindSafe(|| carry_out(&lab, &plan, stop, Trouble::Crash));
             if let Ok(done) = std::panic::catch_unwind(crash) {
@@ -684,7 +685,7 @@ fn a_crash_at_any_action_of_the_executor_is_healed() {
 #[test]
 fn a_crash_at_any_action_of_a_rollback_is_healed() {
     let lab = Lab::new();
-    let plan = |observed: &Observed| diff::rollback(observed, 1_000);
+    let plan = |observed: &Observed| plan::rollback(observed, 1_000);
     for stop in 0.. {
         lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
         lab.apply(&to_port(7002));

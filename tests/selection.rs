@@ -16,8 +16,8 @@ use proptest::prelude::{Just, Strategy as _, any, prop_oneof};
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRunner};
 use udplb::config::{Action, Hash, Key, KeyAddress, Mode, Payload, Ports, Source, State, Strategy};
-use udplb::plan::{Desired, Rule, RuleIds, Upstream};
-use udplb::tables::Tables;
+use udplb::desired::tables::Tables;
+use udplb::desired::{Desired, Rule, RuleIds, Upstream};
 
 const VIP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1);
 const NEAR6: Ipv6Addr = Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 2);

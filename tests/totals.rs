@@ -14,14 +14,14 @@ use common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, packets, rule
 use common::net::{bind, expect_silence_of, receive_any, set};
 use common::service::until;
 use serde_json::{Value, json};
-use udplb::apply::Executor;
 use udplb::config::Config;
-use udplb::diff::{self, Action};
-use udplb::generation::{self, Generation, Origin};
-use udplb::netlink::Netlink;
-use udplb::observe::observe;
-use udplb::plan::Desired;
-use udplb::state::{self, STATE};
+use udplb::datapath::generation::{self, Generation, Origin};
+use udplb::datapath::pins::{self, STATE};
+use udplb::desired::Desired;
+use udplb::net::Netlink;
+use udplb::reconcile::execute::Executor;
+use udplb::reconcile::observe::observe;
+use udplb::reconcile::plan::{self, Action};
 
 /// Bytes of a datagram, with its headers.
 const BYTES: u64 = 47;
@@ -139,7 +139,7 @@ impl Flows<'_> {
 
     /// The ids of the rule's upstreams in the generation that serves.
     fn ids(&self) -> Vec<u32> {
-        let pins = state::read(&self.lab.bpffs.pins(), Duration::ZERO).expect("the lock");
+        let pins = pins::read(&self.lab.bpffs.pins(), Duration::ZERO).expect("the lock");
         let pins = pins.expect("something is applied");
         let serving: Generation = generation::read(&pins, pins.current().expect("current"))
             .expect("readable")
@@ -333,10 +333,10 @@ fn a_failed_apply_loses_nothing() {
     let (sender, receivers) = (&flows.senders[0], &flows.receivers);
     let mut inside = async || {
         let netlink = Netlink::open()?;
-        let guard = state::write(&lab.bpffs.pins(), Duration::ZERO)
+        let guard = pins::write(&lab.bpffs.pins(), Duration::ZERO)
             .map_err(|failure| anyhow!("{failure}"))?;
         let observed = observe(Some(&guard), &netlink).await?;
-        let plan = diff::apply(&observed, &desired, &Origin::default(), false)
+        let plan = plan::apply(&observed, &desired, &Origin::default(), false)
             .map_err(|refusal| anyhow!("{refusal}"))?;
         let mut witness = |action: &Action| {
             if let Action::SetCurrent(_) = action {

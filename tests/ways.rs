@@ -9,9 +9,9 @@ use std::net::IpAddr;
 use common::Namespace;
 use common::service::until;
 use udplb::config::Address;
-use udplb::netlink::{NeighbourKey, Netlink};
-use udplb::nexthop::{self, Hop, Macs, Way};
-use udplb::routing::{Senders, Target};
+use udplb::net::nexthop::{self, Hop, Macs, Way};
+use udplb::net::routing::{Senders, Target};
+use udplb::net::{NeighbourKey, Netlink};
 
 /// A host on one link with a neighbour:
 ///
@@ -233,7 +233,7 @@ fn devices_without_mac_addresses() {
 /// A router that was told to be one stays one, whatever is asked of it.
 #[test]
 fn a_probe_leaves_a_router_a_router() {
-    use udplb::netlink::{Batches, NeighbourRequest};
+    use udplb::net::{Batches, NeighbourRequest};
     let pair = Pair::new();
     // nobody answers, who would tell again that it is one
     pair.host.ip("neigh add fe80::77 lladdr 02:00:00:00:00:77 router nud stale dev eth0");

@@ -8,8 +8,8 @@ use std::net::IpAddr;
 use anyhow::anyhow;
 use socket2::{Domain, InterfaceIndexOrAddress, Socket, Type};
 
-use crate::netlink::Link;
-use crate::plan::Desired;
+use crate::desired::Desired;
+use crate::net::Link;
 
 /// A group on an interface, by its index.
 type Membership = (IpAddr, u32);
@@ -74,7 +74,7 @@ fn join(group: IpAddr, ifindex: u32) -> io::Result<Socket> {
 mod tests {
     use super::*;
     use crate::config::{Key, KeyAddress};
-    use crate::plan::Rule;
+    use crate::desired::Rule;
 
     #[test]
     fn memberships_are_of_the_groups_on_the_interfaces() {

@@ -10,26 +10,34 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail};
 use sd_notify::NotifyState;
 
+use super::dns::Names;
 use super::groups::Groups;
-use super::keeper::{self, Action, Keeper, Now, Upstream};
-use super::names::Names;
+use super::neighbours::{self, Action, Keeper, Now, Upstream};
 use crate::bpf::{OBJECT_SHA256, types};
 use crate::cli::{Arpd, Global};
-use crate::environment::Environment;
-use crate::failure::{Failure, Result};
-use crate::generation::{Generation, ProgramName};
-use crate::lease::Heartbeat;
-use crate::netlink::{
+use crate::datapath::environment::Environment;
+use crate::datapath::generation::{Generation, ProgramName};
+use crate::datapath::lease::Heartbeat;
+use crate::datapath::lock;
+use crate::datapath::pins::{self, ReadGuard, StateMaps};
+use crate::datapath::spares::{self, Situation};
+use crate::datapath::tc::{self, Slot};
+use crate::desired::Desired;
+use crate::desired::dns::Answers;
+use crate::desired::partial;
+use crate::error::{Failure, Result};
+use crate::net::nexthop;
+use crate::net::routing;
+use crate::net::{
     Batches, Event, Events, Link, NeighbourKey, NeighbourRequest, NeighbourTable, Netlink,
     find_link,
 };
-use crate::observe::{Observed, observe};
-use crate::plan::Desired;
-use crate::resolve::Answers;
-use crate::spares::{self, Situation};
-use crate::state::{self, ReadGuard, StateMaps};
-use crate::tc::{self, Slot};
-use crate::{addresses, apply, clock, confirm, diff, lock, nexthop, partial, routing};
+use crate::reconcile::addresses;
+use crate::reconcile::confirm;
+use crate::reconcile::execute;
+use crate::reconcile::observe::{Observed, observe};
+use crate::reconcile::plan;
+use crate::time;
 
 /// Routes are not asked for more often than so many times as long as it takes: a routing daemon
 /// that changes thousands of them costs a twentieth of a CPU at most.
@@ -85,7 +93,7 @@ pub struct Service {
     notified: Instant,
     /// The time has come to see what is due.
     ticked: bool,
-    unwritten: Vec<(u32, keeper::Entry)>,
+    unwritten: Vec<(u32, neighbours::Entry)>,
     /// The last of what went wrong, by what was tried, so that it is told once.
     troubles: BTreeMap<&'static str, String>,
     /// Reads and writes that failed and have to succeed before the lease is renewed again.
@@ -108,7 +116,7 @@ struct Stale {
 impl Serving {
     /// Writes next hops, and with them who stands in for upstreams that are down: before they go, and again
     /// when they are back.
-    fn write(&self, guard: &ReadGuard, entries: &[(u32, keeper::Entry)]) -> anyhow::Result<()> {
+    fn write(&self, guard: &ReadGuard, entries: &[(u32, neighbours::Entry)]) -> anyhow::Result<()> {
         let nexthops = &self.maps.nexthops;
         let is_down = |entry: &types::nexthop| entry.health == types::health::HEALTH_DOWN;
         let (mut gone, mut back) = (HashSet::new(), HashSet::new());
@@ -154,7 +162,7 @@ impl Service {
     /// # Errors
     /// Another arpd serves these pins, or a privilege is missing.
     pub fn open(global: &Global, options: &Arpd) -> Result<Service> {
-        let mut guard = state::write(&global.pin_dir, global.lock_timeout)?;
+        let mut guard = pins::write(&global.pin_dir, global.lock_timeout)?;
         let lock = lock_state(&guard.state())?;
         guard.keep_mount();
         drop(guard);
@@ -342,7 +350,7 @@ impl Service {
             return Ok(());
         }
         self.rollback_due = now + confirm::RETRY_INTERVAL;
-        let guard = match state::write(&self.pin_dir, LOCK_PATIENCE) {
+        let guard = match pins::write(&self.pin_dir, LOCK_PATIENCE) {
             Ok(guard) => guard,
             Err(Failure::Locked(_)) => return Ok(()),
             Err(failure) => bail!("{failure}"),
@@ -356,7 +364,7 @@ impl Service {
 
     /// `detach --purge` removes what the lock is on.
     fn relock(&mut self) -> Result<()> {
-        let directory = self.pin_dir.join(state::STATE);
+        let directory = self.pin_dir.join(pins::STATE);
         let ours = self.lock.metadata().map(|meta| (meta.dev(), meta.ino())).ok();
         let there = fs::metadata(&directory).map(|meta| (meta.dev(), meta.ino())).ok();
         if there.is_some() && there != ours {
@@ -451,7 +459,7 @@ impl Service {
 
     /// Returns why the generation that is there cannot be looked after, where that is so.
     async fn read_generation(&mut self) -> anyhow::Result<Option<anyhow::Error>> {
-        let guard = match state::read(&self.pin_dir, LOCK_PATIENCE) {
+        let guard = match pins::read(&self.pin_dir, LOCK_PATIENCE) {
             Ok(guard) => guard,
             // an apply is under way; there is time for it until the next tick
             Err(Failure::Locked(_)) => return Ok(None),
@@ -560,9 +568,10 @@ impl Service {
         self.keeper.set_neighbours(table, now());
         for table in self.netlink.neighbour_tables().await? {
             let others = (table.entries as usize).saturating_sub(known[usize::from(table.ipv6)]);
-            let advice = keeper::overflow(self.keeper.neighbours_of(table.ipv6), others, &table);
+            let advice =
+                neighbours::overflow(self.keeper.neighbours_of(table.ipv6), others, &table);
             let what = table_of(table.ipv6);
-            let room = keeper::room(&table);
+            let room = neighbours::room(&table);
             self.keeper.set_room(table.ipv6, room);
             let advice = match room {
                 0 => advice.map(|advice| format!("{advice}; until then no next hops are added")),
@@ -617,7 +626,7 @@ impl Service {
     }
 
     async fn attach_again(&mut self, lost: &[String]) -> anyhow::Result<()> {
-        let guard = match state::write(&self.pin_dir, LOCK_PATIENCE) {
+        let guard = match pins::write(&self.pin_dir, LOCK_PATIENCE) {
             Ok(guard) => guard,
             Err(Failure::Locked(_)) => return Ok(()),
             Err(failure) => bail!("{failure}"),
@@ -631,10 +640,10 @@ impl Service {
         // one that `detach` was faster with is left alone
         let lost: Vec<String> =
             lost.iter().filter(|name| !observed.is_detached(name)).cloned().collect();
-        let plan = diff::attach_again(&observed, &lost).map_err(|refusal| anyhow!("{refusal}"))?;
+        let plan = plan::attach_again(&observed, &lost).map_err(|refusal| anyhow!("{refusal}"))?;
         let ways = BTreeMap::new();
-        let mut executor = apply::Executor::new(&guard, &self.netlink, &observed, &ways);
-        executor.run(&plan.actions, &mut apply::log).await?;
+        let mut executor = execute::Executor::new(&guard, &self.netlink, &observed, &ways);
+        executor.run(&plan.actions, &mut execute::log).await?;
         let before = self.serving.as_ref().map(|serving| &serving.interfaces);
         for name in plan.attached() {
             let index = observed.interfaces[name].index;
@@ -647,7 +656,7 @@ impl Service {
                 continue;
             }
             log::warn!("{name}: udplb's filter was gone, and no detach took it: attached again");
-            apply::count_reattached(&guard, &observed, name)?;
+            execute::count_reattached(&guard, &observed, name)?;
         }
         self.stale.interfaces = false;
         Ok(())
@@ -762,7 +771,7 @@ impl Service {
     /// Writes next hops, unless another udplb is at work: then later. The shared lock keeps an
     /// apply out, and what serves is still what was read.
     fn write(&mut self) -> anyhow::Result<()> {
-        let guard = match state::read(&self.pin_dir, Duration::ZERO) {
+        let guard = match pins::read(&self.pin_dir, Duration::ZERO) {
             Ok(guard) => guard,
             Err(Failure::Locked(_)) => return Ok(()),
             Err(failure) => bail!("{failure}"),
@@ -812,7 +821,7 @@ impl Service {
             let address = &target.address;
             bail!("{address} is an address of this host, which is no upstream");
         }
-        let guard = match state::write(&self.pin_dir, LOCK_PATIENCE) {
+        let guard = match pins::write(&self.pin_dir, LOCK_PATIENCE) {
             Ok(guard) => guard,
             Err(Failure::Locked(_)) => return Ok(None),
             Err(failure) => bail!("{failure}"),
@@ -830,9 +839,9 @@ impl Service {
         if serving.description.object != OBJECT_SHA256 {
             bail!("generation {number} was built by another udplb: restart arpd");
         }
-        let plan = diff::renew(&observed, desired, &serving.description.origin)
+        let plan = plan::renew(&observed, desired, &serving.description.origin)
             .map_err(|refusal| anyhow!("{refusal}"))?;
-        let outcome = apply::reconcile(&guard, &self.netlink, &observed, &plan, &ways).await?;
+        let outcome = execute::reconcile(&guard, &self.netlink, &observed, &plan, &ways).await?;
         Ok(Some(outcome.generation))
     }
 
@@ -873,7 +882,7 @@ impl Stale {
 }
 
 fn now() -> Now {
-    Now { instant: Instant::now(), seconds: clock::now() as u32 }
+    Now { instant: Instant::now(), seconds: time::now() as u32 }
 }
 
 /// Which symlink `current` is: every apply and rollback makes another, though it may point at

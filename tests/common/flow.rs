@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use udplb::config::{Hash, Strategy};
-use udplb::plan::Rule;
-use udplb::tables::Tables;
+use udplb::desired::Rule;
+use udplb::desired::tables::Tables;
 
 /// Most bytes of the name of a metric.
 const METRIC_MOST: usize = 256;

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use udplb::bpf::OBJECT_SHA256;
-use udplb::diff::{self, Action, Plan, Refusal};
-use udplb::generation::{Description, Draft, Generation, Origin, ProgramName};
-use udplb::marks::Mark;
-use udplb::netlink::Qdisc;
-use udplb::observe::{Interface, Observed};
-use udplb::plan::{Desired, RuleIds, assign_ids};
-use udplb::tc::{Hook, Slot};
+use udplb::datapath::generation::{Description, Draft, Generation, Origin, ProgramName};
+use udplb::datapath::marks::Mark;
+use udplb::datapath::tc::{Hook, Slot};
+use udplb::desired::{Desired, RuleIds, assign_ids};
+use udplb::net::Qdisc;
+use udplb::reconcile::observe::{Interface, Observed};
+use udplb::reconcile::plan::{self, Action, Plan, Refusal};
 
 /// Who put a clsact onto an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +30,7 @@ impl Kernel {
         let empty = |index: usize| Interface {
             altnames: Vec::new(),
             index: index as u32 + 1,
-            layer: Some(udplb::netlink::Layer::Ethernet),
+            layer: Some(udplb::net::Layer::Ethernet),
             up: true,
             carrier: true,
             received: 0,
@@ -67,7 +67,7 @@ impl Kernel {
 
     /// Plans what `apply` is to do and carries out the first `steps` of it.
     pub fn apply(&mut self, desired: &Desired, force: bool, steps: usize) -> Result<Plan, Refusal> {
-        let plan = diff::apply(&self.observed, desired, &Origin::default(), force)?;
+        let plan = plan::apply(&self.observed, desired, &Origin::default(), force)?;
         self.carry_out(&plan.actions, steps);
         Ok(plan)
     }
@@ -80,26 +80,26 @@ impl Kernel {
         steps: usize,
     ) -> Result<Plan, Refusal> {
         let (origin, deadline) = (Origin::default(), Some(Duration::from_secs(1)));
-        let plan = diff::apply_until(&self.observed, desired, &origin, force, deadline)?;
+        let plan = plan::apply_until(&self.observed, desired, &origin, force, deadline)?;
         self.carry_out(&plan.actions, steps);
         Ok(plan)
     }
 
     pub fn rollback(&mut self, steps: usize) -> Result<Plan, Refusal> {
-        let plan = diff::rollback(&self.observed, 1_000)?;
+        let plan = plan::rollback(&self.observed, 1_000)?;
         self.carry_out(&plan.actions, steps);
         Ok(plan)
     }
 
     /// What is refused changes nothing.
     pub fn confirm(&mut self) {
-        if let Ok(actions) = diff::confirm(&self.observed) {
+        if let Ok(actions) = plan::confirm(&self.observed) {
             self.carry_out(&actions, usize::MAX);
         }
     }
 
     pub fn detach(&mut self, interfaces: &[String], purge: bool, steps: usize) {
-        let actions = diff::detach(&self.observed, interfaces, purge).expect("they exist");
+        let actions = plan::detach(&self.observed, interfaces, purge).expect("they exist");
         self.carry_out(&actions, steps);
     }
 

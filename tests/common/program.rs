@@ -12,12 +12,12 @@ use libbpf_rs::{
 };
 use udplb::bpf::{NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
 use udplb::config::{Action, Address, Hash, Key, Mode, Ports, Source, State, Strategy};
-use udplb::environment::suspects;
-use udplb::lease::ticks_per_second;
-use udplb::nexthop::{self, Way};
-use udplb::plan::{Desired, Rule, RuleIds, Upstream, assign_ids};
-use udplb::spares::{self, Situation};
-use udplb::tables::{Tables, first_upstreams, wire};
+use udplb::datapath::environment::suspects;
+use udplb::datapath::lease::ticks_per_second;
+use udplb::datapath::spares::{self, Situation};
+use udplb::desired::tables::{Tables, first_upstreams, wire};
+use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
+use udplb::net::nexthop::{self, Way};
 
 use super::packet::{Mac, TYPE};
 use super::prelude::{Change, FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL, Tag};

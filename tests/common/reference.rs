@@ -12,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 
 use udplb::config::{Action, Admission, Fragments, Hash, KeyAddress, Mode, Source, Strategy};
-use udplb::plan::{Rule, RuleIds, Upstream};
+use udplb::desired::{Rule, RuleIds, Upstream};
 
 use super::packet::Mac;
 use super::prelude::Tag;

@@ -7,8 +7,8 @@ use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use udplb::config::{Action, Address, Hash, Key, Ports, Source};
-use udplb::nexthop::{Hop, Macs, Way};
-use udplb::plan::{Rule, RuleIds, Upstream};
+use udplb::desired::{Rule, RuleIds, Upstream};
+use udplb::net::nexthop::{Hop, Macs, Way};
 
 use super::Namespace;
 use super::packet::{Datagram, Mac, endpoint};

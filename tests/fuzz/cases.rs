@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use udplb::config::{Action, Admission, Fragments, KeyAddress, Mode, Ports, Source};
-use udplb::plan::{Rule, Upstream};
+use udplb::desired::{Rule, Upstream};
 
 use super::common::forge::{Checksum, Extension, Forged, Fragment, Ip, Kind, Length, Udp, V4, V6};
 use super::common::prelude::Tag;

@@ -8,7 +8,7 @@ use proptest::prelude::any;
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use proptest::{prop_assert, prop_assert_eq};
 use udplb::config::Source;
-use udplb::plan::Rule;
+use udplb::desired::Rule;
 
 use super::cases::{Case, all, case, v4, v6};
 use super::common::forge::{Extension, Forged, Ip, Kind, Udp};

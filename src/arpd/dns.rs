@@ -1,0 +1,104 @@
+//! Host names of upstreams, asked for again and again beside the service's own work: a name
+//! server that does not answer must not stop the lease.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use crate::desired::dns::{self, Answers};
+use crate::desired::partial::Unresolved;
+use crate::desired::{Desired, Name};
+
+/// The longest interval while a host of the configuration has no address.
+const RETRY_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Asks for names.
+pub struct Names {
+    interval: Duration,
+    asked: Instant,
+    /// Not to wait for the interval.
+    now: bool,
+    asking: bool,
+    sender: UnboundedSender<Answers>,
+    receiver: UnboundedReceiver<Answers>,
+    /// Names whose last answer had lost most of their addresses.
+    pub shrunk: BTreeSet<Name>,
+    /// Messages about names without an address, each told once.
+    failing: BTreeSet<(String, String)>,
+}
+
+impl Names {
+    /// With interval zero it never asks.
+    pub fn new(interval: Duration) -> Names {
+        let (sender, receiver) = unbounded_channel();
+        Names {
+            interval,
+            asked: Instant::now(),
+            now: false,
+            asking: false,
+            sender,
+            receiver,
+            shrunk: BTreeSet::new(),
+            failing: BTreeSet::new(),
+        }
+    }
+
+    /// The next time there is no waiting.
+    pub fn ask_now(&mut self) {
+        self.now = true;
+    }
+
+    /// Asks for all names of the configuration, if it is time.
+    pub fn ask(&mut self, desired: &Desired, timeout: Duration) {
+        let interval = match desired.incomplete.hosts.is_empty() {
+            true => self.interval,
+            false => self.interval.min(RETRY_INTERVAL),
+        };
+        let is_due = self.now || self.asked.elapsed() >= interval;
+        if self.interval.is_zero() || self.asking || !is_due {
+            return;
+        }
+        (self.asked, self.now) = (Instant::now(), false);
+        let names = dns::names(&desired.as_written());
+        if names.is_empty() {
+            return;
+        }
+        self.asking = true;
+        let sender = self.sender.clone();
+        tokio::spawn(async move {
+            // nobody listens any more at the end
+            let _ = sender.send(dns::ask(names, timeout).await);
+        });
+    }
+
+    /// Waits for the answers.
+    pub async fn answer(&mut self) -> Answers {
+        match self.receiver.recv().await {
+            Some(answers) => {
+                self.asking = false;
+                answers
+            }
+            // cannot be: the sender is ours too
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Logs the names that have no address, and those that have one again.
+    pub fn tell(&mut self, unresolved: &[Unresolved]) {
+        let failing = unresolved.iter().map(|it| (it.host.clone(), it.effect.to_string()));
+        let failing: BTreeSet<(String, String)> = failing.collect();
+        for it in unresolved {
+            if self.failing.insert((it.host.clone(), it.effect.to_string())) {
+                log::warn!("{} {}; {}", it.host, it.cause, it.effect);
+            }
+        }
+        for (host, effect) in std::mem::take(&mut self.failing) {
+            if failing.contains(&(host.clone(), effect.clone())) {
+                self.failing.insert((host, effect));
+            } else if !failing.iter().any(|(other, _)| *other == host) {
+                log::info!("{host} resolves again");
+            }
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! `udplb arpd`: keeps next hops resolved and fresh, and tells the program which are dead.
+//!
+//! [`keeper`] decides; this is the rim: it reads what the kernel has, carries out what is to be
+//! done, and renews the lease as long as both succeed. Events only make it look earlier: every
+//! interval it looks at everything.
+
+mod dns;
+mod groups;
+pub mod neighbours;
+mod service;
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::MissedTickBehavior;
+
+use crate::cli::{Arpd, Global};
+use crate::datapath::capabilities;
+use crate::error::{Failure, Result, say};
+use crate::net::Events;
+use crate::net::nexthop::PATIENCE;
+use crate::telemetry::http;
+use service::Service;
+
+/// How often it looks whether something is due, or another generation serves.
+const TICK: Duration = Duration::from_millis(250);
+/// Events come in swarms: this long others are waited for.
+const SWARM: Duration = Duration::from_millis(10);
+
+/// Runs until SIGTERM or SIGINT, or once.
+pub async fn run(global: &Global, options: &Arpd) -> Result<u8> {
+    capabilities::require()?;
+    let mut service = Service::open(global, options)?;
+    service.look_at_everything().await;
+    if options.once {
+        settle(&mut service).await;
+        if !service.serves() && !service.is_in_trouble() {
+            return Err(Failure::NothingApplied);
+        }
+        let unreachable = service.unreachable();
+        for address in &unreachable {
+            say(format_args!("error: {address} cannot be reached; udplb doctor says why"));
+        }
+        return Ok((service.is_in_trouble() || !unreachable.is_empty()).into());
+    }
+    if let Some(address) = options.metrics {
+        http::serve(global, address, &options.metrics_hosts).context("the thread for metrics")?;
+    }
+    let result = serve(&mut service).await;
+    service.end();
+    result
+}
+
+/// Waits for neighbours to answer, as long as `apply` does.
+async fn settle(service: &mut Service) {
+    let end = Instant::now() + PATIENCE;
+    while !service.is_settled() && Instant::now() < end {
+        tokio::time::sleep(SWARM).await;
+        service.take_events().await;
+        service.work().await;
+    }
+}
+
+async fn serve(service: &mut Service) -> Result<u8> {
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("SIGHUP")?;
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    service.ready();
+    loop {
+        let Service { events, names, .. } = &mut *service;
+        tokio::select! {
+            biased;
+            _ = terminate.recv() => return Ok(0),
+            _ = interrupt.recv() => return Ok(0),
+            _ = hangup.recv() => {
+                service.look_at_everything().await;
+                service.resolve_names_now();
+            }
+            // the lease comes before the events, of which there may be many
+            _ = tick.tick() => service.tick().await?,
+            () = has_events(events) => {
+                tokio::time::sleep(SWARM).await;
+                service.take_events().await;
+            }
+            answer = names.answer() => service.renamed(answer).await,
+        }
+        service.work().await;
+    }
+}
+
+/// Waits until the kernel has something to tell; an error is found again when events are taken.
+async fn has_events(events: &Events) {
+    let _ = events.wait().await;
+}

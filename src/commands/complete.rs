@@ -1,0 +1,113 @@
+//! Candidates for completion on the command line: what serves, and the interfaces of this host. Errors
+//! are no candidates.
+
+use std::ffi::CStr;
+use std::path::PathBuf;
+use std::time::Duration;
+use std::{env, io};
+
+use clap::CommandFactory;
+use clap_complete::Shell;
+use clap_complete::engine::CompletionCandidate;
+use clap_complete::env::{CompleteEnv, Shells};
+
+use crate::cli::Cli;
+use crate::datapath::generation;
+use crate::datapath::pins::{self, PIN_DIR};
+use crate::desired::Desired;
+
+/// The environment variable by which a shell asks for candidates.
+const VARIABLE: &str = "UDPLB_COMPLETE";
+
+/// Answers a shell that asks for candidates, and ends the process; returns if none does.
+pub fn answer() {
+    CompleteEnv::with_factory(Cli::command).var(VARIABLE).complete();
+}
+
+/// Returns the script that has a shell ask udplb for candidates.
+pub fn script(shell: Shell) -> io::Result<String> {
+    let mut script = Vec::new();
+    let name = shell.to_string();
+    let completer = Shells::builtins();
+    let completer = completer.completer(&name).ok_or(io::ErrorKind::Unsupported)?;
+    completer.write_registration(VARIABLE, "udplb", "udplb", "udplb", &mut script)?;
+    Ok(String::from_utf8_lossy(&script).into_owned())
+}
+
+/// Names of the rules that serve.
+pub fn rules() -> Vec<CompletionCandidate> {
+    let desired = serving().unwrap_or_default();
+    desired.rules.into_iter().map(|rule| CompletionCandidate::new(rule.name)).collect()
+}
+
+/// Upstreams and mirrors that serve, as `drain` takes them; a host without its port where it has no
+/// name and is there once, since shells break words at colons.
+pub fn upstreams() -> Vec<CompletionCandidate> {
+    let desired = serving().unwrap_or_default();
+    let mut all = Vec::new();
+    for rule in &desired.rules {
+        let hosts: Vec<String> = rule.destinations().map(|it| it.host.to_string()).collect();
+        for (upstream, host) in rule.destinations().zip(&hosts) {
+            let once = hosts.iter().filter(|other| *other == host).count() == 1;
+            let label = match &upstream.name {
+                Some(name) => name.clone(),
+                None if once => host.clone(),
+                None => upstream.label(),
+            };
+            all.push(CompletionCandidate::new(format!("{}/{label}", rule.name)));
+        }
+    }
+    all
+}
+
+/// Names of the interfaces of this network namespace.
+pub fn interfaces() -> Vec<CompletionCandidate> {
+    let mut all = Vec::new();
+    // SAFETY: the array ends with an index of 0, its names are C strings, and it is freed once.
+    unsafe {
+        let first = libc::if_nameindex();
+        let mut entry = first;
+        while !entry.is_null() && (*entry).if_index != 0 {
+            let name = CStr::from_ptr((*entry).if_name).to_string_lossy();
+            all.push(CompletionCandidate::new(name.as_ref()));
+            entry = entry.add(1);
+        }
+        if !first.is_null() {
+            libc::if_freenameindex(first);
+        }
+    }
+    all
+}
+
+/// The configuration that serves below the pin directory that the words to complete name.
+fn serving() -> Option<Desired> {
+    let guard = pins::read(&pin_dir(env::args()), Duration::ZERO).ok()??;
+    let generation = generation::read(&guard, guard.current()?).ok()??;
+    Some(generation.description.desired)
+}
+
+fn pin_dir(words: impl Iterator<Item = String>) -> PathBuf {
+    const OPTION: &str = "--pin-dir";
+    let mut words = words;
+    while let Some(word) = words.next() {
+        match word.strip_prefix(OPTION) {
+            Some("") => return words.next().unwrap_or_default().into(),
+            Some(value) if value.starts_with('=') => return value[1..].into(),
+            _ => {}
+        }
+    }
+    PIN_DIR.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{PIN_DIR, pin_dir};
+
+    #[test]
+    fn pin_directory_is_that_of_the_words() {
+        let of = |words: &str| pin_dir(words.split(' ').map(String::from));
+        assert_eq!(of("udplb -- udplb drain"), *PIN_DIR);
+        assert_eq!(of("udplb -- udplb --pin-dir /run/a drain"), *"/run/a");
+        assert_eq!(of("udplb -- udplb --pin-dir=/run/b drain"), *"/run/b");
+    }
+}

@@ -1,0 +1,72 @@
+//! Programs and filters that see an interface's packets before udplb does.
+
+use std::os::fd::AsFd;
+
+use anyhow::Context;
+
+use crate::bpf;
+use crate::datapath::tc;
+use crate::error::Result;
+use crate::net::{Direction, ETH_P_ALL, Filter, Link, Netlink};
+
+/// A program or filter that runs before udplb's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Before {
+    /// `XDP program 12 filter_udp`.
+    pub name: String,
+    /// Takes it away.
+    pub remove: String,
+    /// It decides on every packet, so that none comes further.
+    pub takes_all: bool,
+}
+
+/// All of them, in the order in which they run.
+pub async fn read(netlink: &Netlink, link: &Link, protocols: &[u16]) -> Result<Vec<Before>> {
+    let mut before: Vec<Before> = xdp(link).collect();
+    before.extend(tcx(link));
+    let mut filters = netlink.filters(link.index, Direction::Ingress).await.context("filters")?;
+    filters.sort_by_key(|filter| (filter.priority, filter.handle));
+    let is_first = |filter: &&Filter| {
+        filter.chain == 0
+            && filter.priority < tc::PRIORITY
+            && (filter.protocol == ETH_P_ALL || protocols.contains(&filter.protocol))
+    };
+    before.extend(filters.iter().filter(is_first).map(|it| filter(link, it)));
+    Ok(before)
+}
+
+fn filter(link: &Link, filter: &Filter) -> Before {
+    const NEXT: i32 = -1;
+    Before {
+        name: format!("tc filter {}", tc::describe(filter)),
+        remove: format!(
+            "tc filter del dev {} ingress pref {} handle {:#x} {}",
+            link.name, filter.priority, filter.handle, filter.kind
+        ),
+        takes_all: filter.kind == "matchall" && filter.action.is_some_and(|it| it != NEXT),
+    }
+}
+
+fn xdp(link: &Link) -> impl Iterator<Item = Before> {
+    link.xdp.iter().map(|(mode, id)| Before {
+        name: format!("XDP program {}", name(*id)),
+        remove: format!("ip link set dev {} {mode} off", link.name),
+        takes_all: false,
+    })
+}
+
+/// The programs of the newer hook (6.6), which all run before any filter.
+fn tcx(link: &Link) -> impl Iterator<Item = Before> {
+    bpf::tcx_programs(link.index).into_iter().map(|id| Before {
+        name: format!("tcx program {}", name(id)),
+        remove: format!("bpftool net detach tcx_ingress dev {}", link.name),
+        takes_all: false,
+    })
+}
+
+/// Id and name of a program; the name takes CAP_SYS_ADMIN.
+fn name(id: u32) -> String {
+    let program = bpf::program_by_id(id);
+    let info = program.and_then(|program| bpf::program_info(program.as_fd()));
+    info.map_or_else(|_| id.to_string(), |info| format!("{id} {}", info.name))
+}

@@ -1,0 +1,434 @@
+//! What doctor looks at. Nothing is changed.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use anyhow::Context;
+
+use super::{Facts, Input, InputLink, Kernel, Sender, Upstream, Way, before, sample};
+use crate::bpf;
+use crate::cli::{Global, Resolver, Target};
+use crate::config::{Action, Config, Family, Health, Key, KeyAddress, Source, with_port};
+use crate::datapath::capabilities;
+use crate::datapath::generation::Description;
+use crate::datapath::kernel;
+use crate::desired::export;
+use crate::desired::tables;
+use crate::desired::{Desired, Rule};
+use crate::error::{Failure, Result};
+use crate::net::nexthop;
+use crate::net::routing;
+use crate::net::{self, Link, Netlink, OwnAddress};
+use crate::reconcile::drift;
+use crate::reconcile::observe::{Observed, observe};
+use crate::reconcile::source::{Request, Text, Wanted};
+use crate::reconcile::warnings;
+use crate::telemetry::diagnosis;
+use crate::telemetry::status::{self, Reading, Status};
+
+/// Of the documentation's networks: the way there is the default route.
+const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+
+/// Where systemd finds unit files, whoever installed them.
+const UNIT_DIRS: [&str; 5] = [
+    "/etc/systemd/system",
+    "/run/systemd/system",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
+    "/lib/systemd/system",
+];
+
+/// Looks at the host, at what serves, and at the file: the one given, or the one that serves.
+///
+/// # Errors
+/// The file that was given cannot be read, the kernel does not answer, or somebody changes it.
+pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Result<Facts> {
+    let mut facts = Facts {
+        kernel: abilities(),
+        missing_capabilities: capabilities::missing_now(),
+        neighbours: netlink.neighbour_tables().await.context("neighbours")?,
+        ..Facts::default()
+    };
+    let measured = bpf::measure_runs().inspect_err(|error| log::info!("run times: {error}"));
+    let reading = match readings(global, netlink).await {
+        Ok((before, links, after)) => {
+            facts.growth = sample::growth(&before.status, &after.status);
+            if measured.is_ok() {
+                facts.hidden = sample::hidden(&before, &links, &after);
+            }
+            Some(after)
+        }
+        // it is no trouble of the host
+        Err(failure @ Failure::Locked(_)) => return Err(failure),
+        Err(failure) => {
+            facts.unreadable = Some(failure.to_string());
+            None
+        }
+    };
+    let unread;
+    let (observed, status) = match &reading {
+        Some(reading) => (&reading.observed, Some(&reading.status)),
+        None => {
+            unread = observe(None, netlink).await?;
+            (&unread, None)
+        }
+    };
+    let number = status.and_then(|status| status.generation);
+    let serving = number.and_then(|number| observed.generations.get(&number));
+    let serving = serving.map(|generation| &generation.description);
+    facts.damage = damage(observed);
+    facts.held = observed.held.map(|held| held.generation);
+    facts.arpd = status.and_then(|status| status.arpd);
+    facts.arpd_unit =
+        UNIT_DIRS.iter().any(|dir| Path::new(dir).join("udplb-arpd.service").exists());
+    let given = match file {
+        Some(file) => {
+            Some((Text::read(file)?, Target { file: file.into(), interfaces: Vec::new() }))
+        }
+        None => serving.and_then(drift::source),
+    };
+    facts.file = match (&given, serving) {
+        (Some((text, _)), _) => text.name.clone(),
+        (None, Some(description)) => description.origin.file.clone(),
+        (None, None) => "FILE".into(),
+    };
+    if let Some(reading) = &reading {
+        facts.problems = reading.problems(diagnosis::Source(&facts.file));
+    }
+    let mut desired = serving.map(|description| description.desired.clone());
+    match (given, serving) {
+        (Some((text, target)), Some(description)) => {
+            facts.drift = Some(differs(&text, target, description));
+        }
+        (Some((text, target)), None) => {
+            let wanted = match Request::new(&text, &target, Resolver::default()) {
+                Ok(request) => Wanted::whole(request, observed, netlink).await,
+                Err(failure) => Err(failure),
+            };
+            match wanted {
+                Ok(wanted) => desired = Some(wanted.desired),
+                Err(failure) => facts.drift = Some(Err(first_line(&failure))),
+            }
+        }
+        (None, _) => {}
+    }
+    if let Some(desired) = desired {
+        look(&mut facts, netlink, observed, status, serving, &desired).await?;
+    }
+    Ok(facts)
+}
+
+/// Two readings, a sample's length apart, and the links right after the first. Neighbours that the kernel does not vouch for are asked
+/// meanwhile, since a route's next hop that died a while ago looks like one that nobody needed.
+async fn readings(global: &Global, netlink: &Netlink) -> Result<(Reading, Vec<Link>, Reading)> {
+    let before = status::read(global, netlink, None, None).await?;
+    if before.status.arpd != Some(true) {
+        netlink.probe(&before.doubtful()).await;
+    }
+    let links = netlink.links().await.context("interfaces")?;
+    tokio::time::sleep(sample::LENGTH).await;
+    let after = status::read(global, netlink, None, None).await?;
+    Ok((before, links, after))
+}
+
+/// A file that was given takes the interfaces that serve, where it names none.
+fn differs(
+    text: &Text,
+    mut target: Target,
+    description: &Description,
+) -> std::result::Result<bool, String> {
+    if text.parse().is_ok_and(|config| config.interfaces.is_empty()) {
+        target.interfaces.clone_from(&description.desired.interfaces);
+    }
+    drift::differs(text, &target, description).map_err(|failure| first_line(&failure))
+}
+
+fn first_line(failure: &Failure) -> String {
+    failure.to_string().lines().next().unwrap_or_default().into()
+}
+
+fn abilities() -> Kernel {
+    Kernel {
+        version: kernel::version(),
+        btf: kernel::has_btf(),
+        confidential: kernel::is_confidential(),
+        // a kernel that always compiles may not show it
+        jit: sysctl("net/core/bpf_jit_enable").is_none_or(|value| value != 0),
+    }
+}
+
+fn sysctl(name: &str) -> Option<i64> {
+    fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?.trim().parse().ok()
+}
+
+/// What of the pins is not whole, besides those of the generation that serves.
+fn damage(observed: &Observed) -> Vec<String> {
+    let serving = observed.serving();
+    let is_other = |number: &&u32| Some(**number) != serving;
+    let damaged = observed.damaged.iter().filter(is_other);
+    let damaged = damaged.map(|number| format!("the description of generation {number} is gone"));
+    let others = observed.generations.values().filter(|it| is_other(&&it.number) && !it.intact);
+    let others = others.map(|it| format!("pins of generation {} are missing", it.number));
+    let unfinished = observed.unfinished.iter().map(|name| format!("{name} was left by a crash"));
+    damaged.chain(others).chain(unfinished).collect()
+}
+
+async fn look(
+    facts: &mut Facts,
+    netlink: &Netlink,
+    observed: &Observed,
+    status: Option<&Status>,
+    serving: Option<&Description>,
+    desired: &Desired,
+) -> Result<()> {
+    let links = netlink.links().await.context("interfaces")?;
+    let addresses = netlink.addresses().await.context("addresses")?;
+    facts.inputs = inputs(netlink, observed, &links, serving, desired).await?;
+    let ways = nexthop::look(netlink, &desired.targets(), &desired.interfaces).await?;
+    facts.upstreams = upstreams(&ways, &links, status, desired);
+    let hops: HashSet<(&str, IpAddr)> = facts
+        .upstreams
+        .iter()
+        .filter_map(|upstream| match &upstream.way {
+            Way::Hop { interface, gateway, .. } => Some((interface.as_str(), *gateway)),
+            _ => None,
+        })
+        .collect();
+    for (_, gateway) in hops {
+        facts.next_hops[usize::from(gateway.is_ipv6())] += 1;
+    }
+    facts.senders = senders(desired);
+    facts.wants_health = desired.rules.iter().any(|rule| rule.health == Health::Neighbour);
+    facts.warnings = warnings(desired, &ways, &links, &addresses);
+    let own: HashSet<IpAddr> = addresses.iter().map(|own| own.address).collect();
+    facts.homeless = desired
+        .rules
+        .iter()
+        .rev()
+        .filter_map(|rule| match rule.key.address {
+            KeyAddress::Is(address) => Some((address, rule)),
+            KeyAddress::Any => None,
+        })
+        .filter(|(address, _)| !tables::is_group(desired, *address) && !own.contains(address))
+        .map(|(address, rule)| (address.to_string(), rule.name.clone()))
+        .collect();
+    Ok(())
+}
+
+/// What `apply` would say of what serves.
+fn warnings(
+    desired: &Desired,
+    ways: &BTreeMap<routing::Target, nexthop::Way>,
+    links: &[Link],
+    addresses: &[OwnAddress],
+) -> Vec<String> {
+    let text = export::document(desired).to_string();
+    let Ok(config) = Config::parse("what serves", &text) else { return Vec::new() };
+    let mut findings = warnings::of_this_host(&config, desired, links, addresses);
+    // who may not ask is told of the missing privilege
+    let policies = net::security_policies().unwrap_or_default();
+    findings.extend(warnings::in_clear(&config, desired, ways, &policies));
+    findings.extend(warnings::several(&config, desired, ways));
+    findings.extend(warnings::not_joined(&config, &desired.interfaces, links));
+    findings.into_iter().map(|finding| finding.message).collect()
+}
+
+async fn inputs(
+    netlink: &Netlink,
+    observed: &Observed,
+    links: &[Link],
+    serving: Option<&Description>,
+    desired: &Desired,
+) -> Result<Vec<Input>> {
+    let elsewhere = netlink.paths(&[ELSEWHERE.into()], &HashMap::new()).await;
+    let elsewhere = elsewhere.context("routes")?.pop();
+    let elsewhere = elsewhere.and_then(|paths| paths.ok()?.first().copied());
+    let of = |family: Family| desired.rules.iter().filter(move |rule| rule.family() == family);
+    let passes = of(Family::V4).any(|rule| rule.action == Action::Pass);
+    let families: Vec<(&str, u16)> = [(Family::V4, "ipv4", 0x0800), (Family::V6, "ipv6", 0x86dd)]
+        .into_iter()
+        .filter(|(family, ..)| of(*family).next().is_some())
+        .map(|(_, name, protocol)| (name, protocol))
+        .collect();
+    let protocols: Vec<u16> = families.iter().map(|(_, protocol)| *protocol).collect();
+    let mut inputs = Vec::new();
+    for name in &desired.interfaces {
+        let seen = observed.interfaces.get(name);
+        let link = links.iter().find(|link| link.name == *name);
+        let Some((seen, link)) = seen.zip(link) else {
+            inputs.push(Input { name: name.clone(), link: None });
+            continue;
+        };
+        let conf = |interface: &str, what: &str| {
+            sysctl(&format!("net/ipv4/conf/{interface}/{what}")).unwrap_or(0)
+        };
+        let is = |what: &str, wanted: i64| sysctl(&what.replace('.', "/")) == Some(wanted);
+        let no_ipv6 = format!("net.ipv6.conf.{name}.disable_ipv6");
+        let qdisc = seen.hook.qdisc;
+        inputs.push(Input {
+            name: name.clone(),
+            link: Some(InputLink {
+                mtu: link.mtu,
+                lro: devices_below(link, links).find(|device| lro(device)).map(String::from),
+                foreign_qdisc: qdisc.is_some()
+                    && serving.is_some_and(|serving| !serving.clsact.contains(name)),
+                before: before::read(netlink, link, &protocols).await?,
+                not_forwarding: families
+                    .iter()
+                    .map(|(family, _)| format!("net.{family}.conf.{name}.forwarding"))
+                    .filter(|sysctl| is(sysctl, 0))
+                    .collect(),
+                no_ipv6: Some(no_ipv6)
+                    .filter(|sysctl| of(Family::V6).next().is_some() && is(sysctl, 1)),
+                strict: conf("all", "rp_filter").max(conf(name, "rp_filter")) == 1,
+                default_elsewhere: elsewhere.is_some_and(|route| route.ifindex != link.index),
+                passes,
+            }),
+        });
+    }
+    Ok(inputs)
+}
+
+/// Returns the devices that packets of a link come in by: its members, or what it is made upon. A
+/// bond's own flags say what its members may do.
+fn devices_below<'a>(link: &'a Link, links: &'a [Link]) -> impl Iterator<Item = &'a str> {
+    // few are stacked higher
+    const DEEPEST: usize = 8;
+    let mut below = vec![link];
+    for _ in 0..DEEPEST {
+        below = below.into_iter().flat_map(|link| next_below(link, links)).collect();
+    }
+    below.into_iter().map(|link| link.name.as_str())
+}
+
+fn next_below<'a>(link: &'a Link, links: &'a [Link]) -> Vec<&'a Link> {
+    let made_upon = ["vlan", "macvlan", "ipvlan", "macvtap"].contains(&link.kind.as_str());
+    let is_next = |other: &&Link| {
+        other.controller == Some(link.index) || made_upon && link.lower == Some(other.index)
+    };
+    let next: Vec<&Link> = links.iter().filter(is_next).collect();
+    if next.is_empty() { vec![link] } else { next }
+}
+
+/// Whether the device merges what it receives.
+fn lro(interface: &str) -> bool {
+    const GET_FLAGS: u32 = 0x25;
+    const LRO: u32 = 1 << 15;
+    let Ok(socket) = std::net::UdpSocket::bind("127.0.0.1:0") else { return false };
+    let mut value = [GET_FLAGS, 0];
+    // SAFETY: all zeroes are an ifreq, whose name keeps its final zero; the kernel reads it and
+    // writes an ethtool_value, two words, both of which outlive the call.
+    let result = unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        let room = request.ifr_name.len() - 1;
+        for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()).take(room) {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+        libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &mut request)
+    };
+    result == 0 && value[1] & LRO != 0
+}
+
+fn upstreams(
+    ways: &BTreeMap<routing::Target, nexthop::Way>,
+    links: &[Link],
+    status: Option<&Status>,
+    desired: &Desired,
+) -> Vec<Upstream> {
+    let links: HashMap<u32, Link> = links.iter().map(|link| (link.index, link.clone())).collect();
+    let mut known = HashMap::new();
+    for rule in status.iter().flat_map(|status| &status.rules) {
+        for (upstream, _) in rule.destinations() {
+            known.insert((rule.name.as_str(), upstream.label.as_str()), upstream);
+        }
+    }
+    let mut upstreams = Vec::new();
+    for rule in &desired.rules {
+        for upstream in rule.destinations() {
+            let label = upstream.label();
+            let found = ways.get(&desired.target(rule, upstream));
+            let hop = found.and_then(|found| found.hops().first());
+            let status = known.get(&(rule.name.as_str(), label.as_str()));
+            let dropped = |reason| {
+                let drop = status.and_then(|it| it.counters.drops().find(|it| it.0 == reason));
+                drop.map_or(0, |(_, count)| count.packets)
+            };
+            upstreams.push(Upstream {
+                rule: rule.name.clone(),
+                address: upstream.address.ip,
+                way: found.map_or(Way::Local, |found| way(found, &links)),
+                preserves: rule.source_of(upstream) == Source::Preserve,
+                lacks_egress: rule.source_of(upstream) == Source::Egress
+                    && hop.is_some_and(|hop| hop.egress.is_none()),
+                too_large: dropped("mtu"),
+                spent: dropped("ttl"),
+                label,
+            });
+        }
+    }
+    upstreams
+}
+
+/// What doctor says of a way, by its first hop. `links` are all interfaces, by index.
+fn way(way: &nexthop::Way, links: &HashMap<u32, Link>) -> Way {
+    let hop = match (way, way.hops().first()) {
+        (nexthop::Way::None(reason), _) => return Way::None(reason.clone()),
+        (_, Some(hop)) => hop,
+        (_, None) => return Way::Local,
+    };
+    let link = links.get(&hop.ifindex);
+    // a veth has a peer there
+    let lower = link.and_then(|link| link.outer.or(link.lower.filter(|_| link.kind != "veth")));
+    let lower = lower.and_then(|lower| links.get(&lower));
+    Way::Hop {
+        interface: hop.interface.clone(),
+        gateway: hop.gateway,
+        mtu: hop.mtu,
+        lower: lower.map(|lower| (lower.name.clone(), lower.mtu)),
+    }
+}
+
+/// The sockets that are connected to a key.
+fn senders(desired: &Desired) -> Vec<Sender> {
+    let mut keys: HashMap<IpAddr, Vec<&Rule>> = HashMap::new();
+    for rule in &desired.rules {
+        match rule.key.address {
+            KeyAddress::Is(address) => keys.entry(address).or_default().push(rule),
+            KeyAddress::Any => {
+                let family = rule.family();
+                for address in desired.addresses.iter().filter(|it| family == (**it).into()) {
+                    keys.entry(*address).or_default().push(rule);
+                }
+            }
+        }
+    }
+    let tables = ["/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"];
+    let tables = tables.map(|path| fs::read_to_string(path).unwrap_or_default());
+    let mut senders = Vec::new();
+    for line in tables.iter().flat_map(|table| table.lines().skip(1)) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_, from, to, _, _, _, _, uid, ..] = words[..] else { continue };
+        let Some((from, to)) = warnings::endpoint(from).zip(warnings::endpoint(to)) else {
+            continue;
+        };
+        let Some(rules) = keys.get(&to.0) else { continue };
+        let rule = rules.iter().find(|rule| {
+            let Key { ports, from: networks, .. } = &rule.key;
+            let port = ports.is_empty() || ports.iter().any(|it| it.contains(to.1));
+            port && (networks.is_empty() || networks.iter().any(|it| it.contains(from.0)))
+        });
+        if let Some(rule) = rule {
+            senders.push(Sender {
+                rule: rule.name.clone(),
+                from: with_port(from.0, from.1),
+                to: with_port(to.0, to.1),
+                uid: uid.parse().unwrap_or(0),
+            });
+        }
+    }
+    senders
+}

@@ -1,0 +1,614 @@
+//! `udplb get`: what would happen to a packet now. The program itself is asked: a twin of the one
+//! that serves, on the same maps, is run on such a packet, and tells of it as to `trace`.
+
+use std::cell::RefCell;
+use std::fmt::{self, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd;
+
+use anyhow::{Context, anyhow};
+use libbpf_rs::RingBufferBuilder;
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use crate::bpf::{self, types};
+use crate::cli::{Endpoint, Get, Global};
+use crate::config::{Action, KeyAddress, Mode, State, with_port};
+use crate::datapath::generation::{self, Generation, Twin};
+use crate::datapath::overrides;
+use crate::datapath::pins::{self, ReadGuard, StateMaps};
+use crate::desired::diff;
+use crate::desired::miss::{self, Miss};
+use crate::desired::tables::is_group;
+use crate::desired::{Desired, Rule, Upstream};
+use crate::error::{Failure, Result};
+use crate::net::{Neighbour, Netlink, NudState};
+use crate::reconcile::observe::{Observed, observe};
+use crate::telemetry::event::{Event, Names};
+use crate::telemetry::status::{self, UpstreamStatus};
+
+/// A sender's port where none was given.
+const PORT: u16 = 1024;
+
+/// The packet that is asked about.
+#[derive(Clone, Debug)]
+pub struct Question {
+    pub source: SocketAddr,
+    pub destination: SocketAddr,
+    pub payload: Vec<u8>,
+}
+
+/// Asks one generation.
+pub struct Asker {
+    twin: Twin,
+    desired: Desired,
+}
+
+impl Asker {
+    pub fn new(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Asker> {
+        let desired = generation.description.desired.clone();
+        Ok(Asker { twin: generation::twin(guard, generation)?, desired })
+    }
+
+    /// What would become of a packet that comes in on an interface with this MAC address: an event for
+    /// each copy, and what the program returns.
+    pub fn ask(
+        &self,
+        ifindex: u32,
+        own: [u8; 6],
+        question: &Question,
+    ) -> anyhow::Result<(Vec<Event>, i32)> {
+        let to =
+            match (question.destination.ip(), is_group(&self.desired, question.destination.ip())) {
+                (_, false) => own,
+                (address, true) => group_mac(address),
+            };
+        let events = RefCell::new(Vec::new());
+        let mut builder = RingBufferBuilder::new();
+        let take = |bytes: &[u8]| {
+            events.borrow_mut().extend(Event::read(bytes));
+            0
+        };
+        builder.add(&self.twin.events, take)?;
+        let ring = builder.build()?;
+        let action = bpf::run_on_frame(self.twin.program.as_fd(), ifindex, &frame(question, to))
+            .context("the program cannot be asked")?;
+        ring.consume()?;
+        drop(ring);
+        Ok((events.into_inner(), action))
+    }
+}
+
+/// To which frames for a group are sent.
+fn group_mac(address: IpAddr) -> [u8; 6] {
+    match address {
+        IpAddr::V4(address) if address.is_multicast() => {
+            let [_, a, b, c] = address.octets();
+            [0x01, 0x00, 0x5e, a & 0x7f, b, c]
+        }
+        IpAddr::V4(_) => [0xff; 6],
+        IpAddr::V6(address) => {
+            let [.., a, b, c, d] = address.octets();
+            [0x33, 0x33, a, b, c, d]
+        }
+    }
+}
+
+/// The packet as it would lie on the wire.
+fn frame(question: &Question, to: [u8; 6]) -> Vec<u8> {
+    const UDP: u8 = 17;
+    const LIMIT: u8 = 64;
+    let Question { source, destination, payload } = question;
+    let length = (8 + payload.len()) as u16;
+    let mut udp = [source.port(), destination.port(), length, 0].map(u16::to_be_bytes).concat();
+    udp.extend(payload);
+    let (protocol, mut ip, addresses) = match (source.ip(), destination.ip()) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            let [high, low] = (20 + length).to_be_bytes();
+            let ip = vec![0x45, 0, high, low, 0, 0, 0x40, 0, LIMIT, UDP, 0, 0];
+            (0x0800_u16, ip, [source.octets(), destination.octets()].concat())
+        }
+        (source, destination) => {
+            let octets = |address: IpAddr| match address {
+                IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+                IpAddr::V6(address) => address.octets(),
+            };
+            let [high, low] = length.to_be_bytes();
+            let ip = vec![0x60, 0, 0, 0, high, low, UDP, LIMIT];
+            (0x86dd, ip, [octets(source), octets(destination)].concat())
+        }
+    };
+    ip.extend(&addresses);
+    if protocol == 0x0800 {
+        let sum = checksum(&[&ip]);
+        ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    }
+    let [high, low] = length.to_be_bytes();
+    let sum = match checksum(&[&addresses, &[0, UDP, high, low], &udp]) {
+        0 => u16::MAX,
+        sum => sum,
+    };
+    udp[6..8].copy_from_slice(&sum.to_be_bytes());
+    // of a locally administered address that nobody has
+    let from = [2, 0, 0, 0, 0, 0xff];
+    [&to[..], &from, &protocol.to_be_bytes(), &ip, &udp].concat()
+}
+
+/// RFC 1071; all parts but the last have an even length.
+fn checksum(parts: &[&[u8]]) -> u16 {
+    let words = parts.iter().flat_map(|part| part.chunks(2));
+    let word = |bytes: &[u8]| u32::from(bytes[0]) << 8 | u32::from(*bytes.get(1).unwrap_or(&0));
+    let sum: u32 = words.map(word).sum();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    !((sum & 0xffff) + (sum >> 16)) as u16
+}
+
+/// What would happen, and why.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Answer {
+    pub source: SocketAddr,
+    pub destination: SocketAddr,
+    pub interface: String,
+    pub generation: u32,
+    /// `None`: no rule matches, and the packet is let alone.
+    #[serde(flatten)]
+    pub matched: Option<Matched>,
+    /// Rules that nearly match, where none does.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub misses: Vec<Miss>,
+    /// Source and destination of a packet that would match.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub example: Option<String>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Matched {
+    pub rule: String,
+    pub key: String,
+    pub tc_action: Action,
+    pub mode: Mode,
+    /// What chose the upstream, where there was a choice.
+    pub selection: Option<Selection>,
+    /// One for each that gets the packet or a copy.
+    pub outcomes: Vec<Outcome>,
+    /// `sent`: the packet itself goes to the upstream; `delivered`: it is delivered here; `dropped`.
+    pub packet: &'static str,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Selection {
+    pub strategy: String,
+    /// The part of the packet that selects, where the headers show it.
+    pub value: Option<String>,
+    /// What the program made of it.
+    pub number: u32,
+    pub slot: u32,
+    pub slots: u32,
+    /// Whose the slot is, where another got the packet, and why.
+    pub instead_of: Option<String>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Outcome {
+    /// `None`: none was chosen.
+    pub upstream: Option<String>,
+    /// Others get the packet too.
+    pub copy: bool,
+    /// It gets every N-th packet only.
+    pub sample: u32,
+    /// What arpd makes of it, while it runs.
+    pub health: Option<&'static str>,
+    /// By hand, or else by the file.
+    pub state: Option<State>,
+    #[serde(rename = "override")]
+    pub said: Option<State>,
+    pub next_hop: Option<Hop>,
+    /// The packet's addresses as it leaves.
+    pub source: Option<SocketAddr>,
+    pub destination: Option<SocketAddr>,
+    pub verdict: &'static str,
+    #[serde(skip)]
+    endpoint: Option<String>,
+    /// State and override in words.
+    #[serde(skip)]
+    condition: Option<&'static str>,
+}
+
+/// Next hop of a packet.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Hop {
+    pub interface: String,
+    pub gateway: Option<IpAddr>,
+    pub mac: Option<String>,
+    /// In the neighbour table, as `ip neigh` has it.
+    pub state: Option<String>,
+    pub mtu: Option<u16>,
+}
+
+/// Asks. `None`: nothing is applied.
+pub async fn run(global: &Global, options: &Get, netlink: &Netlink) -> Result<Option<Answer>> {
+    crate::datapath::capabilities::require()?;
+    let Some(guard) = pins::read(&global.pin_dir, global.lock_timeout)? else { return Ok(None) };
+    let observed = observe(Some(&guard), netlink).await?;
+    let Some(serving) = observed.described()? else { return Ok(None) };
+    let desired = &serving.description.desired;
+    let question = question(desired, options)?;
+    let interface = interface(desired, &observed, options.interface.as_deref())?;
+    let is_attached = desired.interfaces.contains(&interface);
+    let links = netlink.links().await.context("interfaces")?;
+    let link = links.iter().find(|link| link.name == interface);
+    let link = link.with_context(|| format!("{interface}: there is no such interface"))?;
+    let asker = Asker::new(&guard, serving)?;
+    // one without MAC addresses has zeros
+    let (events, action) = match is_attached {
+        true => asker.ask(link.index, link.mac.unwrap_or_default(), &question)?,
+        false => (Vec::new(), TC_ACT_UNSPEC),
+    };
+    let maps = guard.maps()?.context(pins::INCOMPLETE)?;
+    drop(guard);
+
+    let mut answer = Answer {
+        source: question.source,
+        destination: question.destination,
+        interface,
+        generation: serving.number,
+        matched: None,
+        misses: Vec::new(),
+        example: None,
+    };
+    let Some(first) = events.first() else {
+        answer.explain_miss(desired);
+        return Ok(Some(answer));
+    };
+    let mut names = Names::default();
+    names.add(serving.clone());
+    let rule = names.rule(first).context("the program names a rule that there is not")?.clone();
+    let reading = status::read(global, netlink, Some(&rule.name), None).await?;
+    let rows: Vec<&UpstreamStatus> = reading
+        .status
+        .rules
+        .iter()
+        .flat_map(|rule| rule.destinations().map(|(upstream, _)| upstream))
+        .collect();
+    let neighbours = netlink.neighbours().await.context("neighbours")?;
+    let looked = Looked { maps: &maps, rows, neighbours, twin: &asker.twin };
+    let mut outcomes = Vec::new();
+    for event in &events {
+        outcomes.push(looked.outcome(event, &mut names)?);
+    }
+    answer.matched = Some(Matched {
+        key: diff::key(&rule),
+        tc_action: rule.action,
+        mode: rule.mode,
+        selection: looked.selection(&events, &rule, &names)?,
+        outcomes,
+        packet: match action {
+            TC_ACT_SHOT => "dropped",
+            TC_ACT_UNSPEC => "delivered",
+            _ => "sent",
+        },
+        rule: rule.name,
+    });
+    Ok(Some(answer))
+}
+
+/// Of linux/pkt_cls.h.
+const TC_ACT_UNSPEC: i32 = -1;
+const TC_ACT_SHOT: i32 = 2;
+
+fn question(desired: &Desired, options: &Get) -> Result<Question> {
+    let Endpoint { address, port } = options.source;
+    let to = options.destination;
+    if address.is_ipv4() != to.address.is_ipv4() {
+        return Err(Failure::Usage("both addresses must be IPv4 or both IPv6".into()));
+    }
+    let length = options.payload.len();
+    if length > 60_000 {
+        return Err(Failure::Usage("the payload has at most 60000 bytes".into()));
+    }
+    let port = port.unwrap_or(PORT);
+    let to_port = to.port.map_or_else(|| only_port(desired, to.address), Ok)?;
+    Ok(Question {
+        source: SocketAddr::new(address, port),
+        destination: SocketAddr::new(to.address, to_port),
+        payload: options.payload.clone().into_bytes(),
+    })
+}
+
+/// The one that the rules have for an address.
+fn only_port(desired: &Desired, address: IpAddr) -> Result<u16> {
+    let ports = desired
+        .rules
+        .iter()
+        .filter(|rule| match rule.key.address {
+            KeyAddress::Is(key) => key == address,
+            KeyAddress::Any => desired.addresses.contains(&address),
+        })
+        .flat_map(|rule| &rule.key.ports);
+    let mut ports: Vec<_> = ports.map(|ports| (ports.first, ports.last)).collect();
+    ports.sort_unstable();
+    ports.dedup();
+    match ports[..] {
+        [(first, last)] if first == last => Ok(first),
+        _ => {
+            let endpoint = with_port(address, "PORT");
+            Err(Failure::Usage(format!("which port? give it as {endpoint}")))
+        }
+    }
+}
+
+/// Where the packet comes in.
+fn interface(desired: &Desired, observed: &Observed, named: Option<&str>) -> Result<String> {
+    let all = &desired.interfaces;
+    let named = named.map(|name| observed.canonical(name));
+    match (named.as_deref(), &all[..]) {
+        // where it is none of those whose packets meet the rules, that is the answer
+        (Some(name), _) if observed.interfaces.contains_key(name) => Ok(name.into()),
+        (Some(name), _) => Err(anyhow!("{name}: there is no such interface").into()),
+        (None, [only]) => Ok(only.clone()),
+        (None, _) => {
+            Err(Failure::Usage(format!("which interface? give one with -i: {}", all.join(", "))))
+        }
+    }
+}
+
+/// What else is known beside the events.
+struct Looked<'a> {
+    maps: &'a StateMaps,
+    rows: Vec<&'a UpstreamStatus>,
+    neighbours: Vec<Neighbour>,
+    twin: &'a Twin,
+}
+
+impl Looked<'_> {
+    fn outcome(&self, event: &Event, names: &mut Names) -> anyhow::Result<Outcome> {
+        let upstream = names.upstream(event).map(|(upstream, copy)| (upstream.clone(), copy));
+        let row = self.rows.iter().find(|row| row.id == event.0.upstream);
+        let out = (event.0.out != 0).then(|| names.interface(event.0.out));
+        // what is recorded may be of another hop than the kernel chose
+        let hop = row.and_then(|row| row.next_hop.as_ref());
+        let hop = hop.filter(|hop| Some(&hop.interface) == out.as_ref());
+        let gateway = event.gateway().or(hop.map(|hop| hop.gateway));
+        let hop = hop.filter(|hop| Some(hop.gateway) == gateway);
+        let left = addresses(&event.0.left);
+        let (left, copy) = match &upstream {
+            Some((_, copy)) => (left, *copy),
+            None => (None, false),
+        };
+        let condition = match &upstream {
+            Some((upstream, _)) => Some(self.state(upstream, event.0.upstream)?),
+            None => None,
+        };
+        Ok(Outcome {
+            upstream: upstream.as_ref().map(|(upstream, _)| upstream.label()),
+            endpoint: upstream.as_ref().map(|(upstream, _)| diff::endpoint(upstream)),
+            copy,
+            sample: upstream.as_ref().map_or(1, |(upstream, _)| upstream.sample),
+            health: row.and_then(|row| row.health),
+            state: row.map(|row| row.state),
+            said: row.and_then(|row| row.said),
+            condition,
+            next_hop: out.map(|interface| Hop {
+                interface,
+                gateway,
+                mac: event.mac(),
+                state: gateway.and_then(|gateway| self.neighbour(event.0.out, gateway)),
+                mtu: hop.and_then(|hop| hop.mtu),
+            }),
+            source: left.map(|(source, _)| source),
+            destination: left.map(|(_, destination)| destination),
+            verdict: event.verdict(),
+        })
+    }
+
+    /// The state of a next hop, as `ip neigh` has it.
+    fn neighbour(&self, ifindex: u32, gateway: IpAddr) -> Option<String> {
+        let key = (ifindex, gateway);
+        let mut all = self.neighbours.iter();
+        let found = all.find(|neighbour| (neighbour.ifindex, neighbour.address) == key)?;
+        (found.state != NudState::None).then(|| found.state.to_string())
+    }
+
+    fn selection(
+        &self,
+        events: &[Event],
+        rule: &Rule,
+        names: &Names,
+    ) -> anyhow::Result<Option<Selection>> {
+        let is_copy = |event: &Event| names.upstream(event).is_some_and(|(_, copy)| copy);
+        let Some(event) = events.iter().find(|event| event.is_selected(rule, is_copy(event)))
+        else {
+            return Ok(None);
+        };
+        let tables = &self.twin.tables;
+        let rules = tables.rules.iter().map(|(_, rule)| rule);
+        let all = rules
+            .chain(tables.rules6.iter().map(|(_, rule)| rule))
+            .chain(tables.senders.iter().map(|(_, rule)| rule));
+        let entry = all.into_iter().find(|entry| entry.id == event.0.rule);
+        let entry = entry.context("the program names a rule that there is not")?;
+        let slot = entry.first_slot + event.0.slot;
+        let width = types::slot_line::default().upstream.len();
+        let line = tables.slots.get(slot as usize / width).context("no such slot")?;
+        let owner = usize::from(line.upstream[slot as usize % width]);
+        let place = entry.first_upstream as usize + owner;
+        let id = tables.upstreams.get(place).context("no such upstream")?.id;
+        let owner = rule.upstreams.get(owner).context("no such upstream")?;
+        let instead_of = match id == event.0.upstream {
+            true => None,
+            false => {
+                let state = self.state(owner, id)?;
+                let why = if state.starts_with("drained") { state } else { "down" };
+                Some(format!("{}, which is {why}", diff::endpoint(owner)))
+            }
+        };
+        Ok(Some(Selection {
+            strategy: diff::word(&rule.strategy),
+            value: event.key(rule.strategy),
+            number: event.0.key,
+            slot: event.0.slot,
+            slots: entry.slots,
+            instead_of,
+        }))
+    }
+
+    /// What is asked of an upstream, as `status` has it.
+    fn state(&self, upstream: &Upstream, id: u32) -> anyhow::Result<&'static str> {
+        let said = self.maps.overrides.read(id)?.get(&id).copied();
+        Ok(overrides::word(upstream.state, said).unwrap_or("active"))
+    }
+}
+
+/// From where to where a frame goes.
+fn addresses(frame: &types::snapshot) -> Option<(SocketAddr, SocketAddr)> {
+    let bytes = frame.bytes.get(..frame.there as usize)?;
+    let port = |at: usize| Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
+    let (source, destination, udp): (IpAddr, IpAddr, usize) = match port(12)? {
+        0x0800 => {
+            let at = |at: usize| <[u8; 4]>::try_from(bytes.get(at..at + 4)?).ok();
+            let header = usize::from(bytes.get(14)? & 0xf) * 4;
+            (Ipv4Addr::from(at(26)?).into(), Ipv4Addr::from(at(30)?).into(), 14 + header)
+        }
+        0x86dd => {
+            let at = |at: usize| <[u8; 16]>::try_from(bytes.get(at..at + 16)?).ok();
+            (at(22)?.into(), at(38)?.into(), 54)
+        }
+        _ => return None,
+    };
+    Some((SocketAddr::new(source, port(udp)?), SocketAddr::new(destination, port(udp + 2)?)))
+}
+
+impl Answer {
+    pub fn matched(&self) -> bool {
+        self.matched.is_some()
+    }
+
+    fn explain_miss(&mut self, desired: &Desired) {
+        let (source, destination) = (self.source.ip(), self.destination);
+        self.misses = miss::explain(desired, source, destination, &self.interface);
+        self.example = self.misses.first().and_then(|miss| {
+            let rule = desired.rules.iter().find(|rule| rule.name == miss.rule)?;
+            miss.example(rule, source, destination)
+        });
+    }
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Answer { source, destination, interface, generation, .. } = self;
+        let Some(matched) = &self.matched else {
+            writeln!(
+                f,
+                "no rule matches {destination} from {source} on {interface} (generation {generation}): \
+                 the packet is let alone"
+            )?;
+            for Miss { rule, text, .. } in &self.misses {
+                writeln!(f, "rule {rule} {text}")?;
+            }
+            return match &self.example {
+                Some(example) => writeln!(f, "would match: udplb get {example}"),
+                None => Ok(()),
+            };
+        };
+        let action = match matched.tc_action {
+            Action::Pass => "pass",
+            Action::Block => "block",
+        };
+        let mode = if matched.mode == Mode::Replicate { " replicate" } else { "" };
+        let mut line = |title: &str, text: &str| writeln!(f, "{title:10}{text}");
+        line("packet", &format!("{source} > {destination} on {interface}"))?;
+        let Matched { rule, key, .. } = matched;
+        line("rule", &format!("{rule}: {key} {action}{mode}, generation {generation}"))?;
+        if let Some(selection) = &matched.selection {
+            let Selection { strategy, number, slot, slots, .. } = selection;
+            let key = selection.value.as_ref().map(|key| format!(" {key}")).unwrap_or_default();
+            line("key", &format!("{strategy}{key}, as a number {number}"))?;
+            let instead = selection.instead_of.as_ref().map(|of| format!(", of {of}"));
+            line("slot", &format!("{slot} of {slots}{}", instead.unwrap_or_default()))?;
+        }
+        for outcome in &matched.outcomes {
+            outcome.lines(&mut line)?;
+        }
+        match (matched.packet, matched.tc_action) {
+            ("delivered", _) => line("here", "delivered as it came"),
+            ("dropped", _) => line("here", "not delivered"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Outcome {
+    fn lines(&self, line: &mut impl FnMut(&str, &str) -> fmt::Result) -> fmt::Result {
+        if let Some(endpoint) = &self.endpoint {
+            let mut text = endpoint.clone();
+            for word in self.health.into_iter().chain(self.condition) {
+                write!(text, ", {word}")?;
+            }
+            if self.sample > 1 {
+                write!(text, ", one packet in {}", self.sample)?;
+            }
+            line(if self.copy { "copy to" } else { "upstream" }, &text)?;
+        }
+        if let Some(Hop { interface, gateway: Some(gateway), mac, state, mtu }) = &self.next_hop {
+            let mut text = format!("{gateway} dev {interface}");
+            for word in [mac, state].into_iter().flatten() {
+                write!(text, " {word}")?;
+            }
+            if let Some(mtu) = mtu {
+                write!(text, ", MTU {mtu}")?;
+            }
+            line("next hop", &text)?;
+        }
+        if let (Some(source), Some(destination)) = (self.source, self.destination) {
+            line("leaves as", &format!("{source} > {destination}"))?;
+        }
+        line("verdict", self.verdict)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_as_others_make_them() {
+        for (source, destination) in
+            [("10.0.0.9:5000", "10.0.0.5:53"), ("[2001:db8::9]:5000", "[2001:db8::5]:53")]
+        {
+            let question = Question {
+                source: source.parse().expect("an address"),
+                destination: destination.parse().expect("an address"),
+                payload: b"odd".to_vec(),
+            };
+            let frame = frame(&question, [2, 0, 0, 0, 0, 1]);
+            let builder =
+                etherparse::PacketBuilder::ethernet2([2, 0, 0, 0, 0, 0xff], [2, 0, 0, 0, 0, 1]);
+            let builder = match (question.source.ip(), question.destination.ip()) {
+                (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                    builder.ipv4(source.octets(), destination.octets(), 64)
+                }
+                (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                    builder.ipv6(source.octets(), destination.octets(), 64)
+                }
+                _ => unreachable!("of one family"),
+            };
+            let builder = builder.udp(5000, 53);
+            let mut wanted = Vec::new();
+            builder.write(&mut wanted, b"odd").expect("a packet");
+            assert_eq!(frame, wanted, "{source}");
+        }
+    }
+
+    #[test]
+    fn endpoints() {
+        let endpoint = |text: &str| text.parse::<Endpoint>().ok().map(|it| (it.address, it.port));
+        let v4 = IpAddr::from([10, 0, 0, 9]);
+        let v6: IpAddr = "2001:db8::9".parse().expect("an address");
+        assert_eq!(endpoint("10.0.0.9"), Some((v4, None)));
+        assert_eq!(endpoint("10.0.0.9:53"), Some((v4, Some(53))));
+        assert_eq!(endpoint("2001:db8::9"), Some((v6, None)));
+        assert_eq!(endpoint("[2001:db8::9]"), Some((v6, None)));
+        assert_eq!(endpoint("[2001:db8::9]:53"), Some((v6, Some(53))));
+        assert_eq!(endpoint("host:53"), None);
+    }
+}

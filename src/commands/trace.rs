@@ -1,0 +1,412 @@
+//! `udplb trace`: what becomes of packets, live. The program tells of them as long as a lease in
+//! `state/tracing` runs, which is renewed here; whoever is killed lets it run out.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::fs::{self, File, TryLockError};
+use std::io::{self, BufWriter, ErrorKind, Write};
+use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, RingBuffer, RingBufferBuilder};
+
+use crate::bpf::{bytes_of, from_bytes, types};
+use crate::cli::output::Document;
+use crate::cli::terminal::{Signals, is_gone};
+use crate::cli::{Global, Output, Trace};
+use crate::config::Network;
+use crate::datapath::generation::{self, Description};
+use crate::datapath::lease;
+use crate::datapath::pins::{self, INCOMPLETE};
+use crate::desired::tables::wire;
+use crate::error::{Failure, Result, say};
+use crate::net::Netlink;
+use crate::reconcile::drain;
+use crate::reconcile::observe::observe;
+use crate::telemetry::event::{Event, Names};
+use crate::telemetry::pcap::Pcap;
+use crate::time;
+
+/// How long the program goes on when nobody is there any more.
+const LEASE: Duration = Duration::from_secs(1);
+const RENEWAL: Duration = Duration::from_millis(250);
+/// How often the ring buffer is looked at: nobody is woken for a packet.
+const LOOKS: Duration = Duration::from_millis(20);
+/// Events that are taken at once.
+const BATCH: usize = 4096;
+/// Less than the lease, in which an apply may be in the way.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Tells of packets until it is interrupted, or of so many. `None`: nothing is applied.
+pub async fn run(
+    global: &Global,
+    options: &Trace,
+    netlink: &Netlink,
+    colour: bool,
+) -> Result<Option<u64>> {
+    let Some(guard) = pins::read(&global.pin_dir, global.lock_timeout)? else { return Ok(None) };
+    let observed = observe(Some(&guard), netlink).await?;
+    let Some(serving) = observed.described()? else { return Ok(None) };
+    let maps = guard.maps()?.context(INCOMPLETE)?;
+    let description = &serving.description;
+    let rule = match &options.rule {
+        Some(name) => {
+            let index = drain::rule_index(&description.desired, name)?;
+            description.ids.get(index).map_or(0, |ids| ids.rule)
+        }
+        None => 0,
+    };
+    let beginning = beginning(options, description, serving.number);
+    let alone = alone(&guard.generations())?;
+    let mut printer = Printer::new(global, options, colour)?;
+    observed.generations.into_values().for_each(|generation| printer.names.add(generation));
+    let mut signals = Signals::new().context("signals")?;
+    let settings = settings(options, rule);
+    let mut session = Session::new(maps.tracing, alone, guard.state().join("tracing"), settings)?;
+    drop(guard);
+    if !global.quiet {
+        say(beginning);
+    }
+
+    let taken = RefCell::new(VecDeque::new());
+    let take = |bytes: &[u8]| {
+        let mut taken = taken.borrow_mut();
+        taken.extend(Event::read(bytes));
+        if taken.len() >= BATCH { FULL } else { 0 }
+    };
+    let mut builder = RingBufferBuilder::new();
+    builder.add(&maps.events, take).context("events")?;
+    let ring = builder.build().context("events")?;
+    let mut ended = false;
+    loop {
+        session.keep()?;
+        let more = look(&ring)?;
+        let events: Vec<Event> = taken.borrow_mut().drain(..).collect();
+        for event in &events {
+            if !session.wants(event, options) {
+                continue;
+            }
+            if !printer.names.knows(event.0.generation) {
+                session.renew()?;
+                learn(global, &mut printer.names, event.0.generation);
+            }
+            if !printer.print(event)? || options.count.is_some_and(|most| printer.count >= most) {
+                ended = true;
+                break;
+            }
+        }
+        if !printer.flush()? || ended || is_gone() {
+            break;
+        }
+        if !more && signals.within(LOOKS).await {
+            // and what is there by now
+            session.end()?;
+            ended = true;
+        }
+    }
+    session.end()?;
+    if let Some(summary) = summary(global, &printer, &session) {
+        say(summary);
+    }
+    Ok(Some(printer.count))
+}
+
+/// What is traced, in a line.
+fn beginning(options: &Trace, description: &Description, number: u32) -> String {
+    let Trace { rule, src, dst, drops, sample, count, .. } = options;
+    let mut text = match (drops, rule) {
+        (true, Some(rule)) => format!("tracing packets of rule {rule} that are not sent"),
+        (true, None) => "tracing packets that are not sent".into(),
+        (false, Some(rule)) => format!("tracing packets of rule {rule}"),
+        (false, None) => "tracing packets of all rules".into(),
+    };
+    text += &format!(" on {}", description.desired.interfaces.join(", "));
+    text.extend(src.map(|network| format!(", from {network}")));
+    text.extend(dst.map(|network| format!(", to {network}")));
+    if *sample > 1 {
+        text += &format!(", one in {sample}");
+    }
+    let end = count.map_or("until Ctrl-C".into(), |count| format!("until {count} are shown"));
+    format!("{text} (generation {number}), {end}")
+}
+
+fn summary(global: &Global, printer: &Printer, session: &Session) -> Option<String> {
+    let shown = printer.count;
+    match session.lost {
+        _ if session.interrupted => Some(format!(
+            "{shown} shown; nothing was traced while the output was not read for {} s",
+            LEASE.as_secs()
+        )),
+        0 => (!global.quiet).then(|| format!("{shown} shown, none lost")),
+        lost => Some(format!(
+            "{shown} shown, {lost} lost: more came than could be told; --sample, --rule, --src, \
+             --dst and --drops take fewer"
+        )),
+    }
+}
+
+fn settings(options: &Trace, rule: u32) -> types::trace {
+    let network = |network: Option<Network>| match network {
+        Some(network) => (u32::from(network.prefix), wire(network.address)),
+        None => (0, [0; 4]),
+    };
+    let (source_bits, source) = network(options.src);
+    let (destination_bits, destination) = network(options.dst);
+    types::trace {
+        rule,
+        sample: options.sample,
+        drops: options.drops.into(),
+        frames: options.pcap.is_some().into(),
+        source_bits,
+        destination_bits,
+        source,
+        destination,
+        ..Default::default()
+    }
+}
+
+/// What the callback says of a full batch.
+const FULL: i32 = -1;
+
+/// Takes what is there; whether there is more.
+fn look(ring: &RingBuffer<'_>) -> anyhow::Result<bool> {
+    match ring.consume_raw() {
+        FULL => Ok(true),
+        error if error < 0 => Err(io::Error::from_raw_os_error(-error)).context("events"),
+        _ => Ok(false),
+    }
+}
+
+/// Looks for the description of a generation that has come since.
+fn learn(global: &Global, names: &mut Names, number: u32) {
+    // where an apply is in the way it is looked for with the next event
+    let Ok(Some(guard)) = pins::read(&global.pin_dir, PATIENCE) else { return };
+    match generation::read(&guard, number) {
+        Ok(Some(generation)) => names.add(generation),
+        Ok(None) | Err(_) => names.give_up(number),
+    }
+}
+
+/// Keeps others from tracing.
+fn alone(directory: &Path) -> Result<File> {
+    let lock = File::open(directory).with_context(|| directory.display().to_string())?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => Err(Failure::Locked(
+            "another udplb trace is running, and there can be only one at a time".into(),
+        )),
+        Err(TryLockError::Error(error)) => {
+            Err(anyhow!(error).context(directory.display().to_string()).into())
+        }
+    }
+}
+
+/// The program tells of packets as long as this lives.
+struct Session {
+    map: MapHandle,
+    _alone: File,
+    pin: PathBuf,
+    /// Of the pin: whether it is still this map.
+    inode: u64,
+    settings: types::trace,
+    started: u64,
+    renewed: Instant,
+    lost: u64,
+    /// The lease ran out meanwhile: whoever reads the output did not.
+    interrupted: bool,
+}
+
+impl Session {
+    fn new(
+        map: MapHandle,
+        alone: File,
+        pin: PathBuf,
+        settings: types::trace,
+    ) -> anyhow::Result<Session> {
+        let inode = fs::metadata(&pin).with_context(|| pin.display().to_string())?.ino();
+        let (started, renewed) = (now(), Instant::now());
+        let mut session = Session {
+            map,
+            _alone: alone,
+            pin,
+            inode,
+            settings,
+            started,
+            renewed,
+            lost: 0,
+            interrupted: false,
+        };
+        // what others left of theirs
+        session.write(&types::trace { until: now() + nanoseconds(LEASE), ..settings })?;
+        Ok(session)
+    }
+
+    fn read(&self) -> anyhow::Result<types::trace> {
+        let bytes = self.map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY)?;
+        bytes.and_then(|bytes| from_bytes(&bytes)).context("state/tracing is of another layout")
+    }
+
+    fn write(&mut self, value: &types::trace) -> anyhow::Result<()> {
+        self.map.update(&0_u32.to_ne_bytes(), bytes_of(value), MapFlags::ANY)?;
+        self.renewed = Instant::now();
+        Ok(())
+    }
+
+    /// Renews the lease where it is time.
+    fn keep(&mut self) -> anyhow::Result<()> {
+        if self.renewed.elapsed() < RENEWAL {
+            return Ok(());
+        }
+        if fs::metadata(&self.pin).ok().map(|pin| pin.ino()) != Some(self.inode) {
+            bail!("the pins were removed; nothing is traced any more");
+        }
+        self.renew()
+    }
+
+    fn renew(&mut self) -> anyhow::Result<()> {
+        self.set(now() + nanoseconds(LEASE))
+    }
+
+    /// What the program counts between the two calls, a millionth of a second, is not added.
+    fn set(&mut self, until: u64) -> anyhow::Result<()> {
+        let types::trace { passed, lost, .. } = self.read()?;
+        self.lost += u64::from(lost);
+        self.interrupted |= self.renewed.elapsed() > LEASE;
+        self.write(&types::trace { until, passed, ..self.settings })
+    }
+
+    fn end(&mut self) -> anyhow::Result<()> {
+        self.set(0)
+    }
+
+    /// Not one that was there before, and of the family that was asked for: the kernel compares bits.
+    fn wants(&self, event: &Event, options: &Trace) -> bool {
+        let within = |network: Option<Network>, address: IpAddr| {
+            network.is_none_or(|network| network.contains(address))
+        };
+        event.0.time >= self.started
+            && within(options.src, event.source())
+            && within(options.dst, event.destination())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let _ = self.end();
+    }
+}
+
+/// CLOCK_MONOTONIC, as the program has it.
+fn now() -> u64 {
+    nanoseconds(lease::monotonic())
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Packets whose copies may still come.
+const REMEMBERED: usize = 64;
+
+struct Printer {
+    names: Names,
+    output: Output,
+    /// `None`: the packets themselves are written there.
+    out: Option<BufWriter<io::Stdout>>,
+    pcap: Option<Pcap<BufWriter<Box<dyn Write>>>>,
+    /// What that is, for errors.
+    file: String,
+    colour: bool,
+    count: u64,
+    /// Time and interface of those that are in the file as they came.
+    written: VecDeque<(u64, u32)>,
+}
+
+impl Printer {
+    fn new(global: &Global, options: &Trace, colour: bool) -> Result<Printer> {
+        let is_stdout = options.pcap.as_deref() == Some(Path::new("-"));
+        let pcap = match &options.pcap {
+            None => None,
+            Some(path) => {
+                let begin = || -> io::Result<_> {
+                    let file: Box<dyn Write> = match is_stdout {
+                        true => Box::new(io::stdout()),
+                        false => Box::new(File::create(path)?),
+                    };
+                    Pcap::new(BufWriter::new(file))
+                };
+                Some(begin().with_context(|| path.display().to_string())?)
+            }
+        };
+        Ok(Printer {
+            names: Names::default(),
+            output: global.output,
+            out: (!is_stdout).then(|| BufWriter::new(io::stdout())),
+            pcap,
+            file: options.pcap.as_ref().map_or_else(String::new, |it| it.display().to_string()),
+            colour,
+            count: 0,
+            written: VecDeque::new(),
+        })
+    }
+
+    /// Whether anybody reads it.
+    fn print(&mut self, event: &Event) -> Result<bool> {
+        let since_1970 = time::since_1970().saturating_sub(lease::monotonic());
+        self.count += 1;
+        if let Some(pcap) = &mut self.pcap {
+            let time = since_1970 + Duration::from_nanos(event.0.time);
+            let packet = (event.0.time, event.0.interface);
+            let mut add = || -> io::Result<()> {
+                if !self.written.contains(&packet) {
+                    pcap.add(time, &event.0.came)?;
+                    self.written.truncate(REMEMBERED - 1);
+                    self.written.push_front(packet);
+                }
+                if event.0.left.there > 0 {
+                    pcap.add(time, &event.0.left)?;
+                }
+                Ok(())
+            };
+            if !is_read(add(), &self.file)? {
+                return Ok(false);
+            }
+        }
+        let Some(out) = &mut self.out else { return Ok(true) };
+        let account = self.names.account(event, since_1970);
+        let written = match self.output {
+            Output::Json => {
+                writeln!(
+                    out,
+                    "{}",
+                    serde_json::to_string(&Document::new(&account)).context("JSON")?
+                )
+            }
+            _ if self.colour && !account.sent => {
+                writeln!(out, "\x1b[31m{account}\x1b[0m")
+            }
+            _ => writeln!(out, "{account}"),
+        };
+        is_read(written, STANDARD_OUTPUT)
+    }
+
+    fn flush(&mut self) -> Result<bool> {
+        let pcap = self.pcap.as_mut().map_or(Ok(()), Pcap::flush);
+        let out = self.out.as_mut().map_or(Ok(()), BufWriter::flush);
+        Ok(is_read(pcap, &self.file)? && is_read(out, STANDARD_OUTPUT)?)
+    }
+}
+
+const STANDARD_OUTPUT: &str = "standard output";
+
+/// A reader that went away is no failure.
+fn is_read(written: io::Result<()>, to: &str) -> Result<bool> {
+    match written {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(anyhow!(error).context(to.to_string()).into()),
+    }
+}

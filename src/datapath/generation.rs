@@ -1,0 +1,608 @@
+//! One generation: a configuration in the kernel, immutable once it is built.
+
+use std::collections::HashSet;
+use std::fs::{self, DirBuilder};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::sync::Mutex;
+
+use anyhow::{Context, anyhow, bail};
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapMut, PrintLevel};
+use serde::{Deserialize, Serialize};
+
+use crate::bpf::{self, OBJECT_SHA256, OpenUdplbSkel, UdplbSkel, UdplbSkelBuilder};
+use crate::bpf::{Pod, bytes_of, types};
+use crate::config::Mode;
+use crate::datapath::kernel;
+use crate::datapath::lease;
+use crate::datapath::pins::{INCOMPLETE, ReadGuard, StateMaps, WriteGuard, remove_pins};
+use crate::datapath::spares;
+use crate::desired::tables::Tables;
+use crate::desired::{Desired, RuleIds, assign_ids};
+use crate::error::catch;
+use crate::net::Layer;
+
+/// The pins of its maps.
+const MAPS: [&str; 9] = [
+    "rules",
+    "rules6",
+    "senders",
+    "addresses",
+    "answers",
+    "slots",
+    "upstreams",
+    spares::PIN,
+    "config",
+];
+
+/// The name of a program's pin.
+pub fn pin_of(layer: Layer) -> &'static str {
+    match layer {
+        Layer::Ethernet => "program",
+        Layer::Ip => "program-l3",
+    }
+}
+
+/// What a generation says of itself, as JSON in its map `config`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Description {
+    // first, so that it stands in the first chunk: see `made_of`
+    #[serde(flatten)]
+    pub origin: Origin,
+    /// Of the udplb that built it.
+    pub version: String,
+    /// SHA-256 of the object that it was loaded from.
+    pub object: String,
+    /// Seconds since 1970.
+    pub built: u64,
+    /// Inode of the network namespace: bpffs is shared between namespaces, filters are not.
+    pub namespace: u64,
+    /// The one for interfaces with an Ethernet header.
+    pub program: ProgramName,
+    /// The one for interfaces without, where there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub program_l3: Option<ProgramName>,
+    /// The interfaces whose clsact udplb made, so that it may take it away again.
+    pub clsact: Vec<String>,
+    pub desired: Desired,
+    /// In the order of the rules.
+    pub ids: Vec<RuleIds>,
+}
+
+impl Description {
+    /// The generation's programs, and what they are for.
+    pub fn programs(&self) -> impl Iterator<Item = (Layer, &ProgramName)> {
+        let l3 = self.program_l3.as_ref().map(|name| (Layer::Ip, name));
+        [(Layer::Ethernet, &self.program)].into_iter().chain(l3)
+    }
+}
+
+/// Where a configuration came from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Of the text and of how it was applied; empty where the text says more than was applied.
+    #[serde(default)]
+    pub digest: String,
+    /// The file; `-` is standard input.
+    pub file: String,
+    /// Those of the command line, that stood in for the file's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub interfaces: Vec<String>,
+}
+
+/// By what a filter's program is recognised when its pin is gone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramName {
+    pub id: u32,
+    /// Hexadecimal.
+    pub tag: String,
+}
+
+impl ProgramName {
+    pub fn new(id: u32, tag: [u8; 8]) -> ProgramName {
+        ProgramName { id, tag: tag.iter().map(|byte| format!("{byte:02x}")).collect() }
+    }
+
+    /// That of a loaded program.
+    pub fn of(program: BorrowedFd<'_>) -> std::io::Result<ProgramName> {
+        bpf::program_info(program).map(|info| ProgramName::new(info.id, info.tag))
+    }
+}
+
+/// A generation that is there.
+#[derive(Clone, Debug)]
+pub struct Generation {
+    pub number: u32,
+    pub description: Description,
+    /// Every pin is there, and program and state are those that belong together.
+    pub intact: bool,
+}
+
+impl Generation {
+    /// Its rules and their ids.
+    pub fn hosts(&self) -> (&Desired, &[RuleIds]) {
+        (&self.description.desired, &self.description.ids)
+    }
+
+    /// All that it holds.
+    pub fn ids(&self) -> impl Iterator<Item = u32> {
+        all(&self.description.ids)
+    }
+
+    /// Each rule's id, and those of its upstreams under which packets of the rule are counted. What
+    /// a rule that replicates has are receivers, which count copies.
+    pub fn counting(&self) -> impl Iterator<Item = (u32, &[u32])> {
+        let (desired, ids) = self.hosts();
+        desired.rules.iter().zip(ids).map(|(rule, ids)| match rule.mode {
+            Mode::Balance => (ids.rule, &ids.upstreams[..]),
+            Mode::Replicate => (ids.rule, &[][..]),
+        })
+    }
+}
+
+/// What a generation is to be built from.
+#[derive(Clone, Debug)]
+pub struct Draft {
+    pub number: u32,
+    pub origin: Origin,
+    pub namespace: u64,
+    pub clsact: Vec<String>,
+    /// Some interface has no Ethernet header.
+    pub l3: bool,
+    pub desired: Desired,
+}
+
+/// A generation just built, and what is worth telling of it.
+pub struct Built {
+    pub generation: Generation,
+    /// Counters start at zero: there were none, or their map had gone.
+    pub counters_reset: bool,
+}
+
+/// Builds a generation aside and moves it into place; `others` are those that exist. Nothing of
+/// it is left behind where that fails.
+pub fn build(guard: &WriteGuard, draft: &Draft, others: &[&Generation]) -> anyhow::Result<Built> {
+    let directory = guard.building(draft.number);
+    DirBuilder::new()
+        .mode(0o700)
+        .create(&directory)
+        .with_context(|| directory.display().to_string())?;
+    let built = catch(|| build_in(guard, &directory, draft, others)).flatten().and_then(|built| {
+        fs::rename(&directory, guard.generation(draft.number))
+            .with_context(|| format!("generation {}", draft.number))?;
+        Ok(built)
+    });
+    if built.is_err()
+        && let Err(error) = remove_pins(&directory)
+    {
+        log::warn!("{error:#}");
+    }
+    built
+}
+
+fn build_in(
+    guard: &WriteGuard,
+    directory: &Path,
+    draft: &Draft,
+    others: &[&Generation],
+) -> anyhow::Result<Built> {
+    let mut object = MaybeUninit::uninit();
+    let mut skeleton = open(&mut object)?;
+    skeleton.progs.udplb_l3.set_autoload(draft.l3);
+    let limit = skeleton.maps.counters.max_entries() * skeleton.maps.counters_chunk.max_entries();
+    let known: Vec<(&Desired, &[RuleIds])> = others.iter().map(|other| other.hosts()).collect();
+    let ids = assign_ids(&draft.desired, &known, limit).map_err(|_| {
+        anyhow!("more than {limit} rules and upstreams, the kept generations' included")
+    })?;
+    let tables = Tables::new(&draft.desired, &ids);
+    let (mut state, counters_reset) = guard.ensure_maps(&skeleton)?;
+    let former = state.former.read()?;
+    let held: HashSet<u32> = others.iter().flat_map(|other| former.left(other)).collect();
+    let fresh = all(&ids).filter(|id| !held.contains(id));
+    state.counters.prepare(&skeleton, all(&ids), fresh)?;
+    state.former.retain(guard, &held)?;
+    state.overrides.retain(guard, &held)?;
+    state.nexthops.prepare(&skeleton, all(&ids))?;
+
+    let mut description = Description {
+        version: env!("CARGO_PKG_VERSION").into(),
+        object: OBJECT_SHA256.into(),
+        origin: draft.origin.clone(),
+        built: std::time::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()),
+        namespace: draft.namespace,
+        // as long as the longest
+        program: ProgramName::new(u32::MAX, [0; 8]),
+        program_l3: draft.l3.then(|| ProgramName::new(u32::MAX, [0; 8])),
+        clsact: draft.clsact.clone(),
+        desired: draft.desired.clone(),
+        ids,
+    };
+    size(&mut skeleton, &tables, serde_json::to_vec(&description)?.len())?;
+    let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
+    rodata.features = types::features {
+        generation: draft.number,
+        ticks_per_second: lease::ticks_per_second()?,
+        ..tables.features
+    };
+    share(&mut skeleton, &state)?;
+    skeleton.maps.tracing.reuse_fd(state.tracing.as_fd())?;
+    skeleton.maps.events.reuse_fd(state.events.as_fd())?;
+    let mut skeleton = load(skeleton)?;
+    if state.tickets.is_none() {
+        guard.pin_tickets(&mut skeleton.maps.tickets)?;
+    }
+    description.program = ProgramName::of(skeleton.progs.udplb.as_fd())?;
+    if draft.l3 {
+        description.program_l3 = Some(ProgramName::of(skeleton.progs.udplb_l3.as_fd())?);
+    }
+    fill(&mut skeleton, &tables, &serde_json::to_vec(&description)?)?;
+    pin(&mut skeleton, directory, draft.l3)?;
+    let generation = Generation { number: draft.number, description, intact: true };
+    Ok(Built { generation, counters_reset })
+}
+
+/// Every id that is used.
+pub fn all(ids: &[RuleIds]) -> impl Iterator<Item = u32> {
+    ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.destinations()))
+}
+
+/// What libbpf says, the verifier's log among it; shown when a load fails.
+static LOG: Mutex<String> = Mutex::new(String::new());
+
+fn keep_log(_: PrintLevel, line: String) {
+    if let Ok(mut log) = LOG.lock() {
+        log.push_str(&line);
+    }
+}
+
+fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenUdplbSkel<'_>> {
+    libbpf_rs::set_print(Some((PrintLevel::Warn, keep_log)));
+    let mut skeleton = catch(|| UdplbSkelBuilder::default().open(object))??;
+    skeleton.progs.udplb_heartbeat.set_autoload(false);
+    skeleton.maps.counters_chunk.set_autocreate(false)?;
+    skeleton.maps.nexthops_chunk.set_autocreate(false)?;
+    skeleton.maps.held.set_autocreate(false)?;
+    skeleton.maps.pending.set_autocreate(false)?;
+    skeleton.maps.marks.set_autocreate(false)?;
+    skeleton.maps.origin.set_autocreate(false)?;
+    skeleton.maps.former.set_autocreate(false)?;
+    Ok(skeleton)
+}
+
+fn size(skeleton: &mut OpenUdplbSkel<'_>, tables: &Tables, json: usize) -> anyhow::Result<()> {
+    let chunks = json.div_ceil(size_of::<types::config_chunk>());
+    for (map, entries) in [
+        (&mut skeleton.maps.rules, tables.rules.len()),
+        (&mut skeleton.maps.rules6, tables.rules6.len()),
+        (&mut skeleton.maps.senders, tables.senders.len()),
+        (&mut skeleton.maps.addresses, tables.addresses.len()),
+        (&mut skeleton.maps.answers, tables.answers.len()),
+        (&mut skeleton.maps.samples, tables.samples()),
+        (&mut skeleton.maps.slots, tables.slots.len()),
+        (&mut skeleton.maps.upstreams, tables.upstreams.len()),
+        (&mut skeleton.maps.destinations, tables.destinations.len()),
+        (&mut skeleton.maps.spares, tables.upstreams.len()),
+        (&mut skeleton.maps.description, chunks),
+    ] {
+        map.set_max_entries(u32::try_from(entries.max(1))?)?;
+    }
+    Ok(())
+}
+
+/// A generation's program again, on the same maps: one that sends and counts nothing, and tells of
+/// every packet.
+pub struct Twin {
+    pub program: OwnedFd,
+    /// Where it tells of them.
+    pub events: MapHandle,
+    pub tables: Tables,
+}
+
+/// Loads it; of what it writes it has maps of its own.
+///
+/// # Errors
+/// Another udplb built the generation: its program is not known here.
+pub fn twin(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Twin> {
+    let description = &generation.description;
+    if description.object != OBJECT_SHA256 {
+        bail!(
+            "generation {} was built by another udplb ({}), whose program this one does not have; apply \
+             the file again",
+            generation.number,
+            description.version
+        );
+    }
+    let mut object = MaybeUninit::uninit();
+    let mut skeleton = open(&mut object)?;
+    skeleton.progs.udplb_l3.set_autoload(false);
+    let tables = Tables::new(&description.desired, &description.ids);
+    size(&mut skeleton, &tables, 1)?;
+    let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
+    rodata.features = types::features {
+        asking: 1,
+        generation: generation.number,
+        ticks_per_second: lease::ticks_per_second()?,
+        ..tables.features
+    };
+    let state = guard.maps()?.context(INCOMPLETE)?;
+    let directory = guard.generation(generation.number);
+    let maps = &mut skeleton.maps;
+    let own = [
+        &mut maps.rules,
+        &mut maps.rules6,
+        &mut maps.senders,
+        &mut maps.addresses,
+        &mut maps.answers,
+        &mut maps.slots,
+        &mut maps.upstreams,
+        &mut maps.spares,
+    ];
+    for (map, name) in own.into_iter().zip(MAPS) {
+        let path = directory.join(name);
+        let pinned =
+            MapHandle::from_pinned_path(&path).with_context(|| path.display().to_string())?;
+        map.reuse_fd(pinned.as_fd())?;
+    }
+    share(&mut skeleton, &state)?;
+    let skeleton = load(skeleton)?;
+    let trace = types::trace { until: u64::MAX, frames: 1, ..Default::default() };
+    skeleton.maps.tracing.update(&0_u32.to_ne_bytes(), bytes_of(&trace), MapFlags::ANY)?;
+    Ok(Twin {
+        program: skeleton.progs.udplb.as_fd().try_clone_to_owned()?,
+        events: MapHandle::try_from(&skeleton.maps.events)?,
+        tables,
+    })
+}
+
+/// What all generations have together; but for what is told of packets.
+fn share(skeleton: &mut OpenUdplbSkel<'_>, state: &StateMaps) -> anyhow::Result<()> {
+    skeleton.maps.counters.reuse_fd(state.counters.outer().as_fd())?;
+    skeleton.maps.nexthops.reuse_fd(state.nexthops.outer().as_fd())?;
+    skeleton.maps.heartbeat.reuse_fd(state.heartbeat.as_fd())?;
+    skeleton.maps.overrides.reuse_fd(state.overrides.map().as_fd())?;
+    skeleton.maps.fragments.reuse_fd(state.fragments.as_fd())?;
+    skeleton.maps.fragment_ring.reuse_fd(state.fragment_ring.as_fd())?;
+    skeleton.maps.path_mtus.reuse_fd(state.path_mtus.as_fd())?;
+    skeleton.maps.own.reuse_fd(state.own.as_fd())?;
+    skeleton.maps.suspects.reuse_fd(state.suspects.as_fd())?;
+    skeleton.maps.vlans.reuse_fd(state.vlans.as_fd())?;
+    if let Some(tickets) = &state.tickets {
+        skeleton.maps.tickets.reuse_fd(tickets.as_fd())?;
+    }
+    Ok(())
+}
+
+fn load(skeleton: OpenUdplbSkel<'_>) -> anyhow::Result<UdplbSkel<'_>> {
+    if let Ok(mut log) = LOG.lock() {
+        log.clear();
+    }
+    // its code panics where a map's name is not what it was
+    catch(|| skeleton.load())?.map_err(|error| {
+        let log = LOG.lock().map(|log| log.clone()).unwrap_or_default();
+        let cause = kernel::refusal(error.kind(), &log).unwrap_or_else(|| error.to_string());
+        anyhow!("the kernel refuses the program: {cause}\n{}", log.trim_end())
+    })
+}
+
+fn fill(skeleton: &mut UdplbSkel<'_>, tables: &Tables, json: &[u8]) -> anyhow::Result<()> {
+    write_pairs(&skeleton.maps.rules, &tables.rules)?;
+    write_pairs(&skeleton.maps.rules6, &tables.rules6)?;
+    write_pairs(&skeleton.maps.senders, &tables.senders)?;
+    write_pairs(&skeleton.maps.addresses, &tables.addresses)?;
+    write_pairs(&skeleton.maps.destinations, &tables.destinations)?;
+    write_pairs(&skeleton.maps.answers, &tables.answers)?;
+    let lines: Vec<&[u8]> = tables.slots.iter().map(bytes_of).collect();
+    write_array(&skeleton.maps.slots, &lines.concat())?;
+    let upstreams: Vec<&[u8]> = tables.upstreams.iter().map(bytes_of).collect();
+    write_array(&skeleton.maps.upstreams, &upstreams.concat())?;
+    let mut chunks = json.to_vec();
+    chunks.resize(json.len().next_multiple_of(size_of::<types::config_chunk>()), 0);
+    write_array(&skeleton.maps.description, &chunks)
+}
+
+fn write_pairs<K: Pod, V: Pod>(map: &MapMut<'_>, pairs: &[(K, V)]) -> anyhow::Result<()> {
+    let (keys, values): (Vec<&[u8]>, Vec<&[u8]>) =
+        pairs.iter().map(|(key, value)| (bytes_of(key), bytes_of(value))).unzip();
+    write(map, &keys.concat(), &values.concat())
+}
+
+fn write_array(map: &MapMut<'_>, values: &[u8]) -> anyhow::Result<()> {
+    let count = values.len() / map.value_size() as usize;
+    let keys: Vec<u8> = (0..count as u32).flat_map(u32::to_ne_bytes).collect();
+    write(map, &keys, values)
+}
+
+/// Writes all entries at once and freezes the map.
+fn write(map: &MapMut<'_>, keys: &[u8], values: &[u8]) -> anyhow::Result<()> {
+    let name = map.name().to_string_lossy().into_owned();
+    let count = (keys.len() / map.key_size() as usize) as u32;
+    if count > 0 {
+        write_all(map, keys, values, count)
+            .with_context(|| format!("map {name}: {count} entries"))?;
+    }
+    MapHandle::try_from(map)?.freeze().with_context(|| format!("map {name}"))
+}
+
+/// At once where the kernel can: it cannot for the trie before 5.13.
+fn write_all(map: &MapMut<'_>, keys: &[u8], values: &[u8], count: u32) -> libbpf_rs::Result<()> {
+    if map.update_batch(keys, values, count, MapFlags::ANY, MapFlags::ANY).is_ok() {
+        return Ok(());
+    }
+    let values = values.chunks(map.value_size() as usize);
+    let mut pairs = keys.chunks(map.key_size() as usize).zip(values);
+    pairs.try_for_each(|(key, value)| map.update(key, value, MapFlags::ANY))
+}
+
+fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path, l3: bool) -> anyhow::Result<()> {
+    let maps = &mut skeleton.maps;
+    let all = [
+        &mut maps.rules,
+        &mut maps.rules6,
+        &mut maps.senders,
+        &mut maps.addresses,
+        &mut maps.answers,
+        &mut maps.slots,
+        &mut maps.upstreams,
+        &mut maps.spares,
+        &mut maps.description,
+    ];
+    for (map, name) in all.into_iter().zip(MAPS) {
+        let path = directory.join(name);
+        map.pin(&path).with_context(|| path.display().to_string())?;
+    }
+    let pin = |program: BorrowedFd<'_>, layer| {
+        let path = directory.join(pin_of(layer));
+        bpf::pin_program(program, &path).with_context(|| path.display().to_string())
+    };
+    if l3 {
+        pin(skeleton.progs.udplb_l3.as_fd(), Layer::Ip)?;
+    }
+    pin(skeleton.progs.udplb.as_fd(), Layer::Ethernet)
+}
+
+/// Reads a generation back; `None`: its description is missing or is none, and what is left of it is
+/// of no use.
+///
+/// # Errors
+/// It cannot be read now, which says nothing about it.
+pub fn read(guard: &ReadGuard, number: u32) -> anyhow::Result<Option<Generation>> {
+    let directory = guard.generation(number);
+    let damage = match read_description(&directory) {
+        Ok(description) => {
+            let intact = unless_damaged(check(guard, &directory, &description))?;
+            if let Err(error) = &intact {
+                log::debug!("generation {number}: {error:#}");
+            }
+            return Ok(Some(Generation { number, description, intact: intact.is_ok() }));
+        }
+        error => unless_damaged(error)?,
+    };
+    if let Err(error) = damage {
+        log::warn!("generation {number} is damaged: {error:#}");
+    }
+    Ok(None)
+}
+
+/// Splits what is wrong with a generation from what went wrong while it was read: too few descriptors
+/// or too little memory, a missing privilege.
+fn unless_damaged<T>(result: anyhow::Result<T>) -> anyhow::Result<anyhow::Result<T>> {
+    match result {
+        Err(error) if !is_damage(&error) => {
+            Err(error.context("what is applied cannot be read now; nothing was changed"))
+        }
+        result => Ok(result),
+    }
+}
+
+/// A pin that is missing or of another kind, or a finding of ours.
+fn is_damage(error: &anyhow::Error) -> bool {
+    use libbpf_rs::ErrorKind::{InvalidData as Data, InvalidInput as Invalid, NotFound as Missing};
+    use std::io::ErrorKind::{InvalidData, InvalidInput, NotFound};
+    error.chain().all(|cause| {
+        let map = cause.downcast_ref::<libbpf_rs::Error>().map(libbpf_rs::Error::kind);
+        let file = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        map.is_none_or(|kind| matches!(kind, Missing | Invalid | Data))
+            && file.is_none_or(|kind| matches!(kind, NotFound | InvalidInput | InvalidData))
+    })
+}
+
+fn read_description(directory: &Path) -> anyhow::Result<Description> {
+    let config = directory.join("config");
+    let map = MapHandle::from_pinned_path(&config).with_context(|| config.display().to_string())?;
+    let mut json = Vec::new();
+    for chunk in 0..map.max_entries() {
+        json.extend(map.lookup(&chunk.to_ne_bytes(), MapFlags::ANY)?.unwrap_or_default());
+    }
+    let end = json.iter().position(|byte| *byte == 0).unwrap_or(json.len());
+    serde_json::from_slice(&json[..end]).context("its description")
+}
+
+/// The names of the programs whose pins are there.
+pub fn pinned_programs(directory: &Path) -> anyhow::Result<Vec<ProgramName>> {
+    let mut names = Vec::new();
+    for layer in [Layer::Ethernet, Layer::Ip] {
+        let name = open_program(directory, layer)
+            .and_then(|program| Ok(ProgramName::of(program.as_fd())?));
+        names.extend(unless_damaged(name)?);
+    }
+    Ok(names)
+}
+
+/// The configuration of a generation, if it is intact and was made of the text with this digest.
+pub fn made_of(guard: &ReadGuard, number: u32, digest: &str) -> Option<Desired> {
+    let config = MapHandle::from_pinned_path(guard.generation(number).join("config")).ok()?;
+    let start = config.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).ok()??;
+    if !start.starts_with(format!("{{\"digest\":\"{digest}\"").as_bytes()) {
+        return None;
+    }
+    let generation = read(guard, number).ok()?.filter(|generation| generation.intact)?;
+    Some(generation.description.desired)
+}
+
+fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyhow::Result<()> {
+    for (layer, name) in description.programs() {
+        if ProgramName::of(open_program(directory, layer)?.as_fd())? != *name {
+            bail!("its {} is another one", pin_of(layer));
+        }
+    }
+    let program = bpf::program_info(open_program(directory, Layer::Ethernet)?.as_fd())?;
+    let state = guard.maps()?.context(INCOMPLETE)?;
+    let mut maps = vec![
+        map_id(state.counters.outer())?,
+        map_id(state.nexthops.outer())?,
+        map_id(&state.heartbeat)?,
+        map_id(state.overrides.map())?,
+        map_id(&state.fragments)?,
+        map_id(&state.fragment_ring)?,
+        map_id(&state.path_mtus)?,
+        map_id(&state.own)?,
+        map_id(&state.suspects)?,
+        map_id(&state.vlans)?,
+        map_id(&state.tracing)?,
+        map_id(&state.events)?,
+        map_id(state.tickets.as_ref().context("state/tickets is missing")?)?,
+    ];
+    for name in &MAPS {
+        let map = MapHandle::from_pinned_path(directory.join(name))?;
+        // the program does not read its description
+        if *name != "config" {
+            maps.push(map_id(&map)?);
+        }
+    }
+    match maps.iter().find(|id| !program.map_ids.contains(id)) {
+        Some(id) => bail!("its program does not use map {id}"),
+        None => Ok(()),
+    }
+}
+
+fn map_id(map: &MapHandle) -> anyhow::Result<u32> {
+    Ok(MapInfo::new(map.as_fd())?.info.id)
+}
+
+/// The program behind a pin in a generation's directory.
+pub fn open_program(directory: &Path, layer: Layer) -> anyhow::Result<OwnedFd> {
+    let path = directory.join(pin_of(layer));
+    bpf::open_program(&path).with_context(|| path.display().to_string())
+}
+
+/// The program of a generation that is to be attached to interfaces of a kind.
+pub fn program(
+    guard: &ReadGuard,
+    generation: &Generation,
+    layer: Layer,
+) -> anyhow::Result<OwnedFd> {
+    open_program(&guard.generation(generation.number), layer).or_else(|error| {
+        // its pin is gone but a filter may still run it
+        let mut programs = generation.description.programs();
+        let name = programs.find(|(other, _)| *other == layer);
+        name.and_then(|(_, name)| bpf::program_by_id(name.id).ok()).ok_or(error)
+    })
+}
+
+/// Removes the pins of a generation; its program lives on where a filter runs it.
+pub fn drop(guard: &WriteGuard, number: u32) -> anyhow::Result<()> {
+    remove_pins(&guard.generation(number))
+}

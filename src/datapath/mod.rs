@@ -1,0 +1,17 @@
+//! State in the kernel: pins, generations, maps and filters.
+
+pub mod capabilities;
+pub mod chunked_map;
+pub mod counters;
+pub mod environment;
+pub mod generation;
+pub mod kernel;
+pub mod lease;
+pub mod lock;
+pub mod marks;
+pub mod overrides;
+pub mod pin_search;
+pub mod pins;
+pub mod retired;
+pub mod spares;
+pub mod tc;

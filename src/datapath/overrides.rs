@@ -1,0 +1,143 @@
+//! What `drain` and `enable` say of upstreams, whatever the configuration says: two bits by id.
+
+use std::collections::{BTreeMap, HashSet};
+
+use anyhow::Context;
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+
+use crate::config::State;
+use crate::datapath::pins::WriteGuard;
+
+/// `enum override` of udplb.h: no map and no function is of that type, and so the skeleton has it not.
+const DRAINED: u64 = 1;
+const ACTIVE: u64 = 2;
+const BITS: u32 = 2;
+const MASK: u64 = (1 << BITS) - 1;
+const PER_WORD: u32 = u64::BITS / BITS;
+
+/// The table of overrides. There is one writer, whoever holds the guard.
+pub struct Overrides(MapHandle);
+
+impl Overrides {
+    pub fn new(map: MapHandle) -> Overrides {
+        Overrides(map)
+    }
+
+    /// The map that the program looks into.
+    pub fn map(&self) -> &MapHandle {
+        &self.0
+    }
+
+    /// Those of ids up to `most`.
+    pub fn read(&self, most: u32) -> anyhow::Result<BTreeMap<u32, State>> {
+        let words = (most / PER_WORD).saturating_add(1).min(self.0.max_entries());
+        let batch = self.0.lookup_batch(words, MapFlags::ANY, MapFlags::ANY)?;
+        let mut all = BTreeMap::new();
+        let mut seen = 0;
+        for (index, (_, word)) in (0..words).zip(batch) {
+            seen += 1;
+            let word = number(&word)?;
+            // nearly all of them
+            if word == 0 {
+                continue;
+            }
+            let ids = (0..PER_WORD).filter_map(|place| Some((place, get(word, place)?)));
+            all.extend(ids.map(|(place, state)| (index * PER_WORD + place, state)));
+        }
+        anyhow::ensure!(seen == words, "state/overrides cannot be read");
+        all.retain(|id, _| *id <= most);
+        Ok(all)
+    }
+
+    /// Says it of an upstream; `None` leaves it to the configuration.
+    pub fn set(&self, _: &WriteGuard, id: u32, state: Option<State>) -> anyhow::Result<()> {
+        let key = (id / PER_WORD).to_ne_bytes();
+        let word = self.0.lookup(&key, MapFlags::ANY)?.context("an id beyond all upstreams")?;
+        let word = put(number(&word)?, id % PER_WORD, state);
+        Ok(self.0.update(&key, &word.to_ne_bytes(), MapFlags::ANY)?)
+    }
+
+    /// Takes back all but those of ids that are `held`: whoever gets one next is somebody else.
+    pub fn retain(&self, guard: &WriteGuard, held: &HashSet<u32>) -> anyhow::Result<()> {
+        let mut all = self.read(u32::MAX)?.into_keys();
+        all.try_for_each(|id| if held.contains(&id) { Ok(()) } else { self.set(guard, id, None) })
+    }
+}
+
+fn number(word: &[u8]) -> anyhow::Result<u64> {
+    Ok(u64::from_ne_bytes(word.try_into().context("state/overrides has other values")?))
+}
+
+/// What a word says at a place.
+fn get(word: u64, place: u32) -> Option<State> {
+    match word >> (place * BITS) & MASK {
+        0 => None,
+        DRAINED => Some(State::Drained),
+        _ => Some(State::Active),
+    }
+}
+
+fn put(word: u64, place: u32, state: Option<State>) -> u64 {
+    let bits = match state {
+        None => 0,
+        Some(State::Drained) => DRAINED,
+        Some(State::Active) => ACTIVE,
+    };
+    let shift = place * BITS;
+    word & !(MASK << shift) | bits << shift
+}
+
+/// In output: what an upstream is, by the configuration unless it says otherwise; `None` where it is
+/// active and nobody says anything.
+pub fn word(filed: State, said: Option<State>) -> Option<&'static str> {
+    match (filed, said) {
+        (State::Active, None) => None,
+        (State::Drained, None) => Some("drained"),
+        (_, Some(State::Drained)) => Some("drained (override)"),
+        (_, Some(State::Active)) => Some("active (override)"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{PER_WORD, get, put, word};
+    use crate::config::State;
+
+    const STATES: [Option<State>; 3] = [None, Some(State::Active), Some(State::Drained)];
+
+    #[test]
+    fn as_the_program_reads_them() {
+        assert_eq!(put(0, 0, Some(State::Drained)), 1);
+        assert_eq!(put(0, 0, Some(State::Active)), 2);
+        assert_eq!(put(0, 31, Some(State::Drained)), 1 << 62);
+        assert_eq!(put(u64::MAX, 31, Some(State::Active)), u64::MAX >> 1 & !(1 << 62) | 1 << 63);
+        assert_eq!(put(u64::MAX, 1, None), !0b1100);
+        // neither none nor drained
+        assert_eq!(get(3, 0), Some(State::Active));
+    }
+
+    proptest! {
+        #[test]
+        fn one_changes_and_the_others_stay(
+            old: u64,
+            place in 0..PER_WORD,
+            state in prop::sample::select(STATES.to_vec()),
+        ) {
+            let new = put(old, place, state);
+            for other in 0..PER_WORD {
+                let before = get(old, other);
+                prop_assert_eq!(get(new, other), if other == place { state } else { before });
+            }
+            prop_assert_eq!(put(new, place, state), new);
+        }
+    }
+
+    #[test]
+    fn in_words() {
+        let words = STATES.map(|said| [State::Active, State::Drained].map(|it| word(it, said)));
+        let (active, drained) = (Some("active (override)"), Some("drained (override)"));
+        assert_eq!(words, [[None, Some("drained")], [active, active], [drained, drained]]);
+    }
+}

@@ -1,0 +1,120 @@
+//! What was counted for rules under ids that no generation holds any more: an upstream goes, and its
+//! packets stay packets of the rule.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+use anyhow::Context;
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+
+use crate::bpf::{bytes_of, from_bytes, types};
+use crate::datapath::counters::{Counters, Counts};
+use crate::datapath::generation::Generation;
+use crate::datapath::pins::WriteGuard;
+
+/// The table of it, by rule id. There is one writer, whoever holds the guard.
+pub struct Former(Option<MapHandle>);
+
+/// What is in the table; few rules are.
+pub struct Sums(HashMap<u32, types::former>);
+
+impl Former {
+    /// Without a map, as an earlier udplb leaves it, nothing was kept and nothing is until the next
+    /// generation is built.
+    pub fn new(map: Option<MapHandle>) -> Former {
+        Former(map)
+    }
+
+    pub fn read(&self) -> anyhow::Result<Sums> {
+        let mut sums = HashMap::new();
+        for key in self.0.iter().flat_map(MapCore::keys) {
+            let rule =
+                u32::from_ne_bytes(key[..].try_into().context("state/former has other keys")?);
+            sums.insert(rule, self.get(rule)?);
+        }
+        Ok(Sums(sums))
+    }
+
+    fn get(&self, rule: u32) -> anyhow::Result<types::former> {
+        let Some(map) = &self.0 else { return Ok(types::former::default()) };
+        match map.lookup(&rule.to_ne_bytes(), MapFlags::ANY)? {
+            Some(bytes) => from_bytes(&bytes).context("state/former has other values"),
+            None => Ok(types::former::default()),
+        }
+    }
+
+    /// Adds what was counted under the ids that only this generation holds, before it is removed, to
+    /// the rules that the `others` have too.
+    ///
+    /// Sum and generation cannot go in one step, and adding twice would be worse than once too late:
+    /// no total would ever be right again. So the sum comes first, and says in the same write whose
+    /// ids were added. Where a crash leaves the generation too, [`Sums::has`] tells, and its ids are
+    /// neither counted nor added again.
+    pub fn keep(
+        &self,
+        _: &WriteGuard,
+        counters: &Counters,
+        generation: &Generation,
+        others: &[&Generation],
+    ) -> anyhow::Result<()> {
+        let Some(map) = &self.0 else { return Ok(()) };
+        let held: HashSet<u32> = others.iter().flat_map(|other| other.ids()).collect();
+        let program = generation.description.program.id;
+        for (rule, upstreams) in generation.counting().filter(|(rule, _)| held.contains(rule)) {
+            let gone = upstreams.iter().copied().filter(|id| !held.contains(id));
+            let mut counts = Counts::default();
+            // one that is listed twice is one
+            for id in gone.collect::<BTreeSet<u32>>() {
+                counts += counters.of(id)?;
+            }
+            if counts == Counts::default() {
+                continue;
+            }
+            let sum = self.get(rule)?;
+            if sum.program == program {
+                continue;
+            }
+            counts += &sum.counters;
+            let sum = types::former { counters: counts.into(), program, unused: 0 };
+            map.update(&rule.to_ne_bytes(), bytes_of(&sum), MapFlags::ANY)
+                .with_context(|| format!("state/former: rule {rule}"))?;
+        }
+        Ok(())
+    }
+
+    /// Forgets all but those of ids that are `held`: whoever gets one next is somebody else.
+    pub fn retain(&self, _: &WriteGuard, held: &HashSet<u32>) -> anyhow::Result<()> {
+        let Some(map) = &self.0 else { return Ok(()) };
+        let mut gone = self.read()?.0.into_keys().filter(|rule| !held.contains(rule));
+        Ok(gone.try_for_each(|rule| map.delete(&rule.to_ne_bytes()))?)
+    }
+}
+
+impl Sums {
+    /// That of a rule.
+    pub fn of(&self, rule: u32) -> Counts {
+        let mut counts = Counts::default();
+        if let Some(sum) = self.0.get(&rule) {
+            counts += &sum.counters;
+        }
+        counts
+    }
+
+    /// Whether what the generation alone holds of a rule is in the sum already.
+    pub fn has(&self, generation: &Generation, rule: u32) -> bool {
+        let program = generation.description.program.id;
+        self.0.get(&rule).is_some_and(|sum| sum.program == program)
+    }
+
+    /// The ids that a generation holds and that are in no sum.
+    pub fn left(&self, generation: &Generation) -> impl Iterator<Item = u32> {
+        let ids = &generation.description.ids;
+        ids.iter().flat_map(|ids| {
+            let upstreams = match self.has(generation, ids.rule) {
+                true => &[][..],
+                false => &ids.upstreams,
+            };
+            let rest = ids.mirrors.iter().chain(upstreams);
+            std::iter::once(ids.rule).chain(rest.copied())
+        })
+    }
+}

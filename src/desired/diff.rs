@@ -1,0 +1,432 @@
+//! How two configurations differ, for people and for `-o json`. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use crate::config::{ANY, Hash, Mode, Payload, STATSD, with_port};
+use crate::desired::tables::moved_share;
+use crate::desired::{Desired, Rule, Upstream};
+use crate::maglev;
+
+/// What applying the new configuration would change.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
+pub struct Changes {
+    pub attach: Vec<String>,
+    pub detach: Vec<String>,
+    /// This host's addresses that keys stand for.
+    pub addresses: Difference,
+    pub added: Vec<RuleSummary>,
+    pub removed: Vec<RuleSummary>,
+    /// Rules that are in both.
+    pub altered: Vec<RuleChange>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+pub struct RuleSummary {
+    #[serde(rename = "rule")]
+    pub name: String,
+    pub key: String,
+    pub upstreams: Vec<String>,
+    pub mirrors: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+pub struct RuleChange {
+    #[serde(rename = "rule")]
+    pub name: String,
+    /// `field: old -> new`.
+    pub fields: Vec<String>,
+    #[serde(flatten)]
+    pub upstreams: Difference,
+    pub mirrors: Difference,
+    /// Share of the flows that go elsewhere, 0 to 1.
+    #[serde(rename = "moved_share")]
+    pub moved: f64,
+}
+
+/// Between two lists.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
+pub struct Difference {
+    pub added: Vec<String>,
+    pub removed: Vec<String>,
+    /// What is in both, and how it differs: `10.0.9.1: weight: 1 -> 2`.
+    pub altered: Vec<String>,
+}
+
+impl Changes {
+    /// From `old` (nothing is applied: empty) to `new`. `attached` are the interfaces that the
+    /// filter is on now.
+    pub fn new(old: &Desired, new: &Desired, attached: &[String]) -> Changes {
+        let before: BTreeMap<&str, &Rule> =
+            old.rules.iter().map(|rule| (rule.name.as_str(), rule)).collect();
+        let after: BTreeMap<&str, &Rule> =
+            new.rules.iter().map(|rule| (rule.name.as_str(), rule)).collect();
+        Changes {
+            attach: only_in(&new.interfaces, attached),
+            detach: only_in(attached, &new.interfaces),
+            addresses: addresses(old, new),
+            added: new
+                .rules
+                .iter()
+                .filter(|rule| !before.contains_key(rule.name.as_str()))
+                .map(summary)
+                .collect(),
+            removed: old
+                .rules
+                .iter()
+                .filter(|rule| !after.contains_key(rule.name.as_str()))
+                .map(summary)
+                .collect(),
+            altered: new
+                .rules
+                .iter()
+                .filter_map(|rule| change(before.get(rule.name.as_str())?, rule))
+                .collect(),
+        }
+    }
+
+    /// Counts again how many flows move, by the states that upstreams are in.
+    pub fn count_moved(&mut self, old: &[Rule], new: &[Rule]) {
+        let by_name = |rules: &[Rule]| -> BTreeMap<String, usize> {
+            rules.iter().enumerate().map(|(index, rule)| (rule.name.clone(), index)).collect()
+        };
+        let (before, after) = (by_name(old), by_name(new));
+        for rule in &mut self.altered {
+            if let (Some(then), Some(now)) = (before.get(&rule.name), after.get(&rule.name)) {
+                rule.moved = rounded(moved_share(&old[*then], &new[*now]));
+            }
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        *self == Changes::default()
+    }
+}
+
+fn only_in(these: &[String], others: &[String]) -> Vec<String> {
+    let others: BTreeSet<&String> = others.iter().collect();
+    these.iter().filter(|it| !others.contains(it)).cloned().collect()
+}
+
+fn addresses(old: &Desired, new: &Desired) -> Difference {
+    let all = |desired: &Desired| -> Vec<String> {
+        let any = desired.addresses.iter().map(|address| format!("{address} is one of `{ANY}`"));
+        let broadcasts = desired.broadcasts.iter();
+        let ports = desired.local_ports.iter();
+        any.chain(broadcasts.map(|address| format!("{address} is a broadcast address")))
+            .chain(ports.map(|ports| format!("{ports} are ports of this host's sockets")))
+            .collect()
+    };
+    let (old, new) = (all(old), all(new));
+    Difference { added: only_in(&new, &old), removed: only_in(&old, &new), altered: Vec::new() }
+}
+
+fn summary(rule: &Rule) -> RuleSummary {
+    RuleSummary {
+        name: rule.name.clone(),
+        key: key(rule),
+        upstreams: rule.upstreams.iter().map(endpoint).collect(),
+        mirrors: rule.mirrors.iter().map(endpoint).collect(),
+    }
+}
+
+fn change(old: &Rule, new: &Rule) -> Option<RuleChange> {
+    if old == new {
+        return None;
+    }
+    let fields = [
+        ("key", key(old), key(new)),
+        ("tc_action", word(&old.action), word(&new.action)),
+        ("mode", word(&old.mode), word(&new.mode)),
+        ("strategy", word(&old.strategy), word(&new.strategy)),
+        ("payload", payload(old), payload(new)),
+        ("hash", word(&old.hash), word(&new.hash)),
+        ("source", word(&old.source), word(&new.source)),
+        ("health", word(&old.health), word(&new.health)),
+        ("fragments", word(&old.fragments), word(&new.fragments)),
+        ("zero-checksum", word(&old.zero_checksum), word(&new.zero_checksum)),
+        ("martians", word(&old.martians), word(&new.martians)),
+    ];
+    let slots = slots(old).zip(slots(new));
+    let slots = slots.map(|(old, new)| [("slots", old.to_string(), new.to_string())]);
+    let mut fields = differing(fields);
+    fields.extend(slots.map(differing).into_iter().flatten());
+    Some(RuleChange {
+        name: new.name.clone(),
+        fields,
+        upstreams: difference((old, &old.upstreams), (new, &new.upstreams)),
+        mirrors: difference((old, &old.mirrors), (new, &new.mirrors)),
+        moved: rounded(moved_share(old, new)),
+    })
+}
+
+/// A share to a tenth of a percent.
+fn rounded(share: f64) -> f64 {
+    (share * 1000.0).round() / 1000.0
+}
+
+/// How long the table of a rule is, if that is for its weights to say: where it changes, that moves
+/// most flows.
+fn slots(rule: &Rule) -> Option<u32> {
+    let weights: Vec<u32> = rule.upstreams.iter().map(|upstream| upstream.weight).collect();
+    let weighted = rule.mode == Mode::Balance && rule.hash == Hash::Maglev;
+    weighted.then(|| maglev::size(&weights).ok()).flatten()
+}
+
+/// `field: old -> new` of each that is not the same.
+fn differing<const N: usize>(fields: [(&str, String, String); N]) -> Vec<String> {
+    let differing = fields.into_iter().filter(|(_, old, new)| old != new);
+    differing.map(|(field, old, new)| format!("{field}: {old} -> {new}")).collect()
+}
+
+/// Of upstreams or mirrors.
+fn difference(
+    (old, before): (&Rule, &[Upstream]),
+    (new, after): (&Rule, &[Upstream]),
+) -> Difference {
+    let endpoints = |list: &[Upstream]| list.iter().map(endpoint).collect::<Vec<_>>();
+    let known: BTreeMap<String, &Upstream> =
+        before.iter().map(|upstream| (endpoint(upstream), upstream)).collect();
+    let altered = |upstream: &Upstream| {
+        let endpoint = endpoint(upstream);
+        let before = known.get(&endpoint)?;
+        // Where neither has its own, it is told of the rule.
+        let own = before.source.is_some() || upstream.source.is_some();
+        let source = |rule: &Rule, upstream: &Upstream| match own {
+            true => word(&rule.source_of(upstream)),
+            false => String::new(),
+        };
+        let fields = differing([
+            ("weight", before.weight.to_string(), upstream.weight.to_string()),
+            ("state", word(&before.state), word(&upstream.state)),
+            ("source", source(old, before), source(new, upstream)),
+            ("sample", before.sample.to_string(), upstream.sample.to_string()),
+        ]);
+        (!fields.is_empty()).then(|| format!("{endpoint}: {}", fields.join(", ")))
+    };
+    Difference {
+        added: only_in(&endpoints(after), &endpoints(before)),
+        removed: only_in(&endpoints(before), &endpoints(after)),
+        altered: after.iter().filter_map(altered).collect(),
+    }
+}
+
+/// A word of the vocabulary, as the file spells it.
+pub fn word(value: &impl Serialize) -> String {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(word)) => word,
+        other => format!("{other:?}"),
+    }
+}
+
+fn payload(rule: &Rule) -> String {
+    match rule.payload {
+        None => "none".into(),
+        Some(Payload::Statsd) => STATSD.into(),
+        Some(Payload::Bytes { offset, length }) => format!("{length} bytes at {offset}"),
+    }
+}
+
+/// A rule's key: `10.0.0.5:2055,4739,6343-6350 from 10.20.0.0/16`.
+pub fn key(rule: &Rule) -> String {
+    let list = |items: Vec<String>| items.join(",");
+    let key = &rule.key;
+    let ports = match key.ports.is_empty() {
+        true => ANY.into(),
+        false => list(key.ports.iter().map(ToString::to_string).collect()),
+    };
+    let to = with_port(key.address, ports);
+    match key.from.is_empty() {
+        true => to,
+        false => {
+            format!("{to} from {}", list(key.from.iter().map(ToString::to_string).collect()))
+        }
+    }
+}
+
+/// Where an upstream is: `nfcapd 10.0.9.11:2055`; without a port where it keeps the packet's.
+pub fn endpoint(upstream: &Upstream) -> String {
+    let mut text = match &upstream.name {
+        Some(name) => format!("{name} "),
+        None => String::new(),
+    };
+    let host = upstream.host.to_string();
+    let address = upstream.address.to_string();
+    if host != address {
+        text += &format!("{host} ");
+    }
+    text += &match upstream.port {
+        Some(port) => with_port(address, port),
+        None => address,
+    };
+    text
+}
+
+impl fmt::Display for Changes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for name in &self.attach {
+            writeln!(f, "+ interface {name}")?;
+        }
+        for name in &self.detach {
+            writeln!(f, "- interface {name}: detached")?;
+        }
+        self.addresses.lines(f, "", "address")?;
+        for (sign, rules) in [('+', &self.added), ('-', &self.removed)] {
+            for rule in rules {
+                let RuleSummary { name, key, upstreams, mirrors } = rule;
+                write!(f, "{sign} rule {name} ({key}) -> {}", upstreams.join(", "))?;
+                if !mirrors.is_empty() {
+                    write!(f, "; copies to {}", mirrors.join(", "))?;
+                }
+                writeln!(f)?;
+            }
+        }
+        for rule in &self.altered {
+            let percent = (rule.moved * 1000.0).round() / 10.0;
+            writeln!(f, "~ rule {}: {percent} % of its flows move", rule.name)?;
+            for field in &rule.fields {
+                writeln!(f, "    {field}")?;
+            }
+            rule.upstreams.lines(f, "    ", "upstream")?;
+            rule.mirrors.lines(f, "    ", "mirror")?;
+        }
+        Ok(())
+    }
+}
+
+impl Difference {
+    fn lines(&self, f: &mut fmt::Formatter<'_>, indent: &str, what: &str) -> fmt::Result {
+        for (sign, items) in [('+', &self.added), ('-', &self.removed), ('~', &self.altered)] {
+            for item in items {
+                writeln!(f, "{indent}{sign} {what} {item}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Changes;
+    use crate::config::{Action, Config};
+    use crate::desired::Desired;
+
+    fn desired(rules: &str) -> Desired {
+        let text = format!("version: 1\ninterfaces: [b, a]\nrules:\n{rules}");
+        let config = Config::parse("test.yaml", &text).expect("a good configuration");
+        Desired::written(&config, &config.interfaces)
+    }
+
+    const ONE: &str = "
+- name: one
+  key: { address: 10.0.0.5, port: [5, 7-9] }
+  options: { hash: modulo }
+  upstream: [{ name: x, address: 10.0.9.1 }, { address: 10.0.9.2, port: 8 }]
+";
+    const TWO: &str = "
+- key: { address: 10.0.0.5, port: 6 }
+  options: { hash: modulo }
+  upstream: [{ address: 10.0.9.1 }]
+";
+
+    #[test]
+    fn nothing() {
+        let one = desired(ONE);
+        let attached = ["a".to_string(), "b".to_string()];
+        let changes = Changes::new(&one, &one, &attached);
+        assert!(changes.is_empty());
+        assert_eq!(changes.to_string(), "");
+    }
+
+    #[test]
+    fn every_field_of_a_rule_and_its_hosts() {
+        let old = desired(
+            "
+- name: one
+  key: { address: any, port: any, from: 10.0.0.0/8 }
+  options: { hash: modulo, source: preserve }
+  upstream: [{ address: 10.0.9.1 }, { address: 10.0.9.2, source: vip }]
+  mirror: [{ address: 10.0.9.3 }, { address: 10.0.9.4, port: 1 }]
+",
+        );
+        let mut new = desired(
+            "
+- name: one
+  key: { address: 10.0.0.5, port: 53, from: [10.0.0.0/8, 192.0.2.1] }
+  options: { strategy: payload, payload: { offset: 4, length: 2 }, fragments: drop }
+  upstream: [{ address: 10.0.9.1, weight: 2, state: drained }, { address: 10.0.9.2 }]
+  mirror: [{ address: 10.0.9.3, source: egress, sample: 9 }]
+",
+        );
+        let attached = ["a".to_string(), "b".to_string()];
+        let text = Changes::new(&old, &new, &attached).to_string();
+        let (first, rest) = text.split_once('\n').expect("lines");
+        assert!(first.starts_with("~ rule one: ") && first.ends_with(" % of its flows move"));
+        assert_eq!(
+            rest,
+            "    key: any:any from 10.0.0.0/8 -> 10.0.0.5:53 from 10.0.0.0/8,192.0.2.1\n    \
+             strategy: src-ip-port -> payload\n    payload: none -> 2 bytes at 4\n    \
+             hash: modulo -> maglev\n    source: preserve -> vip\n    \
+             fragments: follow -> drop\n    \
+             ~ upstream 10.0.9.1: weight: 1 -> 2, state: active -> drained\n    \
+             - mirror 10.0.9.4:1\n    \
+             ~ mirror 10.0.9.3: source: preserve -> egress, sample: 1 -> 9\n"
+        );
+        new.rules.truncate(0);
+        let old = Desired { addresses: vec![[10, 0, 0, 5].into()], ..old };
+        let new = Desired { broadcasts: vec![[10, 0, 0, 255].into()], ..new };
+        assert_eq!(
+            Changes::new(&old, &new, &attached).to_string(),
+            "+ address 10.0.0.255 is a broadcast address\n\
+             - address 10.0.0.5 is one of `any`\n\
+             - rule one (any:any from 10.0.0.0/8) -> 10.0.9.1, 10.0.9.2; \
+             copies to 10.0.9.3, 10.0.9.4:1\n"
+        );
+    }
+
+    #[test]
+    fn weights_that_need_another_table() {
+        let weighted = |weight: u32| {
+            desired(&format!(
+                "
+- name: one
+  key: {{ address: 10.0.0.5, port: 53 }}
+  upstream: [{{ address: 10.0.9.1 }}, {{ address: 10.0.9.2, weight: {weight} }}]
+"
+            ))
+        };
+        let fields = |old: u32, new: u32| {
+            Changes::new(&weighted(old), &weighted(new), &[]).altered[0].fields.clone()
+        };
+        assert_eq!(fields(1, 99), Vec::<String>::new());
+        assert_eq!(fields(1, 100), ["slots: 10007 -> 100003"]);
+        assert_eq!(fields(9999, 100), ["slots: 1000003 -> 100003"]);
+    }
+
+    #[test]
+    fn everything() {
+        let mut new = desired(&[ONE, TWO].concat());
+        let from_nothing = Changes::new(&Desired::default(), &new, &[]);
+        assert_eq!(
+            from_nothing.to_string(),
+            "+ interface a\n+ interface b\n\
+             + rule one (10.0.0.5:5,7-9) -> x 10.0.9.1, 10.0.9.2:8\n\
+             + rule 10.0.0.5:6 (10.0.0.5:6) -> 10.0.9.1\n"
+        );
+        let old = desired(ONE);
+        new.interfaces = vec!["c".into()];
+        new.rules[0].action = Action::Block;
+        new.rules[0].upstreams[1].port = Some(9);
+        let attached = ["a".to_string()];
+        assert_eq!(
+            Changes::new(&old, &new, &attached).to_string(),
+            "+ interface c\n- interface a: detached\n\
+             + rule 10.0.0.5:6 (10.0.0.5:6) -> 10.0.9.1\n\
+             ~ rule one: 50 % of its flows move\n    tc_action: pass -> block\n    \
+             + upstream 10.0.9.2:9\n    - upstream 10.0.9.2:8\n"
+        );
+    }
+}

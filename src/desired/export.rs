@@ -1,0 +1,303 @@
+//! What serves, as a configuration file. Pure.
+
+use serde_json::{Map, Value, json};
+
+use crate::config::{ANY, Addresses, Key, Mode, Payload, Ports, STATSD, State};
+use crate::desired::{Desired, Rule, Upstream};
+
+/// The map form of the configuration, every option spelled out. Host names stay names, and what is
+/// missing is there.
+pub fn document(desired: &Desired) -> Value {
+    let desired = desired.as_written();
+    json!({
+        "version": 1,
+        "interfaces": desired.interfaces,
+        "rules": desired.rules.iter().map(rule).collect::<Vec<_>>(),
+    })
+}
+
+fn rule(rule: &Rule) -> Value {
+    let mut value = json!({
+        "name": rule.name,
+        "key": key(&rule.key),
+        "options": options(rule),
+        "upstream": rule.upstreams.iter().map(host).collect::<Vec<_>>(),
+    });
+    if !rule.mirrors.is_empty() {
+        value["mirror"] = rule.mirrors.iter().map(host).collect();
+    }
+    value
+}
+
+fn key(key: &Key) -> Value {
+    let mut value = json!({ "address": key.address, "port": ports(&key.ports) });
+    if !key.from.is_empty() {
+        value["from"] = json!(key.from);
+    }
+    value
+}
+
+fn ports(ports: &[Ports]) -> Value {
+    let spelled = |ports: &Ports| match ports.first == ports.last {
+        true => json!(ports.first),
+        false => json!(ports.to_string()),
+    };
+    match ports {
+        [] => json!(ANY),
+        [one] => spelled(one),
+        several => several.iter().map(spelled).collect(),
+    }
+}
+
+fn options(rule: &Rule) -> Value {
+    let mut options = json!({
+        "tc_action": rule.action,
+        "mode": rule.mode,
+        "source": rule.source,
+        "health": rule.health,
+        "fragments": rule.fragments,
+        "zero-checksum": rule.zero_checksum,
+        "martians": rule.martians,
+    });
+    if rule.mode == Mode::Balance {
+        options["strategy"] = json!(rule.strategy);
+        options["hash"] = json!(rule.hash);
+    }
+    if let Some(payload) = rule.payload {
+        options["payload"] = match payload {
+            Payload::Statsd => json!(STATSD),
+            Payload::Bytes { offset, length } => json!({ "offset": offset, "length": length }),
+        };
+    }
+    options
+}
+
+/// An upstream or a mirror.
+fn host(upstream: &Upstream) -> Value {
+    let mut fields = Map::new();
+    let mut say = |field: &str, value: Value| fields.insert(field.into(), value);
+    if let Some(name) = &upstream.name {
+        say("name", json!(name));
+    }
+    say("address", json!(upstream.host));
+    if upstream.addresses == Addresses::All {
+        say("addresses", json!(upstream.addresses));
+    }
+    if let Some(port) = upstream.port {
+        say("port", json!(port));
+    }
+    if upstream.weight != 1 {
+        say("weight", json!(upstream.weight));
+    }
+    if upstream.state != State::Active {
+        say("state", json!(upstream.state));
+    }
+    if let Some(source) = upstream.source {
+        say("source", json!(source));
+    }
+    if upstream.sample != 1 {
+        say("sample", json!(upstream.sample));
+    }
+    Value::Object(fields)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv6Addr};
+
+    use proptest::collection::{btree_set, vec};
+    use proptest::option;
+    use proptest::prelude::*;
+    use proptest::sample::{select, subsequence};
+
+    use super::document;
+    use crate::config::{
+        Action, Address, Admission, Config, Family, Fragments, Hash, Health, Host, Key, KeyAddress,
+        Mode, Network, Payload, Ports, Source, State, Strategy as Selection,
+    };
+    use crate::desired::dns::Answers;
+    use crate::desired::partial::{Known, resolve};
+    use crate::desired::{Desired, Rule, Upstream};
+
+    const NAMES: [&str; 4] = ["logs.example.net", "a", "true.example", "0x1f.example"];
+
+    /// Of network 10.0.`place`.0/24 or 2001:db8:`place`::/48.
+    fn ip(family: Family, place: u8, last: u8) -> IpAddr {
+        match family {
+            Family::V4 => [10, 0, place, last].into(),
+            Family::V6 => {
+                Ipv6Addr::new(0x2001, 0xdb8, place.into(), 0, 0, 0, 0, last.into()).into()
+            }
+        }
+    }
+
+    /// What the host names stand for.
+    fn names() -> Answers {
+        let families = [Family::V4, Family::V6].into_iter();
+        let names = families.flat_map(|family| NAMES.map(|name| (name, family)));
+        let numbered = names.zip(1..);
+        numbered
+            .map(|((name, family), last)| ((name.into(), family), Ok([ip(family, 8, last)].into())))
+            .collect()
+    }
+
+    fn resolved(written: &Desired) -> Desired {
+        let (own, shrunk) = Default::default();
+        resolve(written, &Known { answers: &names(), own: &own, serving: None, shrunk: &shrunk })
+            .desired
+    }
+
+    fn address(family: Family) -> BoxedStrategy<Address> {
+        let host = (1..250_u8).prop_map(move |last| ip(family, 9, last).into()).boxed();
+        match family {
+            Family::V4 => host,
+            Family::V6 => {
+                let link_local = ("[a-z0-9.]{3,15}", 1..99_u16).prop_map(|(scope, last)| Address {
+                    ip: Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, last).into(),
+                    scope: Some(scope),
+                });
+                prop_oneof![host, link_local].boxed()
+            }
+        }
+    }
+
+    /// Different ones, without what depends on the rule; their names begin with `prefix`.
+    fn hosts(family: Family, prefix: &'static str) -> impl Strategy<Value = Vec<Upstream>> {
+        let host = prop_oneof![
+            address(family).prop_map(Host::Address),
+            select(NAMES.to_vec()).prop_map(|name| Host::Name(name.into())),
+        ];
+        // names are such that a sloppy writer of YAML would make something else of them
+        let names = btree_set("[a-z0-9][a-z0-9.:-]{0,8}|null|yes|1e3|0o7|~|1:30", 5);
+        let states = select(vec![State::Active, State::Drained]);
+        let list = vec((host, option::of(1..=u16::MAX), any::<bool>(), states), 1..5);
+        (list, names).prop_map(move |(mut list, names)| {
+            let mut seen = Vec::new();
+            list.retain(|(host, port, ..)| {
+                let new = !seen.contains(&(host.clone(), *port));
+                seen.push((host.clone(), *port));
+                new
+            });
+            list.into_iter()
+                .zip(names)
+                .map(|((host, port, named, state), name)| {
+                    let address = match &host {
+                        Host::Address(address) => address.clone(),
+                        Host::Name(name) => match &self::names()[&(name.clone(), family)] {
+                            Ok(found) => (*found.first().expect("an address")).into(),
+                            Err(no) => panic!("{}", no.cause),
+                        },
+                    };
+                    let name = named.then(|| format!("{prefix}{name}"));
+                    Upstream { name, host, state, ..Upstream::new(address, port) }
+                })
+                .collect()
+        })
+    }
+
+    /// A key that no rule of another place has.
+    fn key(place: u8, family: Family) -> impl Strategy<Value = Key> {
+        let first = u16::from(place) * 200;
+        let range = (0..30_u16, 0..30_u16).prop_map(move |(low, more)| Ports {
+            first: first + 1 + low,
+            last: first + 1 + low + more,
+        });
+        let lone = Just(Ports { first: first + 150, last: first + 150 });
+        let ports = (option::of(range), lone)
+            .prop_map(|(range, lone)| range.into_iter().chain([lone]).collect::<Vec<_>>());
+        let own = KeyAddress::Is(ip(family, 0, place));
+        let whole = (Just(own), prop_oneof![ports.clone(), Just(Vec::new())]);
+        let address = prop_oneof![whole, (Just(KeyAddress::Any), ports)];
+        let network = match family {
+            Family::V4 => select(vec!["10.0.0.0/8", "10.20.0.0/16", "192.0.2.1", "0.0.0.0/0"]),
+            Family::V6 => select(vec!["::/0", "2001:db8::/32", "2001:db8::5", "fe80::/10"]),
+        };
+        (address, btree_set(network, 0..3)).prop_map(move |((address, ports), from)| {
+            let mut from: Vec<Network> =
+                from.into_iter().map(|text| text.parse().expect("a network")).collect();
+            if from.is_empty() && address == KeyAddress::Any {
+                // else host names alone would not say the family
+                from.push(ip(family, 20, 1).into());
+            }
+            Key { address, ports, from }
+        })
+    }
+
+    /// Rules with keys of their own, by their place among the rules.
+    fn rule(place: u8) -> impl Strategy<Value = Rule> {
+        let sources = || vec![Source::Vip, Source::Preserve, Source::Egress];
+        let words = (
+            select(vec![Action::Pass, Action::Block]),
+            select(sources()),
+            select(vec![Health::Off, Health::Neighbour]),
+            select(vec![Fragments::Follow, Fragments::Pass, Fragments::Drop]),
+            select(vec![Admission::Deny, Admission::Allow]),
+            select(vec![Admission::Deny, Admission::Allow]),
+            select(vec![Mode::Balance, Mode::Replicate]),
+            select(vec![Hash::Modulo, Hash::Maglev]),
+        );
+        let strategies = [Selection::SrcPort, Selection::SrcIp, Selection::SrcIpPort];
+        let strategies = strategies.into_iter().chain([Selection::Random]);
+        let payload = prop_oneof![
+            Just(Payload::Statsd),
+            (0..=u16::MAX, 1..=64_u8)
+                .prop_map(|(offset, length)| Payload::Bytes { offset, length }),
+        ];
+        let selection = prop_oneof![
+            select(strategies.collect::<Vec<_>>()).prop_map(|strategy| (strategy, None)),
+            payload.prop_map(|payload| (Selection::Payload, Some(payload))),
+        ];
+        // those of a host: weight, source and sample
+        let own = vec((1..100_u32, option::of(select(sources())), 1..=1_000_000_u32), 10);
+        let hosts = select(vec![Family::V4, Family::V6]).prop_flat_map(move |family| {
+            (key(place, family), hosts(family, "u"), option::of(hosts(family, "m")))
+        });
+        (words, selection, hosts, own).prop_map(move |(words, selection, hosts, own)| {
+            let (key, upstreams, mirrors) = hosts;
+            let (action, source, health, fragments, zero_checksum, martians, mode, hash) = words;
+            let (strategy, payload) = selection;
+            let mirrors = mirrors.unwrap_or_default();
+            let rule = Rule::new(format!("r{place}"), key, upstreams);
+            let mut rule = match mode {
+                Mode::Balance => Rule { strategy, payload, hash, mirrors, ..rule },
+                Mode::Replicate => rule,
+            };
+            let mut own = own.into_iter();
+            for (upstream, (weight, own, sample)) in rule.upstreams.iter_mut().zip(&mut own) {
+                upstream.source = own.filter(|own| *own != source);
+                match (mode, hash) {
+                    (Mode::Replicate, _) => upstream.sample = sample,
+                    (Mode::Balance, Hash::Maglev) => upstream.weight = weight,
+                    (Mode::Balance, Hash::Modulo) => {}
+                }
+            }
+            for (mirror, (_, own, sample)) in rule.mirrors.iter_mut().zip(own) {
+                mirror.source = own.filter(|own| *own != source);
+                mirror.sample = sample;
+            }
+            Rule { action, mode, source, health, fragments, zero_checksum, martians, ..rule }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn applies_to_the_same(
+            rules in (0..5_u8).prop_flat_map(|count| (1..=count).map(rule).collect::<Vec<_>>()),
+            interfaces in subsequence(vec!["eth0", "no", "1e3", "wlp0s20f3"], 1..4),
+        ) {
+            let mut interfaces: Vec<String> = interfaces.into_iter().map(String::from).collect();
+            interfaces.sort();
+            let desired = Desired { interfaces, rules, ..Desired::default() };
+            let text = serde_yaml::to_string(&document(&desired)).expect("YAML");
+            for text in [text, document(&desired).to_string()] {
+                let config = Config::parse("list.yaml", &text)
+                    .unwrap_or_else(|errors| panic!("{}\n{text}", errors[0]));
+                let written = Desired::written(&config, &config.interfaces);
+                let again = resolved(&written);
+                prop_assert_eq!(again, desired.clone(), "{}", text);
+            }
+            let stored = serde_json::to_string(&desired).expect("JSON");
+            prop_assert_eq!(serde_json::from_str::<Desired>(&stored).expect("the same"), desired);
+        }
+    }
+}

@@ -1,0 +1,564 @@
+//! What the kernel is to hold: a [`Config`] with its names resolved and its interfaces chosen.
+//! Pure.
+
+pub mod diff;
+pub mod dns;
+pub mod export;
+pub mod flow;
+pub mod miss;
+pub mod partial;
+pub mod tables;
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{
+    self, Action, Address, Addresses, Admission, Config, Family, Fragments, Hash, Health, Host,
+    Key, KeyAddress, Mode, Payload, Ports, Source, State, Strategy, with_port,
+};
+use crate::desired::partial::Incomplete;
+use crate::net::routing::{Senders, Target};
+
+/// A host name, and the kind of its addresses that is asked for.
+pub type Name = (String, Family);
+
+/// A configuration, as a generation carries it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Desired {
+    /// Sorted, without duplicates; also those that are missing.
+    pub interfaces: Vec<String>,
+    pub rules: Vec<Rule>,
+    /// What a key's `any` address stands for: those of the interfaces, sorted. Empty where no rule
+    /// says it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
+    /// Of the keys' addresses those that whole networks of the interfaces listen to, sorted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub broadcasts: Vec<IpAddr>,
+    /// The ports that the kernel gives to sockets which ask for none, where a rule takes such away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local_ports: Option<Ports>,
+    /// What the file says and this configuration lacks.
+    #[serde(default, skip_serializing_if = "Incomplete::is_empty")]
+    pub incomplete: Incomplete,
+}
+
+/// The fields with a default are those that generations of an earlier udplb do not have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rule {
+    pub name: String,
+    pub key: Key,
+    pub action: Action,
+    #[serde(default)]
+    pub mode: Mode,
+    pub strategy: Strategy,
+    /// If and only if that is the strategy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub payload: Option<Payload>,
+    pub hash: Hash,
+    /// Of upstreams and mirrors that have no other.
+    pub source: Source,
+    #[serde(default)]
+    pub health: Health,
+    #[serde(default)]
+    pub fragments: Fragments,
+    /// UDP over IPv6 without a checksum.
+    #[serde(default, skip_serializing_if = "Admission::is_denied")]
+    pub zero_checksum: Admission,
+    /// Packets whose source no router forwards.
+    #[serde(default, skip_serializing_if = "Admission::is_denied")]
+    pub martians: Admission,
+    /// Never empty; their order is that of the file, which `modulo` counts in.
+    pub upstreams: Vec<Upstream>,
+    /// Those that get a copy of each packet besides.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mirrors: Vec<Upstream>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upstream {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// As the file has it.
+    pub host: Host,
+    /// What it was resolved to.
+    pub address: Address,
+    /// With `all` several upstreams may have one host.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub addresses: Addresses,
+    /// `None`: the port that the packet came to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// Its share of the flows, beside those of the others.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub weight: u32,
+    #[serde(default)]
+    pub state: State,
+    /// None: the rule's, see [`Rule::source_of`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+    /// It gets every N-th packet.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub sample: u32,
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn is_default(addresses: &Addresses) -> bool {
+    *addresses == Addresses::default()
+}
+
+fn is_one(number: &u32) -> bool {
+    *number == 1
+}
+
+impl Rule {
+    /// With what holds in the map form where nothing is said.
+    pub fn new(name: impl Into<String>, key: Key, upstreams: Vec<Upstream>) -> Rule {
+        Rule {
+            name: name.into(),
+            key,
+            action: Action::Pass,
+            mode: Mode::Balance,
+            strategy: Strategy::SrcIpPort,
+            payload: None,
+            hash: Hash::Maglev,
+            source: Source::Vip,
+            health: Health::Off,
+            fragments: Fragments::Follow,
+            zero_checksum: Admission::Deny,
+            martians: Admission::Deny,
+            upstreams,
+            mirrors: Vec::new(),
+        }
+    }
+
+    /// Whom this upstream or mirror sees as sender.
+    pub fn source_of(&self, upstream: &Upstream) -> Source {
+        upstream.source.unwrap_or(self.source)
+    }
+
+    /// The one that all addresses of the rule are of.
+    pub fn family(&self) -> Family {
+        self.upstreams.first().map_or(Family::V4, |upstream| upstream.address.ip.into())
+    }
+
+    /// All that packets are sent to: the upstreams, then the mirrors.
+    pub fn destinations(&self) -> impl Iterator<Item = &Upstream> {
+        self.upstreams.iter().chain(&self.mirrors)
+    }
+
+    /// The same by id, each once: one that is listed twice is one.
+    pub fn with_ids<'a>(&'a self, ids: &'a RuleIds) -> Vec<Destination<'a>> {
+        let mut destinations = Vec::with_capacity(self.upstreams.len() + self.mirrors.len());
+        let (mut seen, mut labels) = (HashSet::new(), HashSet::new());
+        for (role, list, ids) in [
+            (Role::Upstream, &self.upstreams, &ids.upstreams),
+            (Role::Mirror, &self.mirrors, &ids.mirrors),
+        ] {
+            for (upstream, id) in list.iter().zip(ids).filter(|(_, id)| seen.insert(**id)) {
+                let mut label = upstream.label();
+                while !labels.insert(label.clone()) {
+                    label.push('\'');
+                }
+                destinations.push(Destination { id: *id, role, upstream, label });
+            }
+        }
+        destinations
+    }
+}
+
+impl Upstream {
+    /// With what holds where nothing is said.
+    pub fn new(address: impl Into<Address>, port: Option<u16>) -> Upstream {
+        let address = address.into();
+        Upstream {
+            name: None,
+            host: Host::Address(address.clone()),
+            address,
+            addresses: Addresses::One,
+            port,
+            weight: 1,
+            state: State::Active,
+            source: None,
+            sample: 1,
+        }
+    }
+
+    /// The host name that it is under, if it is.
+    pub fn named(&self) -> Option<Name> {
+        match &self.host {
+            Host::Name(name) => Some((name.clone(), self.address.ip.into())),
+            Host::Address(_) => None,
+        }
+    }
+
+    /// What it is called in output: its name, or its host and port. Where a host name has all its
+    /// addresses, the address is in it: `pool@10.0.9.11`.
+    pub fn label(&self) -> String {
+        match (&self.name, self.port) {
+            (name, port)
+                if self.addresses == Addresses::All && !self.address.ip.is_unspecified() =>
+            {
+                let host = self.host.to_string();
+                let (of, port) = match name {
+                    Some(name) => (name, None),
+                    None => (&host, port),
+                };
+                let address =
+                    port.map_or(self.address.to_string(), |port| with_port(&self.address, port));
+                format!("{of}@{address}")
+            }
+            (Some(name), _) => name.clone(),
+            (None, Some(port)) => with_port(&self.host, port),
+            (None, None) => self.host.to_string(),
+        }
+    }
+}
+
+impl Desired {
+    /// Converts a configuration; the addresses of its host names are unspecified, see
+    /// [`partial::resolve`](crate::desired::partial::resolve).
+    pub fn written(config: &Config, interfaces: &[String]) -> Desired {
+        let rules = config.rules.iter().map(written).collect();
+        let interfaces: BTreeSet<String> = interfaces.iter().cloned().collect();
+        Desired { interfaces: interfaces.into_iter().collect(), rules, ..Desired::default() }
+    }
+
+    /// Of [`KEY_ENTRIES`](crate::config::KEY_ENTRIES), with the addresses that `any` stands for.
+    pub fn key_entries(&self) -> usize {
+        let addresses = |rule: &Rule| match rule.key.address {
+            KeyAddress::Is(_) => 1,
+            KeyAddress::Any => {
+                self.addresses.iter().filter(|address| rule.family() == (**address).into()).count()
+            }
+        };
+        self.rules.iter().map(|rule| rule.key.entries() * addresses(rule)).sum()
+    }
+
+    /// Returns the configuration as [`Desired::written`] made it, including what is not applied.
+    pub fn as_written(&self) -> Desired {
+        let mut desired = self.clone();
+        (desired.addresses, desired.broadcasts, desired.local_ports) = (vec![], vec![], None);
+        desired.incomplete = Incomplete::default();
+        if !self.incomplete.rules.is_empty() {
+            desired.rules.clone_from(&self.incomplete.rules);
+        }
+        for rule in &mut desired.rules {
+            for hosts in [&mut rule.upstreams, &mut rule.mirrors] {
+                for upstream in &mut *hosts {
+                    if let Host::Name(_) = upstream.host {
+                        upstream.address = unspecified(upstream.address.ip.into());
+                    }
+                }
+                hosts.dedup_by(|next, host| host.addresses == Addresses::All && next == host);
+            }
+        }
+        desired
+    }
+
+    /// Records the rules as they were written, if they do not follow from these.
+    pub fn keep_written(&mut self, written: &[Rule]) {
+        self.incomplete.rules.clear();
+        if self.as_written().rules != written {
+            self.incomplete.rules = written.to_vec();
+        }
+    }
+
+    /// Returns true if a generation with this configuration can stay where `other` is wanted. Causes
+    /// may differ, and interfaces that it has been attached to may be missing.
+    pub fn serves(&self, other: &Desired) -> bool {
+        let Desired { interfaces, rules, addresses, broadcasts, local_ports, incomplete } = self;
+        let same = (interfaces, rules) == (&other.interfaces, &other.rules)
+            && (addresses, broadcasts) == (&other.addresses, &other.broadcasts)
+            && *local_ports == other.local_ports
+            && incomplete.lacks_the_same(&other.incomplete);
+        let is_missing = |name| other.incomplete.interfaces.contains(name);
+        same && incomplete.interfaces.iter().all(is_missing)
+    }
+
+    /// The multicast groups among the keys.
+    pub fn groups(&self) -> impl Iterator<Item = IpAddr> {
+        self.rules.iter().filter_map(|rule| match rule.key.address {
+            KeyAddress::Is(address) if address.is_multicast() => Some(address),
+            _ => None,
+        })
+    }
+
+    /// Where packets of a rule are sent to for an upstream or a mirror of it, and by whom.
+    pub fn target(&self, rule: &Rule, upstream: &Upstream) -> Target {
+        let senders = match (rule.source_of(upstream), rule.key.address) {
+            (Source::Egress, _) => Senders::Own,
+            (Source::Preserve, _) => Senders::Among(rule.key.from.clone()),
+            (Source::Vip, KeyAddress::Is(address)) => Senders::Among(vec![address.into()]),
+            (Source::Vip, KeyAddress::Any) => {
+                let family = rule.family();
+                let own = self.addresses.iter().filter(|own| family == (**own).into());
+                Senders::Among(own.map(|own| (*own).into()).collect())
+            }
+        };
+        Target { address: upstream.address.clone(), senders }
+    }
+
+    /// The targets of all upstreams and mirrors, each once.
+    pub fn targets(&self) -> BTreeSet<Target> {
+        let rules = self.rules.iter();
+        rules
+            .flat_map(|rule| rule.destinations().map(move |upstream| self.target(rule, upstream)))
+            .collect()
+    }
+
+    /// The upstreams and mirrors of all rules.
+    pub fn upstreams(&self) -> impl Iterator<Item = &Upstream> {
+        self.rules.iter().flat_map(Rule::destinations)
+    }
+}
+
+fn written(rule: &config::Rule) -> Rule {
+    let upstream = |upstream: &config::Upstream| Upstream {
+        name: upstream.name.clone(),
+        host: upstream.address.clone(),
+        address: match &upstream.address {
+            Host::Address(address) => address.clone(),
+            Host::Name(_) => unspecified(rule.family()),
+        },
+        addresses: upstream.addresses,
+        port: upstream.port,
+        weight: upstream.weight.unwrap_or(1),
+        state: upstream.state,
+        // said or not: the same configuration
+        source: upstream.source.filter(|source| *source != rule.source),
+        sample: upstream.sample.unwrap_or(1),
+    };
+    Rule {
+        name: rule.name.clone(),
+        key: rule.key.clone(),
+        action: rule.action,
+        mode: rule.mode,
+        strategy: rule.strategy,
+        payload: rule.payload,
+        hash: rule.hash,
+        source: rule.source,
+        health: rule.health,
+        fragments: rule.fragments,
+        zero_checksum: rule.zero_checksum,
+        martians: rule.martians,
+        upstreams: rule.upstreams.iter().map(upstream).collect(),
+        mirrors: rule.mirrors.iter().map(upstream).collect(),
+    }
+}
+
+fn unspecified(family: Family) -> Address {
+    match family {
+        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+    }
+}
+
+/// The ids of a rule, and of its upstreams and mirrors in their order.
+///
+/// Counters and next hops are kept under them; the same rule and the same endpoint keep theirs
+/// from generation to generation. An endpoint of a rule that changes its mode gets another: what it
+/// counts are packets of the rule in the one and copies of them in the other.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleIds {
+    pub rule: u32,
+    pub upstreams: Vec<u32>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mirrors: Vec<u32>,
+}
+
+impl RuleIds {
+    /// In the order of [`Rule::destinations`].
+    pub fn destinations(&self) -> impl Iterator<Item = u32> {
+        self.upstreams.iter().chain(&self.mirrors).copied()
+    }
+}
+
+/// More rules and upstreams than there are counters for.
+#[derive(Debug, PartialEq, Eq)]
+pub struct IdsExhausted;
+
+/// Gives every rule and endpoint the id that it has in one of the `known` generations, the
+/// first of which is asked first, or else one that none of them holds. Id 0 is never given;
+/// ids are below `limit`.
+pub fn assign_ids(
+    desired: &Desired,
+    known: &[(&Desired, &[RuleIds])],
+    limit: u32,
+) -> Result<Vec<RuleIds>, IdsExhausted> {
+    /// A rule, or one of its upstreams or mirrors: a host that is both has an id as each.
+    type Holder<'a> = (&'a str, Option<(Role, Mode, &'a Address, Option<u16>)>);
+    fn holders<'a>(rule: &'a Rule, role: Role) -> impl Iterator<Item = Holder<'a>> {
+        let all = match role {
+            Role::Upstream => &rule.upstreams,
+            Role::Mirror => &rule.mirrors,
+        };
+        let name = rule.name.as_str();
+        all.iter().map(move |it| (name, Some((role, rule.mode, &it.address, it.port))))
+    }
+    let mut ids: HashMap<Holder<'_>, u32> = HashMap::new();
+    let mut held = BTreeSet::new();
+    for (desired, given) in known {
+        for (rule, given) in desired.rules.iter().zip(*given) {
+            let upstreams = holders(rule, Role::Upstream).zip(&given.upstreams);
+            let mirrors = holders(rule, Role::Mirror).zip(&given.mirrors);
+            let rule = ((rule.name.as_str(), None), &given.rule);
+            for (holder, id) in [rule].into_iter().chain(upstreams).chain(mirrors) {
+                held.insert(*id);
+                ids.entry(holder).or_insert(*id);
+            }
+        }
+    }
+    let mut free = (1..limit).filter(|id| !held.contains(id));
+    let mut id_of = |holder| match ids.get(&holder) {
+        Some(id) => Ok(*id),
+        None => {
+            let id = free.next().ok_or(IdsExhausted)?;
+            ids.insert(holder, id);
+            Ok(id)
+        }
+    };
+    desired
+        .rules
+        .iter()
+        .map(|rule| {
+            Ok(RuleIds {
+                rule: id_of((rule.name.as_str(), None))?,
+                upstreams: holders(rule, Role::Upstream)
+                    .map(&mut id_of)
+                    .collect::<Result<_, _>>()?,
+                mirrors: holders(rule, Role::Mirror).map(&mut id_of).collect::<Result<_, _>>()?,
+            })
+        })
+        .collect()
+}
+
+/// An upstream or mirror of a rule with its id.
+#[derive(Clone, Debug)]
+pub struct Destination<'a> {
+    pub id: u32,
+    pub role: Role,
+    pub upstream: &'a Upstream,
+    /// Unique in the rule: a name may be another's address, and an upstream a mirror too.
+    pub label: String,
+}
+
+/// What a host is to a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// With `replicate`, one of the receivers.
+    Upstream,
+    Mirror,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use proptest::collection::{btree_map, vec};
+    use proptest::prelude::*;
+
+    use super::{Desired, IdsExhausted, Rule, RuleIds, Upstream, assign_ids};
+    use crate::config::{Key, Mode, Ports, Source};
+
+    /// Mode, upstreams and mirrors by rule.
+    type File = BTreeMap<u8, (Mode, Vec<Endpoint>, Vec<Endpoint>)>;
+    type Endpoint = (u8, Option<u16>);
+
+    fn desired(rules: &File) -> Desired {
+        let hosts = |hosts: &[Endpoint]| {
+            let host = |(host, port): &Endpoint| Upstream::new([10, 0, 9, *host], *port);
+            hosts.iter().map(host).collect()
+        };
+        let rule = |(number, (mode, upstreams, mirrors)): (&u8, &(Mode, Vec<_>, Vec<_>))| {
+            let key = Key::new([10, 0, 0, 5], vec![Ports { first: 1, last: 1 }]);
+            let rule = Rule::new(number.to_string(), key, hosts(upstreams));
+            Rule { mode: *mode, mirrors: hosts(mirrors), ..rule }
+        };
+        Desired { rules: rules.iter().map(rule).collect(), ..Desired::default() }
+    }
+
+    /// Each rule, and each endpoint of it in its mode, with its id.
+    fn holders(desired: &Desired, ids: &[RuleIds]) -> BTreeMap<String, u32> {
+        let mut holders = BTreeMap::new();
+        for (rule, ids) in desired.rules.iter().zip(ids) {
+            assert_eq!(rule.upstreams.len(), ids.upstreams.len());
+            assert_eq!(rule.mirrors.len(), ids.mirrors.len());
+            let (name, mode) = (&rule.name, rule.mode);
+            let roles = ["upstream"].repeat(rule.upstreams.len()).into_iter();
+            let roles = roles.chain(["mirror"].repeat(rule.mirrors.len()));
+            let endpoints = rule.destinations().zip(roles).map(|(it, role)| {
+                format!("{name} {mode:?} to {role} {} {:?}", it.address, it.port)
+            });
+            let named = endpoints.zip(ids.destinations()).chain([(name.clone(), ids.rule)]);
+            for (holder, id) in named {
+                assert_eq!(*holders.entry(holder.clone()).or_insert(id), id, "{holder}");
+            }
+        }
+        holders
+    }
+
+    fn file() -> impl Strategy<Value = File> {
+        let endpoint = || (0..4_u8, prop::option::of(1..3_u16));
+        let mode = prop::sample::select(vec![Mode::Balance, Mode::Replicate]);
+        btree_map(0..5_u8, (mode, vec(endpoint(), 1..5), vec(endpoint(), 0..3)), 0..4)
+    }
+
+    proptest! {
+        #[test]
+        fn an_id_stays_with_its_holder_while_any_generation_knows_it(files in vec(file(), 1..8)) {
+            let mut known: Vec<(Desired, Vec<RuleIds>)> = Vec::new();
+            for file in &files {
+                let desired = desired(file);
+                let before: Vec<(&Desired, &[RuleIds])> =
+                    known.iter().map(|(desired, ids)| (desired, ids.as_slice())).collect();
+                let ids = assign_ids(&desired, &before, 1000).expect("enough");
+                let mine = holders(&desired, &ids);
+                let theirs: BTreeMap<String, u32> =
+                    known.iter().flat_map(|(desired, ids)| holders(desired, ids)).collect();
+                let all: BTreeMap<&String, u32> =
+                    theirs.iter().chain(&mine).map(|(holder, id)| (holder, *id)).collect();
+                // nobody's changed, and no two have one
+                for (holder, id) in theirs.iter().chain(&mine) {
+                    prop_assert_eq!(all[holder], *id);
+                    prop_assert_ne!(*id, 0);
+                }
+                let distinct: BTreeSet<u32> = all.values().copied().collect();
+                prop_assert_eq!(distinct.len(), all.len());
+                known.push((desired, ids));
+                // the kernel keeps two
+                let gone = known.len().saturating_sub(2);
+                known.drain(..gone);
+            }
+        }
+    }
+
+    #[test]
+    fn ids_end() {
+        let upstreams = vec![(1, None), (2, None), (1, None)];
+        let desired = desired(&[(1, (Mode::Balance, upstreams, vec![(2, None)]))].into());
+        // one for the rule and one for each endpoint, from 1
+        assert_eq!(assign_ids(&desired, &[], 4), Err(IdsExhausted));
+        let ids = assign_ids(&desired, &[], 5);
+        assert_eq!(ids, Ok(vec![RuleIds { rule: 1, upstreams: vec![2, 3, 2], mirrors: vec![4] }]));
+    }
+
+    #[test]
+    fn what_an_earlier_udplb_wrote_is_read() {
+        let old = r#"{ "interfaces": ["eth0"], "rules": [{ "name": "one",
+            "key": { "address": "10.0.0.5", "ports": [{ "first": 1, "last": 1 }] },
+            "action": "pass", "strategy": "src-ip-port", "hash": "maglev", "source": "preserve",
+            "upstreams": [{ "host": "10.0.9.1", "address": "10.0.9.1" }] }] }"#;
+        let old: Desired = serde_json::from_str(old).expect("a description");
+        let key = Key::new([10, 0, 0, 5], vec![Ports { first: 1, last: 1 }]);
+        let rule = Rule::new("one", key, vec![Upstream::new([10, 0, 9, 1], None)]);
+        let rule = Rule { source: Source::Preserve, ..rule };
+        assert_eq!(rule.source_of(&rule.upstreams[0]), Source::Preserve);
+        assert_eq!(old.rules, [rule]);
+    }
+}

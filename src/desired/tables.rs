@@ -1,0 +1,673 @@
+//! The contents of a generation's maps, and what they say of where a flow goes. Pure.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+
+use crate::bpf::types;
+use crate::bpf::types::rule_flags as flags;
+use crate::config::{
+    Action, Address, Admission, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports,
+    Source, State, Strategy,
+};
+use crate::desired::flow;
+use crate::desired::{Desired, Rule, RuleIds, Upstream};
+use crate::maglev::{self, Member};
+
+/// What is written to the maps of a generation that the program reads.
+#[derive(Default)]
+pub struct Tables {
+    pub rules: Vec<(types::rule_key, types::rule)>,
+    pub rules6: Vec<(types::rule_key6, types::rule)>,
+    pub senders: Vec<(types::sender_key, types::rule)>,
+    pub addresses: Vec<(types::key_address, u32)>,
+    pub answers: Vec<(types::answer_key, u32)>,
+    pub slots: Vec<types::slot_line>,
+    pub upstreams: Vec<types::upstream>,
+    /// The same by address and port.
+    pub destinations: Vec<(types::destination_key, types::destination)>,
+    /// What of the program is needed; without its number and the kernel's clock.
+    pub features: types::features,
+}
+
+impl Tables {
+    /// `ids` are those of `desired`. Port and address bytes are laid out as they are on the wire.
+    pub fn new(desired: &Desired, ids: &[RuleIds]) -> Tables {
+        let mut tables = Tables::default();
+        let mut slots = Slots::default();
+        let rules: Vec<types::rule> = desired
+            .rules
+            .iter()
+            .zip(ids)
+            .map(|(rule, ids)| types::rule {
+                flags: flags_of(rule, desired),
+                ..tables.rule(rule, ids, &mut slots)
+            })
+            .collect();
+        tables.slots = slots.lines();
+        tables.keys(desired, &rules);
+        tables.destinations = by_destination(&tables.upstreams);
+        tables.answers = answers(desired, ids);
+        tables.features = features(desired, &tables);
+        tables
+    }
+
+    /// A rule as each of its keys has it.
+    fn rule(&mut self, rule: &Rule, ids: &RuleIds, slots: &mut Slots) -> types::rule {
+        let replicates = rule.mode == Mode::Replicate;
+        let mut twins = HashMap::new();
+        let mut twin = |upstream: &Upstream, balanced: bool| {
+            let next = twins.entry(upstream.address.ip).or_insert(0_u8);
+            let before = if balanced { 0 } else { *next };
+            *next = before.saturating_add(1);
+            before
+        };
+        let upstreams = self.destinations(rule, &rule.upstreams, &ids.upstreams, |upstream| {
+            twin(upstream, !replicates)
+        });
+        let mirrors =
+            self.destinations(rule, &rule.mirrors, &ids.mirrors, |mirror| twin(mirror, false));
+        let (first_receiver, receivers) = if replicates { upstreams } else { mirrors };
+        let (first_slot, slots) = if replicates { (0, 0) } else { slots.place(rule) };
+        let (payload_offset, payload_length) = match rule.payload {
+            Some(Payload::Bytes { offset, length }) => (offset, length.into()),
+            _ => (0, 0),
+        };
+        types::rule {
+            id: ids.rule,
+            senders: 0,
+            flags: flags(0),
+            action: action(rule.action),
+            strategy: strategy(rule),
+            fragments: fragments(rule.fragments),
+            first_slot,
+            slots,
+            first_upstream: upstreams.0,
+            first_receiver,
+            // at most 64 and 65,535
+            receivers: receivers as u16,
+            upstreams: upstreams.1 as u16,
+            payload_offset,
+            payload_length,
+        }
+    }
+
+    /// Upstreams or mirrors of a rule, one behind the other: the index of the first, and how many.
+    fn destinations(
+        &mut self,
+        rule: &Rule,
+        list: &[Upstream],
+        ids: &[u32],
+        mut twin: impl FnMut(&Upstream) -> u8,
+    ) -> (u32, u32) {
+        let first = self.upstreams.len() as u32;
+        self.upstreams.extend(list.iter().zip(ids).map(|(upstream, id)| types::upstream {
+            id: *id,
+            address: wire(upstream.address.ip),
+            port: upstream.port.unwrap_or(0).to_be(),
+            source: source(rule.source_of(upstream)),
+            drained: (upstream.state == State::Drained).into(),
+            twin: twin(upstream),
+            sample: upstream.sample,
+        }));
+        (first, list.len() as u32)
+    }
+
+    fn keys(&mut self, desired: &Desired, rules: &[types::rule]) {
+        let keys = Keys::new(desired);
+        let mut groups: HashMap<Vec<(Network, usize)>, u32> = HashMap::new();
+        for (address, port) in keys.places() {
+            let senders = keys.senders(desired, address, port);
+            let Some((_, first)) = senders.first() else { continue };
+            let mut value = rules[*first];
+            if is_group(desired, address) {
+                value.flags.0 |= flags::RULE_OF_GROUP.0;
+            }
+            if !matches!(senders[..], [(network, _)] if network.prefix == 0) {
+                let next = groups.len() as u32 + 1;
+                value.senders = *groups.entry(senders).or_insert_with_key(|senders| {
+                    self.senders.extend(senders.iter().map(|(network, rule)| {
+                        let mut rule = rules[*rule];
+                        rule.flags.0 |= value.flags.0 & flags::RULE_OF_GROUP.0;
+                        (sender_key(next, *network), rule)
+                    }));
+                    next
+                });
+            }
+            let [first, ..] = wire(address);
+            match address {
+                IpAddr::V4(_) => {
+                    let key = types::rule_key { address: first, port: port.to_be(), unused: 0 };
+                    self.rules.push((key, value));
+                }
+                IpAddr::V6(_) => {
+                    let address = wire(address);
+                    let key = types::rule_key6 { address, port: port.to_be(), unused: 0 };
+                    self.rules6.push((key, value));
+                }
+            }
+        }
+        self.addresses = keys
+            .claims
+            .keys()
+            .map(|address| (types::key_address { words: wire(*address) }, 1))
+            .collect();
+    }
+}
+
+/// The sources of several upstreams at one address and port are put together.
+fn by_destination(
+    upstreams: &[types::upstream],
+) -> Vec<(types::destination_key, types::destination)> {
+    let mut destinations = BTreeMap::new();
+    for upstream in upstreams {
+        let destination = destinations.entry((upstream.address, upstream.port));
+        let new = types::destination { upstream: upstream.id, sources: 0 };
+        destination.or_insert(new).sources |= 1 << upstream.source.0;
+    }
+    let key = |(address, port)| types::destination_key { address, port, unused: 0 };
+    destinations.into_iter().map(|(place, destination)| (key(place), destination)).collect()
+}
+
+/// The rules that ask for an address, and there for a port; 0 is any.
+struct Keys {
+    claims: BTreeMap<IpAddr, BTreeMap<u16, Vec<Claim>>>,
+}
+
+/// A rule's index, behind whether it asks for any address.
+type Claim = (bool, usize);
+
+impl Keys {
+    fn new(desired: &Desired) -> Keys {
+        let mut claims: BTreeMap<IpAddr, BTreeMap<u16, Vec<Claim>>> = BTreeMap::new();
+        for (index, rule) in desired.rules.iter().enumerate() {
+            let family = rule.family();
+            let (any, addresses) = match rule.key.address {
+                KeyAddress::Is(address) => (false, vec![address]),
+                KeyAddress::Any => {
+                    let all = desired.addresses.iter().copied();
+                    (true, all.filter(|address| family == (*address).into()).collect())
+                }
+            };
+            for address in addresses {
+                let ports = claims.entry(address).or_default();
+                let mut claim = |port| ports.entry(port).or_default().push((any, index));
+                match rule.key.ports.is_empty() {
+                    true => claim(0),
+                    false => rule
+                        .key
+                        .ports
+                        .iter()
+                        .flat_map(|ports| ports.first..=ports.last)
+                        .for_each(claim),
+                }
+            }
+        }
+        Keys { claims }
+    }
+
+    fn places(&self) -> impl Iterator<Item = (IpAddr, u16)> {
+        self.claims
+            .iter()
+            .flat_map(|(address, ports)| ports.keys().map(move |port| (*address, *port)))
+    }
+
+    /// Whose rule it is, for a place: exact addresses come before any, then exact ports, then the
+    /// longest prefix. None of what is returned is within one that comes before it.
+    fn senders(&self, desired: &Desired, address: IpAddr, port: u16) -> Vec<(Network, usize)> {
+        let ports = &self.claims[&address];
+        let mut senders: Vec<(Network, usize)> = Vec::new();
+        for any in [false, true] {
+            for port in [Some(port), Some(0).filter(|any_port| *any_port != port)] {
+                let claims = port.and_then(|port| ports.get(&port)).into_iter().flatten();
+                let before = senders.len();
+                for (_, rule) in claims.filter(|(claims_any, _)| *claims_any == any) {
+                    let from = &desired.rules[*rule].key.from;
+                    let everybody = [everybody(address)];
+                    let from = if from.is_empty() { &everybody[..] } else { from };
+                    for network in from {
+                        if !senders[..before].iter().any(|(wider, _)| is_within(network, wider)) {
+                            senders.push((*network, *rule));
+                        }
+                    }
+                }
+                if senders.iter().any(|(network, _)| network.prefix == 0) {
+                    return senders;
+                }
+            }
+        }
+        senders
+    }
+}
+
+fn everybody(address: IpAddr) -> Network {
+    let address = match address {
+        IpAddr::V4(_) => [0; 4].into(),
+        IpAddr::V6(_) => [0_u16; 8].into(),
+    };
+    Network { address, prefix: 0 }
+}
+
+fn is_within(network: &Network, wider: &Network) -> bool {
+    wider.prefix <= network.prefix && wider.contains(network.address)
+}
+
+/// Whether a rule takes packets away from this host that sockets of its own have asked for. A single port
+/// is meant for the rule.
+pub fn takes_answers(rule: &Rule, local: Option<Ports>) -> bool {
+    let meets = |local: Ports, ports: &Ports| {
+        ports.first < ports.last && ports.first <= local.last && local.first <= ports.last
+    };
+    let ports = &rule.key.ports;
+    rule.action == Action::Block
+        && local
+            .is_some_and(|local| ports.is_empty() || ports.iter().any(|ports| meets(local, ports)))
+}
+
+/// The index of each rule's first upstream in the table of all.
+pub fn first_upstreams(desired: &Desired) -> impl Iterator<Item = u32> {
+    desired.rules.iter().scan(0, |next, rule| {
+        let first = *next;
+        *next += (rule.upstreams.len() + rule.mirrors.len()) as u32;
+        Some(first)
+    })
+}
+
+/// Where upstreams' answers come from. Those of hosts that are none of a rule's senders never meet it.
+fn answers(desired: &Desired, ids: &[RuleIds]) -> Vec<(types::answer_key, u32)> {
+    let mut answers = BTreeSet::new();
+    for (rule, ids) in desired.rules.iter().zip(ids) {
+        let from = &rule.key.from;
+        for upstream in rule.destinations() {
+            let address = upstream.address.ip;
+            if from.is_empty() || from.iter().any(|network| network.contains(address)) {
+                answers.insert((wire(address), ids.rule, upstream.port.unwrap_or(0).to_be()));
+            }
+        }
+    }
+    let key = |(address, rule, port)| types::answer_key { address, rule, port, unused: 0 };
+    answers.into_iter().map(|answer| (key(answer), 1)).collect()
+}
+
+/// Frames for it come to many, and are not addressed to one of them.
+pub fn is_group(desired: &Desired, address: IpAddr) -> bool {
+    address.is_multicast()
+        || address == IpAddr::from([255; 4])
+        || desired.broadcasts.contains(&address)
+}
+
+fn sender_key(senders: u32, network: Network) -> types::sender_key {
+    types::sender_key {
+        bits: u32::BITS + u32::from(network.prefix),
+        senders,
+        address: wire(network.address),
+    }
+}
+
+/// Slot tables one behind the other; rules with equal ones share one.
+#[derive(Default)]
+struct Slots {
+    all: Vec<u16>,
+    placed: HashMap<Table, (u32, u32)>,
+}
+
+/// What a table follows from.
+#[derive(PartialEq, Eq, std::hash::Hash)]
+enum Table {
+    /// The upstreams in their order, so many.
+    InTurn(usize),
+    /// By identity and weight.
+    Maglev(Vec<(String, u32)>),
+}
+
+impl Table {
+    fn of(rule: &Rule) -> Table {
+        if rule.hash == Hash::Modulo || rule.upstreams.len() < 2 {
+            return Table::InTurn(rule.upstreams.len());
+        }
+        let member = |upstream: &Upstream| (identity(upstream), upstream.weight);
+        Table::Maglev(rule.upstreams.iter().map(member).collect())
+    }
+
+    /// Of each slot, which of the rule's upstreams.
+    fn slots(&self) -> Vec<u16> {
+        match self {
+            Table::InTurn(count) => (0..*count as u16).collect(),
+            Table::Maglev(list) => {
+                let members: Vec<Member<'_>> = list
+                    .iter()
+                    .map(|(identity, weight)| Member {
+                        identity: identity.as_bytes(),
+                        weight: *weight,
+                    })
+                    .collect();
+                let weights: Vec<u32> = members.iter().map(|member| member.weight).collect();
+                // a configuration whose weights have no table is refused when it is read
+                let size = maglev::size(&weights).unwrap_or(maglev::LARGEST);
+                maglev::table(&members, size)
+            }
+        }
+    }
+}
+
+/// What an upstream's slots follow from, on every machine alike.
+fn identity(upstream: &Upstream) -> String {
+    match upstream.port {
+        Some(port) => format!("{} {port}", upstream.address),
+        None => upstream.address.to_string(),
+    }
+}
+
+impl Slots {
+    /// The first slot of the rule's table, and how many there are.
+    fn place(&mut self, rule: &Rule) -> (u32, u32) {
+        let table = Table::of(rule);
+        if let Some(place) = self.placed.get(&table) {
+            return *place;
+        }
+        let slots = table.slots();
+        let place = (self.all.len() as u32, slots.len() as u32);
+        self.all.extend_from_slice(&slots);
+        self.placed.insert(table, place);
+        place
+    }
+
+    fn lines(&self) -> Vec<types::slot_line> {
+        let mut line = types::slot_line::default();
+        let width = line.upstream.len();
+        self.all
+            .chunks(width)
+            .map(|chunk| {
+                line.upstream = Default::default();
+                line.upstream[..chunk.len()].copy_from_slice(chunk);
+                line
+            })
+            .collect()
+    }
+}
+
+/// An address as the kernel's `__be32 [4]` has it: an IPv4 one is the first word, and the rest is 0.
+pub fn wire(address: IpAddr) -> [u32; 4] {
+    match address {
+        IpAddr::V4(address) => [u32::from_ne_bytes(address.octets()), 0, 0, 0],
+        IpAddr::V6(address) => {
+            let octets = address.octets();
+            [0, 4, 8, 12].map(|at| {
+                u32::from_ne_bytes([octets[at], octets[at + 1], octets[at + 2], octets[at + 3]])
+            })
+        }
+    }
+}
+
+fn features(desired: &Desired, tables: &Tables) -> types::features {
+    let any = |is: &dyn Fn(&Rule) -> bool| desired.rules.iter().any(is).into();
+    types::features {
+        ipv6: (!tables.rules6.is_empty()).into(),
+        any_port: any(&|rule| rule.key.ports.is_empty()),
+        senders: (!tables.senders.is_empty()).into(),
+        fragments: any(&|rule| rule.fragments != Fragments::Pass),
+        payload: any(&|rule| rule.strategy == Strategy::Payload),
+        receivers: tables.rules_with_receivers().into(),
+        errors: any(&|rule| rule.action == Action::Block && rule.mode == Mode::Balance),
+        sockets: any(&|rule| takes_answers(rule, desired.local_ports)),
+        ..Default::default()
+    }
+}
+
+impl Tables {
+    /// How many upstreams there are counts for: all, if any gets samples.
+    pub fn samples(&self) -> usize {
+        let any = self.upstreams.iter().any(|upstream| upstream.sample > 1);
+        if any { self.upstreams.len() } else { 0 }
+    }
+
+    fn rules_with_receivers(&self) -> bool {
+        let rules = self.rules.iter().map(|(_, rule)| rule);
+        let rules6 = self.rules6.iter().map(|(_, rule)| rule);
+        let mut all = rules.chain(rules6).chain(self.senders.iter().map(|(_, rule)| rule));
+        all.any(|rule| rule.receivers > 0)
+    }
+}
+
+fn flags_of(rule: &Rule, desired: &Desired) -> flags {
+    let set = [
+        (flags::RULE_REPLICATES, rule.mode == Mode::Replicate),
+        (flags::RULE_SKIPS_DOWN, rule.health == Health::Neighbour),
+        (flags::RULE_HASHES, rule.hash == Hash::Maglev),
+        (flags::RULE_NO_CHECKSUM, rule.zero_checksum == Admission::Allow),
+        (flags::RULE_MARTIANS, rule.martians == Admission::Allow),
+        (flags::RULE_SOCKETS, takes_answers(rule, desired.local_ports)),
+    ]
+    .into_iter()
+    .filter(|(_, is)| *is);
+    flags(set.fold(0, |all, (flag, _)| all | flag.0))
+}
+
+fn action(action: Action) -> types::action {
+    match action {
+        Action::Pass => types::action::ACTION_PASS,
+        Action::Block => types::action::ACTION_BLOCK,
+    }
+}
+
+fn strategy(rule: &Rule) -> types::strategy {
+    match (rule.strategy, rule.payload) {
+        (Strategy::SrcPort, _) => types::strategy::STRATEGY_SRC_PORT,
+        (Strategy::SrcIp, _) => types::strategy::STRATEGY_SRC_IP,
+        (Strategy::SrcIpPort, _) => types::strategy::STRATEGY_SRC_IP_PORT,
+        (Strategy::Random, _) => types::strategy::STRATEGY_RANDOM,
+        (Strategy::Payload, Some(Payload::Statsd)) => types::strategy::STRATEGY_STATSD,
+        (Strategy::Payload, _) => types::strategy::STRATEGY_PAYLOAD,
+    }
+}
+
+fn fragments(fragments: Fragments) -> types::fragments {
+    match fragments {
+        Fragments::Follow => types::fragments::FRAGMENTS_FOLLOW,
+        Fragments::Pass => types::fragments::FRAGMENTS_PASS,
+        Fragments::Drop => types::fragments::FRAGMENTS_DROP,
+    }
+}
+
+fn source(source: Source) -> types::source {
+    match source {
+        Source::Vip => types::source::SOURCE_VIP,
+        Source::Preserve => types::source::SOURCE_PRESERVE,
+        Source::Egress => types::source::SOURCE_EGRESS,
+    }
+}
+
+/// The share of a rule's flows, 0 to 1, that `new` sends elsewhere than `old` did; of a rule that
+/// replicates, before or after, none does.
+pub fn moved_share(old: &Rule, new: &Rule) -> f64 {
+    if old.mode == Mode::Replicate || new.mode == Mode::Replicate {
+        return 0.0;
+    }
+    let (before, after) = (Table::of(old).slots(), Table::of(new).slots());
+    let (old_ends, new_ends) = (ends(old), ends(new));
+    let several = before.len().max(after.len()) > 1;
+    let drained = |rule: &Rule| rule.upstreams.iter().any(|it| it.state == State::Drained);
+    if several && (drained(old) || drained(new)) {
+        let same_key = selection(old) == selection(new);
+        return flow::moved((old, &before), (new, &after), same_key);
+    }
+    if several && selection(old) != selection(new) {
+        return moved_by_selection((&before, &old_ends), (&after, &new_ends));
+    }
+    maglev::moved((&before, &old_ends), (&after, &new_ends))
+}
+
+/// What a flow's slot follows from, besides the table.
+fn selection(rule: &Rule) -> (Strategy, Option<Payload>, Hash) {
+    (rule.strategy, rule.payload, rule.hash)
+}
+
+/// Where an upstream's flows end; those of drained ones elsewhere.
+type End<'a> = Option<(&'a Address, Option<u16>)>;
+
+fn ends(rule: &Rule) -> Vec<End<'_>> {
+    let end = |upstream: &Upstream| upstream.state == State::Active;
+    let endpoint = |upstream| -> End<'_> {
+        let upstream: &Upstream = upstream;
+        end(upstream).then_some((&upstream.address, upstream.port))
+    };
+    rule.upstreams.iter().map(endpoint).collect()
+}
+
+/// The two keys have nothing to do with each other, so each slot of one meets each of the other.
+fn moved_by_selection(
+    (old, old_ends): (&[u16], &[End<'_>]),
+    (new, new_ends): (&[u16], &[End<'_>]),
+) -> f64 {
+    let mut shares: HashMap<End<'_>, (usize, usize)> = HashMap::new();
+    for slot in old {
+        shares.entry(old_ends[usize::from(*slot)]).or_default().0 += 1;
+    }
+    for slot in new {
+        shares.entry(new_ends[usize::from(*slot)]).or_default().1 += 1;
+    }
+    let stay: usize = shares.values().map(|(before, after)| before * after).sum();
+    1.0 - stay as f64 / (old.len() * new.len()) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::{Tables, moved_share, wire};
+    use crate::config::{Action, Hash, Key, Ports, State, Strategy};
+    use crate::desired::{Desired, Rule, Upstream, assign_ids};
+
+    const KEY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 5);
+
+    fn rule(name: &str, first: u16, last: u16, upstreams: &[u8]) -> Rule {
+        let upstream = |host: &u8| Upstream::new([10, 0, 9, *host], None);
+        Rule {
+            action: Action::Block,
+            strategy: Strategy::SrcIp,
+            hash: Hash::Modulo,
+            ..Rule::new(
+                name,
+                Key::new(KEY, vec![Ports { first, last }]),
+                upstreams.iter().map(upstream).collect(),
+            )
+        }
+    }
+
+    fn tables(rules: Vec<Rule>) -> Tables {
+        let desired = Desired { rules, ..Desired::default() };
+        let ids = assign_ids(&desired, &[], 1 << 19).expect("ids enough");
+        Tables::new(&desired, &ids)
+    }
+
+    #[test]
+    fn keys_are_as_on_the_wire() {
+        let mut one = rule("one", 514, 514, &[1]);
+        one.upstreams[0].port = Some(0x1234);
+        let tables = tables(vec![one]);
+        let (key, value) = tables.rules[0];
+        assert_eq!(key.address.to_ne_bytes(), KEY.octets());
+        assert_eq!(key.port.to_ne_bytes(), [514_u16.to_be_bytes()[0], 2]);
+        assert_eq!((value.slots, value.first_slot), (1, 0));
+        let upstream = tables.upstreams[0];
+        assert_eq!(upstream.address, wire([10, 0, 9, 1].into()));
+        assert_eq!(upstream.port.to_ne_bytes(), [0x12, 0x34]);
+    }
+
+    #[test]
+    fn a_range_is_an_entry_for_each_port() {
+        let tables =
+            tables(vec![rule("range", 1000, 1099, &[1, 2]), rule("last", 65_535, 65_535, &[1])]);
+        let mut ports: Vec<u16> =
+            tables.rules.iter().map(|(key, _)| u16::from_be(key.port)).collect();
+        ports.dedup();
+        assert_eq!(ports, (1000..1100).chain([65_535]).collect::<Vec<_>>());
+        let first_slots: Vec<u32> = tables.rules.iter().map(|(_, rule)| rule.first_slot).collect();
+        assert_eq!(first_slots[..100], [0; 100]);
+        assert_eq!(first_slots[100], 2);
+    }
+
+    #[test]
+    fn slots_lead_to_the_upstreams_in_the_files_order() {
+        let hosts: Vec<u8> = (1..=50).chain([7]).collect();
+        let tables = tables(vec![rule("one", 1, 1, &[9]), rule("many", 2, 2, &hosts)]);
+        let (_, many) = tables.rules[1];
+        assert_eq!(many.slots, 51);
+        let found: Vec<u8> = (0..many.slots)
+            .map(|slot| (many.first_slot + slot) as usize)
+            .map(|slot| {
+                let width = tables.slots[0].upstream.len();
+                let index = tables.slots[slot / width].upstream[slot % width];
+                tables.upstreams[(many.first_upstream + u32::from(index)) as usize].address[0]
+                    .to_ne_bytes()[3]
+            })
+            .collect();
+        assert_eq!(found, hosts);
+        // none is shared between rules: it has another id
+        assert_eq!(tables.upstreams.len(), 52);
+    }
+
+    #[test]
+    fn no_rules() {
+        let tables = tables(Vec::new());
+        assert!(tables.rules.is_empty() && tables.slots.is_empty() && tables.upstreams.is_empty());
+    }
+
+    #[test]
+    fn the_share_that_moves() {
+        let of = |upstreams: &[u8]| rule("one", 1, 1, upstreams);
+        for (old, new, moved) in [
+            (&[1, 2][..], &[1, 2][..], 0.0),
+            (&[1], &[2], 1.0),
+            (&[1], &[1, 2], 0.5),
+            (&[1, 2], &[2, 1], 1.0),
+            (&[1, 2], &[1, 2, 1, 2], 0.0),
+            (&[1, 2, 3], &[1, 2], 4.0 / 6.0),
+        ] {
+            let share = moved_share(&of(old), &of(new));
+            assert!((share - moved).abs() < 1e-9, "{old:?} -> {new:?}: {share}");
+        }
+        // by something else of the packet: only what meets by chance stays
+        for (old, new, moved) in
+            [(&[1][..], &[1][..], 0.0), (&[1, 2], &[1, 2], 0.5), (&[1, 2], &[3], 1.0)]
+        {
+            let by_port = Rule { strategy: Strategy::SrcPort, ..of(new) };
+            assert_eq!(moved_share(&of(old), &by_port), moved, "{old:?} -> {new:?}");
+        }
+    }
+
+    #[test]
+    fn flows_of_drained_upstreams_are_somewhere_else_already() {
+        let of = |drained: &[u8]| {
+            let mut rule = rule("one", 1, 1, &[1, 2, 3, 4]);
+            rule.hash = Hash::Maglev;
+            for upstream in drained {
+                rule.upstreams[usize::from(*upstream)].state = State::Drained;
+            }
+            rule
+        };
+        for (old, new, moved) in [
+            (&[][..], &[][..], 0.0),
+            (&[], &[0], 0.25),
+            (&[0], &[], 0.25),
+            (&[0], &[0], 0.0),
+            // what the first left to the second is a third of a quarter
+            (&[0], &[0, 1], 0.25 + 0.25 / 3.0),
+            (&[0], &[1], 0.5),
+            (&[0, 1, 2, 3], &[0, 1, 2, 3], 0.0),
+            (&[0, 1, 2], &[0, 1, 2, 3], 1.0),
+        ] {
+            let share = moved_share(&of(old), &of(new));
+            assert!((share - moved).abs() < 0.01, "{old:?} -> {new:?}: {share}");
+        }
+    }
+
+    #[test]
+    fn the_share_of_long_lists_is_counted_in_reasonable_time() {
+        let long = |length: usize| {
+            let upstreams: Vec<u8> = (0..length).map(|index| index as u8).collect();
+            rule("one", 1, 1, &upstreams)
+        };
+        let share = moved_share(&long(4099), &long(4111));
+        assert!((0.9..=1.0).contains(&share), "{share}");
+    }
+}

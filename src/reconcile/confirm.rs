@@ -1,0 +1,160 @@
+//! Changes that are rolled back at a deadline unless they are confirmed.
+//!
+//! The deadline is in the kernel (`state/pending`), so that it outlives every process. Three parties
+//! carry an overdue rollback out, each under the write lock, so that it happens once: the waiter,
+//! a process that `apply --confirm` starts in a session of its own; arpd, where it runs; and the next
+//! command that writes.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe::Receiver;
+use tokio::time::{sleep, timeout};
+
+use crate::cli::Global;
+use crate::datapath::pins::{self, Pending, ReadGuard, StateMaps, WriteGuard};
+use crate::error::{Failure, Result};
+use crate::net::Netlink;
+use crate::net::nexthop;
+use crate::reconcile::execute;
+use crate::reconcile::observe::{Observed, observe};
+use crate::reconcile::plan;
+use crate::time;
+
+/// How often the waiter looks whether the change still waits.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Until a rollback that failed is tried again.
+pub const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Returns the change that waits for confirmation.
+fn pending(guard: &ReadGuard) -> anyhow::Result<Option<Pending>> {
+    guard.maps()?.as_ref().map(StateMaps::pending).transpose().map(Option::flatten)
+}
+
+/// Rolls back the pending change if its deadline has passed; returns what was done, in words.
+///
+/// # Errors
+/// The rollback failed. The change stays pending, and is overdue.
+pub async fn settle(guard: &WriteGuard, netlink: &Netlink) -> anyhow::Result<Option<String>> {
+    let Some(pending) = pending(guard)?.filter(|pending| pending.remaining().is_zero()) else {
+        return Ok(None);
+    };
+    let observed = observe(Some(guard), netlink).await?;
+    let left = observed.serving();
+    undo(guard, netlink, &observed)
+        .await
+        .with_context(|| format!("generation {} was not confirmed in time", pending.generation))?;
+    let number = pending.generation;
+    Ok(Some(match pending.previous {
+        // the apply was killed before its swap
+        previous if left == previous && !observed.is_attached(number) => {
+            format!("generation {number} was never attached and waits for confirmation no longer")
+        }
+        Some(previous) => {
+            format!("generation {number} was not confirmed in time: rolled back to {previous}")
+        }
+        None => format!("generation {number} was not confirmed in time: detached"),
+    }))
+}
+
+async fn undo(guard: &WriteGuard, netlink: &Netlink, observed: &Observed) -> anyhow::Result<()> {
+    let plan = plan::rollback(observed, time::now()).map_err(|refusal| anyhow!("{refusal}"))?;
+    let restored = observed.generations.get(&plan.generation);
+    let desired = restored.map(|it| it.description.desired.clone()).unwrap_or_default();
+    let (targets, interfaces) = (desired.targets(), &desired.interfaces);
+    let ways = nexthop::resolve(netlink, &targets, interfaces).await.context("next hops")?;
+    execute::reconcile(guard, netlink, observed, &plan, &ways).await.map(drop)
+}
+
+/// The process that waits for a deadline. It begins when this value is dropped or its owner dies.
+pub struct Waiter {
+    _child: Child,
+}
+
+/// Starts the waiter: in a session of its own, without a terminal and deaf to SIGHUP, so that it
+/// survives the shell, the connection and the process group of who applies.
+pub fn start_waiter(global: &Global, deadline: Duration) -> anyhow::Result<Waiter> {
+    let pin_dir = path::absolute(&global.pin_dir).context("the pin directory")?;
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("udplb")
+        .arg("--pin-dir")
+        .arg(pin_dir)
+        .args(["confirm", "--waiter", &deadline.as_nanos().to_string()])
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    // SAFETY: the closure makes two system calls that are safe after fork.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGHUP, libc::SIG_IGN);
+            match libc::setsid() {
+                -1 => Err(io::Error::last_os_error()),
+                _ => Ok(()),
+            }
+        });
+    }
+    let child = command.spawn().context("the process that rolls back at the deadline")?;
+    Ok(Waiter { _child: child })
+}
+
+/// Waits until the change with this deadline is confirmed, replaced or overdue; rolls it back then.
+pub async fn wait(global: &Global, netlink: &Netlink, deadline: Duration) -> Result<u8> {
+    wait_for_parent(deadline).await;
+    while is_pending(global, deadline)? {
+        let left = deadline.saturating_sub(time::since_boot());
+        if !left.is_zero() {
+            sleep(left.min(POLL_INTERVAL)).await;
+            continue;
+        }
+        match settle_locked(global, netlink).await {
+            Ok(done) => done.iter().for_each(|text| to_syslog(text)),
+            Err(Failure::Locked(_)) => {}
+            Err(failure) => {
+                to_syslog(&failure.to_string());
+                sleep(RETRY_INTERVAL).await;
+            }
+        }
+    }
+    Ok(0)
+}
+
+async fn settle_locked(global: &Global, netlink: &Netlink) -> Result<Option<String>> {
+    let guard = pins::write(&global.pin_dir, global.lock_timeout)?;
+    Ok(settle(&guard, netlink).await?)
+}
+
+fn is_pending(global: &Global, deadline: Duration) -> Result<bool> {
+    match pins::read(&global.pin_dir, global.lock_timeout) {
+        Ok(guard) => {
+            let pending = guard.as_ref().map(pending).transpose()?.flatten();
+            Ok(pending.is_some_and(|pending| pending.deadline == deadline))
+        }
+        // somebody changes it now: the next look tells
+        Err(Failure::Locked(_)) => Ok(true),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// Waits until the apply that started this process has ended: standard input is a pipe from it.
+async fn wait_for_parent(deadline: Duration) {
+    let input = io::stdin().as_fd().try_clone_to_owned().and_then(Receiver::from_owned_fd);
+    if let Ok(mut input) = input {
+        let left = deadline.saturating_sub(time::since_boot());
+        let _ = timeout(left, input.read(&mut [0])).await;
+    }
+}
+
+/// Writes a line to the system's log: nobody reads this process' output.
+fn to_syslog(text: &str) {
+    let Ok(text) = std::ffi::CString::new(format!("udplb: {text}")) else { return };
+    // SAFETY: the format takes one C string, which outlives the call.
+    unsafe { libc::syslog(libc::LOG_WARNING | libc::LOG_DAEMON, c"%s".as_ptr(), text.as_ptr()) };
+}

@@ -1,0 +1,36 @@
+//! Whether what serves is what its file says.
+
+use std::path::PathBuf;
+
+use crate::cli::Target;
+use crate::datapath::generation::Description;
+use crate::desired::Desired;
+use crate::error::Result;
+use crate::reconcile::source::{Text, interfaces, is_kept};
+
+/// What a generation was made of, read again; `None` where that cannot be found again.
+pub fn source(description: &Description) -> Option<(Text, Target)> {
+    let origin = &description.origin;
+    let target =
+        Target { file: PathBuf::from(&origin.file), interfaces: origin.interfaces.clone() };
+    // of standard input, or gone
+    if !target.file.is_absolute() || !is_kept(&target.file) {
+        return None;
+    }
+    Some((Text::read(&target.file).ok()?, target))
+}
+
+/// Whether the text says something else than the one that was applied. The addresses of host names and
+/// of `any` do not matter.
+///
+/// # Errors
+/// The text is no configuration.
+pub fn differs(text: &Text, target: &Target, description: &Description) -> Result<bool> {
+    let desired = &description.desired;
+    if text.digest(target) == description.origin.digest {
+        return Ok(false);
+    }
+    let config = text.parse()?;
+    let interfaces = interfaces(text, target, &config)?;
+    Ok(Desired::written(&config, &interfaces) != desired.as_written())
+}

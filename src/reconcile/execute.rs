@@ -1,0 +1,432 @@
+//! Carries actions out: the only place where udplb changes the kernel.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::os::fd::{AsFd, OwnedFd};
+
+use anyhow::{Context, anyhow};
+
+use crate::config::State;
+use crate::datapath::environment::Environment;
+use crate::datapath::generation::{self, Generation, Origin};
+use crate::datapath::marks::Mark;
+use crate::datapath::pins::{INCOMPLETE, WriteGuard};
+use crate::datapath::spares::{self, Situation};
+use crate::datapath::tc::{self, Slot};
+use crate::net::Netlink;
+use crate::net::nexthop::{self, Way};
+use crate::net::routing::Target;
+use crate::reconcile::observe::Observed;
+use crate::reconcile::plan::{Action, Plan, Refusal};
+
+/// Called before each action; an error stops there, as if the action itself had failed.
+pub type Witness<'a> = &'a mut dyn FnMut(&Action) -> anyhow::Result<()>;
+
+/// What came of a plan.
+#[derive(Clone, Copy, Debug)]
+pub struct Outcome {
+    pub changed: bool,
+    /// 0: none serves.
+    pub generation: u32,
+    /// The one that served before.
+    pub previous: Option<u32>,
+    /// Counters start at zero: there were none, or their map had gone.
+    pub counters_reset: bool,
+}
+
+/// Carries a plan out; next hops are refreshed even where nothing else is to do.
+pub async fn reconcile(
+    guard: &WriteGuard,
+    netlink: &Netlink,
+    observed: &Observed,
+    plan: &Plan,
+    ways: &BTreeMap<Target, Way>,
+) -> anyhow::Result<Outcome> {
+    let mut executor = Executor::new(guard, netlink, observed, ways);
+    executor.run(&plan.actions, &mut log).await?;
+    let written = plan.actions.iter().any(|action| matches!(action, Action::WriteNextHops(_)));
+    if !written && plan.generation != 0 {
+        executor.refresh(plan.generation).await?;
+    }
+    Ok(Outcome {
+        changed: !plan.actions.is_empty(),
+        generation: plan.generation,
+        previous: observed.serving(),
+        counters_reset: executor.counters_reset,
+    })
+}
+
+/// Remembers that arpd has put back the filter of an interface.
+pub fn count_reattached(
+    guard: &WriteGuard,
+    observed: &Observed,
+    interface: &str,
+) -> anyhow::Result<()> {
+    let Some(maps) = guard.maps()? else { return Ok(()) };
+    let index = observed.interfaces.get(interface).map_or(0, |interface| interface.index);
+    let before = maps.marks.get(interface)?.unwrap_or_default();
+    // of another interface of this name only the count goes on
+    let mark = if before.index == index { before } else { Mark { index, ..Mark::default() } };
+    let mark = Mark { reattached: before.reattached + 1, ..mark };
+    maps.marks.set(guard, interface, Some(mark))
+}
+
+/// Records that the configuration of a generation came from elsewhere this time. It is a write only where
+/// that differs from what is known, and drift is judged by it.
+pub fn record_origin(
+    guard: &WriteGuard,
+    observed: &Observed,
+    number: u32,
+    origin: &Origin,
+) -> anyhow::Result<()> {
+    let known = observed.generations.get(&number).map(|it| &it.description.origin);
+    match (known, guard.maps()?) {
+        (Some(known), Some(maps)) if known != origin => maps.set_origin(number, origin),
+        _ => Ok(()),
+    }
+}
+
+/// The witness that only tells.
+pub fn log(action: &Action) -> anyhow::Result<()> {
+    log::info!("{}", describe(action));
+    Ok(())
+}
+
+/// What the executor works on.
+pub struct Executor<'a> {
+    guard: &'a WriteGuard,
+    netlink: &'a Netlink,
+    before: &'a Observed,
+    built: Option<Generation>,
+    dropped: BTreeSet<u32>,
+    ways: &'a BTreeMap<Target, Way>,
+    /// Counters start at zero: there were none, or their map had gone.
+    pub counters_reset: bool,
+}
+
+impl<'a> Executor<'a> {
+    /// `before` is what the plan was made from, `ways` those of its generation's upstreams.
+    pub fn new(
+        guard: &'a WriteGuard,
+        netlink: &'a Netlink,
+        before: &'a Observed,
+        ways: &'a BTreeMap<Target, Way>,
+    ) -> Executor<'a> {
+        let (built, dropped) = (None, BTreeSet::new());
+        Executor { guard, netlink, before, built, dropped, ways, counters_reset: false }
+    }
+
+    fn generation(&self, number: u32) -> Option<&Generation> {
+        let built = self.built.as_ref().filter(|built| built.number == number);
+        built.or_else(|| self.before.generations.get(&number))
+    }
+
+    /// Carries the plan out.
+    ///
+    /// # Errors
+    /// The first action that failed; those before it were undone, in reverse.
+    pub async fn run(&mut self, actions: &[Action], witness: Witness<'_>) -> anyhow::Result<()> {
+        let committed = actions
+            .iter()
+            .position(|action| matches!(action, Action::Drop(_)))
+            .unwrap_or(actions.len());
+        let (change, clean_up) = actions.split_at(committed);
+        let mut undo = Vec::new();
+        for action in change {
+            let done = match witness(action) {
+                Ok(()) => self.act(action).await.with_context(|| describe(action)),
+                Err(error) => Err(error),
+            };
+            match done {
+                Ok(undoing) => undo.extend(undoing),
+                Err(error) => {
+                    self.undo(undo).await;
+                    return Err(error);
+                }
+            }
+        }
+        for action in clean_up {
+            let done = match witness(action) {
+                Ok(()) => self.act(action).await.map(drop),
+                Err(error) => Err(error),
+            };
+            // what serves is in place; the next apply tries again
+            if let Err(error) = done {
+                log::warn!("{}: {error:#}", describe(action));
+            }
+        }
+        Ok(())
+    }
+
+    async fn act(&mut self, action: &Action) -> anyhow::Result<Option<Undo>> {
+        match action {
+            Action::RemoveUnfinished(name) => {
+                self.guard.remove_unfinished(name)?;
+                Ok(None)
+            }
+            Action::Build(draft) => {
+                let others: Vec<&Generation> = self.before.generations.values().collect();
+                let built = generation::build(self.guard, draft, &others)?;
+                self.counters_reset = built.counters_reset && !others.is_empty();
+                self.built = Some(built.generation);
+                Ok(Some(Undo::Drop(draft.number)))
+            }
+            Action::WriteNextHops(number) => {
+                self.refresh(*number).await?;
+                Ok(None)
+            }
+            Action::AddClsact(interface) => {
+                tc::add_clsact(self.guard, self.netlink, self.index(interface)?).await?;
+                Ok(Some(Undo::DeleteClsact(interface.clone())))
+            }
+            Action::DeleteClsact(interface) => {
+                let index = self.index(interface)?;
+                tc::delete_unused_clsact(self.guard, self.netlink, index).await?;
+                Ok(None)
+            }
+            Action::Attach { interface, generation, replaces } => {
+                let undo = self.undo_attach(interface, replaces);
+                let program = self.program(interface, *generation)?;
+                let replace = *replaces != Slot::Empty;
+                let index = self.index(interface)?;
+                // before it: should this be killed between the two, arpd attaches
+                self.mark(interface, |mark| mark.detached = false)?;
+                let done =
+                    tc::attach(self.guard, self.netlink, index, program.as_fd(), replace).await;
+                if done.is_err() {
+                    self.restore_mark(interface)?;
+                }
+                done.map(|()| Some(undo))
+            }
+            Action::Detach { interface, generation, clsact } => {
+                let program = self.program(interface, *generation).ok();
+                let index = self.index(interface)?;
+                // before it, so that arpd never sees the one without the other
+                self.mark(interface, |mark| {
+                    *mark = Mark { index, detached: true, clsact: *clsact, ..*mark };
+                })?;
+                let done = tc::detach(self.guard, self.netlink, index).await;
+                if done.is_err() {
+                    self.restore_mark(interface)?;
+                }
+                let interface = interface.clone();
+                let undo =
+                    program.map(|program| Undo::Attach { interface, program, replace: false });
+                done.map(|()| undo)
+            }
+            Action::SetDetached { interface, detached } => {
+                self.mark(interface, |mark| mark.detached = *detached)?;
+                Ok(Some(Undo::RestoreMark(interface.clone())))
+            }
+            Action::SetHeld(held) => {
+                let maps = self.guard.maps()?.context(INCOMPLETE)?;
+                maps.set_held(*held)?;
+                Ok(Some(Undo::SetHeld))
+            }
+            Action::SetPending(pending) => {
+                let maps = self.guard.maps()?.context(INCOMPLETE)?;
+                maps.set_pending(*pending)?;
+                Ok(Some(Undo::SetPending))
+            }
+            Action::SetCurrent(number) => {
+                self.guard.set_current(*number)?;
+                Ok(Some(Undo::SetCurrent))
+            }
+            Action::Override { id, state, .. } => {
+                self.steer(*id, *state)?;
+                Ok(Some(Undo::Override(*id)))
+            }
+            Action::Drop(number) => {
+                self.drop(*number)?;
+                self.dropped.insert(*number);
+                Ok(None)
+            }
+        }
+    }
+
+    fn undo_attach(&self, interface: &str, replaces: &Slot) -> Undo {
+        let before = match replaces {
+            Slot::Generation(number) => self.program(interface, *number).ok(),
+            Slot::Orphan { program, .. } => crate::bpf::program_by_id(*program).ok(),
+            _ => None,
+        };
+        let interface = interface.to_string();
+        match before {
+            Some(program) => Undo::Attach { interface, program, replace: true },
+            None => Undo::Detach(interface),
+        }
+    }
+
+    /// Changes what is remembered of an interface; nothing is where pins are missing.
+    fn mark(&self, interface: &str, change: impl FnOnce(&mut Mark)) -> anyhow::Result<()> {
+        let Some(maps) = self.guard.maps()? else { return Ok(()) };
+        let before = self.before.marks.get(interface).copied();
+        let mut mark = before.unwrap_or_default();
+        change(&mut mark);
+        match before.unwrap_or_default() == mark {
+            true => Ok(()),
+            false => maps.marks.set(self.guard, interface, Some(mark)),
+        }
+    }
+
+    fn restore_mark(&self, interface: &str) -> anyhow::Result<()> {
+        let Some(maps) = self.guard.maps()? else { return Ok(()) };
+        maps.marks.set(self.guard, interface, self.before.marks.get(interface).copied())
+    }
+
+    fn index(&self, interface: &str) -> anyhow::Result<u32> {
+        let found = self.before.interfaces.get(interface);
+        found.map(|interface| interface.index).with_context(|| format!("no interface {interface}"))
+    }
+
+    /// The program of a generation for an interface; nothing may be left of it but the pin.
+    fn program(&self, interface: &str, number: u32) -> anyhow::Result<OwnedFd> {
+        let layer = self.before.interfaces.get(interface).and_then(|interface| interface.layer);
+        let layer = layer.with_context(|| Refusal::UnknownLayer(interface.into()).to_string())?;
+        match self.generation(number) {
+            Some(generation) => generation::program(self.guard, generation, layer),
+            None => generation::open_program(&self.guard.generation(number), layer),
+        }
+    }
+
+    /// Writes what a generation's program is to know besides its own tables: next hops, who stands in for
+    /// upstreams that cannot be selected, and this host's addresses and VLANs.
+    async fn refresh(&self, number: u32) -> anyhow::Result<()> {
+        let generation = self.generation(number).context("no such generation")?;
+        let maps = self.guard.maps()?.context(INCOMPLETE)?;
+        let (desired, ids) = generation.hosts();
+        nexthop::write(&maps.nexthops, desired, ids, self.ways).context("next hops")?;
+        let situation = Situation::read(&maps, generation.ids().max().unwrap_or(0))?;
+        spares::write(self.guard, number, (desired, ids), &[&situation], None)?;
+        let environment = Environment::read(self.netlink).await.context("addresses")?;
+        environment.write(&maps, self.generations().map(|it| it.hosts().0), false)
+    }
+
+    /// Overrides the state of an upstream. What stands in for it is written before it goes, and again when
+    /// it is back.
+    fn steer(&self, id: u32, state: Option<State>) -> anyhow::Result<()> {
+        let maps = self.guard.maps()?.context(INCOMPLETE)?;
+        let most = self.generations().flat_map(Generation::ids).max().unwrap_or(0);
+        let before = Situation::read(&maps, most)?;
+        let mut after = before.clone();
+        match state {
+            Some(state) => after.overrides.insert(id, state),
+            None => after.overrides.remove(&id),
+        };
+        let write = |situations: &[&Situation]| {
+            let changed = Some(&HashSet::from([id]));
+            self.generations().try_for_each(|it| {
+                spares::write(self.guard, it.number, it.hosts(), situations, changed)
+            })
+        };
+        write(&[&before, &after])?;
+        maps.overrides.set(self.guard, id, state)?;
+        write(&[&after])
+    }
+
+    /// Those that are there.
+    fn generations(&self) -> impl Iterator<Item = &Generation> {
+        let before = self.before.generations.values();
+        before.chain(&self.built).filter(|it| !self.dropped.contains(&it.number))
+    }
+
+    /// Removes a generation. What its upstreams counted stays with the rules that the others have.
+    fn drop(&self, number: u32) -> anyhow::Result<()> {
+        let (gone, others): (Vec<_>, Vec<_>) =
+            self.generations().partition(|it| it.number == number);
+        if let (Some(maps), [gone]) = (self.guard.maps()?, &gone[..]) {
+            maps.former.keep(self.guard, &maps.counters, gone, &others)?;
+        }
+        generation::drop(self.guard, number)
+    }
+
+    async fn undo(&self, steps: Vec<Undo>) {
+        if steps.is_empty() {
+            return;
+        }
+        // the connection may be what failed
+        let anew = Netlink::open();
+        let netlink = anew.as_ref().unwrap_or(self.netlink);
+        for step in steps.into_iter().rev() {
+            if let Err(error) = self.undo_step(netlink, &step).await {
+                log::error!("undoing it: {error:#}");
+            }
+        }
+    }
+
+    async fn undo_step(&self, netlink: &Netlink, step: &Undo) -> anyhow::Result<()> {
+        match step {
+            Undo::Drop(number) => self.drop(*number),
+            Undo::DeleteClsact(interface) => {
+                tc::delete_unused_clsact(self.guard, netlink, self.index(interface)?).await
+            }
+            Undo::Detach(interface) => {
+                tc::detach(self.guard, netlink, self.index(interface)?).await?;
+                self.restore_mark(interface)
+            }
+            Undo::Attach { interface, program, replace } => {
+                let index = self.index(interface)?;
+                tc::attach(self.guard, netlink, index, program.as_fd(), *replace).await?;
+                self.restore_mark(interface)
+            }
+            Undo::SetHeld => {
+                let maps = self.guard.maps()?.ok_or_else(|| anyhow!("state/ is gone"))?;
+                maps.set_held(self.before.held)
+            }
+            Undo::RestoreMark(interface) => self.restore_mark(interface),
+            Undo::SetPending => {
+                let maps = self.guard.maps()?.context("state/ is gone")?;
+                maps.set_pending(self.before.pending)
+            }
+            Undo::SetCurrent => self.guard.set_current(self.before.current),
+            Undo::Override(id) => self.steer(*id, self.before.overrides.get(id).copied()),
+        }
+    }
+}
+
+/// How to take an action back.
+enum Undo {
+    Drop(u32),
+    DeleteClsact(String),
+    Detach(String),
+    Attach { interface: String, program: OwnedFd, replace: bool },
+    SetHeld,
+    SetPending,
+    RestoreMark(String),
+    SetCurrent,
+    Override(u32),
+}
+
+/// An action in words, for errors and logs.
+pub fn describe(action: &Action) -> String {
+    match action {
+        Action::RemoveUnfinished(name) => format!("removing the unfinished {name}"),
+        Action::Build(draft) => format!("building generation {}", draft.number),
+        Action::WriteNextHops(number) => format!("next hops of generation {number}"),
+        Action::AddClsact(interface) => format!("adding a clsact qdisc to {interface}"),
+        Action::DeleteClsact(interface) => format!("removing the clsact qdisc of {interface}"),
+        Action::Attach { interface, generation, .. } => {
+            format!("attaching generation {generation} to {interface}")
+        }
+        Action::Detach { interface, .. } => format!("detaching from {interface}"),
+        Action::SetHeld(Some(held)) => format!("holding generation {}", held.generation),
+        Action::SetHeld(None) => "letting go of the held configuration".into(),
+        Action::SetPending(Some(pending)) => {
+            format!("waiting for confirmation of generation {}", pending.generation)
+        }
+        Action::SetDetached { interface, detached: true } => {
+            format!("leaving {interface}, which is missing, without the filter")
+        }
+        Action::SetDetached { interface, detached: false } => {
+            format!("waiting for {interface}")
+        }
+        Action::SetPending(None) => "ending the wait for confirmation".into(),
+        Action::SetCurrent(Some(number)) => format!("pointing `current` at generation {number}"),
+        Action::SetCurrent(None) => "removing `current`".into(),
+        Action::Override { upstream, state, .. } => match state {
+            Some(State::Drained) => format!("draining {upstream}"),
+            Some(State::Active) => format!("enabling {upstream}"),
+            None => format!("taking back the override of {upstream}"),
+        },
+        Action::Drop(number) => format!("removing generation {number}"),
+    }
+}

@@ -1,0 +1,203 @@
+//! What the kernel holds: generations under the pin directory, filters on interfaces. Reads only.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use anyhow::Context;
+
+use crate::config::State;
+use crate::datapath::generation::{self, Generation, ProgramName};
+use crate::datapath::marks::Mark;
+use crate::datapath::pin_search::{self, Place};
+use crate::datapath::pins::{Held, Pending, ReadGuard, StateMaps};
+use crate::datapath::tc::{self, Hook, Slot};
+use crate::net::{Layer, Link, Netlink, is_called};
+
+/// The kernel's side of the comparison.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// Inode of the network namespace.
+    pub namespace: u64,
+    pub generations: BTreeMap<u32, Generation>,
+    /// Generations whose description is gone.
+    pub damaged: Vec<u32>,
+    /// What a crash left half-built.
+    pub unfinished: Vec<String>,
+    /// Where the symlink points; a hint only.
+    pub current: Option<u32>,
+    pub held: Option<Held>,
+    /// Change that waits for confirmation.
+    pub pending: Option<Pending>,
+    /// What is remembered of interfaces that are here.
+    pub marks: BTreeMap<String, Mark>,
+    /// What `drain` and `enable` say of upstreams, by their id in some generation.
+    pub overrides: BTreeMap<u32, State>,
+    /// All interfaces of the network namespace, by name.
+    pub interfaces: BTreeMap<String, Interface>,
+}
+
+/// An interface and its ingress hook.
+#[derive(Clone, Debug)]
+pub struct Interface {
+    pub index: u32,
+    pub altnames: Vec<String>,
+    /// See [`Layer`].
+    pub layer: Option<Layer>,
+    /// Administratively.
+    pub up: bool,
+    pub carrier: bool,
+    /// Packets that came in so far.
+    pub received: u64,
+    pub hook: Hook,
+}
+
+impl Observed {
+    /// The generation that serves: the one whose program most filters run, or where none does
+    /// the one that `current` points at. A held one comes last: a rollback from it has begun.
+    pub fn serving(&self) -> Option<u32> {
+        let mut filters: BTreeMap<u32, usize> = BTreeMap::new();
+        for interface in self.interfaces.values() {
+            if let Slot::Generation(number) = interface.hook.slot {
+                *filters.entry(number).or_default() += 1;
+            }
+        }
+        filters
+            .into_iter()
+            .max_by_key(|(number, count)| {
+                let is_held = self.held.is_some_and(|held| held.generation == *number);
+                (!is_held, *count, Some(*number) == self.current, *number)
+            })
+            .map(|(number, _)| number)
+            .or(self.current.filter(|number| self.generations.contains_key(number)))
+    }
+
+    /// Returns the kernel's name of an interface that is called so; the name itself if there is none.
+    pub fn canonical(&self, name: &str) -> String {
+        if self.interfaces.contains_key(name) {
+            return name.into();
+        }
+        let is_it = |(own, it): &(&String, &Interface)| is_called(own, &it.altnames, name);
+        self.interfaces.iter().find(is_it).map_or(name, |(own, _)| own).into()
+    }
+
+    /// The names of the interfaces whose filter runs some generation's program.
+    pub fn attached(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.interfaces.iter().filter_map(|(name, interface)| match interface.hook.slot {
+            Slot::Generation(number) => Some((name.as_str(), number)),
+            _ => None,
+        })
+    }
+
+    /// The description of what serves; `None`: nothing does.
+    ///
+    /// # Errors
+    /// It is gone, and the filters are still there.
+    pub fn described(&self) -> anyhow::Result<Option<&Generation>> {
+        let Some(number) = self.serving() else { return Ok(None) };
+        let generation = self.generations.get(&number);
+        let damaged = || format!("generation {number} is damaged; apply the file again");
+        generation.with_context(damaged).map(Some)
+    }
+
+    /// The interfaces with a filter of udplb that no generation here knows, which still sends
+    /// packets on; the filter in words, and the pin directory that has it.
+    pub fn orphans(&self) -> impl Iterator<Item = (&str, &str, Option<&Place>)> {
+        self.interfaces.iter().filter_map(|(name, interface)| match &interface.hook.slot {
+            Slot::Orphan { filter, home, .. } => {
+                Some((name.as_str(), filter.as_str(), home.as_ref()))
+            }
+            _ => None,
+        })
+    }
+
+    /// Leaves of the marks what is true of the interfaces that are here now.
+    fn forget_marks(&mut self) {
+        let interfaces = &self.interfaces;
+        self.marks.retain(|name, mark| mark.index == 0 || interfaces.contains_key(name));
+        for (name, mark) in &mut self.marks {
+            if interfaces.get(name).is_some_and(|interface| !mark.is_of(interface.index)) {
+                *mark = Mark { reattached: mark.reattached, ..Mark::default() };
+            }
+        }
+    }
+
+    /// Returns true if the filter was taken off by command.
+    pub fn is_detached(&self, interface: &str) -> bool {
+        self.marks.get(interface).is_some_and(|mark| mark.detached)
+    }
+
+    /// Whether some filter runs the generation's program.
+    pub fn is_attached(&self, number: u32) -> bool {
+        self.attached().any(|(_, attached)| attached == number)
+    }
+}
+
+/// Inode of this thread's network namespace.
+pub fn namespace() -> anyhow::Result<u64> {
+    const PATH: &str = "/proc/thread-self/ns/net";
+    Ok(fs::metadata(PATH).with_context(|| format!("{PATH}, which needs /proc"))?.ino())
+}
+
+/// Looks at everything. Without a guard there are no pins, and only the interfaces are seen.
+pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Result<Observed> {
+    let mut observed = Observed { namespace: namespace()?, ..Observed::default() };
+    let mut programs = Vec::new();
+    if let Some(guard) = guard {
+        observed.current = guard.current();
+        observed.unfinished = guard.unfinished()?;
+        let maps = guard.maps()?;
+        observed.held = maps.as_ref().map(StateMaps::held).transpose()?.flatten();
+        observed.pending = maps.as_ref().map(StateMaps::pending).transpose()?.flatten();
+        observed.marks =
+            maps.as_ref().map(|maps| maps.marks.read()).transpose()?.unwrap_or_default();
+        for number in guard.numbers()? {
+            let pinned = generation::pinned_programs(&guard.generation(number))?;
+            programs.extend(pinned.into_iter().map(|name| (number, name)));
+            match generation::read(guard, number)? {
+                Some(generation) => {
+                    let names = generation.description.programs();
+                    programs.extend(names.map(|(_, name)| (number, name.clone())));
+                    observed.generations.insert(number, generation);
+                }
+                None => observed.damaged.push(number),
+            }
+        }
+        if let Some((number, origin)) = maps.as_ref().map(StateMaps::origin).transpose()?.flatten()
+            && let Some(generation) = observed.generations.get_mut(&number)
+        {
+            generation.description.origin = origin;
+        }
+        let held = observed.generations.values().flat_map(Generation::ids);
+        let held: HashSet<u32> = held.collect();
+        if let (Some(maps), Some(most)) = (&maps, held.iter().max()) {
+            observed.overrides = maps.overrides.read(*most)?;
+            observed.overrides.retain(|id, _| held.contains(id));
+        }
+    }
+    observed.interfaces = interfaces(netlink, &programs).await?;
+    observed.forget_marks();
+    for interface in observed.interfaces.values_mut() {
+        if let Slot::Orphan { program, home, .. } = &mut interface.hook.slot {
+            *home = pin_search::find(*program);
+        }
+    }
+    Ok(observed)
+}
+
+async fn interfaces(
+    netlink: &Netlink,
+    programs: &[(u32, ProgramName)],
+) -> anyhow::Result<BTreeMap<String, Interface>> {
+    let qdiscs: BTreeMap<u32, _> = netlink.qdiscs().await?.into_iter().collect();
+    let mut interfaces = BTreeMap::new();
+    for link in netlink.links().await? {
+        let qdisc = qdiscs.get(&link.index).copied();
+        let hook = tc::hook(netlink, link.index, qdisc, programs).await;
+        let hook = hook.with_context(|| format!("{}: its filters", link.name))?;
+        let Link { index, layer, up, carrier, received, altnames, .. } = link;
+        let interface = Interface { index, altnames, layer, up, carrier, received, hook };
+        interfaces.insert(link.name, interface);
+    }
+    Ok(interfaces)
+}

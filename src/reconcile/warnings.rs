@@ -1,0 +1,544 @@
+//! What is applied as it stands but probably not meant. Pure, but for reading /proc.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::config::{
+    self, Action, Config, Family, Finding, KeyAddress, Mode, Path, Rule, with_port,
+};
+use crate::datapath::kernel;
+use crate::desired::{self, Desired, Upstream};
+use crate::net::ipsec::{self, Effect, Flow, SecurityPolicy};
+use crate::net::nexthop::{Hop, Macs, Way};
+use crate::net::routing::{Choice, Target};
+use crate::net::{Link, OwnAddress, find_link};
+
+/// A bound UDP socket; the unspecified address stands for all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listener {
+    pub address: IpAddr,
+    pub port: u16,
+}
+
+impl Listener {
+    /// Of an IPv6 socket for all addresses it is not known whether it is for IPv6 only; the benefit
+    /// of the doubt spares a warning.
+    fn hears(&self, address: IpAddr) -> bool {
+        match self.address {
+            IpAddr::V4(all) if all.is_unspecified() => address.is_ipv4(),
+            IpAddr::V6(all) if all.is_unspecified() => true,
+            one => one == address,
+        }
+    }
+}
+
+/// Upstreams that are this host itself: errors, since their packets would come round again.
+pub fn own_upstreams(
+    config: &Config,
+    desired: &Desired,
+    ways: &BTreeMap<Target, Way>,
+) -> Vec<Finding> {
+    targets(config, desired)
+        .filter(|(_, target)| ways.get(target) == Some(&Way::Local))
+        .map(|(at, Target { address, .. })| {
+            Finding::new(at, format!("{address} is an address of this host, which is no upstream"))
+        })
+        .collect()
+}
+
+/// Whatever does not depend on the ways to upstreams.
+pub fn of_this_host(
+    config: &Config,
+    desired: &Desired,
+    links: &[Link],
+    addresses: &[OwnAddress],
+) -> Vec<Finding> {
+    let listeners = listeners();
+    let mut findings = unheard(config, desired, &listeners);
+    findings.extend(robbed(config, desired, &listeners));
+    findings.extend(stacked(config, &desired.interfaces, links, addresses));
+    findings.extend(met_twice(config, &desired.interfaces, links));
+    findings.extend(beyond(config, kernel::version()));
+    findings
+}
+
+/// Upstreams without a route, or whose next hop does not answer: their packets are dropped and counted
+/// until that changes.
+pub fn unreachable(
+    config: &Config,
+    desired: &Desired,
+    ways: &BTreeMap<Target, Way>,
+) -> Vec<Finding> {
+    targets(config, desired)
+        .filter_map(|(at, target)| match ways.get(&target) {
+            Some(Way::None(reason)) => {
+                Some(Finding::new(at, format!("no route to {}: {reason}", target.address)))
+            }
+            _ => None,
+        })
+        .collect()
+}
+
+fn does_not_answer(address: &config::Address, hop: &Hop) -> String {
+    let Hop { gateway, interface, .. } = hop;
+    let asked = if gateway.is_ipv4() { "ARP" } else { "NDP" };
+    match *gateway == address.ip {
+        true => format!("{address} on {interface} does not answer {asked}"),
+        false => {
+            format!("{gateway} on {interface}, the gateway to {address}, does not answer {asked}")
+        }
+    }
+}
+
+/// Next hops that have not answered, each once, with the first upstream behind it.
+pub fn unanswered(
+    config: &Config,
+    desired: &Desired,
+    ways: &BTreeMap<Target, Way>,
+) -> Vec<Finding> {
+    let mut seen = BTreeSet::new();
+    let mut findings = Vec::new();
+    for (at, target) in targets(config, desired) {
+        let hops = ways.get(&target).map_or(&[][..], Way::hops);
+        for hop in hops.iter().filter(|hop| hop.macs == Macs::Unknown) {
+            if !seen.insert((hop.ifindex, hop.gateway)) {
+                continue;
+            }
+            findings.push(Finding::new(at, does_not_answer(&target.address, hop)));
+        }
+    }
+    findings
+}
+
+/// Upstreams on whose way IPsec policies are: packets to them would leave in clear.
+pub fn in_clear(
+    config: &Config,
+    desired: &Desired,
+    ways: &BTreeMap<Target, Way>,
+    policies: &[SecurityPolicy],
+) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (at, rule, upstream) in upstreams(config, desired) {
+        let target = desired.target(rule, upstream);
+        let hops = ways.get(&target).map_or(&[][..], Way::hops);
+        // the port that the packet came to is its own
+        let port = upstream.port.or(match rule.key.ports[..] {
+            [ports] if ports.first == ports.last => Some(ports.first),
+            _ => None,
+        });
+        let policy = hops.iter().find_map(|hop| {
+            let flow = Flow {
+                address: target.address.ip,
+                senders: &target.senders,
+                egress: hop.egress,
+                port,
+                ifindex: hop.ifindex,
+            };
+            ipsec::in_the_way(policies, &flow)
+        });
+        let Some(policy) = policy else { continue };
+        let would = match policy.effect {
+            Effect::Drop => "drops",
+            _ => "encrypts",
+        };
+        let address = &target.address.ip;
+        findings.push(Finding::new(
+            at,
+            format!(
+                "an IPsec policy {would} packets to {address} ({}), and udplb would send them in clear; if that \
+                 is meant: ip xfrm policy add dst {address} proto udp dir out priority 0",
+                policy.text()
+            ),
+        ));
+    }
+    findings
+}
+
+/// Upstreams whose packets take several paths, which the kernel chooses for each; one for each set of
+/// paths.
+pub fn several(config: &Config, desired: &Desired, ways: &BTreeMap<Target, Way>) -> Vec<Finding> {
+    let mut seen = BTreeSet::new();
+    let mut findings = Vec::new();
+    for (at, target) in targets(config, desired) {
+        let Some(Way::Several { hops, by, routed }) = ways.get(&target) else { continue };
+        let first = &hops[0].gateway;
+        let mut names: Vec<String> =
+            hops.iter().map(|hop| format!("{} dev {}", hop.gateway, hop.interface)).collect();
+        names.sort_unstable();
+        let names = names.join(" or ");
+        let by = match by {
+            Choice::Sender => "routing rules decide by the sender",
+            Choice::Interface => "routing decides by the interface that a packet comes in by",
+            Choice::Flow | Choice::Only => "a route with several next hops decides by the flow",
+        };
+        let then = match routed {
+            true => "the kernel is asked for each packet".to_string(),
+            false => {
+                format!("with `source: egress`, or where forwarding is off, all go via {first}")
+            }
+        };
+        if seen.insert((by, names.clone())) {
+            let address = &target.address;
+            let message = format!("{by} whether packets to {address} go via {names}: {then}");
+            findings.push(Finding::new(at, message));
+        }
+    }
+    findings
+}
+
+/// Multicast keys that no program of this host is a member of, on an interface that exists.
+pub fn not_joined(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Finding> {
+    let Some(joined) = memberships() else { return Vec::new() };
+    let mut seen = BTreeSet::new();
+    let mut findings = Vec::new();
+    for rule in &config.rules {
+        let KeyAddress::Is(group) = rule.key.address else { continue };
+        if !group.is_multicast() {
+            continue;
+        }
+        for link in interfaces.iter().filter_map(|name| find_link(links.iter(), name)) {
+            let name = &link.name;
+            if joined.contains(&(name.clone(), group)) || !seen.insert((name, group)) {
+                continue;
+            }
+            let prefix = if group.is_ipv4() { 32 } else { 128 };
+            findings.push(Finding::new(
+                &rule.at,
+                format!(
+                    "nobody here is a member of {group} on {name}, and a switch or router may send none of \
+                     its packets: run arpd, which joins it, or: ip addr add {group}/{prefix} dev {name} autojoin"
+                ),
+            ));
+        }
+    }
+    findings
+}
+
+/// The groups that this host is a member of, by interface; `None` where /proc does not tell.
+fn memberships() -> Option<BTreeSet<(String, IpAddr)>> {
+    let read = |name: &str| fs::read_to_string(format!("/proc/thread-self/net/{name}"));
+    // without IPv6 there is none
+    let (table, table6) = (read("igmp").ok()?, read("igmp6").unwrap_or_default());
+    Some(members(&table).into_iter().chain(table6.lines().filter_map(member6)).collect())
+}
+
+/// The groups of /proc/net/igmp: a line for each interface, and indented ones for its groups.
+fn members(table: &str) -> Vec<(String, IpAddr)> {
+    let mut members = Vec::new();
+    let mut interface = "";
+    for line in table.lines().skip(1) {
+        let mut words = line.split_whitespace();
+        if line.starts_with(char::is_whitespace) {
+            let group = words.next().and_then(|word| u32::from_str_radix(word, 16).ok());
+            // a word as it lies in memory
+            let group = group.map(|group| Ipv4Addr::from(group.to_ne_bytes()));
+            members.extend(group.map(|group| (interface.into(), group.into())));
+        } else {
+            interface = words.nth(1).unwrap_or_default();
+        }
+    }
+    members
+}
+
+/// A line of /proc/net/igmp6.
+fn member6(line: &str) -> Option<(String, IpAddr)> {
+    let mut words = line.split_whitespace();
+    let (name, group) = (words.nth(1)?, words.next()?);
+    Some((name.into(), Ipv6Addr::from(u128::from_str_radix(group, 16).ok()?).into()))
+}
+
+/// The upstreams that serve and are in the file, with their rules and their places in the file. Both have
+/// the same order, but what serves may lack some.
+fn upstreams<'a>(
+    config: &'a Config,
+    desired: &'a Desired,
+) -> impl Iterator<Item = (&'a Path, &'a desired::Rule, &'a Upstream)> {
+    let by_name = config.rules.iter().map(|rule| (rule.name.as_str(), rule));
+    let by_name: HashMap<&str, &Rule> = by_name.collect();
+    desired.rules.iter().flat_map(move |rule| {
+        let written = by_name.get(rule.name.as_str()).copied();
+        let mut written = written.into_iter().flat_map(Rule::destinations).peekable();
+        rule.destinations().filter_map(move |upstream| {
+            let is_other =
+                |it: &&config::Upstream| (&it.address, it.port) != (&upstream.host, upstream.port);
+            while written.next_if(is_other).is_some() {}
+            Some((&written.peek()?.at, rule, upstream))
+        })
+    })
+}
+
+/// `block` rules that take what sockets of this host listen for.
+fn robbed(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Finding> {
+    let blocks = config.rules.iter().filter(|rule| rule.action == Action::Block);
+    let robbed = blocks.filter_map(|rule| {
+        let addresses = match rule.key.address {
+            KeyAddress::Is(address) => vec![address],
+            KeyAddress::Any => desired.addresses.clone(),
+        };
+        let of_family =
+            addresses.into_iter().filter(|address| Family::from(*address) == rule.family());
+        let takes = |port: u16| {
+            rule.key.ports.is_empty() || rule.key.ports.iter().any(|ports| ports.contains(port))
+        };
+        let mut taken: Vec<String> = of_family
+            .flat_map(|address| {
+                let heard = listeners.iter().filter(move |it| it.hears(address));
+                heard.filter(|it| takes(it.port)).map(move |it| with_port(address, it.port))
+            })
+            .collect();
+        taken.sort_unstable();
+        taken.dedup();
+        let first = taken.first()?;
+        let more = match taken.len() - 1 {
+            0 => String::new(),
+            more => format!(", and on {more} more of its addresses and ports"),
+        };
+        let message = format!(
+            "a socket of this host listens on {first}{more}: with `tc_action: block` it gets nothing"
+        );
+        Some(Finding::new(&rule.at, message))
+    });
+    robbed.collect()
+}
+
+/// Their targets.
+fn targets<'a>(
+    config: &'a Config,
+    desired: &'a Desired,
+) -> impl Iterator<Item = (&'a Path, Target)> {
+    upstreams(config, desired).map(|(at, rule, upstream)| (at, desired.target(rule, upstream)))
+}
+
+/// Returns the `pass` rules with a port on which nobody listens. What netfilter does to their packets
+/// before delivery is not looked at.
+fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Finding> {
+    config
+        .rules
+        .iter()
+        .filter(|rule| rule.action == Action::Pass)
+        .filter_map(|rule| {
+            // what `any` stands for may change; and a group's senders get no answers
+            let KeyAddress::Is(address) = rule.key.address else { return None };
+            let all = IpAddr::V4(Ipv4Addr::BROADCAST);
+            if address.is_multicast() || address == all || desired.broadcasts.contains(&address) {
+                return None;
+            }
+            let heard = |port: u16| {
+                listeners.iter().any(|listener| listener.port == port && listener.hears(address))
+            };
+            let deaf: Vec<u16> = rule
+                .key
+                .ports
+                .iter()
+                .flat_map(|ports| ports.first..=ports.last)
+                .filter(|port| !heard(*port))
+                .collect();
+            let first = deaf.first()?;
+            let more = match deaf.len() - 1 {
+                0 => String::new(),
+                more => format!(" and {more} more of its ports"),
+            };
+            Some(Finding::new(
+                &rule.at,
+                format!(
+                    "nobody listens on {}{more}: `tc_action: pass` delivers there, and senders get \
+                     ICMP errors unless a firewall drops or translates the packets (DNAT)",
+                    with_port(address, first)
+                ),
+            ))
+        })
+        .collect()
+}
+
+/// Returns the keys whose address sits on a device stacked above an interface, with another MAC
+/// address: every packet for it looks as if it were for another host there.
+fn stacked(
+    config: &Config,
+    interfaces: &[String],
+    links: &[Link],
+    addresses: &[OwnAddress],
+) -> Vec<Finding> {
+    const KINDS: [&str; 4] = ["macvlan", "ipvlan", "macvtap", "bridge"];
+    let named: Vec<&Link> = links.iter().filter(|link| interfaces.contains(&link.name)).collect();
+    config
+        .rules
+        .iter()
+        .filter_map(|rule| {
+            let KeyAddress::Is(address) = rule.key.address else { return None };
+            let holders = addresses.iter().filter(|own| own.address == address);
+            let holder = holders
+                .filter_map(|own| links.iter().find(|link| link.index == own.ifindex))
+                .find_map(|holder| {
+                    let mut named = named.iter();
+                    let hidden =
+                        |link: &&&Link| is_above(holder, link, &KINDS) && holder.mac != link.mac;
+                    named.find(hidden).zip(Some(holder))
+                });
+            let (interface, holder) = holder?;
+            Some(Finding::new(
+                &rule.at,
+                format!(
+                    "{} is an address of {}, a {} above {}: no packet will match on {}; name {} \
+                     in `interfaces` instead",
+                    rule.key.address,
+                    holder.name,
+                    holder.kind,
+                    interface.name,
+                    interface.name,
+                    holder.name
+                ),
+            ))
+        })
+        .collect()
+}
+
+/// Interfaces that what `pass` leaves here comes in by after another one that is named: rules match on
+/// both, and what upstreams get is sent twice.
+fn met_twice(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Finding> {
+    let Some(rule) = config.rules.iter().find(|rule| rule.action == Action::Pass) else {
+        return Vec::new();
+    };
+    let named: Vec<&Link> = links.iter().filter(|link| interfaces.contains(&link.name)).collect();
+    let pairs = named.iter().flat_map(|lower| named.iter().map(move |upper| (lower, upper)));
+    pairs
+        .filter(|(lower, upper)| goes_up(lower, upper, links))
+        .map(|(lower, upper)| {
+            let message = format!(
+                "{} is above {}: what `tc_action: pass` copies on {} is copied once more on {}; name \
+                 one of them in `interfaces`",
+                upper.name, lower.name, lower.name, upper.name
+            );
+            Finding::new(&rule.at, message)
+        })
+        .collect()
+}
+
+/// Whether frames for the one come in on the other next, or later.
+fn goes_up(lower: &Link, upper: &Link, links: &[Link]) -> bool {
+    // few are stacked higher
+    const MOST: usize = 8;
+    let mut reached = vec![lower];
+    for _ in 0..MOST {
+        let above = |link: &&Link| reached.iter().any(|below| takes_over(link, below));
+        reached = links.iter().filter(above).collect();
+        if reached.iter().any(|link| link.index == upper.index) {
+            return true;
+        }
+    }
+    false
+}
+
+/// With another MAC address, the frames would be another host's for the one below.
+fn takes_over(link: &Link, below: &Link) -> bool {
+    is_above(link, below, &["vlan", "ipvlan", "bridge", "bond", "team"]) && link.mac == below.mac
+}
+
+/// Whether the one is a device of these kinds that is made upon the other, or has it as a port.
+fn is_above(upper: &Link, lower: &Link, kinds: &[&str]) -> bool {
+    let is_next = upper.lower == Some(lower.index) || lower.controller == Some(upper.index);
+    is_next && kinds.contains(&upper.kind.as_str())
+}
+
+/// What a kernel cannot do that the configuration would have it do.
+fn beyond(config: &Config, kernel: (u32, u32)) -> Option<Finding> {
+    let answers = |rule: &&Rule| rule.action == Action::Block && rule.mode == Mode::Balance;
+    let rule = config.rules.iter().find(answers).filter(|_| kernel < (5, 12))?;
+    let (major, minor) = kernel;
+    let message = format!(
+        "Linux {major}.{minor} does not say how large a packet may be that is too large: senders \
+         hear what `apply` or arpd found, and nothing where that has become less since (5.12 does)"
+    );
+    Some(Finding::new(&rule.at, message))
+}
+
+/// The bound UDP sockets of this network namespace.
+fn listeners() -> Vec<Listener> {
+    let mut listeners = Vec::new();
+    for path in ["/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"] {
+        let table = fs::read_to_string(path).unwrap_or_default();
+        listeners.extend(table.lines().skip(1).filter_map(listener));
+    }
+    listeners
+}
+
+/// A line of /proc/net/udp or udp6. A connected socket hears its peer only.
+fn listener(line: &str) -> Option<Listener> {
+    let mut words = line.split_whitespace().skip(1);
+    let (address, port) = endpoint(words.next()?)?;
+    let (_, peer_port) = words.next()?.rsplit_once(':')?;
+    (u16::from_str_radix(peer_port, 16) == Ok(0)).then_some(Listener { address, port })
+}
+
+/// An address and a port, as /proc/net/udp and udp6 have them: hexadecimal words as they lie in memory.
+pub fn endpoint(text: &str) -> Option<(IpAddr, u16)> {
+    let (address, port) = text.split_once(':')?;
+    let word = |at: usize| {
+        let word = u32::from_str_radix(address.get(at..at + 8)?, 16).ok()?;
+        Some(word.to_ne_bytes())
+    };
+    let address = match address.len() {
+        8 => Ipv4Addr::from(word(0)?).into(),
+        32 => {
+            let words = [word(0)?, word(8)?, word(16)?, word(24)?];
+            let octets: [u8; 16] = words.concat().try_into().ok()?;
+            // an IPv4 address, of a socket for both families
+            Ipv6Addr::from(octets).to_canonical()
+        }
+        _ => return None,
+    };
+    Some((address, u16::from_str_radix(port, 16).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Listener, listener, member6, members};
+
+    #[test]
+    fn lines_of_proc_net_igmp() {
+        let table = "Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n\
+                     1\tlo        :     1      V3\n\t\t\t\t010000E0     1 0:00000000\t\t0\n\
+                     2\teth0      :     2      V3\n\t\t\t\t010101EF     1 0:00000000\t\t0\n\
+                     \t\t\t\t010000E0     1 0:00000000\t\t0\n";
+        if cfg!(target_endian = "little") {
+            let wanted = [("lo", "224.0.0.1"), ("eth0", "239.1.1.1"), ("eth0", "224.0.0.1")];
+            let wanted = wanted.map(|(name, group)| (name.into(), group.parse().unwrap()));
+            assert_eq!(members(table), wanted);
+        }
+        let line = "2    eth0            ff050000000000000000000000000005     1 00000004 0";
+        assert_eq!(member6(line), Some(("eth0".into(), "ff05::5".parse().unwrap())));
+        assert_eq!(member6("2 eth0"), None);
+    }
+
+    #[test]
+    fn lines_of_proc_net_udp() {
+        let line = "  12: 0100007F:0035 00000000:0000 07 00000000:00000000 00:00000000 00000000";
+        if cfg!(target_endian = "little") {
+            let address = "127.0.0.1".parse().unwrap();
+            assert_eq!(listener(line), Some(Listener { address, port: 53 }));
+        }
+        let of = |address: &str| listener(&format!("   5: {address}:1FBD 0:0 07"));
+        let at = |address: &str| Some(Listener { address: address.parse().unwrap(), port: 8125 });
+        assert_eq!(of("00000000000000000000000000000000"), at("::"));
+        if cfg!(target_endian = "little") {
+            assert_eq!(of("B80D0120000000000000000005000000"), at("2001:db8::5"));
+            assert_eq!(of("0000000000000000FFFF00000500000A"), at("10.0.0.5"));
+        }
+        assert_eq!(of("0000000000"), None);
+        let connected = "  12: 0100007F:0035 0100007F:1FBD 01 00000000:00000000";
+        assert_eq!(listener(connected), None);
+        assert_eq!(listener(""), None);
+        assert_eq!(listener("1: x:y"), None);
+    }
+
+    #[test]
+    fn whom_a_socket_hears() {
+        let hears = |socket: &str, address: &str| {
+            let listener = Listener { address: socket.parse().unwrap(), port: 1 };
+            listener.hears(address.parse().unwrap())
+        };
+        assert!(hears("0.0.0.0", "10.0.0.5") && !hears("0.0.0.0", "2001:db8::5"));
+        assert!(hears("::", "10.0.0.5") && hears("::", "2001:db8::5"));
+        assert!(hears("2001:db8::5", "2001:db8::5") && !hears("2001:db8::6", "2001:db8::5"));
+    }
+}

@@ -1,0 +1,288 @@
+//! What the program tells of a packet, or of a copy of it, in the user's own words.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::CStr;
+use std::fmt;
+use std::mem::offset_of;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use crate::bpf::{VERDICTS, from_bytes, is_forwarded, types};
+use crate::config::{Mode, Strategy, with_port};
+use crate::datapath::generation::Generation;
+use crate::desired::diff;
+use crate::desired::{Rule, Upstream};
+use crate::net::nexthop::unwire;
+use crate::time;
+
+/// As it came from the ring buffer; without the frames where they were not asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Event(pub types::event);
+
+impl Event {
+    /// `None`: it is none.
+    pub fn read(bytes: &[u8]) -> Option<Event> {
+        if bytes.len() < offset_of!(types::event, came) {
+            return None;
+        }
+        let mut whole = bytes.to_vec();
+        whole.resize(size_of::<types::event>(), 0);
+        let mut event = Event(from_bytes(&whole)?);
+        // of one that did not leave it is the one before's
+        if !event.is_sent() {
+            event.0.left = Default::default();
+        }
+        Some(event)
+    }
+
+    pub fn source(&self) -> IpAddr {
+        unwire(self.0.source, self.is_ipv6())
+    }
+
+    pub fn destination(&self) -> IpAddr {
+        unwire(self.0.destination, self.is_ipv6())
+    }
+
+    /// The neighbour that was to be asked for; `None`: nobody had to be asked.
+    pub fn gateway(&self) -> Option<IpAddr> {
+        // an IPv6 address in use has something behind its first word
+        let ipv6 = self.0.gateway[1..] != [0; 3];
+        (self.0.gateway != [0; 4]).then(|| unwire(self.0.gateway, ipv6))
+    }
+
+    /// Of the neighbour.
+    pub fn mac(&self) -> Option<String> {
+        let mac = &self.0.macs[..6];
+        let text = || mac.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":");
+        (*mac != [0; 6]).then(text)
+    }
+
+    pub fn verdict(&self) -> &'static str {
+        let name = VERDICTS.iter().find(|(verdict, _)| *verdict == self.0.verdict);
+        name.map_or("unknown", |(_, name)| *name)
+    }
+
+    /// Whether it went to the upstream.
+    pub fn is_sent(&self) -> bool {
+        is_forwarded(self.0.verdict)
+    }
+
+    /// Whether the upstream was selected by a key.
+    pub fn is_selected(&self, rule: &Rule, is_copy: bool) -> bool {
+        let found = self.0.upstream != 0 || self.verdict() == "no-upstream";
+        let several = rule.mode == Mode::Balance && rule.upstreams.len() > 1;
+        several && found && !is_copy && self.0.fragment == 0
+    }
+
+    fn is_ipv6(&self) -> bool {
+        self.0.ipv6 != 0
+    }
+
+    fn port(&self, port: u16) -> Option<u16> {
+        (self.0.fragment == 0).then(|| u16::from_be(port))
+    }
+
+    fn endpoint(&self, address: IpAddr, port: u16) -> String {
+        self.port(port).map_or_else(|| address.to_string(), |port| with_port(address, port))
+    }
+
+    /// What selects of the packet, as the user knows it; `None`: it does not show in the headers.
+    pub fn key(&self, strategy: Strategy) -> Option<String> {
+        match strategy {
+            Strategy::SrcPort => Some(u16::from_be(self.0.source_port).to_string()),
+            Strategy::SrcIp => Some(self.source().to_string()),
+            Strategy::SrcIpPort => Some(self.endpoint(self.source(), self.0.source_port)),
+            Strategy::Random | Strategy::Payload => None,
+        }
+    }
+}
+
+/// The words for an event's numbers: from the generations' descriptions and the interfaces.
+#[derive(Default)]
+pub struct Names {
+    generations: BTreeMap<u32, Words>,
+    /// Generations that there is no description of.
+    gone: BTreeSet<u32>,
+    interfaces: HashMap<u32, String>,
+}
+
+/// Of one generation, by id.
+struct Words {
+    generation: Generation,
+    /// Indexes of rules.
+    rules: HashMap<u32, usize>,
+    /// Indexes of rules and of their destinations.
+    destinations: HashMap<u32, (usize, usize)>,
+}
+
+impl Names {
+    pub fn add(&mut self, generation: Generation) {
+        let (mut rules, mut destinations) = (HashMap::new(), HashMap::new());
+        for (index, ids) in generation.description.ids.iter().enumerate() {
+            rules.insert(ids.rule, index);
+            for (place, id) in ids.destinations().enumerate() {
+                destinations.entry(id).or_insert((index, place));
+            }
+        }
+        let words = Words { generation, rules, destinations };
+        self.generations.insert(words.generation.number, words);
+    }
+
+    /// Ids are all there is to say of it.
+    pub fn give_up(&mut self, generation: u32) {
+        self.gone.insert(generation);
+    }
+
+    /// Nothing more is to be learned of it.
+    pub fn knows(&self, generation: u32) -> bool {
+        self.generations.contains_key(&generation) || self.gone.contains(&generation)
+    }
+
+    /// The rule of an event.
+    pub fn rule(&self, event: &Event) -> Option<&Rule> {
+        let words = self.generations.get(&event.0.generation)?;
+        words.generation.description.desired.rules.get(*words.rules.get(&event.0.rule)?)
+    }
+
+    /// The upstream of an event, and whether it gets copies.
+    pub fn upstream(&self, event: &Event) -> Option<(&Upstream, bool)> {
+        let words = self.generations.get(&event.0.generation)?;
+        let (rule, place) = words.destinations.get(&event.0.upstream)?;
+        let rule = words.generation.description.desired.rules.get(*rule)?;
+        let is_copy = rule.mode == Mode::Replicate || *place >= rule.upstreams.len();
+        Some((rule.destinations().nth(*place)?, is_copy))
+    }
+
+    pub fn interface(&mut self, index: u32) -> String {
+        self.interfaces.entry(index).or_insert_with(|| interface(index)).clone()
+    }
+
+    /// In words; `since_1970` is how far the time of day is ahead of the events' clock.
+    pub fn account(&mut self, event: &Event, since_1970: Duration) -> Account {
+        let time = since_1970 + Duration::from_nanos(event.0.time);
+        let interface = self.interface(event.0.interface);
+        let out = (event.0.out != 0).then(|| self.interface(event.0.out));
+        let hop = NextHop { interface: out, gateway: event.gateway(), mac: event.mac() };
+        let rule = self.rule(event);
+        let upstream = self.upstream(event);
+        let is_copy = upstream.is_some_and(|(_, is_copy)| is_copy);
+        let selected = rule.filter(|rule| event.is_selected(rule, is_copy));
+        let or_id = |name: Option<String>, id: u32| name.unwrap_or_else(|| format!("id {id}"));
+        let sent_to =
+            |name: Option<String>| (event.0.upstream != 0).then(|| or_id(name, event.0.upstream));
+        Account {
+            time: time::exact(time),
+            time_of_day: time::time_of_day(time),
+            interface,
+            generation: event.0.generation,
+            rule: or_id(rule.map(|rule| rule.name.clone()), event.0.rule),
+            source: event.endpoint(event.source(), event.0.source_port),
+            destination: event.endpoint(event.destination(), event.0.port),
+            length: event.0.length,
+            fragment: event.0.fragment != 0,
+            selection: selected.map(|rule| Selection {
+                strategy: diff::word(&rule.strategy),
+                value: event.key(rule.strategy),
+                number: event.0.key,
+                slot: event.0.slot,
+            }),
+            upstream: sent_to(upstream.map(|(upstream, _)| upstream.label())),
+            copy: is_copy,
+            next_hop: (hop.interface.is_some() || hop.gateway.is_some()).then_some(hop),
+            sent: event.is_sent(),
+            verdict: event.verdict(),
+            endpoint: sent_to(upstream.map(|(upstream, _)| diff::endpoint(upstream))),
+        }
+    }
+}
+
+/// Its name, or its number where it is gone.
+fn interface(index: u32) -> String {
+    let mut name = [0; libc::IF_NAMESIZE];
+    // SAFETY: the name has room for IF_NAMESIZE bytes, of which the last is a zero.
+    let found = unsafe { libc::if_indextoname(index, name.as_mut_ptr().cast()) };
+    let text = CStr::from_bytes_until_nul(&name).map(CStr::to_string_lossy);
+    match text {
+        Ok(text) if !found.is_null() => text.into_owned(),
+        _ => format!("if{index}"),
+    }
+}
+
+/// The selection of an upstream by a packet.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Selection {
+    pub strategy: String,
+    /// The part of the packet that selects, where the headers show it.
+    pub value: Option<String>,
+    /// What the program made of it.
+    pub number: u32,
+    pub slot: u32,
+}
+
+/// Where a packet left, or was to leave.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct NextHop {
+    pub interface: Option<String>,
+    pub gateway: Option<IpAddr>,
+    pub mac: Option<String>,
+}
+
+/// One event in words; as text it is one line.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Account {
+    pub time: String,
+    #[serde(skip)]
+    time_of_day: String,
+    pub interface: String,
+    pub generation: u32,
+    pub rule: String,
+    pub source: String,
+    pub destination: String,
+    /// Of the frame.
+    pub length: u32,
+    /// A later one: it has no ports.
+    pub fragment: bool,
+    /// How the upstream was selected, where there was a choice.
+    pub selection: Option<Selection>,
+    pub upstream: Option<String>,
+    /// Others get the packet too.
+    pub copy: bool,
+    pub next_hop: Option<NextHop>,
+    pub sent: bool,
+    pub verdict: &'static str,
+    #[serde(skip)]
+    endpoint: Option<String>,
+}
+
+impl fmt::Display for Account {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Account { time_of_day, interface, rule, source, destination, length, .. } = self;
+        write!(f, "{time_of_day} {interface} {rule} {source} > {destination} length {length}")?;
+        if self.fragment {
+            write!(f, " fragment")?;
+        }
+        if let Some(Selection { strategy, value, slot, .. }) = &self.selection {
+            write!(f, " {strategy}")?;
+            if let Some(value) = value {
+                write!(f, " {value}")?;
+            }
+            write!(f, " slot {slot}")?;
+        }
+        if let Some(endpoint) = &self.endpoint {
+            write!(f, " -> {}{endpoint}", if self.copy { "copy to " } else { "" })?;
+        }
+        if let Some(NextHop { interface, gateway, mac }) = &self.next_hop {
+            for (word, text) in [
+                (" via ", gateway.map(|gateway| gateway.to_string())),
+                (" dev ", interface.clone()),
+                (" ", mac.clone()),
+            ] {
+                text.map_or(Ok(()), |text| write!(f, "{word}{text}"))?;
+            }
+        }
+        write!(f, " {}", self.verdict)
+    }
+}

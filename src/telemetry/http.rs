@@ -1,0 +1,274 @@
+//! Answers scrapers: as much of HTTP/1.1 as they need, on a thread of its own, so that nothing that
+//! they do or leave undone holds up who started it.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use prometheus_client::encoding::prometheus_text::CONTENT_TYPE;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Mutex;
+use tokio::time::{sleep, timeout};
+
+use super::connections::{Connection, Connections, State};
+use super::metrics::Gatherer;
+use crate::cli::Global;
+use crate::net::Netlink;
+
+/// Bytes of a request, its body left out.
+const REQUEST: usize = 4096;
+/// For a request to arrive.
+const REQUEST_PATIENCE: Duration = Duration::from_secs(2);
+/// For an answer to be taken.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+/// How old an answer may be that is given again.
+const FRESH: Duration = Duration::from_secs(1);
+/// How long an apply is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+/// Until the address is tried again: it may not be there yet.
+const BIND_PAUSE: Duration = Duration::from_secs(5);
+
+/// Starts to answer, in the network namespace of the calling thread, until the process ends. `hosts` are
+/// names that requests may be made to, besides this host's own; `*` is any.
+pub fn serve(global: &Global, address: SocketAddr, hosts: &[String]) -> io::Result<()> {
+    let global = Global { lock_timeout: LOCK_PATIENCE, ..global.clone() };
+    let hosts = Hosts(hosts.to_vec());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let thread = std::thread::Builder::new().name("metrics".into());
+    thread.spawn(move || runtime.block_on(answer_all(global, address, hosts))).map(drop)
+}
+
+async fn answer_all(global: Global, address: SocketAddr, hosts: Hosts) {
+    let listener = bind(address).await;
+    let exposition =
+        Arc::new(Mutex::new(Exposition { gatherer: Gatherer::new(global), text: None }));
+    let connections = Connections::default();
+    let hosts = Arc::new(hosts);
+    loop {
+        let (stream, peer) = match listener.accept().await {
+            Ok((stream, peer)) => (stream, peer.ip().to_canonical()),
+            Err(error) => {
+                log::debug!("metrics: {error}");
+                sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let Some(connection) = connections.admit(peer) else { continue };
+        let (exposition, hosts) = (Arc::clone(&exposition), Arc::clone(&hosts));
+        tokio::spawn(async move {
+            let result = tokio::select! {
+                result = answer(stream, exposition, &hosts, &connection) => result,
+                () = connection.closed() => Err(io::Error::other("closed for another connection")),
+            };
+            if let Err(error) = result {
+                log::debug!("metrics: {error}");
+            }
+        });
+    }
+}
+
+/// Names that a request may be made to. A page in somebody's browser can give any name this address, and
+/// read what it would not get of another site; it cannot do so with an address for a name.
+struct Hosts(Vec<String>);
+
+impl Hosts {
+    fn accept(&self, host: &str) -> bool {
+        let name = match host.rsplit_once(':') {
+            Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+            _ => host,
+        };
+        let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']'));
+        let is = |known: &str| known.eq_ignore_ascii_case(name.trim_end_matches('.'));
+        address.unwrap_or(name).parse::<IpAddr>().is_ok()
+            || is("localhost")
+            || self.0.iter().any(|known| known == "*" || is(known))
+            || own_name().is_some_and(|own| is(&own))
+    }
+}
+
+/// This host's name.
+fn own_name() -> Option<String> {
+    let mut name = [0_u8; 256];
+    // SAFETY: the buffer outlives the call, which writes at most its length.
+    let result = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len()) };
+    let end = name.iter().position(|byte| *byte == 0)?;
+    (result == 0 && end > 0).then(|| String::from_utf8_lossy(&name[..end]).into_owned())
+}
+
+async fn bind(address: SocketAddr) -> TcpListener {
+    let mut told = false;
+    loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => {
+                log::info!("metrics at http://{address}/metrics");
+                return listener;
+            }
+            Err(error) if !told => {
+                log::warn!("metrics at {address}: {error}; it is tried again and again");
+                told = true;
+            }
+            Err(_) => {}
+        }
+        sleep(BIND_PAUSE).await;
+    }
+}
+
+/// All metrics, gathered once for those who ask within a short time.
+struct Exposition {
+    gatherer: Gatherer,
+    text: Option<Arc<String>>,
+}
+
+async fn metrics(exposition: Arc<Mutex<Exposition>>) -> anyhow::Result<Arc<String>> {
+    let mut locked = exposition.lock().await;
+    if let Some(text) = &locked.text {
+        return Ok(Arc::clone(text));
+    }
+    // a socket for each: one that has broken is not kept
+    let netlink = Netlink::open()?;
+    let text = locked.gatherer.gather(&netlink).await;
+    let text = Arc::new(text.map_err(|failure| anyhow::anyhow!("{failure}"))?);
+    locked.text = Some(Arc::clone(&text));
+    drop(locked);
+    // glibc would keep what it took until the next scrape
+    // SAFETY: takes a plain number.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0)
+    };
+    tokio::spawn(async move {
+        sleep(FRESH).await;
+        exposition.lock().await.text = None;
+    });
+    Ok(text)
+}
+
+async fn answer(
+    mut stream: TcpStream,
+    exposition: Arc<Mutex<Exposition>>,
+    hosts: &Hosts,
+    connection: &Connection,
+) -> io::Result<()> {
+    let request = timeout(REQUEST_PATIENCE, read_request(&mut stream)).await??;
+    connection.set(State::Answering);
+    const PLAIN: &str = "text/plain; charset=utf-8";
+    let is_head = request.as_ref().is_ok_and(|request| request.is_head);
+    let (state, kind, body): (_, _, Arc<String>) = match request {
+        Err(state) => (state, PLAIN, format!("{state}\n").into()),
+        Ok(Request { host: Some(host), .. }) if !hosts.accept(&host) => {
+            let body = "this server has no such name; arpd --metrics-host gives it one\n";
+            ("421 Misdirected Request", PLAIN, body.to_string().into())
+        }
+        Ok(request) => match request.path.as_str() {
+            "/metrics" => match metrics(exposition).await {
+                Ok(text) => ("200 OK", CONTENT_TYPE, text),
+                Err(error) => ("503 Service Unavailable", PLAIN, format!("{error:#}\n").into()),
+            },
+            "/" => ("200 OK", PLAIN, "udplb: see /metrics\n".to_string().into()),
+            _ => ("404 Not Found", PLAIN, "only /metrics is here\n".to_string().into()),
+        },
+    };
+    connection.set(State::Writing(Instant::now()));
+    let head = format!(
+        "HTTP/1.1 {state}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\
+         Allow: GET, HEAD\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    timeout(ANSWER_PATIENCE, async {
+        stream.write_all(head.as_bytes()).await?;
+        if !is_head {
+            stream.write_all(body.as_bytes()).await?;
+        }
+        stream.shutdown().await
+    })
+    .await?
+}
+
+/// As much of a request as matters.
+#[derive(Debug, PartialEq, Eq)]
+struct Request {
+    is_head: bool,
+    path: String,
+    /// HTTP/1.0 has none.
+    host: Option<String>,
+}
+
+/// A request, or how it is refused.
+async fn read_request(stream: &mut TcpStream) -> io::Result<Result<Request, &'static str>> {
+    let mut request = Vec::with_capacity(512);
+    while !request.windows(4).any(|end| end == b"\r\n\r\n") {
+        if request.len() >= REQUEST {
+            return Ok(Err("431 Request Header Fields Too Large"));
+        }
+        if stream.read_buf(&mut request).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(parse_request(&String::from_utf8_lossy(&request)))
+}
+
+fn parse_request(text: &str) -> Result<Request, &'static str> {
+    const BAD: &str = "400 Bad Request";
+    let mut lines = text.split("\r\n");
+    let words: Vec<&str> = lines.next().unwrap_or_default().split(' ').collect();
+    let [method, target, version] = words[..] else { return Err(BAD) };
+    if !version.starts_with("HTTP/1.") {
+        return Err(BAD);
+    }
+    let mut hosts = lines.filter_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("host").then(|| value.trim().to_string())
+    });
+    let host = hosts.next();
+    if hosts.next().is_some() || (host.is_none() && version != "HTTP/1.0") {
+        return Err(BAD);
+    }
+    if !matches!(method, "GET" | "HEAD") {
+        return Err("405 Method Not Allowed");
+    }
+    let path = target.split('?').next().unwrap_or_default().to_string();
+    Ok(Request { is_head: method == "HEAD", path, host })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Hosts, parse_request};
+
+    #[test]
+    fn requests() {
+        let parse = |text: &str| {
+            parse_request(text).map(|request| (request.is_head, request.path, request.host))
+        };
+        let get = parse("GET /metrics?x=1 HTTP/1.1\r\nhOsT:  relay:9477 \r\n\r\n");
+        assert_eq!(get, Ok((false, "/metrics".into(), Some("relay:9477".into()))));
+        assert_eq!(parse("HEAD / HTTP/1.0\r\n\r\n"), Ok((true, "/".into(), None)));
+        assert_eq!(parse("PUT / HTTP/1.0\r\n\r\n"), Err("405 Method Not Allowed"));
+        for bad in [
+            "GET / HTTP/1.1\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+            "GET / HTTP/2\r\nHost: a\r\n\r\n",
+            "GET\r\n\r\n",
+            "\r\n\r\n",
+        ] {
+            assert_eq!(parse(bad), Err("400 Bad Request"), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn hosts() {
+        let none = Hosts(Vec::new());
+        for own in ["127.0.0.1", "10.0.0.1:9477", "[::1]", "[2001:db8::1]:9477", "LOCALHOST:1"] {
+            assert!(none.accept(own), "{own}");
+        }
+        for other in ["evil.example", "evil.example:9477", "127.0.0.1.evil.example", "", "a:b"] {
+            assert!(!none.accept(other), "{other}");
+        }
+        let own = super::own_name().expect("a name");
+        assert!(none.accept(&format!("{own}:9477")));
+        let named = Hosts(vec!["relay.example.net".into()]);
+        assert!(named.accept("Relay.Example.NET.:9477") && !named.accept("example.net"));
+        assert!(Hosts(vec!["*".into()]).accept("evil.example"));
+    }
+}

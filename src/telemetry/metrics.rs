@@ -1,0 +1,259 @@
+//! Metrics for Prometheus. Their labels are the configuration's names, interfaces and fixed words,
+//! so that there are never more of them than the configuration says.
+
+use std::fmt;
+
+use anyhow::Context;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeGaugeValue, MetricEncoder, NoLabelSet, prometheus_text,
+};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+
+use crate::cli::Global;
+use crate::config::{KEY_ENTRIES, UPSTREAMS};
+use crate::datapath::counters::Counts;
+use crate::datapath::generation::{self, Description};
+use crate::error::Result;
+use crate::net::Netlink;
+use crate::reconcile::drift;
+use crate::telemetry::status::{self, Status, UpstreamStatus};
+
+/// What all of them begin with.
+const PREFIX: &str = "udplb";
+
+/// Reads what is exposed, and remembers what takes long to find out.
+pub struct Gatherer {
+    global: Global,
+    /// Digest of the file, number of the generation, and whether they differ.
+    judged: Option<(String, u32, bool)>,
+    /// Bytes that the text had the last time.
+    length: usize,
+}
+
+impl Gatherer {
+    pub fn new(global: Global) -> Gatherer {
+        Gatherer { global, judged: None, length: 0 }
+    }
+
+    /// All metrics as text.
+    pub async fn gather(&mut self, netlink: &Netlink) -> Result<String> {
+        let mut reading = status::read(&self.global, netlink, None, None).await?;
+        reading.status.traffic = None;
+        let serving =
+            reading.status.generation.and_then(|it| reading.observed.generations.get(&it));
+        let metrics = Metrics {
+            drift: serving.and_then(|it| self.drift(it.number, &it.description)),
+            fill: serving
+                .map(|it| fill(&it.description, reading.status.most_ids))
+                .unwrap_or_default(),
+            status: reading.status,
+        };
+        drop(reading.observed);
+        let mut registry = Registry::with_prefix(PREFIX);
+        registry.register_collector(Box::new(metrics));
+        let mut text = String::with_capacity(self.length + self.length / 16);
+        prometheus_text::encode(&mut text, &registry).context("metrics")?;
+        self.length = text.len();
+        Ok(text)
+    }
+
+    /// `None`: the file cannot be read.
+    fn drift(&mut self, number: u32, description: &Description) -> Option<bool> {
+        let (text, target) = drift::source(description)?;
+        let digest = text.digest(&target);
+        match &self.judged {
+            Some((known, of, differs)) if (known, *of) == (&digest, number) => Some(*differs),
+            _ => {
+                // a file that is no configuration is not what serves
+                let differs = drift::differs(&text, &target, description).unwrap_or(true);
+                self.judged = Some((digest, number, differs));
+                Some(differs)
+            }
+        }
+    }
+}
+
+/// How much is used of the most that there may be, 0 to 1.
+type Fill = Vec<(&'static str, f64)>;
+
+fn fill(description: &Description, most_ids: u32) -> Fill {
+    let desired = &description.desired;
+    let ids = generation::all(&description.ids).max().unwrap_or(0);
+    let share = |used: usize, most: usize| used as f64 / most as f64;
+    vec![
+        ("rules", share(desired.key_entries(), KEY_ENTRIES)),
+        ("upstreams", share(desired.upstreams().count(), UPSTREAMS)),
+        ("counters", share(ids as usize, most_ids as usize)),
+    ]
+}
+
+/// What is exposed.
+#[derive(Debug)]
+struct Metrics {
+    status: Status,
+    drift: Option<bool>,
+    fill: Fill,
+}
+
+impl Collector for Metrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        self.encode_configuration(&mut encoder)?;
+        self.encode_traffic(&mut encoder)?;
+        self.encode_upstreams(&mut encoder)
+    }
+}
+
+impl Metrics {
+    fn encode_configuration(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let status = &self.status;
+        let mut info = gauge(encoder, "build_info", "1, with the version of this udplb")?;
+        info.set(&[("version", env!("CARGO_PKG_VERSION"))], 1)?;
+        let mut generation =
+            gauge(encoder, "config_generation", "Number of the generation that serves; 0: none")?;
+        generation.set(&[], i64::from(status.generation.unwrap_or(0)))?;
+        if let Some(built) = status.built {
+            let mut applied = gauge(
+                encoder,
+                "config_last_apply_timestamp_seconds",
+                "When it was applied, in seconds since 1970",
+            )?;
+            applied.set(&[], built)?;
+        }
+        if let Some(drift) = self.drift {
+            let help = "Whether its file says something else than what serves";
+            gauge(encoder, "config_drift", help)?.set(&[], u32::from(drift))?;
+        }
+        let missing = &status.incomplete;
+        let help = "Interfaces and host names of the file that are missing";
+        gauge(encoder, "config_incomplete", help)?
+            .set(&[], (missing.interfaces.len() + missing.hosts.len()) as u64)?;
+        let help = "Whether packets that come in there meet the rules";
+        let mut attached = gauge(encoder, "interface_attached", help)?;
+        for interface in &status.interfaces {
+            let is_attached = interface.generation.is_some();
+            attached.set(&[("interface", &interface.name)], u32::from(is_attached))?;
+        }
+        let help = "How often arpd put back a filter that somebody else had removed";
+        let mut reattached = counter(encoder, "reattached", help)?;
+        for interface in &status.interfaces {
+            reattached.set(&[("interface", &interface.name)], interface.reattached)?;
+        }
+        let help = "Whether arpd vouches for the next hops";
+        gauge(encoder, "arpd_up", help)?.set(&[], u32::from(status.arpd == Some(true)))?;
+        let help = "How full a table is, of the most that there may be in it";
+        let mut fill = gauge(encoder, "map_fill_ratio", help)?;
+        for (map, ratio) in &self.fill {
+            fill.set(&[("map", map)], *ratio)?;
+        }
+        Ok(())
+    }
+
+    fn encode_traffic(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let rules = &self.status.rules;
+        let mut packets = counter(encoder, "rule_packets", "Packets that matched the rule")?;
+        for rule in rules {
+            packets.set(&[("rule", &rule.name)], rule.counters.matched().packets)?;
+        }
+        let help = "Bytes of the packets that matched the rule, with Ethernet headers";
+        let mut bytes = counter(encoder, "rule_bytes", help)?;
+        for rule in rules {
+            bytes.set(&[("rule", &rule.name)], rule.counters.matched().bytes)?;
+        }
+        let help = "Packets and copies that were sent to the upstream";
+        let mut packets = counter(encoder, "upstream_packets", help)?;
+        for (labels, upstream) in self.upstreams() {
+            packets.set(&labels, upstream.counters.forwarded().packets)?;
+        }
+        let help = "Bytes of what was sent to the upstream, with Ethernet headers";
+        let mut bytes = counter(encoder, "upstream_bytes", help)?;
+        for (labels, upstream) in self.upstreams() {
+            bytes.set(&labels, upstream.counters.forwarded().bytes)?;
+        }
+        let help =
+            "Packets and copies that were not sent on; without upstream: packets that went to none";
+        let mut drops = counter(encoder, "drops", help)?;
+        let mut add = |rule: &str, upstream: &str, counts: &Counts| {
+            counts.drops().try_for_each(|(reason, count)| {
+                let labels = [("rule", rule), ("upstream", upstream), ("reason", reason)];
+                drops.set(&labels, count.packets)
+            })
+        };
+        add("", "", &self.status.unmatched)?;
+        for rule in rules {
+            add(&rule.name, "", &rule.own)?;
+            for (upstream, _) in rule.destinations() {
+                add(&rule.name, &upstream.label, &upstream.counters)?;
+            }
+        }
+        let help = "Packets that were not selected by what was asked for, by why";
+        let mut notes = counter(encoder, "rule_notes", help)?;
+        for rule in rules {
+            for (note, count) in &rule.notes {
+                notes.set(&[("rule", &rule.name), ("note", note)], count.packets)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn encode_upstreams(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let help = "Whether the upstream's next hop answers, while arpd runs";
+        let mut up = gauge(encoder, "upstream_up", help)?;
+        for (labels, upstream) in self.upstreams() {
+            if let Some(health) = upstream.health {
+                up.set(&labels, u32::from(health != "down"))?;
+            }
+        }
+        let help = "Since the upstream's next hop last answered the kernel";
+        let mut age = gauge(encoder, "neighbour_age_seconds", help)?;
+        for (labels, upstream) in self.upstreams() {
+            if let Some(seconds) = upstream.next_hop.as_ref().and_then(|hop| hop.age) {
+                age.set(&labels, seconds)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn upstreams(&self) -> impl Iterator<Item = ([Label<'_>; 2], &UpstreamStatus)> {
+        self.status.rules.iter().flat_map(|rule| {
+            rule.destinations().map(|(upstream, _)| {
+                ([("rule", rule.name.as_str()), ("upstream", &upstream.label)], upstream)
+            })
+        })
+    }
+}
+
+type Label<'a> = (&'static str, &'a str);
+
+/// Metrics of one name.
+struct Gauge<'a>(MetricEncoder<'a>);
+struct Counter<'a>(MetricEncoder<'a>);
+
+fn gauge<'a>(
+    encoder: &'a mut DescriptorEncoder<'_>,
+    name: &'a str,
+    help: &str,
+) -> std::result::Result<Gauge<'a>, fmt::Error> {
+    Ok(Gauge(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?))
+}
+
+fn counter<'a>(
+    encoder: &'a mut DescriptorEncoder<'_>,
+    name: &'a str,
+    help: &str,
+) -> std::result::Result<Counter<'a>, fmt::Error> {
+    Ok(Counter(encoder.encode_descriptor(name, help, None, MetricType::Counter)?))
+}
+
+impl Gauge<'_> {
+    fn set(&mut self, labels: &[Label<'_>], value: impl EncodeGaugeValue) -> fmt::Result {
+        self.0.encode_family(&labels)?.encode_gauge(&value)
+    }
+}
+
+impl Counter<'_> {
+    fn set(&mut self, labels: &[Label<'_>], value: u64) -> fmt::Result {
+        self.0.encode_family(&labels)?.encode_counter::<NoLabelSet, u64, f64>(&value, None)
+    }
+}

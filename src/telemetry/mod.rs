@@ -1,0 +1,11 @@
+//! Readings of the kernel for people and programs: data only, without colour and layout.
+
+mod connections;
+pub mod diagnosis;
+pub mod event;
+pub mod http;
+pub mod metrics;
+pub mod pcap;
+pub mod problem;
+pub mod status;
+pub mod traffic;

@@ -1,0 +1,599 @@
+//! What serves and what became of the packets, for people and for `-o json`.
+
+mod text;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::time::{Duration, UNIX_EPOCH};
+
+use anyhow::Context;
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use crate::bpf::{self, Runs, types};
+use crate::cli::Global;
+use crate::config::{Address, Mode, State};
+use crate::datapath::counters::{Count, Counts};
+use crate::datapath::generation::{self, Generation};
+use crate::datapath::lease;
+use crate::datapath::overrides;
+use crate::datapath::pins::{self, Pending, ReadGuard, StateMaps};
+use crate::desired::diff;
+use crate::desired::partial::Unresolved;
+use crate::desired::{Destination, Role, Rule, RuleIds};
+use crate::error::Result;
+use crate::net::nexthop;
+use crate::net::routing::{self, Target};
+use crate::net::{Layer, Link, Neighbour, NeighbourKey, Netlink, NudState, OwnAddress};
+use crate::reconcile::drain;
+use crate::reconcile::observe::{Observed, observe};
+use crate::telemetry::diagnosis::{self, Answer, Facts, Now, Routes, Silence, Source};
+use crate::telemetry::problem::Problem;
+use crate::telemetry::traffic::{Rate, Traffic};
+use crate::time;
+
+pub use text::{Amounts, Layout, Paper};
+
+/// Everything that `status` shows, copied out of the kernel.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct Status {
+    pub generation: Option<u32>,
+    pub file: Option<String>,
+    /// When it was applied, in seconds since 1970.
+    #[serde(rename = "applied", serialize_with = "time::rfc3339")]
+    #[schemars(with = "Option<String>")]
+    pub built: Option<u64>,
+    pub version: Option<String>,
+    /// Start of the counters, in seconds since 1970: those of later rules started with them.
+    #[serde(serialize_with = "time::rfc3339")]
+    #[schemars(with = "Option<String>")]
+    pub counted_since: Option<u64>,
+    pub interfaces: Vec<InterfaceStatus>,
+    pub rules: Vec<RuleStatus>,
+    /// What belongs to no rule, by verdict.
+    pub unmatched: Counts,
+    /// What the file says and the generation lacks.
+    pub incomplete: Missing,
+    /// The generation that a rollback left.
+    pub held: Option<u32>,
+    /// Change that waits for confirmation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pending: Option<PendingStatus>,
+    /// Whether arpd vouches for the next hops; `None`: it never ran.
+    pub arpd: Option<bool>,
+    /// Filled in by [`read`]. The exit code is 3 if one of them is more than a note.
+    pub problems: Vec<Problem>,
+    /// What the next one may be compared with.
+    #[serde(skip)]
+    pub traffic: Option<Traffic>,
+    /// How many ids of rules and upstreams there may be.
+    #[serde(skip)]
+    pub most_ids: u32,
+}
+
+/// A change that is rolled back unless it is confirmed.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct PendingStatus {
+    pub generation: u32,
+    /// Generation that is restored; `None`: the filters are removed.
+    pub previous: Option<u32>,
+    /// Seconds until the rollback; 0: it is overdue.
+    pub seconds_left: u64,
+}
+
+impl PendingStatus {
+    pub fn new(pending: &Pending) -> PendingStatus {
+        let Pending { generation, previous, .. } = *pending;
+        // a deadline that has not passed is never 0
+        let seconds_left = pending.remaining().as_millis().div_ceil(1000) as u64;
+        PendingStatus { generation, previous, seconds_left }
+    }
+}
+
+impl std::fmt::Display for PendingStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let PendingStatus { generation, previous, seconds_left } = self;
+        write!(f, "generation {generation} waits for `udplb confirm`: in {seconds_left} s ")?;
+        match previous {
+            Some(previous) => write!(f, "generation {previous} serves again"),
+            None => write!(f, "it is detached"),
+        }
+    }
+}
+
+/// The part of the configuration that does not serve.
+#[derive(Debug, Default, Serialize, JsonSchema)]
+pub struct Missing {
+    pub interfaces: Vec<String>,
+    /// Hosts without an address.
+    pub hosts: Vec<Unresolved>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct InterfaceStatus {
+    #[serde(rename = "interface")]
+    pub name: String,
+    /// The generation whose program its filter runs.
+    pub generation: Option<u32>,
+    /// How often arpd put back a filter that somebody else had removed.
+    pub reattached: u64,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct RuleStatus {
+    #[serde(rename = "rule")]
+    pub name: String,
+    pub key: String,
+    pub tc_action: crate::config::Action,
+    pub mode: Mode,
+    pub upstreams: Vec<UpstreamStatus>,
+    /// Those that get copies besides.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub mirrors: Vec<UpstreamStatus>,
+    /// Each packet once, by verdict; also those of upstreams that it has no more.
+    pub counters: Counts,
+    /// Of these what was counted for no upstream.
+    #[serde(skip)]
+    pub own: Counts,
+    /// What was noted of packets besides, where anything was.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub notes: BTreeMap<&'static str, Count>,
+    /// Of all that matched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<Rate>,
+    /// Packets a second that were not forwarded, by reason.
+    #[serde(rename = "not_forwarded_per_second", skip_serializing_if = "BTreeMap::is_empty")]
+    pub losses: BTreeMap<&'static str, f64>,
+    /// Of these those that were counted for no upstream.
+    #[serde(skip)]
+    pub own_losses: BTreeMap<&'static str, f64>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct UpstreamStatus {
+    #[serde(skip)]
+    pub id: u32,
+    /// Unique in its rule.
+    #[serde(rename = "upstream")]
+    pub label: String,
+    pub address: Address,
+    pub port: Option<u16>,
+    /// By hand, or else by the file.
+    pub state: State,
+    /// What `drain` and `enable` say of it.
+    #[serde(rename = "override")]
+    pub said: Option<State>,
+    pub next_hop: Option<NextHopStatus>,
+    /// What arpd makes of it: `up`, `stale`, `down`; only as long as arpd runs.
+    pub health: Option<&'static str>,
+    /// Since when, in seconds since 1970.
+    #[serde(serialize_with = "time::rfc3339")]
+    #[schemars(with = "Option<String>")]
+    pub since: Option<u32>,
+    pub counters: Counts,
+    /// What was forwarded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<Rate>,
+    /// Packets a second that were not forwarded, by reason.
+    #[serde(rename = "not_forwarded_per_second", skip_serializing_if = "BTreeMap::is_empty")]
+    pub losses: BTreeMap<&'static str, f64>,
+    /// Of the rule's packets that were forwarded, 0 to 1; for a receiver of copies, of all that
+    /// matched. Where there is a rate, of those that it is of. `None`: there were none.
+    pub share: Option<f64>,
+    /// Its next hop does not answer.
+    #[serde(skip)]
+    pub silence: Option<Silence>,
+    #[serde(skip)]
+    endpoint: String,
+    /// [`overrides::word`] of it.
+    #[serde(skip)]
+    drained: Option<&'static str>,
+}
+
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct NextHopStatus {
+    pub interface: String,
+    pub gateway: IpAddr,
+    /// This host's own address on that way.
+    pub egress: Option<IpAddr>,
+    pub mac: Option<String>,
+    /// In the kernel's neighbour table, as `ip neigh` has it: `REACHABLE`.
+    pub state: Option<String>,
+    /// Seconds since it last answered the kernel.
+    #[serde(rename = "age_seconds")]
+    pub age: Option<u64>,
+    /// Of the way there, in bytes.
+    pub mtu: Option<u16>,
+    /// It has a MAC address that is not known.
+    #[serde(skip)]
+    unresolved: bool,
+}
+
+/// What was read beside the pins.
+pub struct Network<'a> {
+    pub observed: &'a Observed,
+    pub neighbours: &'a [Neighbour],
+}
+
+/// The kernel and what follows from it, at one moment.
+pub struct Reading {
+    /// Of the generations only the one that serves.
+    pub observed: Observed,
+    pub status: Status,
+    /// Of the serving program.
+    pub runs: Option<Runs>,
+    /// See [`Routes`].
+    pub routes: Routes,
+}
+
+impl Reading {
+    /// Next hops that the kernel knows, but has not heard of for a while.
+    pub fn doubtful(&self) -> Vec<NeighbourKey> {
+        let all = self.status.rules.iter().flat_map(RuleStatus::destinations);
+        let hops = all.filter_map(|(upstream, _)| upstream.next_hop.as_ref());
+        let stale = hops.filter(|hop| hop.state.as_deref() == Some("STALE"));
+        let key = |hop: &NextHopStatus| {
+            Some((self.observed.interfaces.get(&hop.interface)?.index, hop.gateway))
+        };
+        stale.filter_map(key).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// The problems of what serves; commands that fix one name the source.
+    pub fn problems(&self, source: Source<'_>) -> Vec<Problem> {
+        let serving = self.status.generation;
+        diagnosis::problems(&Facts {
+            observed: &self.observed,
+            serving: serving.and_then(|number| self.observed.generations.get(&number)),
+            rules: &self.status.rules,
+            routes: &self.routes,
+            source,
+            now: Now { utc: time::now(), monotonic: lease::monotonic() },
+        })
+    }
+}
+
+/// Reads everything under the lock, and lets go of it; see [`Status::new`].
+pub async fn read(
+    global: &Global,
+    netlink: &Netlink,
+    rule: Option<&str>,
+    earlier: Option<&Traffic>,
+) -> Result<Reading> {
+    let guard = pins::read(&global.pin_dir, global.lock_timeout)?;
+    let mut observed = observe(guard.as_ref(), netlink).await?;
+    let maps = guard.as_ref().map(ReadGuard::maps).transpose()?.flatten();
+    let traffic = maps.as_ref().map(|maps| Traffic::read(maps, &observed.generations));
+    let traffic = traffic.transpose()?;
+    // large, and of no use any more
+    let serving = observed.serving();
+    observed.generations.retain(|number, _| Some(*number) == serving);
+    let neighbours = netlink.neighbours().await.context("neighbours")?;
+    let network = Network { observed: &observed, neighbours: &neighbours };
+    let mut status = Status::new(maps.as_ref().zip(traffic), &network, rule, earlier)?;
+    status.counted_since = guard.as_ref().and_then(counted_since);
+    let serving = serving.and_then(|number| observed.generations.get(&number));
+    let program = guard
+        .as_ref()
+        .zip(serving)
+        .map(|(guard, it)| generation::program(guard, it, Layer::Ethernet));
+    let runs =
+        program.and_then(|program| Some(bpf::program_info(program.ok()?.as_fd()).ok()?.runs));
+    drop(guard);
+    let routes = routes(netlink, &status.rules, &observed).await?;
+    let mut reading = Reading { observed, status, runs, routes };
+    let file = reading.status.file.as_deref().unwrap_or("FILE");
+    reading.status.problems = reading.problems(Source(file));
+    Ok(reading)
+}
+
+/// Asks for the routes that a diagnosis needs, which are few.
+async fn routes(netlink: &Netlink, rules: &[RuleStatus], observed: &Observed) -> Result<Routes> {
+    let suspects = diagnosis::suspects(rules, observed);
+    if suspects.is_empty() {
+        return Ok(Routes::default());
+    }
+    let links = netlink.links().await.context("interfaces")?;
+    let links: HashMap<u32, Link> = links.into_iter().map(|link| (link.index, link)).collect();
+    let name = |index: u32| links.get(&index).map_or_else(String::new, |link| link.name.clone());
+    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+    let desired = serving.map(|serving| serving.description.desired.clone()).unwrap_or_default();
+    let mut targets: Vec<Target> = desired.targets().into_iter().collect();
+    targets.retain(|target| suspects.contains(&target.address));
+    let paths = routing::paths(netlink, &targets, &desired.interfaces, &links).await;
+    let paths = paths.context("routes")?.into_iter();
+    let paths = paths.map(|paths| paths.map(|paths| name(paths.routes[0].ifindex)));
+    let own = netlink.addresses().await.context("addresses")?;
+    let is_down = |own: &OwnAddress| links.get(&own.ifindex).is_some_and(|link| !link.up);
+    let down = own.into_iter().filter(is_down);
+    Ok(Routes {
+        to: targets.into_iter().map(|target| target.address).zip(paths).collect(),
+        down: down.map(|own| (name(own.ifindex), own.network)).collect(),
+    })
+}
+
+impl Status {
+    /// `state` is none where maps are missing. `rule` leaves out all others; with an `earlier` traffic
+    /// there are rates.
+    ///
+    /// # Errors
+    /// There is no such rule, or the maps cannot be read.
+    pub fn new(
+        state: Option<(&StateMaps, Traffic)>,
+        network: &Network<'_>,
+        rule: Option<&str>,
+        earlier: Option<&Traffic>,
+    ) -> anyhow::Result<Status> {
+        let observed = network.observed;
+        let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+        let mut status = Status {
+            generation: serving.map(|generation| generation.number),
+            file: serving.map(|generation| generation.description.origin.file.clone()),
+            built: serving.map(|generation| generation.description.built),
+            version: serving.map(|generation| generation.description.version.clone()),
+            counted_since: None,
+            interfaces: interfaces(observed, serving),
+            rules: Vec::new(),
+            unmatched: Counts::default(),
+            incomplete: missing(observed, serving),
+            held: observed.held.map(|held| held.generation),
+            pending: observed.pending.as_ref().map(PendingStatus::new),
+            arpd: None,
+            problems: Vec::new(),
+            traffic: None,
+            most_ids: 0,
+        };
+        let (Some(serving), Some((maps, total))) = (serving, state) else { return Ok(status) };
+        let description = &serving.description;
+        let ids = &description.ids;
+        status.arpd = lease::remaining(&maps.heartbeat)?.map(|left| !left.is_zero());
+        status.most_ids = maps.counters.most_ids();
+        let most = generation::all(ids).max().unwrap_or(0);
+        let neighbours = network.neighbours.iter();
+        let view = View {
+            grown: earlier.map(|earlier| total.since(earlier)),
+            total,
+            nexthops: maps.nexthops.read_all(most).context("next hops")?,
+            vouched: status.arpd == Some(true),
+            overrides: &observed.overrides,
+            interfaces: observed
+                .interfaces
+                .iter()
+                .map(|(name, interface)| (interface.index, name.as_str()))
+                .collect(),
+            neighbours: neighbours
+                .filter(|neighbour| neighbour.state != NudState::None)
+                .map(|neighbour| ((neighbour.ifindex, neighbour.address), neighbour))
+                .collect(),
+        };
+        status.unmatched = view.total.of(0);
+        if rule.is_none() {
+            status.rules.reserve_exact(ids.len());
+        }
+        for (wanted, ids) in description.desired.rules.iter().zip(ids) {
+            if rule.is_none_or(|name| name == wanted.name) {
+                status.rules.push(rule_status(wanted, ids, &view));
+            }
+        }
+        status.traffic = Some(view.total);
+        if let Some(name) = rule {
+            drain::rule_index(&description.desired, name)?;
+        }
+        Ok(status)
+    }
+}
+
+/// Returns when the map of counters was made, in seconds since 1970.
+fn counted_since(guard: &ReadGuard) -> Option<u64> {
+    let made = fs::metadata(guard.state().join("counters")).ok()?.modified().ok()?;
+    Some(made.duration_since(UNIX_EPOCH).ok()?.as_secs())
+}
+
+/// Where the rows of the table come from.
+struct View<'a> {
+    total: Traffic,
+    /// Since the earlier one.
+    grown: Option<Traffic>,
+    /// By upstream id.
+    nexthops: Vec<types::nexthop>,
+    /// arpd runs: what it says of health is so.
+    vouched: bool,
+    /// Their names by index.
+    interfaces: HashMap<u32, &'a str>,
+    neighbours: HashMap<NeighbourKey, &'a Neighbour>,
+    /// By hand, by id.
+    overrides: &'a BTreeMap<u32, State>,
+}
+
+impl UpstreamStatus {
+    /// Since when it does not answer, in seconds since 1970.
+    pub fn down_since(&self) -> Option<u64> {
+        self.silence?.since
+    }
+}
+
+impl RuleStatus {
+    /// All that packets are sent to, each with whether it is a mirror.
+    pub fn destinations(&self) -> impl Iterator<Item = (&UpstreamStatus, bool)> {
+        let upstreams = self.upstreams.iter().map(|upstream| (upstream, false));
+        upstreams.chain(self.mirrors.iter().map(|mirror| (mirror, true)))
+    }
+}
+
+fn interfaces(observed: &Observed, serving: Option<&Generation>) -> Vec<InterfaceStatus> {
+    let wanted = serving.map_or(&[][..], |generation| &generation.description.desired.interfaces);
+    let attached: Vec<(&str, u32)> = observed.attached().collect();
+    let mut names: Vec<&str> = wanted.iter().map(String::as_str).collect();
+    names.extend(attached.iter().map(|(name, _)| *name));
+    names.sort_unstable();
+    names.dedup();
+    names
+        .into_iter()
+        .map(|name| InterfaceStatus {
+            name: name.into(),
+            reattached: observed.marks.get(name).map_or(0, |mark| mark.reattached),
+            generation: attached
+                .iter()
+                .find(|(other, _)| *other == name)
+                .map(|(_, number)| *number),
+        })
+        .collect()
+}
+
+fn missing(observed: &Observed, serving: Option<&Generation>) -> Missing {
+    let Some(serving) = serving else { return Missing::default() };
+    let desired = &serving.description.desired;
+    let is_missing = |name: &&String| !observed.interfaces.contains_key(*name);
+    Missing {
+        interfaces: desired.interfaces.iter().filter(is_missing).cloned().collect(),
+        hosts: desired.incomplete.hosts.clone(),
+    }
+}
+
+fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
+    let counters = view.total.of_rule(ids.rule);
+    let grown = view.grown.as_ref().map(|grown| (grown, grown.of_rule(ids.rule)));
+    let recent = grown.map_or(counters, |(_, counts)| counts);
+    let [matched, forwarded] = [recent.matched(), recent.forwarded()].map(|count| count.packets);
+    let destinations = rule.with_ids(ids);
+    let rows = |role, shared| {
+        let rows = destinations.iter().filter(|destination| destination.role == role);
+        rows.map(|destination| upstream_status(destination, shared, view)).collect()
+    };
+    let shared = match rule.mode {
+        Mode::Balance => forwarded,
+        Mode::Replicate => matched,
+    };
+    let upstreams = rows(Role::Upstream, shared);
+    let mirrors = rows(Role::Mirror, matched);
+    let own = view.total.of(ids.rule);
+    RuleStatus {
+        name: rule.name.clone(),
+        key: diff::key(rule),
+        tc_action: rule.action,
+        mode: rule.mode,
+        upstreams,
+        mirrors,
+        counters,
+        own,
+        notes: own.notes().collect(),
+        rate: grown.and_then(|(grown, counts)| grown.rate(counts.matched())),
+        losses: grown.map_or_else(BTreeMap::new, |(grown, counts)| losses(grown, counts)),
+        own_losses: grown
+            .map_or_else(BTreeMap::new, |(grown, _)| losses(grown, grown.of(ids.rule))),
+    }
+}
+
+/// `shared` is how many packets of the rule its share is of.
+fn upstream_status(destination: &Destination<'_>, shared: u64, view: &View<'_>) -> UpstreamStatus {
+    let Destination { id, upstream, .. } = *destination;
+    let entry = view.nexthops.get(id as usize).copied().unwrap_or_default();
+    let said = view.overrides.get(&id).copied();
+    let health = view.vouched.then(|| health(&entry)).flatten();
+    let grown = view.grown.as_ref();
+    let forwarded = grown.unwrap_or(&view.total).of(id).forwarded();
+    UpstreamStatus {
+        id,
+        label: destination.label.clone(),
+        address: upstream.address.clone(),
+        port: upstream.port,
+        state: said.unwrap_or(upstream.state),
+        said,
+        drained: overrides::word(upstream.state, said),
+        next_hop: next_hop(&entry, view),
+        health,
+        since: health.map(|_| entry.since),
+        silence: silence(&entry, health, view),
+        counters: view.total.of(id),
+        rate: grown.and_then(|grown| grown.rate(forwarded)),
+        losses: grown.map_or_else(BTreeMap::new, |grown| losses(grown, grown.of(id))),
+        share: (shared > 0).then(|| forwarded.packets as f64 / shared as f64),
+        endpoint: diff::endpoint(upstream),
+    }
+}
+
+/// Packets a second that were not forwarded, by reason.
+fn losses(grown: &Traffic, counts: Counts) -> BTreeMap<&'static str, f64> {
+    let drops = counts.drops();
+    drops.filter_map(|(name, count)| Some((name, grown.rate(count)?.packets_per_second))).collect()
+}
+
+fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
+    let interface = view.interfaces.get(&entry.ifindex)?;
+    let gateway = nexthop::gateway(entry);
+    let neighbour = view.neighbours.get(&(entry.ifindex, gateway));
+    let known = [types::macs::MACS_KNOWN, types::macs::MACS_FRESH].contains(&entry.macs);
+    let written = known.then_some(entry.destination);
+    let mac = written.or_else(|| neighbour?.mac);
+    Some(NextHopStatus {
+        interface: (*interface).into(),
+        gateway,
+        egress: nexthop::egress(entry),
+        mac: mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
+        unresolved: mac.is_none() && neighbour.is_none() && entry.macs != types::macs::MACS_NONE,
+        state: neighbour.map(|neighbour| neighbour.state.to_string()),
+        mtu: (entry.mtu != 0).then_some(entry.mtu),
+        age: neighbour.and_then(|neighbour| neighbour.confirmed).map(|age| age.as_secs()),
+    })
+}
+
+/// A neighbour that lives has answered the kernel's probe by then.
+const ANSWERS: Duration = Duration::from_millis(800);
+
+/// Whether the next hop answers: arpd's word, or else what the kernel's neighbour table has.
+fn silence(entry: &types::nexthop, health: Option<&str>, view: &View<'_>) -> Option<Silence> {
+    let since = |age: Option<Duration>| Some(time::now().saturating_sub(age?.as_secs()));
+    match health {
+        Some("down") => {
+            let since = (entry.since > 0).then_some(entry.since.into());
+            return Some(Silence { state: Answer::Down, since });
+        }
+        Some(_) => return None,
+        None if entry.macs == types::macs::MACS_NONE => return None,
+        None => {}
+    }
+    let neighbour = view.neighbours.get(&(entry.ifindex, nexthop::gateway(entry)));
+    let unknown = entry.macs == types::macs::MACS_UNKNOWN;
+    match neighbour.map(|neighbour| (neighbour.state, neighbour.updated)) {
+        Some((state @ NudState::Failed, age)) => {
+            Some(Silence { state: Answer::Failed(state), since: since(age) })
+        }
+        Some((state @ NudState::Probe, Some(age))) if age >= ANSWERS => {
+            Some(Silence { state: Answer::Failed(state), since: since(Some(age)) })
+        }
+        Some((NudState::Incomplete, age)) if unknown => {
+            Some(Silence { state: Answer::Never, since: since(age) })
+        }
+        None if unknown && entry.ifindex != 0 => {
+            Some(Silence { state: Answer::Never, since: None })
+        }
+        _ => None,
+    }
+}
+
+/// What arpd makes of the upstream.
+fn health(entry: &types::nexthop) -> Option<&'static str> {
+    match entry.health {
+        types::health::HEALTH_UP => Some("up"),
+        types::health::HEALTH_STALE => Some("stale"),
+        types::health::HEALTH_DOWN => Some("down"),
+        _ => None,
+    }
+}
+
+impl NextHopStatus {
+    fn text(&self) -> String {
+        let mut text = format!("{} dev {}", self.gateway, self.interface);
+        for word in [&self.mac, &self.state].into_iter().flatten() {
+            text += &format!(" {word}");
+        }
+        if self.unresolved {
+            text += " unresolved";
+        }
+        if let (Some(age), Some(_)) = (self.age, &self.mac) {
+            text += &format!(" {}", time::age(age));
+        }
+        text
+    }
+}

@@ -1,0 +1,99 @@
+//! What became of the packets of rules and upstreams: the one place that adds counters up.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use crate::datapath::counters::{Count, Counts};
+use crate::datapath::generation::Generation;
+use crate::datapath::pins::StateMaps;
+
+/// All counters at one moment, or how much they grew between two.
+#[derive(Clone, Debug)]
+pub struct Traffic {
+    by_id: Vec<Counts>,
+    /// By the rule's id, in order.
+    rules: Vec<(u32, Counts)>,
+    taken: Instant,
+    /// Seconds; `None`: since the counters began.
+    over: Option<f64>,
+}
+
+/// How much a second.
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
+pub struct Rate {
+    pub packets_per_second: f64,
+    /// With the Ethernet headers.
+    pub bits_per_second: f64,
+}
+
+impl Traffic {
+    /// Reads the counters of all rules and upstreams that these generations have; they must be all
+    /// there are, since a rule's packets stay its own when an upstream goes.
+    pub fn read(
+        maps: &StateMaps,
+        generations: &BTreeMap<u32, Generation>,
+    ) -> anyhow::Result<Traffic> {
+        let most = generations.values().flat_map(Generation::ids).max().unwrap_or(0);
+        let by_id = maps.counters.read(most)?;
+        let former = maps.former.read()?;
+        let mut counting = Vec::new();
+        for generation in generations.values() {
+            for (rule, upstreams) in generation.counting() {
+                counting.push((rule, rule));
+                if !former.has(generation, rule) {
+                    counting.extend(upstreams.iter().map(|id| (rule, *id)));
+                }
+            }
+        }
+        // it is nearly in order, in parts
+        counting.sort();
+        // that of another generation is the same, and one that is listed twice is one
+        counting.dedup();
+        let mut rules: Vec<(u32, Counts)> = Vec::new();
+        for (rule, id) in counting {
+            if rules.last().is_none_or(|(last, _)| *last != rule) {
+                rules.push((rule, former.of(rule)));
+            }
+            if let Some((_, counts)) = rules.last_mut() {
+                *counts += by_id[id as usize];
+            }
+        }
+        Ok(Traffic { by_id, rules, taken: Instant::now(), over: None })
+    }
+
+    /// What came since. Ids stay with rules and upstreams over an apply.
+    pub fn since(&self, earlier: &Traffic) -> Traffic {
+        let none = Counts::default();
+        let earlier_counts = earlier.by_id.iter().chain(std::iter::repeat(&none));
+        let by_id = self.by_id.iter().zip(earlier_counts).map(|(now, then)| *now - *then).collect();
+        // of the totals: after an apply a rule's ids are others
+        let rules = self.rules.iter();
+        let rules = rules.map(|(id, now)| (*id, *now - earlier.of_rule(*id))).collect();
+        let over = self.taken.duration_since(earlier.taken).as_secs_f64();
+        Traffic { by_id, rules, taken: self.taken, over: Some(over.max(1e-3)) }
+    }
+
+    /// What was counted under one id: that of an upstream or mirror, or 0 for what belongs to no rule.
+    pub fn of(&self, id: u32) -> Counts {
+        self.by_id.get(id as usize).copied().unwrap_or_default()
+    }
+
+    /// Each packet of a rule once, whichever upstream it went to, and also where the rule has that
+    /// upstream no more. By the rule's id.
+    pub fn of_rule(&self, rule: u32) -> Counts {
+        let found = self.rules.binary_search_by_key(&rule, |(id, _)| *id);
+        found.map_or_else(|_| Counts::default(), |place| self.rules[place].1)
+    }
+
+    /// `None` where this is no growth.
+    pub fn rate(&self, count: Count) -> Option<Rate> {
+        let seconds = self.over?;
+        Some(Rate {
+            packets_per_second: count.packets as f64 / seconds,
+            bits_per_second: count.bytes as f64 * 8.0 / seconds,
+        })
+    }
+}
