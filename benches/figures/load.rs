@@ -7,7 +7,7 @@ use std::time::Instant;
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use udplb::bpf::{UdplbSkelBuilder, types};
 
-use crate::common::program::walked;
+use crate::common::verifier::walked;
 use crate::{Report, least};
 
 const ROUNDS: usize = 10;

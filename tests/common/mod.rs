@@ -1,24 +1,13 @@
 //! A laboratory for tests: network namespaces and a bpffs of their own, gone when the value is.
 
-#![allow(dead_code)] // each test binary uses its own part
+#![allow(dead_code, reason = "each test binary uses its own part")]
 
-pub mod dns;
-pub mod ends;
-pub mod faults;
-pub mod flow;
-pub mod forge;
-pub mod kernel;
+pub mod kinds;
 pub mod lab;
 pub mod net;
-pub mod packet;
-pub mod prelude;
-pub mod program;
-pub mod random;
-pub mod reference;
-pub mod schema;
 pub mod service;
-pub mod testbed;
 pub mod tun;
+pub mod verifier;
 pub mod wire;
 
 use std::ffi::{CString, OsStr};

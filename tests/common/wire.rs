@@ -7,8 +7,25 @@ use std::mem::{size_of, size_of_val, zeroed};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use super::Namespace;
-use super::packet::TYPE;
-use super::prelude::Tag;
+
+/// Where a frame has its type, and before it tags.
+pub const TYPE: usize = 12;
+
+/// An 802.1Q or 802.1ad tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tag {
+    pub protocol: u16,
+    /// Priority and VLAN id.
+    pub control: u16,
+}
+
+impl Tag {
+    /// Makes it the first of a frame.
+    pub fn put_into(self, mut frame: Vec<u8>) -> Vec<u8> {
+        frame.splice(TYPE..TYPE, [self.protocol, self.control].map(u16::to_be_bytes).concat());
+        frame
+    }
+}
 
 /// From linux/if_packet.h, for what comes with a frame.
 const PACKET_AUXDATA: i32 = 8;

@@ -1,0 +1,11 @@
+//! `udplb arpd`: neighbours, host names, multicast groups.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod dns;
+mod syscalls;
+
+mod groups;
+mod ipv6;
+mod names;
+mod neighbours;

@@ -1,0 +1,255 @@
+//! Host names of upstreams, with a name server that does what name servers do.
+
+use std::fs;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule};
+use crate::common::net::{bind, count, receive, send_until};
+use crate::common::service::{Arpd, until};
+use crate::dns::{Answer, Dns};
+
+/// What takes longer waits for the name server.
+const SOON: Duration = Duration::from_secs(100);
+
+fn upstream(name: &str) -> Value {
+    json!({ "address": name })
+}
+
+fn balanced(upstreams: &[Value]) -> Value {
+    config(&[rule("only", 5000, json!({ "tc_action": "block" }), upstreams)])
+}
+
+/// Runs a command on a configuration.
+fn run(lab: &Lab, words: &str, config: &Value) -> Outcome {
+    let file = lab.write(config);
+    Outcome::of(&mut lab.with_dns(&format!("{words} {}", file.display())))
+}
+
+/// The processes that a process has started.
+fn children(pid: u32) -> Vec<u32> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let text = fs::read_to_string(path).expect("the process");
+    text.split_whitespace().map(|child| child.parse().expect("a process")).collect()
+}
+
+/// One after the other they would take more than three minutes.
+#[test]
+fn a_thousand_slow_names_resolve_together() {
+    let lab = Lab::new();
+    let dns = Dns::start(&lab);
+    let mut upstreams = Vec::new();
+    for host in 0..1000_u32 {
+        let name = format!("host{host}.test");
+        let address = IpAddr::from([10, 3, (host / 250) as u8, (host % 250 + 1) as u8]);
+        dns.set(&name, Answer::Late(Duration::from_millis(200), vec![address]));
+        upstreams.push(upstream(&name));
+    }
+    run(&lab, "check --resolve-timeout 90", &balanced(&upstreams)).expect(0);
+}
+
+#[test]
+fn a_silent_name_server_is_no_bad_configuration() {
+    let lab = Lab::new();
+    let dns = Dns::start(&lab);
+    dns.set("silent.test", Answer::Silence);
+    dns.set("broken.test", Answer::Failure);
+    let started = Instant::now();
+    for words in ["check", "plan", "apply"] {
+        let words = format!("{words} --resolve-timeout 1");
+        let config = balanced(&[upstream("silent.test")]);
+        run(&lab, &words, &config).expect(75).says(&["`silent.test` does not resolve: no answer"]);
+        run(&lab, &words, &balanced(&[upstream("broken.test")])).expect(75);
+        // that there is no such name is certain
+        let config = balanced(&[upstream("silent.test"), upstream("none.test")]);
+        run(&lab, &words, &config).expect(65).says(&["silent.test", "none.test"]);
+    }
+    assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
+    lab.run("status").expect(3);
+    lab.run("list").expect(3);
+}
+
+#[test]
+fn a_name_of_the_other_family_is_bad_configuration() {
+    let lab = Lab::new();
+    let dns = Dns::start(&lab);
+    dns.set("six.test", Answer::of(&["2001:db8:2::20"]));
+    let says = ["`six.test` does not resolve: it has no IPv4 address"];
+    run(&lab, "check", &balanced(&[upstream("six.test")])).expect(65).says(&says);
+}
+
+/// The server asks for TCP, takes the connection, and says nothing: `getaddrinfo` waits for ever.
+#[test]
+fn a_truncated_answer_without_tcp_holds_nothing_up() {
+    let lab = Lab::new();
+    let dns = Dns::start(&lab);
+    dns.set("good.test", Answer::of(&["10.2.0.20"]));
+    dns.set("late.test", Answer::Truncated);
+    let config = balanced(&[upstream("good.test"), upstream("late.test")]);
+    let apply = run(&lab, "apply --partial --resolve-timeout 1", &config);
+    apply.expect(4).says(&["late.test", "no answer within 1 s"]);
+
+    let arpd = lab.with_dns("arpd --resolve-interval 1 --resolve-timeout 1 --lease 2");
+    let arpd = Arpd::spawn(&lab, arpd);
+    lab.await_health("good.test", "up");
+    until("it is told", || arpd.log().contains("late.test does not resolve: no answer"));
+    let mut resolvers = Vec::new();
+    for _ in 0..30 {
+        assert_eq!(lab.status()["arpd"], true, "the lease is kept");
+        let running = children(arpd.pid());
+        // one that was killed may not be gone yet
+        assert!(running.len() <= 2, "{running:?}");
+        resolvers.extend(running);
+        sleep(Duration::from_millis(100));
+    }
+    resolvers.dedup();
+    assert!(resolvers.len() > 1, "it is asked again");
+
+    dns.set("late.test", Answer::of(&["10.2.0.21"]));
+    until("the name resolves", || arpd.log().contains("late.test is now 10.2.0.21"));
+    until("nothing is missing", || lab.run("status -q").code == Some(0));
+
+    // nobody is left behind by an arpd that is killed
+    dns.set("late.test", Answer::Truncated);
+    let mut resolver = 0;
+    until("it asks", || {
+        children(arpd.pid()).first().is_some_and(|pid| {
+            resolver = *pid;
+            true
+        })
+    });
+    arpd.end(libc::SIGKILL);
+    until("the resolver ends", || {
+        let state = fs::read_to_string(format!("/proc/{resolver}/stat"));
+        state.map_or(true, |state| state.contains(") Z"))
+    });
+}
+
+#[test]
+fn what_is_known_is_attached_and_arpd_completes_the_rest() {
+    let lab = Lab::new();
+    let dns = Dns::start(&lab);
+    dns.set("silent.test", Answer::Silence);
+    dns.set("good.test", Answer::of(&["10.2.0.20"]));
+    let copies = json!({ "tc_action": "block", "mode": "replicate", "source": "preserve" });
+    let config = config(&[
+        rule("copies", 5000, copies, &[upstream("good.test"), upstream("silent.test")]),
+        rule("alone", 5001, json!({}), &[upstream("silent.test")]),
+    ]);
+    let apply = run(&lab, "apply --partial --resolve-timeout 1 -o json", &config).expect(4);
+    assert_eq!(apply.json()["missing"].as_array().map(Vec::len), Some(2));
+    let status = lab.status();
+    assert_eq!(status["rules"].as_array().map(Vec::len), Some(1), "{status:#}");
+    // what serves is not taken for all that was wanted
+    run(&lab, "plan --exit-code --resolve-timeout 1", &config).expect(75);
+
+    let arpd = lab.with_dns("arpd --resolve-interval 1 --resolve-timeout 1");
+    let arpd = Arpd::spawn(&lab, arpd);
+    dns.set("silent.test", Answer::of(&["10.2.0.21"]));
+    until("the name resolves", || arpd.log().contains("silent.test is now 10.2.0.21"));
+    until("nothing is missing", || lab.run("status -q").code == Some(0));
+    let status = lab.status();
+    assert_eq!(status["rules"].as_array().map(Vec::len), Some(2), "{status:#}");
+    assert_eq!(status["rules"][0]["upstreams"][1]["address"], json!(UPSTREAMS[1]));
+    run(&lab, "plan --exit-code", &config).expect(0);
+}
+
+/// The upstreams of the first rule: label, and the datagrams that they were sent.
+fn upstreams(lab: &Lab) -> Vec<(String, u64)> {
+    let status = lab.status();
+    let upstreams = status["rules"][0]["upstreams"].as_array().into_iter().flatten();
+    let one = |it: &Value| {
+        let label = it["upstream"].as_str().expect("a label").to_string();
+        (label, it["counters"]["forwarded"]["packets"].as_u64().unwrap_or(0))
+    };
+    upstreams.map(one).collect()
+}
+
+fn pool(options: Value) -> Value {
+    let upstream = json!({ "name": "p", "address": "pool.test", "addresses": "all" });
+    config(&[rule("only", 5000, options, &[upstream])])
+}
+
+#[test]
+fn every_address_of_a_name_gets_its_copy() {
+    let lab = Lab::new();
+    let dns = Dns::start(&lab);
+    dns.set("pool.test", Answer::of(&["10.2.0.20"]));
+    let options = json!({ "tc_action": "block", "mode": "replicate", "source": "preserve" });
+    run(&lab, "apply", &pool(options.clone())).expect(0);
+    let arpd = Arpd::spawn(&lab, lab.with_dns("arpd --resolve-interval 1"));
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    let receivers = UPSTREAMS.map(|address| bind(&lab.upstream, address, 5000));
+    let first = count(receivers[0].try_clone().expect("a socket"));
+    let stop = AtomicBool::new(false);
+    let sent = std::thread::scope(|scope| {
+        let sent = scope.spawn(|| send_until(&stop, &sender, (RELAY, 5000)));
+        dns.set("pool.test", Answer::of(&["10.2.0.21", "10.2.0.20"]));
+        until("both serve", || upstreams(&lab).len() == 2);
+        stop.store(true, Ordering::Relaxed);
+        sent.join().expect("sent")
+    });
+    assert_eq!(first.join().expect("counted"), sent, "what served lost nothing");
+    let served = upstreams(&lab);
+    assert_eq!((served[0].0.as_str(), served[1].0.as_str()), ("p@10.2.0.20", "p@10.2.0.21"));
+    // with the last, which is told by another payload, and counters that went on
+    assert_eq!(served[0].1, sent + 1);
+    sender.send_to(b"both", (RELAY, 5000)).expect("sent");
+    assert_eq!(receive(&receivers[0]).payload, b"both");
+    until("the other gets it too", || receive(&receivers[1]).payload == b"both");
+
+    // each is an upstream of its own
+    lab.run("drain only/p@10.2.0.21").expect(0);
+    let list = lab.run("list").expect(0).stdout;
+    assert_eq!(list.matches("addresses: all").count(), 1, "{list}");
+    assert!(!list.contains("10.2.0.2"), "{list}");
+    run(&lab, "plan --exit-code", &pool(options)).expect(0);
+    assert_eq!(upstreams(&lab).len(), 2);
+    drop(arpd);
+}
+
+#[test]
+fn a_name_that_shrinks_is_asked_twice() {
+    let lab = Lab::new();
+    let dns = Dns::start(&lab);
+    let three = ["10.2.0.20", "10.2.0.21", "10.2.0.22"];
+    let pool = pool(json!({ "tc_action": "block" }));
+    dns.set("pool.test", Answer::of(&three));
+    run(&lab, "apply", &pool).expect(0);
+    assert_eq!(upstreams(&lab).len(), 3);
+
+    // by apply
+    dns.set("pool.test", Answer::of(&three[..1]));
+    let says = ["`pool.test` has fewer addresses, 1, than serve, 3"];
+    run(&lab, "apply", &pool).expect(0).says(&says);
+    assert_eq!(upstreams(&lab).len(), 3);
+    run(&lab, "apply", &pool).expect(0);
+    assert_eq!(upstreams(&lab).len(), 1);
+
+    // by arpd, to which a failure is no answer
+    dns.set("pool.test", Answer::of(&three));
+    run(&lab, "apply", &pool).expect(0);
+    let arpd = Arpd::spawn(&lab, lab.with_dns("arpd --resolve-interval 1"));
+    dns.set("pool.test", Answer::Failure);
+    until("it is told", || arpd.log().contains("pool.test does not resolve"));
+    assert_eq!(upstreams(&lab).len(), 3);
+    dns.set("pool.test", Answer::of(&three[2..]));
+    until("the others go", || upstreams(&lab).len() == 1);
+    assert_eq!(upstreams(&lab)[0].0, "p@10.2.0.22");
+}
+
+#[test]
+fn an_address_of_this_host_is_left_out() {
+    let lab = Lab::new();
+    let dns = Dns::start(&lab);
+    dns.set("self.test", Answer::of(&["10.2.0.1"]));
+    dns.set("good.test", Answer::of(&["10.2.0.20"]));
+    let config = balanced(&[upstream("good.test"), upstream("self.test")]);
+    run(&lab, "apply", &config).expect(65).says(&["is 10.2.0.1, an address of this host"]);
+    run(&lab, "apply --partial", &config).expect(4).says(&["an address of this host"]);
+    assert_eq!(upstreams(&lab).len(), 1);
+}

@@ -1,0 +1,414 @@
+//! Frames of every kind, right and wrong: each header says what it is told to.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::common::wire::Tag;
+use crate::packet::Mac;
+
+const IPV4: u16 = 0x0800;
+const IPV6: u16 = 0x86dd;
+const UDP: u8 = 17;
+
+/// A frame; [`Forged::frame`] has its bytes.
+#[derive(Clone, Debug)]
+pub struct Forged {
+    pub to: Mac,
+    pub from: Mac,
+    /// Held beside the bytes.
+    pub tag: Option<Tag>,
+    /// In the frame, the outermost first.
+    pub tags: Vec<Tag>,
+    /// In the place of IP's own.
+    pub ethertype: Option<u16>,
+    pub ip: Ip,
+    pub udp: Udp,
+    /// Bytes behind the IP packet.
+    pub padding: usize,
+    /// How much of the frame comes, if not all.
+    pub cut: Option<usize>,
+    /// `gso_size` and `gso_segs`.
+    pub gso: (u32, u32),
+}
+
+#[derive(Clone, Debug)]
+pub enum Ip {
+    V4(V4),
+    V6(V6),
+}
+
+/// What a header says of a length.
+#[derive(Clone, Copy, Debug)]
+pub enum Length {
+    Right,
+    Off(i16),
+    Is(u16),
+}
+
+impl Length {
+    fn said(self, right: usize) -> [u8; 2] {
+        let right = right as u16;
+        let said = match self {
+            Length::Right => right,
+            Length::Off(by) => right.wrapping_add_signed(by),
+            Length::Is(length) => length,
+        };
+        said.to_be_bytes()
+    }
+}
+
+/// RFC 791, section 3.1.
+#[derive(Clone, Debug)]
+pub struct V4 {
+    pub version: u8,
+    /// In the place of the right header length, in words.
+    pub words: Option<u8>,
+    pub tos: u8,
+    pub total_length: Length,
+    pub identification: u16,
+    /// The reserved one, "do not fragment" and "more fragments".
+    pub flags: u8,
+    /// In units of eight bytes.
+    pub fragment_offset: u16,
+    pub ttl: u8,
+    pub protocol: u8,
+    /// By how much the checksum is off, in one's complement.
+    pub checksum_error: u16,
+    pub source: Ipv4Addr,
+    pub destination: Ipv4Addr,
+    /// Words of options.
+    pub options: u8,
+    /// The pointer of a loose source route among them, of seven bytes.
+    pub source_route: Option<u8>,
+}
+
+/// RFC 8200, section 3.
+#[derive(Clone, Debug)]
+pub struct V6 {
+    pub version: u8,
+    pub traffic_class: u8,
+    pub flow_label: u32,
+    pub payload_length: Length,
+    pub hop_limit: u8,
+    pub source: Ipv6Addr,
+    pub destination: Ipv6Addr,
+    pub extensions: Vec<Extension>,
+    /// What follows the extension headers.
+    pub protocol: u8,
+}
+
+/// An extension header.
+#[derive(Clone, Debug)]
+pub struct Extension {
+    pub kind: Kind,
+    /// How long it is, beyond the first eight bytes, in its own units.
+    pub units: u8,
+    /// How long it says to be, where that is something else.
+    pub lie: Option<u8>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Kind {
+    HopByHop,
+    Destination,
+    Routing { segments_left: u8 },
+    Fragment(Fragment),
+    Authentication,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Fragment {
+    /// In units of eight bytes.
+    pub offset: u16,
+    pub more: bool,
+    /// The bits that are nothing.
+    pub reserved: u8,
+    pub identification: u32,
+}
+
+/// What the IP packet carries: a UDP datagram, or what looks like one.
+#[derive(Clone, Debug)]
+pub struct Udp {
+    pub source: u16,
+    pub destination: u16,
+    pub length: Length,
+    pub checksum: Checksum,
+    /// Bytes of payload, and what they begin with.
+    pub payload: usize,
+    pub first: u16,
+    /// Bytes of the IP packet behind the datagram.
+    pub trailer: usize,
+    /// How much of all that is in the packet, if not all.
+    pub cut: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Checksum {
+    Right,
+    Is(u16),
+    /// In one's complement.
+    Off(u16),
+    /// That of the pseudo-header, to which a device is to add the rest.
+    Unfinished,
+}
+
+impl Forged {
+    /// A datagram of sixteen bytes, with all right.
+    pub fn new(to: Mac, ip: Ip, port: u16) -> Forged {
+        Forged {
+            to,
+            from: [2, 0, 0, 0, 1, 2],
+            tag: None,
+            tags: Vec::new(),
+            ethertype: None,
+            ip,
+            udp: Udp {
+                source: 5666,
+                destination: port,
+                length: Length::Right,
+                checksum: Checksum::Right,
+                payload: 16,
+                first: 0,
+                trailer: 0,
+                cut: None,
+            },
+            padding: 0,
+            cut: None,
+            gso: (0, 0),
+        }
+    }
+
+    /// The same between two hosts of one family.
+    pub fn between(to: Mac, source: IpAddr, destination: IpAddr, port: u16) -> Forged {
+        let ip = match (source, destination) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => Ip::V4(V4::new(source, destination)),
+            (IpAddr::V6(source), IpAddr::V6(destination)) => Ip::V6(V6::new(source, destination)),
+            other => panic!("{other:?} are of two families"),
+        };
+        Forged::new(to, ip, port)
+    }
+
+    /// What the UDP datagram carries.
+    pub fn payload(&self) -> Vec<u8> {
+        self.udp.bytes(&[], &[])[8..].to_vec()
+    }
+
+    /// The checksum in the UDP header.
+    pub fn udp_checksum(&self) -> u16 {
+        let (source, destination) = match &self.ip {
+            Ip::V4(ip) => (ip.source.octets().to_vec(), ip.destination.octets().to_vec()),
+            Ip::V6(ip) => (ip.source.octets().to_vec(), ip.destination.octets().to_vec()),
+        };
+        let bytes = self.udp.bytes(&source, &destination);
+        u16::from_be_bytes([bytes[6], bytes[7]])
+    }
+
+    pub fn frame(&self) -> Vec<u8> {
+        let mut frame = [self.to, self.from].concat();
+        for tag in &self.tags {
+            frame.extend(tag.protocol.to_be_bytes());
+            frame.extend(tag.control.to_be_bytes());
+        }
+        let (own, packet) = match &self.ip {
+            Ip::V4(ip) => (IPV4, ip.packet(&self.udp)),
+            Ip::V6(ip) => (IPV6, ip.packet(&self.udp)),
+        };
+        frame.extend(self.ethertype.unwrap_or(own).to_be_bytes());
+        frame.extend(packet);
+        frame.resize(frame.len() + self.padding, 0x5a);
+        frame
+    }
+}
+
+/// The fragments of a frame without tags and extension headers, with so many bytes each (RFC 791
+/// section 3.2, RFC 8200 section 4.5).
+pub fn fragments(frame: &[u8], room: usize, identification: u32) -> Vec<Vec<u8>> {
+    let ipv6 = frame[14] >> 4 == 6;
+    let (headers, body) = frame.split_at(if ipv6 { 54 } else { 34 });
+    let parts: Vec<&[u8]> = body.chunks(room / 8 * 8).collect();
+    let fragment = |(index, part): (usize, &&[u8])| {
+        let (offset, more) = (index * (room / 8), index + 1 < parts.len());
+        let mut headers = headers.to_vec();
+        if ipv6 {
+            headers[18..20].copy_from_slice(&(8 + part.len() as u16).to_be_bytes());
+            headers[20] = Kind::Fragment(Fragment::default()).number();
+            let fragment = Fragment { offset: offset as u16, more, reserved: 0, identification };
+            headers.extend(Extension::new(Kind::Fragment(fragment)).bytes(UDP));
+        } else {
+            headers[16..18].copy_from_slice(&(20 + part.len() as u16).to_be_bytes());
+            headers[18..20].copy_from_slice(&(identification as u16).to_be_bytes());
+            let offset = offset as u16 | u16::from(more) << 13;
+            headers[20..22].copy_from_slice(&offset.to_be_bytes());
+            headers[24..26].fill(0);
+            let checksum = !sum(&headers[14..]);
+            headers[24..26].copy_from_slice(&checksum.to_be_bytes());
+        }
+        [&headers, *part].concat()
+    };
+    parts.iter().enumerate().map(fragment).collect()
+}
+
+impl V4 {
+    pub fn new(source: Ipv4Addr, destination: Ipv4Addr) -> V4 {
+        V4 {
+            version: 4,
+            words: None,
+            tos: 0,
+            total_length: Length::Right,
+            identification: 0,
+            flags: 0,
+            fragment_offset: 0,
+            ttl: 64,
+            protocol: UDP,
+            checksum_error: 0,
+            source,
+            destination,
+            options: 0,
+            source_route: None,
+        }
+    }
+
+    fn packet(&self, udp: &Udp) -> Vec<u8> {
+        let body = udp.bytes(&self.source.octets(), &self.destination.octets());
+        let length = 20 + usize::from(self.options) * 4;
+        let words = self.words.unwrap_or(length as u8 / 4);
+        let fragment = u16::from(self.flags) << 13 | self.fragment_offset & 0x1fff;
+        let mut header = vec![self.version << 4 | words & 15, self.tos];
+        header.extend(self.total_length.said(length + body.len()));
+        header.extend(self.identification.to_be_bytes());
+        header.extend(fragment.to_be_bytes());
+        header.extend([self.ttl, self.protocol, 0, 0]);
+        header.extend(self.source.octets());
+        header.extend(self.destination.octets());
+        header.extend((20..length).map(|at| if at < length - 1 { 1 } else { 0 }));
+        if let Some(pointer) = self.source_route.filter(|_| self.options > 1) {
+            header[20..23].copy_from_slice(&[131, 7, pointer]);
+        }
+        let checksum = off_by(!sum(&header), self.checksum_error);
+        header[10..12].copy_from_slice(&checksum.to_be_bytes());
+        [header, body].concat()
+    }
+}
+
+impl V6 {
+    pub fn new(source: Ipv6Addr, destination: Ipv6Addr) -> V6 {
+        V6 {
+            version: 6,
+            traffic_class: 0,
+            flow_label: 0,
+            payload_length: Length::Right,
+            hop_limit: 64,
+            source,
+            destination,
+            extensions: Vec::new(),
+            protocol: UDP,
+        }
+    }
+
+    fn packet(&self, udp: &Udp) -> Vec<u8> {
+        let body = udp.bytes(&self.source.octets(), &self.destination.octets());
+        let numbers = self.extensions.iter().map(|extension| extension.kind.number());
+        let mut next = numbers.chain([self.protocol]);
+        let first = u32::from(self.version) << 28
+            | u32::from(self.traffic_class) << 20
+            | self.flow_label & 0xf_ffff;
+        let mut packet = first.to_be_bytes().to_vec();
+        packet.extend([0, 0, next.next().unwrap_or(self.protocol), self.hop_limit]);
+        packet.extend(self.source.octets());
+        packet.extend(self.destination.octets());
+        for (extension, next) in self.extensions.iter().zip(next) {
+            packet.extend(extension.bytes(next));
+        }
+        packet.extend(body);
+        let length = self.payload_length.said(packet.len() - 40);
+        packet[4..6].copy_from_slice(&length);
+        packet
+    }
+}
+
+impl Kind {
+    fn number(self) -> u8 {
+        match self {
+            Kind::HopByHop => 0,
+            Kind::Destination => 60,
+            Kind::Routing { .. } => 43,
+            Kind::Fragment(_) => 44,
+            Kind::Authentication => 51,
+        }
+    }
+}
+
+impl Extension {
+    pub fn new(kind: Kind) -> Extension {
+        Extension { kind, units: 0, lie: None }
+    }
+
+    fn bytes(&self, next: u8) -> Vec<u8> {
+        let said = self.lie.unwrap_or(self.units);
+        if let Kind::Fragment(fragment) = self.kind {
+            let Fragment { offset, more, reserved, identification } = fragment;
+            let offset = offset << 3 | u16::from(reserved & 3) << 1 | u16::from(more);
+            // the second byte is reserved: this header's length is fixed
+            let mut bytes = vec![next, self.lie.unwrap_or(0)];
+            bytes.extend(offset.to_be_bytes());
+            bytes.extend(identification.to_be_bytes());
+            return bytes;
+        }
+        // zeroes are padding in all of them
+        let mut bytes = match self.kind {
+            // RFC 4302: in units of four bytes, beyond the first two of them
+            Kind::Authentication => vec![0; 8 + usize::from(self.units) * 4],
+            _ => vec![0; 8 + usize::from(self.units) * 8],
+        };
+        bytes[..2].copy_from_slice(&[next, said]);
+        if let Kind::Routing { segments_left } = self.kind {
+            bytes[3] = segments_left;
+        }
+        bytes
+    }
+}
+
+impl Udp {
+    fn bytes(&self, source: &[u8], destination: &[u8]) -> Vec<u8> {
+        let length = 8 + self.payload;
+        let mut bytes = [self.source.to_be_bytes(), self.destination.to_be_bytes()].concat();
+        bytes.extend(self.length.said(length));
+        bytes.extend([0, 0]);
+        bytes.extend((0..self.payload).map(|index| (index * 7 + 3) as u8));
+        for (byte, first) in bytes[8..].iter_mut().zip(self.first.to_be_bytes()) {
+            *byte = first;
+        }
+        let pseudo_header = pseudo_header(source, destination, length);
+        let right = match !sum(&[&pseudo_header, &bytes[..]].concat()) {
+            0 => u16::MAX,
+            checksum => checksum,
+        };
+        let checksum = match self.checksum {
+            Checksum::Right => right,
+            Checksum::Is(checksum) => checksum,
+            Checksum::Off(by) => off_by(right, by),
+            Checksum::Unfinished => sum(&pseudo_header),
+        };
+        bytes[6..8].copy_from_slice(&checksum.to_be_bytes());
+        bytes.extend((0..self.trailer).map(|index| (index * 5 + 0x80) as u8));
+        bytes.truncate(self.cut.unwrap_or(bytes.len()));
+        bytes
+    }
+}
+
+/// RFC 768, RFC 8200 section 8.1; zeroes between do not count.
+fn pseudo_header(source: &[u8], destination: &[u8], length: usize) -> Vec<u8> {
+    [source, destination, &(length as u32).to_be_bytes(), &[0, UDP]].concat()
+}
+
+/// RFC 1071.
+fn sum(bytes: &[u8]) -> u16 {
+    let words =
+        bytes.chunks(2).map(|pair| u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));
+    words.fold(0, off_by)
+}
+
+/// Adds in one's complement.
+fn off_by(checksum: u16, error: u16) -> u16 {
+    let (sum, carry) = checksum.overflowing_add(error);
+    sum + u16::from(carry)
+}

@@ -1,0 +1,492 @@
+//! The packet path against its specification in `reference.rs`: packets of every kind, in
+//! sequences, as those before decide about fragments. 20,000 of them, or UDPLB_FUZZ_PACKETS.
+//!
+//! What differs is printed in its smallest form, and belongs into the table of cases then.
+
+mod cases;
+mod receiver;
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use cases::Case;
+use proptest::collection::vec;
+use proptest::prelude::{Just, Strategy, prop_oneof};
+use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
+use udplb::config::{
+    self, Action, Admission, Fragments, Hash, Key, KeyAddress, Mode, Ports, Source,
+};
+use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
+
+use crate::common::wire::Tag;
+use crate::flow;
+use crate::forge::{Forged, V4};
+use crate::packet::Mac;
+use crate::program::{Context, Counted, Run, VLAN_MAC};
+use crate::random::{Target, any_packet, one_of, usually};
+use crate::reference::{Arrival, End, Host, Outcome, Table, Verdict, Way};
+use crate::testbed::{
+    FAR, FAR_COLD, GATEWAY_MAC, NARROW, NARROW_COLD, NEAR, NEAR_COLD, NEAR_MAC, NO_ROUTE, OUT_MAC,
+    OWN, OWN6, PORTS, REDIRECT, RELAY_MAC, SHOT, Testbed, UNSPEC, VIP, VLANS,
+};
+
+const PACKETS: u32 = 20_000;
+
+/// At most, and at least one.
+const SEQUENCE: u32 = 40;
+
+const VIP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1);
+const BROADCAST: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 255);
+
+const UNICAST: Target = target(RELAY_MAC, IpAddr::V4(VIP));
+const UNICAST6: Target = target(RELAY_MAC, IpAddr::V6(VIP6));
+const GROUPS: [Target; 3] = [
+    target([1, 0, 0x5e, 1, 2, 3], IpAddr::V4(Ipv4Addr::new(239, 1, 2, 3))),
+    target([0x33, 0x33, 0, 1, 2, 3], IpAddr::V6(Ipv6Addr::new(0xff05, 0, 0, 0, 0, 0, 1, 0x203))),
+    target([0xff; 6], IpAddr::V4(BROADCAST)),
+];
+
+const fn target(mac: Mac, address: IpAddr) -> Target {
+    Target { mac, address, port: PORTS.first }
+}
+
+/// Upstreams, with what the kernel knows of the way: MTU and MAC address.
+const WAYS: [(IpAddr, usize, Option<Mac>); 6] = [
+    (IpAddr::V4(NEAR), 1500, Some(NEAR_MAC)),
+    (IpAddr::V4(NEAR_COLD), 1500, None),
+    (IpAddr::V4(FAR), 1500, Some(GATEWAY_MAC)),
+    (IpAddr::V4(FAR_COLD), 1500, None),
+    (IpAddr::V4(NARROW), 1000, Some(GATEWAY_MAC)),
+    (IpAddr::V4(NARROW_COLD), 1000, None),
+];
+const WAYS6: [(IpAddr, usize, Option<Mac>); 6] = [
+    (IpAddr::V6(NEAR6), 1500, Some(NEAR_MAC)),
+    (IpAddr::V6(Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 3)), 1500, None),
+    (IpAddr::V6(Ipv6Addr::new(0xfd00, 3, 0, 0, 0, 0, 0, 2)), 1500, Some(GATEWAY_MAC)),
+    (IpAddr::V6(Ipv6Addr::new(0xfd00, 4, 0, 0, 0, 0, 0, 2)), 1500, None),
+    (IpAddr::V6(Ipv6Addr::new(0xfd00, 6, 0, 0, 0, 0, 0, 2)), 1300, Some(GATEWAY_MAC)),
+    (IpAddr::V6(Ipv6Addr::new(0xfd00, 6, 0, 0, 0, 0, 0, 3)), 1300, None),
+];
+const NEAR6: Ipv6Addr = Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 2);
+const NO_ROUTE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 2));
+
+/// What user space knows where the kernel knows something else.
+const HELD_MAC: Mac = [2, 0, 0, 0, 9, 9];
+
+/// What the kernel takes for a frame with an IPv6 header.
+const SHORTEST: usize = 14 + 40;
+
+fn rule_for(target: Target, upstreams: Vec<Upstream>) -> Rule {
+    let key = Key::new(target.address, vec![PORTS]);
+    Rule { hash: Hash::Modulo, ..Rule::new("rule", key, upstreams) }
+}
+
+#[derive(Clone, Debug)]
+struct Scenario {
+    rule: Rule,
+    /// User space vouches for what it knows of the ways.
+    held: bool,
+}
+
+impl Scenario {
+    fn host(&self, ids: RuleIds) -> Host {
+        let ways = WAYS.iter().chain(&WAYS6).map(|(address, mtu, mac)| {
+            let mac = if self.held { Some(HELD_MAC) } else { *mac };
+            let macs = mac.map(|mac| (OUT_MAC, mac));
+            let egress = if address.is_ipv4() { OWN.into() } else { OWN6.into() };
+            (*address, Way { mtu: *mtu, macs, verdict: "forwarded", egress: Some(egress) })
+        });
+        Host {
+            mac: RELAY_MAC,
+            rules: vec![(self.rule.clone(), ids)],
+            addresses: vec![VIP.into(), OWN.into(), VIP6.into(), OWN6.into()],
+            broadcasts: vec![BROADCAST.into(), Ipv4Addr::new(10, 0, 2, 255).into()],
+            vlans: VLANS.iter().map(|path| path.to_vec()).collect(),
+            vlan_mac: VLAN_MAC,
+            // MTU, Ethernet header and, whether there is one or not, a tag
+            longest: 1500 + 14 + 4,
+            ways: ways.collect(),
+            hashed: |rule, source, port| {
+                flow::sender_key(rule, source, port) as usize % rule.upstreams.len()
+            },
+        }
+    }
+}
+
+/// Ids as a program with this one rule has them.
+fn ids(rule: &Rule) -> RuleIds {
+    let desired = Desired { rules: vec![rule.clone()], ..Desired::default() };
+    assign_ids(&desired, &[], 100).expect("ids suffice").remove(0)
+}
+
+/// As `Case::fates` has it.
+fn fate(outcome: &Outcome) -> String {
+    let mut fate = String::from(match outcome.end {
+        End::Up => "up",
+        End::Dropped => "drop",
+        End::Away(_) => "away",
+        End::Answered(_) => "answer",
+    });
+    if !outcome.copies.is_empty() {
+        let _ = write!(fate, " +{}", outcome.copies.len());
+    }
+    for (id, verdict) in outcome.counted.keys() {
+        let _ = write!(fate, " {verdict}{}", if *id == 0 { "@0" } else { "" });
+    }
+    fate
+}
+
+/// The specification, by hand.
+#[test]
+fn what_is_easily_got_wrong() {
+    let mut wrong = Vec::new();
+    for Case { name, rule, packets, fates } in cases::all() {
+        let (ids, mut table) = (ids(&rule), Table::default());
+        let host = Scenario { rule, held: false }.host(ids);
+        let got = packets.iter().map(|packet| {
+            let frame = packet.frame();
+            let came = packet.cut.unwrap_or(frame.len());
+            let (gso_size, gso_segs) = (packet.gso.0 as usize, packet.gso.1 as usize);
+            let arrival = Arrival { frame: &frame[..came], tag: packet.tag, gso_size, gso_segs };
+            fate(&host.judge(&mut table, arrival))
+        });
+        let got: Vec<_> = got.collect();
+        if got.join(", ") != fates {
+            wrong.push(format!("{name}: {got:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Which of several rules it is.
+#[test]
+fn the_nearest_key_decides() {
+    let rule = |name: &str, address: KeyAddress, ports: &[Ports], from: &[&str]| {
+        let key = Key::new(address, ports.to_vec());
+        let from = from.iter().map(|network| network.parse().expect("a network")).collect();
+        let upstreams = vec![Upstream::new(NEAR, None)];
+        Rule { action: Action::Block, ..Rule::new(name, Key { from, ..key }, upstreams) }
+    };
+    let exact = KeyAddress::Is(VIP.into());
+    let rules = [
+        rule("any", KeyAddress::Any, &[], &[]),
+        rule("any, sender", KeyAddress::Any, &[], &["198.51.100.7"]),
+        rule("any, port", KeyAddress::Any, &[PORTS], &[]),
+        rule("exact", exact, &[], &[]),
+        rule("exact, port", exact, &[PORTS], &["198.51.0.0/16"]),
+        rule("exact, port, sender", exact, &[PORTS], &["198.51.100.0/24", "192.0.2.0/24"]),
+    ];
+    let desired = Desired { rules: rules.to_vec(), ..Desired::default() };
+    let ids = assign_ids(&desired, &[], 100).expect("ids suffice");
+    let scenario = Scenario { rule: rules[0].clone(), held: false };
+    let host = Host {
+        rules: rules.iter().cloned().zip(ids.iter().cloned()).collect(),
+        ..scenario.host(ids[0].clone())
+    };
+    #[rustfmt::skip]
+    let table = [
+        // to                port  from                rule
+        ([10, 0, 1, 1],      2055, [198, 51, 100, 7],  Some(5)),
+        ([10, 0, 1, 1],      2055, [192, 0, 2, 1],     Some(5)),
+        ([10, 0, 1, 1],      2055, [198, 51, 7, 7],    Some(4)),
+        ([10, 0, 1, 1],      2055, [10, 9, 9, 9],      Some(3)),
+        ([10, 0, 1, 1],      53,   [198, 51, 100, 7],  Some(3)),
+        ([10, 0, 2, 1],      2055, [198, 51, 100, 7],  Some(2)),
+        ([10, 0, 2, 1],      53,   [198, 51, 100, 7],  Some(1)),
+        ([10, 0, 2, 1],      53,   [198, 51, 100, 8],  Some(0)),
+        ([10, 0, 2, 2],      2055, [198, 51, 100, 7],  None),
+    ];
+    for (to, port, from, rule) in table {
+        let packet = cases::v4(|ip, udp| {
+            (ip.source, ip.destination, udp.destination) = (from.into(), to.into(), port);
+        });
+        let frame = packet.frame();
+        let arrival = Arrival { frame: &frame, tag: None, gso_size: 0, gso_segs: 0 };
+        let counted = host.judge(&mut Table::default(), arrival).counted;
+        let wanted = rule.map(|rule: usize| (ids[rule].upstreams[0], "forwarded"));
+        assert_eq!(counted.into_keys().next(), wanted, "{packet:?}");
+    }
+}
+
+#[test]
+fn the_program_gets_it_right() {
+    Testbed::with(|testbed| {
+        let results =
+            cases::all().into_iter().filter_map(|Case { name, rule, packets, .. }| {
+                let scenario = Scenario { rule, held: false };
+                let result = check(testbed, &scenario, &packets, &mut BTreeMap::new());
+                Some(format!("{name}: {}", result.err()?))
+            });
+        let wrong: Vec<_> = results.collect();
+        assert!(wrong.is_empty(), "{} cases went wrong:\n{}", wrong.len(), wrong.join("\n"));
+    });
+}
+
+/// As many as there may be, each with a source of its own and some of them dead; with fragments, so
+/// that identifications are fresh for each.
+#[test]
+fn sixty_four_receivers() {
+    let fragment = |ip: &mut V4, offset, flags| {
+        (ip.identification, ip.fragment_offset, ip.flags) = (77, offset, flags);
+    };
+    let packets4 = [
+        cases::v4(|_, _| {}),
+        cases::v4(|ip, _| fragment(ip, 0, 1)),
+        cases::v4(|ip, _| fragment(ip, 3, 0)),
+        cases::v4(|ip, udp| (ip.options, udp.payload) = (10, 1432)),
+        Forged { tag: Some(Tag { protocol: 0x8100, control: 7 }), ..cases::v4(|_, _| {}) },
+    ];
+    let packets6 = [cases::v6(|_, _| {}), cases::v6(|_, udp| udp.payload = 1452)];
+    Testbed::with(|testbed| {
+        for (target, packets) in [(UNICAST, &packets4[..]), (UNICAST6, &packets6)] {
+            let addresses: Vec<IpAddr> = match target.address {
+                IpAddr::V4(_) => WAYS.iter().map(|way| way.0).chain([NO_ROUTE.into()]).collect(),
+                IpAddr::V6(_) => WAYS6.iter().map(|way| way.0).chain([NO_ROUTE6]).collect(),
+            };
+            let sources = [Source::Vip, Source::Preserve, Source::Egress];
+            let receivers: Vec<Upstream> = (0..64)
+                .map(|number: u16| {
+                    let at = usize::from(number);
+                    let address = addresses[at % addresses.len()];
+                    let port = (!number.is_multiple_of(5)).then_some(10_000 + number);
+                    let source = Some(sources[at % sources.len()]);
+                    Upstream { source, ..Upstream::new(address, port) }
+                })
+                .collect();
+            let replicating = Rule { mode: Mode::Replicate, ..rule_for(target, receivers.clone()) };
+            let upstreams = vec![Upstream::new(addresses[0], Some(1))];
+            let mirrored = Rule { mirrors: receivers, ..rule_for(target, upstreams) };
+            for rule in [replicating, mirrored] {
+                for action in [Action::Block, Action::Pass] {
+                    for held in [false, true] {
+                        let rule = Rule { action, ..rule.clone() };
+                        let scenario = Scenario { rule, held };
+                        let result = check(testbed, &scenario, packets, &mut BTreeMap::new());
+                        result.unwrap_or_else(|wrong| panic!("{action:?}: {wrong}"));
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Puts the packets to the program and to its specification.
+fn check(
+    testbed: &Testbed<'_>,
+    scenario: &Scenario,
+    packets: &[Forged],
+    tally: &mut BTreeMap<Verdict, u64>,
+) -> Result<(), String> {
+    let ways = WAYS.iter().chain(&WAYS6).map(|(address, mtu, mac)| {
+        let mac = if scenario.held { Some(HELD_MAC) } else { *mac };
+        ((*address).into(), testbed.hop_to(*address, *mtu as u32, mac))
+    });
+    let broadcasts = vec![BROADCAST.into()];
+    let desired = Desired { rules: vec![scenario.rule.clone()], broadcasts, ..Desired::default() };
+    let ids = testbed.program.configure_all(&desired, &ways.collect(), 0).remove(0);
+    testbed.program.lease(scenario.held);
+    let host = scenario.host(ids);
+    let wanted = check_each(testbed, &host, packets);
+    // also after a packet that went wrong, for whoever comes next
+    let got = testbed.program.take_counted();
+    let wanted = wanted?;
+    for ((_, verdict), (packets, _)) in &got {
+        *tally.entry(verdict).or_default() += packets;
+    }
+    match got == wanted {
+        true => Ok(()),
+        false => Err(format!("counted\n wanted {wanted:?}\n got    {got:?}")),
+    }
+}
+
+/// All but what the program counted; returns what that should be.
+fn check_each(testbed: &Testbed<'_>, host: &Host, packets: &[Forged]) -> Result<Counted, String> {
+    let (rule, _) = &host.rules[0];
+    let copied = rule.action == Action::Pass || rule.mode == Mode::Replicate;
+    let mut table = Table::default();
+    let mut counted = Counted::new();
+    for (number, packet) in packets.iter().enumerate() {
+        let mut frame = packet.frame();
+        let came = packet.cut.unwrap_or(frame.len()).min(frame.len());
+        // or the kernel would not run the program
+        frame.resize(frame.len().max(SHORTEST), 0);
+        let length = (came < frame.len()).then_some(came);
+        // the kernel neither shortens nor copies such packets when a test makes them
+        let plain = length.is_some() || copied || !rule.mirrors.is_empty();
+        let (gso_size, gso_segs) = if plain { (0, 0) } else { packet.gso };
+        let arrival = Arrival {
+            frame: &frame[..came],
+            tag: packet.tag,
+            gso_size: gso_size as usize,
+            gso_segs: gso_segs as usize,
+        };
+        let wanted = host.judge(&mut table, arrival);
+        let context =
+            Context { ifindex: testbed.routing, gso_size, gso_segs, tag: packet.tag, length };
+        let run = testbed.program.run(&frame, context);
+        let copies = testbed.wire.drain();
+        if !is_as(&mut table, &wanted, arrival, &run, &copies) {
+            let text = format!("packet {number} came as {}\n", hex(arrival.frame));
+            return Err(text + &difference(&wanted, &run, &copies));
+        }
+        for (counter, (packets, bytes)) in wanted.counted {
+            let sum = counted.entry(counter).or_default();
+            *sum = (sum.0 + packets, sum.1 + bytes);
+        }
+    }
+    Ok(counted)
+}
+
+/// Whether the program did what was wanted.
+fn is_as(
+    table: &mut Table,
+    wanted: &Outcome,
+    came: Arrival<'_>,
+    run: &Run,
+    copies: &[Vec<u8>],
+) -> bool {
+    let stayed = run.frame == came.frame && run.tag == came.tag;
+    let right = match &wanted.end {
+        End::Up => run.action == UNSPEC && stayed,
+        End::Dropped => run.action == SHOT,
+        End::Away(gone) => {
+            run.action == REDIRECT && run.tag.is_none() && table.admit(gone, &run.frame)
+        }
+        End::Answered(answer) => {
+            run.action == REDIRECT && run.tag == came.tag && answer.is(&run.frame)
+        }
+    };
+    let mut gone: Vec<_> = wanted.copies.iter().collect();
+    gone.sort_by_key(|gone| gone.is_piece);
+    let copied = gone.len() == copies.len()
+        && gone.iter().zip(copies).all(|(gone, copy)| table.admit(gone, copy));
+    right && copied
+}
+
+fn difference(wanted: &Outcome, run: &Run, copies: &[Vec<u8>]) -> String {
+    let end = match &wanted.end {
+        End::Up => "up the stack".into(),
+        End::Dropped => "dropped".into(),
+        End::Away(gone) => format!("away as {}", hex(&gone.frame)),
+        End::Answered(answer) => format!("dropped or answered: {answer:?}"),
+    };
+    let mut text = format!(" wanted {end}, counted {:?}\n", wanted.counted);
+    for gone in &wanted.copies {
+        let _ = writeln!(text, "   copy {}", hex(&gone.frame));
+    }
+    let _ = writeln!(text, " got {} {:x?} {}", run.action, run.tag, hex(&run.frame));
+    for copy in copies {
+        let _ = writeln!(text, "   copy {}", hex(copy));
+    }
+    text
+}
+
+/// The headers, and how much more there is.
+fn hex(frame: &[u8]) -> String {
+    const SHOWN: usize = 160;
+    let shown = &frame[..frame.len().min(SHOWN)];
+    let bytes: String = shown.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{bytes} of {} bytes", frame.len())
+}
+
+#[test]
+fn the_program_does_what_the_specification_says() {
+    let packets = match std::env::var("UDPLB_FUZZ_PACKETS") {
+        Ok(number) => number.parse().expect("UDPLB_FUZZ_PACKETS is a number"),
+        Err(_) => PACKETS,
+    };
+    let targets = [&[UNICAST, UNICAST6][..], &GROUPS].concat();
+    Testbed::with(|testbed| {
+        let tally = RefCell::new(BTreeMap::new());
+        for target in &targets {
+            // half of the longest is the mean
+            let cases = packets.div_ceil(targets.len() as u32 * SEQUENCE / 2);
+            fuzz(testbed, *target, cases, &tally);
+        }
+        let tally = tally.into_inner();
+        println!("{tally:?}");
+        let seen: BTreeSet<_> = tally.into_keys().collect();
+        let missing: Vec<_> = VERDICTS.iter().filter(|verdict| !seen.contains(*verdict)).collect();
+        assert!(missing.is_empty(), "never seen: {missing:?}");
+    });
+}
+
+/// What must occur among so many packets.
+const VERDICTS: &[Verdict] = &[
+    "forwarded",
+    "fragment",
+    "fragment-early",
+    "loop",
+    "malformed",
+    "martian",
+    "mtu",
+    "no-checksum",
+    "no-route",
+    "not-for-us",
+    "ttl",
+    "unresolved",
+];
+
+fn fuzz(
+    testbed: &Testbed<'_>,
+    target: Target,
+    cases: u32,
+    tally: &RefCell<BTreeMap<Verdict, u64>>,
+) {
+    let config = Config { cases, failure_persistence: None, ..Config::default() };
+    let sequences = (any_scenario(target), vec(any_packet(target), 1..=SEQUENCE as usize));
+    let result = TestRunner::new(config).run(&sequences, |(scenario, packets)| {
+        let result = check(testbed, &scenario, &packets, &mut tally.borrow_mut());
+        result.map_err(TestCaseError::fail)
+    });
+    match result {
+        Err(TestError::Fail(reason, (scenario, packets))) => {
+            let packets: Vec<_> = packets.iter().map(|packet| format!("{packet:?}")).collect();
+            panic!("{reason}\n{scenario:?}\n{}", packets.join("\n"))
+        }
+        Err(TestError::Abort(reason)) => panic!("{reason}"),
+        Ok(()) => {}
+    }
+}
+
+/// Rules for the target, with all that such a rule may say.
+fn any_scenario(target: Target) -> impl Strategy<Value = Scenario> {
+    let action = one_of([Action::Block, Action::Pass]);
+    // a group's address is nobody's source
+    let group = target.address.is_multicast() || target.address == BROADCAST;
+    let source = one_of([
+        if group { Source::Preserve } else { Source::Vip },
+        Source::Preserve,
+        Source::Egress,
+    ]);
+    let mode = one_of([Mode::Balance, Mode::Replicate]);
+    let fragments = usually(Fragments::Follow, one_of([Fragments::Pass, Fragments::Drop]));
+    let strategy = one_of([config::Strategy::SrcPort, config::Strategy::SrcIp]);
+    let admissions = usually(Admission::Deny, Just(Admission::Allow));
+    let admissions = (admissions.clone(), admissions);
+    let upstreams = vec(any_upstream(target), 1..=4);
+    let mirrors = vec(any_upstream(target), 0..=2);
+    let rule = (action, source, mode, fragments, admissions, strategy, upstreams, mirrors)
+        .prop_map(
+            move |(action, source, mode, fragments, admissions, strategy, upstreams, mirrors)| {
+                let (zero_checksum, martians) = admissions;
+                let mirrors = if mode == Mode::Balance { mirrors } else { Vec::new() };
+                let rule = rule_for(target, upstreams);
+                let rule = Rule { action, source, mode, fragments, strategy, mirrors, ..rule };
+                Rule { zero_checksum, martians, ..rule }
+            },
+        );
+    (rule, usually(false, Just(true))).prop_map(|(rule, held)| Scenario { rule, held })
+}
+
+fn any_upstream(target: Target) -> impl Strategy<Value = Upstream> {
+    let (ways, nowhere) = match target.address {
+        IpAddr::V4(_) => (WAYS, NO_ROUTE.into()),
+        IpAddr::V6(_) => (WAYS6, NO_ROUTE6),
+    };
+    let address = prop_oneof![6 => one_of(ways.map(|(address, ..)| address)), 1 => Just(nowhere)];
+    let port = prop_oneof![Just(None), (1..=u16::MAX).prop_map(Some)];
+    (address, port).prop_map(|(address, port)| Upstream::new(address, port))
+}

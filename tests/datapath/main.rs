@@ -1,0 +1,29 @@
+//! The packet path: as tables of packets, and from socket to socket.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod ends;
+mod flow;
+mod forge;
+mod kernel;
+mod packet;
+mod prelude;
+mod program;
+mod random;
+mod reference;
+mod testbed;
+
+mod admission;
+mod errors;
+mod fanout;
+mod fragments;
+mod fuzz;
+mod headers;
+mod health;
+mod links;
+mod packets;
+mod paths;
+mod reassembly;
+mod routes;
+mod selection;
+mod traffic;

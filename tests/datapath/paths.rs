@@ -1,0 +1,222 @@
+//! What becomes of packets where the next hop answers late or not at all, and where the path is narrower than the
+//! interface: in network namespaces, with sockets at both ends.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, UdpSocket};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::common::Namespace;
+use crate::common::kinds::{all_kinds, rules};
+use crate::common::lab::{Lab, Net, V4, V6, config, rule};
+use crate::common::net::{PATIENCE, bind, set};
+use crate::common::service::{Arpd, until};
+use crate::ends::Ends;
+
+/// From linux/in.h and linux/in6.h.
+const IP_PMTUDISC_DONT: i32 = 0;
+const IP_PMTUDISC_DO: i32 = 2;
+
+fn discover(net: &Net, socket: &UdpSocket, how: i32) {
+    match net.is_ipv6() {
+        true => set(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, how),
+        false => set(socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, how),
+    }
+}
+
+/// A relay that is no router, and no arpd: as soon as the kernel knows the neighbour, packets go.
+#[test]
+fn neighbour_that_answers_late_gets_packets() {
+    for offload in [true, false] {
+        let lab = Lab::dual(offload, offload);
+        lab.relay.set_forwarding("0");
+        lab.upstream.ip("addr flush dev eth0");
+        lab.apply(&all_kinds());
+        for address in ["10.2.0.20/24", "2001:db8:2::20/64"] {
+            lab.upstream.ip(&format!("addr add {address} dev eth0 nodad"));
+        }
+        for ends in Ends::both(&lab) {
+            let (own, upstream) = (bind(&lab.relay, ends.net.egress, 0), ends.net.upstreams[0]);
+            until("the kernel knows the neighbour", || {
+                let _ = own.send_to(b"who has", (upstream, 9));
+                lab.neighbour(&upstream.to_string()).contains("REACHABLE")
+            });
+            for length in [0, 1, 700, 1400] {
+                ends.check_length(length);
+            }
+            ends.check_silence();
+        }
+        for (rule, upstream) in [("pass-vip", "10.2.0.20"), ("pass-vip-6", "2001:db8:2::20")] {
+            assert_eq!(lab.packets(rule, upstream, "forwarded"), 4, "{:#}", lab.status());
+        }
+    }
+}
+
+/// The same where the upstream's MAC address has changed since, and the kernel has heard of it.
+#[test]
+fn neighbour_with_a_new_mac_address_gets_packets() {
+    let lab = Lab::dual(true, false);
+    lab.relay.set_forwarding("0");
+    lab.apply(&all_kinds());
+    lab.upstream.ip("link set eth0 address 02:00:00:00:77:77");
+    lab.relay.ip("neigh flush dev up0");
+    for ends in Ends::both(&lab) {
+        ends.check_length(100);
+        ends.check_silence();
+    }
+    // the first packet has the kernel ask
+    assert_eq!(lab.packets("pass-vip", "10.2.0.20", "unresolved"), 1, "{:#}", lab.status());
+    assert_eq!(lab.packets("block-egress", "10.2.0.20", "forwarded"), 1, "{:#}", lab.status());
+}
+
+/// Counted as what it is, with forwarding and without, for packets and for copies; also where the next hop had
+/// answered when the file was applied.
+#[test]
+fn silent_next_hop_is_unresolved() {
+    for forwarding in ["0", "1"] {
+        for action in ["block", "pass"] {
+            let lab = Lab::new();
+            lab.relay.set_forwarding(forwarding);
+            let silent = json!({ "name": "silent", "address": "10.2.0.99", "port": 7000 });
+            lab.apply(&config(&[rule("only", 5000, json!({ "tc_action": action }), &[silent])]));
+            let sender = bind(&lab.client, V4.clients[0], 0);
+            for _ in 0..3 {
+                sender.send_to(b"to nobody", (V4.key, 5000)).expect("sent");
+            }
+            until("three are counted", || lab.packets("only", "silent", "unresolved") == 3);
+            assert_eq!(lab.packets("only", "silent", "forwarded"), 0);
+            let upstream = json!({ "name": "gone", "address": "10.2.0.20", "port": 7000 });
+            lab.apply(&config(&[rule("only", 5000, json!({ "tc_action": action }), &[upstream])]));
+            lab.upstream.ip("addr flush dev eth0");
+            lab.relay.ip("neigh flush dev up0");
+            for _ in 0..3 {
+                sender.send_to(b"to nobody", (V4.key, 5000)).expect("sent");
+            }
+            until("three are counted", || lab.packets("only", "gone", "unresolved") == 3);
+            assert_eq!(lab.packets("only", "gone", "forwarded"), 0);
+            assert_eq!(lab.packets("only", "gone", "stale-neighbour"), 0);
+        }
+    }
+}
+
+/// What may be cut into fragments is, as a router would: datagrams that come whole and such that come in fragments,
+/// whoever computes their checksums.
+#[test]
+fn datagrams_are_cut_for_a_narrow_way() {
+    for (client, upstream) in [(true, true), (true, false), (false, true), (false, false)] {
+        for forwarding in ["1", "0"] {
+            let lab = Lab::with_offload(client, upstream);
+            lab.relay.set_forwarding(forwarding);
+            lab.relay.ip("link set up0 mtu 1000");
+            lab.apply(&config(&rules(&V4)));
+            let ends = Ends::new(&lab, V4);
+            discover(&V4, &ends.sender, IP_PMTUDISC_DONT);
+            for without_checksum in [0, 1] {
+                set(&ends.sender, libc::SOL_SOCKET, libc::SO_NO_CHECK, without_checksum);
+                for length in [972, 973, 974, 1471, 1472, 1473, 3000, 9001, 35_190] {
+                    ends.check_length(length);
+                }
+            }
+            ends.check_silence();
+        }
+    }
+}
+
+/// A network behind the upstream's host, with room for 1400 bytes.
+fn narrow_network(lab: &Lab) -> Namespace {
+    let far = Namespace::new();
+    lab.upstream.link("far", &far, "eth0", false);
+    lab.upstream.set_forwarding("1");
+    for (namespace, device, host) in [(&lab.upstream, "far", "1"), (&far, "eth0", "20")] {
+        namespace.ip(&format!("link set {device} mtu 1400"));
+        namespace.ip(&format!("addr add 10.3.0.{host}/24 dev {device}"));
+        namespace.ip(&format!("addr add 2001:db8:3::{host}/64 dev {device} nodad"));
+    }
+    far.ip("route add default via 10.3.0.1");
+    far.ip("-6 route add default via 2001:db8:3::1");
+    for namespace in [&lab.relay, &lab.client] {
+        let (v4, v6) = match namespace.name == lab.relay.name {
+            true => ("10.2.0.20", "2001:db8:2::20"),
+            false => ("10.1.0.1", "2001:db8:1::1"),
+        };
+        namespace.ip(&format!("route add default via {v4}"));
+        namespace.ip(&format!("-6 route add default via {v6}"));
+    }
+    far
+}
+
+fn far_address(net: &Net) -> IpAddr {
+    let address = if net.is_ipv6() { "2001:db8:3::20" } else { "10.3.0.20" };
+    address.parse().expect("an address")
+}
+
+/// A rule of each family for the host there.
+fn to_far(source: &str) -> [Value; 2] {
+    [V4, V6].map(|net| {
+        let upstream = json!({ "name": "far", "address": far_address(&net) });
+        let options = json!({ "tc_action": "block", "source": source });
+        net.rule(if net.is_ipv6() { "six" } else { "four" }, 5000, options, &[upstream])
+    })
+}
+
+/// Sends large datagrams until the sender's kernel has heard that they do not fit.
+#[track_caller]
+fn send_until_told(net: &Net, sender: &UdpSocket, port: u16, what: &str) {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match sender.send_to(&[7; 1430], (net.key, port)) {
+            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => return,
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
+            Err(error) => panic!("{error}"),
+            Ok(_) => {}
+        }
+        assert!(Instant::now() < end, "{:?} has not heard of it: {what}", net.key);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// A router behind the next hop tells the relay, and that tells the sender; what fits goes on.
+#[test]
+fn sender_hears_of_a_path_that_is_narrow_behind_the_next_hop() {
+    for source in ["vip", "egress"] {
+        for forwarding in ["0", "1"] {
+            let lab = Lab::dual(false, false);
+            lab.relay.set_forwarding(forwarding);
+            let far = narrow_network(&lab);
+            // the router's answer to what came from the relay's other address comes in there
+            let mut configuration = config(&to_far(source));
+            configuration["interfaces"] = json!(["eth0", "up0"]);
+            lab.apply(&configuration);
+            for net in [V4, V6] {
+                let receiver = bind(&far, far_address(&net), 5000);
+                let sender = bind(&lab.client, net.clients[0], 0);
+                discover(&net, &sender, IP_PMTUDISC_DO);
+                send_until_told(&net, &sender, 5000, &format!("{source}, forwarding {forwarding}"));
+                sender.send_to(&[9; 1300], (net.key, 5000)).expect("sent");
+                assert_eq!(crate::common::net::receive(&receiver).payload, [9; 1300]);
+            }
+        }
+    }
+}
+
+/// What the kernel has learned for this host's own traffic counts for upstreams, while arpd vouches for the way too.
+#[test]
+fn path_mtu_that_the_kernel_knows_counts_with_a_lease() {
+    let lab = Lab::dual(false, false);
+    let _far = narrow_network(&lab);
+    lab.apply(&config(&to_far("vip")));
+    let _arpd = Arpd::start(&lab, "");
+    for net in [V4, V6] {
+        // by a socket of this host's own
+        let own = bind(&lab.relay, net.egress, 0);
+        discover(&net, &own, IP_PMTUDISC_DO);
+        own.connect((far_address(&net), 9)).expect("connected");
+        until("the kernel has learned it", || {
+            own.send(&[7; 1430]).is_err_and(|error| error.raw_os_error() == Some(libc::EMSGSIZE))
+        });
+        let sender = bind(&lab.client, net.clients[0], 0);
+        discover(&net, &sender, IP_PMTUDISC_DO);
+        send_until_told(&net, &sender, 5000, "lease");
+    }
+}

@@ -1,0 +1,507 @@
+//! The program, loaded but attached nowhere: one packet at a time by BPF_PROG_TEST_RUN.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::mem::{MaybeUninit, size_of};
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{
+    MapCore, MapFlags, MapHandle, MapMut, OpenMap, OpenObject, TC_INGRESS, TcHookBuilder,
+};
+use udplb::bpf::{NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
+use udplb::config::{Action, Address, Hash, Key, Mode, Ports, Source, State, Strategy};
+use udplb::datapath::environment::suspects;
+use udplb::datapath::lease::ticks_per_second;
+use udplb::datapath::spares::{self, Situation};
+use udplb::desired::tables::{Tables, first_upstreams, wire};
+use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
+use udplb::net::nexthop::{self, Way};
+
+use crate::common::wire::{TYPE, Tag};
+use crate::packet::Mac;
+use crate::prelude::{Change, FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL};
+
+/// Ids given, and read, in each chunk of counters; no configuration here has more.
+const IDS: u32 = 80;
+
+/// The chunks of counters that there are.
+const CHUNKS: u32 = 2;
+
+/// Room in the maps of rules and upstreams, and in slots.
+const ENTRIES: u32 = 256;
+const SLOT_LINES: u32 = 3200;
+
+/// Of VLAN devices, which have one of their own here.
+pub const VLAN_MAC: Mac = [2, 0, 0, 0, 3, 1];
+
+/// So long is a second of the program, for machines that are busy: as many of the kernel's.
+pub const SECONDS: u32 = 10;
+
+/// What there is to a packet besides its bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Context {
+    /// Where it came in.
+    pub ifindex: u32,
+    pub gso_size: u32,
+    pub gso_segs: u32,
+    pub tag: Option<Tag>,
+    /// How much of it came.
+    pub length: Option<usize>,
+}
+
+/// What became of a packet.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Run {
+    /// What the program returned.
+    pub action: i32,
+    pub frame: Vec<u8>,
+    pub tag: Option<Tag>,
+}
+
+/// Packets and bytes by id and verdict, without those that are zero.
+pub type Counted = BTreeMap<(u32, &'static str), (u64, u64)>;
+
+pub struct Program<'object> {
+    skeleton: UdplbSkel<'object>,
+    chunks: [MapHandle; CHUNKS as usize],
+    prelude: Prelude,
+    /// Those that were needed.
+    preludes: RefCell<HashMap<Change, OwnedFd>>,
+    /// Addresses of this host.
+    own: RefCell<Vec<IpAddr>>,
+    configured: RefCell<(Desired, Vec<RuleIds>)>,
+    /// A second of the program, by [`Program::jiffies`].
+    pub second: u32,
+}
+
+impl<'object> Program<'object> {
+    pub fn load(object: &'object mut MaybeUninit<OpenObject>) -> Program<'object> {
+        let mut skeleton = UdplbSkelBuilder::default().open(object).expect("the object opens");
+        let second = SECONDS * ticks_per_second().expect("the kernel's clock");
+        let maps = &mut skeleton.maps;
+        let constants = maps.rodata_data.as_deref_mut().expect("constants");
+        constants.features.ticks_per_second = second;
+        for (map, entries) in [
+            (&mut maps.rules, ENTRIES),
+            (&mut maps.rules6, ENTRIES),
+            (&mut maps.senders, ENTRIES),
+            (&mut maps.addresses, ENTRIES),
+            (&mut maps.answers, ENTRIES),
+            (&mut maps.upstreams, ENTRIES),
+            (&mut maps.destinations, ENTRIES),
+            (&mut maps.spares, ENTRIES),
+            (&mut maps.samples, ENTRIES),
+            (&mut maps.slots, SLOT_LINES),
+        ] {
+            map.set_max_entries(entries).expect("the size of a map");
+        }
+        let chunks = [0; CHUNKS as usize].map(|_| counters_chunk(&maps.counters_chunk));
+        // before 6.2 the kernel tells maps with type information from those without
+        maps.counters.set_inner_map_fd(chunks[0].as_fd()).expect("a model of the chunks");
+        let skeleton = skeleton.load().expect("the program loads");
+        for (index, chunk) in (0..).zip(&chunks) {
+            write(&skeleton.maps.counters, index, &chunk.as_fd().as_raw_fd().to_ne_bytes());
+        }
+        let chunk = skeleton.maps.nexthops_chunk.as_fd().as_raw_fd();
+        write(&skeleton.maps.nexthops, 0, &chunk.to_ne_bytes());
+        let prelude = Prelude::new(skeleton.progs.udplb.as_fd());
+        let preludes = RefCell::default();
+        let (own, configured) = (RefCell::default(), RefCell::default());
+        Program { skeleton, chunks, prelude, preludes, own, configured, second }
+    }
+
+    /// Tells of this host's addresses, and which of them are broadcast addresses.
+    pub fn set_own(&self, addresses: &[(IpAddr, bool)]) {
+        for (address, broadcast) in addresses {
+            let key = types::key_address { words: wire(*address) };
+            write_pairs(&self.skeleton.maps.own, &[(key, 1 + u32::from(*broadcast))]);
+        }
+        *self.own.borrow_mut() = addresses.iter().map(|(address, _)| *address).collect();
+    }
+
+    /// Has an interface take the frames with these tags, the outermost first, and no others.
+    pub fn set_vlans(&self, ifindex: u32, paths: &[&[(u16, u16)]]) {
+        const FIRST: u32 = 1_000_000;
+        let place = |path: &[(u16, u16)]| match path {
+            [] => ifindex,
+            path => {
+                let place = paths.iter().position(|it| *it == path).expect("what it is within");
+                FIRST + place as u32
+            }
+        };
+        for path in paths {
+            let (inner, outer) = path.split_last().expect("a tag");
+            let (protocol, id) = *inner;
+            let key = types::vlan_key { ifindex: place(outer), protocol: protocol.to_be(), id };
+            let vlan = types::vlan { ifindex: place(path), mac: VLAN_MAC, unused: 0 };
+            write_pairs(&self.skeleton.maps.vlans, &[(key, vlan)]);
+        }
+    }
+
+    fn write_spares(&self, situation: &Situation) {
+        let (desired, ids) = &*self.configured.borrow();
+        let rules = desired.rules.iter().zip(ids).zip(first_upstreams(desired));
+        for ((rule, ids), first) in rules.filter(|((rule, _), _)| rule.mode == Mode::Balance) {
+            for (index, spare) in (first..).zip(spares::table(first, rule, ids, &[situation])) {
+                write(&self.skeleton.maps.spares, index, bytes_of(&spare));
+            }
+        }
+    }
+
+    /// Puts one rule in the place of those that were there, behind a decoy, and returns its ids;
+    /// the first id given is the one after `first_id`.
+    pub fn configure(&self, rule: &Rule, ways: &BTreeMap<Address, Way>, first_id: u32) -> RuleIds {
+        let rules = vec![decoy(), rule.clone()];
+        self.configure_all(&Desired { rules, ..Desired::default() }, ways, first_id)
+            .pop()
+            .expect("the ids of the rule")
+    }
+
+    /// The same with all rules of a configuration, and none besides.
+    pub fn configure_all(
+        &self,
+        desired: &Desired,
+        ways: &BTreeMap<Address, Way>,
+        first_id: u32,
+    ) -> Vec<RuleIds> {
+        let mut ids = assign_ids(desired, &[], IDS).expect("ids suffice");
+        for ids in &mut ids {
+            ids.rule += first_id;
+            ids.upstreams.iter_mut().chain(&mut ids.mirrors).for_each(|id| *id += first_id);
+        }
+        let tables = Tables::new(desired, &ids);
+        let maps = &self.skeleton.maps;
+        clear(&maps.rules);
+        clear(&maps.rules6);
+        clear(&maps.senders);
+        clear(&maps.addresses);
+        clear(&maps.destinations);
+        clear(&maps.path_mtus);
+        clear(&maps.answers);
+        self.forget_fragments();
+        // full again; forget_fragments() gave all senders other places
+        for kind in 0..3 {
+            write(&maps.budget, kind, &[0; size_of::<types::budget>()]);
+        }
+        let sampled = size_of::<types::sampled>();
+        write_bytes(&maps.samples, sampled, &vec![0; ENTRIES as usize * sampled]);
+        write_bytes(&maps.overrides, 8, &[0; 8 * IDS.div_ceil(32) as usize]);
+        write_all(&maps.nexthops_chunk, &[types::nexthop_slot::default(); IDS as usize]);
+        self.lease(false);
+        write_pairs(&maps.rules, &tables.rules);
+        write_pairs(&maps.rules6, &tables.rules6);
+        write_pairs(&maps.senders, &tables.senders);
+        write_pairs(&maps.addresses, &tables.addresses);
+        write_pairs(&maps.destinations, &tables.destinations);
+        write_pairs(&maps.answers, &tables.answers);
+        let answering = desired.upstreams().map(|upstream| upstream.address.ip);
+        let suspects = suspects(self.own.borrow().iter().copied().chain(answering));
+        let suspects: Vec<u8> = suspects.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        write_bytes(&maps.suspects, size_of::<u64>(), &suspects);
+        *self.configured.borrow_mut() = (desired.clone(), ids.clone());
+        self.write_spares(&Situation::default());
+        write_all(&maps.slots, &tables.slots);
+        write_all(&maps.upstreams, &tables.upstreams);
+        if !ways.is_empty() {
+            for (id, entry) in nexthop::entries(desired, &ids, |target| ways.get(&target.address)) {
+                let slot = types::nexthop_slot { copies: [entry; 2], ..Default::default() };
+                write(&maps.nexthops_chunk, id, bytes_of(&slot));
+            }
+        }
+        ids
+    }
+
+    /// Nothing that was remembered is found any more, neither of fragments nor of errors to senders.
+    pub fn forget_fragments(&self) {
+        let mut tickets = self.tickets();
+        tickets.secret[0] += 1;
+        write(&self.skeleton.maps.tickets, 0, bytes_of(&tickets));
+    }
+
+    fn tickets(&self) -> types::tickets {
+        let map = &self.skeleton.maps.tickets;
+        let bytes = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
+        bytes.and_then(|bytes| from_bytes(&bytes)).expect("tickets")
+    }
+
+    /// What the keys of first fragments are hashed with.
+    pub fn secret(&self) -> [u64; 2] {
+        self.tickets().secret
+    }
+
+    /// The keys of the first fragments that are remembered.
+    pub fn fragment_keys(&self) -> Vec<u64> {
+        let keys = self.skeleton.maps.fragments.keys();
+        keys.map(|key| u64::from_ne_bytes(key.try_into().expect("eight bytes"))).collect()
+    }
+
+    /// Has it run for what comes in by an interface.
+    pub fn attach(&self, ifindex: u32) {
+        let mut hook = TcHookBuilder::new(self.program());
+        let mut hook = hook.ifindex(ifindex as i32).handle(1).priority(1).hook(TC_INGRESS);
+        hook.create().and_then(|mut hook| hook.attach()).expect("the program attached");
+    }
+
+    pub fn program(&self) -> BorrowedFd<'_> {
+        self.skeleton.progs.udplb.as_fd()
+    }
+
+    /// What `drain` and `enable` say of an upstream, and of no other.
+    pub fn override_state(&self, id: u32, drained: bool) {
+        let [index, shift] = [id / 32, id % 32 * 2];
+        let state: u64 = if drained { 1 } else { 2 };
+        let said = if drained { State::Drained } else { State::Active };
+        let overrides = [(id, said)].into();
+        self.write_spares(&Situation { overrides, ..Situation::default() });
+        write(&self.skeleton.maps.overrides, index, &(state << shift).to_ne_bytes());
+    }
+
+    /// No error may be sent any more, and another CPU, which was the last to look at the clock, saw a
+    /// later time there than the next packet's will.
+    pub fn spend_errors(&self) {
+        let filled = u64::MAX / 2;
+        let budget = [&[0; 8], &filled.to_ne_bytes()[..]].concat();
+        for kind in 0..2 {
+            write(&self.skeleton.maps.budget, kind, &budget);
+        }
+    }
+
+    /// The clock that the program goes by.
+    pub fn jiffies(&self) -> u32 {
+        test_run(self.skeleton.progs.udplb_heartbeat.as_fd(), &[0; 64], Context::default());
+        let bytes = self.skeleton.maps.heartbeat.lookup(&[0; 4], MapFlags::ANY).expect("a lookup");
+        let beat: Option<types::heartbeat> = bytes.and_then(|bytes| from_bytes(&bytes));
+        self.lease(false);
+        beat.expect("a heartbeat").until as u32
+    }
+
+    /// Takes all room for first fragments, since then.
+    pub fn fill_fragments(&self, since: u32) {
+        let map = &self.skeleton.maps.fragment_ring;
+        let place = [&[0xff; 8][..], &since.to_ne_bytes(), &1_u32.to_ne_bytes()].concat();
+        write_bytes(map, place.len(), &place.repeat(map.max_entries() as usize));
+    }
+
+    /// The next first fragment takes the first place again, which was last taken then.
+    pub fn turn_fragments(&self, since: u32) {
+        let (tickets, ring) = (&self.skeleton.maps.tickets, &self.skeleton.maps.fragment_ring);
+        for (map, at, value) in [(tickets, 4, 0), (ring, 8, since)] {
+            let mut bytes = map.lookup(&[0; 4], MapFlags::ANY).expect("a lookup").expect("a value");
+            bytes[at..at + 4].copy_from_slice(&value.to_ne_bytes());
+            write(map, 0, &bytes);
+        }
+    }
+
+    /// Says of all first fragments that they came then.
+    pub fn age_fragments(&self, since: u32) {
+        let map = &self.skeleton.maps.fragments;
+        for key in map.keys().collect::<Vec<_>>() {
+            let mut entry = map.lookup(&key, MapFlags::ANY).expect("a lookup").expect("an entry");
+            entry[4..8].copy_from_slice(&since.to_ne_bytes());
+            map.update(&key, &entry, MapFlags::ANY).expect("an update");
+        }
+    }
+
+    /// How many first fragments are remembered.
+    pub fn fragments(&self) -> usize {
+        self.skeleton.maps.fragments.keys().count()
+    }
+
+    /// The MTUs that are noted of paths, by the address of the upstream.
+    pub fn path_mtus(&self) -> BTreeMap<[u32; 4], u32> {
+        let map = &self.skeleton.maps.path_mtus;
+        let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("four bytes"));
+        let noted = |key: Vec<u8>| {
+            let value = map.lookup(&key, MapFlags::ANY).expect("a lookup").expect("an entry");
+            let address: Vec<u32> = key.chunks(4).map(word).collect();
+            (address.try_into().expect("four words"), word(&value[8..12]))
+        };
+        map.keys().map(noted).collect()
+    }
+
+    /// What is noted of paths has been so for that long.
+    pub fn age_path_mtus(&self, jiffies: u32) {
+        let map = &self.skeleton.maps.path_mtus;
+        for key in map.keys().collect::<Vec<_>>() {
+            let mut value = map.lookup(&key, MapFlags::ANY).expect("a lookup").expect("an entry");
+            let until = u64::from_ne_bytes(value[..8].try_into().expect("eight bytes"));
+            value[..8].copy_from_slice(&(until - u64::from(jiffies)).to_ne_bytes());
+            map.update(&key, &value, MapFlags::ANY).expect("an update");
+        }
+    }
+
+    /// Has every slot lead to an upstream that the map has no room for.
+    pub fn lose_upstreams(&self) {
+        let line = types::slot_line { upstream: [ENTRIES as u16; _] };
+        write_all(&self.skeleton.maps.slots, &[line; SLOT_LINES as usize]);
+    }
+
+    /// Changes the entry that user space wrote for an upstream.
+    pub fn change_nexthop(&self, id: u32, change: impl FnOnce(&mut types::nexthop)) {
+        let map = &self.skeleton.maps.nexthops_chunk;
+        let bytes = map.lookup(&id.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
+        let mut slot: types::nexthop_slot =
+            bytes.and_then(|bytes| from_bytes(&bytes)).expect("an entry");
+        // the other copy is to be left alone by whoever reads
+        slot.sequence = 1;
+        slot.copies[0] = types::nexthop::default();
+        change(&mut slot.copies[1]);
+        write(map, id, bytes_of(&slot));
+    }
+
+    /// Whether somebody vouches for what user space knows.
+    pub fn lease(&self, holds: bool) {
+        let until = if holds { u64::MAX / 2 } else { 0 };
+        let beat = types::heartbeat { until, until_ktime: 0 };
+        write(&self.skeleton.maps.heartbeat, 0, bytes_of(&beat));
+    }
+
+    /// # Panics
+    /// The kernel refuses to run it.
+    pub fn run(&self, frame: &[u8], context: Context) -> Run {
+        let tagged = matches!(frame[TYPE..], [0x81, 0, ..] | [0x88, 0xa8, ..]);
+        if context.tag.is_none() && context.length.is_none() && !tagged {
+            return test_run(self.skeleton.progs.udplb.as_fd(), frame, context);
+        }
+        let change = (context.length, context.tag);
+        let mut preludes = self.preludes.borrow_mut();
+        let prelude = preludes.entry(change).or_insert_with(|| self.prelude.load(change));
+        let run = test_run(prelude.as_fd(), frame, context);
+        assert_ne!(run.action, FAILED, "the prelude with {context:?}");
+        match run.tag {
+            // to everybody else it is the same, beside the bytes or within
+            Some(tag) if context.tag.is_none() => {
+                Run { frame: tag.put_into(run.frame), tag: None, ..run }
+            }
+            _ => run,
+        }
+    }
+
+    /// What was counted since the last call, over all CPUs.
+    pub fn take_counted(&self) -> Counted {
+        let mut counted = Counted::new();
+        for (id, chunk, index) in self.counters() {
+            let key = index.to_ne_bytes();
+            let mut values = chunk.lookup_percpu(&key, MapFlags::ANY).expect("a lookup");
+            let values = values.as_mut().expect("counters");
+            if values.iter().flatten().all(|byte| *byte == 0) {
+                continue;
+            }
+            for value in values.iter_mut() {
+                let counters: types::counters = from_bytes(value).expect("the contract's layout");
+                for (verdict, name) in VERDICTS.into_iter().chain(NOTES) {
+                    let counter = counters.of[verdict.0 as usize];
+                    let sum = counted.entry((id, name)).or_default();
+                    *sum = (sum.0 + counter.packets, sum.1 + counter.bytes);
+                }
+                value.fill(0);
+            }
+            chunk.update_percpu(&key, values, MapFlags::ANY).expect("an update");
+        }
+        counted.retain(|_, count| *count != (0, 0));
+        counted
+    }
+
+    /// Ids, and where their counters are.
+    fn counters(&self) -> impl Iterator<Item = (u32, &MapHandle, u32)> {
+        (0..).zip(&self.chunks).flat_map(|(chunk, map)| {
+            (0..IDS).map(move |index| (chunk * map.max_entries() + index, map, index))
+        })
+    }
+}
+
+/// A map like the one that the program has as a model.
+fn counters_chunk(model: &OpenMap<'_>) -> MapHandle {
+    let options = libbpf_sys::bpf_map_create_opts {
+        sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
+        ..Default::default()
+    };
+    let (key, value, entries) = (model.key_size(), model.value_size(), model.max_entries());
+    MapHandle::create(model.map_type(), Some("counters"), key, value, entries, &options)
+        .expect("a chunk of counters")
+}
+
+/// A rule that no packet here matches; its entries are the first in each map.
+fn decoy() -> Rule {
+    let address = Ipv4Addr::new(192, 0, 2, 1);
+    let upstream = |port| Upstream::new(address, Some(port));
+    let key = Key::new(address, vec![Ports { first: 2055, last: 2055 }]);
+    Rule {
+        action: Action::Block,
+        strategy: Strategy::SrcPort,
+        hash: Hash::Modulo,
+        source: Source::Preserve,
+        ..Rule::new("decoy", key, (1..=3).map(upstream).collect())
+    }
+}
+
+fn test_run(program: BorrowedFd<'_>, frame: &[u8], context: Context) -> Run {
+    // in place: the kernel refuses other bytes than zeroes in the rest, padding included
+    let mut came = MaybeUninit::<types::__sk_buff>::zeroed();
+    let mut gone = MaybeUninit::<types::__sk_buff>::zeroed();
+    // SAFETY: all zeroes are a __sk_buff.
+    let fields = unsafe { came.assume_init_mut() };
+    fields.ifindex = context.ifindex;
+    fields.gso_size = context.gso_size;
+    fields.gso_segs = context.gso_segs;
+    let mut room = vec![0; frame.len() + 256];
+    let mut options = libbpf_sys::bpf_test_run_opts {
+        sz: size_of::<libbpf_sys::bpf_test_run_opts>() as libbpf_sys::size_t,
+        data_in: frame.as_ptr().cast(),
+        data_size_in: frame.len() as u32,
+        data_out: room.as_mut_ptr().cast(),
+        data_size_out: room.len() as u32,
+        ctx_in: came.as_ptr().cast(),
+        ctx_size_in: size_of::<types::__sk_buff>() as u32,
+        ctx_out: gone.as_mut_ptr().cast(),
+        ctx_size_out: size_of::<types::__sk_buff>() as u32,
+        ..Default::default()
+    };
+    // SAFETY: the buffers are of the lengths given, and outlive the call.
+    let error =
+        unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &raw mut options) };
+    assert_eq!(error, 0, "{}", std::io::Error::from_raw_os_error(-error));
+    room.truncate(options.data_size_out as usize);
+    // SAFETY: any bytes that the kernel wrote are a __sk_buff.
+    let report = unsafe { gone.assume_init_ref() }.cb;
+    let tag = (report[TAG_PRESENT] != 0).then_some(Tag {
+        protocol: u16::from_be(report[TAG_PROTOCOL] as u16),
+        control: report[TAG_CONTROL] as u16,
+    });
+    Run { action: options.retval as i32, frame: room, tag }
+}
+
+fn write(map: &MapMut<'_>, key: u32, value: &[u8]) {
+    let written = map.update(&key.to_ne_bytes(), value, MapFlags::ANY);
+    written.unwrap_or_else(|error| panic!("{}[{key}]: {error}", map.name().display()));
+}
+
+fn write_all<T: Pod>(map: &MapMut<'_>, values: &[T]) {
+    let values: Vec<u8> = values.iter().flat_map(bytes_of).copied().collect();
+    write_bytes(map, size_of::<T>(), &values);
+}
+
+/// The same with values that are none of Rust's, one behind the other.
+fn write_bytes(map: &MapMut<'_>, size: usize, values: &[u8]) {
+    let count = (values.len() / size) as u32;
+    let keys: Vec<u8> = (0..count).flat_map(u32::to_ne_bytes).collect();
+    if count > 0 {
+        let written = map.update_batch(&keys, values, count, MapFlags::ANY, MapFlags::ANY);
+        written.unwrap_or_else(|error| panic!("{}: {error}", map.name().display()));
+    }
+}
+
+fn write_pairs<K: Pod, V: Pod>(map: &MapMut<'_>, pairs: &[(K, V)]) {
+    for (key, value) in pairs {
+        let written = map.update(bytes_of(key), bytes_of(value), MapFlags::ANY);
+        written.unwrap_or_else(|error| panic!("{}: {error}", map.name().display()));
+    }
+}
+
+fn clear(map: &MapMut<'_>) {
+    for key in map.keys().collect::<Vec<_>>() {
+        map.delete(&key).expect("an entry that was there");
+    }
+}

@@ -1,0 +1,470 @@
+//! A relay with the ways that a packet can take from it, and cases to put to its program: a rule,
+//! a packet, and what is to become of it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::mem::MaybeUninit;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use udplb::config::{Action, Address, Hash, Key, Ports, Source};
+use udplb::desired::{Rule, RuleIds, Upstream};
+use udplb::net::nexthop::{Hop, Macs, Way};
+
+use crate::common::Namespace;
+use crate::common::wire::{Tag, Wire, stay_on_this_cpu};
+use crate::packet::{Datagram, Mac, endpoint};
+use crate::program::{Context, Counted, Program, Run};
+use crate::reference::cut;
+
+pub const UNSPEC: i32 = -1;
+pub const SHOT: i32 = 2;
+pub const REDIRECT: i32 = 7;
+
+pub const RELAY_MAC: Mac = [2, 0, 0, 0, 1, 1];
+pub const OUT_MAC: Mac = [2, 0, 0, 0, 2, 1];
+pub const NEAR_MAC: Mac = [2, 0, 0, 0, 2, 2];
+pub const GATEWAY_MAC: Mac = [2, 0, 0, 0, 2, 254];
+
+pub const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
+pub const VIP: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 1);
+/// The ports of [`rule`].
+pub const PORTS: Ports = Ports { first: 2055, last: 2058 };
+
+/// Upstreams, by what the kernel knows of the way.
+pub const NEAR: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+pub const NEAR_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
+pub const FAR: Ipv4Addr = Ipv4Addr::new(10, 0, 3, 2);
+pub const FAR_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 4, 2);
+pub const BY_IPV6_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 5, 2);
+pub const BY_IPV6_GATEWAY_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 10, 2);
+/// The route takes 1000 bytes, the interface 1500.
+pub const NARROW: Ipv4Addr = Ipv4Addr::new(10, 0, 6, 2);
+pub const NARROW_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 6, 3);
+pub const UNREACHABLE: Ipv4Addr = Ipv4Addr::new(10, 0, 7, 2);
+pub const BLACKHOLE: Ipv4Addr = Ipv4Addr::new(10, 0, 8, 2);
+pub const NO_ROUTE: Ipv4Addr = Ipv4Addr::new(10, 0, 9, 2);
+pub const OWN: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 1);
+pub const OWN6: Ipv6Addr = Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 1);
+
+const ADDRESSES: &[&str] = &[
+    "link add in0 address 02:00:00:00:01:01 type veth",
+    "link add in1 address 02:00:00:00:01:01 type veth",
+    "link set in0 up",
+    "link set in1 up",
+    "link set out0 address 02:00:00:00:02:01",
+    "address add 10.0.1.1/24 dev in0",
+    "address add 10.0.2.1/24 dev out0",
+    "neighbour add 10.0.2.2 lladdr 02:00:00:00:02:02 dev out0",
+    "neighbour add 10.0.2.254 lladdr 02:00:00:00:02:fe dev out0",
+    "neighbour add fe80::fe lladdr 02:00:00:00:02:fe dev out0",
+    "route add 10.0.3.0/24 via 10.0.2.254",
+    "route add 10.0.4.0/24 via 10.0.2.253",
+    "route add 10.0.5.0/24 via inet6 fe80::fe dev out0",
+    "route add 10.0.10.0/24 via inet6 fe80::fd dev out0",
+    "route add 10.0.6.2 via 10.0.2.254 mtu lock 1000",
+    "route add 10.0.6.3 via 10.0.2.253 mtu lock 1000",
+    "route add unreachable 10.0.7.0/24",
+    "route add blackhole 10.0.8.0/24",
+    "address add fd00:1::1/64 dev in0 nodad",
+    "address add fd00:2::1/64 dev out0 nodad",
+    "neighbour add fd00:2::2 lladdr 02:00:00:00:02:02 dev out0",
+    "neighbour add fd00:2::fe lladdr 02:00:00:00:02:fe dev out0",
+    "route add fd00:3::/64 via fd00:2::fe",
+    "route add fd00:4::/64 via fd00:2::fd",
+    "route add fd00:6::2 via fd00:2::fe mtu lock 1300",
+    "route add fd00:6::3 via fd00:2::fd mtu lock 1300",
+];
+
+/// The VLANs that the relay is in: protocols and ids of the tags, the outermost first.
+pub const VLANS: &[&[(u16, u16)]] = &[
+    &[(0x8100, 7)],
+    &[(0x88a8, 100)],
+    &[(0x88a8, 100), (0x8100, 7)],
+    &[(0x88a8, 100), (0x88a8, 100)],
+    &[(0x88a8, 100), (0x88a8, 100), (0x8100, 7)],
+    &[(0x8100, 7), (0x8100, 7)],
+    &[(0x88a8, 9)],
+    &[(0x88a8, 9), (0x8100, 7)],
+    &[(0x88a8, 9), (0x88a8, 100)],
+    &[(0x88a8, 9), (0x88a8, 100), (0x8100, 7)],
+    &[(0x88a8, 9), (0x8100, 7), (0x8100, 7)],
+];
+
+/// The relay's addresses, and which of them are broadcast addresses.
+fn own() -> Vec<(IpAddr, bool)> {
+    let broadcasts = [VIP, OWN].map(|own| Ipv4Addr::from_bits(own.to_bits() | 0xff));
+    let vip6 = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1);
+    let own = [VIP.into(), OWN.into(), vip6.into(), OWN6.into()].map(|own| (own, false));
+    own.into_iter().chain(broadcasts.map(|address| (address.into(), true))).collect()
+}
+
+/// Where a packet comes in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ingress {
+    /// Forwarding is on.
+    Routing,
+    /// Forwarding is off.
+    Closed,
+}
+
+/// The id that something is counted under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Under {
+    Rule,
+    Upstream,
+    Zero,
+}
+
+/// What is to become of a packet. Each but the last names the verdict that is counted.
+#[derive(Clone, Copy, Debug)]
+pub enum Fate {
+    /// It, or for `pass` a copy of it, leaves for this MAC address.
+    Sent(&'static str, Mac),
+    /// It leaves as it is addressed; the kernel is to ask for the neighbour.
+    Queued(&'static str),
+    /// Pieces of it, for an MTU, leave for this MAC address.
+    Cut(&'static str, Mac, usize),
+    /// It ends here; for `pass`, no copy leaves.
+    Dropped(&'static str, Under),
+    /// The same, and where a packet itself was to be sent the sender is told why: it is longer than
+    /// this, or was on its way too long.
+    Answered(&'static str, Option<u16>),
+    /// It goes up the stack, whatever the rule's action.
+    Untouched(&'static str, Under),
+    Unmatched,
+}
+
+#[derive(Clone, Debug)]
+pub enum Packet {
+    Datagram(Datagram),
+    Bytes(Vec<u8>),
+}
+
+impl Packet {
+    fn frame(&self) -> Vec<u8> {
+        match self {
+            Packet::Datagram(datagram) => datagram.frame(),
+            Packet::Bytes(bytes) => bytes.clone(),
+        }
+    }
+
+    fn datagram(&self) -> &Datagram {
+        match self {
+            Packet::Datagram(datagram) => datagram,
+            Packet::Bytes(_) => panic!("no case has an answer to bytes"),
+        }
+    }
+}
+
+impl From<Datagram> for Packet {
+    fn from(datagram: Datagram) -> Packet {
+        Packet::Datagram(datagram)
+    }
+}
+
+impl From<Vec<u8>> for Packet {
+    fn from(bytes: Vec<u8>) -> Packet {
+        Packet::Bytes(bytes)
+    }
+}
+
+/// Changes to the maps that no configuration asks for.
+pub type Tamper = fn(&Program<'_>, &RuleIds);
+
+#[derive(Clone)]
+pub struct Case {
+    pub name: String,
+    pub rule: Rule,
+    pub ingress: Ingress,
+    /// What user space knows of the way to the upstream.
+    pub known: Option<Way>,
+    pub tamper: Option<Tamper>,
+    pub packet: Packet,
+    /// A VLAN tag that is held beside the bytes.
+    pub tag: Option<Tag>,
+    /// Those in the frame, the outermost first.
+    pub tags: Vec<Tag>,
+    /// How much of the packet comes, where that is not all.
+    pub length: Option<usize>,
+    /// `gso_size` and `gso_segs`.
+    pub gso: (u32, u32),
+    pub fate: Fate,
+    /// The upstream that is to be selected.
+    pub chosen: usize,
+    /// Ids are given from the next one on.
+    pub first_id: u32,
+    /// Packets and bytes, where it is not one and all.
+    pub count: Option<(u64, u64)>,
+}
+
+impl Case {
+    pub fn new(name: impl Into<String>, rule: Rule, packet: impl Into<Packet>, fate: Fate) -> Case {
+        Case {
+            name: name.into(),
+            rule,
+            ingress: Ingress::Routing,
+            known: None,
+            tamper: None,
+            packet: packet.into(),
+            tag: None,
+            tags: Vec::new(),
+            length: None,
+            gso: (0, 0),
+            fate,
+            chosen: 0,
+            first_id: 0,
+            count: None,
+        }
+    }
+
+    /// As it comes, with its tags.
+    fn frame(&self) -> Vec<u8> {
+        self.tagged(self.packet.frame())
+    }
+
+    fn tagged(&self, frame: Vec<u8>) -> Vec<u8> {
+        self.tags.iter().rev().fold(frame, |frame, tag| tag.put_into(frame))
+    }
+
+    /// `identification` is that of the pieces.
+    fn expected(&self, ids: &RuleIds, identification: Option<u16>) -> Outcome {
+        let mut frame = self.packet.frame();
+        frame.truncate(self.length.unwrap_or(frame.len()));
+        let count = self.count.unwrap_or((1, frame.len() as u64));
+        let counted = self.counter(ids).map(|counter| (counter, count)).into_iter().collect();
+        let pass = self.rule.action == Action::Pass;
+        let stays = |action, frame| Run { action, frame: self.tagged(frame), tag: self.tag };
+        let action = if pass { UNSPEC } else { SHOT };
+        let (run, copies) = match (self.fate, self.departed(identification)) {
+            (Fate::Cut(_, _, mtu), Some(gone)) => (stays(action, frame), cut(&gone, mtu)),
+            (_, Some(gone)) if pass => (stays(UNSPEC, frame), vec![gone]),
+            // without its tag
+            (_, Some(gone)) => (Run { action: REDIRECT, frame: gone, tag: None }, Vec::new()),
+            (Fate::Dropped(..), None) if !pass => (stays(SHOT, frame), Vec::new()),
+            (Fate::Answered(_, mtu), None) if !pass => {
+                (stays(REDIRECT, self.packet.datagram().error(mtu)), Vec::new())
+            }
+            (_, None) => (stays(UNSPEC, frame), Vec::new()),
+        };
+        Outcome { run, copies, counted }
+    }
+
+    fn counter(&self, ids: &RuleIds) -> Option<(u32, &'static str)> {
+        let (verdict, under) = match self.fate {
+            Fate::Sent(verdict, _) | Fate::Queued(verdict) => (verdict, Under::Upstream),
+            Fate::Cut(verdict, ..) => (verdict, Under::Upstream),
+            Fate::Answered(verdict, _) => (verdict, Under::Upstream),
+            Fate::Dropped(verdict, under) | Fate::Untouched(verdict, under) => (verdict, under),
+            Fate::Unmatched => return None,
+        };
+        let id = match under {
+            Under::Rule => ids.rule,
+            Under::Upstream => ids.upstreams[self.chosen],
+            Under::Zero => 0,
+        };
+        Some((id, verdict))
+    }
+
+    /// The frame that leaves, made from scratch.
+    fn departed(&self, identification: Option<u16>) -> Option<Vec<u8>> {
+        let Packet::Datagram(came) = &self.packet else { return None };
+        let (to, from) = match self.fate {
+            Fate::Sent(_, to) | Fate::Cut(_, to, _) => (to, OUT_MAC),
+            Fate::Queued(_) => (came.to, came.from),
+            _ => return None,
+        };
+        let upstream = &self.rule.upstreams[self.chosen];
+        let source = match self.rule.source_of(upstream) {
+            Source::Vip => *came.destination.ip(),
+            Source::Preserve => *came.source.ip(),
+            Source::Egress => unimplemented!("no case has it yet"),
+        };
+        let port = upstream.port.unwrap_or(came.destination.port());
+        let gone = Datagram {
+            to,
+            from,
+            source: endpoint(source, came.source.port()),
+            destination: endpoint(ipv4(&upstream.address), port),
+            ttl: came.ttl - 1,
+            identification: identification.unwrap_or(came.identification),
+            ..came.clone()
+        };
+        Some(gone.frame())
+    }
+}
+
+/// What the program did.
+#[derive(PartialEq, Eq)]
+pub struct Outcome {
+    pub run: Run,
+    /// The frames that left by the upstreams' interface.
+    pub copies: Vec<Vec<u8>>,
+    pub counted: Counted,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Run { action, tag, .. } = self.run;
+        writeln!(f, "returned {action}, tag {tag:x?}, counted {:?}", self.counted)?;
+        writeln!(f, "  frame {}", hexadecimal(&self.run.frame))?;
+        self.copies.iter().try_for_each(|copy| writeln!(f, "  copy  {}", hexadecimal(copy)))
+    }
+}
+
+/// The headers, and how much more there is.
+fn hexadecimal(frame: &[u8]) -> String {
+    const SHOWN: usize = 80;
+    let shown = &frame[..frame.len().min(SHOWN)];
+    let bytes: String = shown.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{bytes} of {} bytes", frame.len())
+}
+
+/// A rule for [`VIP`] and [`PORTS`] with one upstream, which gets the packets on its port 9995.
+pub fn rule(action: Action, source: Source, upstream: Ipv4Addr) -> Rule {
+    let rule = Rule::new("rule", Key::new(VIP, vec![PORTS]), vec![to(upstream, Some(9995))]);
+    Rule { action, hash: Hash::Modulo, source, ..rule }
+}
+
+/// An upstream; without a port it gets packets on the port that they came to.
+pub fn to(address: Ipv4Addr, port: Option<u16>) -> Upstream {
+    Upstream::new(address, port)
+}
+
+fn ipv4(address: &Address) -> Ipv4Addr {
+    match address.ip {
+        IpAddr::V4(address) => address,
+        IpAddr::V6(address) => panic!("{address} is no IPv4 address"),
+    }
+}
+
+/// What matches [`rule`].
+pub fn datagram() -> Datagram {
+    Datagram { to: RELAY_MAC, ..Datagram::new(endpoint(CLIENT, 5666), endpoint(VIP, PORTS.first)) }
+}
+
+pub struct Testbed<'object> {
+    pub program: Program<'object>,
+    pub wire: Wire,
+    pub routing: u32,
+    pub closed: u32,
+    out: u32,
+}
+
+impl Testbed<'_> {
+    /// Makes one, puts the test in it, and removes it.
+    pub fn with(test: impl FnOnce(&Testbed<'_>) + Send) {
+        let (relay, upstreams) = (Namespace::new(), Namespace::new());
+        relay.link("out0", &upstreams, "relay0", true);
+        for command in ADDRESSES {
+            relay.ip(command);
+        }
+        relay.sysctl("net.ipv4.conf.in0.forwarding", "1");
+        relay.sysctl("net.ipv4.conf.in1.forwarding", "0");
+        relay.sysctl("net.ipv6.conf.in0.forwarding", "1");
+        let wire = Wire::new((&relay, "out0"), (&upstreams, "relay0"));
+        let [routing, closed, out] = ["in0", "in1", "out0"].map(|name| relay.index(name));
+        relay.enter(move || {
+            // as the wire asks for
+            stay_on_this_cpu();
+            let mut object = MaybeUninit::uninit();
+            let program = Program::load(&mut object);
+            // copies come in again
+            for ifindex in [routing, closed] {
+                program.attach(ifindex);
+            }
+            program.set_own(&own());
+            program.set_vlans(routing, VLANS);
+            program.set_vlans(closed, VLANS);
+            test(&Testbed { program, wire, routing, closed, out });
+        });
+    }
+
+    /// The way to an upstream behind the gateway, as user space resolves it.
+    pub fn hop(&self, mtu: u32, mac: Option<Mac>) -> Way {
+        self.hop_by(Ipv4Addr::new(10, 0, 2, 254).into(), mtu, mac)
+    }
+
+    /// The same by another gateway.
+    pub fn hop_by(&self, gateway: IpAddr, mtu: u32, mac: Option<Mac>) -> Way {
+        Way::Hop(Hop {
+            interface: "out0".into(),
+            ifindex: self.out,
+            gateway,
+            mtu,
+            egress: None,
+            macs: mac.map_or(Macs::Unknown, |neighbour| Macs::Known { own: OUT_MAC, neighbour }),
+        })
+    }
+
+    /// The same for an upstream of either family, with this host's address on the way.
+    pub fn hop_to(&self, upstream: IpAddr, mtu: u32, mac: Option<Mac>) -> Way {
+        let (gateway, egress) = match upstream {
+            IpAddr::V4(_) => (Ipv4Addr::new(10, 0, 2, 254).into(), OWN.into()),
+            IpAddr::V6(_) => (Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 0xfe).into(), OWN6.into()),
+        };
+        match self.hop_by(gateway, mtu, mac) {
+            Way::Hop(hop) => Way::Hop(Hop { egress: Some(egress), ..hop }),
+            way => way,
+        }
+    }
+
+    /// Runs a case and looks at nothing.
+    pub fn run(&self, case: &Case) -> (RuleIds, Outcome) {
+        self.run_after(case, |_| {})
+    }
+
+    /// The same after something else was done with the configured program.
+    fn run_after(&self, case: &Case, before: impl FnOnce(&Program<'_>)) -> (RuleIds, Outcome) {
+        let address = &case.rule.upstreams[case.chosen].address;
+        let ways: BTreeMap<_, _> =
+            case.known.iter().map(|way| (address.clone(), way.clone())).collect();
+        let ids = self.program.configure(&case.rule, &ways, case.first_id);
+        if let Some(tamper) = case.tamper {
+            tamper(&self.program, &ids);
+        }
+        let ifindex = match case.ingress {
+            Ingress::Routing => self.routing,
+            Ingress::Closed => self.closed,
+        };
+        before(&self.program);
+        let (gso_size, gso_segs) = case.gso;
+        let (tag, length) = (case.tag, case.length);
+        let context = Context { ifindex, gso_size, gso_segs, tag, length };
+        let run = self.program.run(&case.frame(), context);
+        (ids, Outcome { run, copies: self.wire.drain(), counted: self.program.take_counted() })
+    }
+
+    /// Runs a case; the error tells what was wanted and what came.
+    pub fn check(&self, case: &Case) -> Result<(), String> {
+        self.try_after(case, |_| {})
+    }
+
+    /// # Panics
+    /// The case goes wrong after something else was done with the configured program.
+    #[track_caller]
+    pub fn check_after(&self, case: &Case, before: impl FnOnce(&Program<'_>)) {
+        self.try_after(case, before).unwrap_or_else(|wrong| panic!("{wrong}"));
+    }
+
+    fn try_after(&self, case: &Case, before: impl FnOnce(&Program<'_>)) -> Result<(), String> {
+        let (ids, got) = self.run_after(case, before);
+        // pieces of what came from several senders have a new one
+        let identification = match (case.fate, got.copies.first()) {
+            (Fate::Cut(..), Some(piece)) => Some(u16::from_be_bytes([piece[18], piece[19]])),
+            _ => None,
+        };
+        let wanted = case.expected(&ids, identification);
+        if got == wanted {
+            return Ok(());
+        }
+        let name = format!("{} ({:?}, {:?})", case.name, case.rule.action, case.rule.source);
+        Err(format!("{name}\n wanted: {wanted} got: {got}"))
+    }
+
+    /// Runs all cases and tells of each that went wrong.
+    pub fn check_all(&self, cases: impl IntoIterator<Item = Case>) {
+        let wrong: Vec<String> =
+            cases.into_iter().filter_map(|case| self.check(&case).err()).collect();
+        assert!(wrong.is_empty(), "{} cases went wrong:\n{}", wrong.len(), wrong.join("\n"));
+    }
+}

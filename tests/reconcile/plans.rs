@@ -1,0 +1,721 @@
+//! From what the kernel holds to what is wanted: the actions on paper, for any configurations and
+//! any crash, and the real executor, with a failure at every action.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::IpAddr;
+
+use anyhow::{anyhow, bail};
+use proptest::collection::{btree_set, vec};
+use proptest::prelude::*;
+use proptest::sample::{select, subsequence};
+use serde_json::{Value, json};
+use udplb::config::{Action as TcAction, Config, Hash, Key, Ports, Strategy as Selection};
+use udplb::datapath::generation::Origin;
+use udplb::datapath::pins;
+use udplb::datapath::tc::Slot;
+use udplb::desired::{Desired, Rule, Upstream};
+use udplb::net::Netlink;
+use udplb::net::nexthop;
+use udplb::net::routing::{Senders, Target};
+use udplb::reconcile::execute::Executor;
+use udplb::reconcile::observe::{Observed, observe};
+use udplb::reconcile::plan::{self, Action, Plan, Refusal};
+
+use crate::common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, to_port};
+use crate::common::net::{bind, receive};
+use crate::model::{Kernel, Owner};
+
+const INTERFACES: [&str; 3] = ["a", "b", "c"];
+const ALL: usize = usize::MAX;
+
+fn upstream() -> impl Strategy<Value = Upstream> {
+    (1..=4_u8, prop::option::of(9_000..9_002_u16))
+        .prop_map(|(host, port)| Upstream::new([10, 0, 9, host], port))
+}
+
+fn rule(number: u16) -> impl Strategy<Value = Rule> {
+    let actions = select(vec![TcAction::Pass, TcAction::Block]);
+    (actions, vec(upstream(), 1..4)).prop_map(move |(action, upstreams)| {
+        let ports = Ports { first: 1000 + number, last: 1000 + number };
+        let key = Key::new([10, 0, 0, 5], vec![ports]);
+        let rule = Rule::new(format!("rule {number}"), key, upstreams);
+        Rule { action, strategy: Selection::SrcIp, hash: Hash::Modulo, ..rule }
+    })
+}
+
+fn desired() -> impl Strategy<Value = Desired> {
+    let interfaces = subsequence(INTERFACES.to_vec(), 1..=INTERFACES.len());
+    let rules = btree_set(0..5_u16, 0..4)
+        .prop_flat_map(|numbers| numbers.into_iter().map(rule).collect::<Vec<_>>());
+    (interfaces, rules).prop_map(|(interfaces, rules)| Desired {
+        interfaces: interfaces.into_iter().map(String::from).collect(),
+        rules,
+        ..Desired::default()
+    })
+}
+
+/// What happens to a machine. A number of steps is where a crash ends it; most come to their end.
+#[derive(Clone, Debug)]
+enum Event {
+    Apply(Desired, bool, usize),
+    ApplyPending(Desired, bool, usize),
+    Confirm,
+    Rollback(usize),
+    Detach(Vec<String>, bool, usize),
+    ForeignClsact(&'static str),
+    Share(&'static str, bool),
+    LosePin(usize),
+    LoseDescription(usize),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let steps = || prop_oneof![3 => Just(ALL), 1 => 0..12_usize];
+    let interface = || select(INTERFACES.to_vec());
+    let some = subsequence(INTERFACES.to_vec(), 0..=INTERFACES.len())
+        .prop_map(|names| names.into_iter().map(String::from).collect());
+    prop_oneof![
+        6 => (desired(), any::<bool>(), steps())
+            .prop_map(|(desired, force, steps)| Event::Apply(desired, force, steps)),
+        3 => (desired(), any::<bool>(), steps())
+            .prop_map(|(desired, force, steps)| Event::ApplyPending(desired, force, steps)),
+        1 => Just(Event::Confirm),
+        3 => steps().prop_map(Event::Rollback),
+        2 => (some, any::<bool>(), steps())
+            .prop_map(|(names, purge, steps)| Event::Detach(names, purge, steps)),
+        1 => interface().prop_map(Event::ForeignClsact),
+        1 => (interface(), any::<bool>()).prop_map(|(name, shared)| Event::Share(name, shared)),
+        1 => (0..3_usize).prop_map(Event::LosePin),
+        1 => (0..3_usize).prop_map(Event::LoseDescription),
+    ]
+}
+
+fn happen(kernel: &mut Kernel, event: &Event) {
+    let nth =
+        |kernel: &Kernel, index: usize| kernel.observed.generations.keys().nth(index).copied();
+    match event {
+        // one that is refused changes nothing
+        Event::Apply(desired, force, steps) => drop(kernel.apply(desired, *force, *steps)),
+        Event::ApplyPending(desired, force, steps) => {
+            drop(kernel.apply_pending(desired, *force, *steps));
+        }
+        Event::Confirm => kernel.confirm(),
+        Event::Rollback(steps) => drop(kernel.rollback(*steps)),
+        Event::Detach(names, purge, steps) => kernel.detach(names, *purge, *steps),
+        Event::ForeignClsact(name) => kernel.add_foreign_clsact(name),
+        Event::Share(name, shared) => kernel.share(name, *shared),
+        Event::LosePin(index) => {
+            if let Some(number) = nth(kernel, *index) {
+                kernel.observed.generations.get_mut(&number).expect("it is there").intact = false;
+            }
+        }
+        Event::LoseDescription(index) => {
+            if let Some(number) = nth(kernel, *index) {
+                kernel.observed.generations.remove(&number);
+                kernel.observed.damaged.push(number);
+            }
+        }
+    }
+}
+
+/// A machine with a past.
+fn kernel() -> impl Strategy<Value = Kernel> {
+    vec(event(), 0..8).prop_map(|events| {
+        let mut kernel = Kernel::new(&INTERFACES);
+        for event in &events {
+            happen(&mut kernel, event);
+            check_ids(&kernel);
+        }
+        kernel
+    })
+}
+
+/// One id has one holder, and one holder has one id, over all generations there are.
+fn check_ids(kernel: &Kernel) {
+    let mut by_id = BTreeMap::new();
+    let mut by_holder = BTreeMap::new();
+    for generation in kernel.observed.generations.values() {
+        let description = &generation.description;
+        for (rule, ids) in description.desired.rules.iter().zip(&description.ids) {
+            let mut holders = vec![(ids.rule, (&rule.name, None))];
+            holders.extend(rule.upstreams.iter().zip(&ids.upstreams).map(|(upstream, id)| {
+                (*id, (&rule.name, Some((&upstream.address, upstream.port))))
+            }));
+            for (id, holder) in holders {
+                assert_ne!(id, 0);
+                assert_eq!(*by_id.entry(id).or_insert(holder), holder, "id {id}");
+                assert_eq!(*by_holder.entry(holder).or_insert(id), id, "{holder:?}");
+            }
+        }
+    }
+}
+
+/// The configuration serves, on its interfaces and nowhere else, and nothing is left to do.
+fn check_applied(kernel: &Kernel, desired: &Desired) {
+    let observed = &kernel.observed;
+    let serving = observed.serving().expect("something serves");
+    assert_eq!(observed.generations[&serving].description.desired, *desired);
+    assert!(observed.generations[&serving].intact);
+    assert_eq!(observed.current, Some(serving));
+    let attached: Vec<(&str, u32)> = observed.attached().collect();
+    let wanted: Vec<(&str, u32)> =
+        desired.interfaces.iter().map(|name| (name.as_str(), serving)).collect();
+    assert_eq!(attached, wanted);
+    assert!(observed.unfinished.is_empty(), "{:?}", observed.unfinished);
+    assert!(observed.damaged.is_empty(), "{:?}", observed.damaged);
+    assert!(observed.generations.len() <= 2);
+    check_ids(kernel);
+    let again = plan::apply(observed, desired, &Origin::default(), false).expect("no refusal");
+    assert_eq!(again.generation, serving);
+    assert!(again.actions.is_empty(), "{:?}", again.actions);
+}
+
+fn configurations(kernel: &Kernel) -> BTreeSet<String> {
+    let text = |desired: &Desired| serde_json::to_string(desired).expect("JSON");
+    kernel.observed.generations.values().map(|it| text(&it.description.desired)).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 300,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn applying_gives_what_is_wanted_whatever_was(mut kernel in kernel(), new in desired()) {
+        kernel.apply(&new, true, ALL).expect("force");
+        check_applied(&kernel, &new);
+    }
+
+    #[test]
+    fn a_crash_at_any_action_is_healed(
+        mut kernel in kernel(), new in desired(), steps in 0..16_usize,
+    ) {
+        kernel.apply(&new, true, steps).expect("force");
+        // the cron job comes round: it must not be refused for what the first call overcame
+        kernel.apply(&new, true, ALL).expect("force");
+        check_applied(&kernel, &new);
+    }
+
+    #[test]
+    fn what_was_held_is_free_once_another_was_applied(
+        old in desired(), left in desired(), new in desired(), steps in 0..16_usize,
+    ) {
+        prop_assume!(left != old && new != left && new != old);
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply(&old, false, ALL).expect("no refusal");
+        kernel.apply(&left, false, ALL).expect("no refusal");
+        kernel.rollback(ALL).expect("there is one before");
+        prop_assert!(matches!(kernel.apply(&left, false, ALL), Err(Refusal::Held(_))));
+        check_applied(&kernel, &old);
+        // the old file put back changes nothing, and the left one stays held
+        prop_assert!(kernel.apply(&old, false, ALL).expect("no refusal").actions.is_empty());
+        prop_assert!(kernel.observed.held.is_some());
+
+        kernel.apply(&new, false, steps).expect("no refusal");
+        kernel.apply(&new, false, ALL).expect("no refusal");
+        prop_assert_eq!(kernel.observed.held, None);
+        check_applied(&kernel, &new);
+        kernel.apply(&left, false, ALL).expect("no refusal");
+        check_applied(&kernel, &left);
+    }
+
+    #[test]
+    fn rolling_back_twice_is_as_before(
+        old in desired(), new in desired(), steps in 0..16_usize,
+    ) {
+        prop_assume!(old != new);
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply(&old, false, ALL).expect("no refusal");
+        let there = kernel.apply(&new, false, ALL).expect("no refusal").generation;
+        let both = configurations(&kernel);
+        let back = kernel.rollback(ALL).expect("there is one before").generation;
+        check_applied(&kernel, &old);
+        prop_assert_eq!(kernel.rollback(ALL).expect("and back").generation, there);
+        check_applied(&kernel, &new);
+        prop_assert_eq!(kernel.rollback(ALL).expect("and forth").generation, back);
+        prop_assert_eq!(configurations(&kernel), both);
+        kernel.apply(&new, true, steps).expect("force");
+        kernel.apply(&new, true, ALL).expect("force");
+        prop_assert_eq!(kernel.observed.held, None);
+        check_applied(&kernel, &new);
+    }
+
+    #[test]
+    fn a_rollback_that_crashed_can_go_either_way(
+        old in desired(), new in desired(), steps in 0..16_usize, forward in any::<bool>(),
+    ) {
+        prop_assume!(old != new);
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply(&old, false, ALL).expect("no refusal");
+        kernel.apply(&new, false, ALL).expect("no refusal");
+        kernel.rollback(steps).expect("there is one before");
+        let goal = if forward { &new } else { &old };
+        kernel.apply(goal, true, ALL).expect("force");
+        check_applied(&kernel, goal);
+    }
+
+    #[test]
+    fn rollback_that_has_begun_to_swap_is_not_put_back_by_cron(
+        old in desired(), new in desired(), steps in 0..16_usize,
+    ) {
+        prop_assume!(old != new);
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply(&old, false, ALL).expect("no refusal");
+        let left = kernel.apply(&new, false, ALL).expect("no refusal").generation;
+        kernel.rollback(steps).expect("there is one before");
+        let begun = kernel.observed.attached().any(|(_, number)| number != left);
+        let cron = kernel.clone().apply(&new, false, ALL);
+        if begun {
+            prop_assert!(matches!(cron, Err(Refusal::Held(_))), "{cron:?}");
+            // once more the same way, where it did not come to its end
+            if kernel.observed.current == Some(left) {
+                kernel.rollback(ALL).expect("there is one before");
+            }
+            check_applied(&kernel, &old);
+        } else if kernel.observed.attached().next().is_some() {
+            prop_assert!(cron.is_ok());
+        }
+    }
+
+    #[test]
+    fn unconfirmed_change_is_undone_wherever_its_apply_crashed(
+        old in desired(), news in vec(desired(), 1..4), steps in 0..16_usize, back in 0..16_usize,
+    ) {
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply(&old, false, ALL).expect("no refusal");
+        for new in &news {
+            let result = kernel.apply_pending(new, false, steps);
+            prop_assert!(result.is_ok(), "{result:?}");
+        }
+        // the deadline has come; what carries the rollback out is killed too
+        for steps in [back, ALL] {
+            if kernel.observed.pending.is_some() {
+                kernel.rollback(steps).expect("there is one before");
+            }
+        }
+        prop_assert_eq!(kernel.observed.pending, None);
+        kernel.apply(&old, false, 0).expect("no refusal");
+        let attached: Vec<(&str, u32)> = kernel.observed.attached().collect();
+        prop_assert!(!attached.is_empty());
+        for (_, number) in attached {
+            prop_assert_eq!(&kernel.observed.generations[&number].description.desired, &old);
+        }
+    }
+
+    #[test]
+    fn unconfirmed_first_apply_is_undone_wherever_it_crashed(
+        new in desired(), steps in 0..16_usize, back in 0..16_usize,
+    ) {
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply_pending(&new, false, steps).expect("no refusal");
+        for steps in [back, ALL] {
+            if kernel.observed.pending.is_some() {
+                kernel.rollback(steps).expect("a detachment");
+            }
+        }
+        prop_assert_eq!(kernel.observed.attached().count(), 0);
+        prop_assert_eq!(kernel.observed.pending, None);
+    }
+
+    #[test]
+    fn confirmed_change_stays_and_can_be_rolled_back(
+        old in desired(), first in desired(), second in desired(),
+    ) {
+        prop_assume!(old != first && old != second);
+        let mut kernel = Kernel::new(&INTERFACES);
+        kernel.apply(&old, false, ALL).expect("no refusal");
+        kernel.apply_pending(&first, false, ALL).expect("no refusal");
+        kernel.apply_pending(&second, false, ALL).expect("no refusal");
+        prop_assert!(first == second || matches!(
+            kernel.clone().apply(&first, false, ALL), Err(Refusal::Unconfirmed(_))
+        ));
+        kernel.confirm();
+        prop_assert_eq!(kernel.observed.pending, None);
+        check_applied(&kernel, &second);
+        kernel.rollback(ALL).expect("there is one before");
+        check_applied(&kernel, &old);
+    }
+
+    #[test]
+    fn detaching_leaves_what_others_made(mut kernel in kernel(), steps in 0..6_usize) {
+        let foreign: Vec<String> = kernel
+            .clsacts
+            .iter()
+            .filter(|(_, owner)| **owner == Owner::Other)
+            .map(|(name, _)| name.clone())
+            .collect();
+        kernel.detach(&[], true, steps);
+        kernel.detach(&[], true, ALL);
+        prop_assert_eq!(kernel.observed.attached().count(), 0);
+        for name in foreign {
+            prop_assert_eq!(kernel.clsacts.get(&name), Some(&Owner::Other));
+        }
+    }
+
+    #[test]
+    fn a_plain_life_leaves_no_clsact(configurations in vec(desired(), 1..5), back in any::<bool>()) {
+        let mut kernel = Kernel::new(&INTERFACES);
+        for desired in &configurations {
+            kernel.apply(desired, false, ALL).expect("no refusal");
+        }
+        if back {
+            drop(kernel.rollback(ALL));
+        }
+        kernel.detach(&[], false, ALL);
+        kernel.detach(&[], true, ALL);
+        prop_assert!(kernel.clsacts.is_empty(), "{:?}", kernel.clsacts);
+    }
+}
+
+#[test]
+fn a_generation_that_was_never_attached_is_not_gone_back_to() {
+    let mut kernel = Kernel::new(&INTERFACES);
+    assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
+    let one = Desired { interfaces: vec!["a".into()], ..Desired::default() };
+    kernel.apply(&one, false, ALL).expect("no refusal");
+    assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
+    let two = Desired { interfaces: vec!["b".into()], ..Desired::default() };
+    let plan = plan::apply(&kernel.observed, &two, &Origin::default(), false).expect("no refusal");
+    assert!(matches!(plan.actions[0], Action::Build(_)));
+    kernel.apply(&two, false, 1).expect("no refusal");
+    assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
+}
+
+#[test]
+fn another_program_is_another_generation() {
+    let one = Desired { interfaces: vec!["a".into()], ..Desired::default() };
+    let mut kernel = Kernel::new(&INTERFACES);
+    kernel.apply(&one, false, ALL).expect("no refusal");
+    let object =
+        &mut kernel.observed.generations.get_mut(&1).expect("it is there").description.object;
+    *object = "an older udplb's".into();
+    assert_eq!(kernel.apply(&one, false, ALL).expect("no refusal").generation, 2);
+    // and back to it, where the upgrade was no good: the cron job must not repeat it
+    assert_eq!(kernel.rollback(ALL).expect("there is one before").generation, 1);
+    assert!(matches!(kernel.apply(&one, false, ALL), Err(Refusal::Held(_))));
+    kernel.apply(&one, true, ALL).expect("force");
+    check_applied(&kernel, &one);
+}
+
+#[test]
+fn what_is_not_ours_to_change_is_refused() {
+    let one = Desired { interfaces: vec!["a".into()], ..Desired::default() };
+    let kernel = Kernel::new(&INTERFACES);
+    let refusal = |change: &dyn Fn(&mut Kernel)| {
+        let mut kernel = kernel.clone();
+        change(&mut kernel);
+        plan::apply(&kernel.observed, &one, &Origin::default(), false).expect_err("a refusal")
+    };
+    let interface = |kernel: &mut Kernel| kernel.observed.interfaces.remove("a").expect("a");
+    let put = |kernel: &mut Kernel, slot: Slot| {
+        let mut it = interface(kernel);
+        it.hook.slot = slot;
+        kernel.observed.interfaces.insert("a".into(), it);
+    };
+    assert_eq!(refusal(&|kernel| drop(interface(kernel))), Refusal::NoInterface("a".into()));
+    let foreign = refusal(&|kernel| put(kernel, Slot::Foreign("theirs".into())));
+    assert!(matches!(foreign, Refusal::Foreign { filter, .. } if filter == "theirs"));
+    let ours = |home| Slot::Orphan { program: 1, filter: "ours".into(), home };
+    let orphan = refusal(&|kernel| put(kernel, ours(None)));
+    assert!(matches!(orphan, Refusal::Orphan { filter, .. } if filter == "ours"));
+    let place = udplb::datapath::pin_search::Place { process: None, pin_dir: "/there".into() };
+    let elsewhere = refusal(&|kernel| put(kernel, ours(Some(place.clone()))));
+    assert!(matches!(elsewhere, Refusal::Elsewhere { home, .. } if home == place));
+    let other = refusal(&|kernel| {
+        kernel.apply(&one, false, ALL).expect("no refusal");
+        kernel.observed.namespace = 8;
+    });
+    assert_eq!(other, Refusal::OtherNamespace(7));
+}
+
+type Planner<'a> = &'a (dyn Fn(&Observed) -> Result<Plan, Refusal> + Sync);
+
+/// What happens at an action.
+#[derive(Clone, Copy)]
+enum Trouble {
+    Failure,
+    /// Nothing is undone.
+    Crash,
+}
+
+/// Plans on what the kernel holds and carries it out in this process, up to action `stop`, where
+/// the trouble is. Returns how many actions there were.
+fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> anyhow::Result<usize> {
+    let inside = async || {
+        let netlink = Netlink::open()?;
+        let guard = pins::write(&lab.bpffs.pins(), std::time::Duration::ZERO)
+            .map_err(|failure| anyhow!("{failure}"))?;
+        let observed = observe(Some(&guard), &netlink).await?;
+        let plan = plan(&observed).map_err(|refusal| anyhow!("{refusal}"))?;
+        let targets: BTreeSet<Target> = UPSTREAMS
+            .into_iter()
+            .map(|upstream| Target {
+                address: upstream.into(),
+                senders: Senders::Among(vec![IpAddr::from(RELAY).into()]),
+            })
+            .collect();
+        let ways = nexthop::resolve(&netlink, &targets, &["eth0".into()]).await?;
+        let mut steps = 0;
+        let mut witness = |_: &Action| {
+            steps += 1;
+            match trouble {
+                _ if steps <= stop => Ok(()),
+                Trouble::Failure => bail!("injected"),
+                Trouble::Crash => std::panic::resume_unwind(Box::new("crashed")),
+            }
+        };
+        let mut executor = Executor::new(&guard, &netlink, &observed, &ways);
+        executor.run(&plan.actions, &mut witness).await?;
+        Ok(plan.actions.len())
+    };
+    lab.relay.enter(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(inside())
+    })
+}
+
+fn wanted(config: &Value) -> Desired {
+    let config = Config::parse("udplb.yaml", &config.to_string()).expect("a good configuration");
+    Desired::written(&config, &config.interfaces)
+}
+
+/// All that a failed apply must leave as it was: filters with their programs, qdiscs, generations,
+/// `current` and what is held.
+fn snapshot(lab: &Lab) -> String {
+    let mut text = lab.relay.tc("qdisc show") + &lab.filters("eth0") + &lab.filters("up0");
+    let mut pins = vec![String::new()];
+    while let Some(directory) = pins.pop() {
+        let path = lab.bpffs.pins().join(&directory);
+        let mut names: Vec<String> = fs::read_dir(&path)
+            .expect("a directory of pins")
+            .map(|entry| entry.expect("a pin").file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        text += &format!("{directory}: {names:?}\n");
+        let inside = names.iter().map(|name| format!("{directory}/{name}"));
+        let directories =
+            inside.map(|name| name.trim_start_matches('/').to_string()).filter(|name| {
+                // state/ may be made by what fails; it is nobody's generation
+                let path = lab.bpffs.pins().join(name);
+                path.is_dir() && !path.is_symlink() && name != pins::STATE
+            });
+        pins.extend(directories);
+    }
+    let status = lab.status();
+    text + &format!("{} {} {}", status["generation"], status["held"], status["pending"])
+}
+
+/// Fails at each action in turn, in one laboratory: what a failure leaves is what the next try
+/// starts from. Then lets it pass.
+fn fail_everywhere(lab: &Lab, serves: Option<u16>, plan: Planner<'_>) {
+    drop(pins::write(&lab.bpffs.pins(), std::time::Duration::ZERO).expect("the pin directory"));
+    let before = snapshot(lab);
+    let mut stop = 0;
+    loop {
+        let counted = serves.map(|_| lab.packets("only", "one", "forwarded"));
+        match carry_out(lab, plan, stop, Trouble::Failure) {
+            Ok(_) => break,
+            Err(error) => assert_eq!(error.to_string(), "injected"),
+        }
+        assert_eq!(snapshot(lab), before, "after a failure at action {stop}");
+        if let (Some(port), Some(counted)) = (serves, counted) {
+            expect_way(lab, port);
+            assert_eq!(lab.packets("only", "one", "forwarded"), counted + 1);
+        }
+        stop += 1;
+    }
+    assert!(stop > 2, "only {stop} actions could fail");
+}
+
+/// A datagram to the rule's key arrives at the port of the first upstream.
+fn expect_way(lab: &Lab, port: u16) {
+    let receiver = bind(&lab.upstream, UPSTREAMS[0], port);
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    sender.send_to(b"which way", (RELAY, 5000)).expect("sent");
+    assert_eq!(receive(&receiver).payload, b"which way");
+}
+
+fn with_interfaces(config: Value, interfaces: &[&str]) -> Value {
+    let mut config = config;
+    config["interfaces"] = json!(interfaces);
+    config
+}
+
+#[test]
+fn a_failing_first_apply_leaves_nothing() {
+    let lab = Lab::new();
+    let desired = wanted(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+    fail_everywhere(&lab, None, &|observed| {
+        plan::apply(observed, &desired, &Origin::default(), false)
+    });
+    expect_way(&lab, 7001);
+}
+
+#[test]
+fn a_failing_apply_leaves_the_old_generation_serving() {
+    let lab = Lab::new();
+    // from two interfaces to one: a detachment, with the clsact that udplb made
+    lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+    let desired = wanted(&to_port(7002));
+    fail_everywhere(&lab, Some(7001), &|observed| {
+        plan::apply(observed, &desired, &Origin::default(), false)
+    });
+    expect_way(&lab, 7002);
+    // and back to two, with a generation to drop
+    let desired = wanted(&with_interfaces(to_port(7003), &["eth0", "up0"]));
+    fail_everywhere(&lab, Some(7002), &|observed| {
+        plan::apply(observed, &desired, &Origin::default(), false)
+    });
+    expect_way(&lab, 7003);
+}
+
+#[test]
+fn a_failing_rollback_leaves_the_new_generation_serving() {
+    let lab = Lab::new();
+    lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+    lab.apply(&to_port(7002));
+    fail_everywhere(&lab, Some(7002), &|observed| plan::rollback(observed, 1_000));
+    expect_way(&lab, 7001);
+    assert_eq!(lab.status()["held"], 2);
+    // with --force, out of it again
+    let desired = wanted(&to_port(7002));
+    fail_everywhere(&lab, Some(7001), &|observed| {
+        plan::apply(observed, &desired, &Origin::default(), true)
+    });
+    expect_way(&lab, 7002);
+    assert_eq!(lab.status()["held"], Value::Null);
+}
+
+#[test]
+fn failing_apply_with_confirm_leaves_nothing_pending() {
+    let lab = Lab::new();
+    lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+    let desired = wanted(&to_port(7002));
+    let deadline = udplb::time::since_boot() + std::time::Duration::from_secs(3000);
+    fail_everywhere(&lab, Some(7001), &|observed| {
+        plan::apply_until(observed, &desired, &Origin::default(), false, Some(deadline))
+    });
+    assert_eq!(lab.status()["pending"]["previous"], 1);
+    lab.run("confirm").expect(0);
+    expect_way(&lab, 7002);
+}
+
+#[test]
+fn a_failing_clean_up_is_no_failure() {
+    let lab = Lab::new();
+    for port in 7001..7003 {
+        lab.apply(&to_port(port));
+    }
+    fs::create_dir(lab.bpffs.pins().join("building-9")).expect("leftovers");
+    let desired = wanted(&to_port(7003));
+    let plan = |observed: &Observed| plan::apply(observed, &desired, &Origin::default(), false);
+    let all = carry_out(
+        &lab,
+        &|observed| {
+            let mut plan = plan(observed)?;
+            assert!(matches!(plan.actions.pop(), Some(Action::Drop(1))));
+            Ok(plan)
+        },
+        usize::MAX,
+        Trouble::Failure,
+    );
+    all.expect("all actions but the last");
+    expect_way(&lab, 7003);
+    assert!(lab.bpffs.pins().join("generations/1").exists());
+    assert!(!lab.bpffs.pins().join("building-9").exists());
+    assert_eq!(carry_out(&lab, &plan, 0, Trouble::Failure).expect("a warning only"), 1);
+    assert!(lab.bpffs.pins().join("generations/1").exists());
+    assert_eq!(lab.apply(&to_port(7003))["changed"], true);
+    assert!(!lab.bpffs.pins().join("generations/1").exists());
+    assert_eq!(lab.apply(&to_port(7003))["changed"], false);
+}
+
+#[test]
+fn a_failing_take_over_leaves_the_orphan_serving() {
+    let lab = Lab::new();
+    lab.apply(&to_port(7001));
+    fs::remove_dir_all(lab.bpffs.pins().join("generations/1")).expect("pins");
+    let before = lab.filters("eth0");
+    let desired = wanted(&with_interfaces(to_port(7002), &["eth0", "up0"]));
+    let plan = |observed: &Observed| plan::apply(observed, &desired, &Origin::default(), true);
+    for stop in 0.. {
+        match carry_out(&lab, &plan, stop, Trouble::Failure) {
+            Ok(_) => break,
+            Err(error) => assert_eq!(error.to_string(), "injected"),
+        }
+        assert_eq!(lab.filters("eth0"), before, "after a failure at action {stop}");
+        expect_way(&lab, 7001);
+    }
+    expect_way(&lab, 7002);
+}
+
+#[test]
+fn a_crash_at_any_action_of_the_executor_is_healed() {
+    let lab = Lab::new();
+    lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+    // to one interface and back to two: all kinds of actions but those of a rollback
+    let configurations = [to_port(7002), with_interfaces(to_port(7001), &["eth0", "up0"])]
+        .map(|it| (wanted(&it), it));
+    let mut stop = 0;
+    'all: loop {
+        for (desired, config) in &configurations {
+            let plan =
+                |observed: &Observed| plan::apply(observed, desired, &Origin::default(), false);
+            let crash =
+                std::panic::AssertUnwindSafe(|| carry_out(&lab, &plan, stop, Trouble::Crash));
+            if let Ok(done) = std::panic::catch_unwind(crash) {
+                done.expect("no failure");
+                break 'all;
+            }
+            check_serving(&lab);
+            lab.apply(config);
+            lab.run("status").expect(0);
+            assert_eq!(lab.apply(config)["changed"], false, "after a crash at action {stop}");
+        }
+        stop += 1;
+    }
+    assert!(stop > 4, "only {stop} actions could crash");
+}
+
+#[test]
+fn a_crash_at_any_action_of_a_rollback_is_healed() {
+    let lab = Lab::new();
+    let plan = |observed: &Observed| plan::rollback(observed, 1_000);
+    for stop in 0.. {
+        lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+        lab.apply(&to_port(7002));
+        let crash = std::panic::AssertUnwindSafe(|| carry_out(&lab, &plan, stop, Trouble::Crash));
+        if let Ok(done) = std::panic::catch_unwind(crash) {
+            assert!(done.expect("no failure") > 4);
+            break;
+        }
+        check_serving(&lab);
+        // once more the same way, or else the cron job's: held or not, one of them goes through
+        let again = lab.run("rollback");
+        if stop % 2 == 0 || again.code != Some(0) {
+            lab.try_apply(&to_port(7002), "--force").expect(0);
+            expect_way(&lab, 7002);
+        }
+        lab.run("status").expect(0);
+        check_serving(&lab);
+        lab.run("detach --purge").expect(0);
+    }
+}
+
+/// The old upstream's port or the new one's gets what is sent.
+fn check_serving(lab: &Lab) {
+    let receivers = [7001, 7002].map(|port| bind(&lab.upstream, UPSTREAMS[0], port));
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    sender.send_to(b"anybody", (RELAY, 5000)).expect("sent");
+    let arrived = || receivers.iter().any(|it| it.peek_from(&mut [0; 16]).is_ok());
+    for receiver in &receivers {
+        receiver.set_nonblocking(true).expect("a socket");
+    }
+    let end = std::time::Instant::now() + crate::common::net::PATIENCE;
+    while !arrived() {
+        assert!(std::time::Instant::now() < end, "nothing serves");
+        std::thread::yield_now();
+    }
+}

@@ -1,0 +1,9 @@
+//! Status, counters, metrics and traces.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod metrics;
+mod status;
+mod totals;
+mod trace;

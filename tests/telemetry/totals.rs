@@ -1,0 +1,399 @@
+//! The total of a rule: each packet that was sent, once, whatever becomes of its upstreams.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::UdpSocket;
+use std::process::Stdio;
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{anyhow, bail};
+use serde_json::{Value, json};
+use udplb::config::Config;
+use udplb::datapath::generation::{self, Generation, Origin};
+use udplb::datapath::pins::{self, STATE};
+use udplb::desired::Desired;
+use udplb::net::Netlink;
+use udplb::reconcile::execute::Executor;
+use udplb::reconcile::observe::observe;
+use udplb::reconcile::plan::{self, Action};
+
+use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, packets, rule};
+use crate::common::net::{bind, expect_silence_of, receive_any, set};
+use crate::common::service::until;
+
+/// Bytes of a datagram, with its headers.
+const BYTES: u64 = 47;
+const HOSTS: usize = 4;
+
+/// Hosts that may be upstreams or mirrors, by number.
+fn hosts(numbers: &[usize]) -> Vec<Value> {
+    let host = |number: &usize| {
+        json!({
+            "name": format!("u{number}"),
+            "address": UPSTREAMS[number % 2],
+            "port": 7000 + number,
+        })
+    };
+    numbers.iter().map(host).collect()
+}
+
+fn to(mode: &str, upstreams: &[usize], mirrors: &[usize]) -> Value {
+    let options = json!({ "tc_action": "block", "mode": mode });
+    let mut rule = rule("only", 5000, options, &hosts(upstreams));
+    if !mirrors.is_empty() {
+        rule["mirror"] = json!(hosts(mirrors));
+    }
+    config(&[rule])
+}
+
+fn balance(upstreams: &[usize]) -> Value {
+    to("balance", upstreams, &[])
+}
+
+/// What was sent to the rule, and the ends of it.
+struct Flows<'lab> {
+    lab: &'lab Lab,
+    /// The last one's packets are too old to be sent on.
+    senders: Vec<UdpSocket>,
+    receivers: Vec<UdpSocket>,
+    sent: u64,
+    old: u64,
+}
+
+impl Flows<'_> {
+    fn new(lab: &Lab) -> Flows<'_> {
+        // by these ports each of two upstreams gets some
+        let sender = |number: u16| bind(&lab.client, CLIENTS[0], 20_000 + 257 * number);
+        let senders: Vec<_> = (0..9).map(sender).collect();
+        set(&senders[8], libc::IPPROTO_IP, libc::IP_TTL, 1);
+        let receiver = |number| bind(&lab.upstream, UPSTREAMS[number % 2], 7000 + number as u16);
+        let receivers = (0..HOSTS).map(receiver).collect();
+        Flows { lab, senders, receivers, sent: 0, old: 0 }
+    }
+
+    /// Sends a packet from each sender and waits for all that arrives: so many of each that is sent
+    /// on. Returns how many each host got.
+    fn send(&mut self, copies: usize) -> [u64; HOSTS] {
+        let mut arrived = [0; HOSTS];
+        for (index, sender) in self.senders.iter().enumerate() {
+            sender.send_to(b"total", (RELAY, 5000)).expect("sent");
+            if index < 8 {
+                (0..copies).for_each(|_| arrived[receive_any(&self.receivers).0] += 1);
+            }
+        }
+        self.sent += 9;
+        self.old += 1;
+        until("all are counted", || self.rule()["counters"]["matched"]["packets"] == self.sent);
+        self.check();
+        arrived
+    }
+
+    fn rule(&self) -> Value {
+        self.lab.status()["rules"][0].clone()
+    }
+
+    /// What is forwarded to each host that the rule has.
+    fn forwarded(&self) -> BTreeMap<String, u64> {
+        let rule = self.rule();
+        let lists = [&rule["upstreams"], &rule["mirrors"]];
+        let hosts = lists.into_iter().filter_map(Value::as_array).flatten();
+        let one = |host: &Value| {
+            let label = host["upstream"].as_str().expect("a label").into();
+            (label, host["counters"]["forwarded"]["packets"].as_u64().expect("a number"))
+        };
+        hosts.map(one).collect()
+    }
+
+    /// The total is what was sent, and every packet of it has one verdict.
+    #[track_caller]
+    fn check(&self) {
+        let rule = self.rule();
+        let counters = &rule["counters"];
+        let all = json!({ "packets": self.sent, "bytes": self.sent * BYTES });
+        assert_eq!(counters["matched"], all, "{rule:#}");
+        let lost = counters["not_forwarded"].as_object().cloned().unwrap_or_default();
+        let lost: u64 = lost.keys().map(|name| packets(counters, name)).sum();
+        let sent_on = packets(counters, "forwarded") + packets(counters, "stale-neighbour");
+        assert_eq!(sent_on + lost, self.sent, "{rule:#}");
+        assert_eq!(packets(counters, "ttl"), self.old, "{rule:#}");
+        let metrics = self.lab.run("metrics").expect(0).stdout;
+        for (name, value) in [("packets", self.sent), ("bytes", self.sent * BYTES)] {
+            let line = format!("udplb_rule_{name}_total{{rule={}}} {value}", rule["rule"]);
+            assert!(metrics.lines().any(|it| it == line), "no {line}: {metrics}");
+        }
+    }
+
+    #[track_caller]
+    fn apply(&self, config: &Value) {
+        assert_eq!(self.lab.apply(config)["changed"], true);
+        self.check();
+    }
+
+    #[track_caller]
+    fn rollback(&self) {
+        self.lab.run("rollback").expect(0);
+        self.check();
+    }
+
+    /// The ids of the rule's upstreams in the generation that serves.
+    fn ids(&self) -> Vec<u32> {
+        let pins = pins::read(&self.lab.bpffs.pins(), Duration::ZERO).expect("the lock");
+        let pins = pins.expect("something is applied");
+        let serving: Generation = generation::read(&pins, pins.current().expect("current"))
+            .expect("readable")
+            .expect("a generation");
+        serving.description.ids[0].upstreams.clone()
+    }
+}
+
+#[test]
+fn it_never_falls_when_upstreams_go() {
+    let lab = Lab::new();
+    lab.apply(&balance(&[0, 1]));
+    let mut flows = Flows::new(&lab);
+    let arrived = flows.send(1);
+    assert!(arrived[0] > 0 && arrived[1] > 0, "{arrived:?}");
+    let gone = flows.ids()[1];
+    // one goes; the generation before still has it, and serves again
+    flows.apply(&balance(&[0]));
+    flows.send(1);
+    for _ in 0..2 {
+        flows.rollback();
+        flows.send(1);
+    }
+    flows.rollback();
+    flows.rollback();
+    // it is gone for good, and another gets its id
+    flows.apply(&balance(&[0, 2]));
+    flows.send(1);
+    flows.apply(&balance(&[0, 3]));
+    assert_eq!(flows.ids()[1], gone);
+    assert_eq!(flows.forwarded()["u3"], 0);
+    assert!(flows.send(1)[3] > 0);
+    for _ in 0..2 {
+        flows.rollback();
+        flows.send(1);
+    }
+    // by hand
+    lab.run("drain only/u0").expect(0);
+    assert_eq!(flows.send(1)[0], 0);
+    lab.run("enable only/u0").expect(0);
+    flows.check();
+    // the first one comes again, as somebody else
+    flows.apply(&balance(&[1, 0]));
+    assert_eq!(flows.forwarded()["u1"], 0);
+    flows.send(1);
+    // all of them at once, again and again
+    for upstreams in [&[2, 3][..], &[0, 1], &[2], &[3], &[0]] {
+        flows.apply(&balance(upstreams));
+        flows.send(1);
+    }
+    flows.rollback();
+    flows.send(1);
+    lab.run("detach").expect(0);
+    // that is trouble for `status`, and none for what it counts
+    flows.check();
+}
+
+#[test]
+fn copies_are_not_in_it() {
+    let lab = Lab::new();
+    lab.apply(&balance(&[0, 1]));
+    let mut flows = Flows::new(&lab);
+    assert!(flows.send(1)[1] > 0);
+    // what was an upstream is a mirror now, and was a mirror
+    flows.apply(&to("balance", &[0], &[1]));
+    assert_eq!(flows.send(2), [8, 8, 0, 0]);
+    flows.apply(&balance(&[0, 1]));
+    flows.send(1);
+    flows.apply(&to("balance", &[2], &[0, 1]));
+    assert_eq!(flows.send(3), [8, 8, 8, 0]);
+    // receivers that were upstreams and mirrors
+    flows.apply(&to("replicate", &[0, 1, 2], &[]));
+    assert!(flows.forwarded().values().all(|packets| *packets == 0), "{:?}", flows.forwarded());
+    assert_eq!(flows.send(3), [8, 8, 8, 0]);
+    assert!(flows.forwarded().values().all(|packets| *packets == 8), "{:?}", flows.forwarded());
+    flows.rollback();
+    flows.send(3);
+    flows.rollback();
+    flows.send(3);
+    // receivers come and go
+    flows.apply(&to("replicate", &[0, 3], &[]));
+    flows.send(2);
+    flows.apply(&to("replicate", &[2], &[]));
+    flows.send(1);
+    // and are upstreams again
+    flows.apply(&balance(&[0, 2]));
+    assert!(flows.forwarded().values().all(|packets| *packets == 0), "{:?}", flows.forwarded());
+    flows.send(1);
+    flows.apply(&balance(&[0, 1]));
+    flows.apply(&balance(&[3]));
+    flows.send(1);
+    expect_silence_of(&flows.receivers);
+}
+
+/// As the older form allows it.
+#[test]
+fn one_that_is_listed_twice_is_in_it_once() {
+    let lab = Lab::new();
+    let apply = |numbers: &[usize]| {
+        let upstream = |number| json!({ "address": UPSTREAMS[number % 2], "port": 7000 + number });
+        let upstreams: Vec<Value> = numbers.iter().map(|number| upstream(*number)).collect();
+        let key = json!({ "address": RELAY, "port": 5000 });
+        let options = json!({ "tc_action": "block", "strategy": "src-port" });
+        let rules = json!([{ "key": key, "options": options, "upstream": upstreams }]);
+        let mut command = lab.udplb("apply - -i eth0");
+        Outcome::with_input(&mut command, &rules.to_string()).expect(0);
+    };
+    apply(&[0, 1, 1]);
+    let mut flows = Flows::new(&lab);
+    assert!(flows.send(1)[1] > 0);
+    for upstreams in [[0, 0, 2], [0, 2, 2], [3, 0, 3]] {
+        apply(&upstreams);
+        flows.check();
+        flows.send(1);
+    }
+}
+
+/// The rule is taken out, and is back before it is forgotten and after.
+#[test]
+fn a_rule_that_is_gone_begins_anew() {
+    let lab = Lab::new();
+    let without = |number: u16| {
+        config(&[rule("other", 5001 + number, json!({ "tc_action": "block" }), &hosts(&[3]))])
+    };
+    lab.apply(&balance(&[0, 1]));
+    let mut flows = Flows::new(&lab);
+    flows.send(1);
+    for upstreams in [[0, 2], [1, 2], [0, 3]] {
+        flows.apply(&balance(&upstreams));
+        flows.send(1);
+    }
+    lab.apply(&without(0));
+    flows.apply(&balance(&[0, 2]));
+    flows.send(1);
+    lab.apply(&without(1));
+    lab.apply(&without(2));
+    // whoever gets the ids begins at zero
+    lab.apply(&balance(&[0]));
+    (flows.sent, flows.old) = (0, 0);
+    flows.check();
+    flows.send(1);
+    flows.apply(&balance(&[1]));
+    flows.apply(&balance(&[2]));
+    flows.send(1);
+}
+
+/// What counts too much would count for ever.
+#[test]
+fn a_crash_while_a_generation_is_removed_counts_nothing_twice() {
+    let lab = Lab::new();
+    lab.apply(&balance(&[0, 1]));
+    let mut flows = Flows::new(&lab);
+    assert!(flows.send(1)[1] > 0);
+    flows.apply(&balance(&[0]));
+    // its pins outlive their removal
+    let (pins, aside) = (lab.bpffs.pins().join("generations/1"), lab.bpffs.pins().join("aside"));
+    let crash = |apply: &dyn Fn()| {
+        fs::create_dir(&aside).expect("a directory");
+        for pin in fs::read_dir(&pins).expect("pins") {
+            let pin = pin.expect("a pin");
+            fs::hard_link(pin.path(), aside.join(pin.file_name())).expect("a second pin");
+        }
+        apply();
+        assert!(!pins.exists());
+        fs::rename(&aside, &pins).expect("the generation is back");
+        flows.check();
+    };
+    crash(&|| flows.apply(&balance(&[0, 2])));
+    // unchanged, it is tidied up
+    crash(&|| assert_eq!(lab.apply(&balance(&[0, 2]))["changed"], true));
+    // another is built on what is there, and has that upstream again
+    flows.apply(&balance(&[0, 1]));
+    assert!(!pins.exists());
+    assert_eq!(flows.forwarded()["u1"], 0);
+    assert!(flows.send(1)[1] > 0);
+    flows.apply(&balance(&[0, 3]));
+    flows.apply(&balance(&[0]));
+    flows.send(1);
+}
+
+/// A generation serves for a moment, and the rest of the apply fails.
+#[test]
+fn a_failed_apply_loses_nothing() {
+    let lab = Lab::new();
+    lab.apply(&balance(&[0]));
+    let mut flows = Flows::new(&lab);
+    flows.send(1);
+    let config = Config::parse("udplb.yaml", &balance(&[1]).to_string()).expect("a configuration");
+    let desired = Desired::written(&config, &config.interfaces);
+    let mut served = [0; HOSTS];
+    let (sender, receivers) = (&flows.senders[0], &flows.receivers);
+    let mut inside = async || {
+        let netlink = Netlink::open()?;
+        let guard = pins::write(&lab.bpffs.pins(), Duration::ZERO)
+            .map_err(|failure| anyhow!("{failure}"))?;
+        let observed = observe(Some(&guard), &netlink).await?;
+        let plan = plan::apply(&observed, &desired, &Origin::default(), false)
+            .map_err(|refusal| anyhow!("{refusal}"))?;
+        let mut witness = |action: &Action| {
+            if let Action::SetCurrent(_) = action {
+                sender.send_to(b"total", (RELAY, 5000)).expect("sent");
+                served[receive_any(receivers).0] += 1;
+                bail!("injected");
+            }
+            Ok(())
+        };
+        let ways = BTreeMap::new();
+        Executor::new(&guard, &netlink, &observed, &ways).run(&plan.actions, &mut witness).await
+    };
+    let failed: anyhow::Result<()> = lab.relay.enter(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(inside())
+    });
+    assert_eq!(failed.expect_err("a failure").to_string(), "injected");
+    assert_eq!(served, [0, 1, 0, 0]);
+    flows.sent += 1;
+    flows.check();
+    flows.send(1);
+}
+
+#[test]
+fn pins_of_an_earlier_udplb_go_on() {
+    let lab = Lab::new();
+    lab.apply(&balance(&[0, 1]));
+    fs::remove_file(lab.bpffs.pins().join(STATE).join("former")).expect("a pin");
+    let mut flows = Flows::new(&lab);
+    flows.send(1);
+    lab.status();
+    flows.apply(&balance(&[0]));
+    flows.rollback();
+    flows.rollback();
+    flows.apply(&balance(&[2]));
+    flows.apply(&balance(&[3]));
+    flows.send(1);
+}
+
+#[test]
+fn rates_over_an_apply() {
+    let lab = Lab::new();
+    lab.apply(&balance(&[0, 1]));
+    let mut flows = Flows::new(&lab);
+    // more than what comes meanwhile
+    for _ in 0..5 {
+        flows.send(1);
+    }
+    let mut command = lab.udplb("status --rate --interval 4 -o json");
+    let child = command.stdout(Stdio::piped()).spawn().expect("the program runs");
+    sleep(Duration::from_millis(700));
+    flows.send(1);
+    flows.apply(&balance(&[0]));
+    flows.apply(&balance(&[2]));
+    flows.send(1);
+    let output = child.wait_with_output().expect("it ends");
+    let status: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let rate = status["rules"][0]["rate"]["packets_per_second"].as_f64().expect("a rate");
+    // 18 in 4 seconds, and something more
+    assert!((3.5..=4.5).contains(&rate), "{rate}");
+}
