@@ -1,5 +1,5 @@
 //! What must happen to a packet: the specification as code. It is made from the RFCs and from what
-//! README.md promises, and not from the program that is held against it.
+//! docs/ promise, and not from the program that is held against it.
 //!
 //! ```text
 //! frame ─ untag ─ IP ─ UDP or a later fragment ─ rule ─ for us? ─ well-formed? ─ whose? ─ upstream ─ TTL ─ way ─ MTU ─ rewrite
