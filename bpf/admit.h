@@ -5,7 +5,7 @@
 
 #define LOOPBACK_IFINDEX 1 /* include/net/net_namespace.h */
 
-static __always_inline bool is_sum_right(const struct iphdr *ip, __u64 sum)
+static __always_inline bool is_ipv4_checksum_valid(const struct iphdr *ip, __u64 sum)
 {
 	const __u32 *words = (const void *)ip;
 
@@ -18,7 +18,7 @@ static __always_inline __u32 options_length(__u32 layout)
 }
 
 /* Returns the sum of the options of an IPv4 header. */
-__noinline __u64 sum_of_options(struct __sk_buff *skb, __u32 layout)
+__noinline __u64 sum_options(struct __sk_buff *skb, __u32 layout)
 {
 	const __u32 length = options_length(layout);
 	struct packet packet;
@@ -45,23 +45,23 @@ __noinline __u64 sum_of_options(struct __sk_buff *skb, __u32 layout)
 __noinline __u32 check_options(struct __sk_buff *skb, __u32 layout)
 {
 	__u32 length = options_length(layout), at, i;
-	struct sending *sending = get_sending();
-	__u64 sum = sum_of_options(skb, layout);
+	struct xmit *xmit = get_xmit();
+	__u64 sum = sum_options(skb, layout);
 	struct packet packet;
 	const __u8 *option;
 	bool is_route;
 
-	if (!sending || !locate(skb, layout, &packet) || !is_sum_right(packet.ip, sum))
+	if (!xmit || !locate(skb, layout, &packet) || !is_ipv4_checksum_valid(packet.ip, sum))
 		return VERDICT_MALFORMED;
-	sending->option = 0;
-	sending->goes_on = VERDICT_FORWARDED;
+	xmit->option_offset = 0;
+	xmit->option_verdict = VERDICT_FORWARDED;
 	for (i = 0; i < MAX_IPOPTLEN; i++) {
-		at = sending->option & (MAX_IPOPTLEN | 0x1f);
+		at = xmit->option_offset & (MAX_IPOPTLEN | 0x1f);
 		option = (void *)(packet.ip + 1) + at;
 		if (at >= length || (void *)(option + 3) > data_end(skb) || option[0] == IPOPT_END)
 			break;
 		if (option[0] == IPOPT_NOP) {
-			sending->option = at + 1;
+			xmit->option_offset = at + 1;
 			continue;
 		}
 		is_route = option[0] == IPOPT_LSRR || option[0] == IPOPT_SSRR;
@@ -69,10 +69,10 @@ __noinline __u32 check_options(struct __sk_buff *skb, __u32 layout)
 			return VERDICT_MALFORMED;
 		/* the third byte points at the next address, counted from 1 */
 		if (is_route && option[2] <= option[1])
-			sending->goes_on = VERDICT_MARTIAN;
-		sending->option = at + option[1];
+			xmit->option_verdict = VERDICT_MARTIAN;
+		xmit->option_offset = at + option[1];
 	}
-	return sending->goes_on;
+	return xmit->option_verdict;
 }
 
 /* Reads the length anew: with the one that the layout is made of, the verifier would go on with two layouts.
@@ -88,7 +88,7 @@ static __always_inline __u32 check_headers(struct __sk_buff *skb, __u32 layout, 
 {
 	__u32 verdict;
 
-	if (!well_formed(skb, layout, packet))
+	if (!has_valid_lengths(skb, layout, packet))
 		return VERDICT_MALFORMED;
 	if (packet->is_ipv6) {
 		if (packet->has_udp && !packet->udp->check && !(flags & RULE_NO_CHECKSUM))
@@ -96,7 +96,7 @@ static __always_inline __u32 check_headers(struct __sk_buff *skb, __u32 layout, 
 		return VERDICT_FORWARDED;
 	}
 	if (!has_options(packet->ip))
-		return is_sum_right(packet->ip, 0) ? VERDICT_FORWARDED : VERDICT_MALFORMED;
+		return is_ipv4_checksum_valid(packet->ip, 0) ? VERDICT_FORWARDED : VERDICT_MALFORMED;
 	verdict = check_options(skb, layout);
 	return verdict == VERDICT_MARTIAN && flags & RULE_MARTIANS ? VERDICT_FORWARDED : verdict;
 }
@@ -184,15 +184,15 @@ __noinline __u32 check_suspect(struct __sk_buff *skb, __u32 layout, __u32 rule_i
 static __always_inline __u32 check_source(struct __sk_buff *skb, __u32 layout, __u32 rule_id, __u32 flags,
 					  const struct packet *packet)
 {
-	bool martians = flags & RULE_MARTIANS;
+	bool allow_martians = flags & RULE_MARTIANS;
 	__u32 verdict;
 
-	if (!martians && skb->ifindex != LOOPBACK_IFINDEX && is_martian(packet, flags & RULE_OF_GROUP))
+	if (!allow_martians && skb->ifindex != LOOPBACK_IFINDEX && is_martian(packet, flags & RULE_OF_GROUP))
 		return VERDICT_MARTIAN;
 	if (!is_suspect(packet))
 		return VERDICT_FORWARDED;
 	verdict = check_suspect(skb, layout, rule_id);
-	return martians && verdict == VERDICT_MARTIAN ? VERDICT_FORWARDED : verdict;
+	return allow_martians && verdict == VERDICT_MARTIAN ? VERDICT_FORWARDED : verdict;
 }
 
 struct sock {
@@ -205,7 +205,7 @@ struct sock {
 extern void *bpf_rdonly_cast(const void *object, __u32 btf_id) __ksym __weak;
 
 /* Returns true where bind() named the port: a server's; before 6.2, which cannot be asked, of any. */
-static __always_inline bool is_port_named(struct bpf_sock *socket)
+static __always_inline bool is_port_bound(struct bpf_sock *socket)
 {
 	const struct sock *sock;
 
@@ -219,7 +219,7 @@ static __always_inline bool is_port_named(struct bpf_sock *socket)
  * Returns whether a socket of this host waits for the packet: one that is connected to its sender, or whose
  * port the kernel chose, which nobody knows but those that it has sent to.
  */
-__noinline __u32 has_asked(struct __sk_buff *skb, __u32 layout)
+__noinline __u32 has_waiting_socket(struct __sk_buff *skb, __u32 layout)
 {
 	struct bpf_sock_tuple tuple = {};
 	struct packet packet;
@@ -243,7 +243,7 @@ __noinline __u32 has_asked(struct __sk_buff *skb, __u32 layout)
 	}
 	if (!socket)
 		return false;
-	asked = socket->state == UDP_CONNECTED || !is_port_named(socket);
+	asked = socket->state == UDP_CONNECTED || !is_port_bound(socket);
 	bpf_sk_release(socket);
 	return asked;
 }
@@ -254,17 +254,17 @@ __noinline __u32 has_asked(struct __sk_buff *skb, __u32 layout)
  */
 __noinline __u32 admit(struct __sk_buff *skb, __u32 layout, __u32 rule_id, __u32 flags)
 {
-	struct sending *sending = get_sending();
+	struct xmit *xmit = get_xmit();
 	struct packet packet;
 	__u32 verdict;
 
-	if (!sending || !locate(skb, layout, &packet))
+	if (!xmit || !locate(skb, layout, &packet))
 		return VERDICT_MALFORMED;
-	sending->martians = flags & RULE_MARTIANS;
+	xmit->allow_martians = flags & RULE_MARTIANS;
 	verdict = check_headers(skb, layout, flags, &packet);
 	if (verdict != VERDICT_FORWARDED || !packet.has_udp)
 		return verdict;
-	if (features.sockets && flags & RULE_SOCKETS && has_asked(skb, layout))
+	if (features.sockets && flags & RULE_SOCKETS && has_waiting_socket(skb, layout))
 		return VERDICT_LOCAL_SOCKET;
 	return check_source(skb, layout, rule_id, flags, &packet);
 }

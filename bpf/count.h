@@ -18,7 +18,7 @@ static __always_inline void count_segments(struct __sk_buff *skb, __u32 layout, 
 	counter->bytes += (__u64)(segments - 1) * headers;
 }
 
-static __always_inline void note_moment(struct moment *moment, enum verdict verdict)
+static __always_inline void update_moment(struct moment *moment, enum verdict verdict)
 {
 	__u32 tick = bpf_jiffies64();
 
@@ -52,21 +52,21 @@ static __always_inline void count(struct __sk_buff *skb, __u32 layout, __u32 tag
 
 	/* or 5.10 loses the bound, as the compiler compares a copy */
 	asm volatile("" : "+r"(place));
-	if (!counters || features.asking || place >= COUNTERS)
+	if (!counters || features.dry_run || place >= COUNTERS)
 		return;
 	counter = &counters->of[place];
 	counter->packets++;
 	counter->bytes += bytes;
 	if (is_given_away(which))
-		note_moment(&counters->forwarded, which);
+		update_moment(&counters->forwarded, which);
 	else if (is_lost(which))
-		note_moment(&counters->lost, which);
+		update_moment(&counters->lost, which);
 	if (skb->gso_size && layout)
 		count_segments(skb, layout, bytes, counter);
 }
 
 /* Out of line: off the main path, and the verifier need not go on from each of its ends. */
-__noinline __u32 count_aside(struct __sk_buff *skb, __u32 layout, __u32 tags, __u32 id, __u32 which)
+__noinline __u32 count_verdict(struct __sk_buff *skb, __u32 layout, __u32 tags, __u32 id, __u32 which)
 {
 	count(skb, layout, tags, id, which);
 	return 0;

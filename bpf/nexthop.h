@@ -5,37 +5,37 @@
 #define UDPLB_NEXTHOP_H
 
 /* Where a packet goes: what of it is known depends on the verdict beside it. */
-struct way {
-	__u8 frame[2 * ETH_ALEN] __attribute__((aligned(8))); /* as they stand in it: destination, source */
+struct hop {
+	__u8 macs[2 * ETH_ALEN] __attribute__((aligned(8))); /* as they stand in it: destination, source */
 	__u32 ifindex;
 	__u32 family;
 	__be32 gateway[4];
 	__u16 mtu;	      /* 0: unknown */
-	bool asks;	      /* it is time to ask the kernel for the MTU of the path */
+	bool check_pmtu;      /* it is time to ask the kernel for the MTU of the path */
 	bool resolved;	      /* the frame has the MAC addresses, or needs none */
 	enum verdict verdict; /* of a packet that fits */
 };
 
 /* What a packet is sent with. Not on the stack, of which all functions on the way have 512 bytes together. */
-struct sending {
-	__u32 upstream; /* id */
-	bool own;	/* the source is this host's address on the way that user space resolved */
-	struct label label;
-	struct way way;
+struct xmit {
+	__u32 upstream;	    /* id */
+	bool egress_source; /* the source is this host's address on the way that user space resolved */
+	struct rewrite rewrite;
+	struct hop hop;
 	struct bpf_fib_lookup fib;
 	struct bpf_redir_neigh neighbour;
-	struct headers original;
-	__u32 pieces;		     /* fragments that the packet is cut into; 0: it is not */
-	__u32 cb[5];		     /* of the skb, as it came */
-	__u32 options[MOST_OPTIONS]; /* of the IP header of a packet that is cut */
-	__u32 option_end;	     /* of the one that is looked at */
-	__u32 option_blank;	     /* it is to be replaced */
-	__u8 shifted[SHIFTED];
+	struct headers saved;
+	__u32 fragments;		 /* fragments that the packet is cut into; 0: it is not */
+	__u32 cb[5];			 /* of the skb, as it came */
+	__u32 options[MAX_OPTION_WORDS]; /* of the IP header of a packet that is cut */
+	__u32 option_end;		 /* of the one that is looked at */
+	__u32 option_blank;		 /* it is to be replaced */
+	__u8 shifted[SHIFTED_BYTES];
 	volatile enum checksum checksum; /* read each time: the verifier would go on once for each of them */
-	__u32 csum;			 /* what was added to skb->csum */
+	__u32 csum_delta;		 /* what was added to skb->csum */
 	/* of the walk through an IPv4 header's options, and read each time, too: where, and its verdict */
-	volatile __u32 option, goes_on;
-	__u32 martians; /* the packet's rule forwards any source */
+	volatile __u32 option_offset, option_verdict;
+	__u32 allow_martians; /* the packet's rule forwards any source */
 };
 
 /* One for each CPU: nothing that a packet is sent to comes back in before send() has ended. */
@@ -43,14 +43,14 @@ struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct sending);
-} sendings SEC(".maps");
+	__type(value, struct xmit);
+} xmit_scratch SEC(".maps");
 
-static __always_inline struct sending *get_sending(void)
+static __always_inline struct xmit *get_xmit(void)
 {
 	const __u32 only = 0;
 
-	return bpf_map_lookup_elem(&sendings, &only);
+	return bpf_map_lookup_elem(&xmit_scratch, &only);
 }
 
 #include "neighbour.h"
@@ -63,7 +63,7 @@ static __always_inline void copy_mac(void *to, const void *from)
 	*(__u16 *)(to + 4) = *(const __u16 *)(from + 4);
 }
 
-static __always_inline bool is_no_mac(const __u8 *mac)
+static __always_inline bool is_zero_mac(const __u8 *mac)
 {
 	const __u16 *words = (const void *)mac;
 
@@ -106,19 +106,19 @@ static __always_inline bool is_unicast_ipv6(const __be32 *address)
  * Returns true for a packet that no router sends on (RFC 4291, sections 2.5.2, 2.5.3, 2.5.6 and 2.7) and the
  * kernel does not route, and for one that would be from its receiver, which drops it.
  */
-__noinline __u32 leaves_as_martian(__u32 layout)
+__noinline __u32 is_martian_rewrite(__u32 layout)
 {
-	struct sending *sending = get_sending();
-	const struct label *label;
+	struct xmit *xmit = get_xmit();
+	const struct rewrite *rw;
 
-	if (!sending)
+	if (!xmit)
 		return true;
-	label = &sending->label;
+	rw = &xmit->rewrite;
 	if (!(layout & LAYOUT_IPV6))
-		return !sending->martians && label->source[0] == label->destination[0];
-	return !is_unicast_ipv6(label->source) ||
-	       (is_link_local(label->source) && !is_link_local(label->destination)) ||
-	       (!sending->martians && is_same_address(label->source, label->destination));
+		return !xmit->allow_martians && rw->source[0] == rw->destination[0];
+	return !is_unicast_ipv6(rw->source) ||
+	       (is_link_local(rw->source) && !is_link_local(rw->destination)) ||
+	       (!xmit->allow_martians && is_same_address(rw->source, rw->destination));
 }
 
 static __always_inline struct nexthop_slot *nexthop_slot(__u32 upstream)
@@ -135,122 +135,122 @@ static __always_inline __u32 sequence_of(const struct nexthop_slot *slot)
 }
 
 /* The entry that is in use, if it is for this upstream's address. */
-static __always_inline const struct nexthop *known_of(const struct nexthop_slot *slot, __u32 sequence,
-						      const __be32 *address)
+static __always_inline const struct nexthop *cached_nexthop(const struct nexthop_slot *slot, __u32 sequence,
+							    const __be32 *address)
 {
-	const struct nexthop *known = &slot->copies[sequence & 1];
+	const struct nexthop *cached = &slot->copies[sequence & 1];
 
-	if (features.ipv6 ? !is_same_address(known->address, address) : known->address[0] != address[0])
+	if (features.ipv6 ? !is_same_address(cached->address, address) : cached->address[0] != address[0])
 		return NULL;
-	return known;
+	return cached;
 }
 
 /* Whether an upstream is known not to answer. */
 static __always_inline bool is_down(const struct upstream *upstream)
 {
 	const struct nexthop_slot *slot = nexthop_slot(upstream->id);
-	const struct nexthop *known;
+	const struct nexthop *cached;
 
-	if (!slot || !(known = known_of(slot, sequence_of(slot), upstream->address)))
+	if (!slot || !(cached = cached_nexthop(slot, sequence_of(slot), upstream->address)))
 		return false;
-	return known->health == HEALTH_DOWN && lease_holds();
+	return cached->health == HEALTH_DOWN && lease_holds();
 }
 
 /* This host's own address on the way; false where it is not known. */
 static __always_inline bool egress_address(const struct upstream *upstream, __be32 *address)
 {
 	const struct nexthop_slot *slot = nexthop_slot(upstream->id);
-	const struct nexthop *known;
+	const struct nexthop *cached;
 	__u32 sequence;
 
 	if (!slot)
 		return false;
 	sequence = sequence_of(slot);
-	known = known_of(slot, sequence, upstream->address);
-	if (!known)
+	cached = cached_nexthop(slot, sequence, upstream->address);
+	if (!cached)
 		return false;
-	__builtin_memcpy(address, known->egress, sizeof(known->egress));
+	__builtin_memcpy(address, cached->egress, sizeof(cached->egress));
 	return (address[0] | address[1] | address[2] | address[3]) && sequence_of(slot) == sequence;
 }
 
-enum leased {
-	LEASED_NOTHING, /* or no longer */
-	LEASED_DOWN,	/* there is a next hop, which does not answer */
-	LEASED_WAY,
+enum lease_state {
+	LEASE_UNUSABLE, /* or no longer */
+	LEASE_DOWN,	/* there is a next hop, which does not answer */
+	LEASE_VALID,
 };
 
 /* Takes the way that arpd vouches for. */
-static __always_inline enum leased leased_way(struct sending *sending)
+static __always_inline enum lease_state nexthop_from_lease(struct xmit *xmit)
 {
-	struct way *way = &sending->way;
+	struct hop *hop = &xmit->hop;
 	const struct nexthop_slot *slot;
-	const struct nexthop *known;
+	const struct nexthop *cached;
 	__u32 sequence;
 
-	if (!lease_holds() || !(slot = nexthop_slot(sending->upstream)))
-		return LEASED_NOTHING;
+	if (!lease_holds() || !(slot = nexthop_slot(xmit->upstream)))
+		return LEASE_UNUSABLE;
 	sequence = sequence_of(slot);
-	known = known_of(slot, sequence, sending->label.destination);
-	if (!known || !known->ifindex)
-		return LEASED_NOTHING;
-	if (known->health == HEALTH_DOWN)
-		return LEASED_DOWN;
-	if (known->macs < MACS_FRESH)
-		return LEASED_NOTHING;
-	way->ifindex = known->ifindex;
-	copy_macs(way->frame, known->destination);
-	way->mtu = known->mtu;
-	way->resolved = true;
-	if (features.asking)
-		__builtin_memcpy(way->gateway, known->gateway, sizeof(way->gateway));
-	way->asks = age(slot->asked) >= ASKED_SECONDS * features.ticks_per_second;
+	cached = cached_nexthop(slot, sequence, xmit->rewrite.destination);
+	if (!cached || !cached->ifindex)
+		return LEASE_UNUSABLE;
+	if (cached->health == HEALTH_DOWN)
+		return LEASE_DOWN;
+	if (cached->macs < MACS_FRESH)
+		return LEASE_UNUSABLE;
+	hop->ifindex = cached->ifindex;
+	copy_macs(hop->macs, cached->destination);
+	hop->mtu = cached->mtu;
+	hop->resolved = true;
+	if (features.dry_run)
+		__builtin_memcpy(hop->gateway, cached->gateway, sizeof(hop->gateway));
+	hop->check_pmtu = age(slot->pmtu_checked) >= PMTU_POLL_SECONDS * features.ticks_per_second;
 	/* two writes since: what was read may be a mixture */
-	return sequence_of(slot) == sequence ? LEASED_WAY : LEASED_NOTHING;
+	return sequence_of(slot) == sequence ? LEASE_VALID : LEASE_UNUSABLE;
 }
 
 /*
  * Takes interface and gateway that user space resolved, where the kernel does not route for this interface.
  * Only the kernel's neighbour table knows whether the gateway answers.
  */
-static __always_inline enum verdict known_way(struct __sk_buff *skb, const struct sending *sending,
-					      struct way *way)
+static __always_inline enum verdict nexthop_from_cache(struct __sk_buff *skb, const struct xmit *xmit,
+						       struct hop *hop)
 {
-	const struct nexthop_slot *slot = nexthop_slot(sending->upstream);
+	const struct nexthop_slot *slot = nexthop_slot(xmit->upstream);
 	enum verdict verdict = VERDICT_STALE_NEIGHBOUR;
-	const struct nexthop *known;
+	const struct nexthop *cached;
 	__u32 sequence, gateway;
 
 	if (!slot)
 		return VERDICT_NO_ROUTE;
 	sequence = sequence_of(slot);
-	known = known_of(slot, sequence, sending->label.destination);
-	if (!known || !known->ifindex)
+	cached = cached_nexthop(slot, sequence, xmit->rewrite.destination);
+	if (!cached || !cached->ifindex)
 		return VERDICT_NO_ROUTE;
-	way->ifindex = known->ifindex;
-	way->family = known->family;
-	__builtin_memcpy(way->gateway, known->gateway, sizeof(way->gateway));
-	way->mtu = known->mtu;
-	way->resolved = known->macs == MACS_NONE;
-	if (known->macs == MACS_UNKNOWN)
+	hop->ifindex = cached->ifindex;
+	hop->family = cached->family;
+	__builtin_memcpy(hop->gateway, cached->gateway, sizeof(hop->gateway));
+	hop->mtu = cached->mtu;
+	hop->resolved = cached->macs == MACS_NONE;
+	if (cached->macs == MACS_UNKNOWN)
 		verdict = VERDICT_UNRESOLVED;
 	if (sequence_of(slot) != sequence)
 		return VERDICT_NO_NEIGHBOUR;
-	if (way->resolved)
+	if (hop->resolved)
 		return VERDICT_FORWARDED;
-	gateway = is_gateway_known(skb);
-	if (gateway == KNOWN_NOT_READABLE)
+	gateway = gateway_state(skb);
+	if (gateway == NEIGHBOUR_UNREADABLE)
 		return verdict;
-	return gateway == KNOWN_VALID ? VERDICT_FORWARDED : VERDICT_UNRESOLVED;
+	return gateway == NEIGHBOUR_VALID ? VERDICT_FORWARDED : VERDICT_UNRESOLVED;
 }
 
 /* Returns the entry of user space if it leaves by that interface; 0: by any. */
-static __always_inline const struct nexthop *known_on(const struct sending *sending, __u32 ifindex)
+static __always_inline const struct nexthop *cached_nexthop_via(const struct xmit *xmit, __u32 ifindex)
 {
-	const struct nexthop_slot *slot = nexthop_slot(sending->upstream);
-	const struct nexthop *known =
-		slot ? known_of(slot, sequence_of(slot), sending->label.destination) : NULL;
+	const struct nexthop_slot *slot = nexthop_slot(xmit->upstream);
+	const struct nexthop *cached =
+		slot ? cached_nexthop(slot, sequence_of(slot), xmit->rewrite.destination) : NULL;
 
-	return known && (!ifindex || known->ifindex == ifindex) ? known : NULL;
+	return cached && (!ifindex || cached->ifindex == ifindex) ? cached : NULL;
 }
 
 /* Length of the IP packet that goes out: of a segment where the device or the kernel cuts it up. */
@@ -264,9 +264,8 @@ static __always_inline __u32 ip_length(struct __sk_buff *skb, __u32 layout, cons
 }
 
 /* What the kernel's routing is asked for a packet of that length. */
-static __always_inline void write_question(struct __sk_buff *skb, const struct packet *packet,
-					   const struct label *label, __u32 length,
-					   struct bpf_fib_lookup *fib)
+static __always_inline void fill_fib_query(struct __sk_buff *skb, const struct packet *packet,
+					   const struct rewrite *rw, __u32 length, struct bpf_fib_lookup *fib)
 {
 	__builtin_memset(fib, 0, sizeof(*fib));
 	fib->family = AF_INET;
@@ -276,90 +275,91 @@ static __always_inline void write_question(struct __sk_buff *skb, const struct p
 	fib->ifindex = skb->ifindex;
 	if (packet->has_udp) {
 		fib->sport = packet->udp->source;
-		fib->dport = label->port ?: packet->udp->dest;
+		fib->dport = rw->port ?: packet->udp->dest;
 	}
 	if (packet->is_ipv6) {
 		fib->family = AF_INET6;
 		fib->flowinfo = *(__be32 *)packet->ip6 & bpf_htonl(0x0fffffff);
-		__builtin_memcpy(fib->ipv6_src, label->source, sizeof(fib->ipv6_src));
-		__builtin_memcpy(fib->ipv6_dst, label->destination, sizeof(fib->ipv6_dst));
+		__builtin_memcpy(fib->ipv6_src, rw->source, sizeof(fib->ipv6_src));
+		__builtin_memcpy(fib->ipv6_dst, rw->destination, sizeof(fib->ipv6_dst));
 	} else {
 		fib->tos = packet->ip->tos;
-		fib->ipv4_src = label->source[0];
+		fib->ipv4_src = rw->source[0];
 		/* .ipv4_dst, and zeroes behind it: the gateway is compared as a whole */
-		fib->ipv6_dst[0] = label->destination[0];
+		fib->ipv6_dst[0] = rw->destination[0];
 	}
 }
 
 /* The way that the kernel's routing knew: BPF_FIB_LKUP_RET_SUCCESS. */
-static __always_inline void take_way(struct way *way, const struct bpf_fib_lookup *fib)
+static __always_inline void fill_hop_from_fib(struct hop *hop, const struct bpf_fib_lookup *fib)
 {
-	way->ifindex = fib->ifindex;
-	copy_mac(way->frame, fib->dmac);
-	copy_mac(way->frame + ETH_ALEN, fib->smac);
-	way->mtu = fib->mtu_result;
-	way->resolved = true;
-	if (features.asking)
-		__builtin_memcpy(way->gateway, fib->ipv6_dst, sizeof(way->gateway));
+	hop->ifindex = fib->ifindex;
+	copy_mac(hop->macs, fib->dmac);
+	copy_mac(hop->macs + ETH_ALEN, fib->smac);
+	hop->mtu = fib->mtu_result;
+	hop->resolved = true;
+	if (features.dry_run)
+		__builtin_memcpy(hop->gateway, fib->ipv6_dst, sizeof(hop->gateway));
 }
 
 /*
  * Returns true for a path that leaves by another interface than the one whose address the packet has. Before
  * 6.15 the kernel hashes a flow over several paths whatever its source is.
  */
-static __always_inline bool is_other_path(const struct sending *sending, int result)
+static __always_inline bool is_other_interface(const struct xmit *xmit, int result)
 {
-	const struct nexthop *known;
+	const struct nexthop *cached;
 
-	if (!sending->own || (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH))
+	if (!xmit->egress_source ||
+	    (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH))
 		return false;
-	known = known_on(sending, 0);
-	return known && known->ifindex != sending->fib.ifindex;
+	cached = cached_nexthop_via(xmit, 0);
+	return cached && cached->ifindex != xmit->fib.ifindex;
 }
 
 /* Takes the way to a neighbour that the kernel knows no MAC address of; there may be none to know. */
-static __always_inline enum verdict gateway_way(const struct sending *sending, struct way *way)
+static __always_inline enum verdict nexthop_from_gateway(const struct xmit *xmit, struct hop *hop)
 {
-	const struct bpf_fib_lookup *fib = &sending->fib;
-	const struct nexthop *known = known_on(sending, fib->ifindex);
+	const struct bpf_fib_lookup *fib = &xmit->fib;
+	const struct nexthop *cached = cached_nexthop_via(xmit, fib->ifindex);
 
-	way->ifindex = fib->ifindex;
-	way->family = fib->family;
-	__builtin_memcpy(way->gateway, fib->ipv6_dst, sizeof(way->gateway));
-	if (!known)
+	hop->ifindex = fib->ifindex;
+	hop->family = fib->family;
+	__builtin_memcpy(hop->gateway, fib->ipv6_dst, sizeof(hop->gateway));
+	if (!cached)
 		return VERDICT_UNRESOLVED;
-	way->mtu = known->mtu;
-	way->resolved = known->macs == MACS_NONE;
-	return way->resolved ? VERDICT_FORWARDED : VERDICT_UNRESOLVED;
+	hop->mtu = cached->mtu;
+	hop->resolved = cached->macs == MACS_NONE;
+	return hop->resolved ? VERDICT_FORWARDED : VERDICT_UNRESOLVED;
 }
 
 /* The way of a packet that fits, where a larger one was asked for. */
-static __always_inline enum verdict way_that_fits(struct __sk_buff *skb, struct sending *sending, __u16 mtu)
+static __always_inline enum verdict nexthop_for_mtu(struct __sk_buff *skb, struct xmit *xmit, __u16 mtu)
 {
-	struct bpf_fib_lookup *fib = &sending->fib;
+	struct bpf_fib_lookup *fib = &xmit->fib;
 	int result;
 
 	fib->tot_len = mtu;
 	result = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
 	if (result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH)
 		return VERDICT_NO_ROUTE;
-	if (is_other_path(sending, result))
-		return known_way(skb, sending, &sending->way);
-	if (result == BPF_FIB_LKUP_RET_NO_NEIGH || is_no_mac(fib->dmac))
-		return gateway_way(sending, &sending->way);
-	take_way(&sending->way, fib);
+	if (is_other_interface(xmit, result))
+		return nexthop_from_cache(skb, xmit, &xmit->hop);
+	if (result == BPF_FIB_LKUP_RET_NO_NEIGH || is_zero_mac(fib->dmac))
+		return nexthop_from_gateway(xmit, &xmit->hop);
+	fill_hop_from_fib(&xmit->hop, fib);
 	return VERDICT_FORWARDED;
 }
 
 /* The MTU that the kernel said takes the place of tot_len, from 5.12 on. Returns 0 where it is not known. */
-static __always_inline __u16 mtu_that_fits(const struct sending *sending, __u32 length)
+static __always_inline __u16 fitting_mtu(const struct xmit *xmit, __u32 length)
 {
-	const struct nexthop *known;
-	__u16 mtu = sending->fib.mtu_result;
+	const struct nexthop *cached;
+	__u16 mtu = xmit->fib.mtu_result;
 
 	if (mtu >= length) {
-		known = known_on(sending, 0);
-		mtu = known ? known->mtu : 0;
+		cached = cached_nexthop_via(xmit, 0);
+		mtu = cached ? cached->mtu : 0;
 	}
 	return mtu < length ? mtu : 0;
 }
@@ -368,29 +368,29 @@ static __always_inline __u16 mtu_that_fits(const struct sending *sending, __u32 
  * What is done where the kernel's routing has no way; `result` is what it said. As next_hop(); in a function
  * by itself because the verifier would go on once for each of its ends.
  */
-__noinline __u32 find_way(struct __sk_buff *skb, __u32 result, __u32 length)
+__noinline __u32 nexthop_fallback(struct __sk_buff *skb, __u32 result, __u32 length)
 {
-	struct sending *sending = get_sending();
-	struct way *way;
+	struct xmit *xmit = get_xmit();
+	struct hop *hop;
 	__u16 mtu;
 
-	if (!sending)
+	if (!xmit)
 		return VERDICT_NO_ROUTE;
-	way = &sending->way;
-	__builtin_memset(way, 0, sizeof(*way));
+	hop = &xmit->hop;
+	__builtin_memset(hop, 0, sizeof(*hop));
 	switch (result) {
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
-		mtu = mtu_that_fits(sending, length);
-		way->verdict = VERDICT_NO_ROUTE;
-		if (mtu && sending->fib.family == AF_INET)
-			way->verdict = way_that_fits(skb, sending, mtu);
-		way->mtu = mtu;
+		mtu = fitting_mtu(xmit, length);
+		hop->verdict = VERDICT_NO_ROUTE;
+		if (mtu && xmit->fib.family == AF_INET)
+			hop->verdict = nexthop_for_mtu(skb, xmit, mtu);
+		hop->mtu = mtu;
 		return VERDICT_MTU;
 	case BPF_FIB_LKUP_RET_SUCCESS: /* before 6.3, while the kernel still asks for the neighbour */
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
-		return gateway_way(sending, way);
+		return nexthop_from_gateway(xmit, hop);
 	case BPF_FIB_LKUP_RET_FWD_DISABLED:
-		return known_way(skb, sending, way);
+		return nexthop_from_cache(skb, xmit, hop);
 	default:
 		return VERDICT_NO_ROUTE;
 	}
@@ -400,54 +400,54 @@ __noinline __u32 find_way(struct __sk_buff *skb, __u32 result, __u32 length)
  * Notes what the kernel's routing says of the path, where arpd vouches for the way: what other traffic of
  * this host has learned counts for upstreams too.
  */
-__noinline __u32 note_kernel_mtu(__u32 result, __u32 length)
+__noinline __u32 learn_fib_mtu(__u32 result, __u32 length)
 {
-	struct sending *sending = get_sending();
-	struct nexthop_slot *slot = sending ? nexthop_slot(sending->upstream) : NULL;
+	struct xmit *xmit = get_xmit();
+	struct nexthop_slot *slot = xmit ? nexthop_slot(xmit->upstream) : NULL;
 
 	if (!slot)
 		return 0;
-	slot->asked = bpf_jiffies64();
-	if (result == BPF_FIB_LKUP_RET_FRAG_NEEDED && sending->fib.mtu_result < length)
-		note_mtu((const struct key_address *)sending->label.destination, sending->fib.mtu_result,
-			 2 * ASKED_SECONDS);
+	slot->pmtu_checked = bpf_jiffies64();
+	if (result == BPF_FIB_LKUP_RET_FRAG_NEEDED && xmit->fib.mtu_result < length)
+		update_pmtu((const struct key_address *)xmit->rewrite.destination, xmit->fib.mtu_result,
+			    2 * PMTU_POLL_SECONDS);
 	return 0;
 }
 
 /* The way that the kernel's routing says, or else the one that user space resolved. */
-static __always_inline enum verdict routed_way(struct __sk_buff *skb, const struct packet *packet,
-					       __u32 length, bool is_leased, struct sending *sending)
+static __always_inline enum verdict nexthop_from_fib(struct __sk_buff *skb, const struct packet *packet,
+						     __u32 length, bool is_leased, struct xmit *xmit)
 {
-	struct bpf_fib_lookup *fib = &sending->fib;
+	struct bpf_fib_lookup *fib = &xmit->fib;
 	int result = BPF_FIB_LKUP_RET_FWD_DISABLED;
 
-	write_question(skb, packet, &sending->label, length, fib);
+	fill_fib_query(skb, packet, &xmit->rewrite, length, fib);
 	/* the link of a link-local address only the configuration knows */
 	if (!packet->is_ipv6 || !is_link_local(fib->ipv6_dst))
 		result = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
 	if (is_leased) {
-		note_kernel_mtu(result, length);
+		learn_fib_mtu(result, length);
 		return VERDICT_FORWARDED;
 	}
-	if (is_other_path(sending, result))
+	if (is_other_interface(xmit, result))
 		result = BPF_FIB_LKUP_RET_FWD_DISABLED;
-	if (result != BPF_FIB_LKUP_RET_SUCCESS || is_no_mac(fib->dmac))
-		return find_way(skb, result, length);
-	take_way(&sending->way, fib);
+	if (result != BPF_FIB_LKUP_RET_SUCCESS || is_zero_mac(fib->dmac))
+		return nexthop_fallback(skb, result, length);
+	fill_hop_from_fib(&xmit->hop, fib);
 	return VERDICT_FORWARDED;
 }
 
 /* Lowers the MTU of the next hop to the one that is noted of the path. */
-__noinline __u32 limit_mtu(void)
+__noinline __u32 apply_pmtu(void)
 {
-	struct sending *sending = get_sending();
+	struct xmit *xmit = get_xmit();
 	const struct path_mtu *noted;
 
-	if (!sending)
+	if (!xmit)
 		return 0;
-	noted = bpf_map_lookup_elem(&path_mtus, sending->label.destination);
-	if (noted && is_ahead(noted->until) && (!sending->way.mtu || noted->mtu < sending->way.mtu))
-		sending->way.mtu = noted->mtu;
+	noted = bpf_map_lookup_elem(&path_mtus, xmit->rewrite.destination);
+	if (noted && is_future(noted->until) && (!xmit->hop.mtu || noted->mtu < xmit->hop.mtu))
+		xmit->hop.mtu = noted->mtu;
 	return 0;
 }
 
@@ -457,23 +457,23 @@ __noinline __u32 limit_mtu(void)
  * VERDICT_UNRESOLVED. With VERDICT_MTU, way->mtu is what fits, if it is known, and way->verdict says the same
  * of a packet that does.
  */
-static __always_inline enum verdict next_hop(struct __sk_buff *skb, const struct packet *packet, __u32 length,
-					     struct sending *sending)
+static __always_inline enum verdict resolve_nexthop(struct __sk_buff *skb, const struct packet *packet,
+						    __u32 length, struct xmit *xmit)
 {
-	bool is_large = length > least_mtu(packet->is_ipv6);
-	enum leased leased = leased_way(sending);
+	bool is_large = length > min_pmtu(packet->is_ipv6);
+	enum lease_state lease_state = nexthop_from_lease(xmit);
 	enum verdict verdict = VERDICT_FORWARDED;
-	struct way *way = &sending->way;
+	struct hop *hop = &xmit->hop;
 
-	if (leased == LEASED_DOWN)
+	if (lease_state == LEASE_DOWN)
 		return VERDICT_NO_NEIGHBOUR;
-	if (leased == LEASED_NOTHING || (is_large && way->asks))
-		verdict = routed_way(skb, packet, length, leased == LEASED_WAY, sending);
+	if (lease_state == LEASE_UNUSABLE || (is_large && hop->check_pmtu))
+		verdict = nexthop_from_fib(skb, packet, length, lease_state == LEASE_VALID, xmit);
 	if (verdict != VERDICT_MTU)
-		way->verdict = verdict;
-	if (is_large && is_any_noted())
-		limit_mtu();
-	return is_sent(verdict) && way->mtu && length > way->mtu ? VERDICT_MTU : verdict;
+		hop->verdict = verdict;
+	if (is_large && has_pmtus())
+		apply_pmtu();
+	return is_sent(verdict) && hop->mtu && length > hop->mtu ? VERDICT_MTU : verdict;
 }
 
 #endif

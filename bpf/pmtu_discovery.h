@@ -6,11 +6,11 @@
 #ifndef UDPLB_PMTU_DISCOVERY_H
 #define UDPLB_PMTU_DISCOVERY_H
 
-#define LEARNED_PER_SECOND 100
-#define LEARNED_AT_ONCE 50
+#define REPORTS_PER_SECOND 100
+#define REPORTS_BURST 50
 
 /* The MTU that an ICMP error reports, and the packet that it quotes. */
-struct lesson {
+struct icmp_report {
 	__u32 mtu;
 	__u32 length;	    /* of the packet that did not fit */
 	__be32 receiver[4]; /* of the error */
@@ -19,22 +19,23 @@ struct lesson {
 };
 
 /* Returns true if the ICMP message sums up to what it should, `sum` being that of its pseudo-header. */
-static __always_inline bool is_sound(struct __sk_buff *skb, __u32 offset, __u32 length, __u64 sum)
+static __always_inline bool is_icmp_checksum_valid(struct __sk_buff *skb, __u32 offset, __u32 length,
+						   __u64 sum)
 {
-	return length <= SUMMED && fold16(sum + sum_of(skb, offset, length)) == 0xffff;
+	return length <= MAX_SUM_BYTES && fold16(sum + sum_bytes(skb, offset, length)) == 0xffff;
 }
 
-static __always_inline bool read_ports(struct __sk_buff *skb, __u32 offset, struct lesson *lesson)
+static __always_inline bool read_ports(struct __sk_buff *skb, __u32 offset, struct icmp_report *report)
 {
 	__be16 ports[2];
 
 	if (bpf_skb_load_bytes(skb, offset, ports, sizeof(ports)))
 		return false;
-	lesson->destination.port = ports[1];
+	report->destination.port = ports[1];
 	return true;
 }
 
-static __always_inline bool read_error4(struct __sk_buff *skb, __u32 offset, struct lesson *lesson)
+static __always_inline bool read_error4(struct __sk_buff *skb, __u32 offset, struct icmp_report *report)
 {
 	struct icmp icmp;
 	struct iphdr ip;
@@ -43,25 +44,25 @@ static __always_inline bool read_error4(struct __sk_buff *skb, __u32 offset, str
 	if (bpf_skb_load_bytes(skb, offset, &ip, sizeof(ip)) || ip.ihl < 5 ||
 	    ip.frag_off & bpf_htons(IP_OFFSET | IP_MF))
 		return false;
-	lesson->receiver[0] = ip.daddr;
+	report->receiver[0] = ip.daddr;
 	offset += ip.ihl * 4;
 	length = bpf_ntohs(ip.tot_len) - ip.ihl * 4;
 	if (bpf_skb_load_bytes(skb, offset, &icmp, sizeof(icmp)) || icmp.type != ICMP_DEST_UNREACH ||
-	    icmp.code != ICMP_FRAG_NEEDED || !is_sound(skb, offset, length, 0))
+	    icmp.code != ICMP_FRAG_NEEDED || !is_icmp_checksum_valid(skb, offset, length, 0))
 		return false;
 	offset += sizeof(icmp);
 	if (bpf_skb_load_bytes(skb, offset, &ip, sizeof(ip)) || ip.version != 4 || ip.ihl < 5 ||
 	    ip.protocol != IPPROTO_UDP || ip.frag_off & bpf_htons(IP_OFFSET) ||
 	    !(ip.frag_off & bpf_htons(IP_DF)))
 		return false;
-	lesson->mtu = bpf_ntohl(icmp.mtu) & 0xffff;
-	lesson->length = bpf_ntohs(ip.tot_len);
-	lesson->source[0] = ip.saddr;
-	lesson->destination.address[0] = ip.daddr;
-	return read_ports(skb, offset + ip.ihl * 4, lesson);
+	report->mtu = bpf_ntohl(icmp.mtu) & 0xffff;
+	report->length = bpf_ntohs(ip.tot_len);
+	report->source[0] = ip.saddr;
+	report->destination.address[0] = ip.daddr;
+	return read_ports(skb, offset + ip.ihl * 4, report);
 }
 
-static __always_inline bool read_error6(struct __sk_buff *skb, __u32 offset, struct lesson *lesson)
+static __always_inline bool read_error6(struct __sk_buff *skb, __u32 offset, struct icmp_report *report)
 {
 	struct extension extension;
 	struct ipv6hdr ip6;
@@ -70,19 +71,19 @@ static __always_inline bool read_error6(struct __sk_buff *skb, __u32 offset, str
 
 	if (bpf_skb_load_bytes(skb, offset, &ip6, sizeof(ip6)))
 		return false;
-	__builtin_memcpy(lesson->receiver, &ip6.daddr, sizeof(lesson->receiver));
+	__builtin_memcpy(report->receiver, &ip6.daddr, sizeof(report->receiver));
 	sum = sum_words(&ip6.saddr, 2 * sizeof(ip6.saddr)) + ip6.payload_len + bpf_htons(IPPROTO_ICMPV6);
 	offset += sizeof(ip6);
 	if (bpf_skb_load_bytes(skb, offset, &icmp, sizeof(icmp)) || icmp.type != ICMPV6_PKT_TOOBIG ||
-	    icmp.code || !is_sound(skb, offset, bpf_ntohs(ip6.payload_len), sum))
+	    icmp.code || !is_icmp_checksum_valid(skb, offset, bpf_ntohs(ip6.payload_len), sum))
 		return false;
 	offset += sizeof(icmp);
 	if (bpf_skb_load_bytes(skb, offset, &ip6, sizeof(ip6)) || ip6.version != 6)
 		return false;
-	lesson->mtu = bpf_ntohl(icmp.mtu);
-	lesson->length = sizeof(ip6) + bpf_ntohs(ip6.payload_len);
-	__builtin_memcpy(lesson->source, &ip6.saddr, sizeof(lesson->source));
-	__builtin_memcpy(lesson->destination.address, &ip6.daddr, sizeof(lesson->destination.address));
+	report->mtu = bpf_ntohl(icmp.mtu);
+	report->length = sizeof(ip6) + bpf_ntohs(ip6.payload_len);
+	__builtin_memcpy(report->source, &ip6.saddr, sizeof(report->source));
+	__builtin_memcpy(report->destination.address, &ip6.daddr, sizeof(report->destination.address));
 	offset += sizeof(ip6);
 	if (ip6.nexthdr == NEXTHDR_FRAGMENT) {
 		if (bpf_skb_load_bytes(skb, offset, &extension, sizeof(extension)) ||
@@ -91,55 +92,56 @@ static __always_inline bool read_error6(struct __sk_buff *skb, __u32 offset, str
 		ip6.nexthdr = extension.next;
 		offset += sizeof(extension);
 	}
-	return ip6.nexthdr == IPPROTO_UDP && read_ports(skb, offset, lesson);
+	return ip6.nexthdr == IPPROTO_UDP && read_ports(skb, offset, report);
 }
 
 /* Returns true where a rule has that address and port, or any, as its key. */
-static __always_inline bool is_key(const __be32 *address, __be16 port, bool ipv6)
+static __always_inline bool is_key_of_rule(const __be32 *address, __be16 port, bool ipv6)
 {
-	return rule_of(address, port, ipv6) || (features.any_port && rule_of(address, 0, ipv6));
+	return lookup_rule(address, port, ipv6) || (features.any_port && lookup_rule(address, 0, ipv6));
 }
 
 /* Returns true for a packet that a rule sends: from one of its addresses to one of its upstreams. */
-static __always_inline bool is_ours(struct lesson *lesson, bool ipv6)
+static __always_inline bool is_forwarded_flow(struct icmp_report *report, bool ipv6)
 {
-	const struct destination *destination = bpf_map_lookup_elem(&destinations, &lesson->destination);
+	const struct destination *destination = bpf_map_lookup_elem(&destinations, &report->destination);
 	struct upstream upstream = {};
 	__be32 egress[4];
 	bool is_vip;
 
 	if (destination) {
-		is_vip = bpf_map_lookup_elem(&addresses, lesson->source);
+		is_vip = bpf_map_lookup_elem(&addresses, report->source);
 	} else {
 		/* an upstream may get packets on the port that they came to */
-		is_vip = is_key(lesson->source, lesson->destination.port, ipv6);
-		lesson->destination.port = 0;
-		destination = bpf_map_lookup_elem(&destinations, &lesson->destination);
+		is_vip = is_key_of_rule(report->source, report->destination.port, ipv6);
+		report->destination.port = 0;
+		destination = bpf_map_lookup_elem(&destinations, &report->destination);
 	}
 	if (!destination)
 		return false;
 	if (destination->sources & 1 << SOURCE_VIP && is_vip)
 		return true;
 	upstream.id = destination->upstream;
-	__builtin_memcpy(upstream.address, lesson->destination.address, sizeof(upstream.address));
+	__builtin_memcpy(upstream.address, report->destination.address, sizeof(upstream.address));
 	return destination->sources & 1 << SOURCE_EGRESS && egress_address(&upstream, egress) &&
-	       is_same_address(egress, lesson->source);
+	       is_same_address(egress, report->source);
 }
 
 /* Learns from the ICMP packet whose IP header is at that offset. */
-__noinline __u32 learn(struct __sk_buff *skb, __u32 offset)
+__noinline __u32 learn_pmtu(struct __sk_buff *skb, __u32 offset)
 {
 	bool ipv6 = features.ipv6 && skb->protocol == bpf_htons(ETH_P_IPV6);
-	struct lesson lesson = {};
+	struct icmp_report report = {};
 
-	if (skb->pkt_type != PACKET_HOST || features.asking ||
-	    !(ipv6 ? read_error6(skb, offset, &lesson) : read_error4(skb, offset, &lesson)) ||
-	    lesson.length <= lesson.mtu || !is_same_address(lesson.receiver, lesson.source) ||
-	    !is_ours(&lesson, ipv6) || !take_token(BUDGET_LEARNED, LEARNED_AT_ONCE, LEARNED_PER_SECOND))
+	if (skb->pkt_type != PACKET_HOST || features.dry_run ||
+	    !(ipv6 ? read_error6(skb, offset, &report) : read_error4(skb, offset, &report)) ||
+	    report.length <= report.mtu || !is_same_address(report.receiver, report.source) ||
+	    !is_forwarded_flow(&report, ipv6) ||
+	    !take_token(BUDGET_REPORTS, REPORTS_BURST, REPORTS_PER_SECOND))
 		return 0;
-	if (lesson.mtu < least_mtu(ipv6))
-		lesson.mtu = least_mtu(ipv6);
-	note_mtu((const struct key_address *)lesson.destination.address, lesson.mtu, LEARNED_SECONDS);
+	if (report.mtu < min_pmtu(ipv6))
+		report.mtu = min_pmtu(ipv6);
+	update_pmtu((const struct key_address *)report.destination.address, report.mtu, PMTU_EXPIRY_SECONDS);
 	return 0;
 }
 

@@ -7,19 +7,19 @@
 #ifndef UDPLB_RECIRCULATE_H
 #define UDPLB_RECIRCULATE_H
 
-#define RECIRCULATED 0x75647062
+#define RECIRCULATE_MAGIC 0x75647062
 
 /* The words of skb->cb. */
-enum recirculated {
-	RECIRCULATED_MARK,
-	RECIRCULATED_SECRET,   /* nobody but the program marks packets */
-	RECIRCULATED_UPSTREAM, /* its id, and RECIRCULATED_OWN */
-	RECIRCULATED_LAYOUT,
-	RECIRCULATED_PIECE, /* its number, and the MTU in the lower half; 0: the whole packet */
+enum cb_word {
+	CB_MAGIC,
+	CB_SECRET,   /* nobody but the program marks packets */
+	CB_UPSTREAM, /* its id, and RECIRCULATED_OWN */
+	CB_PACKET,
+	CB_FRAGMENT, /* its number, and the MTU in the lower half; 0: the whole packet */
 };
 
 /* See `own` of struct sending; no id is as large. */
-#define RECIRCULATED_OWN (1U << 31)
+#define CB_EGRESS_SOURCE (1U << 31)
 
 /* Returned by resume() for a packet that has not come in again. */
 #define ACTION_NONE 101
@@ -34,86 +34,87 @@ static __always_inline void copy_words(__u32 *to, const __u32 *from)
 }
 
 /* Has a copy come in again, or with `mtu` each of its pieces. Returns false where one was not taken. */
-__noinline __u32 recirculate(struct __sk_buff *skb, __u32 layout, __u32 upstream, __u32 mtu, __u32 pieces)
+__noinline __u32 recirculate(struct __sk_buff *skb, __u32 layout, __u32 upstream, __u32 mtu, __u32 fragments)
 {
-	const struct tickets *tickets = get_tickets();
-	struct sending *sending = get_sending();
+	const struct sequences *sequences = get_sequences();
+	struct xmit *xmit = get_xmit();
 	bool taken = true;
-	__u32 piece;
+	__u32 fragment;
 
-	if (!tickets || !sending || features.asking)
-		return features.asking;
-	copy_words(sending->cb, skb->cb);
-	skb->cb[RECIRCULATED_MARK] = RECIRCULATED;
-	skb->cb[RECIRCULATED_SECRET] = tickets->secret[0];
-	skb->cb[RECIRCULATED_UPSTREAM] = sending->own ? upstream | RECIRCULATED_OWN : upstream;
-	skb->cb[RECIRCULATED_LAYOUT] = layout;
-	for (piece = 0; taken && piece < MOST_PIECES && piece < pieces; piece++) {
-		skb->cb[RECIRCULATED_PIECE] = piece << 16 | mtu;
+	if (!sequences || !xmit || features.dry_run)
+		return features.dry_run;
+	copy_words(xmit->cb, skb->cb);
+	skb->cb[CB_MAGIC] = RECIRCULATE_MAGIC;
+	skb->cb[CB_SECRET] = sequences->secret[0];
+	skb->cb[CB_UPSTREAM] = xmit->egress_source ? upstream | CB_EGRESS_SOURCE : upstream;
+	skb->cb[CB_PACKET] = layout;
+	for (fragment = 0; taken && fragment < MAX_FRAGMENTS && fragment < fragments; fragment++) {
+		skb->cb[CB_FRAGMENT] = fragment << 16 | mtu;
 		taken = !bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
 	}
-	copy_words(skb->cb, sending->cb);
+	copy_words(skb->cb, xmit->cb);
 	return taken;
 }
 
 /* The label that a rewritten packet bears. */
-static __always_inline void read_label(const struct packet *packet, struct label *label)
+static __always_inline void read_rewrite(const struct packet *packet, struct rewrite *rw)
 {
-	__builtin_memset(label, 0, sizeof(*label));
+	__builtin_memset(rw, 0, sizeof(*rw));
 	if (packet->is_ipv6) {
-		__builtin_memcpy(label->source, &packet->ip6->saddr, sizeof(label->source));
-		__builtin_memcpy(label->destination, &packet->ip6->daddr, sizeof(label->destination));
+		__builtin_memcpy(rw->source, &packet->ip6->saddr, sizeof(rw->source));
+		__builtin_memcpy(rw->destination, &packet->ip6->daddr, sizeof(rw->destination));
 	} else {
-		label->source[0] = packet->ip->saddr;
-		label->destination[0] = packet->ip->daddr;
+		rw->source[0] = packet->ip->saddr;
+		rw->destination[0] = packet->ip->daddr;
 	}
 }
 
 /* Sends a copy that has come in again. Returns the verdict; what was sent has been counted before. */
-static __always_inline enum verdict send_recirculated(struct __sk_buff *skb, __u32 layout, __u32 upstream,
+static __always_inline enum verdict xmit_recirculated(struct __sk_buff *skb, __u32 layout, __u32 upstream,
 						      int *action)
 {
-	struct sending *sending = get_sending();
+	struct xmit *xmit = get_xmit();
 	enum verdict verdict;
 	struct packet packet;
 
-	if (!sending ||
+	if (!xmit ||
 	    (!locate(skb, layout, &packet) && (!pull(skb, LAYOUT_MOST) || !locate(skb, layout, &packet))))
 		return VERDICT_CLONE_FAILED;
-	sending->upstream = upstream & ~RECIRCULATED_OWN;
-	sending->own = upstream & RECIRCULATED_OWN;
-	read_label(&packet, &sending->label);
-	verdict = next_hop(skb, &packet, ip_length(skb, layout, &packet), sending);
+	xmit->upstream = upstream & ~CB_EGRESS_SOURCE;
+	xmit->egress_source = upstream & CB_EGRESS_SOURCE;
+	read_rewrite(&packet, &xmit->rewrite);
+	verdict = resolve_nexthop(skb, &packet, ip_length(skb, layout, &packet), xmit);
 	if (!is_sent(verdict))
 		return verdict;
-	copy_macs(packet.eth, sending->way.frame);
-	sending->checksum = checksum_of(skb, layout);
-	*action = give(skb, sending);
+	copy_macs(packet.eth, xmit->hop.macs);
+	xmit->checksum = checksum_state(skb, layout);
+	*action = redirect(skb, xmit);
 	return verdict;
 }
 
 static __always_inline bool is_recirculated(struct __sk_buff *skb)
 {
-	const struct tickets *tickets = get_tickets();
+	const struct sequences *sequences = get_sequences();
 
-	return tickets && skb->cb[RECIRCULATED_SECRET] == (__u32)tickets->secret[0];
+	return sequences && skb->cb[CB_SECRET] == (__u32)sequences->secret[0];
 }
 
 /* The whole way of a copy that has come in again; what else bears the mark is no copy. */
-__noinline int resume(struct __sk_buff *skb, __u32 l2)
+__noinline int resume_recirculated(struct __sk_buff *skb, __u32 l2)
 {
-	__u32 upstream = skb->cb[RECIRCULATED_UPSTREAM], layout = skb->cb[RECIRCULATED_LAYOUT];
-	__u32 piece = skb->cb[RECIRCULATED_PIECE] >> 16, mtu = skb->cb[RECIRCULATED_PIECE] & 0xffff;
+	__u32 upstream = skb->cb[CB_UPSTREAM], layout = skb->cb[CB_PACKET];
+	__u32 fragment = skb->cb[CB_FRAGMENT] >> 16, mtu = skb->cb[CB_FRAGMENT] & 0xffff;
 	enum verdict verdict = VERDICT_CLONE_FAILED;
 	int action = TC_ACT_SHOT;
 
 	if (!is_recirculated(skb))
 		return ACTION_NONE;
-	skb->cb[RECIRCULATED_MARK] = 0;
-	if ((l2 || add_header(skb)) && (!mtu || cut(skb, layout, piece, mtu)))
-		verdict = send_recirculated(skb, piece ? layout | LAYOUT_LATER : layout, upstream, &action);
+	skb->cb[CB_MAGIC] = 0;
+	if ((l2 || push_ethernet(skb)) && (!mtu || make_fragment(skb, layout, fragment, mtu)))
+		verdict =
+			xmit_recirculated(skb, fragment ? layout | LAYOUT_LATER : layout, upstream, &action);
 	if (!is_sent(verdict))
-		count_aside(skb, 0, 0, upstream & ~RECIRCULATED_OWN, verdict);
+		count_verdict(skb, 0, 0, upstream & ~CB_EGRESS_SOURCE, verdict);
 	return action;
 }
 

@@ -8,7 +8,7 @@
  * in the sum; a receiver on this host then takes another one out of it, and drops the packet if the sum is
  * not the hardware's: behind a tunnel it is not.
  */
-static __always_inline void forget_sum(struct __sk_buff *skb)
+static __always_inline void drop_csum_complete(struct __sk_buff *skb)
 {
 	__u32 length = skb->len;
 
@@ -17,19 +17,19 @@ static __always_inline void forget_sum(struct __sk_buff *skb)
 }
 
 /* Redirects the packet, whose headers have been rewritten already. */
-static __always_inline int give(struct __sk_buff *skb, struct sending *sending)
+static __always_inline int redirect(struct __sk_buff *skb, struct xmit *xmit)
 {
-	struct bpf_redir_neigh *neighbour = &sending->neighbour;
-	const struct way *way = &sending->way;
+	struct bpf_redir_neigh *neighbour = &xmit->neighbour;
+	const struct hop *hop = &xmit->hop;
 
-	if (way->resolved)
-		return bpf_redirect(way->ifindex, 0);
-	if (sending->checksum == CHECKSUM_OF_FRAME)
-		forget_sum(skb);
+	if (hop->resolved)
+		return bpf_redirect(hop->ifindex, 0);
+	if (xmit->checksum == CSUM_COMPLETE)
+		drop_csum_complete(skb);
 	/* the kernel asks for the neighbour and keeps the packet meanwhile */
-	neighbour->nh_family = way->family;
-	__builtin_memcpy(neighbour->ipv6_nh, way->gateway, sizeof(neighbour->ipv6_nh));
-	return bpf_redirect_neigh(way->ifindex, neighbour, sizeof(*neighbour), 0);
+	neighbour->nh_family = hop->family;
+	__builtin_memcpy(neighbour->ipv6_nh, hop->gateway, sizeof(neighbour->ipv6_nh));
+	return bpf_redirect_neigh(hop->ifindex, neighbour, sizeof(*neighbour), 0);
 }
 
 #endif

@@ -24,19 +24,19 @@
 #include "pmtu_discovery.h"
 
 /* A whole datagram of a rule, in an Ethernet frame without tags. */
-static __always_inline int treat(struct __sk_buff *skb, __u32 layout, const struct rule *rule,
-				 struct packet *packet)
+static __always_inline int process(struct __sk_buff *skb, __u32 layout, const struct rule *rule,
+				   struct packet *packet)
 {
-	struct choice choice = {};
+	struct selection selection = {};
 	enum verdict verdict;
 
 	layout |= trace(skb, rule->id, layout);
 	verdict = admit(skb, layout, rule->id, rule->flags);
 	if (verdict != VERDICT_FORWARDED)
 		return refuse(skb, layout, rule, verdict);
-	if (!choose(skb, layout, packet, rule, &choice))
+	if (!select_targets(skb, layout, packet, rule, &selection))
 		return refuse(skb, layout, rule, VERDICT_CLONE_FAILED);
-	return act(skb, layout, rule, &choice);
+	return deliver(skb, layout, rule, &selection);
 }
 
 static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
@@ -46,7 +46,7 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	__u32 layout;
 	int action;
 
-	if (skb->cb[RECIRCULATED_MARK] == RECIRCULATED && (action = resume(skb, l2)) != ACTION_NONE)
+	if (skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC && (action = resume_recirculated(skb, l2)) != ACTION_NONE)
 		return action;
 	switch (parse(skb, l2, &packet)) {
 	case PARSED_IPV4:
@@ -58,23 +58,23 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 		layout = LAYOUT_IPV6 | (sizeof(struct ethhdr) + sizeof(struct ipv6hdr));
 		break;
 	case PARSED_ICMP:
-		learn(skb, l2);
+		learn_pmtu(skb, l2);
 		return TC_ACT_UNSPEC;
-	case PARSED_ASIDE:
-		return l2 ? aside(skb) : aside_l3(skb);
+	case PARSED_SLOWPATH:
+		return l2 ? slowpath_ethernet(skb) : slowpath_l3(skb);
 	default:
 		return TC_ACT_UNSPEC;
 	}
 	if (!rule)
 		return TC_ACT_UNSPEC;
 	if (!l2 || skb->vlan_present)
-		return l2 ? aside(skb) : aside_l3(skb);
+		return l2 ? slowpath_ethernet(skb) : slowpath_l3(skb);
 	if (!is_for_us(skb)) {
-		count_aside(skb, layout, 0, rule->id, VERDICT_NOT_FOR_US);
+		count_verdict(skb, layout, 0, rule->id, VERDICT_NOT_FOR_US);
 		return TC_ACT_UNSPEC;
 	}
-	action = treat(skb, layout, rule, &packet);
-	return action == ACTION_BACK ? bpf_redirect(skb->ifindex, 0) : action;
+	action = process(skb, layout, rule, &packet);
+	return action == ACTION_REFLECT ? bpf_redirect(skb->ifindex, 0) : action;
 }
 
 SEC("tc")

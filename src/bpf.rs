@@ -70,7 +70,7 @@ unsafe impl Pod for types::sender_key {}
 // SAFETY: as above.
 unsafe impl Pod for types::key_address {}
 // SAFETY: as above.
-unsafe impl Pod for types::tickets {}
+unsafe impl Pod for types::sequences {}
 // SAFETY: as above.
 unsafe impl Pod for types::destination_key {}
 // SAFETY: as above.
@@ -90,7 +90,7 @@ unsafe impl Pod for types::vlan {}
 // SAFETY: as above.
 unsafe impl Pod for types::counters {}
 // SAFETY: as above.
-unsafe impl Pod for types::former {}
+unsafe impl Pod for types::retired {}
 // SAFETY: as above.
 unsafe impl Pod for types::nexthop {}
 // SAFETY: as above.

@@ -370,7 +370,7 @@ impl Looked<'_> {
         let hop = hop.filter(|hop| Some(&hop.interface) == out.as_ref());
         let gateway = event.gateway().or(hop.map(|hop| hop.gateway));
         let hop = hop.filter(|hop| Some(hop.gateway) == gateway);
-        let left = addresses(&event.0.left);
+        let left = addresses(&event.0.sent);
         let (left, copy) = match &upstream {
             Some((_, copy)) => (left, *copy),
             None => (None, false),
@@ -461,7 +461,7 @@ impl Looked<'_> {
 
 /// From where to where a frame goes.
 fn addresses(frame: &types::snapshot) -> Option<(SocketAddr, SocketAddr)> {
-    let bytes = frame.bytes.get(..frame.there as usize)?;
+    let bytes = frame.bytes.get(..frame.captured as usize)?;
     let port = |at: usize| Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
     let (source, destination, udp): (IpAddr, IpAddr, usize) = match port(12)? {
         0x0800 => {

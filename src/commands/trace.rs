@@ -362,12 +362,12 @@ impl Printer {
             let packet = (event.0.time, event.0.interface);
             let mut add = || -> io::Result<()> {
                 if !self.written.contains(&packet) {
-                    pcap.add(time, &event.0.came)?;
+                    pcap.add(time, &event.0.received)?;
                     self.written.truncate(REMEMBERED - 1);
                     self.written.push_front(packet);
                 }
-                if event.0.left.there > 0 {
-                    pcap.add(time, &event.0.left)?;
+                if event.0.sent.captured > 0 {
+                    pcap.add(time, &event.0.sent)?;
                 }
                 Ok(())
             };

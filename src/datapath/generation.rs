@@ -231,8 +231,8 @@ fn build_in(
     skeleton.maps.tracing.reuse_fd(state.tracing.as_fd())?;
     skeleton.maps.events.reuse_fd(state.events.as_fd())?;
     let mut skeleton = load(skeleton)?;
-    if state.tickets.is_none() {
-        guard.pin_tickets(&mut skeleton.maps.tickets)?;
+    if state.sequences.is_none() {
+        guard.pin_sequences(&mut skeleton.maps.sequences)?;
     }
     description.program = ProgramName::of(skeleton.progs.udplb.as_fd())?;
     if draft.l3 {
@@ -268,7 +268,7 @@ fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenU
     skeleton.maps.pending.set_autocreate(false)?;
     skeleton.maps.marks.set_autocreate(false)?;
     skeleton.maps.origin.set_autocreate(false)?;
-    skeleton.maps.former.set_autocreate(false)?;
+    skeleton.maps.retired.set_autocreate(false)?;
     Ok(skeleton)
 }
 
@@ -322,7 +322,7 @@ pub fn twin(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Twin> 
     size(&mut skeleton, &tables, 1)?;
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
     rodata.features = types::features {
-        asking: 1,
+        dry_run: 1,
         generation: generation.number,
         ticks_per_second: lease::ticks_per_second()?,
         ..tables.features
@@ -369,8 +369,8 @@ fn share(skeleton: &mut OpenUdplbSkel<'_>, state: &StateMaps) -> anyhow::Result<
     skeleton.maps.own.reuse_fd(state.own.as_fd())?;
     skeleton.maps.suspects.reuse_fd(state.suspects.as_fd())?;
     skeleton.maps.vlans.reuse_fd(state.vlans.as_fd())?;
-    if let Some(tickets) = &state.tickets {
-        skeleton.maps.tickets.reuse_fd(tickets.as_fd())?;
+    if let Some(sequences) = &state.sequences {
+        skeleton.maps.sequences.reuse_fd(sequences.as_fd())?;
     }
     Ok(())
 }
@@ -563,7 +563,7 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
         map_id(&state.vlans)?,
         map_id(&state.tracing)?,
         map_id(&state.events)?,
-        map_id(state.tickets.as_ref().context("state/tickets is missing")?)?,
+        map_id(state.sequences.as_ref().context("state/sequences is missing")?)?,
     ];
     for name in &MAPS {
         let map = MapHandle::from_pinned_path(directory.join(name))?;

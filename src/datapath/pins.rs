@@ -7,7 +7,7 @@
 //!     42/                       program, rules, slots, upstreams, config …
 //!   building-43/                under construction; bpffs refuses names with a dot
 //!   queue/                      flock: a writer that waits for readers to end, and readers that come after it
-//!   state-3/                    counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held, former …
+//!   state-4/                    counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held, retired …
 //!                               flock: arpd
 //! ```
 
@@ -43,7 +43,7 @@ const QUEUE: &str = "queue";
 
 /// The directory of what outlives generations. Another layout gets one of its own beside it, whose name
 /// begins alike.
-pub const STATE: &str = "state-3";
+pub const STATE: &str = "state-4";
 const STATES: &str = "state";
 
 /// What is said where one of those maps is missing.
@@ -340,11 +340,11 @@ impl ReadGuard {
         let counters = Counters::open(counters, &state)?;
         let nexthops = NextHops::open(nexthops, &state)?;
         let whole = counters.is_whole()? && nexthops.is_whole()?;
-        let (tickets, pending, origin) = (open("tickets")?, open("pending")?, open("origin")?);
+        let (sequences, pending, origin) = (open("sequences")?, open("pending")?, open("origin")?);
         let marks = Marks::new(open("marks")?);
         Ok(whole.then_some(StateMaps {
             counters,
-            former: Former::new(open("former")?),
+            former: Former::new(open("retired")?),
             nexthops,
             heartbeat,
             held,
@@ -360,7 +360,7 @@ impl ReadGuard {
             vlans,
             tracing,
             events,
-            tickets,
+            sequences,
         }))
     }
 }
@@ -452,14 +452,14 @@ impl WriteGuard {
             }
         }
         // what was counted before is gone, and so is this part of it
-        if fresh && state.join("former").try_exists()? {
-            fs::remove_file(state.join("former"))?;
+        if fresh && state.join("retired").try_exists()? {
+            fs::remove_file(state.join("retired"))?;
         }
         let chunk = create(&maps.counters_chunk, None)?;
         let counters = ensure(&state, "counters", &maps.counters, Some(chunk.as_fd()))?;
         let chunk = create(&maps.nexthops_chunk, None)?;
         let nexthops = ensure(&state, "nexthops", &maps.nexthops, Some(chunk.as_fd()))?;
-        let former = ensure(&state, "former", &maps.former, None)?;
+        let former = ensure(&state, "retired", &maps.retired, None)?;
         let heartbeat = ensure(&state, "heartbeat", &maps.heartbeat, None)?;
         let held = ensure(&state, "held", &maps.held, None)?;
         let pending = Some(ensure(&state, "pending", &maps.pending, None)?);
@@ -474,9 +474,9 @@ impl WriteGuard {
         let vlans = ensure(&state, "vlans", &maps.vlans, None)?;
         let tracing = ensure(&state, "tracing", &maps.tracing, None)?;
         let events = ensure(&state, "events", &maps.events, None)?;
-        let tickets = state.join("tickets");
-        let tickets = match tickets.try_exists()? {
-            true => Some(MapHandle::from_pinned_path(&tickets).context("state: tickets")?),
+        let sequences = state.join("sequences");
+        let sequences = match sequences.try_exists()? {
+            true => Some(MapHandle::from_pinned_path(&sequences).context("state: sequences")?),
             false => None,
         };
         let counters = Counters::open(counters, &state)?;
@@ -499,23 +499,23 @@ impl WriteGuard {
             vlans,
             tracing,
             events,
-            tickets,
+            sequences,
         };
         Ok((maps, fresh))
     }
 
-    /// Keeps the map of tickets that the first generation was loaded with, and gives it a secret:
+    /// Keeps the map of sequences that the first generation was loaded with, and gives it a secret:
     /// only libbpf makes one with a lock in it.
-    pub fn pin_tickets(&self, map: &mut MapMut<'_>) -> anyhow::Result<()> {
-        let mut tickets = types::tickets::default();
+    pub fn pin_sequences(&self, map: &mut MapMut<'_>) -> anyhow::Result<()> {
+        let mut sequences = types::sequences::default();
         let mut random = File::open("/dev/urandom")?;
-        for secret in &mut tickets.secret {
+        for secret in &mut sequences.secret {
             let mut bytes = [0; 8];
             random.read_exact(&mut bytes)?;
             *secret = u64::from_ne_bytes(bytes);
         }
-        map.update(&0_u32.to_ne_bytes(), bytes_of(&tickets), MapFlags::ANY)?;
-        let path = self.state().join("tickets");
+        map.update(&0_u32.to_ne_bytes(), bytes_of(&sequences), MapFlags::ANY)?;
+        let path = self.state().join("sequences");
         map.pin(&path).with_context(|| path.display().to_string())
     }
 }
@@ -629,7 +629,7 @@ pub struct StateMaps {
     pub tracing: MapHandle,
     pub events: MapHandle,
     /// None before the first generation.
-    pub tickets: Option<MapHandle>,
+    pub sequences: Option<MapHandle>,
     held: MapHandle,
     /// None in a directory of an older udplb.
     pending: Option<MapHandle>,

@@ -15,7 +15,7 @@ use crate::datapath::pins::WriteGuard;
 pub struct Former(Option<MapHandle>);
 
 /// What is in the table; few rules are.
-pub struct Sums(HashMap<u32, types::former>);
+pub struct Sums(HashMap<u32, types::retired>);
 
 impl Former {
     /// Without a map, as an earlier udplb leaves it, nothing was kept and nothing is until the next
@@ -28,17 +28,17 @@ impl Former {
         let mut sums = HashMap::new();
         for key in self.0.iter().flat_map(MapCore::keys) {
             let rule =
-                u32::from_ne_bytes(key[..].try_into().context("state/former has other keys")?);
+                u32::from_ne_bytes(key[..].try_into().context("state/retired has other keys")?);
             sums.insert(rule, self.get(rule)?);
         }
         Ok(Sums(sums))
     }
 
-    fn get(&self, rule: u32) -> anyhow::Result<types::former> {
-        let Some(map) = &self.0 else { return Ok(types::former::default()) };
+    fn get(&self, rule: u32) -> anyhow::Result<types::retired> {
+        let Some(map) = &self.0 else { return Ok(types::retired::default()) };
         match map.lookup(&rule.to_ne_bytes(), MapFlags::ANY)? {
-            Some(bytes) => from_bytes(&bytes).context("state/former has other values"),
-            None => Ok(types::former::default()),
+            Some(bytes) => from_bytes(&bytes).context("state/retired has other values"),
+            None => Ok(types::retired::default()),
         }
     }
 
@@ -74,9 +74,9 @@ impl Former {
                 continue;
             }
             counts += &sum.counters;
-            let sum = types::former { counters: counts.into(), program, unused: 0 };
+            let sum = types::retired { counters: counts.into(), program, unused: 0 };
             map.update(&rule.to_ne_bytes(), bytes_of(&sum), MapFlags::ANY)
-                .with_context(|| format!("state/former: rule {rule}"))?;
+                .with_context(|| format!("state/retired: rule {rule}"))?;
         }
         Ok(())
     }

@@ -55,17 +55,17 @@ impl Tables {
     fn rule(&mut self, rule: &Rule, ids: &RuleIds, slots: &mut Slots) -> types::rule {
         let replicates = rule.mode == Mode::Replicate;
         let mut twins = HashMap::new();
-        let mut twin = |upstream: &Upstream, balanced: bool| {
+        let mut duplicate = |upstream: &Upstream, balanced: bool| {
             let next = twins.entry(upstream.address.ip).or_insert(0_u8);
             let before = if balanced { 0 } else { *next };
             *next = before.saturating_add(1);
             before
         };
         let upstreams = self.destinations(rule, &rule.upstreams, &ids.upstreams, |upstream| {
-            twin(upstream, !replicates)
+            duplicate(upstream, !replicates)
         });
         let mirrors =
-            self.destinations(rule, &rule.mirrors, &ids.mirrors, |mirror| twin(mirror, false));
+            self.destinations(rule, &rule.mirrors, &ids.mirrors, |mirror| duplicate(mirror, false));
         let (first_receiver, receivers) = if replicates { upstreams } else { mirrors };
         let (first_slot, slots) = if replicates { (0, 0) } else { slots.place(rule) };
         let (payload_offset, payload_length) = match rule.payload {
@@ -97,7 +97,7 @@ impl Tables {
         rule: &Rule,
         list: &[Upstream],
         ids: &[u32],
-        mut twin: impl FnMut(&Upstream) -> u8,
+        mut duplicate: impl FnMut(&Upstream) -> u8,
     ) -> (u32, u32) {
         let first = self.upstreams.len() as u32;
         self.upstreams.extend(list.iter().zip(ids).map(|(upstream, id)| types::upstream {
@@ -106,7 +106,7 @@ impl Tables {
             port: upstream.port.unwrap_or(0).to_be(),
             source: source(rule.source_of(upstream)),
             drained: (upstream.state == State::Drained).into(),
-            twin: twin(upstream),
+            duplicate: duplicate(upstream),
             sample: upstream.sample,
         }));
         (first, list.len() as u32)

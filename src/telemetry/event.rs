@@ -25,7 +25,7 @@ pub struct Event(pub types::event);
 impl Event {
     /// `None`: it is none.
     pub fn read(bytes: &[u8]) -> Option<Event> {
-        if bytes.len() < offset_of!(types::event, came) {
+        if bytes.len() < offset_of!(types::event, received) {
             return None;
         }
         let mut whole = bytes.to_vec();
@@ -33,7 +33,7 @@ impl Event {
         let mut event = Event(from_bytes(&whole)?);
         // of one that did not leave it is the one before's
         if !event.is_sent() {
-            event.0.left = Default::default();
+            event.0.sent = Default::default();
         }
         Some(event)
     }

@@ -26,12 +26,12 @@ impl<W: Write> Pcap<W> {
         Ok(Pcap(file))
     }
 
-    /// Adds a frame, or what there is of it; `time` is since 1970.
+    /// Adds a frame, or what was captured of it; `time` is since 1970.
     pub fn add(&mut self, time: Duration, frame: &types::snapshot) -> io::Result<()> {
-        let there = (frame.there as usize).min(frame.bytes.len());
-        let words = [time.as_secs() as u32, time.subsec_nanos(), there as u32, frame.length];
+        let captured = (frame.captured as usize).min(frame.bytes.len());
+        let words = [time.as_secs() as u32, time.subsec_nanos(), captured as u32, frame.length];
         self.0.write_all(&words.map(u32::to_le_bytes).concat())?;
-        self.0.write_all(&frame.bytes[..there])
+        self.0.write_all(&frame.bytes[..captured])
     }
 
     pub fn flush(&mut self) -> io::Result<()> {
@@ -49,7 +49,7 @@ mod tests {
     fn a_file_of_one_frame() {
         let mut file = Vec::new();
         let mut pcap = Pcap::new(&mut file).expect("a header");
-        let frame = types::snapshot { length: 60, there: 2, bytes: [7; 128] };
+        let frame = types::snapshot { length: 60, captured: 2, bytes: [7; 128] };
         pcap.add(Duration::new(3, 5), &frame).expect("a frame");
         let wanted = [
             "4d3cb2a1 0200 0400 00000000 00000000 00000400 01000000",

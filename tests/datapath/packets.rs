@@ -1124,7 +1124,7 @@ fn it_loads_with_any_of_its_features() {
         |it| &mut it.receivers,
         |it| &mut it.errors,
         |it| &mut it.sockets,
-        |it| &mut it.asking,
+        |it| &mut it.dry_run,
     ];
     let load = |name: &str, on: &dyn Fn(usize) -> bool| {
         let mut object = std::mem::MaybeUninit::uninit();

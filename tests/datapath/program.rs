@@ -215,20 +215,20 @@ impl<'object> Program<'object> {
 
     /// Nothing that was remembered is found any more, neither of fragments nor of errors to senders.
     pub fn forget_fragments(&self) {
-        let mut tickets = self.tickets();
-        tickets.secret[0] += 1;
-        write(&self.skeleton.maps.tickets, 0, bytes_of(&tickets));
+        let mut sequences = self.sequences();
+        sequences.secret[0] += 1;
+        write(&self.skeleton.maps.sequences, 0, bytes_of(&sequences));
     }
 
-    fn tickets(&self) -> types::tickets {
-        let map = &self.skeleton.maps.tickets;
+    fn sequences(&self) -> types::sequences {
+        let map = &self.skeleton.maps.sequences;
         let bytes = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
-        bytes.and_then(|bytes| from_bytes(&bytes)).expect("tickets")
+        bytes.and_then(|bytes| from_bytes(&bytes)).expect("sequences")
     }
 
     /// What the keys of first fragments are hashed with.
     pub fn secret(&self) -> [u64; 2] {
-        self.tickets().secret
+        self.sequences().secret
     }
 
     /// The keys of the first fragments that are remembered.
@@ -286,8 +286,8 @@ impl<'object> Program<'object> {
 
     /// The next first fragment takes the first place again, which was last taken then.
     pub fn turn_fragments(&self, since: u32) {
-        let (tickets, ring) = (&self.skeleton.maps.tickets, &self.skeleton.maps.fragment_ring);
-        for (map, at, value) in [(tickets, 4, 0), (ring, 8, since)] {
+        let (sequences, ring) = (&self.skeleton.maps.sequences, &self.skeleton.maps.fragment_ring);
+        for (map, at, value) in [(sequences, 4, 0), (ring, 8, since)] {
             let mut bytes = map.lookup(&[0; 4], MapFlags::ANY).expect("a lookup").expect("a value");
             bytes[at..at + 4].copy_from_slice(&value.to_ne_bytes());
             write(map, 0, &bytes);

@@ -386,7 +386,7 @@ fn a_lost_pin_is_noticed_and_healed() {
         "vlans",
         "fragments",
         "fragment_ring",
-        "tickets",
+        "sequences",
     ];
     let telling = ["tracing", "events"];
     let state = growing.iter().chain(&fixed).chain(&telling);

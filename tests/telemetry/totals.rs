@@ -363,7 +363,7 @@ fn a_failed_apply_loses_nothing() {
 fn pins_of_an_earlier_udplb_go_on() {
     let lab = Lab::new();
     lab.apply(&balance(&[0, 1]));
-    fs::remove_file(lab.bpffs.pins().join(STATE).join("former")).expect("a pin");
+    fs::remove_file(lab.bpffs.pins().join(STATE).join("retired")).expect("a pin");
     let mut flows = Flows::new(&lab);
     flows.send(1);
     lab.status();
