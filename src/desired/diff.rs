@@ -29,6 +29,8 @@ pub struct RuleSummary {
     #[serde(rename = "rule")]
     pub name: String,
     pub key: String,
+    /// Attribute and value, as in the file.
+    pub attributes: BTreeMap<&'static str, String>,
     pub upstreams: Vec<String>,
     pub mirrors: Vec<String>,
 }
@@ -37,8 +39,7 @@ pub struct RuleSummary {
 pub struct RuleChange {
     #[serde(rename = "rule")]
     pub name: String,
-    /// `field: old -> new`.
-    pub fields: Vec<String>,
+    pub attributes: Vec<AttributeChange>,
     #[serde(flatten)]
     pub upstreams: Difference,
     pub mirrors: Difference,
@@ -47,13 +48,27 @@ pub struct RuleChange {
     pub moved: f64,
 }
 
-/// Between two lists.
+/// An attribute of a rule or an upstream that is in both configurations, with both values.
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+pub struct AttributeChange {
+    pub attribute: &'static str,
+    pub old: String,
+    pub new: String,
+}
+
+/// Differences between two lists of addresses or upstreams.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
 pub struct Difference {
     pub added: Vec<String>,
     pub removed: Vec<String>,
-    /// What is in both, and how it differs: `10.0.9.1: weight: 1 -> 2`.
-    pub altered: Vec<String>,
+    /// Upstreams that are in both and differ.
+    pub altered: Vec<UpstreamChange>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+pub struct UpstreamChange {
+    pub upstream: String,
+    pub attributes: Vec<AttributeChange>,
 }
 
 impl Changes {
@@ -125,9 +140,11 @@ fn addresses(old: &Desired, new: &Desired) -> Difference {
 }
 
 fn summary(rule: &Rule) -> RuleSummary {
+    let attributes = attributes(rule).into_iter();
     RuleSummary {
         name: rule.name.clone(),
         key: key(rule),
+        attributes: attributes.filter(|(attribute, _)| *attribute != KEY).collect(),
         upstreams: rule.upstreams.iter().map(endpoint).collect(),
         mirrors: rule.mirrors.iter().map(endpoint).collect(),
     }
@@ -137,30 +154,34 @@ fn change(old: &Rule, new: &Rule) -> Option<RuleChange> {
     if old == new {
         return None;
     }
-    let fields = [
-        ("key", key(old), key(new)),
-        ("tc_action", word(&old.action), word(&new.action)),
-        ("mode", word(&old.mode), word(&new.mode)),
-        ("strategy", word(&old.strategy), word(&new.strategy)),
-        ("payload", payload(old), payload(new)),
-        ("hash", word(&old.hash), word(&new.hash)),
-        ("source", word(&old.source), word(&new.source)),
-        ("health", word(&old.health), word(&new.health)),
-        ("fragments", word(&old.fragments), word(&new.fragments)),
-        ("zero-checksum", word(&old.zero_checksum), word(&new.zero_checksum)),
-        ("martians", word(&old.martians), word(&new.martians)),
-    ];
-    let slots = slots(old).zip(slots(new));
-    let slots = slots.map(|(old, new)| [("slots", old.to_string(), new.to_string())]);
-    let mut fields = differing(fields);
-    fields.extend(slots.map(differing).into_iter().flatten());
     Some(RuleChange {
         name: new.name.clone(),
-        fields,
+        attributes: differing(attributes(old), attributes(new)),
         upstreams: difference((old, &old.upstreams), (new, &new.upstreams)),
         mirrors: difference((old, &old.mirrors), (new, &new.mirrors)),
         moved: rounded(moved_share(old, new)),
     })
+}
+
+const KEY: &str = "key";
+
+/// Returns attributes of a rule and their values, in the order of the file.
+fn attributes(rule: &Rule) -> Vec<(&'static str, String)> {
+    let mut attributes = vec![
+        (KEY, key(rule)),
+        ("tc_action", word(&rule.action)),
+        ("mode", word(&rule.mode)),
+        ("strategy", word(&rule.strategy)),
+        ("payload", payload(rule)),
+        ("hash", word(&rule.hash)),
+        ("source", word(&rule.source)),
+        ("health", word(&rule.health)),
+        ("fragments", word(&rule.fragments)),
+        ("zero-checksum", word(&rule.zero_checksum)),
+        ("martians", word(&rule.martians)),
+    ];
+    attributes.extend(slots(rule).map(|slots| ("slots", slots.to_string())));
+    attributes
 }
 
 /// A share to a tenth of a percent.
@@ -176,13 +197,20 @@ fn slots(rule: &Rule) -> Option<u32> {
     weighted.then(|| maglev::size(&weights).ok()).flatten()
 }
 
-/// `field: old -> new` of each that is not the same.
-fn differing<const N: usize>(fields: [(&str, String, String); N]) -> Vec<String> {
-    let differing = fields.into_iter().filter(|(_, old, new)| old != new);
-    differing.map(|(field, old, new)| format!("{field}: {old} -> {new}")).collect()
+/// Returns the attributes that both have, with different values.
+fn differing(
+    old: Vec<(&'static str, String)>,
+    new: Vec<(&'static str, String)>,
+) -> Vec<AttributeChange> {
+    let old: BTreeMap<&str, String> = old.into_iter().collect();
+    let change = |(attribute, new): (&'static str, String)| {
+        let old = old.get(attribute).filter(|old| **old != new)?.clone();
+        Some(AttributeChange { attribute, old, new })
+    };
+    new.into_iter().filter_map(change).collect()
 }
 
-/// Of upstreams or mirrors.
+/// Returns the differences between two lists of upstreams or mirrors.
 fn difference(
     (old, before): (&Rule, &[Upstream]),
     (new, after): (&Rule, &[Upstream]),
@@ -193,19 +221,19 @@ fn difference(
     let altered = |upstream: &Upstream| {
         let endpoint = endpoint(upstream);
         let before = known.get(&endpoint)?;
-        // Where neither has its own, it is told of the rule.
+        // a source that both inherit is shown at the rule
         let own = before.source.is_some() || upstream.source.is_some();
-        let source = |rule: &Rule, upstream: &Upstream| match own {
-            true => word(&rule.source_of(upstream)),
-            false => String::new(),
+        let attributes = |rule: &Rule, upstream: &Upstream| {
+            let mut attributes = vec![
+                ("weight", upstream.weight.to_string()),
+                ("state", word(&upstream.state)),
+                ("sample", upstream.sample.to_string()),
+            ];
+            attributes.extend(own.then(|| ("source", word(&rule.source_of(upstream)))));
+            attributes
         };
-        let fields = differing([
-            ("weight", before.weight.to_string(), upstream.weight.to_string()),
-            ("state", word(&before.state), word(&upstream.state)),
-            ("source", source(old, before), source(new, upstream)),
-            ("sample", before.sample.to_string(), upstream.sample.to_string()),
-        ]);
-        (!fields.is_empty()).then(|| format!("{endpoint}: {}", fields.join(", ")))
+        let attributes = differing(attributes(old, before), attributes(new, upstream));
+        (!attributes.is_empty()).then_some(UpstreamChange { upstream: endpoint, attributes })
     };
     Difference {
         added: only_in(&endpoints(after), &endpoints(before)),
@@ -274,21 +302,20 @@ impl fmt::Display for Changes {
             writeln!(f, "- interface {name}: detached")?;
         }
         self.addresses.lines(f, "", "address")?;
-        for (sign, rules) in [('+', &self.added), ('-', &self.removed)] {
-            for rule in rules {
-                let RuleSummary { name, key, upstreams, mirrors } = rule;
-                write!(f, "{sign} rule {name} ({key}) -> {}", upstreams.join(", "))?;
-                if !mirrors.is_empty() {
-                    write!(f, "; copies to {}", mirrors.join(", "))?;
-                }
-                writeln!(f)?;
+        for rule in &self.added {
+            writeln!(f, "+ rule {rule}")?;
+            for (attribute, value) in &rule.attributes {
+                writeln!(f, "    {attribute}: {value}")?;
             }
+        }
+        for rule in &self.removed {
+            writeln!(f, "- rule {rule}")?;
         }
         for rule in &self.altered {
             let percent = (rule.moved * 1000.0).round() / 10.0;
             writeln!(f, "~ rule {}: {percent} % of its flows move", rule.name)?;
-            for field in &rule.fields {
-                writeln!(f, "    {field}")?;
+            for attribute in &rule.attributes {
+                writeln!(f, "    {attribute}")?;
             }
             rule.upstreams.lines(f, "    ", "upstream")?;
             rule.mirrors.lines(f, "    ", "mirror")?;
@@ -297,12 +324,40 @@ impl fmt::Display for Changes {
     }
 }
 
+impl fmt::Display for RuleSummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let RuleSummary { name, key, upstreams, mirrors, .. } = self;
+        write!(f, "{name} ({key}) -> {}", upstreams.join(", "))?;
+        match mirrors.is_empty() {
+            true => Ok(()),
+            false => write!(f, "; copies to {}", mirrors.join(", ")),
+        }
+    }
+}
+
+impl fmt::Display for AttributeChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} -> {}", self.attribute, self.old, self.new)
+    }
+}
+
+impl fmt::Display for UpstreamChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let attributes: Vec<String> = self.attributes.iter().map(ToString::to_string).collect();
+        write!(f, "{}: {}", self.upstream, attributes.join(", "))
+    }
+}
+
 impl Difference {
     fn lines(&self, f: &mut fmt::Formatter<'_>, indent: &str, what: &str) -> fmt::Result {
-        for (sign, items) in [('+', &self.added), ('-', &self.removed), ('~', &self.altered)] {
-            for item in items {
-                writeln!(f, "{indent}{sign} {what} {item}")?;
-            }
+        for item in &self.added {
+            writeln!(f, "{indent}+ {what} {item}")?;
+        }
+        for item in &self.removed {
+            writeln!(f, "{indent}- {what} {item}")?;
+        }
+        for item in &self.altered {
+            writeln!(f, "{indent}~ {what} {item}")?;
         }
         Ok(())
     }
@@ -373,7 +428,7 @@ mod tests {
              fragments: follow -> drop\n    \
              ~ upstream 10.0.9.1: weight: 1 -> 2, state: active -> drained\n    \
              - mirror 10.0.9.4:1\n    \
-             ~ mirror 10.0.9.3: source: preserve -> egress, sample: 1 -> 9\n"
+             ~ mirror 10.0.9.3: sample: 1 -> 9, source: preserve -> egress\n"
         );
         new.rules.truncate(0);
         let old = Desired { addresses: vec![[10, 0, 0, 5].into()], ..old };
@@ -398,23 +453,29 @@ mod tests {
 "
             ))
         };
-        let fields = |old: u32, new: u32| {
-            Changes::new(&weighted(old), &weighted(new), &[]).altered[0].fields.clone()
+        let attributes = |old: u32, new: u32| {
+            let changes = Changes::new(&weighted(old), &weighted(new), &[]);
+            changes.altered[0].attributes.iter().map(ToString::to_string).collect::<Vec<_>>()
         };
-        assert_eq!(fields(1, 99), Vec::<String>::new());
-        assert_eq!(fields(1, 100), ["slots: 10007 -> 100003"]);
-        assert_eq!(fields(9999, 100), ["slots: 1000003 -> 100003"]);
+        assert_eq!(attributes(1, 99), Vec::<String>::new());
+        assert_eq!(attributes(1, 100), ["slots: 10007 -> 100003"]);
+        assert_eq!(attributes(9999, 100), ["slots: 1000003 -> 100003"]);
     }
 
     #[test]
     fn everything() {
         let mut new = desired(&[ONE, TWO].concat());
         let from_nothing = Changes::new(&Desired::default(), &new, &[]);
+        let attributes = "    fragments: follow\n    hash: modulo\n    health: off\n    martians: deny\n    \
+             mode: balance\n    payload: none\n    source: vip\n    strategy: src-ip-port\n    \
+             tc_action: pass\n    zero-checksum: deny\n";
         assert_eq!(
             from_nothing.to_string(),
-            "+ interface a\n+ interface b\n\
-             + rule one (10.0.0.5:5,7-9) -> x 10.0.9.1, 10.0.9.2:8\n\
-             + rule 10.0.0.5:6 (10.0.0.5:6) -> 10.0.9.1\n"
+            format!(
+                "+ interface a\n+ interface b\n\
+                 + rule one (10.0.0.5:5,7-9) -> x 10.0.9.1, 10.0.9.2:8\n{attributes}\
+                 + rule 10.0.0.5:6 (10.0.0.5:6) -> 10.0.9.1\n{attributes}"
+            )
         );
         let old = desired(ONE);
         new.interfaces = vec!["c".into()];
@@ -423,10 +484,12 @@ mod tests {
         let attached = ["a".to_string()];
         assert_eq!(
             Changes::new(&old, &new, &attached).to_string(),
-            "+ interface c\n- interface a: detached\n\
-             + rule 10.0.0.5:6 (10.0.0.5:6) -> 10.0.9.1\n\
-             ~ rule one: 50 % of its flows move\n    tc_action: pass -> block\n    \
-             + upstream 10.0.9.2:9\n    - upstream 10.0.9.2:8\n"
+            format!(
+                "+ interface c\n- interface a: detached\n\
+                 + rule 10.0.0.5:6 (10.0.0.5:6) -> 10.0.9.1\n{attributes}\
+                 ~ rule one: 50 % of its flows move\n    tc_action: pass -> block\n    \
+                 + upstream 10.0.9.2:9\n    - upstream 10.0.9.2:8\n"
+            )
         );
     }
 }

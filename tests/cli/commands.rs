@@ -408,10 +408,11 @@ fn what_is_probably_not_meant_is_said() {
 fn a_plan_tells_what_an_apply_would_do() {
     let lab = Lab::new();
     let two = |first: u16, second: u16| {
+        let source = if second == 1 { "vip" } else { "preserve" };
         let upstreams = [(UPSTREAMS[0], first), (UPSTREAMS[1], second)]
             .map(|(address, port)| json!({ "address": address, "port": port }));
         config(&[
-            rule("kept", 5000, json!({ "tc_action": "block" }), &upstreams),
+            rule("kept", 5000, json!({ "tc_action": "block", "source": source }), &upstreams),
             rule(&format!("r{second}"), 5001, json!({ "tc_action": "block" }), &upstreams[..1]),
         ])
     };
@@ -430,10 +431,14 @@ fn a_plan_tells_what_an_apply_would_do() {
     assert_eq!((&json["changed"], &json["added"][0]["rule"]), (&json!(true), &json!("r2")));
     assert_eq!((&kept["rule"], &kept["moved_share"]), (&json!("kept"), &json!(0.5)), "{json:#}");
     assert_eq!(kept["added"], json!(["10.2.0.21:2"]), "{json:#}");
+    assert_eq!(json["added"][0]["attributes"]["tc_action"], "block", "{json:#}");
+    let source = json!([{ "attribute": "source", "old": "vip", "new": "preserve" }]);
+    assert_eq!(kept["attributes"], source, "{json:#}");
     for line in [
         "+ rule r2 (10.1.0.1:5001) -> 10.2.0.20:1\n",
         "- rule r1 (10.1.0.1:5001) -> 10.2.0.20:1\n",
-        "~ rule kept: 50 % of its flows move\n",
+        "    tc_action: block\n",
+        "~ rule kept: 50 % of its flows move\n    source: vip -> preserve\n",
         "    + upstream 10.2.0.21:2\n",
         "    - upstream 10.2.0.21:1\n",
     ] {
