@@ -4,10 +4,10 @@ use std::env;
 use std::process::ExitCode;
 
 use clap::Parser;
+
 use udplb::cli::output::ErrorReport;
 use udplb::cli::{Cli, Command, Output};
-use udplb::commands;
-use udplb::commands::complete;
+use udplb::commands::{self, complete};
 use udplb::desired::dns;
 use udplb::error::{Failure, catch, say};
 use udplb::journal;

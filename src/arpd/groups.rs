@@ -9,7 +9,7 @@ use anyhow::anyhow;
 use socket2::{Domain, InterfaceIndexOrAddress, Socket, Type};
 
 use crate::desired::Desired;
-use crate::net::Link;
+use crate::net::link::Link;
 
 /// A group on an interface, by its index.
 type Membership = (IpAddr, u32);

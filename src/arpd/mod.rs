@@ -12,16 +12,16 @@ mod service;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use service::Service;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::MissedTickBehavior;
 
 use crate::cli::{Arpd, Global};
 use crate::datapath::capabilities;
 use crate::error::{Failure, Result, say};
-use crate::net::Events;
+use crate::net::events::Events;
 use crate::net::nexthop::PATIENCE;
 use crate::telemetry::http;
-use service::Service;
 
 /// How often it looks whether something is due, or another generation serves.
 const TICK: Duration = Duration::from_millis(250);

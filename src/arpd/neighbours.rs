@@ -4,15 +4,17 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
+use types::health as Health;
+
 use crate::bpf::{bytes_of, types};
 use crate::config::Address;
-use crate::net::nexthop::{self, Chosen, Hop, Way};
-use crate::net::routing::{Paths, Target};
-use crate::net::{
-    Layer, Link, Neighbour, NeighbourKey, NeighbourRequest, NeighbourTable, NudState, OUR_PROTOCOL,
-    Route,
+use crate::net::link::{Layer, Link};
+use crate::net::neighbour::{
+    Neighbour, NeighbourKey, NeighbourRequest, NeighbourTable, NudState, OUR_PROTOCOL,
 };
-use types::health as Health;
+use crate::net::nexthop::{self, Chosen, Hop, Way};
+use crate::net::route::Route;
+use crate::net::routing::{Paths, Target};
 
 /// How long one waits for an answer before it is overdue: the kernel asks every second.
 const OVERDUE: Duration = Duration::from_millis(1500);

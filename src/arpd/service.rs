@@ -22,21 +22,15 @@ use crate::datapath::lock;
 use crate::datapath::pins::{self, ReadGuard, StateMaps};
 use crate::datapath::spares::{self, Situation};
 use crate::datapath::tc::{self, Slot};
-use crate::desired::Desired;
 use crate::desired::dns::Answers;
-use crate::desired::partial;
+use crate::desired::{Desired, partial};
 use crate::error::{Failure, Result};
-use crate::net::nexthop;
-use crate::net::routing;
-use crate::net::{
-    Batches, Event, Events, Link, NeighbourKey, NeighbourRequest, NeighbourTable, Netlink,
-    find_link,
-};
-use crate::reconcile::addresses;
-use crate::reconcile::confirm;
-use crate::reconcile::execute;
+use crate::net::events::{Event, Events};
+use crate::net::link::{Link, find_link};
+use crate::net::neighbour::{Batches, NeighbourKey, NeighbourRequest, NeighbourTable};
+use crate::net::{Netlink, nexthop, routing};
 use crate::reconcile::observe::{Observed, observe};
-use crate::reconcile::plan;
+use crate::reconcile::{addresses, confirm, execute, plan};
 use crate::time;
 
 /// Routes are not asked for more often than so many times as long as it takes: a routing daemon

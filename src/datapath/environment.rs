@@ -10,7 +10,8 @@ use crate::bpf::{bytes_of, types};
 use crate::datapath::pins::StateMaps;
 use crate::desired::Desired;
 use crate::desired::tables::wire;
-use crate::net::{Link, Netlink, OwnAddress};
+use crate::net::Netlink;
+use crate::net::link::{Link, OwnAddress};
 
 /// `enum own` and the size of `suspects` of udplb.h, which the skeleton has not: no map is of that type.
 const OWN_ADDRESS: u32 = 1;
@@ -125,7 +126,7 @@ fn replace(map: &MapHandle, entries: &Entries) -> anyhow::Result<()> {
 mod tests {
     use super::{Environment, OWN_ADDRESS, OWN_BROADCAST};
     use crate::bpf::{from_bytes, types};
-    use crate::net::{Layer, Link, OwnAddress};
+    use crate::net::link::{Layer, Link, OwnAddress};
 
     fn link(index: u32, kind: &str) -> Link {
         Link {

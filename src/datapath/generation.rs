@@ -13,17 +13,16 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapMut, PrintLevel};
 use serde::{Deserialize, Serialize};
 
-use crate::bpf::{self, OBJECT_SHA256, OpenUdplbSkel, UdplbSkel, UdplbSkelBuilder};
-use crate::bpf::{Pod, bytes_of, types};
+use crate::bpf::{
+    self, OBJECT_SHA256, OpenUdplbSkel, Pod, UdplbSkel, UdplbSkelBuilder, bytes_of, types,
+};
 use crate::config::Mode;
-use crate::datapath::kernel;
-use crate::datapath::lease;
 use crate::datapath::pins::{INCOMPLETE, ReadGuard, StateMaps, WriteGuard, remove_pins};
-use crate::datapath::spares;
+use crate::datapath::{kernel, lease, spares};
 use crate::desired::tables::Tables;
 use crate::desired::{Desired, RuleIds, assign_ids};
 use crate::error::catch;
-use crate::net::Layer;
+use crate::net::link::Layer;
 
 /// The pins of its maps.
 const MAPS: [&str; 9] = [

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use crate::datapath::generation;
-use crate::net::Layer;
+use crate::net::link::Layer;
 
 /// What is to be tried before a filter is called an orphan for good.
 pub const HOW_TO_FIND: &str = "they are in a mount namespace that is not seen from here, or gone: look \

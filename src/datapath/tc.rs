@@ -9,7 +9,8 @@ use crate::bpf;
 use crate::datapath::generation::ProgramName;
 use crate::datapath::pin_search::Place;
 use crate::datapath::pins::WriteGuard;
-use crate::net::{Direction, ETH_P_ALL, Filter, Netlink, Qdisc};
+use crate::net::Netlink;
+use crate::net::qdisc::{Direction, ETH_P_ALL, Filter, Qdisc};
 
 /// Where the filter sits on the hook. Filters of a lower priority run before it, and those of a
 /// higher one see what it leaves alone.
@@ -210,7 +211,7 @@ pub async fn delete_unused_clsact(
 mod tests {
     use super::{HANDLE, NAME, PRIORITY, Slot, judge};
     use crate::datapath::generation::ProgramName;
-    use crate::net::{ETH_P_ALL, Filter, FilterProgram, Qdisc};
+    use crate::net::qdisc::{ETH_P_ALL, Filter, FilterProgram, Qdisc};
 
     /// Ours, of the program with this id.
     fn filter(id: u32) -> Filter {

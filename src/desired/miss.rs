@@ -6,8 +6,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::config::{Key, KeyAddress, Ports, with_port};
-use crate::desired::diff;
-use crate::desired::{Desired, Rule};
+use crate::desired::{Desired, Rule, diff};
 
 /// Rules in one answer.
 const SHOWN: usize = 5;

@@ -3,14 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use crate::bpf::types;
-use crate::bpf::types::rule_flags as flags;
+use crate::bpf::types::{self, rule_flags as flags};
 use crate::config::{
     Action, Address, Admission, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports,
     Source, State, Strategy,
 };
-use crate::desired::flow;
-use crate::desired::{Desired, Rule, RuleIds, Upstream};
+use crate::desired::{Desired, Rule, RuleIds, Upstream, flow};
 use crate::maglev::{self, Member};
 
 /// What is written to the maps of a generation that the program reads.

@@ -1,8 +1,13 @@
 //! IPsec policies (`ip xfrm policy`). What udplb sends does not pass through them: a packet that a policy
 //! would have encrypted, or dropped, would leave in clear.
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST};
+use rtnetlink::sys::{Socket, SocketAddr};
+
+use super::lost;
 use crate::config::Network;
 use crate::net::routing::{Match, Senders, covers};
 
@@ -175,6 +180,54 @@ fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some((kind, value))
     })
+}
+
+/// The IPsec policies for packets that leave, in the order of their priority; none where the kernel has
+/// no IPsec.
+///
+/// # Errors
+/// The kernel could not be asked, or a privilege is missing.
+pub fn security_policies() -> io::Result<Vec<SecurityPolicy>> {
+    const GET_POLICY: u16 = 0x15;
+    const NEW_POLICY: u16 = 0x13;
+    const HEADER: usize = 16;
+    /// `struct xfrm_userpolicy_id`, all zeroes.
+    const NONE: usize = 64;
+    let socket = match Socket::new(rtnetlink::sys::protocols::NETLINK_XFRM) {
+        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(Vec::new()),
+        socket => socket?,
+    };
+    let mut request = vec![0; HEADER + NONE];
+    let length = request.len() as u32;
+    request[..4].copy_from_slice(&length.to_ne_bytes());
+    request[4..6].copy_from_slice(&GET_POLICY.to_ne_bytes());
+    request[6..8].copy_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
+    let mut policies = Vec::new();
+    let mut buffer = Vec::with_capacity(1 << 16);
+    loop {
+        buffer.clear();
+        socket.recv(&mut buffer, 0)?;
+        let mut rest = &buffer[..];
+        while rest.len() >= HEADER {
+            let word =
+                |at: usize| u32::from_ne_bytes(rest[at..at + 4].try_into().expect("four bytes"));
+            let (length, kind) = (word(0) as usize, u16::from_ne_bytes([rest[4], rest[5]]));
+            let message = rest.get(HEADER..length).ok_or_else(|| lost("a message is cut off"))?;
+            match (i32::from(kind), message.first_chunk()) {
+                (_, _) if kind == NEW_POLICY => policies.extend(parse(message)),
+                (libc::NLMSG_ERROR, Some(code)) => {
+                    return Err(io::Error::from_raw_os_error(-i32::from_ne_bytes(*code)));
+                }
+                (libc::NLMSG_DONE, _) => {
+                    policies.sort_by_key(|policy| policy.priority);
+                    return Ok(policies);
+                }
+                _ => {}
+            }
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        }
+    }
 }
 
 #[cfg(test)]

@@ -12,8 +12,11 @@ use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types};
 use crate::datapath::chunked_map::Chunks;
 use crate::desired::tables::wire;
 use crate::desired::{Desired, RuleIds};
+use crate::net::Netlink;
+use crate::net::link::{Layer, Link, OwnAddress};
+use crate::net::neighbour::{Neighbour, NudState};
+use crate::net::route::Route;
 use crate::net::routing::{self, Choice, Paths, Senders, Target};
-use crate::net::{Layer, Link, Neighbour, Netlink, NudState, OwnAddress, Route};
 
 /// How long `apply` waits for neighbours to answer.
 pub const PATIENCE: Duration = Duration::from_secs(1);

@@ -8,7 +8,9 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::config::{Address, Network};
-use crate::net::{Link, Netlink, Route, find_link};
+use crate::net::Netlink;
+use crate::net::link::{Link, find_link};
+use crate::net::route::Route;
 
 /// An address that packets are sent to, and their senders.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -9,7 +9,8 @@ use anyhow::ensure;
 use crate::config::{KEY_ENTRIES, KeyAddress, Ports};
 use crate::desired::Desired;
 use crate::desired::tables::takes_answers;
-use crate::net::{self, Link, Netlink, OwnAddress};
+use crate::net::Netlink;
+use crate::net::link::{self, Link, OwnAddress};
 
 /// The configuration with what its interfaces' names and addresses and this host's ports are now; `None` if
 /// it is the same.
@@ -33,7 +34,7 @@ pub async fn renewed(netlink: &Netlink, desired: &Desired) -> anyhow::Result<Opt
 /// Returns the kernel's own names of interfaces, sorted; those that are not here stay as they are.
 fn canonical(names: &[String], links: &[Link]) -> Vec<String> {
     let own = |name: &String| {
-        let link = net::find_link(links.iter(), name);
+        let link = link::find_link(links.iter(), name);
         link.map_or_else(|| name.clone(), |link| link.name.clone())
     };
     names.iter().map(own).collect::<BTreeSet<_>>().into_iter().collect()

@@ -20,11 +20,9 @@ use tokio::time::{sleep, timeout};
 use crate::cli::Global;
 use crate::datapath::pins::{self, Pending, ReadGuard, StateMaps, WriteGuard};
 use crate::error::{Failure, Result};
-use crate::net::Netlink;
-use crate::net::nexthop;
-use crate::reconcile::execute;
+use crate::net::{Netlink, nexthop};
 use crate::reconcile::observe::{Observed, observe};
-use crate::reconcile::plan;
+use crate::reconcile::{execute, plan};
 use crate::time;
 
 /// How often the waiter looks whether the change still waits.

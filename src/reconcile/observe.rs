@@ -12,7 +12,8 @@ use crate::datapath::marks::Mark;
 use crate::datapath::pin_search::{self, Place};
 use crate::datapath::pins::{Held, Pending, ReadGuard, StateMaps};
 use crate::datapath::tc::{self, Hook, Slot};
-use crate::net::{Layer, Link, Netlink, is_called};
+use crate::net::Netlink;
+use crate::net::link::{Layer, Link, is_called};
 
 /// The kernel's side of the comparison.
 #[derive(Clone, Debug, Default)]

@@ -9,7 +9,8 @@ use crate::datapath::pin_search::{self, Place};
 use crate::datapath::pins::{Held, Pending};
 use crate::datapath::tc::Slot;
 use crate::desired::Desired;
-use crate::net::{Layer, Qdisc};
+use crate::net::link::Layer;
+use crate::net::qdisc::Qdisc;
 use crate::reconcile::observe::Observed;
 
 /// One step. The executor carries them out in the order given and undoes those already done

@@ -10,9 +10,9 @@ use crate::config::{
 use crate::datapath::kernel;
 use crate::desired::{self, Desired, Upstream};
 use crate::net::ipsec::{self, Effect, Flow, SecurityPolicy};
+use crate::net::link::{Link, OwnAddress, find_link};
 use crate::net::nexthop::{Hop, Macs, Way};
 use crate::net::routing::{Choice, Target};
-use crate::net::{Link, OwnAddress, find_link};
 
 /// A bound UDP socket; the unspecified address stands for all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use crate::datapath::generation::Generation;
 use crate::datapath::pin_search::{self, Place};
 use crate::datapath::tc::{self, Slot};
 use crate::desired::partial::Unresolved;
-use crate::net::NudState;
+use crate::net::neighbour::NudState;
 use crate::reconcile::observe::{Interface, Observed};
 use crate::telemetry::problem::{Level, Problem};
 use crate::telemetry::status::{RuleStatus, UpstreamStatus};

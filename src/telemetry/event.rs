@@ -13,8 +13,7 @@ use serde::Serialize;
 use crate::bpf::{VERDICTS, from_bytes, is_forwarded, types};
 use crate::config::{Mode, Strategy, with_port};
 use crate::datapath::generation::Generation;
-use crate::desired::diff;
-use crate::desired::{Rule, Upstream};
+use crate::desired::{Rule, Upstream, diff};
 use crate::net::nexthop::unwire;
 use crate::time;
 

@@ -17,16 +17,15 @@ use crate::cli::Global;
 use crate::config::{Address, Mode, State};
 use crate::datapath::counters::{Count, Counts};
 use crate::datapath::generation::{self, Generation};
-use crate::datapath::lease;
-use crate::datapath::overrides;
 use crate::datapath::pins::{self, Pending, ReadGuard, StateMaps};
-use crate::desired::diff;
+use crate::datapath::{lease, overrides};
 use crate::desired::partial::Unresolved;
-use crate::desired::{Destination, Role, Rule, RuleIds};
+use crate::desired::{Destination, Role, Rule, RuleIds, diff};
 use crate::error::Result;
-use crate::net::nexthop;
+use crate::net::link::{Layer, Link, OwnAddress};
+use crate::net::neighbour::{Neighbour, NeighbourKey, NudState};
 use crate::net::routing::{self, Target};
-use crate::net::{Layer, Link, Neighbour, NeighbourKey, Netlink, NudState, OwnAddress};
+use crate::net::{Netlink, nexthop};
 use crate::reconcile::drain;
 use crate::reconcile::observe::{Observed, observe};
 use crate::telemetry::diagnosis::{self, Answer, Facts, Now, Routes, Silence, Source};
@@ -34,7 +33,7 @@ use crate::telemetry::problem::Problem;
 use crate::telemetry::traffic::{Rate, Traffic};
 use crate::time;
 
-pub use text::{Amounts, Layout, Paper};
+pub use self::text::{Amounts, Layout, Paper};
 
 /// Everything that `status` shows, copied out of the kernel.
 #[derive(Debug, Serialize, JsonSchema)]

@@ -6,8 +6,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use serde_json::{Value, json};
 use udplb::commands::get::{Asker, Question};
-use udplb::datapath::generation;
-use udplb::datapath::pins;
+use udplb::datapath::{generation, pins};
 
 use crate::common::Namespace;
 use crate::common::lab::{Lab, RELAY, UPSTREAMS, config, rule};

@@ -8,7 +8,7 @@ use udplb::datapath::generation::{Description, Draft, Generation, Origin, Progra
 use udplb::datapath::marks::Mark;
 use udplb::datapath::tc::{Hook, Slot};
 use udplb::desired::{Desired, RuleIds, assign_ids};
-use udplb::net::Qdisc;
+use udplb::net::qdisc::Qdisc;
 use udplb::reconcile::observe::{Interface, Observed};
 use udplb::reconcile::plan::{self, Action, Plan, Refusal};
 
@@ -30,7 +30,7 @@ impl Kernel {
         let empty = |index: usize| Interface {
             altnames: Vec::new(),
             index: index as u32 + 1,
-            layer: Some(udplb::net::Layer::Ethernet),
+            layer: Some(udplb::net::link::Layer::Ethernet),
             up: true,
             carrier: true,
             received: 0,

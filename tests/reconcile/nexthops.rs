@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use udplb::config::Address;
+use udplb::net::Netlink;
+use udplb::net::neighbour::NeighbourKey;
 use udplb::net::nexthop::{self, Hop, Macs, Way};
 use udplb::net::routing::{Senders, Target};
-use udplb::net::{NeighbourKey, Netlink};
 
 use crate::common::Namespace;
 use crate::common::service::until;
@@ -232,7 +233,7 @@ fn devices_without_mac_addresses() {
 /// A router that was told to be one stays one, whatever is asked of it.
 #[test]
 fn a_probe_leaves_a_router_a_router() {
-    use udplb::net::{Batches, NeighbourRequest};
+    use udplb::net::neighbour::{Batches, NeighbourRequest};
     let pair = Pair::new();
     // nobody answers, who would tell again that it is one
     pair.host.ip("neigh add fe80::77 lladdr 02:00:00:00:00:77 router nud stale dev eth0");

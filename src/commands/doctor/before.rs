@@ -7,7 +7,9 @@ use anyhow::Context;
 use crate::bpf;
 use crate::datapath::tc;
 use crate::error::Result;
-use crate::net::{Direction, ETH_P_ALL, Filter, Link, Netlink};
+use crate::net::Netlink;
+use crate::net::link::Link;
+use crate::net::qdisc::{Direction, ETH_P_ALL, Filter};
 
 /// A program or filter that runs before udplb's.
 #[derive(Clone, Debug, PartialEq, Eq)]

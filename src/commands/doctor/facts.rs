@@ -12,20 +12,15 @@ use super::{Facts, Input, InputLink, Kernel, Sender, Upstream, Way, before, samp
 use crate::bpf;
 use crate::cli::{Global, Resolver, Target};
 use crate::config::{Action, Config, Family, Health, Key, KeyAddress, Source, with_port};
-use crate::datapath::capabilities;
 use crate::datapath::generation::Description;
-use crate::datapath::kernel;
-use crate::desired::export;
-use crate::desired::tables;
-use crate::desired::{Desired, Rule};
+use crate::datapath::{capabilities, kernel};
+use crate::desired::{Desired, Rule, export, tables};
 use crate::error::{Failure, Result};
-use crate::net::nexthop;
-use crate::net::routing;
-use crate::net::{self, Link, Netlink, OwnAddress};
-use crate::reconcile::drift;
+use crate::net::link::{Link, OwnAddress};
+use crate::net::{Netlink, ipsec, nexthop, routing};
 use crate::reconcile::observe::{Observed, observe};
 use crate::reconcile::source::{Request, Text, Wanted};
-use crate::reconcile::warnings;
+use crate::reconcile::{drift, warnings};
 use crate::telemetry::diagnosis;
 use crate::telemetry::status::{self, Reading, Status};
 
@@ -229,7 +224,7 @@ fn warnings(
     let Ok(config) = Config::parse("what serves", &text) else { return Vec::new() };
     let mut findings = warnings::of_this_host(&config, desired, links, addresses);
     // who may not ask is told of the missing privilege
-    let policies = net::security_policies().unwrap_or_default();
+    let policies = ipsec::security_policies().unwrap_or_default();
     findings.extend(warnings::in_clear(&config, desired, ways, &policies));
     findings.extend(warnings::several(&config, desired, ways));
     findings.extend(warnings::not_joined(&config, &desired.interfaces, links));

@@ -13,7 +13,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::arpd::neighbours;
-use crate::net::NeighbourTable;
+use crate::net::neighbour::NeighbourTable;
 use crate::telemetry::diagnosis::{Explanation, Source, explain, is_loss};
 
 pub use crate::telemetry::problem::{Level, Problem};

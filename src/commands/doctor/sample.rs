@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use crate::datapath::counters::Counts;
-use crate::net::Link;
+use crate::net::link::Link;
 use crate::telemetry::status::{Reading, RuleStatus, Status};
 
 /// Time between the readings.

@@ -1,0 +1,121 @@
+//! Notifications of changes.
+
+use std::io;
+
+use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::RouteNetlinkMessage;
+use rtnetlink::MulticastGroup;
+use rtnetlink::sys::Socket;
+use tokio::io::unix::AsyncFd;
+
+use super::neighbour::{Neighbour, NeighbourKey, neighbour};
+
+/// Something that the kernel told without being asked.
+#[derive(Clone, Debug)]
+pub enum Event {
+    Neighbour(Neighbour),
+    NeighbourGone(NeighbourKey),
+    /// Interfaces or addresses are not what they were.
+    Links,
+    /// Qdiscs or filters may not be what they were.
+    Filters,
+    /// Routes, rules or next hop objects are not what they were.
+    Routes,
+    /// There was more than could be kept.
+    Lost,
+}
+
+/// What the kernel tells of changes; nothing may depend on all of them arriving.
+pub struct Events {
+    socket: AsyncFd<Socket>,
+    buffer: Vec<u8>,
+}
+
+impl Events {
+    /// Bytes of messages that wait to be read; beyond them they are lost, which is told.
+    const BACKLOG: usize = 1 << 20;
+
+    /// Listens in the network namespace of this thread.
+    pub fn open() -> io::Result<Events> {
+        use MulticastGroup::{
+            Ipv4Ifaddr, Ipv4Route, Ipv4Rule, Ipv6Ifaddr, Ipv6Ifinfo, Ipv6Route, Ipv6Rule, Link,
+            Neigh, Nexthop, Tc,
+        };
+        let mut socket = Socket::new(rtnetlink::sys::protocols::NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.set_non_blocking(true)?;
+        // what the system allows is enough, and losses are noticed
+        let _ = socket.set_rx_buf_sz(Self::BACKLOG as libc::c_int);
+        for group in [
+            Link, Neigh, Nexthop, Ipv4Ifaddr, Ipv4Route, Ipv4Rule, Ipv6Ifaddr, Ipv6Ifinfo,
+            Ipv6Route, Ipv6Rule, Tc,
+        ] {
+            socket.add_membership(group as u32)?;
+        }
+        // SAFETY: the socket owns its descriptor, and keeps it until it is dropped.
+        let socket = unsafe { AsyncFd::register(socket) }.map_err(|error| error.into_parts().1)?;
+        Ok(Events { socket, buffer: Vec::with_capacity(1 << 16) })
+    }
+
+    /// Waits until there are some.
+    pub async fn wait(&self) -> io::Result<()> {
+        let mut ready = self.socket.readable().await?;
+        ready.retain_ready();
+        Ok(())
+    }
+
+    /// Takes those that there are.
+    pub async fn take(&mut self) -> io::Result<Vec<Event>> {
+        let mut events = Vec::new();
+        let mut ready = self.socket.readable().await?;
+        loop {
+            self.buffer.clear();
+            match self.socket.get_ref().recv(&mut self.buffer, 0) {
+                Ok(_) => events.extend(parse_event(&self.buffer)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    ready.clear_ready();
+                    return Ok(events);
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    events.push(Event::Lost);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+fn parse_event(bytes: &[u8]) -> Option<Event> {
+    use RouteNetlinkMessage::{
+        DelAddress, DelLink, DelNeighbour, NewAddress, NewLink, NewNeighbour,
+    };
+    if is_about_tc(bytes) {
+        return Some(Event::Filters);
+    }
+    let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes) else {
+        // of a newer kernel perhaps: what it says may matter
+        return Some(Event::Lost);
+    };
+    match message.payload {
+        NetlinkPayload::InnerMessage(NewNeighbour(message)) => {
+            neighbour(&message).map(Event::Neighbour)
+        }
+        NetlinkPayload::InnerMessage(DelNeighbour(message)) => {
+            let gone = neighbour(&message)?;
+            Some(Event::NeighbourGone((gone.ifindex, gone.address)))
+        }
+        NetlinkPayload::InnerMessage(NewLink(_) | DelLink(_) | NewAddress(_) | DelAddress(_)) => {
+            Some(Event::Links)
+        }
+        NetlinkPayload::InnerMessage(_) => Some(Event::Routes),
+        _ => None,
+    }
+}
+
+/// Returns true for qdiscs, classes, filters, actions and chains; what they say is not looked at.
+fn is_about_tc(message: &[u8]) -> bool {
+    let kind = message.get(4..6).map(|kind| u16::from_ne_bytes([kind[0], kind[1]]));
+    kind.is_some_and(|kind| {
+        (libc::RTM_NEWQDISC..=libc::RTM_GETACTION).contains(&kind) || (100..=102).contains(&kind)
+    })
+}

@@ -1,0 +1,311 @@
+//! Interfaces and their addresses.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+
+use netlink_packet_core::NLM_F_DUMP;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::link::{
+    AfSpecInet, AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoVlan, InfoVrf, InfoVxlan,
+    LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, Prop, VlanProtocol,
+};
+
+use super::{Netlink, mac};
+use crate::config::Network;
+
+/// A network interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Link {
+    pub index: u32,
+    pub name: String,
+    /// Alternative names.
+    pub altnames: Vec<String>,
+    pub mac: Option<[u8; 6]>,
+    pub mtu: u32,
+    /// Of IPv6 packets, where a router or a sysctl has lowered it.
+    pub mtu6: Option<u32>,
+    /// Administratively.
+    pub up: bool,
+    /// And something is at the other end.
+    pub carrier: bool,
+    /// `None`: what udplb knows nothing of (InfiniBand, PPP).
+    pub layer: Option<Layer>,
+    /// As `ip -d link` names it: `veth`, `macvlan`; empty for hardware.
+    pub kind: String,
+    /// The interface it is stacked on (macvlan, VLAN); a veth's peer too.
+    pub lower: Option<u32>,
+    /// The interface that a VXLAN's own packets leave by.
+    pub outer: Option<u32>,
+    /// The bridge, bond or VRF it belongs to.
+    pub controller: Option<u32>,
+    /// Packets that came in so far.
+    pub received: u64,
+    /// XDP programs, each with the word that `ip link` has for its mode.
+    pub xdp: Vec<(&'static str, u32)>,
+    /// Protocol and id of a VLAN device above an interface of this network namespace.
+    pub vlan: Option<(u16, u16)>,
+    /// The table of a VRF.
+    pub vrf: Option<u32>,
+    /// Packets that come in are routed on, of IPv4 and of IPv6.
+    pub forwards: [bool; 2],
+}
+
+/// How that begins which an interface carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layer {
+    /// With an Ethernet header.
+    Ethernet,
+    /// With the IP header: tun, WireGuard, ipip. It knows no MAC addresses, and no neighbours to ask.
+    Ip,
+}
+
+/// Returns true if `ip link` takes or shows `wanted` for an interface of that name: an alternative
+/// name, or `eth0@if5` for eth0.
+pub fn is_called(name: &str, altnames: &[String], wanted: &str) -> bool {
+    let shown = wanted.split_once('@').is_some_and(|(before, _)| before == name);
+    shown || wanted == name || altnames.iter().any(|altname| altname == wanted)
+}
+
+/// Returns the interface of that name, or else the one that is also called so.
+pub fn find_link<'a>(
+    links: impl Iterator<Item = &'a Link> + Clone,
+    wanted: &str,
+) -> Option<&'a Link> {
+    links.clone().find(|link| link.name == wanted).or_else(|| {
+        let mut links = links;
+        links.find(|link| is_called(&link.name, &link.altnames, wanted))
+    })
+}
+
+impl Link {
+    /// The longest packet to an address, in bytes, where the route says nothing.
+    pub fn mtu_to(&self, address: IpAddr) -> u32 {
+        match self.mtu6 {
+            Some(mtu6) if address.is_ipv6() => mtu6.min(self.mtu),
+            _ => self.mtu,
+        }
+    }
+}
+
+/// An address of this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnAddress {
+    pub ifindex: u32,
+    pub address: IpAddr,
+    /// To which everybody on its network listens.
+    pub broadcast: Option<IpAddr>,
+    /// The addresses that are on its link.
+    pub network: Network,
+    /// The kernel does not use it yet: it looks for duplicates.
+    pub tentative: bool,
+}
+
+impl Netlink {
+    /// All interfaces of this network namespace.
+    pub async fn links(&self) -> io::Result<Vec<Link>> {
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let replies = self.request(request, NLM_F_DUMP).await?;
+        Ok(replies
+            .into_iter()
+            .filter_map(|reply| match reply {
+                RouteNetlinkMessage::NewLink(message) => Some(link(message)),
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// The addresses of this host.
+    pub async fn addresses(&self) -> io::Result<Vec<OwnAddress>> {
+        let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        let replies = self.request(request, NLM_F_DUMP).await?;
+        Ok(replies
+            .into_iter()
+            .filter_map(|reply| match reply {
+                RouteNetlinkMessage::NewAddress(message) => address(&message),
+                _ => None,
+            })
+            .collect())
+    }
+}
+
+fn link(message: LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        up: message.header.flags.contains(LinkFlags::Up),
+        carrier: message.header.flags.contains(LinkFlags::LowerUp),
+        layer: layer(message.header.link_layer_type),
+        ..Link::default()
+    };
+    let mut elsewhere = false;
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name = name,
+            LinkAttribute::PropList(properties) => link.altnames = altnames(properties),
+            LinkAttribute::Address(bytes) => link.mac = mac(&bytes),
+            LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+            LinkAttribute::Link(index) => link.lower = Some(index),
+            LinkAttribute::Controller(index) => link.controller = Some(index),
+            LinkAttribute::LinkInfo(infos) => {
+                link.kind = link_kind(&infos);
+                link.outer = outer_link(&infos);
+                link.vlan = link_vlan(&infos);
+                link.vrf = vrf_table(&infos);
+            }
+            LinkAttribute::LinkNetNsId(_) => elsewhere = true,
+            LinkAttribute::AfSpecUnspec(families) => {
+                (link.mtu6, link.forwards) = (mtu6(&families), forwards(&families));
+            }
+            LinkAttribute::Stats64(stats) => link.received = stats.rx_packets,
+            LinkAttribute::Xdp(facts) => link.xdp = xdp(&facts),
+            _ => {}
+        }
+    }
+    if elsewhere {
+        link.vlan = None;
+    }
+    link
+}
+
+fn altnames(properties: Vec<Prop>) -> Vec<String> {
+    let name = |property| match property {
+        Prop::AltIfName(name) => Some(name),
+        _ => None,
+    };
+    properties.into_iter().filter_map(name).collect()
+}
+
+/// As the kernel decides (`dev_is_mac_header_xmit`) whether a redirected packet loses its MAC header.
+fn layer(kind: LinkLayerType) -> Option<Layer> {
+    match kind {
+        LinkLayerType::Ether => Some(Layer::Ethernet),
+        LinkLayerType::None
+        | LinkLayerType::Void
+        | LinkLayerType::Rawip
+        | LinkLayerType::Tunnel
+        | LinkLayerType::Tunnel6
+        | LinkLayerType::Sit
+        | LinkLayerType::Ipgre
+        | LinkLayerType::Ip6gre => Some(Layer::Ip),
+        _ => None,
+    }
+}
+
+/// The kernel names a program by its mode, and again as the one program where there is only one.
+fn xdp(facts: &[LinkXdp]) -> Vec<(&'static str, u32)> {
+    let by_mode = |fact: &LinkXdp| match fact {
+        LinkXdp::DrvProgId(id) => Some(("xdpdrv", *id)),
+        LinkXdp::SkbProgId(id) => Some(("xdpgeneric", *id)),
+        LinkXdp::HwProgId(id) => Some(("xdpoffload", *id)),
+        _ => None,
+    };
+    facts.iter().filter_map(by_mode).collect()
+}
+
+fn mtu6(families: &[AfSpecUnspec]) -> Option<u32> {
+    families.iter().find_map(|family| match family {
+        AfSpecUnspec::Inet6(facts) => facts.iter().find_map(|fact| match fact {
+            AfSpecInet6::DevConf(configuration) => u32::try_from(configuration.mtu6).ok(),
+            _ => None,
+        }),
+        _ => None,
+    })
+}
+
+/// Whether packets of IPv4 and of IPv6 that come in are routed on.
+fn forwards(families: &[AfSpecUnspec]) -> [bool; 2] {
+    let mut forwards = [false; 2];
+    for family in families {
+        match family {
+            AfSpecUnspec::Inet(facts) => {
+                let is_on = |fact: &AfSpecInet| matches!(fact, AfSpecInet::DevConf(conf) if conf.forwarding != 0);
+                forwards[0] = facts.iter().any(is_on);
+            }
+            AfSpecUnspec::Inet6(facts) => {
+                let is_on = |fact: &AfSpecInet6| matches!(fact, AfSpecInet6::DevConf(conf) if conf.forwarding != 0);
+                forwards[1] = facts.iter().any(is_on);
+            }
+            _ => {}
+        }
+    }
+    forwards
+}
+
+fn vrf_table(infos: &[LinkInfo]) -> Option<u32> {
+    infos.iter().find_map(|info| match info {
+        LinkInfo::Data(InfoData::Vrf(facts)) => facts.iter().find_map(|fact| match fact {
+            InfoVrf::TableId(table) => Some(*table),
+            _ => None,
+        }),
+        _ => None,
+    })
+}
+
+fn outer_link(infos: &[LinkInfo]) -> Option<u32> {
+    let of_vxlan = |info: &InfoVxlan| match info {
+        InfoVxlan::Link(index) => Some(*index),
+        _ => None,
+    };
+    infos.iter().find_map(|info| match info {
+        LinkInfo::Data(InfoData::Vxlan(infos)) => infos.iter().find_map(of_vxlan),
+        _ => None,
+    })
+}
+
+fn link_vlan(infos: &[LinkInfo]) -> Option<(u16, u16)> {
+    let vlan = infos.iter().find_map(|info| match info {
+        LinkInfo::Data(InfoData::Vlan(vlan)) => Some(vlan),
+        _ => None,
+    })?;
+    let (mut protocol, mut id) = (VlanProtocol::Ieee8021Q, None);
+    for part in vlan {
+        match part {
+            InfoVlan::Id(number) => id = Some(*number),
+            InfoVlan::Protocol(said) => protocol = *said,
+            _ => {}
+        }
+    }
+    Some((protocol.into(), id?))
+}
+
+fn link_kind(infos: &[LinkInfo]) -> String {
+    infos
+        .iter()
+        .find_map(|info| match info {
+            LinkInfo::Kind(InfoKind::Other(kind)) => Some(kind.clone()),
+            LinkInfo::Kind(kind) => Some(kind.to_string()),
+            _ => None,
+        })
+        .unwrap_or_default()
+}
+
+fn address(message: &AddressMessage) -> Option<OwnAddress> {
+    let (mut local, mut plain, mut broadcast) = (None, None, None);
+    let flags = u32::from(message.header.flags.bits());
+    let mut flags = AddressFlags::from_bits_retain(flags);
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Flags(all) => flags = *all,
+            AddressAttribute::Local(address) => local = Some(*address),
+            AddressAttribute::Address(address) => plain = Some(*address),
+            AddressAttribute::Broadcast(address) => broadcast = Some(IpAddr::V4(*address)),
+            _ => {}
+        }
+    }
+    if let (None, Some(IpAddr::V4(network)), prefix @ ..31) =
+        (broadcast, plain, message.header.prefix_len)
+    {
+        // nobody set one, and the kernel's routing has it all the same
+        broadcast = Some(Ipv4Addr::from_bits(network.to_bits() | u32::MAX >> prefix).into());
+    }
+    // of a point-to-point link the plain address is the peer's
+    let tentative = flags.contains(AddressFlags::Tentative)
+        && !flags.intersects(AddressFlags::Dadfailed | AddressFlags::Optimistic);
+    Some(OwnAddress {
+        ifindex: message.header.index,
+        address: local.or(plain)?,
+        broadcast,
+        tentative,
+        network: Network::new(plain.or(local)?, message.header.prefix_len),
+    })
+}

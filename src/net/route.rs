@@ -1,0 +1,380 @@
+//! Routes and policy rules.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use futures_util::{StreamExt, TryStreamExt, stream};
+use netlink_packet_core::NLM_F_DUMP;
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteNextHopFlags,
+    RouteType, RouteVia,
+};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
+use netlink_packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
+
+use super::link::{Link, find_link};
+use super::neighbour::NeighbourKey;
+use super::{Netlink, WINDOW, family};
+use crate::config::{Address, Network};
+use crate::net::routing::{Match, PolicyAction, PolicyRule, TableRoute};
+
+/// Where packets to an address go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    pub ifindex: u32,
+    /// The neighbour to ask for: a gateway, or the address itself.
+    pub gateway: IpAddr,
+    /// Bytes; `None`: that of the interface.
+    pub mtu: Option<u32>,
+    /// This host's own address on that way: what a local sender's packets would have.
+    pub egress: Option<IpAddr>,
+    /// The address is one of this host's.
+    pub local: bool,
+}
+
+impl Route {
+    /// The neighbour that its packets go to.
+    pub fn neighbour(&self) -> NeighbourKey {
+        (self.ifindex, self.gateway)
+    }
+}
+
+impl Netlink {
+    /// The rules of `ip rule` for a family, in the order of their priority.
+    pub async fn rules(&self, ipv6: bool) -> io::Result<Vec<PolicyRule>> {
+        let mut message = RuleMessage::default();
+        message.header.family = if ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
+        let replies = self.request(RouteNetlinkMessage::GetRule(message), NLM_F_DUMP).await?;
+        let mut rules: Vec<PolicyRule> = replies
+            .into_iter()
+            .filter_map(|reply| match reply {
+                RouteNetlinkMessage::NewRule(message) => Some(policy_rule(&message)),
+                _ => None,
+            })
+            .collect();
+        rules.sort_by_key(|rule| rule.priority);
+        Ok(rules)
+    }
+
+    /// The routes of all tables of a family that any of these addresses matches.
+    pub async fn routes_to(
+        &self,
+        addresses: &BTreeSet<IpAddr>,
+        ipv6: bool,
+    ) -> io::Result<Vec<TableRoute>> {
+        let mut message = RouteMessage::default();
+        message.header.address_family =
+            if ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
+        let replies = self.request(RouteNetlinkMessage::GetRoute(message), NLM_F_DUMP).await?;
+        let mut matched = HashMap::<u8, HashSet<Network>>::new();
+        let mut routes = Vec::new();
+        for reply in replies {
+            let RouteNetlinkMessage::NewRoute(message) = reply else { continue };
+            let Some(route) = table_route(&message, ipv6) else { continue };
+            let prefix = route.network.prefix;
+            let networks = matched.entry(prefix).or_insert_with(|| {
+                addresses.iter().map(|address| Network::new(*address, prefix)).collect()
+            });
+            if networks.contains(&route.network) {
+                routes.push(route);
+            }
+        }
+        Ok(routes)
+    }
+
+    /// Returns all paths to each address, at least one, in the order asked, or the kernel's reason why
+    /// there is none. `links` are all interfaces, by index.
+    ///
+    /// # Errors
+    /// The kernel could not be asked, which says nothing of the paths.
+    pub async fn paths(
+        &self,
+        addresses: &[Address],
+        links: &HashMap<u32, Link>,
+    ) -> io::Result<Vec<Result<Vec<Route>, String>>> {
+        // collected, since a stream that borrows from a closure's argument is not Send
+        let paths: Vec<_> = addresses.iter().map(|address| self.paths_to(address, links)).collect();
+        let mut all: Vec<_> = stream::iter(paths).buffered(WINDOW).try_collect().await?;
+        let mut unsourced: Vec<(IpAddr, &mut Route)> = addresses
+            .iter()
+            .zip(&mut all)
+            .flat_map(|(address, paths)| paths.iter_mut().flatten().map(|path| (address.ip, path)))
+            .collect();
+        self.add_sources(&mut unsourced).await?;
+        Ok(all)
+    }
+
+    /// Fills in this host's own address on paths to these addresses, where the route names none.
+    pub async fn add_sources(&self, paths: &mut [(IpAddr, &mut Route)]) -> io::Result<()> {
+        let is_unsourced = |path: &Route| !path.local && path.egress.is_none();
+        let asked: HashMap<_, _> = paths
+            .iter()
+            .filter(|(_, path)| is_unsourced(path))
+            .map(|(address, path)| (source_key(*address, path), *address))
+            .collect();
+        let sources = stream::iter(asked).map(|(key, address)| async move {
+            // of several paths the kernel would choose one, but each has an address of its own
+            let found = self.route(address, key.0, RouteFlags::empty()).await?;
+            Ok::<_, io::Error>((key, found.ok().and_then(|found| found.first().copied())))
+        });
+        let sources: HashMap<_, _> = sources.buffer_unordered(WINDOW).try_collect().await?;
+        for (address, path) in paths.iter_mut().filter(|(_, path)| is_unsourced(path)) {
+            if let Some(Some(found)) = sources.get(&source_key(*address, path)) {
+                (path.egress, path.local) = (found.egress, found.local);
+            }
+        }
+        Ok(())
+    }
+
+    async fn paths_to(
+        &self,
+        address: &Address,
+        links: &HashMap<u32, Link>,
+    ) -> io::Result<Result<Vec<Route>, String>> {
+        match &address.scope {
+            Some(interface) => Ok(on_link(address.ip, interface, links).map(|path| vec![path])),
+            None => self.route(address.ip, 0, RouteFlags::FibMatch).await,
+        }
+    }
+
+    /// Asks as a local sender would, one that is bound to an interface if that is not 0: with an
+    /// input interface the kernel refuses to answer while forwarding is off. The inner error is the
+    /// kernel's reason why there is no path.
+    async fn route(
+        &self,
+        address: IpAddr,
+        output: u32,
+        flags: RouteFlags,
+    ) -> io::Result<Result<Vec<Route>, String>> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(address);
+        message.header.destination_prefix_length = if address.is_ipv4() { 32 } else { 128 };
+        message.header.flags = flags;
+        message.attributes.push(RouteAttribute::Destination(address.into()));
+        if output != 0 {
+            message.attributes.push(RouteAttribute::Oif(output));
+        }
+        let replies = match self.request(RouteNetlinkMessage::GetRoute(message), 0).await {
+            Ok(replies) => replies,
+            Err(error) => return no_route(&error).map_or(Err(error), |reason| Ok(Err(reason))),
+        };
+        let mut routes = replies.into_iter().filter_map(|reply| match reply {
+            RouteNetlinkMessage::NewRoute(message) => Some(route(address, &message)),
+            _ => None,
+        });
+        let routes = routes.next().unwrap_or_default();
+        Ok(if routes.is_empty() { Err("no unicast route".into()) } else { Ok(routes) })
+    }
+}
+
+/// What the address of a local sender depends on: the interface, and the destination or, on IPv4,
+/// the gateway, which many have.
+fn source_key(destination: IpAddr, path: &Route) -> (u32, IpAddr, bool) {
+    let by_gateway = destination.is_ipv4() && path.gateway != destination;
+    (path.ifindex, if by_gateway { path.gateway } else { destination }, by_gateway)
+}
+
+/// An address that is nowhere but on one link: no table is asked where that is.
+fn on_link(address: IpAddr, interface: &str, links: &HashMap<u32, Link>) -> Result<Route, String> {
+    let link = find_link(links.values(), interface);
+    let link = link.ok_or_else(|| format!("there is no interface {interface}"))?;
+    Ok(Route { ifindex: link.index, gateway: address, mtu: None, egress: None, local: false })
+}
+
+/// The kernel's reason why an address has no route, by the error that a look-up ends with; any other
+/// error is no answer.
+fn no_route(error: &io::Error) -> Option<String> {
+    let reason = match error.raw_os_error()? {
+        libc::EINVAL => "a blackhole route drops its packets",
+        libc::EACCES => "a prohibit route refuses its packets",
+        libc::EHOSTUNREACH => "an unreachable route refuses its packets",
+        libc::ENETUNREACH => "no route matches",
+        libc::ENETDOWN | libc::ENODEV | libc::EADDRNOTAVAIL => return Some(error.to_string()),
+        _ => return None,
+    };
+    Some(reason.into())
+}
+
+/// Nothing for a route that leads nowhere: blackhole, unreachable, multicast, broadcast. Paths
+/// that are down come last.
+fn route(address: IpAddr, message: &RouteMessage) -> Vec<Route> {
+    let local = message.header.kind == RouteType::Local;
+    if !local && message.header.kind != RouteType::Unicast {
+        return Vec::new();
+    }
+    let mtu = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Metrics(metrics) => metrics.iter().find_map(|metric| match metric {
+            RouteMetric::Mtu(mtu) => Some(*mtu),
+            _ => None,
+        }),
+        _ => None,
+    });
+    let egress = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::PrefSource(address) => ip(address),
+        _ => None,
+    });
+    let mut only = Route { ifindex: 0, gateway: address, mtu, egress, local };
+    let (mut alive, mut dead) = (Vec::new(), Vec::new());
+    for attribute in &message.attributes {
+        let RouteAttribute::MultiPath(hops) = attribute else { continue };
+        for hop in hops {
+            let mut path = Route { ifindex: hop.interface_index, ..only };
+            read_hop(&mut path, &hop.attributes);
+            let down = RouteNextHopFlags::Dead | RouteNextHopFlags::Linkdown;
+            if hop.flags.intersects(down) { dead.push(path) } else { alive.push(path) }
+        }
+    }
+    if address.is_ipv6() {
+        // the kernel begins with any of them
+        alive.sort_by_key(Route::neighbour);
+        dead.sort_by_key(Route::neighbour);
+    }
+    read_hop(&mut only, &message.attributes);
+    alive.append(&mut dead);
+    alive.push(only);
+    alive.retain(|path| path.ifindex != 0);
+    alive
+}
+
+/// A route as a dump has it.
+fn table_route(message: &RouteMessage, ipv6: bool) -> Option<TableRoute> {
+    let anywhere: IpAddr = match ipv6 {
+        true => Ipv6Addr::UNSPECIFIED.into(),
+        false => Ipv4Addr::UNSPECIFIED.into(),
+    };
+    let header = &message.header;
+    let (mut table, mut address, mut metric) = (u32::from(header.table), anywhere, 0);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(id) => table = *id,
+            RouteAttribute::Destination(destination) => address = ip(destination)?,
+            RouteAttribute::Priority(priority) => metric = *priority,
+            // for some senders or classes of service only, which the kernel has hardly ever
+            RouteAttribute::Source(_) => return None,
+            _ => {}
+        }
+    }
+    let outcome = match header.kind {
+        RouteType::Throw => None,
+        RouteType::BlackHole => Some(Err("a blackhole route drops its packets".into())),
+        RouteType::Prohibit => Some(Err("a prohibit route refuses its packets".into())),
+        RouteType::Unreachable => Some(Err("an unreachable route refuses its packets".into())),
+        _ => match route(anywhere, message) {
+            routes if routes.is_empty() => Some(Err("no unicast route".into())),
+            routes => Some(Ok(routes)),
+        },
+    };
+    let network = Network::new(address, header.destination_prefix_length);
+    Some(TableRoute { table, network, metric, outcome })
+}
+
+/// A rule of `ip rule`. Packets come without a mark, as those of the program do that the kernel is asked
+/// about; their source port and class of service are anything.
+fn policy_rule(message: &RuleMessage) -> PolicyRule {
+    let header = &message.header;
+    let mut rule = PolicyRule {
+        priority: 0,
+        inverted: header.flags.contains(RuleFlags::Invert),
+        from: None,
+        to: None,
+        input: None,
+        vrf: false,
+        others: if header.tos == 0 { Match::All } else { Match::Some },
+        suppressed: None,
+        action: PolicyAction::Nop,
+    };
+    let (mut table, mut target, mut mark, mut mask) = (u32::from(header.table), 0, 0, u32::MAX);
+    for attribute in &message.attributes {
+        let matches = match attribute {
+            RuleAttribute::Source(address) => {
+                rule.from = Some(Network::new(*address, header.src_len));
+                Match::All
+            }
+            RuleAttribute::Destination(address) => {
+                rule.to = Some(Network::new(*address, header.dst_len));
+                Match::All
+            }
+            RuleAttribute::Iifname(name) => {
+                rule.input = Some(name.clone());
+                Match::All
+            }
+            RuleAttribute::L3MDev(is_set) => {
+                rule.vrf = *is_set;
+                Match::All
+            }
+            RuleAttribute::SuppressPrefixLen(length) => {
+                // all ones: none
+                rule.suppressed = u8::try_from(*length).ok();
+                Match::All
+            }
+            RuleAttribute::Priority(priority) => {
+                rule.priority = *priority;
+                Match::All
+            }
+            RuleAttribute::Table(id) => {
+                table = *id;
+                Match::All
+            }
+            RuleAttribute::Goto(priority) => {
+                target = *priority;
+                Match::All
+            }
+            RuleAttribute::FwMark(bits) => {
+                mark = *bits;
+                Match::All
+            }
+            RuleAttribute::FwMask(bits) => {
+                mask = *bits;
+                Match::All
+            }
+            // a route's protocol, and its realm
+            RuleAttribute::Protocol(_) | RuleAttribute::Realm(_) => Match::All,
+            RuleAttribute::Oifname(_) => Match::No,
+            RuleAttribute::TunId(id) if *id != 0 => Match::No,
+            RuleAttribute::IpProtocol(protocol) if *protocol != IpProtocol::Udp => Match::No,
+            RuleAttribute::UidRange(range) if range.start != 0 => Match::No,
+            RuleAttribute::TunId(_) | RuleAttribute::IpProtocol(_) | RuleAttribute::UidRange(_) => {
+                Match::All
+            }
+            // ports, and whatever else there is
+            _ => Match::Some,
+        };
+        rule.others = rule.others.min(matches);
+    }
+    if mark & mask != 0 {
+        rule.others = Match::No;
+    }
+    rule.action = match header.action {
+        RuleAction::ToTable => PolicyAction::Table(table),
+        RuleAction::Goto if !header.flags.contains(RuleFlags::Unresolved) => {
+            PolicyAction::Goto(target)
+        }
+        RuleAction::Blackhole => PolicyAction::Refuse("a blackhole rule drops its packets"),
+        RuleAction::Unreachable => PolicyAction::Refuse("an unreachable rule refuses its packets"),
+        RuleAction::Prohibit => PolicyAction::Refuse("a prohibit rule refuses its packets"),
+        _ => PolicyAction::Nop,
+    };
+    rule
+}
+
+fn read_hop(route: &mut Route, attributes: &[RouteAttribute]) {
+    for attribute in attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => route.ifindex = *index,
+            RouteAttribute::Gateway(gateway) => {
+                route.gateway = ip(gateway).unwrap_or(route.gateway);
+            }
+            RouteAttribute::Via(RouteVia::Inet6(gateway)) => route.gateway = (*gateway).into(),
+            _ => {}
+        }
+    }
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
+        RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
+        _ => None,
+    }
+}
