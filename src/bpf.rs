@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-#[allow(clippy::all, clippy::pedantic, dead_code)]
+#[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, dead_code)]
 mod skeleton {
     include!(concat!(env!("OUT_DIR"), "/udplb.skel.rs"));
 }
