@@ -20,6 +20,7 @@ use crate::cli::{Global, Output, Trace};
 use crate::config::Network;
 use crate::datapath::generation::{self, Description};
 use crate::datapath::lease;
+use crate::datapath::lock;
 use crate::datapath::pins::{self, INCOMPLETE};
 use crate::desired::tables::wire;
 use crate::error::{Failure, Result, say};
@@ -195,9 +196,10 @@ fn alone(directory: &Path) -> Result<File> {
     let lock = File::open(directory).with_context(|| directory.display().to_string())?;
     match lock.try_lock() {
         Ok(()) => Ok(lock),
-        Err(TryLockError::WouldBlock) => Err(Failure::Locked(
-            "another udplb trace is running, and there can be only one at a time".into(),
-        )),
+        Err(TryLockError::WouldBlock) => Err(Failure::Locked(format!(
+            "{} is tracing, and there can be only one trace at a time",
+            lock::holders(directory)
+        ))),
         Err(TryLockError::Error(error)) => {
             Err(anyhow!(error).context(directory.display().to_string()).into())
         }

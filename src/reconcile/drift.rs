@@ -6,6 +6,7 @@ use crate::cli::Target;
 use crate::datapath::generation::Description;
 use crate::desired::Desired;
 use crate::error::Result;
+use crate::reconcile::observe::Observed;
 use crate::reconcile::source::{Text, interfaces, is_kept};
 
 /// What a generation was made of, read again; `None` where that cannot be found again.
@@ -21,16 +22,22 @@ pub fn source(description: &Description) -> Option<(Text, Target)> {
 }
 
 /// Whether the text says something else than the one that was applied. The addresses of host names and
-/// of `any` do not matter.
+/// of `any`, and by which of its names the file calls an interface, do not matter.
 ///
 /// # Errors
 /// The text is no configuration.
-pub fn differs(text: &Text, target: &Target, description: &Description) -> Result<bool> {
+pub fn differs(
+    text: &Text,
+    target: &Target,
+    description: &Description,
+    observed: &Observed,
+) -> Result<bool> {
     let desired = &description.desired;
     if text.digest(target) == description.origin.digest {
         return Ok(false);
     }
     let config = text.parse()?;
     let interfaces = interfaces(text, target, &config)?;
+    let interfaces: Vec<String> = interfaces.iter().map(|name| observed.canonical(name)).collect();
     Ok(Desired::written(&config, &interfaces) != desired.as_written())
 }

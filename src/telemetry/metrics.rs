@@ -14,10 +14,11 @@ use prometheus_client::registry::Registry;
 use crate::cli::Global;
 use crate::config::{KEY_ENTRIES, UPSTREAMS};
 use crate::datapath::counters::Counts;
-use crate::datapath::generation::{self, Description};
+use crate::datapath::generation::{self, Description, Generation};
 use crate::error::Result;
 use crate::net::Netlink;
 use crate::reconcile::drift;
+use crate::reconcile::observe::Observed;
 use crate::telemetry::status::{self, Status, UpstreamStatus};
 
 /// What all of them begin with.
@@ -44,7 +45,7 @@ impl Gatherer {
         let serving =
             reading.status.generation.and_then(|it| reading.observed.generations.get(&it));
         let metrics = Metrics {
-            drift: serving.and_then(|it| self.drift(it.number, &it.description)),
+            drift: serving.and_then(|it| self.drift(it, &reading.observed)),
             fill: serving
                 .map(|it| fill(&it.description, reading.status.most_ids))
                 .unwrap_or_default(),
@@ -60,15 +61,16 @@ impl Gatherer {
     }
 
     /// `None`: the file cannot be read.
-    fn drift(&mut self, number: u32, description: &Description) -> Option<bool> {
+    fn drift(&mut self, serving: &Generation, observed: &Observed) -> Option<bool> {
+        let Generation { number, description, .. } = serving;
         let (text, target) = drift::source(description)?;
         let digest = text.digest(&target);
         match &self.judged {
-            Some((known, of, differs)) if (known, *of) == (&digest, number) => Some(*differs),
+            Some((known, of, differs)) if (known, of) == (&digest, number) => Some(*differs),
             _ => {
                 // a file that is no configuration is not what serves
-                let differs = drift::differs(&text, &target, description).unwrap_or(true);
-                self.judged = Some((digest, number, differs));
+                let differs = drift::differs(&text, &target, description, observed).unwrap_or(true);
+                self.judged = Some((digest, *number, differs));
                 Some(differs)
             }
         }

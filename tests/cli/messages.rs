@@ -200,6 +200,11 @@ fn interfaces_go_by_every_name_that_ip_shows() {
         let get = lab.run(&format!("get 10.1.0.20 10.1.0.1 -i {name} -o json")).expect(0).json();
         assert_eq!(get["interface"], "eth0");
     }
+    // another text for the same is no drift
+    let file = lab.write(&named(LONG));
+    fs::write(&file, format!("{}\n", named(LONG))).expect("written");
+    let metrics = lab.run("metrics").expect(0).stdout;
+    assert!(metrics.contains("\nudplb_config_drift 0\n"), "{metrics}");
     assert_eq!(lab.run(&format!("detach -i {LONG} -o json")).json()["detached"], json!(["eth0"]));
 
     // the interface of a link-local address too

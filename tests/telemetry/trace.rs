@@ -231,7 +231,7 @@ fn it_ends_by_itself_and_there_is_one_at_a_time() {
     // which has a lock of its own
     let _arpd = Arpd::start(&lab, "");
     let trace = Trace::start(&lab, "-c 3 -o json");
-    lab.run("trace").expect(75).says(&["another udplb trace is running"]);
+    lab.run("trace").expect(75).says(&[" trace -c 3 -o json` (pid ", ") is tracing, and"]);
     send_flows(&lab, 6);
     let outcome = trace.end().expect(0).says(&["3 shown"]);
     assert_eq!(flag(&lab), 0);

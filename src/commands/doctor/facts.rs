@@ -96,7 +96,7 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
     let mut desired = serving.map(|description| description.desired.clone());
     match (given, serving) {
         (Some((text, target)), Some(description)) => {
-            facts.drift = Some(differs(&text, target, description));
+            facts.drift = Some(differs(&text, target, description, observed));
         }
         (Some((text, target)), None) => {
             let wanted = match Request::new(&text, &target, Resolver::default()) {
@@ -134,11 +134,12 @@ fn differs(
     text: &Text,
     mut target: Target,
     description: &Description,
+    observed: &Observed,
 ) -> std::result::Result<bool, String> {
     if text.parse().is_ok_and(|config| config.interfaces.is_empty()) {
         target.interfaces.clone_from(&description.desired.interfaces);
     }
-    drift::differs(text, &target, description).map_err(|failure| first_line(&failure))
+    drift::differs(text, &target, description, observed).map_err(|failure| first_line(&failure))
 }
 
 fn first_line(failure: &Failure) -> String {
