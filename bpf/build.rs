@@ -12,7 +12,8 @@ const SOURCE: &str = "bpf/udplb.bpf.c";
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let object = out.join("udplb.bpf.o");
-    // Debian keeps asm/types.h where only the native target looks; it is the same for all of them
+    // Debian has asm/types.h in a directory that clang searches for the native target only; BPF
+    // can use the same file
     let host = env::var("HOST").expect("cargo sets the host");
     let multiarch =
         format!("-I/usr/include/{}-linux-gnu", host.split('-').next().unwrap_or_default());
@@ -30,15 +31,15 @@ fn main() {
     println!("cargo::rerun-if-changed=bpf");
 }
 
-/// Returns the commit that is built: of UDPLB_COMMIT (a package's build), of the crate's file, or of
-/// git. A debug build does not ask git: it would be built anew with each commit.
+/// Returns the commit: from UDPLB_COMMIT (set by package builds), the crate's file, or git. A debug
+/// build does not ask git, because it would be rebuilt after each commit.
 fn commit() -> String {
     const UNKNOWN: &str = "unknown";
     println!("cargo::rerun-if-env-changed=UDPLB_COMMIT");
     if let Ok(commit) = env::var("UDPLB_COMMIT") {
         return commit;
     }
-    // as cargo package writes it
+    // written by `cargo package`
     if let Ok(info) = fs::read_to_string(".cargo_vcs_info.json") {
         let commit = info.split("\"sha1\": \"").nth(1).and_then(|rest| rest.split('"').next());
         return commit.unwrap_or(UNKNOWN).into();
@@ -54,6 +55,7 @@ fn commit() -> String {
         .unwrap_or_else(|| UNKNOWN.into())
 }
 
+/// Returns the output of a git command; `None` if it fails or is empty.
 fn git(arguments: &[&str]) -> Option<String> {
     let output = Command::new("git").args(arguments).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?.trim().to_string();

@@ -1,44 +1,45 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Fragments of IPv4 packets that are too large for their way and may be cut, as a router makes them (RFC 791,
- * section 3.2). */
+/* Fragments IPv4 packets that exceed the MTU and permit it, as a router does (RFC 791, section 3.2). */
 #ifndef UDPLB_FRAGMENTATION_H
 #define UDPLB_FRAGMENTATION_H
 
 #define MAX_FRAGMENTS 128
-#define MAX_DATAGRAM 65535
+#define MAX_DATAGRAM 65535 /* bytes, from offset 0 on */
 
-/* Bytes that one bpf_skb_adjust_room() removes: the helper refuses 4096 and more. */
+/* Bytes that one bpf_skb_adjust_room() can remove: it refuses 4096 and more. */
 #define MAX_ADJUST 4080
 
 #define OPTION_END 0
 #define OPTION_NONE 1
-#define OPTION_COPIED 0x80 /* into each fragment */
+#define OPTION_COPIED 0x80 /* the option is copied into each fragment */
 
-/* Bytes of data in each fragment but the last. */
+/* Returns the bytes of data in each fragment but the last; 0: the MTU leaves no room. */
 static __always_inline __u32 fragment_size(__u32 headers, __u32 mtu)
 {
 	return mtu > headers ? (mtu - headers) & ~7 : 0;
 }
 
-/* Returns the number of fragments of a packet that does not fit; 0: it is not to be cut, or cannot be. */
-__noinline __u32 count_fragments(struct __sk_buff *skb, __u32 layout, __u32 mtu)
+/*
+ * Returns the number of fragments of a packet that exceeds the MTU; 0: it must not or cannot be fragmented.
+ */
+__noinline __u32 count_fragments(struct __sk_buff *skb, __u32 packed, __u32 mtu)
 {
-	__u32 headers = (layout & LAYOUT_UDP) - sizeof(struct ethhdr), size = fragment_size(headers, mtu);
-	struct packet packet;
+	struct pkt pkt = pkt_of(packed);
+	__u32 headers = pkt_l4_offset(&pkt) - sizeof(struct ethhdr), size = fragment_size(headers, mtu);
 	__u32 length, fragments;
 
-	if (layout & LAYOUT_IPV6 || !size || skb->gso_size || !locate(skb, layout, &packet) ||
-	    packet.ip->frag_off & bpf_htons(IP_DF) || checksum_state(skb, layout) == CSUM_INNER_PARTIAL)
+	if (pkt_has(&pkt, PKT_F_IPV6) || !size || skb->gso_size || !pkt_locate(skb, &pkt) ||
+	    pkt.ip->frag_off & bpf_htons(IP_DF) || checksum_state(skb, &pkt) == CSUM_INNER_PARTIAL)
 		return 0;
-	length = bpf_ntohs(packet.ip->tot_len) - headers;
-	/* what ends behind the longest datagram is nobody's */
-	if ((bpf_ntohs(packet.ip->frag_off) & IP_OFFSET) * 8 + length > MAX_DATAGRAM)
+	length = bpf_ntohs(pkt.ip->tot_len) - headers;
+	/* receivers drop a datagram that is too long */
+	if ((bpf_ntohs(pkt.ip->frag_off) & IP_OFFSET) * 8 + length > MAX_DATAGRAM)
 		return 0;
 	fragments = (length + size - 1) / size;
 	return fragments <= MAX_FRAGMENTS ? fragments : 0;
 }
 
-/* Loads the options of the IP header into `sending`, with zeroes behind them. */
+/* Loads the options of the IPv4 header into xmit->options, padded with zeroes. */
 __noinline __u32 load_options(struct __sk_buff *skb, __u32 headers)
 {
 	struct xmit *xmit = get_xmit();
@@ -53,6 +54,7 @@ __noinline __u32 load_options(struct __sk_buff *skb, __u32 headers)
 	return 0;
 }
 
+/* Stores xmit->options behind the IPv4 header. */
 __noinline __u32 store_options(struct __sk_buff *skb, __u32 headers)
 {
 	struct xmit *xmit = get_xmit();
@@ -65,8 +67,9 @@ __noinline __u32 store_options(struct __sk_buff *skb, __u32 headers)
 }
 
 /*
- * Replaces the options that only the first fragment has (RFC 791, section 3.1). What is known of an option is
- * in the map: before 6.18 the verifier would go on once for each length that it may have.
+ * Replaces the options that only the first fragment has by no-operations (RFC 791, section 3.1); `length` is
+ * that of all options. Keeps its state in the map, re-read in each step: before 6.18 the verifier would
+ * explore all that follows for each length of an option.
  */
 __noinline __u32 blank_options(__u32 length)
 {
@@ -92,13 +95,15 @@ __noinline __u32 blank_options(__u32 length)
 }
 
 /*
- * Fills in the UDP checksum that a device was to compute, which would sum up the bytes of one fragment. What
- * begins before the packet's data no device computes any more: it is moved there and back.
+ * Computes the UDP checksum that was left to the device, which would sum only one fragment. Returns false on
+ * failure. Shrinking and growing the packet clears CHECKSUM_PARTIAL, because the checksum's start then lies
+ * before the packet's data.
  */
-__noinline __u32 complete_checksum(struct __sk_buff *skb, __u32 layout)
+__noinline __u32 complete_checksum(struct __sk_buff *skb, __u32 packed)
 {
 	const __u32 start = sizeof(struct ethhdr);
-	__u32 udp = layout & LAYOUT_UDP, done, i, left;
+	const struct pkt pkt = pkt_of(packed);
+	__u32 udp = pkt_l4_offset(&pkt), done, i, left;
 	struct xmit *xmit = get_xmit();
 	__u64 sum = 0;
 	__u16 check;
@@ -117,7 +122,7 @@ __noinline __u32 complete_checksum(struct __sk_buff *skb, __u32 layout)
 	       !bpf_skb_store_bytes(skb, start, xmit->shifted, SHIFTED_BYTES, 0);
 }
 
-/* Removes so many bytes behind the Ethernet header. */
+/* Removes bytes behind the Ethernet header. Returns false on failure. */
 __noinline __u32 remove_bytes(struct __sk_buff *skb, __u32 bytes)
 {
 	__s32 part;
@@ -132,7 +137,10 @@ __noinline __u32 remove_bytes(struct __sk_buff *skb, __u32 bytes)
 	return true;
 }
 
-/* Writes the header of a fragment of `length` bytes; `offset` and `more` are the fragment's. */
+/*
+ * Writes the IPv4 header of a fragment with `length` bytes of data at `offset`; `more` is 0 or IP_MF.
+ * `headers` is the header's length. Returns false on failure.
+ */
 static __always_inline bool write_fragment_header(struct __sk_buff *skb, __u32 headers, struct iphdr *ip,
 						  __u32 offset, __u32 length, __u32 more, struct xmit *xmit)
 {
@@ -150,18 +158,19 @@ static __always_inline bool write_fragment_header(struct __sk_buff *skb, __u32 h
 	return true;
 }
 
-/* Makes of a packet the fragment with that number, for that MTU. */
-__noinline __u32 make_fragment(struct __sk_buff *skb, __u32 layout, __u32 fragment_index, __u32 mtu)
+/* Cuts a packet down to its fragment with that number for that MTU. Returns false on failure. */
+__noinline __u32 make_fragment(struct __sk_buff *skb, __u32 packed, __u32 number, __u32 mtu)
 {
-	__u32 headers = (layout & LAYOUT_UDP) - sizeof(struct ethhdr), size = fragment_size(headers, mtu);
-	__u32 offset = fragment_index * size, length, more, checksum = checksum_state(skb, layout);
+	const struct pkt pkt = pkt_of(packed);
+	__u32 headers = pkt_l4_offset(&pkt) - sizeof(struct ethhdr), size = fragment_size(headers, mtu);
+	__u32 offset = number * size, length, more, checksum = checksum_state(skb, &pkt);
 	struct xmit *xmit = get_xmit();
 	struct iphdr ip;
 
 	if (!xmit || headers < sizeof(ip) || bpf_skb_load_bytes(skb, sizeof(struct ethhdr), &ip, sizeof(ip)))
 		return false;
 	length = bpf_ntohs(ip.tot_len) - headers - offset;
-	if (!size || fragment_index >= MAX_FRAGMENTS || (__s32)length <= 0)
+	if (!size || number >= MAX_FRAGMENTS || (__s32)length <= 0)
 		return false;
 	more = bpf_ntohs(ip.frag_off) & IP_MF;
 	if (length > size) {
@@ -170,10 +179,10 @@ __noinline __u32 make_fragment(struct __sk_buff *skb, __u32 layout, __u32 fragme
 	}
 	if (checksum == CSUM_COMPLETE)
 		drop_csum_complete(skb);
-	if (checksum == CSUM_PARTIAL && !fragment_index && !complete_checksum(skb, layout))
+	if (checksum == CSUM_PARTIAL && !number && !complete_checksum(skb, packed))
 		return false;
 	load_options(skb, headers);
-	return !bpf_skb_change_tail(skb, (layout & LAYOUT_UDP) + offset + length, 0) &&
+	return !bpf_skb_change_tail(skb, pkt_l4_offset(&pkt) + offset + length, 0) &&
 	       remove_bytes(skb, offset) &&
 	       write_fragment_header(skb, headers, &ip, offset, length, more, xmit);
 }

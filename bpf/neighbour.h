@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Looks next hops up in the kernel's neighbour table. bpf_fib_lookup() does so only while forwarding is
- * on; else the table is read as it lies in the kernel's memory (net/core/neighbour.c), which tc programs may
- * do under RCU. What cannot be read counts as unknown.
+ * Looks up next hops in the kernel's neighbour table. bpf_fib_lookup() does so only while forwarding is
+ * enabled. Otherwise the table is read from kernel memory (net/core/neighbour.c), which is safe because tc
+ * programs run under RCU. An entry that cannot be read counts as unknown.
  */
 #ifndef UDPLB_NEIGHBOUR_H
 #define UDPLB_NEIGHBOUR_H
 
 #define CO_RE __attribute__((preserve_access_index))
 
-/* The members of the kernel's structs that lead from a packet to a neighbour. */
+/* Members of kernel structs on the path from a packet to its neighbour entry. */
 struct hlist_node {
 	struct hlist_node *next;
 } CO_RE;
@@ -71,7 +71,7 @@ struct neighbour___before_6_13 {
 	struct neighbour *next;
 } CO_RE;
 
-/* Begins with a number as long as a pointer. */
+/* A struct that begins with an integer of pointer size, to read one through a cast. */
 struct rb_node {
 	unsigned long __rb_parent_color;
 } CO_RE;
@@ -84,11 +84,11 @@ struct rb_node {
 
 enum neighbour_state {
 	NEIGHBOUR_UNREADABLE,
-	NEIGHBOUR_INVALID, /* or not to answer */
+	NEIGHBOUR_INVALID, /* unknown to the kernel, or not answering */
 	NEIGHBOUR_VALID,
 };
 
-/* Reads a pointer of the kernel's, as a number: 0 where nothing is. */
+/* Reads a pointer from kernel memory; 0 if it cannot be read. */
 static __always_inline __u64 read_pointer(const void *address)
 {
 	__u64 word = 0;
@@ -100,6 +100,7 @@ static __always_inline __u64 read_pointer(const void *address)
 	return word;
 }
 
+/* Reads 32 bits from kernel memory; 0 if they cannot be read. */
 static __always_inline __u32 read_word(const void *address)
 {
 	__u32 word = 0;
@@ -111,9 +112,10 @@ static __always_inline __u32 read_word(const void *address)
 	return word;
 }
 
+/* Address of a field of a kernel struct. */
 #define FIELD_AT(address, type, field) ((void *)(address) + bpf_core_field_offset(struct type, field))
 
-/* The address of the device with that index, in the network namespace of the packet's; 0: none. */
+/* Returns the address of the net_device with an index, in the packet's network namespace; 0: none. */
 static __always_inline __u64 lookup_device(struct __sk_buff *skb, __u32 ifindex)
 {
 	const void *packet = bpf_cast_to_kern_ctx ? bpf_cast_to_kern_ctx(skb) : (void *)skb;
@@ -132,7 +134,7 @@ static __always_inline __u64 lookup_device(struct __sk_buff *skb, __u32 ifindex)
 	return 0;
 }
 
-/* As arp_hashfn() and ndisc_hashfn() have it. */
+/* Returns the bucket of an address, as arp_hashfn() and ndisc_hashfn() compute it. */
 static __always_inline __u32 neighbour_hash(__u64 table, __u64 device, const __be32 *address, bool ipv6)
 {
 	__u32 hash = (address[0] ^ (__u32)(device ^ device >> 32)) *
@@ -154,7 +156,7 @@ static __always_inline bool is_neighbour(__u64 neighbour, __u64 device, const __
 			  read_word(key + 12) == address[3]));
 }
 
-/* The neighbour table's entries for a device: the first of those that share a bucket with an address. */
+/* Returns the address of the hash table of the device's ARP or NDISC entries; 0: none. */
 static __always_inline __u64 lookup_table(__u64 device, bool ipv6)
 {
 	__u64 parms = ipv6 ? read_pointer(FIELD_AT(read_pointer(FIELD_AT(device, net_device, ip6_ptr)),
@@ -165,7 +167,7 @@ static __always_inline __u64 lookup_table(__u64 device, bool ipv6)
 	return read_pointer(FIELD_AT(read_pointer(FIELD_AT(parms, neigh_parms, tbl)), neigh_table, nht));
 }
 
-/* Looks the gateway in `sending` up in the kernel's neighbour table. */
+/* Returns the state of the gateway in xmit->hop in the kernel's neighbour table. */
 static __always_inline enum neighbour_state gateway_state(struct __sk_buff *skb)
 {
 	bool listed = bpf_core_field_exists(struct neigh_hash_table, hash_heads);

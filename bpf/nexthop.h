@@ -1,44 +1,46 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* The way to an upstream: what user space vouches for, what the kernel's routing says, what was known once.
- */
+/* Resolves the next hop of an upstream: from the lease, the kernel's FIB, or what user space resolved. */
 #ifndef UDPLB_NEXTHOP_H
 #define UDPLB_NEXTHOP_H
 
-/* Where a packet goes: what of it is known depends on the verdict beside it. */
+/* Next hop of a packet. The verdict of resolve_nexthop() determines which members are set. */
 struct hop {
-	__u8 macs[2 * ETH_ALEN] __attribute__((aligned(8))); /* as they stand in it: destination, source */
+	__u8 macs[2 * ETH_ALEN] __attribute__((aligned(8))); /* destination and source */
 	__u32 ifindex;
 	__u32 family;
 	__be32 gateway[4];
 	__u16 mtu;	      /* 0: unknown */
-	bool check_pmtu;      /* it is time to ask the kernel for the MTU of the path */
-	bool resolved;	      /* the frame has the MAC addresses, or needs none */
-	enum verdict verdict; /* of a packet that fits */
+	bool check_pmtu;      /* the kernel's path MTU is due to be queried */
+	bool resolved;	      /* `macs` is set, or the interface needs none */
+	enum verdict verdict; /* of a packet that fits the MTU */
 };
 
-/* What a packet is sent with. Not on the stack, of which all functions on the way have 512 bytes together. */
+/*
+ * State of the packet that is sent. In a map, because all functions of a call chain share 512 bytes of stack.
+ */
 struct xmit {
 	__u32 upstream;	    /* id */
-	bool egress_source; /* the source is this host's address on the way that user space resolved */
+	bool egress_source; /* the source is this host's address, which user space resolved with the next hop
+			     */
 	struct rewrite rewrite;
 	struct hop hop;
 	struct bpf_fib_lookup fib;
 	struct bpf_redir_neigh neighbour;
 	struct headers saved;
-	__u32 fragments;		 /* fragments that the packet is cut into; 0: it is not */
-	__u32 cb[5];			 /* of the skb, as it came */
-	__u32 options[MAX_OPTION_WORDS]; /* of the IP header of a packet that is cut */
-	__u32 option_end;		 /* of the one that is looked at */
-	__u32 option_blank;		 /* it is to be replaced */
+	__u32 fragments;		 /* number of fragments to send; 0: the packet is sent whole */
+	__u32 cb[5];			 /* of the skb, as it arrived */
+	__u32 options[MAX_OPTION_WORDS]; /* of the IPv4 header of a packet that is fragmented */
+	__u32 option_end;		 /* offset of the next option */
+	__u32 option_blank;		 /* the current option is replaced by no-operations */
 	__u8 shifted[SHIFTED_BYTES];
-	volatile enum checksum checksum; /* read each time: the verifier would go on once for each of them */
-	__u32 csum_delta;		 /* what was added to skb->csum */
-	/* of the walk through an IPv4 header's options, and read each time, too: where, and its verdict */
+	volatile enum checksum checksum; /* volatile: else the verifier explores the rest for each value */
+	__u32 csum_delta;		 /* added to skb->csum */
+	/* of check_options(): offset and verdict; volatile for the same reason */
 	volatile __u32 option_offset, option_verdict;
 	__u32 allow_martians; /* the packet's rule forwards any source */
 };
 
-/* One for each CPU: nothing that a packet is sent to comes back in before send() has ended. */
+/* Per CPU: xmit_upstream() ends before any packet that it sends is received again. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -55,7 +57,7 @@ static __always_inline struct xmit *get_xmit(void)
 
 #include "neighbour.h"
 
-/* Half-word by half-word, as the stack is aligned: a plain copy would go byte by byte. */
+/* Copies a MAC address by half-words, the alignment of the stack; memcpy would copy bytes. */
 static __always_inline void copy_mac(void *to, const void *from)
 {
 	*(__u16 *)to = *(const __u16 *)from;
@@ -70,7 +72,7 @@ static __always_inline bool is_zero_mac(const __u8 *mac)
 	return !(words[0] | words[1] | words[2]);
 }
 
-/* Returns true for a packet that goes out, or to the kernel's neighbour table. */
+/* Returns true for a packet that is sent, or queued by the kernel's neighbour table. */
 static __always_inline bool is_sent(enum verdict verdict)
 {
 	return verdict == VERDICT_FORWARDED || verdict == VERDICT_STALE_NEIGHBOUR ||
@@ -89,13 +91,13 @@ static __always_inline bool is_same_address(const __be32 *one, const __be32 *oth
 	return !((one[0] ^ other[0]) | (one[1] ^ other[1]) | (one[2] ^ other[2]) | (one[3] ^ other[3]));
 }
 
-/* RFC 4291, section 2.5.6: of one link, which the routing table does not say. */
+/* Returns true for a link-local address (RFC 4291, section 2.5.6). */
 static __always_inline bool is_link_local(const __be32 *address)
 {
 	return (address[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
 }
 
-/* Of one host, and not to itself. */
+/* Returns true unless an address is multicast, unspecified or loopback. */
 static __always_inline bool is_unicast_ipv6(const __be32 *address)
 {
 	return (address[0] & bpf_htonl(0xff000000)) != bpf_htonl(0xff000000) &&
@@ -103,24 +105,26 @@ static __always_inline bool is_unicast_ipv6(const __be32 *address)
 }
 
 /*
- * Returns true for a packet that no router sends on (RFC 4291, sections 2.5.2, 2.5.3, 2.5.6 and 2.7) and the
- * kernel does not route, and for one that would be from its receiver, which drops it.
+ * Returns true if the rewritten addresses are those of a packet that no router forwards (RFC 4291, sections
+ * 2.5.2, 2.5.3, 2.5.6 and 2.7), or if source and destination are the same, which receivers drop.
  */
-__noinline __u32 is_martian_rewrite(__u32 layout)
+__noinline __u32 is_martian_rewrite(__u32 packed)
 {
+	const struct pkt pkt = pkt_of(packed);
 	struct xmit *xmit = get_xmit();
 	const struct rewrite *rw;
 
 	if (!xmit)
 		return true;
 	rw = &xmit->rewrite;
-	if (!(layout & LAYOUT_IPV6))
+	if (!pkt_has(&pkt, PKT_F_IPV6))
 		return !xmit->allow_martians && rw->source[0] == rw->destination[0];
 	return !is_unicast_ipv6(rw->source) ||
 	       (is_link_local(rw->source) && !is_link_local(rw->destination)) ||
 	       (!xmit->allow_martians && is_same_address(rw->source, rw->destination));
 }
 
+/* Returns the slot of an upstream id; NULL if its chunk does not exist. */
 static __always_inline struct nexthop_slot *nexthop_slot(__u32 upstream)
 {
 	__u32 chunk = upstream / NEXTHOPS_PER_CHUNK, index = upstream % NEXTHOPS_PER_CHUNK;
@@ -129,12 +133,13 @@ static __always_inline struct nexthop_slot *nexthop_slot(__u32 upstream)
 	return inner ? bpf_map_lookup_elem(inner, &index) : NULL;
 }
 
+/* Reads the sequence of a slot from memory each time, as a reader of a sequence lock does. */
 static __always_inline __u32 sequence_of(const struct nexthop_slot *slot)
 {
 	return *(const volatile __u32 *)&slot->sequence;
 }
 
-/* The entry that is in use, if it is for this upstream's address. */
+/* Returns the current copy of a slot; NULL if it belongs to another address. */
 static __always_inline const struct nexthop *cached_nexthop(const struct nexthop_slot *slot, __u32 sequence,
 							    const __be32 *address)
 {
@@ -145,7 +150,7 @@ static __always_inline const struct nexthop *cached_nexthop(const struct nexthop
 	return cached;
 }
 
-/* Whether an upstream is known not to answer. */
+/* Returns true if arpd reports an upstream as down. */
 static __always_inline bool is_down(const struct upstream *upstream)
 {
 	const struct nexthop_slot *slot = nexthop_slot(upstream->id);
@@ -156,7 +161,7 @@ static __always_inline bool is_down(const struct upstream *upstream)
 	return cached->health == HEALTH_DOWN && lease_holds();
 }
 
-/* This host's own address on the way; false where it is not known. */
+/* Stores this host's source address towards an upstream. Returns false if it is not known. */
 static __always_inline bool egress_address(const struct upstream *upstream, __be32 *address)
 {
 	const struct nexthop_slot *slot = nexthop_slot(upstream->id);
@@ -174,12 +179,12 @@ static __always_inline bool egress_address(const struct upstream *upstream, __be
 }
 
 enum lease_state {
-	LEASE_UNUSABLE, /* or no longer */
-	LEASE_DOWN,	/* there is a next hop, which does not answer */
+	LEASE_UNUSABLE, /* it has expired, or has no MAC addresses for the next hop */
+	LEASE_DOWN,	/* the upstream is down */
 	LEASE_VALID,
 };
 
-/* Takes the way that arpd vouches for. */
+/* Fills in the next hop that arpd keeps resolved. */
 static __always_inline enum lease_state nexthop_from_lease(struct xmit *xmit)
 {
 	struct hop *hop = &xmit->hop;
@@ -204,13 +209,13 @@ static __always_inline enum lease_state nexthop_from_lease(struct xmit *xmit)
 	if (features.dry_run)
 		__builtin_memcpy(hop->gateway, cached->gateway, sizeof(hop->gateway));
 	hop->check_pmtu = age(slot->pmtu_checked) >= PMTU_POLL_SECONDS * features.ticks_per_second;
-	/* two writes since: what was read may be a mixture */
+	/* after two writes in between, the copy may be torn */
 	return sequence_of(slot) == sequence ? LEASE_VALID : LEASE_UNUSABLE;
 }
 
 /*
- * Takes interface and gateway that user space resolved, where the kernel does not route for this interface.
- * Only the kernel's neighbour table knows whether the gateway answers.
+ * Fills in interface and gateway that user space resolved, for interfaces that the kernel does not route for.
+ * The kernel's neighbour table knows whether the gateway answers.
  */
 static __always_inline enum verdict nexthop_from_cache(struct __sk_buff *skb, const struct xmit *xmit,
 						       struct hop *hop)
@@ -243,7 +248,7 @@ static __always_inline enum verdict nexthop_from_cache(struct __sk_buff *skb, co
 	return gateway == NEIGHBOUR_VALID ? VERDICT_FORWARDED : VERDICT_UNRESOLVED;
 }
 
-/* Returns the entry of user space if it leaves by that interface; 0: by any. */
+/* Returns what user space resolved if it uses that interface (0: any), else NULL. */
 static __always_inline const struct nexthop *cached_nexthop_via(const struct xmit *xmit, __u32 ifindex)
 {
 	const struct nexthop_slot *slot = nexthop_slot(xmit->upstream);
@@ -253,44 +258,44 @@ static __always_inline const struct nexthop *cached_nexthop_via(const struct xmi
 	return cached && (!ifindex || cached->ifindex == ifindex) ? cached : NULL;
 }
 
-/* Length of the IP packet that goes out: of a segment where the device or the kernel cuts it up. */
-static __always_inline __u32 ip_length(struct __sk_buff *skb, __u32 layout, const struct packet *packet)
+/* Returns the length of the outgoing IP packet; for a GSO packet, that of a segment. */
+static __always_inline __u32 ip_length(struct __sk_buff *skb, const struct pkt *pkt)
 {
 	if (skb->gso_size)
-		return segment_headers(skb, layout) - sizeof(struct ethhdr) + skb->gso_size;
-	if (packet->is_ipv6)
-		return sizeof(struct ipv6hdr) + bpf_ntohs(packet->ip6->payload_len);
-	return bpf_ntohs(packet->ip->tot_len);
+		return segment_headers(skb, pkt->packed) - sizeof(struct ethhdr) + skb->gso_size;
+	if (pkt->is_ipv6)
+		return sizeof(struct ipv6hdr) + bpf_ntohs(pkt->ip6->payload_len);
+	return bpf_ntohs(pkt->ip->tot_len);
 }
 
-/* What the kernel's routing is asked for a packet of that length. */
-static __always_inline void fill_fib_query(struct __sk_buff *skb, const struct packet *packet,
+/* Fills the query of the kernel's FIB for a packet of that length. */
+static __always_inline void fill_fib_query(struct __sk_buff *skb, const struct pkt *pkt,
 					   const struct rewrite *rw, __u32 length, struct bpf_fib_lookup *fib)
 {
 	__builtin_memset(fib, 0, sizeof(*fib));
 	fib->family = AF_INET;
 	fib->l4_protocol = IPPROTO_UDP;
-	/* without it, or with the whole of a GSO packet, the kernel would judge by another length or MTU */
+	/* the kernel compares it with the MTU; a GSO packet's own length would not fit */
 	fib->tot_len = length;
 	fib->ifindex = skb->ifindex;
-	if (packet->has_udp) {
-		fib->sport = packet->udp->source;
-		fib->dport = rw->port ?: packet->udp->dest;
+	if (pkt->has_udp) {
+		fib->sport = pkt->udp->source;
+		fib->dport = rw->port ?: pkt->udp->dest;
 	}
-	if (packet->is_ipv6) {
+	if (pkt->is_ipv6) {
 		fib->family = AF_INET6;
-		fib->flowinfo = *(__be32 *)packet->ip6 & bpf_htonl(0x0fffffff);
+		fib->flowinfo = *(__be32 *)pkt->ip6 & bpf_htonl(0x0fffffff);
 		__builtin_memcpy(fib->ipv6_src, rw->source, sizeof(fib->ipv6_src));
 		__builtin_memcpy(fib->ipv6_dst, rw->destination, sizeof(fib->ipv6_dst));
 	} else {
-		fib->tos = packet->ip->tos;
+		fib->tos = pkt->ip->tos;
 		fib->ipv4_src = rw->source[0];
-		/* .ipv4_dst, and zeroes behind it: the gateway is compared as a whole */
+		/* ipv4_dst, with zeroes behind it: the gateway is compared as a whole */
 		fib->ipv6_dst[0] = rw->destination[0];
 	}
 }
 
-/* The way that the kernel's routing knew: BPF_FIB_LKUP_RET_SUCCESS. */
+/* Fills in the next hop of a lookup with BPF_FIB_LKUP_RET_SUCCESS. */
 static __always_inline void fill_hop_from_fib(struct hop *hop, const struct bpf_fib_lookup *fib)
 {
 	hop->ifindex = fib->ifindex;
@@ -303,8 +308,8 @@ static __always_inline void fill_hop_from_fib(struct hop *hop, const struct bpf_
 }
 
 /*
- * Returns true for a path that leaves by another interface than the one whose address the packet has. Before
- * 6.15 the kernel hashes a flow over several paths whatever its source is.
+ * Returns true if the FIB chose another interface than the one whose address is the source. Before 6.15 the
+ * kernel hashes flows over multiple paths whatever their source is.
  */
 static __always_inline bool is_other_interface(const struct xmit *xmit, int result)
 {
@@ -317,7 +322,7 @@ static __always_inline bool is_other_interface(const struct xmit *xmit, int resu
 	return cached && cached->ifindex != xmit->fib.ifindex;
 }
 
-/* Takes the way to a neighbour that the kernel knows no MAC address of; there may be none to know. */
+/* Fills in a next hop without a MAC address in the kernel; its interface may need none. */
 static __always_inline enum verdict nexthop_from_gateway(const struct xmit *xmit, struct hop *hop)
 {
 	const struct bpf_fib_lookup *fib = &xmit->fib;
@@ -333,7 +338,7 @@ static __always_inline enum verdict nexthop_from_gateway(const struct xmit *xmit
 	return hop->resolved ? VERDICT_FORWARDED : VERDICT_UNRESOLVED;
 }
 
-/* The way of a packet that fits, where a larger one was asked for. */
+/* Looks up the next hop again, for a packet of the MTU instead of one that is too large. */
 static __always_inline enum verdict nexthop_for_mtu(struct __sk_buff *skb, struct xmit *xmit, __u16 mtu)
 {
 	struct bpf_fib_lookup *fib = &xmit->fib;
@@ -351,7 +356,10 @@ static __always_inline enum verdict nexthop_for_mtu(struct __sk_buff *skb, struc
 	return VERDICT_FORWARDED;
 }
 
-/* The MTU that the kernel said takes the place of tot_len, from 5.12 on. Returns 0 where it is not known. */
+/*
+ * Returns the MTU that a packet of that length exceeds; 0: unknown. From 5.12 on the lookup returns it in
+ * place of tot_len.
+ */
 static __always_inline __u16 fitting_mtu(const struct xmit *xmit, __u32 length)
 {
 	const struct nexthop *cached;
@@ -365,8 +373,8 @@ static __always_inline __u16 fitting_mtu(const struct xmit *xmit, __u32 length)
 }
 
 /*
- * What is done where the kernel's routing has no way; `result` is what it said. As next_hop(); in a function
- * by itself because the verifier would go on once for each of its ends.
+ * Resolves the next hop for a FIB result other than a complete success; returns as resolve_nexthop(). A
+ * global function so that its outcomes do not multiply the paths that the verifier explores.
  */
 __noinline __u32 nexthop_fallback(struct __sk_buff *skb, __u32 result, __u32 length)
 {
@@ -386,7 +394,7 @@ __noinline __u32 nexthop_fallback(struct __sk_buff *skb, __u32 result, __u32 len
 			hop->verdict = nexthop_for_mtu(skb, xmit, mtu);
 		hop->mtu = mtu;
 		return VERDICT_MTU;
-	case BPF_FIB_LKUP_RET_SUCCESS: /* before 6.3, while the kernel still asks for the neighbour */
+	case BPF_FIB_LKUP_RET_SUCCESS: /* without MAC: before 6.3, while the kernel resolves it */
 	case BPF_FIB_LKUP_RET_NO_NEIGH:
 		return nexthop_from_gateway(xmit, hop);
 	case BPF_FIB_LKUP_RET_FWD_DISABLED:
@@ -397,8 +405,8 @@ __noinline __u32 nexthop_fallback(struct __sk_buff *skb, __u32 result, __u32 len
 }
 
 /*
- * Notes what the kernel's routing says of the path, where arpd vouches for the way: what other traffic of
- * this host has learned counts for upstreams too.
+ * Records the path MTU of a FIB result while the next hop comes from the lease: so what this host's other
+ * traffic has learned applies to upstreams.
  */
 __noinline __u32 learn_fib_mtu(__u32 result, __u32 length)
 {
@@ -414,16 +422,16 @@ __noinline __u32 learn_fib_mtu(__u32 result, __u32 length)
 	return 0;
 }
 
-/* The way that the kernel's routing says, or else the one that user space resolved. */
-static __always_inline enum verdict nexthop_from_fib(struct __sk_buff *skb, const struct packet *packet,
+/* Resolves the next hop by the kernel's FIB, or else by what user space resolved; as resolve_nexthop(). */
+static __always_inline enum verdict nexthop_from_fib(struct __sk_buff *skb, const struct pkt *pkt,
 						     __u32 length, bool is_leased, struct xmit *xmit)
 {
 	struct bpf_fib_lookup *fib = &xmit->fib;
 	int result = BPF_FIB_LKUP_RET_FWD_DISABLED;
 
-	fill_fib_query(skb, packet, &xmit->rewrite, length, fib);
-	/* the link of a link-local address only the configuration knows */
-	if (!packet->is_ipv6 || !is_link_local(fib->ipv6_dst))
+	fill_fib_query(skb, pkt, &xmit->rewrite, length, fib);
+	/* only the configuration knows the link of a link-local address */
+	if (!pkt->is_ipv6 || !is_link_local(fib->ipv6_dst))
 		result = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
 	if (is_leased) {
 		learn_fib_mtu(result, length);
@@ -437,30 +445,30 @@ static __always_inline enum verdict nexthop_from_fib(struct __sk_buff *skb, cons
 	return VERDICT_FORWARDED;
 }
 
-/* Lowers the MTU of the next hop to the one that is noted of the path. */
+/* Lowers the MTU of the next hop to the recorded path MTU. */
 __noinline __u32 apply_pmtu(void)
 {
 	struct xmit *xmit = get_xmit();
-	const struct path_mtu *noted;
+	const struct path_mtu *recorded;
 
 	if (!xmit)
 		return 0;
-	noted = bpf_map_lookup_elem(&path_mtus, xmit->rewrite.destination);
-	if (noted && is_future(noted->until) && (!xmit->hop.mtu || noted->mtu < xmit->hop.mtu))
-		xmit->hop.mtu = noted->mtu;
+	recorded = bpf_map_lookup_elem(&path_mtus, xmit->rewrite.destination);
+	if (recorded && is_future(recorded->until) && (!xmit->hop.mtu || recorded->mtu < xmit->hop.mtu))
+		xmit->hop.mtu = recorded->mtu;
 	return 0;
 }
 
 /*
- * Fills `way` for an IP packet of that length to the upstream in `sending`. MAC addresses are there with
- * VERDICT_FORWARDED, unless the interface has none; interface and gateway with VERDICT_STALE_NEIGHBOUR and
- * VERDICT_UNRESOLVED. With VERDICT_MTU, way->mtu is what fits, if it is known, and way->verdict says the same
- * of a packet that does.
+ * Resolves xmit->hop for an IP packet of that length to xmit->upstream. By verdict, it has
+ *   FORWARDED: interface and MAC addresses, unless the interface needs none;
+ *   STALE_NEIGHBOUR, UNRESOLVED: interface and gateway;
+ *   MTU: the MTU, 0 if unknown, and in hop.verdict the verdict of a packet that fits.
  */
-static __always_inline enum verdict resolve_nexthop(struct __sk_buff *skb, const struct packet *packet,
+static __always_inline enum verdict resolve_nexthop(struct __sk_buff *skb, const struct pkt *pkt,
 						    __u32 length, struct xmit *xmit)
 {
-	bool is_large = length > min_pmtu(packet->is_ipv6);
+	bool is_large = length > min_pmtu(pkt->is_ipv6);
 	enum lease_state lease_state = nexthop_from_lease(xmit);
 	enum verdict verdict = VERDICT_FORWARDED;
 	struct hop *hop = &xmit->hop;
@@ -468,7 +476,7 @@ static __always_inline enum verdict resolve_nexthop(struct __sk_buff *skb, const
 	if (lease_state == LEASE_DOWN)
 		return VERDICT_NO_NEIGHBOUR;
 	if (lease_state == LEASE_UNUSABLE || (is_large && hop->check_pmtu))
-		verdict = nexthop_from_fib(skb, packet, length, lease_state == LEASE_VALID, xmit);
+		verdict = nexthop_from_fib(skb, pkt, length, lease_state == LEASE_VALID, xmit);
 	if (verdict != VERDICT_MTU)
 		hop->verdict = verdict;
 	if (is_large && has_pmtus())

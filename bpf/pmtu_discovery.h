@@ -1,30 +1,32 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Learns the MTU of a path from the ICMP errors of routers on it (RFC 1191, section 3; RFC 8201, section 4).
- * The kernel notes it for its own sockets only; the error itself goes on up the stack.
+ * Learns path MTUs from the ICMP errors of routers (RFC 1191, section 3; RFC 8201, section 4). The kernel
+ * does so for its own sockets only. The errors continue up the stack.
  */
 #ifndef UDPLB_PMTU_DISCOVERY_H
 #define UDPLB_PMTU_DISCOVERY_H
 
+/* Rate limit of all reports that are learned from. */
 #define REPORTS_PER_SECOND 100
 #define REPORTS_BURST 50
 
-/* The MTU that an ICMP error reports, and the packet that it quotes. */
+/* MTU that an ICMP error reports, and the addresses of the packet that it quotes. */
 struct icmp_report {
 	__u32 mtu;
-	__u32 length;	    /* of the packet that did not fit */
+	__u32 length;	    /* of the quoted packet */
 	__be32 receiver[4]; /* of the error */
 	__be32 source[4];
 	struct destination_key destination;
 };
 
-/* Returns true if the ICMP message sums up to what it should, `sum` being that of its pseudo-header. */
+/* Checks the checksum of an ICMP message; `sum` is that of its pseudo-header. */
 static __always_inline bool is_icmp_checksum_valid(struct __sk_buff *skb, __u32 offset, __u32 length,
 						   __u64 sum)
 {
 	return length <= MAX_SUM_BYTES && fold16(sum + sum_bytes(skb, offset, length)) == 0xffff;
 }
 
+/* Reads the destination port of the quoted UDP header. */
 static __always_inline bool read_ports(struct __sk_buff *skb, __u32 offset, struct icmp_report *report)
 {
 	__be16 ports[2];
@@ -35,6 +37,7 @@ static __always_inline bool read_ports(struct __sk_buff *skb, __u32 offset, stru
 	return true;
 }
 
+/* Reads an ICMP "fragmentation needed" error. Returns false for other packets. */
 static __always_inline bool read_error4(struct __sk_buff *skb, __u32 offset, struct icmp_report *report)
 {
 	struct icmp icmp;
@@ -62,6 +65,7 @@ static __always_inline bool read_error4(struct __sk_buff *skb, __u32 offset, str
 	return read_ports(skb, offset + ip.ihl * 4, report);
 }
 
+/* Reads an ICMPv6 "packet too big" error. Returns false for other packets. */
 static __always_inline bool read_error6(struct __sk_buff *skb, __u32 offset, struct icmp_report *report)
 {
 	struct extension extension;
@@ -95,13 +99,16 @@ static __always_inline bool read_error6(struct __sk_buff *skb, __u32 offset, str
 	return ip6.nexthdr == IPPROTO_UDP && read_ports(skb, offset, report);
 }
 
-/* Returns true where a rule has that address and port, or any, as its key. */
+/* Returns true if the address, with the port or with any port, is a rule's key. */
 static __always_inline bool is_key_of_rule(const __be32 *address, __be16 port, bool ipv6)
 {
 	return lookup_rule(address, port, ipv6) || (features.any_port && lookup_rule(address, 0, ipv6));
 }
 
-/* Returns true for a packet that a rule sends: from one of its addresses to one of its upstreams. */
+/*
+ * Returns true if the quoted packet is one that a rule sends: from one of its addresses to one of its
+ * upstreams.
+ */
 static __always_inline bool is_forwarded_flow(struct icmp_report *report, bool ipv6)
 {
 	const struct destination *destination = bpf_map_lookup_elem(&destinations, &report->destination);
@@ -112,7 +119,7 @@ static __always_inline bool is_forwarded_flow(struct icmp_report *report, bool i
 	if (destination) {
 		is_vip = bpf_map_lookup_elem(&addresses, report->source);
 	} else {
-		/* an upstream may get packets on the port that they came to */
+		/* an upstream without a port gets packets at the port that they were sent to */
 		is_vip = is_key_of_rule(report->source, report->destination.port, ipv6);
 		report->destination.port = 0;
 		destination = bpf_map_lookup_elem(&destinations, &report->destination);
@@ -127,7 +134,7 @@ static __always_inline bool is_forwarded_flow(struct icmp_report *report, bool i
 	       is_same_address(egress, report->source);
 }
 
-/* Learns from the ICMP packet whose IP header is at that offset. */
+/* Records the path MTU that an ICMP error reports; `offset` is that of its IP header. */
 __noinline __u32 learn_pmtu(struct __sk_buff *skb, __u32 offset)
 {
 	bool ipv6 = features.ipv6 && skb->protocol == bpf_htons(ETH_P_IPV6);

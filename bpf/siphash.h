@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* SipHash-2-4 (Aumasson and Bernstein, 2012) of whole 64-bit words: whoever does not know the secret finds no
- * two inputs with the same hash. */
+/* SipHash-2-4 of whole 64-bit words (Aumasson and Bernstein, 2012): a hash keyed by a 128-bit secret. */
 #ifndef UDPLB_SIPHASH_H
 #define UDPLB_SIPHASH_H
 
+/* State of a hash computation. */
 struct siphash {
 	__u64 v[4];
-	__u64 words;
+	__u64 words; /* added so far */
 };
 
 static __always_inline __u64 rotate(__u64 word, const int bits)
@@ -34,6 +34,7 @@ static __always_inline void siphash_rounds(struct siphash *hash, const int round
 	}
 }
 
+/* Starts a hash under a secret of two words. */
 static __always_inline void siphash_start(struct siphash *hash, const __u64 *secret)
 {
 	hash->v[0] = secret[0] ^ 0x736f6d6570736575ULL;
@@ -51,6 +52,7 @@ static __always_inline void siphash_add(struct siphash *hash, __u64 word)
 	hash->words++;
 }
 
+/* Returns the hash; nothing can be added afterwards. */
 static __always_inline __u64 siphash_end(struct siphash *hash)
 {
 	siphash_add(hash, hash->words * sizeof(__u64) << 56);

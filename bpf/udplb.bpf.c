@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
-/* The packet's way: parse, match, choose, send, count. */
+/* The path of a packet: parse, match, admit, select, deliver. */
 #include "udplb.h"
 #include "parse.h"
 #include "siphash.h"
@@ -23,39 +23,38 @@
 #include "slowpath.h"
 #include "pmtu_discovery.h"
 
-/* A whole datagram of a rule, in an Ethernet frame without tags. */
-static __always_inline int process(struct __sk_buff *skb, __u32 layout, const struct rule *rule,
-				   struct packet *packet)
+/* Processes a whole datagram of a rule, behind an Ethernet header without VLAN tags. */
+static __always_inline int process(struct __sk_buff *skb, struct pkt *pkt, const struct rule *rule)
 {
 	struct selection selection = {};
 	enum verdict verdict;
 
-	layout |= trace(skb, rule->id, layout);
-	verdict = admit(skb, layout, rule->id, rule->flags);
+	trace(skb, rule->id, pkt);
+	verdict = admit(skb, pkt->packed, rule->id, rule->flags);
 	if (verdict != VERDICT_FORWARDED)
-		return refuse(skb, layout, rule, verdict);
-	if (!select_targets(skb, layout, packet, rule, &selection))
-		return refuse(skb, layout, rule, VERDICT_CLONE_FAILED);
-	return deliver(skb, layout, rule, &selection);
+		return refuse(skb, pkt, rule, verdict);
+	if (!select_targets(skb, pkt, rule, &selection))
+		return refuse(skb, pkt, rule, VERDICT_CLONE_FAILED);
+	return deliver(skb, pkt, rule, &selection);
 }
 
+/* `l2` is the length in bytes of the link-layer header: Ethernet's, or 0. */
 static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 {
 	const struct rule *rule;
-	struct packet packet;
-	__u32 layout;
+	struct pkt pkt;
 	int action;
 
 	if (skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC && (action = resume_recirculated(skb, l2)) != ACTION_NONE)
 		return action;
-	switch (parse(skb, l2, &packet)) {
+	switch (parse(skb, l2, &pkt)) {
 	case PARSED_IPV4:
-		rule = match(&packet.ip->saddr, &packet.ip->daddr, packet.udp->dest, false);
-		layout = sizeof(struct ethhdr) + packet.ip->ihl * 4;
+		rule = match(&pkt.ip->saddr, &pkt.ip->daddr, pkt.udp->dest, false);
+		pkt.packed = sizeof(struct ethhdr) + pkt.ip->ihl * 4;
 		break;
 	case PARSED_IPV6:
-		rule = match(&packet.ip6->saddr, &packet.ip6->daddr, packet.udp->dest, true);
-		layout = LAYOUT_IPV6 | (sizeof(struct ethhdr) + sizeof(struct ipv6hdr));
+		rule = match(&pkt.ip6->saddr, &pkt.ip6->daddr, pkt.udp->dest, true);
+		pkt.packed = PKT_F_IPV6 | (sizeof(struct ethhdr) + sizeof(struct ipv6hdr));
 		break;
 	case PARSED_ICMP:
 		learn_pmtu(skb, l2);
@@ -70,10 +69,10 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	if (!l2 || skb->vlan_present)
 		return l2 ? slowpath_ethernet(skb) : slowpath_l3(skb);
 	if (!is_for_us(skb)) {
-		count_verdict(skb, layout, 0, rule->id, VERDICT_NOT_FOR_US);
+		count_pkt(skb, &pkt, rule->id, VERDICT_NOT_FOR_US);
 		return TC_ACT_UNSPEC;
 	}
-	action = process(skb, layout, rule, &packet);
+	action = process(skb, &pkt, rule);
 	return action == ACTION_REFLECT ? bpf_redirect(skb->ifindex, 0) : action;
 }
 
@@ -83,7 +82,7 @@ int udplb(struct __sk_buff *skb)
 	return run(skb, sizeof(struct ethhdr));
 }
 
-/* For interfaces whose packets have no Ethernet header. */
+/* For interfaces without a link-layer header, such as tun devices. */
 SEC("tc")
 int udplb_l3(struct __sk_buff *skb)
 {

@@ -1,184 +1,208 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* The two ways out: the packet itself or a copy of it, whole or in pieces. */
+/* Sends a packet to an upstream: the packet itself or a clone of it, whole or in fragments. */
 #ifndef UDPLB_XMIT_H
 #define UDPLB_XMIT_H
 
-/* What became of a packet, in one number: verdict, what the program is to return, the MTU that it does not
- * fit. */
-#define xmit_result(verdict, action, mtu) ((__u32)(verdict) | (__u32)(__u8)(action) << 8 | (__u32)(mtu) << 16)
-#define xmit_verdict(sent) ((sent)&0xff)
-#define xmit_action(sent) ((__s8)((sent) >> 8 & 0xff))
-#define xmit_mtu(sent) ((sent) >> 16)
+/*
+ * Result of sending a packet: the verdict, the action that the program returns, and with VERDICT_MTU the MTU
+ * that the packet exceeds (0: unknown). In one word, because a global function returns a scalar.
+ */
+static __always_inline __u32 xmit_result(enum verdict verdict, int action, __u32 mtu)
+{
+	return (__u32)verdict | (__u32)(__u8)action << 8 | mtu << 16;
+}
+
+static __always_inline enum verdict xmit_verdict(__u32 result)
+{
+	return result & 0xff;
+}
+
+static __always_inline int xmit_action(__u32 result)
+{
+	return (__s8)(result >> 8 & 0xff);
+}
+
+static __always_inline __u32 xmit_mtu(__u32 result)
+{
+	return result >> 16;
+}
 
 /*
- * Sends a copy, or as many fragments of it as `sending` says, for the MTU of the way, and leaves the packet
- * as it came: every byte, and skb->csum. Returns false where it cannot be left so.
+ * Sends a clone of the rewritten packet, or a clone for each of xmit->fragments, and restores the packet:
+ * every byte, and skb->csum. Returns false if the packet cannot be restored.
  */
-static __always_inline bool clone_packet(struct __sk_buff *skb, __u32 layout, struct packet *packet,
-					 const struct xmit *xmit, enum verdict *verdict)
+static __always_inline bool clone_packet(struct __sk_buff *skb, struct pkt *pkt, const struct xmit *xmit,
+					 enum verdict *verdict)
 {
 	bool sent;
 
 	if (xmit->fragments)
-		sent = recirculate(skb, layout, xmit->upstream, xmit->hop.mtu, xmit->fragments);
+		sent = recirculate(skb, pkt->packed, xmit->upstream, xmit->hop.mtu, xmit->fragments);
 	else if (!xmit->hop.resolved)
-		sent = recirculate(skb, layout, xmit->upstream, 0, 1);
+		sent = recirculate(skb, pkt->packed, xmit->upstream, 0, 1);
 	else
 		sent = features.dry_run || !bpf_clone_redirect(skb, xmit->hop.ifindex, 0);
 	if (!sent)
 		*verdict = VERDICT_CLONE_FAILED;
 	if (xmit->checksum == CSUM_COMPLETE)
 		bpf_csum_update(skb, ~xmit->csum_delta);
-	if (!locate(skb, layout, packet))
+	if (!pkt_locate(skb, pkt))
 		return false;
-	restore_headers(skb, layout, packet, &xmit->saved);
+	restore_headers(skb, pkt, &xmit->saved);
 	return true;
 }
 
 /*
- * Sends the packet, or a copy of it, by what next_hop() said. `action` is what the program is to return: to
- * drop even what there is only a copy of, where the packet cannot be left as it came.
+ * Rewrites the packet for xmit->hop and sends it or a clone of it. Stores the action that the program
+ * returns: TC_ACT_SHOT for a packet that was cloned and cannot be restored.
  */
-static __always_inline enum verdict transmit(struct __sk_buff *skb, __u32 layout, struct packet *packet,
-					     struct xmit *xmit, enum verdict verdict, int *action)
+static __always_inline enum verdict transmit(struct __sk_buff *skb, struct pkt *pkt, struct xmit *xmit,
+					     enum verdict verdict, int *action)
 {
-	bool redirects = layout & LAYOUT_GIVE && !xmit->fragments;
+	bool redirects = pkt_has(pkt, PKT_F_REDIRECT) && !xmit->fragments;
 
 	if (!redirects)
-		save_headers(skb, layout, packet, &xmit->saved);
-	/* what is addressed to a group the kernel does not give a neighbour's address; nor is there one yet
+		save_headers(skb, pkt, &xmit->saved);
+	/*
+	 * bpf_redirect_neigh() drops frames to a group's MAC address; before it resolves one, hop.macs is
+	 * zero
 	 */
-	if (!redirects || xmit->hop.resolved || packet->eth->h_dest[0] & 1)
-		copy_macs(packet->eth, xmit->hop.macs);
-	xmit->checksum = checksum_state(skb, layout);
-	xmit->csum_delta = rewrite_headers(skb, layout, packet, xmit->checksum, &xmit->rewrite);
+	if (!redirects || xmit->hop.resolved || pkt->eth->h_dest[0] & 1)
+		copy_macs(pkt->eth, xmit->hop.macs);
+	xmit->checksum = checksum_state(skb, pkt);
+	xmit->csum_delta = rewrite_headers(skb, pkt, xmit->checksum, &xmit->rewrite);
 	if (xmit->checksum == CSUM_COMPLETE)
 		bpf_csum_update(skb, xmit->csum_delta);
-	if (layout & LAYOUT_TRACED)
+	if (pkt_has(pkt, PKT_F_TRACED))
 		trace_frame(skb);
 	if (redirects) {
 		*action = redirect(skb, xmit);
 		return verdict;
 	}
-	if (!clone_packet(skb, layout, packet, xmit, &verdict))
+	if (!clone_packet(skb, pkt, xmit, &verdict))
 		*action = TC_ACT_SHOT;
 	return verdict;
 }
 
-static __always_inline bool is_ttl_expired(const struct packet *packet)
+static __always_inline bool is_ttl_expired(const struct pkt *pkt)
 {
-	return (packet->is_ipv6 ? packet->ip6->hop_limit : packet->ip->ttl) <= 1;
+	return (pkt->is_ipv6 ? pkt->ip6->hop_limit : pkt->ip->ttl) <= 1;
 }
 
-/* Of 32 bits and of the lower 16, the golden section: what it steps to is far from all before. */
+/*
+ * Distance between the identifications of duplicates. The golden section of both 32 and 16 bits: each
+ * multiple is far from all others.
+ */
 #define IDENTIFICATION_STEP 0x9e379e37
 
 /*
- * By this alone a host tells the fragments of two copies from each other, and from those of other senders
- * that are one for it. 0: what came.
+ * Returns the identification of an outgoing fragment; 0: it stays as it is. Receivers tell fragments of two
+ * copies apart by it alone, and so fragments of two senders that leave with the same source.
  */
-static __always_inline __u32 new_identification(struct __sk_buff *skb, __u32 layout,
-						const struct packet *packet, const struct upstream *upstream,
-						__u32 identification)
+static __always_inline __u32 new_identification(struct __sk_buff *skb, const struct pkt *pkt,
+						const struct upstream *upstream, __u32 identification)
 {
-	const __be32 *came;
+	const __be32 *current;
 
-	if (!(layout & (LAYOUT_FIRST | LAYOUT_LATER)))
+	if (!pkt_has(pkt, PKT_F_FIRST_FRAGMENT | PKT_F_LATER_FRAGMENT))
 		return 0;
 	if (upstream->source == SOURCE_PRESERVE) {
 		if (!upstream->duplicate)
 			return 0;
-		came = ipv6_fragment_id(skb, layout);
-		identification = !packet->is_ipv6 ? bpf_ntohs(packet->ip->id) : came ? bpf_ntohl(*came) : 0;
+		current = ipv6_fragment_id(skb, pkt);
+		identification = !pkt->is_ipv6 ? bpf_ntohs(pkt->ip->id) : current ? bpf_ntohl(*current) : 0;
 	}
 	return identification + upstream->duplicate * IDENTIFICATION_STEP;
 }
 
-/* False where the source that is asked for is not known. */
-static __always_inline bool fill_rewrite(struct __sk_buff *skb, __u32 layout, const struct packet *packet,
+/* Fills in the new headers for an upstream. Returns false if its egress address is not known. */
+static __always_inline bool fill_rewrite(struct __sk_buff *skb, const struct pkt *pkt,
 					 const struct upstream *upstream, __u32 identification,
 					 struct rewrite *rw)
 {
-	const __u32 offset = upstream->source == SOURCE_VIP ? 1 : 0;
+	const bool from_vip = upstream->source == SOURCE_VIP;
 
 	__builtin_memcpy(rw->destination, upstream->address, sizeof(rw->destination));
 	rw->port = upstream->port;
-	rw->identification = new_identification(skb, layout, packet, upstream, identification);
+	rw->identification = new_identification(skb, pkt, upstream, identification);
 	if (upstream->source == SOURCE_EGRESS)
 		return egress_address(upstream, rw->source);
-	if (packet->is_ipv6)
-		__builtin_memcpy(rw->source, offset ? &packet->ip6->daddr : &packet->ip6->saddr,
+	if (pkt->is_ipv6)
+		__builtin_memcpy(rw->source, from_vip ? &pkt->ip6->daddr : &pkt->ip6->saddr,
 				 sizeof(rw->source));
 	else
-		rw->source[0] = offset ? packet->ip->daddr : packet->ip->saddr;
+		rw->source[0] = from_vip ? pkt->ip->daddr : pkt->ip->saddr;
 	return true;
 }
 
-/* Gives the fragments of a whole packet an identification of their own, where several senders are one. */
-static __always_inline void identify_fragments(struct __sk_buff *skb, __u32 layout,
-					       const struct packet *packet, const struct upstream *upstream,
-					       struct rewrite *rw)
+/* Gives the fragments of a whole packet a new identification, if several senders leave with one source. */
+static __always_inline void identify_fragments(struct __sk_buff *skb, const struct pkt *pkt,
+					       const struct upstream *upstream, struct rewrite *rw)
 {
-	if (!(layout & (LAYOUT_FIRST | LAYOUT_LATER)))
-		rw->identification =
-			new_identification(skb, layout | LAYOUT_FIRST, packet, upstream,
-					   upstream->source == SOURCE_PRESERVE ? 0 : next_identification());
+	struct pkt first = *pkt;
+
+	if (pkt_has(pkt, PKT_F_FIRST_FRAGMENT | PKT_F_LATER_FRAGMENT))
+		return;
+	first.packed |= PKT_F_FIRST_FRAGMENT;
+	rw->identification = new_identification(
+		skb, &first, upstream, upstream->source == SOURCE_PRESERVE ? 0 : next_identification());
 }
 
-/* By the next hop: the packet or a copy of it, and what is too large and may be cut in pieces. */
-static __always_inline enum verdict xmit_to_nexthop(struct __sk_buff *skb, __u32 layout,
-						    struct packet *packet, const struct upstream *upstream,
-						    struct xmit *xmit, int *action)
+/*
+ * Resolves the next hop and sends the packet or a clone of it, in fragments if it exceeds the MTU and may be.
+ */
+static __always_inline enum verdict xmit_to_nexthop(struct __sk_buff *skb, struct pkt *pkt,
+						    const struct upstream *upstream, struct xmit *xmit,
+						    int *action)
 {
 	enum verdict verdict;
 
 	xmit->upstream = upstream->id;
 	xmit->egress_source = upstream->source == SOURCE_EGRESS;
 	xmit->fragments = 0;
-	verdict = resolve_nexthop(skb, packet, ip_length(skb, layout, packet), xmit);
+	verdict = resolve_nexthop(skb, pkt, ip_length(skb, pkt), xmit);
 	if (verdict == VERDICT_MTU && is_sent(xmit->hop.verdict) &&
-	    (xmit->fragments = count_fragments(skb, layout, xmit->hop.mtu))) {
+	    (xmit->fragments = count_fragments(skb, pkt->packed, xmit->hop.mtu))) {
 		verdict = xmit->hop.verdict;
-		if (!locate(skb, layout, packet))
+		if (!pkt_locate(skb, pkt))
 			return VERDICT_CLONE_FAILED;
-		identify_fragments(skb, layout, packet, upstream, &xmit->rewrite);
+		identify_fragments(skb, pkt, upstream, &xmit->rewrite);
 	}
 	if (!is_sent(verdict))
 		return verdict;
-	return transmit(skb, layout, packet, xmit, verdict, action);
+	return transmit(skb, pkt, xmit, verdict, action);
 }
 
 /*
- * Sends a packet, or a copy of it, to the upstream with that index, and counts it there.
- * `identification` is for fragments whose senders merge. Returns SENT().
+ * Sends the packet (PKT_F_REDIRECT) or a clone of it to the upstream at an index, and counts it there.
+ * `identification` is for fragments of several senders with one source. Returns xmit_result().
  */
-__noinline __u32 xmit_upstream(struct __sk_buff *skb, __u32 index, __u32 layout, __u32 identification)
+__noinline __u32 xmit_upstream(struct __sk_buff *skb, __u32 index, __u32 packed, __u32 identification)
 {
 	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
-	int action = layout & LAYOUT_GIVE ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	struct pkt pkt = pkt_of(packed);
+	int action = pkt_has(&pkt, PKT_F_REDIRECT) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 	struct xmit *xmit = get_xmit();
 	enum verdict verdict;
-	struct packet packet;
-	__u32 sent;
+	__u32 result;
 
 	if (!upstream || !xmit)
 		return xmit_result(VERDICT_NO_UPSTREAM, action, 0);
-	if (!locate(skb, layout, &packet) && (!pull(skb, LAYOUT_MOST) || !locate(skb, layout, &packet))) {
+	if (!pkt_pull(skb, &pkt)) {
 		verdict = VERDICT_CLONE_FAILED;
-	} else if (is_ttl_expired(&packet)) {
+	} else if (is_ttl_expired(&pkt)) {
 		verdict = VERDICT_TTL;
-	} else if (!fill_rewrite(skb, layout, &packet, upstream, identification, &xmit->rewrite)) {
+	} else if (!fill_rewrite(skb, &pkt, upstream, identification, &xmit->rewrite)) {
 		verdict = VERDICT_NO_ROUTE;
-	} else if (is_martian_rewrite(layout)) {
+	} else if (is_martian_rewrite(packed)) {
 		verdict = VERDICT_MARTIAN;
 	} else {
-		verdict = xmit_to_nexthop(skb, layout, &packet, upstream, xmit, &action);
+		verdict = xmit_to_nexthop(skb, &pkt, upstream, xmit, &action);
 	}
-	sent = xmit_result(verdict, action, verdict == VERDICT_MTU ? xmit->hop.mtu : 0);
-	count_verdict(skb, layout, 0, upstream->id, verdict);
-	if (layout & LAYOUT_TRACED)
-		end_trace(upstream->id, verdict);
-	return sent;
+	result = xmit_result(verdict, action, verdict == VERDICT_MTU ? xmit->hop.mtu : 0);
+	count_pkt(skb, &pkt, upstream->id, verdict);
+	trace_verdict(&pkt, upstream->id, verdict);
+	return result;
 }
 
 #endif

@@ -9,7 +9,8 @@ const SOURCE: &str = "floors.bpf.c";
 
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    // Debian keeps asm/types.h where only the native target looks; it is the same for all of them
+    // Debian has asm/types.h in a directory that clang searches for the native target only; BPF
+    // can use the same file
     let host = env::var("HOST").expect("cargo sets the host");
     let multiarch =
         format!("-I/usr/include/{}-linux-gnu", host.split('-').next().unwrap_or_default());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
-/* What udplb is measured against and with: floors, a generator of packets, and a sink. */
+/* Programs for measurements: floors that udplb is compared with, a packet generator, and sinks. */
 #include <stdbool.h>
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
@@ -10,13 +10,14 @@
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_endian.h>
 
+/* A UDP packet over IPv4 without options. */
 struct frame {
 	struct ethhdr eth;
 	struct iphdr ip;
 	struct udphdr udp;
 } __attribute__((packed));
 
-/* The beginning of the packet that is measured: all that a program changes, with IPv6 and a fragment header.
+/* First bytes of the measured packet: all that a program rewrites, up to IPv6 with a fragment header and UDP.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -25,7 +26,7 @@ struct {
 	__type(value, __u8[72]);
 } beginning SEC(".maps");
 
-/* The floors, and udplb's own program. */
+/* The measured programs: the floors, and udplb. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
 	__uint(max_entries, 16);
@@ -34,9 +35,9 @@ struct {
 } measured SEC(".maps");
 
 /*
- * A test run feeds the packet that a program left to its next run, so each of them starts with
- * the packet put right. cb[0] says which program is measured, cb[1] where its clones go, cb[2] how
- * many it makes, and cb[3] where four bytes of each packet are at random, if that is not 0.
+ * Restores the packet and runs a measured program: BPF_PROG_TEST_RUN repeats with the packet that the program
+ * left. cb[0] is the program's index, cb[1] the interface for clones, cb[2] their number, and cb[3] the
+ * offset of four bytes that are random in each packet (0: none).
  */
 SEC("tc")
 int start(struct __sk_buff *skb)
@@ -55,13 +56,14 @@ int start(struct __sk_buff *skb)
 	return TC_ACT_SHOT;
 }
 
+/* The least that a program costs. */
 SEC("tc")
 int at_once(struct __sk_buff *skb __attribute__((unused)))
 {
 	return TC_ACT_UNSPEC;
 }
 
-/* As udplb asks whether it is to tell of packets. */
+/* A flag in a map, as udplb has for tracing. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -69,6 +71,7 @@ struct {
 	__type(value, __u64);
 } asked SEC(".maps");
 
+/* The cost of testing the flag. */
 SEC("tc")
 int flag(struct __sk_buff *skb __attribute__((unused)))
 {
@@ -78,7 +81,7 @@ int flag(struct __sk_buff *skb __attribute__((unused)))
 	return until && *until ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
-/* As the rules of udplb. */
+/* A map like udplb's `rules`. */
 struct key {
 	__be32 address;
 	__be32 port;
@@ -91,6 +94,7 @@ struct {
 	__type(value, __u8[24]);
 } keys SEC(".maps");
 
+/* The cost of parsing, of a lookup, and of a redirect. */
 SEC("tc")
 int look_up(struct __sk_buff *skb)
 {
@@ -111,7 +115,7 @@ int look_up(struct __sk_buff *skb)
 #define AF_INET 2
 #define AF_INET6 10
 
-/* What the kernel's routing takes for its answer alone; to the upstream 10.0.2.2 or fd00:2::2. */
+/* The cost of a FIB lookup for the upstream 10.0.2.2 or fd00:2::2. */
 SEC("tc")
 int route(struct __sk_buff *skb)
 {
@@ -135,13 +139,14 @@ int route(struct __sk_buff *skb)
 	return bpf_fib_lookup(skb, &fib, sizeof(fib), 0) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
+/* The cost of a clone. */
 SEC("tc")
 int clone(struct __sk_buff *skb)
 {
 	return bpf_clone_redirect(skb, skb->cb[1], 0) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
-/* Where a copy goes. */
+/* Receiver of a copy. */
 struct receiver {
 	__u64 macs;
 	__u32 more_macs;
@@ -149,11 +154,11 @@ struct receiver {
 	__be16 port;
 };
 
-#define MOST_COPIES 64
+#define MAX_COPIES 64
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, MOST_COPIES);
+	__uint(max_entries, MAX_COPIES);
 	__type(key, __u32);
 	__type(value, struct receiver);
 } receivers SEC(".maps");
@@ -166,7 +171,7 @@ static __always_inline __u16 fold(__u64 sum)
 	return (sum & 0xffff) + (sum >> 16);
 }
 
-/* Of the headers of a frame, what is changed, by the widest words there are. */
+/* Rewritten headers of a frame; MAC addresses by the widest words that the verifier accepts. */
 struct originals {
 	__u64 macs;
 	__u32 more_macs;
@@ -174,7 +179,7 @@ struct originals {
 	struct udphdr udp;
 };
 
-/* One copy, by the interface in cb[1]: as little as it takes to change it, send it, and put it back. */
+/* Sends one copy by the interface in cb[1]: rewrites, clones and restores with the fewest steps possible. */
 static __always_inline bool copy(struct __sk_buff *skb, __u32 index)
 {
 	const struct receiver *to = bpf_map_lookup_elem(&receivers, &index);
@@ -214,13 +219,13 @@ static __always_inline bool copy(struct __sk_buff *skb, __u32 index)
 	return true;
 }
 
-/* As many as cb[2] says. */
+/* Sends cb[2] copies. */
 SEC("tc")
 int copies(struct __sk_buff *skb)
 {
 	__u32 i;
 
-	for (i = 0; i < MOST_COPIES && i < skb->cb[2]; i++) {
+	for (i = 0; i < MAX_COPIES && i < skb->cb[2]; i++) {
 		if (!copy(skb, i))
 			return TC_ACT_SHOT;
 	}
@@ -229,13 +234,13 @@ int copies(struct __sk_buff *skb)
 
 #define FLOWS 16
 
-/* A run of the generator, which ends when all packets that are wanted have arrived. */
+/* Progress of a generator run, which ends when all wanted packets have arrived. */
 struct progress {
 	__u64 generated;
 	__u64 at_upstream;
 	__u64 at_socket;
-	__u64 wanted; /* arrivals, at upstream and socket */
-	__u64 started;
+	__u64 wanted;  /* arrivals at upstream and socket together */
+	__u64 started; /* ns, CLOCK_MONOTONIC, here and below */
 	__u64 ended;
 };
 
@@ -253,7 +258,7 @@ static __always_inline struct progress *get_progress(void)
 	return bpf_map_lookup_elem(&progress, &zero);
 }
 
-/* Makes the frame a packet of one of 16 flows; the checksum of `frame` is 16 or more. */
+/* Turns the frame into a packet of one of 16 flows. The template's UDP checksum is 16 or more. */
 SEC("xdp")
 int generate(struct xdp_md *context)
 {
@@ -274,6 +279,7 @@ int generate(struct xdp_md *context)
 	return XDP_PASS;
 }
 
+/* Counts an arrival. */
 static __always_inline void arrive(struct progress *progress, __u64 *place)
 {
 	++*place;
@@ -281,6 +287,7 @@ static __always_inline void arrive(struct progress *progress, __u64 *place)
 		progress->ended = bpf_ktime_get_ns();
 }
 
+/* Drops packets at the upstream and counts them. */
 SEC("tc")
 int sink(struct __sk_buff *skb)
 {
@@ -293,7 +300,7 @@ int sink(struct __sk_buff *skb)
 	return TC_ACT_SHOT;
 }
 
-/* Of a socket: delivery ends here, since reading would cost all competitors the same. */
+/* Drops packets at a socket and counts them: reading them would cost all programs the same. */
 SEC("socket")
 int socket_filter(struct __sk_buff *skb __attribute__((unused)))
 {
