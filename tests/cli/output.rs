@@ -99,7 +99,7 @@ fn outputs_follow_their_schemas() {
     let trace = lab.udplb("trace -c 1 -o json").stdout(std::process::Stdio::piped()).spawn();
     let trace = trace.expect("the program runs");
     let sender = bind(&lab.client, CLIENTS[0], 5666);
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    until("it traces", || lab.traced_until() > 0);
     sender.send_to(b"ten bytes!", (RELAY, 5000)).expect("sent");
     let lines = trace.wait_with_output().expect("it ends").stdout;
     let lines = String::from_utf8(lines).expect("text");

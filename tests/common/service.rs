@@ -6,7 +6,9 @@ use std::process::{Child, Command, ExitStatus};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use serde_json::Value;
+use udplb::bpf::{from_bytes, types};
 
 use super::lab::Lab;
 
@@ -83,6 +85,14 @@ impl Drop for Arpd {
 }
 
 impl Lab {
+    /// Time, on the program's clock, until which packets are traced; 0 where no trace runs.
+    pub fn traced_until(&self) -> u64 {
+        let map = MapHandle::from_pinned_path(self.state().join("tracing")).expect("the flag");
+        let value = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).expect("a look-up");
+        let value: types::trace = from_bytes(&value.expect("the only entry")).expect("a trace");
+        value.until
+    }
+
     /// An upstream, by its label, as `status` has it.
     pub fn upstream_status(&self, label: &str) -> Value {
         let status = self.status();

@@ -267,13 +267,13 @@ fn first_apply_that_is_not_confirmed_is_detached() {
 fn detach_ends_the_wait() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
-    apply(&lab, 7002, "--confirm 2");
+    apply(&lab, 7002, "--confirm 3000");
     lab.run("detach").expect(0);
     until("the waiter has ended", || waiters(&lab).is_empty());
     assert_eq!(lab.status()["pending"], Value::Null);
     assert!(!lab.filters("eth0").contains("udplb"));
     lab.apply(&to_port(7002));
-    apply(&lab, 7003, "--confirm 2");
+    apply(&lab, 7003, "--confirm 3000");
     lab.run("detach --purge").expect(0);
     until("the waiter has ended", || waiters(&lab).is_empty());
     let left: Vec<PathBuf> = fs::read_dir(lab.bpffs.pins())

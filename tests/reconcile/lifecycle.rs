@@ -759,12 +759,13 @@ fn rollbacks_and_other_interfaces_lose_no_packet() {
 #[test]
 fn a_killed_apply_leaves_something_serving() {
     let lab = Lab::new();
-    let times = [7001, 7002, 7001, 7002].map(|port| {
+    let timed = |config: &Value| {
         let started = Instant::now();
-        lab.apply(&on(&["eth0", "up0"], under_load(port)));
-        started.elapsed()
-    });
-    let whole = times.into_iter().min().expect("some");
+        (lab.apply(config), started.elapsed())
+    };
+    let changes = [7001, 7002, 7001, 7002];
+    let times = changes.map(|port| timed(&on(&["eth0", "up0"], under_load(port))).1);
+    let mut whole = times.into_iter().min().expect("some");
     let mut killed = 0;
     lose_nothing(&lab, || {
         const POINTS: u32 = 40;
@@ -775,7 +776,11 @@ fn a_killed_apply_leaves_something_serving() {
             std::thread::sleep(whole * point / POINTS);
             let _ = child.kill();
             killed += usize::from(child.wait().expect("it ends").code().is_none());
-            let healed = lab.apply(&config);
+            let (healed, time) = timed(&config);
+            if healed["changed"] == true {
+                // a machine that was busy may be faster now, and would let all of them finish
+                whole = whole.min(time);
+            }
             lab.run("status").expect(0);
             assert!(numbers(&lab).len() <= 2, "{healed}");
             assert_eq!(lab.apply(&config)["changed"], false);

@@ -1,18 +1,19 @@
 //! What operators see: status, its rates, top; and counters that lose nothing.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
-use std::thread::{sleep, spawn};
+use std::sync::{Arc, Mutex};
+use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use udplb::bpf::{open_program, program_info};
 
 use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, packets, rule};
-use crate::common::net::{Load, bind, local, receive, set};
+use crate::common::net::{Load, bind, local, poll, receive, set};
 use crate::common::service::until;
 
 /// Two upstreams by the sender's port; and copies to a place that there is no route to.
@@ -202,14 +203,14 @@ fn watch_scrolls_and_quits() {
         .collect();
     lab.apply(&config(&many));
     let mut watch = OnTerminal::start(lab.udplb("status --watch --interval 0.3"));
-    sleep(Duration::from_millis(1_500));
+    watch.until("the first lines", |frame| frame.contains("rule1 "));
     // several keys at once
     watch.keyboard.write_all(b"\x1b[F\x1b[A").expect("keys");
-    sleep(Duration::from_millis(700));
+    watch.until("the last lines", |frame| frame.contains("rule30 "));
     watch.keyboard.write_all(b"q").expect("a key");
     let screen = watch.end(0);
     assert!(screen.starts_with(ENTER) && screen.ends_with(LEAVE), "{screen:?}");
-    let frames: Vec<&str> = screen.split("\x1b[H").collect();
+    let frames: Vec<&str> = screen.split(HOME).collect();
     let last = frames.last().expect("a frame");
     assert!(frames.iter().any(|frame| frame.contains("rule1 ") && !frame.contains("rule30 ")));
     assert!(last.contains("rule30 ") && !last.contains("rule1 "), "{last}");
@@ -296,14 +297,15 @@ fn rates_and_a_watch() {
     // one line for each look; ended by a signal, the exit code is that of the last
     let mut command = lab.udplb("status --watch -o json");
     let mut child = command.stdout(Stdio::piped()).spawn().expect("the program runs");
-    sleep(Duration::from_millis(2_500));
-    interrupt(&child);
-    let mut text = String::new();
-    child.stdout.take().expect("a pipe").read_to_string(&mut text).expect("text");
-    assert_eq!(child.wait().expect("the child").code(), Some(3));
+    let started = Instant::now();
+    let lines = BufReader::new(child.stdout.take().expect("a pipe")).lines().take(3);
     let looks: Vec<Value> =
-        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
-    assert!((2..=4).contains(&looks.len()), "{}", looks.len());
+        lines.map(|line| serde_json::from_str(&line.expect("text")).expect("JSON")).collect();
+    // the first at once, and one a second
+    let elapsed = started.elapsed();
+    assert!(looks.len() == 3 && elapsed > Duration::from_millis(1_500), "{looks:?} {elapsed:?}");
+    interrupt(&child);
+    assert_eq!(child.wait().expect("the child").code(), Some(3));
     assert!(looks[0]["rules"][0].get("rate").is_none());
     assert!(looks[1]["rules"][0]["rate"]["packets_per_second"].as_f64() > Some(100.0));
 }
@@ -333,7 +335,8 @@ fn open_terminal() -> (OwnedFd, OwnedFd) {
 struct OnTerminal {
     child: Child,
     keyboard: File,
-    screen: std::thread::JoinHandle<String>,
+    screen: Arc<Mutex<Vec<u8>>>,
+    reader: JoinHandle<()>,
 }
 
 impl OnTerminal {
@@ -344,24 +347,40 @@ impl OnTerminal {
         let child = command.spawn().expect("the program runs");
         drop((theirs, command));
         let mut reader = File::from(ours.try_clone().expect("a copy"));
-        let screen = spawn(move || {
-            let mut bytes = Vec::new();
+        let screen = Arc::<Mutex<Vec<u8>>>::default();
+        let written = Arc::clone(&screen);
+        let reader = spawn(move || {
+            let mut buffer = [0; 4096];
             // an error is how a terminal ends
-            let _ = reader.read_to_end(&mut bytes);
-            String::from_utf8_lossy(&bytes).into_owned()
+            while let Ok(length @ 1..) = reader.read(&mut buffer) {
+                written.lock().expect("the screen").extend(&buffer[..length]);
+            }
         });
-        OnTerminal { child, keyboard: File::from(ours), screen }
+        OnTerminal { child, keyboard: File::from(ours), screen, reader }
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.screen.lock().expect("the screen")).into_owned()
+    }
+
+    /// Waits until the last frame is as it should be.
+    #[track_caller]
+    fn until(&self, what: &str, shows: impl Fn(&str) -> bool) {
+        until(what, || shows(self.text().split(HOME).last().expect("a frame")));
     }
 
     /// What was on the screen, after the end.
     fn end(mut self, wanted: i32) -> String {
         let code = self.child.wait().expect("the child").code();
         assert_eq!(code, Some(wanted));
-        self.screen.join().expect("the screen")
+        drop(self.keyboard);
+        self.reader.join().expect("the reader");
+        String::from_utf8_lossy(&self.screen.lock().expect("the screen")).into_owned()
     }
 }
 
 const ENTER: &str = "\x1b[?1049h\x1b[?25l";
+const HOME: &str = "\x1b[H";
 const LEAVE: &str = "\x1b[?7h\x1b[?25h\x1b[?1049l";
 
 #[test]
@@ -370,15 +389,15 @@ fn a_watch_gives_the_terminal_back() {
     lab.apply(&rules());
     send(&lab);
     let watch = OnTerminal::start(lab.udplb("status --watch"));
-    sleep(Duration::from_millis(1_500));
+    watch.until("a table", |frame| frame.contains("RULE"));
     interrupt(&watch.child);
     let screen = watch.end(3);
     assert!(screen.starts_with(ENTER) && screen.ends_with(LEAVE), "{screen:?}");
-    assert!(screen.matches("\x1b[H").count() >= 2, "{screen:?}");
+    assert!(screen.matches(HOME).count() >= 2, "{screen:?}");
     // no line is wider than the terminal
     let escapes = ["\x1b[K", "\x1b[J", "\x1b[1m", "\x1b[0m"];
     let plain = escapes.iter().fold(screen, |screen, escape| screen.replace(escape, ""));
-    let frame = plain.split("\x1b[H").last().expect("a frame");
+    let frame = plain.split(HOME).last().expect("a frame");
     for line in frame.lines() {
         assert!(line.chars().count() <= 100, "{line:?}");
     }
@@ -397,7 +416,7 @@ fn terminal_that_goes_away_ends_the_view() {
         command.stdin(copy()).stdout(copy()).stderr(copy());
         let mut child = command.spawn().expect("the program runs");
         drop((theirs, command));
-        sleep(Duration::from_millis(700));
+        poll(&[ours.as_fd()], libc::POLLIN);
         drop(ours);
         until("it ends", || child.try_wait().expect("the child").is_some());
         let code = child.wait().expect("the child").code();
@@ -424,17 +443,16 @@ fn top_shows_what_goes_where() {
     assert_eq!(names, ["copies nowhere", "flows 10.2.0.20:7000", "flows 10.2.0.21:7000"], "{text}");
 
     let mut top = OnTerminal::start(lab.udplb("top"));
-    sleep(Duration::from_millis(2_500));
+    let order = |frame: &str, one: &str, other: &str| {
+        frame.find(one).zip(frame.find(other)).is_some_and(|(one, other)| one < other)
+    };
+    top.until("the busiest first", |frame| order(frame, "10.2.0.21:7000", "10.2.0.20:7000"));
     top.keyboard.write_all(b"n").expect("a key");
-    sleep(Duration::from_millis(300));
+    top.until("by name", |frame| order(frame, "10.2.0.20:7000", "10.2.0.21:7000"));
     top.keyboard.write_all(b"q").expect("a key");
     let screen = top.end(0);
     assert!(screen.starts_with(ENTER) && screen.ends_with(LEAVE), "{screen:?}");
-    let frames: Vec<&str> = screen.split("\x1b[H").collect();
-    let first = |frame: &str, one: &str, other: &str| frame.find(one) < frame.find(other);
-    let (before, after) = (frames[frames.len() - 2], frames[frames.len() - 1]);
-    assert!(first(before, "10.2.0.21:7000", "10.2.0.20:7000"), "{before:?}");
-    assert!(first(after, "10.2.0.20:7000", "10.2.0.21:7000"), "{after:?}");
+    let after = screen.split(HOME).last().expect("a frame");
     assert!(after.contains("ns/packet") && after.contains('█'), "{after:?}");
 
     // the kernel measures nothing any more, unless another test's top is at it
@@ -545,7 +563,12 @@ fn counters_lose_nothing_under_load_and_across_applies() {
             let (_, socket) = receivers.iter().find(|(it, _)| it == label).expect("a receiver");
             let sent_on = packets(&upstream["counters"], "forwarded")
                 + packets(&upstream["counters"], "stale-neighbour");
-            assert_eq!(arrived(socket), sent_on, "{name} {label}");
+            let mut got = 0;
+            until("all have arrived", || {
+                got += arrived(socket);
+                got >= sent_on
+            });
+            assert_eq!(got, sent_on, "{name} {label}");
             forwarded += sent_on;
         }
         let counters = &rule["counters"];

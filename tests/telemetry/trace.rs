@@ -7,9 +7,7 @@ use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use serde_json::{Value, json};
-use udplb::bpf::{from_bytes, types};
 
 use crate::common::kinds::all_kinds;
 use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, V4, V6, config, rule};
@@ -61,7 +59,7 @@ impl Trace {
         let mut command = lab.udplb(&format!("trace {words}"));
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let trace = Trace(command.spawn().expect("the program runs"));
-        until("it traces", || flag(lab) > 0);
+        until("it traces", || lab.traced_until() > 0);
         trace
     }
 
@@ -82,9 +80,8 @@ impl Trace {
         Outcome::new(code, stdout, stderr, "trace")
     }
 
-    /// Gives it time to read, and ends it.
+    /// Interrupts it; it then reads all that has been written by now.
     fn stop(self) -> Outcome {
-        sleep(Duration::from_millis(300));
         self.signal(libc::SIGINT);
         self.end()
     }
@@ -95,14 +92,6 @@ impl Drop for Trace {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-/// Until when the program tells of packets.
-fn flag(lab: &Lab) -> u64 {
-    let map = MapHandle::from_pinned_path(lab.state().join("tracing")).expect("the flag");
-    let value = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).expect("a look-up");
-    let value: types::trace = from_bytes(&value.expect("the only entry")).expect("a trace");
-    value.until
 }
 
 fn send(lab: &Lab, from: (Ipv4Addr, u16), port: u16, payload: &[u8]) {
@@ -153,7 +142,7 @@ fn each_kind_in_words() {
         "TIME eth0 lost 10.1.0.20:5666 > 10.1.0.1:5003 length 53 -> nowhere 192.0.2.1 no-route".into(),
     ];
     assert_eq!(masked(&outcome.stdout), wanted);
-    assert_eq!(flag(&lab), 0);
+    assert_eq!(lab.traced_until(), 0);
 }
 
 /// A later fragment shows no ports.
@@ -165,6 +154,10 @@ fn fragments_and_ipv6() {
     for net in [V4, V6] {
         let sender = bind(&lab.client, net.clients[0], 40_000);
         sender.send_to(&payload(2000), (net.key, 5003)).expect("sent");
+    }
+    for (rule, net) in [("block-vip", V4), ("block-vip-6", V6)] {
+        let upstream = net.upstreams[0].to_string();
+        until("both fragments are counted", || lab.packets(rule, &upstream, "forwarded") == 2);
     }
     let four = "-> 10.2.0.20 10.2.0.20:7003 dev up0 MAC forwarded";
     let six = "-> 2001:db8:2::20 [2001:db8:2::20]:7003 dev up0 MAC forwarded";
@@ -234,7 +227,7 @@ fn it_ends_by_itself_and_there_is_one_at_a_time() {
     lab.run("trace").expect(75).says(&[" trace -c 3 -o json` (pid ", ") is tracing, and"]);
     send_flows(&lab, 6);
     let outcome = trace.end().expect(0).says(&["3 shown"]);
-    assert_eq!(flag(&lab), 0);
+    assert_eq!(lab.traced_until(), 0);
     let events: Vec<Value> =
         outcome.stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
     assert_eq!(events.len(), 3, "{outcome:?}");
@@ -261,7 +254,7 @@ fn it_ends_by_itself_and_there_is_one_at_a_time() {
     send_flows(&lab, 1);
     until("it ends", || trace.0.try_wait().expect("the child").is_some());
     assert_eq!(trace.0.wait().expect("the child").code(), Some(0));
-    assert_eq!(flag(&lab), 0);
+    assert_eq!(lab.traced_until(), 0);
 }
 
 #[test]
@@ -272,11 +265,11 @@ fn a_killed_one_is_forgotten_within_its_lease() {
     let killed = Instant::now();
     trace.signal(libc::SIGKILL);
     drop(trace);
-    assert!(flag(&lab) > 0);
+    assert!(lab.traced_until() > 0);
     // the first packet behind the lease's end clears it
     sleep(Duration::from_millis(1_100).saturating_sub(killed.elapsed()));
     send_flows(&lab, 1);
-    assert_eq!(flag(&lab), 0);
+    until("it is cleared", || lab.traced_until() == 0);
     // and nobody is in the way of the next; what the first one would have shown is not shown
     let trace = Trace::start(&lab, "-c 1");
     send(&lab, (CLIENTS[1], 60256), 5000, b"new");
@@ -295,6 +288,7 @@ fn other_generations_have_names_too() {
     lab.apply(&changed);
     let _here = bind(&lab.relay, RELAY, 5003);
     send(&lab, (CLIENTS[0], 5666), 5003, b"ten bytes!");
+    until("it is counted", || lab.packets("renamed", "void", "no-route") == 1);
     let outcome = trace.stop().expect(0);
     let wanted =
         "TIME eth0 renamed 10.1.0.20:5666 > 10.1.0.1:5003 length 52 -> void 192.0.2.1 no-route";
