@@ -28,7 +28,7 @@ fn is_joined(lab: &Lab, group: &str) -> bool {
 }
 
 #[test]
-fn without_arpd_apply_and_doctor_say_how_to_join() {
+fn groups_without_arpd_are_named_with_their_fix() {
     let lab = Lab::dual(true, true);
     let said = lab.try_apply(&rules(&GROUPS), "").expect(0).stderr;
     let doctor = || lab.run("doctor").stdout;
@@ -50,7 +50,7 @@ fn without_arpd_apply_and_doctor_say_how_to_join() {
 }
 
 #[test]
-fn arpd_joins_and_leaves_as_the_configuration_says() {
+fn groups_follow_the_configuration() {
     let lab = Lab::dual(true, true);
     lab.apply(&rules(&[]));
     let arpd = Arpd::start(&lab, "");

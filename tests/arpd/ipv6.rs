@@ -37,7 +37,7 @@ fn generation(lab: &Lab) -> u64 {
 }
 
 #[test]
-fn neighbours_are_kept_and_their_silence_is_seen() {
+fn silent_neighbour_goes_down() {
     let lab = Lab::dual(true, true);
     lab.apply(&to(&[KEY], "2001:db8:2::20"));
     let arpd = Arpd::start(&lab, "");
@@ -63,7 +63,7 @@ fn neighbours_are_kept_and_their_silence_is_seen() {
 }
 
 #[test]
-fn gateways() {
+fn gateway_serves_several_upstreams() {
     let lab = Lab::dual(true, true);
     let far = "2001:db8:9::1";
     lab.relay.ip("-6 route add 2001:db8:9::/64 via 2001:db8:2::20");
@@ -83,7 +83,7 @@ fn gateways() {
 }
 
 #[test]
-fn a_link_local_upstream() {
+fn link_local_upstream_goes_up() {
     let lab = Lab::dual(true, true);
     lab.apply(&to(&[KEY], "fe80::20%up0"));
     let _arpd = Arpd::start(&lab, "");
@@ -102,7 +102,7 @@ fn a_link_local_upstream() {
 
 /// Of both families.
 #[test]
-fn own_addresses_on_the_way_are_followed() {
+fn egress_address_change_is_followed() {
     let lab = Lab::dual(true, true);
     lab.relay.sysctl("net.ipv4.conf.up0.promote_secondaries", "1");
     lab.relay.ip("route add 10.9.0.0/24 via 10.2.0.20");
@@ -123,7 +123,7 @@ fn own_addresses_on_the_way_are_followed() {
 }
 
 #[test]
-fn a_name_of_a_rules_family() {
+fn name_resolves_in_the_family_of_its_rule() {
     let lab = Lab::dual(true, true);
     let hosts = |text: &str| lab.directory.write("hosts", text);
     hosts("10.2.0.20 both.test\n2001:db8:2::20 both.test\n");
@@ -148,7 +148,7 @@ fn a_name_of_a_rules_family() {
 
 /// Addresses of other interfaces, link-local ones and failures change nothing.
 #[test]
-fn any_follows_the_interfaces_addresses() {
+fn key_any_follows_interface_addresses() {
     let lab = Lab::dual(true, true);
     let any = to(&["any"], "2001:db8:2::20");
     lab.apply(&any);
@@ -177,7 +177,7 @@ fn any_follows_the_interfaces_addresses() {
 /// What was rolled back is held though it would be applied with other addresses now, and what an
 /// interface was taken off stays so.
 #[test]
-fn any_after_a_rollback_and_a_detach() {
+fn key_any_after_rollback_or_detach_stays() {
     let lab = Lab::dual(true, true);
     lab.apply(&to(&[KEY], "2001:db8:2::20"));
     let left = to(&["any"], "2001:db8:2::20");
@@ -199,7 +199,7 @@ fn any_after_a_rollback_and_a_detach() {
 
 /// One interface of two: the other is followed.
 #[test]
-fn any_where_one_interface_was_detached() {
+fn key_any_skips_a_detached_interface() {
     let lab = Lab::dual(true, true);
     let mut any = to(&["any"], "2001:db8:2::20");
     any["interfaces"] = json!(["eth0", "up0"]);
@@ -213,7 +213,7 @@ fn any_where_one_interface_was_detached() {
 }
 
 #[test]
-fn a_link_without_mac_addresses() {
+fn link_without_mac_addresses_goes_up_and_down() {
     let lab = Lab::dual(true, true);
     let tun = Tun::new(&lab.relay, "tun0");
     lab.relay.ip("addr add 10.4.0.1/24 dev tun0");
@@ -232,7 +232,7 @@ fn a_link_without_mac_addresses() {
 
 /// Mirrors and drained upstreams too, though the one is chosen by nobody and the other by none.
 #[test]
-fn mirrors_and_drained_upstreams_are_looked_after() {
+fn mirrors_and_drained_upstreams_are_tracked() {
     let lab = Lab::dual(true, true);
     let mut config = to(&[KEY], "2001:db8:2::20");
     config["rules"][0]["upstream"][0]["state"] = json!("drained");

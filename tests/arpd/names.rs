@@ -39,7 +39,7 @@ fn children(pid: u32) -> Vec<u32> {
 
 /// One after the other they would take more than three minutes.
 #[test]
-fn a_thousand_slow_names_resolve_together() {
+fn thousand_slow_names_resolve_in_parallel() {
     let lab = Lab::new();
     let dns = Dns::start(&lab);
     let mut upstreams = Vec::new();
@@ -53,7 +53,7 @@ fn a_thousand_slow_names_resolve_together() {
 }
 
 #[test]
-fn a_silent_name_server_is_no_bad_configuration() {
+fn silent_name_server_is_a_temporary_failure() {
     let lab = Lab::new();
     let dns = Dns::start(&lab);
     dns.set("silent.test", Answer::Silence);
@@ -74,7 +74,7 @@ fn a_silent_name_server_is_no_bad_configuration() {
 }
 
 #[test]
-fn a_name_of_the_other_family_is_bad_configuration() {
+fn name_of_the_other_family_is_refused() {
     let lab = Lab::new();
     let dns = Dns::start(&lab);
     dns.set("six.test", Answer::of(&["2001:db8:2::20"]));
@@ -84,7 +84,7 @@ fn a_name_of_the_other_family_is_bad_configuration() {
 
 /// The server asks for TCP, takes the connection, and says nothing: `getaddrinfo` waits for ever.
 #[test]
-fn a_truncated_answer_without_tcp_holds_nothing_up() {
+fn truncated_answer_without_tcp_delays_nothing() {
     let lab = Lab::new();
     let dns = Dns::start(&lab);
     dns.set("good.test", Answer::of(&["10.2.0.20"]));
@@ -130,7 +130,7 @@ fn a_truncated_answer_without_tcp_holds_nothing_up() {
 }
 
 #[test]
-fn what_is_known_is_attached_and_arpd_completes_the_rest() {
+fn partial_apply_is_completed_by_arpd() {
     let lab = Lab::new();
     let dns = Dns::start(&lab);
     dns.set("silent.test", Answer::Silence);
@@ -175,7 +175,7 @@ fn pool(options: Value) -> Value {
 }
 
 #[test]
-fn every_address_of_a_name_gets_its_copy() {
+fn every_address_of_a_name_gets_a_copy() {
     let lab = Lab::new();
     let dns = Dns::start(&lab);
     dns.set("pool.test", Answer::of(&["10.2.0.20"]));
@@ -213,7 +213,7 @@ fn every_address_of_a_name_gets_its_copy() {
 }
 
 #[test]
-fn a_name_that_shrinks_is_asked_twice() {
+fn name_with_fewer_addresses_is_resolved_twice() {
     let lab = Lab::new();
     let dns = Dns::start(&lab);
     let three = ["10.2.0.20", "10.2.0.21", "10.2.0.22"];
@@ -243,7 +243,7 @@ fn a_name_that_shrinks_is_asked_twice() {
 }
 
 #[test]
-fn an_address_of_this_host_is_left_out() {
+fn name_of_this_host_is_left_out() {
     let lab = Lab::new();
     let dns = Dns::start(&lab);
     dns.set("self.test", Answer::of(&["10.2.0.1"]));

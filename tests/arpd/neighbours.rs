@@ -57,7 +57,7 @@ fn expect_delivery(lab: &Lab, address: Ipv4Addr) {
 }
 
 #[test]
-fn neighbours_are_kept_by_the_kernel_and_left_to_it_at_the_end() {
+fn neighbours_are_managed_until_arpd_ends() {
     let (lab, arpd) = lab();
     let entry = lab.neighbour("10.2.0.20");
     assert!(entry.contains("managed") && entry.contains("proto 117"), "{entry}");
@@ -72,7 +72,7 @@ fn neighbours_are_kept_by_the_kernel_and_left_to_it_at_the_end() {
 }
 
 #[test]
-fn others_entries_stay_as_they_are() {
+fn foreign_neighbour_entries_stay() {
     let lab = Lab::new();
     let mac = mac_text(lab.upstream.mac("eth0"));
     lab.relay.ip(&format!("neigh add 10.2.0.20 lladdr {mac} nud permanent dev up0"));
@@ -86,7 +86,7 @@ fn others_entries_stay_as_they_are() {
 }
 
 #[test]
-fn what_a_killed_arpd_left_is_taken_over_or_let_go() {
+fn entries_of_a_killed_arpd_are_taken_over() {
     let (lab, arpd) = lab();
     arpd.end(libc::SIGKILL);
     assert!(lab.neighbour("10.2.0.20").contains("managed"));
@@ -97,7 +97,7 @@ fn what_a_killed_arpd_left_is_taken_over_or_let_go() {
 }
 
 #[test]
-fn a_second_one_refuses() {
+fn second_arpd_is_refused() {
     let (lab, arpd) = lab();
     lab.run("arpd").expect(75).says(&["another arpd"]);
     lab.run("arpd --once").expect(75);
@@ -106,7 +106,7 @@ fn a_second_one_refuses() {
 }
 
 #[test]
-fn once_is_for_cron() {
+fn once_resolves_and_ends() {
     let lab = Lab::new();
     lab.apply(&both_actions("10.2.0.20"));
     lab.relay.ip("neigh flush dev up0");
@@ -128,7 +128,7 @@ fn once_is_for_cron() {
 }
 
 #[test]
-fn it_waits_for_the_first_apply_and_follows_the_next_ones() {
+fn arpd_follows_the_first_and_later_applies() {
     let lab = Lab::new();
     let arpd = Arpd::start(&lab, "");
     lab.apply(&both_actions("10.2.0.20"));
@@ -148,7 +148,7 @@ fn it_waits_for_the_first_apply_and_follows_the_next_ones() {
 }
 
 #[test]
-fn a_mac_address_that_changes_in_silence() {
+fn silent_mac_change_is_found() {
     let (lab, arpd) = lab();
     lab.upstream.ip("link set eth0 address 02:00:00:00:00:aa");
     lab.await_hop("10.2.0.20", "mac", "02:00:00:00:00:aa");
@@ -158,7 +158,7 @@ fn a_mac_address_that_changes_in_silence() {
 }
 
 #[test]
-fn a_mac_address_that_is_announced() {
+fn announced_mac_change_is_followed() {
     let (lab, arpd) = lab();
     lab.upstream.sysctl("net.ipv4.conf.eth0.arp_notify", "1");
     lab.upstream.ip("link set eth0 address 02:00:00:00:00:ab");
@@ -168,7 +168,7 @@ fn a_mac_address_that_is_announced() {
 }
 
 #[test]
-fn an_own_mac_address_that_changes() {
+fn own_mac_change_is_followed() {
     let (lab, _arpd) = lab();
     lab.relay.ip("link set up0 address 02:00:00:00:00:ac");
     until("the entry is kept again", || lab.neighbour("10.2.0.20").contains("managed"));
@@ -177,7 +177,7 @@ fn an_own_mac_address_that_changes() {
 }
 
 #[test]
-fn a_flush() {
+fn flushed_neighbours_are_resolved_again() {
     let (lab, _arpd) = lab();
     lab.relay.ip("neigh flush all");
     until("the entry is kept again", || lab.neighbour("10.2.0.20").contains("managed"));
@@ -185,7 +185,7 @@ fn a_flush() {
 }
 
 #[test]
-fn carrier_and_interfaces_come_and_go() {
+fn carrier_and_interface_changes_are_followed() {
     let (lab, arpd) = lab();
     lab.upstream.ip("link set eth0 down");
     lab.await_health("10.2.0.20", "down");
@@ -206,7 +206,7 @@ fn carrier_and_interfaces_come_and_go() {
 }
 
 #[test]
-fn an_upstream_that_is_gone_and_back() {
+fn upstream_goes_down_and_up_again() {
     let (lab, arpd) = lab();
     lab.upstream.ip("addr del 10.2.0.20/24 dev eth0");
     lab.await_health("10.2.0.20", "down");
@@ -220,7 +220,7 @@ fn an_upstream_that_is_gone_and_back() {
 }
 
 #[test]
-fn gateways() {
+fn gateway_change_is_followed() {
     let lab = Lab::new();
     let far = Ipv4Addr::new(10, 9, 0, 1);
     lab.upstream.ip("addr add 10.9.0.1/32 dev lo");
@@ -247,7 +247,7 @@ fn gateways() {
 
 /// Of two paths the one that is alive is used.
 #[test]
-fn two_gateways() {
+fn live_gateway_of_two_is_used() {
     let lab = Lab::new();
     lab.upstream.ip("addr add 10.9.0.1/32 dev lo");
     lab.relay.ip("route add 10.9.0.0/24 nexthop via 10.2.0.20 nexthop via 10.2.0.21");
@@ -265,7 +265,7 @@ fn two_gateways() {
 }
 
 #[test]
-fn a_gateway_of_the_other_family() {
+fn gateway_of_the_other_family_is_resolved() {
     let lab = Lab::new();
     lab.upstream.ip("addr add 10.9.0.1/32 dev lo");
     lab.upstream.ip("addr add fe80::fe/64 dev eth0 nodad");
@@ -279,7 +279,7 @@ fn a_gateway_of_the_other_family() {
 }
 
 #[test]
-fn an_interface_that_is_made_again_is_attached_again() {
+fn recreated_interface_is_attached_again() {
     let (lab, arpd) = lab();
     lab.relay.ip("link del eth0");
     until("status says so", || lab.run("status").code == Some(3));
@@ -303,7 +303,7 @@ fn reattached(lab: &Lab, interface: &str) -> u64 {
 }
 
 #[test]
-fn filter_that_somebody_removes_is_put_back() {
+fn removed_filter_is_put_back() {
     let (lab, arpd) = lab();
     // by events, long before the next look at everything
     for (count, words) in [
@@ -333,7 +333,7 @@ fn filter_that_somebody_removes_is_put_back() {
 
 /// Nor are next hops kept that nobody uses.
 #[test]
-fn an_interface_that_was_detached_stays_detached() {
+fn detached_interface_stays_detached() {
     let (lab, arpd) = lab();
     lab.run("detach -i eth0").expect(0);
     arpd.signal(libc::SIGHUP);
@@ -379,12 +379,12 @@ fn check_killed(forwarding: bool) {
 }
 
 #[test]
-fn killed_under_traffic_where_the_kernel_routes() {
+fn killed_arpd_loses_nothing_with_forwarding() {
     check_killed(true);
 }
 
 #[test]
-fn killed_under_traffic_where_it_does_not() {
+fn killed_arpd_loses_nothing_without_forwarding() {
     check_killed(false);
 }
 
@@ -395,7 +395,7 @@ fn balanced(health: &str) -> Value {
 }
 
 #[test]
-fn a_dead_upstream_is_left_out_where_the_rule_says_so() {
+fn dead_upstream_is_skipped_with_health_neighbour() {
     let lab = Lab::new();
     lab.apply(&balanced("neighbour"));
     let _arpd = Arpd::start(&lab, "");
@@ -423,7 +423,7 @@ fn a_dead_upstream_is_left_out_where_the_rule_says_so() {
 }
 
 #[test]
-fn a_dead_upstream_is_not_left_out_by_default() {
+fn dead_upstream_is_not_skipped_by_default() {
     let lab = Lab::new();
     lab.apply(&balanced("off"));
     let _arpd = Arpd::start(&lab, "");
@@ -436,7 +436,7 @@ fn a_dead_upstream_is_not_left_out_by_default() {
 }
 
 #[test]
-fn a_name_that_changes_its_address_under_traffic() {
+fn changed_address_of_a_name_loses_no_packet() {
     let lab = Lab::new();
     lab.directory.write("hosts", "10.2.0.20 collector.test\n");
     let file = lab.write(&both_actions("collector.test"));
@@ -473,7 +473,7 @@ fn a_name_that_changes_its_address_under_traffic() {
 
 /// What a rollback left stays left when a name changes, and a further rollback leads to it.
 #[test]
-fn a_name_that_changes_after_a_rollback() {
+fn changed_name_after_rollback_stays_rolled_back() {
     let lab = Lab::new();
     lab.directory.write("hosts", "10.2.0.20 collector.test\n");
     let apply = |config: &Value| {
@@ -496,7 +496,7 @@ fn a_name_that_changes_after_a_rollback() {
 
 /// All of them get resolved, or it is said what is in the way.
 #[test]
-fn a_thousand_upstreams_on_one_link() {
+fn thousand_upstreams_on_one_link_go_up() {
     let lab = Lab::new();
     lab.upstream.ip("route add local 10.3.0.0/16 dev lo");
     lab.relay.ip("route add 10.3.0.0/16 dev up0");
@@ -559,7 +559,7 @@ fn one_failed_request_costs_no_packet() {
 
 /// Without the kernel's answers it vouches for nothing, and the service manager hears no sign of life.
 #[test]
-fn a_blind_arpd_lets_its_lease_run_out() {
+fn blind_arpd_lets_its_lease_run_out() {
     let directory = crate::common::lab::Directory::new();
     let path = directory.path().join("notify");
     let socket = UnixDatagram::bind(&path).expect("a socket");
@@ -589,7 +589,7 @@ fn a_blind_arpd_lets_its_lease_run_out() {
 
 /// As a service manager sees it.
 #[test]
-fn it_notifies() {
+fn arpd_notifies_the_service_manager() {
     let lab = Lab::new();
     lab.apply(&both_actions("10.2.0.20"));
     let path = lab.directory.path().join("notify");
@@ -622,7 +622,7 @@ fn it_notifies() {
 
 /// What the units grant and no more.
 #[test]
-fn three_capabilities_suffice() {
+fn three_capabilities_suffice_for_arpd() {
     let lab = Lab::new();
     lab.apply(&both_actions("10.2.0.20"));
     let mut command = lab.relay.command("setpriv");

@@ -25,7 +25,7 @@ fn call(lab: &Lab, words: &str, prepare: impl FnOnce(&mut Command) + Send) -> Ou
 }
 
 #[test]
-fn every_exit_code() {
+fn every_exit_code_is_returned() {
     let lab = Lab::new();
     let write = |name: &str, text: &[u8]| {
         let path = lab.directory.path().join(name);
@@ -106,7 +106,7 @@ fn every_exit_code() {
 }
 
 #[test]
-fn checking_takes_neither_privileges_nor_a_network() {
+fn check_needs_no_privileges_and_no_network() {
     let lab = Lab::new();
     let nowhere = Namespace::new();
     let named = json!({ "address": "collector.example.net" });
@@ -152,7 +152,7 @@ fn limit(command: &mut Command, capabilities: &[i32]) {
 }
 
 #[test]
-fn three_capabilities_are_enough_and_each_is_needed() {
+fn three_capabilities_suffice_and_each_is_needed() {
     const NEEDED: [(i32, &str); 3] = [(39, "CAP_BPF"), (12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON")];
     let all = NEEDED.map(|(number, _)| number);
     let lab = Lab::new();
@@ -215,7 +215,7 @@ fn from_cron(lab: &Lab, words: &str) -> Outcome {
 }
 
 #[test]
-fn cron_hears_of_trouble_only() {
+fn cron_gets_output_on_failure_only() {
     let lab = Lab::new();
     // with something to warn of: nobody listens
     let upstream = json!({ "address": UPSTREAMS[0] });
@@ -237,7 +237,7 @@ fn cron_hears_of_trouble_only() {
 }
 
 #[test]
-fn warnings_that_nobody_reads_keep_nothing_from_being_done() {
+fn unread_warnings_stop_no_command() {
     let lab = Lab::new();
     let upstream = json!({ "address": UPSTREAMS[0] });
     let file = lab.write(&config(&[rule("relay", 5000, json!({}), &[upstream])]));
@@ -261,7 +261,7 @@ fn warnings_that_nobody_reads_keep_nothing_from_being_done() {
 }
 
 #[test]
-fn configuration_management_learns_what_changed() {
+fn apply_reports_whether_it_changed() {
     let lab = Lab::new();
     let file = lab.write(&to_port(7001));
     let apply = format!("apply {} -o json", file.display());
@@ -322,7 +322,7 @@ const JSON: &str = r#"{ "version": 1, "interfaces": ["eth0"], "rules": [
     "upstream": [{ "address": "10.2.0.20", "port": 5514 }] }]}"#;
 
 #[test]
-fn all_notations_and_its_own_list_apply_to_the_same() {
+fn all_notations_apply_to_the_same_generation() {
     let lab = Lab::new();
     let apply = |input: &str, options: &str| {
         let mut command = lab.udplb(&format!("apply - -o json {options}"));
@@ -347,7 +347,7 @@ fn all_notations_and_its_own_list_apply_to_the_same() {
 }
 
 #[test]
-fn the_same_text_in_another_language_is_another_file() {
+fn same_text_in_another_format_is_another_file() {
     let lab = Lab::new();
     let yaml = lab.write(&to_port(7001));
     lab.run(&format!("apply {}", yaml.display())).expect(0);
@@ -356,7 +356,7 @@ fn the_same_text_in_another_language_is_another_file() {
 }
 
 #[test]
-fn what_is_probably_not_meant_is_said() {
+fn suspicious_configuration_is_warned_of() {
     let lab = Lab::new();
     let pass = |address: &str, upstream: &str| {
         let mut rule = rule("relay", 5000, json!({}), &[json!({ "address": upstream })]);
@@ -405,7 +405,7 @@ fn what_is_probably_not_meant_is_said() {
 }
 
 #[test]
-fn a_plan_tells_what_an_apply_would_do() {
+fn plan_predicts_apply() {
     let lab = Lab::new();
     let two = |first: u16, second: u16| {
         let source = if second == 1 { "vip" } else { "preserve" };
@@ -448,7 +448,7 @@ fn a_plan_tells_what_an_apply_would_do() {
 }
 
 #[test]
-fn pin_directory_by_its_bare_name() {
+fn relative_pin_directory_works() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     let mut again = lab.relay.command(env!("CARGO_BIN_EXE_udplb"));
@@ -458,7 +458,7 @@ fn pin_directory_by_its_bare_name() {
 }
 
 #[test]
-fn what_needs_no_kernel() {
+fn schema_and_completions_need_no_kernel() {
     let directory = Directory::new();
     let program = directory.program();
     let udplb = |words: &str| {
@@ -495,7 +495,7 @@ fn completed(lab: &Lab, words: &str) -> Vec<String> {
 }
 
 #[test]
-fn completion_offers_what_serves() {
+fn completion_offers_active_rules() {
     let lab = Lab::new();
     assert_eq!(completed(&lab, "drain "), Vec::<String>::new());
     lab.relay.ip("link add spare0 type bridge");
@@ -524,7 +524,7 @@ fn completion_offers_what_serves() {
 }
 
 #[test]
-fn options_of_all_commands_have_a_heading() {
+fn global_options_have_a_heading() {
     for words in [&["--help"][..], &["apply", "--help"], &["trace", "-h"]] {
         let help = Outcome::of(Command::new(env!("CARGO_BIN_EXE_udplb")).args(words)).stdout;
         let (own, global) = help.split_once("Global options:").expect("a heading");
@@ -533,7 +533,7 @@ fn options_of_all_commands_have_a_heading() {
 }
 
 #[test]
-fn numbers_on_the_command_line_are_explained() {
+fn invalid_numbers_are_explained() {
     let lab = Lab::new();
     for (words, says) in [
         ("trace -c 0", "a number, at least 1"),
@@ -566,7 +566,7 @@ fn quiet_status_prints_problems_only() {
 }
 
 #[test]
-fn journal_reads_priorities() {
+fn journal_gets_priorities() {
     let lab = Lab::new();
     let to_journal = |words: &str, own: bool| {
         let log = lab.directory.path().join("journal");

@@ -41,7 +41,7 @@ fn fix(lab: &Lab, what: &str) {
 }
 
 #[test]
-fn nothing_wrong_and_nothing_applied() {
+fn healthy_and_empty_hosts_have_no_findings() {
     let lab = Lab::new();
     let file = lab.write(&to_port(7001));
     let wanted =
@@ -59,7 +59,7 @@ fn nothing_wrong_and_nothing_applied() {
 }
 
 #[test]
-fn what_still_serves_without_its_pins() {
+fn filter_without_pins_is_found() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     fs::remove_file(lab.bpffs.pins().join("current/config")).expect("a pin");
@@ -86,7 +86,7 @@ fn what_still_serves_without_its_pins() {
 }
 
 #[test]
-fn somebody_is_changing_it() {
+fn locked_pins_are_reported() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     let lock = fs::File::open(lab.bpffs.pins()).expect("the pins");
@@ -132,7 +132,7 @@ fn attach(lab: &Lab, priority: u16, returned: i32) {
 }
 
 #[test]
-fn filter_that_hides_packets() {
+fn filter_that_hides_packets_is_found() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     // behind udplb
@@ -158,7 +158,7 @@ fn filter_that_hides_packets() {
 }
 
 #[test]
-fn programs_that_run_before() {
+fn earlier_programs_are_found() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     let index = lab.relay.index("eth0") as i32;
@@ -184,7 +184,7 @@ fn programs_that_run_before() {
 }
 
 #[test]
-fn upstream_that_died_without_traffic() {
+fn dead_upstream_without_traffic_is_found() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     lab.upstream.ip("link set eth0 arp off");
@@ -197,7 +197,7 @@ fn upstream_that_died_without_traffic() {
 }
 
 #[test]
-fn every_verdict_that_grows_is_explained() {
+fn growing_verdicts_are_explained() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     let sender = bind(&lab.client, CLIENTS[0], 0);
@@ -210,7 +210,7 @@ fn every_verdict_that_grows_is_explained() {
 }
 
 #[test]
-fn drift_and_what_is_not_attached() {
+fn drift_and_detached_interfaces_are_found() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     let file = lab.write(&to_port(7002)).display().to_string();
@@ -252,7 +252,7 @@ fn drift_and_what_is_not_attached() {
 }
 
 #[test]
-fn drift_of_a_file_that_was_named_from_where_it_is() {
+fn drift_of_a_relative_path_is_found() {
     let lab = Lab::new();
     let file = lab.write(&to_port(7001)).display().to_string();
     let mut apply = lab.udplb("apply udplb.yaml");
@@ -302,7 +302,7 @@ fn drift_follows_the_file_that_was_applied_last() {
 }
 
 #[test]
-fn forwarding_and_reverse_path_filters() {
+fn forwarding_and_reverse_path_filters_are_found() {
     let lab = Lab::new();
     let _here = bind(&lab.relay, RELAY, 5000);
     let upstream = json!({ "address": UPSTREAMS[0], "port": 7001 });
@@ -331,7 +331,7 @@ fn forwarding_and_reverse_path_filters() {
 }
 
 #[test]
-fn what_is_too_large_and_who_is_behind_a_router() {
+fn mtu_losses_and_routed_senders_are_found() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     lab.relay.ip("link set up0 mtu 1400");
@@ -372,7 +372,7 @@ fn what_is_too_large_and_who_is_behind_a_router() {
 }
 
 #[test]
-fn senders_on_this_host() {
+fn local_senders_are_found() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     let sender = bind(&lab.relay, RELAY, 40_000);
@@ -386,7 +386,7 @@ fn senders_on_this_host() {
 }
 
 #[test]
-fn without_privileges_it_says_so() {
+fn missing_privileges_are_reported() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     let program = lab.directory.path().join("udplb");

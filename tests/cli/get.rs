@@ -45,7 +45,7 @@ fn masked(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn in_words() {
+fn text_output_explains_the_verdict() {
     let lab = Lab::new();
     assert_eq!(lab.run("get 10.1.0.20 10.1.0.1:5000").code, Some(3));
     lab.apply(&rules());
@@ -129,7 +129,7 @@ fn in_words() {
 }
 
 #[test]
-fn ipv6_groups_and_interfaces_without_ethernet() {
+fn ipv6_groups_and_tun_devices_are_answered() {
     let lab = Lab::dual(false, false);
     let _tun = Tun::new(&lab.relay, "tun0");
     lab.relay.ip("address add 10.6.0.1/24 dev tun0");
@@ -193,7 +193,7 @@ fn ipv6_groups_and_interfaces_without_ethernet() {
 }
 
 #[test]
-fn nothing_is_sent_or_counted() {
+fn get_sends_and_counts_nothing() {
     let lab = Lab::new();
     lab.apply(&rules());
     let here = bind(&lab.relay, RELAY, 5001);
@@ -279,7 +279,7 @@ fn socket(namespace: &Namespace, address: SocketAddr) -> UdpSocket {
 }
 
 #[test]
-fn plan_announces_the_share_that_moves() {
+fn plan_announces_the_share_of_moved_flows() {
     const FLOWS: u64 = 2_000;
     let lab = Lab::new();
     let config = |states: [&str; 4], weight: u32| {
@@ -339,7 +339,7 @@ fn plan_announces_the_share_that_moves() {
 }
 
 #[test]
-fn it_agrees_with_where_packets_go() {
+fn get_agrees_with_where_packets_go() {
     const PACKETS: u64 = 1_000;
     let lab = Lab::new();
     for (namespace, name, address) in [

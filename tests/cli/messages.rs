@@ -147,7 +147,7 @@ fn dot_in_the_pin_directory_is_wrong_usage() {
 }
 
 #[test]
-fn bridge_with_the_mac_of_its_port_hides_nothing() {
+fn bridge_with_the_mac_of_its_port_is_no_warning() {
     let lab = Lab::new();
     let _listener = bind(&lab.relay, [0, 0, 0, 0], 5000);
     lab.relay.ip("link add br0 type bridge");
@@ -166,7 +166,7 @@ fn bridge_with_the_mac_of_its_port_hides_nothing() {
 }
 
 #[test]
-fn nobody_listening_is_no_certain_error() {
+fn missing_listener_is_a_conditional_warning() {
     let lab = Lab::new();
     let applied = lab.try_apply(
         &config(&[rule("relay", 5000, json!({}), &[json!({ "address": UPSTREAMS[0] })])]),
@@ -255,7 +255,7 @@ fn fail_probes(command: &mut Command) {
 }
 
 #[test]
-fn map_that_the_kernel_refuses_is_an_error_and_leaves_nothing() {
+fn refused_map_is_an_error_and_leaves_nothing() {
     let lab = Lab::new();
     let file = lab.write(&to_port(7001)).display().to_string();
     let mut command = lab.udplb(&format!("apply {file}"));

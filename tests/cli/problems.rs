@@ -57,7 +57,7 @@ fn both_families(options: &Value) -> Value {
 }
 
 #[test]
-fn egress_interface_is_down() {
+fn downed_egress_interface_is_a_problem() {
     let lab = Lab::dual(true, true);
     // else IPv6 addresses go with the link
     lab.relay.sysctl("net.ipv6.conf.up0.keep_addr_on_down", "1");
@@ -80,7 +80,7 @@ fn egress_interface_is_down() {
 }
 
 #[test]
-fn egress_interface_is_down_with_arpd() {
+fn downed_egress_interface_with_arpd_is_a_problem() {
     let lab = Lab::new();
     let _arpd = Arpd::start(&lab, "");
     lab.apply(&to_port(7001));
@@ -93,7 +93,7 @@ fn egress_interface_is_down_with_arpd() {
 }
 
 #[test]
-fn next_hop_never_answers() {
+fn silent_next_hop_is_a_problem() {
     let lab = Lab::dual(true, true);
     for (name, net, dead, asked) in
         [("four", V4, "10.2.0.99", "ARP"), ("six", V6, "2001:db8:2::99", "NDP")]
@@ -122,7 +122,7 @@ fn next_hop_never_answers() {
 }
 
 #[test]
-fn next_hop_fails_later() {
+fn failed_next_hop_is_a_problem() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     expect(&lab, &[]);
@@ -142,7 +142,7 @@ fn next_hop_fails_later() {
 }
 
 #[test]
-fn all_upstreams_are_drained() {
+fn fully_drained_rule_is_a_problem() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     lab.run("drain only/one").expect(0);
@@ -159,7 +159,7 @@ fn all_upstreams_are_drained() {
 }
 
 #[test]
-fn packets_are_lost_right_now() {
+fn current_losses_are_a_problem() {
     let lab = Lab::new();
     let _receiver = bind(&lab.upstream, UPSTREAMS[0], 7001);
     lab.apply(&to_port(7001));
@@ -181,7 +181,7 @@ fn packets_are_lost_right_now() {
 }
 
 #[test]
-fn route_is_missing() {
+fn missing_route_is_a_problem() {
     let lab = Lab::new();
     let upstream = json!({ "name": "far", "address": "192.0.2.1" });
     let all = config(&[rule("copies", 5000, json!({}), &[upstream])]);

@@ -44,7 +44,7 @@ fn render(diagnostics: &[Diagnostic]) -> String {
 /// Each case of tests/config/refused.txt. `UPDATE=1` writes the answers into the file anew, to be
 /// read before they are committed.
 #[test]
-fn refused() {
+fn refused_files_have_the_expected_diagnostics() {
     let path = FilePath::new(env!("CARGO_MANIFEST_DIR")).join("tests/config/refused.txt");
     let file = std::fs::read_to_string(&path).unwrap();
     let (head, cases) = file.split_once("===== ").unwrap();
@@ -65,7 +65,7 @@ fn refused() {
 }
 
 #[test]
-fn refused_for_characters_that_an_editor_would_lose() {
+fn refused_characters_are_named() {
     let cases = [
         (
             "",
@@ -139,7 +139,7 @@ fn key_entries_and_upstreams_are_limited() {
 }
 
 #[test]
-fn one_packet_has_64_receivers_at_most() {
+fn packet_has_64_receivers_at_most() {
     let hosts = |count| {
         let host = |nth| format!("{{ address: 10.0.9.{nth} }}");
         (1..=count).map(host).collect::<Vec<_>>().join(", ")
@@ -196,7 +196,7 @@ fn hostile_files_end_in_an_error() {
 // What is accepted.
 
 #[test]
-fn the_bare_list_means_what_it_always_did() {
+fn bare_list_keeps_its_defaults() {
     let config = accept("seed.yaml", SEED);
     let [rule] = &config.rules[..] else { panic!("one rule") };
     assert!(config.interfaces.is_empty() && config.warnings.is_empty());
@@ -221,7 +221,7 @@ fn the_bare_list_means_what_it_always_did() {
 }
 
 #[test]
-fn the_map_form_has_its_own_defaults() {
+fn map_form_has_its_own_defaults() {
     let text = rule("address: 10.0.0.5, port: 53", "", "{ address: 10.0.9.1 }");
     let rule = accept("f", &text).rules.remove(0);
     assert_eq!(
@@ -232,7 +232,7 @@ fn the_map_form_has_its_own_defaults() {
 }
 
 #[test]
-fn every_word_is_read() {
+fn every_word_is_accepted() {
     let text = "
 version: 1
 defaults: { strategy: payload, payload: statsd, hash: modulo, fragments: drop, martians: allow }
@@ -302,7 +302,7 @@ rules:
 }
 
 #[test]
-fn addresses_are_of_both_families() {
+fn addresses_of_both_families_are_accepted() {
     let text = "
 - key: { address: 2001:DB8::5, port: 53 }
   upstream:
@@ -329,7 +329,7 @@ fn addresses_are_of_both_families() {
 
 /// The nearer of two keys has the packet, so that these are different.
 #[test]
-fn keys_may_overlap_where_it_is_clear_whose_the_packet_is() {
+fn overlapping_keys_are_accepted_if_unambiguous() {
     let rules = |keys: &[&str]| {
         let rules = keys.iter().enumerate().map(|(nth, key)| {
             let (v6, key) = (key.contains(":db8:"), key);
@@ -357,7 +357,7 @@ fn keys_may_overlap_where_it_is_clear_whose_the_packet_is() {
 }
 
 #[test]
-fn copies_that_all_come_from_this_host_are_a_warning() {
+fn copies_from_this_host_alone_are_a_warning() {
     let key = "address: 10.0.0.5, port: 53";
     let warnings = |options: &str, upstream: &str| {
         let warnings = accept("f", &rule(key, options, upstream)).warnings;
@@ -378,7 +378,7 @@ fn copies_that_all_come_from_this_host_are_a_warning() {
 }
 
 #[test]
-fn weights_have_a_limit_together() {
+fn sum_of_weights_is_limited() {
     let weights = |first: u32, second: u32| {
         let upstream = format!(
             "{{ address: 10.0.9.1, weight: {first} }}, {{ address: 10.0.9.2, weight: {second} }}"
@@ -390,7 +390,7 @@ fn weights_have_a_limit_together() {
 }
 
 #[test]
-fn yaml_toml_and_json_say_the_same() {
+fn yaml_toml_and_json_are_equivalent() {
     let yaml = accept("udplb.yaml", YAML);
     let toml = accept("udplb.toml", TOML);
     assert_eq!(yaml.rules, toml.rules);
@@ -417,7 +417,7 @@ fn yaml_toml_and_json_say_the_same() {
 }
 
 #[test]
-fn defaults_hold_where_a_rule_says_nothing() {
+fn defaults_apply_to_rules_without_options() {
     let text = "
 version: 1
 defaults: { tc_action: block, hash: modulo, source: preserve, mode: balance }
@@ -431,7 +431,7 @@ rules:
 }
 
 #[test]
-fn ports_are_numbers_texts_ranges_and_lists() {
+fn ports_are_numbers_strings_ranges_and_lists() {
     let ports = |port: &str| {
         let key = format!("address: 10.0.0.5, port: {port}");
         let rule = accept("f", &rule(&key, "", "{ address: a }")).rules.remove(0);
@@ -448,7 +448,7 @@ fn ports_are_numbers_texts_ranges_and_lists() {
 }
 
 #[test]
-fn anchors_stand_for_what_they_name() {
+fn anchors_are_resolved() {
     let text = "
 version: 1
 rules:
@@ -464,7 +464,7 @@ rules:
 }
 
 #[test]
-fn upstreams_may_be_what_is_no_circle() {
+fn upstreams_that_form_no_loop_are_accepted() {
     let other_port = "{ address: 10.0.0.5, port: 54 }";
     accept("f", &rule("address: 10.0.0.5, port: 53", "", other_port));
     // On a range, the packet's own port and one port are two different upstreams.
@@ -474,7 +474,7 @@ fn upstreams_may_be_what_is_no_circle() {
 }
 
 #[test]
-fn unwritten_defaults_that_lose_something_are_warnings() {
+fn lossy_implicit_defaults_are_warnings() {
     let warned = |port: &str, action: &str, options: &str, upstream: &str| {
         let text = format!(
             "version: 1\n{options}\nrules:\n- key: {{ address: any, port: {port} }}\n  \
@@ -589,7 +589,7 @@ fn hosts_are_plain_strings() {
 
 /// The schema's words for an option, in the map form and in the bare list.
 #[test]
-fn the_schema_has_the_words() {
+fn schema_has_every_word() {
     let schema = schema();
     assert_eq!(schema["$schema"], "http://json-schema.org/draft-07/schema#");
     let [map, list] = &schema["oneOf"].as_array().unwrap()[..] else { panic!("two forms") };
@@ -728,12 +728,12 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..Default::default() })]
 
     #[test]
-    fn any_text(text in "\\PC{0,80}|[ \\n:{}\\[\\]&*!'\"a0-]{0,80}", toml in any::<bool>()) {
+    fn any_text_is_parsed_or_refused(text in "\\PC{0,80}|[ \\n:{}\\[\\]&*!'\"a0-]{0,80}", toml in any::<bool>()) {
         check_positions(if toml { "f.toml" } else { "f" }, &text);
     }
 
     #[test]
-    fn damaged_files(
+    fn damaged_files_are_parsed_or_refused(
         (name, text) in file(),
         changes in prop::collection::vec(
             (any::<usize>(), 0..12_usize, prop::sample::select(PIECES)), 1..6,
@@ -748,14 +748,14 @@ proptest! {
     }
 
     #[test]
-    fn damaged_json(from in any::<usize>(), length in 0..12_usize, with in prop::sample::select(PIECES)) {
+    fn damaged_json_is_parsed_or_refused(from in any::<usize>(), length in 0..12_usize, with in prop::sample::select(PIECES)) {
         let value: serde_json::Value = serde_yaml::from_str(YAML).unwrap();
         check_positions("f.json", &mutate(&value.to_string(), from, length, with));
     }
 }
 
 #[test]
-fn weights_with_large_tables_are_warned_of() {
+fn weights_with_large_tables_are_a_warning() {
     let weighted = |weight: u32| {
         let upstreams =
             format!("{{ address: 10.0.9.1 }}, {{ address: 10.0.9.2, weight: {weight} }}");

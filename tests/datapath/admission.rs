@@ -28,7 +28,7 @@ fn rule(net: &Net, port: Value, options: Value, upstreams: &[IpAddr]) -> Value {
 
 /// One packet is one packet, whoever answers it.
 #[test]
-fn answers_of_upstreams_end() {
+fn answers_of_upstreams_are_not_relayed() {
     let lab = Lab::dual(true, true);
     for net in [V4, V6] {
         for options in [
@@ -58,7 +58,7 @@ fn answers_of_upstreams_end() {
 
 /// `block` takes what servers would get, and leaves sockets of this host what they asked for.
 #[test]
-fn local_sockets_get_what_they_asked_for() {
+fn local_sockets_get_their_answers() {
     let lab = Lab::dual(true, true);
     for net in [V4, V6] {
         for port in [json!("any"), json!("1024-65535")] {
@@ -94,7 +94,7 @@ fn local_sockets_get_what_they_asked_for() {
 
 /// Without `any` or a range no packet pays for the question.
 #[test]
-fn a_single_port_is_the_rules_alone() {
+fn single_port_belongs_to_the_rule() {
     let lab = Lab::new();
     let block = json!({ "tc_action": "block" });
     lab.apply(&config(&[rule(&V4, json!(40_123), block, &V4.upstreams[..1])]));
@@ -109,7 +109,7 @@ fn a_single_port_is_the_rules_alone() {
 
 /// Devices and addresses that come while arpd runs count from then on.
 #[test]
-fn vlans_and_addresses_are_this_hosts() {
+fn own_vlans_and_addresses_are_followed() {
     let lab = Lab::dual(false, true);
     let add_vlan = |id: u16| {
         let words = format!("link add link eth0 name eth0.{id} up type vlan id {id}");

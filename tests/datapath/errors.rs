@@ -114,7 +114,7 @@ fn check_too_big(lab: &Lab) {
 }
 
 #[test]
-fn too_big_for_the_way() {
+fn datagram_above_the_mtu_is_answered() {
     for offload in OFFLOADS {
         let lab = narrow_lab(offload);
         lab.apply(&all_kinds());
@@ -127,7 +127,7 @@ fn too_big_for_the_way() {
 /// The kernel says how large a packet may be only from 5.12 on; `apply` warns of that. What it found itself
 /// would be no answer.
 #[test]
-fn the_way_has_narrowed_since() {
+fn lowered_mtu_is_answered() {
     let says = kernel::version() >= (5, 12);
     let lab = lab(Offload::Both);
     let applied = lab.try_apply(&all_kinds(), "").expect(0);
@@ -149,7 +149,7 @@ fn the_way_has_narrowed_since() {
 
 /// Each of its parts is.
 #[test]
-fn segments_that_are_too_big() {
+fn segments_above_the_mtu_are_answered() {
     for offload in OFFLOADS {
         let lab = narrow_lab(offload);
         if matches!(offload, Offload::Nobody) && !cuts_up_without_offload(&lab) {
@@ -179,7 +179,7 @@ fn segments_that_are_too_big() {
 
 /// What may be cut is, and nobody hears of it.
 #[test]
-fn too_big_without_do_not_fragment() {
+fn datagram_without_df_is_fragmented() {
     let lab = narrow_lab(Offload::Both);
     lab.apply(&all_kinds());
     let ends = Ends::new(&lab, V4);
@@ -204,7 +204,7 @@ fn time_exceeded(ends: &Ends, port: u16, payload: &[u8]) -> SentBack {
 }
 
 #[test]
-fn come_too_far() {
+fn expired_ttl_is_answered() {
     for offload in OFFLOADS {
         let lab = lab(offload);
         lab.apply(&all_kinds());

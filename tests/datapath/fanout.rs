@@ -39,7 +39,7 @@ fn modern(rules: &[Value]) -> Value {
 }
 
 #[test]
-fn sixty_four_receivers() {
+fn all_64_receivers_get_a_copy() {
     let lab = Lab::dual(true, false);
     let source = |number: u16| SOURCES[usize::from(number) % SOURCES.len()];
     let address = |net: &Net, number: u16| net.upstreams[usize::from(number) % 2];
@@ -155,7 +155,7 @@ fn dead_receivers_cost_the_others_nothing() {
 }
 
 #[test]
-fn mirrors_beside_the_balanced_and_the_local_one() {
+fn mirrors_get_copies_beside_upstream_and_host() {
     let lab = Lab::dual(true, false);
     let rules = [V4, V6].map(|net| {
         let balanced = net.upstreams.map(|address| upstream(address, 7000));
@@ -271,7 +271,7 @@ fn sockets(lab: &Lab, net: &Net, count: u16) -> Vec<UdpSocket> {
 
 /// The longest network wins, and whoever is in none is let alone.
 #[test]
-fn by_sender() {
+fn rules_are_chosen_by_sender() {
     let lab = Lab::dual(true, false);
     for address in ["10.1.7.7/32", "10.7.7.7/32"] {
         lab.client.ip(&format!("addr add {address} dev eth0"));
@@ -328,7 +328,7 @@ fn by_sender() {
 
 /// An address beats `any`, then a port beats `any`.
 #[test]
-fn any_address_and_any_port() {
+fn any_address_and_any_port_match() {
     let lab = Lab::dual(true, false);
     lab.relay.ip("addr add 10.1.0.2/24 dev eth0");
     lab.relay.ip("addr add 2001:db8:1::2/64 dev eth0 nodad");
@@ -424,7 +424,7 @@ fn statsd_is_sharded_by_the_name_of_the_metric() {
 }
 
 #[test]
-fn by_bytes_of_the_payload() {
+fn payload_bytes_select_the_upstream() {
     let lab = Lab::dual(true, false);
     for net in [V4, V6] {
         // RTP's SSRC
@@ -453,7 +453,7 @@ fn by_bytes_of_the_payload() {
 }
 
 #[test]
-fn at_random() {
+fn random_strategy_uses_every_upstream() {
     let lab = Lab::new();
     let options = json!({ "strategy": "random" });
     lab.apply(&modern(&[balanced(&V4, options, &[7000, 7001, 7002, 7003])]));
@@ -525,7 +525,7 @@ fn maglev_spreads_flows_and_moves_few() {
 }
 
 #[test]
-fn where_all_are_drained_nothing_is_sent() {
+fn fully_drained_rule_sends_nothing() {
     let lab = Lab::new();
     let drained = |mode: &str| {
         let mut upstream = upstream(V4.upstreams[0], 7000);

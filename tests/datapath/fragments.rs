@@ -70,7 +70,7 @@ fn balancing(action: Action) -> Rule {
 }
 
 #[test]
-fn no_room() {
+fn full_table_drops_later_fragments() {
     Testbed::with(|testbed| {
         for (action, end) in [(Action::Block, SHOT), (Action::Pass, UNSPEC)] {
             let relay = Relay::with(testbed, &balancing(action));
@@ -94,7 +94,7 @@ fn no_room() {
 
 /// What is in the table stays there for a second at least, whatever else comes.
 #[test]
-fn who_is_there_already_stays() {
+fn remembered_fragments_keep_their_place() {
     Testbed::with(|testbed| {
         let relay = Relay::with(testbed, &balancing(Action::Block));
         assert_eq!(relay.run(&first(1)), relay.sent());
@@ -108,7 +108,7 @@ fn who_is_there_already_stays() {
 }
 
 #[test]
-fn the_oldest_makes_room() {
+fn oldest_fragment_makes_room() {
     Testbed::with(|testbed| {
         let relay = Relay::with(testbed, &balancing(Action::Block));
         for sender in 1..=3 {
@@ -127,7 +127,7 @@ fn the_oldest_makes_room() {
 
 /// Who sends much has the same identification again while the datagram before is remembered still.
 #[test]
-fn an_identification_that_comes_again_is_another_datagrams() {
+fn reused_identification_is_another_datagram() {
     Testbed::with(|testbed| {
         let relay = Relay::with(testbed, &balancing(Action::Block));
         assert_eq!(relay.run(&first(1)), relay.sent());
@@ -144,7 +144,7 @@ fn an_identification_that_comes_again_is_another_datagrams() {
 
 /// As long as a receiver waits for them.
 #[test]
-fn half_a_minute() {
+fn fragments_expire_after_half_a_minute() {
     Testbed::with(|testbed| {
         let relay = Relay::with(testbed, &balancing(Action::Block));
         assert_eq!(relay.run(&first(1)), relay.sent());

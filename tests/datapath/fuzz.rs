@@ -140,7 +140,7 @@ fn fate(outcome: &Outcome) -> String {
 
 /// The specification, by hand.
 #[test]
-fn what_is_easily_got_wrong() {
+fn specification_passes_the_cases() {
     let mut wrong = Vec::new();
     for Case { name, rule, packets, fates } in cases::all() {
         let (ids, mut table) = (ids(&rule), Table::default());
@@ -162,7 +162,7 @@ fn what_is_easily_got_wrong() {
 
 /// Which of several rules it is.
 #[test]
-fn the_nearest_key_decides() {
+fn specification_takes_the_nearest_key() {
     let rule = |name: &str, address: KeyAddress, ports: &[Ports], from: &[&str]| {
         let key = Key::new(address, ports.to_vec());
         let from = from.iter().map(|network| network.parse().expect("a network")).collect();
@@ -211,7 +211,7 @@ fn the_nearest_key_decides() {
 }
 
 #[test]
-fn the_program_gets_it_right() {
+fn program_passes_the_cases() {
     Testbed::with(|testbed| {
         let results =
             cases::all().into_iter().filter_map(|Case { name, rule, packets, .. }| {
@@ -227,7 +227,7 @@ fn the_program_gets_it_right() {
 /// As many as there may be, each with a source of its own and some of them dead; with fragments, so
 /// that identifications are fresh for each.
 #[test]
-fn sixty_four_receivers() {
+fn program_sends_to_64_receivers() {
     let fragment = |ip: &mut V4, offset, flags| {
         (ip.identification, ip.fragment_offset, ip.flags) = (77, offset, flags);
     };
@@ -392,7 +392,7 @@ fn hex(frame: &[u8]) -> String {
 }
 
 #[test]
-fn the_program_does_what_the_specification_says() {
+fn program_follows_the_specification() {
     let packets = match std::env::var("UDPLB_FUZZ_PACKETS") {
         Ok(number) => number.parse().expect("UDPLB_FUZZ_PACKETS is a number"),
         Err(_) => PACKETS,

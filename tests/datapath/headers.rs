@@ -11,7 +11,7 @@ use crate::kernel::counted;
 const PADDING: [u8; 8] = [0, 0, 1, 4, 0, 0, 0, 0];
 
 #[test]
-fn options_of_the_sender() {
+fn ip_options_are_kept() {
     let lab = Lab::dual(true, false);
     lab.apply(&all_kinds());
     for ends in Ends::both(&lab) {
@@ -34,7 +34,7 @@ fn options_of_the_sender() {
 }
 
 #[test]
-fn chains_of_extension_headers() {
+fn extension_header_chains_are_walked() {
     let lab = Lab::dual(true, false);
     lab.apply(&config(&rules(&V6)));
     let ends = Ends::new(&lab, V6);
@@ -71,7 +71,7 @@ fn chains_of_extension_headers() {
 
 /// Nobody may make what is corrupt look right.
 #[test]
-fn what_is_corrupt_stays_so() {
+fn corrupt_checksums_stay_corrupt() {
     let lab = Lab::dual(true, false);
     lab.apply(&all_kinds());
     for (ends, name) in Ends::both(&lab).into_iter().zip(["UdpInCsumErrors", "Udp6InCsumErrors"]) {
@@ -93,7 +93,7 @@ fn what_is_corrupt_stays_so() {
 
 /// It is no datagram for anybody (RFC 8200, section 8.1).
 #[test]
-fn without_a_checksum_on_ipv6() {
+fn ipv6_without_checksum_reaches_nobody() {
     let lab = Lab::dual(true, false);
     lab.apply(&config(&rules(&V6)));
     let ends = Ends::new(&lab, V6);

@@ -43,7 +43,7 @@ fn all_down_long_ago(program: &Program<'_>, ids: &RuleIds) {
 }
 
 #[test]
-fn upstreams_that_are_down() {
+fn down_upstreams_are_skipped() {
     let keyed = usize::from(5666_u16.swap_bytes()) % 10;
     assert_ne!(keyed, 3);
     #[rustfmt::skip]

@@ -142,7 +142,7 @@ fn beyond(net: &Net, number: u8, host: u8) -> IpAddr {
 }
 
 #[test]
-fn from_a_device_without_ethernet() {
+fn tun_ingress_is_relayed() {
     let lab = Lab::dual(true, false);
     let tun = add_tun(&lab, "tun0", 4);
     lab.relay.ip("link set up0 mtu 1280");
@@ -202,7 +202,7 @@ fn from_a_device_without_ethernet() {
 
 /// Whose checksums and segments are its host's to make.
 #[test]
-fn from_a_guest() {
+fn packets_of_a_guest_are_relayed() {
     let lab = Lab::dual(true, false);
     let tap = add_guest(&lab, "tap0", 4);
     let nets = apply_on(&lab, "tap0", 4);
@@ -242,7 +242,7 @@ fn from_a_guest() {
 
 /// A guest's datagram that is larger than the MTU, which its host is to cut into fragments that fit.
 #[test]
-fn large_datagrams_from_a_guest() {
+fn large_datagrams_of_a_guest_are_relayed() {
     let lab = Lab::dual(true, false);
     let tap = add_guest(&lab, "tap0", 4);
     let nets = apply_on(&lab, "tap0", 4);
@@ -338,7 +338,7 @@ fn check_to_tun(lab: &Lab, out: &Tun, number: u8, send: &dyn Fn(&[u8]), net: &Ne
 }
 
 #[test]
-fn to_a_device_without_ethernet() {
+fn tun_egress_is_relayed() {
     let lab = Lab::dual(true, false);
     let (near, far) = (add_tun(&lab, "tun0", 4), add_tun(&lab, "tun1", 5));
     for with_arpd in [false, true] {
@@ -362,7 +362,7 @@ fn to_a_device_without_ethernet() {
 }
 
 #[test]
-fn a_link_local_upstream() {
+fn link_local_upstream_is_reached() {
     let lab = Lab::dual(true, false);
     lab.apply(&config(&rules_to(&V6, "fe80::20%up0")));
     let address: Ipv6Addr = "fe80::20".parse().expect("an address");
@@ -477,7 +477,7 @@ fn groups_are_relayed_to_one_host() {
 
 /// Nobody gets what is for another host. What is for this one may come in a frame for many, as in the kernel.
 #[test]
-fn frames_for_others_are_let_alone() {
+fn frames_for_other_hosts_pass() {
     let lab = Lab::dual(true, false);
     lab.apply(&all_kinds());
     for ends in Ends::both(&lab) {

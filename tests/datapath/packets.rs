@@ -64,7 +64,7 @@ fn cut_at(mac: [u8; 6], mtu: usize) -> Fate {
 }
 
 #[test]
-fn the_kernel_knows_the_way() {
+fn kernel_route_is_used() {
     let no_route = Dropped("no-route", Under::Upstream);
     // the copy waits in the kernel
     let cold = Dropped("unresolved", Under::Upstream);
@@ -103,7 +103,7 @@ fn the_kernel_knows_the_way() {
 /// Forwarding is off where the packets come in: what user space resolved is the way, and the kernel's
 /// neighbour table, which knows the gateway but not the one that is silent, has the MAC address.
 #[test]
-fn user_space_knows_the_way() {
+fn stored_next_hop_is_used() {
     let no_route = Dropped("no-route", Under::Upstream);
     let cold = Dropped("unresolved", Under::Upstream);
     let queued = Queued("forwarded");
@@ -143,7 +143,7 @@ fn user_space_knows_the_way() {
 /// Forwarding is on, and user space has resolved a way by the gateway to all of them. While the
 /// lease holds it is taken at its word; else the kernel's tables are.
 #[test]
-fn both_know_a_way() {
+fn stored_next_hop_and_kernel_route_are_ranked() {
     let (held, sent) = (Sent("forwarded", OLD_MAC), Sent("forwarded", GATEWAY_MAC));
     let queued = Queued("unresolved");
     let [cold, none] = ["unresolved", "no-route"].map(|verdict| Dropped(verdict, Under::Upstream));
@@ -232,7 +232,7 @@ fn another_upstreams(action: Action) -> Case {
 }
 
 #[test]
-fn what_user_space_knows_is_not_to_be_used() {
+fn invalid_stored_next_hop_is_ignored() {
     let cases = [
         another_upstreams(Action::Pass),
         another_upstreams(Action::Block),
@@ -263,7 +263,7 @@ fn every_way(name: &str, packet: impl Into<Packet>, fate: Fate) -> Vec<Case> {
 }
 
 #[test]
-fn what_is_sent_is_what_came_but_for_addresses_and_ttl() {
+fn only_addresses_and_ttl_are_rewritten() {
     #[rustfmt::skip]
     let mut table = vec![
         ("plain".to_string(),         datagram()),
@@ -304,7 +304,7 @@ fn without_sum(datagram: Datagram) -> Datagram {
 }
 
 #[test]
-fn a_computed_checksum_of_zero_is_sent_as_ones() {
+fn computed_zero_checksum_is_sent_as_ones() {
     let fate = Sent("forwarded", NEAR_MAC);
     let cases = ACTIONS.into_iter().flat_map(|action| {
         let came = without_sum(datagram());
@@ -324,7 +324,7 @@ fn a_computed_checksum_of_zero_is_sent_as_ones() {
 
 /// Where two CPUs look at the clock, the one that looked first may come last to the budget of errors.
 #[test]
-fn an_earlier_time_makes_no_errors() {
+fn clock_that_goes_back_makes_no_errors() {
     let packet = Datagram { ttl: 1, ..datagram() };
     let fate = Dropped("ttl", Under::Upstream);
     let case = Case::new("none left", rule(Action::Block, Source::Vip, NEAR), packet, fate);
@@ -333,7 +333,7 @@ fn an_earlier_time_makes_no_errors() {
 }
 
 #[test]
-fn matched_but_not_sent() {
+fn drops_are_counted_by_reason() {
     let plain = || datagram().frame();
     let length = |at, length: u16| summed(with(plain(), at, length.to_be_bytes()));
     let ttl = Answered("ttl", None);
@@ -370,7 +370,7 @@ fn routes_tell_mtu() -> bool {
 
 /// By whoever knows that a packet does not fit; what comes back is that to the byte.
 #[test]
-fn senders_hear_why() {
+fn senders_get_icmp_errors() {
     let whole = |length| Datagram { dont_fragment: true, ..of_length(length) };
     let old = |length| Datagram { ttl: 1, ..of_length(length) };
     let options = |datagram| Datagram { options: vec![1; 40], ..datagram };
@@ -457,7 +457,7 @@ fn gone() -> Datagram {
 
 /// Which errors are believed, and what they teach.
 #[test]
-fn path_mtu_is_learned_from_errors_about_own_packets() {
+fn path_mtu_is_learned_from_icmp_errors() {
     let error = |packet: Datagram| packet.error(Some(1300));
     let at = |at: usize, bytes: [u8; 2]| with(error(gone()), at, bytes);
     let learned = |mtu: u16| Some(mtu);
@@ -522,7 +522,7 @@ fn path_mtu_is_learned_for_each_kind_of_upstream() {
 
 /// The sender of the next packet hears of it, for ten minutes; what may be cut is cut.
 #[test]
-fn learned_path_mtu_is_the_ways() {
+fn learned_path_mtu_is_enforced() {
     let whole = |length| Datagram { dont_fragment: true, ..of_length(length) };
     let sent = Sent("forwarded", NEAR_MAC);
     let told = Answered("mtu", Some(1300));
@@ -550,7 +550,7 @@ fn learned_path_mtu_is_the_ways() {
 
 /// A lower one holds; more than the few that there are reasons for are not believed at once.
 #[test]
-fn path_mtu_only_falls_and_only_so_often() {
+fn path_mtu_only_falls_and_at_a_limited_rate() {
     Testbed::with(|testbed| {
         let upstreams = (0..70).map(|host| to(Ipv4Addr::new(10, 0, 3, host), Some(9995)));
         let rule =
@@ -574,7 +574,7 @@ fn path_mtu_only_falls_and_only_so_often() {
 }
 
 #[test]
-fn ipv6_path_mtu_is_learned_from_errors_about_own_packets() {
+fn ipv6_path_mtu_is_learned_from_icmp_errors() {
     let near = Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 2);
     let ip = V6::new(VIP6, near);
     let forged = Forged::new(NEAR_MAC, Ip::V6(ip), PORTS.first);
@@ -611,7 +611,7 @@ fn ipv6_path_mtu_is_learned_from_errors_about_own_packets() {
 }
 
 #[test]
-fn ipv6_senders_hear_why() {
+fn ipv6_senders_get_icmp_errors() {
     let upstream = |last| Ipv6Addr::new(0xfd00, last, 0, 0, 0, 0, 0, 2);
     #[rustfmt::skip]
     let table = [
@@ -674,7 +674,7 @@ fn answers(testbed: &Testbed<'_>, packet: &Datagram, senders: u32, packets: u32)
 
 /// How many may be answered in all, and of one sender: so many at once, and so many in each second after that.
 #[test]
-fn senders_hear_it_only_so_often() {
+fn icmp_errors_are_rate_limited() {
     let old = Datagram { ttl: 1, ..datagram() };
     Testbed::with(|testbed| {
         let rule = rule(Action::Block, Source::Vip, NEAR);
@@ -707,7 +707,7 @@ fn senders_hear_it_only_so_often() {
 /// Who forges old packets, of one sender or of many, does not keep an honest sender from hearing that its own are
 /// too large.
 #[test]
-fn forged_packets_do_not_silence_errors() {
+fn forged_packets_do_not_silence_icmp_errors() {
     let old = Datagram { ttl: 1, ..datagram() };
     let large = Datagram { dont_fragment: true, ..of_length(1501) };
     if !routes_tell_mtu() {
@@ -728,7 +728,7 @@ fn forged_packets_do_not_silence_errors() {
 }
 
 #[test]
-fn a_slot_that_leads_nowhere() {
+fn dangling_slot_is_counted() {
     let fate = Dropped("no-upstream", Under::Rule);
     let cases = both("no upstream", datagram(), fate)
         .map(|case| Case { tamper: Some(|program, _| program.lose_upstreams()), ..case });
@@ -760,7 +760,7 @@ fn later_fragments_without_a_first_pass() {
 }
 
 #[test]
-fn what_no_rule_is_for() {
+fn unmatched_packets_pass() {
     let plain = || datagram().frame();
     let protocol = |number| with(plain(), PROTOCOL, [number]);
     let ethertype = |number: u16| with(plain(), ETHERNET - 2, number.to_be_bytes());
@@ -792,7 +792,7 @@ fn what_no_rule_is_for() {
 
 /// At every byte; once as it is, and once with an IP length that fits what is left.
 #[test]
-fn truncated() {
+fn truncated_packets_are_unmatched_or_malformed() {
     let whole = Datagram { options: vec![1; 4], payload: payload(5), ..datagram() };
     let frame = whole.frame();
     let headers = ETHERNET + 24 + 8;
@@ -813,7 +813,7 @@ fn truncated() {
 /// By tags beside the bytes and in the frame: what goes to the upstream goes without, the original
 /// keeps its own to the bit.
 #[test]
-fn tagged() {
+fn tagged_packets_match() {
     let tag = |protocol, control| Tag { protocol, control };
     let tags = [tag(0x8100, 7), tag(0x8100, 0), tag(0x8100, 0xe007), tag(0x88a8, 0x2064)];
     let elsewhere = Datagram { destination: endpoint(VIP, 53), ..datagram() };
@@ -846,7 +846,7 @@ fn tagged() {
 
 /// Otherwise a copy with a tag would look like one without.
 #[test]
-fn tags_on_the_wire_are_seen() {
+fn wire_shows_tags() {
     let mut frame = datagram().frame();
     frame.splice(ETHERNET - 2..ETHERNET - 2, [0x81, 0, 0x20, 0x07]);
     Testbed::with(|testbed| {
@@ -856,7 +856,7 @@ fn tags_on_the_wire_are_seen() {
 }
 
 #[test]
-fn ports_are_those_of_the_key_or_the_one_given() {
+fn destination_port_is_kept_or_replaced() {
     let cases = (PORTS.first - 1..=PORTS.last + 1).flat_map(|port| {
         let packet = Datagram { destination: endpoint(VIP, port), ..datagram() };
         let fate = if PORTS.contains(port) { Sent("forwarded", NEAR_MAC) } else { Unmatched };
@@ -890,7 +890,7 @@ fn choice(
 }
 
 #[test]
-fn by_source_port_as_the_first_version_did() {
+fn source_port_modulo_is_as_in_version_1() {
     let first_versions = [(5666, 0), (60256, 1)];
     let known = first_versions.map(|(port, chosen)| (2, port, chosen)).into_iter();
     let computed = (1..=4).flat_map(|upstreams| {
@@ -906,7 +906,7 @@ fn by_source_port_as_the_first_version_did() {
 }
 
 #[test]
-fn by_source_address_as_a_number() {
+fn source_address_is_used_as_a_number() {
     let addresses =
         [[10, 0, 0, 1], [10, 0, 0, 2], [10, 0, 1, 0], [192, 0, 2, 255], [223, 255, 255, 254]];
     let cases = (1..=4).flat_map(|upstreams| {
@@ -920,7 +920,7 @@ fn by_source_address_as_a_number() {
 
 /// More than a line of the map of slots holds.
 #[test]
-fn many_upstreams() {
+fn many_upstreams_are_selected() {
     let mut rule = Rule { strategy: Selection::SrcIp, ..rule(Action::Block, Source::Vip, NEAR) };
     rule.upstreams = (1000..1048).map(|port| to(NEAR, Some(port))).collect();
     let cases = (0..rule.upstreams.len()).map(|chosen| {
@@ -933,7 +933,7 @@ fn many_upstreams() {
 }
 
 #[test]
-fn counters_of_the_second_chunk() {
+fn counters_of_the_second_chunk_are_used() {
     let sent = both("sent", datagram(), Sent("forwarded", NEAR_MAC));
     let malformed = with(datagram().frame(), UDP_LENGTH, [0, 7]);
     let dropped = both("malformed", malformed, Dropped("malformed", Under::Rule));
@@ -945,7 +945,7 @@ fn counters_of_the_second_chunk() {
 }
 
 #[test]
-fn by_source_address_and_port_evenly_and_always_the_same() {
+fn source_ip_port_hash_is_even_and_stable() {
     const FLOWS: usize = 200;
     Testbed::with(|testbed| {
         let choose = |action, number: usize| {
@@ -969,7 +969,7 @@ fn by_source_address_and_port_evenly_and_always_the_same() {
 
 /// `block` alone: the kernel does not clone the GSO packets that BPF_PROG_TEST_RUN makes.
 #[test]
-fn a_gso_packet_is_its_segments() {
+fn gso_packet_counts_as_its_segments() {
     let sent = |mac| Sent("forwarded", mac);
     let too_long = Dropped("mtu", Under::Upstream);
     #[rustfmt::skip]
@@ -1054,7 +1054,7 @@ fn any_rule() -> impl Strategy<Value = Rule> {
 }
 
 #[test]
-fn any_packet_is_sent_as_if_made_for_the_upstream() {
+fn any_packet_is_rewritten_for_its_upstream() {
     Testbed::with(|testbed| {
         let mut runner = TestRunner::new(Config::with_cases(CASES));
         let result = runner.run(&(any_rule(), any_datagram()), |(rule, packet)| {
@@ -1112,7 +1112,7 @@ fn check_unexpected(
 /// What is switched off is not verified, and the rest has to hold without it. No kernel walks more than a
 /// million instructions, and older ones have needed several times as many as newer ones.
 #[test]
-fn it_loads_with_any_of_its_features() {
+fn program_loads_with_any_features() {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
     use udplb::bpf::types::features;
     const SWITCHES: [fn(&mut features) -> &mut u8; 9] = [

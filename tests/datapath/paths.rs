@@ -103,7 +103,7 @@ fn silent_next_hop_is_unresolved() {
 /// What may be cut into fragments is, as a router would: datagrams that come whole and such that come in fragments,
 /// whoever computes their checksums.
 #[test]
-fn datagrams_are_cut_for_a_narrow_way() {
+fn datagrams_are_fragmented_for_a_small_mtu() {
     for (client, upstream) in [(true, true), (true, false), (false, true), (false, false)] {
         for forwarding in ["1", "0"] {
             let lab = Lab::with_offload(client, upstream);
@@ -178,7 +178,7 @@ fn send_until_told(net: &Net, sender: &UdpSocket, port: u16, what: &str) {
 
 /// A router behind the next hop tells the relay, and that tells the sender; what fits goes on.
 #[test]
-fn sender_hears_of_a_path_that_is_narrow_behind_the_next_hop() {
+fn small_path_mtu_behind_the_next_hop_is_answered() {
     for source in ["vip", "egress"] {
         for forwarding in ["0", "1"] {
             let lab = Lab::dual(false, false);
@@ -202,7 +202,7 @@ fn sender_hears_of_a_path_that_is_narrow_behind_the_next_hop() {
 
 /// What the kernel has learned for this host's own traffic counts for upstreams, while arpd vouches for the way too.
 #[test]
-fn path_mtu_that_the_kernel_knows_counts_with_a_lease() {
+fn path_mtu_of_the_kernel_holds_with_a_lease() {
     let lab = Lab::dual(false, false);
     let _far = narrow_network(&lab);
     lab.apply(&config(&to_far("vip")));

@@ -41,7 +41,7 @@ fn large_datagrams_arrive_whole() {
 }
 
 #[test]
-fn a_rule_may_leave_them_alone_or_drop_them() {
+fn fragments_pass_or_drop_as_the_rule_says() {
     let lab = Lab::dual(true, false);
     let words = ["pass", "drop"];
     let rules = [V4, V6].map(|net| {
@@ -76,7 +76,7 @@ fn datagram(lab: &Lab, net: &Net, from: IpAddr, port: u16, length: usize, first:
 
 /// Who all have one port, one identification and for the upstream one address.
 #[test]
-fn senders_that_are_one_for_the_upstream() {
+fn senders_with_one_source_do_not_mix() {
     let lab = Lab::dual(true, false);
     lab.apply(&all_kinds());
     for ends in Ends::both(&lab) {
@@ -106,7 +106,7 @@ fn senders_that_are_one_for_the_upstream() {
 
 /// In any order but with the first one first, twice, and with another datagram between.
 #[test]
-fn later_fragments_in_disorder() {
+fn unordered_fragments_arrive_whole() {
     let lab = Lab::dual(true, false);
     lab.apply(&all_kinds());
     for ends in Ends::both(&lab) {
@@ -138,7 +138,7 @@ fn later_fragments_in_disorder() {
 
 /// What the upstreams get of that depends on how soon the first one follows; here it is whole.
 #[test]
-fn the_first_one_last() {
+fn first_fragment_last_reaches_the_host() {
     let lab = Lab::dual(true, false);
     lab.apply(&all_kinds());
     for ends in Ends::both(&lab) {
@@ -157,7 +157,7 @@ fn the_first_one_last() {
 
 /// A datagram whose first fragment one generation saw, and the others the next one.
 #[test]
-fn a_new_generation_between() {
+fn new_generation_between_fragments_loses_nothing() {
     let lab = Lab::dual(true, false);
     let with = |upstreams: &[u16]| {
         let rules = [V4, V6].map(|net| {

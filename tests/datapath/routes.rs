@@ -171,7 +171,7 @@ fn all_paths_of_a_route_carry_copies() {
 }
 
 #[test]
-fn the_source_is_the_address_of_the_path_taken() {
+fn source_is_the_address_of_the_path() {
     let uplinks = Uplinks::new();
     let Uplinks { lab, .. } = &uplinks;
     for far in far() {
@@ -195,7 +195,7 @@ fn the_source_is_the_address_of_the_path_taken() {
 
 /// With forwarding off the kernel does not say where it would send packets of a sender or an interface.
 #[test]
-fn policy_rules_decide_whether_or_not_the_host_is_a_router() {
+fn policy_rules_hold_with_and_without_forwarding() {
     let uplinks = Uplinks::new();
     let Uplinks { lab, .. } = &uplinks;
     for far in far() {
@@ -230,7 +230,7 @@ fn policy_rules_decide_whether_or_not_the_host_is_a_router() {
 }
 
 #[test]
-fn rules_by_sender_are_asked_for_each_packet() {
+fn source_rules_are_looked_up_for_each_packet() {
     let uplinks = Uplinks::new();
     let Uplinks { lab, .. } = &uplinks;
     for far in far() {
@@ -270,7 +270,7 @@ fn rules_by_sender_are_asked_for_each_packet() {
 }
 
 #[test]
-fn arpd_follows_rules_as_they_come_and_go() {
+fn arpd_follows_policy_rules() {
     let uplinks = Uplinks::new();
     let Uplinks { lab, .. } = &uplinks;
     let [far, _] = far();
@@ -316,7 +316,7 @@ fn get_names_the_next_hop_of_the_packet() {
 }
 
 #[test]
-fn a_next_hop_that_does_not_answer_is_told_each_time() {
+fn silent_next_hop_is_reported_each_time() {
     let lab = Lab::dual(true, true);
     for (net, dead, protocol) in [(V4, "10.2.0.77", "ARP"), (V6, "2001:db8:2::77", "NDP")] {
         let options = json!({ "tc_action": "block" });
@@ -403,7 +403,7 @@ fn packets_stay_in_their_vrf() {
 
 /// What is redirected is not encrypted: nothing that a policy protects may leave so.
 #[test]
-fn ways_that_ipsec_protects_are_refused() {
+fn routes_with_ipsec_are_refused() {
     let lab = Lab::dual(true, true);
     let template = "tmpl src 10.2.0.1 dst 10.2.0.20 proto esp mode tunnel";
     if !try_ip(&lab.relay, &format!("xfrm policy add dst 10.7.0.0/16 dir out {template}")) {

@@ -232,7 +232,7 @@ fn check_hashes(relay: &Relay<'_>, rule: &Rule, ids: &RuleIds, flows: &[Flow]) {
 
 /// By hand: which name a datagram is for, and what is noted.
 #[test]
-fn metrics_are_told_by_their_names() {
+fn statsd_metrics_are_selected_by_name() {
     let long = |length| "x".repeat(length) + ":1|c";
     #[rustfmt::skip]
     let table = [
@@ -291,7 +291,7 @@ fn metrics_are_told_by_their_names() {
 
 /// A GSO packet goes where its first datagram does, and is noted for what that one is.
 #[test]
-fn only_the_first_datagram_of_a_gso_packet_selects() {
+fn gso_packet_is_selected_by_its_first_datagram() {
     let bytes_at = |offset, length| Some(Payload::Bytes { offset, length });
     #[rustfmt::skip]
     let table: [(_, &[u8], &[u8]); 5] = [
@@ -333,7 +333,7 @@ fn only_the_first_datagram_of_a_gso_packet_selects() {
 
 /// Each packet by itself.
 #[test]
-fn by_chance() {
+fn random_strategy_spreads_evenly() {
     Testbed::with(|testbed| {
         let [v4, _] = rules(4).map(|rule| Rule { strategy: Strategy::Random, ..rule });
         let relay = Relay::with(testbed, &[v4]);
@@ -389,7 +389,7 @@ fn check_drained(before: &[usize], after: &[usize]) {
 
 /// However little is left, it gets all, by weight, and the flows of what is left stay.
 #[test]
-fn what_is_left_gets_all() {
+fn last_active_upstream_gets_everything() {
     const COUNT: usize = 70;
     #[rustfmt::skip]
     let table: [(_, &[u32], &[usize]); 5] = [
@@ -429,7 +429,7 @@ fn what_is_left_gets_all() {
 }
 
 #[test]
-fn all_are_drained() {
+fn fully_drained_rule_is_counted() {
     let drained = |upstream| Upstream { state: State::Drained, ..upstream };
     let all = || upstreams(NEAR, 3).into_iter().map(drained).collect();
     Testbed::with(|testbed| {
@@ -464,7 +464,7 @@ fn shared(number: u16, address: KeyAddress, ports: &[Ports], from: &[&str]) -> R
 
 /// An exact address comes before any, then an exact port, then the longest prefix of the sender.
 #[test]
-fn the_nearest_key_decides() {
+fn nearest_key_decides() {
     let exact = KeyAddress::Is(VIP.into());
     let exact6 = KeyAddress::Is(VIP6.into());
     let port = |port| Ports { first: port, last: port };
@@ -590,7 +590,7 @@ fn is_copy(copy: &[u8], came: &[u8], source: IpAddr, payload: &[u8]) -> bool {
 
 /// One that is dead is as if it were not there.
 #[test]
-fn a_dead_receiver_costs_the_others_nothing() {
+fn dead_receiver_costs_the_others_nothing() {
     let payload = b"as it came";
     let sender = IpAddr::from([198, 51, 100, 7]);
     let came = frame(&(sender, 5666, payload.to_vec()));

@@ -47,12 +47,12 @@ fn check_seed(strategy: &str, senders: [(Ipv4Addr, u16); 2]) {
 }
 
 #[test]
-fn the_source_port_selects_the_upstream() {
+fn source_port_selects_the_upstream() {
     check_seed("src-port", [(CLIENTS[0], 5666), (CLIENTS[0], 60256)]);
 }
 
 #[test]
-fn the_source_address_selects_the_upstream() {
+fn source_address_selects_the_upstream() {
     check_seed("src-ip", [(CLIENTS[0], 40000), (CLIENTS[1], 40000)]);
 }
 
@@ -92,12 +92,12 @@ fn checksums_are_right_with_offload() {
 }
 
 #[test]
-fn checksums_are_right_where_the_sender_leaves_them_to_the_device() {
+fn checksums_are_right_with_sender_offload_only() {
     check_checksums(true, false);
 }
 
 #[test]
-fn checksums_are_right_where_the_sender_computes_them() {
+fn checksums_are_right_with_upstream_offload_only() {
     check_checksums(false, true);
 }
 
@@ -128,18 +128,18 @@ fn check_merged(kind: &str) {
 }
 
 #[test]
-fn what_the_receiving_device_merges_arrives_in_parts() {
+fn gro_packets_arrive_as_datagrams() {
     check_merged("rx-udp-gro-forwarding");
 }
 
 #[test]
-fn what_the_receiving_device_strings_together_arrives_in_parts() {
+fn fraglist_gro_packets_arrive_as_datagrams() {
     check_merged("rx-gro-list");
 }
 
 /// What one packet is all the way is one for a receiver that asks for it.
 #[test]
-fn segments_stay_together_for_whom_that_suits() {
+fn segments_stay_together_for_gro_sockets() {
     let lab = Lab::dual(true, true);
     let features = Outcome::of(lab.client.command("ethtool").args(["-k", "eth0"])).expect(0).stdout;
     // a veth cuts them up itself before 5.12
@@ -171,7 +171,7 @@ fn segments_stay_together_for_whom_that_suits() {
 }
 
 #[test]
-fn a_tunnelled_frame_with_a_sum_over_all_of_it() {
+fn tunnelled_frame_with_complete_checksum_is_right() {
     let lab = Lab::dual(false, false);
     // the outer checksum is verified in software, which leaves CHECKSUM_COMPLETE to the inner
     let vxlan = "type vxlan id 7 dstport 4789 udpcsum local";
@@ -214,7 +214,7 @@ fn a_tunnelled_frame_with_a_sum_over_all_of_it() {
 }
 
 #[test]
-fn it_forwards_where_the_kernel_does_not() {
+fn relay_works_without_ip_forwarding() {
     let lab = Lab::dual(true, true);
     lab.apply(&all_kinds());
     for forwarding in ["0", "1"] {
@@ -227,7 +227,7 @@ fn it_forwards_where_the_kernel_does_not() {
 }
 
 #[test]
-fn an_upstream_behind_a_gateway() {
+fn upstream_behind_a_gateway_is_reached() {
     let lab = Lab::dual(true, false);
     let far = Namespace::new();
     lab.upstream.link("far0", &far, "eth0", false);
@@ -257,7 +257,7 @@ fn an_upstream_behind_a_gateway() {
 }
 
 #[test]
-fn a_cold_neighbour_loses_nothing() {
+fn cold_neighbour_loses_nothing() {
     let lab = Lab::dual(true, true);
     let block = |net: &Net, name| {
         let upstream = upstream(net.upstreams[0], 7000);
@@ -287,7 +287,7 @@ fn a_cold_neighbour_loses_nothing() {
 }
 
 #[test]
-fn a_neighbour_that_was_given_up_is_asked_again() {
+fn failed_neighbour_is_resolved_again() {
     let lab = Lab::new();
     lab.upstream.ip("link set eth0 down");
     let pass = |port| {
@@ -326,7 +326,7 @@ fn reverse_path_filters_see_the_local_copy_only() {
 }
 
 #[test]
-fn what_no_rule_matches_is_let_alone() {
+fn unmatched_traffic_is_untouched() {
     let lab = Lab::new();
     let ends = Ends::new(&lab, V4);
     lab.relay.ip("addr add 10.1.0.2/24 dev eth0");
@@ -348,7 +348,7 @@ fn what_no_rule_matches_is_let_alone() {
 }
 
 #[test]
-fn a_range_of_ports_keeps_them() {
+fn port_range_keeps_the_ports() {
     let lab = Lab::new();
     let mut ranged = rule("range", 0, options("pass", "preserve"), &[]);
     ranged["key"]["port"] = json!(["6000-6099", 6500]);
@@ -370,7 +370,7 @@ fn a_range_of_ports_keeps_them() {
 }
 
 #[test]
-fn the_local_copy_is_as_it_was_sent() {
+fn local_copy_is_unchanged() {
     let lab = Lab::dual(true, true);
     lab.apply(&all_kinds());
     for ends in Ends::both(&lab) {
@@ -393,7 +393,7 @@ fn the_local_copy_is_as_it_was_sent() {
 }
 
 #[test]
-fn where_nobody_listens_pass_is_answered_as_ever() {
+fn pass_without_listener_is_answered_by_the_host() {
     let lab = Lab::dual(true, true);
     lab.apply(&all_kinds());
     for net in [V4, V6] {

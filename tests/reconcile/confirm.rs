@@ -133,7 +133,7 @@ fn unconfirmed_change_is_rolled_back_and_held() {
 /// The shell with all that it started is killed, as when a connection breaks; the waiter is told of
 /// the hang-up too.
 #[test]
-fn unconfirmed_change_is_rolled_back_though_the_session_is_killed() {
+fn killed_session_does_not_stop_the_rollback() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     let file = lab.write(&to_port(7002));
@@ -162,7 +162,7 @@ fn apply_does_not_keep_its_output_open() {
 }
 
 #[test]
-fn overdue_rollback_is_shown_and_done_by_the_next_command() {
+fn overdue_rollback_is_done_by_the_next_command() {
     let lab = Lab::new();
     for command in ["confirm", "apply", "drain only/one", "rollback", "detach"] {
         lab.apply(&to_port(7001));
@@ -204,7 +204,7 @@ fn overdue_rollback_is_done_by_arpd() {
 }
 
 #[test]
-fn second_apply_while_one_is_pending() {
+fn second_apply_while_pending_is_refused() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     apply(&lab, 7002, "--confirm 3000");

@@ -179,23 +179,23 @@ fn check_under_traffic(options: Value, upstreams: usize) {
 }
 
 #[test]
-fn flows_go_elsewhere_and_come_back_without_loss() {
+fn drained_flows_move_and_return_without_loss() {
     check_under_traffic(json!({ "tc_action": "block", "hash": "maglev" }), 4);
 }
 
 #[test]
-fn of_two_the_other_gets_all() {
+fn drained_upstream_of_two_gives_all_to_the_other() {
     check_under_traffic(json!({ "tc_action": "pass", "hash": "maglev" }), 2);
 }
 
 #[test]
-fn by_place_in_the_list_too() {
+fn drain_with_modulo_moves_its_flows_only() {
     let modulo = json!({ "tc_action": "block", "strategy": "src-port", "hash": "modulo" });
     check_under_traffic(modulo, 3);
 }
 
 #[test]
-fn without_any_upstream() {
+fn fully_drained_rule_counts_no_upstream() {
     for action in ["block", "pass"] {
         let lab = Lab::new();
         let here = bind(&lab.relay, RELAY, 5000);
@@ -231,7 +231,7 @@ fn without_any_upstream() {
 }
 
 #[test]
-fn receivers_and_mirrors() {
+fn drained_receivers_and_mirrors_get_no_copy() {
     let lab = Lab::new();
     let receivers = [7001, 7002].map(|port| bind(&lab.upstream, UPSTREAMS[0], port));
     let replicate = json!({ "tc_action": "block", "mode": "replicate", "source": "preserve" });
@@ -283,7 +283,7 @@ fn receivers_and_mirrors() {
 }
 
 #[test]
-fn it_holds_while_the_upstream_is_the_same() {
+fn override_holds_while_the_upstream_is_the_same() {
     let lab = Lab::new();
     let (a, b) = (upstream("a", 0, 7001), upstream("b", 1, 7001));
     let receivers = [0, 1].map(|index| bind(&lab.upstream, UPSTREAMS[index], 7001));
@@ -347,7 +347,7 @@ fn it_holds_while_the_upstream_is_the_same() {
 }
 
 #[test]
-fn what_the_file_drains() {
+fn drained_in_the_file_can_be_overridden() {
     let lab = Lab::new();
     let receivers = [0, 1].map(|index| bind(&lab.upstream, UPSTREAMS[index], 7001));
     let mut a = upstream("a", 0, 7001);
@@ -390,7 +390,7 @@ fn what_the_file_drains() {
 }
 
 #[test]
-fn all_are_enabled_at_once() {
+fn enable_all_clears_every_override() {
     let lab = Lab::new();
     let mut c = upstream("c", 0, 7002);
     c["state"] = json!("drained");
@@ -418,7 +418,7 @@ fn all_are_enabled_at_once() {
 }
 
 #[test]
-fn what_cannot_be_done() {
+fn impossible_drains_are_refused() {
     let lab = Lab::new();
     for words in ["drain only/a", "enable only/a", "enable --all"] {
         lab.run(words).expect(3).says(&["nothing is applied"]);

@@ -91,12 +91,12 @@ fn lose_netlink(prepare: fn(&Lab), words: fn(&Lab) -> String) {
 }
 
 #[test]
-fn apply_whose_netlink_fails_tells_the_truth() {
+fn apply_with_failing_netlink_reports_the_truth() {
     lose_netlink(serve_first, apply_second);
 }
 
 #[test]
-fn first_apply_whose_netlink_fails_leaves_nothing() {
+fn first_apply_with_failing_netlink_leaves_nothing() {
     let prepare = |lab: &Lab| {
         serve_first(lab);
         lab.run("detach --purge").expect(0);
@@ -105,7 +105,7 @@ fn first_apply_whose_netlink_fails_leaves_nothing() {
 }
 
 #[test]
-fn rollback_whose_netlink_fails_tells_the_truth() {
+fn rollback_with_failing_netlink_reports_the_truth() {
     let prepare = |lab: &Lab| {
         serve_first(lab);
         lab.run(&format!("{} --force", apply_second(lab))).expect(0);
@@ -114,7 +114,7 @@ fn rollback_whose_netlink_fails_tells_the_truth() {
 }
 
 #[test]
-fn detach_whose_netlink_fails_tells_the_truth() {
+fn detach_with_failing_netlink_reports_the_truth() {
     lose_netlink(serve_first, |_| "detach".into());
 }
 
@@ -145,7 +145,7 @@ fn apply_without_memory_fails_and_heals() {
 }
 
 #[test]
-fn generation_that_cannot_be_read_now_is_not_removed() {
+fn unreadable_generation_is_not_removed() {
     let lab = Lab::new();
     serve_first(&lab);
     lab.run(&apply_second(&lab)).expect(0);

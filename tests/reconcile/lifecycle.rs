@@ -69,7 +69,7 @@ fn numbers(lab: &Lab) -> Vec<String> {
 }
 
 #[test]
-fn an_unchanged_file_writes_nothing() {
+fn unchanged_file_writes_nothing() {
     let lab = Lab::new();
     let first = lab.apply(&to_port(7001));
     assert_eq!((&first["changed"], &first["generation"]), (&json!(true), &json!(1)));
@@ -83,7 +83,7 @@ fn an_unchanged_file_writes_nothing() {
 }
 
 #[test]
-fn the_previous_generation_is_kept_and_no_other() {
+fn previous_generation_alone_is_kept() {
     let lab = Lab::new();
     for (index, port) in (7001..7006).enumerate() {
         let applied = lab.apply(&to_port(port));
@@ -96,7 +96,7 @@ fn the_previous_generation_is_kept_and_no_other() {
 }
 
 #[test]
-fn a_rollback_is_held_against_the_cron_job() {
+fn rollback_holds_the_rolled_back_file() {
     let lab = Lab::new();
     lab.run("rollback").expect(3).says(&["nothing is applied"]);
     lab.apply(&to_port(7001));
@@ -178,7 +178,7 @@ fn counters_stay_with_their_upstream() {
 }
 
 #[test]
-fn a_rollback_never_sends_to_another_upstreams_next_hop() {
+fn rollback_keeps_next_hops_of_upstreams_apart() {
     let lab = Lab::new();
     // without the kernel's routes the program goes by what is kept under the upstream's id
     lab.relay.sysctl("net.ipv4.ip_forward", "0");
@@ -254,7 +254,7 @@ fn foreign_filters(lab: &Lab) -> String {
 }
 
 #[test]
-fn filters_of_others_survive_all_that_udplb_does() {
+fn foreign_filters_survive_every_command() {
     for foreign in FOREIGN {
         let lab = Lab::new();
         lab.relay.tc("qdisc add dev eth0 clsact");
@@ -283,7 +283,7 @@ fn has_clsact(lab: &Lab, interface: &str) -> bool {
 }
 
 #[test]
-fn only_a_clsact_of_our_own_is_removed() {
+fn detach_removes_its_own_clsact_only() {
     let lab = Lab::new();
     // ours, and nothing else on it: a detach leaves it, and a purge knows it all the same
     for again in ["", "detach", "rollback"] {
@@ -318,7 +318,7 @@ fn only_a_clsact_of_our_own_is_removed() {
 }
 
 #[test]
-fn a_filter_in_our_place_is_named_and_left_alone() {
+fn foreign_filter_in_our_place_is_refused() {
     let taken = [
         ("pref 100 handle 0x7564 bpf da bytecode 1,6 0 0 0", "bpf pref 100 handle 0x7564"),
         ("pref 100 matchall action pass", "matchall pref 100"),
@@ -342,7 +342,7 @@ fn a_filter_in_our_place_is_named_and_left_alone() {
 }
 
 #[test]
-fn the_older_ingress_qdisc_will_do() {
+fn ingress_qdisc_is_used_if_present() {
     let lab = Lab::new();
     lab.relay.tc("qdisc add dev eth0 ingress");
     lab.apply(&to_port(7001));
@@ -356,7 +356,7 @@ fn the_older_ingress_qdisc_will_do() {
 }
 
 #[test]
-fn a_filter_whose_pins_are_gone_is_taken_over_with_force_only() {
+fn orphaned_filter_is_taken_over_with_force_only() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     fs::remove_dir_all(lab.bpffs.pins().join("generations/1")).expect("pins");
@@ -374,7 +374,7 @@ fn a_filter_whose_pins_are_gone_is_taken_over_with_force_only() {
 }
 
 #[test]
-fn a_lost_pin_is_noticed_and_healed() {
+fn lost_pin_is_noticed_and_healed() {
     let lab = Lab::new();
     let growing = ["counters", "counters-0", "nexthops", "nexthops-0"];
     let fixed = [
@@ -422,7 +422,7 @@ fn a_lost_pin_is_noticed_and_healed() {
 }
 
 #[test]
-fn all_pins_lost() {
+fn loss_of_all_pins_is_healed() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     fs::remove_dir_all(lab.bpffs.pins()).expect("pins");
@@ -447,7 +447,7 @@ fn all_pins_lost() {
 }
 
 #[test]
-fn several_interfaces() {
+fn several_interfaces_are_attached_and_detached() {
     let lab = Lab::new();
     lab.apply(&on(&["eth0", "up0"], to_port(7001)));
     let sender = bind(&lab.upstream, UPSTREAMS[1], 0);
@@ -475,7 +475,7 @@ fn several_interfaces() {
 }
 
 #[test]
-fn a_crash_between_two_swaps_leaves_two_generations_serving() {
+fn crash_between_swaps_leaves_both_serving() {
     let lab = Lab::new();
     let both = |port| on(&["eth0", "up0"], to_port(port));
     for healed_by in [7002, 7001, 7003] {
@@ -505,7 +505,7 @@ fn a_crash_between_two_swaps_leaves_two_generations_serving() {
 
 /// They have a program of their own, which is there only where it is needed.
 #[test]
-fn interfaces_without_mac_addresses() {
+fn interfaces_without_mac_addresses_are_attached() {
     let lab = Lab::new();
     let program_of = |interface: &str| {
         let filters = lab.filters(interface);
@@ -537,7 +537,7 @@ fn interfaces_without_mac_addresses() {
 }
 
 #[test]
-fn an_interface_that_is_missing_or_made_anew() {
+fn missing_or_recreated_interface_is_handled() {
     let lab = Lab::new();
     lab.try_apply(&on(&["eth7"], to_port(7001)), "").expect(1).says(&["no interface eth7"]);
     lab.try_apply(&on(&["lo"], to_port(7001)), "").expect(1).says(&["lo carries neither"]);
@@ -564,7 +564,7 @@ fn an_interface_that_is_missing_or_made_anew() {
 }
 
 #[test]
-fn the_pins_of_another_network_namespace_are_refused() {
+fn pins_of_another_network_namespace_are_refused() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     let before = pins(&lab);
@@ -643,7 +643,7 @@ fn spawn(lab: &Lab, words: &str) -> Child {
 }
 
 #[test]
-fn two_applies_at_once() {
+fn concurrent_applies_both_succeed() {
     let lab = Lab::new();
     let files = [7001, 7002].map(|port| {
         let path = lab.directory.write(&format!("{port}.yaml"), &to_port(port).to_string());
@@ -757,7 +757,7 @@ fn rollbacks_and_other_interfaces_lose_no_packet() {
 }
 
 #[test]
-fn a_killed_apply_leaves_something_serving() {
+fn killed_apply_leaves_something_serving() {
     let lab = Lab::new();
     let timed = |config: &Value| {
         let started = Instant::now();
@@ -794,7 +794,7 @@ fn a_killed_apply_leaves_something_serving() {
 }
 
 #[test]
-fn a_purge_leaves_nothing() {
+fn purge_leaves_nothing() {
     let lab = Lab::new();
     lab.apply(&on(&["eth0", "up0"], to_port(7001)));
     lab.apply(&on(&["eth0", "up0"], to_port(7002)));
@@ -831,7 +831,7 @@ fn purge_removes_the_neighbours_of_a_killed_arpd() {
 }
 
 #[test]
-fn rollback_after_detach_attaches_what_was_detached() {
+fn rollback_after_detach_attaches_again() {
     let lab = Lab::new();
     lab.apply(&on(&["eth0", "up0"], to_port(7001)));
     lab.apply(&on(&["eth0", "up0"], to_port(7002)));
@@ -870,7 +870,7 @@ fn rollback_dry_run_changes_nothing() {
 }
 
 #[test]
-fn warnings_are_said_once_a_generation() {
+fn warnings_are_printed_once_a_generation() {
     let lab = Lab::new();
     let mut config = to_port(7001);
     config["rules"][0]["key"]["port"] = json!(2055);
@@ -887,7 +887,7 @@ fn warnings_are_said_once_a_generation() {
 
 /// Two udplb on one interface, each with its pins.
 #[test]
-fn filter_of_another_pin_directory_is_named_and_left_alone() {
+fn filter_of_another_pin_directory_is_refused() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     let other = |words: &str| {
@@ -915,7 +915,7 @@ fn filter_of_another_pin_directory_is_named_and_left_alone() {
 
 /// The same in another mount namespace, as of a container.
 #[test]
-fn filter_of_another_mount_namespace_is_named() {
+fn filter_of_another_mount_namespace_is_refused() {
     let lab = Lab::new();
     let file = lab.write(&to_port(7001));
     let mut command = lab.relay.command("unshare");
@@ -940,7 +940,7 @@ fn filter_of_another_mount_namespace_is_named() {
 }
 
 #[test]
-fn pin_directory_that_others_can_change_is_refused() {
+fn pin_directory_writable_by_others_is_refused() {
     let lab = Lab::new();
     let directory = lab.bpffs.pins();
     let apply = format!("apply {}", lab.write(&to_port(7001)).display());
@@ -1003,7 +1003,7 @@ fn only_sys_fs_bpf_is_mounted() {
 }
 
 #[test]
-fn many_rules_and_a_gap_among_the_counters() {
+fn lost_counter_chunk_is_healed() {
     let lab = Lab::new();
     let upstream = json!({ "name": "one", "address": UPSTREAMS[0], "port": 7001 });
     let many = |port| {

@@ -101,7 +101,7 @@ fn ip(text: &str) -> IpAddr {
 }
 
 #[test]
-fn neighbours_and_gateways_of_both_families() {
+fn neighbours_and_gateways_are_resolved() {
     let pair = Pair::new();
     pair.check("10.2.0.20", "10.2.0.20", "10.2.0.1", 1500);
     pair.check("2001:db8:2::20", "2001:db8:2::20", "2001:db8:2::1", 1500);
@@ -128,7 +128,7 @@ fn neighbours_and_gateways_of_both_families() {
 }
 
 #[test]
-fn policy_rules_and_next_hop_objects() {
+fn policy_rules_and_nexthop_objects_are_resolved() {
     let pair = Pair::new();
     pair.host.ip("-6 route add 2001:db8:9::/64 via 2001:db8:2::21 table 100");
     pair.host.ip("-6 rule add to 2001:db8:9::/64 lookup 100");
@@ -140,7 +140,7 @@ fn policy_rules_and_next_hop_objects() {
 
 /// The kernel begins its answers with any of the paths; all hosts must choose alike.
 #[test]
-fn of_several_paths_always_the_same() {
+fn multipath_choice_is_stable() {
     let pair = Pair::new();
     pair.host.ip("-6 route add 2001:db8:9::/64 nexthop via 2001:db8:2::21 dev eth0 \
          nexthop via 2001:db8:2::20 dev eth0");
@@ -152,7 +152,7 @@ fn of_several_paths_always_the_same() {
 
 /// Each of several paths has its own address of this host.
 #[test]
-fn the_own_address_is_the_paths() {
+fn egress_address_is_of_the_path() {
     let pair = Pair::new();
     pair.host.link("eth1", &pair.neighbour, "eth1", true);
     pair.host.ip("addr add 10.3.0.1/24 dev eth1");
@@ -177,7 +177,7 @@ fn the_own_address_is_the_paths() {
 
 /// They are on their link whatever the tables say.
 #[test]
-fn link_local_addresses() {
+fn link_local_addresses_are_resolved() {
     let pair = Pair::new();
     pair.check("fe80::20%eth0", "fe80::20", "fe80::1", 1500);
     pair.host.ip("-6 rule add pref 1 to fe80::/10 lookup 100");
@@ -193,7 +193,7 @@ fn link_local_addresses() {
 }
 
 #[test]
-fn own_addresses_and_no_ways() {
+fn own_and_unroutable_addresses_are_recognised() {
     let pair = Pair::new();
     assert_eq!(pair.way("2001:db8:2::1"), Way::Local);
     pair.host.ip("-6 route add unreachable 2001:db8:c::/64");
@@ -204,7 +204,7 @@ fn own_addresses_and_no_ways() {
 }
 
 #[test]
-fn devices_without_mac_addresses() {
+fn devices_without_mac_addresses_are_resolved() {
     let pair = Pair::new();
     pair.host.ip("tuntap add tun0 mode tun");
     pair.host.ip("tuntap add tun1 mode tun");
@@ -232,7 +232,7 @@ fn devices_without_mac_addresses() {
 
 /// A router that was told to be one stays one, whatever is asked of it.
 #[test]
-fn a_probe_leaves_a_router_a_router() {
+fn probe_keeps_the_router_flag() {
     use udplb::net::neighbour::{Batches, NeighbourRequest};
     let pair = Pair::new();
     // nobody answers, who would tell again that it is one
@@ -250,7 +250,7 @@ fn a_probe_leaves_a_router_a_router() {
 }
 
 #[test]
-fn broadcast_addresses() {
+fn broadcast_addresses_are_read() {
     let pair = Pair::new();
     pair.host.ip("addr add 10.7.0.1/30 brd 10.7.0.9 dev eth0");
     pair.host.ip("addr add 10.8.0.0/31 dev eth0");

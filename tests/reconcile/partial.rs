@@ -82,7 +82,7 @@ rules:
 ";
 
 #[test]
-fn an_interface_that_is_late() {
+fn late_interface_is_attached() {
     let place = Place::new(TWO_INTERFACES);
     let (code, _, _) = outcome(&mut place.apply(&[]));
     assert_eq!((code, place.attached().len()), (Some(1), 0), "all or nothing");
@@ -112,7 +112,7 @@ fn an_interface_that_is_late() {
 }
 
 #[test]
-fn a_missing_interface_of_the_command_line_has_no_place() {
+fn missing_interface_of_the_command_line_is_named() {
     let place = Place::new(TWO_INTERFACES);
     let mut apply = place.apply(&["--partial", "-i", "eth0", "-i", "other0"]);
     let (code, json, said) = outcome(&mut apply);
@@ -123,7 +123,7 @@ fn a_missing_interface_of_the_command_line_has_no_place() {
 }
 
 #[test]
-fn an_interface_that_has_gone() {
+fn vanished_interface_is_left_out() {
     let place = Place::new(TWO_INTERFACES);
     place.relay.link("late0", &place.other, "late0", true);
     let (code, _, said) = outcome(&mut place.apply(&["--partial"]));
@@ -143,7 +143,7 @@ fn an_interface_that_has_gone() {
 }
 
 #[test]
-fn no_interface_at_all() {
+fn no_interface_at_all_serves_nothing() {
     let place = Place::new(&TWO_INTERFACES.replace("eth0, ", ""));
     let (code, _, said) = outcome(&mut place.apply(&["--partial"]));
     assert_eq!(code, Some(4), "{said}");
@@ -183,7 +183,7 @@ fn upstreams(status: &Value, rule: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_name_that_does_not_resolve() {
+fn unresolved_name_is_left_out() {
     let place = Place::new(NAMES);
     let (code, json, said) = outcome(&mut place.apply(&["--partial"]));
     assert_eq!(code, Some(4));
@@ -224,7 +224,7 @@ fn a_name_that_does_not_resolve() {
 
 /// A slip in an upstream's name must not end a rule that serves.
 #[test]
-fn a_rule_that_serves_is_not_lost_to_a_typo() {
+fn serving_rule_is_not_lost_to_a_typo() {
     let place = Place::new(&NAMES.replace("up.invalid", "10.0.0.3"));
     let (code, _, said) = outcome(&mut place.apply(&["--partial"]));
     assert_eq!(code, Some(0), "{said}");
@@ -298,7 +298,7 @@ fn arpd_completes_under_traffic() {
 
 /// As when the only interface is late, and the service is stopped meanwhile.
 #[test]
-fn a_missing_interface_stays_detached_until_apply() {
+fn missing_interface_stays_detached_until_apply() {
     let lab = Lab::new();
     let mut config = late_config();
     config["rules"][0]["upstream"][1]["address"] = json!(UPSTREAMS[1]);
@@ -322,7 +322,7 @@ fn a_missing_interface_stays_detached_until_apply() {
 
 /// What was detached stays so, also where an interface was missing then.
 #[test]
-fn arpd_attaches_no_late_interface_after_a_detach() {
+fn late_interface_after_detach_is_not_attached() {
     let lab = Lab::new();
     let mut config = late_config();
     config["rules"][0]["upstream"][1]["address"] = json!(UPSTREAMS[1]);

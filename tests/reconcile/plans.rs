@@ -182,13 +182,13 @@ proptest! {
     })]
 
     #[test]
-    fn applying_gives_what_is_wanted_whatever_was(mut kernel in kernel(), new in desired()) {
+    fn apply_reaches_the_desired_state_from_any(mut kernel in kernel(), new in desired()) {
         kernel.apply(&new, true, ALL).expect("force");
         check_applied(&kernel, &new);
     }
 
     #[test]
-    fn a_crash_at_any_action_is_healed(
+    fn crash_at_any_planned_action_is_healed(
         mut kernel in kernel(), new in desired(), steps in 0..16_usize,
     ) {
         kernel.apply(&new, true, steps).expect("force");
@@ -198,7 +198,7 @@ proptest! {
     }
 
     #[test]
-    fn what_was_held_is_free_once_another_was_applied(
+    fn hold_ends_with_the_next_apply(
         old in desired(), left in desired(), new in desired(), steps in 0..16_usize,
     ) {
         prop_assume!(left != old && new != left && new != old);
@@ -221,7 +221,7 @@ proptest! {
     }
 
     #[test]
-    fn rolling_back_twice_is_as_before(
+    fn second_rollback_undoes_the_first(
         old in desired(), new in desired(), steps in 0..16_usize,
     ) {
         prop_assume!(old != new);
@@ -242,7 +242,7 @@ proptest! {
     }
 
     #[test]
-    fn a_rollback_that_crashed_can_go_either_way(
+    fn crashed_rollback_can_go_either_way(
         old in desired(), new in desired(), steps in 0..16_usize, forward in any::<bool>(),
     ) {
         prop_assume!(old != new);
@@ -256,7 +256,7 @@ proptest! {
     }
 
     #[test]
-    fn rollback_that_has_begun_to_swap_is_not_put_back_by_cron(
+    fn rollback_with_begun_swaps_is_not_undone_by_cron(
         old in desired(), new in desired(), steps in 0..16_usize,
     ) {
         prop_assume!(old != new);
@@ -279,7 +279,7 @@ proptest! {
     }
 
     #[test]
-    fn unconfirmed_change_is_undone_wherever_its_apply_crashed(
+    fn unconfirmed_change_is_undone_after_any_crash(
         old in desired(), news in vec(desired(), 1..4), steps in 0..16_usize, back in 0..16_usize,
     ) {
         let mut kernel = Kernel::new(&INTERFACES);
@@ -304,7 +304,7 @@ proptest! {
     }
 
     #[test]
-    fn unconfirmed_first_apply_is_undone_wherever_it_crashed(
+    fn unconfirmed_first_apply_is_undone_after_any_crash(
         new in desired(), steps in 0..16_usize, back in 0..16_usize,
     ) {
         let mut kernel = Kernel::new(&INTERFACES);
@@ -338,7 +338,7 @@ proptest! {
     }
 
     #[test]
-    fn detaching_leaves_what_others_made(mut kernel in kernel(), steps in 0..6_usize) {
+    fn detach_keeps_foreign_objects(mut kernel in kernel(), steps in 0..6_usize) {
         let foreign: Vec<String> = kernel
             .clsacts
             .iter()
@@ -354,7 +354,7 @@ proptest! {
     }
 
     #[test]
-    fn a_plain_life_leaves_no_clsact(configurations in vec(desired(), 1..5), back in any::<bool>()) {
+    fn apply_and_detach_leave_no_clsact(configurations in vec(desired(), 1..5), back in any::<bool>()) {
         let mut kernel = Kernel::new(&INTERFACES);
         for desired in &configurations {
             kernel.apply(desired, false, ALL).expect("no refusal");
@@ -369,7 +369,7 @@ proptest! {
 }
 
 #[test]
-fn a_generation_that_was_never_attached_is_not_gone_back_to() {
+fn never_attached_generation_is_no_rollback_target() {
     let mut kernel = Kernel::new(&INTERFACES);
     assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
     let one = Desired { interfaces: vec!["a".into()], ..Desired::default() };
@@ -383,7 +383,7 @@ fn a_generation_that_was_never_attached_is_not_gone_back_to() {
 }
 
 #[test]
-fn another_program_is_another_generation() {
+fn changed_program_is_another_generation() {
     let one = Desired { interfaces: vec!["a".into()], ..Desired::default() };
     let mut kernel = Kernel::new(&INTERFACES);
     kernel.apply(&one, false, ALL).expect("no refusal");
@@ -399,7 +399,7 @@ fn another_program_is_another_generation() {
 }
 
 #[test]
-fn what_is_not_ours_to_change_is_refused() {
+fn foreign_objects_are_refused() {
     let one = Desired { interfaces: vec!["a".into()], ..Desired::default() };
     let kernel = Kernel::new(&INTERFACES);
     let refusal = |change: &dyn Fn(&mut Kernel)| {
@@ -543,7 +543,7 @@ fn with_interfaces(config: Value, interfaces: &[&str]) -> Value {
 }
 
 #[test]
-fn a_failing_first_apply_leaves_nothing() {
+fn failing_first_apply_leaves_nothing() {
     let lab = Lab::new();
     let desired = wanted(&with_interfaces(to_port(7001), &["eth0", "up0"]));
     fail_everywhere(&lab, None, &|observed| {
@@ -553,7 +553,7 @@ fn a_failing_first_apply_leaves_nothing() {
 }
 
 #[test]
-fn a_failing_apply_leaves_the_old_generation_serving() {
+fn failing_apply_keeps_the_old_generation() {
     let lab = Lab::new();
     // from two interfaces to one: a detachment, with the clsact that udplb made
     lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
@@ -571,7 +571,7 @@ fn a_failing_apply_leaves_the_old_generation_serving() {
 }
 
 #[test]
-fn a_failing_rollback_leaves_the_new_generation_serving() {
+fn failing_rollback_keeps_the_new_generation() {
     let lab = Lab::new();
     lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
     lab.apply(&to_port(7002));
@@ -602,7 +602,7 @@ fn failing_apply_with_confirm_leaves_nothing_pending() {
 }
 
 #[test]
-fn a_failing_clean_up_is_no_failure() {
+fn failing_clean_up_is_no_failure() {
     let lab = Lab::new();
     for port in 7001..7003 {
         lab.apply(&to_port(port));
@@ -632,7 +632,7 @@ fn a_failing_clean_up_is_no_failure() {
 }
 
 #[test]
-fn a_failing_take_over_leaves_the_orphan_serving() {
+fn failing_take_over_leaves_the_orphan_serving() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
     fs::remove_dir_all(lab.bpffs.pins().join("generations/1")).expect("pins");
@@ -651,7 +651,7 @@ fn a_failing_take_over_leaves_the_orphan_serving() {
 }
 
 #[test]
-fn a_crash_at_any_action_of_the_executor_is_healed() {
+fn crash_at_any_executed_action_is_healed() {
     let lab = Lab::new();
     lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
     // to one interface and back to two: all kinds of actions but those of a rollback
@@ -679,7 +679,7 @@ fn a_crash_at_any_action_of_the_executor_is_healed() {
 }
 
 #[test]
-fn a_crash_at_any_action_of_a_rollback_is_healed() {
+fn crash_at_any_rollback_action_is_healed() {
     let lab = Lab::new();
     let plan = |observed: &Observed| plan::rollback(observed, 1_000);
     for stop in 0.. {

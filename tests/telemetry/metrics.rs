@@ -65,7 +65,7 @@ udplb_upstream_bytes_total{rule="lost",upstream="a\"name\""} 0
 udplb_drops_total{rule="lost",upstream="a\"name\"",reason="no-route"} 1"#;
 
 #[test]
-fn what_they_say() {
+fn metrics_show_real_traffic() {
     let lab = Lab::new();
     assert_eq!(samples(&lab.run("metrics").expect(0).stdout)[0], "udplb_config_generation 0");
     lab.apply(&rules());
@@ -202,7 +202,7 @@ fn no_scraper_holds_up_arpd() {
 }
 
 #[test]
-fn an_address_may_come_later() {
+fn listen_address_may_come_later() {
     let lab = Lab::new();
     let arpd = Arpd::start(&lab, "--metrics 10.1.0.9:9500");
     until("it cannot listen", || arpd.log().contains("metrics at 10.1.0.9:9500: "));
@@ -283,7 +283,7 @@ fn all<'a>(value: &'a Value, name: &str, found: &mut Vec<&'a str>) {
 
 #[test]
 #[ignore = "takes Prometheus: ./dev metrics"]
-fn a_real_prometheus_scrapes_it() {
+fn prometheus_scrapes_and_alerts() {
     let programs = env::var("PROMETHEUS").expect("PROMETHEUS: the folder of its programs");
     let programs = Path::new(&programs);
     let lab = Lab::new();

@@ -77,7 +77,7 @@ fn rows(text: &str) -> Vec<Vec<String>> {
 }
 
 #[test]
-fn status_in_words() {
+fn status_text_shows_rules_and_counters() {
     let lab = Lab::new();
     lab.apply(&rules());
     send(&lab);
@@ -180,7 +180,7 @@ fn status_in_80_columns_is_a_tree() {
 }
 
 #[test]
-fn problems_alone_come_with_their_fix() {
+fn problems_option_prints_problems_and_fixes() {
     let lab = Lab::new();
     lab.apply(&rules());
     lab.relay.ip("link set eth0 down");
@@ -217,7 +217,7 @@ fn watch_scrolls_and_quits() {
 }
 
 #[test]
-fn copies_and_notes() {
+fn mirrors_and_notes_are_shown() {
     let lab = Lab::new();
     let two = UPSTREAMS.map(|address| json!({ "address": address, "port": 7000 }));
     let payload = json!({ "strategy": "payload", "payload": { "offset": 4, "length": 4 } });
@@ -275,7 +275,7 @@ fn copies_and_notes() {
 }
 
 #[test]
-fn rates_and_a_watch() {
+fn rates_are_measured_and_watched() {
     let lab = Lab::new();
     lab.apply(&rules());
     let _receivers = UPSTREAMS.map(|address| bind(&lab.upstream, address, 7000));
@@ -384,7 +384,7 @@ const HOME: &str = "\x1b[H";
 const LEAVE: &str = "\x1b[?7h\x1b[?25h\x1b[?1049l";
 
 #[test]
-fn a_watch_gives_the_terminal_back() {
+fn watch_restores_the_terminal() {
     let lab = Lab::new();
     lab.apply(&rules());
     send(&lab);
@@ -425,7 +425,7 @@ fn terminal_that_goes_away_ends_the_view() {
 }
 
 #[test]
-fn top_shows_what_goes_where() {
+fn top_shows_rates_and_sorts() {
     let lab = Lab::new();
     lab.apply(&rules());
     let _receivers = UPSTREAMS.map(|address| bind(&lab.upstream, address, 7000));
@@ -491,7 +491,7 @@ fn expect_conserved(counters: &Value) {
 }
 
 #[test]
-fn counters_lose_nothing_under_load_and_across_applies() {
+fn counters_lose_nothing_across_applies() {
     const APPLIES: u32 = 12;
     let lab = Lab::new();
     // each generation is another; rules and endpoints stay

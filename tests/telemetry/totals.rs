@@ -148,7 +148,7 @@ impl Flows<'_> {
 }
 
 #[test]
-fn it_never_falls_when_upstreams_go() {
+fn total_stays_when_upstreams_go() {
     let lab = Lab::new();
     lab.apply(&balance(&[0, 1]));
     let mut flows = Flows::new(&lab);
@@ -197,7 +197,7 @@ fn it_never_falls_when_upstreams_go() {
 }
 
 #[test]
-fn copies_are_not_in_it() {
+fn copies_are_not_in_the_total() {
     let lab = Lab::new();
     lab.apply(&balance(&[0, 1]));
     let mut flows = Flows::new(&lab);
@@ -235,7 +235,7 @@ fn copies_are_not_in_it() {
 
 /// As the older form allows it.
 #[test]
-fn one_that_is_listed_twice_is_in_it_once() {
+fn duplicate_upstream_is_counted_once() {
     let lab = Lab::new();
     let apply = |numbers: &[usize]| {
         let upstream = |number| json!({ "address": UPSTREAMS[number % 2], "port": 7000 + number });
@@ -258,7 +258,7 @@ fn one_that_is_listed_twice_is_in_it_once() {
 
 /// The rule is taken out, and is back before it is forgotten and after.
 #[test]
-fn a_rule_that_is_gone_begins_anew() {
+fn removed_rule_begins_at_zero() {
     let lab = Lab::new();
     let without = |number: u16| {
         config(&[rule("other", 5001 + number, json!({ "tc_action": "block" }), &hosts(&[3]))])
@@ -287,7 +287,7 @@ fn a_rule_that_is_gone_begins_anew() {
 
 /// What counts too much would count for ever.
 #[test]
-fn a_crash_while_a_generation_is_removed_counts_nothing_twice() {
+fn crash_during_removal_counts_nothing_twice() {
     let lab = Lab::new();
     lab.apply(&balance(&[0, 1]));
     let mut flows = Flows::new(&lab);
@@ -321,7 +321,7 @@ fn a_crash_while_a_generation_is_removed_counts_nothing_twice() {
 
 /// A generation serves for a moment, and the rest of the apply fails.
 #[test]
-fn a_failed_apply_loses_nothing() {
+fn failed_apply_keeps_the_total() {
     let lab = Lab::new();
     lab.apply(&balance(&[0]));
     let mut flows = Flows::new(&lab);
@@ -360,7 +360,7 @@ fn a_failed_apply_loses_nothing() {
 }
 
 #[test]
-fn pins_of_an_earlier_udplb_go_on() {
+fn pins_of_an_earlier_version_are_used() {
     let lab = Lab::new();
     lab.apply(&balance(&[0, 1]));
     fs::remove_file(lab.bpffs.pins().join(STATE).join("retired")).expect("a pin");
@@ -376,7 +376,7 @@ fn pins_of_an_earlier_udplb_go_on() {
 }
 
 #[test]
-fn rates_over_an_apply() {
+fn rates_hold_across_applies() {
     let lab = Lab::new();
     lab.apply(&balance(&[0, 1]));
     let mut flows = Flows::new(&lab);

@@ -121,7 +121,7 @@ fn send_all(lab: &Lab) {
 }
 
 #[test]
-fn each_kind_in_words() {
+fn every_event_kind_is_printed() {
     let lab = Lab::new();
     lab.apply(&rules());
     let trace = Trace::start(&lab, "");
@@ -147,7 +147,7 @@ fn each_kind_in_words() {
 
 /// A later fragment shows no ports.
 #[test]
-fn fragments_and_ipv6() {
+fn fragments_and_ipv6_are_printed() {
     let lab = Lab::dual(false, false);
     lab.apply(&all_kinds());
     let trace = Trace::start(&lab, "");
@@ -191,7 +191,7 @@ fn expect_lines(outcome: &Outcome, count: usize, with: &str) {
 }
 
 #[test]
-fn filters() {
+fn filter_options_select_events() {
     let lab = Lab::new();
     lab.apply(&rules());
     for (words, count, with) in [
@@ -212,7 +212,7 @@ fn filters() {
 }
 
 #[test]
-fn it_ends_by_itself_and_there_is_one_at_a_time() {
+fn second_trace_is_refused() {
     let lab = Lab::new();
     assert_eq!(lab.run("trace").code, Some(3));
     lab.apply(&rules());
@@ -258,7 +258,7 @@ fn it_ends_by_itself_and_there_is_one_at_a_time() {
 }
 
 #[test]
-fn a_killed_one_is_forgotten_within_its_lease() {
+fn killed_trace_ends_with_its_lease() {
     let lab = Lab::new();
     lab.apply(&rules());
     let trace = Trace::start(&lab, "");
@@ -278,7 +278,7 @@ fn a_killed_one_is_forgotten_within_its_lease() {
 }
 
 #[test]
-fn other_generations_have_names_too() {
+fn events_of_other_generations_have_names() {
     let lab = Lab::new();
     lab.apply(&rules());
     let trace = Trace::start(&lab, "--drops");
@@ -331,7 +331,7 @@ fn pcap(file: &[u8]) -> std::vec::IntoIter<Vec<u8>> {
 }
 
 #[test]
-fn packets_as_they_came_and_as_they_left() {
+fn pcap_has_packets_before_and_after() {
     let lab = Lab::new();
     lab.apply(&rules());
     let file = lab.directory.path().join("trace.pcap");
@@ -357,7 +357,7 @@ fn packets_as_they_came_and_as_they_left() {
 }
 
 #[test]
-fn what_is_lost_is_counted() {
+fn lost_events_are_counted() {
     let lab = Lab::new();
     lab.apply(&rules());
     // frames make events large; the reader sleeps between its looks

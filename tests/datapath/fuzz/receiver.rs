@@ -58,7 +58,7 @@ fn gone(outcome: Outcome) -> Vec<Gone> {
 
 /// What was right arrives right, and what was wrong wrong.
 #[test]
-fn checksums_are_as_right_as_they_were() {
+fn checksums_stay_valid_or_invalid() {
     for target in [UNICAST, UNICAST6] {
         let config = Config { cases: 1000, failure_persistence: None, ..Config::default() };
         let packets = (any_scenario(target), any_packet(target));
@@ -79,7 +79,7 @@ fn checksums_are_as_right_as_they_were() {
 
 /// A sum that comes to zero is sent as ones, and one that came as ones is a sum like any other.
 #[test]
-fn a_computed_zero_is_ones() {
+fn computed_zero_checksum_is_ones() {
     for Case { name, rule, packets, .. } in all() {
         let (at, way) = match packets[0].ip {
             Ip::V4(_) => (14 + 20 + 6, name),
@@ -133,7 +133,7 @@ fn fragments(frame: &[u8], data: usize, units: usize) -> Vec<Vec<u8>> {
 
 /// What was cut into fragments and put together again is what would have arrived whole.
 #[test]
-fn fragments_are_the_datagram_again() {
+fn fragments_reassemble_to_the_datagram() {
     let config = Config { cases: 500, failure_persistence: None, ..Config::default() };
     let datagrams = (0..400_usize, 1..8_usize, 0..2_u8, any::<bool>(), any::<bool>());
     let result = TestRunner::new(config).run(&datagrams, |(payload, units, more, six, keep)| {
@@ -187,7 +187,7 @@ fn check_fragments(
 
 /// What is cut for a narrow way and put together again is what would have gone by a wide one.
 #[test]
-fn pieces_are_the_datagram_again() {
+fn segments_reassemble_to_the_datagram() {
     for options in 0..=10_u8 {
         for payload in [974, 1500, 2921, 4000] {
             let packet = v4(|ip, udp| (ip.options, udp.payload) = (options, payload));
@@ -246,7 +246,7 @@ fn answered(answer: &Answer) -> Vec<u8> {
 
 /// With a byte changed it is none, and with too little of the packet neither.
 #[test]
-fn an_answer_is_told_from_what_is_none() {
+fn damaged_answers_are_recognised() {
     let mut answers = 0;
     for Case { name, rule, packets, fates } in all() {
         if fates != "answer mtu" && fates != "answer ttl" {
