@@ -27,10 +27,6 @@ fn to(keys: &[&str], address: &str) -> Value {
     config(&keys.iter().map(rule).collect::<Vec<_>>())
 }
 
-fn mac_text(mac: [u8; 6]) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
-}
-
 /// The generation that serves.
 fn generation(lab: &Lab) -> u64 {
     lab.status()["generation"].as_u64().expect("a generation")
@@ -44,7 +40,7 @@ fn silent_neighbour_goes_down() {
     lab.await_health("2001:db8:2::20", "up");
     let entry = lab.neighbour("2001:db8:2::20");
     assert!(entry.contains("managed") && entry.contains("proto 117"), "{entry}");
-    assert_eq!(lab.next_hop("2001:db8:2::20")["mac"], mac_text(lab.upstream.mac("eth0")));
+    assert_eq!(lab.next_hop("2001:db8:2::20")["mac"], lab.upstream.mac_text("eth0"));
 
     lab.relay.ip("-6 neigh flush all");
     until("the entry is kept again", || lab.neighbour("2001:db8:2::20").contains("managed"));

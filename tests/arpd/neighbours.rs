@@ -32,10 +32,6 @@ fn both_actions(address: &str) -> Value {
     config(&rules)
 }
 
-fn mac_text(mac: [u8; 6]) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
-}
-
 /// A lab with both actions for the first upstream, and an arpd.
 fn lab() -> (Lab, Arpd) {
     let lab = Lab::new();
@@ -74,7 +70,7 @@ fn neighbours_are_managed_until_arpd_ends() {
 #[test]
 fn foreign_neighbour_entries_stay() {
     let lab = Lab::new();
-    let mac = mac_text(lab.upstream.mac("eth0"));
+    let mac = lab.upstream.mac_text("eth0");
     lab.relay.ip(&format!("neigh add 10.2.0.20 lladdr {mac} nud permanent dev up0"));
     lab.relay.ip("neigh add 10.2.0.99 managed dev up0");
     lab.apply(&both_actions("10.2.0.20"));
@@ -113,7 +109,7 @@ fn once_resolves_and_ends() {
     let outcome = lab.run("arpd --once").expect(0);
     assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("", ""));
     assert!(lab.neighbour("10.2.0.20").contains("managed"));
-    assert_eq!(lab.next_hop("10.2.0.20")["mac"], mac_text(lab.upstream.mac("eth0")));
+    assert_eq!(lab.next_hop("10.2.0.20")["mac"], lab.upstream.mac_text("eth0"));
     // nobody renews a lease
     assert_eq!(lab.status()["arpd"], Value::Null);
 

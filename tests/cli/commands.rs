@@ -387,7 +387,7 @@ fn suspicious_configuration_is_warned_of() {
     lab.relay.ip("link set eth0 master br0");
     lab.try_apply(&pass("10.1.0.6", &up), "").expect(0).says(&["br0, a bridge above eth0"]);
     // rules match on both where the MAC address is the same
-    let mac = lab.relay.mac("eth0").map(|byte| format!("{byte:02x}")).join(":");
+    let mac = lab.relay.mac_text("eth0");
     lab.relay.ip(&format!("link set br0 address {mac}"));
     lab.relay.ip("link set br0 up");
     let both = lab.try_apply(&pass("10.1.0.1", &up), "-i eth0 -i br0").expect(0);

@@ -139,6 +139,11 @@ impl Namespace {
             .collect();
         bytes.try_into().expect("six bytes")
     }
+
+    /// The same as text, as `ip` shows it.
+    pub fn mac_text(&self, interface: &str) -> String {
+        self.mac(interface).map(|byte| format!("{byte:02x}")).join(":")
+    }
 }
 
 impl Drop for Namespace {

@@ -1,6 +1,6 @@
 //! Sockets at both ends of a rule of every kind.
 
-use std::net::UdpSocket;
+use std::net::{SocketAddr, UdpSocket};
 
 use crate::common::Namespace;
 use crate::common::kinds::{KINDS, name};
@@ -55,18 +55,23 @@ impl Ends {
     #[track_caller]
     fn check_kinds(&self, payload: &[u8], datagrams: &[&[u8]], takes: impl Fn(&str) -> bool) {
         let sender = own(&self.sender);
-        for (index, (port, action, source)) in KINDS.iter().enumerate() {
-            if !takes(action) {
-                continue;
+        for (index, (port, action, _)) in KINDS.iter().enumerate() {
+            if takes(action) {
+                self.sender.send_to(payload, (self.net.key, *port)).expect("sent");
+                datagrams.iter().for_each(|datagram| self.expect(index, datagram, sender));
             }
-            self.sender.send_to(payload, (self.net.key, *port)).expect("sent");
-            let from = self.net.seen(source, sender);
-            for datagram in datagrams {
-                expect(&self.upstreams[index], datagram, from, TTL - self.hops);
-                if *action == "pass" {
-                    expect(&self.here[index], datagram, sender, TTL);
-                }
-            }
+        }
+    }
+
+    /// Waits for a sender's datagram where the rule of that kind delivers it: at its upstream and,
+    /// if it passes packets on, at the relay.
+    #[track_caller]
+    pub fn expect(&self, index: usize, payload: &[u8], sender: SocketAddr) {
+        let (_, action, source) = KINDS[index];
+        let from = self.net.seen(source, sender);
+        expect(&self.upstreams[index], payload, from, TTL - self.hops);
+        if action == "pass" {
+            expect(&self.here[index], payload, sender, TTL);
         }
     }
 

@@ -97,6 +97,21 @@ impl Uplinks {
         self.lab.try_apply(&Uplinks::rule(far, action, source), "").expect(0).stderr
     }
 
+    /// One route with both gateways.
+    fn add_both_paths(&self, far: &Far) {
+        let Far { ip, default, gateways: [first, second], .. } = far;
+        let paths = format!("nexthop via {first} dev up0 nexthop via {second} dev up1");
+        self.lab.relay.ip(&format!("{ip}route add {default} {paths}"));
+    }
+
+    /// A route by the first gateway, and one by the second for packets of the second client.
+    fn route_by_sender(&self, far: &Far) {
+        let Far { ip, default, net, gateways: [first, second], .. } = far;
+        self.lab.relay.ip(&format!("{ip}route add {default} via {first}"));
+        self.lab.relay.ip(&format!("{ip}route add {default} via {second} table 100"));
+        self.lab.relay.ip(&format!("{ip}rule add from {} lookup 100", net.clients[1]));
+    }
+
     fn forward(&self, far: &Far, on: bool) {
         self.lab.relay.sysctl(far.forwarding, if on { "1" } else { "0" });
     }
@@ -140,10 +155,7 @@ fn all_paths_of_a_route_carry_copies() {
     let Uplinks { lab, .. } = &uplinks;
     for far in far() {
         let [first, second] = far.gateways;
-        lab.relay.ip(&format!(
-            "{}route add {} nexthop via {first} dev up0 nexthop via {second} dev up1",
-            far.ip, far.default
-        ));
+        uplinks.add_both_paths(&far);
         let receivers = uplinks.receivers(&far);
         for action in ["pass", "block"] {
             uplinks.flush();
@@ -175,11 +187,7 @@ fn source_is_the_address_of_the_path() {
     let uplinks = Uplinks::new();
     let Uplinks { lab, .. } = &uplinks;
     for far in far() {
-        let [first, second] = far.gateways;
-        lab.relay.ip(&format!(
-            "{}route add {} nexthop via {first} dev up0 nexthop via {second} dev up1",
-            far.ip, far.default
-        ));
+        uplinks.add_both_paths(&far);
         let receivers = uplinks.receivers(&far);
         for action in ["pass", "block"] {
             uplinks.apply(&far, action, "egress");
@@ -234,11 +242,8 @@ fn source_rules_are_looked_up_for_each_packet() {
     let uplinks = Uplinks::new();
     let Uplinks { lab, .. } = &uplinks;
     for far in far() {
-        let [first, second] = far.gateways;
-        let Far { ip, default, net, .. } = &far;
-        lab.relay.ip(&format!("{ip}route add {default} via {first}"));
-        lab.relay.ip(&format!("{ip}route add {default} via {second} table 100"));
-        lab.relay.ip(&format!("{ip}rule add from {} lookup 100", net.clients[1]));
+        let ([first, second], net) = (far.gateways, &far.net);
+        uplinks.route_by_sender(&far);
         let receivers = uplinks.receivers(&far);
         for action in ["pass", "block"] {
             uplinks.flush();
@@ -291,11 +296,8 @@ fn get_names_the_next_hop_of_the_packet() {
     let uplinks = Uplinks::new();
     let Uplinks { lab, .. } = &uplinks;
     for far in far() {
-        let [first, second] = far.gateways;
-        let Far { ip, default, net, .. } = &far;
-        lab.relay.ip(&format!("{ip}route add {default} via {first}"));
-        lab.relay.ip(&format!("{ip}route add {default} via {second} table 100"));
-        lab.relay.ip(&format!("{ip}rule add from {} lookup 100", net.clients[1]));
+        let ([first, second], net) = (far.gateways, &far.net);
+        uplinks.route_by_sender(&far);
         uplinks.apply(&far, "block", "preserve");
         for (client, gateway, host) in [(0, first, &lab.upstream), (1, second, &uplinks.second)] {
             let destination = SocketAddr::new(net.key, PORT);
@@ -303,7 +305,7 @@ fn get_names_the_next_hop_of_the_packet() {
             let answer = lab.run(&words).expect(0).json();
             let outcome = &answer["outcomes"][0]["next_hop"];
             assert_eq!(outcome["gateway"], gateway, "{answer:#}");
-            let mac = host.mac("eth0").map(|byte| format!("{byte:02x}")).join(":");
+            let mac = host.mac_text("eth0");
             assert_eq!(outcome["mac"], mac, "{answer:#}");
             assert!(outcome["state"].is_string(), "{answer:#}");
         }

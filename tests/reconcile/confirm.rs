@@ -9,18 +9,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use udplb::datapath::pins::{self, Pending};
 
-use crate::common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, to_port};
-use crate::common::net::{bind, receive};
+use crate::common::lab::{Lab, to_port};
 use crate::common::service::{Arpd, until};
-
-/// A datagram to the rule's key arrives at this port of the first upstream.
-#[track_caller]
-fn expect_way(lab: &Lab, port: u16) {
-    let receiver = bind(&lab.upstream, UPSTREAMS[0], port);
-    let sender = bind(&lab.client, CLIENTS[0], 0);
-    sender.send_to(b"which way", (RELAY, 5000)).expect("sent");
-    assert_eq!(receive(&receiver).payload, b"which way");
-}
+use crate::expect_way;
 
 /// The processes that wait for a deadline of this lab.
 fn waiters(lab: &Lab) -> Vec<i32> {

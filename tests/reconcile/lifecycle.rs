@@ -17,20 +17,12 @@ use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule, 
 use crate::common::net::{bind, count, expect_silence, receive, send_until};
 use crate::common::service::{Arpd, until};
 use crate::common::tun::Tun;
+use crate::expect_way;
 
 /// Replaces the interfaces of a configuration.
 fn on(interfaces: &[&str], mut config: Value) -> Value {
     config["interfaces"] = json!(interfaces);
     config
-}
-
-/// A datagram to the rule's key arrives at this port of the first upstream.
-#[track_caller]
-fn expect_way(lab: &Lab, port: u16) {
-    let receiver = bind(&lab.upstream, UPSTREAMS[0], port);
-    let sender = bind(&lab.client, CLIENTS[0], 0);
-    sender.send_to(b"which way", (RELAY, 5000)).expect("sent");
-    assert_eq!(receive(&receiver).payload, b"which way");
 }
 
 /// All is well, and this generation serves.

@@ -11,3 +11,15 @@ mod lifecycle;
 mod nexthops;
 mod partial;
 mod plans;
+
+use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS};
+use common::net::{bind, receive};
+
+/// Checks that a datagram to port 5000 of the relay arrives at this port of the first upstream.
+#[track_caller]
+fn expect_way(lab: &Lab, port: u16) {
+    let receiver = bind(&lab.upstream, UPSTREAMS[0], port);
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    sender.send_to(b"which way", (RELAY, 5000)).expect("sent");
+    assert_eq!(receive(&receiver).payload, b"which way");
+}

@@ -22,7 +22,8 @@ use udplb::reconcile::observe::{Observed, observe};
 use udplb::reconcile::plan::{self, Action, Plan, Refusal};
 
 use crate::common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS, to_port};
-use crate::common::net::{bind, receive};
+use crate::common::net::bind;
+use crate::expect_way;
 use crate::model::{Kernel, Owner};
 
 const INTERFACES: [&str; 3] = ["a", "b", "c"];
@@ -526,14 +527,6 @@ fn fail_everywhere(lab: &Lab, serves: Option<u16>, plan: Planner<'_>) {
         stop += 1;
     }
     assert!(stop > 2, "only {stop} actions could fail");
-}
-
-/// A datagram to the rule's key arrives at the port of the first upstream.
-fn expect_way(lab: &Lab, port: u16) {
-    let receiver = bind(&lab.upstream, UPSTREAMS[0], port);
-    let sender = bind(&lab.client, CLIENTS[0], 0);
-    sender.send_to(b"which way", (RELAY, 5000)).expect("sent");
-    assert_eq!(receive(&receiver).payload, b"which way");
 }
 
 fn with_interfaces(config: Value, interfaces: &[&str]) -> Value {
