@@ -3,17 +3,17 @@
 pub mod complete;
 pub mod doctor;
 pub mod get;
+pub mod man;
 pub mod top;
 pub mod trace;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use std::{fs, io};
 
 use anyhow::{Context, anyhow};
-use clap::CommandFactory;
 use serde::Serialize;
 
 use crate::cli::output::{
@@ -99,9 +99,7 @@ pub async fn run(cli: &Cli) -> Result<u8> {
             print(&complete::script(*shell).with_context(|| format!("a script for {shell}"))?)
         }
         Command::Man { directory } => {
-            fs::create_dir_all(directory)
-                .and_then(|()| clap_mangen::generate_to(Cli::command(), directory))
-                .with_context(|| directory.display().to_string())?;
+            man::write(directory).with_context(|| directory.display().to_string())?;
             Ok(0)
         }
     }

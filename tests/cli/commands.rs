@@ -480,6 +480,10 @@ fn schema_and_completions_need_no_kernel() {
     let pages = directory.path().join("man");
     udplb(&format!("man {}", pages.display()));
     assert!(pages.join("udplb-apply.1").exists());
+    let page = fs::read_to_string(pages.join("udplb.1")).unwrap();
+    for section in ["EXAMPLES", "FILES", "EXIT STATUS", "SIGNALS"] {
+        assert!(page.contains(&format!("\n.SH {section}\n")), "{section}");
+    }
 }
 
 /// What a shell is offered for the last of these words.

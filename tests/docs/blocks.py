@@ -40,7 +40,8 @@ class Block:
 
     @property
     def place(self) -> str:
-        return f"{self.file.relative_to(ROOT)}:{self.line}"
+        known = self.file.is_relative_to(ROOT)
+        return f"{self.file.relative_to(ROOT) if known else self.file.name}:{self.line}"
 
     def value(self, name: str) -> str | None:
         """The text behind NAME= after the language."""
@@ -49,6 +50,21 @@ class Block:
     @property
     def is_run(self) -> bool:
         return "not-run" not in self.words and self.language != "text"
+
+
+def manual(udplb: Path, folder: Path) -> Path:
+    """The examples of udplb(1) as a document, whose output is not compared."""
+    subprocess.run([udplb, "man", folder], check=True)
+    text = (folder / "udplb.1").read_text().replace("\\-", "-")
+    document = ""
+    for example in re.findall(r"(?ms)^\.EX\n(.*?)^\.EE$", text):
+        if example.startswith("#"):
+            document += "```console traffic\n" + example.replace("\n", "\n...\n") + "```\n"
+        else:
+            document += f"```yaml file=/etc/udplb.yaml\n{example}```\n"
+    file = folder / "udplb.1.md"
+    file.write_text(document)
+    return file
 
 
 def documents() -> list[Path]:
