@@ -174,7 +174,8 @@ impl History {
                     said: upstream.said,
                     drained: upstream.drained(),
                     rate,
-                    drops_per_second: upstream.losses.values().sum(),
+                    // sum() of nothing is -0.0
+                    drops_per_second: upstream.losses.values().fold(0.0, |sum, rate| sum + rate),
                     share: upstream.rate.and(upstream.share),
                     history: history.iter().copied().collect(),
                 });
