@@ -1,4 +1,4 @@
-//! Sends a datagram, or shows those that arrive: what `./dev demo` shows udplb with.
+//! Sends a datagram, or prints those that arrive. `./dev demo` uses it.
 //!
 //!     datagram send FROM TO TEXT
 //!     datagram receive NAME ADDRESS:PORT...

@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Draws a dashboard of Grafana with what a Prometheus knows, as SVG.
+"""Draws a dashboard of Grafana with data from a Prometheus, as SVG.
 
 usage: tests/pictures/dashboard.py DASHBOARD.json URL SCRAPE-INTERVAL BEGIN END   in seconds, since 1970
 """

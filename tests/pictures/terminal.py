@@ -1,7 +1,9 @@
 #!/usr/bin/python3
-"""Draws a terminal: what a command has shown on it, from standard input, as SVG.
+"""Draws a terminal with the output of a command, which comes from standard input, as SVG.
 
 usage: tests/pictures/terminal.py COMMAND COLUMNS
+
+Of a command that draws the whole screen again and again the last screen is shown.
 """
 
 import io
@@ -12,10 +14,16 @@ from rich.console import Console
 from rich.text import Text
 
 command, columns = sys.argv[1:]
+# a screen begins at home; what follows the last one only restores the terminal
+*_, said = re.split(r"\x1b\[H", re.sub(r"\x1b\[\?\w+|\x1b\[[JK]", "", sys.stdin.read()))
+lines = []
+for line in Text.from_ansi(said.rstrip()).split(allow_blank=True):
+    # a terminal breaks lines wherever they reach its edge
+    lines += line.divide(range(int(columns), len(line), int(columns))) if len(line) else [line]
 console = Console(record=True, width=int(columns), file=io.StringIO())
-console.print(Text(f"# {command}", style="bold"), Text.from_ansi(sys.stdin.read().rstrip()), sep="\n")
+console.print(Text(f"# {command}", style="bold"), *lines, sep="\n")
 picture = console.export_svg(title=command, unique_id="udplb")
-# a picture asks nobody for a font: any monospaced one does
+# Any monospaced font will do: the picture loads none.
 picture = re.sub(r"<!--.*?-->|@font-face \{.*?\}", "", picture, flags=re.DOTALL)
-# not every reader of SVG keeps the blanks that a line begins with
+# Not every reader of SVG keeps leading blanks.
 print(picture.replace("<svg ", '<svg xml:space="preserve" ', 1))

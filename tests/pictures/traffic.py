@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""What the client sends to each of the demo's rules while pictures are made, until it is killed."""
+"""Sends traffic to each of the demo's rules while pictures are recorded, until it is killed."""
 
 import math
 import random
