@@ -74,7 +74,8 @@ def documents() -> list[Path]:
 def blocks(file: Path) -> list[Block]:
     """All fenced blocks of a document."""
     found: list[Block] = []
-    fence, start, lines = "", 0, []
+    fence, start = "", 0
+    lines: list[str] = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         if not fence and line.lstrip().startswith("```"):
             fence, start, lines = line.strip().removeprefix("```") or "?", number, []
