@@ -1,4 +1,4 @@
-//! A name server on the relay's loopback that answers as a test tells it to, or does not.
+//! A name server on the relay's loopback with answers, or silence, set by the test.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
@@ -135,7 +135,7 @@ struct Question {
 }
 
 impl Question {
-    /// Of a message with one question.
+    /// Parses a message with one question.
     fn parse(message: &[u8]) -> Question {
         let mut labels = Vec::new();
         let mut at = 12;

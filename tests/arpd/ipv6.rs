@@ -96,7 +96,7 @@ fn link_local_upstream_goes_up() {
     lab.await_health("fe80::20%up0", "up");
 }
 
-/// Of both families.
+/// Covers both families.
 #[test]
 fn egress_address_change_is_followed() {
     let lab = Lab::dual(true, true);

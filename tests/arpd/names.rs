@@ -13,7 +13,7 @@ use crate::common::net::{bind, count, receive, send_until};
 use crate::common::service::{Arpd, until};
 use crate::dns::{Answer, Dns};
 
-/// What takes longer waits for the name server.
+/// Limit for commands that must not wait for the name server.
 const SOON: Duration = Duration::from_secs(100);
 
 fn upstream(name: &str) -> Value {

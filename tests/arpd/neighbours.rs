@@ -1,4 +1,4 @@
-//! `udplb arpd` with real neighbours: what they do to it, and it does for the packets.
+//! `udplb arpd` with real neighbours: changes of links, gateways and addresses, and their packets.
 
 use std::io::ErrorKind;
 use std::net::Ipv4Addr;
@@ -241,7 +241,7 @@ fn gateway_change_is_followed() {
     lab.await_health("10.9.0.1", "up");
 }
 
-/// Of two paths the one that is alive is used.
+/// The path whose gateway answers is used.
 #[test]
 fn live_gateway_of_two_is_used() {
     let lab = Lab::new();
@@ -467,7 +467,7 @@ fn changed_address_of_a_name_loses_no_packet() {
     assert_eq!(lab.status()["generation"], 2);
 }
 
-/// What a rollback left stays left when a name changes, and a further rollback leads to it.
+/// A change of a name does not undo a rollback; a second rollback does.
 #[test]
 fn changed_name_after_rollback_stays_rolled_back() {
     let lab = Lab::new();
@@ -490,7 +490,7 @@ fn changed_name_after_rollback_stays_rolled_back() {
     assert_eq!(lab.status()["generation"], 2);
 }
 
-/// All of them get resolved, or it is said what is in the way.
+/// All of them are resolved, or the log names the sysctl that prevents it.
 #[test]
 fn thousand_upstreams_on_one_link_go_up() {
     let lab = Lab::new();
@@ -535,7 +535,7 @@ fn faulty_lab(notify: Option<&std::path::Path>) -> (Lab, Arpd, Faults) {
     (lab, arpd, faults)
 }
 
-/// An error is no answer: whichever request it is that fails once, what was known stands.
+/// A failed netlink request changes no next hop, whichever request it is.
 #[test]
 fn one_failed_request_costs_no_packet() {
     let (lab, arpd, faults) = faulty_lab(None);
@@ -553,7 +553,7 @@ fn one_failed_request_costs_no_packet() {
     assert!(!arpd.log().contains("no route"), "{}", arpd.log());
 }
 
-/// Without the kernel's answers it vouches for nothing, and the service manager hears no sign of life.
+/// Without answers from the kernel arpd renews no lease and sends no watchdog notification.
 #[test]
 fn blind_arpd_lets_its_lease_run_out() {
     let directory = crate::common::lab::Directory::new();
@@ -583,7 +583,7 @@ fn blind_arpd_lets_its_lease_run_out() {
     assert!(!arpd.log().contains("no route"), "{}", arpd.log());
 }
 
-/// As a service manager sees it.
+/// Notifications as a service manager receives them.
 #[test]
 fn arpd_notifies_the_service_manager() {
     let lab = Lab::new();
@@ -616,7 +616,7 @@ fn arpd_notifies_the_service_manager() {
     expect("STOPPING=1");
 }
 
-/// What the units grant and no more.
+/// Runs arpd with the capabilities that the systemd units grant.
 #[test]
 fn three_capabilities_suffice_for_arpd() {
     let lab = Lab::new();

@@ -1,4 +1,4 @@
-//! udplb as it is called: exit codes, privileges, cron, configuration management, and what it says.
+//! Calls of udplb: exit codes, privileges, cron, configuration management, and output.
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
@@ -199,7 +199,7 @@ fn three_capabilities_suffice_and_each_is_needed() {
     assert_eq!(lab.filters("eth0"), "");
 }
 
-/// As cron runs it: hardly an environment, no terminal, no standard input.
+/// Runs udplb as cron does: a minimal environment, no terminal, no standard input.
 fn from_cron(lab: &Lab, words: &str) -> Outcome {
     call(lab, words, |command| {
         command.env_clear().env("PATH", "/usr/bin:/bin").current_dir("/");
@@ -486,7 +486,7 @@ fn schema_and_completions_need_no_kernel() {
     }
 }
 
-/// What a shell is offered for the last of these words.
+/// Returns the completions that a shell gets for the last of these words.
 fn completed(lab: &Lab, words: &str) -> Vec<String> {
     let mut command = lab.relay.command(env!("CARGO_BIN_EXE_udplb"));
     command.env("UDPLB_COMPLETE", "bash").env("_CLAP_IFS", "\n");

@@ -1,4 +1,4 @@
-//! `udplb doctor`: each trouble is seen, and what it names fixes it.
+//! `udplb doctor`: each problem is found, and its fix works.
 
 use std::ffi::CStr;
 use std::fs;
@@ -13,12 +13,12 @@ use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule, 
 use crate::common::net::{Load, bind, receive, set};
 use crate::common::service::{Arpd, until};
 
-/// What is found, and whether there are problems.
+/// Checks the exit code of `doctor` and returns its output.
 fn examine(lab: &Lab, code: i32) -> String {
     lab.run("doctor").expect(code).stdout
 }
 
-/// Runs what a finding names.
+/// Runs the fix of a finding.
 fn fix(lab: &Lab, what: &str) {
     let outcome = lab.run("doctor -o json").json();
     let findings = outcome["findings"].as_array().expect("findings");

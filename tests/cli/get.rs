@@ -1,4 +1,4 @@
-//! What would happen to a packet: `get`, held against what does happen.
+//! `udplb get`: its answers, compared with what happens to packets.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;

@@ -1,4 +1,4 @@
-//! What udplb says, and does, where its surroundings are not as usual: full disks, pipes for files,
+//! Behaviour and messages in unusual surroundings: full disks, pipes for files,
 //! parts of /proc, odd names, routes that lead nowhere.
 
 use std::fs::{self, File};

@@ -1,4 +1,4 @@
-//! Nothing arrives, and `status`, `doctor` and `apply` say so.
+//! Problems that `status`, `doctor` and `apply` report when packets do not arrive.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, V4, V6, config
 use crate::common::net::{bind, receive, set};
 use crate::common::service::{Arpd, until};
 
-/// What is wrong, by its id and place.
+/// Returns the id and place of each problem of the status.
 fn problems(lab: &Lab) -> Vec<(String, String)> {
     let text = |value: &Value| value.as_str().expect("a text").to_string();
     let status = lab.status();

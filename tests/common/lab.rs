@@ -65,7 +65,7 @@ impl Net {
         rule
     }
 
-    /// What a receiver sees as the sender of what a client sent.
+    /// Returns the source address that a receiver sees.
     pub fn seen(&self, source: &str, sender: SocketAddr) -> SocketAddr {
         match source {
             "vip" => SocketAddr::new(self.key, sender.port()),
@@ -168,7 +168,7 @@ impl Lab {
         self.directory.write("udplb.yaml", &config.to_string())
     }
 
-    /// Applies a configuration, which must work, and returns what is reported of it.
+    /// Applies a configuration and returns the report.
     pub fn apply(&self, config: &Value) -> Value {
         let outcome = self.try_apply(config, "");
         outcome.expect(0).json()
@@ -180,7 +180,7 @@ impl Lab {
         self.run(&format!("apply {} -o json {options}", file.display()))
     }
 
-    /// What `status` reports, whatever its exit code.
+    /// Returns the output of `status`, and ignores its exit code.
     pub fn status(&self) -> Value {
         self.run("status -o json").json()
     }
@@ -196,13 +196,13 @@ impl Lab {
         packets(&by(&rule["upstreams"], "upstream", upstream)["counters"], verdict)
     }
 
-    /// What runs on the relay's ingress of an interface: identical text means nothing was written.
+    /// Returns the ingress filters of an interface of the relay. Identical text means that nothing was written.
     pub fn filters(&self, interface: &str) -> String {
         self.relay.tc(&format!("filter show dev {interface} ingress"))
     }
 }
 
-/// The packets that counters of `status` have for a verdict; what is not there is zero.
+/// Returns the packets of a verdict from the counters of `status`; 0 if there is no such counter.
 pub fn packets(counters: &Value, verdict: &str) -> u64 {
     let of = |count: &Value| count["packets"].as_u64().unwrap_or(0);
     match verdict {
@@ -239,7 +239,7 @@ pub fn to_port(port: u16) -> Value {
     config(&[rule("only", 5000, json!({ "tc_action": "block" }), &[upstream])])
 }
 
-/// What a command printed and its exit code.
+/// Output and exit code of a command.
 pub struct Outcome {
     pub code: Option<i32>,
     pub stdout: String,
@@ -320,7 +320,7 @@ impl Directory {
         &self.0
     }
 
-    /// A udplb that everybody may run: the build may be in a home directory, its owner's alone.
+    /// Copies udplb to where every user may run it: the build may be in a private home directory.
     pub fn program(&self) -> PathBuf {
         let copy = self.0.join("udplb");
         // not by this process: nothing can run while a child forked by another test has it open

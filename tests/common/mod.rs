@@ -28,7 +28,7 @@ pub fn unique(prefix: &str) -> String {
 /// Runs a program and returns its standard output.
 ///
 /// # Panics
-/// It fails; what it said is in the message.
+/// If it fails, with its output.
 pub fn run<I: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = I>) -> String {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null());
@@ -84,7 +84,7 @@ impl Namespace {
         self.enter(|| fs::write(&path, value)).unwrap_or_else(|error| panic!("{name}: {error}"));
     }
 
-    /// Whether the kernel routes what comes for others.
+    /// Switches IP forwarding on or off.
     pub fn set_forwarding(&self, on: &str) {
         self.sysctl("net.ipv4.ip_forward", on);
         self.sysctl("net.ipv6.conf.all.forwarding", on);
@@ -166,7 +166,7 @@ impl Bpffs {
         bpffs
     }
 
-    /// Where udplb's pins go.
+    /// The pin directory of udplb.
     pub fn pins(&self) -> PathBuf {
         self.path.join("udplb")
     }
@@ -200,7 +200,7 @@ pub fn lock_any_memory(command: &mut Command) {
     }
 }
 
-/// What a command printed and its exit code.
+/// Runs a command, and returns its exit code, standard output and standard error.
 pub fn outcome(command: &mut Command) -> (Option<i32>, String, String) {
     let Output { status, stdout, stderr } = command.output().expect("the program runs");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

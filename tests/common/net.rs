@@ -12,7 +12,7 @@ use super::Namespace;
 
 /// Longer than anything takes that happens at all.
 pub const PATIENCE: Duration = Duration::from_secs(10);
-/// What a datagram on a veth never takes.
+/// Longer than a datagram on a veth takes.
 pub const SILENCE: Duration = Duration::from_millis(100);
 
 /// A UDP socket inside, with a large buffer; bound once this returns.
@@ -49,7 +49,7 @@ pub const TTL: i32 = 64;
 pub const UDP_SEGMENT: i32 = 103;
 pub const UDP_GRO: i32 = 104;
 
-/// Whether a word of some output is a MAC address; IPv6 addresses have colons too.
+/// Returns true if a word is a MAC address; IPv6 addresses have colons too.
 pub fn is_mac(word: &str) -> bool {
     word.len() == 17 && word.split(':').all(|byte| byte.len() == 2)
 }
@@ -69,7 +69,7 @@ pub fn set_bytes(socket: &UdpSocket, level: i32, option: i32, value: &[u8]) {
     assert_eq!(result, 0, "setsockopt {level} {option}: {}", io::Error::last_os_error());
 }
 
-/// What arrived.
+/// A received datagram.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Datagram {
     pub payload: Vec<u8>,
@@ -83,7 +83,7 @@ pub struct Datagram {
 /// Waits for a datagram.
 ///
 /// # Panics
-/// None comes.
+/// If none arrives in time.
 #[track_caller]
 pub fn receive(socket: &UdpSocket) -> Datagram {
     loop {
@@ -96,7 +96,7 @@ pub fn receive(socket: &UdpSocket) -> Datagram {
     }
 }
 
-/// Waits for a datagram at one of several sockets, and says which.
+/// Waits for a datagram at one of several sockets and returns the index of the socket.
 #[track_caller]
 pub fn receive_any(sockets: &[UdpSocket]) -> (usize, Datagram) {
     let descriptors: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
@@ -104,7 +104,7 @@ pub fn receive_any(sockets: &[UdpSocket]) -> (usize, Datagram) {
     (index, receive(&sockets[index]))
 }
 
-/// Waits for something at one of several descriptors, and says which; errors always count.
+/// Waits for events at several descriptors and returns the index of the first with one; errors count.
 #[track_caller]
 pub fn poll(descriptors: &[BorrowedFd<'_>], events: i16) -> usize {
     let wanted = |it: &BorrowedFd<'_>| libc::pollfd { fd: it.as_raw_fd(), events, revents: 0 };
@@ -124,13 +124,13 @@ pub fn poll(descriptors: &[BorrowedFd<'_>], events: i16) -> usize {
     }
 }
 
-/// Checks that nothing comes.
+/// Checks that no datagram arrives.
 #[track_caller]
 pub fn expect_silence(socket: &UdpSocket) {
     expect_silence_of([socket]);
 }
 
-/// Checks that nothing comes to any of them.
+/// Checks that no datagram arrives at any of the sockets.
 #[track_caller]
 pub fn expect_silence_of<'sockets>(sockets: impl IntoIterator<Item = &'sockets UdpSocket>) {
     std::thread::sleep(SILENCE);
@@ -178,7 +178,7 @@ pub fn try_receive(socket: &UdpSocket) -> io::Result<Datagram> {
     Ok(Datagram { payload, from: socket_address(&from), ttl, segment })
 }
 
-/// What the kernel says of a peer, without a link's index.
+/// Converts an address from the kernel, without the index of a link.
 pub fn socket_address(address: &libc::sockaddr_storage) -> SocketAddr {
     if i32::from(address.ss_family) == libc::AF_INET {
         // SAFETY: the family says that it is one, and the storage is larger.
@@ -285,7 +285,7 @@ impl Load {
         Load { stop, thread: Some(thread) }
     }
 
-    /// How many datagrams it sent.
+    /// Stops it and returns the number of datagrams sent.
     pub fn end(mut self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         // and one that says that it is the last

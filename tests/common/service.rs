@@ -15,10 +15,10 @@ use super::lab::Lab;
 /// Longer than anything takes, however busy the machine is.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Waits for something to become so.
+/// Waits until a condition holds.
 ///
 /// # Panics
-/// It does not.
+/// If it does not hold in time.
 #[track_caller]
 pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let end = Instant::now() + PATIENCE;
@@ -34,7 +34,7 @@ pub struct Arpd {
 }
 
 impl Arpd {
-    /// Starts it on the lab's relay and waits until it looks after what is applied.
+    /// Starts it on the lab's relay and waits until it tracks the active configuration.
     pub fn start(lab: &Lab, options: &str) -> Arpd {
         Arpd::spawn(lab, lab.udplb(&format!("arpd {options}")))
     }
@@ -52,7 +52,7 @@ impl Arpd {
         arpd
     }
 
-    /// What it has said.
+    /// The log so far.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).expect("the log")
     }

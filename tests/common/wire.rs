@@ -1,4 +1,4 @@
-//! What leaves an interface, seen at the other end of the cable.
+//! Frames that leave an interface, captured at the other end of the veth pair.
 //!
 //! The kernel takes a frame's VLAN tag out before anybody sees it; here it is put back.
 
@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use super::Namespace;
 
-/// Where a frame has its type, and before it tags.
+/// Offset of a frame's EtherType, or of its first tag.
 pub const TYPE: usize = 12;
 
 /// An 802.1Q or 802.1ad tag.

@@ -1,4 +1,4 @@
-//! Configuration files: what is accepted and as what, what is refused and with which words.
+//! Configuration files: those accepted, with their meaning, and those refused, with their diagnostics.
 
 use std::fmt::Write as _;
 use std::path::Path as FilePath;

@@ -1,4 +1,4 @@
-//! What is no traffic of a rule: answers, this host's own packets, other VLANs, and what local sockets
+//! Packets that no rule takes: answers, this host's own packets, other VLANs, and those that local sockets
 //! asked for; from socket to socket.
 
 use std::net::IpAddr;

@@ -12,7 +12,7 @@ pub struct Ends {
     pub sender: UdpSocket,
     pub upstreams: Vec<UdpSocket>,
     pub here: Vec<UdpSocket>,
-    /// How many hops there are to the upstream.
+    /// Number of hops to the upstream.
     pub hops: i32,
 }
 
@@ -35,7 +35,7 @@ impl Ends {
         }
     }
 
-    /// Of both families.
+    /// Makes one for each family.
     pub fn both(lab: &Lab) -> [Ends; 2] {
         [V4, V6].map(|net| Ends::new(lab, net))
     }
@@ -105,7 +105,7 @@ impl Ends {
         expect_silence_of(self.upstreams.iter().chain(&self.here));
     }
 
-    /// What was counted for each kind of rule.
+    /// Checks a counter of each kind of rule.
     #[track_caller]
     pub fn check_count(&self, lab: &Lab, verdict: &str, count: u64) {
         for (_, action, source) in KINDS {

@@ -1,4 +1,4 @@
-//! What the sender of a datagram hears of it when it cannot be sent on.
+//! ICMP errors to the sender of a datagram that cannot be forwarded.
 
 use std::net::UdpSocket;
 use std::thread::sleep;
@@ -14,10 +14,10 @@ use crate::common::service::{Arpd, until};
 use crate::ends::{Ends, cuts_up_without_offload};
 use crate::kernel::{SentBack, counted, expect_no_error, sent_back, try_sent_back, want_errors};
 
-/// What the upstreams' link takes.
+/// MTU of the upstreams' link.
 const NARROW: usize = 1280;
 
-/// Who leaves checksums to the device between client and relay.
+/// Hosts that leave checksums to the device, between client and relay.
 #[derive(Clone, Copy)]
 enum Offload {
     Nobody,
@@ -63,7 +63,7 @@ fn discover(socket: &UdpSocket, discovery: Discovery) {
     }
 }
 
-/// Has the client forget what it has learnt.
+/// Clears the path MTUs that the client has learnt.
 fn forget(lab: &Lab) {
     lab.client.ip("-4 route flush cache");
     lab.client.ip("-6 route flush cache");
@@ -177,7 +177,7 @@ fn segments_above_the_mtu_are_answered() {
     }
 }
 
-/// What may be cut is, and nobody hears of it.
+/// Datagrams without DF are fragmented, without an error.
 #[test]
 fn datagram_without_df_is_fragmented() {
     let lab = narrow_lab(Offload::Both);
@@ -191,7 +191,7 @@ fn datagram_without_df_is_fragmented() {
     ends.check_count(&lab, "forwarded", 1);
 }
 
-/// What a TTL of one is answered with.
+/// The answer to a TTL of one.
 fn time_exceeded(ends: &Ends, port: u16, payload: &[u8]) -> SentBack {
     SentBack {
         errno: libc::EHOSTUNREACH,

@@ -1,4 +1,4 @@
-//! Who gets a packet: receivers, mirrors, samples, and the choice of upstream and rule; from socket
+//! Distribution of packets: receivers, mirrors, samples, and the choice of upstream and rule; from socket
 //! to socket.
 
 use std::collections::HashSet;
@@ -13,7 +13,7 @@ use crate::common::net::{
     receive_any, set, try_receive,
 };
 
-/// What the receivers of a rule see as sender, in turn.
+/// The `source` of a rule's receivers, in turn.
 const SOURCES: [&str; 3] = ["vip", "preserve", "egress"];
 const ACTIONS: [(u16, &str); 2] = [(5000, "pass"), (5001, "block")];
 
@@ -269,7 +269,7 @@ fn sockets(lab: &Lab, net: &Net, count: u16) -> Vec<UdpSocket> {
     (0..count).map(|number| bind(&lab.upstream, net.upstreams[0], 7000 + number)).collect()
 }
 
-/// The longest network wins, and whoever is in none is let alone.
+/// The longest prefix wins; packets of senders in no network pass.
 #[test]
 fn rules_are_chosen_by_sender() {
     let lab = Lab::dual(true, false);
@@ -370,7 +370,7 @@ fn balanced(net: &Net, options: Value, ports: &[u16]) -> Value {
     net.rule("balanced", 5000, options, &upstreams)
 }
 
-/// Where a datagram goes.
+/// Sends a datagram and returns the receiver that gets it.
 #[track_caller]
 fn target(sender: &UdpSocket, net: &Net, payload: &[u8], receivers: &[UdpSocket]) -> usize {
     sender.send_to(payload, (net.key, 5000)).expect("sent");

@@ -1,4 +1,4 @@
-//! What of a packet selects its upstream, in user space: bpf/lb.h has the same arithmetic.
+//! Selection keys, computed in user space with the arithmetic of bpf/lb.h.
 
 use std::net::IpAddr;
 
@@ -43,7 +43,7 @@ pub fn sender_key(rule: &Rule, source: IpAddr, port: u16) -> u32 {
     if rule.hash == Hash::Maglev { mix(number) as u32 } else { number as u32 }
 }
 
-/// What selects also where the payload has nothing that does.
+/// The key for payloads that have none of their own.
 pub fn by_address_and_port(source: IpAddr, port: u16) -> u32 {
     mix(fold(source) << 16 ^ u64::from(port)) as u32
 }

@@ -24,7 +24,7 @@ pub struct Forged {
     pub udp: Udp,
     /// Bytes behind the IP packet.
     pub padding: usize,
-    /// How much of the frame comes, if not all.
+    /// Length to which the frame is truncated.
     pub cut: Option<usize>,
     /// `gso_size` and `gso_segs`.
     pub gso: (u32, u32),
@@ -36,7 +36,7 @@ pub enum Ip {
     V6(V6),
 }
 
-/// What a header says of a length.
+/// Value of a length field.
 #[derive(Clone, Copy, Debug)]
 pub enum Length {
     Right,
@@ -92,7 +92,7 @@ pub struct V6 {
     pub source: Ipv6Addr,
     pub destination: Ipv6Addr,
     pub extensions: Vec<Extension>,
-    /// What follows the extension headers.
+    /// The next header value behind the extension headers.
     pub protocol: u8,
 }
 
@@ -100,9 +100,9 @@ pub struct V6 {
 #[derive(Clone, Debug)]
 pub struct Extension {
     pub kind: Kind,
-    /// How long it is, beyond the first eight bytes, in its own units.
+    /// Length beyond the first eight bytes, in its own units.
     pub units: u8,
-    /// How long it says to be, where that is something else.
+    /// Value of its length field, if it is wrong.
     pub lie: Option<u8>,
 }
 
@@ -125,7 +125,7 @@ pub struct Fragment {
     pub identification: u32,
 }
 
-/// What the IP packet carries: a UDP datagram, or what looks like one.
+/// Payload of the IP packet: a UDP datagram, or bytes that look like one.
 #[derive(Clone, Debug)]
 pub struct Udp {
     pub source: u16,
@@ -137,7 +137,7 @@ pub struct Udp {
     pub first: u16,
     /// Bytes of the IP packet behind the datagram.
     pub trailer: usize,
-    /// How much of all that is in the packet, if not all.
+    /// Length to which all that is truncated in the packet.
     pub cut: Option<usize>,
 }
 
@@ -147,7 +147,7 @@ pub enum Checksum {
     Is(u16),
     /// In one's complement.
     Off(u16),
-    /// That of the pseudo-header, to which a device is to add the rest.
+    /// Checksum of the pseudo-header; the device adds the rest.
     Unfinished,
 }
 
@@ -187,7 +187,7 @@ impl Forged {
         Forged::new(to, ip, port)
     }
 
-    /// What the UDP datagram carries.
+    /// Payload of the UDP datagram.
     pub fn payload(&self) -> Vec<u8> {
         self.udp.bytes(&[], &[])[8..].to_vec()
     }

@@ -1,4 +1,4 @@
-//! What is remembered of first fragments: for how long, how many, and what if there is no room.
+//! The table of first fragments: its size, the age of its entries, and its behaviour when full.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -26,7 +26,7 @@ struct Relay<'test> {
     ids: RuleIds,
 }
 
-/// What the program returned, and what it counted.
+/// Return value and counters of a run.
 type Fate = (i32, Vec<(u32, &'static str)>);
 
 impl Relay<'_> {
@@ -92,7 +92,7 @@ fn full_table_drops_later_fragments() {
     });
 }
 
-/// What is in the table stays there for a second at least, whatever else comes.
+/// Entries stay in the table for at least a second, whatever else arrives.
 #[test]
 fn remembered_fragments_keep_their_place() {
     Testbed::with(|testbed| {
@@ -125,7 +125,7 @@ fn oldest_fragment_makes_room() {
     });
 }
 
-/// Who sends much has the same identification again while the datagram before is remembered still.
+/// A busy sender reuses an identification while the earlier datagram is still remembered.
 #[test]
 fn reused_identification_is_another_datagram() {
     Testbed::with(|testbed| {

@@ -1,7 +1,7 @@
 //! The packet path against its specification in `reference.rs`: packets of every kind, in
 //! sequences, as those before decide about fragments. 20,000 of them, or UDPLB_FUZZ_PACKETS.
 //!
-//! What differs is printed in its smallest form, and belongs into the table of cases then.
+//! Differences are printed in their smallest form; add them to the table of cases.
 
 mod cases;
 mod receiver;
@@ -72,7 +72,7 @@ const WAYS6: [(IpAddr, usize, Option<Mac>); 6] = [
 const NEAR6: Ipv6Addr = Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 2);
 const NO_ROUTE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 2));
 
-/// What user space knows where the kernel knows something else.
+/// MAC address in user space's next hop, where the kernel has another one.
 const HELD_MAC: Mac = [2, 0, 0, 0, 9, 9];
 
 /// What the kernel takes for a frame with an IPv6 header.
@@ -339,7 +339,7 @@ fn check_each(testbed: &Testbed<'_>, host: &Host, packets: &[Forged]) -> Result<
     Ok(counted)
 }
 
-/// Whether the program did what was wanted.
+/// Checks a run against the expected outcome.
 fn is_as(
     table: &mut Table,
     wanted: &Outcome,
@@ -413,7 +413,7 @@ fn program_follows_the_specification() {
     });
 }
 
-/// What must occur among so many packets.
+/// Verdicts that must occur among this many packets.
 const VERDICTS: &[Verdict] = &[
     "forwarded",
     "fragment",

@@ -1,4 +1,4 @@
-//! How the program leaves out upstreams that are down.
+//! Exclusion of upstreams that are down.
 
 use udplb::bpf::types;
 use udplb::config::{Action, Health, Source, Strategy};

@@ -1,4 +1,4 @@
-//! What the kernel tells the sender of a datagram, and what it counts.
+//! ICMP errors that the kernel delivers to a sender, and the kernel's counters.
 
 use std::fs;
 use std::io;
@@ -43,7 +43,7 @@ pub struct SentBack {
     pub kind: (u8, u8),
     /// The MTU, if there is one.
     pub info: u32,
-    /// Who sent it.
+    /// Address of its sender.
     pub by: IpAddr,
     /// The datagram's destination and the beginning of its payload.
     pub to: SocketAddr,

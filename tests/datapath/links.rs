@@ -197,7 +197,7 @@ fn tun_ingress_is_relayed() {
     }
 }
 
-/// Whose checksums and segments are its host's to make.
+/// A guest leaves checksums and segmentation to its host.
 #[test]
 fn packets_of_a_guest_are_relayed() {
     let lab = Lab::dual(true, false);
@@ -384,7 +384,7 @@ const GROUP_KINDS: [(u16, &str, &str); 4] = [
     (5003, "block", "egress"),
 ];
 
-/// How far datagrams to a group go.
+/// TTL of datagrams to a group.
 const HOPS: i32 = 9;
 
 /// A socket that sends to groups by an interface, and hears itself.

@@ -14,7 +14,7 @@ pub const ETHERNET: usize = 14;
 pub const IP: usize = 20;
 pub const UDP: usize = 8;
 
-/// Where the fields are that some tests overwrite, in a frame without IP options.
+/// Offsets of fields that some tests overwrite, in a frame without IP options.
 pub const VERSION: usize = ETHERNET;
 pub const TOTAL_LENGTH: usize = ETHERNET + 2;
 pub const IP_CHECKSUM: usize = ETHERNET + 10;
@@ -30,7 +30,7 @@ pub enum Checksum {
     Wrong(u16),
 }
 
-/// What a frame says; [`Datagram::frame`] makes it.
+/// Fields of a frame; [`Datagram::frame`] builds it.
 #[derive(Clone, Debug)]
 pub struct Datagram {
     pub to: Mac,

@@ -36,7 +36,7 @@ use crate::testbed::{
     rule, to,
 };
 
-/// What user space knows of a neighbour, where the kernel knows something else.
+/// MAC address of a neighbour in user space's next hop, where the kernel has another one.
 const OLD_MAC: [u8; 6] = [2, 0, 0, 0, 9, 9];
 
 /// At random, of each property.
@@ -212,7 +212,7 @@ fn next_hop_that_is_down_gets_nothing() {
     });
 }
 
-/// What user space knows is of an interface that has gone since.
+/// The next hop of user space names an interface that no longer exists.
 fn no_such_interface(action: Action, fate: Fate) -> Case {
     let case = Case::new("no such interface", rule(action, Source::Vip, FAR), datagram(), fate);
     let tamper: Tamper = |program, ids| {
@@ -221,7 +221,7 @@ fn no_such_interface(action: Action, fate: Fate) -> Case {
     Case { ingress: Ingress::Closed, tamper: Some(tamper), ..case }
 }
 
-/// What user space knows is of the upstream that had the id before.
+/// The next hop of user space belongs to the previous upstream with this id.
 fn another_upstreams(action: Action) -> Case {
     let tamper: Tamper = |program, ids| {
         program.change_nexthop(ids.upstreams[0], |hop| hop.address = wire(NEAR.into()));
@@ -735,7 +735,7 @@ fn dangling_slot_is_counted() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
-/// What looks like a UDP header in them is payload.
+/// Bytes in the place of the UDP header are payload.
 #[test]
 fn later_fragments_without_a_first_pass() {
     let fate = Untouched("fragment-early", Under::Zero);
@@ -1065,7 +1065,7 @@ fn any_packet_is_rewritten_for_its_upstream() {
     });
 }
 
-/// Whatever comes: `pass` never changes it, and it is counted once at most.
+/// `pass` never changes a packet, and each is counted at most once.
 #[test]
 fn any_bytes_are_handled() {
     let damage = proptest::collection::vec((0..60_usize, any::<u8>()), 0..6);

@@ -200,7 +200,7 @@ fn small_path_mtu_behind_the_next_hop_is_answered() {
     }
 }
 
-/// What the kernel has learned for this host's own traffic counts for upstreams, while arpd vouches for the way too.
+/// Path MTUs that the kernel has learned for its own traffic apply to upstreams, also while a lease holds.
 #[test]
 fn path_mtu_of_the_kernel_holds_with_a_lease() {
     let lab = Lab::dual(false, false);

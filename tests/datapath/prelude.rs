@@ -1,4 +1,4 @@
-//! What BPF_PROG_TEST_RUN cannot do to a packet, done by a program that then tail-calls the one
+//! Changes to a packet that BPF_PROG_TEST_RUN cannot make, made by a program that then tail-calls the one
 //! under test: a VLAN tag held beside the bytes, and frames shorter than the kernel takes.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -9,10 +9,10 @@ use libbpf_sys::*;
 
 use crate::common::wire::Tag;
 
-/// What one does: it cuts the frame to a length, and gives it a tag.
+/// Changes of one prelude: a length to truncate the frame to, and a tag.
 pub type Change = (Option<usize>, Option<Tag>);
 
-/// What the prelude returns when it, not the program under test, failed.
+/// Return value of a prelude that failed itself.
 pub const FAILED: i32 = 99;
 
 /// Where the prelude leaves the tag that there is after the run: whether there is one, its control

@@ -33,28 +33,28 @@ const CHUNKS: u32 = 2;
 const ENTRIES: u32 = 256;
 const SLOT_LINES: u32 = 3200;
 
-/// Of VLAN devices, which have one of their own here.
+/// MAC address of VLAN devices, which differs from the interface's here.
 pub const VLAN_MAC: Mac = [2, 0, 0, 0, 3, 1];
 
 /// So long is a second of the program, for machines that are busy: as many of the kernel's.
 pub const SECONDS: u32 = 10;
 
-/// What there is to a packet besides its bytes.
+/// Metadata of a packet.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Context {
-    /// Where it came in.
+    /// Ingress interface.
     pub ifindex: u32,
     pub gso_size: u32,
     pub gso_segs: u32,
     pub tag: Option<Tag>,
-    /// How much of it came.
+    /// Length to which the frame is truncated.
     pub length: Option<usize>,
 }
 
-/// What became of a packet.
+/// Result of a run.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Run {
-    /// What the program returned.
+    /// Return value of the program.
     pub action: i32,
     pub frame: Vec<u8>,
     pub tag: Option<Tag>,
@@ -226,7 +226,7 @@ impl<'object> Program<'object> {
         bytes.and_then(|bytes| from_bytes(&bytes)).expect("sequences")
     }
 
-    /// What the keys of first fragments are hashed with.
+    /// The secret that hashes the keys of first fragments.
     pub fn secret(&self) -> [u64; 2] {
         self.sequences().secret
     }
@@ -248,7 +248,7 @@ impl<'object> Program<'object> {
         self.skeleton.progs.udplb.as_fd()
     }
 
-    /// What `drain` and `enable` say of an upstream, and of no other.
+    /// Sets the override of one upstream, as `drain` and `enable` do, and clears the others.
     pub fn override_state(&self, id: u32, drained: bool) {
         let [index, shift] = [id / 32, id % 32 * 2];
         let state: u64 = if drained { 1 } else { 2 };
@@ -304,7 +304,7 @@ impl<'object> Program<'object> {
         }
     }
 
-    /// How many first fragments are remembered.
+    /// Number of first fragments in the table.
     pub fn fragments(&self) -> usize {
         self.skeleton.maps.fragments.keys().count()
     }
@@ -351,7 +351,7 @@ impl<'object> Program<'object> {
         write(map, id, bytes_of(&slot));
     }
 
-    /// Whether somebody vouches for what user space knows.
+    /// Grants or ends arpd's lease.
     pub fn lease(&self, holds: bool) {
         let until = if holds { u64::MAX / 2 } else { 0 };
         let beat = types::heartbeat { until, until_ktime: 0 };
@@ -379,7 +379,7 @@ impl<'object> Program<'object> {
         }
     }
 
-    /// What was counted since the last call, over all CPUs.
+    /// Returns the counters since the last call, summed over all CPUs.
     pub fn take_counted(&self) -> Counted {
         let mut counted = Counted::new();
         for (id, chunk, index) in self.counters() {

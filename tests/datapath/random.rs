@@ -10,7 +10,7 @@ use crate::common::wire::Tag;
 use crate::forge::{Checksum, Extension, Forged, Fragment, Ip, Kind, Length, Udp, V4, V6};
 use crate::packet::Mac;
 
-/// What most packets are sent to.
+/// Destination of most packets.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {
     pub mac: Mac,

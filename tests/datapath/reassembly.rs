@@ -74,7 +74,7 @@ fn datagram(lab: &Lab, net: &Net, from: IpAddr, port: u16, length: usize, first:
     datagram
 }
 
-/// Who all have one port, one identification and for the upstream one address.
+/// Senders with the same port and identification, and the same address towards the upstream.
 #[test]
 fn senders_with_one_source_do_not_mix() {
     let lab = Lab::dual(true, false);

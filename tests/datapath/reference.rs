@@ -58,7 +58,7 @@ pub struct Way {
 /// here; that user space and the program agree on them is tested elsewhere.
 pub type Hashed = fn(&Rule, IpAddr, u16) -> usize;
 
-/// Who gets packets, and what it is counted under.
+/// A receiver of packets, and the id of its counters.
 #[derive(Clone, Copy)]
 struct Receiver<'host> {
     upstream: &'host Upstream,
@@ -89,7 +89,7 @@ pub struct Outcome {
     pub counted: Counted,
 }
 
-/// What becomes of the packet itself.
+/// Fate of the packet itself.
 #[derive(Clone, Debug, Default)]
 pub enum End {
     /// Up the stack with every byte that it came with.
@@ -119,7 +119,7 @@ pub struct Fresh {
     host: IpAddr,
     /// Several senders are one there.
     is_merged: bool,
-    /// Where the identification is in the frame.
+    /// Offset of the identification in the frame.
     field: Range<usize>,
 }
 
@@ -134,7 +134,7 @@ pub struct Answer {
     pub link: Vec<u8>,
     /// The packet that was too big or too old.
     pub about: Vec<u8>,
-    /// How much of that must be quoted.
+    /// Number of bytes that must be quoted.
     pub least: usize,
 }
 
@@ -147,7 +147,7 @@ type Datagram = (IpAddr, IpAddr, u64);
 /// A receiver: its id, and how many there are before it at its host.
 type Place = (u32, usize);
 
-/// What is remembered of first fragments.
+/// The table of first fragments.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
     /// Indices of the rule and of its upstream; none: another datagram that is no rule's has the
@@ -493,7 +493,7 @@ impl Host {
         }
     }
 
-    /// Whether some rule is for packets to this address.
+    /// Returns true if a rule has this address.
     fn has_key(&self, address: IpAddr) -> bool {
         self.rules.iter().any(|(rule, _)| self.is_address(rule, address))
     }
@@ -600,7 +600,7 @@ impl Host {
     }
 }
 
-/// What the options of an IPv4 header ask for.
+/// Route that the options of an IPv4 header demand.
 enum Route {
     Malformed,
     /// To other hosts first.

@@ -144,7 +144,7 @@ fn send(
     from
 }
 
-/// How many of the flows each receiver got.
+/// Returns the number of flows at each receiver.
 fn spread(lab: &Lab, net: &Net, flows: usize, to: &[UdpSocket; 2]) -> [usize; 2] {
     send(lab, net, net.clients[0], flows, to).map(|from| from.len())
 }
@@ -403,7 +403,7 @@ fn packets_stay_in_their_vrf() {
     expect_silence(&receivers[0]);
 }
 
-/// What is redirected is not encrypted: nothing that a policy protects may leave so.
+/// Redirected packets bypass IPsec: routes that a policy protects are refused.
 #[test]
 fn routes_with_ipsec_are_refused() {
     let lab = Lab::dual(true, true);

@@ -1,4 +1,4 @@
-//! Whom a packet goes to, and who gets copies: what tables and chance show better than a case.
+//! Selection of upstreams and copies, by tables and random flows.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -21,13 +21,13 @@ use crate::testbed::{
 const VIP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1);
 const NEAR6: Ipv6Addr = Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 2);
 
-/// Of each strategy.
+/// Number of flows for each strategy.
 const FLOWS: usize = 1000;
 
-/// Where the first upstream of a rule gets packets; the others follow.
+/// Port of a rule's first upstream; the others follow.
 const FIRST_PORT: u16 = 10_000;
 
-/// Where the UDP header begins, as no packet here has anything in between.
+/// Offset of the UDP header; no packet here has options.
 fn udp_of(frame: &[u8]) -> usize {
     if frame[14] >> 4 == 4 { 14 + 20 } else { 14 + 40 }
 }
@@ -162,7 +162,7 @@ fn key_of(rule: &Rule, (source, port, payload): &Flow) -> (u32, bool) {
     (found.unwrap_or_else(|| flow::by_address_and_port(*source, *port)), found.is_none())
 }
 
-/// Whether a metric follows the first.
+/// Returns true if a second metric follows.
 fn has_several(payload: &[u8]) -> bool {
     let lines = payload.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
     flow::metric_key(payload).is_some() && lines.count() > 1
@@ -346,7 +346,7 @@ fn random_strategy_spreads_evenly() {
     });
 }
 
-/// What the configuration drains, or `drain`, is left out; all other flows stay where they were.
+/// Drained upstreams get nothing, by configuration or `drain`; flows of others stay.
 #[test]
 fn drained_upstreams_are_left_out() {
     Testbed::with(|testbed| {
@@ -531,7 +531,7 @@ fn nearest_key_decides() {
     });
 }
 
-/// Of N packets exactly one, each receiver for itself.
+/// Exactly one of N packets, for each receiver independently.
 #[test]
 fn samples_are_exact() {
     const PACKETS: u64 = 10_000;
@@ -578,7 +578,7 @@ fn samples_are_exact() {
     });
 }
 
-/// What a packet is, sent to a receiver.
+/// Returns true if a frame is the packet as a receiver with this source gets it.
 fn is_copy(copy: &[u8], came: &[u8], source: IpAddr, payload: &[u8]) -> bool {
     let addresses = if came[14] >> 4 == 4 { 14 + 12..14 + 16 } else { 14 + 8..14 + 24 };
     let source = match source {

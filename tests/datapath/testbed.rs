@@ -98,7 +98,7 @@ fn own() -> Vec<(IpAddr, bool)> {
     own.into_iter().chain(broadcasts.map(|address| (address.into(), true))).collect()
 }
 
-/// Where a packet comes in.
+/// Ingress interface of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ingress {
     /// Forwarding is on.
@@ -115,7 +115,7 @@ pub enum Under {
     Zero,
 }
 
-/// What is to become of a packet. Each but the last names the verdict that is counted.
+/// Expected fate of a packet. Each but the last names the counted verdict.
 #[derive(Clone, Copy, Debug)]
 pub enum Fate {
     /// It, or for `pass` a copy of it, leaves for this MAC address.
@@ -176,15 +176,15 @@ pub struct Case {
     pub name: String,
     pub rule: Rule,
     pub ingress: Ingress,
-    /// What user space knows of the way to the upstream.
+    /// User space's next hop of the upstream.
     pub known: Option<Way>,
     pub tamper: Option<Tamper>,
     pub packet: Packet,
     /// A VLAN tag that is held beside the bytes.
     pub tag: Option<Tag>,
-    /// Those in the frame, the outermost first.
+    /// Tags in the frame, the outermost first.
     pub tags: Vec<Tag>,
-    /// How much of the packet comes, where that is not all.
+    /// Length to which the packet is truncated.
     pub length: Option<usize>,
     /// `gso_size` and `gso_segs`.
     pub gso: (u32, u32),
@@ -293,7 +293,7 @@ impl Case {
     }
 }
 
-/// What the program did.
+/// Result of a case.
 #[derive(PartialEq, Eq)]
 pub struct Outcome {
     pub run: Run,
@@ -337,7 +337,7 @@ fn ipv4(address: &Address) -> Ipv4Addr {
     }
 }
 
-/// What matches [`rule`].
+/// A datagram that matches [`rule`].
 pub fn datagram() -> Datagram {
     Datagram { to: RELAY_MAC, ..Datagram::new(endpoint(CLIENT, 5666), endpoint(VIP, PORTS.first)) }
 }

@@ -137,7 +137,7 @@ fn fraglist_gro_packets_arrive_as_datagrams() {
     check_merged("rx-gro-list");
 }
 
-/// What one packet is all the way is one for a receiver that asks for it.
+/// A GSO packet stays one packet up to a receiver with UDP_GRO.
 #[test]
 fn segments_stay_together_for_gro_sockets() {
     let lab = Lab::dual(true, true);

@@ -12,7 +12,7 @@ use udplb::net::qdisc::Qdisc;
 use udplb::reconcile::observe::{Interface, Observed};
 use udplb::reconcile::plan::{self, Action, Plan, Refusal};
 
-/// Who put a clsact onto an interface.
+/// Owner of an interface's clsact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
     Udplb,
@@ -91,7 +91,7 @@ impl Kernel {
         Ok(plan)
     }
 
-    /// What is refused changes nothing.
+    /// A refusal changes nothing.
     pub fn confirm(&mut self) {
         if let Ok(actions) = plan::confirm(&self.observed) {
             self.carry_out(&actions, usize::MAX);

@@ -320,7 +320,7 @@ fn missing_interface_stays_detached_until_apply() {
     lab.run("status -q").expect(0);
 }
 
-/// What was detached stays so, also where an interface was missing then.
+/// A detached configuration stays detached, also if an interface was missing.
 #[test]
 fn late_interface_after_detach_is_not_attached() {
     let lab = Lab::new();

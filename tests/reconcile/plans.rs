@@ -55,7 +55,7 @@ fn desired() -> impl Strategy<Value = Desired> {
     })
 }
 
-/// What happens to a machine. A number of steps is where a crash ends it; most come to their end.
+/// An event on a machine. The number of steps says where it crashes; most events complete.
 #[derive(Clone, Debug)]
 enum Event {
     Apply(Desired, bool, usize),
@@ -432,7 +432,7 @@ fn foreign_objects_are_refused() {
 
 type Planner<'a> = &'a (dyn Fn(&Observed) -> Result<Plan, Refusal> + Sync);
 
-/// What happens at an action.
+/// A fault at an action.
 #[derive(Clone, Copy)]
 enum Trouble {
     Failure,

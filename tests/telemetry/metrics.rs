@@ -1,4 +1,4 @@
-//! Metrics: what they say of real traffic, and that no scraper can hold up arpd.
+//! Metrics of real traffic; and scrapers, which must not delay arpd.
 
 use std::env;
 use std::io::{self, Read, Write};
@@ -100,7 +100,7 @@ fn connect(lab: &Lab) -> TcpStream {
     stream
 }
 
-/// What is answered; an error where the connection ends early.
+/// Returns the answer; an error if the connection ends early.
 fn ask(lab: &Lab, request: &str) -> io::Result<String> {
     let mut stream = connect(lab);
     stream.write_all(request.as_bytes())?;

@@ -1,4 +1,4 @@
-//! What operators see: status, its rates, top; and counters that lose nothing.
+//! Views for operators: status, rates, top; and counters that lose nothing.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -369,7 +369,7 @@ impl OnTerminal {
         until(what, || shows(self.text().split(HOME).last().expect("a frame")));
     }
 
-    /// What was on the screen, after the end.
+    /// Waits for the end of the program and returns all that was on the screen.
     fn end(mut self, wanted: i32) -> String {
         let code = self.child.wait().expect("the child").code();
         assert_eq!(code, Some(wanted));
@@ -468,7 +468,7 @@ fn top_shows_rates_and_sorts() {
     load.end();
 }
 
-/// What has arrived, without waiting.
+/// Returns the number of datagrams in the socket's buffer.
 fn arrived(socket: &UdpSocket) -> u64 {
     socket.set_nonblocking(true).expect("non-blocking");
     let mut buffer = [0; 2048];
@@ -481,7 +481,7 @@ fn find<'a>(list: &'a Value, field: &str, name: &str) -> &'a Value {
     found.unwrap_or_else(|| panic!("no {name} in {list:#}"))
 }
 
-/// Whether each verdict is counted once: the sum over all of them is what matched.
+/// Checks that each packet has one verdict: their sum is the number that matched.
 #[track_caller]
 fn expect_conserved(counters: &Value) {
     let lost = counters["not_forwarded"].as_object().cloned().unwrap_or_default();

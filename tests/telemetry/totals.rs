@@ -51,7 +51,7 @@ fn balance(upstreams: &[usize]) -> Value {
     to("balance", upstreams, &[])
 }
 
-/// What was sent to the rule, and the ends of it.
+/// Traffic of the rule, with its sockets.
 struct Flows<'lab> {
     lab: &'lab Lab,
     /// The last one's packets are too old to be sent on.
@@ -93,7 +93,7 @@ impl Flows<'_> {
         self.lab.status()["rules"][0].clone()
     }
 
-    /// What is forwarded to each host that the rule has.
+    /// Returns the packets forwarded to each host of the rule.
     fn forwarded(&self) -> BTreeMap<String, u64> {
         let rule = self.rule();
         let lists = [&rule["upstreams"], &rule["mirrors"]];
@@ -285,7 +285,7 @@ fn removed_rule_begins_at_zero() {
     flows.send(1);
 }
 
-/// What counts too much would count for ever.
+/// A packet counted twice would stay in the total for ever.
 #[test]
 fn crash_during_removal_counts_nothing_twice() {
     let lab = Lab::new();

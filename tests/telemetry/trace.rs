@@ -1,4 +1,4 @@
-//! What becomes of packets, in words: `trace`.
+//! `udplb trace`: one line for each packet or copy.
 
 use std::fs;
 use std::io::Read;
@@ -54,7 +54,7 @@ fn rules() -> Value {
 struct Trace(Child);
 
 impl Trace {
-    /// Returns once the program tells of packets.
+    /// Returns once events are traced.
     fn start(lab: &Lab, words: &str) -> Trace {
         let mut command = lab.udplb(&format!("trace {words}"));
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -70,7 +70,7 @@ impl Trace {
         assert_eq!(sent, 0, "kill: {}", std::io::Error::last_os_error());
     }
 
-    /// What it said by its end.
+    /// Waits for the end and returns the output.
     fn end(mut self) -> Outcome {
         let mut text = [String::new(), String::new()];
         self.0.stdout.take().expect("a pipe").read_to_string(&mut text[0]).expect("text");
@@ -108,7 +108,7 @@ fn masked(text: &str) -> Vec<String> {
     text.lines().map(|line| line.split(' ').map(word).collect::<Vec<_>>().join(" ")).collect()
 }
 
-/// Of an odd length.
+/// A payload of odd length.
 const PAYLOAD: &[u8] = b"eleven byte";
 
 /// One packet to each rule, and a second one that another upstream gets.

@@ -1,4 +1,4 @@
-//! What is easily got wrong, and what was: a rule, packets, and what becomes of each.
+//! Difficult cases, and all that once failed: a rule, packets, and the fate of each.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

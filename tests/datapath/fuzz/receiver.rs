@@ -56,7 +56,7 @@ fn gone(outcome: Outcome) -> Vec<Gone> {
     outcome.copies.into_iter().chain(away).collect()
 }
 
-/// What was right arrives right, and what was wrong wrong.
+/// Valid checksums stay valid, and invalid ones invalid.
 #[test]
 fn checksums_stay_valid_or_invalid() {
     for target in [UNICAST, UNICAST6] {
@@ -131,7 +131,7 @@ fn fragments(frame: &[u8], data: usize, units: usize) -> Vec<Vec<u8>> {
     pieces.iter().enumerate().map(fragment).collect()
 }
 
-/// What was cut into fragments and put together again is what would have arrived whole.
+/// A datagram sent in fragments and reassembled equals the one sent whole.
 #[test]
 fn fragments_reassemble_to_the_datagram() {
     let config = Config { cases: 500, failure_persistence: None, ..Config::default() };
@@ -185,7 +185,7 @@ fn check_fragments(
     Ok(())
 }
 
-/// What is cut for a narrow way and put together again is what would have gone by a wide one.
+/// A datagram fragmented for a small MTU and reassembled equals the one for a large MTU.
 #[test]
 fn segments_reassemble_to_the_datagram() {
     for options in 0..=10_u8 {
