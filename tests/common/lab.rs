@@ -97,6 +97,14 @@ impl Lab {
 
     /// With checksum offload between client and relay, and between relay and upstream.
     pub fn with_offload(client: bool, upstream: bool) -> Lab {
+        Lab::with_links(|lab| {
+            lab.client.link("eth0", &lab.relay, "eth0", client);
+            lab.relay.link("up0", &lab.upstream, "eth0", upstream);
+        })
+    }
+
+    /// With IPv4 addresses on the interfaces that `link` makes.
+    pub fn with_links(link: impl FnOnce(&Lab)) -> Lab {
         let lab = Lab {
             client: Namespace::new(),
             relay: Namespace::new(),
@@ -104,8 +112,7 @@ impl Lab {
             bpffs: Bpffs::new(),
             directory: Directory::new(),
         };
-        lab.client.link("eth0", &lab.relay, "eth0", client);
-        lab.relay.link("up0", &lab.upstream, "eth0", upstream);
+        link(&lab);
         lab.relay.ip("addr add 10.1.0.1/24 dev eth0");
         lab.relay.ip("addr add 10.2.0.1/24 dev up0");
         for address in CLIENTS {
