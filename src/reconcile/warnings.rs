@@ -60,6 +60,7 @@ pub fn of_this_host(
     findings.extend(stacked(config, &desired.interfaces, links, addresses));
     findings.extend(met_twice(config, &desired.interfaces, links));
     findings.extend(beyond(config, kernel::version()));
+    findings.extend(unseen(config, &desired.interfaces, links, kernel::version()));
     findings
 }
 
@@ -452,6 +453,32 @@ fn beyond(config: &Config, kernel: (u32, u32)) -> Option<Finding> {
     Some(Finding::new(&rule.at, message))
 }
 
+/// Returns the tunnels whose packets reach the filter with the tunnel's own header first, so that no rule
+/// matches: those of the kernel itself before Linux 5.14.
+fn unseen(
+    config: &Config,
+    interfaces: &[String],
+    links: &[Link],
+    kernel: (u32, u32),
+) -> Vec<Finding> {
+    let named = interfaces.iter().filter_map(|name| find_link(links.iter(), name));
+    let unseen = named.filter(|link| hides_packets(&link.kind, kernel));
+    let (major, minor) = kernel;
+    let finding = |link: &Link| {
+        let message = format!(
+            "no packet will match on the {} tunnel {}: Linux {major}.{minor} shows filters the tunnel's own \
+             header (5.14 does not); relay at its other end, or boot a later kernel",
+            link.kind, link.name
+        );
+        Finding::new(&config.interface(&link.name), message)
+    };
+    unseen.map(finding).collect()
+}
+
+fn hides_packets(kind: &str, kernel: (u32, u32)) -> bool {
+    kernel < (5, 14) && ["gre", "ip6gre", "ipip", "sit", "ip6tnl"].contains(&kind)
+}
+
 /// The bound UDP sockets of this network namespace.
 fn listeners() -> Vec<Listener> {
     let mut listeners = Vec::new();
@@ -492,7 +519,13 @@ pub fn endpoint(text: &str) -> Option<(IpAddr, u16)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Listener, listener, member6, members};
+    use super::{Listener, hides_packets, listener, member6, members};
+
+    #[test]
+    fn tunnels_hide_packets_from_filters_of_old_kernels() {
+        assert!(hides_packets("gre", (5, 10)) && hides_packets("ip6tnl", (5, 13)));
+        assert!(!hides_packets("gre", (5, 14)) && !hides_packets("wireguard", (5, 10)));
+    }
 
     #[test]
     fn lines_of_proc_net_igmp() {

@@ -14,6 +14,7 @@ mod reference;
 mod testbed;
 
 mod admission;
+mod devices;
 mod errors;
 mod fanout;
 mod fragments;
