@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde::de::value::{Error, StrDeserializer};
 
 use super::diagnostic::{Complaint, Part, Place, Problems};
-use super::node::{Entry, Node};
+use super::node::{Content, Entry, Node};
 use super::path::Trail;
 use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, Choice, Field, Number, Root, STATSD, Table};
@@ -24,8 +24,8 @@ pub(super) struct Decoded {
 }
 
 pub(super) fn decode(node: &Node<'_>) -> Decoded {
-    let root = match node {
-        Node::List(_) => Root::List,
+    let root = match &node.content {
+        Content::List(_) => Root::List,
         _ => Root::Map,
     };
     let mut decoder = Decoder {
@@ -37,9 +37,9 @@ pub(super) fn decode(node: &Node<'_>) -> Decoded {
             warnings: Vec::new(),
         },
     };
-    match node {
-        Node::List(rules) => decoder.rules(rules, &Options::default(), &Trail::ROOT),
-        Node::Map(_) => decoder.map(node),
+    match &node.content {
+        Content::List(rules) => decoder.rules(rules, &Options::default(), &Trail::ROOT),
+        Content::Map(_) => decoder.map(node),
         _ => decoder.no_root(node),
     }
     decoder.decoded
@@ -58,7 +58,7 @@ const TELEMETRY: [(u16, &str); 7] = [
 
 /// A version that is missing is complained with the other missing fields.
 fn version(node: &Node<'_>) -> Result<(), Complaint> {
-    let Node::Map(entries) = node else {
+    let Content::Map(entries) = &node.content else {
         return Ok(());
     };
     let root = Root::Map;
@@ -82,8 +82,8 @@ impl<'n, 't> Fields<'n, 't> {
             return None;
         }
         let mut entries = self.entries.iter();
-        let entry = entries.find(|(name, _)| name == field.name);
-        entry.map(|(_, value)| value)
+        let entry = entries.find(|entry| entry.name == field.name);
+        entry.map(|entry| &entry.node)
     }
 }
 
@@ -184,8 +184,8 @@ impl Decoder {
     }
 
     fn no_root(&mut self, node: &Node<'_>) {
-        let message = match node {
-            Node::Null => "the file is empty".into(),
+        let message = match &node.content {
+            Content::Null => "the file is empty".into(),
             _ => format!("expected a map or a list of rules, found {}", node.describe()),
         };
         let help =
@@ -221,11 +221,11 @@ impl Decoder {
         table: &'static Table,
         at: &Trail<'_>,
     ) -> Option<Fields<'n, 't>> {
-        let Node::Map(entries) = node else {
+        let Content::Map(entries) = &node.content else {
             let expected = scalar::expected(&format!("{} (a map)", table.what), node);
             let is_host = table.fields.iter().any(|it| std::ptr::eq(*it, &words::UPSTREAM_ADDRESS));
-            return match node {
-                Node::Text(text) if is_host => {
+            return match &node.content {
+                Content::Text(text) if is_host => {
                     let help = format!("write `address: {}`", shorten(text));
                     self.note(at, expected.map_err(|complaint: Complaint| complaint.help(help)))
                 }
@@ -233,7 +233,7 @@ impl Decoder {
             };
         };
         let root = self.decoded.root;
-        for (name, _) in entries {
+        for Entry { name, .. } in entries {
             if let Err(complaint) = table.field(name, root) {
                 let path = at.path().field(name.clone().into_owned());
                 let part = Part::Name;
@@ -243,7 +243,7 @@ impl Decoder {
         let fields = Fields { entries, root };
         for field in table.fields.iter().filter(|field| field.required) {
             // Of a misspelt field, one complaint is enough.
-            let misspelt = |(name, _): &Entry<'_>| table.nearest(name, root) == Some(field.name);
+            let misspelt = |entry: &Entry<'_>| table.nearest(&entry.name, root) == Some(field.name);
             let missing = field.is_usable(root) && fields.get(field).is_none();
             if missing && !entries.iter().any(misspelt) {
                 let message = format!("`{}` is missing", field.name);
@@ -259,8 +259,8 @@ impl Decoder {
         what: &str,
         at: &Trail<'_>,
     ) -> Option<&'n [Node<'t>]> {
-        match node {
-            Node::List(nodes) => Some(nodes),
+        match &node.content {
+            Content::List(nodes) => Some(nodes),
             _ => self.note(at, scalar::list(what, node)),
         }
     }
@@ -488,11 +488,11 @@ impl Decoder {
 
     /// Empty for any.
     fn ports(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Vec<Ports>> {
-        if matches!(node, Node::Text(text) if text == ANY) {
+        if matches!(&node.content, Content::Text(text) if text == ANY) {
             self.unless_list(at, "`any`", true)?;
             return Some(Vec::new());
         }
-        let Node::List(nodes) = node else {
+        let Content::List(nodes) = &node.content else {
             let ports = self.note(at, scalar::ports(node))?;
             self.unless_list(at, "a range of ports", ports.first != ports.last)?;
             return Some(vec![ports]);
@@ -507,7 +507,7 @@ impl Decoder {
     }
 
     fn from(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Vec<Network>> {
-        let Node::List(nodes) = node else {
+        let Content::List(nodes) = &node.content else {
             return self.note(at, scalar::networks(node)).map(|network| vec![network]);
         };
         if nodes.is_empty() {
@@ -637,9 +637,9 @@ impl Decoder {
     }
 
     fn payload(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Payload> {
-        match node {
-            Node::Text(text) if text == STATSD => return Some(Payload::Statsd),
-            Node::Map(_) => {}
+        match &node.content {
+            Content::Text(text) if text == STATSD => return Some(Payload::Statsd),
+            Content::Map(_) => {}
             _ => {
                 let what = format!("`{STATSD}`, or a map of `offset` and `length`");
                 return self.note(at, scalar::expected(&what, node));
@@ -664,8 +664,8 @@ impl Decoder {
             return Said::Nothing;
         };
         let root = self.decoded.root;
-        let word = match node {
-            Node::Text(name) => choice.word(name, root),
+        let word = match &node.content {
+            Content::Text(name) => choice.word(name, root),
             _ => scalar::expected(&choice.list(root), node),
         };
         match self.note(&at.field(choice.field.name), word.and_then(|word| variant(word.name))) {

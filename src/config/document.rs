@@ -1,10 +1,10 @@
 //! The text of a configuration file: read into a tree, and searched for the position of a value.
 //!
-//! The tree has no positions. They are looked up in the text again when there is something to say
-//! about a place, so that a good file pays nothing for them.
+//! Positions are looked up in the text again when there is something to report, so that a good file
+//! is not kept as a tree.
 
 use super::diagnostic::{Complaint, Diagnostic, Excerpt, Place, Problem, Related, Severity};
-use super::node::Node;
+use super::node::{Node, UNKNOWN};
 use super::path::Path;
 use super::{hint, toml, yaml};
 
@@ -42,16 +42,22 @@ impl Document {
         };
         node.map_err(|fault| {
             let position = Position::new(&self.text, fault.offset);
-            vec![self.diagnostic(Severity::Error, position, &fault.path, fault.complaint)]
+            let path = fault.path.unwrap_or_default();
+            vec![self.diagnostic(Severity::Error, position, &path, fault.complaint)]
         })
     }
 
-    /// Finds the lines and columns of all problems, in one pass over the text.
-    pub fn diagnose(&self, severity: Severity, problems: &[Problem]) -> Vec<Diagnostic> {
+    /// Finds the lines and columns of all problems, in `node` or by reading the text again.
+    pub fn diagnose(
+        &self,
+        severity: Severity,
+        problems: &[Problem],
+        node: Option<&Node<'_>>,
+    ) -> Vec<Diagnostic> {
         let places = problems.iter().map(|problem| &problem.at);
         let related = problems.iter().filter_map(|problem| problem.related.as_ref());
         let places: Vec<&Place> = places.chain(related.map(|(place, _)| place)).collect();
-        let mut positions = self.positions(&places);
+        let mut positions = self.positions(&places, node);
         let mut related = positions.split_off(problems.len()).into_iter();
         let diagnose = |(problem, position): (&Problem, Position)| {
             let second = problem.related.as_ref();
@@ -99,13 +105,18 @@ impl Document {
         }
     }
 
-    fn positions(&self, places: &[&Place]) -> Vec<Position> {
-        let offsets = match self.format {
-            Format::Toml => toml::find(&self.text, places),
-            Format::Yaml => yaml::find(&self.text, places),
+    fn positions(&self, places: &[&Place], node: Option<&Node<'_>>) -> Vec<Position> {
+        let again = match (node, self.format) {
+            (Some(node), _) if node.at != UNKNOWN => None,
+            (_, Format::Toml) => toml::read(&self.text).ok(),
+            (_, Format::Yaml) => yaml::read_yaml(&self.text).ok(),
         };
-        let position = |offset: Option<usize>| Position::new(&self.text, offset.unwrap_or(0));
-        offsets.into_iter().map(position).collect()
+        let node = again.as_ref().or(node);
+        let offset = |place: &&Place| match node.map_or(0, |node| node.find(place)) {
+            UNKNOWN => 0,
+            offset => offset,
+        };
+        places.iter().map(|place| Position::new(&self.text, offset(place))).collect()
     }
 }
 

@@ -27,6 +27,7 @@ mod yaml;
 
 use diagnostic::{Complaint, Problem, Problems};
 use document::Document;
+use node::Node;
 
 pub use check::{KEY_ENTRIES, RECEIVERS, UPSTREAMS};
 pub use diagnostic::{Diagnostic, Related, Severity};
@@ -67,18 +68,14 @@ impl Config {
         let mut decoded = decode::decode(&node);
         check::check(&mut decoded);
         if !decoded.problems.is_empty() {
-            let locate = |problems: &[Problem]| document.diagnose(Severity::Error, problems);
+            let locate =
+                |problems: &[Problem]| document.diagnose(Severity::Error, problems, Some(&node));
             return Err(decoded.problems.diagnose(locate));
         }
+        let warnings = diagnose(Severity::Warning, decoded.warnings, &document, Some(&node));
         drop(node);
-        let mut config = Config {
-            interfaces: decoded.interfaces,
-            rules: decoded.rules,
-            warnings: Vec::new(),
-            document,
-        };
-        config.warnings = config.warnings(decoded.warnings);
-        Ok(config)
+        let (interfaces, rules) = (decoded.interfaces, decoded.rules);
+        Ok(Config { interfaces, rules, warnings, document })
     }
 
     /// The host with this index among the destinations of the rule with that one.
@@ -96,12 +93,12 @@ impl Config {
     /// Errors of a later stage, each with its place in the file; of very many the first few and
     /// a count. Costs one pass over the file's text.
     pub fn errors(&self, findings: Vec<Finding>) -> Vec<Diagnostic> {
-        self.diagnose(Severity::Error, findings)
+        diagnose(Severity::Error, findings, &self.document, None)
     }
 
     /// Like [`Config::errors`].
     pub fn warnings(&self, findings: Vec<Finding>) -> Vec<Diagnostic> {
-        self.diagnose(Severity::Warning, findings)
+        diagnose(Severity::Warning, findings, &self.document, None)
     }
 
     /// Line and column of each place, counted from 1.
@@ -112,20 +109,25 @@ impl Config {
             related: None,
         };
         let problems: Vec<Problem> = places.iter().map(at).collect();
-        let found = self.document.diagnose(Severity::Error, &problems);
+        let found = self.document.diagnose(Severity::Error, &problems, None);
         found.into_iter().map(|found| (found.line, found.column)).collect()
     }
+}
 
-    fn diagnose(&self, severity: Severity, findings: Vec<Finding>) -> Vec<Diagnostic> {
-        if findings.is_empty() {
-            return Vec::new();
-        }
-        let mut problems = Problems::default();
-        for finding in findings {
-            problems.push(finding.at, Complaint::new(finding.message));
-        }
-        problems.diagnose(|problems| self.document.diagnose(severity, problems))
+fn diagnose(
+    severity: Severity,
+    findings: Vec<Finding>,
+    document: &Document,
+    node: Option<&Node<'_>>,
+) -> Vec<Diagnostic> {
+    if findings.is_empty() {
+        return Vec::new();
     }
+    let mut problems = Problems::default();
+    for finding in findings {
+        problems.push(finding.at, Complaint::new(finding.message));
+    }
+    problems.diagnose(|problems| document.diagnose(severity, problems, node))
 }
 
 /// What a later stage has to say about a place in the file.

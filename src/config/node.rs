@@ -2,47 +2,97 @@
 
 use std::borrow::Cow;
 
-use super::diagnostic::Complaint;
-use super::path::Path;
+use super::diagnostic::{Complaint, Part, Place};
+use super::path::{Path, Step};
 use super::quote::shorten;
 
-/// A value of the file, of whatever format.
-#[derive(Debug)]
-pub(super) enum Node<'t> {
+/// Offset of values that the parser of JSON reads.
+pub(super) const UNKNOWN: usize = usize::MAX;
+
+/// A value of the file, in any format.
+#[derive(Clone, Debug)]
+pub(super) struct Node<'t> {
+    pub content: Content<'t>,
+    /// Byte offset to point at in messages, or [`UNKNOWN`].
+    pub at: usize,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Content<'t> {
     Null,
     Bool(bool),
-    Int(i128),
+    Int(i64),
     Float(f64),
     Text(Cow<'t, str>),
-    /// TOML has dates; no field of ours has.
+    /// TOML has dates; no field takes one.
     Date,
     List(Vec<Node<'t>>),
     Map(Vec<Entry<'t>>),
 }
 
-/// A field of a map: its name and its value.
-pub(super) type Entry<'t> = (Cow<'t, str>, Node<'t>);
+/// A field of a map.
+#[derive(Clone, Debug)]
+pub(super) struct Entry<'t> {
+    pub name: Cow<'t, str>,
+    /// Byte offset of the name.
+    pub at: usize,
+    pub node: Node<'t>,
+}
 
 impl Node<'_> {
-    /// What stands there, for a message: "the number 5".
+    /// Describes the value for a message: "the number 5".
     pub fn describe(&self) -> String {
-        match self {
-            Node::Null => "nothing".into(),
-            Node::Bool(value) => format!("the boolean {value}"),
-            Node::Int(value) => format!("the number {value}"),
-            Node::Float(value) => format!("the number {value:?}"),
-            Node::Text(text) => format!("the text `{}`", shorten(text)),
-            Node::Date => "a date".into(),
-            Node::List(_) => "a list".into(),
-            Node::Map(_) => "a map".into(),
+        match &self.content {
+            Content::Null => "nothing".into(),
+            Content::Bool(value) => format!("the boolean {value}"),
+            Content::Int(value) => format!("the number {value}"),
+            Content::Float(value) => format!("the number {value:?}"),
+            Content::Text(text) => format!("the text `{}`", shorten(text)),
+            Content::Date => "a date".into(),
+            Content::List(_) => "a list".into(),
+            Content::Map(_) => "a map".into(),
         }
+    }
+
+    /// Returns the byte offset of a place; where nothing is there, that of the nearest ancestor.
+    pub fn find(&self, place: &Place) -> usize {
+        let mut here = self;
+        for (nth, step) in place.path.0.iter().enumerate() {
+            let is_last = nth + 1 == place.path.0.len();
+            here = match (&here.content, step) {
+                (Content::List(nodes), Step::Index(index)) => match nodes.get(*index) {
+                    Some(node) => node,
+                    None => return here.at,
+                },
+                (Content::Map(entries), Step::Field(field)) => {
+                    match entries.iter().find(|entry| entry.name == *field) {
+                        Some(entry) if is_last && place.part == Part::Name => return entry.at,
+                        Some(entry) => &entry.node,
+                        None => return here.at,
+                    }
+                }
+                _ => return here.at,
+            };
+        }
+        here.at
     }
 }
 
 /// Why a text cannot be read.
 pub(super) struct Fault {
     pub complaint: Complaint,
-    pub path: Path,
+    /// The value's place; none for an error of syntax.
+    pub path: Option<Path>,
     /// Byte offset into the text.
     pub offset: usize,
+}
+
+impl Fault {
+    /// Returns the error with its place seen from the value around it.
+    pub fn inside(mut self, step: Step) -> Fault {
+        if let Some(path) = &mut self.path {
+            path.0.insert(0, step);
+        }
+        self
+    }
 }

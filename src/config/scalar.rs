@@ -2,7 +2,7 @@
 
 use super::diagnostic::Complaint;
 use super::hint::is_invisible;
-use super::node::Node;
+use super::node::{Content, Node};
 use super::quote::shorten;
 use super::vocabulary::{ANY, Number};
 use super::{Host, KeyAddress, Network, Ports, host, network};
@@ -24,28 +24,28 @@ pub(super) fn expected<T>(what: &str, found: &Node<'_>) -> Result<T> {
 
 /// Refuses what is no list, and shows how it becomes one.
 pub(super) fn list<T>(what: &str, found: &Node<'_>) -> Result<T> {
-    let help = match found {
-        Node::Text(text) if what == INTERFACES => format!("write a list: `[{}]`", shorten(text)),
-        Node::Map(_) => "write it as a list: `- ` before its first field".into(),
+    let help = match &found.content {
+        Content::Text(text) if what == INTERFACES => format!("write a list: `[{}]`", shorten(text)),
+        Content::Map(_) => "write it as a list: `- ` before its first field".into(),
         _ => return expected(what, found),
     };
     expected(what, found).map_err(|complaint| complaint.help(help))
 }
 
 fn text<'n>(node: &'n Node<'_>, what: &str) -> Result<&'n str> {
-    match node {
-        Node::Text(text) => Ok(text),
+    match &node.content {
+        Content::Text(text) => Ok(text),
         _ => expected(what, node),
     }
 }
 
 pub(super) fn version(node: &Node<'_>) -> Result<()> {
-    match node {
-        Node::Int(1) => Ok(()),
-        Node::Int(other) => Err(Complaint::new(format!(
+    match &node.content {
+        Content::Int(1) => Ok(()),
+        Content::Int(other) => Err(Complaint::new(format!(
             "version {other} is unknown: this udplb understands version 1"
         ))),
-        Node::Text(text) if text == "1" => expected("the number 1", node)
+        Content::Text(text) if text == "1" => expected("the number 1", node)
             .map_err(|complaint: Complaint| complaint.help("write `version: 1`, without quotes")),
         _ => expected("the number 1", node),
     }
@@ -61,23 +61,23 @@ pub(super) fn upstream_address(node: &Node<'_>) -> Result<Host> {
 
 /// A port in host byte order, written as a number or, as people quote it, as text.
 pub(super) fn port(node: &Node<'_>) -> Result<u16> {
-    match node {
-        Node::Int(number) => port_number(*number),
-        Node::Text(text) => match number(text) {
+    match &node.content {
+        Content::Int(number) => port_number(*number),
+        Content::Text(text) => match number(text) {
             Some(number) => port_number(number),
             None if range(text).is_some() => Err(Complaint::new(format!(
                 "`{text}` is a range, and only one port can stand here"
             ))),
             None => Err(not_a_port(text)),
         },
-        Node::List(_) => Err(Complaint::new("only one port can stand here, found a list")),
+        Content::List(_) => Err(Complaint::new("only one port can stand here, found a list")),
         _ => expected("a port (1 to 65535)", node),
     }
 }
 
 /// A port or a range of ports.
 pub(super) fn ports(node: &Node<'_>) -> Result<Ports> {
-    if let Node::Text(text) = node
+    if let Content::Text(text) = &node.content
         && let Some((first, last)) = range(text)
     {
         let (first, last) = (port_number(first)?, port_number(last)?);
@@ -88,7 +88,7 @@ pub(super) fn ports(node: &Node<'_>) -> Result<Ports> {
         }
         return Ok(Ports { first, last });
     }
-    if let Node::Text(text) = node
+    if let Content::Text(text) = &node.content
         && host::means_any(text)
     {
         let help = "`port: any` matches every port";
@@ -98,19 +98,19 @@ pub(super) fn ports(node: &Node<'_>) -> Result<Ports> {
     Ok(Ports { first: port, last: port })
 }
 
-fn range(text: &str) -> Option<(i128, i128)> {
+fn range(text: &str) -> Option<(i64, i64)> {
     let (first, last) = text.split_once('-')?;
     Some((number(first.trim_end())?, number(last.trim_start())?))
 }
 
 /// Decimal digits without a leading zero, which elsewhere means octal.
-fn number(text: &str) -> Option<i128> {
+fn number(text: &str) -> Option<i64> {
     let digits = text.bytes().all(|byte| byte.is_ascii_digit());
     let plain = !text.starts_with('0') || text == "0";
     if digits && plain { text.parse().ok() } else { None }
 }
 
-fn port_number(number: i128) -> Result<u16> {
+fn port_number(number: i64) -> Result<u16> {
     match u16::try_from(number) {
         Ok(port) if port > 0 => Ok(port),
         _ => Err(Complaint::new(format!("{number} is not a UDP port (1 to 65535)"))),
@@ -123,8 +123,8 @@ fn not_a_port(text: &str) -> Complaint {
 
 /// The name of a rule or an upstream.
 pub(super) fn name(node: &Node<'_>) -> Result<String> {
-    let name = match node {
-        Node::Int(_) | Node::Float(_) | Node::Bool(_) => {
+    let name = match &node.content {
+        Content::Int(_) | Content::Float(_) | Content::Bool(_) => {
             return expected("a name", node)
                 .map_err(|complaint: Complaint| complaint.help("put it in quotes"));
         }
@@ -151,8 +151,8 @@ pub(super) fn interface(node: &Node<'_>) -> Result<String> {
 
 /// The only network of a key, where there is no list of them.
 pub(super) fn networks(node: &Node<'_>) -> Result<Network> {
-    match node {
-        Node::Text(text) if text == ANY || host::means_any(text) && text.len() < 4 => {
+    match &node.content {
+        Content::Text(text) if text == ANY || host::means_any(text) && text.len() < 4 => {
             let message = format!("`{}` is not a network", shorten(text));
             Err(Complaint::new(message).help("leave `from` out to match any sender"))
         }
@@ -166,16 +166,14 @@ pub(super) fn network(node: &Node<'_>) -> Result<Network> {
 
 /// A number that is `what`, written as one or as text.
 pub(super) fn number_of(node: &Node<'_>, what: &Number) -> Result<u32> {
-    let number = match node {
-        Node::Int(number) => Some(*number),
-        Node::Text(text) => number(text),
+    let number = match &node.content {
+        Content::Int(number) => Some(*number),
+        Content::Text(text) => number(text),
         _ => None,
     };
     let Number { what, first, last } = what;
     match number {
-        Some(number) if (i128::from(*first)..=(*last).into()).contains(&number) => {
-            Ok(number as u32)
-        }
+        Some(number) if (i64::from(*first)..=(*last).into()).contains(&number) => Ok(number as u32),
         Some(number) => Err(Complaint::new(format!("{number} is not {what} ({first} to {last})"))),
         None => expected(&format!("{what} ({first} to {last})"), node),
     }

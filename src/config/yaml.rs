@@ -1,18 +1,18 @@
 //! YAML and JSON text.
 //!
-//! The parser tells a position only with an error. So values are found by a second reading, which
-//! makes errors where they are.
+//! YAML is read from its parser's events, which carry byte offsets. Messages point at a map or list by
+//! the name of its field, at a map in a list by its first field, and at a scalar where it stands.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::fmt;
 
-use serde::de::{
-    self, Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor,
-};
-use serde_yaml::Location;
+use granit_parser::{ErrorKind, Event, Parser, ScalarStyle, ScanError, StrInput, options};
+use serde::Deserialize;
+use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
-use super::diagnostic::{Complaint, Part, Place};
-use super::node::{Entry, Fault, Node};
+use super::diagnostic::Complaint;
+use super::node::{Content, Entry, Fault, Node, UNKNOWN};
 use super::path::{Path, Step};
 use super::quote::shorten;
 
@@ -23,8 +23,11 @@ const VALUES: usize = 2_000_000;
 /// How many fields a map may have: more than any has, and few enough to compare all with all.
 pub(super) const FIELDS: usize = 64;
 
-/// How deep `[` and `{` may nest in YAML, whose parser takes quadratic time over them.
+/// How deep lists and maps may nest: deeper than any file, and shallow enough for recursion.
 const DEPTH: usize = 128;
+
+const STAR: &str =
+    "`*` refers to an anchor in YAML; to match all addresses or ports of a key, write `any`";
 
 pub(super) fn read(text: &str) -> Result<Node<'_>, Fault> {
     match read_json(text) {
@@ -33,165 +36,375 @@ pub(super) fn read(text: &str) -> Result<Node<'_>, Fault> {
     }
 }
 
-/// JSON reads ten times as fast by a parser of its own. What that does not accept, be it wrong or not
-/// JSON at all, is for the YAML parser to judge.
+/// Reads YAML, or JSON as YAML, into nodes that carry their positions.
+pub(super) fn read_yaml(text: &str) -> Result<Node<'_>, Fault> {
+    let options = options! { flow_nesting_limit: DEPTH, block_nesting_limit: DEPTH };
+    let reader = Reader {
+        parser: Parser::new_from_str_with_options(text, options),
+        text,
+        anchors: HashMap::new(),
+        count: Count::default(),
+    };
+    reader.document()
+}
+
+/// Values read so far; long strings count for several.
+#[derive(Default)]
+struct Count(usize);
+
+impl Count {
+    /// Counts a value that takes up so many bytes beside its node.
+    fn add(&mut self, bytes: usize) -> Result<(), Complaint> {
+        self.0 += 1 + bytes / 32;
+        if self.0 > VALUES {
+            let message = format!("more than {VALUES} values, counting what its aliases stand for");
+            return Err(Complaint::new(message));
+        }
+        Ok(())
+    }
+
+    fn add_all(&mut self, node: &Node<'_>) -> Result<(), Complaint> {
+        match &node.content {
+            Content::Text(text) => self.add(text.len()),
+            Content::List(nodes) => {
+                self.add(0)?;
+                nodes.iter().try_for_each(|node| self.add_all(node))
+            }
+            Content::Map(entries) => {
+                self.add(0)?;
+                entries.iter().try_for_each(|entry| {
+                    self.add(entry.name.len())?;
+                    self.add_all(&entry.node)
+                })
+            }
+            _ => self.add(0),
+        }
+    }
+}
+
+struct Reader<'t> {
+    parser: Parser<'t, StrInput<'t>>,
+    text: &'t str,
+    /// Values that aliases may stand for, by the parser's number of their anchor.
+    anchors: HashMap<usize, Node<'t>>,
+    count: Count,
+}
+
+impl<'t> Reader<'t> {
+    fn document(mut self) -> Result<Node<'t>, Fault> {
+        self.next()?;
+        let (Event::DocumentStart(..), _) = self.next()? else {
+            return Ok(Node { content: Content::Null, at: self.text.len() });
+        };
+        let (event, at) = self.next()?;
+        let node = self.node(event, at, None)?;
+        self.next()?;
+        match self.next()? {
+            (Event::DocumentStart(..), at) => {
+                let message = "a second YAML document begins here, and a configuration is one";
+                Err(fault(at, Complaint::new(message)))
+            }
+            _ => Ok(node),
+        }
+    }
+
+    /// Returns the next event and where it begins: with its tag, if it has one. Where nothing follows
+    /// the `:` of a field, it begins behind that.
+    fn next(&mut self) -> Result<(Event<'t>, usize), Fault> {
+        let (event, span) = match self.parser.next_event() {
+            Some(Ok(event)) => event,
+            Some(Err(error)) => return Err(self.syntax(&error)),
+            None => return Ok((Event::StreamEnd, self.text.len())),
+        };
+        let start = span.tag_start.as_ref().unwrap_or(&span.start);
+        let at = start.byte_offset().unwrap_or(0);
+        let is_empty = span.start == span.end && self.text[at..].starts_with(':');
+        Ok((event, at + usize::from(is_empty)))
+    }
+
+    /// Reads the value that begins with `event`. `name` is the offset of its field's name.
+    fn node(
+        &mut self,
+        event: Event<'t>,
+        at: usize,
+        name: Option<usize>,
+    ) -> Result<Node<'t>, Fault> {
+        let (content, anchor) = match event {
+            Event::Alias(anchor) => return self.alias(anchor, at),
+            Event::Scalar(text, style, anchor, tag) => {
+                self.checked(at, |count| count.add(text.len()))?;
+                let content = match tag.as_ref().map(|tag| tag.core_suffix()) {
+                    None if style == ScalarStyle::Plain => plain(text),
+                    None | Some(Some("str")) => Content::Text(text),
+                    Some(Some("bool" | "float" | "int" | "null")) => plain(text),
+                    Some(_) => return Err(tagged(at)),
+                };
+                (content, anchor)
+            }
+            Event::SequenceStart(_, anchor, tag) => match tag {
+                Some(tag) if !tag.is_yaml_core_schema_tag("seq") => return Err(tagged(at)),
+                _ => (self.list(at)?, anchor),
+            },
+            Event::MappingStart(_, anchor, tag) => match tag {
+                Some(tag) if !tag.is_yaml_core_schema_tag("map") => return Err(tagged(at)),
+                _ => (self.map(at)?, anchor),
+            },
+            // The grammar has nothing else here.
+            _ => (Content::Null, 0),
+        };
+        let at = match (&content, name) {
+            (Content::Map(_) | Content::List(_), Some(name)) => name,
+            (Content::Map(entries), None) => entries.first().map_or(at, |first| first.at),
+            _ => at,
+        };
+        let node = Node { content, at };
+        if anchor != 0 {
+            self.checked(at, |count| count.add_all(&node))?;
+            self.anchors.insert(anchor, node.clone());
+        }
+        Ok(node)
+    }
+
+    fn alias(&mut self, anchor: usize, at: usize) -> Result<Node<'t>, Fault> {
+        let Some(node) = self.anchors.get(&anchor) else {
+            let message = "this alias is part of what it stands for";
+            return Err(fault(at, Complaint::new(message).help(STAR)));
+        };
+        let counted = self.count.add_all(node);
+        let node = Node { at, ..node.clone() };
+        counted.map_err(|complaint| fault(at, complaint))?;
+        Ok(node)
+    }
+
+    fn list(&mut self, at: usize) -> Result<Content<'t>, Fault> {
+        self.checked(at, |count| count.add(0))?;
+        let mut nodes = Vec::new();
+        loop {
+            let (event, at) = self.next()?;
+            if matches!(event, Event::SequenceEnd) {
+                return Ok(Content::List(nodes));
+            }
+            let node = self.node(event, at, None);
+            nodes.push(node.map_err(|fault| fault.inside(Step::Index(nodes.len())))?);
+        }
+    }
+
+    fn map(&mut self, at: usize) -> Result<Content<'t>, Fault> {
+        self.checked(at, |count| count.add(0))?;
+        let mut entries: Vec<Entry<'t>> = Vec::new();
+        loop {
+            let (event, at) = self.next()?;
+            if matches!(event, Event::MappingEnd) {
+                return Ok(Content::Map(entries));
+            }
+            let name = self.name(event, at)?;
+            self.checked(at, |count| count.add(name.len()))?;
+            check_name(&name, &entries).map_err(|complaint| fault(at, complaint))?;
+            let (event, value_at) = self.next()?;
+            match self.node(event, value_at, Some(at)) {
+                Ok(node) => entries.push(Entry { name, at, node }),
+                Err(fault) => return Err(fault.inside(Step::Field(name.into_owned().into()))),
+            }
+        }
+    }
+
+    /// Reads the name of a field: a scalar as it is written, or an alias of text.
+    fn name(&mut self, event: Event<'t>, at: usize) -> Result<Cow<'t, str>, Fault> {
+        let name = match event {
+            Event::Scalar(text, _, anchor, None) => {
+                if anchor != 0 {
+                    let content = Content::Text(text.clone());
+                    self.anchors.insert(anchor, Node { content, at });
+                }
+                Some(text)
+            }
+            Event::Alias(anchor) => match self.anchors.get(&anchor).map(|node| &node.content) {
+                Some(Content::Text(text)) => Some(text.clone()),
+                _ => None,
+            },
+            _ => None,
+        };
+        let complaint = || Complaint::new("the name of a field must be text");
+        name.ok_or_else(|| fault(at, complaint()))
+    }
+
+    fn checked(
+        &mut self,
+        at: usize,
+        count: impl FnOnce(&mut Count) -> Result<(), Complaint>,
+    ) -> Result<(), Fault> {
+        count(&mut self.count).map_err(|complaint| fault(at, complaint))
+    }
+
+    fn syntax(&self, error: &ScanError) -> Fault {
+        let offset = error.marker().byte_offset().unwrap_or(self.text.len());
+        let (complaint, offset) = explain(self.text, offset, error.kind());
+        Fault { complaint, path: None, offset }
+    }
+}
+
+/// An error at a value that the parser takes.
+fn fault(offset: usize, complaint: Complaint) -> Fault {
+    Fault { complaint, path: Some(Path::default()), offset }
+}
+
+fn tagged(at: usize) -> Fault {
+    fault(at, Complaint::new("YAML tags have no meaning here"))
+}
+
+/// Refuses a name that a map cannot have beside those before it.
+fn check_name(name: &str, before: &[Entry<'_>]) -> Result<(), Complaint> {
+    if before.iter().any(|entry| entry.name == name) {
+        return Err(Complaint::new(format!("`{}` is given twice in one map", shorten(name))));
+    }
+    if before.len() >= FIELDS {
+        return Err(Complaint::new(format!("more than {FIELDS} fields in one map")));
+    }
+    if name == "<<" {
+        return Err(Complaint::new("merge keys (`<<`) are not supported")
+            .help("options that many rules share belong in `defaults`"));
+    }
+    Ok(())
+}
+
+/// Returns the value of a scalar without quotes, by YAML's core schema and its binary numbers.
+fn plain(text: Cow<'_, str>) -> Content<'_> {
+    match text.as_ref() {
+        "" | "~" | "null" | "Null" | "NULL" => return Content::Null,
+        "true" | "True" | "TRUE" => return Content::Bool(true),
+        "false" | "False" | "FALSE" => return Content::Bool(false),
+        ".nan" | ".NaN" | ".NAN" => return Content::Float(f64::NAN),
+        _ => {}
+    }
+    // Most texts are told by their first character.
+    let (sign, digits) = match text.strip_prefix(['-', '+']) {
+        Some(digits) => (&text[..1], digits),
+        None => ("", text.as_ref()),
+    };
+    if !digits.starts_with(|c: char| c.is_ascii_digit() || c == '.') {
+        return Content::Text(text);
+    }
+    match number(sign == "-", digits) {
+        Some(content) => content,
+        None => Content::Text(text),
+    }
+}
+
+fn number(negative: bool, digits: &str) -> Option<Content<'static>> {
+    if matches!(digits, ".inf" | ".Inf" | ".INF") {
+        return Some(Content::Float(if negative { f64::NEG_INFINITY } else { f64::INFINITY }));
+    }
+    let (radix, rest) = match digits.get(..2) {
+        Some("0x") => (16, &digits[2..]),
+        Some("0o") => (8, &digits[2..]),
+        Some("0b") => (2, &digits[2..]),
+        _ => (10, digits),
+    };
+    let has_sign = rest.starts_with(['-', '+']);
+    if !has_sign && let Ok(value) = i64::from_str_radix(rest, radix) {
+        // A leading zero means octal elsewhere.
+        let is_plain = radix != 10 || digits == "0" || !digits.starts_with('0');
+        return is_plain.then_some(Content::Int(if negative { -value } else { value }));
+    }
+    let is_octal = digits.len() > 1 && digits.bytes().all(|byte| byte.is_ascii_digit());
+    if is_octal && digits.starts_with('0') || radix != 10 {
+        return None;
+    }
+    let value: f64 = digits.parse().ok()?;
+    value.is_finite().then_some(Content::Float(if negative { -value } else { value }))
+}
+
+/// Returns the message for a parser's error, with what to do about it, and the offset to point at.
+fn explain(text: &str, offset: usize, error: &ErrorKind) -> (Complaint, usize) {
+    let (before, after) = text.split_at_checked(offset).unwrap_or((text, ""));
+    let start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    let line = text[start..].lines().next().unwrap_or_default();
+    let indent = line.len() - line.trim_start_matches([' ', '\t']).len();
+    let tab = line[..indent].find('\t').map(|nth| start + nth);
+    if let Some(tab) = tab.or(after.starts_with('\t').then_some(offset)) {
+        let complaint = Complaint::new("a tab stands where YAML takes blanks only");
+        return (complaint.help("indent with blanks"), tab);
+    }
+    let complaint = Complaint { help: help(line, after, error), ..Complaint::new(message(error)) };
+    (complaint, offset)
+}
+
+fn message(error: &ErrorKind) -> String {
+    match error {
+        ErrorKind::RecursionLimitExceeded => format!("nested deeper than {DEPTH} levels"),
+        ErrorKind::UnknownAnchor => "unknown anchor".into(),
+        ErrorKind::MissingAnchorOrAliasName => "an anchor or alias without a name".into(),
+        ErrorKind::UnexpectedCharacter { character } if character.is_control() => {
+            "control characters are not allowed".into()
+        }
+        ErrorKind::UnexpectedCharacter { character } => {
+            format!("`{character}` cannot begin a value")
+        }
+        ErrorKind::UnclosedFlowCollection { open } => format!("this `{open}` is never closed"),
+        ErrorKind::UnclosedQuotedScalar => "this quote is never closed".into(),
+        ErrorKind::MisplacedFlowCollectionEnd => "this bracket closes nothing".into(),
+        ErrorKind::MismatchedFlowCollectionEnd { open, close } => {
+            format!("`{close}` cannot close what `{open}` opened")
+        }
+        error => error.to_string(),
+    }
+}
+
+/// Returns what to do about an error in `line`, just before `after`.
+fn help(line: &str, after: &str, error: &ErrorKind) -> Option<String> {
+    // colons mean something to YAML where an IPv6 address begins or ends with them
+    if line.contains("::") {
+        return Some("put an IPv6 address that begins or ends with `:` in quotes".into());
+    }
+    if line.contains('*') {
+        return Some(STAR.into());
+    }
+    let help = match (after.chars().next(), error) {
+        (Some(c @ ('@' | '`' | '%' | '&' | '!' | '|' | '>')), _) => {
+            return Some(format!("put text that begins with `{c}` in quotes"));
+        }
+        (_, ErrorKind::MappingValueNotAllowed) => {
+            "give each field a line, or put them in braces: `{ address: 10.0.0.5, port: 53 }`"
+        }
+        (_, ErrorKind::ExpectedBlockSequenceEntry | ErrorKind::ExpectedBlockMappingKey) => {
+            "check the indentation: the fields of one map begin in one column"
+        }
+        _ => return None,
+    };
+    Some(help.into())
+}
+
+/// Reads JSON by a parser of its own, which is ten times as fast. The YAML parser judges what that one
+/// refuses, and finds positions.
 fn read_json(text: &str) -> Option<Node<'_>> {
     if !text.trim_start().starts_with(['{', '[']) {
         return None;
     }
     let mut json = serde_json::Deserializer::from_str(text);
-    let node = Reading::default().deserialize(&mut json).ok()?;
+    let node = Json(&mut Count::default()).deserialize(&mut json).ok()?;
     json.end().ok()?;
     Some(node)
 }
 
-fn read_yaml(text: &str) -> Result<Node<'_>, Fault> {
-    if let Some(offset) = too_deep(text) {
-        return Err(Fault {
-            complaint: Complaint::new(format!("nested deeper than {DEPTH} levels")),
-            path: Path::default(),
-            offset,
-        });
-    }
-    let mut documents = serde_yaml::Deserializer::from_str(text);
-    let Some(first) = documents.next() else {
-        return Ok(Node::Null);
-    };
-    let mut reading = Reading::default();
-    let node = match (&mut reading).deserialize(first) {
-        Ok(node) => node,
-        Err(error) => return Err(reading.fault(text, &error)),
-    };
-    match documents.next() {
-        None => Ok(node),
-        Some(second) => Err(another_document(text, second)),
+/// Reads any value of JSON into a [`Node`] without a position.
+struct Json<'c>(&'c mut Count);
+
+/// The name of a field, which is copied only where it has escapes.
+#[derive(Deserialize)]
+struct JsonName<'t>(#[serde(borrow)] Cow<'t, str>);
+
+impl Json<'_> {
+    fn leaf<'t, E: de::Error>(self, content: Content<'t>) -> Result<Node<'t>, E> {
+        let counted = match &content {
+            Content::Text(text) => self.0.add(text.len()),
+            _ => self.0.add(0),
+        };
+        counted.map_err(|complaint| E::custom(complaint.message))?;
+        Ok(Node { content, at: UNKNOWN })
     }
 }
 
-fn too_deep(text: &str) -> Option<usize> {
-    let mut depth = 0_usize;
-    text.bytes().position(|byte| {
-        match byte {
-            b'[' | b'{' => depth += 1,
-            b']' | b'}' => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-        depth > DEPTH
-    })
-}
-
-/// What follows a whole document is another one, or no YAML.
-fn another_document(text: &str, document: serde_yaml::Deserializer<'_>) -> Fault {
-    const SEVERAL: &str = "a second YAML document begins here, and a configuration is one";
-    // It is read as what it cannot be, for the position in the error.
-    let error = Nothing::deserialize(document).err();
-    let syntax = error.as_ref().map(message_of);
-    let syntax = syntax.filter(|message| !message.contains(NOTHING));
-    Fault {
-        complaint: Complaint::new(syntax.unwrap_or_else(|| SEVERAL.into())),
-        path: Path::default(),
-        offset: error.map_or(text.len(), |error| offset_of(text, &error)),
-    }
-}
-
-const NOTHING: &str = "nothing at all";
-
-struct Nothing;
-
-impl<'de> Deserialize<'de> for Nothing {
-    fn deserialize<D: Deserializer<'de>>(document: D) -> Result<Nothing, D::Error> {
-        document.deserialize_any(Nothing)
-    }
-}
-
-impl Visitor<'_> for Nothing {
-    type Value = Nothing;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(NOTHING)
-    }
-}
-
-/// Reads any value into a [`Node`].
-#[derive(Default)]
-struct Reading {
-    /// Values read so far; long strings count for several.
-    values: usize,
-    /// Why we, not the parser, refuse the file.
-    refusal: Option<Complaint>,
-    /// From the refused value outwards.
-    steps: Vec<Step>,
-}
-
-impl Reading {
-    fn refuse<E: de::Error>(&mut self, complaint: Complaint) -> E {
-        self.refusal = Some(complaint);
-        E::custom("refused")
-    }
-
-    /// Counts a value that takes up so many bytes.
-    fn count<E: de::Error>(&mut self, bytes: usize) -> Result<(), E> {
-        self.values += 1 + bytes / 32;
-        if self.values > VALUES {
-            let message = format!("more than {VALUES} values, counting what its aliases stand for");
-            return Err(self.refuse(Complaint::new(message)));
-        }
-        Ok(())
-    }
-
-    fn fault(mut self, text: &str, error: &serde_yaml::Error) -> Fault {
-        self.steps.reverse();
-        let offset = offset_of(text, error);
-        match self.refusal {
-            Some(complaint) => Fault { complaint, path: Path(self.steps), offset },
-            None => Fault {
-                complaint: explain(text, offset, message_of(error)),
-                path: Path::default(),
-                offset,
-            },
-        }
-    }
-}
-
-/// Adds what to do about a parser's error to its message.
-fn explain(text: &str, offset: usize, message: String) -> Complaint {
-    let before = text.get(..offset).unwrap_or(text);
-    let start = before.rfind('\n').map_or(0, |newline| newline + 1);
-    let line = text[start..].lines().next().unwrap_or_default();
-    let blank = |c: char| c == ' ' || c == '\t';
-    let indent = &line[..line.len() - line.trim_start_matches(blank).len()];
-    if indent.contains('\t') || text[before.len()..].starts_with('\t') {
-        let complaint = Complaint::new("a tab stands where YAML takes blanks only");
-        return complaint.help("indent with blanks");
-    }
-    let help = match message.as_str() {
-        "mapping values are not allowed in this context" => {
-            Some("give each field a line, or put them in braces: `{ address: 10.0.0.5, port: 53 }`")
-        }
-        _ if message.starts_with("did not find expected '-' indicator")
-            || message.starts_with("did not find expected key") =>
-        {
-            Some("check the indentation: the fields of one map begin in one column")
-        }
-        _ => None,
-    };
-    let complaint = Complaint { help: help.map(String::from), ..Complaint::new(message) };
-    match text[before.len()..].trim_start_matches('*').chars().next() {
-        // colons mean something to YAML where an IPv6 address begins or ends with them
-        _ if line.contains("::") => {
-            complaint.help("put an IPv6 address that begins or ends with `:` in quotes")
-        }
-        _ if line.contains('*') => complaint.help(
-            "`*` refers to an anchor in YAML; to match all addresses or ports of a key, write `any`",
-        ),
-        Some(c @ ('@' | '`' | '%' | '&' | '!' | '|' | '>')) => {
-            complaint.help(format!("put text that begins with `{c}` in quotes"))
-        }
-        _ => complaint,
-    }
-}
-
-impl<'de> DeserializeSeed<'de> for &mut Reading {
+impl<'de> DeserializeSeed<'de> for Json<'_> {
     type Value = Node<'de>;
 
     fn deserialize<D: Deserializer<'de>>(self, value: D) -> Result<Node<'de>, D::Error> {
@@ -199,7 +412,7 @@ impl<'de> DeserializeSeed<'de> for &mut Reading {
     }
 }
 
-impl<'de> Visitor<'de> for &mut Reading {
+impl<'de> Visitor<'de> for Json<'_> {
     type Value = Node<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -207,385 +420,49 @@ impl<'de> Visitor<'de> for &mut Reading {
     }
 
     fn visit_unit<E: de::Error>(self) -> Result<Node<'de>, E> {
-        self.count(0)?;
-        Ok(Node::Null)
-    }
-
-    fn visit_none<E: de::Error>(self) -> Result<Node<'de>, E> {
-        self.visit_unit()
+        self.leaf(Content::Null)
     }
 
     fn visit_bool<E: de::Error>(self, value: bool) -> Result<Node<'de>, E> {
-        self.count(0)?;
-        Ok(Node::Bool(value))
+        self.leaf(Content::Bool(value))
     }
 
     fn visit_i64<E: de::Error>(self, value: i64) -> Result<Node<'de>, E> {
-        self.visit_i128(value.into())
+        self.leaf(Content::Int(value))
     }
 
     fn visit_u64<E: de::Error>(self, value: u64) -> Result<Node<'de>, E> {
-        self.visit_i128(value.into())
-    }
-
-    fn visit_i128<E: de::Error>(self, value: i128) -> Result<Node<'de>, E> {
-        self.count(0)?;
-        Ok(Node::Int(value))
-    }
-
-    fn visit_u128<E: de::Error>(self, value: u128) -> Result<Node<'de>, E> {
-        match i128::try_from(value) {
-            Ok(value) => self.visit_i128(value),
-            Err(_) => self.visit_f64(value as f64),
-        }
+        let int = i64::try_from(value).map(Content::Int);
+        self.leaf(int.unwrap_or(Content::Float(value as f64)))
     }
 
     fn visit_f64<E: de::Error>(self, value: f64) -> Result<Node<'de>, E> {
-        self.count(0)?;
-        Ok(Node::Float(value))
+        self.leaf(Content::Float(value))
     }
 
     fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> Result<Node<'de>, E> {
-        self.count(0)?;
-        Ok(Node::Text(Cow::Borrowed(text)))
+        self.leaf(Content::Text(Cow::Borrowed(text)))
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<Node<'de>, E> {
-        self.count(text.len())?;
-        Ok(Node::Text(Cow::Owned(text.into())))
-    }
-
-    fn visit_enum<A: de::EnumAccess<'de>>(self, _: A) -> Result<Node<'de>, A::Error> {
-        Err(self.refuse(Complaint::new("YAML tags have no meaning here")))
+        self.leaf(Content::Text(Cow::Owned(text.into())))
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Node<'de>, A::Error> {
-        self.count(0)?;
         let mut nodes = Vec::new();
-        loop {
-            match access.next_element_seed(&mut *self) {
-                Ok(Some(node)) => nodes.push(node),
-                Ok(None) => return Ok(Node::List(nodes)),
-                Err(error) => {
-                    self.steps.push(Step::Index(nodes.len()));
-                    return Err(error);
-                }
-            }
+        while let Some(node) = access.next_element_seed(Json(self.0))? {
+            nodes.push(node);
         }
+        self.leaf(Content::List(nodes))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Node<'de>, A::Error> {
-        self.count(0)?;
-        let mut entries: Vec<Entry<'de>> = Vec::new();
-        while let Some(name) = access.next_key_seed(Name { reading: self, before: &entries })? {
-            match access.next_value_seed(&mut *self) {
-                Ok(node) => entries.push((name, node)),
-                Err(error) => {
-                    let name = name.into_owned();
-                    self.steps.push(Step::Field(name.into()));
-                    return Err(error);
-                }
-            }
+        let mut entries = Vec::new();
+        while let Some(JsonName(name)) = access.next_key()? {
+            check_name(&name, &entries).map_err(|it| de::Error::custom(it.message))?;
+            let node = access.next_value_seed(Json(self.0))?;
+            entries.push(Entry { name, at: UNKNOWN, node });
         }
-        Ok(Node::Map(entries))
-    }
-}
-
-/// Reads the name of a field. It is refused from within, so that the error's position is its own.
-struct Name<'a, 'de> {
-    reading: &'a mut Reading,
-    before: &'a [Entry<'de>],
-}
-
-impl<'de> Name<'_, 'de> {
-    fn check<E: de::Error>(self, name: &str) -> Result<(), E> {
-        self.reading.refusal = None;
-        self.reading.count(name.len())?;
-        let complaint = if self.before.iter().any(|(before, _)| before == name) {
-            let name = shorten(name);
-            Complaint::new(format!("`{name}` is given twice in one map"))
-        } else if self.before.len() >= FIELDS {
-            Complaint::new(format!("more than {FIELDS} fields in one map"))
-        } else if name == "<<" {
-            Complaint::new("merge keys (`<<`) are not supported")
-                .help("options that many rules share belong in `defaults`")
-        } else {
-            return Ok(());
-        };
-        Err(self.reading.refuse(complaint))
-    }
-}
-
-impl<'de> DeserializeSeed<'de> for Name<'_, 'de> {
-    type Value = Cow<'de, str>;
-
-    fn deserialize<D: Deserializer<'de>>(self, value: D) -> Result<Cow<'de, str>, D::Error> {
-        // Stands if what comes is a map or a list.
-        self.reading.refusal = Some(Complaint::new("the name of a field must be text"));
-        value.deserialize_str(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Name<'_, 'de> {
-    type Value = Cow<'de, str>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the name of a field")
-    }
-
-    fn visit_borrowed_str<E: de::Error>(self, name: &'de str) -> Result<Cow<'de, str>, E> {
-        self.check(name)?;
-        Ok(Cow::Borrowed(name))
-    }
-
-    fn visit_str<E: de::Error>(self, name: &str) -> Result<Cow<'de, str>, E> {
-        self.check(name)?;
-        Ok(Cow::Owned(name.into()))
-    }
-}
-
-/// The byte offsets of places; where nothing is there, of the nearest ancestor.
-///
-/// A scalar is found where it stands, a map or list at the name of its field, or in a list at its own
-/// first field.
-pub(super) fn find(text: &str, places: &[&Place]) -> Vec<Option<usize>> {
-    let mut search = Search { places, marks: vec![None; places.len()], raised: false };
-    let all: Vec<usize> = (0..places.len()).collect();
-    let root = Descend { search: &mut search, here: &all, depth: 0, in_list: true };
-    if let Some(document) = serde_yaml::Deserializer::from_str(text).next()
-        && let Err(error) = root.deserialize(document)
-    {
-        // What was found before an error counts; the text was read once, so there is none.
-        let _ = search.catch(error, &all);
-    }
-    let lines = Lines::new(text);
-    let offset = |mark: Option<Mark>| mark.map(|mark| lines.offset(mark));
-    search.marks.into_iter().map(offset).collect()
-}
-
-/// One pass over the text for several places.
-///
-/// At each scalar and name on the way it raises an error, which the parser gives a position, and
-/// catches it one level up: after a scalar the parser can go on.
-struct Search<'p> {
-    places: &'p [&'p Place],
-    /// What was found for each place, from outside inwards.
-    marks: Vec<Option<Mark>>,
-    /// Whether the error under way is ours.
-    raised: bool,
-}
-
-/// A line and a column as libyaml counts, from 1.
-type Mark = (usize, usize);
-
-impl Search<'_> {
-    /// Those of `here` that go on with a step, given by their index.
-    fn through(&self, here: &[usize], depth: usize, wanted: impl Fn(&Step) -> bool) -> Vec<usize> {
-        let goes = |place: &&usize| self.places[**place].path.0.get(depth).is_some_and(&wanted);
-        here.iter().filter(goes).copied().collect()
-    }
-
-    /// Whether a place means the name of the field at its end.
-    fn is_name(&self, place: usize, depth: usize) -> bool {
-        let place = self.places[place];
-        place.part == Part::Name && place.path.0.len() == depth + 1
-    }
-
-    fn raise<E: de::Error>(&mut self) -> E {
-        self.raised = true;
-        E::custom("found")
-    }
-
-    /// Notes the position of an error of ours; any other goes on.
-    fn catch<E: de::Error>(&mut self, error: E, places: &[usize]) -> Result<(), E> {
-        if !std::mem::take(&mut self.raised) {
-            return Err(error);
-        }
-        // Within a visitor the error's type is not known, only its text. At the very beginning of
-        // the file it says no position.
-        let text = error.to_string();
-        let position = text.rsplit_once(" at line ");
-        let position = position.and_then(|(_, rest)| rest.split_once(" column "));
-        let mark =
-            position.and_then(|(line, column)| Some((line.parse().ok()?, column.parse().ok()?)));
-        for place in places {
-            self.marks[*place] = Some(mark.unwrap_or((1, 1)));
-        }
-        Ok(())
-    }
-}
-
-/// A value on the way to places.
-struct Descend<'s, 'p> {
-    search: &'s mut Search<'p>,
-    /// The places that are here or further inside.
-    here: &'s [usize],
-    /// How many steps from the root.
-    depth: usize,
-    /// Whether this is an element, which has no name of its own.
-    in_list: bool,
-}
-
-impl<'de> DeserializeSeed<'de> for Descend<'_, '_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, value: D) -> Result<(), D::Error> {
-        // The visitor takes maps and lists only, and so the parser refuses a scalar.
-        self.search.raised = true;
-        value.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Descend<'_, '_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a map or a list")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<(), A::Error> {
-        self.search.raised = false;
-        for index in 0.. {
-            let is_this = |step: &Step| *step == Step::Index(index);
-            let inside = self.search.through(self.here, self.depth, is_this);
-            let element = if inside.is_empty() {
-                let ignored = access.next_element::<IgnoredAny>();
-                ignored.map(|element| element.map(|_| ()))
-            } else {
-                access.next_element_seed(Descend {
-                    search: self.search,
-                    here: &inside,
-                    depth: self.depth + 1,
-                    in_list: true,
-                })
-            };
-            match element {
-                Ok(Some(())) => {}
-                Ok(None) => break,
-                Err(error) => self.search.catch(error, &inside)?,
-            }
-        }
-        Ok(())
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<(), A::Error> {
-        self.search.raised = false;
-        let mut first = self.in_list;
-        loop {
-            let mut inside = Vec::new();
-            let name = access.next_key_seed(FindName {
-                search: self.search,
-                here: self.here,
-                depth: self.depth,
-                first,
-                inside: &mut inside,
-            });
-            match name {
-                Ok(Some(())) => {}
-                Ok(None) => return Ok(()),
-                Err(error) if first => self.search.catch(error, self.here)?,
-                Err(error) => self.search.catch(error, &inside)?,
-            }
-            first = false;
-            inside.retain(|place| !self.search.is_name(*place, self.depth));
-            if inside.is_empty() {
-                access.next_value::<IgnoredAny>()?;
-                continue;
-            }
-            let value = access.next_value_seed(Descend {
-                search: self.search,
-                here: &inside,
-                depth: self.depth + 1,
-                in_list: false,
-            });
-            value.or_else(|error| self.search.catch(error, &inside))?;
-        }
-    }
-}
-
-/// The name of a field on the way to places.
-struct FindName<'s, 'p> {
-    search: &'s mut Search<'p>,
-    here: &'s [usize],
-    depth: usize,
-    /// Whether its position is also that of the map.
-    first: bool,
-    /// The places that go through the field.
-    inside: &'s mut Vec<usize>,
-}
-
-impl<'de> DeserializeSeed<'de> for FindName<'_, '_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, value: D) -> Result<(), D::Error> {
-        value.deserialize_str(self)
-    }
-}
-
-impl Visitor<'_> for FindName<'_, '_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the name of a field")
-    }
-
-    fn visit_str<E: de::Error>(self, name: &str) -> Result<(), E> {
-        let is_this = |step: &Step| matches!(step, Step::Field(field) if field == name);
-        *self.inside = self.search.through(self.here, self.depth, is_this);
-        if self.first || !self.inside.is_empty() {
-            return Err(self.search.raise());
-        }
-        Ok(())
-    }
-}
-
-/// Where each line begins, by libyaml's count: more characters than `\n` end a line.
-struct Lines<'t> {
-    text: &'t str,
-    starts: Vec<usize>,
-}
-
-impl<'t> Lines<'t> {
-    fn new(text: &'t str) -> Lines<'t> {
-        let breaks = text.match_indices(['\n', '\r', '\u{85}', '\u{2028}', '\u{2029}']);
-        let ends = breaks.map(|(at, end)| (at + end.len(), end));
-        let ends = ends.filter(|(next, end)| *end != "\r" || !text[*next..].starts_with('\n'));
-        let starts = std::iter::once(0).chain(ends.map(|(next, _)| next));
-        Lines { text, starts: starts.collect() }
-    }
-
-    fn offset(&self, (line, column): Mark) -> usize {
-        let start = self.starts.get(line.saturating_sub(1));
-        let start = start.copied().unwrap_or(self.text.len());
-        let mut characters = self.text[start..].char_indices();
-        let character = characters.nth(column.saturating_sub(1));
-        character.map_or(self.text.len(), |(offset, _)| start + offset)
-    }
-}
-
-/// libyaml counts characters. Bytes that it cannot read at all it reports by their offset, and in the
-/// message only.
-fn offset_of(text: &str, error: &serde_yaml::Error) -> usize {
-    let message = error.to_string();
-    let unreadable = message.split_once(" at position ").map(|(_, rest)| rest);
-    if let Some(offset) = unreadable.and_then(|rest| rest.parse().ok()) {
-        return offset;
-    }
-    let index = error.location().map_or(0, |location| location.index());
-    let character = text.char_indices().nth(index);
-    character.map_or(text.len(), |(offset, _)| offset)
-}
-
-/// The parser's message without the position, which is shown in our own way.
-fn message_of(error: &serde_yaml::Error) -> String {
-    let message = error.to_string();
-    let position = |at: Location| format!(" at line {} column {}", at.line(), at.column());
-    let message = match error.location() {
-        Some(at) => message.replacen(&position(at), "", 1),
-        None => message,
-    };
-    match message.split_once(" at position ") {
-        Some((message, _)) => message.into(),
-        None => message,
+        self.leaf(Content::Map(entries))
     }
 }
