@@ -1,4 +1,4 @@
-//! `udplb man`: the manual pages, from the command line's definition.
+//! `udplb man`: the manual pages, from the command line's definition and the table of words.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
@@ -7,6 +7,8 @@ use std::path::Path;
 use clap::CommandFactory;
 
 use crate::cli::Cli;
+use crate::telemetry::diagnosis;
+use crate::{bpf, config};
 
 /// Sections of udplb(1) that the command line does not define.
 const SECTIONS: &str = include_str!("udplb.1.roff");
@@ -16,5 +18,21 @@ pub fn write(directory: &Path) -> io::Result<()> {
     fs::create_dir_all(directory)?;
     clap_mangen::generate_to(Cli::command(), directory)?;
     let mut page = OpenOptions::new().append(true).open(directory.join("udplb.1"))?;
-    page.write_all(SECTIONS.as_bytes())
+    page.write_all(SECTIONS.as_bytes())?;
+    fs::write(directory.join("udplb.yaml.5"), configuration())
+}
+
+/// Returns udplb.yaml(5).
+fn configuration() -> String {
+    let verdicts = bpf::VERDICTS.map(|(verdict, name)| {
+        let meaning = match bpf::is_forwarded(verdict) {
+            true => "Sent to the upstream.".into(),
+            false => {
+                let explanation = diagnosis::explain(name);
+                format!("Not sent: {}. What to do: {}.", explanation.why, explanation.fix)
+            }
+        };
+        (name, meaning)
+    });
+    config::manual(&verdicts)
 }

@@ -8,8 +8,7 @@ pub mod top;
 pub mod trace;
 
 use std::collections::BTreeMap;
-use std::io;
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 

@@ -445,7 +445,7 @@ impl Decoder {
         choice: &'static Choice,
     ) -> Option<T> {
         match said {
-            Said::Nothing => variant(choice.default(self.decoded.root)?).ok(),
+            Said::Nothing => variant(choice.default_word(self.decoded.root)?).ok(),
             said => said.value(),
         }
     }
@@ -668,7 +668,7 @@ impl Decoder {
             Content::Text(name) => choice.word(name, root),
             _ => scalar::expected(&choice.list(root), node),
         };
-        match self.note(&at.field(choice.field.name), word.and_then(|word| variant(word.name))) {
+        match self.note(&at.field(choice.field.name), word.and_then(variant)) {
             Some(value) => Said::Is(value),
             None => Said::Nonsense,
         }
@@ -682,7 +682,7 @@ mod tests {
 
     fn has_variants<T: Deserialize<'static>>(choice: &'static Choice) {
         for word in choice.words {
-            assert!(variant::<T>(word.name).is_ok(), "{}", word.name);
+            assert!(variant::<T>(word).is_ok(), "{word}");
         }
     }
 

@@ -1,5 +1,5 @@
-//! Likely causes of an error that its message cannot name: characters that look like others, and
-//! templates that nobody has filled in.
+//! Likely causes of an error that its message cannot name: slips of the pen, characters that look like
+//! others, and templates that nobody has filled in.
 
 /// Name of a character that looks like another one or like nothing, and its plain substitute.
 fn lookalike(c: char) -> Option<(&'static str, &'static str)> {
@@ -43,9 +43,41 @@ pub(super) fn advice(line: &str) -> Option<String> {
     ))
 }
 
+/// Returns the known word that `word` is probably a slip of.
+pub fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
+    /// Longer words are no slips, and cost time.
+    const LONGEST: usize = 32;
+    let folded = |word: &str| word.to_lowercase().replace('_', "-");
+    let word = folded(word);
+    let length = word.chars().count();
+    if length > LONGEST {
+        return None;
+    }
+    let slips = known.iter().map(|known| (strsim::osa_distance(&word, &folded(known)), *known));
+    let (slips, near) = slips.min()?;
+    (slips <= (length / 3).max(1) && slips < length).then_some(near)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{advice, is_invisible};
+    use super::{advice, is_invisible, nearest};
+
+    #[test]
+    fn the_nearest_word_is_suggested_for_a_slip_only() {
+        let known = ["tc_action", "strategy", "source", "port"];
+        for (slip, word) in [
+            ("tc-action", Some("tc_action")),
+            ("Strategy", Some("strategy")),
+            ("stratgey", Some("strategy")),
+            ("sources", Some("source")),
+            ("prot", Some("port")),
+            ("", None),
+            ("x", None),
+            ("weight", None),
+        ] {
+            assert_eq!(nearest(slip, &known), word, "{slip}");
+        }
+    }
 
     #[test]
     fn lookalikes_and_templates_are_named() {

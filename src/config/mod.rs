@@ -18,6 +18,7 @@ mod network;
 mod node;
 mod path;
 mod quote;
+mod reference;
 mod scalar;
 mod schema;
 mod toml;
@@ -31,16 +32,18 @@ use node::Node;
 
 pub use check::{KEY_ENTRIES, RECEIVERS, UPSTREAMS};
 pub use diagnostic::{Diagnostic, Related, Severity};
+pub use hint::nearest;
 pub use host::{Address, Family, Host, KeyAddress, upstream_refusal, with_port};
 pub use network::Network;
 pub use path::Path;
+pub use reference::{MARKS, manual, markdown};
 pub use schema::schema;
 pub use types::{
     Action, Addresses, Admission, Fragments, Hash, Health, Key, Mode, Payload, Ports, Rule, Source,
     State, Strategy, Upstream,
 };
 use vocabulary::INTERFACES;
-pub use vocabulary::{ANY, STATSD, nearest};
+pub use vocabulary::{ANY, STATSD};
 
 /// A valid configuration.
 #[derive(Clone, Debug)]

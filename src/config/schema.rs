@@ -60,7 +60,7 @@ fn property(field: &Field, root: Root) -> Value {
     };
     value["description"] = field.about.into();
     if let Shape::Choice(choice) = field.shape
-        && let Some(word) = choice.default(root)
+        && let Some(word) = choice.default_word(root)
     {
         value["default"] = word.into();
     }

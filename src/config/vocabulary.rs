@@ -1,13 +1,17 @@
-//! The words of a configuration file, each said once: decoding, suggestions and the schema read them
-//! from here.
+//! The words of a configuration file, each defined once: the decoder, suggestions, the JSON Schema,
+//! docs/configuration.md, udplb.yaml(5) and the NixOS module's check read this table.
 
 use super::diagnostic::Complaint;
+use super::hint::nearest;
 use super::quote::shorten;
 
 /// The address or port of a key that matches all.
 pub const ANY: &str = "any";
 
-/// Which of the two forms a file has.
+/// The payload's key that is the name of a StatsD metric.
+pub const STATSD: &str = "statsd";
+
+/// The two forms of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Root {
     /// The bare list of rules, which has fewer words.
@@ -20,17 +24,23 @@ pub enum Root {
 #[derive(Debug)]
 pub struct Field {
     pub name: &'static str,
+    /// Meaning, one or more sentences.
     pub about: &'static str,
     pub shape: Shape,
+    /// Value that holds where the field is missing, for people; a [`Choice`] has its own.
+    pub default: &'static str,
+    /// A value in YAML.
+    pub example: &'static str,
     pub required: bool,
+    /// True if the bare list has the field too.
     pub in_list: bool,
 }
 
-/// What a field's value is.
+/// The type of a field's value.
 #[derive(Clone, Copy, Debug)]
 pub enum Shape {
     Version,
-    /// A rule's or an upstream's name.
+    /// Name of a rule or an upstream.
     Name,
     Interfaces,
     /// An IP address or `any`; in a bare list an address.
@@ -54,7 +64,7 @@ pub enum Shape {
 /// A whole number with its limits.
 #[derive(Debug)]
 pub struct Number {
-    /// With its article: "a weight".
+    /// Name with its article: "a weight".
     pub what: &'static str,
     pub first: u32,
     pub last: u32,
@@ -63,7 +73,7 @@ pub struct Number {
 /// The fields of a map.
 #[derive(Debug)]
 pub struct Table {
-    /// What the map is, with its article: "a rule".
+    /// Name of the map with its article: "a rule".
     pub what: &'static str,
     pub fields: &'static [&'static Field],
 }
@@ -72,22 +82,17 @@ pub struct Table {
 #[derive(Debug)]
 pub struct Choice {
     pub field: Field,
-    pub words: &'static [Word],
-    /// What holds where nothing is said: in a bare list, in a map. None: what others say.
-    default_list: Option<&'static str>,
-    default_map: Option<&'static str>,
-}
-
-#[derive(Debug)]
-pub struct Word {
-    /// Also what serde calls the variant of the enum.
-    pub name: &'static str,
-    pub in_list: bool,
+    /// Also serde's names for the variants of the enum.
+    pub words: &'static [&'static str],
+    /// The words that the bare list has.
+    list_words: &'static [&'static str],
+    /// Values that hold where the field is missing: in a bare list, in a map.
+    defaults: Option<(&'static str, &'static str)>,
 }
 
 impl Field {
     const fn new(name: &'static str, shape: Shape, about: &'static str) -> Field {
-        Field { name, about, shape, required: false, in_list: false }
+        Field { name, about, shape, default: "", example: "", required: false, in_list: false }
     }
 
     const fn required(self) -> Field {
@@ -98,250 +103,183 @@ impl Field {
         Field { in_list: true, ..self }
     }
 
+    const fn default(self, default: &'static str) -> Field {
+        Field { default, ..self }
+    }
+
+    const fn example(self, example: &'static str) -> Field {
+        Field { example, ..self }
+    }
+
     pub fn is_usable(&self, root: Root) -> bool {
         root == Root::Map || self.in_list
     }
 }
 
-impl Word {
-    const fn new(name: &'static str) -> Word {
-        Word { name, in_list: false }
+impl Choice {
+    /// `this` is the static that is being defined.
+    const fn new(
+        this: &'static Choice,
+        name: &'static str,
+        words: &'static [&'static str],
+        about: &'static str,
+    ) -> Choice {
+        let field = Field::new(name, Shape::Choice(this), about);
+        Choice { field, words, list_words: &[], defaults: None }
     }
 
-    const fn in_list(self) -> Word {
-        Word { in_list: true, ..self }
+    const fn default(self, default: &'static str) -> Choice {
+        Choice { defaults: Some((default, default)), ..self }
     }
 
-    pub fn is_usable(&self, root: Root) -> bool {
-        root == Root::Map || self.in_list
+    /// The bare list has the field too, with these words and this default.
+    const fn in_list(self, list_words: &'static [&'static str], default: &'static str) -> Choice {
+        let (_, map) = match self.defaults {
+            Some(defaults) => defaults,
+            None => (default, default),
+        };
+        let field = Field { in_list: true, ..self.field };
+        Choice { field, list_words, defaults: Some((default, map)), ..self }
+    }
+
+    /// The bare list lacks the field, and this holds there.
+    const fn list_default(self, default: &'static str) -> Choice {
+        let in_list = self.field.in_list;
+        let choice = self.in_list(&[], default);
+        Choice { field: Field { in_list, ..choice.field }, ..choice }
+    }
+
+    /// Another field's value holds where this one is missing.
+    const fn inherits(self, default: &'static str) -> Choice {
+        Choice { field: self.field.default(default), ..self }
+    }
+
+    const fn example(self, example: &'static str) -> Choice {
+        Choice { field: self.field.example(example), ..self }
     }
 }
 
 pub static VERSION: Field =
-    Field::new("version", Shape::Version, "The version of this format: 1.").required();
+    Field::new("version", Shape::Version, "Version of this format: 1.").required().example("1");
 pub static INTERFACES: Field = Field::new(
     "interfaces",
     Shape::Interfaces,
-    "The network interfaces whose incoming packets are looked at. The option -i replaces them.",
-);
+    "Interfaces whose incoming packets the rules see. The option `-i` replaces them.",
+)
+.default("none")
+.example("[ens3]");
 pub static DEFAULTS: Field = Field::new(
     "defaults",
     Shape::Map(&OPTIONS_MAP),
-    "Options for all rules that do not say otherwise.",
-);
+    "Any of `options`, for the rules that do not set them.",
+)
+.example("{ source: preserve }");
 pub static RULES: Field = Field::new("rules", Shape::Maps(&RULE_MAP), "The rules.").required();
 
-pub static NAME: Field = Field::new(
-    "name",
-    Shape::Name,
-    "The rule's name, unique in the file. By default the key: `10.0.0.5:2055`.",
-);
-pub static KEY: Field =
-    Field::new("key", Shape::Map(&KEY_MAP), "What the rule matches.").required().in_list();
+pub static NAME: Field = Field::new("name", Shape::Name, "Name of the rule, unique in the file.")
+    .default("the key, as in `10.0.0.5:2055`")
+    .example("flows");
+pub static KEY: Field = Field::new("key", Shape::Map(&KEY_MAP), "Packets that the rule matches.")
+    .required()
+    .in_list()
+    .example("{ address: 10.0.0.5, port: 514 }");
 pub static OPTIONS: Field =
-    Field::new("options", Shape::Map(&OPTIONS_MAP), "How matched packets are treated.").in_list();
-pub static UPSTREAM: Field = Field::new(
-    "upstream",
-    Shape::Maps(&UPSTREAM_MAP),
-    "The hosts that matched packets are sent to.",
-)
-.required()
-.in_list();
-pub static MIRROR: Field = Field::new(
-    "mirror",
-    Shape::Maps(&MIRROR_MAP),
-    "Hosts that get a copy of each packet besides, whichever upstream it goes to.",
-);
+    Field::new("options", Shape::Map(&OPTIONS_MAP), "Treatment of the matched packets.")
+        .in_list()
+        .example("{ mode: replicate, source: preserve }");
+pub static UPSTREAM: Field =
+    Field::new("upstream", Shape::Maps(&UPSTREAM_MAP), "Hosts that matched packets are sent to.")
+        .required()
+        .in_list()
+        .example("[{ address: 10.0.9.11 }]");
+pub static MIRROR: Field = Field::new("mirror", Shape::Maps(&MIRROR_MAP), "Hosts that get a copy of each packet of a balanced rule as well, with the words of `upstream` except `weight`.").default("none").example("[{ address: 10.0.9.13, sample: 10 }]");
 
-pub static KEY_ADDRESS: Field = Field::new(
-    "address",
-    Shape::Address,
-    "The destination address of the packet; `any`: each address of the interfaces.",
-)
-.required()
-.in_list();
+pub static KEY_ADDRESS: Field = Field::new("address", Shape::Address, "Destination address of the packet: an address of this host, a multicast group or a broadcast address (neither of the two with `source: vip`). `any` is each address of the interfaces except link-local ones.").required().in_list().example("10.0.0.5");
 pub static KEY_PORT: Field = Field::new(
     "port",
     Shape::Ports,
-    "The destination port of the packet: one, a range like \"6343-6350\", a list of both, or `any`.",
+    "Destination port of the packet: a port, a range like \"6343-6350\", a list of both, or `any`.",
 )
 .required()
-.in_list();
-pub static KEY_FROM: Field = Field::new(
-    "from",
-    Shape::Networks,
-    "The senders' networks, like 10.20.0.0/16. By default any sender is matched.",
-);
+.in_list()
+.example("[2055, \"6343-6350\"]");
+pub static KEY_FROM: Field = Field::new("from", Shape::Networks, "Networks of senders; only their packets match. Of several keys with one address and port the longest prefix decides.").default("any sender").example("[10.20.0.0/16]");
 
-pub static TC_ACTION: Choice = Choice {
-    field: Field::new(
-        "tc_action",
-        Shape::Choice(&TC_ACTION),
-        "`pass` delivers the packet locally besides, `block` ends its way here.",
-    )
-    .in_list(),
-    words: &[Word::new("pass").in_list(), Word::new("block").in_list()],
-    default_list: Some("pass"),
-    default_map: Some("pass"),
-};
-pub static MODE: Choice = Choice {
-    field: Field::new(
-        "mode",
-        Shape::Choice(&MODE),
-        "Whether one upstream gets the packet (`balance`) or all of them do (`replicate`).",
-    ),
-    words: &[Word::new("balance"), Word::new("replicate")],
-    default_list: Some("balance"),
-    default_map: Some("balance"),
-};
-const SOURCES: &[Word] = &[Word::new("vip"), Word::new("preserve"), Word::new("egress")];
-pub static SOURCE: Choice = Choice {
-    field: Field::new(
-        "source",
-        Shape::Choice(&SOURCE),
-        "The source that the upstream sees: `vip` is the address that the packet was sent to, \
-         `preserve` the sender's, `egress` this host's own on the way to the upstream.",
-    ),
-    words: SOURCES,
-    default_list: Some("vip"),
-    default_map: Some("vip"),
-};
-pub static STRATEGY: Choice = Choice {
-    field: Field::new(
-        "strategy",
-        Shape::Choice(&STRATEGY),
-        "What of the packet selects its upstream.",
-    )
-    .in_list(),
-    words: &[
-        Word::new("src-port").in_list(),
-        Word::new("src-ip").in_list(),
-        Word::new("src-ip-port"),
-        Word::new("random"),
-        Word::new("payload"),
-    ],
-    default_list: Some("src-port"),
-    default_map: Some("src-ip-port"),
-};
-pub static HASH: Choice = Choice {
-    field: Field::new("hash", Shape::Choice(&HASH), "How what was selected becomes an upstream."),
-    words: &[Word::new("modulo"), Word::new("maglev")],
-    default_list: Some("modulo"),
-    default_map: Some("maglev"),
-};
-
-pub static PAYLOAD: Field = Field::new(
-    "payload",
-    Shape::WordOrMap(STATSD, &PAYLOAD_MAP),
-    "What of the payload selects the upstream, for the strategy of that name: some bytes, or the \
-     name of a StatsD metric.",
-);
-pub const STATSD: &str = "statsd";
-pub static PAYLOAD_OFFSET: Field =
-    Field::new("offset", Shape::Number(&OFFSET), "The bytes of the payload before those.")
-        .required();
+pub static TC_ACTION: Choice = Choice::new(&TC_ACTION, "tc_action", &["pass", "block"], "`pass` sends a copy to the upstream and delivers the packet here as if udplb were not there. `block` sends the packet itself; nobody here gets it.").default("pass").in_list(&["pass", "block"], "pass").example("block");
+pub static MODE: Choice = Choice::new(
+    &MODE,
+    "mode",
+    &["balance", "replicate"],
+    "`balance` sends each packet to one upstream, `replicate` to all of them.",
+)
+.default("balance")
+.example("replicate");
+const SOURCES: &[&str] = &["vip", "preserve", "egress"];
+pub static SOURCE: Choice = Choice::new(&SOURCE, "source", SOURCES, "Sender that the upstream sees: the address that the packet was sent to (`vip`), the packet's sender (`preserve`), or this host's address on the way to the upstream (`egress`).").default("vip").example("preserve");
+pub static STRATEGY: Choice = Choice::new(&STRATEGY, "strategy", &["src-port", "src-ip", "src-ip-port", "random", "payload"], "Part of the packet that selects its upstream: address or port of the sender, both, or bytes of the payload; `random` selects for each packet anew.").default("src-ip-port").in_list(&["src-port", "src-ip"], "src-port").example("src-ip");
+pub static PAYLOAD: Field = Field::new("payload", Shape::WordOrMap(STATSD, &PAYLOAD_MAP), "Bytes that the strategy `payload` selects by: the name of the first StatsD metric (`statsd`), or `offset` and `length`. A packet that is too short is selected by `src-ip-port`.").default("none").example("{ offset: 4, length: 8 }");
+pub static HASH: Choice = Choice::new(&HASH, "hash", &["modulo", "maglev"], "Mapping from the selecting part to an upstream. With `maglev` another upstream, or one less, moves few flows of the others; `modulo` goes by the place in the list.").default("maglev").list_default("modulo").example("modulo");
+pub static PAYLOAD_OFFSET: Field = Field::new(
+    "offset",
+    Shape::Number(&OFFSET),
+    "Number of bytes of the payload before the selecting ones.",
+)
+.required()
+.example("4");
 pub static OFFSET: Number = Number { what: "an offset", first: 0, last: 65_535 };
 pub static PAYLOAD_LENGTH: Field =
-    Field::new("length", Shape::Number(&LENGTH), "How many bytes are looked at.").required();
+    Field::new("length", Shape::Number(&LENGTH), "Number of selecting bytes.")
+        .required()
+        .example("8");
 pub static LENGTH: Number = Number { what: "a length", first: 1, last: 64 };
-
-pub static FRAGMENTS: Choice = Choice {
-    field: Field::new(
-        "fragments",
-        Shape::Choice(&FRAGMENTS),
-        "Whether fragments go where their first one goes (`follow`), are only delivered locally \
-         (`pass`) or are dropped (`drop`).",
-    ),
-    words: &[Word::new("follow"), Word::new("pass"), Word::new("drop")],
-    default_list: Some("follow"),
-    default_map: Some("follow"),
-};
-pub static ZERO_CHECKSUM: Choice = Choice {
-    field: Field::new(
-        "zero-checksum",
-        Shape::Choice(&ZERO_CHECKSUM),
-        "Whether UDP over IPv6 without a checksum is sent on, as tunnels send it.",
-    ),
-    words: ADMISSIONS,
-    default_list: Some("deny"),
-    default_map: Some("deny"),
-};
-pub static MARTIANS: Choice = Choice {
-    field: Field::new(
-        "martians",
-        Shape::Choice(&MARTIANS),
-        "Whether packets are sent on whose source address no router forwards.",
-    ),
-    words: ADMISSIONS,
-    default_list: Some("deny"),
-    default_map: Some("deny"),
-};
-const ADMISSIONS: &[Word] = &[Word::new("deny"), Word::new("allow")];
-pub static HEALTH: Choice = Choice {
-    field: Field::new(
-        "health",
-        Shape::Choice(&HEALTH),
-        "Whether an upstream is left out while its next hop does not answer (`neighbour`). Needs `udplb arpd`.",
-    ),
-    words: &[Word::new("off"), Word::new("neighbour")],
-    default_list: Some("off"),
-    default_map: Some("off"),
-};
+pub static HEALTH: Choice = Choice::new(
+    &HEALTH,
+    "health",
+    &["off", "neighbour"],
+    "`neighbour` leaves out an upstream while its next hop does not answer `udplb arpd`.",
+)
+.default("off")
+.example("neighbour");
+pub static FRAGMENTS: Choice = Choice::new(&FRAGMENTS, "fragments", &["follow", "pass", "drop"], "Fragments go where the first one of their datagram goes (`follow`), are only delivered here (`pass`), or are dropped (`drop`).").default("follow").example("drop");
+const ADMISSIONS: &[&str] = &["deny", "allow"];
+pub static ZERO_CHECKSUM: Choice = Choice::new(&ZERO_CHECKSUM, "zero-checksum", ADMISSIONS, "UDP over IPv6 without a checksum, as tunnels send it (RFC 6935). `allow` sends it on without one.").default("deny").example("allow");
+pub static MARTIANS: Choice = Choice::new(
+    &MARTIANS,
+    "martians",
+    ADMISSIONS,
+    "Packets whose source address no router forwards. `allow` sends them on.",
+)
+.default("deny")
+.example("allow");
 
 pub static UPSTREAM_NAME: Field =
-    Field::new("name", Shape::Name, "The upstream's name, unique in the rule.");
-pub static UPSTREAM_ADDRESS: Field =
-    Field::new("address", Shape::Host, "The upstream's IP address or host name.")
-        .required()
-        .in_list();
-pub static UPSTREAM_ADDRESSES: Choice = Choice {
-    field: Field::new(
-        "addresses",
-        Shape::Choice(&UPSTREAM_ADDRESSES),
-        "Whether one address of a host name is used (`one`), or each is an upstream of its own (`all`).",
-    ),
-    words: &[Word::new("one"), Word::new("all")],
-    default_list: Some("one"),
-    default_map: Some("one"),
-};
-pub static UPSTREAM_PORT: Field = Field::new(
-    "port",
-    Shape::Port,
-    "The upstream's port. By default the one that the packet was sent to.",
-)
-.in_list();
-
+    Field::new("name", Shape::Name, "Name of the host in output, unique in the rule.")
+        .default("address and port")
+        .example("nfcapd");
+pub static UPSTREAM_ADDRESS: Field = Field::new("address", Shape::Host, "IP address of the upstream, a link-local one with its interface (`fe80::1%ens3`), or a host name, which `apply` resolves.").required().in_list().example("10.0.9.11");
+pub static UPSTREAM_ADDRESSES: Choice = Choice::new(&UPSTREAM_ADDRESSES, "addresses", &["one", "all"], "Addresses of a host name that are used: `one`, or `all` of the rule's family, each as an upstream of its own called `NAME@ADDRESS`, up to 64.").default("one").example("all");
+pub static UPSTREAM_PORT: Field = Field::new("port", Shape::Port, "Port of the upstream.")
+    .in_list()
+    .default("the port that the packet was sent to")
+    .example("9995");
 pub static UPSTREAM_WEIGHT: Field = Field::new(
     "weight",
     Shape::Number(&WEIGHT),
-    "The upstream's share of the flows beside those of the others, 1 by default.",
-);
+    "Share of the flows beside those of the others, with `mode: balance` and `hash: maglev`.",
+)
+.default("1")
+.example("2");
 pub static WEIGHT: Number = Number { what: "a weight", first: 1, last: 10_000 };
-pub static UPSTREAM_STATE: Choice = Choice {
-    field: Field::new(
-        "state",
-        Shape::Choice(&UPSTREAM_STATE),
-        "Whether the upstream gets packets; while it is `drained`, others get its own.",
-    ),
-    words: &[Word::new("active"), Word::new("drained")],
-    default_list: Some("active"),
-    default_map: Some("active"),
-};
-pub static UPSTREAM_SOURCE: Choice = Choice {
-    field: Field::new(
-        "source",
-        Shape::Choice(&UPSTREAM_SOURCE),
-        "The source that this upstream sees. By default that of the rule.",
-    ),
-    words: SOURCES,
-    default_list: None,
-    default_map: None,
-};
-pub static UPSTREAM_SAMPLE: Field = Field::new(
-    "sample",
-    Shape::Number(&SAMPLE),
-    "N: every N-th packet is sent, for mirrors and with `mode: replicate`. 1 by default.",
-);
+pub static UPSTREAM_STATE: Choice = Choice::new(&UPSTREAM_STATE, "state", &["active", "drained"], "A `drained` upstream keeps its place, and the others get its flows. `udplb drain` and `udplb enable` override it.").default("active").example("drained");
+pub static UPSTREAM_SOURCE: Choice = Choice::new(
+    &UPSTREAM_SOURCE,
+    "source",
+    SOURCES,
+    "Sender that this upstream sees, as in `options`.",
+)
+.inherits("that of the rule")
+.example("egress");
+pub static UPSTREAM_SAMPLE: Field = Field::new("sample", Shape::Number(&SAMPLE), "N: of N packets in turn one is sent, chosen at random. For mirrors and with `mode: replicate`.").default("1").example("10");
 pub static SAMPLE: Number = Number { what: "a sampling rate", first: 1, last: 1_000_000 };
 
 pub static ROOT_MAP: Table =
@@ -431,41 +369,40 @@ impl Table {
 }
 
 impl Choice {
-    /// The word of that name, if it can be used in such a file.
-    pub fn word(&'static self, name: &str, root: Root) -> Result<&'static Word, Complaint> {
-        let word = self.words.iter().find(|word| word.name == name);
-        match word {
+    /// Returns the word of that name, if it can be used in such a file.
+    pub fn word(&'static self, name: &str, root: Root) -> Result<&'static str, Complaint> {
+        match self.words.iter().find(|word| **word == name) {
             None => Err(self.unknown(name, root)),
-            Some(word) if !word.is_usable(root) => Err(map_only(&format!("`{name}`"))),
+            Some(word) if !self.usable(root).contains(word) => Err(map_only(&format!("`{name}`"))),
             Some(word) => Ok(word),
         }
     }
 
     fn unknown(&self, name: &str, root: Root) -> Complaint {
         let names = self.usable(root);
-        let help = match nearest(name, &names) {
+        let help = match nearest(name, names) {
             Some(near) => format!("did you mean `{near}`?"),
-            None => format!("known here: {}", list(&names)),
+            None => format!("known here: {}", list(names)),
         };
         Complaint::new(format!("unknown word `{}`", shorten(name))).help(help)
     }
 
-    pub fn usable(&self, root: Root) -> Vec<&'static str> {
-        let words = self.words.iter().filter(|word| word.is_usable(root));
-        words.map(|word| word.name).collect()
+    pub fn usable(&self, root: Root) -> &'static [&'static str] {
+        match root {
+            Root::List => self.list_words,
+            Root::Map => self.words,
+        }
     }
 
-    /// What holds where nothing is said.
-    pub fn default(&self, root: Root) -> Option<&'static str> {
-        match root {
-            Root::List => self.default_list,
-            Root::Map => self.default_map,
-        }
+    /// Returns the value that holds where the field is missing; none where another field's does.
+    pub fn default_word(&self, root: Root) -> Option<&'static str> {
+        let (list, map) = self.defaults?;
+        Some(if root == Root::List { list } else { map })
     }
 
     /// All words that can be used in such a file, for a message.
     pub fn list(&self, root: Root) -> String {
-        format!("one of {}", list(&self.usable(root)))
+        format!("one of {}", list(self.usable(root)))
     }
 }
 
@@ -480,58 +417,9 @@ fn list(words: &[&str]) -> String {
     words.join(", ")
 }
 
-/// The known word that `word` is probably a slip of.
-pub fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
-    let word: Vec<char> = word.to_lowercase().replace('_', "-").chars().collect();
-    if word.len() > 32 {
-        return None;
-    }
-    let slips = |known: &str| {
-        let known: Vec<char> = known.to_lowercase().replace('_', "-").chars().collect();
-        distance(&word, &known)
-    };
-    let near = known.iter().map(|known| (slips(known), *known)).min()?;
-    (near.0 <= (word.len() / 3).max(1) && near.0 < word.len()).then_some(near.1)
-}
-
-/// How many characters to insert, delete, replace or swap with their neighbour to make `b` out of `a`.
-fn distance(a: &[char], b: &[char]) -> usize {
-    let mut older = vec![0; b.len() + 1];
-    let mut last: Vec<usize> = (0..=b.len()).collect();
-    for i in 0..a.len() {
-        let mut row = vec![i + 1; b.len() + 1];
-        for j in 0..b.len() {
-            let replaced = last[j] + usize::from(a[i] != b[j]);
-            row[j + 1] = replaced.min(last[j + 1] + 1).min(row[j] + 1);
-            if i > 0 && j > 0 && a[i] == b[j - 1] && a[i - 1] == b[j] {
-                row[j + 1] = row[j + 1].min(older[j - 1] + 1);
-            }
-        }
-        older = std::mem::replace(&mut last, row);
-    }
-    last[b.len()]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_nearest_word_is_suggested_for_a_slip_only() {
-        let known = ["tc_action", "strategy", "source", "port"];
-        for (slip, word) in [
-            ("tc-action", Some("tc_action")),
-            ("Strategy", Some("strategy")),
-            ("stratgey", Some("strategy")),
-            ("sources", Some("source")),
-            ("prot", Some("port")),
-            ("", None),
-            ("x", None),
-            ("weight", None),
-        ] {
-            assert_eq!(nearest(slip, &known), word, "{slip}");
-        }
-    }
 
     #[test]
     fn a_map_has_fewer_fields_than_a_reader_takes() {

@@ -6,7 +6,8 @@ use std::path::Path as FilePath;
 use proptest::prelude::*;
 use udplb::config::{
     Action, Addresses, Admission, Config, Diagnostic, Family, Finding, Fragments, Hash, Health,
-    Host, KeyAddress, Mode, Payload, Ports, Severity, Source, State, Strategy, schema,
+    Host, KeyAddress, MARKS, Mode, Payload, Ports, Severity, Source, State, Strategy, manual,
+    markdown, schema,
 };
 
 const SEED: &str = include_str!("../../examples/seed.yaml");
@@ -62,6 +63,32 @@ fn refused_files_have_the_expected_diagnostics() {
     for (expected, answer) in file.split("\n===== ").zip(answers.split("\n===== ")) {
         assert_eq!(expected.trim_end(), answer.trim_end());
     }
+}
+
+/// The table of words in docs/configuration.md. `UPDATE=1` writes it anew.
+#[test]
+fn documented_words_are_those_of_the_program() {
+    let path = FilePath::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
+    let file = std::fs::read_to_string(&path).unwrap();
+    let (head, rest) = file.split_once(MARKS.0).unwrap();
+    let (_, tail) = rest.split_once(MARKS.1).unwrap();
+    let fresh = [head, MARKS.0, &markdown(), MARKS.1, tail].concat();
+    if std::env::var_os("UPDATE").is_some() {
+        std::fs::write(&path, fresh).unwrap();
+        return;
+    }
+    assert_eq!(file, fresh, "stale: UPDATE=1 cargo test --test config");
+}
+
+#[test]
+fn manual_shows_every_word() {
+    let page = manual(&[("mtu", "a `-` meaning".into())]);
+    for word in
+        ["options.tc_action", "options.zero\\-checksum", "key.from", "mtu", "upstream[].weight"]
+    {
+        assert!(page.contains(&format!(".TP\n\\fB\\&{word}\\fR\n")), "{word}: {page}");
+    }
+    assert!(page.contains("\\&a \\fB\\-\\fR meaning"));
 }
 
 #[test]

@@ -51,6 +51,7 @@ INSTALLED = [
     "share/fish/vendor_completions.d/udplb.fish",
     "share/man/man1/udplb.1",
     "share/man/man1/udplb-apply.1",
+    "share/man/man5/udplb.yaml.5",
     "share/udplb/alerts.yaml",
     "share/udplb/grafana.json",
     "share/zsh/site-functions/_udplb",
