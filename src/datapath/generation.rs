@@ -198,11 +198,11 @@ fn build_in(
     })?;
     let tables = Tables::new(&draft.desired, &ids);
     let (mut state, counters_reset) = guard.ensure_maps(&skeleton)?;
-    let former = state.former.read()?;
-    let held: HashSet<u32> = others.iter().flat_map(|other| former.left(other)).collect();
+    let retired = state.retired.read()?;
+    let held: HashSet<u32> = others.iter().flat_map(|other| retired.left(other)).collect();
     let fresh = all(&ids).filter(|id| !held.contains(id));
     state.counters.prepare(&skeleton, all(&ids), fresh)?;
-    state.former.retain(guard, &held)?;
+    state.retired.retain(guard, &held)?;
     state.overrides.retain(guard, &held)?;
     state.nexthops.prepare(&skeleton, all(&ids))?;
 

@@ -29,7 +29,7 @@ use crate::datapath::generation::Origin;
 use crate::datapath::lock;
 use crate::datapath::marks::Marks;
 use crate::datapath::overrides::Overrides;
-use crate::datapath::retired::Former;
+use crate::datapath::retired::Retired;
 use crate::error::{Failure, Result};
 use crate::net::nexthop::NextHops;
 use crate::time;
@@ -344,7 +344,7 @@ impl ReadGuard {
         let marks = Marks::new(open("marks")?);
         Ok(whole.then_some(StateMaps {
             counters,
-            former: Former::new(open("retired")?),
+            retired: Retired::new(open("retired")?),
             nexthops,
             heartbeat,
             held,
@@ -459,7 +459,7 @@ impl WriteGuard {
         let counters = ensure(&state, "counters", &maps.counters, Some(chunk.as_fd()))?;
         let chunk = create(&maps.nexthops_chunk, None)?;
         let nexthops = ensure(&state, "nexthops", &maps.nexthops, Some(chunk.as_fd()))?;
-        let former = ensure(&state, "retired", &maps.retired, None)?;
+        let retired = ensure(&state, "retired", &maps.retired, None)?;
         let heartbeat = ensure(&state, "heartbeat", &maps.heartbeat, None)?;
         let held = ensure(&state, "held", &maps.held, None)?;
         let pending = Some(ensure(&state, "pending", &maps.pending, None)?);
@@ -483,7 +483,7 @@ impl WriteGuard {
         let nexthops = NextHops::open(nexthops, &state)?;
         let maps = StateMaps {
             counters,
-            former: Former::new(Some(former)),
+            retired: Retired::new(Some(retired)),
             nexthops,
             heartbeat,
             held,
@@ -612,7 +612,7 @@ fn ensure(
 /// The maps that outlive generations.
 pub struct StateMaps {
     pub counters: Counters,
-    pub former: Former,
+    pub retired: Retired,
     pub nexthops: NextHops,
     /// The lease of the next hops.
     pub heartbeat: MapHandle,

@@ -12,16 +12,16 @@ use crate::datapath::generation::Generation;
 use crate::datapath::pins::WriteGuard;
 
 /// The table of it, by rule id. There is one writer, whoever holds the guard.
-pub struct Former(Option<MapHandle>);
+pub struct Retired(Option<MapHandle>);
 
 /// What is in the table; few rules are.
 pub struct Sums(HashMap<u32, types::retired>);
 
-impl Former {
+impl Retired {
     /// Without a map, as an earlier udplb leaves it, nothing was kept and nothing is until the next
     /// generation is built.
-    pub fn new(map: Option<MapHandle>) -> Former {
-        Former(map)
+    pub fn new(map: Option<MapHandle>) -> Retired {
+        Retired(map)
     }
 
     pub fn read(&self) -> anyhow::Result<Sums> {

@@ -334,7 +334,7 @@ impl<'a> Executor<'a> {
         let (gone, others): (Vec<_>, Vec<_>) =
             self.generations().partition(|it| it.number == number);
         if let (Some(maps), [gone]) = (self.guard.maps()?, &gone[..]) {
-            maps.former.keep(self.guard, &maps.counters, gone, &others)?;
+            maps.retired.keep(self.guard, &maps.counters, gone, &others)?;
         }
         generation::drop(self.guard, number)
     }

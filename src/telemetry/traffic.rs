@@ -38,12 +38,12 @@ impl Traffic {
     ) -> anyhow::Result<Traffic> {
         let most = generations.values().flat_map(Generation::ids).max().unwrap_or(0);
         let by_id = maps.counters.read(most)?;
-        let former = maps.former.read()?;
+        let retired = maps.retired.read()?;
         let mut counting = Vec::new();
         for generation in generations.values() {
             for (rule, upstreams) in generation.counting() {
                 counting.push((rule, rule));
-                if !former.has(generation, rule) {
+                if !retired.has(generation, rule) {
                     counting.extend(upstreams.iter().map(|id| (rule, *id)));
                 }
             }
@@ -55,7 +55,7 @@ impl Traffic {
         let mut rules: Vec<(u32, Counts)> = Vec::new();
         for (rule, id) in counting {
             if rules.last().is_none_or(|(last, _)| *last != rule) {
-                rules.push((rule, former.of(rule)));
+                rules.push((rule, retired.of(rule)));
             }
             if let Some((_, counts)) = rules.last_mut() {
                 *counts += by_id[id as usize];
