@@ -204,8 +204,9 @@ def steps(text: str) -> list[tuple[str, str, list[str]]]:
 
 
 def masked(line: str) -> str:
-    """The line without what differs from run to run: numbers, MAC addresses, bars and widths of columns."""
+    """The line without what differs from run to run: numbers, MAC addresses, states of neighbours, bars, widths."""
     line = re.sub(r"\b[0-9a-f]{2}(:[0-9a-f]{2}){5}\b", "MAC", line)
+    line = re.sub(r"\b(REACHABLE|STALE|DELAY|PROBE)\b", "NUD", line)
     line = re.sub(r"\d+ms\b|\d+[smhd]\b", "AGE", line)
     line = re.sub(r"-?\d[\d.,:TZ-]*", "0", line)
     line = re.sub(r"[▁▂▃▄▅▆▇█]+", "", line)
