@@ -64,8 +64,11 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	default:
 		return TC_ACT_UNSPEC;
 	}
-	if (!rule)
+	if (!rule) {
+		trace_unmatched(skb, l2, l2 - sizeof(struct ethhdr) + pkt_l4_offset(&pkt),
+				pkt_has(&pkt, PKT_F_IPV6));
 		return TC_ACT_UNSPEC;
+	}
 	if (!l2 || skb->vlan_present)
 		return l2 ? slowpath_ethernet(skb) : slowpath_l3(skb);
 	if (!is_for_us(skb)) {

@@ -312,6 +312,9 @@ pub struct Trace {
     /// Only what was not sent on.
     #[arg(long)]
     pub drops: bool,
+    /// Instead, UDP packets to this host that no rule takes, and why.
+    #[arg(long, conflicts_with_all = ["rule", "drops"])]
+    pub unmatched: bool,
     /// End after so many lines.
     #[arg(short, long, value_name = "N", value_parser = at_least_one::<u64>)]
     pub count: Option<u64>,

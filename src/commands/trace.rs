@@ -2,10 +2,10 @@
 //! `state/tracing` runs, which is renewed here; whoever is killed lets it run out.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, BufWriter, ErrorKind, Write};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -62,11 +62,16 @@ pub async fn run(
     };
     let beginning = beginning(options, description, serving.number);
     let alone = alone(&guard.generations())?;
+    let own = match options.unmatched {
+        true => Some(own_addresses(netlink).await?),
+        false => None,
+    };
     let mut printer = Printer::new(global, options, colour)?;
     observed.generations.into_values().for_each(|generation| printer.names.add(generation));
     let mut signals = Signals::new().context("signals")?;
     let settings = settings(options, rule);
-    let mut session = Session::new(maps.tracing, alone, guard.state().join("tracing"), settings)?;
+    let pin = guard.state().join("tracing");
+    let mut session = Session::new(maps.tracing, alone, pin, settings, own)?;
     drop(guard);
     if !global.quiet {
         say(beginning);
@@ -115,10 +120,19 @@ pub async fn run(
     Ok(Some(printer.count))
 }
 
+/// Returns the addresses that this host receives packets for, broadcast addresses among them.
+async fn own_addresses(netlink: &Netlink) -> Result<HashSet<IpAddr>> {
+    let addresses = netlink.addresses().await.context("addresses")?;
+    let all = Some(IpAddr::V4(Ipv4Addr::BROADCAST));
+    let received = addresses.into_iter().flat_map(|own| [Some(own.address), own.broadcast, all]);
+    Ok(received.flatten().collect())
+}
+
 /// What is traced, in a line.
 fn beginning(options: &Trace, description: &Description, number: u32) -> String {
-    let Trace { rule, src, dst, drops, sample, count, .. } = options;
+    let Trace { rule, src, dst, drops, unmatched, sample, count, .. } = options;
     let mut text = match (drops, rule) {
+        _ if *unmatched => "tracing packets to this host that no rule takes".into(),
         (true, Some(rule)) => format!("tracing packets of rule {rule} that are not sent"),
         (true, None) => "tracing packets that are not sent".into(),
         (false, Some(rule)) => format!("tracing packets of rule {rule}"),
@@ -159,7 +173,11 @@ fn settings(options: &Trace, rule: u32) -> types::trace {
     types::trace {
         rule,
         sample: options.sample,
-        drops: options.drops.into(),
+        traced: match (options.unmatched, options.drops) {
+            (true, _) => types::traced::TRACED_UNMATCHED,
+            (false, true) => types::traced::TRACED_DROPS,
+            (false, false) => types::traced::TRACED_ALL,
+        },
         frames: options.pcap.is_some().into(),
         source_bits,
         destination_bits,
@@ -214,6 +232,8 @@ struct Session {
     /// Of the pin: whether it is still this map.
     inode: u64,
     settings: types::trace,
+    /// This host's addresses, if only packets to them are wanted.
+    own: Option<HashSet<IpAddr>>,
     started: u64,
     renewed: Instant,
     lost: u64,
@@ -227,6 +247,7 @@ impl Session {
         alone: File,
         pin: PathBuf,
         settings: types::trace,
+        own: Option<HashSet<IpAddr>>,
     ) -> anyhow::Result<Session> {
         let inode = fs::metadata(&pin).with_context(|| pin.display().to_string())?.ino();
         let (started, renewed) = (now(), Instant::now());
@@ -236,6 +257,7 @@ impl Session {
             pin,
             inode,
             settings,
+            own,
             started,
             renewed,
             lost: 0,
@@ -289,7 +311,12 @@ impl Session {
         let within = |network: Option<Network>, address: IpAddr| {
             network.is_none_or(|network| network.contains(address))
         };
+        let is_own = |address: IpAddr| {
+            let own = self.own.as_ref();
+            own.is_none_or(|own| own.contains(&address) || address.is_multicast())
+        };
         event.0.time >= self.started
+            && is_own(event.destination())
             && within(options.src, event.source())
             && within(options.dst, event.destination())
     }

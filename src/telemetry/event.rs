@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::CStr;
 use std::fmt;
 use std::mem::offset_of;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use schemars::JsonSchema;
@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::bpf::{VERDICTS, from_bytes, is_forwarded, types};
 use crate::config::{Mode, Strategy, with_port};
 use crate::datapath::generation::Generation;
+use crate::desired::miss::{self, Miss};
 use crate::desired::{Rule, Upstream, diff};
 use crate::net::nexthop::unwire;
 use crate::time;
@@ -20,6 +21,9 @@ use crate::time;
 /// As it came from the ring buffer; without the frames where they were not asked for.
 #[derive(Clone, Copy, Debug)]
 pub struct Event(pub types::event);
+
+/// The verdict of a packet that no rule takes.
+const UNMATCHED: &str = "unmatched";
 
 impl Event {
     /// `None`: it is none.
@@ -60,6 +64,9 @@ impl Event {
     }
 
     pub fn verdict(&self) -> &'static str {
+        if self.0.verdict == types::verdict::VERDICT_UNMATCHED {
+            return UNMATCHED;
+        }
         let name = VERDICTS.iter().find(|(verdict, _)| *verdict == self.0.verdict);
         name.map_or("unknown", |(_, name)| *name)
     }
@@ -159,6 +166,15 @@ impl Names {
         self.interfaces.entry(index).or_insert_with(|| interface(index)).clone()
     }
 
+    /// Returns the rules that come nearest to an unmatched packet.
+    fn misses(&self, event: &Event, interface: &str) -> Vec<Miss> {
+        let words = self.generations.get(&event.0.generation);
+        let Some(words) = words.filter(|_| event.0.rule == 0) else { return Vec::new() };
+        let destination = SocketAddr::new(event.destination(), u16::from_be(event.0.port));
+        let desired = &words.generation.description.desired;
+        miss::explain(desired, event.source(), destination, interface)
+    }
+
     /// In words; `since_1970` is how far the time of day is ahead of the events' clock.
     pub fn account(&mut self, event: &Event, since_1970: Duration) -> Account {
         let time = since_1970 + Duration::from_nanos(event.0.time);
@@ -175,9 +191,9 @@ impl Names {
         Account {
             time: time::exact(time),
             time_of_day: time::time_of_day(time),
-            interface,
             generation: event.0.generation,
-            rule: or_id(rule.map(|rule| rule.name.clone()), event.0.rule),
+            rule: (event.0.rule != 0)
+                .then(|| or_id(rule.map(|rule| rule.name.clone()), event.0.rule)),
             source: event.endpoint(event.source(), event.0.source_port),
             destination: event.endpoint(event.destination(), event.0.port),
             length: event.0.length,
@@ -194,6 +210,8 @@ impl Names {
             sent: event.is_sent(),
             verdict: event.verdict(),
             endpoint: sent_to(upstream.map(|(upstream, _)| diff::endpoint(upstream))),
+            misses: self.misses(event, &interface),
+            interface,
         }
     }
 }
@@ -237,7 +255,8 @@ pub struct Account {
     time_of_day: String,
     pub interface: String,
     pub generation: u32,
-    pub rule: String,
+    /// `None`: no rule takes the packet.
+    pub rule: Option<String>,
     pub source: String,
     pub destination: String,
     /// Of the frame.
@@ -254,11 +273,16 @@ pub struct Account {
     pub verdict: &'static str,
     #[serde(skip)]
     endpoint: Option<String>,
+    /// Of an unmatched packet, the rules that come nearest.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(default)]
+    pub misses: Vec<Miss>,
 }
 
 impl fmt::Display for Account {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Account { time_of_day, interface, rule, source, destination, length, .. } = self;
+        let Account { time_of_day, interface, source, destination, length, .. } = self;
+        let rule = self.rule.as_deref().unwrap_or("-");
         write!(f, "{time_of_day} {interface} {rule} {source} > {destination} length {length}")?;
         if self.fragment {
             write!(f, " fragment")?;
@@ -282,6 +306,10 @@ impl fmt::Display for Account {
                 text.map_or(Ok(()), |text| write!(f, "{word}{text}"))?;
             }
         }
-        write!(f, " {}", self.verdict)
+        write!(f, " {}", self.verdict)?;
+        match self.misses.first() {
+            Some(Miss { rule, text, .. }) => write!(f, ": rule {rule} {text}"),
+            None => Ok(()),
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Read;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -383,4 +383,65 @@ fn lost_events_are_counted() {
         let lost: u64 = words[2].parse().unwrap_or(0);
         assert!(lost > 0 && shown + lost == count, "{outcome:?}");
     }
+}
+
+/// A datagram to a socket of the relay in both families, which no rule takes: the reason is shown, and neither
+/// what a rule takes nor what is routed on.
+#[test]
+fn unmatched_packets_are_shown_with_the_reason() {
+    let lab = Lab::dual(true, false);
+    let mut rules = [V4, V6].map(|net| {
+        let name = if net.is_ipv6() { "six" } else { "four" };
+        net.rule(
+            name,
+            5000,
+            json!({ "tc_action": "block" }),
+            &[json!({ "address": net.upstreams[0] })],
+        )
+    });
+    rules[0]["key"]["from"] = json!(CLIENTS[0]);
+    lab.apply(&config(&rules));
+    let trace = Trace::start(&lab, "--unmatched -c 4 -o json");
+    let send = |from: IpAddr, to: IpAddr, port: u16| {
+        bind(&lab.client, from, 5666).send_to(b"lost", (to, port)).expect("sent");
+    };
+    lab.client.ip("route add 10.2.0.0/24 via 10.1.0.1");
+    // no trace shows these: a rule takes them, or they are for another host
+    send(V4.clients[0], V4.key, 5000);
+    send(V4.clients[0], V4.upstreams[1], 5000);
+    send(V4.clients[1], V4.key, 5000);
+    send(V4.clients[0], V4.key, 5001);
+    send(V4.clients[0], V4.egress, 5000);
+    send(V6.clients[0], V6.key, 5001);
+    let outcome =
+        trace.end().expect(0).says(&["packets to this host that no rule takes", "4 shown"]);
+    let shown: Vec<Value> =
+        outcome.stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let seen = shown.iter().map(|event| {
+        let (source, destination) = (&event["source"], &event["destination"]);
+        let miss = &event["misses"][0];
+        json!([source, destination, event["verdict"], miss["rule"], miss["differs"]])
+    });
+    let wanted = json!([
+        ["10.1.0.21:5666", "10.1.0.1:5000", "unmatched", "four", "sender"],
+        ["10.1.0.20:5666", "10.1.0.1:5001", "unmatched", "four", "port"],
+        ["10.1.0.20:5666", "10.2.0.1:5000", "unmatched", "four", "address"],
+        ["[2001:db8:1::20]:5666", "[2001:db8:1::1]:5001", "unmatched", "six", "port"],
+    ]);
+    assert_eq!(json!(seen.collect::<Vec<_>>()), wanted, "{outcome:?}");
+    assert!(shown.iter().all(|event| event["rule"].is_null() && event["sent"] == false));
+}
+
+#[test]
+fn unmatched_packets_have_a_line_each() {
+    let lab = Lab::new();
+    lab.apply(&rules());
+    let trace = Trace::start(&lab, "--unmatched -c 1");
+    send(&lab, (CLIENTS[1], 5666), 5999, PAYLOAD);
+    let line = masked(&trace.end().expect(0).stdout).remove(0);
+    let wanted = "TIME eth0 - 10.1.0.21:5666 > 10.1.0.1:5999 length 53 unmatched: rule flows matches 10.1.0.1 \
+                  on port 5000 only";
+    assert_eq!(line, wanted);
+    lab.run("trace --unmatched --drops").expect(64);
+    lab.run("trace --unmatched --rule flows").expect(64);
 }
