@@ -314,7 +314,7 @@ async fn advise(
     Ok((config.warnings(findings), config.warnings(missing_hops(config, desired, ways))))
 }
 
-fn refuse(config: &Config, findings: Vec<config::Finding>) -> Result<()> {
+fn refuse(config: &Config, findings: Vec<config::Unlocated>) -> Result<()> {
     if findings.is_empty() { Ok(()) } else { Err(Failure::Config(config.errors(findings))) }
 }
 
@@ -330,7 +330,7 @@ fn missing_hops(
     config: &Config,
     desired: &Desired,
     ways: &BTreeMap<routing::Target, Way>,
-) -> Vec<config::Finding> {
+) -> Vec<config::Unlocated> {
     let mut findings = warnings::unreachable(config, desired, ways);
     findings.extend(warnings::unanswered(config, desired, ways));
     findings

@@ -1,55 +1,55 @@
-//! What values must not be together: names, keys, endpoints, and how many there may be.
+//! Checks across values: names, keys, endpoints, and limits of their numbers.
 
 use std::collections::{HashMap, HashSet};
 use std::hash;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use super::decode::Decoded;
-use super::diagnostic::{Complaint, Problems};
+use super::diagnostic::{Diagnostics, Message};
 use super::vocabulary::{self as words, Root};
 use super::{
-    Family, Finding, Hash, Host, KeyAddress, Mode, Network, Path, Ports, Rule, Source, Upstream,
+    Family, Hash, Host, KeyAddress, Mode, Network, Path, Ports, Rule, Source, Unlocated, Upstream,
 };
 use crate::maglev;
 
-/// How many ports all keys may have together, each for each of its networks of senders.
+/// Maximum number of ports of all keys, counted once for each network of senders.
 pub const KEY_ENTRIES: usize = 100_000;
 
-/// How many upstreams and mirrors all rules may have together.
+/// Maximum number of upstreams and mirrors of all rules.
 pub const UPSTREAMS: usize = 65_535;
 
-/// How many hosts may get one packet: the upstreams of a rule that replicates, or the mirrors.
+/// Maximum number of hosts that get one packet: the upstreams of a rule that replicates, or the mirrors.
 pub const RECEIVERS: usize = 64;
 
-/// Adds what is wrong between the rules to the problems of the decoding.
+/// Adds the errors between rules to the diagnostics of the decoder.
 pub(super) fn check(decoded: &mut Decoded) {
-    let mut problems = std::mem::take(&mut decoded.problems);
-    interfaces(&decoded.interfaces, &mut problems);
+    let mut diagnostics = std::mem::take(&mut decoded.diagnostics);
+    interfaces(&decoded.interfaces, &mut diagnostics);
     let rules = &decoded.rules;
     for rule in rules {
-        families(rule, &mut problems);
-        networks(rule, &mut problems);
-        own_key(rule, &mut problems);
-        groups(rule, &mut problems);
-        upstream_names(rule, &mut problems);
+        families(rule, &mut diagnostics);
+        networks(rule, &mut diagnostics);
+        own_key(rule, &mut diagnostics);
+        groups(rule, &mut diagnostics);
+        upstream_names(rule, &mut diagnostics);
         // People list an upstream twice as a weight, and the bare list has no other.
         if decoded.root == Root::Map {
-            endpoints(rule, &rule.upstreams, &mut problems);
-            endpoints(rule, &rule.mirrors, &mut problems);
+            endpoints(rule, &rule.upstreams, &mut diagnostics);
+            endpoints(rule, &rule.mirrors, &mut diagnostics);
         }
-        receivers(rule, &mut problems);
-        weights(rule, &mut problems);
+        receivers(rule, &mut diagnostics);
+        weights(rule, &mut diagnostics);
     }
     decoded.warnings.extend(large_tables(rules));
-    names(rules, &mut problems);
-    // Too many to compare would be too many.
-    if limits(rules, &mut problems) {
-        overlaps(rules, &mut problems);
+    names(rules, &mut diagnostics);
+    // More than the limit would take minutes to compare.
+    if limits(rules, &mut diagnostics) {
+        overlaps(rules, &mut diagnostics);
     }
-    decoded.problems = problems;
+    decoded.diagnostics = diagnostics;
 }
 
-/// Pairs of indices whose values are equal: the first of its kind, and each later one.
+/// Returns pairs of indices with equal values: the first index and each later one.
 fn repeated<K: hash::Hash + Eq>(values: impl Iterator<Item = (usize, K)>) -> Vec<(usize, usize)> {
     let mut first = HashMap::new();
     let mut pairs = Vec::new();
@@ -62,21 +62,21 @@ fn repeated<K: hash::Hash + Eq>(values: impl Iterator<Item = (usize, K)>) -> Vec
     pairs
 }
 
-fn interfaces(names: &[String], problems: &mut Problems) {
+fn interfaces(names: &[String], diagnostics: &mut Diagnostics) {
     let at = Path::default().field(words::INTERFACES.name);
     for (first, again) in repeated(names.iter().enumerate()) {
         let message = format!("`{}` is named twice", names[again]);
-        problems.push_pair(
+        diagnostics.push_pair(
             at.index(again),
-            Complaint::new(message),
+            Message::new(message),
             at.index(first),
             "named here first",
         );
     }
 }
 
-/// What comes by one family cannot be sent by the other.
-fn families(rule: &Rule, problems: &mut Problems) {
+/// Reports rules with addresses of both families: packets are not translated.
+fn families(rule: &Rule, diagnostics: &mut Diagnostics) {
     let mut addresses = rule.addresses();
     let Some(first) = addresses.next() else { return };
     let family = Family::from(first);
@@ -97,39 +97,39 @@ fn families(rule: &Rule, problems: &mut Problems) {
         let other = Family::from(address);
         if other != family {
             let message = format!("{address} is {other}, and {first} is {family}");
-            let complaint =
-                Complaint::new(message).help("a rule is of one family: write one for each");
-            problems.push_pair(place.clone(), complaint, places[0].clone(), "the other family");
+            let message = Message::new(message).help("a rule is of one family: write one for each");
+            diagnostics.push_pair(place.clone(), message, places[0].clone(), "the other family");
         }
     }
 }
 
-fn networks(rule: &Rule, problems: &mut Problems) {
+fn networks(rule: &Rule, diagnostics: &mut Diagnostics) {
     let at = rule.at.field(words::KEY.name).field(words::KEY_FROM.name);
     for (first, again) in repeated(rule.key.from.iter().enumerate()) {
         let message = format!("{} is named twice", rule.key.from[again]);
-        problems.push_pair(
+        diagnostics.push_pair(
             at.index(again),
-            Complaint::new(message),
+            Message::new(message),
             at.index(first),
             "named here first",
         );
     }
 }
 
-/// What an upstream sends back to the key would be matched, and sent, again and again.
-fn own_key(rule: &Rule, problems: &mut Problems) {
+/// Reports upstreams that are the key itself: their packets would match again, in a loop.
+fn own_key(rule: &Rule, diagnostics: &mut Diagnostics) {
     for upstream in rule.destinations() {
         let Host::Address(address) = &upstream.address else { continue };
         if rule.key.is(address.ip, upstream.port) {
             let message = "this is the rule's own key, to which it would send in a circle";
-            problems.push(upstream.at.field(words::UPSTREAM_ADDRESS.name), Complaint::new(message));
+            diagnostics
+                .push(upstream.at.field(words::UPSTREAM_ADDRESS.name), Message::new(message));
         }
     }
 }
 
-/// What comes from the address of many is dropped by whoever gets it.
-fn groups(rule: &Rule, problems: &mut Problems) {
+/// Reports `source: vip` with a multicast or broadcast key: receivers drop packets from such a source.
+fn groups(rule: &Rule, diagnostics: &mut Diagnostics) {
     let KeyAddress::Is(address) = rule.key.address else { return };
     if !address.is_multicast() && address != Ipv4Addr::BROADCAST {
         return;
@@ -141,11 +141,11 @@ fn groups(rule: &Rule, problems: &mut Problems) {
     for at in at.into_iter().chain(own) {
         let message = format!("with `source: vip` the sender would be {address}, which is no host");
         let help = "say `source: preserve` or `source: egress`";
-        problems.push(at, Complaint::new(message).help(help));
+        diagnostics.push(at, Message::new(message).help(help));
     }
 }
 
-fn upstream_names(rule: &Rule, problems: &mut Problems) {
+fn upstream_names(rule: &Rule, diagnostics: &mut Diagnostics) {
     let all: Vec<&Upstream> = rule.destinations().collect();
     if all.len() < 2 {
         return;
@@ -155,17 +155,17 @@ fn upstream_names(rule: &Rule, problems: &mut Problems) {
     for (first, again) in repeated(names) {
         let (first, again) = (all[first], all[again]);
         let name = again.name.as_deref().unwrap_or_default();
-        problems.push_pair(
+        diagnostics.push_pair(
             again.at.field(words::UPSTREAM_NAME.name),
-            Complaint::new(format!("two hosts of the rule are named `{name}`")),
+            Message::new(format!("two hosts of the rule are named `{name}`")),
             first.at.field(words::UPSTREAM_NAME.name),
             "the first of that name",
         );
     }
 }
 
-/// `hosts`: the rule's upstreams, or its mirrors.
-fn endpoints(rule: &Rule, hosts: &[Upstream], problems: &mut Problems) {
+/// Reports hosts that are listed twice. `hosts` is the rule's upstreams, or its mirrors.
+fn endpoints(rule: &Rule, hosts: &[Upstream], diagnostics: &mut Diagnostics) {
     if hosts.len() < 2 {
         return;
     }
@@ -176,22 +176,22 @@ fn endpoints(rule: &Rule, hosts: &[Upstream], problems: &mut Problems) {
     let all = hosts.iter().map(endpoint).enumerate();
     for (first, again) in repeated(all) {
         let (first, again) = (&hosts[first], &hosts[again]);
-        problems.push_pair(
+        diagnostics.push_pair(
             again.at.clone(),
-            Complaint::new(format!("{} is in this list already", again.endpoint())),
+            Message::new(format!("{} is in this list already", again.endpoint())),
             first.at.clone(),
             "the same host",
         );
     }
 }
 
-fn receivers(rule: &Rule, problems: &mut Problems) {
+fn receivers(rule: &Rule, diagnostics: &mut Diagnostics) {
     let mirrors = rule.at.field(words::MIRROR.name);
     let replicate = rule.mode == Mode::Replicate;
     if replicate && !rule.mirrors.is_empty() {
         let message = "with `mode: replicate` all upstreams get the packet";
-        let complaint = Complaint::new(message).help("make the mirrors upstreams");
-        problems.push(mirrors.clone(), complaint);
+        let message = Message::new(message).help("make the mirrors upstreams");
+        diagnostics.push(mirrors.clone(), message);
     }
     let upstreams = rule.at.field(words::UPSTREAM.name);
     for (at, hosts, all_of_them) in
@@ -200,18 +200,18 @@ fn receivers(rule: &Rule, problems: &mut Problems) {
         if all_of_them && hosts.len() > RECEIVERS {
             let message =
                 format!("{} hosts, and at most {RECEIVERS} can get one packet", hosts.len());
-            problems.push(at, Complaint::new(message));
+            diagnostics.push(at, Message::new(message));
         }
     }
     for upstream in rule.upstreams.iter().filter(|it| !replicate && it.sample.is_some()) {
         let message = "`sample` needs `mode: replicate`: a balanced packet has one upstream only";
         let help = "a mirror can have it";
         let at = upstream.at.field(words::UPSTREAM_SAMPLE.name);
-        problems.push(at, Complaint::new(message).help(help));
+        diagnostics.push(at, Message::new(message).help(help));
     }
 }
 
-fn weights(rule: &Rule, problems: &mut Problems) {
+fn weights(rule: &Rule, diagnostics: &mut Diagnostics) {
     let misused = match (rule.mode, rule.hash) {
         (Mode::Replicate, _) => {
             Some("`weight` has no meaning with `mode: replicate`: every upstream gets each packet")
@@ -222,18 +222,18 @@ fn weights(rule: &Rule, problems: &mut Problems) {
     if let Some(message) = misused {
         for upstream in rule.upstreams.iter().filter(|it| it.weight.is_some()) {
             let at = upstream.at.field(words::UPSTREAM_WEIGHT.name);
-            problems.push(at, Complaint::new(message));
+            diagnostics.push(at, Message::new(message));
         }
         return;
     }
     let weights: Vec<u32> = rule.upstreams.iter().map(|it| it.weight.unwrap_or(1)).collect();
     if let Err(error) = maglev::size(&weights) {
-        problems.push(rule.at.field(words::UPSTREAM.name), Complaint::new(error.to_string()));
+        diagnostics.push(rule.at.field(words::UPSTREAM.name), Message::new(error.to_string()));
     }
 }
 
 /// Warns of weights so uneven that their tables take much memory.
-fn large_tables(rules: &[Rule]) -> Option<Finding> {
+fn large_tables(rules: &[Rule]) -> Option<Unlocated> {
     const LARGE: u32 = 100_000;
     /// Kernel memory of a slot, in bytes.
     const SLOT: u64 = 2;
@@ -255,10 +255,10 @@ fn large_tables(rules: &[Rule]) -> Option<Finding> {
          {kilobytes} kB of kernel memory{others}; weights of at most 100 times the least in all \
          need 20 kB"
     );
-    Some(Finding::new(&rule.at.field(words::UPSTREAM.name), message))
+    Some(Unlocated::new(&rule.at.field(words::UPSTREAM.name), message))
 }
 
-/// The one port that an upstream gets; none where it gets each packet's own.
+/// Returns the port of an upstream; none where it is each packet's own.
 fn port(rule: &Rule, upstream: &Upstream) -> Option<u16> {
     match (upstream.port, &rule.key.ports[..]) {
         (None, [only]) if only.first == only.last => Some(only.first),
@@ -266,14 +266,13 @@ fn port(rule: &Rule, upstream: &Upstream) -> Option<u16> {
     }
 }
 
-fn names(rules: &[Rule], problems: &mut Problems) {
+fn names(rules: &[Rule], diagnostics: &mut Diagnostics) {
     let own = |rule: &Rule| rule.name != rule.key.to_string();
     let names = rules.iter().map(|rule| &rule.name).enumerate();
     for (first, again) in repeated(names) {
         let (first, again) = (&rules[first], &rules[again]);
         let none_own = !own(first) && !own(again);
-        // Rules without names of their own have one name if they have one key: if that is wrong,
-        // it is said of the key.
+        // Rules without a name share one if they share a key, which is reported at the key.
         let from = |rule: &Rule| senders(rule).collect::<HashSet<_>>();
         if none_own && !from(first).is_disjoint(&from(again)) {
             continue;
@@ -282,31 +281,31 @@ fn names(rules: &[Rule], problems: &mut Problems) {
             let field = if own(rule) { &words::NAME } else { &words::KEY };
             rule.at.field(field.name)
         };
-        let complaint = Complaint::new(format!("two rules are named `{}`", again.name));
-        let complaint = match none_own {
-            true => complaint.help("that is their key, which they share: give them a `name`"),
-            false => complaint,
+        let message = Message::new(format!("two rules are named `{}`", again.name));
+        let message = match none_own {
+            true => message.help("that is their key, which they share: give them a `name`"),
+            false => message,
         };
-        problems.push_pair(at(again), complaint, at(first), "the first of that name");
+        diagnostics.push_pair(at(again), message, at(first), "the first of that name");
     }
 }
 
-/// One port or range of a rule's key, of one network of senders.
+/// A port or range of a rule's key, for one network of senders.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Claim {
     address: KeyAddress,
     from: Network,
-    /// Of a key with any port, which leaves single ports to others.
+    /// True if the key has any port: keys with single ports precede it.
     any_port: bool,
     ports: Ports,
     rule: usize,
-    /// Which of the rule's ports.
+    /// Index among the rule's ports.
     nth: usize,
 }
 
 const ALL_PORTS: Ports = Ports { first: 1, last: u16::MAX };
 
-/// Where a rule does not say whose packets it takes, it takes those of all networks.
+/// Returns the networks of senders of a rule: all addresses where it has no `from`.
 fn senders(rule: &Rule) -> impl Iterator<Item = Network> {
     let address = match rule.family() {
         Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
@@ -325,13 +324,13 @@ fn claims(index: usize, rule: &Rule) -> impl Iterator<Item = Claim> {
     })
 }
 
-/// Sorted, since each against each would take minutes where sorting takes milliseconds.
-fn overlaps(rules: &[Rule], problems: &mut Problems) {
+/// Reports keys that overlap. Sorting takes milliseconds where comparing all pairs would take minutes.
+fn overlaps(rules: &[Rule], diagnostics: &mut Diagnostics) {
     let claims = rules.iter().enumerate().flat_map(|(index, rule)| claims(index, rule));
     let mut claims: Vec<_> = claims.collect();
     claims.sort_unstable();
     let mut said = HashSet::new();
-    // Of all before, the one that reaches furthest.
+    // The claim before with the highest last port.
     let mut reach: Option<Claim> = None;
     let space = |claim: &Claim| (claim.address, claim.from, claim.any_port);
     for claim in claims {
@@ -346,7 +345,7 @@ fn overlaps(rules: &[Rule], problems: &mut Problems) {
                 if in_file(&first) != in_file(&again)
                     && said.insert((in_file(&first), in_file(&again)))
                 {
-                    overlap(rules, first, again, problems);
+                    overlap(rules, first, again, diagnostics);
                 }
                 if far.ports.last < claim.ports.last {
                     reach = Some(claim);
@@ -357,7 +356,7 @@ fn overlaps(rules: &[Rule], problems: &mut Problems) {
     }
 }
 
-fn overlap(rules: &[Rule], first: Claim, again: Claim, problems: &mut Problems) {
+fn overlap(rules: &[Rule], first: Claim, again: Claim, diagnostics: &mut Diagnostics) {
     let at = |claim: Claim| {
         let rule = &rules[claim.rule];
         let at = rule.at.field(words::KEY.name).field(words::KEY_PORT.name);
@@ -385,11 +384,11 @@ fn overlap(rules: &[Rule], first: Claim, again: Claim, problems: &mut Problems) 
         message += &format!(", both for senders in {}", again.from);
     }
     let label = "first defined here";
-    problems.push_pair(at(again), Complaint::new(message), at(first), label);
+    diagnostics.push_pair(at(again), Message::new(message), at(first), label);
 }
 
-/// Whether all fit.
-fn limits(rules: &[Rule], problems: &mut Problems) -> bool {
+/// Reports the rules that exceed a limit; returns true if the key entries fit.
+fn limits(rules: &[Rule], diagnostics: &mut Diagnostics) -> bool {
     let keys = beyond(rules, KEY_ENTRIES, |rule| rule.key.entries());
     if let Some((rule, all)) = keys {
         let message = format!(
@@ -397,17 +396,17 @@ fn limits(rules: &[Rule], problems: &mut Problems) -> bool {
              most {KEY_ENTRIES} fit"
         );
         let at = rule.at.field(words::KEY.name).field(words::KEY_PORT.name);
-        problems.push(at, Complaint::new(message));
+        diagnostics.push(at, Message::new(message));
     }
     if let Some((rule, all)) = beyond(rules, UPSTREAMS, |rule| rule.destinations().count()) {
         let message = format!("{all} upstreams in all rules, and at most {UPSTREAMS} fit");
         let at = rule.at.field(words::UPSTREAM.name);
-        problems.push(at, Complaint::new(message));
+        diagnostics.push(at, Message::new(message));
     }
     keys.is_none()
 }
 
-/// The rule with which the sum goes over the limit, and the whole sum.
+/// Returns the rule at which the sum exceeds the limit, and the whole sum.
 fn beyond(rules: &[Rule], limit: usize, count: impl Fn(&Rule) -> usize) -> Option<(&Rule, usize)> {
     let mut sum: usize = 0;
     let mut last = None;

@@ -1,26 +1,26 @@
-//! The tree of a file made into rules, each value judged by itself.
+//! Decodes the tree of a file into rules, each value checked by itself.
 
 use serde::Deserialize;
 use serde::de::value::{Error, StrDeserializer};
 
-use super::diagnostic::{Complaint, Part, Place, Problems};
+use super::diagnostic::{Diagnostics, Message, Part, Place};
 use super::node::{Content, Entry, Node};
 use super::path::Trail;
 use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, Choice, Field, Number, Root, STATSD, Table};
 use super::{
-    Action, Admission, Finding, Fragments, Hash, Health, Host, Key, KeyAddress, Mode, Network,
-    Payload, Ports, Rule, Source, Strategy, Upstream, scalar,
+    Action, Admission, Fragments, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload,
+    Ports, Rule, Source, Strategy, Unlocated, Upstream, scalar,
 };
 
-/// A file's content, as far as it could be understood.
+/// The valid part of a file, and its diagnostics.
 pub(super) struct Decoded {
     pub root: Root,
     pub interfaces: Vec<String>,
     pub rules: Vec<Rule>,
-    pub problems: Problems,
-    /// What is good but probably not meant.
-    pub warnings: Vec<Finding>,
+    pub diagnostics: Diagnostics,
+    /// Valid but probably not intended.
+    pub warnings: Vec<Unlocated>,
 }
 
 pub(super) fn decode(node: &Node<'_>) -> Decoded {
@@ -33,7 +33,7 @@ pub(super) fn decode(node: &Node<'_>) -> Decoded {
             root,
             interfaces: Vec::new(),
             rules: Vec::new(),
-            problems: Problems::default(),
+            diagnostics: Diagnostics::default(),
             warnings: Vec::new(),
         },
     };
@@ -56,8 +56,8 @@ const TELEMETRY: [(u16, &str); 7] = [
     (9996, "NetFlow"),
 ];
 
-/// A version that is missing is complained with the other missing fields.
-fn version(node: &Node<'_>) -> Result<(), Complaint> {
+/// Checks the version. A missing one is reported with the other missing fields.
+fn version(node: &Node<'_>) -> Result<(), Message> {
     let Content::Map(entries) = &node.content else {
         return Ok(());
     };
@@ -87,7 +87,7 @@ impl<'n, 't> Fields<'n, 't> {
     }
 }
 
-/// What a file says for an option.
+/// Value of an option in the file.
 #[derive(Clone, Copy, Default)]
 enum Said<T> {
     #[default]
@@ -108,7 +108,7 @@ impl<T> Said<T> {
         !matches!(self, Said::Nothing)
     }
 
-    /// None for nothing and for nonsense.
+    /// Returns the value; none if it is missing or invalid.
     fn value(self) -> Option<T> {
         match self {
             Said::Is(value) => Some(value),
@@ -117,7 +117,7 @@ impl<T> Said<T> {
     }
 }
 
-/// The options as they were given, for a rule or as defaults.
+/// The options in the file, of a rule or of `defaults`.
 #[derive(Clone, Copy, Default)]
 struct Options {
     action: Said<Action>,
@@ -163,24 +163,24 @@ struct Chosen {
     martians: Admission,
 }
 
-/// The variant that a word of the vocabulary is called by.
-fn variant<T: Deserialize<'static>>(word: &'static str) -> Result<T, Complaint> {
+/// Returns the variant that serde names by a word of the vocabulary.
+fn variant<T: Deserialize<'static>>(word: &'static str) -> Result<T, Message> {
     let variant = T::deserialize(StrDeserializer::<Error>::new(word));
-    variant.map_err(|error| Complaint::new(error.to_string()))
+    variant.map_err(|error| Message::new(error.to_string()))
 }
 
 impl Decoder {
-    fn complain(&mut self, at: &Trail<'_>, complaint: Complaint) {
-        self.decoded.problems.push(at.path(), complaint);
+    fn error(&mut self, at: &Trail<'_>, message: Message) {
+        self.decoded.diagnostics.push(at.path(), message);
     }
 
     fn warn(&mut self, at: &Trail<'_>, message: &str) {
-        self.decoded.warnings.push(Finding::new(&at.path(), message));
+        self.decoded.warnings.push(Unlocated::new(&at.path(), message));
     }
 
-    /// Notes the complaint, if it is one.
-    fn note<T>(&mut self, at: &Trail<'_>, result: Result<T, Complaint>) -> Option<T> {
-        result.map_err(|complaint| self.complain(at, complaint)).ok()
+    /// Returns the value, or reports the error at a place.
+    fn ok<T>(&mut self, at: &Trail<'_>, result: Result<T, Message>) -> Option<T> {
+        result.map_err(|message| self.error(at, message)).ok()
     }
 
     fn no_root(&mut self, node: &Node<'_>) {
@@ -190,14 +190,14 @@ impl Decoder {
         };
         let help =
             "a configuration is a map with `version: 1` and `rules:`, or a bare list of rules";
-        self.complain(&Trail::ROOT, Complaint::new(message).help(help));
+        self.error(&Trail::ROOT, Message::new(message).help(help));
     }
 
     fn map(&mut self, node: &Node<'_>) {
         let at = &Trail::ROOT;
-        // The words of another version are not ours to judge.
-        if let Err(complaint) = version(node) {
-            return self.complain(&at.field(words::VERSION.name), complaint);
+        // Another version has words that are unknown here.
+        if let Err(message) = version(node) {
+            return self.error(&at.field(words::VERSION.name), message);
         }
         let Some(fields) = self.fields(node, &words::ROOT_MAP, at) else {
             return;
@@ -214,7 +214,7 @@ impl Decoder {
         }
     }
 
-    /// The fields of a map, all of them known and none missing that is required, or it is complained.
+    /// Returns the fields of a map; reports unknown and missing ones.
     fn fields<'n, 't>(
         &mut self,
         node: &'n Node<'t>,
@@ -227,27 +227,27 @@ impl Decoder {
             return match &node.content {
                 Content::Text(text) if is_host => {
                     let help = format!("write `address: {}`", shorten(text));
-                    self.note(at, expected.map_err(|complaint: Complaint| complaint.help(help)))
+                    self.ok(at, expected.map_err(|message: Message| message.help(help)))
                 }
-                _ => self.note(at, expected),
+                _ => self.ok(at, expected),
             };
         };
         let root = self.decoded.root;
         for Entry { name, .. } in entries {
-            if let Err(complaint) = table.field(name, root) {
+            if let Err(message) = table.field(name, root) {
                 let path = at.path().field(name.clone().into_owned());
                 let part = Part::Name;
-                self.decoded.problems.push(Place { path, part }, complaint);
+                self.decoded.diagnostics.push(Place { path, part }, message);
             }
         }
         let fields = Fields { entries, root };
         for field in table.fields.iter().filter(|field| field.required) {
-            // Of a misspelt field, one complaint is enough.
+            // A misspelt field has been reported.
             let misspelt = |entry: &Entry<'_>| table.nearest(&entry.name, root) == Some(field.name);
             let missing = field.is_usable(root) && fields.get(field).is_none();
             if missing && !entries.iter().any(misspelt) {
                 let message = format!("`{}` is missing", field.name);
-                self.complain(at, Complaint::new(message).help(field.about));
+                self.error(at, Message::new(message).help(field.about));
             }
         }
         Some(fields)
@@ -261,14 +261,14 @@ impl Decoder {
     ) -> Option<&'n [Node<'t>]> {
         match &node.content {
             Content::List(nodes) => Some(nodes),
-            _ => self.note(at, scalar::list(what, node)),
+            _ => self.ok(at, scalar::list(what, node)),
         }
     }
 
     fn interfaces(&mut self, node: &Node<'_>, at: &Trail<'_>) {
         let nodes = self.list(node, scalar::INTERFACES, at);
         for (index, node) in nodes.unwrap_or_default().iter().enumerate() {
-            let interface = self.note(&at.index(index), scalar::interface(node));
+            let interface = self.ok(&at.index(index), scalar::interface(node));
             self.decoded.interfaces.extend(interface);
         }
     }
@@ -333,10 +333,10 @@ impl Decoder {
         Some(rule)
     }
 
-    /// Warns of defaults that are often not what was meant. A bare list has no words for anything else.
+    /// Warns of defaults that are often not intended. A bare list has no words for anything else.
     fn unwritten(&mut self, rule: &Rule, said: &Options, at: &Trail<'_>) {
         let all = rule.upstreams.len();
-        // which have no meaning but for balancing
+        // These mean something for balancing alone.
         let balances =
             said.hash.is_something() || rule.upstreams.iter().any(|it| it.weight.is_some());
         let chosen = said.mode.is_something() || said.strategy.is_something() || balances;
@@ -367,7 +367,7 @@ impl Decoder {
         }
     }
 
-    /// What holds for a rule that says `own`.
+    /// Returns the options of a rule after all defaults. `own` are those of the rule itself.
     fn choose(&mut self, own: &Options, defaults: &Options, at: &Trail<'_>) -> Option<Chosen> {
         let said = own.or(defaults);
         let mode = self.settle(said.mode, &words::MODE);
@@ -377,7 +377,7 @@ impl Decoder {
             Mode::Balance => (strategy, self.payload_of(own, &said, strategy, at), hash),
             Mode::Replicate => {
                 self.needs_balance(own, at);
-                // What the defaults say of it is for others: it changes nothing here.
+                // Defaults for selecting are for rules that balance.
                 (Some(Strategy::SrcIpPort), Some(None), Some(Hash::Maglev))
             }
         };
@@ -395,7 +395,7 @@ impl Decoder {
         })
     }
 
-    /// Complains of what selects an upstream, where every upstream gets the packet.
+    /// Reports options that select an upstream, in a rule that replicates.
     fn needs_balance(&mut self, own: &Options, at: &Trail<'_>) {
         let said = [
             (&words::STRATEGY.field, own.strategy.is_something()),
@@ -408,11 +408,11 @@ impl Decoder {
                  get the packet",
                 field.name
             );
-            self.complain(&at.field(field.name), Complaint::new(message));
+            self.error(&at.field(field.name), Message::new(message));
         }
     }
 
-    /// What of the payload the strategy looks at; the outer none is an error.
+    /// Returns the payload's key of the strategy; the outer none is an error.
     fn payload_of(
         &mut self,
         own: &Options,
@@ -425,20 +425,20 @@ impl Decoder {
                 let message = "the strategy `payload` needs the option `payload`";
                 let help = "`payload: statsd`, or `payload: { offset: 0, length: 8 }`";
                 let at = at.field(words::STRATEGY.field.name);
-                self.complain(&at, Complaint::new(message).help(help));
+                self.error(&at, Message::new(message).help(help));
                 None
             }
             (Strategy::Payload, payload) => payload.value().map(Some),
             _ if own.payload.is_something() => {
                 let message = "`payload` needs `strategy: payload`";
-                self.complain(&at.field(words::PAYLOAD.name), Complaint::new(message));
+                self.error(&at.field(words::PAYLOAD.name), Message::new(message));
                 None
             }
             _ => Some(None),
         }
     }
 
-    /// The value of an option after all defaults; none for nonsense.
+    /// Returns the value of an option after all defaults; none if it is invalid.
     fn settle<T: Deserialize<'static>>(
         &mut self,
         said: Said<T>,
@@ -450,11 +450,11 @@ impl Decoder {
         }
     }
 
-    /// None for a bad name, Some(None) for no name.
+    /// Returns None for an invalid name, Some(None) for no name.
     fn name(&mut self, node: Option<&Node<'_>>, at: &Trail<'_>) -> Option<Option<String>> {
         match node {
             None => Some(None),
-            Some(node) => self.note(at, scalar::name(node)).map(Some),
+            Some(node) => self.ok(at, scalar::name(node)).map(Some),
         }
     }
 
@@ -462,7 +462,7 @@ impl Decoder {
         let fields = self.fields(node, &words::KEY_MAP, at)?;
         let address = fields.get(&words::KEY_ADDRESS).and_then(|node| {
             let at = at.field(words::KEY_ADDRESS.name);
-            let address = self.note(&at, scalar::key_address(node))?;
+            let address = self.ok(&at, scalar::key_address(node))?;
             self.unless_list(&at, "`any`", address == KeyAddress::Any)?;
             Some(address)
         });
@@ -477,30 +477,30 @@ impl Decoder {
         Some(Key { address: address?, ports: ports?, from: from? })
     }
 
-    /// None, and complained, if it is there and the file is a bare list.
+    /// Reports a value that the bare list does not take, and returns None.
     fn unless_list(&mut self, at: &Trail<'_>, what: &str, is_there: bool) -> Option<()> {
         if is_there && self.decoded.root == Root::List {
-            self.complain(at, words::map_only(what));
+            self.error(at, words::map_only(what));
             return None;
         }
         Some(())
     }
 
-    /// Empty for any.
+    /// Returns the ports of a key; none of them means any.
     fn ports(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Vec<Ports>> {
         if matches!(&node.content, Content::Text(text) if text == ANY) {
             self.unless_list(at, "`any`", true)?;
             return Some(Vec::new());
         }
         let Content::List(nodes) = &node.content else {
-            let ports = self.note(at, scalar::ports(node))?;
+            let ports = self.ok(at, scalar::ports(node))?;
             self.unless_list(at, "a range of ports", ports.first != ports.last)?;
             return Some(vec![ports]);
         };
         self.unless_list(at, "a list of ports", true)?;
         if nodes.is_empty() {
-            let complaint = Complaint::new("no ports: a key needs at least one");
-            self.complain(at, complaint.help("`port: any` matches all"));
+            let message = Message::new("no ports: a key needs at least one");
+            self.error(at, message.help("`port: any` matches all"));
             return None;
         }
         self.each(nodes, at, scalar::ports)
@@ -508,30 +508,30 @@ impl Decoder {
 
     fn from(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Vec<Network>> {
         let Content::List(nodes) = &node.content else {
-            return self.note(at, scalar::networks(node)).map(|network| vec![network]);
+            return self.ok(at, scalar::networks(node)).map(|network| vec![network]);
         };
         if nodes.is_empty() {
-            let complaint = Complaint::new("no networks: nobody could send");
-            self.complain(at, complaint.help("leave `from` out to match any sender"));
+            let message = Message::new("no networks: nobody could send");
+            self.error(at, message.help("leave `from` out to match any sender"));
             return None;
         }
         self.each(nodes, at, scalar::network)
     }
 
-    /// All values of a list, or none.
+    /// Returns all values of a list, or None if one is invalid.
     fn each<T>(
         &mut self,
         nodes: &[Node<'_>],
         at: &Trail<'_>,
-        read: fn(&Node<'_>) -> Result<T, Complaint>,
+        read: fn(&Node<'_>) -> Result<T, Message>,
     ) -> Option<Vec<T>> {
         let values = nodes.iter().enumerate();
         let values: Vec<_> =
-            values.map(|(index, node)| self.note(&at.index(index), read(node))).collect();
+            values.map(|(index, node)| self.ok(&at.index(index), read(node))).collect();
         values.into_iter().collect()
     }
 
-    /// The upstreams or mirrors of a rule.
+    /// Returns the upstreams or mirrors of a rule.
     fn hosts(
         &mut self,
         node: &Node<'_>,
@@ -540,7 +540,7 @@ impl Decoder {
     ) -> Option<Vec<Upstream>> {
         let nodes = self.list(node, &format!("a list, each {} (a map)", table.what), at)?;
         if nodes.is_empty() && std::ptr::eq(table, &words::UPSTREAM_MAP) {
-            self.complain(at, Complaint::new("no upstreams: a rule needs at least one"));
+            self.error(at, Message::new("no upstreams: a rule needs at least one"));
             return None;
         }
         let upstreams: Vec<_> = nodes
@@ -557,19 +557,19 @@ impl Decoder {
         let name = self.name(name, &at.field(words::UPSTREAM_NAME.name));
         let address = fields.get(&words::UPSTREAM_ADDRESS).and_then(|node| {
             let at = at.field(words::UPSTREAM_ADDRESS.name);
-            self.note(&at, scalar::upstream_address(node))
+            self.ok(&at, scalar::upstream_address(node))
         });
         let addresses = self.choice(&fields, &words::UPSTREAM_ADDRESSES, at);
         if let (Some(Host::Address(_)), true) = (&address, addresses.is_something()) {
-            let complaint = Complaint::new("`addresses` needs a host name, and this is an address");
-            self.complain(&at.field(words::UPSTREAM_ADDRESSES.field.name), complaint);
+            let message = Message::new("`addresses` needs a host name, and this is an address");
+            self.error(&at.field(words::UPSTREAM_ADDRESSES.field.name), message);
         }
         let addresses = self.settle(addresses, &words::UPSTREAM_ADDRESSES);
         let port = match fields.get(&words::UPSTREAM_PORT) {
             None => Some(None),
             Some(node) => {
                 let at = at.field(words::UPSTREAM_PORT.name);
-                self.note(&at, scalar::port(node)).map(Some)
+                self.ok(&at, scalar::port(node)).map(Some)
             }
         };
         let weight = self.number(&fields, &words::UPSTREAM_WEIGHT, &words::WEIGHT, at);
@@ -593,7 +593,7 @@ impl Decoder {
         })
     }
 
-    /// None for no such number, Some(None) for nothing said.
+    /// Returns None for an invalid number, Some(None) for a missing field.
     fn number(
         &mut self,
         fields: &Fields<'_, '_>,
@@ -603,9 +603,7 @@ impl Decoder {
     ) -> Option<Option<u32>> {
         match fields.get(field) {
             None => Some(None),
-            Some(node) => {
-                self.note(&at.field(field.name), scalar::number_of(node, number)).map(Some)
-            }
+            Some(node) => self.ok(&at.field(field.name), scalar::number_of(node, number)).map(Some),
         }
     }
 
@@ -642,7 +640,7 @@ impl Decoder {
             Content::Map(_) => {}
             _ => {
                 let what = format!("`{STATSD}`, or a map of `offset` and `length`");
-                return self.note(at, scalar::expected(&what, node));
+                return self.ok(at, scalar::expected(&what, node));
             }
         }
         let fields = self.fields(node, &words::PAYLOAD_MAP, at)?;
@@ -668,7 +666,7 @@ impl Decoder {
             Content::Text(name) => choice.word(name, root),
             _ => scalar::expected(&choice.list(root), node),
         };
-        match self.note(&at.field(choice.field.name), word.and_then(variant)) {
+        match self.ok(&at.field(choice.field.name), word.and_then(variant)) {
             Some(value) => Said::Is(value),
             None => Said::Nonsense,
         }

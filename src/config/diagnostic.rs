@@ -1,4 +1,4 @@
-//! What is wrong with a file, and how it is shown.
+//! Diagnostics about a file, and their text.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::path::Path;
 use super::quote::printable;
 
-/// How many errors one run shows; the rest is only counted.
+/// Maximum number of diagnostics that one run shows; the rest is only counted.
 const SHOWN: usize = 20;
 
 /// The longest piece of a source line that is shown, in characters.
@@ -19,11 +19,11 @@ const WIDTH: usize = 120;
 pub enum Severity {
     /// The file cannot be applied.
     Error,
-    /// The file can be applied; something in it is probably not meant.
+    /// The file can be applied; something in it is probably not intended.
     Warning,
 }
 
-/// One finding about a file, with the place in it.
+/// An error or a warning about a file, with the place in it.
 ///
 /// `Display` shows it as text over several lines, without colour and without a final newline.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
@@ -56,7 +56,7 @@ pub struct Related {
     /// Counted from 1, in characters.
     pub column: usize,
     pub field: String,
-    /// What is there, like "first defined here".
+    /// Label of the place, like "first defined here".
     pub label: String,
     #[serde(skip)]
     pub(super) excerpt: Excerpt,
@@ -67,7 +67,7 @@ fn is_zero(number: &usize) -> bool {
 }
 
 impl Diagnostic {
-    /// An error that is not about the file.
+    /// Returns an error that is not about the file.
     pub fn without_place(message: String) -> Diagnostic {
         Diagnostic {
             severity: Severity::Error,
@@ -169,30 +169,30 @@ fn ellipsis(wanted: bool) -> impl Iterator<Item = char> {
 }
 
 /// A message and what to do about it, before it has a place.
-#[derive(Clone, Debug)]
-pub(super) struct Complaint {
-    pub message: String,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Message {
+    pub text: String,
     pub help: Option<String>,
 }
 
-impl Complaint {
-    pub fn new(message: impl Into<String>) -> Complaint {
-        Complaint { message: message.into(), help: None }
+impl Message {
+    pub fn new(text: impl Into<String>) -> Message {
+        Message { text: text.into(), help: None }
     }
 
-    pub fn help(self, help: impl Into<String>) -> Complaint {
-        Complaint { help: Some(help.into()), ..self }
+    pub fn help(self, help: impl Into<String>) -> Message {
+        Message { help: Some(help.into()), ..self }
     }
 }
 
-/// Which text of a field a position means.
+/// The text of a field that a position refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
     Name,
     Value,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     pub path: Path,
     pub part: Part,
@@ -204,41 +204,53 @@ impl From<Path> for Place {
     }
 }
 
-/// A finding whose line and column are not known yet: looking them up costs a pass over the file.
-#[derive(Debug)]
-pub(super) struct Problem {
-    pub at: Place,
-    pub complaint: Complaint,
-    /// A second place, and what to say about it.
-    pub related: Option<(Place, &'static str)>,
+/// A [`Diagnostic`] whose line and column are not known yet: looking them up costs a pass over the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unlocated {
+    pub(super) at: Place,
+    pub(super) message: Message,
+    /// A second place and its label.
+    pub(super) related: Option<(Place, &'static str)>,
 }
 
-/// The problems of one file, as many as will be shown.
+impl Unlocated {
+    pub fn new(at: &Path, message: impl Into<String>) -> Unlocated {
+        Unlocated { at: at.clone().into(), message: Message::new(message), related: None }
+    }
+
+    /// Returns the message without its place.
+    pub fn into_text(self) -> String {
+        self.message.text
+    }
+}
+
+/// The diagnostics of one file, as many as will be shown.
 #[derive(Debug, Default)]
-pub(super) struct Problems {
-    first: Vec<Problem>,
+pub(super) struct Diagnostics {
+    first: Vec<Unlocated>,
     count: usize,
 }
 
-impl Problems {
-    pub fn push(&mut self, at: impl Into<Place>, complaint: Complaint) {
-        self.add(at.into(), complaint, None);
+impl Diagnostics {
+    pub fn push(&mut self, at: impl Into<Place>, message: Message) {
+        self.add(Unlocated { at: at.into(), message, related: None });
     }
 
     pub fn push_pair(
         &mut self,
         at: impl Into<Place>,
-        complaint: Complaint,
+        message: Message,
         first: impl Into<Place>,
         label: &'static str,
     ) {
-        self.add(at.into(), complaint, Some((first.into(), label)));
+        let related = Some((first.into(), label));
+        self.add(Unlocated { at: at.into(), message, related });
     }
 
-    fn add(&mut self, at: Place, complaint: Complaint, related: Option<(Place, &'static str)>) {
+    pub fn add(&mut self, diagnostic: Unlocated) {
         self.count += 1;
         if self.count <= SHOWN + 1 {
-            self.first.push(Problem { at, complaint, related });
+            self.first.push(diagnostic);
         }
     }
 
@@ -246,8 +258,8 @@ impl Problems {
         self.count == 0
     }
 
-    /// In the order of the file, with a last one that counts what is left out.
-    pub fn diagnose(&self, locate: impl Fn(&[Problem]) -> Vec<Diagnostic>) -> Vec<Diagnostic> {
+    /// Returns the diagnostics in the order of the file, with a last one that counts the rest.
+    pub fn diagnose(&self, locate: impl Fn(&[Unlocated]) -> Vec<Diagnostic>) -> Vec<Diagnostic> {
         let mut shown = locate(&self.first);
         let more = self.count.saturating_sub(SHOWN);
         let rest = if more > 1 { shown.pop() } else { None };

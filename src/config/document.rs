@@ -3,14 +3,14 @@
 //! Positions are looked up in the text again when there is something to report, so that a good file
 //! is not kept as a tree.
 
-use super::diagnostic::{Complaint, Diagnostic, Excerpt, Place, Problem, Related, Severity};
+use super::diagnostic::{Diagnostic, Excerpt, Message, Place, Related, Severity, Unlocated};
 use super::node::{Node, UNKNOWN};
 use super::path::Path;
 use super::{hint, toml, yaml};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Format {
-    /// JSON too, which is YAML.
+    /// YAML, and JSON, which is YAML too.
     Yaml,
     Toml,
 }
@@ -40,35 +40,35 @@ impl Document {
             Format::Toml => toml::read(&self.text),
             Format::Yaml => yaml::read(&self.text),
         };
-        node.map_err(|fault| {
-            let position = Position::new(&self.text, fault.offset);
-            let path = fault.path.unwrap_or_default();
-            vec![self.diagnostic(Severity::Error, position, &path, fault.complaint)]
+        node.map_err(|error| {
+            let position = Position::new(&self.text, error.offset);
+            let path = error.path.unwrap_or_default();
+            vec![self.diagnostic(Severity::Error, position, &path, error.message)]
         })
     }
 
-    /// Finds the lines and columns of all problems, in `node` or by reading the text again.
+    /// Finds the lines and columns of all diagnostics, in `node` or by reading the text again.
     pub fn diagnose(
         &self,
         severity: Severity,
-        problems: &[Problem],
+        diagnostics: &[Unlocated],
         node: Option<&Node<'_>>,
     ) -> Vec<Diagnostic> {
-        let places = problems.iter().map(|problem| &problem.at);
-        let related = problems.iter().filter_map(|problem| problem.related.as_ref());
+        let places = diagnostics.iter().map(|diagnostic| &diagnostic.at);
+        let related = diagnostics.iter().filter_map(|diagnostic| diagnostic.related.as_ref());
         let places: Vec<&Place> = places.chain(related.map(|(place, _)| place)).collect();
         let mut positions = self.positions(&places, node);
-        let mut related = positions.split_off(problems.len()).into_iter();
-        let diagnose = |(problem, position): (&Problem, Position)| {
-            let second = problem.related.as_ref();
+        let mut related = positions.split_off(diagnostics.len()).into_iter();
+        let diagnose = |(diagnostic, position): (&Unlocated, Position)| {
+            let second = diagnostic.related.as_ref();
             let second = second.and_then(|second| Some(self.related(second, related.next()?)));
-            let complaint = problem.complaint.clone();
+            let message = diagnostic.message.clone();
             Diagnostic {
                 related: second,
-                ..self.diagnostic(severity, position, &problem.at.path, complaint)
+                ..self.diagnostic(severity, position, &diagnostic.at.path, message)
             }
         };
-        problems.iter().zip(positions).map(diagnose).collect()
+        diagnostics.iter().zip(positions).map(diagnose).collect()
     }
 
     fn related(&self, (place, label): &(Place, &'static str), position: Position) -> Related {
@@ -86,7 +86,7 @@ impl Document {
         severity: Severity,
         position: Position,
         path: &Path,
-        complaint: Complaint,
+        message: Message,
     ) -> Diagnostic {
         let advice = match severity {
             Severity::Error => hint::advice(position.line_of(&self.text)),
@@ -98,8 +98,8 @@ impl Document {
             line: position.line,
             column: position.column,
             field: path.to_string(),
-            message: complaint.message,
-            help: advice.or(complaint.help),
+            message: message.text,
+            help: advice.or(message.help),
             related: None,
             excerpt: position.excerpt(&self.text),
         }
@@ -129,7 +129,7 @@ struct Position {
 }
 
 impl Position {
-    /// Of a byte offset; one behind the last word of the text means that word's end.
+    /// Returns the position of a byte offset; one behind the last word of the text means that word's end.
     fn new(text: &str, offset: usize) -> Position {
         let end = offset.min(text.trim_end().len());
         let offset = (0..=end).rev().find(|&at| text.is_char_boundary(at));

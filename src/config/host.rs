@@ -7,7 +7,7 @@ use std::str::FromStr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::diagnostic::Complaint;
+use super::diagnostic::Message;
 use super::hint::is_invisible;
 use super::quote::shorten;
 use super::vocabulary::ANY;
@@ -87,7 +87,7 @@ impl From<[u8; 4]> for Address {
     }
 }
 
-/// Which of the two kinds of IP addresses one is.
+/// Version of IP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Family {
     V4,
@@ -121,11 +121,11 @@ pub fn with_port(host: impl fmt::Display, port: impl fmt::Display) -> String {
     }
 }
 
-/// What a rule matches of a packet's destination.
+/// Destination address that a rule matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum KeyAddress {
-    /// Any address of the interfaces that are looked at.
+    /// Any address of the rule's interfaces.
     Any,
     Is(IpAddr),
 }
@@ -212,15 +212,13 @@ impl TryFrom<String> for Host {
 impl FromStr for Host {
     type Err = String;
 
-    /// Refuses what is neither an address nor a host name, and addresses that no upstream can have.
+    /// Parses an address or a host name; refuses addresses that no upstream can have.
     fn from_str(text: &str) -> Result<Host, String> {
-        upstream(text).map_err(|complaint| complaint.message)
+        upstream(text).map_err(|message| message.text)
     }
 }
 
-/// Why an upstream cannot have this address; none if it can.
-///
-/// For addresses that names resolve to, too.
+/// Returns why an upstream cannot have this address, also one that a name resolved to; none if it can.
 pub fn upstream_refusal(address: &Address) -> Option<String> {
     let ip = address.ip;
     if ip.is_loopback() {
@@ -239,7 +237,7 @@ pub fn upstream_refusal(address: &Address) -> Option<String> {
     Some(format!("{ip} is not a host's address: {why}"))
 }
 
-/// Why no packet can be addressed to this address.
+/// Returns why no packet can be addressed to this address; none if one can.
 fn refusal(address: IpAddr) -> Option<String> {
     let why = match address {
         IpAddr::V4(address) => match address.octets() {
@@ -259,13 +257,13 @@ fn refusal(address: IpAddr) -> Option<String> {
 
 const ANY_ADDRESS: &str = "`address: any` matches every address of the interfaces";
 
-/// True for what other programs' files say where udplb's say `any`.
+/// Returns true for spellings of `any` in other programs' files.
 pub(super) fn means_any(text: &str) -> bool {
     matches!(text, "*" | "all" | "ANY" | "Any" | "0/0" | "0.0.0.0/0" | "::/0")
 }
 
-/// The address that a rule matches.
-pub(super) fn key(text: &str) -> Result<KeyAddress, Complaint> {
+/// Parses the address that a rule matches.
+pub(super) fn key(text: &str) -> Result<KeyAddress, Message> {
     if text == ANY {
         return Ok(KeyAddress::Any);
     }
@@ -277,36 +275,34 @@ pub(super) fn key(text: &str) -> Result<KeyAddress, Complaint> {
             None => refusal(address.ip),
         };
         return match why {
-            Some(why) if address.ip.is_unspecified() => Err(Complaint::new(why).help(ANY_ADDRESS)),
-            Some(why) => Err(Complaint::new(why)),
+            Some(why) if address.ip.is_unspecified() => Err(Message::new(why).help(ANY_ADDRESS)),
+            Some(why) => Err(Message::new(why)),
             None => Ok(KeyAddress::Is(address.ip)),
         };
     }
-    let complaint = Complaint::new(format!("`{}` is not an IP address", shorten(text)));
+    let message = Message::new(format!("`{}` is not an IP address", shorten(text)));
     if means_any(text) {
-        return Err(complaint.help(ANY_ADDRESS));
+        return Err(message.help(ANY_ADDRESS));
     }
     Err(match host_name(text) {
-        Ok(_) => complaint.help("a key has an address, like 10.0.0.5, or `any`, and no host name"),
-        Err(_) => complaint,
+        Ok(_) => message.help("a key has an address, like 10.0.0.5, or `any`, and no host name"),
+        Err(_) => message,
     })
 }
 
-/// The address or host name of an upstream.
-pub(super) fn upstream(text: &str) -> Result<Host, Complaint> {
+/// Parses the address or host name of an upstream.
+pub(super) fn upstream(text: &str) -> Result<Host, Message> {
     if text == ANY {
-        return Err(Complaint::new(format!(
-            "`{ANY}` is no host: only a key's address can be that"
-        )));
+        return Err(Message::new(format!("`{ANY}` is no host: only a key's address can be that")));
     }
     let Some(address) = address(text)? else {
         return host_name(text).map(|name| Host::Name(name.into()));
     };
     match upstream_refusal(&address) {
         Some(why) if is_link_local(&address.ip) => {
-            Err(Complaint::new(why).help(format!("write its interface behind: `{text}%eth0`")))
+            Err(Message::new(why).help(format!("write its interface behind: `{text}%eth0`")))
         }
-        Some(why) => Err(Complaint::new(why)),
+        Some(why) => Err(Message::new(why)),
         None => Ok(Host::Address(address)),
     }
 }
@@ -315,8 +311,8 @@ fn is_link_local(address: &IpAddr) -> bool {
     matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
 }
 
-/// None for what does not look like an address.
-fn address(text: &str) -> Result<Option<Address>, Complaint> {
+/// Parses an address; none for text that does not look like one.
+fn address(text: &str) -> Result<Option<Address>, Message> {
     if let Ok(ip) = text.parse::<IpAddr>() {
         return Ok(Some(ip.into()));
     }
@@ -325,7 +321,7 @@ fn address(text: &str) -> Result<Option<Address>, Complaint> {
     {
         return scoped(ip, interface).map(Some);
     }
-    let complaint = || Complaint::new(format!("`{}` is not an IP address", shorten(text)));
+    let message = || Message::new(format!("`{}` is not an IP address", shorten(text)));
     let host_and_port = match text.strip_prefix('[') {
         Some(bracketed) => bracketed.split_once("]:"),
         None => text.split_once(':'),
@@ -335,42 +331,42 @@ fn address(text: &str) -> Result<Option<Address>, Complaint> {
     {
         let help =
             format!("the port is a field of its own: `address: {}`, `port: {port}`", shorten(host));
-        return Err(complaint().help(help));
+        return Err(message().help(help));
     }
     let inside = text.trim_start_matches('[').trim_end_matches(']');
     if inside.parse::<Ipv6Addr>().is_ok() {
-        return Err(complaint().help(format!("write it without brackets: `{inside}`")));
+        return Err(message().help(format!("write it without brackets: `{inside}`")));
     }
     if let Some((network, _)) = text.split_once('/')
         && network.parse::<IpAddr>().is_ok()
     {
-        return Err(complaint().help("a network has no place here, only one address"));
+        return Err(message().help("a network has no place here, only one address"));
     }
     if text.matches(':').count() > 1 {
-        return Err(complaint());
+        return Err(message());
     }
-    // A resolver takes 1.2.3 and 0x7f.1 for addresses; whoever writes them made a mistake.
+    // A resolver takes 1.2.3 and 0x7f.1 for addresses; here they are mistakes.
     if text.rsplit('.').next().is_some_and(is_number) {
         let help = "an address is four numbers from 0 to 255, without leading zeros, like 10.0.0.5";
-        return Err(complaint().help(help));
+        return Err(message().help(help));
     }
     Ok(None)
 }
 
-fn scoped(ip: IpAddr, interface: &str) -> Result<Address, Complaint> {
+fn scoped(ip: IpAddr, interface: &str) -> Result<Address, Message> {
     if !is_link_local(&ip) {
         let message = format!("{ip} is no link-local address, and so has no interface");
-        return Err(Complaint::new(message).help(format!("write `{ip}`")));
+        return Err(Message::new(message).help(format!("write `{ip}`")));
     }
     let scope = Some(interface_name(interface)?);
     Ok(Address { ip, scope })
 }
 
-/// The name of an interface, by the kernel's own rules.
-pub(super) fn interface_name(name: &str) -> Result<String, Complaint> {
+/// Checks the name of an interface by the kernel's rules.
+pub(super) fn interface_name(name: &str) -> Result<String, Message> {
     let refuse = |why: &str| {
         let message = format!("`{}` cannot be an interface: {why}", shorten(name));
-        Err(Complaint::new(message))
+        Err(Message::new(message))
     };
     let forbidden =
         |c: char| c.is_whitespace() || c.is_control() || is_invisible(c) || c == '/' || c == ':';
@@ -391,26 +387,26 @@ fn is_number(label: &str) -> bool {
         || hexadecimal.is_some_and(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
-/// By RFC 1123; an underscore is let through, since container engines resolve names that have one.
-fn host_name(text: &str) -> Result<&str, Complaint> {
-    let complaint = |help: &str| {
+/// Checks a host name by RFC 1123. An underscore is allowed: container engines resolve such names.
+fn host_name(text: &str) -> Result<&str, Message> {
+    let message = |help: &str| {
         let message = format!("`{}` is neither an IP address nor a host name", shorten(text));
-        Err(Complaint::new(message).help(help))
+        Err(Message::new(message).help(help))
     };
     let name = text.strip_suffix('.').unwrap_or(text);
     if name.len() > 253 {
-        return complaint("a host name has at most 253 characters");
+        return message("a host name has at most 253 characters");
     }
     for label in name.split('.') {
         if label.is_empty() || label.len() > 63 {
-            return complaint("each part between the dots of a host name has 1 to 63 characters");
+            return message("each part between the dots of a host name has 1 to 63 characters");
         }
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
         if !label.bytes().all(allowed) {
-            return complaint("a host name is made of letters, digits, `-` and `.`");
+            return message("a host name is made of letters, digits, `-` and `.`");
         }
         if label.starts_with('-') || label.ends_with('-') {
-            return complaint("no part of a host name begins or ends with `-`");
+            return message("no part of a host name begins or ends with `-`");
         }
     }
     Ok(text)

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::diagnostic::Complaint;
+use super::diagnostic::Message;
 use super::quote::shorten;
 
 /// The addresses that begin with the same `prefix` bits. Text: `10.20.0.0/16`; an address alone is
@@ -20,7 +20,7 @@ pub struct Network {
 }
 
 impl Network {
-    /// The network of an address.
+    /// Returns the network of an address.
     pub fn new(address: IpAddr, prefix: u8) -> Network {
         let prefix = prefix.min(width(address));
         Network { address: masked(address, prefix), prefix }
@@ -31,12 +31,12 @@ impl Network {
     }
 }
 
-/// How many bits an address of this family has.
+/// Returns the number of bits of an address of this family.
 fn width(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }
 }
 
-/// The address with zeros behind the prefix.
+/// Returns the address with zeros behind the prefix.
 fn masked(address: IpAddr, prefix: u8) -> IpAddr {
     let behind = u32::from(width(address) - prefix);
     match address {
@@ -84,23 +84,23 @@ impl FromStr for Network {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Network, String> {
-        network(text).map_err(|complaint| complaint.message)
+        network(text).map_err(|message| message.text)
     }
 }
 
-/// A network as it stands in a file.
-pub(super) fn network(text: &str) -> Result<Network, Complaint> {
-    let complaint = || Complaint::new(format!("`{}` is not a network", shorten(text)));
+/// Parses a network as it stands in a file.
+pub(super) fn network(text: &str) -> Result<Network, Message> {
+    let message = || Message::new(format!("`{}` is not a network", shorten(text)));
     let (address, prefix) = match text.split_once('/') {
         Some((address, prefix)) => (address, Some(prefix)),
         None => (text, None),
     };
     let help = "a network is an address and the length of its prefix, like 10.20.0.0/16";
-    let address: IpAddr = address.parse().map_err(|_| complaint().help(help))?;
+    let address: IpAddr = address.parse().map_err(|_| message().help(help))?;
     if let IpAddr::V6(mapped) = address
         && mapped.to_ipv4_mapped().is_some()
     {
-        return Err(complaint().help("an IPv4 network is written as one"));
+        return Err(message().help("an IPv4 network is written as one"));
     }
     let Some(prefix) = prefix else { return Ok(address.into()) };
     let longest = width(address);
@@ -109,13 +109,13 @@ pub(super) fn network(text: &str) -> Result<Network, Complaint> {
         Ok(prefix) if digits && prefix <= longest => prefix,
         _ => {
             let help = format!("behind the `/` comes a number from 0 to {longest}");
-            return Err(complaint().help(help));
+            return Err(message().help(help));
         }
     };
     let network = Network { address: masked(address, prefix), prefix };
     if network.address != address {
         let message = format!("{address} has bits beyond the prefix of {prefix}");
-        return Err(Complaint::new(message).help(format!("did you mean `{network}`?")));
+        return Err(Message::new(message).help(format!("did you mean `{network}`?")));
     }
     Ok(network)
 }

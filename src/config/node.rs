@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::diagnostic::{Complaint, Part, Place};
+use super::diagnostic::{Message, Part, Place};
 use super::path::{Path, Step};
 use super::quote::shorten;
 
@@ -79,17 +79,17 @@ impl Node<'_> {
 }
 
 /// Why a text cannot be read.
-pub(super) struct Fault {
-    pub complaint: Complaint,
+pub(super) struct ReadError {
+    pub message: Message,
     /// The value's place; none for an error of syntax.
     pub path: Option<Path>,
     /// Byte offset into the text.
     pub offset: usize,
 }
 
-impl Fault {
+impl ReadError {
     /// Returns the error with its place seen from the value around it.
-    pub fn inside(mut self, step: Step) -> Fault {
+    pub fn inside(mut self, step: Step) -> ReadError {
         if let Some(path) = &mut self.path {
             path.0.insert(0, step);
         }

@@ -1,4 +1,4 @@
-//! Where in a configuration a value stands.
+//! Places of values in a configuration.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -16,12 +16,12 @@ pub(super) enum Step {
 }
 
 impl Path {
-    /// The field `name` of the map at this place.
+    /// Returns the field `name` of the map at this place.
     pub fn field(&self, name: impl Into<Cow<'static, str>>) -> Path {
         self.with(Step::Field(name.into()))
     }
 
-    /// The element `index` of the list at this place, counted from 0.
+    /// Returns the element `index` of the list at this place, counted from 0.
     pub fn index(&self, index: usize) -> Path {
         self.with(Step::Index(index))
     }
@@ -48,8 +48,8 @@ impl fmt::Display for Path {
     }
 }
 
-/// A [`Path`] under construction, on the stack: decoding a good file makes one of these for every
-/// value and a `Path` for few.
+/// A [`Path`] under construction, on the stack: decoding makes one of these for every
+/// value, and a `Path` for few.
 #[derive(Clone, Copy)]
 pub(super) struct Trail<'a> {
     parent: Option<&'a Trail<'a>>,

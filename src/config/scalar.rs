@@ -1,13 +1,13 @@
 //! Single values: ports, names, interfaces.
 
-use super::diagnostic::Complaint;
+use super::diagnostic::Message;
 use super::hint::is_invisible;
 use super::node::{Content, Node};
 use super::quote::shorten;
 use super::vocabulary::{ANY, Number};
 use super::{Host, KeyAddress, Network, Ports, host, network};
 
-type Result<T> = std::result::Result<T, Complaint>;
+type Result<T> = std::result::Result<T, Message>;
 
 pub(super) const INTERFACES: &str = "a list of interfaces";
 
@@ -19,17 +19,17 @@ const PORTS_HELP: &str =
 
 pub(super) fn expected<T>(what: &str, found: &Node<'_>) -> Result<T> {
     let found = found.describe();
-    Err(Complaint::new(format!("expected {what}, found {found}")))
+    Err(Message::new(format!("expected {what}, found {found}")))
 }
 
-/// Refuses what is no list, and shows how it becomes one.
+/// Refuses a value that is no list, and shows how it becomes one.
 pub(super) fn list<T>(what: &str, found: &Node<'_>) -> Result<T> {
     let help = match &found.content {
         Content::Text(text) if what == INTERFACES => format!("write a list: `[{}]`", shorten(text)),
         Content::Map(_) => "write it as a list: `- ` before its first field".into(),
         _ => return expected(what, found),
     };
-    expected(what, found).map_err(|complaint| complaint.help(help))
+    expected(what, found).map_err(|message| message.help(help))
 }
 
 fn text<'n>(node: &'n Node<'_>, what: &str) -> Result<&'n str> {
@@ -42,11 +42,11 @@ fn text<'n>(node: &'n Node<'_>, what: &str) -> Result<&'n str> {
 pub(super) fn version(node: &Node<'_>) -> Result<()> {
     match &node.content {
         Content::Int(1) => Ok(()),
-        Content::Int(other) => Err(Complaint::new(format!(
+        Content::Int(other) => Err(Message::new(format!(
             "version {other} is unknown: this udplb understands version 1"
         ))),
         Content::Text(text) if text == "1" => expected("the number 1", node)
-            .map_err(|complaint: Complaint| complaint.help("write `version: 1`, without quotes")),
+            .map_err(|message: Message| message.help("write `version: 1`, without quotes")),
         _ => expected("the number 1", node),
     }
 }
@@ -59,23 +59,23 @@ pub(super) fn upstream_address(node: &Node<'_>) -> Result<Host> {
     host::upstream(text(node, "an IP address or a host name")?)
 }
 
-/// A port in host byte order, written as a number or, as people quote it, as text.
+/// Reads a port in host byte order, written as a number or, quoted, as text.
 pub(super) fn port(node: &Node<'_>) -> Result<u16> {
     match &node.content {
         Content::Int(number) => port_number(*number),
         Content::Text(text) => match number(text) {
             Some(number) => port_number(number),
-            None if range(text).is_some() => Err(Complaint::new(format!(
-                "`{text}` is a range, and only one port can stand here"
-            ))),
+            None if range(text).is_some() => {
+                Err(Message::new(format!("`{text}` is a range, and only one port can stand here")))
+            }
             None => Err(not_a_port(text)),
         },
-        Content::List(_) => Err(Complaint::new("only one port can stand here, found a list")),
+        Content::List(_) => Err(Message::new("only one port can stand here, found a list")),
         _ => expected("a port (1 to 65535)", node),
     }
 }
 
-/// A port or a range of ports.
+/// Reads a port or a range of ports.
 pub(super) fn ports(node: &Node<'_>) -> Result<Ports> {
     if let Content::Text(text) = &node.content
         && let Some((first, last)) = range(text)
@@ -84,7 +84,7 @@ pub(super) fn ports(node: &Node<'_>) -> Result<Ports> {
         if first > last {
             let message = format!("the range {first}-{last} runs backwards");
             let help = format!("did you mean `{last}-{first}`?");
-            return Err(Complaint::new(message).help(help));
+            return Err(Message::new(message).help(help));
         }
         return Ok(Ports { first, last });
     }
@@ -92,7 +92,7 @@ pub(super) fn ports(node: &Node<'_>) -> Result<Ports> {
         && host::means_any(text)
     {
         let help = "`port: any` matches every port";
-        return Err(Complaint::new(format!("`{}` is not a UDP port", shorten(text))).help(help));
+        return Err(Message::new(format!("`{}` is not a UDP port", shorten(text))).help(help));
     }
     let port = port(node)?;
     Ok(Ports { first: port, last: port })
@@ -103,7 +103,7 @@ fn range(text: &str) -> Option<(i64, i64)> {
     Some((number(first.trim_end())?, number(last.trim_start())?))
 }
 
-/// Decimal digits without a leading zero, which elsewhere means octal.
+/// Parses decimal digits without a leading zero, which means octal elsewhere.
 fn number(text: &str) -> Option<i64> {
     let digits = text.bytes().all(|byte| byte.is_ascii_digit());
     let plain = !text.starts_with('0') || text == "0";
@@ -113,26 +113,26 @@ fn number(text: &str) -> Option<i64> {
 fn port_number(number: i64) -> Result<u16> {
     match u16::try_from(number) {
         Ok(port) if port > 0 => Ok(port),
-        _ => Err(Complaint::new(format!("{number} is not a UDP port (1 to 65535)"))),
+        _ => Err(Message::new(format!("{number} is not a UDP port (1 to 65535)"))),
     }
 }
 
-fn not_a_port(text: &str) -> Complaint {
-    Complaint::new(format!("`{}` is not a UDP port", shorten(text))).help(PORTS_HELP)
+fn not_a_port(text: &str) -> Message {
+    Message::new(format!("`{}` is not a UDP port", shorten(text))).help(PORTS_HELP)
 }
 
-/// The name of a rule or an upstream.
+/// Reads the name of a rule or an upstream.
 pub(super) fn name(node: &Node<'_>) -> Result<String> {
     let name = match &node.content {
         Content::Int(_) | Content::Float(_) | Content::Bool(_) => {
             return expected("a name", node)
-                .map_err(|complaint: Complaint| complaint.help("put it in quotes"));
+                .map_err(|message: Message| message.help("put it in quotes"));
         }
         _ => text(node, "a name")?,
     };
     let refuse = |why: &str| {
         let message = format!("`{}` cannot be a name: {why}", shorten(name));
-        Err(Complaint::new(message))
+        Err(Message::new(message))
     };
     let forbidden = |c: char| c.is_whitespace() || c.is_control() || is_invisible(c) || c == '/';
     match name {
@@ -149,12 +149,12 @@ pub(super) fn interface(node: &Node<'_>) -> Result<String> {
     host::interface_name(text(node, "an interface")?)
 }
 
-/// The only network of a key, where there is no list of them.
+/// Reads the only network of a key, where there is no list of them.
 pub(super) fn networks(node: &Node<'_>) -> Result<Network> {
     match &node.content {
         Content::Text(text) if text == ANY || host::means_any(text) && text.len() < 4 => {
             let message = format!("`{}` is not a network", shorten(text));
-            Err(Complaint::new(message).help("leave `from` out to match any sender"))
+            Err(Message::new(message).help("leave `from` out to match any sender"))
         }
         _ => network(node),
     }
@@ -164,7 +164,7 @@ pub(super) fn network(node: &Node<'_>) -> Result<Network> {
     network::network(text(node, "a network")?)
 }
 
-/// A number that is `what`, written as one or as text.
+/// Reads a number within its limits, written as one or as text.
 pub(super) fn number_of(node: &Node<'_>, what: &Number) -> Result<u32> {
     let number = match &node.content {
         Content::Int(number) => Some(*number),
@@ -174,7 +174,7 @@ pub(super) fn number_of(node: &Node<'_>, what: &Number) -> Result<u32> {
     let Number { what, first, last } = what;
     match number {
         Some(number) if (i64::from(*first)..=(*last).into()).contains(&number) => Ok(number as u32),
-        Some(number) => Err(Complaint::new(format!("{number} is not {what} ({first} to {last})"))),
+        Some(number) => Err(Message::new(format!("{number} is not {what} ({first} to {last})"))),
         None => expected(&format!("{what} ({first} to {last})"), node),
     }
 }

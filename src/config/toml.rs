@@ -3,14 +3,14 @@
 use ::toml::Spanned;
 use ::toml::de::{DeTable, DeValue};
 
-use super::diagnostic::Complaint;
-use super::node::{Content, Entry, Fault, Node};
+use super::diagnostic::Message;
+use super::node::{Content, Entry, Node, ReadError};
 
-pub(super) fn read(text: &str) -> Result<Node<'_>, Fault> {
+pub(super) fn read(text: &str) -> Result<Node<'_>, ReadError> {
     match DeTable::parse(text) {
         Ok(table) => Ok(Node { at: table.span().start, content: map(table.into_inner()) }),
-        Err(error) => Err(Fault {
-            complaint: Complaint::new(error.message()),
+        Err(error) => Err(ReadError {
+            message: Message::new(error.message()),
             path: None,
             offset: error.span().map_or(0, |span| span.start),
         }),

@@ -11,17 +11,17 @@ use super::network::Network;
 use super::path::Path;
 use super::vocabulary::ANY;
 
-/// What happens to a matched packet here, after it was sent to its upstream.
+/// Treatment of the matched packet on this host, after a copy or the packet itself was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Action {
     /// The original goes up the local stack, byte-identical; the upstream gets a copy.
     Pass,
-    /// The packet ends here: forwarded, or dropped and counted.
+    /// The packet is not delivered here: it is forwarded, or dropped and counted.
     Block,
 }
 
-/// How many upstreams get a packet.
+/// Number of upstreams that get a packet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
@@ -32,20 +32,20 @@ pub enum Mode {
     Replicate,
 }
 
-/// What of a packet selects its upstream.
+/// Part of a packet that selects its upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Strategy {
     SrcPort,
     SrcIp,
     SrcIpPort,
-    /// Nothing: each packet by chance.
+    /// None: each packet by chance.
     Random,
     /// See [`Payload`].
     Payload,
 }
 
-/// What of the payload selects the upstream.
+/// Part of the payload that selects the upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Payload {
@@ -58,7 +58,7 @@ pub enum Payload {
     Statsd,
 }
 
-/// How the selected key becomes a slot.
+/// Mapping from the selection key to a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Hash {
@@ -66,20 +66,20 @@ pub enum Hash {
     Maglev,
 }
 
-/// What happens to the fragments of a datagram.
+/// Treatment of the fragments of a datagram.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fragments {
-    /// They go where the first one goes.
+    /// Sent to the upstream of the first one.
     #[default]
     Follow,
-    /// They are delivered here, and not sent on.
+    /// Delivered here, and not sent on.
     Pass,
-    /// They end here.
+    /// Dropped.
     Drop,
 }
 
-/// Whether packets that no router would forward are sent on.
+/// Admission of packets that no router would forward.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Admission {
@@ -94,17 +94,17 @@ impl Admission {
     }
 }
 
-/// Whether an upstream is given packets.
+/// State of an upstream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     #[default]
     Active,
-    /// It keeps its place among the upstreams, and others get its packets.
+    /// Keeps its place among the upstreams; others get its packets.
     Drained,
 }
 
-/// How many of the addresses of a host name are used.
+/// Number of addresses of a host name that are used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Addresses {
@@ -115,7 +115,7 @@ pub enum Addresses {
     All,
 }
 
-/// The source address of what is sent to the upstream.
+/// Source address of packets to the upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Source {
@@ -127,14 +127,14 @@ pub enum Source {
     Egress,
 }
 
-/// What of an upstream must be well for it to be selected.
+/// Check that an upstream must pass to be selected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Health {
-    /// Nothing.
+    /// None.
     #[default]
     Off,
-    /// Its next hop answers. Of a host behind a router that says little.
+    /// Its next hop answers, which tells little about a host behind a router.
     Neighbour,
 }
 
@@ -156,7 +156,7 @@ pub struct Key {
     pub from: Vec<Network>,
 }
 
-/// What to do with the packets to one key.
+/// Treatment of the packets to one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     /// Unique among the rules; the key's text where the file gives none.
@@ -166,7 +166,7 @@ pub struct Rule {
     pub action: Action,
     pub mode: Mode,
     pub strategy: Strategy,
-    /// If and only if that is the strategy.
+    /// Present if and only if the strategy is [`Strategy::Payload`].
     pub payload: Option<Payload>,
     pub hash: Hash,
     pub source: Source,
@@ -174,11 +174,11 @@ pub struct Rule {
     pub fragments: Fragments,
     /// UDP over IPv6 without a checksum.
     pub zero_checksum: Admission,
-    /// Packets whose source no router forwards.
+    /// Packets with a source address that no router forwards.
     pub martians: Admission,
     /// At least one.
     pub upstreams: Vec<Upstream>,
-    /// Those that get a copy of each packet besides.
+    /// Hosts that get a copy of each packet as well.
     pub mirrors: Vec<Upstream>,
     /// The rule's place in the file.
     pub at: Path,
@@ -190,11 +190,11 @@ pub struct Upstream {
     /// Unique in its rule.
     pub name: Option<String>,
     pub address: Host,
-    /// Of a host name.
+    /// [`Addresses::One`] where `address` is no host name.
     pub addresses: Addresses,
     /// Host byte order; none: the port that the packet was sent to.
     pub port: Option<u16>,
-    /// Its share of the flows, beside those of the others; none: 1.
+    /// Share of the flows beside those of the others; none: 1.
     pub weight: Option<u32>,
     pub state: State,
     /// None: the rule's.
@@ -206,7 +206,7 @@ pub struct Upstream {
 }
 
 impl Ports {
-    /// How many ports these are.
+    /// Returns the number of ports.
     pub fn count(&self) -> usize {
         usize::from(self.last).saturating_sub(self.first.into()) + 1
     }
@@ -231,12 +231,12 @@ impl fmt::Display for Ports {
 }
 
 impl Key {
-    /// With any sender.
+    /// Returns a key with any sender.
     pub fn new(address: impl Into<KeyAddress>, ports: Vec<Ports>) -> Key {
         Key { address: address.into(), ports, from: Vec::new() }
     }
 
-    /// Each port, for each network of senders; what `any` stands for is not counted.
+    /// Returns the number of ports, counted once for each network of senders; `any` counts once.
     pub fn entries(&self) -> usize {
         let ports: usize = self.ports.iter().map(Ports::count).sum();
         ports.max(1) * self.from.len().max(1)
@@ -255,7 +255,7 @@ impl Key {
         self.address == other.address && ports && senders
     }
 
-    /// Whether what is sent to this port of this address matches; no port means the one that a
+    /// Returns true if packets to this port of this address match; no port means the one that a
     /// packet of the key came to.
     pub fn is(&self, address: IpAddr, port: Option<u16>) -> bool {
         let has = |port| self.ports.iter().any(|ports| ports.contains(port));
@@ -274,18 +274,18 @@ impl fmt::Display for Key {
 }
 
 impl Rule {
-    /// All that packets are sent to: the upstreams, then the mirrors.
+    /// Returns all hosts that packets are sent to: the upstreams, then the mirrors.
     pub fn destinations(&self) -> impl Iterator<Item = &Upstream> {
         self.upstreams.iter().chain(&self.mirrors)
     }
 
-    /// The one that all addresses of the rule are of. Where it says none, with `any` and host names
-    /// only, it is not left to a name server which packets are matched.
+    /// Returns the family of all addresses of the rule. It is IPv4 where the rule has `any` and host
+    /// names only: a name server does not decide which packets match.
     pub fn family(&self) -> Family {
         self.addresses().next().map_or(Family::V4, Family::from)
     }
 
-    /// The addresses that the file says, those of networks included.
+    /// Returns the addresses in the file, including those of networks.
     pub(super) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         let key = match self.key.address {
             KeyAddress::Is(address) => Some(address),

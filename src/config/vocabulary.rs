@@ -1,7 +1,7 @@
 //! The words of a configuration file, each defined once: the decoder, suggestions, the JSON Schema,
 //! docs/configuration.md, udplb.yaml(5) and the NixOS module's check read this table.
 
-use super::diagnostic::Complaint;
+use super::diagnostic::Message;
 use super::hint::nearest;
 use super::quote::shorten;
 
@@ -335,7 +335,7 @@ static TABLES: [&Table; 7] =
 
 impl Table {
     /// The field of that name, if it can be used in such a file.
-    pub fn field(&self, name: &str, root: Root) -> Result<&'static Field, Complaint> {
+    pub fn field(&self, name: &str, root: Root) -> Result<&'static Field, Message> {
         let field = self.fields.iter().find(|field| field.name == name);
         match field {
             None => Err(self.unknown(name, root)),
@@ -344,7 +344,7 @@ impl Table {
         }
     }
 
-    fn unknown(&self, name: &str, root: Root) -> Complaint {
+    fn unknown(&self, name: &str, root: Root) -> Message {
         let holds = |table: &&&Table| {
             let mut fields = table.fields.iter();
             fields.any(|field| field.name == name && field.is_usable(root))
@@ -354,7 +354,7 @@ impl Table {
             (None, Some(near)) => format!("did you mean `{near}`?"),
             (None, None) => format!("known here: {}", list(&self.usable(root))),
         };
-        Complaint::new(format!("unknown field `{}`", shorten(name))).help(help)
+        Message::new(format!("unknown field `{}`", shorten(name))).help(help)
     }
 
     /// The field that was probably meant by a name that is none.
@@ -370,7 +370,7 @@ impl Table {
 
 impl Choice {
     /// Returns the word of that name, if it can be used in such a file.
-    pub fn word(&'static self, name: &str, root: Root) -> Result<&'static str, Complaint> {
+    pub fn word(&'static self, name: &str, root: Root) -> Result<&'static str, Message> {
         match self.words.iter().find(|word| **word == name) {
             None => Err(self.unknown(name, root)),
             Some(word) if !self.usable(root).contains(word) => Err(map_only(&format!("`{name}`"))),
@@ -378,13 +378,13 @@ impl Choice {
         }
     }
 
-    fn unknown(&self, name: &str, root: Root) -> Complaint {
+    fn unknown(&self, name: &str, root: Root) -> Message {
         let names = self.usable(root);
         let help = match nearest(name, names) {
             Some(near) => format!("did you mean `{near}`?"),
             None => format!("known here: {}", list(names)),
         };
-        Complaint::new(format!("unknown word `{}`", shorten(name))).help(help)
+        Message::new(format!("unknown word `{}`", shorten(name))).help(help)
     }
 
     pub fn usable(&self, root: Root) -> &'static [&'static str] {
@@ -406,8 +406,8 @@ impl Choice {
     }
 }
 
-pub fn map_only(what: &str) -> Complaint {
-    Complaint::new(format!("{what} needs the map form of the file"))
+pub fn map_only(what: &str) -> Message {
+    Message::new(format!("{what} needs the map form of the file"))
         .help("write `version: 1` at its top and the list under `rules:`")
 }
 

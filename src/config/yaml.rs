@@ -11,25 +11,25 @@ use granit_parser::{ErrorKind, Event, Parser, ScalarStyle, ScanError, StrInput, 
 use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
-use super::diagnostic::Complaint;
-use super::node::{Content, Entry, Fault, Node, UNKNOWN};
+use super::diagnostic::Message;
+use super::node::{Content, Entry, Node, ReadError, UNKNOWN};
 use super::path::{Path, Step};
 use super::quote::shorten;
 
-/// How many values a file may hold once its aliases are followed. The largest configuration that
+/// Maximum number of values of a file once its aliases are followed. The largest configuration that
 /// fits into the maps has about half as many.
 const VALUES: usize = 2_000_000;
 
-/// How many fields a map may have: more than any has, and few enough to compare all with all.
+/// Maximum number of fields of a map: more than any has, and few enough to compare all with all.
 pub(super) const FIELDS: usize = 64;
 
-/// How deep lists and maps may nest: deeper than any file, and shallow enough for recursion.
+/// Maximum nesting of lists and maps: deeper than any file, and shallow enough for recursion.
 const DEPTH: usize = 128;
 
 const STAR: &str =
     "`*` refers to an anchor in YAML; to match all addresses or ports of a key, write `any`";
 
-pub(super) fn read(text: &str) -> Result<Node<'_>, Fault> {
+pub(super) fn read(text: &str) -> Result<Node<'_>, ReadError> {
     match read_json(text) {
         Some(node) => Ok(node),
         None => read_yaml(text),
@@ -37,7 +37,7 @@ pub(super) fn read(text: &str) -> Result<Node<'_>, Fault> {
 }
 
 /// Reads YAML, or JSON as YAML, into nodes that carry their positions.
-pub(super) fn read_yaml(text: &str) -> Result<Node<'_>, Fault> {
+pub(super) fn read_yaml(text: &str) -> Result<Node<'_>, ReadError> {
     let options = options! { flow_nesting_limit: DEPTH, block_nesting_limit: DEPTH };
     let reader = Reader {
         parser: Parser::new_from_str_with_options(text, options),
@@ -54,16 +54,16 @@ struct Count(usize);
 
 impl Count {
     /// Counts a value that takes up so many bytes beside its node.
-    fn add(&mut self, bytes: usize) -> Result<(), Complaint> {
+    fn add(&mut self, bytes: usize) -> Result<(), Message> {
         self.0 += 1 + bytes / 32;
         if self.0 > VALUES {
             let message = format!("more than {VALUES} values, counting what its aliases stand for");
-            return Err(Complaint::new(message));
+            return Err(Message::new(message));
         }
         Ok(())
     }
 
-    fn add_all(&mut self, node: &Node<'_>) -> Result<(), Complaint> {
+    fn add_all(&mut self, node: &Node<'_>) -> Result<(), Message> {
         match &node.content {
             Content::Text(text) => self.add(text.len()),
             Content::List(nodes) => {
@@ -91,7 +91,7 @@ struct Reader<'t> {
 }
 
 impl<'t> Reader<'t> {
-    fn document(mut self) -> Result<Node<'t>, Fault> {
+    fn document(mut self) -> Result<Node<'t>, ReadError> {
         self.next()?;
         let (Event::DocumentStart(..), _) = self.next()? else {
             return Ok(Node { content: Content::Null, at: self.text.len() });
@@ -102,7 +102,7 @@ impl<'t> Reader<'t> {
         match self.next()? {
             (Event::DocumentStart(..), at) => {
                 let message = "a second YAML document begins here, and a configuration is one";
-                Err(fault(at, Complaint::new(message)))
+                Err(error(at, Message::new(message)))
             }
             _ => Ok(node),
         }
@@ -110,7 +110,7 @@ impl<'t> Reader<'t> {
 
     /// Returns the next event and where it begins: with its tag, if it has one. Where nothing follows
     /// the `:` of a field, it begins behind that.
-    fn next(&mut self) -> Result<(Event<'t>, usize), Fault> {
+    fn next(&mut self) -> Result<(Event<'t>, usize), ReadError> {
         let (event, span) = match self.parser.next_event() {
             Some(Ok(event)) => event,
             Some(Err(error)) => return Err(self.syntax(&error)),
@@ -128,7 +128,7 @@ impl<'t> Reader<'t> {
         event: Event<'t>,
         at: usize,
         name: Option<usize>,
-    ) -> Result<Node<'t>, Fault> {
+    ) -> Result<Node<'t>, ReadError> {
         let (content, anchor) = match event {
             Event::Alias(anchor) => return self.alias(anchor, at),
             Event::Scalar(text, style, anchor, tag) => {
@@ -165,18 +165,18 @@ impl<'t> Reader<'t> {
         Ok(node)
     }
 
-    fn alias(&mut self, anchor: usize, at: usize) -> Result<Node<'t>, Fault> {
+    fn alias(&mut self, anchor: usize, at: usize) -> Result<Node<'t>, ReadError> {
         let Some(node) = self.anchors.get(&anchor) else {
             let message = "this alias is part of what it stands for";
-            return Err(fault(at, Complaint::new(message).help(STAR)));
+            return Err(error(at, Message::new(message).help(STAR)));
         };
         let counted = self.count.add_all(node);
         let node = Node { at, ..node.clone() };
-        counted.map_err(|complaint| fault(at, complaint))?;
+        counted.map_err(|message| error(at, message))?;
         Ok(node)
     }
 
-    fn list(&mut self, at: usize) -> Result<Content<'t>, Fault> {
+    fn list(&mut self, at: usize) -> Result<Content<'t>, ReadError> {
         self.checked(at, |count| count.add(0))?;
         let mut nodes = Vec::new();
         loop {
@@ -185,11 +185,11 @@ impl<'t> Reader<'t> {
                 return Ok(Content::List(nodes));
             }
             let node = self.node(event, at, None);
-            nodes.push(node.map_err(|fault| fault.inside(Step::Index(nodes.len())))?);
+            nodes.push(node.map_err(|error| error.inside(Step::Index(nodes.len())))?);
         }
     }
 
-    fn map(&mut self, at: usize) -> Result<Content<'t>, Fault> {
+    fn map(&mut self, at: usize) -> Result<Content<'t>, ReadError> {
         self.checked(at, |count| count.add(0))?;
         let mut entries: Vec<Entry<'t>> = Vec::new();
         loop {
@@ -199,17 +199,17 @@ impl<'t> Reader<'t> {
             }
             let name = self.name(event, at)?;
             self.checked(at, |count| count.add(name.len()))?;
-            check_name(&name, &entries).map_err(|complaint| fault(at, complaint))?;
+            check_name(&name, &entries).map_err(|message| error(at, message))?;
             let (event, value_at) = self.next()?;
             match self.node(event, value_at, Some(at)) {
                 Ok(node) => entries.push(Entry { name, at, node }),
-                Err(fault) => return Err(fault.inside(Step::Field(name.into_owned().into()))),
+                Err(error) => return Err(error.inside(Step::Field(name.into_owned().into()))),
             }
         }
     }
 
     /// Reads the name of a field: a scalar as it is written, or an alias of text.
-    fn name(&mut self, event: Event<'t>, at: usize) -> Result<Cow<'t, str>, Fault> {
+    fn name(&mut self, event: Event<'t>, at: usize) -> Result<Cow<'t, str>, ReadError> {
         let name = match event {
             Event::Scalar(text, _, anchor, None) => {
                 if anchor != 0 {
@@ -224,44 +224,44 @@ impl<'t> Reader<'t> {
             },
             _ => None,
         };
-        let complaint = || Complaint::new("the name of a field must be text");
-        name.ok_or_else(|| fault(at, complaint()))
+        let message = || Message::new("the name of a field must be text");
+        name.ok_or_else(|| error(at, message()))
     }
 
     fn checked(
         &mut self,
         at: usize,
-        count: impl FnOnce(&mut Count) -> Result<(), Complaint>,
-    ) -> Result<(), Fault> {
-        count(&mut self.count).map_err(|complaint| fault(at, complaint))
+        count: impl FnOnce(&mut Count) -> Result<(), Message>,
+    ) -> Result<(), ReadError> {
+        count(&mut self.count).map_err(|message| error(at, message))
     }
 
-    fn syntax(&self, error: &ScanError) -> Fault {
+    fn syntax(&self, error: &ScanError) -> ReadError {
         let offset = error.marker().byte_offset().unwrap_or(self.text.len());
-        let (complaint, offset) = explain(self.text, offset, error.kind());
-        Fault { complaint, path: None, offset }
+        let (message, offset) = explain(self.text, offset, error.kind());
+        ReadError { message, path: None, offset }
     }
 }
 
 /// An error at a value that the parser takes.
-fn fault(offset: usize, complaint: Complaint) -> Fault {
-    Fault { complaint, path: Some(Path::default()), offset }
+fn error(offset: usize, message: Message) -> ReadError {
+    ReadError { message, path: Some(Path::default()), offset }
 }
 
-fn tagged(at: usize) -> Fault {
-    fault(at, Complaint::new("YAML tags have no meaning here"))
+fn tagged(at: usize) -> ReadError {
+    error(at, Message::new("YAML tags have no meaning here"))
 }
 
 /// Refuses a name that a map cannot have beside those before it.
-fn check_name(name: &str, before: &[Entry<'_>]) -> Result<(), Complaint> {
+fn check_name(name: &str, before: &[Entry<'_>]) -> Result<(), Message> {
     if before.iter().any(|entry| entry.name == name) {
-        return Err(Complaint::new(format!("`{}` is given twice in one map", shorten(name))));
+        return Err(Message::new(format!("`{}` is given twice in one map", shorten(name))));
     }
     if before.len() >= FIELDS {
-        return Err(Complaint::new(format!("more than {FIELDS} fields in one map")));
+        return Err(Message::new(format!("more than {FIELDS} fields in one map")));
     }
     if name == "<<" {
-        return Err(Complaint::new("merge keys (`<<`) are not supported")
+        return Err(Message::new("merge keys (`<<`) are not supported")
             .help("options that many rules share belong in `defaults`"));
     }
     Ok(())
@@ -315,18 +315,18 @@ fn number(negative: bool, digits: &str) -> Option<Content<'static>> {
 }
 
 /// Returns the message for a parser's error, with what to do about it, and the offset to point at.
-fn explain(text: &str, offset: usize, error: &ErrorKind) -> (Complaint, usize) {
+fn explain(text: &str, offset: usize, error: &ErrorKind) -> (Message, usize) {
     let (before, after) = text.split_at_checked(offset).unwrap_or((text, ""));
     let start = before.rfind('\n').map_or(0, |newline| newline + 1);
     let line = text[start..].lines().next().unwrap_or_default();
     let indent = line.len() - line.trim_start_matches([' ', '\t']).len();
     let tab = line[..indent].find('\t').map(|nth| start + nth);
     if let Some(tab) = tab.or(after.starts_with('\t').then_some(offset)) {
-        let complaint = Complaint::new("a tab stands where YAML takes blanks only");
-        return (complaint.help("indent with blanks"), tab);
+        let message = Message::new("a tab stands where YAML takes blanks only");
+        return (message.help("indent with blanks"), tab);
     }
-    let complaint = Complaint { help: help(line, after, error), ..Complaint::new(message(error)) };
-    (complaint, offset)
+    let message = Message { help: help(line, after, error), ..Message::new(message(error)) };
+    (message, offset)
 }
 
 fn message(error: &ErrorKind) -> String {
@@ -399,7 +399,7 @@ impl Json<'_> {
             Content::Text(text) => self.0.add(text.len()),
             _ => self.0.add(0),
         };
-        counted.map_err(|complaint| E::custom(complaint.message))?;
+        counted.map_err(|message| E::custom(message.text))?;
         Ok(Node { content, at: UNKNOWN })
     }
 }
@@ -459,7 +459,7 @@ impl<'de> Visitor<'de> for Json<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Node<'de>, A::Error> {
         let mut entries = Vec::new();
         while let Some(JsonName(name)) = access.next_key()? {
-            check_name(&name, &entries).map_err(|it| de::Error::custom(it.message))?;
+            check_name(&name, &entries).map_err(|it| de::Error::custom(it.text))?;
             let node = access.next_value_seed(Json(self.0))?;
             entries.push(Entry { name, at: UNKNOWN, node });
         }

@@ -10,7 +10,7 @@ use anyhow::anyhow;
 use sha2::{Digest, Sha256};
 
 use crate::cli::{Resolver, Target};
-use crate::config::{self, Config, Diagnostic, Finding, Host};
+use crate::config::{self, Config, Diagnostic, Host, Unlocated};
 use crate::datapath::generation::{self, Origin};
 use crate::datapath::pins::ReadGuard;
 use crate::desired::partial::{self, Known, Resolved};
@@ -183,7 +183,8 @@ impl Wanted {
         for (host, place) in hosts.iter_mut().zip(config.locate(&spots)) {
             (host.line, host.column) = place;
         }
-        let findings = hosts.iter().zip(&spots).map(|(host, at)| Finding::new(at, host.message()));
+        let findings =
+            hosts.iter().zip(&spots).map(|(host, at)| Unlocated::new(at, host.message()));
         diagnostics.extend(config.errors(findings.collect()));
         Ok(Wanted { missing: diagnostics, ..Wanted::of(request, resolved) })
     }
@@ -242,7 +243,7 @@ fn whole(config: &Config, resolved: Resolved) -> Result<Resolved> {
     let hosts = resolved.desired.incomplete.hosts.iter().zip(&resolved.gaps);
     let findings = hosts.map(|(host, gap)| {
         let at = &config.destination(gap.spot).at;
-        Finding::new(at, format!("`{}` {}", host.host, host.cause))
+        Unlocated::new(at, format!("`{}` {}", host.host, host.cause))
     });
     let errors = config.errors(findings.collect());
     match resolved.gaps.iter().all(|gap| gap.temporary) {
@@ -251,9 +252,9 @@ fn whole(config: &Config, resolved: Resolved) -> Result<Resolved> {
     }
 }
 
-fn notes(config: &Config, resolved: &Resolved) -> Vec<Finding> {
+fn notes(config: &Config, resolved: &Resolved) -> Vec<Unlocated> {
     let notes = resolved.notes.iter();
-    notes.map(|(spot, text)| Finding::new(&config.destination(*spot).at, text)).collect()
+    notes.map(|(spot, text)| Unlocated::new(&config.destination(*spot).at, text)).collect()
 }
 
 /// Each at its place in the file, unless the command line names them.
@@ -262,7 +263,7 @@ fn no_interfaces(config: &Config, target: &Target, names: &[String]) -> Vec<Diag
     if !target.interfaces.is_empty() {
         return names.iter().map(|name| Diagnostic::without_place(message(name))).collect();
     }
-    let findings = names.iter().map(|name| Finding::new(&config.interface(name), message(name)));
+    let findings = names.iter().map(|name| Unlocated::new(&config.interface(name), message(name)));
     config.errors(findings.collect())
 }
 

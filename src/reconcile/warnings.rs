@@ -5,7 +5,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::config::{
-    self, Action, Config, Family, Finding, KeyAddress, Mode, Path, Rule, with_port,
+    self, Action, Config, Family, KeyAddress, Mode, Path, Rule, Unlocated, with_port,
 };
 use crate::datapath::kernel;
 use crate::desired::{self, Desired, Upstream};
@@ -38,11 +38,14 @@ pub fn own_upstreams(
     config: &Config,
     desired: &Desired,
     ways: &BTreeMap<Target, Way>,
-) -> Vec<Finding> {
+) -> Vec<Unlocated> {
     targets(config, desired)
         .filter(|(_, target)| ways.get(target) == Some(&Way::Local))
         .map(|(at, Target { address, .. })| {
-            Finding::new(at, format!("{address} is an address of this host, which is no upstream"))
+            Unlocated::new(
+                at,
+                format!("{address} is an address of this host, which is no upstream"),
+            )
         })
         .collect()
 }
@@ -53,7 +56,7 @@ pub fn of_this_host(
     desired: &Desired,
     links: &[Link],
     addresses: &[OwnAddress],
-) -> Vec<Finding> {
+) -> Vec<Unlocated> {
     let listeners = listeners();
     let mut findings = unheard(config, desired, &listeners);
     findings.extend(robbed(config, desired, &listeners));
@@ -70,11 +73,11 @@ pub fn unreachable(
     config: &Config,
     desired: &Desired,
     ways: &BTreeMap<Target, Way>,
-) -> Vec<Finding> {
+) -> Vec<Unlocated> {
     targets(config, desired)
         .filter_map(|(at, target)| match ways.get(&target) {
             Some(Way::None(reason)) => {
-                Some(Finding::new(at, format!("no route to {}: {reason}", target.address)))
+                Some(Unlocated::new(at, format!("no route to {}: {reason}", target.address)))
             }
             _ => None,
         })
@@ -97,7 +100,7 @@ pub fn unanswered(
     config: &Config,
     desired: &Desired,
     ways: &BTreeMap<Target, Way>,
-) -> Vec<Finding> {
+) -> Vec<Unlocated> {
     let mut seen = BTreeSet::new();
     let mut findings = Vec::new();
     for (at, target) in targets(config, desired) {
@@ -106,7 +109,7 @@ pub fn unanswered(
             if !seen.insert((hop.ifindex, hop.gateway)) {
                 continue;
             }
-            findings.push(Finding::new(at, does_not_answer(&target.address, hop)));
+            findings.push(Unlocated::new(at, does_not_answer(&target.address, hop)));
         }
     }
     findings
@@ -118,7 +121,7 @@ pub fn in_clear(
     desired: &Desired,
     ways: &BTreeMap<Target, Way>,
     policies: &[SecurityPolicy],
-) -> Vec<Finding> {
+) -> Vec<Unlocated> {
     let mut findings = Vec::new();
     for (at, rule, upstream) in upstreams(config, desired) {
         let target = desired.target(rule, upstream);
@@ -144,7 +147,7 @@ pub fn in_clear(
             _ => "encrypts",
         };
         let address = &target.address.ip;
-        findings.push(Finding::new(
+        findings.push(Unlocated::new(
             at,
             format!(
                 "an IPsec policy {would} packets to {address} ({}), and udplb would send them in clear; if that \
@@ -158,7 +161,7 @@ pub fn in_clear(
 
 /// Upstreams whose packets take several paths, which the kernel chooses for each; one for each set of
 /// paths.
-pub fn several(config: &Config, desired: &Desired, ways: &BTreeMap<Target, Way>) -> Vec<Finding> {
+pub fn several(config: &Config, desired: &Desired, ways: &BTreeMap<Target, Way>) -> Vec<Unlocated> {
     let mut seen = BTreeSet::new();
     let mut findings = Vec::new();
     for (at, target) in targets(config, desired) {
@@ -182,14 +185,14 @@ pub fn several(config: &Config, desired: &Desired, ways: &BTreeMap<Target, Way>)
         if seen.insert((by, names.clone())) {
             let address = &target.address;
             let message = format!("{by} whether packets to {address} go via {names}: {then}");
-            findings.push(Finding::new(at, message));
+            findings.push(Unlocated::new(at, message));
         }
     }
     findings
 }
 
 /// Multicast keys that no program of this host is a member of, on an interface that exists.
-pub fn not_joined(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Finding> {
+pub fn not_joined(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Unlocated> {
     let Some(joined) = memberships() else { return Vec::new() };
     let mut seen = BTreeSet::new();
     let mut findings = Vec::new();
@@ -204,7 +207,7 @@ pub fn not_joined(config: &Config, interfaces: &[String], links: &[Link]) -> Vec
                 continue;
             }
             let prefix = if group.is_ipv4() { 32 } else { 128 };
-            findings.push(Finding::new(
+            findings.push(Unlocated::new(
                 &rule.at,
                 format!(
                     "nobody here is a member of {group} on {name}, and a switch or router may send none of \
@@ -270,7 +273,7 @@ fn upstreams<'a>(
 }
 
 /// `block` rules that take what sockets of this host listen for.
-fn robbed(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Finding> {
+fn robbed(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Unlocated> {
     let blocks = config.rules.iter().filter(|rule| rule.action == Action::Block);
     let robbed = blocks.filter_map(|rule| {
         let addresses = match rule.key.address {
@@ -298,7 +301,7 @@ fn robbed(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Fin
         let message = format!(
             "a socket of this host listens on {first}{more}: with `tc_action: block` it gets nothing"
         );
-        Some(Finding::new(&rule.at, message))
+        Some(Unlocated::new(&rule.at, message))
     });
     robbed.collect()
 }
@@ -313,7 +316,7 @@ fn targets<'a>(
 
 /// Returns the `pass` rules with a port on which nobody listens. What netfilter does to their packets
 /// before delivery is not looked at.
-fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Finding> {
+fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Unlocated> {
     config
         .rules
         .iter()
@@ -340,7 +343,7 @@ fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Fi
                 0 => String::new(),
                 more => format!(" and {more} more of its ports"),
             };
-            Some(Finding::new(
+            Some(Unlocated::new(
                 &rule.at,
                 format!(
                     "nobody listens on {}{more}: `tc_action: pass` delivers there, and senders get \
@@ -359,7 +362,7 @@ fn stacked(
     interfaces: &[String],
     links: &[Link],
     addresses: &[OwnAddress],
-) -> Vec<Finding> {
+) -> Vec<Unlocated> {
     const KINDS: [&str; 4] = ["macvlan", "ipvlan", "macvtap", "bridge"];
     let named: Vec<&Link> = links.iter().filter(|link| interfaces.contains(&link.name)).collect();
     config
@@ -377,7 +380,7 @@ fn stacked(
                     named.find(hidden).zip(Some(holder))
                 });
             let (interface, holder) = holder?;
-            Some(Finding::new(
+            Some(Unlocated::new(
                 &rule.at,
                 format!(
                     "{} is an address of {}, a {} above {}: no packet will match on {}; name {} \
@@ -396,7 +399,7 @@ fn stacked(
 
 /// Interfaces that what `pass` leaves here comes in by after another one that is named: rules match on
 /// both, and what upstreams get is sent twice.
-fn met_twice(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Finding> {
+fn met_twice(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Unlocated> {
     let Some(rule) = config.rules.iter().find(|rule| rule.action == Action::Pass) else {
         return Vec::new();
     };
@@ -410,7 +413,7 @@ fn met_twice(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Find
                  one of them in `interfaces`",
                 upper.name, lower.name, lower.name, upper.name
             );
-            Finding::new(&rule.at, message)
+            Unlocated::new(&rule.at, message)
         })
         .collect()
 }
@@ -442,7 +445,7 @@ fn is_above(upper: &Link, lower: &Link, kinds: &[&str]) -> bool {
 }
 
 /// What a kernel cannot do that the configuration would have it do.
-fn beyond(config: &Config, kernel: (u32, u32)) -> Option<Finding> {
+fn beyond(config: &Config, kernel: (u32, u32)) -> Option<Unlocated> {
     let answers = |rule: &&Rule| rule.action == Action::Block && rule.mode == Mode::Balance;
     let rule = config.rules.iter().find(answers).filter(|_| kernel < (5, 12))?;
     let (major, minor) = kernel;
@@ -450,7 +453,7 @@ fn beyond(config: &Config, kernel: (u32, u32)) -> Option<Finding> {
         "Linux {major}.{minor} does not say how large a packet may be that is too large: senders \
          hear what `apply` or arpd found, and nothing where that has become less since (5.12 does)"
     );
-    Some(Finding::new(&rule.at, message))
+    Some(Unlocated::new(&rule.at, message))
 }
 
 /// Returns the tunnels whose packets reach the filter with the tunnel's own header first, so that no rule
@@ -460,7 +463,7 @@ fn unseen(
     interfaces: &[String],
     links: &[Link],
     kernel: (u32, u32),
-) -> Vec<Finding> {
+) -> Vec<Unlocated> {
     let named = interfaces.iter().filter_map(|name| find_link(links.iter(), name));
     let unseen = named.filter(|link| hides_packets(&link.kind, kernel));
     let (major, minor) = kernel;
@@ -470,7 +473,7 @@ fn unseen(
              header (5.14 does not); relay at its other end, or boot a later kernel",
             link.kind, link.name
         );
-        Finding::new(&config.interface(&link.name), message)
+        Unlocated::new(&config.interface(&link.name), message)
     };
     unseen.map(finding).collect()
 }

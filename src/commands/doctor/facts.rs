@@ -11,7 +11,9 @@ use anyhow::Context;
 use super::{Facts, Input, InputLink, Kernel, Sender, Upstream, Way, before, sample};
 use crate::bpf;
 use crate::cli::{Global, Resolver, Target};
-use crate::config::{Action, Config, Family, Health, Key, KeyAddress, Source, with_port};
+use crate::config::{
+    Action, Config, Family, Health, Key, KeyAddress, Source, Unlocated, with_port,
+};
 use crate::datapath::generation::Description;
 use crate::datapath::{capabilities, kernel};
 use crate::desired::{Desired, Rule, export, tables};
@@ -229,7 +231,7 @@ fn warnings(
     findings.extend(warnings::in_clear(&config, desired, ways, &policies));
     findings.extend(warnings::several(&config, desired, ways));
     findings.extend(warnings::not_joined(&config, &desired.interfaces, links));
-    findings.into_iter().map(|finding| finding.message).collect()
+    findings.into_iter().map(Unlocated::into_text).collect()
 }
 
 async fn inputs(
