@@ -4,9 +4,13 @@
 use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::{MaybeUninit, size_of};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+
+use anyhow::{Context, bail};
+use libbpf_rs::{MapHandle, MapInfo, OpenMap};
 
 #[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, dead_code)]
 mod skeleton {
@@ -286,4 +290,58 @@ fn owned(result: i32) -> io::Result<OwnedFd> {
     }
     // SAFETY: a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(result) })
+}
+
+/// See [`wire`].
+pub fn unwire(words: [u32; 4], ipv6: bool) -> IpAddr {
+    let mut octets = [0; 16];
+    for (octets, word) in octets.chunks_mut(4).zip(words) {
+        octets.copy_from_slice(&word.to_ne_bytes());
+    }
+    match ipv6 {
+        true => Ipv6Addr::from(octets).into(),
+        false => Ipv4Addr::from(words[0].to_ne_bytes()).into(),
+    }
+}
+
+/// An address as the kernel's `__be32 [4]` has it: an IPv4 one is the first word, and the rest is 0.
+pub fn wire(address: IpAddr) -> [u32; 4] {
+    match address {
+        IpAddr::V4(address) => [u32::from_ne_bytes(address.octets()), 0, 0, 0],
+        IpAddr::V6(address) => {
+            let octets = address.octets();
+            [0, 4, 8, 12].map(|at| {
+                u32::from_ne_bytes([octets[at], octets[at + 1], octets[at + 2], octets[at + 3]])
+            })
+        }
+    }
+}
+
+/// A map that is not part of an object, as the object defines it.
+pub fn create(
+    definition: &OpenMap<'_>,
+    inner: Option<BorrowedFd<'_>>,
+) -> anyhow::Result<MapHandle> {
+    let options = libbpf_sys::bpf_map_create_opts {
+        sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
+        map_flags: definition.map_flags(),
+        inner_map_fd: inner.map_or(0, |fd| fd.as_raw_fd() as u32),
+        ..Default::default()
+    };
+    let context = || format!("map {}", definition.name().display());
+    let map = MapHandle::create(
+        definition.map_type(),
+        Some(definition.name()),
+        definition.key_size(),
+        definition.value_size(),
+        definition.max_entries(),
+        &options,
+    )
+    .with_context(context)?;
+    // libbpf takes a kernel that was short of memory when it probed for one without names, and no
+    // later program could use the map
+    if MapInfo::new(map.as_fd()).with_context(context)?.info.name[0] == 0 {
+        bail!("{}: the kernel kept no name for it; try again", context());
+    }
+    Ok(map)
 }

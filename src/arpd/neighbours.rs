@@ -8,6 +8,7 @@ use types::health as Health;
 
 use crate::bpf::{bytes_of, types};
 use crate::config::Address;
+use crate::datapath::nexthops;
 use crate::net::link::{Layer, Link};
 use crate::net::neighbour::{
     Neighbour, NeighbourKey, NeighbourRequest, NeighbourTable, NudState, OUR_PROTOCOL,
@@ -303,7 +304,7 @@ impl Keeper {
         upstreams
             .iter()
             .filter_map(|index| self.written.get(&self.upstreams[*index].id))
-            .filter(|entry| (entry.0.ifindex, nexthop::gateway(&entry.0)) == key)
+            .filter(|entry| (entry.0.ifindex, nexthops::gateway(&entry.0)) == key)
             .filter(|entry| entry.0.since != 0)
             .map(|entry| (entry.0.health, entry.0.since))
             .next()
@@ -470,7 +471,7 @@ impl Keeper {
     fn entry(&self, upstream: &Upstream) -> types::nexthop {
         let chosen = self.choose(upstream);
         let way = chosen.as_ref().map(|(way, _)| way);
-        let mut entry = nexthop::entry(upstream.target.address.ip, way);
+        let mut entry = nexthops::entry(upstream.target.address.ip, way);
         match chosen.as_ref().and_then(|(_, tracked)| *tracked) {
             Some(tracked) => (entry.health, entry.since) = (tracked.health, tracked.since),
             None => {
@@ -897,7 +898,7 @@ mod tests {
         world.after(0);
         let entry = world.entry();
         assert_eq!((entry.health, entry.macs), (Health::HEALTH_UP, types::macs::MACS_FRESH));
-        assert_eq!(nexthop::gateway(&entry), address);
+        assert_eq!(nexthops::gateway(&entry), address);
         assert_eq!(entry.address.map(u32::from_be), [0x2001_0db8, 0, 0, 2]);
         assert_eq!(asked_for(world.after(2000)), ((7, address), NeighbourRequest::Probe));
     }
@@ -911,7 +912,7 @@ mod tests {
         assert!(world.keeper.is_settled());
         let entry = world.entry();
         assert_eq!((entry.health, entry.macs), (Health::HEALTH_UP, types::macs::MACS_NONE));
-        assert_eq!((entry.ifindex, nexthop::gateway(&entry)), (7, ADDRESS.into()));
+        assert_eq!((entry.ifindex, nexthops::gateway(&entry)), (7, ADDRESS.into()));
         world.link(false);
         assert_eq!(told(&world.after(0)).len(), 1);
         assert_eq!(world.health(), Health::HEALTH_DOWN);
@@ -1023,7 +1024,7 @@ mod tests {
         fn told(&self) -> (IpAddr, bool, Health) {
             let entry = self.entry();
             let leased = entry.macs == types::macs::MACS_FRESH;
-            (nexthop::gateway(&entry), leased, entry.health)
+            (nexthops::gateway(&entry), leased, entry.health)
         }
     }
 

@@ -15,12 +15,13 @@ use super::groups::Groups;
 use super::neighbours::{self, Action, Keeper, Now, Upstream};
 use crate::bpf::{OBJECT_SHA256, types};
 use crate::cli::{Arpd, Global};
+use crate::datapath::description::{Generation, ProgramName};
 use crate::datapath::environment::Environment;
-use crate::datapath::generation::{Generation, ProgramName};
 use crate::datapath::lease::Heartbeat;
 use crate::datapath::lock;
-use crate::datapath::pins::{self, ReadGuard, StateMaps};
+use crate::datapath::pins::{self, ReadGuard};
 use crate::datapath::spares::{self, Situation};
+use crate::datapath::state_maps::{self, StateMaps};
 use crate::datapath::tc::{self, Slot};
 use crate::desired::dns::Answers;
 use crate::desired::{Desired, partial};
@@ -461,7 +462,7 @@ impl Service {
         };
         let symlink = current(&self.pin_dir);
         let observed = observe(guard.as_ref(), &self.netlink).await?;
-        let maps = guard.as_ref().map(|guard| guard.maps()).transpose()?.flatten();
+        let maps = guard.as_ref().map(state_maps::open).transpose()?.flatten();
         let found = observed.serving().and_then(|number| observed.generations.get(&number));
         let unusable = match found {
             Some(it) if it.description.namespace != observed.namespace => {

@@ -14,9 +14,11 @@ use serde::Serialize;
 use crate::bpf::{self, types};
 use crate::cli::{Endpoint, Get, Global};
 use crate::config::{Action, KeyAddress, Mode, State, with_port};
-use crate::datapath::generation::{self, Generation, Twin};
+use crate::datapath::description::Generation;
+use crate::datapath::generation::{self, Twin};
 use crate::datapath::overrides;
-use crate::datapath::pins::{self, ReadGuard, StateMaps};
+use crate::datapath::pins::{self, ReadGuard};
+use crate::datapath::state_maps::{self, StateMaps};
 use crate::desired::miss::{self, Miss};
 use crate::desired::tables::is_group;
 use crate::desired::{Desired, Rule, Upstream, diff};
@@ -244,7 +246,7 @@ pub async fn run(global: &Global, options: &Get, netlink: &Netlink) -> Result<Op
         true => asker.ask(link.index, link.mac.unwrap_or_default(), &question)?,
         false => (Vec::new(), TC_ACT_UNSPEC),
     };
-    let maps = guard.maps()?.context(pins::INCOMPLETE)?;
+    let maps = state_maps::open(&guard)?.context(state_maps::INCOMPLETE)?;
     drop(guard);
 
     let mut answer = Answer {

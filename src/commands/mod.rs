@@ -22,9 +22,9 @@ use crate::cli::output::{
 use crate::cli::terminal::{self, Key, Live, Scroll, Woken};
 use crate::cli::{self, Cli, Color, Command, Global, Output, Resolver, Target};
 use crate::config::{self, Config, Diagnostic, State};
-use crate::datapath::generation::{Generation, Origin};
+use crate::datapath::description::{Generation, Origin};
 use crate::datapath::pins::{self, WriteGuard};
-use crate::datapath::{capabilities, lease, pin_search, tc};
+use crate::datapath::{capabilities, lease, pin_search, state_maps, tc};
 use crate::desired::diff::Changes;
 use crate::desired::{Desired, RuleIds, assign_ids, export};
 use crate::error::{Failure, Result, say};
@@ -321,7 +321,7 @@ fn refuse(config: &Config, findings: Vec<config::Unlocated>) -> Result<()> {
 /// Returns true while arpd's lease holds.
 fn arpd_runs(global: &Global) -> bool {
     let guard = pins::read(&global.pin_dir, global.lock_timeout).ok().flatten();
-    let maps = guard.and_then(|guard| guard.maps().ok().flatten());
+    let maps = guard.and_then(|guard| state_maps::open(&guard).ok().flatten());
     let left = maps.and_then(|maps| lease::remaining(&maps.heartbeat).ok().flatten());
     left.is_some_and(|left| !left.is_zero())
 }
@@ -578,7 +578,7 @@ async fn to_steer(global: &Global, netlink: &Netlink) -> Result<(WriteGuard, Obs
     plan::refuse_other_namespace(&observed).map_err(refused)?;
     observed.described()?.ok_or(Failure::NothingApplied)?;
     // without them nobody knows what was said of upstreams before
-    guard.maps()?.context(pins::INCOMPLETE)?;
+    state_maps::open(&guard)?.context(state_maps::INCOMPLETE)?;
     Ok((guard, observed))
 }
 

@@ -13,16 +13,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, RingBuffer, RingBufferBuilder};
 
-use crate::bpf::{bytes_of, from_bytes, types};
+use crate::bpf::{bytes_of, from_bytes, types, wire};
 use crate::cli::output::Document;
 use crate::cli::terminal::{Signals, is_gone};
 use crate::cli::{Global, Output, Trace};
 use crate::config::Network;
-use crate::datapath::generation::{self, Description};
-use crate::datapath::lease;
-use crate::datapath::lock;
-use crate::datapath::pins::{self, INCOMPLETE};
-use crate::desired::tables::wire;
+use crate::datapath::description::Description;
+use crate::datapath::state_maps::{self, INCOMPLETE};
+use crate::datapath::{generation, lease, lock, pins};
 use crate::error::{Failure, Result, say};
 use crate::net::Netlink;
 use crate::reconcile::drain;
@@ -51,7 +49,7 @@ pub async fn run(
     let Some(guard) = pins::read(&global.pin_dir, global.lock_timeout)? else { return Ok(None) };
     let observed = observe(Some(&guard), netlink).await?;
     let Some(serving) = observed.described()? else { return Ok(None) };
-    let maps = guard.maps()?.context(INCOMPLETE)?;
+    let maps = state_maps::open(&guard)?.context(INCOMPLETE)?;
     let description = &serving.description;
     let rule = match &options.rule {
         Some(name) => {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, OpenMap};
 
-use crate::datapath::pins;
+use crate::bpf;
 
 /// A table by id.
 pub struct Chunks {
@@ -61,7 +61,7 @@ impl Chunks {
     /// Makes room for ids up to `most`.
     pub fn grow(&mut self, definition: &OpenMap<'_>, most: u32) -> anyhow::Result<()> {
         while self.room() <= most {
-            let mut chunk = pins::create(definition, None)?;
+            let mut chunk = bpf::create(definition, None)?;
             let path = self.pin(self.chunks.len());
             chunk.pin(&path).with_context(|| path.display().to_string())?;
             self.chunks.push(chunk);

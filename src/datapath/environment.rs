@@ -6,10 +6,9 @@ use std::net::IpAddr;
 use anyhow::Context;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
-use crate::bpf::{bytes_of, types};
-use crate::datapath::pins::StateMaps;
+use crate::bpf::{bytes_of, types, wire};
+use crate::datapath::state_maps::StateMaps;
 use crate::desired::Desired;
-use crate::desired::tables::wire;
 use crate::net::Netlink;
 use crate::net::link::{Link, OwnAddress};
 

@@ -11,13 +11,13 @@ use std::sync::Mutex;
 use anyhow::{Context, anyhow, bail};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapMut, PrintLevel};
-use serde::{Deserialize, Serialize};
 
 use crate::bpf::{
     self, OBJECT_SHA256, OpenUdplbSkel, Pod, UdplbSkel, UdplbSkelBuilder, bytes_of, types,
 };
-use crate::config::Mode;
-use crate::datapath::pins::{INCOMPLETE, ReadGuard, StateMaps, WriteGuard, remove_pins};
+use crate::datapath::description::{Description, Generation, Origin, ProgramName, all};
+use crate::datapath::pins::{ReadGuard, WriteGuard, remove_pins};
+use crate::datapath::state_maps::{self, INCOMPLETE, StateMaps};
 use crate::datapath::{kernel, lease, spares};
 use crate::desired::tables::Tables;
 use crate::desired::{Desired, RuleIds, assign_ids};
@@ -42,103 +42,6 @@ pub fn pin_of(layer: Layer) -> &'static str {
     match layer {
         Layer::Ethernet => "program",
         Layer::Ip => "program-l3",
-    }
-}
-
-/// What a generation says of itself, as JSON in its map `config`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Description {
-    // first, so that it stands in the first chunk: see `made_of`
-    #[serde(flatten)]
-    pub origin: Origin,
-    /// Of the udplb that built it.
-    pub version: String,
-    /// SHA-256 of the object that it was loaded from.
-    pub object: String,
-    /// Seconds since 1970.
-    pub built: u64,
-    /// Inode of the network namespace: bpffs is shared between namespaces, filters are not.
-    pub namespace: u64,
-    /// The one for interfaces with an Ethernet header.
-    pub program: ProgramName,
-    /// The one for interfaces without, where there are any.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub program_l3: Option<ProgramName>,
-    /// The interfaces whose clsact udplb made, so that it may take it away again.
-    pub clsact: Vec<String>,
-    pub desired: Desired,
-    /// In the order of the rules.
-    pub ids: Vec<RuleIds>,
-}
-
-impl Description {
-    /// The generation's programs, and what they are for.
-    pub fn programs(&self) -> impl Iterator<Item = (Layer, &ProgramName)> {
-        let l3 = self.program_l3.as_ref().map(|name| (Layer::Ip, name));
-        [(Layer::Ethernet, &self.program)].into_iter().chain(l3)
-    }
-}
-
-/// Where a configuration came from.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Origin {
-    /// Of the text and of how it was applied; empty where the text says more than was applied.
-    #[serde(default)]
-    pub digest: String,
-    /// The file; `-` is standard input.
-    pub file: String,
-    /// Those of the command line, that stood in for the file's.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub interfaces: Vec<String>,
-}
-
-/// By what a filter's program is recognised when its pin is gone.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProgramName {
-    pub id: u32,
-    /// Hexadecimal.
-    pub tag: String,
-}
-
-impl ProgramName {
-    pub fn new(id: u32, tag: [u8; 8]) -> ProgramName {
-        ProgramName { id, tag: tag.iter().map(|byte| format!("{byte:02x}")).collect() }
-    }
-
-    /// That of a loaded program.
-    pub fn of(program: BorrowedFd<'_>) -> std::io::Result<ProgramName> {
-        bpf::program_info(program).map(|info| ProgramName::new(info.id, info.tag))
-    }
-}
-
-/// A generation that is there.
-#[derive(Clone, Debug)]
-pub struct Generation {
-    pub number: u32,
-    pub description: Description,
-    /// Every pin is there, and program and state are those that belong together.
-    pub intact: bool,
-}
-
-impl Generation {
-    /// Its rules and their ids.
-    pub fn hosts(&self) -> (&Desired, &[RuleIds]) {
-        (&self.description.desired, &self.description.ids)
-    }
-
-    /// All that it holds.
-    pub fn ids(&self) -> impl Iterator<Item = u32> {
-        all(&self.description.ids)
-    }
-
-    /// Each rule's id, and those of its upstreams under which packets of the rule are counted. What
-    /// a rule that replicates has are receivers, which count copies.
-    pub fn counting(&self) -> impl Iterator<Item = (u32, &[u32])> {
-        let (desired, ids) = self.hosts();
-        desired.rules.iter().zip(ids).map(|(rule, ids)| match rule.mode {
-            Mode::Balance => (ids.rule, &ids.upstreams[..]),
-            Mode::Replicate => (ids.rule, &[][..]),
-        })
     }
 }
 
@@ -197,7 +100,7 @@ fn build_in(
         anyhow!("more than {limit} rules and upstreams, the kept generations' included")
     })?;
     let tables = Tables::new(&draft.desired, &ids);
-    let (mut state, counters_reset) = guard.ensure_maps(&skeleton)?;
+    let (mut state, counters_reset) = state_maps::ensure(guard, &skeleton)?;
     let retired = state.retired.read()?;
     let held: HashSet<u32> = others.iter().flat_map(|other| retired.left(other)).collect();
     let fresh = all(&ids).filter(|id| !held.contains(id));
@@ -231,7 +134,7 @@ fn build_in(
     skeleton.maps.events.reuse_fd(state.events.as_fd())?;
     let mut skeleton = load(skeleton)?;
     if state.sequences.is_none() {
-        guard.pin_sequences(&mut skeleton.maps.sequences)?;
+        state_maps::pin_sequences(guard, &mut skeleton.maps.sequences)?;
     }
     description.program = ProgramName::of(skeleton.progs.udplb.as_fd())?;
     if draft.l3 {
@@ -241,11 +144,6 @@ fn build_in(
     pin(&mut skeleton, directory, draft.l3)?;
     let generation = Generation { number: draft.number, description, intact: true };
     Ok(Built { generation, counters_reset })
-}
-
-/// Every id that is used.
-pub fn all(ids: &[RuleIds]) -> impl Iterator<Item = u32> {
-    ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.destinations()))
 }
 
 /// What libbpf says, the verifier's log among it; shown when a load fails.
@@ -326,7 +224,7 @@ pub fn twin(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Twin> 
         ticks_per_second: lease::ticks_per_second()?,
         ..tables.features
     };
-    let state = guard.maps()?.context(INCOMPLETE)?;
+    let state = state_maps::open(guard)?.context(INCOMPLETE)?;
     let directory = guard.generation(generation.number);
     let maps = &mut skeleton.maps;
     let own = [
@@ -548,7 +446,7 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
         }
     }
     let program = bpf::program_info(open_program(directory, Layer::Ethernet)?.as_fd())?;
-    let state = guard.maps()?.context(INCOMPLETE)?;
+    let state = state_maps::open(guard)?.context(INCOMPLETE)?;
     let mut maps = vec![
         map_id(state.counters.outer())?,
         map_id(state.nexthops.outer())?,

@@ -8,7 +8,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::bpf::{bytes_of, from_bytes, types};
 use crate::datapath::counters::{Counters, Counts};
-use crate::datapath::generation::Generation;
+use crate::datapath::description::Generation;
 use crate::datapath::pins::WriteGuard;
 
 /// The table of it, by rule id. There is one writer, whoever holds the guard.

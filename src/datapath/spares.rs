@@ -11,7 +11,8 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use crate::bpf::{bytes_of, types};
 use crate::config::{Health, Mode, State};
 use crate::datapath::lease;
-use crate::datapath::pins::{ReadGuard, StateMaps};
+use crate::datapath::pins::ReadGuard;
+use crate::datapath::state_maps::StateMaps;
 use crate::desired::tables::first_upstreams;
 use crate::desired::{Desired, Rule, RuleIds};
 

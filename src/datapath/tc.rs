@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use anyhow::{Context, bail};
 
 use crate::bpf;
-use crate::datapath::generation::ProgramName;
+use crate::datapath::description::ProgramName;
 use crate::datapath::pin_search::Place;
 use crate::datapath::pins::WriteGuard;
 use crate::net::Netlink;
@@ -210,7 +210,7 @@ pub async fn delete_unused_clsact(
 #[cfg(test)]
 mod tests {
     use super::{HANDLE, NAME, PRIORITY, Slot, judge};
-    use crate::datapath::generation::ProgramName;
+    use crate::datapath::description::ProgramName;
     use crate::net::qdisc::{ETH_P_ALL, Filter, FilterProgram, Qdisc};
 
     /// Ours, of the program with this id.

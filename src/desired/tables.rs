@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use crate::bpf::types::{self, rule_flags as flags};
+use crate::bpf::wire;
 use crate::config::{
     Action, Address, Admission, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports,
     Source, State, Strategy,
@@ -380,19 +381,6 @@ impl Slots {
                 line
             })
             .collect()
-    }
-}
-
-/// An address as the kernel's `__be32 [4]` has it: an IPv4 one is the first word, and the rest is 0.
-pub fn wire(address: IpAddr) -> [u32; 4] {
-    match address {
-        IpAddr::V4(address) => [u32::from_ne_bytes(address.octets()), 0, 0, 0],
-        IpAddr::V6(address) => {
-            let octets = address.octets();
-            [0, 4, 8, 12].map(|at| {
-                u32::from_ne_bytes([octets[at], octets[at + 1], octets[at + 2], octets[at + 3]])
-            })
-        }
     }
 }
 

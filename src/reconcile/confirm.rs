@@ -18,7 +18,8 @@ use tokio::net::unix::pipe::Receiver;
 use tokio::time::{sleep, timeout};
 
 use crate::cli::Global;
-use crate::datapath::pins::{self, Pending, ReadGuard, StateMaps, WriteGuard};
+use crate::datapath::pins::{self, ReadGuard, WriteGuard};
+use crate::datapath::state_maps::{self, Pending, StateMaps};
 use crate::error::{Failure, Result};
 use crate::net::{Netlink, nexthop};
 use crate::reconcile::observe::{Observed, observe};
@@ -32,7 +33,7 @@ pub const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Returns the change that waits for confirmation.
 fn pending(guard: &ReadGuard) -> anyhow::Result<Option<Pending>> {
-    guard.maps()?.as_ref().map(StateMaps::pending).transpose().map(Option::flatten)
+    state_maps::open(guard)?.as_ref().map(StateMaps::pending).transpose().map(Option::flatten)
 }
 
 /// Rolls back the pending change if its deadline has passed; returns what was done, in words.

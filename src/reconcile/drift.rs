@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::cli::Target;
-use crate::datapath::generation::Description;
+use crate::datapath::description::Description;
 use crate::desired::Desired;
 use crate::error::Result;
 use crate::reconcile::observe::Observed;

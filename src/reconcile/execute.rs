@@ -6,14 +6,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use anyhow::{Context, anyhow};
 
 use crate::config::State;
+use crate::datapath::description::{Generation, Origin};
 use crate::datapath::environment::Environment;
-use crate::datapath::generation::{self, Generation, Origin};
 use crate::datapath::marks::Mark;
-use crate::datapath::pins::{INCOMPLETE, WriteGuard};
+use crate::datapath::pins::WriteGuard;
 use crate::datapath::spares::{self, Situation};
+use crate::datapath::state_maps::{self, INCOMPLETE};
 use crate::datapath::tc::{self, Slot};
+use crate::datapath::{generation, nexthops};
 use crate::net::Netlink;
-use crate::net::nexthop::{self, Way};
+use crate::net::nexthop::Way;
 use crate::net::routing::Target;
 use crate::reconcile::observe::Observed;
 use crate::reconcile::plan::{Action, Plan, Refusal};
@@ -61,7 +63,7 @@ pub fn count_reattached(
     observed: &Observed,
     interface: &str,
 ) -> anyhow::Result<()> {
-    let Some(maps) = guard.maps()? else { return Ok(()) };
+    let Some(maps) = state_maps::open(guard)? else { return Ok(()) };
     let index = observed.interfaces.get(interface).map_or(0, |interface| interface.index);
     let before = maps.marks.get(interface)?.unwrap_or_default();
     // of another interface of this name only the count goes on
@@ -79,7 +81,7 @@ pub fn record_origin(
     origin: &Origin,
 ) -> anyhow::Result<()> {
     let known = observed.generations.get(&number).map(|it| &it.description.origin);
-    match (known, guard.maps()?) {
+    match (known, state_maps::open(guard)?) {
         (Some(known), Some(maps)) if known != origin => maps.set_origin(number, origin),
         _ => Ok(()),
     }
@@ -218,12 +220,12 @@ impl<'a> Executor<'a> {
                 Ok(Some(Undo::RestoreMark(interface.clone())))
             }
             Action::SetHeld(held) => {
-                let maps = self.guard.maps()?.context(INCOMPLETE)?;
+                let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
                 maps.set_held(*held)?;
                 Ok(Some(Undo::SetHeld))
             }
             Action::SetPending(pending) => {
-                let maps = self.guard.maps()?.context(INCOMPLETE)?;
+                let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
                 maps.set_pending(*pending)?;
                 Ok(Some(Undo::SetPending))
             }
@@ -258,7 +260,7 @@ impl<'a> Executor<'a> {
 
     /// Changes what is remembered of an interface; nothing is where pins are missing.
     fn mark(&self, interface: &str, change: impl FnOnce(&mut Mark)) -> anyhow::Result<()> {
-        let Some(maps) = self.guard.maps()? else { return Ok(()) };
+        let Some(maps) = state_maps::open(self.guard)? else { return Ok(()) };
         let before = self.before.marks.get(interface).copied();
         let mut mark = before.unwrap_or_default();
         change(&mut mark);
@@ -269,7 +271,7 @@ impl<'a> Executor<'a> {
     }
 
     fn restore_mark(&self, interface: &str) -> anyhow::Result<()> {
-        let Some(maps) = self.guard.maps()? else { return Ok(()) };
+        let Some(maps) = state_maps::open(self.guard)? else { return Ok(()) };
         maps.marks.set(self.guard, interface, self.before.marks.get(interface).copied())
     }
 
@@ -292,9 +294,9 @@ impl<'a> Executor<'a> {
     /// upstreams that cannot be selected, and this host's addresses and VLANs.
     async fn refresh(&self, number: u32) -> anyhow::Result<()> {
         let generation = self.generation(number).context("no such generation")?;
-        let maps = self.guard.maps()?.context(INCOMPLETE)?;
+        let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
         let (desired, ids) = generation.hosts();
-        nexthop::write(&maps.nexthops, desired, ids, self.ways).context("next hops")?;
+        nexthops::write(&maps.nexthops, desired, ids, self.ways).context("next hops")?;
         let situation = Situation::read(&maps, generation.ids().max().unwrap_or(0))?;
         spares::write(self.guard, number, (desired, ids), &[&situation], None)?;
         let environment = Environment::read(self.netlink).await.context("addresses")?;
@@ -304,7 +306,7 @@ impl<'a> Executor<'a> {
     /// Overrides the state of an upstream. What stands in for it is written before it goes, and again when
     /// it is back.
     fn steer(&self, id: u32, state: Option<State>) -> anyhow::Result<()> {
-        let maps = self.guard.maps()?.context(INCOMPLETE)?;
+        let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
         let most = self.generations().flat_map(Generation::ids).max().unwrap_or(0);
         let before = Situation::read(&maps, most)?;
         let mut after = before.clone();
@@ -333,7 +335,7 @@ impl<'a> Executor<'a> {
     fn drop(&self, number: u32) -> anyhow::Result<()> {
         let (gone, others): (Vec<_>, Vec<_>) =
             self.generations().partition(|it| it.number == number);
-        if let (Some(maps), [gone]) = (self.guard.maps()?, &gone[..]) {
+        if let (Some(maps), [gone]) = (state_maps::open(self.guard)?, &gone[..]) {
             maps.retired.keep(self.guard, &maps.counters, gone, &others)?;
         }
         generation::drop(self.guard, number)
@@ -369,12 +371,13 @@ impl<'a> Executor<'a> {
                 self.restore_mark(interface)
             }
             Undo::SetHeld => {
-                let maps = self.guard.maps()?.ok_or_else(|| anyhow!("state/ is gone"))?;
+                let maps =
+                    state_maps::open(self.guard)?.ok_or_else(|| anyhow!("state/ is gone"))?;
                 maps.set_held(self.before.held)
             }
             Undo::RestoreMark(interface) => self.restore_mark(interface),
             Undo::SetPending => {
-                let maps = self.guard.maps()?.context("state/ is gone")?;
+                let maps = state_maps::open(self.guard)?.context("state/ is gone")?;
                 maps.set_pending(self.before.pending)
             }
             Undo::SetCurrent => self.guard.set_current(self.before.current),

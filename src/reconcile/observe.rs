@@ -7,10 +7,12 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::Context;
 
 use crate::config::State;
-use crate::datapath::generation::{self, Generation, ProgramName};
+use crate::datapath::description::{Generation, ProgramName};
+use crate::datapath::generation;
 use crate::datapath::marks::Mark;
 use crate::datapath::pin_search::{self, Place};
-use crate::datapath::pins::{Held, Pending, ReadGuard, StateMaps};
+use crate::datapath::pins::ReadGuard;
+use crate::datapath::state_maps::{self, Held, Pending, StateMaps};
 use crate::datapath::tc::{self, Hook, Slot};
 use crate::net::Netlink;
 use crate::net::link::{Layer, Link, is_called};
@@ -147,7 +149,7 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
     if let Some(guard) = guard {
         observed.current = guard.current();
         observed.unfinished = guard.unfinished()?;
-        let maps = guard.maps()?;
+        let maps = state_maps::open(guard)?;
         observed.held = maps.as_ref().map(StateMaps::held).transpose()?.flatten();
         observed.pending = maps.as_ref().map(StateMaps::pending).transpose()?.flatten();
         observed.marks =

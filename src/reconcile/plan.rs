@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use crate::bpf::OBJECT_SHA256;
 use crate::config::State;
-use crate::datapath::generation::{Draft, Generation, Origin};
+use crate::datapath::description::{Generation, Origin};
+use crate::datapath::generation::Draft;
 use crate::datapath::pin_search::{self, Place};
-use crate::datapath::pins::{Held, Pending};
+use crate::datapath::state_maps::{Held, Pending};
 use crate::datapath::tc::Slot;
 use crate::desired::Desired;
 use crate::net::link::Layer;

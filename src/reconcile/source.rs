@@ -11,7 +11,8 @@ use sha2::{Digest, Sha256};
 
 use crate::cli::{Resolver, Target};
 use crate::config::{self, Config, Diagnostic, Host, Unlocated};
-use crate::datapath::generation::{self, Origin};
+use crate::datapath::description::Origin;
+use crate::datapath::generation;
 use crate::datapath::pins::ReadGuard;
 use crate::desired::partial::{self, Known, Resolved};
 use crate::desired::{Desired, dns};

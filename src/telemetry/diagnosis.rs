@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use crate::config::{Address, Mode, Network, State};
-use crate::datapath::generation::Generation;
+use crate::datapath::description::Generation;
 use crate::datapath::pin_search::{self, Place};
 use crate::datapath::tc::{self, Slot};
 use crate::desired::partial::Unresolved;
@@ -587,7 +587,7 @@ mod tests {
     use super::*;
     use crate::config::{Action, Key, Ports};
     use crate::datapath::counters::Counts;
-    use crate::datapath::generation::{Description, Origin, ProgramName};
+    use crate::datapath::description::{Description, Origin, ProgramName};
     use crate::datapath::tc::Hook;
     use crate::desired::{Desired, Rule, Upstream};
 

@@ -10,12 +10,11 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::bpf::{VERDICTS, from_bytes, is_forwarded, types};
+use crate::bpf::{VERDICTS, from_bytes, is_forwarded, types, unwire};
 use crate::config::{Mode, Strategy, with_port};
-use crate::datapath::generation::Generation;
+use crate::datapath::description::Generation;
 use crate::desired::miss::{self, Miss};
 use crate::desired::{Rule, Upstream, diff};
-use crate::net::nexthop::unwire;
 use crate::time;
 
 /// As it came from the ring buffer; without the frames where they were not asked for.

@@ -14,7 +14,7 @@ use prometheus_client::registry::Registry;
 use crate::cli::Global;
 use crate::config::{KEY_ENTRIES, UPSTREAMS};
 use crate::datapath::counters::Counts;
-use crate::datapath::generation::{self, Description, Generation};
+use crate::datapath::description::{self, Description, Generation};
 use crate::error::Result;
 use crate::net::Netlink;
 use crate::reconcile::drift;
@@ -82,7 +82,7 @@ type Fill = Vec<(&'static str, f64)>;
 
 fn fill(description: &Description, most_ids: u32) -> Fill {
     let desired = &description.desired;
-    let ids = generation::all(&description.ids).max().unwrap_or(0);
+    let ids = description::all(&description.ids).max().unwrap_or(0);
     let share = |used: usize, most: usize| used as f64 / most as f64;
     vec![
         ("rules", share(desired.key_entries(), KEY_ENTRIES)),

@@ -16,16 +16,17 @@ use crate::bpf::{self, Runs, types};
 use crate::cli::Global;
 use crate::config::{Address, Mode, State};
 use crate::datapath::counters::{Count, Counts};
-use crate::datapath::generation::{self, Generation};
-use crate::datapath::pins::{self, Pending, ReadGuard, StateMaps};
-use crate::datapath::{lease, overrides};
+use crate::datapath::description::{self, Generation};
+use crate::datapath::pins::{self, ReadGuard};
+use crate::datapath::state_maps::{self, Pending, StateMaps};
+use crate::datapath::{generation, lease, nexthops, overrides};
 use crate::desired::partial::Unresolved;
 use crate::desired::{Destination, Role, Rule, RuleIds, diff};
 use crate::error::Result;
+use crate::net::Netlink;
 use crate::net::link::{Layer, Link, OwnAddress};
 use crate::net::neighbour::{Neighbour, NeighbourKey, NudState};
 use crate::net::routing::{self, Target};
-use crate::net::{Netlink, nexthop};
 use crate::reconcile::drain;
 use crate::reconcile::observe::{Observed, observe};
 use crate::telemetry::diagnosis::{self, Answer, Facts, Now, Routes, Silence, Source};
@@ -262,7 +263,7 @@ pub async fn read(
 ) -> Result<Reading> {
     let guard = pins::read(&global.pin_dir, global.lock_timeout)?;
     let mut observed = observe(guard.as_ref(), netlink).await?;
-    let maps = guard.as_ref().map(ReadGuard::maps).transpose()?.flatten();
+    let maps = guard.as_ref().map(state_maps::open).transpose()?.flatten();
     let traffic = maps.as_ref().map(|maps| Traffic::read(maps, &observed.generations));
     let traffic = traffic.transpose()?;
     // large, and of no use any more
@@ -348,7 +349,7 @@ impl Status {
         let ids = &description.ids;
         status.arpd = lease::remaining(&maps.heartbeat)?.map(|left| !left.is_zero());
         status.most_ids = maps.counters.most_ids();
-        let most = generation::all(ids).max().unwrap_or(0);
+        let most = description::all(ids).max().unwrap_or(0);
         let neighbours = network.neighbours.iter();
         let view = View {
             grown: earlier.map(|earlier| total.since(earlier)),
@@ -520,7 +521,7 @@ fn losses(grown: &Traffic, counts: Counts) -> BTreeMap<&'static str, f64> {
 
 fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
     let interface = view.interfaces.get(&entry.ifindex)?;
-    let gateway = nexthop::gateway(entry);
+    let gateway = nexthops::gateway(entry);
     let neighbour = view.neighbours.get(&(entry.ifindex, gateway));
     let known = [types::macs::MACS_KNOWN, types::macs::MACS_FRESH].contains(&entry.macs);
     let written = known.then_some(entry.destination);
@@ -528,7 +529,7 @@ fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
     Some(NextHopStatus {
         interface: (*interface).into(),
         gateway,
-        egress: nexthop::egress(entry),
+        egress: nexthops::egress(entry),
         mac: mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
         unresolved: mac.is_none() && neighbour.is_none() && entry.macs != types::macs::MACS_NONE,
         state: neighbour.map(|neighbour| neighbour.state.to_string()),
@@ -552,7 +553,7 @@ fn silence(entry: &types::nexthop, health: Option<&str>, view: &View<'_>) -> Opt
         None if entry.macs == types::macs::MACS_NONE => return None,
         None => {}
     }
-    let neighbour = view.neighbours.get(&(entry.ifindex, nexthop::gateway(entry)));
+    let neighbour = view.neighbours.get(&(entry.ifindex, nexthops::gateway(entry)));
     let unknown = entry.macs == types::macs::MACS_UNKNOWN;
     match neighbour.map(|neighbour| (neighbour.state, neighbour.updated)) {
         Some((state @ NudState::Failed, age)) => {

@@ -7,8 +7,8 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::datapath::counters::{Count, Counts};
-use crate::datapath::generation::Generation;
-use crate::datapath::pins::StateMaps;
+use crate::datapath::description::Generation;
+use crate::datapath::state_maps::StateMaps;
 
 /// All counters at one moment, or how much they grew between two.
 #[derive(Clone, Debug)]

@@ -20,7 +20,7 @@ fn balanced(skip: Health) -> Rule {
 fn set_down(program: &Program<'_>, ids: &[u32]) {
     for id in ids {
         program.change_nexthop(*id, |hop| {
-            hop.address = udplb::desired::tables::wire(NEAR.into());
+            hop.address = udplb::bpf::wire(NEAR.into());
             hop.health = types::health::HEALTH_DOWN;
         });
     }

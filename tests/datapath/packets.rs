@@ -12,10 +12,9 @@ use std::time::{Duration, Instant};
 use etherparse::{Icmpv6Header, Icmpv6Type, IpNumber, Ipv6Header};
 use proptest::prelude::{Just, Strategy, any, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
-use udplb::bpf::types;
+use udplb::bpf::{types, wire};
 use udplb::config::{Action, Key, Source, Strategy as Selection};
 use udplb::datapath::kernel;
-use udplb::desired::tables::wire;
 use udplb::desired::{Rule, Upstream};
 use udplb::net::nexthop::Way;
 

@@ -10,12 +10,15 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{
     MapCore, MapFlags, MapHandle, MapMut, OpenMap, OpenObject, TC_INGRESS, TcHookBuilder,
 };
-use udplb::bpf::{NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types};
+use udplb::bpf::{
+    NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types, wire,
+};
 use udplb::config::{Action, Address, Hash, Key, Mode, Ports, Source, State, Strategy};
 use udplb::datapath::environment::suspects;
 use udplb::datapath::lease::ticks_per_second;
+use udplb::datapath::nexthops;
 use udplb::datapath::spares::{self, Situation};
-use udplb::desired::tables::{Tables, first_upstreams, wire};
+use udplb::desired::tables::{Tables, first_upstreams};
 use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
 use udplb::net::nexthop::{self, Way};
 
@@ -205,7 +208,8 @@ impl<'object> Program<'object> {
         write_all(&maps.slots, &tables.slots);
         write_all(&maps.upstreams, &tables.upstreams);
         if !ways.is_empty() {
-            for (id, entry) in nexthop::entries(desired, &ids, |target| ways.get(&target.address)) {
+            for (id, entry) in nexthops::entries(desired, &ids, |target| ways.get(&target.address))
+            {
                 let slot = types::nexthop_slot { copies: [entry; 2], ..Default::default() };
                 write(&maps.nexthops_chunk, id, bytes_of(&slot));
             }

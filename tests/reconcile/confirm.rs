@@ -7,7 +7,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use udplb::datapath::pins::{self, Pending};
+use udplb::datapath::pins;
+use udplb::datapath::state_maps::{self, Pending};
 
 use crate::common::lab::{Lab, to_port};
 use crate::common::service::{Arpd, until};
@@ -42,7 +43,7 @@ fn pass_deadline(lab: &Lab) {
     kill_waiters(lab);
     let guard = pins::write(&lab.bpffs.pins(), Duration::from_secs(60));
     let guard = guard.map_err(|failure| failure.to_string()).expect("the lock");
-    let maps = guard.maps().expect("readable").expect("whole");
+    let maps = state_maps::open(&guard).expect("readable").expect("whole");
     let pending = maps.pending().expect("readable").expect("a pending change");
     let deadline = Duration::from_nanos(1);
     maps.set_pending(Some(Pending { deadline, ..pending })).expect("written");

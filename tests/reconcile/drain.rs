@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use udplb::config::State;
-use udplb::datapath::pins;
+use udplb::datapath::{pins, state_maps};
 
 use crate::common::Namespace;
 use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule};
@@ -41,7 +41,7 @@ fn expect_state(lab: &Lab, label: &str, state: &str, by_hand: Option<&str>) {
 /// All that is said, by id.
 fn overrides(lab: &Lab) -> BTreeMap<u32, State> {
     let guard = pins::read(&lab.bpffs.pins(), Duration::ZERO).ok().flatten().expect("pins");
-    let maps = guard.maps().expect("maps").expect("all maps");
+    let maps = state_maps::open(&guard).expect("maps").expect("all maps");
     maps.overrides.read(u32::MAX).expect("overrides")
 }
 

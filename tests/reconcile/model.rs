@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use udplb::bpf::OBJECT_SHA256;
-use udplb::datapath::generation::{Description, Draft, Generation, Origin, ProgramName};
+use udplb::datapath::description::{Description, Generation, Origin, ProgramName};
+use udplb::datapath::generation::Draft;
 use udplb::datapath::marks::Mark;
 use udplb::datapath::tc::{Hook, Slot};
 use udplb::desired::{Desired, RuleIds, assign_ids};

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use serde_json::{Value, json};
 use udplb::config::{Action as TcAction, Config, Hash, Key, Ports, Strategy as Selection};
-use udplb::datapath::generation::Origin;
+use udplb::datapath::description::Origin;
 use udplb::datapath::pins;
 use udplb::datapath::tc::Slot;
 use udplb::desired::{Desired, Rule, Upstream};

@@ -14,7 +14,7 @@ use crate::cli::{Global, Resolver, Target};
 use crate::config::{
     Action, Config, Family, Health, Key, KeyAddress, Source, Unlocated, with_port,
 };
-use crate::datapath::generation::Description;
+use crate::datapath::description::Description;
 use crate::datapath::{capabilities, kernel};
 use crate::desired::{Desired, Rule, export, tables};
 use crate::error::{Failure, Result};

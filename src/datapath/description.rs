@@ -1,0 +1,112 @@
+//! Description of a generation: its configuration, its ids and where it came from.
+
+use std::os::fd::BorrowedFd;
+
+use serde::{Deserialize, Serialize};
+
+use crate::bpf;
+use crate::config::Mode;
+use crate::desired::{Desired, RuleIds};
+use crate::net::link::Layer;
+
+/// What a generation says of itself, as JSON in its map `config`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Description {
+    // first, so that it stands in the first chunk: see `made_of`
+    #[serde(flatten)]
+    pub origin: Origin,
+    /// Of the udplb that built it.
+    pub version: String,
+    /// SHA-256 of the object that it was loaded from.
+    pub object: String,
+    /// Seconds since 1970.
+    pub built: u64,
+    /// Inode of the network namespace: bpffs is shared between namespaces, filters are not.
+    pub namespace: u64,
+    /// The one for interfaces with an Ethernet header.
+    pub program: ProgramName,
+    /// The one for interfaces without, where there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub program_l3: Option<ProgramName>,
+    /// The interfaces whose clsact udplb made, so that it may take it away again.
+    pub clsact: Vec<String>,
+    pub desired: Desired,
+    /// In the order of the rules.
+    pub ids: Vec<RuleIds>,
+}
+
+impl Description {
+    /// The generation's programs, and what they are for.
+    pub fn programs(&self) -> impl Iterator<Item = (Layer, &ProgramName)> {
+        let l3 = self.program_l3.as_ref().map(|name| (Layer::Ip, name));
+        [(Layer::Ethernet, &self.program)].into_iter().chain(l3)
+    }
+}
+
+/// Where a configuration came from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Of the text and of how it was applied; empty where the text says more than was applied.
+    #[serde(default)]
+    pub digest: String,
+    /// The file; `-` is standard input.
+    pub file: String,
+    /// Those of the command line, that stood in for the file's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub interfaces: Vec<String>,
+}
+
+/// By what a filter's program is recognised when its pin is gone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProgramName {
+    pub id: u32,
+    /// Hexadecimal.
+    pub tag: String,
+}
+
+impl ProgramName {
+    pub fn new(id: u32, tag: [u8; 8]) -> ProgramName {
+        ProgramName { id, tag: tag.iter().map(|byte| format!("{byte:02x}")).collect() }
+    }
+
+    /// That of a loaded program.
+    pub fn of(program: BorrowedFd<'_>) -> std::io::Result<ProgramName> {
+        bpf::program_info(program).map(|info| ProgramName::new(info.id, info.tag))
+    }
+}
+
+/// A generation that is there.
+#[derive(Clone, Debug)]
+pub struct Generation {
+    pub number: u32,
+    pub description: Description,
+    /// Every pin is there, and program and state are those that belong together.
+    pub intact: bool,
+}
+
+impl Generation {
+    /// Its rules and their ids.
+    pub fn hosts(&self) -> (&Desired, &[RuleIds]) {
+        (&self.description.desired, &self.description.ids)
+    }
+
+    /// All that it holds.
+    pub fn ids(&self) -> impl Iterator<Item = u32> {
+        all(&self.description.ids)
+    }
+
+    /// Each rule's id, and those of its upstreams under which packets of the rule are counted. What
+    /// a rule that replicates has are receivers, which count copies.
+    pub fn counting(&self) -> impl Iterator<Item = (u32, &[u32])> {
+        let (desired, ids) = self.hosts();
+        desired.rules.iter().zip(ids).map(|(rule, ids)| match rule.mode {
+            Mode::Balance => (ids.rule, &ids.upstreams[..]),
+            Mode::Replicate => (ids.rule, &[][..]),
+        })
+    }
+}
+
+/// Every id that is used.
+pub fn all(ids: &[RuleIds]) -> impl Iterator<Item = u32> {
+    ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.destinations()))
+}

@@ -1,0 +1,199 @@
+//! The next hops that the program looks up, by upstream id.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::Path;
+
+use anyhow::Context;
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+
+use crate::bpf::unwire;
+use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types, wire};
+use crate::datapath::chunked_map::Chunks;
+use crate::desired::{Desired, RuleIds};
+use crate::net::nexthop::{Macs, Way};
+use crate::net::routing::Target;
+
+/// The table that the program looks into, by upstream id.
+pub struct NextHops(Chunks);
+
+impl NextHops {
+    /// See [`Chunks::open`].
+    pub fn open(outer: MapHandle, state: &Path) -> anyhow::Result<NextHops> {
+        Ok(NextHops(Chunks::open(outer, state, "nexthops")?))
+    }
+
+    /// See [`Chunks::is_whole`].
+    pub fn is_whole(&self) -> anyhow::Result<bool> {
+        self.0.is_whole()
+    }
+
+    /// The map that the program looks into.
+    pub fn outer(&self) -> &MapHandle {
+        self.0.outer()
+    }
+
+    /// Makes room for `ids`.
+    pub fn prepare(
+        &mut self,
+        skeleton: &OpenUdplbSkel<'_>,
+        ids: impl Iterator<Item = u32>,
+    ) -> anyhow::Result<()> {
+        self.0.grow(&skeleton.maps.nexthops_chunk, ids.max().unwrap_or(0))
+    }
+
+    fn slot(&self, id: u32) -> anyhow::Result<(&MapHandle, u32, types::nexthop_slot)> {
+        let (chunk, key) = self.0.place(id).context("an id without a next hop")?;
+        let bytes = chunk.lookup(&key.to_ne_bytes(), MapFlags::ANY)?.unwrap_or_default();
+        let slot = from_bytes(&bytes).context("next hops of another layout")?;
+        Ok((chunk, key, slot))
+    }
+
+    /// What is known of the way to an upstream; all zeroes: nothing.
+    pub fn read(&self, id: u32) -> anyhow::Result<types::nexthop> {
+        let (_, _, slot) = self.slot(id)?;
+        Ok(slot.copies[(slot.sequence & 1) as usize])
+    }
+
+    /// What is known of the way to every upstream up to this id.
+    pub fn read_all(&self, most: u32) -> anyhow::Result<Vec<types::nexthop>> {
+        let mut all = Vec::with_capacity(self.0.room() as usize);
+        for (_, chunk) in self.0.iter().take_while(|(first, _)| *first <= most) {
+            let width = chunk.max_entries();
+            for (_, slot) in chunk.lookup_batch(width, MapFlags::ANY, MapFlags::ANY)? {
+                let slot: types::nexthop_slot =
+                    from_bytes(&slot).context("next hops of another layout")?;
+                all.push(slot.copies[(slot.sequence & 1) as usize]);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Changes an entry, and leaves alone one that is the same.
+    pub fn write(&self, id: u32, entry: &types::nexthop) -> anyhow::Result<()> {
+        let (chunk, key, mut slot) = self.slot(id)?;
+        if change(&mut slot, entry) {
+            turn(chunk, &mut [(key, slot)])?;
+        }
+        Ok(())
+    }
+
+    /// Changes many entries; what is known of an upstream's health stays.
+    pub fn write_all(&self, entries: &BTreeMap<u32, types::nexthop>) -> anyhow::Result<()> {
+        for (first, chunk) in self.0.iter() {
+            let width = chunk.max_entries();
+            if entries.range(first..first + width).next().is_none() {
+                continue;
+            }
+            let mut changed = Vec::new();
+            for (key, slot) in chunk.lookup_batch(width, MapFlags::ANY, MapFlags::ANY)? {
+                let key = u32::from_ne_bytes(key.as_slice().try_into()?);
+                let Some(entry) = entries.get(&(first + key)) else { continue };
+                let mut slot: types::nexthop_slot =
+                    from_bytes(&slot).context("next hops of another layout")?;
+                let old = slot.copies[(slot.sequence & 1) as usize];
+                let mut new = *entry;
+                if old.address == new.address {
+                    (new.health, new.since) = (old.health, old.since);
+                }
+                if change(&mut slot, &new) {
+                    changed.push((key, slot));
+                }
+            }
+            turn(chunk, &mut changed)?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes an entry to the copy that is not in use; false if it is the same as the one in use.
+fn change(slot: &mut types::nexthop_slot, entry: &types::nexthop) -> bool {
+    let used = (slot.sequence & 1) as usize;
+    slot.copies[1 - used] = *entry;
+    bytes_of(&slot.copies[used]) != bytes_of(entry)
+}
+
+/// Tells the program: first the other copy, then that it is the one in use.
+fn turn(chunk: &MapHandle, slots: &mut [(u32, types::nexthop_slot)]) -> anyhow::Result<()> {
+    if slots.is_empty() {
+        return Ok(());
+    }
+    let keys: Vec<u8> = slots.iter().flat_map(|(key, _)| key.to_ne_bytes()).collect();
+    for sequence in [0, 1] {
+        for (_, slot) in &mut *slots {
+            slot.sequence = slot.sequence.wrapping_add(sequence);
+        }
+        let values: Vec<&[u8]> = slots.iter().map(|(_, slot)| bytes_of(slot)).collect();
+        let (any, count) = (MapFlags::ANY, slots.len() as u32);
+        chunk.update_batch(&keys, &values.concat(), count, any, any)?;
+    }
+    Ok(())
+}
+
+/// Tells the program what `apply` found. `ids` are those of `desired`.
+pub fn write(
+    nexthops: &NextHops,
+    desired: &Desired,
+    ids: &[RuleIds],
+    ways: &BTreeMap<Target, Way>,
+) -> anyhow::Result<()> {
+    nexthops.write_all(&entries(desired, ids, |target| ways.get(target)))
+}
+
+/// What the program is to know, by upstream id.
+pub fn entries<'a>(
+    desired: &Desired,
+    ids: &[RuleIds],
+    way_to: impl Fn(&Target) -> Option<&'a Way>,
+) -> BTreeMap<u32, types::nexthop> {
+    let mut entries = BTreeMap::new();
+    for (rule, ids) in desired.rules.iter().zip(ids) {
+        for (upstream, id) in rule.destinations().zip(ids.destinations()) {
+            let way = way_to(&desired.target(rule, upstream));
+            entries.insert(id, entry(upstream.address.ip, way));
+        }
+    }
+    entries
+}
+
+/// What the program is to know of a way.
+pub fn entry(address: IpAddr, way: Option<&Way>) -> types::nexthop {
+    let mut entry = types::nexthop { address: wire(address), ..Default::default() };
+    let Some(hop) = way.and_then(|way| way.hops().first()) else { return entry };
+    entry.ifindex = hop.ifindex;
+    entry.mtu = u16::try_from(hop.mtu).unwrap_or(u16::MAX);
+    entry.gateway = wire(hop.gateway);
+    entry.family = match hop.gateway {
+        IpAddr::V4(_) => libc::AF_INET as u16,
+        IpAddr::V6(_) => libc::AF_INET6 as u16,
+    };
+    entry.egress = hop.egress.map(wire).unwrap_or_default();
+    match hop.macs {
+        Macs::None if !matches!(way, Some(Way::Several { routed: true, .. })) => {
+            entry.macs = types::macs::MACS_NONE;
+        }
+        Macs::None => {}
+        Macs::Unknown => {}
+        Macs::Known { own, neighbour } => {
+            (entry.source, entry.destination) = (own, neighbour);
+            entry.macs = match way {
+                // the kernel says for each packet which hop it is
+                Some(Way::Several { routed: true, .. }) => types::macs::MACS_KNOWN,
+                _ => types::macs::MACS_FRESH,
+            };
+        }
+    }
+    entry
+}
+
+/// The neighbour that an entry's packets go to.
+pub fn gateway(entry: &types::nexthop) -> IpAddr {
+    unwire(entry.gateway, i32::from(entry.family) == libc::AF_INET6)
+}
+
+/// This host's own address on an entry's way, if it is known.
+pub fn egress(entry: &types::nexthop) -> Option<IpAddr> {
+    // an IPv6 address in use has something behind its first word
+    let ipv6 = entry.egress[1..] != [0; 3];
+    (entry.egress != [0; 4]).then(|| unwire(entry.egress, ipv6))
+}
