@@ -5,9 +5,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use udplb::cli::output::ErrorReport;
-use udplb::cli::{Cli, Command, Output};
-use udplb::commands::{self, complete};
+use udplb::cli::Output;
+use udplb::cli::output::{ErrorReport, print};
+use udplb::commands::{self, Cli, Command, complete};
 use udplb::desired::dns;
 use udplb::error::{Failure, catch, say};
 use udplb::journal;
@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         Err(error) => {
             let _ = error.print();
             if error.use_stderr() && wants_json(env::args()) {
-                let _ = commands::print(&ErrorReport::usage(&error.to_string()).line());
+                let _ = print(&ErrorReport::usage(&error.to_string()).line());
             }
             // clap's own code, 2, means pending changes here
             return ExitCode::from(if error.use_stderr() { 64 } else { 0 });
@@ -43,7 +43,7 @@ fn main() -> ExitCode {
         Err(failure) => {
             say(&failure);
             if cli.global.output == Output::Json {
-                let _ = commands::print(&ErrorReport::new(&failure).line());
+                let _ = print(&ErrorReport::new(&failure).line());
             }
             ExitCode::from(failure.exit_code())
         }

@@ -1,6 +1,6 @@
 //! `udplb arpd`: keeps next hops resolved and fresh, and tells the program which are dead.
 //!
-//! [`keeper`] decides; this is the rim: it reads what the kernel has, carries out what is to be
+//! [`neighbours`] decides; this is the rim: it reads what the kernel has, carries out what is to be
 //! done, and renews the lease as long as both succeed. Events only make it look earlier: every
 //! interval it looks at everything.
 
@@ -9,6 +9,7 @@ mod groups;
 pub mod neighbours;
 mod service;
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -16,8 +17,8 @@ use service::Service;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::MissedTickBehavior;
 
-use crate::cli::{Arpd, Global};
 use crate::datapath::capabilities;
+use crate::datapath::pins::Store;
 use crate::error::{Failure, Result, say};
 use crate::net::events::Events;
 use crate::net::nexthop::PATIENCE;
@@ -28,10 +29,31 @@ const TICK: Duration = Duration::from_millis(250);
 /// Events come in swarms: this long others are waited for.
 const SWARM: Duration = Duration::from_millis(10);
 
+/// How next hops and host names are kept.
+#[derive(Clone)]
+pub struct Options {
+    /// Resolve everything once and end.
+    pub once: bool,
+    /// Time between looks at everything.
+    pub interval: Duration,
+    /// How long the program relies on next hops that are not renewed.
+    pub lease: Duration,
+    /// Time between probes of a next hop.
+    pub probe_interval: Duration,
+    /// Time between resolutions of host names; zero: never.
+    pub resolve_interval: Duration,
+    /// Wait for the addresses of all host names together.
+    pub resolve_timeout: Duration,
+    /// Address of the metrics.
+    pub metrics: Option<SocketAddr>,
+    /// Names of this host that scrapers may use.
+    pub metrics_hosts: Vec<String>,
+}
+
 /// Runs until SIGTERM or SIGINT, or once.
-pub async fn run(global: &Global, options: &Arpd) -> Result<u8> {
+pub async fn run(store: &Store, options: &Options) -> Result<u8> {
     capabilities::require()?;
-    let mut service = Service::open(global, options)?;
+    let mut service = Service::open(store, options)?;
     service.look_at_everything().await;
     if options.once {
         settle(&mut service).await;
@@ -45,7 +67,7 @@ pub async fn run(global: &Global, options: &Arpd) -> Result<u8> {
         return Ok((service.is_in_trouble() || !unreachable.is_empty()).into());
     }
     if let Some(address) = options.metrics {
-        http::serve(global, address, &options.metrics_hosts).context("the thread for metrics")?;
+        http::serve(store, address, &options.metrics_hosts).context("the thread for metrics")?;
     }
     let result = serve(&mut service).await;
     service.end();

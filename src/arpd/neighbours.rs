@@ -729,23 +729,6 @@ pub fn room(table: &NeighbourTable) -> usize {
     (table.threshold3 - table.threshold3 / 16).saturating_sub(table.entries) as usize
 }
 
-/// Whether more neighbours are wanted than the kernel's table holds; with the advice to give.
-pub fn overflow(wanted: usize, others: usize, table: &NeighbourTable) -> Option<String> {
-    let all = wanted + others;
-    let (name, limit) = if all >= table.threshold3 as usize {
-        ("gc_thresh3", table.threshold3)
-    } else if all > table.threshold2 as usize {
-        ("gc_thresh2", table.threshold2)
-    } else {
-        return None;
-    };
-    Some(format!(
-        "{all} neighbours ({wanted} next hops, {others} others) are more than the kernel's table is set for: \
-         raise the sysctl {} (now {limit})",
-        table.sysctl(name)
-    ))
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::{IpAddr, Ipv4Addr};
@@ -1132,16 +1115,5 @@ mod tests {
         world.route(Ipv4Addr::new(10, 0, 0, 9));
         let moved = "10.0.0.2: via 10.0.0.9 dev eth0, was via 10.0.0.2 dev eth0";
         assert_eq!(told(&world.after(0)), [moved]);
-    }
-
-    #[test]
-    fn limits_of_the_table() {
-        let mut table = NeighbourTable { threshold2: 512, threshold3: 1024, ..Default::default() };
-        assert_eq!(overflow(400, 112, &table), None);
-        let text = overflow(500, 100, &table).expect("too many");
-        assert!(text.contains("net.ipv4.neigh.default.gc_thresh2 (now 512)"), "{text}");
-        table.ipv6 = true;
-        let text = overflow(1000, 100, &table).expect("too many");
-        assert!(text.contains("net.ipv6.neigh.default.gc_thresh3 (now 1024)"), "{text}");
     }
 }

@@ -10,16 +10,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail};
 use sd_notify::NotifyState;
 
+use super::Options;
 use super::dns::Names;
 use super::groups::Groups;
 use super::neighbours::{self, Action, Keeper, Now, Upstream};
 use crate::bpf::{OBJECT_SHA256, types};
-use crate::cli::{Arpd, Global};
 use crate::datapath::description::{Generation, ProgramName};
 use crate::datapath::environment::Environment;
 use crate::datapath::lease::Heartbeat;
 use crate::datapath::lock;
-use crate::datapath::pins::{self, ReadGuard};
+use crate::datapath::pins::{self, ReadGuard, Store};
 use crate::datapath::spares::{self, Situation};
 use crate::datapath::state_maps::{self, StateMaps};
 use crate::datapath::tc::{self, Slot};
@@ -28,7 +28,7 @@ use crate::desired::{Desired, partial};
 use crate::error::{Failure, Result};
 use crate::net::events::{Event, Events};
 use crate::net::link::{Link, find_link};
-use crate::net::neighbour::{Batches, NeighbourKey, NeighbourRequest, NeighbourTable};
+use crate::net::neighbour::{self, Batches, NeighbourKey, NeighbourRequest, NeighbourTable};
 use crate::net::{Netlink, nexthop, routing};
 use crate::reconcile::observe::{Observed, observe};
 use crate::reconcile::{addresses, confirm, execute, plan};
@@ -65,7 +65,7 @@ enum Seen {
 /// The service's connections, and what it has read.
 pub struct Service {
     pin_dir: PathBuf,
-    options: Arpd,
+    options: Options,
     netlink: Netlink,
     batches: Batches,
     pub events: Events,
@@ -156,14 +156,14 @@ impl Serving {
 impl Service {
     /// # Errors
     /// Another arpd serves these pins, or a privilege is missing.
-    pub fn open(global: &Global, options: &Arpd) -> Result<Service> {
-        let mut guard = pins::write(&global.pin_dir, global.lock_timeout)?;
+    pub fn open(store: &Store, options: &Options) -> Result<Service> {
+        let mut guard = pins::write(&store.pin_dir, store.lock_timeout)?;
         let lock = lock_state(&guard.state())?;
         guard.keep_mount();
         drop(guard);
         let now = Instant::now();
         Ok(Service {
-            pin_dir: global.pin_dir.clone(),
+            pin_dir: store.pin_dir.clone(),
             options: options.clone(),
             netlink: Netlink::open().context("netlink")?,
             batches: Batches::open().context("netlink")?,
@@ -327,7 +327,7 @@ impl Service {
             self.keeper.rewrite();
         }
         if let Some(serving) = &self.serving {
-            let timeout = self.options.resolver.resolve_timeout;
+            let timeout = self.options.resolve_timeout;
             self.names.ask(&serving.generation.description.desired, timeout);
         }
         let due = |most: Duration| self.notified.elapsed() >= most / 4;
@@ -563,8 +563,7 @@ impl Service {
         self.keeper.set_neighbours(table, now());
         for table in self.netlink.neighbour_tables().await? {
             let others = (table.entries as usize).saturating_sub(known[usize::from(table.ipv6)]);
-            let advice =
-                neighbours::overflow(self.keeper.neighbours_of(table.ipv6), others, &table);
+            let advice = neighbour::overflow(self.keeper.neighbours_of(table.ipv6), others, &table);
             let what = table_of(table.ipv6);
             let room = neighbours::room(&table);
             self.keeper.set_room(table.ipv6, room);

@@ -1,22 +1,17 @@
-//! The JSON of `-o json`: one vocabulary for all commands, and a schema of each output.
+//! Printing: text or the JSON of `-o json`, colour and width.
 //!
 //! A rule is `rule`, an upstream `upstream`, an interface `interface`, a rule's key `key`, as in the
 //! configuration; shares are 0 to 1, times are RFC 3339, and a length of time has its unit in the name.
 
-use schemars::JsonSchema;
-use schemars::generate::SchemaSettings;
-use serde::Serialize;
-use serde_json::Value;
+use std::io::{self, IsTerminal, Write};
 
-use crate::commands::doctor::Report as Doctor;
-use crate::commands::get::Answer;
-use crate::commands::top;
-use crate::config::{self, Diagnostic};
-use crate::desired::diff::Changes;
-use crate::error::Failure;
-use crate::reconcile::drain::Standing;
-use crate::telemetry::event::Account;
-use crate::telemetry::status::{PendingStatus, Status};
+use anyhow::{Context, anyhow};
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use crate::cli::{Color, Global, Output, terminal};
+use crate::config::Diagnostic;
+use crate::error::{Failure, Result, say};
 
 /// Version of all outputs; it changes where a program that reads one may have to.
 pub const FORMAT_VERSION: u32 = 1;
@@ -33,127 +28,6 @@ pub struct Document<T> {
 impl<T> Document<T> {
     pub fn new(content: T) -> Document<T> {
         Document { format_version: FORMAT_VERSION, content }
-    }
-}
-
-/// Output of `apply` and `rollback`.
-#[derive(Serialize, JsonSchema)]
-pub struct Applied {
-    /// False: the kernel held the same already.
-    pub changed: bool,
-    pub generation: u32,
-    /// Generation that served before.
-    pub previous: Option<u32>,
-    pub rule_count: usize,
-    /// Upstreams and mirrors.
-    pub upstream_count: usize,
-    pub interfaces: Vec<String>,
-    pub milliseconds: u64,
-    /// Change that waits for confirmation.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pending: Option<PendingStatus>,
-    pub warnings: Vec<Diagnostic>,
-    /// Parts of the file that could not be applied.
-    pub missing: Vec<Diagnostic>,
-}
-
-/// Output of `plan` and `apply --dry-run`.
-#[derive(Serialize, JsonSchema)]
-pub struct Planned {
-    /// True: an apply would change something.
-    pub changed: bool,
-    #[serde(flatten)]
-    pub changes: Changes,
-    /// Upstreams whose state is set by hand.
-    pub overrides: Vec<Standing>,
-}
-
-/// Output of `rollback --dry-run`.
-#[derive(Serialize, JsonSchema)]
-pub struct RollbackPlanned {
-    /// True: a rollback would change something.
-    pub changed: bool,
-    /// Generation that would serve; none: the filters would be removed.
-    pub generation: Option<u32>,
-    #[serde(flatten)]
-    pub changes: Changes,
-}
-
-/// Output of `confirm`.
-#[derive(Serialize, JsonSchema)]
-pub struct Confirmed {
-    pub changed: bool,
-    pub generation: Option<u32>,
-}
-
-/// Output of `detach`.
-#[derive(Serialize, JsonSchema)]
-pub struct Detached {
-    pub changed: bool,
-    /// Interfaces that were attached.
-    pub detached: Vec<String>,
-}
-
-/// Output of `drain` and of `enable` with an upstream.
-#[derive(Serialize, JsonSchema)]
-pub struct Steered {
-    pub changed: bool,
-    #[serde(flatten)]
-    pub upstream: Standing,
-    pub warnings: Vec<String>,
-}
-
-/// Output of `enable --all`.
-#[derive(Serialize, JsonSchema)]
-pub struct Enabled {
-    pub changed: bool,
-    /// Upstreams whose overrides were removed.
-    pub upstreams: Vec<Standing>,
-}
-
-/// Output of `check`.
-#[derive(Serialize, JsonSchema)]
-pub struct Checked {
-    /// All files can be applied.
-    pub valid: bool,
-    pub files: Vec<CheckedFile>,
-}
-
-/// One file of `check`.
-#[derive(Serialize, JsonSchema)]
-pub struct CheckedFile {
-    pub file: String,
-    pub valid: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rule_count: Option<usize>,
-    /// Upstreams and mirrors.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub upstream_count: Option<usize>,
-    /// Errors, or else warnings.
-    pub diagnostics: Vec<Diagnostic>,
-    /// Why the file could not be checked.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error: Option<ErrorReport>,
-}
-
-impl CheckedFile {
-    pub fn failed(file: String, failure: Failure) -> CheckedFile {
-        let error = match &failure {
-            Failure::Config(_) | Failure::Unresolved(_) => None,
-            _ => Some(ErrorReport::new(&failure)),
-        };
-        let diagnostics = match failure {
-            Failure::Config(diagnostics) | Failure::Unresolved(diagnostics) => diagnostics,
-            _ => Vec::new(),
-        };
-        CheckedFile {
-            file,
-            valid: false,
-            rule_count: None,
-            upstream_count: None,
-            diagnostics,
-            error,
-        }
     }
 }
 
@@ -206,69 +80,83 @@ impl ErrorReport {
     }
 }
 
-/// Something whose JSON has a schema.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Subject {
-    /// The configuration file, and the output of list.
-    Config,
-    Apply,
-    Check,
-    Confirm,
-    Detach,
-    Doctor,
-    Drain,
-    Enable,
-    /// The output of any command that failed.
-    Error,
-    Get,
-    Plan,
-    Rollback,
-    Status,
-    Top,
-    /// One line of trace.
-    Trace,
+/// To standard output; a reader that went away is no failure.
+pub fn print(text: &str) -> Result<u8> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(anyhow!(error).context("standard output").into())
+        }
+        _ => Ok(0),
+    }
 }
 
-impl Subject {
-    /// Returns the JSON Schema (draft-07).
-    pub fn schema(self) -> Value {
-        match self {
-            Subject::Config => config::schema(),
-            Subject::Apply => either(schema::<Applied>(), schema::<Planned>()),
-            Subject::Rollback => either(schema::<Applied>(), schema::<RollbackPlanned>()),
-            Subject::Check => schema::<Checked>(),
-            Subject::Confirm => schema::<Confirmed>(),
-            Subject::Detach => schema::<Detached>(),
-            Subject::Doctor => schema::<Doctor>(),
-            Subject::Drain => schema::<Steered>(),
-            Subject::Enable => either(schema::<Steered>(), schema::<Enabled>()),
-            Subject::Error => schema::<Failed>(),
-            Subject::Get => schema::<Answer>(),
-            Subject::Plan => schema::<Planned>(),
-            Subject::Status => schema::<Status>(),
-            Subject::Top => schema::<top::View>(),
-            Subject::Trace => schema::<Account>(),
+pub fn pretty(value: &impl Serialize) -> Result<String> {
+    Ok(serde_json::to_string_pretty(value).context("JSON")? + "\n")
+}
+
+/// Prints `json` where that is asked for, else `text` unless silence is.
+pub fn report(global: &Global, text: &str, json: impl Serialize) -> Result<u8> {
+    match global.output {
+        Output::Json => print(&pretty(&Document::new(json))?),
+        _ if global.quiet => Ok(0),
+        _ => print(text),
+    }
+}
+
+/// Like [`report`], of a change that has been made: that its report cannot be written is a warning.
+pub fn report_done(global: &Global, text: &str, json: impl Serialize) -> Result<u8> {
+    if let Err(failure) = report(global, text, json) {
+        let why = failure.to_string();
+        let why = why.strip_prefix("error: ").unwrap_or(&why);
+        say(format_args!("warning: the change is made, and cannot be reported: {why}"));
+    }
+    Ok(0)
+}
+
+pub fn warn(global: &Global, warnings: &[Diagnostic]) {
+    if !global.quiet {
+        for warning in warnings {
+            say(warning);
         }
     }
 }
 
-fn schema<T: JsonSchema>() -> Value {
-    let generator = SchemaSettings::draft07().for_serialize().into_generator();
-    generator.into_root_schema_for::<Document<T>>().to_value()
+pub fn plural(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-/// A schema of one of two outputs, with the definitions of both.
-fn either(mut one: Value, mut other: Value) -> Value {
-    let (version, mut definitions) = (one["$schema"].take(), one["definitions"].take());
-    if let (Some(all), Some(more)) =
-        (definitions.as_object_mut(), other["definitions"].take().as_object_mut())
-    {
-        all.append(more);
-    }
-    for schema in [&mut one, &mut other] {
-        if let Some(schema) = schema.as_object_mut() {
-            schema.retain(|keyword, _| !["$schema", "definitions"].contains(&keyword.as_str()));
+/// Where text is written to.
+#[derive(Clone, Copy)]
+pub struct Paper {
+    pub colour: bool,
+    /// Of the terminal, in characters. Without one no cell is empty or cut, and every row of a table
+    /// says its rule.
+    pub width: Option<usize>,
+}
+
+pub const BOLD: &str = "\x1b[1m";
+pub const RED: &str = "\x1b[31m";
+pub const GREEN: &str = "\x1b[32m";
+pub const YELLOW: &str = "\x1b[33m";
+const PLAIN: &str = "\x1b[0m";
+
+impl Paper {
+    pub fn painted(self, style: &str, text: &str) -> String {
+        match self.colour && !style.is_empty() {
+            true => format!("{style}{text}{PLAIN}"),
+            false => text.into(),
         }
     }
-    serde_json::json!({ "$schema": version, "anyOf": [one, other], "definitions": definitions })
+}
+
+pub fn paper(global: &Global) -> Paper {
+    Paper { colour: colour(global), width: terminal::width() }
+}
+
+pub fn colour(global: &Global) -> bool {
+    match global.color {
+        Color::Always => true,
+        Color::Never => false,
+        Color::Auto => std::env::var_os("NO_COLOR").is_none() && io::stdout().is_terminal(),
+    }
 }

@@ -6,18 +6,33 @@ use std::path::PathBuf;
 use std::time::Duration;
 use std::{env, io};
 
-use clap::CommandFactory;
+use anyhow::Context;
+use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 use clap_complete::engine::CompletionCandidate;
 use clap_complete::env::{CompleteEnv, Shells};
 
-use crate::cli::Cli;
+use super::Cli;
+use crate::cli::output::print;
 use crate::datapath::generation;
 use crate::datapath::pins::{self, PIN_DIR};
 use crate::desired::Desired;
+use crate::error::Result;
 
 /// The environment variable by which a shell asks for candidates.
 const VARIABLE: &str = "UDPLB_COMPLETE";
+
+/// The shell that is asked for.
+#[derive(Args)]
+pub struct Options {
+    #[arg(value_name = "SH")]
+    shell: Shell,
+}
+
+pub fn run(options: &Options) -> Result<u8> {
+    let shell = options.shell;
+    print(&script(shell).with_context(|| format!("a script for {shell}"))?)
+}
 
 /// Answers a shell that asks for candidates, and ends the process; returns if none does.
 pub fn answer() {
@@ -25,7 +40,7 @@ pub fn answer() {
 }
 
 /// Returns the script that has a shell ask udplb for candidates.
-pub fn script(shell: Shell) -> io::Result<String> {
+fn script(shell: Shell) -> io::Result<String> {
     let mut script = Vec::new();
     let name = shell.to_string();
     let completer = Shells::builtins();

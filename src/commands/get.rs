@@ -7,12 +7,16 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
 
 use anyhow::{Context, anyhow};
+use clap::Args;
+use clap_complete::engine::ArgValueCandidates;
 use libbpf_rs::RingBufferBuilder;
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use super::{DEGRADED, complete, netlink};
 use crate::bpf::{self, types};
-use crate::cli::{Endpoint, Get, Global};
+use crate::cli::Global;
+use crate::cli::output::report;
 use crate::config::{Action, KeyAddress, Mode, State, with_port};
 use crate::datapath::description::Generation;
 use crate::datapath::generation::{self, Twin};
@@ -31,6 +35,51 @@ use crate::telemetry::status::{self, UpstreamStatus};
 
 /// A sender's port where none was given.
 const PORT: u16 = 1024;
+
+/// The packet that `get` asks about.
+#[derive(Args)]
+pub struct Options {
+    /// Who sends it: an address, 10.0.0.9:5000 or [2001:db8::9]:5000; port 1024 where none is given.
+    #[arg(value_name = "SRC[:PORT]")]
+    source: Endpoint,
+    /// Where it is sent; the port may be missing where the rules have only one for the address.
+    #[arg(value_name = "DST[:PORT]")]
+    destination: Endpoint,
+    /// What it says.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    payload: String,
+    /// Where it comes in, where there are several interfaces.
+    #[arg(short, long, value_name = "IF", add = ArgValueCandidates::new(complete::interfaces))]
+    interface: Option<String>,
+}
+
+/// An address, with or without a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    pub address: IpAddr,
+    pub port: Option<u16>,
+}
+
+impl std::str::FromStr for Endpoint {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Endpoint, String> {
+        if let Ok(both) = text.parse::<SocketAddr>() {
+            return Ok(Endpoint { address: both.ip(), port: Some(both.port()) });
+        }
+        let address = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        match address.unwrap_or(text).parse() {
+            Ok(address) => Ok(Endpoint { address, port: None }),
+            Err(_) => Err("an address, `10.0.0.9:5000` or `[2001:db8::9]:5000`".into()),
+        }
+    }
+}
+
+pub async fn run(global: &Global, options: &Options) -> Result<u8> {
+    let answer = answer(global, options, &netlink()?).await?.ok_or(Failure::NothingApplied)?;
+    report(global, &answer.to_string(), &answer)?;
+    Ok(if answer.matched() { 0 } else { DEGRADED })
+}
 
 /// The packet that is asked about.
 #[derive(Clone, Debug)]
@@ -228,7 +277,7 @@ pub struct Hop {
 }
 
 /// Asks. `None`: nothing is applied.
-pub async fn run(global: &Global, options: &Get, netlink: &Netlink) -> Result<Option<Answer>> {
+async fn answer(global: &Global, options: &Options, netlink: &Netlink) -> Result<Option<Answer>> {
     crate::datapath::capabilities::require()?;
     let Some(guard) = pins::read(&global.pin_dir, global.lock_timeout)? else { return Ok(None) };
     let observed = observe(Some(&guard), netlink).await?;
@@ -265,7 +314,7 @@ pub async fn run(global: &Global, options: &Get, netlink: &Netlink) -> Result<Op
     let mut names = Names::default();
     names.add(serving.clone());
     let rule = names.rule(first).context("the program names a rule that there is not")?.clone();
-    let reading = status::read(global, netlink, Some(&rule.name), None).await?;
+    let reading = status::read(&global.store(), netlink, Some(&rule.name), None).await?;
     let rows: Vec<&UpstreamStatus> = reading
         .status
         .rules
@@ -298,7 +347,7 @@ pub async fn run(global: &Global, options: &Get, netlink: &Netlink) -> Result<Op
 const TC_ACT_UNSPEC: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
 
-fn question(desired: &Desired, options: &Get) -> Result<Question> {
+fn question(desired: &Desired, options: &Options) -> Result<Question> {
     let Endpoint { address, port } = options.source;
     let to = options.destination;
     if address.is_ipv4() != to.address.is_ipv4() {

@@ -2,19 +2,34 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use clap::CommandFactory;
+use anyhow::Context;
+use clap::{Args, CommandFactory};
 
-use crate::cli::Cli;
-use crate::telemetry::diagnosis;
+use super::Cli;
 use crate::{bpf, config};
+use crate::error::Result;
+use crate::telemetry::diagnosis;
 
 /// Sections of udplb(1) that the command line does not define.
 const SECTIONS: &str = include_str!("udplb.1.roff");
 
+/// Where the pages go.
+#[derive(Args)]
+pub struct Options {
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+}
+
+pub fn run(options: &Options) -> Result<u8> {
+    let directory = &options.directory;
+    write(directory).with_context(|| directory.display().to_string())?;
+    Ok(0)
+}
+
 /// Writes a page for udplb and one for each command into a directory, which is created if it is missing.
-pub fn write(directory: &Path) -> io::Result<()> {
+fn write(directory: &Path) -> io::Result<()> {
     fs::create_dir_all(directory)?;
     clap_mangen::generate_to(Cli::command(), directory)?;
     let mut page = OpenOptions::new().append(true).open(directory.join("udplb.1"))?;

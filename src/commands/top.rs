@@ -3,20 +3,23 @@
 use std::cmp::Ordering;
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Write;
+use std::time::Duration;
 
 use anyhow::Context;
+use clap::{Args, ValueEnum};
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use super::netlink;
 use crate::bpf;
-use crate::cli::output::Document;
+use crate::cli::output::{Document, Paper, paper, print};
 use crate::cli::table::{self, Column};
 use crate::cli::terminal::{self, Key, Live, Scroll, Woken};
-use crate::cli::{Global, Output, Top};
+use crate::cli::{Global, Output, some_seconds};
 use crate::config::State;
 use crate::error::{Failure, Result};
 use crate::net::Netlink;
-use crate::telemetry::status::{self, Paper, Reading, Status};
+use crate::telemetry::status::{self, Reading, Status};
 use crate::telemetry::traffic::Rate;
 
 /// How many rates a sparkline shows.
@@ -33,8 +36,22 @@ const COLUMNS: [Column; 8] = [
     Column::text("PPS BEFORE", 10),
 ];
 
+/// What `top` shows, and how often.
+#[derive(Args)]
+pub struct Options {
+    /// Print it once, after an interval, and end.
+    #[arg(long)]
+    once: bool,
+    /// What rates are measured over, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = some_seconds)]
+    interval: Duration,
+    /// What comes first.
+    #[arg(short, long, value_enum, default_value = "pps")]
+    sort: Order,
+}
+
 /// What rows are sorted by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Order {
     Pps,
     Mbit,
@@ -83,22 +100,27 @@ pub struct View {
     upstreams: Vec<Row>,
 }
 
+pub async fn run(global: &Global, options: &Options) -> Result<u8> {
+    show(global, options, &netlink()?, paper(global)).await
+}
+
 /// Shows it until it is told to end, or once.
-pub async fn run(global: &Global, options: &Top, netlink: &Netlink, paper: Paper) -> Result<u8> {
+async fn show(global: &Global, options: &Options, netlink: &Netlink, paper: Paper) -> Result<u8> {
     // the kernel measures as long as this is open
     let _measured = bpf::measure_runs().inspect_err(|error| log::info!("run time: {error}")).ok();
     let mut screen = Screen::new(options.sort);
-    let mut last = status::read(global, netlink, None, None).await?;
+    let store = global.store();
+    let mut last = status::read(&store, netlink, None, None).await?;
     let mut history = History::default();
     if options.once && last.status.generation.is_none() {
         return Err(Failure::NothingApplied);
     }
     if options.once {
         tokio::time::sleep(options.interval).await;
-        let reading = status::read(global, netlink, None, last.status.traffic.as_ref()).await?;
+        let reading = status::read(&store, netlink, None, last.status.traffic.as_ref()).await?;
         let view = history.view(&reading, &last, screen.order);
         let text = shown(global, &screen, &view, paper, usize::MAX)?;
-        return crate::commands::print(&text);
+        return print(&text);
     }
     let mut live = Live::open(options.interval, true).context("the terminal")?;
     let mut view = history.view(&last, &last, screen.order);
@@ -119,7 +141,7 @@ pub async fn run(global: &Global, options: &Top, netlink: &Netlink, paper: Paper
             Woken::Tick => {
                 // the next time perhaps
                 let earlier = last.status.traffic.as_ref();
-                let Ok(reading) = status::read(global, netlink, None, earlier).await else {
+                let Ok(reading) = status::read(&store, netlink, None, earlier).await else {
                     continue;
                 };
                 view = history.view(&reading, &last, screen.order);
@@ -172,7 +194,7 @@ impl History {
                     health: upstream.health,
                     state: upstream.state,
                     said: upstream.said,
-                    drained: upstream.drained(),
+                    drained: upstream.drained,
                     rate,
                     // sum() of nothing is -0.0
                     drops_per_second: upstream.losses.values().fold(0.0, |sum, rate| sum + rate),

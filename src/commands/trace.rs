@@ -11,12 +11,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
+use clap::Args;
+use clap_complete::engine::ArgValueCandidates;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, RingBuffer, RingBufferBuilder};
 
+use super::{complete, netlink};
 use crate::bpf::{bytes_of, from_bytes, types, wire};
-use crate::cli::output::Document;
+use crate::cli::output::{Document, colour};
 use crate::cli::terminal::{Signals, is_gone};
-use crate::cli::{Global, Output, Trace};
+use crate::cli::{Global, Output, at_least_one};
 use crate::config::Network;
 use crate::datapath::description::Description;
 use crate::datapath::state_maps::{self, INCOMPLETE};
@@ -39,10 +42,47 @@ const BATCH: usize = 4096;
 /// Less than the lease, in which an apply may be in the way.
 const PATIENCE: Duration = Duration::from_millis(500);
 
+/// Which packets `trace` tells of, and how.
+#[derive(Args)]
+pub struct Options {
+    /// Only those of this rule.
+    #[arg(long, value_name = "RULE", add = ArgValueCandidates::new(complete::rules))]
+    rule: Option<String>,
+    /// Only those from this network or address.
+    #[arg(long, value_name = "CIDR")]
+    src: Option<Network>,
+    /// Only those to this network or address.
+    #[arg(long, value_name = "CIDR")]
+    dst: Option<Network>,
+    /// Only what was not sent on.
+    #[arg(long)]
+    drops: bool,
+    /// Instead, UDP packets to this host that no rule takes, and why.
+    #[arg(long, conflicts_with_all = ["rule", "drops"])]
+    unmatched: bool,
+    /// End after so many lines.
+    #[arg(short, long, value_name = "N", value_parser = at_least_one::<u64>)]
+    count: Option<u64>,
+    /// Only every N-th packet of those.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = at_least_one::<u32>)]
+    sample: u32,
+    /// Write the frames too, the first 128 bytes of each, as they came and as they left; - is
+    /// standard output, instead of the lines.
+    #[arg(long, value_name = "FILE")]
+    pcap: Option<PathBuf>,
+}
+
+pub async fn run(global: &Global, options: &Options) -> Result<u8> {
+    match trace(global, options, &netlink()?, colour(global)).await? {
+        Some(_) => Ok(0),
+        None => Err(Failure::NothingApplied),
+    }
+}
+
 /// Tells of packets until it is interrupted, or of so many. `None`: nothing is applied.
-pub async fn run(
+async fn trace(
     global: &Global,
-    options: &Trace,
+    options: &Options,
     netlink: &Netlink,
     colour: bool,
 ) -> Result<Option<u64>> {
@@ -127,8 +167,8 @@ async fn own_addresses(netlink: &Netlink) -> Result<HashSet<IpAddr>> {
 }
 
 /// What is traced, in a line.
-fn beginning(options: &Trace, description: &Description, number: u32) -> String {
-    let Trace { rule, src, dst, drops, unmatched, sample, count, .. } = options;
+fn beginning(options: &Options, description: &Description, number: u32) -> String {
+    let Options { rule, src, dst, drops, unmatched, sample, count, .. } = options;
     let mut text = match (drops, rule) {
         _ if *unmatched => "tracing packets to this host that no rule takes".into(),
         (true, Some(rule)) => format!("tracing packets of rule {rule} that are not sent"),
@@ -161,7 +201,7 @@ fn summary(global: &Global, printer: &Printer, session: &Session) -> Option<Stri
     }
 }
 
-fn settings(options: &Trace, rule: u32) -> types::trace {
+fn settings(options: &Options, rule: u32) -> types::trace {
     let network = |network: Option<Network>| match network {
         Some(network) => (u32::from(network.prefix), wire(network.address)),
         None => (0, [0; 4]),
@@ -305,7 +345,7 @@ impl Session {
     }
 
     /// Not one that was there before, and of the family that was asked for: the kernel compares bits.
-    fn wants(&self, event: &Event, options: &Trace) -> bool {
+    fn wants(&self, event: &Event, options: &Options) -> bool {
         let within = |network: Option<Network>, address: IpAddr| {
             network.is_none_or(|network| network.contains(address))
         };
@@ -353,7 +393,7 @@ struct Printer {
 }
 
 impl Printer {
-    fn new(global: &Global, options: &Trace, colour: bool) -> Result<Printer> {
+    fn new(global: &Global, options: &Options, colour: bool) -> Result<Printer> {
         let is_stdout = options.pcap.as_deref() == Some(Path::new("-"));
         let pcap = match &options.pcap {
             None => None,

@@ -7,8 +7,7 @@ use std::path::Path;
 use anyhow::Context;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
-use crate::bpf::unwire;
-use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types, wire};
+use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types, unwire, wire};
 use crate::datapath::chunked_map::Chunks;
 use crate::desired::{Desired, RuleIds};
 use crate::net::nexthop::{Macs, Way};

@@ -12,7 +12,7 @@
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self};
+use std::io;
 use std::ops::Deref;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -37,6 +37,13 @@ const QUEUE: &str = "queue";
 pub const STATE: &str = "state-4";
 
 const STATES: &str = "state";
+
+/// A pin directory, and how long its lock is waited for.
+#[derive(Clone, Debug)]
+pub struct Store {
+    pub pin_dir: PathBuf,
+    pub lock_timeout: Duration,
+}
 
 /// Shared access: nobody changes anything meanwhile.
 pub struct ReadGuard {

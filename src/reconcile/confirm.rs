@@ -8,7 +8,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::path;
+use std::path::{self, Path};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -17,8 +17,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 use tokio::time::{sleep, timeout};
 
-use crate::cli::Global;
-use crate::datapath::pins::{self, ReadGuard, WriteGuard};
+use crate::datapath::pins::{self, ReadGuard, Store, WriteGuard};
 use crate::datapath::state_maps::{self, Pending, StateMaps};
 use crate::error::{Failure, Result};
 use crate::net::{Netlink, nexthop};
@@ -78,8 +77,8 @@ pub struct Waiter {
 
 /// Starts the waiter: in a session of its own, without a terminal and deaf to SIGHUP, so that it
 /// survives the shell, the connection and the process group of who applies.
-pub fn start_waiter(global: &Global, deadline: Duration) -> anyhow::Result<Waiter> {
-    let pin_dir = path::absolute(&global.pin_dir).context("the pin directory")?;
+pub fn start_waiter(pin_dir: &Path, deadline: Duration) -> anyhow::Result<Waiter> {
+    let pin_dir = path::absolute(pin_dir).context("the pin directory")?;
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0("udplb")
@@ -105,15 +104,15 @@ pub fn start_waiter(global: &Global, deadline: Duration) -> anyhow::Result<Waite
 }
 
 /// Waits until the change with this deadline is confirmed, replaced or overdue; rolls it back then.
-pub async fn wait(global: &Global, netlink: &Netlink, deadline: Duration) -> Result<u8> {
+pub async fn wait(store: &Store, netlink: &Netlink, deadline: Duration) -> Result<u8> {
     wait_for_parent(deadline).await;
-    while is_pending(global, deadline)? {
+    while is_pending(store, deadline)? {
         let left = deadline.saturating_sub(time::since_boot());
         if !left.is_zero() {
             sleep(left.min(POLL_INTERVAL)).await;
             continue;
         }
-        match settle_locked(global, netlink).await {
+        match settle_locked(store, netlink).await {
             Ok(done) => done.iter().for_each(|text| to_syslog(text)),
             Err(Failure::Locked(_)) => {}
             Err(failure) => {
@@ -125,13 +124,13 @@ pub async fn wait(global: &Global, netlink: &Netlink, deadline: Duration) -> Res
     Ok(0)
 }
 
-async fn settle_locked(global: &Global, netlink: &Netlink) -> Result<Option<String>> {
-    let guard = pins::write(&global.pin_dir, global.lock_timeout)?;
+async fn settle_locked(store: &Store, netlink: &Netlink) -> Result<Option<String>> {
+    let guard = pins::write(&store.pin_dir, store.lock_timeout)?;
     Ok(settle(&guard, netlink).await?)
 }
 
-fn is_pending(global: &Global, deadline: Duration) -> Result<bool> {
-    match pins::read(&global.pin_dir, global.lock_timeout) {
+fn is_pending(store: &Store, deadline: Duration) -> Result<bool> {
+    match pins::read(&store.pin_dir, store.lock_timeout) {
         Ok(guard) => {
             let pending = guard.as_ref().map(pending).transpose()?.flatten();
             Ok(pending.is_some_and(|pending| pending.deadline == deadline))

@@ -2,12 +2,11 @@
 
 use std::path::PathBuf;
 
-use crate::cli::Target;
 use crate::datapath::description::Description;
 use crate::desired::Desired;
 use crate::error::Result;
 use crate::reconcile::observe::Observed;
-use crate::reconcile::source::{Text, interfaces, is_kept};
+use crate::reconcile::source::{Target, Text, interfaces, is_kept};
 
 /// What a generation was made of, read again; `None` where that cannot be found again.
 pub fn source(description: &Description) -> Option<(Text, Target)> {

@@ -3,13 +3,12 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::{self, Path};
+use std::path::{self, Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::anyhow;
 use sha2::{Digest, Sha256};
 
-use crate::cli::{Resolver, Target};
 use crate::config::{self, Config, Diagnostic, Host, Unlocated};
 use crate::datapath::description::Origin;
 use crate::datapath::generation;
@@ -31,6 +30,16 @@ pub const STANDARD_INPUT: &str = "-";
 pub fn is_kept(path: &Path) -> bool {
     let of_process = ["/dev", "/proc"].iter().any(|directory| path.starts_with(directory));
     !of_process && path.is_file()
+}
+
+/// Wait for the addresses of all host names together, where no option says otherwise.
+pub const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A configuration file and where it is to be applied.
+pub struct Target {
+    pub file: PathBuf,
+    /// Instead of the file's, unless there are none.
+    pub interfaces: Vec<String>,
 }
 
 /// A file's text.
@@ -109,10 +118,10 @@ pub struct Request<'a> {
 impl<'a> Request<'a> {
     /// # Errors
     /// The text is no configuration, or there are no interfaces.
-    pub fn new(text: &'a Text, target: &'a Target, resolver: Resolver) -> Result<Request<'a>> {
+    pub fn new(text: &'a Text, target: &'a Target, timeout: Duration) -> Result<Request<'a>> {
         let config = text.parse()?;
         let interfaces = interfaces(text, target, &config)?;
-        Ok(Request { text, target, config, interfaces, timeout: resolver.resolve_timeout })
+        Ok(Request { text, target, config, interfaces, timeout })
     }
 
     /// Asks for the host names.

@@ -14,7 +14,7 @@ use tokio::time::{sleep, timeout};
 
 use super::connections::{Connection, Connections, State};
 use super::metrics::Gatherer;
-use crate::cli::Global;
+use crate::datapath::pins::Store;
 use crate::net::Netlink;
 
 /// Bytes of a request, its body left out.
@@ -32,18 +32,18 @@ const BIND_PAUSE: Duration = Duration::from_secs(5);
 
 /// Starts to answer, in the network namespace of the calling thread, until the process ends. `hosts` are
 /// names that requests may be made to, besides this host's own; `*` is any.
-pub fn serve(global: &Global, address: SocketAddr, hosts: &[String]) -> io::Result<()> {
-    let global = Global { lock_timeout: LOCK_PATIENCE, ..global.clone() };
+pub fn serve(store: &Store, address: SocketAddr, hosts: &[String]) -> io::Result<()> {
+    let store = Store { lock_timeout: LOCK_PATIENCE, ..store.clone() };
     let hosts = Hosts(hosts.to_vec());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let thread = std::thread::Builder::new().name("metrics".into());
-    thread.spawn(move || runtime.block_on(answer_all(global, address, hosts))).map(drop)
+    thread.spawn(move || runtime.block_on(answer_all(store, address, hosts))).map(drop)
 }
 
-async fn answer_all(global: Global, address: SocketAddr, hosts: Hosts) {
+async fn answer_all(store: Store, address: SocketAddr, hosts: Hosts) {
     let listener = bind(address).await;
     let exposition =
-        Arc::new(Mutex::new(Exposition { gatherer: Gatherer::new(global), text: None }));
+        Arc::new(Mutex::new(Exposition { gatherer: Gatherer::new(store), text: None }));
     let connections = Connections::default();
     let hosts = Arc::new(hosts);
     loop {

@@ -11,10 +11,10 @@ use prometheus_client::encoding::{
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use crate::cli::Global;
 use crate::config::{KEY_ENTRIES, UPSTREAMS};
 use crate::datapath::counters::Counts;
 use crate::datapath::description::{self, Description, Generation};
+use crate::datapath::pins::Store;
 use crate::error::Result;
 use crate::net::Netlink;
 use crate::reconcile::drift;
@@ -26,7 +26,7 @@ const PREFIX: &str = "udplb";
 
 /// Reads what is exposed, and remembers what takes long to find out.
 pub struct Gatherer {
-    global: Global,
+    store: Store,
     /// Digest of the file, number of the generation, and whether they differ.
     judged: Option<(String, u32, bool)>,
     /// Bytes that the text had the last time.
@@ -34,13 +34,13 @@ pub struct Gatherer {
 }
 
 impl Gatherer {
-    pub fn new(global: Global) -> Gatherer {
-        Gatherer { global, judged: None, length: 0 }
+    pub fn new(store: Store) -> Gatherer {
+        Gatherer { store, judged: None, length: 0 }
     }
 
     /// All metrics as text.
     pub async fn gather(&mut self, netlink: &Netlink) -> Result<String> {
-        let mut reading = status::read(&self.global, netlink, None, None).await?;
+        let mut reading = status::read(&self.store, netlink, None, None).await?;
         reading.status.traffic = None;
         let serving =
             reading.status.generation.and_then(|it| reading.observed.generations.get(&it));

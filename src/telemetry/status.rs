@@ -1,6 +1,4 @@
-//! What serves and what became of the packets, for people and for `-o json`.
-
-mod text;
+//! Reading of what serves and what became of the packets.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -13,11 +11,10 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::bpf::{self, Runs, types};
-use crate::cli::Global;
 use crate::config::{Address, Mode, State};
 use crate::datapath::counters::{Count, Counts};
 use crate::datapath::description::{self, Generation};
-use crate::datapath::pins::{self, ReadGuard};
+use crate::datapath::pins::{self, ReadGuard, Store};
 use crate::datapath::state_maps::{self, Pending, StateMaps};
 use crate::datapath::{generation, lease, nexthops, overrides};
 use crate::desired::partial::Unresolved;
@@ -33,8 +30,6 @@ use crate::telemetry::diagnosis::{self, Answer, Facts, Now, Routes, Silence, Sou
 use crate::telemetry::problem::Problem;
 use crate::telemetry::traffic::{Rate, Traffic};
 use crate::time;
-
-pub use self::text::{Amounts, Layout, Paper};
 
 /// Everything that `status` shows, copied out of the kernel.
 #[derive(Debug, Serialize, JsonSchema)]
@@ -186,10 +181,10 @@ pub struct UpstreamStatus {
     #[serde(skip)]
     pub silence: Option<Silence>,
     #[serde(skip)]
-    endpoint: String,
+    pub endpoint: String,
     /// [`overrides::word`] of it.
     #[serde(skip)]
-    drained: Option<&'static str>,
+    pub drained: Option<&'static str>,
 }
 
 #[derive(Debug, Serialize, JsonSchema)]
@@ -208,7 +203,7 @@ pub struct NextHopStatus {
     pub mtu: Option<u16>,
     /// It has a MAC address that is not known.
     #[serde(skip)]
-    unresolved: bool,
+    pub unresolved: bool,
 }
 
 /// What was read beside the pins.
@@ -256,12 +251,12 @@ impl Reading {
 
 /// Reads everything under the lock, and lets go of it; see [`Status::new`].
 pub async fn read(
-    global: &Global,
+    store: &Store,
     netlink: &Netlink,
     rule: Option<&str>,
     earlier: Option<&Traffic>,
 ) -> Result<Reading> {
-    let guard = pins::read(&global.pin_dir, global.lock_timeout)?;
+    let guard = pins::read(&store.pin_dir, store.lock_timeout)?;
     let mut observed = observe(guard.as_ref(), netlink).await?;
     let maps = guard.as_ref().map(state_maps::open).transpose()?.flatten();
     let traffic = maps.as_ref().map(|maps| Traffic::read(maps, &observed.generations));
@@ -579,21 +574,5 @@ fn health(entry: &types::nexthop) -> Option<&'static str> {
         types::health::HEALTH_STALE => Some("stale"),
         types::health::HEALTH_DOWN => Some("down"),
         _ => None,
-    }
-}
-
-impl NextHopStatus {
-    fn text(&self) -> String {
-        let mut text = format!("{} dev {}", self.gateway, self.interface);
-        for word in [&self.mac, &self.state].into_iter().flatten() {
-            text += &format!(" {word}");
-        }
-        if self.unresolved {
-            text += " unresolved";
-        }
-        if let (Some(age), Some(_)) = (self.age, &self.mac) {
-            text += &format!(" {}", time::age(age));
-        }
-        text
     }
 }

@@ -20,7 +20,7 @@ use udplb::datapath::nexthops;
 use udplb::datapath::spares::{self, Situation};
 use udplb::desired::tables::{Tables, first_upstreams};
 use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
-use udplb::net::nexthop::{self, Way};
+use udplb::net::nexthop::Way;
 
 use crate::common::wire::{TYPE, Tag};
 use crate::packet::Mac;

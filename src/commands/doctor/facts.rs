@@ -1,4 +1,4 @@
-//! What doctor looks at. Nothing is changed.
+//! Facts about the host and what serves. Nothing is changed.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
@@ -8,22 +8,25 @@ use std::path::Path;
 
 use anyhow::Context;
 
-use super::{Facts, Input, InputLink, Kernel, Sender, Upstream, Way, before, sample};
+use super::before::{self, Before};
+use super::sample::{self, Growth};
 use crate::bpf;
-use crate::cli::{Global, Resolver, Target};
 use crate::config::{
     Action, Config, Family, Health, Key, KeyAddress, Source, Unlocated, with_port,
 };
 use crate::datapath::description::Description;
+use crate::datapath::pins::Store;
 use crate::datapath::{capabilities, kernel};
 use crate::desired::{Desired, Rule, export, tables};
 use crate::error::{Failure, Result};
 use crate::net::link::{Link, OwnAddress};
+use crate::net::neighbour::NeighbourTable;
 use crate::net::{Netlink, ipsec, nexthop, routing};
 use crate::reconcile::observe::{Observed, observe};
-use crate::reconcile::source::{Request, Text, Wanted};
+use crate::reconcile::source::{RESOLVE_TIMEOUT, Request, Target, Text, Wanted};
 use crate::reconcile::{drift, warnings};
 use crate::telemetry::diagnosis;
+use crate::telemetry::problem::Problem;
 use crate::telemetry::status::{self, Reading, Status};
 
 /// Of the documentation's networks: the way there is the default route.
@@ -38,11 +41,135 @@ const UNIT_DIRS: [&str; 5] = [
     "/lib/systemd/system",
 ];
 
+/// What is known of the host and of what serves.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// What commands are to name: the file that was given, or the one that serves.
+    pub file: String,
+    /// Whether the file says something else than what serves, or why that cannot be said.
+    pub drift: Option<std::result::Result<bool, String>>,
+    /// In words.
+    pub missing_capabilities: Vec<String>,
+    /// Why the pins cannot be read.
+    pub unreadable: Option<String>,
+    pub kernel: Kernel,
+    /// Problems of what serves.
+    pub problems: Vec<Problem>,
+    /// Packets that were not sent, within a sample.
+    pub growth: Vec<Growth>,
+    /// Packets of a sample, by the interface that they came in by, of which udplb saw none.
+    pub hidden: BTreeMap<String, u64>,
+    /// Pins besides that are not whole, in words.
+    pub damage: Vec<String>,
+    /// The generation that a rollback left.
+    pub held: Option<u32>,
+    /// Whether arpd vouches for the next hops; `None`: it never ran.
+    pub arpd: Option<bool>,
+    /// systemd has a unit for arpd: not every way of installing brings one.
+    pub arpd_unit: bool,
+    pub inputs: Vec<Input>,
+    pub upstreams: Vec<Upstream>,
+    /// Sockets of this host that send to a key.
+    pub senders: Vec<Sender>,
+    /// What `apply` would warn of.
+    pub warnings: Vec<String>,
+    /// Addresses of keys that no interface has, each with a rule.
+    pub homeless: BTreeMap<String, String>,
+    /// Some rule leaves out upstreams that are down.
+    pub wants_health: bool,
+    pub neighbours: Vec<NeighbourTable>,
+    /// How many next hops there are, of IPv4 and of IPv6.
+    pub next_hops: [usize; 2],
+}
+
+/// The kernel's abilities.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Kernel {
+    pub version: (u32, u32),
+    /// Types of its own, which the program is fitted to.
+    pub btf: bool,
+    /// Programs are compiled.
+    pub jit: bool,
+    /// Lockdown keeps programs from reading kernel memory.
+    pub confidential: bool,
+}
+
+/// An interface whose incoming packets are to meet the rules.
+#[derive(Clone, Debug)]
+pub struct Input {
+    pub name: String,
+    /// `None`: there is no such interface.
+    pub link: Option<InputLink>,
+}
+
+#[derive(Clone, Debug)]
+pub struct InputLink {
+    /// Bytes.
+    pub mtu: u32,
+    /// The device, it or one below, that merges packets which cannot be taken apart again.
+    pub lro: Option<String>,
+    /// The qdisc was there before udplb.
+    pub foreign_qdisc: bool,
+    /// What sees packets earlier.
+    pub before: Vec<Before>,
+    /// Sysctls of the families in use by which packets are not forwarded there.
+    pub not_forwarding: Vec<String>,
+    /// The sysctl by which the interface has no IPv6, where a rule wants some.
+    pub no_ipv6: Option<String>,
+    /// Senders are checked against the way back to them.
+    pub strict: bool,
+    /// The way to hosts of no network of this host is another.
+    pub default_elsewhere: bool,
+    /// Some IPv4 rule delivers packets here too.
+    pub passes: bool,
+}
+
+/// An upstream and the way to it.
+#[derive(Clone, Debug)]
+pub struct Upstream {
+    pub rule: String,
+    pub label: String,
+    pub address: IpAddr,
+    pub way: Way,
+    /// Senders' own addresses go there.
+    pub preserves: bool,
+    /// It is to get this host's address, and there is none on the way.
+    pub lacks_egress: bool,
+    /// Packets that were too large for it.
+    pub too_large: u64,
+    /// Packets for it whose TTL was spent.
+    pub spent: u64,
+}
+
+#[derive(Clone, Debug)]
+pub enum Way {
+    Local,
+    /// Why there is none.
+    None(String),
+    Hop {
+        interface: String,
+        gateway: IpAddr,
+        /// Bytes.
+        mtu: u32,
+        /// Name and MTU of the interface below, which limits that MTU.
+        lower: Option<(String, u32)>,
+    },
+}
+
+/// A socket of this host that is connected to a key.
+#[derive(Clone, Debug)]
+pub struct Sender {
+    pub rule: String,
+    pub from: String,
+    pub to: String,
+    pub uid: u32,
+}
+
 /// Looks at the host, at what serves, and at the file: the one given, or the one that serves.
 ///
 /// # Errors
 /// The file that was given cannot be read, the kernel does not answer, or somebody changes it.
-pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Result<Facts> {
+pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Result<Facts> {
     let mut facts = Facts {
         kernel: abilities(),
         missing_capabilities: capabilities::missing_now(),
@@ -50,7 +177,7 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
         ..Facts::default()
     };
     let measured = bpf::measure_runs().inspect_err(|error| log::info!("run times: {error}"));
-    let reading = match readings(global, netlink).await {
+    let reading = match readings(store, netlink).await {
         Ok((before, links, after)) => {
             facts.growth = sample::growth(&before.status, &after.status);
             if measured.is_ok() {
@@ -101,7 +228,7 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
             facts.drift = Some(differs(&text, target, description, observed));
         }
         (Some((text, target)), None) => {
-            let wanted = match Request::new(&text, &target, Resolver::default()) {
+            let wanted = match Request::new(&text, &target, RESOLVE_TIMEOUT) {
                 Ok(request) => Wanted::whole(request, observed, netlink).await,
                 Err(failure) => Err(failure),
             };
@@ -120,14 +247,14 @@ pub async fn read(global: &Global, netlink: &Netlink, file: Option<&Path>) -> Re
 
 /// Two readings, a sample's length apart, and the links right after the first. Neighbours that the kernel does not vouch for are asked
 /// meanwhile, since a route's next hop that died a while ago looks like one that nobody needed.
-async fn readings(global: &Global, netlink: &Netlink) -> Result<(Reading, Vec<Link>, Reading)> {
-    let before = status::read(global, netlink, None, None).await?;
+async fn readings(store: &Store, netlink: &Netlink) -> Result<(Reading, Vec<Link>, Reading)> {
+    let before = status::read(store, netlink, None, None).await?;
     if before.status.arpd != Some(true) {
         netlink.probe(&before.doubtful()).await;
     }
     let links = netlink.links().await.context("interfaces")?;
     tokio::time::sleep(sample::LENGTH).await;
-    let after = status::read(global, netlink, None, None).await?;
+    let after = status::read(store, netlink, None, None).await?;
     Ok((before, links, after))
 }
 

@@ -1,22 +1,137 @@
-//! `status` for people: a tree where the width is known, else a table with everything for scripts.
+//! `udplb status`: what serves, where packets go and what became of them; a tree where the width is
+//! known, else a table with everything for scripts.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::time::Duration;
 
-use super::{InterfaceStatus, NextHopStatus, RuleStatus, Status, UpstreamStatus};
+use anyhow::Context;
+use clap::Args;
+use clap_complete::engine::ArgValueCandidates;
+
+use super::{DEGRADED, complete, netlink};
+use crate::cli::output::{BOLD, Document, GREEN, Paper, RED, YELLOW, paper, pretty, print};
 use crate::cli::table::{self, Column};
+use crate::cli::terminal::{self, Key, Live, Scroll, Woken};
+use crate::cli::{Global, Output, some_seconds};
 use crate::config::{Action, Mode};
 use crate::datapath::counters::{Count, Counts};
-use crate::telemetry::problem::{Level, Problem};
+use crate::error::Result;
+use crate::net::Netlink;
+use crate::telemetry::problem::{self, Level, Problem};
+use crate::telemetry::status::{
+    self, InterfaceStatus, NextHopStatus, RuleStatus, Status, UpstreamStatus,
+};
+use crate::telemetry::traffic::Rate;
 use crate::time;
 
-/// Where text is written to.
-#[derive(Clone, Copy)]
-pub struct Paper {
-    pub colour: bool,
-    /// Of the terminal, in characters. Without one no cell is empty or cut, and every row of a table
-    /// says its rule.
-    pub width: Option<usize>,
+/// What `status` shows, and how often.
+#[derive(Args, Default)]
+pub struct Options {
+    /// Only this rule.
+    #[arg(value_name = "RULE", add = ArgValueCandidates::new(complete::rules))]
+    rule: Option<String>,
+    /// Show it again and again, with rates, until q is pressed; arrows scroll.
+    #[arg(short, long)]
+    watch: bool,
+    /// Packets and bits a second instead of totals; takes an interval's time.
+    #[arg(short, long)]
+    rate: bool,
+    /// Problems only, and what to do about them.
+    #[arg(short, long, conflicts_with_all = ["watch", "rate"])]
+    problems: bool,
+    /// What rates are measured over, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = some_seconds)]
+    interval: Duration,
+}
+
+pub async fn run(global: &Global, options: &Options) -> Result<u8> {
+    let netlink = netlink()?;
+    let rule = options.rule.as_deref();
+    let mut status = status::read(&global.store(), &netlink, rule, None).await?.status;
+    if options.watch {
+        return watch(global, options, &netlink, status).await;
+    }
+    let tree =
+        global.output == Output::Table && !global.quiet && layout(global, options) == Layout::Tree;
+    if (options.rate || tree) && status.generation.is_some() {
+        tokio::time::sleep(options.interval).await;
+        status =
+            status::read(&global.store(), &netlink, rule, status.traffic.as_ref()).await?.status;
+    }
+    let amounts = match (options.rate, tree) {
+        (true, _) => Amounts::Rates,
+        (false, true) => Amounts::Mixed,
+        (false, false) => Amounts::Totals,
+    };
+    print(&shown(global, options, &status, amounts)?)?;
+    Ok(exit_code(&status))
+}
+
+fn exit_code(status: &Status) -> u8 {
+    if problem::any(&status.problems) { DEGRADED } else { 0 }
+}
+
+/// Shows it again and again.
+async fn watch(
+    global: &Global,
+    options: &Options,
+    netlink: &Netlink,
+    mut status: Status,
+) -> Result<u8> {
+    let mut live = Live::open(options.interval, true).context("the terminal")?;
+    let mut scroll = Scroll::default();
+    let mut text = match global.output {
+        Output::Json => shown(global, options, &status, Amounts::Totals)?,
+        _ if live.is_on_screen() => "measuring\n".into(),
+        _ => String::new(),
+    };
+    while live.show(scroll.window(&text)).is_ok() {
+        match live.woken().await {
+            Woken::End | Woken::Key(Key::Char('q')) => break,
+            Woken::Key(key) => {
+                let lines = terminal::size().map_or(usize::MAX, |(_, lines)| lines);
+                scroll.press(key, text.lines().count(), lines);
+                continue;
+            }
+            Woken::Tick => {}
+        }
+        let rule = options.rule.as_deref();
+        text = match status::read(&global.store(), netlink, rule, status.traffic.as_ref()).await {
+            Ok(reading) => {
+                status = reading.status;
+                shown(global, options, &status, Amounts::Rates)?
+            }
+            // it may be over the next time
+            Err(failure) => format!("{failure}\n"),
+        };
+    }
+    Ok(exit_code(&status))
+}
+
+/// As the options ask for it; JSON of one of many is on one line.
+fn shown(global: &Global, options: &Options, status: &Status, amounts: Amounts) -> Result<String> {
+    let json = match (global.output, options.watch) {
+        (Output::Json, false) => return pretty(&Document::new(status)),
+        (Output::Json, true) => serde_json::to_string(&Document::new(status)),
+        _ if global.quiet => return Ok(status.problems_text()),
+        _ => {
+            let layout = layout(global, options);
+            let width = paper(global).width.filter(|_| layout != Layout::Wide);
+            let paper = Paper { width, ..paper(global) };
+            return Ok(status.text(time::now(), paper, layout, amounts));
+        }
+    };
+    Ok(json.context("JSON")? + "\n")
+}
+
+/// A tree where the width is known, unless something else is asked for.
+fn layout(global: &Global, options: &Options) -> Layout {
+    match (options.problems, global.output, paper(global).width) {
+        (true, ..) => Layout::Problems,
+        (false, Output::Wide, _) | (false, _, None) => Layout::Wide,
+        (false, _, Some(_)) => Layout::Tree,
+    }
 }
 
 /// Part of a status to show.
@@ -60,21 +175,6 @@ const WIDE: [Column; 9] = [
     Column::number("SHARE"),
     Column::text("NOT FORWARDED", 13),
 ];
-
-const BOLD: &str = "\x1b[1m";
-const RED: &str = "\x1b[31m";
-const GREEN: &str = "\x1b[32m";
-const YELLOW: &str = "\x1b[33m";
-const PLAIN: &str = "\x1b[0m";
-
-impl Paper {
-    fn painted(self, style: &str, text: &str) -> String {
-        match self.colour && !style.is_empty() {
-            true => format!("{style}{text}{PLAIN}"),
-            false => text.into(),
-        }
-    }
-}
 
 /// A line of the tree: cells of the table, or text below one.
 enum Line {
@@ -247,11 +347,6 @@ impl Status {
 }
 
 impl UpstreamStatus {
-    /// What the configuration or somebody by hand says, unless it is active by the configuration.
-    pub fn drained(&self) -> Option<&'static str> {
-        self.drained
-    }
-
     /// Override or drained, or else health, or else that the next hop does not answer.
     fn condition(&self) -> Option<&str> {
         self.drained.or(self.health).or(self.silence.map(|_| "silent"))
@@ -296,11 +391,7 @@ fn treatment(rule: &RuleStatus) -> String {
 }
 
 /// Forwarded packets and bytes, or their rate; and the share.
-fn amount_cells(
-    counts: &Counts,
-    rate: Option<crate::telemetry::traffic::Rate>,
-    share: Option<f64>,
-) -> [String; 3] {
+fn amount_cells(counts: &Counts, rate: Option<Rate>, share: Option<f64>) -> [String; 3] {
     const STALE: &str = "stale-neighbour";
     let forwarded = counts.forwarded();
     let stale = counts.by_verdict().find(|(name, count)| *name == STALE && count.packets > 0);
@@ -347,4 +438,20 @@ fn remark(
     let losses = losses(counts, notes, rates, amounts);
     let what = if amounts == Amounts::Rates { "not forwarded/s" } else { "not forwarded" };
     (!losses.is_empty()).then(|| Line::Remark(format!("{stem}{what}: {losses}")))
+}
+
+impl NextHopStatus {
+    fn text(&self) -> String {
+        let mut text = format!("{} dev {}", self.gateway, self.interface);
+        for word in [&self.mac, &self.state].into_iter().flatten() {
+            text += &format!(" {word}");
+        }
+        if self.unresolved {
+            text += " unresolved";
+        }
+        if let (Some(age), Some(_)) = (self.age, &self.mac) {
+            text += &format!(" {}", time::age(age));
+        }
+        text
+    }
 }

@@ -1,0 +1,285 @@
+//! `udplb apply`: makes the kernel hold what a file says.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use clap::Args;
+use clap_complete::engine::ArgValueCandidates;
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use super::{complete, lock, look, netlink, refused};
+use crate::cli::output::{plural, report_done, warn};
+use crate::cli::{Global, Resolver, some_seconds};
+use crate::config::{self, Config, Diagnostic};
+use crate::datapath::{capabilities, lease, pins, state_maps};
+use crate::desired::Desired;
+use crate::error::{Failure, Result, say};
+use crate::net::ipsec::security_policies;
+use crate::net::nexthop::{self, Way};
+use crate::net::{Netlink, routing};
+use crate::reconcile::execute::{self, Outcome};
+use crate::reconcile::observe::{Observed, observe};
+use crate::reconcile::source::{Request, Target, Text, Wanted};
+use crate::reconcile::{confirm, plan, warnings};
+use crate::telemetry::status::PendingStatus;
+use crate::time;
+
+/// Something of the file is missing, and the rest serves.
+const INCOMPLETE: u8 = 4;
+
+/// How a file is applied.
+#[derive(Args)]
+pub struct Options {
+    #[command(flatten)]
+    pub(super) source: SourceFile,
+    /// Only show what would change.
+    #[arg(long)]
+    dry_run: bool,
+    /// Apply what a rollback left or what waits for confirmation, and take over filters whose
+    /// pins are nowhere to be seen.
+    #[arg(long)]
+    force: bool,
+    /// Apply what can be applied where an interface is missing or a host name does not
+    /// resolve; exits with 4 then, and arpd completes it.
+    #[arg(long, conflicts_with = "dry_run")]
+    partial: bool,
+    /// Roll the change back after so many seconds, unless `udplb confirm` comes before.
+    #[arg(long, value_name = "SECONDS", value_parser = some_seconds, conflicts_with = "dry_run")]
+    confirm: Option<Duration>,
+    #[command(flatten)]
+    pub(super) resolver: Resolver,
+}
+
+/// A configuration file and where it is to be applied.
+#[derive(Args)]
+pub struct SourceFile {
+    /// YAML, TOML or JSON, by extension; - is YAML on standard input.
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Interface on whose ingress packets are matched, instead of the file's; may be given
+    /// several times.
+    #[arg(short, long = "interface", value_name = "IF",
+          add = ArgValueCandidates::new(complete::interfaces))]
+    interfaces: Vec<String>,
+}
+
+impl SourceFile {
+    pub fn target(&self) -> Target {
+        Target { file: self.file.clone(), interfaces: self.interfaces.clone() }
+    }
+}
+
+/// Output of `apply` and `rollback`.
+#[derive(Serialize, JsonSchema)]
+pub struct Applied {
+    /// False: the kernel held the same already.
+    pub changed: bool,
+    pub generation: u32,
+    /// Generation that served before.
+    pub previous: Option<u32>,
+    pub rule_count: usize,
+    /// Upstreams and mirrors.
+    pub upstream_count: usize,
+    pub interfaces: Vec<String>,
+    pub milliseconds: u64,
+    /// Change that waits for confirmation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pending: Option<PendingStatus>,
+    pub warnings: Vec<Diagnostic>,
+    /// Parts of the file that could not be applied.
+    pub missing: Vec<Diagnostic>,
+}
+
+pub async fn run(global: &Global, options: &Options) -> Result<u8> {
+    let target = options.source.target();
+    if options.dry_run {
+        return super::plan::show(global, &target, options.resolver, false).await;
+    }
+    apply(global, options, &target).await
+}
+
+async fn apply(global: &Global, options: &Options, target: &Target) -> Result<u8> {
+    let started = Instant::now();
+    let text = Text::read(&target.file)?;
+    let mut wanted = wanted_by_apply(global, &text, options, target).await?;
+    for missing in &wanted.missing {
+        say(missing);
+    }
+    capabilities::require()?;
+    let netlink = netlink()?;
+    wanted.expand(&netlink).await?;
+    let (targets, interfaces) = (wanted.desired.targets(), &wanted.desired.interfaces);
+    let ways = nexthop::resolve(&netlink, &targets, interfaces).await.context("next hops")?;
+    let (advice, hops) = advise(global, &text, &wanted, &ways, &netlink).await?;
+    wanted.warnings.extend(advice);
+    let desired = &wanted.desired;
+    let guard = lock(global, &netlink).await?;
+    let observed = observe(Some(&guard), &netlink).await?;
+    let deadline = options.confirm.map(|confirm| time::since_boot() + confirm);
+    let plan = plan::apply_until(&observed, desired, &wanted.origin, options.force, deadline)
+        .map_err(refused)?;
+    // once a generation: the cron job has said them already
+    let mut warnings = if plan.builds() { wanted.warnings } else { Vec::new() };
+    // whoever answers now may not the next time
+    warnings.extend(hops);
+    warn(global, &warnings);
+    let waiter = deadline.filter(|_| plan.is_pending());
+    let waiter =
+        waiter.map(|deadline| confirm::start_waiter(&global.pin_dir, deadline)).transpose()?;
+    let outcome = execute::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
+    // the new generation serves already
+    if let Err(error) =
+        execute::record_origin(&guard, &observed, outcome.generation, &wanted.origin)
+    {
+        say(format_args!("warning: the file that was applied is not recorded: {error:#}"));
+    }
+    drop(guard);
+    drop(waiter);
+    if outcome.counters_reset && !global.quiet {
+        say("warning: the counters were gone and start again at zero");
+    }
+    let file = target.file.file_name().map_or("-".into(), |name| name.to_string_lossy());
+    let mut text = outcome_text(&outcome, &file, desired, started.elapsed());
+    let pending = plan.pending(&observed).map(|pending| PendingStatus::new(&pending));
+    text.extend(pending.iter().map(|pending| format!("{pending}\n")));
+    let applied = Applied {
+        pending,
+        warnings,
+        missing: wanted.missing,
+        ..applied(&outcome, desired, started.elapsed())
+    };
+    let complete = applied.missing.is_empty();
+    report_done(global, &text, applied)?;
+    Ok(if complete { 0 } else { INCOMPLETE })
+}
+
+async fn wanted_by_apply(
+    global: &Global,
+    text: &Text,
+    options: &Options,
+    target: &Target,
+) -> Result<Wanted> {
+    let Options { resolver, partial, .. } = options;
+    let again = match pins::read(&global.pin_dir, global.lock_timeout) {
+        Ok(guard) => guard.and_then(|guard| Wanted::again(text, target, &guard)),
+        Err(Failure::Locked(message)) => return Err(Failure::Locked(message)),
+        // that is said where it is needed
+        Err(_) => None,
+    };
+    if let Some(wanted) = again {
+        // the same text, and an interface may have gone since
+        if !*partial || is_here(&wanted.desired, &look(global, &netlink()?).await?) {
+            return Ok(wanted);
+        }
+    }
+    let request = Request::new(text, target, resolver.resolve_timeout)?;
+    capabilities::require()?;
+    let netlink = netlink()?;
+    let observed = look(global, &netlink).await?;
+    match *partial {
+        true => Wanted::partial(request, &observed, &netlink).await,
+        false => Wanted::whole(request, &observed, &netlink).await,
+    }
+}
+
+fn is_here(desired: &Desired, observed: &Observed) -> bool {
+    desired.interfaces.iter().all(|name| observed.interfaces.contains_key(name))
+}
+
+/// Returns what is probably not meant, of a file that was not applied before, and the next hops that are
+/// not there now.
+///
+/// # Errors
+/// An upstream that is this host itself, or packets to which IPsec would protect.
+async fn advise(
+    global: &Global,
+    text: &Text,
+    wanted: &Wanted,
+    ways: &BTreeMap<routing::Target, Way>,
+    netlink: &Netlink,
+) -> Result<(Vec<Diagnostic>, Vec<Diagnostic>)> {
+    let desired = &wanted.desired;
+    let policies = security_policies().context("IPsec policies")?;
+    let Some(config) = &wanted.config else {
+        if policies.is_empty() && !ways.values().any(Way::is_wanting) {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        let config = text.parse()?;
+        refuse(&config, warnings::in_clear(&config, desired, ways, &policies))?;
+        return Ok((Vec::new(), config.warnings(missing_hops(&config, desired, ways))));
+    };
+    refuse(config, warnings::own_upstreams(config, desired, ways))?;
+    refuse(config, warnings::in_clear(config, desired, ways, &policies))?;
+    let links = netlink.links().await.context("interfaces")?;
+    let addresses = netlink.addresses().await.context("addresses")?;
+    let mut findings = warnings::several(config, desired, ways);
+    if !arpd_runs(global) {
+        findings.extend(warnings::not_joined(config, &desired.interfaces, &links));
+    }
+    findings.extend(warnings::of_this_host(config, desired, &links, &addresses));
+    Ok((config.warnings(findings), config.warnings(missing_hops(config, desired, ways))))
+}
+
+fn refuse(config: &Config, findings: Vec<config::Unlocated>) -> Result<()> {
+    if findings.is_empty() { Ok(()) } else { Err(Failure::Config(config.errors(findings))) }
+}
+
+/// Returns true while arpd's lease holds.
+fn arpd_runs(global: &Global) -> bool {
+    let guard = pins::read(&global.pin_dir, global.lock_timeout).ok().flatten();
+    let maps = guard.and_then(|guard| state_maps::open(&guard).ok().flatten());
+    let left = maps.and_then(|maps| lease::remaining(&maps.heartbeat).ok().flatten());
+    left.is_some_and(|left| !left.is_zero())
+}
+
+fn missing_hops(
+    config: &Config,
+    desired: &Desired,
+    ways: &BTreeMap<routing::Target, Way>,
+) -> Vec<config::Unlocated> {
+    let mut findings = warnings::unreachable(config, desired, ways);
+    findings.extend(warnings::unanswered(config, desired, ways));
+    findings
+}
+
+pub(super) fn outcome_text(
+    outcome: &Outcome,
+    file: &str,
+    desired: &Desired,
+    took: Duration,
+) -> String {
+    if !outcome.changed {
+        return format!("unchanged (generation {})\n", outcome.generation);
+    }
+    let generation = match outcome.previous {
+        Some(previous) if previous != outcome.generation => {
+            format!("{previous} -> {}", outcome.generation)
+        }
+        _ => outcome.generation.to_string(),
+    };
+    format!(
+        "{file}: {}, {} on {}, generation {generation} ({} ms)\n",
+        plural(desired.rules.len(), "rule"),
+        plural(desired.upstreams().count(), "upstream"),
+        desired.interfaces.join(", "),
+        took.as_millis()
+    )
+}
+
+pub(super) fn applied(outcome: &Outcome, desired: &Desired, took: Duration) -> Applied {
+    Applied {
+        changed: outcome.changed,
+        generation: outcome.generation,
+        previous: outcome.previous,
+        rule_count: desired.rules.len(),
+        upstream_count: desired.upstreams().count(),
+        interfaces: desired.interfaces.clone(),
+        milliseconds: took.as_millis() as u64,
+        pending: None,
+        warnings: Vec::new(),
+        missing: Vec::new(),
+    }
+}

@@ -1,0 +1,74 @@
+//! `udplb drain`: leaves an upstream out, whatever the file says.
+
+use anyhow::Context;
+use clap::Args;
+use clap_complete::engine::ArgValueCandidates;
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use super::{carry_out, complete, lock, netlink, refused};
+use crate::cli::Global;
+use crate::cli::output::report_done;
+use crate::config::State;
+use crate::datapath::pins::{self, WriteGuard};
+use crate::datapath::{capabilities, state_maps};
+use crate::error::{Failure, Result, say};
+use crate::net::Netlink;
+use crate::reconcile::drain::{self, Change, Standing};
+use crate::reconcile::observe::{Observed, observe};
+use crate::reconcile::plan;
+
+/// The upstream to leave out.
+#[derive(Args)]
+pub struct Options {
+    /// A rule, and its upstream or mirror: name or address, as status shows them.
+    #[arg(value_name = "RULE/UPSTREAM", add = ArgValueCandidates::new(complete::upstreams))]
+    target: drain::Target,
+}
+
+/// Output of `drain` and of `enable` with an upstream.
+#[derive(Serialize, JsonSchema)]
+pub struct Steered {
+    pub changed: bool,
+    #[serde(flatten)]
+    pub upstream: Standing,
+    pub warnings: Vec<String>,
+}
+
+pub async fn run(global: &Global, options: &Options) -> Result<u8> {
+    steer(global, &options.target, State::Drained).await
+}
+
+/// The lock and what is below it, for what only writes what is said of upstreams.
+pub(super) async fn to_steer(global: &Global, netlink: &Netlink) -> Result<(WriteGuard, Observed)> {
+    // writing makes the directory
+    let guard = pins::read(&global.pin_dir, global.lock_timeout)?;
+    drop(guard.ok_or(Failure::NothingApplied)?);
+    let guard = lock(global, netlink).await?;
+    let observed = observe(Some(&guard), netlink).await?;
+    plan::refuse_other_namespace(&observed).map_err(refused)?;
+    observed.described()?.ok_or(Failure::NothingApplied)?;
+    // without them nobody knows what was said of upstreams before
+    state_maps::open(&guard)?.context(state_maps::INCOMPLETE)?;
+    Ok((guard, observed))
+}
+
+/// Drains or enables one upstream.
+pub(super) async fn steer(global: &Global, target: &drain::Target, state: State) -> Result<u8> {
+    capabilities::require()?;
+    let netlink = netlink()?;
+    let (guard, observed) = to_steer(global, &netlink).await?;
+    let number = observed.serving().context("nothing is applied")?;
+    let (desired, ids) = observed.generations[&number].hosts();
+    let change = Change::new(desired, ids, &observed.overrides, target, state)?;
+    carry_out(&guard, &netlink, &observed, change.action.as_slice()).await?;
+    drop(guard);
+    let warning = change.warning();
+    if let Some(warning) = warning.as_ref().filter(|_| !global.quiet) {
+        say(format_args!("warning: {warning}"));
+    }
+    let text = change.text() + "\n";
+    let changed = change.action.is_some();
+    let steered = Steered { changed, upstream: change.after, warnings: Vec::from_iter(warning) };
+    report_done(global, &text, steered)
+}

@@ -1,0 +1,108 @@
+//! `udplb plan`: shows what applying a file would change.
+
+use clap::Args;
+use schemars::JsonSchema;
+use serde::Serialize;
+
+use super::apply::SourceFile;
+use super::{look, netlink};
+use crate::cli::output::{report, warn};
+use crate::cli::{Global, Resolver};
+use crate::datapath::description::Generation;
+use crate::desired::diff::Changes;
+use crate::desired::{Desired, RuleIds, assign_ids};
+use crate::error::{Result, say};
+use crate::reconcile::drain::{self, Standing};
+use crate::reconcile::observe::Observed;
+use crate::reconcile::plan::{self, Plan};
+use crate::reconcile::source::{Request, Target, Text, Wanted};
+
+/// Changes pending, with `--exit-code`.
+const PENDING: u8 = 2;
+
+/// The file to compare, and how.
+#[derive(Args)]
+pub struct Options {
+    #[command(flatten)]
+    source: SourceFile,
+    /// Exit with 2 when something would change.
+    #[arg(long)]
+    exit_code: bool,
+    #[command(flatten)]
+    resolver: Resolver,
+}
+
+/// Output of `plan` and `apply --dry-run`.
+#[derive(Serialize, JsonSchema)]
+pub struct Planned {
+    /// True: an apply would change something.
+    pub changed: bool,
+    #[serde(flatten)]
+    pub changes: Changes,
+    /// Upstreams whose state is set by hand.
+    pub overrides: Vec<Standing>,
+}
+
+pub async fn run(global: &Global, options: &Options) -> Result<u8> {
+    show(global, &options.source.target(), options.resolver, options.exit_code).await
+}
+
+/// Also `apply --dry-run`.
+pub(super) async fn show(
+    global: &Global,
+    target: &Target,
+    resolver: Resolver,
+    exit_code: bool,
+) -> Result<u8> {
+    let text = Text::read(&target.file)?;
+    let request = Request::new(&text, target, resolver.resolve_timeout)?;
+    let netlink = netlink()?;
+    let observed = look(global, &netlink).await?;
+    let mut wanted = Wanted::whole(request, &observed, &netlink).await?;
+    warn(global, &wanted.warnings);
+    wanted.expand(&netlink).await?;
+    let old = serving(&observed).cloned().unwrap_or_default();
+    let attached: Vec<String> = observed.attached().map(|(name, _)| name.into()).collect();
+    let mut changes = Changes::new(&old, &wanted.desired, &attached);
+    count_moved(&mut changes, &observed, &wanted.desired);
+    let pending = match plan::apply(&observed, &wanted.desired, &wanted.origin, false) {
+        Ok(Plan { actions, .. }) => !actions.is_empty(),
+        Err(refusal) => {
+            say(format_args!("warning: apply would fail: {refusal}"));
+            true
+        }
+    };
+    let standing = standing(&observed, &wanted.desired);
+    let mut text = match (changes.is_empty(), pending) {
+        (false, _) => changes.to_string(),
+        (true, true) => "the same rules; the program, its pins or the filter are renewed\n".into(),
+        (true, false) => "no changes\n".into(),
+    };
+    text.extend(standing.iter().map(|one| drain::line(one) + "\n"));
+    report(global, &text, Planned { changed: pending, changes, overrides: standing })?;
+    Ok(if pending && exit_code { PENDING } else { 0 })
+}
+
+/// Counts how many flows move, with what `drain` and `enable` say of upstreams.
+pub(super) fn count_moved(changes: &mut Changes, observed: &Observed, new: &Desired) {
+    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+    let Some((old, ids)) = serving.map(Generation::hosts) else { return };
+    let known: Vec<(&Desired, &[RuleIds])> =
+        observed.generations.values().map(Generation::hosts).collect();
+    let Ok(new_ids) = assign_ids(new, &known, u32::MAX) else { return };
+    let old = drain::effective_rules(old, ids, &observed.overrides);
+    let new = drain::effective_rules(new, &new_ids, &observed.overrides);
+    changes.count_moved(&old, &new);
+}
+
+/// What `drain` and `enable` say of the hosts of a configuration that is not applied yet.
+fn standing(observed: &Observed, desired: &Desired) -> Vec<drain::Standing> {
+    let others = observed.generations.values();
+    let known: Vec<(&Desired, &[RuleIds])> = others.map(Generation::hosts).collect();
+    let ids = assign_ids(desired, &known, u32::MAX).unwrap_or_default();
+    drain::standing([(desired, &ids[..])].into_iter(), &observed.overrides)
+}
+
+pub(super) fn serving(observed: &Observed) -> Option<&Desired> {
+    Some(&observed.generations.get(&observed.serving()?)?.description.desired)
+}

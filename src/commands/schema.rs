@@ -1,0 +1,99 @@
+//! `udplb schema`: prints the JSON Schema of the configuration or of an output.
+
+use clap::{Args, ValueEnum};
+use schemars::JsonSchema;
+use schemars::generate::SchemaSettings;
+use serde_json::Value;
+
+use super::apply::Applied;
+use super::check::Checked;
+use super::confirm::Confirmed;
+use super::detach::Detached;
+use super::drain::Steered;
+use super::enable::Enabled;
+use super::plan::Planned;
+use super::rollback::RollbackPlanned;
+use super::{doctor, get, top};
+use crate::cli::output::{Document, Failed, pretty, print};
+use crate::config;
+use crate::error::Result;
+use crate::telemetry::event::Account;
+use crate::telemetry::status::Status;
+
+/// The output to describe.
+#[derive(Args)]
+pub struct Options {
+    #[arg(value_enum, default_value = "config", value_name = "OF")]
+    subject: Subject,
+}
+
+pub fn run(options: &Options) -> Result<u8> {
+    print(&pretty(&options.subject.schema())?)
+}
+
+/// Something whose JSON has a schema.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Subject {
+    /// The configuration file, and the output of list.
+    Config,
+    Apply,
+    Check,
+    Confirm,
+    Detach,
+    Doctor,
+    Drain,
+    Enable,
+    /// The output of any command that failed.
+    Error,
+    Get,
+    Plan,
+    Rollback,
+    Status,
+    Top,
+    /// One line of trace.
+    Trace,
+}
+
+impl Subject {
+    /// Returns the JSON Schema (draft-07).
+    pub fn schema(self) -> Value {
+        match self {
+            Subject::Config => config::schema(),
+            Subject::Apply => either(schema::<Applied>(), schema::<Planned>()),
+            Subject::Rollback => either(schema::<Applied>(), schema::<RollbackPlanned>()),
+            Subject::Check => schema::<Checked>(),
+            Subject::Confirm => schema::<Confirmed>(),
+            Subject::Detach => schema::<Detached>(),
+            Subject::Doctor => schema::<doctor::Report>(),
+            Subject::Drain => schema::<Steered>(),
+            Subject::Enable => either(schema::<Steered>(), schema::<Enabled>()),
+            Subject::Error => schema::<Failed>(),
+            Subject::Get => schema::<get::Answer>(),
+            Subject::Plan => schema::<Planned>(),
+            Subject::Status => schema::<Status>(),
+            Subject::Top => schema::<top::View>(),
+            Subject::Trace => schema::<Account>(),
+        }
+    }
+}
+
+fn schema<T: JsonSchema>() -> Value {
+    let generator = SchemaSettings::draft07().for_serialize().into_generator();
+    generator.into_root_schema_for::<Document<T>>().to_value()
+}
+
+/// A schema of one of two outputs, with the definitions of both.
+fn either(mut one: Value, mut other: Value) -> Value {
+    let (version, mut definitions) = (one["$schema"].take(), one["definitions"].take());
+    if let (Some(all), Some(more)) =
+        (definitions.as_object_mut(), other["definitions"].take().as_object_mut())
+    {
+        all.append(more);
+    }
+    for schema in [&mut one, &mut other] {
+        if let Some(schema) = schema.as_object_mut() {
+            schema.retain(|keyword, _| !["$schema", "definitions"].contains(&keyword.as_str()));
+        }
+    }
+    serde_json::json!({ "$schema": version, "anyOf": [one, other], "definitions": definitions })
+}
