@@ -8,9 +8,9 @@ use anyhow::Context;
 use clap::{Args, CommandFactory};
 
 use super::Cli;
-use crate::{bpf, config};
 use crate::error::Result;
 use crate::telemetry::diagnosis;
+use crate::{bpf, config};
 
 /// Sections of udplb(1) that the command line does not define.
 const SECTIONS: &str = include_str!("udplb.1.roff");
