@@ -222,7 +222,7 @@ impl Upstream {
 
 impl Desired {
     /// Converts a configuration; the addresses of its host names are unspecified, see
-    /// [`partial::resolve`](crate::desired::partial::resolve).
+    /// [`partial::resolve`].
     pub fn written(config: &Config, interfaces: &[String]) -> Desired {
         let rules = config.rules.iter().map(written).collect();
         let interfaces: BTreeSet<String> = interfaces.iter().cloned().collect();

@@ -234,7 +234,7 @@ impl Wanted {
 /// Asks for the host names of a configuration that may be applied anywhere.
 ///
 /// # Errors
-/// See [`whole`].
+/// See `whole`.
 pub async fn check_names(config: &Config, timeout: Duration) -> Result<Vec<Diagnostic>> {
     let written = Desired::written(config, &[]);
     let answers = dns::ask(dns::names(&written), timeout).await;
