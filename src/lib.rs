@@ -1,6 +1,6 @@
 //! udplb relays, forwards and balances UDP in the kernel's traffic control layer.
 //!
-//! The folders in the order of data flow; each imports only from those below it:
+//! The folders in the order of data flow; each imports only from those below it, which `./dev lint` checks:
 //!
 //! ```text
 //! commands    one file a command: its arguments, its text and its JSON
@@ -12,6 +12,7 @@
 //! desired     configuration -> desired state -> contents of maps; pure
 //! net         rtnetlink in the project's own types, next-hop resolution
 //! config      text -> configuration or diagnostics
+//! bpf.rs      the compiled program and its types; error, journal, maglev and time import next to nothing
 //! ```
 //!
 //! Applying a file:

@@ -14,7 +14,7 @@ use crate::desired::{Desired, Name};
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Asks for names.
-pub struct Names {
+pub struct HostNames {
     interval: Duration,
     asked: Instant,
     /// Not to wait for the interval.
@@ -22,17 +22,17 @@ pub struct Names {
     asking: bool,
     sender: UnboundedSender<Answers>,
     receiver: UnboundedReceiver<Answers>,
-    /// Names whose last answer had lost most of their addresses.
+    /// HostNames whose last answer had lost most of their addresses.
     pub shrunk: BTreeSet<Name>,
     /// Messages about names without an address, each told once.
     failing: BTreeSet<(String, String)>,
 }
 
-impl Names {
+impl HostNames {
     /// With interval zero it never asks.
-    pub fn new(interval: Duration) -> Names {
+    pub fn new(interval: Duration) -> HostNames {
         let (sender, receiver) = unbounded_channel();
-        Names {
+        HostNames {
             interval,
             asked: Instant::now(),
             now: false,

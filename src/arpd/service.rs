@@ -11,7 +11,7 @@ use anyhow::{Context, anyhow, bail};
 use sd_notify::NotifyState;
 
 use super::Options;
-use super::dns::Names;
+use super::dns::HostNames;
 use super::groups::Groups;
 use super::neighbours::{self, Action, Keeper, Now, Upstream};
 use crate::bpf::{OBJECT_SHA256, types};
@@ -73,7 +73,7 @@ pub struct Service {
     lock: File,
     keeper: Keeper,
     groups: Groups,
-    pub names: Names,
+    pub names: HostNames,
     serving: Option<Serving>,
     /// The symlink `current` as it was when the generation was read.
     current: Option<u64>,
@@ -172,7 +172,7 @@ impl Service {
             lock,
             keeper: Keeper::new(options.probe_interval),
             groups: Groups::default(),
-            names: Names::new(options.resolve_interval),
+            names: HostNames::new(options.resolve_interval),
             serving: None,
             current: None,
             stale: Stale::default(),
@@ -782,7 +782,7 @@ impl Service {
         Ok(())
     }
 
-    /// Names stand for other addresses: builds a generation with them, as `apply` would.
+    /// HostNames stand for other addresses: builds a generation with them, as `apply` would.
     pub async fn renamed(&mut self, answers: Answers) {
         let own = match addresses::own(&self.netlink).await {
             Ok(own) => own,

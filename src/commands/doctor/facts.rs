@@ -68,7 +68,7 @@ pub struct Facts {
     /// systemd has a unit for arpd: not every way of installing brings one.
     pub arpd_unit: bool,
     pub inputs: Vec<Input>,
-    pub upstreams: Vec<Upstream>,
+    pub upstreams: Vec<UpstreamFacts>,
     /// Sockets of this host that send to a key.
     pub senders: Vec<Sender>,
     /// What `apply` would warn of.
@@ -126,11 +126,11 @@ pub struct InputLink {
 
 /// An upstream and the way to it.
 #[derive(Clone, Debug)]
-pub struct Upstream {
+pub struct UpstreamFacts {
     pub rule: String,
     pub label: String,
     pub address: IpAddr,
-    pub way: Way,
+    pub way: PathFacts,
     /// Senders' own addresses go there.
     pub preserves: bool,
     /// It is to get this host's address, and there is none on the way.
@@ -142,7 +142,7 @@ pub struct Upstream {
 }
 
 #[derive(Clone, Debug)]
-pub enum Way {
+pub enum PathFacts {
     Local,
     /// Why there is none.
     None(String),
@@ -318,7 +318,7 @@ async fn look(
         .upstreams
         .iter()
         .filter_map(|upstream| match &upstream.way {
-            Way::Hop { interface, gateway, .. } => Some((interface.as_str(), *gateway)),
+            PathFacts::Hop { interface, gateway, .. } => Some((interface.as_str(), *gateway)),
             _ => None,
         })
         .collect();
@@ -463,7 +463,7 @@ fn upstreams(
     links: &[Link],
     status: Option<&Status>,
     desired: &Desired,
-) -> Vec<Upstream> {
+) -> Vec<UpstreamFacts> {
     let links: HashMap<u32, Link> = links.iter().map(|link| (link.index, link.clone())).collect();
     let mut known = HashMap::new();
     for rule in status.iter().flat_map(|status| &status.rules) {
@@ -482,10 +482,10 @@ fn upstreams(
                 let drop = status.and_then(|it| it.counters.drops().find(|it| it.0 == reason));
                 drop.map_or(0, |(_, count)| count.packets)
             };
-            upstreams.push(Upstream {
+            upstreams.push(UpstreamFacts {
                 rule: rule.name.clone(),
                 address: upstream.address.ip,
-                way: found.map_or(Way::Local, |found| way(found, &links)),
+                way: found.map_or(PathFacts::Local, |found| way(found, &links)),
                 preserves: rule.source_of(upstream) == Source::Preserve,
                 lacks_egress: rule.source_of(upstream) == Source::Egress
                     && hop.is_some_and(|hop| hop.egress.is_none()),
@@ -499,17 +499,17 @@ fn upstreams(
 }
 
 /// What doctor says of a way, by its first hop. `links` are all interfaces, by index.
-fn way(way: &nexthop::Way, links: &HashMap<u32, Link>) -> Way {
+fn way(way: &nexthop::Way, links: &HashMap<u32, Link>) -> PathFacts {
     let hop = match (way, way.hops().first()) {
-        (nexthop::Way::None(reason), _) => return Way::None(reason.clone()),
+        (nexthop::Way::None(reason), _) => return PathFacts::None(reason.clone()),
         (_, Some(hop)) => hop,
-        (_, None) => return Way::Local,
+        (_, None) => return PathFacts::Local,
     };
     let link = links.get(&hop.ifindex);
     // a veth has a peer there
     let lower = link.and_then(|link| link.outer.or(link.lower.filter(|_| link.kind != "veth")));
     let lower = lower.and_then(|lower| links.get(&lower));
-    Way::Hop {
+    PathFacts::Hop {
         interface: hop.interface.clone(),
         gateway: hop.gateway,
         mtu: hop.mtu,

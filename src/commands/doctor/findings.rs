@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::net::IpAddr;
 
 use super::before::Before;
-use super::facts::{Facts, Input, InputLink, Kernel, Sender, Upstream, Way};
+use super::facts::{Facts, Input, InputLink, Kernel, PathFacts, Sender, UpstreamFacts};
 use super::sample::Growth;
 use crate::net::neighbour;
 use crate::telemetry::diagnosis::{Explanation, Source, explain, is_loss};
@@ -311,7 +311,7 @@ impl Judge<'_> {
     fn loops(&mut self) {
         let mut rules = BTreeSet::new();
         for upstream in self.facts.upstreams.iter().filter(|upstream| upstream.spent > 0) {
-            let Upstream { rule, spent, .. } = upstream;
+            let UpstreamFacts { rule, spent, .. } = upstream;
             if rules.insert(rule) {
                 self.note(
                     "ttl",
@@ -334,16 +334,16 @@ impl Judge<'_> {
         let mut narrow = BTreeSet::new();
         let mut routers = BTreeSet::new();
         for upstream in &self.facts.upstreams {
-            let Upstream { rule, label, address, way, .. } = upstream;
+            let UpstreamFacts { rule, label, address, way, .. } = upstream;
             match way {
-                Way::Local => self.problem(
+                PathFacts::Local => self.problem(
                     "upstream-local",
                     rule,
                     format!("{label} is this host itself"),
                     "its packets would come round again",
                     self.source().edit(),
                 ),
-                Way::None(why) => {
+                PathFacts::None(why) => {
                     let what = format!("there is no route to {label}");
                     self.problem(
                         "no-route",
@@ -353,7 +353,7 @@ impl Judge<'_> {
                         format!("ip route add {address} via ROUTER"),
                     );
                 }
-                Way::Hop { interface, gateway, mtu, lower } => {
+                PathFacts::Hop { interface, gateway, mtu, lower } => {
                     // one finding for each way
                     if *mtu < largest && narrow.insert((interface, mtu, upstream.too_large > 0)) {
                         let what = format!("the MTU on the way to {label} is {mtu}");
@@ -493,11 +493,11 @@ mod tests {
                     passes: true,
                 }),
             }],
-            upstreams: vec![Upstream {
+            upstreams: vec![UpstreamFacts {
                 rule: "flows".into(),
                 label: "one".into(),
                 address: [10, 2, 0, 20].into(),
-                way: Way::Hop {
+                way: PathFacts::Hop {
                     interface: "up0".into(),
                     gateway: [10, 2, 0, 20].into(),
                     mtu: 1500,
@@ -700,10 +700,11 @@ mod tests {
 
     #[test]
     fn upstreams() {
-        let change =
-            |change: fn(&mut Upstream)| move |facts: &mut Facts| change(&mut facts.upstreams[0]);
+        let change = |change: fn(&mut UpstreamFacts)| {
+            move |facts: &mut Facts| change(&mut facts.upstreams[0])
+        };
         check(
-            change(|upstream| upstream.way = Way::Local),
+            change(|upstream| upstream.way = PathFacts::Local),
             &[(Problem, "flows", "one is this host itself", "edit /etc/udplb.yaml")],
         );
         check(
@@ -715,7 +716,7 @@ mod tests {
                 "ip addr add ADDRESS dev up0",
             )],
         );
-        let gateway = |mtu| Way::Hop {
+        let gateway = |mtu| PathFacts::Hop {
             interface: "up0".into(),
             gateway: [10, 2, 0, 1].into(),
             mtu,
