@@ -1,5 +1,5 @@
 //! `udplb doctor`: what keeps packets from being forwarded, or soon will, and the command that
-//! fixes each. [`facts`] reads the host; [`findings`] is pure.
+//! fixes each. `facts` reads the host; `findings` is pure.
 
 mod before;
 mod facts;
