@@ -21,11 +21,11 @@ use std::fmt;
 use std::hash::Hash;
 use std::hint::select_unpredictable;
 
-/// Who takes part.
+/// A member of a set that a table is made for.
 #[derive(Clone, Copy, Debug)]
 pub struct Member<'a> {
-    /// What its slots follow from. Members with the same identity are one, whose weight is their
-    /// sum; the first of them stands for it.
+    /// Input of the hash that its slots follow from. Members with the same identity are merged: the
+    /// first one represents them, with the sum of their weights.
     pub identity: &'a [u8],
     /// Its share of the flows is its part in the sum of all weights, which is below 2^32; 0 takes
     /// no part.
@@ -44,7 +44,7 @@ pub const LARGEST: u32 = SIZES[SIZES.len() - 1].1;
 /// The least weight is so small a part of all weights that no table has the slots for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooUneven {
-    /// Of all weights.
+    /// Sum of all weights.
     pub sum: u64,
     /// The least weight.
     pub least: u32,
@@ -82,8 +82,8 @@ const FREE: u16 = u16::MAX;
 /// The least of the weights takes this long for a step.
 const LONGEST_STEP: u64 = 1 << 32;
 
-/// Of each of `size` slots the index in `members`, which are at most 65,535; empty where nobody has
-/// a weight. The order of `members` changes indices only, not who is meant.
+/// Returns the index in `members` for each of `size` slots; empty if nobody has a weight. There may
+/// be at most 65,535 members. Their order changes indices only, not the member of a slot.
 pub fn table(members: &[Member<'_>], size: u32) -> Vec<u16> {
     let mut walkers = walkers(members, size);
     let Some(least) = walkers.iter().map(|walker| walker.weight).min() else { return Vec::new() };
@@ -283,12 +283,12 @@ mod tests {
         slots
     }
 
-    /// Whom a slot leads to.
+    /// Returns the member of a slot.
     fn at<'a>((set, table): (&'a Set, &[u16]), slot: usize) -> &'a str {
         &set[usize::from(table[slot])].0
     }
 
-    /// How many of the flows of those that stay in the set move, 0 to 1, beyond what must.
+    /// Returns the share of flows, 0 to 1, that move although their member stays in the set.
     fn needless(old: (&Set, &[u16]), new: (&Set, &[u16])) -> f64 {
         let after: HashMap<&str, usize> = new
             .0
@@ -313,7 +313,7 @@ mod tests {
         (100.0 * mean, 100.0 * shares.iter().copied().fold(0.0, f64::max))
     }
 
-    /// What is moved needlessly where one of sets with these weights goes, and where it comes back.
+    /// Returns the shares of needless moves when a member of sets with these weights leaves and returns.
     fn one_goes(sets: u64, weights: impl Fn(u64) -> Vec<u32>) -> [(f64, f64); 2] {
         let (mut goes, mut comes) = (Vec::new(), Vec::new());
         for seed in 0..sets {
@@ -505,7 +505,7 @@ mod tests {
         assert_eq!(moved((&[], &[]), (&[0], &["a"])), 1.0);
     }
 
-    /// Where this fails, an upgrade would move the flows of everybody.
+    /// If this fails, an upgrade would move every flow.
     #[test]
     fn tables_are_the_same_for_ever() {
         let table = table_of(&set(1, &[1, 1, 2, 3, 5]));

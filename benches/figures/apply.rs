@@ -1,4 +1,4 @@
-//! How long `udplb apply` takes, from its start to its end, and what reads as much.
+//! The time that `udplb apply` takes, and that of reading as much.
 
 use std::fmt::Write;
 use std::fs;
@@ -85,7 +85,7 @@ impl Lab {
     }
 }
 
-/// How long a command takes, and what it prints.
+/// Runs a command; returns its time and its output.
 fn run(command: &mut Command) -> (Time, String) {
     let (started, cpu) = (Instant::now(), cpu_of_children());
     let (code, text, errors) = outcome(command);

@@ -1,4 +1,4 @@
-//! What each further copy costs, beside as little as it takes to make it.
+//! The cost of each further copy, beside the minimum that makes one.
 
 use std::fmt::Write;
 use std::os::fd::AsFd;
@@ -12,7 +12,7 @@ use crate::veth::{self, Host};
 use crate::{Report, least};
 
 const RECEIVERS: [u32; 5] = [1, 2, 4, 8, 16];
-/// Of the rule with one receiver; the next one's is the next.
+/// Port of the rule with one receiver; each further receiver has the next port.
 const PORT: u16 = 2001;
 
 const ROUNDS: usize = 400;

@@ -19,7 +19,7 @@ use crate::common::Namespace;
 
 pub use udplb_floors::FloorsSkel;
 
-/// What is put right before a program is run, and the headers that a generator sends.
+/// Length of what is restored before each run, and of the headers that a generator sends.
 const BEGINNING: usize = 72;
 
 /// The object lives as long as the process.
@@ -48,7 +48,7 @@ impl Packet {
         Packet::part(relay, false, Part::Whole, port)
     }
 
-    /// Of a later fragment the port is just data.
+    /// Returns a fragment. In a later one the port is just data.
     pub fn part(relay: &Namespace, ipv6: bool, part: Part, port: u16) -> Packet {
         let headers = if ipv6 { ipv6_headers(part) } else { ipv4_headers(part) };
         Packet::new(relay, |builder, bytes| {
@@ -123,15 +123,15 @@ const INGRESS_IFINDEX: usize = 9;
 const IFINDEX: usize = 10;
 const CB: usize = 12;
 
-/// What the program `start` is told.
+/// Arguments of the program `start`.
 #[derive(Clone, Copy, Default)]
 pub struct Run {
     /// By its place in `measured`.
     pub program: u32,
-    /// Where floors send to.
+    /// Interface that floors send to.
     pub out: u32,
     pub copies: u32,
-    /// Where four bytes are at random in each packet; 0: nowhere.
+    /// Offset of four random bytes in each packet; 0: none.
     pub random: u32,
     pub repeat: i32,
 }

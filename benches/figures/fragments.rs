@@ -1,4 +1,4 @@
-//! What fragments cost, and what a flood of them costs others.
+//! The cost of fragments, and of a flood of them for other packets.
 
 use std::os::fd::AsFd;
 
@@ -22,7 +22,7 @@ rules:
 const PORT: u16 = 2001;
 const NOBODYS: u16 = 2002;
 
-/// Where the sender's address is.
+/// Offset of the sender's address.
 const SENDER: u32 = 14 + 12;
 
 const ROUNDS: usize = 200;

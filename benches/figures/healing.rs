@@ -1,5 +1,5 @@
-//! How long it takes until packets go the right way again when something changes around `udplb
-//! arpd`: from the change to the moment when the program's table, or `status`, has it.
+//! The time until packets go the right way again after a change around `udplb arpd`: from the
+//! change to the moment when the program's table, or `status`, has it.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use crate::common::net::bind;
 use crate::common::service::Arpd;
 
 const ROUNDS: usize = 20;
-/// Where it has not healed by then, it does not.
+/// Time after which it counts as not healed.
 const LIMIT: Duration = Duration::from_secs(60);
 /// Between datagrams of the flow that runs meanwhile.
 const PACE: Duration = Duration::from_millis(1);
@@ -114,7 +114,7 @@ fn show(report: &mut Report, what: &str, times: &[Duration], limit: f64) {
     report.at_most(what, &worst, times[times.len() / 2].as_secs_f64(), " s", limit);
 }
 
-/// How many of a steady flow do not arrive while the upstream changes its address in silence.
+/// Counts the packets of a steady flow that are lost while the upstream changes its address silently.
 fn lost(lab: &Lab, mac: String) -> String {
     let receiver = bind(&lab.upstream, [10, 2, 0, 20], 5000);
     receiver.set_nonblocking(true).expect("a socket");

@@ -1,4 +1,4 @@
-//! What it takes the kernel to load the program: what its verifier walks, and how long.
+//! The cost of loading the program: instructions that the verifier walks, and its time.
 
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;

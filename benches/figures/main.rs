@@ -1,8 +1,8 @@
-//! What udplb costs, beside what the same costs without it: `./dev bench`.
+//! The cost of udplb, beside that of the same without it: `./dev bench`.
 //!
-//! What a ratio compares is measured in turns, in one run, on one CPU. Of the rounds the least is
-//! taken, since whatever else the machine does only adds. A limit that is missed is said so and
-//! fails nothing: a noisy machine is no bug.
+//! The figures of a ratio are measured in turns, in one run, on one CPU. The minimum of the rounds
+//! counts, since all other work of the machine only adds. A missed limit is reported and fails
+//! nothing: a noisy machine is no bug.
 
 mod apply;
 mod copies;
@@ -67,12 +67,12 @@ impl Report {
         println!("\n{title}");
     }
 
-    /// What others are held against.
+    /// Reports a floor, which other figures are compared with.
     fn floor(&self, what: &str, figure: f64) {
         println!("  {what:44}{:>9}", format!("{figure:.1} ns"));
     }
 
-    /// What has no limit.
+    /// Reports a figure without a limit.
     fn note(&self, what: &str, figure: &str) {
         println!("  {what:44}{figure:>20}");
     }

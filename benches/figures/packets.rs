@@ -40,7 +40,7 @@ const BALANCED: &str = "
     upstream: [UPSTREAMS]
 ";
 
-/// Where the sender's address is.
+/// Offset of the sender's address.
 const SENDER: u32 = 14 + 12;
 
 pub fn measure(report: &mut Report) {

@@ -10,7 +10,7 @@ use udplb::bpf::{bytes_of, open_program, types};
 use crate::common::{Bpffs, Namespace, outcome, udplb};
 use crate::floors::{self, FloorsSkel, Packet, Run};
 
-/// Of include/uapi/linux/pkt_cls.h.
+/// `TC_ACT_UNSPEC` of include/uapi/linux/pkt_cls.h.
 pub const UNSPEC: i32 = -1;
 pub const REDIRECT: i32 = 7;
 
@@ -54,7 +54,7 @@ impl Relay {
         self.program.as_fd()
     }
 
-    /// Whether somebody vouches for what user space knows, as arpd does while it runs.
+    /// Sets whether a lease holds, as arpd's does while it runs.
     pub fn lease(&self, holds: bool) {
         let until = if holds { u64::MAX / 2 } else { 0 };
         let beat = types::heartbeat { until, until_ktime: 0 };
@@ -145,15 +145,15 @@ fn time(program: BorrowedFd<'_>, packet: &Packet, run: Run, verdict: Option<i32>
     took.as_nanos() as f64 / f64::from(run.repeat)
 }
 
-/// How a program is run, and what it returns.
+/// A run of a program, and its result.
 #[derive(Clone, Copy)]
 pub struct Case {
     pub leased: bool,
-    /// Where floors send to.
+    /// Interface that floors send to.
     pub out: u32,
-    /// How many a floor makes.
+    /// Number of copies that a floor makes.
     pub copies: u32,
-    /// Where four bytes are at random in each packet; 0: nowhere.
+    /// Offset of four random bytes in each packet; 0: none.
     pub random: u32,
     pub runs: i32,
     pub verdict: Option<i32>,

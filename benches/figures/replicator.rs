@@ -1,5 +1,5 @@
-//! What udplb is compared with: a program that takes datagrams from a socket and sends each on to
-//! several hosts, with as few system calls as that takes.
+//! The baseline for comparison: a program that receives datagrams on a socket and sends each on to
+//! several hosts, with as few system calls as possible.
 
 use std::mem;
 use std::net::{Ipv4Addr, UdpSocket};

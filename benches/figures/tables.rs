@@ -1,4 +1,4 @@
-//! How long Maglev tables take to make, and what they and the counters take in the kernel.
+//! The time to make Maglev tables, and the kernel memory that they and the counters take.
 
 use std::fmt::Write;
 use std::fs;
@@ -26,7 +26,7 @@ pub fn measure(report: &mut Report) {
     memory(report);
 }
 
-/// Of 1,000 rules with 10 upstreams each, all distinct.
+/// Reports the memory of 1,000 rules with 10 upstreams each, all distinct.
 fn memory(report: &mut Report) {
     let (relay, upstream) = (Namespace::new(), Namespace::new());
     for (here, there, net) in [("in0", "in1", 1), ("out0", "out1", 2)] {

@@ -1,4 +1,4 @@
-//! What it costs that packets are told of, and that nobody asks for it.
+//! The cost of tracing packets, and of a trace program that nobody listens to.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Instant;

@@ -75,7 +75,7 @@ pub struct Host {
     bpffs: Bpffs,
     packet: Packet,
     socket: Option<UdpSocket>,
-    /// How often a packet arrives.
+    /// Number of copies of a packet that arrive.
     copies: u64,
 }
 

@@ -22,7 +22,7 @@ use crate::net::nexthop::{self, Way};
 use crate::net::{Netlink, routing};
 use crate::reconcile::execute::{self, Outcome};
 use crate::reconcile::observe::{Observed, observe};
-use crate::reconcile::source::{Request, Target, Text, Wanted};
+use crate::reconcile::source::{self, Loaded, Request, Target, Text};
 use crate::reconcile::{confirm, plan, warnings};
 use crate::telemetry::status::PendingStatus;
 use crate::time;
@@ -161,10 +161,10 @@ async fn wanted_by_apply(
     text: &Text,
     options: &Options,
     target: &Target,
-) -> Result<Wanted> {
+) -> Result<Loaded> {
     let Options { resolver, partial, .. } = options;
     let again = match pins::read(&global.pin_dir, global.lock_timeout) {
-        Ok(guard) => guard.and_then(|guard| Wanted::again(text, target, &guard)),
+        Ok(guard) => guard.and_then(|guard| source::load_cached(text, target, &guard)),
         Err(Failure::Locked(message)) => return Err(Failure::Locked(message)),
         // that is said where it is needed
         Err(_) => None,
@@ -180,8 +180,8 @@ async fn wanted_by_apply(
     let netlink = netlink()?;
     let observed = look(global, &netlink).await?;
     match *partial {
-        true => Wanted::partial(request, &observed, &netlink).await,
-        false => Wanted::whole(request, &observed, &netlink).await,
+        true => source::load_partial(request, &observed, &netlink).await,
+        false => source::load(request, &observed, &netlink).await,
     }
 }
 
@@ -197,7 +197,7 @@ fn is_here(desired: &Desired, observed: &Observed) -> bool {
 async fn advise(
     global: &Global,
     text: &Text,
-    wanted: &Wanted,
+    wanted: &Loaded,
     ways: &BTreeMap<routing::Target, Way>,
     netlink: &Netlink,
 ) -> Result<(Vec<Diagnostic>, Vec<Diagnostic>)> {

@@ -14,7 +14,7 @@ use crate::datapath::pins::{self, WriteGuard};
 use crate::datapath::{capabilities, state_maps};
 use crate::error::{Failure, Result, say};
 use crate::net::Netlink;
-use crate::reconcile::drain::{self, Change, Standing};
+use crate::reconcile::drain::{self, Change, UpstreamState};
 use crate::reconcile::observe::{Observed, observe};
 use crate::reconcile::plan;
 
@@ -31,7 +31,7 @@ pub struct Options {
 pub struct Steered {
     pub changed: bool,
     #[serde(flatten)]
-    pub upstream: Standing,
+    pub upstream: UpstreamState,
     pub warnings: Vec<String>,
 }
 

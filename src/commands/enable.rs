@@ -13,7 +13,7 @@ use crate::config::State;
 use crate::datapath::capabilities;
 use crate::datapath::description::Generation;
 use crate::error::Result;
-use crate::reconcile::drain::{self, Standing};
+use crate::reconcile::drain::{self, UpstreamState};
 
 /// The upstream to enable, or all.
 #[derive(Args)]
@@ -32,7 +32,7 @@ pub struct Options {
 pub struct Enabled {
     pub changed: bool,
     /// Upstreams whose overrides were removed.
-    pub upstreams: Vec<Standing>,
+    pub upstreams: Vec<UpstreamState>,
 }
 
 pub async fn run(global: &Global, options: &Options) -> Result<u8> {
@@ -50,7 +50,7 @@ async fn enable_all(global: &Global) -> Result<u8> {
     let newest_first = observed.generations.values().rev().map(Generation::hosts);
     let serving = observed.serving().and_then(|number| observed.generations.get(&number));
     let all = serving.map(Generation::hosts).into_iter().chain(newest_first);
-    let (actions, after) = drain::take_back(drain::standing(all, &observed.overrides));
+    let (actions, after) = drain::remove_all(drain::overridden(all, &observed.overrides));
     carry_out(&guard, &netlink, &observed, &actions).await?;
     drop(guard);
     let mut text = String::new();

@@ -12,10 +12,10 @@ use crate::datapath::description::Generation;
 use crate::desired::diff::Changes;
 use crate::desired::{Desired, RuleIds, assign_ids};
 use crate::error::{Result, say};
-use crate::reconcile::drain::{self, Standing};
+use crate::reconcile::drain::{self, UpstreamState};
 use crate::reconcile::observe::Observed;
 use crate::reconcile::plan::{self, Plan};
-use crate::reconcile::source::{Request, Target, Text, Wanted};
+use crate::reconcile::source::{self, Request, Target, Text};
 
 /// Changes pending, with `--exit-code`.
 const PENDING: u8 = 2;
@@ -40,7 +40,7 @@ pub struct Planned {
     #[serde(flatten)]
     pub changes: Changes,
     /// Upstreams whose state is set by hand.
-    pub overrides: Vec<Standing>,
+    pub overrides: Vec<UpstreamState>,
 }
 
 pub async fn run(global: &Global, options: &Options) -> Result<u8> {
@@ -58,7 +58,7 @@ pub(super) async fn show(
     let request = Request::new(&text, target, resolver.resolve_timeout)?;
     let netlink = netlink()?;
     let observed = look(global, &netlink).await?;
-    let mut wanted = Wanted::whole(request, &observed, &netlink).await?;
+    let mut wanted = source::load(request, &observed, &netlink).await?;
     warn(global, &wanted.warnings);
     wanted.expand(&netlink).await?;
     let old = serving(&observed).cloned().unwrap_or_default();
@@ -72,14 +72,14 @@ pub(super) async fn show(
             true
         }
     };
-    let standing = standing(&observed, &wanted.desired);
+    let overrides = overrides(&observed, &wanted.desired);
     let mut text = match (changes.is_empty(), pending) {
         (false, _) => changes.to_string(),
         (true, true) => "the same rules; the program, its pins or the filter are renewed\n".into(),
         (true, false) => "no changes\n".into(),
     };
-    text.extend(standing.iter().map(|one| drain::line(one) + "\n"));
-    report(global, &text, Planned { changed: pending, changes, overrides: standing })?;
+    text.extend(overrides.iter().map(|one| drain::line(one) + "\n"));
+    report(global, &text, Planned { changed: pending, changes, overrides })?;
     Ok(if pending && exit_code { PENDING } else { 0 })
 }
 
@@ -95,12 +95,12 @@ pub(super) fn count_moved(changes: &mut Changes, observed: &Observed, new: &Desi
     changes.count_moved(&old, &new);
 }
 
-/// What `drain` and `enable` say of the hosts of a configuration that is not applied yet.
-fn standing(observed: &Observed, desired: &Desired) -> Vec<drain::Standing> {
+/// Returns the overrides that hold for a configuration that is not applied yet.
+fn overrides(observed: &Observed, desired: &Desired) -> Vec<drain::UpstreamState> {
     let others = observed.generations.values();
     let known: Vec<(&Desired, &[RuleIds])> = others.map(Generation::hosts).collect();
     let ids = assign_ids(desired, &known, u32::MAX).unwrap_or_default();
-    drain::standing([(desired, &ids[..])].into_iter(), &observed.overrides)
+    drain::overridden([(desired, &ids[..])].into_iter(), &observed.overrides)
 }
 
 pub(super) fn serving(observed: &Observed) -> Option<&Desired> {

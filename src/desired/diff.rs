@@ -1,4 +1,4 @@
-//! How two configurations differ, for people and for `-o json`. Pure.
+//! The difference of two configurations, for people and for `-o json`. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -11,7 +11,7 @@ use crate::desired::tables::moved_share;
 use crate::desired::{Desired, Rule, Upstream};
 use crate::maglev;
 
-/// What applying the new configuration would change.
+/// The changes that applying the new configuration would make.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, JsonSchema)]
 pub struct Changes {
     pub attach: Vec<String>,
@@ -189,8 +189,7 @@ fn rounded(share: f64) -> f64 {
     (share * 1000.0).round() / 1000.0
 }
 
-/// How long the table of a rule is, if that is for its weights to say: where it changes, that moves
-/// most flows.
+/// Returns the size of a rule's table if its weights determine it. A change of size moves most flows.
 fn slots(rule: &Rule) -> Option<u32> {
     let weights: Vec<u32> = rule.upstreams.iter().map(|upstream| upstream.weight).collect();
     let weighted = rule.mode == Mode::Balance && rule.hash == Hash::Maglev;
@@ -275,7 +274,7 @@ pub fn key(rule: &Rule) -> String {
     }
 }
 
-/// Where an upstream is: `nfcapd 10.0.9.11:2055`; without a port where it keeps the packet's.
+/// Returns an upstream's endpoint, `nfcapd 10.0.9.11:2055`, without a port if it keeps the packet's.
 pub fn endpoint(upstream: &Upstream) -> String {
     let mut text = match &upstream.name {
         Some(name) => format!("{name} "),

@@ -215,7 +215,7 @@ unsafe fn address(entry: &libc::addrinfo) -> Option<IpAddr> {
     }
 }
 
-/// What an error of getaddrinfo means.
+/// Classifies an error of getaddrinfo.
 fn failure(code: c_int, family: Family) -> NoAnswer {
     /// glibc's, for a name that /etc/hosts has with addresses of the other family only.
     const EAI_ADDRFAMILY: c_int = -9;

@@ -1,4 +1,4 @@
-//! What serves, as a configuration file. Pure.
+//! The active configuration as a configuration file. Pure.
 
 use serde_json::{Map, Value, json};
 
@@ -121,7 +121,7 @@ mod tests {
 
     const NAMES: [&str; 4] = ["logs.example.net", "a", "true.example", "0x1f.example"];
 
-    /// Of network 10.0.`place`.0/24 or 2001:db8:`place`::/48.
+    /// An address in network 10.0.`place`.0/24 or 2001:db8:`place`::/48.
     fn ip(family: Family, place: u8, last: u8) -> IpAddr {
         match family {
             Family::V4 => [10, 0, place, last].into(),
@@ -131,7 +131,7 @@ mod tests {
         }
     }
 
-    /// What the host names stand for.
+    /// The addresses of the host names.
     fn names() -> Answers {
         let families = [Family::V4, Family::V6].into_iter();
         let names = families.flat_map(|family| NAMES.map(|name| (name, family)));

@@ -28,7 +28,7 @@ impl<'a> Chooser<'a> {
         Chooser { rule, slots, weights: active.map(|it| u64::from(it.weight)).sum() }
     }
 
-    /// Where a key leads; `None`: all are drained.
+    /// Returns the destination of a key; `None` if all are drained.
     fn end(&self, key: u32) -> End<'a> {
         let at = |key: u32| {
             &self.rule.upstreams[usize::from(self.slots[key as usize % self.slots.len()])]

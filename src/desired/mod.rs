@@ -1,5 +1,4 @@
-//! What the kernel is to hold: a [`Config`] with its names resolved and its interfaces chosen.
-//! Pure.
+//! The desired state of the kernel: a [`Config`] with resolved names and chosen interfaces. Pure.
 
 pub mod diff;
 pub mod dns;
@@ -30,17 +29,17 @@ pub struct Desired {
     /// Sorted, without duplicates; also those that are missing.
     pub interfaces: Vec<String>,
     pub rules: Vec<Rule>,
-    /// What a key's `any` address stands for: those of the interfaces, sorted. Empty where no rule
-    /// says it.
+    /// The addresses of the interfaces, sorted: a key with `any` matches each. Empty if no rule has
+    /// such a key.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<IpAddr>,
-    /// Of the keys' addresses those that whole networks of the interfaces listen to, sorted.
+    /// Key addresses that are broadcast addresses of the interfaces' networks, sorted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub broadcasts: Vec<IpAddr>,
     /// The ports that the kernel gives to sockets which ask for none, where a rule takes such away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local_ports: Option<Ports>,
-    /// What the file says and this configuration lacks.
+    /// Parts of the file that this configuration lacks.
     #[serde(default, skip_serializing_if = "Incomplete::is_empty")]
     pub incomplete: Incomplete,
 }
@@ -58,7 +57,7 @@ pub struct Rule {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub payload: Option<Payload>,
     pub hash: Hash,
-    /// Of upstreams and mirrors that have no other.
+    /// Default for upstreams and mirrors without a `source` of their own.
     pub source: Source,
     #[serde(default)]
     pub health: Health,
@@ -72,7 +71,7 @@ pub struct Rule {
     pub martians: Admission,
     /// Never empty; their order is that of the file, which `modulo` counts in.
     pub upstreams: Vec<Upstream>,
-    /// Those that get a copy of each packet besides.
+    /// Hosts that get a copy of each packet in addition.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mirrors: Vec<Upstream>,
 }
@@ -83,7 +82,7 @@ pub struct Upstream {
     pub name: Option<String>,
     /// As the file has it.
     pub host: Host,
-    /// What it was resolved to.
+    /// The address that `host` was resolved to.
     pub address: Address,
     /// With `all` several upstreams may have one host.
     #[serde(default, skip_serializing_if = "is_default")]
@@ -137,7 +136,7 @@ impl Rule {
         }
     }
 
-    /// Whom this upstream or mirror sees as sender.
+    /// Returns the source address policy of this upstream or mirror.
     pub fn source_of(&self, upstream: &Upstream) -> Source {
         upstream.source.unwrap_or(self.source)
     }
@@ -197,8 +196,8 @@ impl Upstream {
         }
     }
 
-    /// What it is called in output: its name, or its host and port. Where a host name has all its
-    /// addresses, the address is in it: `pool@10.0.9.11`.
+    /// Returns the display name: the name, or host and port. A host name that is used with all its
+    /// addresses gets the address as suffix: `pool@10.0.9.11`.
     pub fn label(&self) -> String {
         match (&self.name, self.port) {
             (name, port)
@@ -229,7 +228,8 @@ impl Desired {
         Desired { interfaces: interfaces.into_iter().collect(), rules, ..Desired::default() }
     }
 
-    /// Of [`KEY_ENTRIES`](crate::config::KEY_ENTRIES), with the addresses that `any` stands for.
+    /// Counts the keys in the map, at most [`KEY_ENTRIES`](crate::config::KEY_ENTRIES), with each
+    /// address that `any` matches.
     pub fn key_entries(&self) -> usize {
         let addresses = |rule: &Rule| match rule.key.address {
             KeyAddress::Is(_) => 1,
@@ -289,7 +289,7 @@ impl Desired {
         })
     }
 
-    /// Where packets of a rule are sent to for an upstream or a mirror of it, and by whom.
+    /// Returns the destination of a rule's packets for an upstream or a mirror, and their sender.
     pub fn target(&self, rule: &Rule, upstream: &Upstream) -> Target {
         let senders = match (rule.source_of(upstream), rule.key.address) {
             (Source::Egress, _) => Senders::Own,
@@ -448,7 +448,7 @@ pub struct Destination<'a> {
     pub label: String,
 }
 
-/// What a host is to a rule.
+/// The part of a host in a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
     /// With `replicate`, one of the receivers.

@@ -1,4 +1,4 @@
-//! What of a configuration can be applied while interfaces and host names are missing. Pure.
+//! Resolves a configuration as far as its interfaces and host names allow now. Pure.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -119,7 +119,7 @@ pub struct Gap {
     pub temporary: bool,
 }
 
-/// What addresses are chosen from.
+/// The sources of addresses to choose from.
 pub struct Known<'a> {
     pub answers: &'a Answers,
     /// This host's own addresses, which are no upstreams.
@@ -357,7 +357,7 @@ impl Resolver<'_> {
     }
 }
 
-/// Whether a rule has no more hosts than it may.
+/// Returns true if a rule has no more hosts than it may.
 fn fits(rule: &Rule) -> bool {
     let receivers = match rule.mode {
         Mode::Replicate => rule.upstreams.len(),

@@ -12,7 +12,7 @@ use crate::config::{
 use crate::desired::{Desired, Rule, RuleIds, Upstream, flow};
 use crate::maglev::{self, Member};
 
-/// What is written to the maps of a generation that the program reads.
+/// Contents of a generation's maps for the packet path.
 #[derive(Default)]
 pub struct Tables {
     pub rules: Vec<(types::rule_key, types::rule)>,
@@ -24,7 +24,7 @@ pub struct Tables {
     pub upstreams: Vec<types::upstream>,
     /// The same by address and port.
     pub destinations: Vec<(types::destination_key, types::destination)>,
-    /// What of the program is needed; without its number and the kernel's clock.
+    /// Features of the packet path in use; its number and the kernel's clock are set later.
     pub features: types::features,
 }
 
@@ -210,8 +210,8 @@ impl Keys {
             .flat_map(|(address, ports)| ports.keys().map(move |port| (*address, *port)))
     }
 
-    /// Whose rule it is, for a place: exact addresses come before any, then exact ports, then the
-    /// longest prefix. None of what is returned is within one that comes before it.
+    /// Returns the networks of senders at a place and the rule of each. Exact addresses come before
+    /// `any`, then exact ports, then the longest prefix; no network is within an earlier one.
     fn senders(&self, desired: &Desired, address: IpAddr, port: u16) -> Vec<(Network, usize)> {
         let ports = &self.claims[&address];
         let mut senders: Vec<(Network, usize)> = Vec::new();
@@ -250,8 +250,8 @@ fn is_within(network: &Network, wider: &Network) -> bool {
     wider.prefix <= network.prefix && wider.contains(network.address)
 }
 
-/// Whether a rule takes packets away from this host that sockets of its own have asked for. A single port
-/// is meant for the rule.
+/// Returns true if a rule takes answers to this host's own sockets. A single port is assumed to
+/// belong to the rule.
 pub fn takes_answers(rule: &Rule, local: Option<Ports>) -> bool {
     let meets = |local: Ports, ports: &Ports| {
         ports.first < ports.last && ports.first <= local.last && local.first <= ports.last
@@ -271,7 +271,7 @@ pub fn first_upstreams(desired: &Desired) -> impl Iterator<Item = u32> {
     })
 }
 
-/// Where upstreams' answers come from. Those of hosts that are none of a rule's senders never meet it.
+/// Returns the sources of upstreams' answers. A host that is no sender of a rule never looks them up.
 fn answers(desired: &Desired, ids: &[RuleIds]) -> Vec<(types::answer_key, u32)> {
     let mut answers = BTreeSet::new();
     for (rule, ids) in desired.rules.iter().zip(ids) {
@@ -309,7 +309,7 @@ struct Slots {
     placed: HashMap<Table, (u32, u32)>,
 }
 
-/// What a table follows from.
+/// The input of a table.
 #[derive(PartialEq, Eq, std::hash::Hash)]
 enum Table {
     /// The upstreams in their order, so many.
@@ -327,7 +327,7 @@ impl Table {
         Table::Maglev(rule.upstreams.iter().map(member).collect())
     }
 
-    /// Of each slot, which of the rule's upstreams.
+    /// Returns the index of the rule's upstream in each slot.
     fn slots(&self) -> Vec<u16> {
         match self {
             Table::InTurn(count) => (0..*count as u16).collect(),
@@ -348,7 +348,7 @@ impl Table {
     }
 }
 
-/// What an upstream's slots follow from, on every machine alike.
+/// Returns the text that an upstream's slots are hashed from, the same on every machine.
 fn identity(upstream: &Upstream) -> String {
     match upstream.port {
         Some(port) => format!("{} {port}", upstream.address),
@@ -400,7 +400,7 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
 }
 
 impl Tables {
-    /// How many upstreams there are counts for: all, if any gets samples.
+    /// Returns the number of upstreams: all, if any gets samples.
     pub fn samples(&self) -> usize {
         let any = self.upstreams.iter().any(|upstream| upstream.sample > 1);
         if any { self.upstreams.len() } else { 0 }
@@ -482,12 +482,12 @@ pub fn moved_share(old: &Rule, new: &Rule) -> f64 {
     maglev::moved((&before, &old_ends), (&after, &new_ends))
 }
 
-/// What a flow's slot follows from, besides the table.
+/// Returns the options that select a flow's slot, besides the table.
 fn selection(rule: &Rule) -> (Strategy, Option<Payload>, Hash) {
     (rule.strategy, rule.payload, rule.hash)
 }
 
-/// Where an upstream's flows end; those of drained ones elsewhere.
+/// The destination of an upstream's flows; `None` if it is drained.
 type End<'a> = Option<(&'a Address, Option<u16>)>;
 
 fn ends(rule: &Rule) -> Vec<End<'_>> {

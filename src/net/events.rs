@@ -25,7 +25,7 @@ pub enum Event {
     Lost,
 }
 
-/// What the kernel tells of changes; nothing may depend on all of them arriving.
+/// Change notifications of the kernel. Some may be lost; nothing may depend on all of them.
 pub struct Events {
     socket: AsyncFd<Socket>,
     buffer: Vec<u8>,

@@ -34,7 +34,7 @@ pub struct PortMask {
     pub mask: u16,
 }
 
-/// What a policy does with packets that match.
+/// Effect of a policy on packets that match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// They leave as they are.

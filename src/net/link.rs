@@ -23,7 +23,7 @@ pub struct Link {
     pub altnames: Vec<String>,
     pub mac: Option<[u8; 6]>,
     pub mtu: u32,
-    /// Of IPv6 packets, where a router or a sysctl has lowered it.
+    /// MTU for IPv6 packets, if a router or a sysctl has lowered it.
     pub mtu6: Option<u32>,
     /// Administratively.
     pub up: bool,
@@ -51,7 +51,7 @@ pub struct Link {
     pub forwards: [bool; 2],
 }
 
-/// How that begins which an interface carries.
+/// Link-layer type of an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layer {
     /// With an Ethernet header.
@@ -212,7 +212,7 @@ fn mtu6(families: &[AfSpecUnspec]) -> Option<u32> {
     })
 }
 
-/// Whether packets of IPv4 and of IPv6 that come in are routed on.
+/// Returns whether received packets are forwarded, for IPv4 and for IPv6.
 fn forwards(families: &[AfSpecUnspec]) -> [bool; 2] {
     let mut forwards = [false; 2];
     for family in families {

@@ -23,10 +23,10 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 /// Requests under way at once: their answers fit into the socket's receive buffer.
 const WINDOW: usize = 64;
 
-/// How often a dump is asked for that is inconsistent.
+/// Number of attempts at a dump that is inconsistent.
 const DUMP_ATTEMPTS: u32 = 4;
 
-/// How long one message of an answer may take.
+/// Time limit for one message of an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 fn lost(what: &str) -> io::Error {

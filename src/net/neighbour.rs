@@ -33,7 +33,7 @@ pub struct Neighbour {
     pub updated: Option<Duration>,
     /// The kernel keeps it resolved by itself.
     pub managed: bool,
-    /// Who made it, [`OUR_PROTOCOL`] for ours; 0: the kernel, or nobody said.
+    /// Creator: [`OUR_PROTOCOL`] for ours, 0 for the kernel or unknown.
     pub protocol: u8,
     /// Somebody's control plane knows better than ARP.
     pub learned: bool,
@@ -72,14 +72,14 @@ impl fmt::Display for NudState {
     }
 }
 
-/// What we tag the neighbours with that we have the kernel keep (`NDA_PROTOCOL`): nobody else's
-/// in iproute2's rt_protos.
+/// Tag (`NDA_PROTOCOL`) of the neighbours that the kernel keeps for udplb. Unused in iproute2's
+/// rt_protos.
 pub const OUR_PROTOCOL: u8 = 117;
 
 /// A neighbour: the interface's index and the address.
 pub type NeighbourKey = (u32, IpAddr);
 
-/// What to do with a neighbour.
+/// Request about one neighbour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NeighbourRequest {
     /// Ask for it where it is not known, and have the kernel keep it resolved from now on. Older
@@ -91,8 +91,7 @@ pub enum NeighbourRequest {
     Release,
 }
 
-/// How full a neighbour table of the kernel is: there is one for each family, for all network
-/// namespaces.
+/// Fill level of a neighbour table. The kernel has one per family for all network namespaces.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NeighbourTable {
     pub ipv6: bool,
@@ -180,7 +179,7 @@ impl Netlink {
         }
     }
 
-    /// How full the neighbour tables are.
+    /// Returns the fill levels of the neighbour tables.
     pub async fn neighbour_tables(&self) -> io::Result<Vec<NeighbourTable>> {
         let request = RouteNetlinkMessage::GetNeighbourTable(NeighbourTableMessage::default());
         let replies = self.request(request, NLM_F_DUMP).await?;
@@ -377,7 +376,7 @@ fn neighbour_messages(key: NeighbourKey, request: NeighbourRequest) -> Vec<Route
     }
 }
 
-/// Whether more neighbours are wanted than the kernel's table holds; with the advice to give.
+/// Returns advice if more neighbours are needed than the kernel's table holds.
 pub fn overflow(wanted: usize, others: usize, table: &NeighbourTable) -> Option<String> {
     let all = wanted + others;
     let (name, limit) = if all >= table.threshold3 as usize {

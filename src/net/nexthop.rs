@@ -10,13 +10,13 @@ use crate::net::neighbour::{Neighbour, NudState};
 use crate::net::route::Route;
 use crate::net::routing::{self, Choice, Paths, Senders, Target};
 
-/// How long `apply` waits for neighbours to answer.
+/// Time that `apply` waits for neighbours to answer.
 pub const PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long it waits before that for the detection of duplicate addresses, which takes up to two seconds.
+/// Time before that for duplicate address detection, which takes up to two seconds.
 const DETECTION: Duration = Duration::from_secs(3);
 
-/// What is known of the way to one target.
+/// Next hop of one target, as far as known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Way {
     /// Out by an interface, to a neighbour whose MAC address may still be unknown.
@@ -43,7 +43,7 @@ pub struct Hop {
     pub macs: Macs,
 }
 
-/// What is in front of a packet's IP header on its way.
+/// Link-layer header in front of a packet's IP header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Macs {
     /// Nothing: the device has no MAC addresses.

@@ -36,8 +36,8 @@ pub struct Filter {
     pub program: Option<FilterProgram>,
     /// The program's result is the verdict.
     pub direct: bool,
-    /// What its own actions decide of a packet that it matches (`TC_ACT_OK` and the like); `None`:
-    /// there are none, or none that say.
+    /// Verdict of its own actions for a packet that matches (`TC_ACT_OK` and the like); `None` if it
+    /// has no action with a fixed verdict.
     pub action: Option<i32>,
 }
 
@@ -215,7 +215,7 @@ fn filter(message: &TcMessage) -> Option<Filter> {
     })
 }
 
-/// What an action decides; `None`: the next one is asked, or it does not say.
+/// Returns an action's verdict; `None` if it passes to the next action or is not fixed.
 fn decision(action: &TcAction) -> Option<i32> {
     /// `TCA_GACT_PARMS`, and `TCA_MIRRED_PARMS` and others after it.
     const PARAMETERS: u16 = 2;

@@ -19,7 +19,7 @@ use super::{Netlink, WINDOW, family};
 use crate::config::{Address, Network};
 use crate::net::routing::{Match, PolicyAction, PolicyRule, TableRoute};
 
-/// Where packets to an address go.
+/// Route of packets to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
     pub ifindex: u32,
@@ -168,8 +168,8 @@ impl Netlink {
     }
 }
 
-/// What the address of a local sender depends on: the interface, and the destination or, on IPv4,
-/// the gateway, which many have.
+/// Returns the key of a local sender's address: the interface, and the destination or, on IPv4,
+/// the gateway, which many destinations share.
 fn source_key(destination: IpAddr, path: &Route) -> (u32, IpAddr, bool) {
     let by_gateway = destination.is_ipv4() && path.gateway != destination;
     (path.ifindex, if by_gateway { path.gateway } else { destination }, by_gateway)

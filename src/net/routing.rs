@@ -38,7 +38,7 @@ pub struct Paths {
     pub routed: bool,
 }
 
-/// What decides between several paths.
+/// Input of the choice between several paths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice {
     /// There is only one.
@@ -70,7 +70,7 @@ pub struct PolicyRule {
     pub action: PolicyAction,
 }
 
-/// What a rule does with packets that match.
+/// Action of a policy rule on packets that match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PolicyAction {
     Table(u32),
@@ -81,7 +81,7 @@ pub enum PolicyAction {
     Refuse(&'static str),
 }
 
-/// How many of the packets in question a rule matches.
+/// The share of the packets in question that a rule matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Match {
     No,
@@ -483,7 +483,7 @@ mod tests {
         Policy { rules, routes }
     }
 
-    /// What decides, and the gateways in their order.
+    /// Asserts the choice between paths and the gateways in their order.
     #[track_caller]
     fn check(policy: &Policy, senders: &[&str], inputs: &[Link], by: Choice, gateways: &[&str]) {
         let links: HashMap<u32, Link> = inputs.iter().map(|it| (it.index, it.clone())).collect();

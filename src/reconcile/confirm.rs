@@ -25,7 +25,7 @@ use crate::reconcile::observe::{Observed, observe};
 use crate::reconcile::{execute, plan};
 use crate::time;
 
-/// How often the waiter looks whether the change still waits.
+/// Interval at which the waiter checks that the change is still pending.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// Until a rollback that failed is tried again.
 pub const RETRY_INTERVAL: Duration = Duration::from_secs(5);

@@ -1,4 +1,4 @@
-//! Which upstream `drain` and `enable` speak of, and what is to be done. Pure.
+//! Overrides of upstreams' states: the target of `drain` and `enable`, and the actions. Pure.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -12,14 +12,14 @@ use crate::desired::diff::endpoint;
 use crate::desired::{Desired, Destination, Role, Rule, RuleIds, Upstream};
 use crate::reconcile::plan::Action;
 
-/// By upstream id.
+/// Override states by upstream id.
 pub type Overrides = BTreeMap<u32, State>;
 
-/// `RULE/UPSTREAM`, as the command line has it.
+/// `RULE/UPSTREAM` of the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
     pub rule: String,
-    /// A name, an endpoint, or what `status` shows.
+    /// A name, an endpoint, or the label in the output of `status`.
     pub upstream: String,
 }
 
@@ -37,40 +37,40 @@ impl FromStr for Target {
     }
 }
 
-/// An upstream, receiver or mirror with what is said of it.
+/// The state of an upstream, receiver or mirror: the configured one and its override.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-pub struct Standing {
+pub struct UpstreamState {
     pub rule: String,
     pub upstream: String,
     pub state: State,
     #[serde(rename = "override")]
-    pub said: Option<State>,
+    pub override_state: Option<State>,
     #[serde(skip)]
     id: u32,
-    /// By the file; `None`: it is there twice, as this and that.
+    /// State from the configuration; `None` if the upstream is listed twice with different states.
     #[serde(skip)]
-    filed: Option<State>,
+    configured: Option<State>,
 }
 
-impl Standing {
+impl UpstreamState {
     fn new(
         rule: &Rule,
         ids: &RuleIds,
         destination: &Destination<'_>,
-        said: &Overrides,
-    ) -> Standing {
+        overrides: &Overrides,
+    ) -> UpstreamState {
         let Destination { id, upstream, .. } = *destination;
         let same = ids.destinations().zip(rule.destinations()).filter(|(other, _)| *other == id);
-        let mut filed = same.map(|(_, it)| it.state);
-        let filed = filed.all(|state| state == upstream.state).then_some(upstream.state);
-        let said = said.get(&id).copied();
-        Standing {
+        let mut configured = same.map(|(_, it)| it.state);
+        let configured = configured.all(|state| state == upstream.state).then_some(upstream.state);
+        let override_state = overrides.get(&id).copied();
+        UpstreamState {
             rule: rule.name.clone(),
             upstream: destination.label.clone(),
-            state: effective(filed, said),
-            said,
+            state: effective(configured, override_state),
+            override_state,
             id,
-            filed,
+            configured,
         }
     }
 
@@ -78,40 +78,40 @@ impl Standing {
         format!("{}/{}", self.rule, self.upstream)
     }
 
-    /// What takes it to a state: an override, or none where the file says the same.
+    /// Returns the action that sets a state: an override, or none if the file has the same state.
     fn to(&self, state: State) -> Option<Action> {
-        let said = (self.filed != Some(state)).then_some(state);
-        (said != self.said).then(|| self.say(said))
+        let override_state = (self.configured != Some(state)).then_some(state);
+        (override_state != self.override_state).then(|| self.set_override(override_state))
     }
 
-    fn say(&self, said: Option<State>) -> Action {
-        Action::Override { upstream: self.name(), id: self.id, state: said }
+    fn set_override(&self, state: Option<State>) -> Action {
+        Action::Override { upstream: self.name(), id: self.id, state }
     }
 
-    fn after(mut self, action: Option<&Action>) -> Standing {
-        if let Some(Action::Override { state: said, .. }) = action {
-            self.said = *said;
-            self.state = effective(self.filed, *said);
+    fn after(mut self, action: Option<&Action>) -> UpstreamState {
+        if let Some(Action::Override { state, .. }) = action {
+            self.override_state = *state;
+            self.state = effective(self.configured, *state);
         }
         self
     }
 
-    /// In words, why it is what it is.
+    /// Returns the origin of the state, for messages.
     fn by(&self) -> &'static str {
-        if self.said.is_some() { "by hand" } else { "by the file" }
+        if self.override_state.is_some() { "by hand" } else { "by the file" }
     }
 }
 
-fn effective(filed: Option<State>, said: Option<State>) -> State {
-    said.or(filed).unwrap_or(State::Active)
+fn effective(configured: Option<State>, override_state: Option<State>) -> State {
+    override_state.or(configured).unwrap_or(State::Active)
 }
 
-/// What became of one upstream.
+/// The result for one upstream.
 pub struct Change {
     pub action: Option<Action>,
-    pub before: Standing,
-    pub after: Standing,
-    /// Nobody gets the rule's packets any more.
+    pub before: UpstreamState,
+    pub after: UpstreamState,
+    /// True if the rule has no active upstream afterwards.
     pub leaves_none: bool,
 }
 
@@ -121,32 +121,33 @@ impl Change {
     pub fn new(
         desired: &Desired,
         ids: &[RuleIds],
-        said: &Overrides,
+        overrides: &Overrides,
         target: &Target,
         state: State,
     ) -> anyhow::Result<Change> {
         let (rule, ids) = find_rule(desired, ids, &target.rule)?;
         let destinations = rule.with_ids(ids);
-        let before = Standing::new(rule, ids, find(rule, &destinations, &target.upstream)?, said);
+        let before =
+            UpstreamState::new(rule, ids, find(rule, &destinations, &target.upstream)?, overrides);
         let action = before.to(state);
         let after = before.clone().after(action.as_ref());
         let mut upstreams =
             destinations.iter().filter(|destination| destination.role == Role::Upstream);
         let leaves_none = upstreams.all(|Destination { id, upstream, .. }| match *id == after.id {
             true => after.state == State::Drained,
-            false => said.get(id).copied().unwrap_or(upstream.state) == State::Drained,
+            false => overrides.get(id).copied().unwrap_or(upstream.state) == State::Drained,
         });
         Ok(Change { action, before, after, leaves_none })
     }
 
-    /// In one line.
+    /// Describes the change in one line.
     pub fn text(&self) -> String {
         let name = self.after.name();
         let is = word(self.after.state);
         match &self.action {
             None => format!("unchanged ({name} is {is} {})", self.after.by()),
             Some(_) if self.before.state == self.after.state => {
-                format!("{name} stays {is} by the file; the override is taken back")
+                format!("{name} stays {is} by the file; the override is removed")
             }
             Some(_) => format!("{name} is {is} {}", self.after.by()),
         }
@@ -161,12 +162,12 @@ impl Change {
     }
 }
 
-/// All that is said of the hosts of these configurations, each of them once.
-pub fn standing<'a>(
+/// Returns the overrides of upstreams in these configurations, each once.
+pub fn overridden<'a>(
     all: impl Iterator<Item = (&'a Desired, &'a [RuleIds])>,
-    said: &Overrides,
-) -> Vec<Standing> {
-    let mut left = said.clone();
+    overrides: &Overrides,
+) -> Vec<UpstreamState> {
+    let mut left = overrides.clone();
     let mut found = Vec::new();
     for (desired, ids) in all {
         for (rule, ids) in desired.rules.iter().zip(ids) {
@@ -177,33 +178,33 @@ pub fn standing<'a>(
             for destination in
                 destinations.filter(|destination| left.remove(&destination.id).is_some())
             {
-                found.push(Standing::new(rule, ids, &destination, said));
+                found.push(UpstreamState::new(rule, ids, &destination, overrides));
             }
         }
     }
     found
 }
 
-/// The same rules with each upstream in the state that it is in, whoever says so.
-pub fn effective_rules(desired: &Desired, ids: &[RuleIds], said: &Overrides) -> Vec<Rule> {
+/// Returns the rules with overrides applied to their upstreams.
+pub fn effective_rules(desired: &Desired, ids: &[RuleIds], overrides: &Overrides) -> Vec<Rule> {
     let mut rules = desired.rules.clone();
     for (rule, ids) in rules.iter_mut().zip(ids) {
         for (upstream, id) in rule.upstreams.iter_mut().zip(&ids.upstreams) {
-            upstream.state = said.get(id).copied().unwrap_or(upstream.state);
+            upstream.state = overrides.get(id).copied().unwrap_or(upstream.state);
         }
     }
     rules
 }
 
-/// Takes back all that is said: what to do, and how it is then.
-pub fn take_back(standing: Vec<Standing>) -> (Vec<Action>, Vec<Standing>) {
-    let actions: Vec<Action> = standing.iter().map(|one| one.say(None)).collect();
-    let after = standing.into_iter().zip(&actions).map(|(one, action)| one.after(Some(action)));
+/// Removes all overrides; returns the actions, and the states afterwards.
+pub fn remove_all(overridden: Vec<UpstreamState>) -> (Vec<Action>, Vec<UpstreamState>) {
+    let actions: Vec<Action> = overridden.iter().map(|one| one.set_override(None)).collect();
+    let after = overridden.into_iter().zip(&actions).map(|(one, action)| one.after(Some(action)));
     let after = after.collect();
     (actions, after)
 }
 
-/// `drained` or `active`
+/// Returns `drained` or `active`.
 pub fn word(state: State) -> &'static str {
     match state {
         State::Drained => "drained",
@@ -211,8 +212,8 @@ pub fn word(state: State) -> &'static str {
     }
 }
 
-/// The line of `plan`.
-pub fn line(one: &Standing) -> String {
+/// Returns the line in the output of `plan`.
+pub fn line(one: &UpstreamState) -> String {
     format!("override: {} is {} by hand", one.name(), word(one.state))
 }
 
@@ -228,7 +229,7 @@ fn find_rule<'a>(
 /// Finds a rule by its name.
 ///
 /// # Errors
-/// There is none; the name that was probably meant is said.
+/// There is none; the error suggests a similar name.
 pub fn rule_index(desired: &Desired, name: &str) -> anyhow::Result<usize> {
     desired.rules.iter().position(|rule| rule.name == name).ok_or_else(|| {
         let known: Vec<&str> = desired.rules.iter().map(|rule| rule.name.as_str()).collect();
@@ -236,7 +237,10 @@ pub fn rule_index(desired: &Desired, name: &str) -> anyhow::Result<usize> {
     })
 }
 
-/// By a name or an endpoint, or where it is none, by a host whatever its port is.
+/// Finds a host by its name or endpoint, or else by its address with any port.
+///
+/// # Errors
+/// There is none, or several.
 fn find<'a>(
     rule: &Rule,
     destinations: &'a [Destination<'a>],
@@ -253,7 +257,7 @@ fn find<'a>(
                 let each: Vec<String> =
                     found.iter().map(|destination| format!("`{}`", full(destination))).collect();
                 let (rule, each) = (&rule.name, each.join(" or "));
-                return Err(anyhow!("`{text}` of rule {rule} is ambiguous: say {each}"));
+                return Err(anyhow!("`{text}` of rule {rule} is ambiguous: name {each}"));
             }
         }
     }
@@ -262,7 +266,7 @@ fn find<'a>(
     Err(anyhow!("rule {} has no upstream `{text}`; {}", rule.name, hint(text, &known)))
 }
 
-/// What a host may be called.
+/// Returns the names that the command line accepts for a host.
 fn forms(destination: &Destination<'_>) -> Vec<String> {
     let with_port = |host| match destination.upstream.port {
         Some(port) => with_port(host, port),
@@ -280,7 +284,7 @@ fn bare_forms(destination: &Destination<'_>) -> Vec<String> {
     vec![host.to_string(), address.to_string()]
 }
 
-/// A form that nothing else in the rule has.
+/// Returns a name that is unique in the rule.
 fn full(destination: &Destination<'_>) -> String {
     let role = match destination.role {
         Role::Upstream => "upstream",
@@ -289,14 +293,14 @@ fn full(destination: &Destination<'_>) -> String {
     format!("{role} {}", endpoint(destination.upstream))
 }
 
-/// The known one that was probably meant, or the first few.
+/// Suggests the most similar known name, or lists the first few.
 fn hint(word: &str, known: &[&str]) -> String {
-    const MOST: usize = 8;
+    const MAX: usize = 8;
     if let Some(near) = nearest(word, known) {
         return format!("did you mean `{near}`?");
     }
-    let few: Vec<String> = known.iter().take(MOST).map(|it| format!("`{it}`")).collect();
-    match (known.len(), known.len().saturating_sub(MOST)) {
+    let few: Vec<String> = known.iter().take(MAX).map(|it| format!("`{it}`")).collect();
+    match (known.len(), known.len().saturating_sub(MAX)) {
         (0, _) => "there is none".into(),
         (_, 0) => format!("known: {}", few.join(", ")),
         (_, more) => format!("known: {} and {more} more", few.join(", ")),
@@ -305,7 +309,7 @@ fn hint(word: &str, known: &[&str]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Change, Overrides, Target, standing, take_back};
+    use super::{Change, Overrides, Target, overridden, remove_all};
     use crate::config::{Config, State};
     use crate::desired::{Desired, RuleIds, assign_ids};
     use crate::reconcile::plan::Action;
@@ -338,10 +342,10 @@ rules:
         (desired, ids)
     }
 
-    fn steer(said: &Overrides, target: &str, state: State) -> Result<Change, String> {
+    fn set_override(overrides: &Overrides, target: &str, state: State) -> Result<Change, String> {
         let (desired, ids) = applied();
         let target: Target = target.parse()?;
-        Change::new(&desired, &ids, said, &target, state).map_err(|error| error.to_string())
+        Change::new(&desired, &ids, overrides, &target, state).map_err(|error| error.to_string())
     }
 
     fn written(change: &Change) -> Option<(u32, Option<State>)> {
@@ -370,7 +374,7 @@ rules:
             ("[2001:db8::5]:53/2001:db8::9", 12),
             ("[2001:db8::5]:53/fe80::1%eth0", 13),
         ] {
-            let change = steer(&Overrides::new(), target, State::Drained).expect(target);
+            let change = set_override(&Overrides::new(), target, State::Drained).expect(target);
             assert_eq!(written(&change), Some((id, Some(State::Drained))), "{target}");
         }
         for (target, says) in [
@@ -388,11 +392,11 @@ rules:
             ),
             (
                 "Metrics/10.0.9.21:1",
-                "`10.0.9.21:1` of rule Metrics is ambiguous: say `upstream 10.0.9.21:1` or \
+                "`10.0.9.21:1` of rule Metrics is ambiguous: name `upstream 10.0.9.21:1` or \
                  `mirror 10.0.9.21:1`",
             ),
         ] {
-            let error = steer(&Overrides::new(), target, State::Drained).err();
+            let error = set_override(&Overrides::new(), target, State::Drained).err();
             assert!(error.as_ref().is_some_and(|it| it.contains(says)), "{target}: {error:?}");
         }
     }
@@ -407,17 +411,17 @@ rules:
             ("flows/nfcapd", Some(Drained), Drained, None,                "unchanged (flows/nfcapd is drained by hand)"),
             ("flows/nfcapd", Some(Drained), Active,  Some(None),          "flows/nfcapd is active by the file"),
             ("flows/nfcapd", None,          Active,  None,                "unchanged (flows/nfcapd is active by the file)"),
-            ("flows/nfcapd", Some(Active),  Active,  Some(None),          "flows/nfcapd stays active by the file; the override is taken back"),
+            ("flows/nfcapd", Some(Active),  Active,  Some(None),          "flows/nfcapd stays active by the file; the override is removed"),
             (drained,        None,          Drained, None,                "unchanged (flows/10.0.9.13:1 is drained by the file)"),
             (drained,        None,          Active,  Some(Some(Active)),  "flows/10.0.9.13:1 is active by hand"),
             (drained,        Some(Active),  Active,  None,                "unchanged (flows/10.0.9.13:1 is active by hand)"),
             (drained,        Some(Active),  Drained, Some(None),          "flows/10.0.9.13:1 is drained by the file"),
-            (drained,        Some(Drained), Drained, Some(None),          "flows/10.0.9.13:1 stays drained by the file; the override is taken back"),
+            (drained,        Some(Drained), Drained, Some(None),          "flows/10.0.9.13:1 stays drained by the file; the override is removed"),
         ];
-        for (target, said, to, writes, text) in table {
+        for (target, before, to, writes, text) in table {
             let id = if target == drained { 5 } else { 2 };
-            let said: Overrides = said.map(|said| (id, said)).into_iter().collect();
-            let change = steer(&said, target, to).expect(target);
+            let overrides: Overrides = before.map(|state| (id, state)).into_iter().collect();
+            let change = set_override(&overrides, target, to).expect(target);
             assert_eq!(written(&change), writes.map(|state| (id, state)), "{text}");
             assert_eq!((change.text().as_str(), change.after.state), (text, to));
         }
@@ -427,8 +431,8 @@ rules:
     fn the_last_one() {
         use State::{Active, Drained};
         let but_nfcapd: Overrides = [(3, Drained), (4, Drained)].into();
-        let warns = |said: &Overrides, target, to| {
-            steer(said, target, to).expect(target).warning().is_some()
+        let warns = |overrides: &Overrides, target, to| {
+            set_override(overrides, target, to).expect(target).warning().is_some()
         };
         assert!(warns(&but_nfcapd, "flows/nfcapd", Drained));
         assert!(!warns(&but_nfcapd, "flows/nfcapd", Active));
@@ -443,11 +447,13 @@ rules:
     #[test]
     fn all_are_taken_back_once() {
         let (desired, ids) = applied();
-        let said = [(2, State::Drained), (5, State::Active), (9, State::Drained)].into();
+        let overrides = [(2, State::Drained), (5, State::Active), (9, State::Drained)].into();
         let twice = [(&desired, &ids[..]), (&desired, &ids[..])].into_iter();
-        let (actions, after) = take_back(standing(twice, &said));
-        let after: Vec<String> =
-            after.iter().map(|it| format!("{} {:?} {:?}", it.name(), it.state, it.said)).collect();
+        let (actions, after) = remove_all(overridden(twice, &overrides));
+        let after: Vec<String> = after
+            .iter()
+            .map(|it| format!("{} {:?} {:?}", it.name(), it.state, it.override_state))
+            .collect();
         assert_eq!(
             after,
             [

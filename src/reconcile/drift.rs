@@ -1,4 +1,4 @@
-//! Whether what serves is what its file says.
+//! Compares the active configuration with its file.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::reconcile::observe::Observed;
 use crate::reconcile::source::{Target, Text, interfaces, is_kept};
 
-/// What a generation was made of, read again; `None` where that cannot be found again.
+/// Reads the file of a generation again; `None` if it cannot be found.
 pub fn source(description: &Description) -> Option<(Text, Target)> {
     let origin = &description.origin;
     let target =
@@ -20,8 +20,8 @@ pub fn source(description: &Description) -> Option<(Text, Target)> {
     Some((Text::read(&target.file).ok()?, target))
 }
 
-/// Whether the text says something else than the one that was applied. The addresses of host names and
-/// of `any`, and by which of its names the file calls an interface, do not matter.
+/// Returns true if the text differs from the one that was applied. The addresses of host names and
+/// of `any` do not matter, nor does the alternative name by which the file names an interface.
 ///
 /// # Errors
 /// The text is no configuration.

@@ -23,7 +23,7 @@ use crate::reconcile::plan::{Action, Plan, Refusal};
 /// Called before each action; an error stops there, as if the action itself had failed.
 pub type Witness<'a> = &'a mut dyn FnMut(&Action) -> anyhow::Result<()>;
 
-/// What came of a plan.
+/// The result of a plan.
 #[derive(Clone, Copy, Debug)]
 pub struct Outcome {
     pub changed: bool,
@@ -93,7 +93,7 @@ pub fn log(action: &Action) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the executor works on.
+/// The state that the executor works on.
 pub struct Executor<'a> {
     guard: &'a WriteGuard,
     netlink: &'a Netlink,
@@ -325,7 +325,7 @@ impl<'a> Executor<'a> {
         write(&[&after])
     }
 
-    /// Those that are there.
+    /// Returns the generations that exist.
     fn generations(&self) -> impl Iterator<Item = &Generation> {
         let before = self.before.generations.values();
         before.chain(&self.built).filter(|it| !self.dropped.contains(&it.number))
@@ -386,7 +386,7 @@ impl<'a> Executor<'a> {
     }
 }
 
-/// How to take an action back.
+/// The reversal of an action.
 enum Undo {
     Drop(u32),
     DeleteClsact(String),

@@ -1,4 +1,4 @@
-//! What the kernel holds: generations under the pin directory, filters on interfaces. Reads only.
+//! The observed state: generations under the pin directory, filters on interfaces. Reads only.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -25,16 +25,16 @@ pub struct Observed {
     pub generations: BTreeMap<u32, Generation>,
     /// Generations whose description is gone.
     pub damaged: Vec<u32>,
-    /// What a crash left half-built.
+    /// Directories that a crash left half-built.
     pub unfinished: Vec<String>,
-    /// Where the symlink points; a hint only.
+    /// Target of the symlink; a hint only.
     pub current: Option<u32>,
     pub held: Option<Held>,
     /// Change that waits for confirmation.
     pub pending: Option<Pending>,
-    /// What is remembered of interfaces that are here.
+    /// Marks of interfaces that exist.
     pub marks: BTreeMap<String, Mark>,
-    /// What `drain` and `enable` say of upstreams, by their id in some generation.
+    /// Override states of upstreams, set by `drain` and `enable`, by the id in any generation.
     pub overrides: BTreeMap<u32, State>,
     /// All interfaces of the network namespace, by name.
     pub interfaces: BTreeMap<String, Interface>,
@@ -130,7 +130,7 @@ impl Observed {
         self.marks.get(interface).is_some_and(|mark| mark.detached)
     }
 
-    /// Whether some filter runs the generation's program.
+    /// Returns true if any filter runs the generation's program.
     pub fn is_attached(&self, number: u32) -> bool {
         self.attached().any(|(_, attached)| attached == number)
     }

@@ -1,4 +1,4 @@
-//! What it takes to get from what the kernel holds to what is wanted. Pure.
+//! The actions that turn the observed state into the desired one. Pure.
 
 use std::time::Duration;
 
@@ -41,14 +41,14 @@ pub enum Action {
     DeleteClsact(String),
     SetHeld(Option<Held>),
     SetPending(Option<Pending>),
-    /// Whether arpd attaches to an interface that is missing now.
+    /// Stops or resumes arpd's attaching to an interface that is missing now.
     SetDetached {
         interface: String,
         detached: bool,
     },
     /// `None` removes it: nothing serves.
     SetCurrent(Option<u32>),
-    /// What is said of an upstream, whatever the configuration says.
+    /// Sets or removes the override of an upstream's configured state.
     Override {
         /// For messages.
         upstream: String,
@@ -195,7 +195,7 @@ impl std::fmt::Display for Refusal {
     }
 }
 
-/// What `apply` is to do. `origin` is where the new generation says it came from.
+/// Plans `apply`. `origin` is recorded in the new generation.
 pub fn apply(
     observed: &Observed,
     desired: &Desired,
@@ -216,8 +216,8 @@ pub fn apply_until(
     replace(observed, desired, origin, &Request { force, deadline, moved: false })
 }
 
-/// What is to be done when a host name of the configuration or `any` stands for other addresses: the
-/// generation that serves is replaced, and what a rollback goes back to or has left stays.
+/// Plans the renewal after a host name or `any` got other addresses: replaces the active
+/// generation, and keeps those that a rollback returns to or holds.
 pub fn renew(observed: &Observed, desired: &Desired, origin: &Origin) -> Result<Plan, Refusal> {
     replace(observed, desired, origin, &Request { force: false, deadline: None, moved: true })
 }
@@ -248,7 +248,7 @@ pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, 
     Ok(Plan { generation: number, actions })
 }
 
-/// How a generation takes the place of another.
+/// Options for replacing one generation by another.
 struct Request {
     force: bool,
     /// When it is rolled back unless it is confirmed.
@@ -431,7 +431,7 @@ fn reusable(observed: &Observed, desired: &Desired, clsact: &[String], l3: bool)
         .map(|generation| generation.number)
 }
 
-/// What a rollback left, unless that serves again or is gone.
+/// Returns the generation that a rollback left, unless it is active again or gone.
 fn held(observed: &Observed) -> Option<(Held, &Generation)> {
     let held = observed.held?;
     let left = observed.generations.get(&held.generation)?;

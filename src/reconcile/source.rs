@@ -26,19 +26,19 @@ pub const LONGEST: u64 = 16 << 20;
 /// The name that stands for standard input.
 pub const STANDARD_INPUT: &str = "-";
 
-/// True for a file that says the same whoever opens it, and when: no pipe and no descriptor.
+/// Returns true for a regular file, which any process can read again: no pipe and no descriptor.
 pub fn is_kept(path: &Path) -> bool {
     let of_process = ["/dev", "/proc"].iter().any(|directory| path.starts_with(directory));
     !of_process && path.is_file()
 }
 
-/// Wait for the addresses of all host names together, where no option says otherwise.
+/// Default time limit for resolving all host names together.
 pub const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A configuration file and where it is to be applied.
+/// A configuration file and the interfaces to apply it to.
 pub struct Target {
     pub file: PathBuf,
-    /// Instead of the file's, unless there are none.
+    /// Replace those of the file unless empty.
     pub interfaces: Vec<String>,
 }
 
@@ -63,7 +63,7 @@ impl Text {
         };
         read.map_err(|error| unreadable(error.to_string()))?;
         if bytes.len() as u64 > LONGEST {
-            return Err(unreadable("longer than 16 MiB, which no configuration is".into()));
+            return Err(unreadable("longer than 16 MiB, the limit for configurations".into()));
         }
         let text = String::from_utf8(bytes).map_err(|error| {
             let valid = error.utf8_error().valid_up_to();
@@ -83,7 +83,7 @@ impl Text {
         Origin { digest, file: self.place(), interfaces: target.interfaces.clone() }
     }
 
-    /// The name by which a later command finds the file; [`STANDARD_INPUT`] if none will.
+    /// Returns the absolute path; [`STANDARD_INPUT`] if a later command could not read it again.
     fn place(&self) -> String {
         match path::absolute(&self.name) {
             Ok(path) if is_kept(&path) => path.display().to_string(),
@@ -91,10 +91,10 @@ impl Text {
         }
     }
 
-    /// Stands for what this text says to this udplb under these arguments.
+    /// Digest of version, arguments, format and text. Equal digests yield equal desired states.
     pub fn digest(&self, target: &Target) -> String {
         let mut digest = Sha256::new();
-        // it says what language the text is in
+        // The extension selects the format.
         let extension = Path::new(&self.name).extension().unwrap_or_default().to_string_lossy();
         let interfaces = target.interfaces.join(" ");
         for part in [env!("CARGO_PKG_VERSION"), &interfaces, &extension, &self.text] {
@@ -105,13 +105,13 @@ impl Text {
     }
 }
 
-/// A good configuration, and where it is to be applied.
+/// A valid configuration and its target.
 pub struct Request<'a> {
     text: &'a Text,
     target: &'a Target,
     config: Config,
     interfaces: Vec<String>,
-    /// For the host names.
+    /// Time limit for resolving host names.
     timeout: Duration,
 }
 
@@ -124,7 +124,7 @@ impl<'a> Request<'a> {
         Ok(Request { text, target, config, interfaces, timeout })
     }
 
-    /// Asks for the host names.
+    /// Resolves the host names.
     async fn resolve(&self, observed: &Observed, netlink: &Netlink) -> Result<Resolved> {
         let serving = observed.serving().and_then(|number| observed.generations.get(&number));
         let serving = serving.map(|generation| &generation.description.desired);
@@ -136,93 +136,34 @@ impl<'a> Request<'a> {
         Ok(partial::resolve(&written, &known))
     }
 
-    /// With the kernel's own names of the interfaces.
+    /// Replaces alternative names of interfaces by the kernel's own.
     fn canonical(self, observed: &Observed) -> Request<'a> {
         let interfaces = self.interfaces.iter().map(|name| observed.canonical(name)).collect();
         Request { interfaces, ..self }
     }
 }
 
-/// What a file wants of the kernel.
-pub struct Wanted {
+/// A configuration that was loaded for the kernel.
+pub struct Loaded {
     pub origin: Origin,
-    /// `None`: the text was applied before and is not judged again.
+    /// `None` if the text was applied before and is not validated again.
     pub config: Option<Config>,
     pub desired: Desired,
     pub warnings: Vec<Diagnostic>,
-    /// What the file says and `desired` lacks.
+    /// Parts of the file that `desired` lacks.
     pub missing: Vec<Diagnostic>,
 }
 
-impl Wanted {
-    /// Resolves a configuration; all of it, or it fails.
-    pub async fn whole(
-        request: Request<'_>,
-        observed: &Observed,
-        netlink: &Netlink,
-    ) -> Result<Wanted> {
-        let request = request.canonical(observed);
-        let resolved = request.resolve(observed, netlink).await?;
-        let resolved = whole(&request.config, resolved)?;
-        Ok(Wanted::of(request, resolved))
-    }
-
-    /// Like [`Wanted::whole`], without what is missing now.
-    pub async fn partial(
-        request: Request<'_>,
-        observed: &Observed,
-        netlink: &Netlink,
-    ) -> Result<Wanted> {
-        let request = request.canonical(observed);
-        let Request { config, .. } = &request;
-        let mut resolved = request.resolve(observed, netlink).await?;
-        let desired = &mut resolved.desired;
-        let is_missing = |name: &&String| !observed.interfaces.contains_key(*name);
-        desired.incomplete.interfaces =
-            desired.interfaces.iter().filter(is_missing).cloned().collect();
-        let missing = &desired.incomplete.interfaces;
-        // else a slip in a name would end what serves
-        if missing.len() == desired.interfaces.len() && observed.attached().next().is_some() {
-            let all = missing.join(", ");
-            return Err(anyhow!("none of the interfaces is here: {all}").into());
-        }
-        let mut diagnostics = no_interfaces(config, request.target, missing);
-        let spots: Vec<config::Path> =
-            resolved.gaps.iter().map(|gap| config.destination(gap.spot).at.clone()).collect();
-        let hosts = &mut desired.incomplete.hosts;
-        for (host, place) in hosts.iter_mut().zip(config.locate(&spots)) {
-            (host.line, host.column) = place;
-        }
-        let findings =
-            hosts.iter().zip(&spots).map(|(host, at)| Unlocated::new(at, host.message()));
-        diagnostics.extend(config.errors(findings.collect()));
-        Ok(Wanted { missing: diagnostics, ..Wanted::of(request, resolved) })
-    }
-
-    fn of(Request { text, target, config, .. }: Request<'_>, resolved: Resolved) -> Wanted {
+impl Loaded {
+    fn new(Request { text, target, config, .. }: Request<'_>, resolved: Resolved) -> Loaded {
         let mut warnings = config.warnings.clone();
         warnings.extend(config.warnings(notes(&config, &resolved)));
         let origin = text.origin(target, text.digest(target));
         let desired = resolved.desired;
-        Wanted { origin, config: Some(config), desired, warnings, missing: Vec::new() }
+        Loaded { origin, config: Some(config), desired, warnings, missing: Vec::new() }
     }
 
-    /// What the current generation was made of, if it was made of this very text: judging that of
-    /// 10,000 rules again takes several times as long as all the rest. `None` where host names
-    /// may have become others.
-    pub fn again(text: &Text, target: &Target, guard: &ReadGuard) -> Option<Wanted> {
-        let digest = text.digest(target);
-        let desired = generation::made_of(guard, guard.current()?, &digest)?;
-        if !desired.incomplete.is_empty() {
-            return None;
-        }
-        let named = desired.upstreams().any(|upstream| matches!(upstream.host, Host::Name(_)));
-        let origin = text.origin(target, digest);
-        let (warnings, missing) = (Vec::new(), Vec::new());
-        (!named).then_some(Wanted { origin, config: None, desired, warnings, missing })
-    }
-
-    /// Fills in what depends on the addresses that the interfaces have now.
+    /// Sets the parts that depend on the current addresses of the interfaces.
     pub async fn expand(&mut self, netlink: &Netlink) -> Result<()> {
         if let Some(renewed) = addresses::renewed(netlink, &self.desired).await? {
             self.desired = renewed;
@@ -231,22 +172,79 @@ impl Wanted {
     }
 }
 
-/// Asks for the host names of a configuration that may be applied anywhere.
+/// Loads a configuration.
 ///
 /// # Errors
-/// See `whole`.
+/// A host name has no address that can be used.
+pub async fn load(request: Request<'_>, observed: &Observed, netlink: &Netlink) -> Result<Loaded> {
+    let request = request.canonical(observed);
+    let resolved = request.resolve(observed, netlink).await?;
+    let resolved = complete(&request.config, resolved)?;
+    Ok(Loaded::new(request, resolved))
+}
+
+/// Loads a configuration without the interfaces and hosts that are missing now.
+///
+/// # Errors
+/// All interfaces are missing, and a generation is active.
+pub async fn load_partial(
+    request: Request<'_>,
+    observed: &Observed,
+    netlink: &Netlink,
+) -> Result<Loaded> {
+    let request = request.canonical(observed);
+    let Request { config, .. } = &request;
+    let mut resolved = request.resolve(observed, netlink).await?;
+    let desired = &mut resolved.desired;
+    let is_missing = |name: &&String| !observed.interfaces.contains_key(*name);
+    desired.incomplete.interfaces = desired.interfaces.iter().filter(is_missing).cloned().collect();
+    let missing = &desired.incomplete.interfaces;
+    // Otherwise a misspelt name would stop all rules.
+    if missing.len() == desired.interfaces.len() && observed.attached().next().is_some() {
+        let all = missing.join(", ");
+        return Err(anyhow!("none of the interfaces is here: {all}").into());
+    }
+    let mut diagnostics = no_interfaces(config, request.target, missing);
+    let spots: Vec<config::Path> =
+        resolved.gaps.iter().map(|gap| config.destination(gap.spot).at.clone()).collect();
+    let hosts = &mut desired.incomplete.hosts;
+    for (host, place) in hosts.iter_mut().zip(config.locate(&spots)) {
+        (host.line, host.column) = place;
+    }
+    let findings = hosts.iter().zip(&spots).map(|(host, at)| Unlocated::new(at, host.message()));
+    diagnostics.extend(config.errors(findings.collect()));
+    Ok(Loaded { missing: diagnostics, ..Loaded::new(request, resolved) })
+}
+
+/// Returns the current generation's configuration if it was built from the same text without host
+/// names; to validate 10,000 rules again takes several times as long as the rest.
+pub fn load_cached(text: &Text, target: &Target, guard: &ReadGuard) -> Option<Loaded> {
+    let digest = text.digest(target);
+    let desired = generation::made_of(guard, guard.current()?, &digest)?;
+    if !desired.incomplete.is_empty() {
+        return None;
+    }
+    let named = desired.upstreams().any(|upstream| matches!(upstream.host, Host::Name(_)));
+    let origin = text.origin(target, digest);
+    let (warnings, missing) = (Vec::new(), Vec::new());
+    (!named).then_some(Loaded { origin, config: None, desired, warnings, missing })
+}
+
+/// Resolves the host names of a configuration, for any host.
+///
+/// # Errors
+/// A host name has no address that can be used.
 pub async fn check_names(config: &Config, timeout: Duration) -> Result<Vec<Diagnostic>> {
     let written = Desired::written(config, &[]);
     let answers = dns::ask(dns::names(&written), timeout).await;
     let (own, shrunk) = (BTreeSet::new(), BTreeSet::new());
     let known = Known { answers: &answers, own: &own, serving: None, shrunk: &shrunk };
-    let resolved = whole(config, partial::resolve(&written, &known))?;
+    let resolved = complete(config, partial::resolve(&written, &known))?;
     Ok(config.warnings(notes(config, &resolved)))
 }
 
-/// # Errors
-/// A host name has no address that can be used.
-fn whole(config: &Config, resolved: Resolved) -> Result<Resolved> {
+/// Fails if a host name has no address that can be used.
+fn complete(config: &Config, resolved: Resolved) -> Result<Resolved> {
     if resolved.gaps.is_empty() {
         return Ok(resolved);
     }
@@ -267,7 +265,7 @@ fn notes(config: &Config, resolved: &Resolved) -> Vec<Unlocated> {
     notes.map(|(spot, text)| Unlocated::new(&config.destination(*spot).at, text)).collect()
 }
 
-/// Each at its place in the file, unless the command line names them.
+/// Reports missing interfaces at their places in the file, if the file names them.
 fn no_interfaces(config: &Config, target: &Target, names: &[String]) -> Vec<Diagnostic> {
     let message = |name: &String| format!("there is no interface {name}");
     if !target.interfaces.is_empty() {
@@ -277,7 +275,10 @@ fn no_interfaces(config: &Config, target: &Target, names: &[String]) -> Vec<Diag
     config.errors(findings.collect())
 }
 
-/// The command line's, or else the file's.
+/// Returns the interfaces of the command line, or else of the file.
+///
+/// # Errors
+/// There are none.
 pub fn interfaces(text: &Text, target: &Target, config: &Config) -> Result<Vec<String>> {
     let interfaces = match target.interfaces.is_empty() {
         true => &config.interfaces,

@@ -1,4 +1,4 @@
-//! What is applied as it stands but probably not meant. Pure, but for reading /proc.
+//! Warnings about configurations that are valid but probably not intended. Pure, but for reading /proc.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -22,8 +22,7 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Of an IPv6 socket for all addresses it is not known whether it is for IPv6 only; the benefit
-    /// of the doubt spares a warning.
+    /// Counts an IPv6 socket for all addresses as open for IPv4: /proc does not show `IPV6_V6ONLY`.
     fn hears(&self, address: IpAddr) -> bool {
         match self.address {
             IpAddr::V4(all) if all.is_unspecified() => address.is_ipv4(),
@@ -50,7 +49,7 @@ pub fn own_upstreams(
         .collect()
 }
 
-/// Whatever does not depend on the ways to upstreams.
+/// Returns the warnings that do not depend on the next hops of upstreams.
 pub fn of_this_host(
     config: &Config,
     desired: &Desired,
@@ -418,7 +417,7 @@ fn met_twice(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Unlo
         .collect()
 }
 
-/// Whether frames for the one come in on the other next, or later.
+/// Returns true if frames of the lower interface are received on the upper one next, or later.
 fn goes_up(lower: &Link, upper: &Link, links: &[Link]) -> bool {
     // few are stacked higher
     const MOST: usize = 8;
@@ -438,13 +437,13 @@ fn takes_over(link: &Link, below: &Link) -> bool {
     is_above(link, below, &["vlan", "ipvlan", "bridge", "bond", "team"]) && link.mac == below.mac
 }
 
-/// Whether the one is a device of these kinds that is made upon the other, or has it as a port.
+/// Returns true if `upper` is of one of these kinds and is stacked on `lower` or has it as a port.
 fn is_above(upper: &Link, lower: &Link, kinds: &[&str]) -> bool {
     let is_next = upper.lower == Some(lower.index) || lower.controller == Some(upper.index);
     is_next && kinds.contains(&upper.kind.as_str())
 }
 
-/// What a kernel cannot do that the configuration would have it do.
+/// Returns a warning if the configuration needs a feature that this kernel lacks.
 fn beyond(config: &Config, kernel: (u32, u32)) -> Option<Unlocated> {
     let answers = |rule: &&Rule| rule.action == Action::Block && rule.mode == Mode::Balance;
     let rule = config.rules.iter().find(answers).filter(|_| kernel < (5, 12))?;

@@ -385,7 +385,7 @@ fn drained_in_the_file_can_be_overridden() {
     lab.apply(&block(&[upstream("a", 0, 7001), upstream("b", 1, 7001)]));
     expect_state(&lab, "a", "active", Some("active"));
     let taken = lab.run("enable only/a").expect(0).stdout;
-    assert_eq!(taken, "only/a stays active by the file; the override is taken back\n");
+    assert_eq!(taken, "only/a stays active by the file; the override is removed\n");
     expect_state(&lab, "a", "active", None);
 }
 

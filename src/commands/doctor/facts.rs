@@ -23,7 +23,7 @@ use crate::net::link::{Link, OwnAddress};
 use crate::net::neighbour::NeighbourTable;
 use crate::net::{Netlink, ipsec, nexthop, routing};
 use crate::reconcile::observe::{Observed, observe};
-use crate::reconcile::source::{RESOLVE_TIMEOUT, Request, Target, Text, Wanted};
+use crate::reconcile::source::{self, RESOLVE_TIMEOUT, Request, Target, Text};
 use crate::reconcile::{drift, warnings};
 use crate::telemetry::diagnosis;
 use crate::telemetry::problem::Problem;
@@ -229,7 +229,7 @@ pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Resu
         }
         (Some((text, target)), None) => {
             let wanted = match Request::new(&text, &target, RESOLVE_TIMEOUT) {
-                Ok(request) => Wanted::whole(request, observed, netlink).await,
+                Ok(request) => source::load(request, observed, netlink).await,
                 Err(failure) => Err(failure),
             };
             match wanted {
