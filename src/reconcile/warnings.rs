@@ -8,6 +8,7 @@ use crate::config::{
     self, Action, Config, Family, KeyAddress, Mode, Path, Rule, Unlocated, with_port,
 };
 use crate::datapath::kernel;
+use crate::desired::tables::takes_answers;
 use crate::desired::{self, Desired, Upstream};
 use crate::net::ipsec::{self, Effect, Flow, SecurityPolicy};
 use crate::net::link::{Link, OwnAddress, find_link};
@@ -62,6 +63,7 @@ pub fn of_this_host(
     findings.extend(stacked(config, &desired.interfaces, links, addresses));
     findings.extend(met_twice(config, &desired.interfaces, links));
     findings.extend(beyond(config, kernel::version()));
+    findings.extend(answers_taken(config, desired, kernel::version()));
     findings.extend(unseen(config, &desired.interfaces, links, kernel::version()));
     findings
 }
@@ -455,6 +457,21 @@ fn beyond(config: &Config, kernel: (u32, u32)) -> Option<Unlocated> {
     Some(Unlocated::new(&rule.at, message))
 }
 
+/// Returns a warning if a rule takes answers to this host's own sockets and the kernel does not show the program
+/// which sockets wait for some.
+fn answers_taken(config: &Config, desired: &Desired, kernel: (u32, u32)) -> Option<Unlocated> {
+    let taken = |rule: &&desired::Rule| takes_answers(rule, desired.local_ports);
+    let rule = desired.rules.iter().find(taken).filter(|_| kernel < (6, 2))?;
+    let written = config.rules.iter().find(|it| it.name == rule.name)?;
+    let (major, minor) = kernel;
+    let message = format!(
+        "with `tc_action: block` this rule takes answers to this host's own questions (DNS, NTP) too, unless \
+         their sockets are connected: Linux {major}.{minor} does not show which ports it chose itself (6.2 does); \
+         leave the ports of net.ipv4.ip_local_port_range out"
+    );
+    Some(Unlocated::new(&written.at, message))
+}
+
 /// Returns the tunnels whose packets reach the filter with the tunnel's own header first, so that no rule
 /// matches: those of the kernel itself before Linux 5.14.
 fn unseen(
@@ -521,7 +538,22 @@ pub fn endpoint(text: &str) -> Option<(IpAddr, u16)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Listener, hides_packets, listener, member6, members};
+    use crate::config::{Config, Ports};
+    use crate::desired::Desired;
+
+    use super::{Listener, answers_taken, hides_packets, listener, member6, members};
+
+    #[test]
+    fn kernel_that_hides_waiting_sockets_is_named() {
+        let text = "{ version: 1, interfaces: [a], rules: [{ key: { address: 10.0.0.5, port: any }, \
+                    options: { tc_action: block }, upstream: [{ address: 10.0.9.1 }] }] }";
+        let config = Config::parse("test.yaml", text).expect("a good configuration");
+        let mut desired = Desired::written(&config, &config.interfaces);
+        assert!(answers_taken(&config, &desired, (6, 1)).is_none());
+        desired.local_ports = Some(Ports { first: 32_768, last: 60_999 });
+        assert!(answers_taken(&config, &desired, (6, 1)).is_some());
+        assert!(answers_taken(&config, &desired, (6, 2)).is_none());
+    }
 
     #[test]
     fn tunnels_hide_packets_from_filters_of_old_kernels() {

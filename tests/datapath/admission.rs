@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 
 use serde_json::{Value, json};
+use udplb::datapath::kernel;
 
 use crate::common::lab::{Lab, Net, V4, V6, config, packets};
 use crate::common::net::{
@@ -63,16 +64,22 @@ fn local_sockets_get_their_answers() {
     for net in [V4, V6] {
         for port in [json!("any"), json!("1024-65535")] {
             let block = json!({ "tc_action": "block" });
-            lab.apply(&config(&[rule(&net, port, block, &net.upstreams[..1])]));
+            let config = config(&[rule(&net, port, block, &net.upstreams[..1])]);
+            let applied = lab.try_apply(&config, "").expect(0);
+            // before 6.2 the program cannot see whether the kernel chose a socket's port
+            let sees_ports = kernel::version() >= (6, 2);
+            let warning = "takes answers to this host's own questions";
+            assert_eq!(applied.stderr.contains(warning), !sees_ports, "{applied:?}");
             let before = counted(&lab, "local-socket");
             let peer = bind(&lab.client, net.clients[0], 5353);
             let stranger = bind(&lab.client, net.clients[1], 5353);
-            // whose port the kernel chose
             let asking = bind(&lab.relay, net.key, 0);
-            asking.send_to(b"ask", own(&peer)).expect("sent");
-            let asked = receive(&peer);
-            peer.send_to(b"answer", asked.from).expect("sent");
-            expect(&asking, b"answer", own(&peer), TTL);
+            if sees_ports {
+                asking.send_to(b"ask", own(&peer)).expect("sent");
+                let asked = receive(&peer);
+                peer.send_to(b"answer", asked.from).expect("sent");
+                expect(&asking, b"answer", own(&peer), TTL);
+            }
             // of one peer alone
             let connected = bind(&lab.relay, net.key, 40_123);
             connected.connect(own(&peer)).expect("connected");
@@ -81,7 +88,7 @@ fn local_sockets_get_their_answers() {
             expect(&connected, b"answer", own(&peer), TTL);
             stranger.send_to(b"traffic", own(&connected)).expect("sent");
             expect(&service, b"traffic", net.seen("vip", own(&stranger)), TTL - 1);
-            assert_eq!(counted(&lab, "local-socket"), before + 2);
+            assert_eq!(counted(&lab, "local-socket"), before + 1 + u64::from(sees_ports));
             // a server
             let server = bind(&lab.relay, net.key, 40_124);
             let service = bind(&lab.upstream, net.upstreams[0], 40_124);
