@@ -7,10 +7,10 @@ use super::diagnostic::{Diagnostics, Message, Part, Place};
 use super::node::{Content, Entry, Node};
 use super::path::Trail;
 use super::quote::shorten;
-use super::vocabulary::{self as words, ANY, Choice, Field, Number, Root, STATSD, Table};
+use super::vocabulary::{self as words, ANY, Choice, Field, Number, Root, STATSD, Shape, Table};
 use super::{
-    Action, Admission, Fragments, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload,
-    Ports, Rule, Source, Strategy, Unlocated, Upstream, scalar,
+    Action, Hash, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Rule, Strategy, Unlocated,
+    Upstream, scalar,
 };
 
 /// The valid part of a file, and its diagnostics.
@@ -89,29 +89,29 @@ impl<'n, 't> Fields<'n, 't> {
 
 /// Value of an option in the file.
 #[derive(Clone, Copy, Default)]
-enum Said<T> {
+enum Given<T> {
     #[default]
-    Nothing,
-    Nonsense,
-    Is(T),
+    Missing,
+    Invalid,
+    Valid(T),
 }
 
-impl<T> Said<T> {
-    fn or(self, other: Said<T>) -> Said<T> {
+impl<T> Given<T> {
+    fn or(self, other: Given<T>) -> Given<T> {
         match self {
-            Said::Nothing => other,
-            said => said,
+            Given::Missing => other,
+            given => given,
         }
     }
 
-    fn is_something(&self) -> bool {
-        !matches!(self, Said::Nothing)
+    fn is_given(&self) -> bool {
+        !matches!(self, Given::Missing)
     }
 
     /// Returns the value; none if it is missing or invalid.
     fn value(self) -> Option<T> {
         match self {
-            Said::Is(value) => Some(value),
+            Given::Valid(value) => Some(value),
             _ => None,
         }
     }
@@ -120,53 +120,30 @@ impl<T> Said<T> {
 /// The options in the file, of a rule or of `defaults`.
 #[derive(Clone, Copy, Default)]
 struct Options {
-    action: Said<Action>,
-    mode: Said<Mode>,
-    source: Said<Source>,
-    strategy: Said<Strategy>,
-    payload: Said<Payload>,
-    hash: Said<Hash>,
-    health: Said<Health>,
-    fragments: Said<Fragments>,
-    zero_checksum: Said<Admission>,
-    martians: Said<Admission>,
+    /// Value of each choice, at its place in [`words::OPTIONS_MAP`].
+    choices: [Given<&'static str>; words::OPTIONS_MAP.fields.len()],
+    payload: Given<Payload>,
 }
 
 impl Options {
     fn or(&self, defaults: &Options) -> Options {
-        Options {
-            action: self.action.or(defaults.action),
-            mode: self.mode.or(defaults.mode),
-            source: self.source.or(defaults.source),
-            strategy: self.strategy.or(defaults.strategy),
-            payload: self.payload.or(defaults.payload),
-            hash: self.hash.or(defaults.hash),
-            health: self.health.or(defaults.health),
-            fragments: self.fragments.or(defaults.fragments),
-            zero_checksum: self.zero_checksum.or(defaults.zero_checksum),
-            martians: self.martians.or(defaults.martians),
+        let mut choices = self.choices;
+        for (choice, default) in choices.iter_mut().zip(defaults.choices) {
+            *choice = choice.or(default);
         }
+        Options { choices, payload: self.payload.or(defaults.payload) }
+    }
+
+    fn get(&self, choice: &Choice) -> Given<&'static str> {
+        let mut fields = words::OPTIONS_MAP.fields.iter();
+        let place = fields.position(|field| std::ptr::eq(*field, &choice.field));
+        place.map_or(Given::Missing, |place| self.choices[place])
     }
 }
 
-/// The options of a rule after all defaults.
-struct Chosen {
-    action: Action,
-    mode: Mode,
-    strategy: Strategy,
-    payload: Option<Payload>,
-    hash: Hash,
-    source: Source,
-    health: Health,
-    fragments: Fragments,
-    zero_checksum: Admission,
-    martians: Admission,
-}
-
 /// Returns the variant that serde names by a word of the vocabulary.
-fn variant<T: Deserialize<'static>>(word: &'static str) -> Result<T, Message> {
-    let variant = T::deserialize(StrDeserializer::<Error>::new(word));
-    variant.map_err(|error| Message::new(error.to_string()))
+fn variant<T: Deserialize<'static>>(word: &'static str) -> Option<T> {
+    T::deserialize(StrDeserializer::<Error>::new(word)).ok()
 }
 
 impl Decoder {
@@ -298,28 +275,29 @@ impl Decoder {
         };
         let at_options = at.field(words::OPTIONS.name);
         let own = self.options(fields.get(&words::OPTIONS), &at_options);
-        let chosen = self.choose(&own, defaults, &at_options);
+        let options = own.or(defaults);
+        let selection = self.selection(&own, &options, &at_options);
 
-        let (name, key, chosen) = (name?, key?, chosen?);
+        let (name, key, (strategy, payload, hash)) = (name?, key?, selection?);
         let rule = Rule {
             name: name.unwrap_or_else(|| key.to_string()),
             key,
-            action: chosen.action,
-            mode: chosen.mode,
-            strategy: chosen.strategy,
-            payload: chosen.payload,
-            hash: chosen.hash,
-            source: chosen.source,
-            health: chosen.health,
-            fragments: chosen.fragments,
-            zero_checksum: chosen.zero_checksum,
-            martians: chosen.martians,
+            action: self.option(&options, &words::TC_ACTION)?,
+            mode: self.option(&options, &words::MODE)?,
+            strategy,
+            payload,
+            hash,
+            source: self.option(&options, &words::SOURCE)?,
+            health: self.option(&options, &words::HEALTH)?,
+            fragments: self.option(&options, &words::FRAGMENTS)?,
+            zero_checksum: self.option(&options, &words::ZERO_CHECKSUM)?,
+            martians: self.option(&options, &words::MARTIANS)?,
             upstreams: upstreams?,
             mirrors: mirrors?,
             at: at.path(),
         };
         if self.decoded.root == Root::Map {
-            self.unwritten(&rule, &own.or(defaults), &at_options);
+            self.unwritten(&rule, &options, &at_options);
         }
         if rule.action == Action::Block
             && rule.key.address == KeyAddress::Any
@@ -334,12 +312,14 @@ impl Decoder {
     }
 
     /// Warns of defaults that are often not intended. A bare list has no words for anything else.
-    fn unwritten(&mut self, rule: &Rule, said: &Options, at: &Trail<'_>) {
+    fn unwritten(&mut self, rule: &Rule, options: &Options, at: &Trail<'_>) {
         let all = rule.upstreams.len();
         // These mean something for balancing alone.
-        let balances =
-            said.hash.is_something() || rule.upstreams.iter().any(|it| it.weight.is_some());
-        let chosen = said.mode.is_something() || said.strategy.is_something() || balances;
+        let balances = options.get(&words::HASH).is_given()
+            || rule.upstreams.iter().any(|it| it.weight.is_some());
+        let chosen =
+            [&words::MODE, &words::STRATEGY].map(|it| options.get(it).is_given()).contains(&true)
+                || balances;
         if all > 1 && !chosen {
             let message = format!(
                 "each packet goes to one of the {all} upstreams (`mode: balance`, the default): say \
@@ -348,7 +328,7 @@ impl Decoder {
             self.warn(at, &message);
         }
         let own_sources = rule.destinations().all(|upstream| upstream.source.is_some());
-        if said.source.is_something() || own_sources {
+        if options.get(&words::SOURCE).is_given() || own_sources {
             return;
         }
         let telemetry = TELEMETRY
@@ -367,42 +347,46 @@ impl Decoder {
         }
     }
 
-    /// Returns the options of a rule after all defaults. `own` are those of the rule itself.
-    fn choose(&mut self, own: &Options, defaults: &Options, at: &Trail<'_>) -> Option<Chosen> {
-        let said = own.or(defaults);
-        let mode = self.settle(said.mode, &words::MODE);
-        let strategy = self.settle(said.strategy, &words::STRATEGY);
-        let hash = self.settle(said.hash, &words::HASH);
-        let (strategy, payload, hash) = match mode? {
-            Mode::Balance => (strategy, self.payload_of(own, &said, strategy, at), hash),
+    /// Returns the options that select an upstream. `options` are `own`, the rule's, after the defaults
+    /// of the file.
+    fn selection(
+        &mut self,
+        own: &Options,
+        options: &Options,
+        at: &Trail<'_>,
+    ) -> Option<(Strategy, Option<Payload>, Hash)> {
+        let strategy = self.option(options, &words::STRATEGY);
+        let hash = self.option(options, &words::HASH);
+        match self.option(options, &words::MODE)? {
+            Mode::Balance => {
+                let payload = self.payload_of(own, options, strategy, at);
+                Some((strategy?, payload?, hash?))
+            }
             Mode::Replicate => {
                 self.needs_balance(own, at);
                 // Defaults for selecting are for rules that balance.
-                (Some(Strategy::SrcIpPort), Some(None), Some(Hash::Maglev))
+                Some((Strategy::SrcIpPort, None, Hash::Maglev))
             }
-        };
-        Some(Chosen {
-            action: self.settle(said.action, &words::TC_ACTION)?,
-            mode: mode?,
-            source: self.settle(said.source, &words::SOURCE)?,
-            strategy: strategy?,
-            payload: payload?,
-            hash: hash?,
-            health: self.settle(said.health, &words::HEALTH)?,
-            fragments: self.settle(said.fragments, &words::FRAGMENTS)?,
-            zero_checksum: self.settle(said.zero_checksum, &words::ZERO_CHECKSUM)?,
-            martians: self.settle(said.martians, &words::MARTIANS)?,
-        })
+        }
+    }
+
+    /// Returns the value of an option after all defaults; none if it is invalid.
+    fn option<T: Deserialize<'static>>(
+        &self,
+        options: &Options,
+        choice: &'static Choice,
+    ) -> Option<T> {
+        self.settle(options.get(choice), choice)
     }
 
     /// Reports options that select an upstream, in a rule that replicates.
     fn needs_balance(&mut self, own: &Options, at: &Trail<'_>) {
-        let said = [
-            (&words::STRATEGY.field, own.strategy.is_something()),
-            (&words::PAYLOAD, own.payload.is_something()),
-            (&words::HASH.field, own.hash.is_something()),
+        let given = [
+            (&words::STRATEGY.field, own.get(&words::STRATEGY).is_given()),
+            (&words::PAYLOAD, own.payload.is_given()),
+            (&words::HASH.field, own.get(&words::HASH).is_given()),
         ];
-        for (field, _) in said.iter().filter(|(_, said)| *said) {
+        for (field, _) in given.iter().filter(|(_, given)| *given) {
             let message = format!(
                 "`{}` selects one of several upstreams, and with `mode: replicate` all of them \
                  get the packet",
@@ -416,12 +400,12 @@ impl Decoder {
     fn payload_of(
         &mut self,
         own: &Options,
-        said: &Options,
+        options: &Options,
         strategy: Option<Strategy>,
         at: &Trail<'_>,
     ) -> Option<Option<Payload>> {
-        match (strategy?, said.payload) {
-            (Strategy::Payload, Said::Nothing) => {
+        match (strategy?, options.payload) {
+            (Strategy::Payload, Given::Missing) => {
                 let message = "the strategy `payload` needs the option `payload`";
                 let help = "`payload: statsd`, or `payload: { offset: 0, length: 8 }`";
                 let at = at.field(words::STRATEGY.field.name);
@@ -429,7 +413,7 @@ impl Decoder {
                 None
             }
             (Strategy::Payload, payload) => payload.value().map(Some),
-            _ if own.payload.is_something() => {
+            _ if own.payload.is_given() => {
                 let message = "`payload` needs `strategy: payload`";
                 self.error(&at.field(words::PAYLOAD.name), Message::new(message));
                 None
@@ -438,15 +422,15 @@ impl Decoder {
         }
     }
 
-    /// Returns the value of an option after all defaults; none if it is invalid.
+    /// Returns the value of a choice or its default; none if it is invalid.
     fn settle<T: Deserialize<'static>>(
-        &mut self,
-        said: Said<T>,
+        &self,
+        given: Given<&'static str>,
         choice: &'static Choice,
     ) -> Option<T> {
-        match said {
-            Said::Nothing => variant(choice.default_word(self.decoded.root)?).ok(),
-            said => said.value(),
+        match given {
+            Given::Missing => variant(choice.default_word(self.decoded.root)?),
+            given => variant(given.value()?),
         }
     }
 
@@ -560,7 +544,7 @@ impl Decoder {
             self.ok(&at, scalar::upstream_address(node))
         });
         let addresses = self.choice(&fields, &words::UPSTREAM_ADDRESSES, at);
-        if let (Some(Host::Address(_)), true) = (&address, addresses.is_something()) {
+        if let (Some(Host::Address(_)), true) = (&address, addresses.is_given()) {
             let message = Message::new("`addresses` needs a host name, and this is an address");
             self.error(&at.field(words::UPSTREAM_ADDRESSES.field.name), message);
         }
@@ -577,8 +561,8 @@ impl Decoder {
         let state = self.choice(&fields, &words::UPSTREAM_STATE, at);
         let state = self.settle(state, &words::UPSTREAM_STATE);
         let source = match self.choice(&fields, &words::UPSTREAM_SOURCE, at) {
-            Said::Nothing => Some(None),
-            said => said.value().map(Some),
+            Given::Missing => Some(None),
+            given => given.value().and_then(variant).map(Some),
         };
         Some(Upstream {
             name: name?,
@@ -614,24 +598,17 @@ impl Decoder {
         let Some(fields) = self.fields(node, &words::OPTIONS_MAP, at) else {
             return Options::default();
         };
-        Options {
-            action: self.choice(&fields, &words::TC_ACTION, at),
-            mode: self.choice(&fields, &words::MODE, at),
-            source: self.choice(&fields, &words::SOURCE, at),
-            strategy: self.choice(&fields, &words::STRATEGY, at),
-            payload: match fields.get(&words::PAYLOAD) {
-                None => Said::Nothing,
-                Some(node) => match self.payload(node, &at.field(words::PAYLOAD.name)) {
-                    Some(payload) => Said::Is(payload),
-                    None => Said::Nonsense,
-                },
-            },
-            hash: self.choice(&fields, &words::HASH, at),
-            health: self.choice(&fields, &words::HEALTH, at),
-            fragments: self.choice(&fields, &words::FRAGMENTS, at),
-            zero_checksum: self.choice(&fields, &words::ZERO_CHECKSUM, at),
-            martians: self.choice(&fields, &words::MARTIANS, at),
+        let mut options = Options::default();
+        for (value, field) in options.choices.iter_mut().zip(words::OPTIONS_MAP.fields) {
+            if let Shape::Choice(choice) = field.shape {
+                *value = self.choice(&fields, choice, at);
+            }
         }
+        if let Some(node) = fields.get(&words::PAYLOAD) {
+            let payload = self.payload(node, &at.field(words::PAYLOAD.name));
+            options.payload = payload.map_or(Given::Invalid, Given::Valid);
+        }
+        options
     }
 
     fn payload(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Payload> {
@@ -652,35 +629,33 @@ impl Decoder {
         })
     }
 
-    fn choice<T: Deserialize<'static>>(
+    /// Returns the word of a choice.
+    fn choice(
         &mut self,
         fields: &Fields<'_, '_>,
         choice: &'static Choice,
         at: &Trail<'_>,
-    ) -> Said<T> {
+    ) -> Given<&'static str> {
         let Some(node) = fields.get(&choice.field) else {
-            return Said::Nothing;
+            return Given::Missing;
         };
         let root = self.decoded.root;
         let word = match &node.content {
             Content::Text(name) => choice.word(name, root),
             _ => scalar::expected(&choice.list(root), node),
         };
-        match self.ok(&at.field(choice.field.name), word.and_then(variant)) {
-            Some(value) => Said::Is(value),
-            None => Said::Nonsense,
-        }
+        self.ok(&at.field(choice.field.name), word).map_or(Given::Invalid, Given::Valid)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Addresses, State};
+    use super::super::{Addresses, Admission, Fragments, Health, Source, State};
     use super::*;
 
     fn has_variants<T: Deserialize<'static>>(choice: &'static Choice) {
         for word in choice.words {
-            assert!(variant::<T>(word).is_ok(), "{word}");
+            assert!(variant::<T>(word).is_some(), "{word}");
         }
     }
 
