@@ -21,7 +21,7 @@ use crate::datapath::capabilities;
 use crate::datapath::pins::Store;
 use crate::error::{Failure, Result, say};
 use crate::net::events::Events;
-use crate::net::nexthop::PATIENCE;
+use crate::net::nexthop::NEIGHBOUR_TIMEOUT;
 use crate::telemetry::http;
 
 /// How often it looks whether something is due, or another generation serves.
@@ -76,7 +76,7 @@ pub async fn run(store: &Store, options: &Options) -> Result<u8> {
 
 /// Waits for neighbours to answer, as long as `apply` does.
 async fn settle(service: &mut Service) {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + NEIGHBOUR_TIMEOUT;
     while !service.is_settled() && Instant::now() < end {
         tokio::time::sleep(SWARM).await;
         service.take_events().await;

@@ -1,16 +1,15 @@
 //! Resolves a configuration as far as its interfaces and host names allow now. Pure.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::{fmt, mem};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Address, Addresses, Hash, Mode, RECEIVERS, upstream_refusal};
-use crate::desired::dns::{Answers, NoAnswer};
-use crate::desired::{Desired, Name, Rule, Upstream};
-use crate::maglev;
+use crate::desired::choose::Resolver;
+use crate::desired::dns::Answers;
+use crate::desired::{Desired, Name, Rule};
 
 /// The record of what a generation lacks, from which arpd completes it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,12 +19,11 @@ pub struct Incomplete {
     pub interfaces: Vec<String>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hosts: Vec<Unresolved>,
-    /// Names with `addresses: all` whose last answer had lost most of their addresses; those serve until
-    /// another one confirms it.
+    /// Names with `addresses: all` whose last answer lacked most of their addresses, which stay until
+    /// another answer confirms it.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub shrunk: BTreeSet<Name>,
-    /// All rules as written, see [`Desired::as_written`]; none where they follow from those that
-    /// serve.
+    /// All rules as written, see [`Desired::as_written`]; empty if the active rules imply them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<Rule>,
 }
@@ -34,12 +32,12 @@ pub struct Incomplete {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Unresolved {
     pub rule: String,
-    /// Its label.
+    /// Display name.
     pub upstream: String,
     pub host: String,
     pub cause: String,
     pub effect: Effect,
-    /// Its place in the file, counted from 1.
+    /// Place in the file, counted from 1.
     pub line: usize,
     pub column: usize,
 }
@@ -48,13 +46,13 @@ pub struct Unresolved {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Effect {
-    /// The rule serves without the host.
+    /// The rule is active without the host.
     LeftOut,
     /// The host keeps the addresses that it had.
     Kept(Vec<IpAddr>),
     /// No host of the rule has an address.
     RuleLeftOut,
-    /// The same, and an earlier form of the rule serves on.
+    /// No host of the rule has an address; the previous form of the rule stays active.
     RuleKept,
 }
 
@@ -78,7 +76,7 @@ impl Unresolved {
         (self.rule.clone(), self.upstream.clone())
     }
 
-    /// Cause and effect in words.
+    /// Describes cause and effect.
     pub fn message(&self) -> String {
         format!("`{}` {}; {}", self.host, self.cause, self.effect)
     }
@@ -101,11 +99,11 @@ impl fmt::Display for Effect {
 /// A configuration with addresses for its host names, as far as they have any.
 #[derive(Debug, Default)]
 pub struct Resolved {
-    /// Without places in `incomplete`.
+    /// The resolved configuration; hosts in `incomplete` lack their places.
     pub desired: Desired,
     /// One for each host in `desired.incomplete`.
     pub gaps: Vec<Gap>,
-    /// Names of whose addresses not all are used, or some that are no more.
+    /// Notes on names of which an address is unused, or stays although the answer lacks it.
     pub notes: Vec<(Spot, String)>,
 }
 
@@ -115,7 +113,7 @@ pub type Spot = (usize, usize);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gap {
     pub spot: Spot,
-    /// The resolver may know later.
+    /// True if a later attempt may succeed.
     pub temporary: bool,
 }
 
@@ -125,19 +123,15 @@ pub struct Known<'a> {
     /// This host's own addresses, which are no upstreams.
     pub own: &'a BTreeSet<IpAddr>,
     pub serving: Option<&'a Desired>,
-    /// Names of which the answer before had lost most addresses too.
+    /// Names whose previous answer had lost most addresses too.
     pub shrunk: &'a BTreeSet<Name>,
 }
 
-/// Fills in the addresses of a configuration as [`Desired::written`] made it. Of several addresses
-/// of a name the one that serves is used, else the lowest, so that machines choose alike; or all of
-/// them, where the host says so. A name without any keeps what serves for it.
+/// Resolves the host names of a configuration as [`Desired::written`] made it. Of several addresses of a
+/// name the active one is used, else the lowest, so that machines choose alike; with `addresses: all`
+/// all are. A name without addresses keeps the active ones.
 pub fn resolve(written: &Desired, known: &Known<'_>) -> Resolved {
-    let resolver = Resolver {
-        written,
-        known,
-        before: Before::new(known.serving.map_or(&[], |serving| &serving.rules)),
-    };
+    let resolver = Resolver::new(written, known);
     let mut resolved = Resolved { desired: written.clone(), ..Resolved::default() };
     resolved.desired.rules.clear();
     for number in 0..written.rules.len() {
@@ -153,8 +147,8 @@ pub fn resolve(written: &Desired, known: &Known<'_>) -> Resolved {
     resolved
 }
 
-/// The configuration that serves with what its names stand for now, and the names without an address.
-/// A host that has lost its address keeps it, which is not recorded: only `serving` says what is missing.
+/// Resolves the active configuration again; returns it and the names without an address. A host that
+/// has lost its address keeps it and is not recorded as missing.
 pub fn renew(
     serving: &Desired,
     answers: &Answers,
@@ -168,7 +162,7 @@ pub fn renew(
     renewed.addresses.clone_from(&serving.addresses);
     renewed.broadcasts.clone_from(&serving.broadcasts);
     let incomplete = &mut renewed.incomplete;
-    // the next answer is soon: no generation for it
+    // The next answer comes soon; a generation for it would be wasted.
     *shrunk = mem::take(&mut incomplete.shrunk);
     let is_open = |name: &Name| answers.get(name).is_none_or(Result::is_err);
     let open = serving.incomplete.shrunk.iter().filter(|name| is_open(name));
@@ -186,7 +180,7 @@ pub fn renew(
     (renewed, unresolved)
 }
 
-/// The names that stand for other addresses than before, in words.
+/// Describes the names whose addresses have changed.
 pub fn moved(before: &Desired, after: &Desired) -> String {
     let addresses = |desired: &Desired| {
         let mut names: BTreeMap<Name, BTreeSet<IpAddr>> = BTreeMap::new();
@@ -208,261 +202,12 @@ pub fn moved(before: &Desired, after: &Desired) -> String {
     if moved.is_empty() { "names resolve again".into() } else { moved.join(", ") }
 }
 
-struct Resolver<'a> {
-    written: &'a Desired,
-    known: &'a Known<'a>,
-    before: Before<'a>,
-}
-
-/// A rule, as far as its names have addresses.
-#[derive(Default)]
-struct Part {
-    rule: Option<Rule>,
-    hosts: Vec<Unresolved>,
-    gaps: Vec<Gap>,
-    notes: Vec<(Spot, String)>,
-    shrunk: BTreeSet<Name>,
-}
-
-/// Addresses for a host.
-#[derive(Default)]
-struct Choice {
-    addresses: Vec<Address>,
-    note: Option<String>,
-    shrunk: bool,
-}
-
-impl Resolver<'_> {
-    /// With as many addresses of its names as fit.
-    fn rule(&self, number: usize) -> Part {
-        let mut most = RECEIVERS;
-        loop {
-            let part = self.rule_with(number, most);
-            if most == 1 || part.rule.as_ref().is_none_or(fits) {
-                return part;
-            }
-            most /= 2;
-        }
-    }
-
-    /// With so many addresses of a name at most.
-    fn rule_with(&self, number: usize, most: usize) -> Part {
-        let rule = &self.written.rules[number];
-        let mut part = Part::default();
-        let mut resolved = Rule { upstreams: Vec::new(), mirrors: Vec::new(), ..rule.clone() };
-        let mut lacking = Vec::new();
-        for (nth, upstream) in rule.destinations().enumerate() {
-            let list = match nth < rule.upstreams.len() {
-                true => &mut resolved.upstreams,
-                false => &mut resolved.mirrors,
-            };
-            let Some(name) = upstream.named() else {
-                list.push(upstream.clone());
-                continue;
-            };
-            let kept = self.kept(rule, upstream, &name);
-            let addresses = match self.choose(rule, upstream, &name, &kept, most) {
-                Ok(choice) => {
-                    part.notes.extend(choice.note.map(|text| ((number, nth), text)));
-                    part.shrunk.extend(choice.shrunk.then_some(name));
-                    choice.addresses
-                }
-                Err(no) => {
-                    part.gaps.push(Gap { spot: (number, nth), temporary: no.temporary });
-                    lacking.push((upstream, no.cause, kept.clone()));
-                    kept
-                }
-            };
-            for address in addresses {
-                let one = Upstream { address, ..upstream.clone() };
-                // two names may have an address in common, which is not to get everything twice
-                let is_same = |it: &Upstream| (&it.address, it.port) == (&one.address, one.port);
-                if one.addresses == Addresses::One || !list.iter().any(is_same) {
-                    list.push(one);
-                }
-            }
-        }
-        let is_whole = !resolved.upstreams.is_empty();
-        part.rule = match is_whole {
-            true => Some(resolved),
-            false => self.before.rule(self.written, number).cloned(),
-        };
-        let effect = |kept: Vec<Address>| match (&part.rule, is_whole) {
-            (None, _) => Effect::RuleLeftOut,
-            (Some(_), false) => Effect::RuleKept,
-            _ if kept.is_empty() => Effect::LeftOut,
-            _ => Effect::Kept(kept.into_iter().map(|address| address.ip).collect()),
-        };
-        let unresolved = lacking.into_iter().map(|(upstream, cause, kept)| Unresolved {
-            rule: rule.name.clone(),
-            upstream: upstream.label(),
-            host: upstream.host.to_string(),
-            cause,
-            effect: effect(kept),
-            line: 0,
-            column: 0,
-        });
-        part.hosts = unresolved.collect();
-        part
-    }
-
-    /// The addresses that serve for a name, and can go on.
-    fn kept(&self, rule: &Rule, upstream: &Upstream, name: &Name) -> Vec<Address> {
-        let serving = self.before.addresses(rule, upstream, name).iter();
-        let good = serving.filter(|address| self.refusal(rule, upstream, address.ip).is_none());
-        let most = if upstream.addresses == Addresses::One { 1 } else { RECEIVERS };
-        good.take(most).cloned().collect()
-    }
-
-    fn choose(
-        &self,
-        rule: &Rule,
-        upstream: &Upstream,
-        name: &Name,
-        kept: &[Address],
-        most: usize,
-    ) -> Result<Choice, NoAnswer> {
-        let found = match self.known.answers.get(name) {
-            Some(answer) => answer.as_ref().map_err(NoAnswer::clone)?,
-            None => return Err(NoAnswer { cause: "was not asked for".into(), temporary: true }),
-        };
-        let refusal = |ip: &&IpAddr| self.refusal(rule, upstream, **ip);
-        let good: BTreeSet<IpAddr> =
-            found.iter().filter(|ip| refusal(ip).is_none()).copied().collect();
-        if good.is_empty() {
-            let cause = found.iter().find_map(|ip| refusal(&ip));
-            let none = || format!("does not resolve: it has no {} address", name.1);
-            return Err(NoAnswer { cause: cause.unwrap_or_else(none), temporary: false });
-        }
-        let kept: Vec<IpAddr> = kept.iter().map(|address| address.ip).collect();
-        Ok(match upstream.addresses {
-            Addresses::One => one(&name.0, &good, &kept),
-            Addresses::All => {
-                let is_confirmed = self.known.shrunk.contains(name);
-                all(&name.0, good, &kept, is_confirmed, most)
-            }
-        })
-    }
-
-    /// Why an address is none for an upstream of this rule.
-    fn refusal(&self, rule: &Rule, upstream: &Upstream, ip: IpAddr) -> Option<String> {
-        match upstream_refusal(&ip.into()) {
-            Some(reason) => Some(format!("is no upstream: {reason}")),
-            None if rule.key.is(ip, upstream.port) => Some(format!("is {ip}, the rule's own key")),
-            None if self.known.own.contains(&ip) => {
-                Some(format!("is {ip}, an address of this host, which is no upstream"))
-            }
-            None => None,
-        }
-    }
-}
-
-/// Returns true if a rule has no more hosts than it may.
-fn fits(rule: &Rule) -> bool {
-    let receivers = match rule.mode {
-        Mode::Replicate => rule.upstreams.len(),
-        Mode::Balance => 0,
-    };
-    let weights: Vec<u32> = rule.upstreams.iter().map(|upstream| upstream.weight).collect();
-    receivers.max(rule.mirrors.len()) <= RECEIVERS
-        && (rule.hash == Hash::Modulo || maglev::size(&weights).is_ok())
-}
-
-fn one(name: &str, good: &BTreeSet<IpAddr>, kept: &[IpAddr]) -> Choice {
-    let stays = kept.iter().find(|ip| good.contains(ip));
-    let Some(ip) = stays.or(good.first()) else { return Choice::default() };
-    let others: Vec<String> =
-        good.iter().filter(|other| *other != ip).map(IpAddr::to_string).collect();
-    let note = (!others.is_empty()).then(|| {
-        format!("`{name}` has several addresses: {ip} is used, not {}", others.join(", "))
-    });
-    Choice { addresses: vec![(*ip).into()], note, shrunk: false }
-}
-
-/// An answer with less than half of the addresses that serve may be a mistake: the others stay until
-/// another one confirms it.
-fn all(
-    name: &str,
-    mut good: BTreeSet<IpAddr>,
-    kept: &[IpAddr],
-    is_confirmed: bool,
-    most: usize,
-) -> Choice {
-    let (count, before) = (good.len(), kept.len());
-    let shrunk = 2 * count < before && !is_confirmed;
-    let mut note = None;
-    if shrunk {
-        good.extend(kept);
-        note = Some(format!(
-            "`{name}` has fewer addresses, {count}, than serve, {before}: these stay until another answer \
-             confirms it"
-        ));
-    }
-    let (stay, new): (Vec<IpAddr>, Vec<IpAddr>) = good.iter().partition(|ip| kept.contains(ip));
-    if good.len() > most {
-        note = Some(format!("`{name}` has {} addresses: {most} of them are used", good.len()));
-    }
-    let mut used: Vec<IpAddr> = stay.into_iter().chain(new).take(most).collect();
-    used.sort_unstable();
-    Choice { addresses: used.into_iter().map(Address::from).collect(), note, shrunk }
-}
-
-/// The rules that serve, and what host names stand for in them.
-struct Before<'a> {
-    rules: &'a [Rule],
-    /// By rule; an empty name stands for any rule.
-    names: HashMap<(&'a str, Name, Addresses), Vec<Address>>,
-}
-
-impl<'a> Before<'a> {
-    fn new(rules: &'a [Rule]) -> Before<'a> {
-        let mut names: HashMap<_, Vec<Address>> = HashMap::new();
-        for rule in rules {
-            for upstream in rule.destinations() {
-                let Some(name) = upstream.named() else { continue };
-                for rule in [rule.name.as_str(), ""] {
-                    let known = names.entry((rule, name.clone(), upstream.addresses)).or_default();
-                    if !known.contains(&upstream.address) {
-                        known.push(upstream.address.clone());
-                    }
-                }
-            }
-        }
-        Before { rules, names }
-    }
-
-    /// The addresses of a name in a rule, or else in the others; of hosts alike, or else of others.
-    fn addresses<'b>(&'b self, rule: &'b Rule, host: &Upstream, name: &Name) -> &'b [Address] {
-        let other = match host.addresses {
-            Addresses::One => Addresses::All,
-            Addresses::All => Addresses::One,
-        };
-        let own = rule.name.as_str();
-        let places = [(own, host.addresses), (own, other), ("", host.addresses), ("", other)];
-        let mut found = places
-            .into_iter()
-            .filter_map(|(rule, addresses)| self.names.get(&(rule, name.clone(), addresses)));
-        found.next().map_or(&[], Vec::as_slice)
-    }
-
-    /// The rule that serves in place of one that has no upstream: of the same name, or else with the
-    /// same key. It must not be in the way of another rule.
-    fn rule(&self, written: &Desired, number: usize) -> Option<&'a Rule> {
-        let rule = &written.rules[number];
-        let find = |is: &dyn Fn(&Rule) -> bool| self.rules.iter().find(|it| is(it));
-        let before = find(&|it| it.name == rule.name).or_else(|| find(&|it| it.key == rule.key))?;
-        let mut others = written.rules.iter().enumerate().filter(|(other, _)| *other != number);
-        let is_in_the_way = others.any(|(_, other)| {
-            other.name == before.name || (before.key != rule.key && other.key.overlaps(&before.key))
-        });
-        (!is_in_the_way).then_some(before)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::{Config, Family};
+    use crate::desired::Upstream;
+    use crate::desired::dns::NoAnswer;
 
     const FILE: &str = "
 version: 1

@@ -10,18 +10,18 @@ use tokio::io::unix::AsyncFd;
 
 use super::neighbour::{Neighbour, NeighbourKey, neighbour};
 
-/// Something that the kernel told without being asked.
+/// A notification of the kernel.
 #[derive(Clone, Debug)]
 pub enum Event {
     Neighbour(Neighbour),
     NeighbourGone(NeighbourKey),
-    /// Interfaces or addresses are not what they were.
+    /// Interfaces or addresses have changed.
     Links,
-    /// Qdiscs or filters may not be what they were.
+    /// Qdiscs or filters may have changed.
     Filters,
-    /// Routes, rules or next hop objects are not what they were.
+    /// Routes, rules or next hop objects have changed.
     Routes,
-    /// There was more than could be kept.
+    /// The receive buffer overflowed: notifications are lost.
     Lost,
 }
 
@@ -32,10 +32,10 @@ pub struct Events {
 }
 
 impl Events {
-    /// Bytes of messages that wait to be read; beyond them they are lost, which is told.
+    /// Size of the receive buffer in bytes. An overflow is reported as an event.
     const BACKLOG: usize = 1 << 20;
 
-    /// Listens in the network namespace of this thread.
+    /// Subscribes in the network namespace of this thread.
     pub fn open() -> io::Result<Events> {
         use MulticastGroup::{
             Ipv4Ifaddr, Ipv4Route, Ipv4Rule, Ipv6Ifaddr, Ipv6Ifinfo, Ipv6Route, Ipv6Rule, Link,
@@ -44,7 +44,7 @@ impl Events {
         let mut socket = Socket::new(rtnetlink::sys::protocols::NETLINK_ROUTE)?;
         socket.bind_auto()?;
         socket.set_non_blocking(true)?;
-        // what the system allows is enough, and losses are noticed
+        // The system's limit may be lower; losses are noticed.
         let _ = socket.set_rx_buf_sz(Self::BACKLOG as libc::c_int);
         for group in [
             Link, Neigh, Nexthop, Ipv4Ifaddr, Ipv4Route, Ipv4Rule, Ipv6Ifaddr, Ipv6Ifinfo,
@@ -57,14 +57,14 @@ impl Events {
         Ok(Events { socket, buffer: Vec::with_capacity(1 << 16) })
     }
 
-    /// Waits until there are some.
+    /// Waits for notifications.
     pub async fn wait(&self) -> io::Result<()> {
         let mut ready = self.socket.readable().await?;
         ready.retain_ready();
         Ok(())
     }
 
-    /// Takes those that there are.
+    /// Returns the notifications received so far.
     pub async fn take(&mut self) -> io::Result<Vec<Event>> {
         let mut events = Vec::new();
         let mut ready = self.socket.readable().await?;
@@ -93,7 +93,7 @@ fn parse_event(bytes: &[u8]) -> Option<Event> {
         return Some(Event::Filters);
     }
     let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(bytes) else {
-        // of a newer kernel perhaps: what it says may matter
+        // Unknown, perhaps of a newer kernel: it may matter.
         return Some(Event::Lost);
     };
     match message.payload {
@@ -112,7 +112,7 @@ fn parse_event(bytes: &[u8]) -> Option<Event> {
     }
 }
 
-/// Returns true for qdiscs, classes, filters, actions and chains; what they say is not looked at.
+/// Returns true for the types of qdiscs, classes, filters, actions and chains. The payload is not parsed.
 fn is_about_tc(message: &[u8]) -> bool {
     let kind = message.get(4..6).map(|kind| u16::from_ne_bytes([kind[0], kind[1]]));
     kind.is_some_and(|kind| {

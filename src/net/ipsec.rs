@@ -1,5 +1,5 @@
-//! IPsec policies (`ip xfrm policy`). What udplb sends does not pass through them: a packet that a policy
-//! would have encrypted, or dropped, would leave in clear.
+//! IPsec policies (`ip xfrm policy`). Packets of udplb bypass them: a packet that a policy would have
+//! encrypted, or dropped, leaves in clear.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -9,25 +9,26 @@ use rtnetlink::sys::{Socket, SocketAddr};
 
 use super::lost;
 use crate::config::Network;
-use crate::net::routing::{Match, Senders, covers};
+use crate::net::policy::{Match, covers};
+use crate::net::routing::Senders;
 
-/// A policy for packets that leave.
+/// An output policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SecurityPolicy {
     pub source: Network,
     pub destination: Network,
-    /// The IP protocol; 0: any.
+    /// IP protocol; 0 for any.
     pub protocol: u8,
     pub source_port: PortMask,
     pub port: PortMask,
-    /// The output interface; 0: any.
+    /// Index of the output interface; 0 for any.
     pub ifindex: u32,
-    /// The lower, the earlier it is asked.
+    /// Priority; the lowest value is matched first.
     pub priority: u32,
     pub effect: Effect,
 }
 
-/// Ports whose bits under the mask are these.
+/// A port with a mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortMask {
     pub port: u16,
@@ -37,21 +38,21 @@ pub struct PortMask {
 /// Effect of a policy on packets that match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// They leave as they are.
+    /// Packets leave unchanged.
     Bypass,
-    /// They are transformed: encrypted, as a rule.
+    /// Packets are transformed, usually encrypted.
     Protect,
     Drop,
 }
 
-/// Packets as they leave.
+/// A set of outgoing packets.
 #[derive(Clone, Debug)]
 pub struct Flow<'a> {
     pub address: IpAddr,
     pub senders: &'a Senders,
-    /// This host's own address on the way.
+    /// This host's source address on the path.
     pub egress: Option<IpAddr>,
-    /// `None`: any.
+    /// Destination port; `None` for any.
     pub port: Option<u16>,
     pub ifindex: u32,
 }
@@ -88,7 +89,7 @@ impl SecurityPolicy {
             })
     }
 
-    /// In the words of `ip xfrm policy`.
+    /// Describes the policy as `ip xfrm policy` does.
     pub fn text(&self) -> String {
         let mut text = format!("src {} dst {}", self.source, self.destination);
         if self.protocol != 0 {
@@ -101,8 +102,7 @@ impl SecurityPolicy {
     }
 }
 
-/// Returns the first policy by which some packets of a flow must not leave as they are. `policies` are in
-/// the order of their priority.
+/// Returns the first policy that drops or transforms packets of a flow. `policies` are sorted by priority.
 pub fn in_the_way<'a>(
     policies: &'a [SecurityPolicy],
     flow: &Flow<'_>,
@@ -117,8 +117,8 @@ pub fn in_the_way<'a>(
     None
 }
 
-/// Reads a message of a dump: `struct xfrm_userpolicy_info` and attributes. `None`: it is no policy for
-/// packets that leave as udplb's would, without a mark and by no xfrm interface.
+/// Parses a message of a dump: `struct xfrm_userpolicy_info` and attributes. Returns `None` unless it is an
+/// output policy for packets without a mark and without an xfrm interface.
 pub fn parse(message: &[u8]) -> Option<SecurityPolicy> {
     const INFO: usize = 168;
     const OUT: u8 = 1;
@@ -140,7 +140,7 @@ pub fn parse(message: &[u8]) -> Option<SecurityPolicy> {
             .collect();
         match kind {
             TEMPLATES => protects = !value.is_empty(),
-            // the value under the mask has to be 0
+            // Packets have mark 0.
             MARK => applies &= matches!(words[..], [value, mask] if value & mask == 0),
             IF_ID => applies &= words.first() == Some(&0),
             _ => {}
@@ -171,7 +171,7 @@ pub fn parse(message: &[u8]) -> Option<SecurityPolicy> {
     })
 }
 
-/// The attributes behind a message's fixed part.
+/// Iterates over the attributes after a message's fixed part.
 fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let half = |at: usize| Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
@@ -182,11 +182,10 @@ fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-/// The IPsec policies for packets that leave, in the order of their priority; none where the kernel has
-/// no IPsec.
+/// Returns the output policies, sorted by priority; none if the kernel lacks IPsec.
 ///
 /// # Errors
-/// The kernel could not be asked, or a privilege is missing.
+/// The request failed, or a privilege is missing.
 pub fn security_policies() -> io::Result<Vec<SecurityPolicy>> {
     const GET_POLICY: u16 = 0x15;
     const NEW_POLICY: u16 = 0x13;

@@ -25,49 +25,49 @@ pub struct Link {
     pub mtu: u32,
     /// MTU for IPv6 packets, if a router or a sysctl has lowered it.
     pub mtu6: Option<u32>,
-    /// Administratively.
+    /// Administrative state.
     pub up: bool,
-    /// And something is at the other end.
+    /// True if a peer is connected.
     pub carrier: bool,
-    /// `None`: what udplb knows nothing of (InfiniBand, PPP).
+    /// `None` for types that udplb does not support (InfiniBand, PPP).
     pub layer: Option<Layer>,
-    /// As `ip -d link` names it: `veth`, `macvlan`; empty for hardware.
+    /// Kind as in `ip -d link`: `veth`, `macvlan`; empty for hardware.
     pub kind: String,
-    /// The interface it is stacked on (macvlan, VLAN); a veth's peer too.
+    /// Index of the interface below (macvlan, VLAN), or of a veth's peer.
     pub lower: Option<u32>,
-    /// The interface that a VXLAN's own packets leave by.
+    /// Index of the interface that a VXLAN sends its outer packets on.
     pub outer: Option<u32>,
-    /// The bridge, bond or VRF it belongs to.
+    /// Index of the bridge, bond or VRF that it belongs to.
     pub controller: Option<u32>,
-    /// Packets that came in so far.
+    /// Number of packets received.
     pub received: u64,
-    /// XDP programs, each with the word that `ip link` has for its mode.
+    /// XDP programs, each with its mode as in `ip link`.
     pub xdp: Vec<(&'static str, u32)>,
     /// Protocol and id of a VLAN device above an interface of this network namespace.
     pub vlan: Option<(u16, u16)>,
-    /// The table of a VRF.
+    /// Routing table of a VRF.
     pub vrf: Option<u32>,
-    /// Packets that come in are routed on, of IPv4 and of IPv6.
+    /// Forwarding of received packets, for IPv4 and for IPv6.
     pub forwards: [bool; 2],
 }
 
 /// Link-layer type of an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layer {
-    /// With an Ethernet header.
+    /// Frames with an Ethernet header.
     Ethernet,
-    /// With the IP header: tun, WireGuard, ipip. It knows no MAC addresses, and no neighbours to ask.
+    /// Bare IP packets: tun, WireGuard, ipip. There are no MAC addresses and no neighbours.
     Ip,
 }
 
-/// Returns true if `ip link` takes or shows `wanted` for an interface of that name: an alternative
-/// name, or `eth0@if5` for eth0.
+/// Returns true if `wanted` names the interface in `ip link`: its name, an alternative name, or
+/// `eth0@if5` for eth0.
 pub fn is_called(name: &str, altnames: &[String], wanted: &str) -> bool {
     let shown = wanted.split_once('@').is_some_and(|(before, _)| before == name);
     shown || wanted == name || altnames.iter().any(|altname| altname == wanted)
 }
 
-/// Returns the interface of that name, or else the one that is also called so.
+/// Finds an interface by its name, or else by an alternative name.
 pub fn find_link<'a>(
     links: impl Iterator<Item = &'a Link> + Clone,
     wanted: &str,
@@ -79,7 +79,7 @@ pub fn find_link<'a>(
 }
 
 impl Link {
-    /// The longest packet to an address, in bytes, where the route says nothing.
+    /// Returns the MTU for packets to an address, in bytes, unless the route has one.
     pub fn mtu_to(&self, address: IpAddr) -> u32 {
         match self.mtu6 {
             Some(mtu6) if address.is_ipv6() => mtu6.min(self.mtu),
@@ -93,16 +93,16 @@ impl Link {
 pub struct OwnAddress {
     pub ifindex: u32,
     pub address: IpAddr,
-    /// To which everybody on its network listens.
+    /// Broadcast address of its network.
     pub broadcast: Option<IpAddr>,
-    /// The addresses that are on its link.
+    /// Network of the addresses on its link.
     pub network: Network,
-    /// The kernel does not use it yet: it looks for duplicates.
+    /// True while duplicate address detection runs; the kernel does not use it yet.
     pub tentative: bool,
 }
 
 impl Netlink {
-    /// All interfaces of this network namespace.
+    /// Returns all interfaces of this network namespace.
     pub async fn links(&self) -> io::Result<Vec<Link>> {
         let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
         let replies = self.request(request, NLM_F_DUMP).await?;
@@ -115,7 +115,7 @@ impl Netlink {
             .collect())
     }
 
-    /// The addresses of this host.
+    /// Returns the addresses of this host.
     pub async fn addresses(&self) -> io::Result<Vec<OwnAddress>> {
         let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         let replies = self.request(request, NLM_F_DUMP).await?;
@@ -175,7 +175,7 @@ fn altnames(properties: Vec<Prop>) -> Vec<String> {
     properties.into_iter().filter_map(name).collect()
 }
 
-/// As the kernel decides (`dev_is_mac_header_xmit`) whether a redirected packet loses its MAC header.
+/// Follows `dev_is_mac_header_xmit`, by which the kernel strips the MAC header of redirected packets.
 fn layer(kind: LinkLayerType) -> Option<Layer> {
     match kind {
         LinkLayerType::Ether => Some(Layer::Ethernet),
@@ -191,7 +191,7 @@ fn layer(kind: LinkLayerType) -> Option<Layer> {
     }
 }
 
-/// The kernel names a program by its mode, and again as the one program where there is only one.
+/// Reads the XDP programs. The kernel lists a single program twice: by its mode, and alone.
 fn xdp(facts: &[LinkXdp]) -> Vec<(&'static str, u32)> {
     let by_mode = |fact: &LinkXdp| match fact {
         LinkXdp::DrvProgId(id) => Some(("xdpdrv", *id)),
@@ -295,10 +295,10 @@ fn address(message: &AddressMessage) -> Option<OwnAddress> {
     if let (None, Some(IpAddr::V4(network)), prefix @ ..31) =
         (broadcast, plain, message.header.prefix_len)
     {
-        // nobody set one, and the kernel's routing has it all the same
+        // Without a broadcast address the kernel's local table still has the network's last one.
         broadcast = Some(Ipv4Addr::from_bits(network.to_bits() | u32::MAX >> prefix).into());
     }
-    // of a point-to-point link the plain address is the peer's
+    // On a point-to-point link IFA_ADDRESS is the peer's.
     let tentative = flags.contains(AddressFlags::Tentative)
         && !flags.intersects(AddressFlags::Dadfailed | AddressFlags::Optimistic);
     Some(OwnAddress {

@@ -1,11 +1,12 @@
-//! rtnetlink, in the project's own types. The only folder that knows the netlink crates: both change
-//! their interfaces often.
+//! rtnetlink, in the project's own types. Only this folder uses the netlink crates, whose interfaces
+//! change often.
 
 pub mod events;
 pub mod ipsec;
 pub mod link;
 pub mod neighbour;
 pub mod nexthop;
+pub mod policy;
 pub mod qdisc;
 pub mod route;
 pub mod routing;
@@ -20,7 +21,7 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-/// Requests under way at once: their answers fit into the socket's receive buffer.
+/// Number of concurrent requests: their answers fit into the socket's receive buffer.
 const WINDOW: usize = 64;
 
 /// Number of attempts at a dump that is inconsistent.
@@ -43,15 +44,15 @@ impl Netlink {
     /// Opens a socket and drives it as a task of the running tokio runtime.
     pub fn open() -> io::Result<Netlink> {
         let (mut connection, handle, _) = rtnetlink::new_connection()?;
-        // they tell an end of the answer from an end of the connection
+        // The end of an answer differs from the end of the connection.
         connection.set_forward_ack(true);
         connection.set_forward_done(true);
         tokio::spawn(connection);
         Ok(Netlink { handle })
     }
 
-    /// Sends one message and collects what comes back for it. A dump that the kernel calls
-    /// inconsistent, because what it lists changed meanwhile, is asked for again.
+    /// Sends one message and collects its answer. An inconsistent dump (NLM_F_DUMP_INTR: the table changed
+    /// meanwhile) is repeated, which the handles of `rtnetlink` do not do.
     ///
     /// # Errors
     /// See [`Netlink::request_once`].
@@ -66,15 +67,15 @@ impl Netlink {
                 return Ok(messages);
             }
         }
-        // something changes all the time; what is missing here comes with the next look
+        // The table changes all the time; the next dump has what this one lacks.
         self.request_once(message, flags).await.map(|(messages, _)| messages)
     }
 
     /// Returns the answer, and false if it is an inconsistent dump.
     ///
     /// # Errors
-    /// The kernel refused it, or its answer has no end: neither ACK nor DONE nor, without these
-    /// flags, a message.
+    /// The kernel refused the request, or its answer is incomplete: without ACK, DONE or, if neither is
+    /// requested, a message.
     async fn request_once(
         &self,
         message: RouteNetlinkMessage,
@@ -125,7 +126,7 @@ fn mac(bytes: &[u8]) -> Option<[u8; 6]> {
 mod tests {
     use super::Netlink;
 
-    /// Polls a request until it waits for its answer, and lets the connection die then.
+    /// Drops the connection while a request waits for its answer.
     #[test]
     fn connection_that_dies_is_an_error() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -137,7 +138,7 @@ mod tests {
                 drop(connection);
             };
             let (links, ()) = tokio::join!(netlink.links(), died);
-            // nor is one that has died before
+            // A later request on it fails too.
             (links, netlink.qdiscs().await)
         });
         let text = found.0.expect_err("no answer").to_string();

@@ -27,15 +27,15 @@ pub struct Neighbour {
     pub address: IpAddr,
     pub mac: Option<[u8; 6]>,
     pub state: NudState,
-    /// Since it last answered.
+    /// Time since its last answer.
     pub confirmed: Option<Duration>,
-    /// Since its state changed.
+    /// Time since its state changed.
     pub updated: Option<Duration>,
-    /// The kernel keeps it resolved by itself.
+    /// True if the kernel keeps it resolved (`NTF_EXT_MANAGED`).
     pub managed: bool,
     /// Creator: [`OUR_PROTOCOL`] for ours, 0 for the kernel or unknown.
     pub protocol: u8,
-    /// Somebody's control plane knows better than ARP.
+    /// True if a control plane maintains it instead of ARP (`NTF_EXT_LEARNED`).
     pub learned: bool,
 }
 
@@ -54,12 +54,12 @@ pub enum NudState {
 }
 
 impl NudState {
-    /// `NUD_VALID`: the kernel would send to it.
+    /// Returns true for `NUD_VALID`: the kernel sends to the neighbour.
     pub fn is_valid(self) -> bool {
         !matches!(self, NudState::None | NudState::Incomplete | NudState::Failed)
     }
 
-    /// Nobody needs to ask for it.
+    /// Returns true if the address is fixed, so that no request is needed.
     pub fn is_static(self) -> bool {
         matches!(self, NudState::Noarp | NudState::Permanent)
     }
@@ -76,18 +76,18 @@ impl fmt::Display for NudState {
 /// rt_protos.
 pub const OUR_PROTOCOL: u8 = 117;
 
-/// A neighbour: the interface's index and the address.
+/// Key of a neighbour: index of the interface, and address.
 pub type NeighbourKey = (u32, IpAddr);
 
 /// Request about one neighbour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NeighbourRequest {
-    /// Ask for it where it is not known, and have the kernel keep it resolved from now on. Older
-    /// kernels only ask.
+    /// Resolve the address if unknown, and have the kernel keep it resolved. Kernels before 5.16 only
+    /// resolve it.
     Keep,
-    /// Have it answer now, though its address is known.
+    /// Probe the neighbour although its address is known.
     Probe,
-    /// Leave it to itself, as any other entry.
+    /// Stop keeping it resolved.
     Release,
 }
 
@@ -96,21 +96,21 @@ pub enum NeighbourRequest {
 pub struct NeighbourTable {
     pub ipv6: bool,
     pub entries: u32,
-    /// Beyond this, entries are thrown out a few seconds after their last use.
+    /// Above this number, entries are removed a few seconds after their last use.
     pub threshold2: u32,
-    /// Beyond this, there are no new ones.
+    /// Above this number, new entries are refused.
     pub threshold3: u32,
 }
 
 impl NeighbourTable {
-    /// The full name of one of its settings.
+    /// Returns the sysctl's name of one of its settings.
     pub fn sysctl(&self, name: &str) -> String {
         format!("net.{}.neigh.default.{name}", if self.ipv6 { "ipv6" } else { "ipv4" })
     }
 }
 
 impl Netlink {
-    /// The neighbour tables of both families.
+    /// Returns the neighbours of both families.
     pub async fn neighbours(&self) -> io::Result<Vec<Neighbour>> {
         let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
         let replies = self.request(request, NLM_F_DUMP).await?;
@@ -123,7 +123,7 @@ impl Netlink {
             .collect())
     }
 
-    /// Has the kernel ask for each neighbour as if a packet were waiting for it (`NTF_USE`).
+    /// Has the kernel resolve each neighbour as for a waiting packet (`NTF_USE`).
     pub async fn solicit(&self, neighbours: &[(u32, IpAddr)]) -> Vec<io::Result<()>> {
         stream::iter(neighbours)
             .map(|(ifindex, address)| async {
@@ -145,7 +145,7 @@ impl Netlink {
             .await
     }
 
-    /// Removes entries from the neighbour tables; those that have gone are no failure.
+    /// Removes entries from the neighbour tables; a missing entry is no error.
     pub async fn delete_neighbours(&self, neighbours: &[NeighbourKey]) -> io::Result<()> {
         for (ifindex, address) in neighbours {
             let mut message = NeighbourMessage::default();
@@ -161,7 +161,7 @@ impl Netlink {
         Ok(())
     }
 
-    /// Has the kernel probe neighbours that it knows. One that is gone meanwhile is no loss.
+    /// Has the kernel probe known neighbours; a missing entry is no error.
     pub async fn probe(&self, neighbours: &[NeighbourKey]) {
         let probes: Vec<_> = neighbours.iter().map(|key| self.probe_one(*key)).collect();
         stream::iter(probes).buffered(WINDOW).collect::<Vec<_>>().await;
@@ -193,15 +193,15 @@ impl Netlink {
     }
 }
 
-/// A socket for many small requests: they go out together, and the kernel has answered them all
-/// when the call that sends them returns.
+/// A socket for many small requests. They are sent in batches; the kernel has answered a batch when
+/// `send` returns.
 pub struct Batches {
     socket: Socket,
     sequence: u32,
 }
 
 impl Batches {
-    /// Messages sent at once: their answers fit into the receive buffer.
+    /// Number of messages of a batch: their answers fit into the receive buffer.
     const MOST: usize = 64;
 
     /// Opens a socket in the network namespace of this thread.
@@ -213,7 +213,7 @@ impl Batches {
         Ok(Batches { socket, sequence: 0 })
     }
 
-    /// Requests for neighbours; the errors are of the first of each request's messages that failed.
+    /// Sends requests; returns the first error of each request's messages.
     pub fn neighbours(
         &mut self,
         requests: &[(NeighbourKey, NeighbourRequest)],
@@ -279,7 +279,7 @@ impl Batches {
     }
 }
 
-/// `None` for the tables of other protocols, and for what single interfaces have set.
+/// Parses a neighbour table; `None` for other protocols and for settings of single interfaces.
 fn neighbour_table(message: NeighbourTableMessage) -> Option<NeighbourTable> {
     let mut table = NeighbourTable::default();
     let mut known = false;
@@ -321,7 +321,7 @@ pub(super) fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
                 (neighbour.address, found) = (IpAddr::V6(*inet6), true);
             }
             NeighbourAttribute::LinkLayerAddress(bytes) => neighbour.mac = mac(bytes),
-            // in hundredths of a second, whatever the kernel's own clock
+            // In units of USER_HZ, a hundredth of a second.
             NeighbourAttribute::CacheInfo(info) => {
                 let age = |hundredths: u32| Some(Duration::from_millis(u64::from(hundredths) * 10));
                 (neighbour.confirmed, neighbour.updated) = (age(info.confirmed), age(info.updated));
@@ -350,9 +350,8 @@ fn nud_state(state: NeighbourState) -> NudState {
     }
 }
 
-/// The messages of a request: the kernel forgets that it keeps an entry whenever its state is
-/// set, so that a probe has to say so again. They do not ask to replace anything (NLM_F_REPLACE):
-/// that would make of an IPv6 router an ordinary host.
+/// Returns the messages of a request. Setting a state clears NTF_EXT_MANAGED, so a probe sets it again.
+/// NLM_F_REPLACE is not set: it would clear the router flag of an IPv6 neighbour.
 fn neighbour_messages(key: NeighbourKey, request: NeighbourRequest) -> Vec<RouteNetlinkMessage> {
     let message = |state, flags, ext_flags| {
         let mut message = NeighbourMessage::default();

@@ -1,4 +1,4 @@
-//! The way to each upstream: route, gateway and the gateway's MAC address.
+//! The next hop of each upstream: route, gateway and the gateway's MAC address.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
@@ -11,22 +11,22 @@ use crate::net::route::Route;
 use crate::net::routing::{self, Choice, Paths, Senders, Target};
 
 /// Time that `apply` waits for neighbours to answer.
-pub const PATIENCE: Duration = Duration::from_secs(1);
+pub const NEIGHBOUR_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Time before that for duplicate address detection, which takes up to two seconds.
-const DETECTION: Duration = Duration::from_secs(3);
+const DAD_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Next hop of one target, as far as known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Way {
-    /// Out by an interface, to a neighbour whose MAC address may still be unknown.
+    /// One neighbour, whose MAC address may still be unknown.
     Hop(Hop),
-    /// By one of several hops. Where forwarding is on the kernel is asked for each packet which; otherwise
-    /// all take the first.
+    /// Several hops. If `routed`, the program looks up the kernel's choice for each packet; else all
+    /// packets take the first.
     Several { hops: Vec<Hop>, by: Choice, routed: bool },
-    /// It is this host's own.
+    /// The address is this host's own.
     Local,
-    /// No route; the reason in the kernel's words.
+    /// No route; the kernel's reason.
     None(String),
 }
 
@@ -34,11 +34,11 @@ pub enum Way {
 pub struct Hop {
     pub interface: String,
     pub ifindex: u32,
-    /// The neighbour to ask for: a gateway, or the upstream itself.
+    /// Address of the neighbour: a gateway, or the upstream itself.
     pub gateway: IpAddr,
-    /// Bytes.
+    /// In bytes.
     pub mtu: u32,
-    /// This host's own address on that way.
+    /// This host's source address on the path.
     pub egress: Option<IpAddr>,
     pub macs: Macs,
 }
@@ -46,7 +46,7 @@ pub struct Hop {
 /// Link-layer header in front of a packet's IP header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Macs {
-    /// Nothing: the device has no MAC addresses.
+    /// None: the device has no MAC addresses.
     None,
     Unknown,
     Known {
@@ -56,7 +56,7 @@ pub enum Macs {
 }
 
 impl Macs {
-    /// On a link, with the neighbour's address if that is known.
+    /// Returns the header on a link; `neighbour` is the neighbour's MAC address, if known.
     fn on(link: &Link, neighbour: Option<[u8; 6]>) -> Macs {
         match (link.layer, link.mac, neighbour) {
             (Some(Layer::Ip), _, _) => Macs::None,
@@ -67,19 +67,19 @@ impl Macs {
 }
 
 impl Hop {
-    /// Returns true for the hop of this route.
+    /// Returns true if the hop is that of a route.
     pub fn is_by(&self, route: &Route) -> bool {
         (self.ifindex, self.gateway) == route.neighbour()
     }
 }
 
 impl Way {
-    /// Returns true where there is no route, or a next hop has not answered.
+    /// Returns true if there is no route, or a next hop has not answered.
     pub fn is_wanting(&self) -> bool {
         matches!(self, Way::None(_)) || self.hops().iter().any(|hop| hop.macs == Macs::Unknown)
     }
 
-    /// The hops that packets may take.
+    /// Returns the hops that packets may take.
     pub fn hops(&self) -> &[Hop] {
         match self {
             Way::Hop(hop) => std::slice::from_ref(hop),
@@ -90,8 +90,8 @@ impl Way {
 }
 
 impl Hop {
-    /// By a route to an address, over the link that it names, to a neighbour whose MAC address
-    /// may be known.
+    /// Returns the hop of a route to an address over `link`; `neighbour` is the gateway's MAC address, if
+    /// known.
     pub fn new(address: IpAddr, route: &Route, link: &Link, neighbour: Option<[u8; 6]>) -> Hop {
         Hop {
             interface: link.name.clone(),
@@ -104,9 +104,9 @@ impl Hop {
     }
 }
 
-/// Finds the way to each target of packets that come in by any of `interfaces`, and has the kernel ask
-/// for the neighbours it does not know; waits for them, but for no longer than [`PATIENCE`], and before
-/// that for own addresses that are still tentative.
+/// Finds the next hops of each target for packets received on `interfaces`. Waits until own IPv6 addresses
+/// are no longer tentative, has the kernel resolve unknown neighbours, and waits for them up to
+/// [`NEIGHBOUR_TIMEOUT`].
 pub async fn resolve(
     netlink: &Netlink,
     targets: &BTreeSet<Target>,
@@ -116,7 +116,7 @@ pub async fn resolve(
     let asked: Vec<Target> = targets.iter().cloned().collect();
     let paths = settled_paths(netlink, &asked, interfaces, &links).await?;
     let mut found = Found::all(&asked, paths, &links);
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + NEIGHBOUR_TIMEOUT;
     let mut asked_for = HashSet::new();
     loop {
         let hops = found.iter_mut().flat_map(Found::hops);
@@ -140,7 +140,7 @@ pub async fn resolve(
         .collect())
 }
 
-/// Finds the same ways with the neighbours that the kernel knows now, and has it ask for none.
+/// Finds the next hops with the neighbours that the kernel knows now, without resolving others.
 pub async fn look(
     netlink: &Netlink,
     targets: &BTreeSet<Target>,
@@ -159,20 +159,20 @@ pub async fn look(
         .collect())
 }
 
-/// All interfaces, by index.
+/// Returns all interfaces by index.
 async fn links(netlink: &Netlink) -> anyhow::Result<HashMap<u32, Link>> {
     Ok(netlink.links().await?.into_iter().map(|link| (link.index, link)).collect())
 }
 
-/// Asks for the paths, again where the kernel may not send on one yet because its own IPv6 addresses
-/// there are tentative: while it looks for duplicates it neither asks for neighbours nor has a source.
+/// Finds the paths; repeats it while own IPv6 addresses on them are tentative. During duplicate address
+/// detection the kernel neither resolves neighbours nor has a source address.
 async fn settled_paths(
     netlink: &Netlink,
     targets: &[Target],
     interfaces: &[String],
     links: &HashMap<u32, Link>,
 ) -> anyhow::Result<Vec<Result<Paths, String>>> {
-    let end = Instant::now() + DETECTION;
+    let end = Instant::now() + DAD_TIMEOUT;
     let mut waited = false;
     loop {
         let found = routing::paths(netlink, targets, interfaces, links).await?;
@@ -201,7 +201,7 @@ async fn settled_paths(
     }
 }
 
-/// A target's paths, with what is learned of their neighbours.
+/// The paths of a target, and their neighbours as far as known.
 enum Found {
     Paths(Paths, Vec<Hop>),
     Way(Way),
@@ -252,7 +252,7 @@ impl Found {
         };
         let alive: Vec<bool> = hops.iter().map(|hop| hop.macs != Macs::Unknown).collect();
         match choose(&paths, &target.senders, &hops, &alive) {
-            // whichever path of one route it is, it leads there
+            // Each path of one route leads there.
             Ok(Chosen { path, leased: true }) if paths.by != Choice::Sender => {
                 Way::Hop(hops.swap_remove(path))
             }
@@ -265,18 +265,19 @@ impl Found {
     }
 }
 
-/// The path of several that an entry of the table is for.
+/// The path that the entry in the next hop map is for.
 pub struct Chosen {
-    /// Its index.
+    /// Index of the path.
     pub path: usize,
-    /// The entry stands for the path of every packet, so that the kernel need not be asked.
+    /// The entry is valid for every packet, so that the program need not look up the route.
     pub leased: bool,
 }
 
-/// Chooses the path that the program is told of. `alive` tells for each whether its neighbour answers.
+/// Chooses the path of the entry in the next hop map. `alive` is true for each path whose neighbour
+/// answers.
 ///
 /// # Errors
-/// No path is right for all packets, and the kernel cannot be asked for each; the reason why.
+/// No path is valid for all packets, and the route of each cannot be looked up; the reason.
 pub fn choose(
     paths: &Paths,
     senders: &Senders,
@@ -285,12 +286,12 @@ pub fn choose(
 ) -> Result<Chosen, &'static str> {
     let Paths { by, routed, .. } = *paths;
     let first_alive = alive.iter().position(|alive| *alive).unwrap_or(0);
-    // its source is the address of one path, whatever the kernel's hash says
+    // The source is the address of one path, whatever the kernel's hash selects.
     let own = *senders == Senders::Own;
     match by {
         Choice::Only => Ok(Chosen { path: 0, leased: true }),
         Choice::Flow => {
-            // nor does the kernel know a neighbour where there are no MAC addresses
+            // Without MAC addresses a route look-up returns no neighbour.
             let bare = hops.iter().any(|hop| hop.macs == Macs::None);
             let leased = !routed || own || bare || alive.contains(&false);
             Ok(Chosen { path: first_alive, leased })
@@ -306,7 +307,7 @@ pub fn choose(
     }
 }
 
-/// Fills in what the neighbour table has; returns the neighbours it lacks and that may yet answer.
+/// Sets the MAC addresses that the neighbour table has; returns neighbours that may still answer.
 fn add_macs<'a>(
     hops: impl Iterator<Item = &'a mut Hop>,
     links: &HashMap<u32, Link>,
@@ -325,7 +326,7 @@ fn add_macs<'a>(
         let known =
             neighbour.filter(|neighbour| neighbour.state.is_valid()).and_then(|found| found.mac);
         hop.macs = Macs::on(link, known);
-        // one that failed before anybody asked now may have come back
+        // An entry that failed before this request may answer now.
         let failed = neighbour.is_some_and(|found| found.state == NudState::Failed);
         let gave_up = asked_for.contains(&key) && failed;
         let askable = link.layer == Some(Layer::Ethernet) && link.mac.is_some();

@@ -12,14 +12,14 @@ use netlink_packet_route::tc::{
 
 use super::Netlink;
 
-/// All packets, whatever they carry.
+/// Protocol of a filter that sees all packets, in host byte order.
 pub const ETH_P_ALL: u16 = 0x0003;
 
 /// The qdisc that carries ingress filters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Qdisc {
     Clsact,
-    /// The older kind, for ingress only. Filters go onto it in the same way.
+    /// The older qdisc, for ingress only; it takes the same filters.
     Ingress,
 }
 
@@ -28,13 +28,13 @@ pub enum Qdisc {
 pub struct Filter {
     pub chain: u32,
     pub priority: u16,
-    /// `ETH_P_ALL` and the like.
+    /// Protocol, like `ETH_P_ALL`.
     pub protocol: u16,
     pub handle: u32,
-    /// `bpf`, `flower`, …
+    /// Kind, like `bpf` or `flower`.
     pub kind: String,
     pub program: Option<FilterProgram>,
-    /// The program's result is the verdict.
+    /// Direct action: the program's result is the verdict.
     pub direct: bool,
     /// Verdict of its own actions for a packet that matches (`TC_ACT_OK` and the like); `None` if it
     /// has no action with a fixed verdict.
@@ -49,7 +49,7 @@ pub struct FilterProgram {
     pub tag: [u8; 8],
 }
 
-/// Which way a filter looks.
+/// Direction of the packets that a filter sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     Ingress,
@@ -57,7 +57,7 @@ pub enum Direction {
 }
 
 impl Netlink {
-    /// The qdiscs that carry ingress filters, each with the index of its interface.
+    /// Returns the qdiscs that carry ingress filters, each with the index of its interface.
     pub async fn qdiscs(&self) -> io::Result<Vec<(u32, Qdisc)>> {
         let request = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default());
         let replies = self.request(request, NLM_F_DUMP).await?;
@@ -77,19 +77,19 @@ impl Netlink {
             .collect())
     }
 
-    /// Puts a clsact onto the interface.
+    /// Adds a clsact to an interface.
     pub async fn add_clsact(&self, ifindex: u32) -> io::Result<()> {
         let request = RouteNetlinkMessage::NewQueueDiscipline(clsact(ifindex));
         self.request(request, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL).await.map(drop)
     }
 
-    /// Takes the clsact away, with every filter on it.
+    /// Removes the clsact with every filter on it.
     pub async fn delete_clsact(&self, ifindex: u32) -> io::Result<()> {
         let request = RouteNetlinkMessage::DelQueueDiscipline(clsact(ifindex));
         self.request(request, NLM_F_ACK).await.map(drop)
     }
 
-    /// The filters of an interface that has a qdisc for them, in no order.
+    /// Returns the filters of an interface that has a clsact or ingress qdisc, in no order.
     pub async fn filters(&self, ifindex: u32, direction: Direction) -> io::Result<Vec<Filter>> {
         let message = filter_message(ifindex, direction);
         let replies =
@@ -103,8 +103,8 @@ impl Netlink {
             .collect())
     }
 
-    /// Puts a direct-action program on ingress. With `replace` it takes the place of the filter
-    /// there in one step and no packet passes between; without, any filter there is an error.
+    /// Attaches a direct-action program on ingress. With `replace` it replaces the filter there atomically;
+    /// without, an existing filter is an error.
     pub async fn set_filter(
         &self,
         ifindex: u32,
@@ -129,7 +129,7 @@ impl Netlink {
         .map(drop)
     }
 
-    /// Takes one ingress filter away.
+    /// Removes one ingress filter.
     pub async fn delete_filter(&self, ifindex: u32, priority: u16, handle: u32) -> io::Result<()> {
         let message = our_filter(ifindex, priority, handle);
         self.request(RouteNetlinkMessage::DelTrafficFilter(message), NLM_F_ACK).await.map(drop)
@@ -169,7 +169,7 @@ fn kind(message: &TcMessage) -> Option<&str> {
     })
 }
 
-/// `None` for what is no filter: the kernel lists the head of each priority with handle 0.
+/// Parses a filter; `None` for the head of each priority, which the kernel lists with handle 0.
 fn filter(message: &TcMessage) -> Option<Filter> {
     let handle = u32::from(message.header.handle);
     if handle == 0 {
@@ -217,7 +217,7 @@ fn filter(message: &TcMessage) -> Option<Filter> {
 
 /// Returns an action's verdict; `None` if it passes to the next action or is not fixed.
 fn decision(action: &TcAction) -> Option<i32> {
-    /// `TCA_GACT_PARMS`, and `TCA_MIRRED_PARMS` and others after it.
+    /// `TCA_GACT_PARMS`; `TCA_MIRRED_PARMS` and others have the same number.
     const PARAMETERS: u16 = 2;
     const PIPE: i32 = 3;
     action.attributes.iter().find_map(|attribute| {
@@ -238,7 +238,7 @@ mod tests {
 
     use super::decision;
 
-    /// Its parameters are these words.
+    /// Returns an action with these words as parameters.
     fn action(kind: u16, words: &[i32]) -> TcAction {
         let bytes = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
         let option = TcActionOption::Other(DefaultNla::new(kind, bytes));
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn what_actions_decide() {
-        // index, capabilities, action, and how often it is used
+        // struct tc_gen: index, capabilities, action, reference count
         assert_eq!(decision(&action(2, &[1, 0, 0, 1, 1])), Some(0));
         assert_eq!(decision(&action(2, &[1, 0, -1, 1, 1])), Some(-1));
         assert_eq!(decision(&action(2, &[1, 0, 3, 1, 1])), None);

@@ -17,31 +17,31 @@ use super::link::{Link, find_link};
 use super::neighbour::NeighbourKey;
 use super::{Netlink, WINDOW, family};
 use crate::config::{Address, Network};
-use crate::net::routing::{Match, PolicyAction, PolicyRule, TableRoute};
+use crate::net::policy::{Match, PolicyAction, PolicyRule, TableRoute};
 
 /// Route of packets to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
     pub ifindex: u32,
-    /// The neighbour to ask for: a gateway, or the address itself.
+    /// Address of the neighbour: a gateway, or the address itself.
     pub gateway: IpAddr,
-    /// Bytes; `None`: that of the interface.
+    /// In bytes; `None` for that of the interface.
     pub mtu: Option<u32>,
-    /// This host's own address on that way: what a local sender's packets would have.
+    /// Source address that a local sender's packets would have.
     pub egress: Option<IpAddr>,
-    /// The address is one of this host's.
+    /// True if the address is one of this host's.
     pub local: bool,
 }
 
 impl Route {
-    /// The neighbour that its packets go to.
+    /// Returns the neighbour that its packets go to.
     pub fn neighbour(&self) -> NeighbourKey {
         (self.ifindex, self.gateway)
     }
 }
 
 impl Netlink {
-    /// The rules of `ip rule` for a family, in the order of their priority.
+    /// Returns the rules of `ip rule` for a family, sorted by priority.
     pub async fn rules(&self, ipv6: bool) -> io::Result<Vec<PolicyRule>> {
         let mut message = RuleMessage::default();
         message.header.family = if ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
@@ -57,7 +57,7 @@ impl Netlink {
         Ok(rules)
     }
 
-    /// The routes of all tables of a family that any of these addresses matches.
+    /// Returns the routes of all tables of a family that match any of these addresses.
     pub async fn routes_to(
         &self,
         addresses: &BTreeSet<IpAddr>,
@@ -87,13 +87,13 @@ impl Netlink {
     /// there is none. `links` are all interfaces, by index.
     ///
     /// # Errors
-    /// The kernel could not be asked, which says nothing of the paths.
+    /// The request failed; the paths are unknown.
     pub async fn paths(
         &self,
         addresses: &[Address],
         links: &HashMap<u32, Link>,
     ) -> io::Result<Vec<Result<Vec<Route>, String>>> {
-        // collected, since a stream that borrows from a closure's argument is not Send
+        // Collected: a stream that borrows from a closure's argument is not Send.
         let paths: Vec<_> = addresses.iter().map(|address| self.paths_to(address, links)).collect();
         let mut all: Vec<_> = stream::iter(paths).buffered(WINDOW).try_collect().await?;
         let mut unsourced: Vec<(IpAddr, &mut Route)> = addresses
@@ -105,7 +105,7 @@ impl Netlink {
         Ok(all)
     }
 
-    /// Fills in this host's own address on paths to these addresses, where the route names none.
+    /// Sets the source address of paths to these addresses, if the route has none.
     pub async fn add_sources(&self, paths: &mut [(IpAddr, &mut Route)]) -> io::Result<()> {
         let is_unsourced = |path: &Route| !path.local && path.egress.is_none();
         let asked: HashMap<_, _> = paths
@@ -114,7 +114,7 @@ impl Netlink {
             .map(|(address, path)| (source_key(*address, path), *address))
             .collect();
         let sources = stream::iter(asked).map(|(key, address)| async move {
-            // of several paths the kernel would choose one, but each has an address of its own
+            // The kernel would choose one of several paths, but each has its own source address.
             let found = self.route(address, key.0, RouteFlags::empty()).await?;
             Ok::<_, io::Error>((key, found.ok().and_then(|found| found.first().copied())))
         });
@@ -138,9 +138,9 @@ impl Netlink {
         }
     }
 
-    /// Asks as a local sender would, one that is bound to an interface if that is not 0: with an
-    /// input interface the kernel refuses to answer while forwarding is off. The inner error is the
-    /// kernel's reason why there is no path.
+    /// Looks up the route of a local sender, bound to an interface if its index is not 0. With an input
+    /// interface the kernel refuses to answer while forwarding is off. The inner error is the kernel's
+    /// reason why there is no path.
     async fn route(
         &self,
         address: IpAddr,
@@ -175,15 +175,15 @@ fn source_key(destination: IpAddr, path: &Route) -> (u32, IpAddr, bool) {
     (path.ifindex, if by_gateway { path.gateway } else { destination }, by_gateway)
 }
 
-/// An address that is nowhere but on one link: no table is asked where that is.
+/// Returns the route to an address that exists on one link only; no table is looked up.
 fn on_link(address: IpAddr, interface: &str, links: &HashMap<u32, Link>) -> Result<Route, String> {
     let link = find_link(links.values(), interface);
     let link = link.ok_or_else(|| format!("there is no interface {interface}"))?;
     Ok(Route { ifindex: link.index, gateway: address, mtu: None, egress: None, local: false })
 }
 
-/// The kernel's reason why an address has no route, by the error that a look-up ends with; any other
-/// error is no answer.
+/// Returns the reason why an address has no route, from the error of a look-up; `None` for errors of the
+/// request itself.
 fn no_route(error: &io::Error) -> Option<String> {
     let reason = match error.raw_os_error()? {
         libc::EINVAL => "a blackhole route drops its packets",
@@ -196,8 +196,8 @@ fn no_route(error: &io::Error) -> Option<String> {
     Some(reason.into())
 }
 
-/// Nothing for a route that leads nowhere: blackhole, unreachable, multicast, broadcast. Paths
-/// that are down come last.
+/// Returns the paths of a route, those that are down last; none for a blackhole, unreachable, multicast or
+/// broadcast route.
 fn route(address: IpAddr, message: &RouteMessage) -> Vec<Route> {
     let local = message.header.kind == RouteType::Local;
     if !local && message.header.kind != RouteType::Unicast {
@@ -226,7 +226,7 @@ fn route(address: IpAddr, message: &RouteMessage) -> Vec<Route> {
         }
     }
     if address.is_ipv6() {
-        // the kernel begins with any of them
+        // The kernel may list any of them first.
         alive.sort_by_key(Route::neighbour);
         dead.sort_by_key(Route::neighbour);
     }
@@ -237,7 +237,7 @@ fn route(address: IpAddr, message: &RouteMessage) -> Vec<Route> {
     alive
 }
 
-/// A route as a dump has it.
+/// Parses a route of a dump.
 fn table_route(message: &RouteMessage, ipv6: bool) -> Option<TableRoute> {
     let anywhere: IpAddr = match ipv6 {
         true => Ipv6Addr::UNSPECIFIED.into(),
@@ -250,7 +250,7 @@ fn table_route(message: &RouteMessage, ipv6: bool) -> Option<TableRoute> {
             RouteAttribute::Table(id) => table = *id,
             RouteAttribute::Destination(destination) => address = ip(destination)?,
             RouteAttribute::Priority(priority) => metric = *priority,
-            // for some senders or classes of service only, which the kernel has hardly ever
+            // Routes for some senders only are not modelled; they are rare.
             RouteAttribute::Source(_) => return None,
             _ => {}
         }
@@ -269,8 +269,8 @@ fn table_route(message: &RouteMessage, ipv6: bool) -> Option<TableRoute> {
     Some(TableRoute { table, network, metric, outcome })
 }
 
-/// A rule of `ip rule`. Packets come without a mark, as those of the program do that the kernel is asked
-/// about; their source port and class of service are anything.
+/// Reads a rule of `ip rule`. Packets in question have no mark, like the route look-ups of the program;
+/// their source port and class of service are unknown.
 fn policy_rule(message: &RuleMessage) -> PolicyRule {
     let header = &message.header;
     let mut rule = PolicyRule {
@@ -286,61 +286,26 @@ fn policy_rule(message: &RuleMessage) -> PolicyRule {
     };
     let (mut table, mut target, mut mark, mut mask) = (u32::from(header.table), 0, 0, u32::MAX);
     for attribute in &message.attributes {
-        let matches = match attribute {
+        match attribute {
             RuleAttribute::Source(address) => {
                 rule.from = Some(Network::new(*address, header.src_len));
-                Match::All
             }
             RuleAttribute::Destination(address) => {
                 rule.to = Some(Network::new(*address, header.dst_len));
-                Match::All
             }
-            RuleAttribute::Iifname(name) => {
-                rule.input = Some(name.clone());
-                Match::All
-            }
-            RuleAttribute::L3MDev(is_set) => {
-                rule.vrf = *is_set;
-                Match::All
-            }
+            RuleAttribute::Iifname(name) => rule.input = Some(name.clone()),
+            RuleAttribute::L3MDev(is_set) => rule.vrf = *is_set,
+            // All ones stand for none.
             RuleAttribute::SuppressPrefixLen(length) => {
-                // all ones: none
                 rule.suppressed = u8::try_from(*length).ok();
-                Match::All
             }
-            RuleAttribute::Priority(priority) => {
-                rule.priority = *priority;
-                Match::All
-            }
-            RuleAttribute::Table(id) => {
-                table = *id;
-                Match::All
-            }
-            RuleAttribute::Goto(priority) => {
-                target = *priority;
-                Match::All
-            }
-            RuleAttribute::FwMark(bits) => {
-                mark = *bits;
-                Match::All
-            }
-            RuleAttribute::FwMask(bits) => {
-                mask = *bits;
-                Match::All
-            }
-            // a route's protocol, and its realm
-            RuleAttribute::Protocol(_) | RuleAttribute::Realm(_) => Match::All,
-            RuleAttribute::Oifname(_) => Match::No,
-            RuleAttribute::TunId(id) if *id != 0 => Match::No,
-            RuleAttribute::IpProtocol(protocol) if *protocol != IpProtocol::Udp => Match::No,
-            RuleAttribute::UidRange(range) if range.start != 0 => Match::No,
-            RuleAttribute::TunId(_) | RuleAttribute::IpProtocol(_) | RuleAttribute::UidRange(_) => {
-                Match::All
-            }
-            // ports, and whatever else there is
-            _ => Match::Some,
-        };
-        rule.others = rule.others.min(matches);
+            RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::Table(id) => table = *id,
+            RuleAttribute::Goto(priority) => target = *priority,
+            RuleAttribute::FwMark(bits) => mark = *bits,
+            RuleAttribute::FwMask(bits) => mask = *bits,
+            other => rule.others = rule.others.min(selector(other)),
+        }
     }
     if mark & mask != 0 {
         rule.others = Match::No;
@@ -356,6 +321,23 @@ fn policy_rule(message: &RuleMessage) -> PolicyRule {
         _ => PolicyAction::Nop,
     };
     rule
+}
+
+/// Returns the share of packets that a selector matches.
+fn selector(attribute: &RuleAttribute) -> Match {
+    match attribute {
+        RuleAttribute::Oifname(_) => Match::No,
+        RuleAttribute::TunId(id) if *id != 0 => Match::No,
+        RuleAttribute::IpProtocol(protocol) if *protocol != IpProtocol::Udp => Match::No,
+        RuleAttribute::UidRange(range) if range.start != 0 => Match::No,
+        RuleAttribute::TunId(_) | RuleAttribute::IpProtocol(_) | RuleAttribute::UidRange(_) => {
+            Match::All
+        }
+        // The protocol that made the rule, and its realm: no selectors.
+        RuleAttribute::Protocol(_) | RuleAttribute::Realm(_) => Match::All,
+        // Ports, and selectors that are unknown here.
+        _ => Match::Some,
+    }
 }
 
 fn read_hop(route: &mut Route, attributes: &[RouteAttribute]) {

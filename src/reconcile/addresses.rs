@@ -1,5 +1,5 @@
-//! This host's addresses, as rules depend on them: what a key's `any` stands for, and which keys
-//! are the broadcast addresses of networks that the interfaces are on.
+//! This host's addresses that rules depend on: those that `any` matches, and keys that are broadcast
+//! addresses of the interfaces' networks.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -12,11 +12,11 @@ use crate::desired::tables::takes_answers;
 use crate::net::Netlink;
 use crate::net::link::{self, Link, OwnAddress};
 
-/// The configuration with what its interfaces' names and addresses and this host's ports are now; `None` if
-/// it is the same.
+/// Returns the configuration with the current names and addresses of its interfaces and this host's local
+/// ports; `None` if nothing changed.
 ///
 /// # Errors
-/// With these addresses the keys do not fit.
+/// There are too many keys with these addresses.
 pub async fn renewed(netlink: &Netlink, desired: &Desired) -> anyhow::Result<Option<Desired>> {
     let (links, own) = (netlink.links().await?, netlink.addresses().await?);
     let interfaces = canonical(&desired.interfaces, &links);
@@ -40,24 +40,24 @@ fn canonical(names: &[String], links: &[Link]) -> Vec<String> {
     names.iter().map(own).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
-/// This host's own addresses.
+/// Returns this host's own addresses.
 pub async fn own(netlink: &Netlink) -> anyhow::Result<BTreeSet<IpAddr>> {
     Ok(netlink.addresses().await?.into_iter().map(|own| own.address).collect())
 }
 
-/// net.ipv4.ip_local_port_range, which is IPv6's too; `None` where it cannot be read.
+/// Reads net.ipv4.ip_local_port_range, which IPv6 shares; `None` if it cannot be read.
 fn local_ports() -> Option<Ports> {
     let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?;
     let mut ports = text.split_whitespace().map_while(|port| port.parse().ok());
     Some(Ports { first: ports.next()?, last: ports.next()? })
 }
 
-/// The check of a file cannot know how many addresses `any` stands for.
+/// Checks the number of keys, now that the addresses of `any` are known.
 fn fits(desired: &Desired) -> anyhow::Result<()> {
     let all = desired.key_entries();
     ensure!(
         all <= KEY_ENTRIES,
-        "`address: any` stands for {} addresses of {}, which makes {all} key entries (each port for each \
+        "`address: any` matches {} addresses of {}, which makes {all} key entries (each port for each \
          address and each network of senders), and at most {KEY_ENTRIES} fit; name the addresses that \
          are meant, or fewer ports",
         desired.addresses.len(),
@@ -75,7 +75,7 @@ fn of_interfaces(interfaces: &[String], links: &[Link], own: &[OwnAddress]) -> V
     own.iter().filter(|own| named.contains(&own.ifindex)).copied().collect()
 }
 
-/// [`Desired::addresses`] and [`Desired::broadcasts`].
+/// Returns [`Desired::addresses`] and [`Desired::broadcasts`].
 fn expand(desired: &Desired, own: &[OwnAddress]) -> (Vec<IpAddr>, Vec<IpAddr>) {
     let keys: BTreeSet<KeyAddress> = desired.rules.iter().map(|rule| rule.key.address).collect();
     let addresses: BTreeSet<IpAddr> = own
@@ -91,7 +91,7 @@ fn expand(desired: &Desired, own: &[OwnAddress]) -> (Vec<IpAddr>, Vec<IpAddr>) {
     (addresses.into_iter().collect(), broadcasts.into_iter().collect())
 }
 
-/// Others may have the same loopback and link-local addresses.
+/// Returns false for loopback and link-local addresses, which other hosts have too.
 fn is_of_this_host_alone(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => !address.is_loopback(),

@@ -1,9 +1,8 @@
 //! Changes that are rolled back at a deadline unless they are confirmed.
 //!
-//! The deadline is in the kernel (`state/pending`), so that it outlives every process. Three parties
-//! carry an overdue rollback out, each under the write lock, so that it happens once: the waiter,
-//! a process that `apply --confirm` starts in a session of its own; arpd, where it runs; and the next
-//! command that writes.
+//! The deadline is in the kernel (`state/pending`), so that it outlives every process. An overdue rollback
+//! is run, under the write lock and thus once, by the waiter (a process that `apply --confirm` starts in
+//! its own session), by arpd if it runs, or by the next command that writes.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -27,10 +26,10 @@ use crate::time;
 
 /// Interval at which the waiter checks that the change is still pending.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// Until a rollback that failed is tried again.
+/// Time until a failed rollback is tried again.
 pub const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Returns the change that waits for confirmation.
+/// Returns the pending change.
 fn pending(guard: &ReadGuard) -> anyhow::Result<Option<Pending>> {
     state_maps::open(guard)?.as_ref().map(StateMaps::pending).transpose().map(Option::flatten)
 }
@@ -50,7 +49,7 @@ pub async fn settle(guard: &WriteGuard, netlink: &Netlink) -> anyhow::Result<Opt
         .with_context(|| format!("generation {} was not confirmed in time", pending.generation))?;
     let number = pending.generation;
     Ok(Some(match pending.previous {
-        // the apply was killed before its swap
+        // The apply was killed before its swap.
         previous if left == previous && !observed.is_attached(number) => {
             format!("generation {number} was never attached and waits for confirmation no longer")
         }
@@ -70,13 +69,13 @@ async fn undo(guard: &WriteGuard, netlink: &Netlink, observed: &Observed) -> any
     execute::reconcile(guard, netlink, observed, &plan, &ways).await.map(drop)
 }
 
-/// The process that waits for a deadline. It begins when this value is dropped or its owner dies.
+/// The process that waits for a deadline. It starts to wait when this value is dropped or its owner dies.
 pub struct Waiter {
     _child: Child,
 }
 
-/// Starts the waiter: in a session of its own, without a terminal and deaf to SIGHUP, so that it
-/// survives the shell, the connection and the process group of who applies.
+/// Starts the waiter in its own session, without a terminal and ignoring SIGHUP, so that it survives the
+/// shell, the connection and the process group of the caller.
 pub fn start_waiter(pin_dir: &Path, deadline: Duration) -> anyhow::Result<Waiter> {
     let pin_dir = path::absolute(pin_dir).context("the pin directory")?;
     let mut command = Command::new("/proc/self/exe");
@@ -135,13 +134,13 @@ fn is_pending(store: &Store, deadline: Duration) -> Result<bool> {
             let pending = guard.as_ref().map(pending).transpose()?.flatten();
             Ok(pending.is_some_and(|pending| pending.deadline == deadline))
         }
-        // somebody changes it now: the next look tells
+        // Locked by a writer: check again later.
         Err(Failure::Locked(_)) => Ok(true),
         Err(failure) => Err(failure),
     }
 }
 
-/// Waits until the apply that started this process has ended: standard input is a pipe from it.
+/// Waits until the apply that started this process has ended, which closes standard input.
 async fn wait_for_parent(deadline: Duration) {
     let input = io::stdin().as_fd().try_clone_to_owned().and_then(Receiver::from_owned_fd);
     if let Ok(mut input) = input {
@@ -150,7 +149,7 @@ async fn wait_for_parent(deadline: Duration) {
     }
 }
 
-/// Writes a line to the system's log: nobody reads this process' output.
+/// Writes a line to syslog: the output of this process is not read.
 fn to_syslog(text: &str) {
     let Ok(text) = std::ffi::CString::new(format!("udplb: {text}")) else { return };
     // SAFETY: the format takes one C string, which outlives the call.

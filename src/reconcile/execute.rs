@@ -1,4 +1,4 @@
-//! Carries actions out: the only place where udplb changes the kernel.
+//! Executes plans: the only place where udplb changes the kernel.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,22 +20,22 @@ use crate::net::routing::Target;
 use crate::reconcile::observe::Observed;
 use crate::reconcile::plan::{Action, Plan, Refusal};
 
-/// Called before each action; an error stops there, as if the action itself had failed.
-pub type Witness<'a> = &'a mut dyn FnMut(&Action) -> anyhow::Result<()>;
+/// Called before each action; an error counts as a failure of the action.
+pub type Observer<'a> = &'a mut dyn FnMut(&Action) -> anyhow::Result<()>;
 
 /// The result of a plan.
 #[derive(Clone, Copy, Debug)]
 pub struct Outcome {
     pub changed: bool,
-    /// 0: none serves.
+    /// The active generation; 0 if none.
     pub generation: u32,
-    /// The one that served before.
+    /// The previously active generation.
     pub previous: Option<u32>,
     /// Counters start at zero: there were none, or their map had gone.
     pub counters_reset: bool,
 }
 
-/// Carries a plan out; next hops are refreshed even where nothing else is to do.
+/// Executes a plan. Next hops are refreshed even if the plan is empty.
 pub async fn reconcile(
     guard: &WriteGuard,
     netlink: &Netlink,
@@ -57,7 +57,7 @@ pub async fn reconcile(
     })
 }
 
-/// Remembers that arpd has put back the filter of an interface.
+/// Counts that arpd has attached the filter of an interface again.
 pub fn count_reattached(
     guard: &WriteGuard,
     observed: &Observed,
@@ -66,14 +66,14 @@ pub fn count_reattached(
     let Some(maps) = state_maps::open(guard)? else { return Ok(()) };
     let index = observed.interfaces.get(interface).map_or(0, |interface| interface.index);
     let before = maps.marks.get(interface)?.unwrap_or_default();
-    // of another interface of this name only the count goes on
+    // For a new interface of the same name only the count is kept.
     let mark = if before.index == index { before } else { Mark { index, ..Mark::default() } };
     let mark = Mark { reattached: before.reattached + 1, ..mark };
     maps.marks.set(guard, interface, Some(mark))
 }
 
-/// Records that the configuration of a generation came from elsewhere this time. It is a write only where
-/// that differs from what is known, and drift is judged by it.
+/// Records the file that a generation was applied from this time, if it is another one. Drift is detected
+/// by it.
 pub fn record_origin(
     guard: &WriteGuard,
     observed: &Observed,
@@ -87,7 +87,7 @@ pub fn record_origin(
     }
 }
 
-/// The witness that only tells.
+/// An observer that logs each action.
 pub fn log(action: &Action) -> anyhow::Result<()> {
     log::info!("{}", describe(action));
     Ok(())
@@ -106,7 +106,7 @@ pub struct Executor<'a> {
 }
 
 impl<'a> Executor<'a> {
-    /// `before` is what the plan was made from, `ways` those of its generation's upstreams.
+    /// `before` is the state that the plan was made from, `ways` are the next hops of its upstreams.
     pub fn new(
         guard: &'a WriteGuard,
         netlink: &'a Netlink,
@@ -122,11 +122,11 @@ impl<'a> Executor<'a> {
         built.or_else(|| self.before.generations.get(&number))
     }
 
-    /// Carries the plan out.
+    /// Executes actions.
     ///
     /// # Errors
     /// The first action that failed; those before it were undone, in reverse.
-    pub async fn run(&mut self, actions: &[Action], witness: Witness<'_>) -> anyhow::Result<()> {
+    pub async fn run(&mut self, actions: &[Action], observer: Observer<'_>) -> anyhow::Result<()> {
         let committed = actions
             .iter()
             .position(|action| matches!(action, Action::Drop(_)))
@@ -134,7 +134,7 @@ impl<'a> Executor<'a> {
         let (change, clean_up) = actions.split_at(committed);
         let mut undo = Vec::new();
         for action in change {
-            let done = match witness(action) {
+            let done = match observer(action) {
                 Ok(()) => self.act(action).await.with_context(|| describe(action)),
                 Err(error) => Err(error),
             };
@@ -147,11 +147,11 @@ impl<'a> Executor<'a> {
             }
         }
         for action in clean_up {
-            let done = match witness(action) {
+            let done = match observer(action) {
                 Ok(()) => self.act(action).await.map(drop),
                 Err(error) => Err(error),
             };
-            // what serves is in place; the next apply tries again
+            // The generation is active already; the next apply cleans up.
             if let Err(error) = done {
                 log::warn!("{}: {error:#}", describe(action));
             }
@@ -186,34 +186,10 @@ impl<'a> Executor<'a> {
                 Ok(None)
             }
             Action::Attach { interface, generation, replaces } => {
-                let undo = self.undo_attach(interface, replaces);
-                let program = self.program(interface, *generation)?;
-                let replace = *replaces != Slot::Empty;
-                let index = self.index(interface)?;
-                // before it: should this be killed between the two, arpd attaches
-                self.mark(interface, |mark| mark.detached = false)?;
-                let done =
-                    tc::attach(self.guard, self.netlink, index, program.as_fd(), replace).await;
-                if done.is_err() {
-                    self.restore_mark(interface)?;
-                }
-                done.map(|()| Some(undo))
+                self.attach(interface, *generation, replaces).await.map(Some)
             }
             Action::Detach { interface, generation, clsact } => {
-                let program = self.program(interface, *generation).ok();
-                let index = self.index(interface)?;
-                // before it, so that arpd never sees the one without the other
-                self.mark(interface, |mark| {
-                    *mark = Mark { index, detached: true, clsact: *clsact, ..*mark };
-                })?;
-                let done = tc::detach(self.guard, self.netlink, index).await;
-                if done.is_err() {
-                    self.restore_mark(interface)?;
-                }
-                let interface = interface.clone();
-                let undo =
-                    program.map(|program| Undo::Attach { interface, program, replace: false });
-                done.map(|()| undo)
+                self.detach(interface, *generation, *clsact).await
             }
             Action::SetDetached { interface, detached } => {
                 self.mark(interface, |mark| mark.detached = *detached)?;
@@ -234,7 +210,7 @@ impl<'a> Executor<'a> {
                 Ok(Some(Undo::SetCurrent))
             }
             Action::Override { id, state, .. } => {
-                self.steer(*id, *state)?;
+                self.set_override(*id, *state)?;
                 Ok(Some(Undo::Override(*id)))
             }
             Action::Drop(number) => {
@@ -243,6 +219,43 @@ impl<'a> Executor<'a> {
                 Ok(None)
             }
         }
+    }
+
+    async fn attach(
+        &self,
+        interface: &str,
+        generation: u32,
+        replaces: &Slot,
+    ) -> anyhow::Result<Undo> {
+        let undo = self.undo_attach(interface, replaces);
+        let program = self.program(interface, generation)?;
+        let replace = *replaces != Slot::Empty;
+        let index = self.index(interface)?;
+        // First, so that arpd attaches if this process dies between the two.
+        self.mark(interface, |mark| mark.detached = false)?;
+        let done = tc::attach(self.guard, self.netlink, index, program.as_fd(), replace).await;
+        if done.is_err() {
+            self.restore_mark(interface)?;
+        }
+        done.map(|()| undo)
+    }
+
+    async fn detach(
+        &self,
+        interface: &str,
+        generation: u32,
+        clsact: bool,
+    ) -> anyhow::Result<Option<Undo>> {
+        let program = self.program(interface, generation).ok();
+        let index = self.index(interface)?;
+        // First, so that arpd never finds a missing filter without the mark.
+        self.mark(interface, |mark| *mark = Mark { index, detached: true, clsact, ..*mark })?;
+        let done = tc::detach(self.guard, self.netlink, index).await;
+        if done.is_err() {
+            self.restore_mark(interface)?;
+        }
+        let interface = interface.into();
+        done.map(|()| program.map(|program| Undo::Attach { interface, program, replace: false }))
     }
 
     fn undo_attach(&self, interface: &str, replaces: &Slot) -> Undo {
@@ -258,7 +271,7 @@ impl<'a> Executor<'a> {
         }
     }
 
-    /// Changes what is remembered of an interface; nothing is where pins are missing.
+    /// Changes the mark of an interface; does nothing if the state maps are missing.
     fn mark(&self, interface: &str, change: impl FnOnce(&mut Mark)) -> anyhow::Result<()> {
         let Some(maps) = state_maps::open(self.guard)? else { return Ok(()) };
         let before = self.before.marks.get(interface).copied();
@@ -280,7 +293,7 @@ impl<'a> Executor<'a> {
         found.map(|interface| interface.index).with_context(|| format!("no interface {interface}"))
     }
 
-    /// The program of a generation for an interface; nothing may be left of it but the pin.
+    /// Opens the program of a generation for an interface. Its pin alone is enough.
     fn program(&self, interface: &str, number: u32) -> anyhow::Result<OwnedFd> {
         let layer = self.before.interfaces.get(interface).and_then(|interface| interface.layer);
         let layer = layer.with_context(|| Refusal::UnknownLayer(interface.into()).to_string())?;
@@ -290,8 +303,8 @@ impl<'a> Executor<'a> {
         }
     }
 
-    /// Writes what a generation's program is to know besides its own tables: next hops, who stands in for
-    /// upstreams that cannot be selected, and this host's addresses and VLANs.
+    /// Writes the maps besides a generation's own tables: next hops, replacements of upstreams that cannot
+    /// be selected, and this host's addresses and VLANs.
     async fn refresh(&self, number: u32) -> anyhow::Result<()> {
         let generation = self.generation(number).context("no such generation")?;
         let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
@@ -303,12 +316,12 @@ impl<'a> Executor<'a> {
         environment.write(&maps, self.generations().map(|it| it.hosts().0), false)
     }
 
-    /// Overrides the state of an upstream. What stands in for it is written before it goes, and again when
-    /// it is back.
-    fn steer(&self, id: u32, state: Option<State>) -> anyhow::Result<()> {
+    /// Overrides the state of an upstream. Its replacements are written before the state changes, and again
+    /// after it.
+    fn set_override(&self, id: u32, state: Option<State>) -> anyhow::Result<()> {
         let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
-        let most = self.generations().flat_map(Generation::ids).max().unwrap_or(0);
-        let before = Situation::read(&maps, most)?;
+        let max = self.generations().flat_map(Generation::ids).max().unwrap_or(0);
+        let before = Situation::read(&maps, max)?;
         let mut after = before.clone();
         match state {
             Some(state) => after.overrides.insert(id, state),
@@ -331,7 +344,7 @@ impl<'a> Executor<'a> {
         before.chain(&self.built).filter(|it| !self.dropped.contains(&it.number))
     }
 
-    /// Removes a generation. What its upstreams counted stays with the rules that the others have.
+    /// Removes a generation. Counters of upstreams in rules of other generations are kept.
     fn drop(&self, number: u32) -> anyhow::Result<()> {
         let (gone, others): (Vec<_>, Vec<_>) =
             self.generations().partition(|it| it.number == number);
@@ -345,7 +358,7 @@ impl<'a> Executor<'a> {
         if steps.is_empty() {
             return;
         }
-        // the connection may be what failed
+        // The connection itself may have failed.
         let anew = Netlink::open();
         let netlink = anew.as_ref().unwrap_or(self.netlink);
         for step in steps.into_iter().rev() {
@@ -381,7 +394,7 @@ impl<'a> Executor<'a> {
                 maps.set_pending(self.before.pending)
             }
             Undo::SetCurrent => self.guard.set_current(self.before.current),
-            Undo::Override(id) => self.steer(*id, self.before.overrides.get(id).copied()),
+            Undo::Override(id) => self.set_override(*id, self.before.overrides.get(id).copied()),
         }
     }
 }
@@ -399,7 +412,7 @@ enum Undo {
     Override(u32),
 }
 
-/// An action in words, for errors and logs.
+/// Describes an action, for errors and logs.
 pub fn describe(action: &Action) -> String {
     match action {
         Action::RemoveUnfinished(name) => format!("removing the unfinished {name}"),
@@ -412,7 +425,7 @@ pub fn describe(action: &Action) -> String {
         }
         Action::Detach { interface, .. } => format!("detaching from {interface}"),
         Action::SetHeld(Some(held)) => format!("holding generation {}", held.generation),
-        Action::SetHeld(None) => "letting go of the held configuration".into(),
+        Action::SetHeld(None) => "releasing the held configuration".into(),
         Action::SetPending(Some(pending)) => {
             format!("waiting for confirmation of generation {}", pending.generation)
         }
@@ -428,7 +441,7 @@ pub fn describe(action: &Action) -> String {
         Action::Override { upstream, state, .. } => match state {
             Some(State::Drained) => format!("draining {upstream}"),
             Some(State::Active) => format!("enabling {upstream}"),
-            None => format!("taking back the override of {upstream}"),
+            None => format!("removing the override of {upstream}"),
         },
         Action::Drop(number) => format!("removing generation {number}"),
     }

@@ -17,7 +17,7 @@ use crate::datapath::tc::{self, Hook, Slot};
 use crate::net::Netlink;
 use crate::net::link::{Layer, Link, is_called};
 
-/// The kernel's side of the comparison.
+/// The observed state.
 #[derive(Clone, Debug, Default)]
 pub struct Observed {
     /// Inode of the network namespace.
@@ -30,7 +30,7 @@ pub struct Observed {
     /// Target of the symlink; a hint only.
     pub current: Option<u32>,
     pub held: Option<Held>,
-    /// Change that waits for confirmation.
+    /// Change that has to be confirmed.
     pub pending: Option<Pending>,
     /// Marks of interfaces that exist.
     pub marks: BTreeMap<String, Mark>,
@@ -47,17 +47,17 @@ pub struct Interface {
     pub altnames: Vec<String>,
     /// See [`Layer`].
     pub layer: Option<Layer>,
-    /// Administratively.
+    /// Administrative state.
     pub up: bool,
     pub carrier: bool,
-    /// Packets that came in so far.
+    /// Number of packets received.
     pub received: u64,
     pub hook: Hook,
 }
 
 impl Observed {
-    /// The generation that serves: the one whose program most filters run, or where none does
-    /// the one that `current` points at. A held one comes last: a rollback from it has begun.
+    /// Returns the active generation: the one whose program most filters run, or else the target of
+    /// `current`. A held one comes last: a rollback from it has begun.
     pub fn serving(&self) -> Option<u32> {
         let mut filters: BTreeMap<u32, usize> = BTreeMap::new();
         for interface in self.interfaces.values() {
@@ -75,7 +75,7 @@ impl Observed {
             .or(self.current.filter(|number| self.generations.contains_key(number)))
     }
 
-    /// Returns the kernel's name of an interface that is called so; the name itself if there is none.
+    /// Returns the kernel's name of an interface; `name` itself if it is missing.
     pub fn canonical(&self, name: &str) -> String {
         if self.interfaces.contains_key(name) {
             return name.into();
@@ -84,7 +84,7 @@ impl Observed {
         self.interfaces.iter().find(is_it).map_or(name, |(own, _)| own).into()
     }
 
-    /// The names of the interfaces whose filter runs some generation's program.
+    /// Returns the interfaces whose filter runs a generation's program, with its number.
     pub fn attached(&self) -> impl Iterator<Item = (&str, u32)> {
         self.interfaces.iter().filter_map(|(name, interface)| match interface.hook.slot {
             Slot::Generation(number) => Some((name.as_str(), number)),
@@ -92,10 +92,10 @@ impl Observed {
         })
     }
 
-    /// The description of what serves; `None`: nothing does.
+    /// Returns the active generation; `None` if there is none.
     ///
     /// # Errors
-    /// It is gone, and the filters are still there.
+    /// Its description is gone, while filters are still attached.
     pub fn described(&self) -> anyhow::Result<Option<&Generation>> {
         let Some(number) = self.serving() else { return Ok(None) };
         let generation = self.generations.get(&number);
@@ -103,8 +103,8 @@ impl Observed {
         generation.with_context(damaged).map(Some)
     }
 
-    /// The interfaces with a filter of udplb that no generation here knows, which still sends
-    /// packets on; the filter in words, and the pin directory that has it.
+    /// Returns the interfaces with a filter of udplb that belongs to no generation here and still forwards
+    /// packets; with the filter's description and its pin directory.
     pub fn orphans(&self) -> impl Iterator<Item = (&str, &str, Option<&Place>)> {
         self.interfaces.iter().filter_map(|(name, interface)| match &interface.hook.slot {
             Slot::Orphan { filter, home, .. } => {
@@ -114,7 +114,7 @@ impl Observed {
         })
     }
 
-    /// Leaves of the marks what is true of the interfaces that are here now.
+    /// Drops marks of interfaces that are gone or were replaced.
     fn forget_marks(&mut self) {
         let interfaces = &self.interfaces;
         self.marks.retain(|name, mark| mark.index == 0 || interfaces.contains_key(name));
@@ -125,7 +125,7 @@ impl Observed {
         }
     }
 
-    /// Returns true if the filter was taken off by command.
+    /// Returns true if `detach` removed the filter.
     pub fn is_detached(&self, interface: &str) -> bool {
         self.marks.get(interface).is_some_and(|mark| mark.detached)
     }
@@ -136,13 +136,13 @@ impl Observed {
     }
 }
 
-/// Inode of this thread's network namespace.
+/// Returns the inode of this thread's network namespace.
 pub fn namespace() -> anyhow::Result<u64> {
     const PATH: &str = "/proc/thread-self/ns/net";
     Ok(fs::metadata(PATH).with_context(|| format!("{PATH}, which needs /proc"))?.ino())
 }
 
-/// Looks at everything. Without a guard there are no pins, and only the interfaces are seen.
+/// Reads the whole state. Without a guard there are no pins, and only interfaces are read.
 pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Result<Observed> {
     let mut observed = Observed { namespace: namespace()?, ..Observed::default() };
     let mut programs = Vec::new();

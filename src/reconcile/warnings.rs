@@ -15,7 +15,7 @@ use crate::net::link::{Link, OwnAddress, find_link};
 use crate::net::nexthop::{Hop, Macs, Way};
 use crate::net::routing::{Choice, Target};
 
-/// A bound UDP socket; the unspecified address stands for all.
+/// A bound UDP socket; the unspecified address means all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listener {
     pub address: IpAddr,
@@ -33,7 +33,7 @@ impl Listener {
     }
 }
 
-/// Upstreams that are this host itself: errors, since their packets would come round again.
+/// Returns errors for upstreams that are this host itself: their packets would loop.
 pub fn own_upstreams(
     config: &Config,
     desired: &Desired,
@@ -68,8 +68,7 @@ pub fn of_this_host(
     findings
 }
 
-/// Upstreams without a route, or whose next hop does not answer: their packets are dropped and counted
-/// until that changes.
+/// Returns warnings about upstreams without a route; their packets are dropped and counted.
 pub fn unreachable(
     config: &Config,
     desired: &Desired,
@@ -96,7 +95,7 @@ fn does_not_answer(address: &config::Address, hop: &Hop) -> String {
     }
 }
 
-/// Next hops that have not answered, each once, with the first upstream behind it.
+/// Returns warnings about next hops that have not answered, each once, at its first upstream.
 pub fn unanswered(
     config: &Config,
     desired: &Desired,
@@ -116,7 +115,7 @@ pub fn unanswered(
     findings
 }
 
-/// Upstreams on whose way IPsec policies are: packets to them would leave in clear.
+/// Returns warnings about upstreams that IPsec policies apply to: packets to them leave in clear.
 pub fn in_clear(
     config: &Config,
     desired: &Desired,
@@ -127,7 +126,7 @@ pub fn in_clear(
     for (at, rule, upstream) in upstreams(config, desired) {
         let target = desired.target(rule, upstream);
         let hops = ways.get(&target).map_or(&[][..], Way::hops);
-        // the port that the packet came to is its own
+        // Without a port of its own the upstream gets the packet's.
         let port = upstream.port.or(match rule.key.ports[..] {
             [ports] if ports.first == ports.last => Some(ports.first),
             _ => None,
@@ -160,8 +159,7 @@ pub fn in_clear(
     findings
 }
 
-/// Upstreams whose packets take several paths, which the kernel chooses for each; one for each set of
-/// paths.
+/// Returns warnings about upstreams with several paths, one for each set of paths.
 pub fn several(config: &Config, desired: &Desired, ways: &BTreeMap<Target, Way>) -> Vec<Unlocated> {
     let mut seen = BTreeSet::new();
     let mut findings = Vec::new();
@@ -192,7 +190,7 @@ pub fn several(config: &Config, desired: &Desired, ways: &BTreeMap<Target, Way>)
     findings
 }
 
-/// Multicast keys that no program of this host is a member of, on an interface that exists.
+/// Returns warnings about multicast keys that this host has not joined on an existing interface.
 pub fn not_joined(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Unlocated> {
     let Some(joined) = memberships() else { return Vec::new() };
     let mut seen = BTreeSet::new();
@@ -220,15 +218,15 @@ pub fn not_joined(config: &Config, interfaces: &[String], links: &[Link]) -> Vec
     findings
 }
 
-/// The groups that this host is a member of, by interface; `None` where /proc does not tell.
+/// Returns the groups that this host has joined, by interface; `None` if /proc lacks them.
 fn memberships() -> Option<BTreeSet<(String, IpAddr)>> {
     let read = |name: &str| fs::read_to_string(format!("/proc/thread-self/net/{name}"));
-    // without IPv6 there is none
+    // Without IPv6 there is no igmp6.
     let (table, table6) = (read("igmp").ok()?, read("igmp6").unwrap_or_default());
     Some(members(&table).into_iter().chain(table6.lines().filter_map(member6)).collect())
 }
 
-/// The groups of /proc/net/igmp: a line for each interface, and indented ones for its groups.
+/// Parses /proc/net/igmp: a line for each interface, then indented ones for its groups.
 fn members(table: &str) -> Vec<(String, IpAddr)> {
     let mut members = Vec::new();
     let mut interface = "";
@@ -236,7 +234,7 @@ fn members(table: &str) -> Vec<(String, IpAddr)> {
         let mut words = line.split_whitespace();
         if line.starts_with(char::is_whitespace) {
             let group = words.next().and_then(|word| u32::from_str_radix(word, 16).ok());
-            // a word as it lies in memory
+            // A word in the byte order of memory.
             let group = group.map(|group| Ipv4Addr::from(group.to_ne_bytes()));
             members.extend(group.map(|group| (interface.into(), group.into())));
         } else {
@@ -246,15 +244,15 @@ fn members(table: &str) -> Vec<(String, IpAddr)> {
     members
 }
 
-/// A line of /proc/net/igmp6.
+/// Parses a line of /proc/net/igmp6.
 fn member6(line: &str) -> Option<(String, IpAddr)> {
     let mut words = line.split_whitespace();
     let (name, group) = (words.nth(1)?, words.next()?);
     Some((name.into(), Ipv6Addr::from(u128::from_str_radix(group, 16).ok()?).into()))
 }
 
-/// The upstreams that serve and are in the file, with their rules and their places in the file. Both have
-/// the same order, but what serves may lack some.
+/// Returns the upstreams of `desired` with their rules and their places in the file. Both have the same
+/// order, but `desired` may lack some.
 fn upstreams<'a>(
     config: &'a Config,
     desired: &'a Desired,
@@ -273,7 +271,7 @@ fn upstreams<'a>(
     })
 }
 
-/// `block` rules that take what sockets of this host listen for.
+/// Returns warnings about `block` rules that take packets for sockets of this host.
 fn robbed(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Unlocated> {
     let blocks = config.rules.iter().filter(|rule| rule.action == Action::Block);
     let robbed = blocks.filter_map(|rule| {
@@ -307,7 +305,7 @@ fn robbed(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Unl
     robbed.collect()
 }
 
-/// Their targets.
+/// Returns the targets of [`upstreams`].
 fn targets<'a>(
     config: &'a Config,
     desired: &'a Desired,
@@ -323,7 +321,7 @@ fn unheard(config: &Config, desired: &Desired, listeners: &[Listener]) -> Vec<Un
         .iter()
         .filter(|rule| rule.action == Action::Pass)
         .filter_map(|rule| {
-            // what `any` stands for may change; and a group's senders get no answers
+            // The addresses of `any` may change; senders to a group expect no answer.
             let KeyAddress::Is(address) = rule.key.address else { return None };
             let all = IpAddr::V4(Ipv4Addr::BROADCAST);
             if address.is_multicast() || address == all || desired.broadcasts.contains(&address) {
@@ -398,8 +396,8 @@ fn stacked(
         .collect()
 }
 
-/// Interfaces that what `pass` leaves here comes in by after another one that is named: rules match on
-/// both, and what upstreams get is sent twice.
+/// Returns warnings about named interfaces that are stacked: packets that `pass` delivers match on both, so
+/// that upstreams get them twice.
 fn met_twice(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Unlocated> {
     let Some(rule) = config.rules.iter().find(|rule| rule.action == Action::Pass) else {
         return Vec::new();
@@ -421,10 +419,10 @@ fn met_twice(config: &Config, interfaces: &[String], links: &[Link]) -> Vec<Unlo
 
 /// Returns true if frames of the lower interface are received on the upper one next, or later.
 fn goes_up(lower: &Link, upper: &Link, links: &[Link]) -> bool {
-    // few are stacked higher
-    const MOST: usize = 8;
+    // Stacks are rarely higher.
+    const MAX_HEIGHT: usize = 8;
     let mut reached = vec![lower];
-    for _ in 0..MOST {
+    for _ in 0..MAX_HEIGHT {
         let above = |link: &&Link| reached.iter().any(|below| takes_over(link, below));
         reached = links.iter().filter(above).collect();
         if reached.iter().any(|link| link.index == upper.index) {
@@ -434,7 +432,7 @@ fn goes_up(lower: &Link, upper: &Link, links: &[Link]) -> bool {
     false
 }
 
-/// With another MAC address, the frames would be another host's for the one below.
+/// Returns true if `link` receives the frames of `below`, which has the same MAC address.
 fn takes_over(link: &Link, below: &Link) -> bool {
     is_above(link, below, &["vlan", "ipvlan", "bridge", "bond", "team"]) && link.mac == below.mac
 }
@@ -451,8 +449,8 @@ fn beyond(config: &Config, kernel: (u32, u32)) -> Option<Unlocated> {
     let rule = config.rules.iter().find(answers).filter(|_| kernel < (5, 12))?;
     let (major, minor) = kernel;
     let message = format!(
-        "Linux {major}.{minor} does not say how large a packet may be that is too large: senders \
-         hear what `apply` or arpd found, and nothing where that has become less since (5.12 does)"
+        "Linux {major}.{minor} does not report the MTU of a route to the program (5.12 does): senders of \
+         too large packets get the MTU that `apply` or arpd found, and no error if it has become lower since"
     );
     Some(Unlocated::new(&rule.at, message))
 }
@@ -498,7 +496,7 @@ fn hides_packets(kind: &str, kernel: (u32, u32)) -> bool {
     kernel < (5, 14) && ["gre", "ip6gre", "ipip", "sit", "ip6tnl"].contains(&kind)
 }
 
-/// The bound UDP sockets of this network namespace.
+/// Returns the bound UDP sockets of this network namespace.
 fn listeners() -> Vec<Listener> {
     let mut listeners = Vec::new();
     for path in ["/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"] {
@@ -508,7 +506,7 @@ fn listeners() -> Vec<Listener> {
     listeners
 }
 
-/// A line of /proc/net/udp or udp6. A connected socket hears its peer only.
+/// Parses a line of /proc/net/udp or udp6; `None` for a connected socket, which receives from its peer only.
 fn listener(line: &str) -> Option<Listener> {
     let mut words = line.split_whitespace().skip(1);
     let (address, port) = endpoint(words.next()?)?;
@@ -516,7 +514,7 @@ fn listener(line: &str) -> Option<Listener> {
     (u16::from_str_radix(peer_port, 16) == Ok(0)).then_some(Listener { address, port })
 }
 
-/// An address and a port, as /proc/net/udp and udp6 have them: hexadecimal words as they lie in memory.
+/// Parses an address and a port of /proc/net/udp or udp6: hexadecimal words in the byte order of memory.
 pub fn endpoint(text: &str) -> Option<(IpAddr, u16)> {
     let (address, port) = text.split_once(':')?;
     let word = |at: usize| {
@@ -528,7 +526,7 @@ pub fn endpoint(text: &str) -> Option<(IpAddr, u16)> {
         32 => {
             let words = [word(0)?, word(8)?, word(16)?, word(24)?];
             let octets: [u8; 16] = words.concat().try_into().ok()?;
-            // an IPv4 address, of a socket for both families
+            // A mapped IPv4 address, of a socket for both families.
             Ipv6Addr::from(octets).to_canonical()
         }
         _ => return None,

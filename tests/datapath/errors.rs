@@ -131,7 +131,7 @@ fn lowered_mtu_is_answered() {
     let says = kernel::version() >= (5, 12);
     let lab = lab(Offload::Both);
     let applied = lab.try_apply(&all_kinds(), "").expect(0);
-    assert_eq!(applied.stderr.contains("does not say how large a packet may be"), !says);
+    assert_eq!(applied.stderr.contains("does not report the MTU of a route"), !says);
     lab.relay.ip(&format!("link set up0 mtu {NARROW}"));
     for ends in Ends::both(&lab) {
         want_errors(&ends.sender);

@@ -1,12 +1,14 @@
 //! The actions that turn the observed state into the desired one. Pure.
 
+mod refusal;
+mod rollback;
+
 use std::time::Duration;
 
 use crate::bpf::OBJECT_SHA256;
 use crate::config::State;
 use crate::datapath::description::{Generation, Origin};
 use crate::datapath::generation::Draft;
-use crate::datapath::pin_search::{self, Place};
 use crate::datapath::state_maps::{Held, Pending};
 use crate::datapath::tc::Slot;
 use crate::desired::Desired;
@@ -14,15 +16,18 @@ use crate::net::link::Layer;
 use crate::net::qdisc::Qdisc;
 use crate::reconcile::observe::Observed;
 
-/// One step. The executor carries them out in the order given and undoes those already done
-/// when one fails, up to [`Action::SetCurrent`]; what comes after that is clean-up.
+pub use refusal::Refusal;
+pub use rollback::{confirm, rollback};
+
+/// One step of a plan. The executor runs them in order, and undoes those already done if one fails, up to
+/// [`Action::SetCurrent`]. Later actions only clean up.
 #[derive(Clone, Debug)]
 pub enum Action {
-    /// Remove what a crash left half-built.
+    /// Removes a directory that a crash left half-built.
     RemoveUnfinished(String),
-    /// Build a generation aside and move it into place.
+    /// Builds a generation under another name and renames it.
     Build(Box<Draft>),
-    /// Tell the program where the upstreams of the generation are.
+    /// Writes the next hops of the generation's upstreams.
     WriteNextHops(u32),
     AddClsact(String),
     /// The commit point of an interface.
@@ -34,10 +39,10 @@ pub enum Action {
     Detach {
         interface: String,
         generation: u32,
-        /// The clsact is ours, which is remembered. It stays.
+        /// The clsact is udplb's, which is recorded. It stays.
         clsact: bool,
     },
-    /// Take away a clsact of ours that carries nothing.
+    /// Removes a clsact of udplb's that carries nothing.
     DeleteClsact(String),
     SetHeld(Option<Held>),
     SetPending(Option<Pending>),
@@ -46,7 +51,7 @@ pub enum Action {
         interface: String,
         detached: bool,
     },
-    /// `None` removes it: nothing serves.
+    /// Sets the symlink `current`; `None` removes it: no generation is active.
     SetCurrent(Option<u32>),
     /// Sets or removes the override of an upstream's configured state.
     Override {
@@ -55,20 +60,20 @@ pub enum Action {
         id: u32,
         state: Option<State>,
     },
-    /// Remove a generation that nobody uses.
+    /// Removes a generation that is not used.
     Drop(u32),
 }
 
-/// A sequence of actions and the generation that serves when they are done.
+/// A sequence of actions and the generation that is active afterwards.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// 0: none.
+    /// 0 for none.
     pub generation: u32,
     pub actions: Vec<Action>,
 }
 
 impl Plan {
-    /// The interfaces that a filter is attached to.
+    /// Returns the interfaces that a filter is attached to.
     pub fn attached(&self) -> impl Iterator<Item = &str> {
         self.actions.iter().filter_map(|action| match action {
             Action::Attach { interface, .. } => Some(interface.as_str()),
@@ -81,117 +86,18 @@ impl Plan {
         self.actions.iter().any(|action| matches!(action, Action::Build(_)))
     }
 
-    /// Returns true if the change waits for confirmation.
+    /// Returns true if the change has to be confirmed.
     pub fn is_pending(&self) -> bool {
         self.actions.iter().any(|action| matches!(action, Action::SetPending(Some(_))))
     }
 
-    /// Returns the change that waits for confirmation once this is done.
+    /// Returns the change that is pending after the plan.
     pub fn pending(&self, observed: &Observed) -> Option<Pending> {
         let last = self.actions.iter().rev().find_map(|action| match action {
             Action::SetPending(pending) => Some(*pending),
             _ => None,
         });
         last.unwrap_or(observed.pending)
-    }
-}
-
-/// Why nothing may be done.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    NoInterface(String),
-    UnknownLayer(String),
-    Foreign {
-        interface: String,
-        filter: String,
-    },
-    Orphan {
-        interface: String,
-        filter: String,
-    },
-    Elsewhere {
-        interface: String,
-        filter: String,
-        home: Place,
-    },
-    OtherNamespace(u64),
-    Held(Held),
-    Unconfirmed(Pending),
-    NothingBefore,
-    NothingToReturnTo(u32),
-    NothingToConfirm(Option<Held>),
-    /// The change that waits is not, or not everywhere, in place.
-    Interrupted(u32),
-}
-
-impl std::fmt::Display for Refusal {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Refusal::NoInterface(name) => {
-                write!(f, "there is no interface {name} here; `ip link` lists those there are")
-            }
-            Refusal::UnknownLayer(name) => {
-                write!(f, "{name} carries neither Ethernet frames nor plain IP packets")
-            }
-            Refusal::Foreign { interface, filter } => write!(
-                f,
-                "{interface}: a filter that is not udplb's has its place on ingress: {filter}; \
-                 move it to another priority or handle"
-            ),
-            Refusal::Orphan { interface, filter } => write!(
-                f,
-                "{interface}: a filter of udplb whose pins are not in this pin directory is on \
-                 ingress: {filter}; {}, {interface} is taken over with --force",
-                pin_search::HOW_TO_FIND
-            ),
-            Refusal::Elsewhere { interface, filter, home } => write!(
-                f,
-                "{interface}: the filter of another udplb, whose pins are in {home}, is on \
-                 ingress: {filter}; apply with that --pin-dir, or take it away with: {} detach -i \
-                 {interface}",
-                home.command()
-            ),
-            Refusal::OtherNamespace(inode) => write!(
-                f,
-                "the pins belong to another network namespace (net:[{inode}]); use another \
-                 --pin-dir in this one"
-            ),
-            Refusal::Held(held) => write!(
-                f,
-                "held since {}: a rollback left this configuration (generation {}); change the \
-                 file, or apply it with --force",
-                crate::time::utc(held.since),
-                held.generation
-            ),
-            Refusal::Unconfirmed(pending) => write!(
-                f,
-                "generation {} waits for confirmation for {} s more; keep it with `udplb confirm` \
-                 or undo it with `udplb rollback` first; --confirm replaces it, under a new \
-                 deadline, and --force replaces it for good",
-                pending.generation,
-                pending.remaining().as_secs()
-            ),
-            Refusal::NothingBefore => {
-                write!(f, "there is no earlier generation to roll back to")
-            }
-            Refusal::NothingToConfirm(None) => write!(f, "nothing waits for confirmation"),
-            Refusal::NothingToConfirm(Some(held)) => write!(
-                f,
-                "nothing waits for confirmation; generation {} was rolled back at {}",
-                held.generation,
-                crate::time::utc(held.since)
-            ),
-            Refusal::Interrupted(number) => write!(
-                f,
-                "generation {number} is not on all of its interfaces: its apply was interrupted; \
-                 apply it again, or undo it with `udplb rollback`"
-            ),
-            Refusal::NothingToReturnTo(number) => write!(
-                f,
-                "generation {number}, which serves now, has lost pins, so --confirm could not \
-                 return to it; apply the file without --confirm"
-            ),
-        }
     }
 }
 
@@ -222,8 +128,8 @@ pub fn renew(observed: &Observed, desired: &Desired, origin: &Origin) -> Result<
     replace(observed, desired, origin, &Request { force: false, deadline: None, moved: true })
 }
 
-/// Puts the generation that serves onto interfaces that have lost it; those that somebody else
-/// uses, or that are not there, are left alone.
+/// Plans to attach the active generation to interfaces that have lost it. Interfaces that are missing or
+/// carry another filter are left alone.
 pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, Refusal> {
     refuse_other_namespace(observed)?;
     let number = observed.serving().ok_or(Refusal::NothingBefore)?;
@@ -251,9 +157,9 @@ pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, 
 /// Options for replacing one generation by another.
 struct Request {
     force: bool,
-    /// When it is rolled back unless it is confirmed.
+    /// Time since boot at which it is rolled back unless confirmed.
     deadline: Option<Duration>,
-    /// The configuration is the same; only addresses that it stands for have changed.
+    /// The configuration is the same; only resolved addresses have changed.
     moved: bool,
 }
 
@@ -293,16 +199,16 @@ fn replace(
     if !request.moved {
         actions.extend(await_missing(observed, desired));
     }
-    // one that is not intact is dropped below, and nothing could be compared with it then
+    // A generation that is not intact is dropped below, and could not be compared any more.
     let stays = held
         .filter(|(_, left)| left.intact && (request.moved || observed.serving() == Some(number)));
     if observed.held.is_some() && stays.is_none() {
-        // before the swap: a crash after it must not leave what is held now held for ever
+        // Before the swap: after a crash later, the hold would stay for ever.
         actions.push(Action::SetHeld(None));
     }
     let interfaces: Vec<String> = match request.moved {
         false => to_attach(observed, desired),
-        // one that it was taken off, or that is gone, is nothing that a name or address changes
+        // New addresses do not attach interfaces that were detached or are gone.
         true => {
             let attached = observed.attached().map(|(name, _)| name.into());
             attached.chain(appeared(observed, desired)).collect()
@@ -320,31 +226,44 @@ fn replace(
         insert_before_current(&mut actions, Action::SetPending(None));
     }
     let stays = stays.map(|(held, _)| held);
-    let before = match observed.serving().and_then(|serving| observed.generations.get(&serving)) {
-        _ if pending.is_some() => pending.and_then(|pending| pending.previous),
-        // it is the same configuration: going back leads to the one before
+    let kept = match pending {
+        Some(pending) => pending.previous,
+        None => fallback(observed, desired, number, request, stays),
+    };
+    let there = observed.generations.keys().chain(&observed.damaged);
+    let others = there.filter(|other| ![Some(number), kept].contains(&Some(**other)));
+    actions.extend(others.copied().map(Action::Drop));
+    Ok(Plan { generation: number, actions })
+}
+
+/// Returns the generation that is kept for a rollback from generation `number`, which `desired` becomes.
+fn fallback(
+    observed: &Observed,
+    desired: &Desired,
+    number: u32,
+    request: &Request,
+    held: Option<Held>,
+) -> Option<u32> {
+    match observed.serving().and_then(|serving| observed.generations.get(&serving)) {
+        // The same configuration: a rollback leads to the one before it.
         Some(serving)
             if request.moved
                 || (serving.description.object == OBJECT_SHA256
                     && serving.description.desired.as_written() == desired.as_written()) =>
         {
-            // one that has lost pins is of no use
+            // A generation that has lost pins cannot be restored.
             let same = Some(serving.number).filter(|_| serving.intact);
-            before(observed, serving.number, stays).or(same)
+            before(observed, serving.number, held).or(same)
         }
         Some(serving) if serving.number < number && serving.intact => Some(serving.number),
-        _ => before(observed, number, stays),
-    };
-    let there = observed.generations.keys().chain(&observed.damaged);
-    let others = there.filter(|other| ![Some(number), before].contains(&Some(**other)));
-    actions.extend(others.copied().map(Action::Drop));
-    Ok(Plan { generation: number, actions })
+        _ => before(observed, number, held),
+    }
 }
 
-/// Returns the change that waits for confirmation once generation `number` is in place.
+/// Returns the change that is pending once generation `number` is active.
 ///
 /// # Errors
-/// One waits already, and this is another configuration; or there is nothing to return to.
+/// Another change is pending already, or there is nothing to return to.
 fn pending_after(
     observed: &Observed,
     desired: &Desired,
@@ -373,7 +292,7 @@ fn pending_after(
     }
 }
 
-/// Returns the generation that a change is rolled back to; `None`: no filter is attached.
+/// Returns the generation that a change is rolled back to; `None` if no filter is attached.
 fn previous(observed: &Observed) -> Result<Option<u32>, Refusal> {
     let Some(serving) = observed.serving().filter(|_| observed.attached().next().is_some()) else {
         return Ok(None);
@@ -382,7 +301,7 @@ fn previous(observed: &Observed) -> Result<Option<u32>, Refusal> {
     if intact { Ok(Some(serving)) } else { Err(Refusal::NothingToReturnTo(serving)) }
 }
 
-/// The interfaces of a configuration, without those that are known to be missing.
+/// Returns the interfaces of a configuration without those that are recorded as missing.
 fn to_attach(observed: &Observed, desired: &Desired) -> Vec<String> {
     let is_missing = |name: &&String| {
         desired.incomplete.interfaces.contains(name) && !observed.interfaces.contains_key(*name)
@@ -400,7 +319,7 @@ fn await_missing(observed: &Observed, desired: &Desired) -> Vec<Action> {
     missing.map(wait).collect()
 }
 
-/// The interfaces that the generation that serves lacked, and `desired` does not lack any more.
+/// Returns the interfaces that the active generation lacked and `desired` does not.
 fn appeared(observed: &Observed, desired: &Desired) -> Vec<String> {
     let serving = observed.serving().and_then(|number| observed.generations.get(&number));
     let lacked = serving.map_or(&[][..], |it| &it.description.desired.incomplete.interfaces);
@@ -412,14 +331,14 @@ fn appeared(observed: &Observed, desired: &Desired) -> Vec<String> {
     lacked.map(|name| observed.canonical(name)).filter(is_empty).collect()
 }
 
-/// The generation that may serve as it is: an equal one, and none before the one that serves or
-/// would be restored, so that going back keeps its direction.
+/// Returns an equal generation that can be used again. It is not older than the active or the restored one,
+/// so that a rollback keeps its direction.
 fn reusable(observed: &Observed, desired: &Desired, clsact: &[String], l3: bool) -> Option<u32> {
     let restored = observed.pending.and_then(|pending| pending.previous);
-    let least = restored.or(observed.serving()).unwrap_or(0);
+    let min = restored.or(observed.serving()).unwrap_or(0);
     observed
         .generations
-        .range(least..)
+        .range(min..)
         .map(|(_, generation)| generation)
         .filter(|generation| generation.intact)
         .find(|Generation { description, .. }| {
@@ -438,7 +357,7 @@ fn held(observed: &Observed) -> Option<(Held, &Generation)> {
     (observed.serving() != Some(held.generation)).then_some((held, left))
 }
 
-/// The generation that a rollback from `number` leads to.
+/// Returns the generation that a rollback from `number` leads to.
 fn before(observed: &Observed, number: u32, held: Option<Held>) -> Option<u32> {
     let intact = |number: &u32| observed.generations.get(number).is_some_and(|it| it.intact);
     let held = held.map(|held| held.generation).filter(intact);
@@ -447,106 +366,8 @@ fn before(observed: &Observed, number: u32, held: Option<Held>) -> Option<u32> {
     })
 }
 
-/// Returns what `rollback` does: switch to the generation before, or back. A pending change is
-/// undone, what `detach` took off is attached again, and a rollback that was interrupted is completed.
-pub fn rollback(observed: &Observed, now: u64) -> Result<Plan, Refusal> {
-    refuse_other_namespace(observed)?;
-    if let Some(pending) = &observed.pending {
-        return undo_pending(observed, pending, now);
-    }
-    if let Some(plan) = attach_detached(observed)? {
-        return Ok(plan);
-    }
-    let held = held(observed);
-    let serving = observed.serving();
-    let number = match (serving, &held) {
-        (Some(serving), Some((held, _))) if is_interrupted(observed, held) => Some(serving),
-        (Some(serving), _) => before(observed, serving, held.map(|(held, _)| held)),
-        // the first apply of all was rolled back
-        (None, Some((held, left))) if left.intact => Some(held.generation),
-        (None, _) => None,
-    };
-    let target = number.and_then(|number| observed.generations.get(&number));
-    let target = target.ok_or(Refusal::NothingBefore)?;
-    let mut actions = unfinished(observed);
-    match serving {
-        Some(serving) if serving == target.number => {}
-        // before the swap: nothing may put back what a rollback has begun to leave
-        Some(serving) => {
-            actions.push(Action::SetHeld(Some(Held { generation: serving, since: now })));
-        }
-        None => actions.push(Action::SetHeld(None)),
-    }
-    let interfaces = to_attach(observed, &target.description.desired);
-    switch(observed, target.number, &interfaces, false, &mut actions)?;
-    Ok(Plan { generation: target.number, actions })
-}
-
-/// Undoes `detach`: what serves, or would, is attached again where it was taken off.
-fn attach_detached(observed: &Observed) -> Result<Option<Plan>, Refusal> {
-    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
-    let Some(serving) = serving.filter(|serving| serving.intact) else { return Ok(None) };
-    let here = serving.description.desired.interfaces.iter();
-    let here: Vec<String> =
-        here.filter(|name| observed.interfaces.contains_key(*name)).cloned().collect();
-    if !here.iter().any(|name| observed.is_detached(name)) {
-        return Ok(None);
-    }
-    let mut actions = unfinished(observed);
-    actions.extend(await_missing(observed, &serving.description.desired));
-    switch(observed, serving.number, &here, false, &mut actions)?;
-    Ok(Some(Plan { generation: serving.number, actions }))
-}
-
-/// Returns true if a rollback has held this generation and was interrupted before its end.
-fn is_interrupted(observed: &Observed, held: &Held) -> bool {
-    observed.current == Some(held.generation) || observed.is_attached(held.generation)
-}
-
-/// Restores what served before a pending change, and holds what is left.
-fn undo_pending(observed: &Observed, pending: &Pending, now: u64) -> Result<Plan, Refusal> {
-    let mut actions = unfinished(observed);
-    let left = Some(pending.generation)
-        .filter(|number| observed.is_attached(*number))
-        .or(observed.serving().filter(|serving| Some(*serving) != pending.previous));
-    if let Some(generation) = left {
-        actions.push(Action::SetHeld(Some(Held { generation, since: now })));
-    }
-    match pending.previous {
-        Some(number) => {
-            let previous = observed.generations.get(&number).filter(|it| it.intact);
-            let interfaces =
-                &previous.ok_or(Refusal::NothingBefore)?.description.desired.interfaces;
-            // one that has gone since must not keep the others on the unconfirmed generation
-            let here = interfaces.iter().filter(|name| observed.interfaces.contains_key(*name));
-            switch(observed, number, &Vec::from_iter(here.cloned()), false, &mut actions)?;
-        }
-        None => {
-            let attached = observed.attached();
-            actions.extend(attached.map(|(name, number)| detachment(observed, name, number)));
-            if observed.current.is_some() {
-                actions.push(Action::SetCurrent(None));
-            }
-        }
-    }
-    insert_before_current(&mut actions, Action::SetPending(None));
-    Ok(Plan { generation: pending.previous.unwrap_or(0), actions })
-}
-
-/// Returns what `confirm` does: the pending change stays.
-pub fn confirm(observed: &Observed) -> Result<Vec<Action>, Refusal> {
-    refuse_other_namespace(observed)?;
-    let held = observed.held;
-    let Pending { generation, .. } = observed.pending.ok_or(Refusal::NothingToConfirm(held))?;
-    let on_all = observed.attached().all(|(_, attached)| attached == generation);
-    match on_all && observed.serving() == Some(generation) {
-        true => Ok(vec![Action::SetPending(None)]),
-        false => Err(Refusal::Interrupted(generation)),
-    }
-}
-
-/// Returns what `detach` does: remove the filter from the named interfaces, or from all where none is
-/// named. A purge also removes each clsact of ours that carries nothing else.
+/// Plans `detach`: removes the filter from the named interfaces, or from all if none is named. A purge also
+/// removes each clsact of udplb's that carries nothing else.
 pub fn detach(
     observed: &Observed,
     interfaces: &[String],
@@ -574,7 +395,7 @@ pub fn detach(
             |name: &String| Action::SetDetached { interface: name.clone(), detached: true };
         actions.extend(missing.map(detached));
     }
-    // with nothing attached there is nothing to confirm, and nothing may be attached again
+    // Without a filter nothing can be confirmed, and a timeout must not attach one again.
     let detaches = |action: &&Action| matches!(action, Action::Detach { .. });
     let detached = actions.iter().filter(detaches).count();
     if observed.pending.is_some() && detached == observed.attached().count() {
@@ -591,7 +412,7 @@ pub fn detach(
     Ok(actions)
 }
 
-/// The filters of another network namespace are none of ours.
+/// Refuses pins that belong to another network namespace.
 pub fn refuse_other_namespace(observed: &Observed) -> Result<(), Refusal> {
     let other = observed
         .generations
@@ -601,7 +422,7 @@ pub fn refuse_other_namespace(observed: &Observed) -> Result<(), Refusal> {
     other.map_or(Ok(()), |namespace| Err(Refusal::OtherNamespace(namespace)))
 }
 
-/// One that no generation has, and that nothing speaks of.
+/// Returns a number that no generation has, and that no record refers to.
 fn next_number(observed: &Observed) -> u32 {
     let held = observed.held.as_ref().map(|held| &held.generation);
     let numbers = observed.generations.keys().chain(&observed.damaged).chain(&observed.current);
@@ -612,7 +433,7 @@ fn unfinished(observed: &Observed) -> Vec<Action> {
     observed.unfinished.iter().cloned().map(Action::RemoveUnfinished).collect()
 }
 
-/// The interfaces whose clsact is ours once `desired` is applied.
+/// Returns the interfaces whose clsact is udplb's once `desired` is applied.
 fn clsact_after(observed: &Observed, desired: &Desired) -> Vec<String> {
     let ours = |name: &&String| {
         let interface = observed.interfaces.get(*name);
@@ -621,8 +442,8 @@ fn clsact_after(observed: &Observed, desired: &Desired) -> Vec<String> {
     desired.interfaces.iter().filter(ours).cloned().collect()
 }
 
-/// Returns true if the clsact is udplb's: the generation that is attached there says so, or what is
-/// remembered of its detachment.
+/// Returns true if the clsact is udplb's, by the generation that is attached there or by the mark of its
+/// detachment.
 fn made_clsact(observed: &Observed, interface: &str) -> bool {
     let slot = observed.interfaces.get(interface).map(|interface| &interface.hook.slot);
     let Some(Slot::Generation(number)) = slot else {
@@ -632,7 +453,7 @@ fn made_clsact(observed: &Observed, interface: &str) -> bool {
     generation.is_some_and(|it| it.description.clsact.iter().any(|name| name == interface))
 }
 
-/// Puts a generation on `interfaces` and takes others off the rest.
+/// Attaches a generation to `interfaces`, and detaches from all others.
 fn switch(
     observed: &Observed,
     number: u32,
