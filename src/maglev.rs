@@ -27,75 +27,74 @@ pub struct Member<'a> {
     /// Input of the hash that its slots follow from. Members with the same identity are merged: the
     /// first one represents them, with the sum of their weights.
     pub identity: &'a [u8],
-    /// Its share of the flows is its part in the sum of all weights, which is below 2^32; 0 takes
-    /// no part.
+    /// Share of the flows, relative to the sum of all weights, which is below 2^32. A weight of 0 gets no
+    /// slots.
     pub weight: u32,
 }
 
-/// The sizes of tables, each with the most that all weights together may be of the least: the
-/// least share is then 100 slots, which rounding changes by less than 1 %. They are steps, so that
-/// another member seldom changes the size, which moves nearly all flows; and primes, so that no
-/// pattern in the flows' hashes repeats with the slots.
+/// The sizes of tables, each with the maximum ratio of all weights to the smallest one. The smallest share
+/// is then 100 slots, which rounding changes by less than 1 %. There are few sizes, since a change of size
+/// moves nearly all flows; they are primes, so that no pattern in the flows' hashes repeats in the slots.
 const SIZES: [(u64, u32); 3] = [(100, 10_007), (1_000, 100_003), (10_000, 1_000_003)];
 
-/// The size of the largest tables.
+/// Size of the largest tables.
 pub const LARGEST: u32 = SIZES[SIZES.len() - 1].1;
 
-/// The least weight is so small a part of all weights that no table has the slots for it.
+/// Error for a weight that is too small a part of all weights for any table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooUneven {
     /// Sum of all weights.
     pub sum: u64,
-    /// The least weight.
-    pub least: u32,
+    /// The smallest weight.
+    pub min: u32,
 }
 
 impl fmt::Display for TooUneven {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (most, _) = SIZES[SIZES.len() - 1];
-        let Self { sum, least } = self;
-        let ratio = sum.div_ceil(u64::from(*least));
-        write!(f, "the weights, {sum} in all, are {ratio} times the least, {least}; ")?;
-        write!(f, "{most} times is the most")
+        let (max, _) = SIZES[SIZES.len() - 1];
+        let Self { sum, min } = self;
+        let ratio = sum.div_ceil(u64::from(*min));
+        write!(f, "the weights, {sum} in all, are {ratio} times the smallest, {min}; ")?;
+        write!(f, "{max} times is the maximum")
     }
 }
 
 impl std::error::Error for TooUneven {}
 
-/// The number of slots for members of these weights.
+/// Returns the number of slots for members with these weights.
 ///
 /// # Errors
-/// All weights together are more than 10,000 times the least that is not 0.
+/// The sum of all weights is more than 10,000 times the smallest that is not 0.
 pub fn size(weights: &[u32]) -> Result<u32, TooUneven> {
     let sum = weights.iter().map(|weight| u64::from(*weight)).sum();
-    let least = weights.iter().copied().filter(|weight| *weight > 0).min().unwrap_or(1);
+    let min = weights.iter().copied().filter(|weight| *weight > 0).min().unwrap_or(1);
     SIZES
         .iter()
-        .find(|(most, _)| sum <= most * u64::from(least))
+        .find(|(max, _)| sum <= max * u64::from(min))
         .map(|(_, size)| *size)
-        .ok_or(TooUneven { sum, least })
+        .ok_or(TooUneven { sum, min })
 }
 
-/// A slot that nobody has.
+/// Value of a slot without a member.
 const FREE: u16 = u16::MAX;
 
-/// The least of the weights takes this long for a step.
+/// Duration of a step of the smallest weight.
 const LONGEST_STEP: u64 = 1 << 32;
 
 /// Returns the index in `members` for each of `size` slots; empty if nobody has a weight. There may
 /// be at most 65,535 members. Their order changes indices only, not the member of a slot.
 pub fn table(members: &[Member<'_>], size: u32) -> Vec<u16> {
     let mut walkers = walkers(members, size);
-    let Some(least) = walkers.iter().map(|walker| walker.weight).min() else { return Vec::new() };
+    let Some(min) = walkers.iter().map(|walker| walker.weight).min() else { return Vec::new() };
     for walker in &mut walkers {
-        walker.step = LONGEST_STEP * least / walker.weight;
+        walker.step = LONGEST_STEP * min / walker.weight;
     }
     let mut table = vec![FREE; size as usize];
     let mut now = 0;
     while walkers.len() > 1 {
-        // in a round each takes a step, in the mean
+        // On average each member takes one step per round.
         let sum: u64 = walkers.iter().map(|walker| walker.weight).sum();
-        let round = (LONGEST_STEP * least).div_ceil(sum) * walkers.len() as u64;
+        let round = (LONGEST_STEP * min).div_ceil(sum) * walkers.len() as u64;
         let mut all_walk = true;
         while all_walk {
             now += round;
@@ -106,47 +105,47 @@ pub fn table(members: &[Member<'_>], size: u32) -> Vec<u16> {
         }
         walkers.retain(|walker| walker.quota > 0);
     }
-    // the last one need not look for what is left
+    // The last member gets all remaining slots.
     for walker in walkers {
         table.iter_mut().filter(|slot| **slot == FREE).for_each(|slot| *slot = walker.index);
     }
     table
 }
 
-/// A member on its way over the slots.
+/// A member that walks the slots.
 struct Walker<'a> {
     identity: &'a [u8],
     index: u16,
     weight: u64,
-    /// Slots that it is still to take.
+    /// Number of slots still to take.
     quota: u32,
-    /// The time that a step takes, and when the last one was.
+    /// Duration of a step, and time of the last one.
     step: u64,
     last: u64,
-    /// The upper half is where it is.
+    /// State of the generator; the upper half determines the slot.
     random: u64,
 }
 
 impl Walker<'_> {
-    /// Takes the steps until `now`, and each slot on the way that is free.
+    /// Takes the steps until `now`, and each free slot among them.
     fn walk(&mut self, now: u64, table: &mut [u16]) {
         while now - self.last >= self.step && self.quota > 0 {
             self.last += self.step;
-            // Knuth's generator (MMIX); all slots come up, since its period is 2^64
+            // Knuth's generator (MMIX). Its period of 2^64 covers all slots.
             self.random = self
                 .random
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1_442_695_040_888_963_407);
             let slot = (((self.random >> 32) * table.len() as u64) >> 32) as usize;
             let free = table[slot] == FREE;
-            // no branch: half of them would be predicted wrong, and take most of the time
+            // Branch-free: half of the branches would be mispredicted, and dominate the time.
             table[slot] = select_unpredictable(free, self.index, table[slot]);
             self.quota -= u32::from(free);
         }
     }
 }
 
-/// One for each identity that has slots, sorted by it, with its quota.
+/// Returns a walker for each identity with slots, sorted by identity, with its quota.
 fn walkers<'a>(members: &[Member<'a>], size: u32) -> Vec<Walker<'a>> {
     let mut walkers: Vec<Walker<'a>> = members
         .iter()
@@ -161,20 +160,20 @@ fn walkers<'a>(members: &[Member<'a>], size: u32) -> Vec<Walker<'a>> {
             random: hash(identity),
         })
         .collect();
-    // stable: of the same identity the first one stays
+    // Stable: the first of equal identities stays.
     walkers.sort_by_key(|walker| walker.identity);
     walkers.dedup_by(|next, first| {
         let same = next.identity == first.identity;
         first.weight += if same { next.weight } else { 0 };
         same
     });
-    give_quotas(&mut walkers, u64::from(size));
+    set_quotas(&mut walkers, u64::from(size));
     walkers.retain(|walker| walker.quota > 0);
     walkers
 }
 
-/// Shares `size` slots out by weight; the largest remainders are rounded up.
-fn give_quotas(walkers: &mut [Walker<'_>], size: u64) {
+/// Distributes `size` slots by weight; the largest remainders are rounded up.
+fn set_quotas(walkers: &mut [Walker<'_>], size: u64) {
     let sum = walkers.iter().map(|walker| walker.weight).sum::<u64>().max(1);
     let mut given = 0;
     for walker in &mut *walkers {
@@ -189,7 +188,7 @@ fn give_quotas(walkers: &mut [Walker<'_>], size: u64) {
     }
 }
 
-/// FNV-1a, and the finalizer of MurmurHash3 because members' texts are much alike.
+/// Returns FNV-1a with the finalizer of MurmurHash3, since members' texts are similar.
 fn hash(bytes: &[u8]) -> u64 {
     let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
@@ -205,11 +204,11 @@ fn mix(mut hash: u64) -> u64 {
     hash ^ (hash >> 33)
 }
 
-/// The share of flows, 0 to 1, that a new table sends elsewhere than the old one did. With each
-/// table comes what its indices stand for. A flow's slot is its hash modulo the table's size.
+/// Returns the share of flows, 0 to 1, that a new table sends elsewhere. Each table comes with the members
+/// that its indices refer to. A flow's slot is its hash modulo the table's size.
 ///
-/// Exact for tables of any two sizes: those slots of both meet that have the same remainder by the
-/// sizes' greatest common divisor, each pair of them equally often.
+/// Exact for tables of any two sizes: a flow can have any pair of slots that are congruent modulo the sizes'
+/// greatest common divisor, each pair with equal probability.
 pub fn moved<T: Eq + Hash>(
     (old, old_members): (&[u16], &[T]),
     (new, new_members): (&[u16], &[T]),
@@ -250,10 +249,10 @@ mod tests {
 
     use super::{Member, TooUneven, hash, mix, moved, size, table};
 
-    /// Endpoints and weights.
+    /// Generates endpoints and weights.
     type Set = Vec<(String, u32)>;
 
-    /// The same set for the same seed.
+    /// Returns a set, the same for the same seed.
     fn set(seed: u64, weights: &[u32]) -> Set {
         let endpoint = |number: u64| {
             let random = mix(seed << 32 | number);
@@ -307,7 +306,7 @@ mod tests {
         (may_stay - stay) as f64 / rest as f64
     }
 
-    /// The mean and the most, in percent.
+    /// Returns the mean and the maximum, in percent.
     fn judge(shares: &[f64]) -> (f64, f64) {
         let mean = shares.iter().sum::<f64>() / shares.len() as f64;
         (100.0 * mean, 100.0 * shares.iter().copied().fold(0.0, f64::max))
@@ -466,10 +465,10 @@ mod tests {
         }
         assert_eq!(size(&[1; 100]), Ok(10_007));
         assert_eq!(size(&[1; 101]), Ok(100_003));
-        assert_eq!(size(&[1, 10_000]), Err(TooUneven { sum: 10_001, least: 1 }));
+        assert_eq!(size(&[1, 10_000]), Err(TooUneven { sum: 10_001, min: 1 }));
         assert_eq!(
             size(&[2, 19_999]).expect_err("too uneven").to_string(),
-            "the weights, 20001 in all, are 10001 times the least, 2; 10000 times is the most"
+            "the weights, 20001 in all, are 10001 times the smallest, 2; 10000 times is the maximum"
         );
     }
 

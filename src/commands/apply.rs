@@ -22,7 +22,7 @@ use crate::net::nexthop::{self, Way};
 use crate::net::{Netlink, routing};
 use crate::reconcile::execute::{self, Outcome};
 use crate::reconcile::observe::{Observed, observe};
-use crate::reconcile::source::{self, Loaded, Request, Target, Text};
+use crate::reconcile::source::{self, ConfigFile, Loaded, Request, Text};
 use crate::reconcile::{confirm, plan, warnings};
 use crate::telemetry::status::PendingStatus;
 use crate::time;
@@ -67,8 +67,8 @@ pub struct SourceFile {
 }
 
 impl SourceFile {
-    pub fn target(&self) -> Target {
-        Target { file: self.file.clone(), interfaces: self.interfaces.clone() }
+    pub fn target(&self) -> ConfigFile {
+        ConfigFile { file: self.file.clone(), interfaces: self.interfaces.clone() }
     }
 }
 
@@ -101,7 +101,7 @@ pub async fn run(global: &Global, options: &Options) -> Result<u8> {
     apply(global, options, &target).await
 }
 
-async fn apply(global: &Global, options: &Options, target: &Target) -> Result<u8> {
+async fn apply(global: &Global, options: &Options, target: &ConfigFile) -> Result<u8> {
     let started = Instant::now();
     let text = Text::read(&target.file)?;
     let mut wanted = wanted_by_apply(global, &text, options, target).await?;
@@ -160,7 +160,7 @@ async fn wanted_by_apply(
     global: &Global,
     text: &Text,
     options: &Options,
-    target: &Target,
+    target: &ConfigFile,
 ) -> Result<Loaded> {
     let Options { resolver, partial, .. } = options;
     let again = match pins::read(&global.pin_dir, global.lock_timeout) {

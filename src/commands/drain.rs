@@ -23,7 +23,7 @@ use crate::reconcile::plan;
 pub struct Options {
     /// A rule, and its upstream or mirror: name or address, as status shows them.
     #[arg(value_name = "RULE/UPSTREAM", add = ArgValueCandidates::new(complete::upstreams))]
-    target: drain::Target,
+    target: drain::UpstreamName,
 }
 
 /// Output of `drain` and of `enable` with an upstream.
@@ -54,7 +54,11 @@ pub(super) async fn to_steer(global: &Global, netlink: &Netlink) -> Result<(Writ
 }
 
 /// Drains or enables one upstream.
-pub(super) async fn steer(global: &Global, target: &drain::Target, state: State) -> Result<u8> {
+pub(super) async fn steer(
+    global: &Global,
+    target: &drain::UpstreamName,
+    state: State,
+) -> Result<u8> {
     capabilities::require()?;
     let netlink = netlink()?;
     let (guard, observed) = to_steer(global, &netlink).await?;

@@ -21,7 +21,7 @@ pub struct Options {
     /// A rule, and its upstream or mirror: name or address, as status shows them.
     #[arg(value_name = "RULE/UPSTREAM", required_unless_present = "all",
           add = ArgValueCandidates::new(complete::upstreams))]
-    target: Option<drain::Target>,
+    target: Option<drain::UpstreamName>,
     /// Take back all that drain and enable said: what the file says holds.
     #[arg(long, conflicts_with = "target")]
     all: bool,

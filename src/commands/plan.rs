@@ -15,7 +15,7 @@ use crate::error::{Result, say};
 use crate::reconcile::drain::{self, UpstreamState};
 use crate::reconcile::observe::Observed;
 use crate::reconcile::plan::{self, Plan};
-use crate::reconcile::source::{self, Request, Target, Text};
+use crate::reconcile::source::{self, ConfigFile, Request, Text};
 
 /// Changes pending, with `--exit-code`.
 const PENDING: u8 = 2;
@@ -50,7 +50,7 @@ pub async fn run(global: &Global, options: &Options) -> Result<u8> {
 /// Also `apply --dry-run`.
 pub(super) async fn show(
     global: &Global,
-    target: &Target,
+    target: &ConfigFile,
     resolver: Resolver,
     exit_code: bool,
 ) -> Result<u8> {

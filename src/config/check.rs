@@ -252,7 +252,7 @@ fn large_tables(rules: &[Rule]) -> Option<Unlocated> {
     };
     let message = format!(
         "these weights need a table of {slots} slots, and apply takes longer to fill it: up to \
-         {kilobytes} kB of kernel memory{others}; weights of at most 100 times the least in all \
+         {kilobytes} kB of kernel memory{others}; weights of at most 100 times the smallest in all \
          need 20 kB"
     );
     Some(Unlocated::new(&rule.at.field(words::UPSTREAM.name), message))

@@ -7,7 +7,7 @@ use super::diagnostic::{Diagnostics, Message, Part, Place};
 use super::node::{Content, Entry, Node};
 use super::path::Trail;
 use super::quote::shorten;
-use super::vocabulary::{self as words, ANY, Choice, Field, Number, Root, STATSD, Shape, Table};
+use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, STATSD, Shape, Table};
 use super::{
     Action, Hash, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Rule, Strategy, Unlocated,
     Upstream, scalar,
@@ -134,7 +134,7 @@ impl Options {
         Options { choices, payload: self.payload.or(defaults.payload) }
     }
 
-    fn get(&self, choice: &Choice) -> Given<&'static str> {
+    fn get(&self, choice: &EnumField) -> Given<&'static str> {
         let mut fields = words::OPTIONS_MAP.fields.iter();
         let place = fields.position(|field| std::ptr::eq(*field, &choice.field));
         place.map_or(Given::Missing, |place| self.choices[place])
@@ -374,7 +374,7 @@ impl Decoder {
     fn option<T: Deserialize<'static>>(
         &self,
         options: &Options,
-        choice: &'static Choice,
+        choice: &'static EnumField,
     ) -> Option<T> {
         self.settle(options.get(choice), choice)
     }
@@ -426,7 +426,7 @@ impl Decoder {
     fn settle<T: Deserialize<'static>>(
         &self,
         given: Given<&'static str>,
-        choice: &'static Choice,
+        choice: &'static EnumField,
     ) -> Option<T> {
         match given {
             Given::Missing => variant(choice.default_word(self.decoded.root)?),
@@ -633,7 +633,7 @@ impl Decoder {
     fn choice(
         &mut self,
         fields: &Fields<'_, '_>,
-        choice: &'static Choice,
+        choice: &'static EnumField,
         at: &Trail<'_>,
     ) -> Given<&'static str> {
         let Some(node) = fields.get(&choice.field) else {
@@ -653,7 +653,7 @@ mod tests {
     use super::super::{Addresses, Admission, Fragments, Health, Source, State};
     use super::*;
 
-    fn has_variants<T: Deserialize<'static>>(choice: &'static Choice) {
+    fn has_variants<T: Deserialize<'static>>(choice: &'static EnumField) {
         for word in choice.words {
             assert!(variant::<T>(word).is_some(), "{word}");
         }

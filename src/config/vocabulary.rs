@@ -27,7 +27,7 @@ pub struct Field {
     /// Meaning, one or more sentences.
     pub about: &'static str,
     pub shape: Shape,
-    /// Value that holds where the field is missing, for people; a [`Choice`] has its own.
+    /// Value that holds where the field is missing, for people; a [`EnumField`] has its own.
     pub default: &'static str,
     /// A value in YAML.
     pub example: &'static str,
@@ -53,7 +53,7 @@ pub enum Shape {
     /// A network or a list of them.
     Networks,
     Number(&'static Number),
-    Choice(&'static Choice),
+    Choice(&'static EnumField),
     /// A word, or a map.
     WordOrMap(&'static str, &'static Table),
     Map(&'static Table),
@@ -80,7 +80,7 @@ pub struct Table {
 
 /// A field whose value is one word out of several.
 #[derive(Debug)]
-pub struct Choice {
+pub struct EnumField {
     pub field: Field,
     /// Also serde's names for the variants of the enum.
     pub words: &'static [&'static str],
@@ -116,46 +116,50 @@ impl Field {
     }
 }
 
-impl Choice {
+impl EnumField {
     /// `this` is the static that is being defined.
     const fn new(
-        this: &'static Choice,
+        this: &'static EnumField,
         name: &'static str,
         words: &'static [&'static str],
         about: &'static str,
-    ) -> Choice {
+    ) -> EnumField {
         let field = Field::new(name, Shape::Choice(this), about);
-        Choice { field, words, list_words: &[], defaults: None }
+        EnumField { field, words, list_words: &[], defaults: None }
     }
 
-    const fn default(self, default: &'static str) -> Choice {
-        Choice { defaults: Some((default, default)), ..self }
+    const fn default(self, default: &'static str) -> EnumField {
+        EnumField { defaults: Some((default, default)), ..self }
     }
 
     /// The bare list has the field too, with these words and this default.
-    const fn in_list(self, list_words: &'static [&'static str], default: &'static str) -> Choice {
+    const fn in_list(
+        self,
+        list_words: &'static [&'static str],
+        default: &'static str,
+    ) -> EnumField {
         let (_, map) = match self.defaults {
             Some(defaults) => defaults,
             None => (default, default),
         };
         let field = Field { in_list: true, ..self.field };
-        Choice { field, list_words, defaults: Some((default, map)), ..self }
+        EnumField { field, list_words, defaults: Some((default, map)), ..self }
     }
 
     /// The bare list lacks the field, and this holds there.
-    const fn list_default(self, default: &'static str) -> Choice {
+    const fn list_default(self, default: &'static str) -> EnumField {
         let in_list = self.field.in_list;
         let choice = self.in_list(&[], default);
-        Choice { field: Field { in_list, ..choice.field }, ..choice }
+        EnumField { field: Field { in_list, ..choice.field }, ..choice }
     }
 
     /// Another field's value holds where this one is missing.
-    const fn inherits(self, default: &'static str) -> Choice {
-        Choice { field: self.field.default(default), ..self }
+    const fn inherits(self, default: &'static str) -> EnumField {
+        EnumField { field: self.field.default(default), ..self }
     }
 
-    const fn example(self, example: &'static str) -> Choice {
-        Choice { field: self.field.example(example), ..self }
+    const fn example(self, example: &'static str) -> EnumField {
+        EnumField { field: self.field.example(example), ..self }
     }
 }
 
@@ -205,8 +209,8 @@ pub static KEY_PORT: Field = Field::new(
 .example("[2055, \"6343-6350\"]");
 pub static KEY_FROM: Field = Field::new("from", Shape::Networks, "Networks of senders; only their packets match. Of several keys with one address and port the longest prefix decides.").default("any sender").example("[10.20.0.0/16]");
 
-pub static TC_ACTION: Choice = Choice::new(&TC_ACTION, "tc_action", &["pass", "block"], "`pass` sends a copy to the upstream and delivers the packet here as if udplb were not there. `block` sends the packet itself; nobody here gets it.").default("pass").in_list(&["pass", "block"], "pass").example("block");
-pub static MODE: Choice = Choice::new(
+pub static TC_ACTION: EnumField = EnumField::new(&TC_ACTION, "tc_action", &["pass", "block"], "`pass` sends a copy to the upstream and delivers the packet here as if udplb were not there. `block` sends the packet itself; nobody here gets it.").default("pass").in_list(&["pass", "block"], "pass").example("block");
+pub static MODE: EnumField = EnumField::new(
     &MODE,
     "mode",
     &["balance", "replicate"],
@@ -215,10 +219,10 @@ pub static MODE: Choice = Choice::new(
 .default("balance")
 .example("replicate");
 const SOURCES: &[&str] = &["vip", "preserve", "egress"];
-pub static SOURCE: Choice = Choice::new(&SOURCE, "source", SOURCES, "Sender that the upstream sees: the address that the packet was sent to (`vip`), the packet's sender (`preserve`), or this host's address on the way to the upstream (`egress`).").default("vip").example("preserve");
-pub static STRATEGY: Choice = Choice::new(&STRATEGY, "strategy", &["src-port", "src-ip", "src-ip-port", "random", "payload"], "Part of the packet that selects its upstream: address or port of the sender, both, or bytes of the payload; `random` selects for each packet anew.").default("src-ip-port").in_list(&["src-port", "src-ip"], "src-port").example("src-ip");
+pub static SOURCE: EnumField = EnumField::new(&SOURCE, "source", SOURCES, "Sender that the upstream sees: the address that the packet was sent to (`vip`), the packet's sender (`preserve`), or this host's address on the way to the upstream (`egress`).").default("vip").example("preserve");
+pub static STRATEGY: EnumField = EnumField::new(&STRATEGY, "strategy", &["src-port", "src-ip", "src-ip-port", "random", "payload"], "Part of the packet that selects its upstream: address or port of the sender, both, or bytes of the payload; `random` selects for each packet anew.").default("src-ip-port").in_list(&["src-port", "src-ip"], "src-port").example("src-ip");
 pub static PAYLOAD: Field = Field::new("payload", Shape::WordOrMap(STATSD, &PAYLOAD_MAP), "Bytes that the strategy `payload` selects by: the name of the first StatsD metric (`statsd`), or `offset` and `length`. A packet that is too short is selected by `src-ip-port`.").default("none").example("{ offset: 4, length: 8 }");
-pub static HASH: Choice = Choice::new(&HASH, "hash", &["modulo", "maglev"], "Mapping from the selecting part to an upstream. With `maglev` another upstream, or one less, moves few flows of the others; `modulo` goes by the place in the list.").default("maglev").list_default("modulo").example("modulo");
+pub static HASH: EnumField = EnumField::new(&HASH, "hash", &["modulo", "maglev"], "Mapping from the selecting part to an upstream. With `maglev` another upstream, or one less, moves few flows of the others; `modulo` goes by the place in the list.").default("maglev").list_default("modulo").example("modulo");
 pub static PAYLOAD_OFFSET: Field = Field::new(
     "offset",
     Shape::Number(&OFFSET),
@@ -232,7 +236,7 @@ pub static PAYLOAD_LENGTH: Field =
         .required()
         .example("8");
 pub static LENGTH: Number = Number { what: "a length", first: 1, last: 64 };
-pub static HEALTH: Choice = Choice::new(
+pub static HEALTH: EnumField = EnumField::new(
     &HEALTH,
     "health",
     &["off", "neighbour"],
@@ -240,10 +244,10 @@ pub static HEALTH: Choice = Choice::new(
 )
 .default("off")
 .example("neighbour");
-pub static FRAGMENTS: Choice = Choice::new(&FRAGMENTS, "fragments", &["follow", "pass", "drop"], "Fragments go where the first one of their datagram goes (`follow`), are only delivered here (`pass`), or are dropped (`drop`).").default("follow").example("drop");
+pub static FRAGMENTS: EnumField = EnumField::new(&FRAGMENTS, "fragments", &["follow", "pass", "drop"], "Fragments go where the first one of their datagram goes (`follow`), are only delivered here (`pass`), or are dropped (`drop`).").default("follow").example("drop");
 const ADMISSIONS: &[&str] = &["deny", "allow"];
-pub static ZERO_CHECKSUM: Choice = Choice::new(&ZERO_CHECKSUM, "zero-checksum", ADMISSIONS, "UDP over IPv6 without a checksum, as tunnels send it (RFC 6935). `allow` sends it on without one.").default("deny").example("allow");
-pub static MARTIANS: Choice = Choice::new(
+pub static ZERO_CHECKSUM: EnumField = EnumField::new(&ZERO_CHECKSUM, "zero-checksum", ADMISSIONS, "UDP over IPv6 without a checksum, as tunnels send it (RFC 6935). `allow` sends it on without one.").default("deny").example("allow");
+pub static MARTIANS: EnumField = EnumField::new(
     &MARTIANS,
     "martians",
     ADMISSIONS,
@@ -257,7 +261,7 @@ pub static UPSTREAM_NAME: Field =
         .default("address and port")
         .example("nfcapd");
 pub static UPSTREAM_ADDRESS: Field = Field::new("address", Shape::Host, "IP address of the upstream, a link-local one with its interface (`fe80::1%ens3`), or a host name, which `apply` resolves.").required().in_list().example("10.0.9.11");
-pub static UPSTREAM_ADDRESSES: Choice = Choice::new(&UPSTREAM_ADDRESSES, "addresses", &["one", "all"], "Addresses of a host name that are used: `one`, or `all` of the rule's family, each as an upstream of its own called `NAME@ADDRESS`, up to 64.").default("one").example("all");
+pub static UPSTREAM_ADDRESSES: EnumField = EnumField::new(&UPSTREAM_ADDRESSES, "addresses", &["one", "all"], "Addresses of a host name that are used: `one`, or `all` of the rule's family, each as an upstream of its own called `NAME@ADDRESS`, up to 64.").default("one").example("all");
 pub static UPSTREAM_PORT: Field = Field::new("port", Shape::Port, "Port of the upstream.")
     .in_list()
     .default("the port that the packet was sent to")
@@ -270,8 +274,8 @@ pub static UPSTREAM_WEIGHT: Field = Field::new(
 .default("1")
 .example("2");
 pub static WEIGHT: Number = Number { what: "a weight", first: 1, last: 10_000 };
-pub static UPSTREAM_STATE: Choice = Choice::new(&UPSTREAM_STATE, "state", &["active", "drained"], "A `drained` upstream keeps its place, and the others get its flows. `udplb drain` and `udplb enable` override it.").default("active").example("drained");
-pub static UPSTREAM_SOURCE: Choice = Choice::new(
+pub static UPSTREAM_STATE: EnumField = EnumField::new(&UPSTREAM_STATE, "state", &["active", "drained"], "A `drained` upstream keeps its place, and the others get its flows. `udplb drain` and `udplb enable` override it.").default("active").example("drained");
+pub static UPSTREAM_SOURCE: EnumField = EnumField::new(
     &UPSTREAM_SOURCE,
     "source",
     SOURCES,
@@ -368,7 +372,7 @@ impl Table {
     }
 }
 
-impl Choice {
+impl EnumField {
     /// Returns the word of that name, if it can be used in such a file.
     pub fn word(&'static self, name: &str, root: Root) -> Result<&'static str, Message> {
         match self.words.iter().find(|word| **word == name) {

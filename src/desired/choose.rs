@@ -10,15 +10,15 @@ use crate::desired::{Desired, Name, Rule, Upstream};
 use crate::maglev;
 
 /// Resolves the rules of a configuration one by one.
-pub(super) struct Resolver<'a> {
+pub(super) struct RuleResolver<'a> {
     written: &'a Desired,
     known: &'a Known<'a>,
-    before: Before<'a>,
+    before: ActiveRules<'a>,
 }
 
 /// A rule, as far as its names have addresses.
 #[derive(Default)]
-pub(super) struct Part {
+pub(super) struct ResolvedRule {
     pub rule: Option<Rule>,
     pub hosts: Vec<Unresolved>,
     pub gaps: Vec<Gap>,
@@ -28,20 +28,20 @@ pub(super) struct Part {
 
 /// Addresses for a host.
 #[derive(Default)]
-struct Choice {
+struct HostAddresses {
     addresses: Vec<Address>,
     note: Option<String>,
     shrunk: bool,
 }
 
-impl<'a> Resolver<'a> {
-    pub fn new(written: &'a Desired, known: &'a Known<'a>) -> Resolver<'a> {
-        let before = Before::new(known.serving.map_or(&[], |serving| &serving.rules));
-        Resolver { written, known, before }
+impl<'a> RuleResolver<'a> {
+    pub fn new(written: &'a Desired, known: &'a Known<'a>) -> RuleResolver<'a> {
+        let before = ActiveRules::new(known.serving.map_or(&[], |serving| &serving.rules));
+        RuleResolver { written, known, before }
     }
 
     /// Resolves a rule, with as many addresses of its names as fit.
-    pub fn rule(&self, number: usize) -> Part {
+    pub fn rule(&self, number: usize) -> ResolvedRule {
         let mut max = RECEIVERS;
         loop {
             let part = self.rule_with(number, max);
@@ -53,9 +53,9 @@ impl<'a> Resolver<'a> {
     }
 
     /// Resolves a rule with at max `max` addresses of a name.
-    fn rule_with(&self, number: usize, max: usize) -> Part {
+    fn rule_with(&self, number: usize, max: usize) -> ResolvedRule {
         let rule = &self.written.rules[number];
-        let mut part = Part::default();
+        let mut part = ResolvedRule::default();
         let mut resolved = Rule { upstreams: Vec::new(), mirrors: Vec::new(), ..rule.clone() };
         let mut lacking = Vec::new();
         for (nth, upstream) in rule.destinations().enumerate() {
@@ -128,7 +128,7 @@ impl<'a> Resolver<'a> {
         name: &Name,
         kept: &[Address],
         max: usize,
-    ) -> Result<Choice, NoAnswer> {
+    ) -> Result<HostAddresses, NoAnswer> {
         let found = match self.known.answers.get(name) {
             Some(answer) => answer.as_ref().map_err(NoAnswer::clone)?,
             None => return Err(NoAnswer { cause: "was not asked for".into(), temporary: true }),
@@ -176,15 +176,15 @@ fn fits(rule: &Rule) -> bool {
 }
 
 /// Chooses the active address if it is still in the answer, else the lowest.
-fn one(name: &str, good: &BTreeSet<IpAddr>, kept: &[IpAddr]) -> Choice {
+fn one(name: &str, good: &BTreeSet<IpAddr>, kept: &[IpAddr]) -> HostAddresses {
     let stays = kept.iter().find(|ip| good.contains(ip));
-    let Some(ip) = stays.or(good.first()) else { return Choice::default() };
+    let Some(ip) = stays.or(good.first()) else { return HostAddresses::default() };
     let others: Vec<String> =
         good.iter().filter(|other| *other != ip).map(IpAddr::to_string).collect();
     let note = (!others.is_empty()).then(|| {
         format!("`{name}` has several addresses: {ip} is used, not {}", others.join(", "))
     });
-    Choice { addresses: vec![(*ip).into()], note, shrunk: false }
+    HostAddresses { addresses: vec![(*ip).into()], note, shrunk: false }
 }
 
 /// Chooses up to `max` addresses. An answer with less than half of the active addresses may be a mistake:
@@ -195,7 +195,7 @@ fn all(
     kept: &[IpAddr],
     is_confirmed: bool,
     max: usize,
-) -> Choice {
+) -> HostAddresses {
     let (count, before) = (good.len(), kept.len());
     let shrunk = 2 * count < before && !is_confirmed;
     let mut note = None;
@@ -212,18 +212,18 @@ fn all(
     }
     let mut used: Vec<IpAddr> = stay.into_iter().chain(new).take(max).collect();
     used.sort_unstable();
-    Choice { addresses: used.into_iter().map(Address::from).collect(), note, shrunk }
+    HostAddresses { addresses: used.into_iter().map(Address::from).collect(), note, shrunk }
 }
 
 /// The active rules, and the addresses of host names in them.
-struct Before<'a> {
+struct ActiveRules<'a> {
     rules: &'a [Rule],
     /// Addresses by rule, name and option; an empty rule name stands for any rule.
     names: HashMap<(&'a str, Name, Addresses), Vec<Address>>,
 }
 
-impl<'a> Before<'a> {
-    fn new(rules: &'a [Rule]) -> Before<'a> {
+impl<'a> ActiveRules<'a> {
+    fn new(rules: &'a [Rule]) -> ActiveRules<'a> {
         let mut names: HashMap<_, Vec<Address>> = HashMap::new();
         for rule in rules {
             for upstream in rule.destinations() {
@@ -236,7 +236,7 @@ impl<'a> Before<'a> {
                 }
             }
         }
-        Before { rules, names }
+        ActiveRules { rules, names }
     }
 
     /// Returns the addresses of a name in a rule, or else in others; of hosts with the same `addresses`

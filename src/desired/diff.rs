@@ -16,11 +16,11 @@ use crate::maglev;
 pub struct Changes {
     pub attach: Vec<String>,
     pub detach: Vec<String>,
-    /// This host's addresses that keys stand for.
+    /// This host's addresses that `any` matches.
     pub addresses: Difference,
     pub added: Vec<RuleSummary>,
     pub removed: Vec<RuleSummary>,
-    /// Rules that are in both.
+    /// Rules in both configurations.
     pub altered: Vec<RuleChange>,
 }
 
@@ -43,12 +43,12 @@ pub struct RuleChange {
     #[serde(flatten)]
     pub upstreams: Difference,
     pub mirrors: Difference,
-    /// Share of the flows that go elsewhere, 0 to 1.
+    /// Share of the flows that move, 0 to 1.
     #[serde(rename = "moved_share")]
     pub moved: f64,
 }
 
-/// An attribute of a rule or an upstream that is in both configurations, with both values.
+/// A changed attribute of a rule or an upstream, with both values.
 #[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
 pub struct AttributeChange {
     pub attribute: &'static str,
@@ -61,7 +61,7 @@ pub struct AttributeChange {
 pub struct Difference {
     pub added: Vec<String>,
     pub removed: Vec<String>,
-    /// Upstreams that are in both and differ.
+    /// Upstreams in both lists that differ.
     pub altered: Vec<UpstreamChange>,
 }
 
@@ -72,8 +72,8 @@ pub struct UpstreamChange {
 }
 
 impl Changes {
-    /// From `old` (nothing is applied: empty) to `new`. `attached` are the interfaces that the
-    /// filter is on now.
+    /// Compares `old` (empty if nothing is applied) with `new`. `attached` are the interfaces that have the
+    /// filter now.
     pub fn new(old: &Desired, new: &Desired, attached: &[String]) -> Changes {
         let before: BTreeMap<&str, &Rule> =
             old.rules.iter().map(|rule| (rule.name.as_str(), rule)).collect();
@@ -103,7 +103,7 @@ impl Changes {
         }
     }
 
-    /// Counts again how many flows move, by the states that upstreams are in.
+    /// Recomputes the share of flows that move, by the states of upstreams in `old` and `new`.
     pub fn count_moved(&mut self, old: &[Rule], new: &[Rule]) {
         let by_name = |rules: &[Rule]| -> BTreeMap<String, usize> {
             rules.iter().enumerate().map(|(index, rule)| (rule.name.clone(), index)).collect()
@@ -184,7 +184,7 @@ fn attributes(rule: &Rule) -> Vec<(&'static str, String)> {
     attributes
 }
 
-/// A share to a tenth of a percent.
+/// Formats a share to a tenth of a percent.
 fn rounded(share: f64) -> f64 {
     (share * 1000.0).round() / 1000.0
 }
@@ -196,7 +196,7 @@ fn slots(rule: &Rule) -> Option<u32> {
     weighted.then(|| maglev::size(&weights).ok()).flatten()
 }
 
-/// Returns the attributes that both have, with different values.
+/// Returns the attributes in both lists whose values differ.
 fn differing(
     old: Vec<(&'static str, String)>,
     new: Vec<(&'static str, String)>,
@@ -220,7 +220,7 @@ fn difference(
     let altered = |upstream: &Upstream| {
         let endpoint = endpoint(upstream);
         let before = known.get(&endpoint)?;
-        // a source that both inherit is shown at the rule
+        // A source that both inherit is shown at the rule.
         let own = before.source.is_some() || upstream.source.is_some();
         let attributes = |rule: &Rule, upstream: &Upstream| {
             let mut attributes = vec![
@@ -241,7 +241,7 @@ fn difference(
     }
 }
 
-/// A word of the vocabulary, as the file spells it.
+/// Returns a value's word in the file.
 pub fn word(value: &impl Serialize) -> String {
     match serde_json::to_value(value) {
         Ok(serde_json::Value::String(word)) => word,
@@ -257,7 +257,7 @@ fn payload(rule: &Rule) -> String {
     }
 }
 
-/// A rule's key: `10.0.0.5:2055,4739,6343-6350 from 10.20.0.0/16`.
+/// Formats a rule's key: `10.0.0.5:2055,4739,6343-6350 from 10.20.0.0/16`.
 pub fn key(rule: &Rule) -> String {
     let list = |items: Vec<String>| items.join(",");
     let key = &rule.key;

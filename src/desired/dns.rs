@@ -1,8 +1,8 @@
-//! Host names of upstreams to addresses, by the system's resolver.
+//! Resolves host names of upstreams by the system's resolver.
 //!
-//! `getaddrinfo` can be neither cancelled nor given a deadline; where a name server takes a TCP connection
-//! and stays silent it blocks for ever. So another process calls it, which is killed at the deadline:
-//! [`ask`] starts this program again under the name [`PROCESS`], where [`answer`] does the work.
+//! `getaddrinfo` has neither a deadline nor a way to cancel it, and blocks for ever if a name server accepts
+//! a TCP connection and stays silent. So a child process calls it, which is killed at the deadline: [`ask`]
+//! starts this program with the argument [`PROCESS`], which runs [`answer`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CStr, CString, c_int};
@@ -20,28 +20,28 @@ use tokio::process::Command;
 use crate::config::Family;
 use crate::desired::{Desired, Name, Upstream};
 
-/// The first argument of the process that asks.
+/// The first argument of the resolving process.
 pub const PROCESS: &str = "udplb-resolver";
 
-/// Lookups that are waited for before others begin, so that no name server is flooded …
+/// Number of look-ups that are awaited before others start, so that no name server is flooded.
 const BURST: usize = 64;
-/// … for so long: those of a slow server must not hold up all others.
+/// Time limit of that wait: look-ups of a slow server must not delay all others.
 const SLOW: Duration = Duration::from_millis(200);
-/// The most lookups at once, each with a thread and a socket.
-const MOST: usize = 1000;
+/// Maximum number of concurrent look-ups, each with a thread and a socket.
+const MAX_LOOKUPS: usize = 1000;
 const STACK: usize = 256 << 10;
 
-/// The addresses of names, never none of them, or why there are none.
+/// The addresses of each name, at least one, or the reason why there are none.
 pub type Answers = BTreeMap<Name, Answer>;
 
 pub type Answer = Result<BTreeSet<IpAddr>, NoAnswer>;
 
-/// Why a name has no address.
+/// The reason why a name has no address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NoAnswer {
-    /// Follows the name in a message.
+    /// Text after the name in a message.
     pub cause: String,
-    /// The resolver may know later.
+    /// True if a later attempt may succeed.
     pub temporary: bool,
 }
 
@@ -51,13 +51,12 @@ impl NoAnswer {
     }
 }
 
-/// The host names of a configuration.
+/// Returns the host names of a configuration.
 pub fn names(desired: &Desired) -> BTreeSet<Name> {
     desired.upstreams().filter_map(Upstream::named).collect()
 }
 
-/// Asks the system's resolver for all names at once. Those that it has not answered in time have no
-/// answer.
+/// Resolves all names concurrently. A name without an answer in time has a [`NoAnswer`].
 pub async fn ask(names: BTreeSet<Name>, timeout: Duration) -> Answers {
     let names: Vec<Name> = names.into_iter().collect();
     let mut answers = Answers::new();
@@ -76,7 +75,7 @@ pub async fn ask(names: BTreeSet<Name>, timeout: Duration) -> Answers {
     answers
 }
 
-/// The process ends with the future, which holds its standard input open.
+/// Runs the resolving process, which ends when the future is dropped and its standard input closes.
 async fn ask_process(names: &[Name], answers: &mut Answers) -> io::Result<()> {
     let mut process = Command::new("/proc/self/exe")
         .arg0(PROCESS)
@@ -99,8 +98,8 @@ async fn ask_process(names: &[Name], answers: &mut Answers) -> io::Result<()> {
     Ok(())
 }
 
-/// The process that asks: takes names as a line of standard input, prints each answer with the index of
-/// its name as a line, and ends when all are answered or its input does.
+/// Runs in the resolving process: reads names as one line of standard input, prints each answer with the
+/// index of its name as a line, and ends after the last answer or at the end of its input.
 pub fn answer() -> ExitCode {
     let mut input = io::BufReader::new(io::stdin());
     let mut line = String::new();
@@ -125,7 +124,7 @@ fn look_up_all(names: Vec<Name>) {
     let (sender, done) = channel();
     let (mut running, mut waited_for) = (0, 0);
     for (number, name) in names.into_iter().enumerate() {
-        while waited_for >= BURST || running >= MOST {
+        while waited_for >= BURST || running >= MAX_LOOKUPS {
             match done.recv_timeout(SLOW) {
                 Ok(()) => {
                     running -= 1;
@@ -141,7 +140,7 @@ fn look_up_all(names: Vec<Name>) {
         }
     }
     drop(sender);
-    // until all are done
+    // Until all are done.
     done.iter().for_each(drop);
 }
 
@@ -155,7 +154,7 @@ fn spawn(number: usize, name: Name, done: Sender<()>) -> io::Result<()> {
 
 fn print(number: usize, answer: &Answer) {
     if let Ok(line) = serde_json::to_string(&(number, answer)) {
-        // nobody waits any more if it cannot be written
+        // The parent is gone if it cannot be written.
         let _ = writeln!(io::stdout().lock(), "{line}");
     }
 }
@@ -164,12 +163,12 @@ fn no_resolution(why: impl std::fmt::Display) -> String {
     format!("does not resolve: {why}")
 }
 
-/// The addresses of one family.
+/// Resolves a name to the addresses of one family.
 fn look_up((name, family): &Name) -> Answer {
     let no_name = |_| NoAnswer { cause: no_resolution("it is no name"), temporary: false };
     let name = CString::new(name.as_str()).map_err(no_name)?;
     let mut list = std::ptr::null_mut();
-    // SAFETY: all zeroes are valid hints, and mean none.
+    // SAFETY: all zeroes are valid: no hints.
     let mut hints: libc::addrinfo = unsafe { std::mem::zeroed() };
     hints.ai_socktype = libc::SOCK_DGRAM;
     hints.ai_family = match family {
@@ -183,9 +182,9 @@ fn look_up((name, family): &Name) -> Answer {
     }
     let mut addresses = BTreeSet::new();
     let mut entry = list;
-    // SAFETY: the entries are a list of the resolver's, unchanged until it is freed.
+    // SAFETY: the list is the resolver's, valid until freeaddrinfo.
     while let Some(found) = unsafe { entry.as_ref() } {
-        // SAFETY: an entry's address is one of its family, or none.
+        // SAFETY: an entry's address is null or of its family.
         addresses.extend(unsafe { address(found) });
         entry = found.ai_next;
     }
@@ -202,7 +201,7 @@ fn look_up((name, family): &Name) -> Answer {
 unsafe fn address(entry: &libc::addrinfo) -> Option<IpAddr> {
     match entry.ai_family {
         libc::AF_INET => {
-            // SAFETY: by the family that is what it points to.
+            // SAFETY: the family determines the type.
             let address = unsafe { entry.ai_addr.cast::<libc::sockaddr_in>().as_ref()? };
             Some(Ipv4Addr::from(u32::from_be(address.sin_addr.s_addr)).into())
         }
@@ -217,7 +216,7 @@ unsafe fn address(entry: &libc::addrinfo) -> Option<IpAddr> {
 
 /// Classifies an error of getaddrinfo.
 fn failure(code: c_int, family: Family) -> NoAnswer {
-    /// glibc's, for a name that /etc/hosts has with addresses of the other family only.
+    /// glibc's error for a name that /etc/hosts lists with the other family only.
     const EAI_ADDRFAMILY: c_int = -9;
     let temporary = match code {
         libc::EAI_NODATA | EAI_ADDRFAMILY => {
@@ -227,15 +226,16 @@ fn failure(code: c_int, family: Family) -> NoAnswer {
         libc::EAI_SYSTEM => return NoAnswer::temporary(no_resolution(io::Error::last_os_error())),
         code => code != libc::EAI_NONAME,
     };
-    // SAFETY: it returns a text that is there for ever, whatever the code is.
+    // SAFETY: gai_strerror returns a static string for any code.
     let text = unsafe { CStr::from_ptr(libc::gai_strerror(code)) };
     NoAnswer { cause: no_resolution(text.to_string_lossy()), temporary }
 }
 
-/// Each lookup needs a socket, and many systems allow 1,024 files where nobody asks for more.
+/// Raises the limit of open files to its maximum: each look-up needs a socket, and the default is often
+/// 1,024.
 fn raise_descriptor_limit() {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: both calls take a limit that outlives them. What fails leaves the limit as it is.
+    // SAFETY: the limit outlives both calls. A failure leaves the limit unchanged.
     unsafe {
         if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
             limit.rlim_cur = limit.rlim_max;

@@ -5,8 +5,8 @@ use serde_json::{Map, Value, json};
 use crate::config::{ANY, Addresses, Key, Mode, Payload, Ports, STATSD, State};
 use crate::desired::{Desired, Rule, Upstream};
 
-/// The map form of the configuration, every option spelled out. Host names stay names, and what is
-/// missing is there.
+/// Returns the map form of the configuration with every option. Host names stay names, and hosts that are
+/// missing now are included.
 pub fn document(desired: &Desired) -> Value {
     let desired = desired.as_written();
     json!({
@@ -72,7 +72,7 @@ fn options(rule: &Rule) -> Value {
     options
 }
 
-/// An upstream or a mirror.
+/// Returns the fields of an upstream or a mirror.
 fn host(upstream: &Upstream) -> Value {
     let mut fields = Map::new();
     let mut say = |field: &str, value: Value| fields.insert(field.into(), value);
@@ -161,13 +161,13 @@ mod tests {
         }
     }
 
-    /// Different ones, without what depends on the rule; their names begin with `prefix`.
+    /// Generates distinct hosts without options that depend on the rule; names begin with `prefix`.
     fn hosts(family: Family, prefix: &'static str) -> impl Strategy<Value = Vec<Upstream>> {
         let host = prop_oneof![
             address(family).prop_map(Host::Address),
             select(NAMES.to_vec()).prop_map(|name| Host::Name(name.into())),
         ];
-        // names are such that a sloppy writer of YAML would make something else of them
+        // Names that must be quoted in YAML.
         let names = btree_set("[a-z0-9][a-z0-9.:-]{0,8}|null|yes|1e3|0o7|~|1:30", 5);
         let states = select(vec![State::Active, State::Drained]);
         let list = vec((host, option::of(1..=u16::MAX), any::<bool>(), states), 1..5);
@@ -195,7 +195,7 @@ mod tests {
         })
     }
 
-    /// A key that no rule of another place has.
+    /// Generates a key that no rule at another place has.
     fn key(place: u8, family: Family) -> impl Strategy<Value = Key> {
         let first = u16::from(place) * 200;
         let range = (0..30_u16, 0..30_u16).prop_map(move |(low, more)| Ports {
@@ -216,14 +216,14 @@ mod tests {
             let mut from: Vec<Network> =
                 from.into_iter().map(|text| text.parse().expect("a network")).collect();
             if from.is_empty() && address == KeyAddress::Any {
-                // else host names alone would not say the family
+                // Host names alone do not determine the family.
                 from.push(ip(family, 20, 1).into());
             }
             Key { address, ports, from }
         })
     }
 
-    /// Rules with keys of their own, by their place among the rules.
+    /// Generates rules with distinct keys.
     fn rule(place: u8) -> impl Strategy<Value = Rule> {
         let sources = || vec![Source::Vip, Source::Preserve, Source::Egress];
         let words = (
@@ -247,7 +247,7 @@ mod tests {
             select(strategies.collect::<Vec<_>>()).prop_map(|strategy| (strategy, None)),
             payload.prop_map(|payload| (Selection::Payload, Some(payload))),
         ];
-        // those of a host: weight, source and sample
+        // Options of a host: weight, source and sample.
         let own = vec((1..100_u32, option::of(select(sources())), 1..=1_000_000_u32), 10);
         let hosts = select(vec![Family::V4, Family::V6]).prop_flat_map(move |family| {
             (key(place, family), hosts(family, "u"), option::of(hosts(family, "m")))

@@ -1,24 +1,24 @@
-//! Which upstream a flow goes to where some are drained, as bpf/lb.h selects it. Pure.
+//! Selects the upstream of a flow while some are drained, as bpf/lb.h does. Pure.
 
 use std::collections::HashMap;
 
 use crate::config::{Address, Hash, State, Strategy};
 use crate::desired::{Rule, Upstream};
 
-/// Other slots that a flow is tried with when its own upstream is drained.
+/// Number of other slots to try if a flow's own upstream is drained.
 const REHASHED: u32 = 8;
 
-/// Flows that a share is measured with: a third of a percent is the standard deviation.
+/// Number of sampled flows: the standard deviation of a share is a third of a percent.
 const FLOWS: u32 = 1 << 15;
 
-/// An endpoint of a rule.
-type End<'a> = Option<(&'a Address, Option<u16>)>;
+/// The destination of a flow; `None` if its upstream is drained.
+pub type End<'a> = Option<(&'a Address, Option<u16>)>;
 
 /// A rule's table and the upstreams behind it.
 struct Chooser<'a> {
     rule: &'a Rule,
     slots: &'a [u16],
-    /// Sum of the weights of those that are active.
+    /// Sum of the weights of active upstreams.
     weights: u64,
 }
 
@@ -56,10 +56,10 @@ impl<'a> Chooser<'a> {
         })
     }
 
-    /// The key of a flow.
+    /// Returns the selection key of a flow.
     fn key(&self, flow: u32) -> u32 {
         match (self.rule.hash, self.rule.strategy) {
-            // a port, of which there are more than flows here
+            // A port; there are more ports than sampled flows.
             (Hash::Modulo, Strategy::SrcPort) => flow * 2 + (scrambled(flow) & 1),
             _ => scrambled(flow),
         }
@@ -79,8 +79,8 @@ fn scrambled(mut number: u32) -> u32 {
     number ^ number >> 16
 }
 
-/// Returns the share of flows, 0 to 1, that end elsewhere. Each rule comes with its table; `same_key`: both
-/// have one key for a flow.
+/// Returns the share of flows, 0 to 1, that move. Each rule comes with its table; `same_key` is true if both
+/// have the same selection key.
 pub fn moved(
     (old, old_slots): (&Rule, &[u16]),
     (new, new_slots): (&Rule, &[u16]),

@@ -1,4 +1,4 @@
-//! Why no rule matches a packet. Pure.
+//! Explains why no rule matches a packet. Pure.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::config::{Key, KeyAddress, Ports, with_port};
 use crate::desired::{Desired, Rule, diff};
 
-/// Rules in one answer.
+/// Maximum number of rules in an answer.
 const SHOWN: usize = 5;
 
 /// A rule that nearly matches.
@@ -21,7 +21,7 @@ pub struct Miss {
     pub text: String,
 }
 
-/// The part of the key that the packet does not have. Those that come first are nearer to a match.
+/// The part of the key that differs, nearest to a match first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Differs {
@@ -31,7 +31,7 @@ pub enum Differs {
     Address,
 }
 
-/// The rules that come nearest to a packet, the first in the order of the configuration.
+/// Returns the rules nearest to a packet, at most [`MAX_RULES`].
 pub fn explain(
     desired: &Desired,
     source: IpAddr,
@@ -53,7 +53,7 @@ pub fn explain(
         .collect()
 }
 
-/// `None`: more than one part differs, or none.
+/// Returns the part of the key that differs; `None` if more than one does, or none.
 fn differs(
     key: &Key,
     desired: &Desired,
@@ -104,7 +104,7 @@ fn miss(
 }
 
 impl Miss {
-    /// Source and destination of a packet that would match, as `get` takes them.
+    /// Returns source and destination of a packet that would match, as arguments of `get`.
     pub fn example(&self, rule: &Rule, source: IpAddr, destination: SocketAddr) -> Option<String> {
         let address = match rule.key.address {
             KeyAddress::Is(address) => address,

@@ -21,13 +21,13 @@ use crate::config::{
 use crate::desired::partial::Incomplete;
 use crate::net::routing::{Senders, Target};
 
-/// A host name, and the kind of its addresses that is asked for.
+/// A host name and the family of its addresses.
 pub type Name = (String, Family);
 
-/// A configuration, as a generation carries it.
+/// A configuration as a generation stores it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Desired {
-    /// Sorted, without duplicates; also those that are missing.
+    /// Sorted, without duplicates, including missing ones.
     pub interfaces: Vec<String>,
     pub rules: Vec<Rule>,
     /// The addresses of the interfaces, sorted: a key with `any` matches each. Empty if no rule has
@@ -37,7 +37,7 @@ pub struct Desired {
     /// Key addresses that are broadcast addresses of the interfaces' networks, sorted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub broadcasts: Vec<IpAddr>,
-    /// The ports that the kernel gives to sockets which ask for none, where a rule takes such away.
+    /// Range of ephemeral ports, if a rule matches such ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local_ports: Option<Ports>,
     /// Parts of the file that this configuration lacks.
@@ -45,7 +45,7 @@ pub struct Desired {
     pub incomplete: Incomplete,
 }
 
-/// The fields with a default are those that generations of an earlier udplb do not have.
+/// A rule. Generations of earlier versions lack the fields with a default.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
     pub name: String,
@@ -54,7 +54,7 @@ pub struct Rule {
     #[serde(default)]
     pub mode: Mode,
     pub strategy: Strategy,
-    /// If and only if that is the strategy.
+    /// Present if and only if the strategy is `payload`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub payload: Option<Payload>,
     pub hash: Hash,
@@ -70,7 +70,7 @@ pub struct Rule {
     /// Packets whose source no router forwards.
     #[serde(default, skip_serializing_if = "Admission::is_denied")]
     pub martians: Admission,
-    /// Never empty; their order is that of the file, which `modulo` counts in.
+    /// Never empty; in the order of the file, which `modulo` depends on.
     pub upstreams: Vec<Upstream>,
     /// Hosts that get a copy of each packet in addition.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -81,25 +81,25 @@ pub struct Rule {
 pub struct Upstream {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// As the file has it.
+    /// Host as written in the file.
     pub host: Host,
     /// The address that `host` was resolved to.
     pub address: Address,
-    /// With `all` several upstreams may have one host.
+    /// With `all` several upstreams may have the same host.
     #[serde(default, skip_serializing_if = "is_default")]
     pub addresses: Addresses,
-    /// `None`: the port that the packet came to.
+    /// `None` for the packet's destination port.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
-    /// Its share of the flows, beside those of the others.
+    /// Share of the flows, relative to the other upstreams.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub weight: u32,
     #[serde(default)]
     pub state: State,
-    /// None: the rule's, see [`Rule::source_of`].
+    /// `None` for the rule's, see [`Rule::source_of`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
-    /// It gets every N-th packet.
+    /// N: one of N packets is sent, at random.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub sample: u32,
 }
@@ -117,7 +117,7 @@ fn is_one(number: &u32) -> bool {
 }
 
 impl Rule {
-    /// With what holds in the map form where nothing is said.
+    /// Returns a rule with the defaults of the map form.
     pub fn new(name: impl Into<String>, key: Key, upstreams: Vec<Upstream>) -> Rule {
         Rule {
             name: name.into(),
@@ -142,17 +142,17 @@ impl Rule {
         upstream.source.unwrap_or(self.source)
     }
 
-    /// The one that all addresses of the rule are of.
+    /// Returns the family of all addresses of the rule.
     pub fn family(&self) -> Family {
         self.upstreams.first().map_or(Family::V4, |upstream| upstream.address.ip.into())
     }
 
-    /// All that packets are sent to: the upstreams, then the mirrors.
+    /// Returns all destinations: the upstreams, then the mirrors.
     pub fn destinations(&self) -> impl Iterator<Item = &Upstream> {
         self.upstreams.iter().chain(&self.mirrors)
     }
 
-    /// The same by id, each once: one that is listed twice is one.
+    /// Returns the destinations with their ids, each once even if listed twice.
     pub fn with_ids<'a>(&'a self, ids: &'a RuleIds) -> Vec<Destination<'a>> {
         let mut destinations = Vec::with_capacity(self.upstreams.len() + self.mirrors.len());
         let (mut seen, mut labels) = (HashSet::new(), HashSet::new());
@@ -173,7 +173,7 @@ impl Rule {
 }
 
 impl Upstream {
-    /// With what holds where nothing is said.
+    /// Returns an upstream with all defaults.
     pub fn new(address: impl Into<Address>, port: Option<u16>) -> Upstream {
         let address = address.into();
         Upstream {
@@ -189,7 +189,7 @@ impl Upstream {
         }
     }
 
-    /// The host name that it is under, if it is.
+    /// Returns the host name, if it has one.
     pub fn named(&self) -> Option<Name> {
         match &self.host {
             Host::Name(name) => Some((name.clone(), self.address.ip.into())),
@@ -262,7 +262,7 @@ impl Desired {
         desired
     }
 
-    /// Records the rules as they were written, if they do not follow from these.
+    /// Records the rules as written, unless [`Desired::as_written`] can derive them.
     pub fn keep_written(&mut self, written: &[Rule]) {
         self.incomplete.rules.clear();
         if self.as_written().rules != written {
@@ -270,8 +270,8 @@ impl Desired {
         }
     }
 
-    /// Returns true if a generation with this configuration can stay where `other` is wanted. Causes
-    /// may differ, and interfaces that it has been attached to may be missing.
+    /// Returns true if a generation with this configuration can be used for `other`. Causes may differ, and
+    /// interfaces that it was attached to may be missing.
     pub fn serves(&self, other: &Desired) -> bool {
         let Desired { interfaces, rules, addresses, broadcasts, local_ports, incomplete } = self;
         let same = (interfaces, rules) == (&other.interfaces, &other.rules)
@@ -282,7 +282,7 @@ impl Desired {
         same && incomplete.interfaces.iter().all(is_missing)
     }
 
-    /// The multicast groups among the keys.
+    /// Returns the multicast groups among the keys.
     pub fn groups(&self) -> impl Iterator<Item = IpAddr> {
         self.rules.iter().filter_map(|rule| match rule.key.address {
             KeyAddress::Is(address) if address.is_multicast() => Some(address),
@@ -305,7 +305,7 @@ impl Desired {
         Target { address: upstream.address.clone(), senders }
     }
 
-    /// The targets of all upstreams and mirrors, each once.
+    /// Returns the targets of all upstreams and mirrors, each once.
     pub fn targets(&self) -> BTreeSet<Target> {
         let rules = self.rules.iter();
         rules
@@ -313,7 +313,7 @@ impl Desired {
             .collect()
     }
 
-    /// The upstreams and mirrors of all rules.
+    /// Returns the upstreams and mirrors of all rules.
     pub fn upstreams(&self) -> impl Iterator<Item = &Upstream> {
         self.rules.iter().flat_map(Rule::destinations)
     }
@@ -331,7 +331,7 @@ fn written(rule: &config::Rule) -> Rule {
         port: upstream.port,
         weight: upstream.weight.unwrap_or(1),
         state: upstream.state,
-        // said or not: the same configuration
+        // Equal to the default: the same configuration.
         source: upstream.source.filter(|source| *source != rule.source),
         sample: upstream.sample.unwrap_or(1),
     };
@@ -362,9 +362,9 @@ fn unspecified(family: Family) -> Address {
 
 /// The ids of a rule, and of its upstreams and mirrors in their order.
 ///
-/// Counters and next hops are kept under them; the same rule and the same endpoint keep theirs
-/// from generation to generation. An endpoint of a rule that changes its mode gets another: what it
-/// counts are packets of the rule in the one and copies of them in the other.
+/// They index counters and next hops. The same rule and the same endpoint keep their ids from generation
+/// to generation. If a rule changes its mode, its endpoints get new ids: in one mode they count packets of
+/// the rule, in the other copies.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuleIds {
     pub rule: u32,
@@ -374,25 +374,24 @@ pub struct RuleIds {
 }
 
 impl RuleIds {
-    /// In the order of [`Rule::destinations`].
+    /// Returns the ids in the order of [`Rule::destinations`].
     pub fn destinations(&self) -> impl Iterator<Item = u32> {
         self.upstreams.iter().chain(&self.mirrors).copied()
     }
 }
 
-/// More rules and upstreams than there are counters for.
+/// Error for more rules and upstreams than counters.
 #[derive(Debug, PartialEq, Eq)]
 pub struct IdsExhausted;
 
-/// Gives every rule and endpoint the id that it has in one of the `known` generations, the
-/// first of which is asked first, or else one that none of them holds. Id 0 is never given;
-/// ids are below `limit`.
+/// Returns the ids of every rule and endpoint: the one in the first of the `known` generations that has it,
+/// or else an unused one. Ids are from 1 to `limit - 1`.
 pub fn assign_ids(
     desired: &Desired,
     known: &[(&Desired, &[RuleIds])],
     limit: u32,
 ) -> Result<Vec<RuleIds>, IdsExhausted> {
-    /// A rule, or one of its upstreams or mirrors: a host that is both has an id as each.
+    /// A rule, or one of its upstreams or mirrors; a host that is both has two ids.
     type Holder<'a> = (&'a str, Option<(Role, Mode, &'a Address, Option<u16>)>);
     fn holders<'a>(rule: &'a Rule, role: Role) -> impl Iterator<Item = Holder<'a>> {
         let all = match role {
@@ -445,14 +444,15 @@ pub struct Destination<'a> {
     pub id: u32,
     pub role: Role,
     pub upstream: &'a Upstream,
-    /// Unique in the rule: a name may be another's address, and an upstream a mirror too.
+    /// Display name, made unique in the rule: a name may equal another host's address, and a host may be
+    /// both upstream and mirror.
     pub label: String,
 }
 
 /// The part of a host in a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
-    /// With `replicate`, one of the receivers.
+    /// An upstream; with `replicate`, a receiver.
     Upstream,
     Mirror,
 }

@@ -7,7 +7,7 @@ use std::{fmt, mem};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::desired::choose::Resolver;
+use crate::desired::choose::RuleResolver;
 use crate::desired::dns::Answers;
 use crate::desired::{Desired, Name, Rule};
 
@@ -131,7 +131,7 @@ pub struct Known<'a> {
 /// name the active one is used, else the lowest, so that machines choose alike; with `addresses: all`
 /// all are. A name without addresses keeps the active ones.
 pub fn resolve(written: &Desired, known: &Known<'_>) -> Resolved {
-    let resolver = Resolver::new(written, known);
+    let resolver = RuleResolver::new(written, known);
     let mut resolved = Resolved { desired: written.clone(), ..Resolved::default() };
     resolved.desired.rules.clear();
     for number in 0..written.rules.len() {

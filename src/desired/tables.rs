@@ -1,4 +1,4 @@
-//! The contents of a generation's maps, and what they say of where a flow goes. Pure.
+//! The contents of a generation's maps, and the share of flows that a change moves. Pure.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use crate::bpf::types::{self, rule_flags as flags};
 use crate::bpf::wire;
 use crate::config::{
-    Action, Address, Admission, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports,
-    Source, State, Strategy,
+    Action, Admission, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports, Source,
+    State, Strategy,
 };
 use crate::desired::{Desired, Rule, RuleIds, Upstream, flow};
 use crate::maglev::{self, Member};
@@ -22,14 +22,14 @@ pub struct Tables {
     pub answers: Vec<(types::answer_key, u32)>,
     pub slots: Vec<types::slot_line>,
     pub upstreams: Vec<types::upstream>,
-    /// The same by address and port.
+    /// The upstreams by address and port.
     pub destinations: Vec<(types::destination_key, types::destination)>,
     /// Features of the packet path in use; its number and the kernel's clock are set later.
     pub features: types::features,
 }
 
 impl Tables {
-    /// `ids` are those of `desired`. Port and address bytes are laid out as they are on the wire.
+    /// Returns the tables; `ids` are those of `desired`. Ports and addresses are in network byte order.
     pub fn new(desired: &Desired, ids: &[RuleIds]) -> Tables {
         let mut tables = Tables::default();
         let mut slots = Slots::default();
@@ -50,7 +50,7 @@ impl Tables {
         tables
     }
 
-    /// A rule as each of its keys has it.
+    /// Returns a rule's value in the map, the same for each of its keys.
     fn rule(&mut self, rule: &Rule, ids: &RuleIds, slots: &mut Slots) -> types::rule {
         let replicates = rule.mode == Mode::Replicate;
         let mut twins = HashMap::new();
@@ -90,7 +90,7 @@ impl Tables {
         }
     }
 
-    /// Upstreams or mirrors of a rule, one behind the other: the index of the first, and how many.
+    /// Appends upstreams or mirrors of a rule; returns the index of the first and their number.
     fn destinations(
         &mut self,
         rule: &Rule,
@@ -153,7 +153,7 @@ impl Tables {
     }
 }
 
-/// The sources of several upstreams at one address and port are put together.
+/// Returns the upstreams by address and port, with the sources of all upstreams there merged.
 fn by_destination(
     upstreams: &[types::upstream],
 ) -> Vec<(types::destination_key, types::destination)> {
@@ -167,17 +167,17 @@ fn by_destination(
     destinations.into_iter().map(|(place, destination)| (key(place), destination)).collect()
 }
 
-/// The rules that ask for an address, and there for a port; 0 is any.
+/// The rules by address and port; port 0 means any.
 struct Keys {
-    claims: BTreeMap<IpAddr, BTreeMap<u16, Vec<Claim>>>,
+    claims: BTreeMap<IpAddr, BTreeMap<u16, Vec<RuleClaim>>>,
 }
 
-/// A rule's index, behind whether it asks for any address.
-type Claim = (bool, usize);
+/// True if the rule has any address, and the rule's index.
+type RuleClaim = (bool, usize);
 
 impl Keys {
     fn new(desired: &Desired) -> Keys {
-        let mut claims: BTreeMap<IpAddr, BTreeMap<u16, Vec<Claim>>> = BTreeMap::new();
+        let mut claims: BTreeMap<IpAddr, BTreeMap<u16, Vec<RuleClaim>>> = BTreeMap::new();
         for (index, rule) in desired.rules.iter().enumerate() {
             let family = rule.family();
             let (any, addresses) = match rule.key.address {
@@ -262,7 +262,7 @@ pub fn takes_answers(rule: &Rule, local: Option<Ports>) -> bool {
             .is_some_and(|local| ports.is_empty() || ports.iter().any(|ports| meets(local, ports)))
 }
 
-/// The index of each rule's first upstream in the table of all.
+/// Returns the index of each rule's first upstream in the table of all.
 pub fn first_upstreams(desired: &Desired) -> impl Iterator<Item = u32> {
     desired.rules.iter().scan(0, |next, rule| {
         let first = *next;
@@ -287,7 +287,7 @@ fn answers(desired: &Desired, ids: &[RuleIds]) -> Vec<(types::answer_key, u32)> 
     answers.into_iter().map(|answer| (key(answer), 1)).collect()
 }
 
-/// Frames for it come to many, and are not addressed to one of them.
+/// Returns true for multicast and broadcast addresses.
 pub fn is_group(desired: &Desired, address: IpAddr) -> bool {
     address.is_multicast()
         || address == IpAddr::from([255; 4])
@@ -302,36 +302,36 @@ fn sender_key(senders: u32, network: Network) -> types::sender_key {
     }
 }
 
-/// Slot tables one behind the other; rules with equal ones share one.
+/// All slot tables, concatenated; rules with equal tables share one.
 #[derive(Default)]
 struct Slots {
     all: Vec<u16>,
-    placed: HashMap<Table, (u32, u32)>,
+    placed: HashMap<SlotTable, (u32, u32)>,
 }
 
 /// The input of a table.
 #[derive(PartialEq, Eq, std::hash::Hash)]
-enum Table {
-    /// The upstreams in their order, so many.
+enum SlotTable {
+    /// This number of upstreams in their order.
     InTurn(usize),
-    /// By identity and weight.
+    /// Upstreams by identity and weight.
     Maglev(Vec<(String, u32)>),
 }
 
-impl Table {
-    fn of(rule: &Rule) -> Table {
+impl SlotTable {
+    fn of(rule: &Rule) -> SlotTable {
         if rule.hash == Hash::Modulo || rule.upstreams.len() < 2 {
-            return Table::InTurn(rule.upstreams.len());
+            return SlotTable::InTurn(rule.upstreams.len());
         }
         let member = |upstream: &Upstream| (identity(upstream), upstream.weight);
-        Table::Maglev(rule.upstreams.iter().map(member).collect())
+        SlotTable::Maglev(rule.upstreams.iter().map(member).collect())
     }
 
     /// Returns the index of the rule's upstream in each slot.
     fn slots(&self) -> Vec<u16> {
         match self {
-            Table::InTurn(count) => (0..*count as u16).collect(),
-            Table::Maglev(list) => {
+            SlotTable::InTurn(count) => (0..*count as u16).collect(),
+            SlotTable::Maglev(list) => {
                 let members: Vec<Member<'_>> = list
                     .iter()
                     .map(|(identity, weight)| Member {
@@ -340,7 +340,7 @@ impl Table {
                     })
                     .collect();
                 let weights: Vec<u32> = members.iter().map(|member| member.weight).collect();
-                // a configuration whose weights have no table is refused when it is read
+                // Weights without a table are refused when a file is read.
                 let size = maglev::size(&weights).unwrap_or(maglev::LARGEST);
                 maglev::table(&members, size)
             }
@@ -357,9 +357,9 @@ fn identity(upstream: &Upstream) -> String {
 }
 
 impl Slots {
-    /// The first slot of the rule's table, and how many there are.
+    /// Adds the rule's table; returns its first slot and its length.
     fn place(&mut self, rule: &Rule) -> (u32, u32) {
-        let table = Table::of(rule);
+        let table = SlotTable::of(rule);
         if let Some(place) = self.placed.get(&table) {
             return *place;
         }
@@ -462,13 +462,13 @@ fn source(source: Source) -> types::source {
     }
 }
 
-/// The share of a rule's flows, 0 to 1, that `new` sends elsewhere than `old` did; of a rule that
-/// replicates, before or after, none does.
+/// Returns the share of a rule's flows, 0 to 1, that `new` sends elsewhere than `old`; 0 if either
+/// replicates.
 pub fn moved_share(old: &Rule, new: &Rule) -> f64 {
     if old.mode == Mode::Replicate || new.mode == Mode::Replicate {
         return 0.0;
     }
-    let (before, after) = (Table::of(old).slots(), Table::of(new).slots());
+    let (before, after) = (SlotTable::of(old).slots(), SlotTable::of(new).slots());
     let (old_ends, new_ends) = (ends(old), ends(new));
     let several = before.len().max(after.len()) > 1;
     let drained = |rule: &Rule| rule.upstreams.iter().any(|it| it.state == State::Drained);
@@ -487,24 +487,22 @@ fn selection(rule: &Rule) -> (Strategy, Option<Payload>, Hash) {
     (rule.strategy, rule.payload, rule.hash)
 }
 
-/// The destination of an upstream's flows; `None` if it is drained.
-type End<'a> = Option<(&'a Address, Option<u16>)>;
-
-fn ends(rule: &Rule) -> Vec<End<'_>> {
+fn ends(rule: &Rule) -> Vec<flow::End<'_>> {
     let end = |upstream: &Upstream| upstream.state == State::Active;
-    let endpoint = |upstream| -> End<'_> {
+    let endpoint = |upstream| -> flow::End<'_> {
         let upstream: &Upstream = upstream;
         end(upstream).then_some((&upstream.address, upstream.port))
     };
     rule.upstreams.iter().map(endpoint).collect()
 }
 
-/// The two keys have nothing to do with each other, so each slot of one meets each of the other.
+/// Returns the share of flows that move if the selection key changes. The keys are independent: a slot by
+/// one key combines with every slot by the other.
 fn moved_by_selection(
-    (old, old_ends): (&[u16], &[End<'_>]),
-    (new, new_ends): (&[u16], &[End<'_>]),
+    (old, old_ends): (&[u16], &[flow::End<'_>]),
+    (new, new_ends): (&[u16], &[flow::End<'_>]),
 ) -> f64 {
-    let mut shares: HashMap<End<'_>, (usize, usize)> = HashMap::new();
+    let mut shares: HashMap<flow::End<'_>, (usize, usize)> = HashMap::new();
     for slot in old {
         shares.entry(old_ends[usize::from(*slot)]).or_default().0 += 1;
     }

@@ -47,7 +47,7 @@ pub enum Effect {
 
 /// A set of outgoing packets.
 #[derive(Clone, Debug)]
-pub struct Flow<'a> {
+pub struct OutgoingFlow<'a> {
     pub address: IpAddr,
     pub senders: &'a Senders,
     /// This host's source address on the path.
@@ -69,7 +69,7 @@ impl PortMask {
 }
 
 impl SecurityPolicy {
-    fn matches(&self, flow: &Flow<'_>) -> Match {
+    fn matches(&self, flow: &OutgoingFlow<'_>) -> Match {
         const UDP: u8 = 17;
         let is = |is: bool| if is { Match::All } else { Match::No };
         let source = match (flow.senders, flow.egress) {
@@ -105,7 +105,7 @@ impl SecurityPolicy {
 /// Returns the first policy that drops or transforms packets of a flow. `policies` are sorted by priority.
 pub fn in_the_way<'a>(
     policies: &'a [SecurityPolicy],
-    flow: &Flow<'_>,
+    flow: &OutgoingFlow<'_>,
 ) -> Option<&'a SecurityPolicy> {
     for policy in policies {
         match (policy.effect, policy.matches(flow)) {
@@ -251,7 +251,7 @@ mod tests {
         let senders = senders.iter().map(|text| text.parse().expect("a network")).collect();
         let senders = Senders::Among(senders);
         let address = "10.9.0.1".parse().expect("an address");
-        let flow = Flow { address, senders: &senders, egress: None, port, ifindex: 3 };
+        let flow = OutgoingFlow { address, senders: &senders, egress: None, port, ifindex: 3 };
         let found = in_the_way(policies, &flow)?;
         policies.iter().position(|policy| policy == found)
     }

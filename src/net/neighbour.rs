@@ -202,7 +202,7 @@ pub struct Batches {
 
 impl Batches {
     /// Number of messages of a batch: their answers fit into the receive buffer.
-    const MOST: usize = 64;
+    const MAX_MESSAGES: usize = 64;
 
     /// Opens a socket in the network namespace of this thread.
     pub fn open() -> io::Result<Batches> {
@@ -219,7 +219,7 @@ impl Batches {
         requests: &[(NeighbourKey, NeighbourRequest)],
     ) -> io::Result<Vec<io::Result<()>>> {
         let mut results = Vec::with_capacity(requests.len());
-        for requests in requests.chunks(Self::MOST / 2) {
+        for requests in requests.chunks(Self::MAX_MESSAGES / 2) {
             let mut messages = Vec::new();
             let mut owners = Vec::new();
             for (owner, (key, request)) in requests.iter().enumerate() {

@@ -54,11 +54,11 @@ pub struct TableRoute {
     pub network: Network,
     pub metric: u32,
     /// The paths, on a link to the unspecified address; `None` continues with the next rule (`throw`).
-    pub outcome: Option<Outcome>,
+    pub outcome: Option<RouteOutcome>,
 }
 
 /// Paths, or the reason why there are none.
-pub type Outcome = Result<Vec<Route>, String>;
+pub type RouteOutcome = Result<Vec<Route>, String>;
 
 /// The rules and routes of one family.
 #[derive(Clone, Debug, Default)]
@@ -179,7 +179,7 @@ impl Policy {
         links: &HashMap<u32, Link>,
     ) -> Result<Paths, String> {
         let flow = |input| Flow { address, senders, input, links };
-        let mut by_input: Vec<Vec<Outcome>> =
+        let mut by_input: Vec<Vec<RouteOutcome>> =
             inputs.iter().map(|input| self.outcomes(&flow(Some(*input)))).collect();
         if inputs.is_empty() {
             by_input.push(self.outcomes(&flow(None)));
@@ -214,10 +214,10 @@ impl Policy {
 
     /// Returns the possible outcomes of a flow, each once. The first is that of packets which no partly
     /// matching rule applies to.
-    fn outcomes(&self, flow: &Flow<'_>) -> Vec<Outcome> {
+    fn outcomes(&self, flow: &Flow<'_>) -> Vec<RouteOutcome> {
         let mut found = Vec::new();
         self.walk(0, flow, &mut found);
-        let mut outcomes: Vec<Outcome> = Vec::new();
+        let mut outcomes: Vec<RouteOutcome> = Vec::new();
         for outcome in found.into_iter().rev() {
             if !outcomes.contains(&outcome) {
                 outcomes.push(outcome);
@@ -227,7 +227,7 @@ impl Policy {
     }
 
     /// Collects outcomes from the rule with index `start` on.
-    fn walk(&self, start: usize, flow: &Flow<'_>, found: &mut Vec<Outcome>) {
+    fn walk(&self, start: usize, flow: &Flow<'_>, found: &mut Vec<RouteOutcome>) {
         for (index, rule) in self.rules.iter().enumerate().skip(start) {
             let matched = rule.matches(flow);
             if matched == Match::No {
@@ -256,7 +256,7 @@ impl Policy {
     }
 
     /// Returns the outcome of one rule's table; `None` continues with the next rule.
-    fn look_up(&self, rule: &PolicyRule, table: u32, flow: &Flow<'_>) -> Option<Outcome> {
+    fn look_up(&self, rule: &PolicyRule, table: u32, flow: &Flow<'_>) -> Option<RouteOutcome> {
         let vrf = flow.vrf().filter(|_| rule.vrf);
         let table = vrf.and_then(|vrf| vrf.vrf).unwrap_or(table);
         let routes = self.routes.iter().filter(|route| {

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use crate::config::{Address, Network};
 use crate::net::Netlink;
 use crate::net::link::{Link, find_link};
-use crate::net::policy::{Outcome, Policy, PolicyRule};
+use crate::net::policy::{Policy, PolicyRule, RouteOutcome};
 use crate::net::route::Route;
 
 /// An address that packets are sent to, and their senders.
@@ -82,7 +82,7 @@ pub async fn paths(
     let plain: Vec<Address> =
         plain.into_iter().filter(|address| policy_of(address).is_none()).cloned().collect();
     let found = netlink.paths(&plain, links).await?;
-    let found: HashMap<&Address, Outcome> = plain.iter().zip(found).collect();
+    let found: HashMap<&Address, RouteOutcome> = plain.iter().zip(found).collect();
     let mut all = Vec::with_capacity(targets.len());
     for target in targets {
         let paths = match policy_of(&target.address) {

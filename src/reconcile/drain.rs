@@ -17,20 +17,20 @@ pub type Overrides = BTreeMap<u32, State>;
 
 /// `RULE/UPSTREAM` of the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Target {
+pub struct UpstreamName {
     pub rule: String,
     /// A name, an endpoint, or the label in the output of `status`.
     pub upstream: String,
 }
 
-impl FromStr for Target {
+impl FromStr for UpstreamName {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Target, String> {
+    fn from_str(text: &str) -> Result<UpstreamName, String> {
         // no name has a slash
         match text.split_once('/') {
             Some((rule, upstream)) if !rule.is_empty() && !upstream.is_empty() => {
-                Ok(Target { rule: rule.into(), upstream: upstream.into() })
+                Ok(UpstreamName { rule: rule.into(), upstream: upstream.into() })
             }
             _ => Err("a rule, `/` and one of its upstreams, like flows/10.0.9.11:2055".into()),
         }
@@ -122,7 +122,7 @@ impl Change {
         desired: &Desired,
         ids: &[RuleIds],
         overrides: &Overrides,
-        target: &Target,
+        target: &UpstreamName,
         state: State,
     ) -> anyhow::Result<Change> {
         let (rule, ids) = find_rule(desired, ids, &target.rule)?;
@@ -309,7 +309,7 @@ fn hint(word: &str, known: &[&str]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Change, Overrides, Target, overridden, remove_all};
+    use super::{Change, Overrides, UpstreamName, overridden, remove_all};
     use crate::config::{Config, State};
     use crate::desired::{Desired, RuleIds, assign_ids};
     use crate::reconcile::plan::Action;
@@ -344,7 +344,7 @@ rules:
 
     fn set_override(overrides: &Overrides, target: &str, state: State) -> Result<Change, String> {
         let (desired, ids) = applied();
-        let target: Target = target.parse()?;
+        let target: UpstreamName = target.parse()?;
         Change::new(&desired, &ids, overrides, &target, state).map_err(|error| error.to_string())
     }
 

@@ -6,13 +6,13 @@ use crate::datapath::description::Description;
 use crate::desired::Desired;
 use crate::error::Result;
 use crate::reconcile::observe::Observed;
-use crate::reconcile::source::{Target, Text, interfaces, is_kept};
+use crate::reconcile::source::{ConfigFile, Text, interfaces, is_kept};
 
 /// Reads the file of a generation again; `None` if it cannot be found.
-pub fn source(description: &Description) -> Option<(Text, Target)> {
+pub fn source(description: &Description) -> Option<(Text, ConfigFile)> {
     let origin = &description.origin;
     let target =
-        Target { file: PathBuf::from(&origin.file), interfaces: origin.interfaces.clone() };
+        ConfigFile { file: PathBuf::from(&origin.file), interfaces: origin.interfaces.clone() };
     // of standard input, or gone
     if !target.file.is_absolute() || !is_kept(&target.file) {
         return None;
@@ -27,7 +27,7 @@ pub fn source(description: &Description) -> Option<(Text, Target)> {
 /// The text is no configuration.
 pub fn differs(
     text: &Text,
-    target: &Target,
+    target: &ConfigFile,
     description: &Description,
     observed: &Observed,
 ) -> Result<bool> {

@@ -36,7 +36,7 @@ pub fn is_kept(path: &Path) -> bool {
 pub const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A configuration file and the interfaces to apply it to.
-pub struct Target {
+pub struct ConfigFile {
     pub file: PathBuf,
     /// Replace those of the file unless empty.
     pub interfaces: Vec<String>,
@@ -79,7 +79,7 @@ impl Text {
         Config::parse(&self.name, &self.text).map_err(Failure::Config)
     }
 
-    fn origin(&self, target: &Target, digest: String) -> Origin {
+    fn origin(&self, target: &ConfigFile, digest: String) -> Origin {
         Origin { digest, file: self.place(), interfaces: target.interfaces.clone() }
     }
 
@@ -92,7 +92,7 @@ impl Text {
     }
 
     /// Digest of version, arguments, format and text. Equal digests yield equal desired states.
-    pub fn digest(&self, target: &Target) -> String {
+    pub fn digest(&self, target: &ConfigFile) -> String {
         let mut digest = Sha256::new();
         // The extension selects the format.
         let extension = Path::new(&self.name).extension().unwrap_or_default().to_string_lossy();
@@ -108,7 +108,7 @@ impl Text {
 /// A valid configuration and its target.
 pub struct Request<'a> {
     text: &'a Text,
-    target: &'a Target,
+    target: &'a ConfigFile,
     config: Config,
     interfaces: Vec<String>,
     /// Time limit for resolving host names.
@@ -118,7 +118,7 @@ pub struct Request<'a> {
 impl<'a> Request<'a> {
     /// # Errors
     /// The text is no configuration, or there are no interfaces.
-    pub fn new(text: &'a Text, target: &'a Target, timeout: Duration) -> Result<Request<'a>> {
+    pub fn new(text: &'a Text, target: &'a ConfigFile, timeout: Duration) -> Result<Request<'a>> {
         let config = text.parse()?;
         let interfaces = interfaces(text, target, &config)?;
         Ok(Request { text, target, config, interfaces, timeout })
@@ -218,7 +218,7 @@ pub async fn load_partial(
 
 /// Returns the current generation's configuration if it was built from the same text without host
 /// names; to validate 10,000 rules again takes several times as long as the rest.
-pub fn load_cached(text: &Text, target: &Target, guard: &ReadGuard) -> Option<Loaded> {
+pub fn load_cached(text: &Text, target: &ConfigFile, guard: &ReadGuard) -> Option<Loaded> {
     let digest = text.digest(target);
     let desired = generation::made_of(guard, guard.current()?, &digest)?;
     if !desired.incomplete.is_empty() {
@@ -266,7 +266,7 @@ fn notes(config: &Config, resolved: &Resolved) -> Vec<Unlocated> {
 }
 
 /// Reports missing interfaces at their places in the file, if the file names them.
-fn no_interfaces(config: &Config, target: &Target, names: &[String]) -> Vec<Diagnostic> {
+fn no_interfaces(config: &Config, target: &ConfigFile, names: &[String]) -> Vec<Diagnostic> {
     let message = |name: &String| format!("there is no interface {name}");
     if !target.interfaces.is_empty() {
         return names.iter().map(|name| Diagnostic::without_place(message(name))).collect();
@@ -279,7 +279,7 @@ fn no_interfaces(config: &Config, target: &Target, names: &[String]) -> Vec<Diag
 ///
 /// # Errors
 /// There are none.
-pub fn interfaces(text: &Text, target: &Target, config: &Config) -> Result<Vec<String>> {
+pub fn interfaces(text: &Text, target: &ConfigFile, config: &Config) -> Result<Vec<String>> {
     let interfaces = match target.interfaces.is_empty() {
         true => &config.interfaces,
         false => &target.interfaces,

@@ -10,7 +10,7 @@ use crate::config::{
 use crate::datapath::kernel;
 use crate::desired::tables::takes_answers;
 use crate::desired::{self, Desired, Upstream};
-use crate::net::ipsec::{self, Effect, Flow, SecurityPolicy};
+use crate::net::ipsec::{self, Effect, OutgoingFlow, SecurityPolicy};
 use crate::net::link::{Link, OwnAddress, find_link};
 use crate::net::nexthop::{Hop, Macs, Way};
 use crate::net::routing::{Choice, Target};
@@ -132,7 +132,7 @@ pub fn in_clear(
             _ => None,
         });
         let policy = hops.iter().find_map(|hop| {
-            let flow = Flow {
+            let flow = OutgoingFlow {
                 address: target.address.ip,
                 senders: &target.senders,
                 egress: hop.egress,

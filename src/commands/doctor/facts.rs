@@ -23,7 +23,7 @@ use crate::net::link::{Link, OwnAddress};
 use crate::net::neighbour::NeighbourTable;
 use crate::net::{Netlink, ipsec, nexthop, routing};
 use crate::reconcile::observe::{Observed, observe};
-use crate::reconcile::source::{self, RESOLVE_TIMEOUT, Request, Target, Text};
+use crate::reconcile::source::{self, ConfigFile, RESOLVE_TIMEOUT, Request, Text};
 use crate::reconcile::{drift, warnings};
 use crate::telemetry::diagnosis;
 use crate::telemetry::problem::Problem;
@@ -210,7 +210,7 @@ pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Resu
         UNIT_DIRS.iter().any(|dir| Path::new(dir).join("udplb-arpd.service").exists());
     let given = match file {
         Some(file) => {
-            Some((Text::read(file)?, Target { file: file.into(), interfaces: Vec::new() }))
+            Some((Text::read(file)?, ConfigFile { file: file.into(), interfaces: Vec::new() }))
         }
         None => serving.and_then(drift::source),
     };
@@ -261,7 +261,7 @@ async fn readings(store: &Store, netlink: &Netlink) -> Result<(Reading, Vec<Link
 /// A file that was given takes the interfaces that serve, where it names none.
 fn differs(
     text: &Text,
-    mut target: Target,
+    mut target: ConfigFile,
     description: &Description,
     observed: &Observed,
 ) -> std::result::Result<bool, String> {

@@ -119,13 +119,13 @@ pub fn apply_until(
     force: bool,
     deadline: Option<Duration>,
 ) -> Result<Plan, Refusal> {
-    replace(observed, desired, origin, &Request { force, deadline, moved: false })
+    replace(observed, desired, origin, &Replacement { force, deadline, moved: false })
 }
 
 /// Plans the renewal after a host name or `any` got other addresses: replaces the active
 /// generation, and keeps those that a rollback returns to or holds.
 pub fn renew(observed: &Observed, desired: &Desired, origin: &Origin) -> Result<Plan, Refusal> {
-    replace(observed, desired, origin, &Request { force: false, deadline: None, moved: true })
+    replace(observed, desired, origin, &Replacement { force: false, deadline: None, moved: true })
 }
 
 /// Plans to attach the active generation to interfaces that have lost it. Interfaces that are missing or
@@ -155,7 +155,7 @@ pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, 
 }
 
 /// Options for replacing one generation by another.
-struct Request {
+struct Replacement {
     force: bool,
     /// Time since boot at which it is rolled back unless confirmed.
     deadline: Option<Duration>,
@@ -167,7 +167,7 @@ fn replace(
     observed: &Observed,
     desired: &Desired,
     origin: &Origin,
-    request: &Request,
+    request: &Replacement,
 ) -> Result<Plan, Refusal> {
     refuse_other_namespace(observed)?;
     let held = held(observed);
@@ -241,7 +241,7 @@ fn fallback(
     observed: &Observed,
     desired: &Desired,
     number: u32,
-    request: &Request,
+    request: &Replacement,
     held: Option<Held>,
 ) -> Option<u32> {
     match observed.serving().and_then(|serving| observed.generations.get(&serving)) {
@@ -268,7 +268,7 @@ fn pending_after(
     observed: &Observed,
     desired: &Desired,
     number: u32,
-    request: &Request,
+    request: &Replacement,
     changes: bool,
 ) -> Result<Option<Pending>, Refusal> {
     if let Some(deadline) = request.deadline {
