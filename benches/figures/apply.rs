@@ -35,7 +35,7 @@ pub fn measure(report: &mut Report) {
     judge("100,000 ports in 10,000 rules, all changed", all, 1500.0);
 }
 
-/// In milliseconds.
+/// Times in milliseconds.
 #[derive(Clone, Copy)]
 struct Time {
     wall: f64,
@@ -54,7 +54,7 @@ struct Lab {
 }
 
 impl Lab {
-    /// To replace all rules, and to find them unchanged.
+    /// Measures replacing all rules, and applying them unchanged.
     fn time(&self, ports: u16) -> [Time; 2] {
         let files = [8000, 9000].map(|port| {
             let file = self.bpffs.path.with_extension(format!("{port}.yaml"));
@@ -78,7 +78,7 @@ impl Lab {
         time
     }
 
-    /// A command that reads.
+    /// Measures a command that only reads.
     fn time_of(&self, command: &str) -> Time {
         let times = (0..ROUNDS).map(|_| run(udplb(&self.relay, &self.bpffs).arg(command)).0);
         times.reduce(Time::least).expect("there are rounds")
@@ -94,7 +94,7 @@ fn run(command: &mut Command) -> (Time, String) {
     (Time { wall: took.as_secs_f64() * 1000.0, cpu }, text)
 }
 
-/// Milliseconds in user space and in the kernel, of the children that have ended.
+/// Returns the CPU time of ended children in milliseconds, in user space and in the kernel.
 fn cpu_of_children() -> f64 {
     // SAFETY: all zeroes are a usage, and it outlives the call.
     let usage = unsafe {
@@ -107,7 +107,7 @@ fn cpu_of_children() -> f64 {
     milliseconds(usage.ru_utime) + milliseconds(usage.ru_stime)
 }
 
-/// Each rule has an upstream of its own, behind one gateway, at `port`.
+/// Returns a configuration whose rules each have one upstream at `port`, all behind one gateway.
 fn configuration(ports: u16, port: u16) -> String {
     let mut text = String::from("version: 1\ninterfaces: [in0]\nrules:\n");
     for rule in 0..RULES {

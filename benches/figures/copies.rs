@@ -17,7 +17,7 @@ const PORT: u16 = 2001;
 
 const ROUNDS: usize = 400;
 const HOST_ROUNDS: usize = 60;
-/// In one run: they fit a queue, so that all of them arrive.
+/// Packets of one run: they fit into a queue, so that all arrive.
 const COPIES: i32 = 800;
 
 pub fn measure(report: &mut Report) {
@@ -59,7 +59,7 @@ pub fn measure(report: &mut Report) {
     measure_hosts(report);
 }
 
-/// The whole way through a host, whose CPU time it is.
+/// Measures the whole way through a host, in CPU time.
 fn measure_hosts(report: &mut Report) {
     let floors = floors::load();
     let arrival = Host::new(&floors);
@@ -112,7 +112,7 @@ fn dup(receivers: u32) -> String {
     text
 }
 
-/// A rule for each of these numbers of receivers.
+/// Returns a rule for each of these numbers of receivers.
 fn rules(first: u16, rules: &[u32], action: &str) -> String {
     let mut text = String::from("version: 1\ninterfaces: [in0]\nrules:\n");
     for (port, receivers) in (first..).zip(rules) {
@@ -130,7 +130,7 @@ fn rules(first: u16, rules: &[u32], action: &str) -> String {
     text
 }
 
-/// Has the floor send to the same hosts: `struct receiver`.
+/// Writes the floor's map with the same hosts: `struct receiver`.
 fn fill(floors: &FloorsSkel<'_>, source: [u8; 6]) {
     for index in 0..RECEIVERS[4] {
         let host = index as u8 + 2;

@@ -22,20 +22,20 @@ pub use udplb_floors::FloorsSkel;
 /// Length of what is restored before each run, and of the headers that a generator sends.
 const BEGINNING: usize = 72;
 
-/// The object lives as long as the process.
+/// Loads the object, which lives as long as the process.
 pub fn load() -> FloorsSkel<'static> {
     let object = Box::leak(Box::new(MaybeUninit::uninit()));
     let skeleton = udplb_floors::FloorsSkelBuilder::default().open(object).expect("floors.bpf.o");
     skeleton.load().expect("the kernel takes the floors")
 }
 
-/// A packet to `port` of 10.0.1.1 or fd00:1::1, and what a program may be told of it.
+/// A packet to `port` of 10.0.1.1 or fd00:1::1, and its context.
 pub struct Packet {
     pub bytes: Vec<u8>,
     pub interface: u32,
 }
 
-/// Which part of its datagram a packet is.
+/// The part of a datagram that a packet has.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Part {
     Whole,
@@ -76,7 +76,7 @@ impl Packet {
         Packet { bytes, interface: relay.index("in0") }
     }
 
-    /// Makes it the one that the programs restore or send.
+    /// Selects this packet for the programs to restore or send.
     pub fn choose(&self, floors: &FloorsSkel<'_>) {
         let beginning = &self.bytes[..BEGINNING];
         let key = 0_u32.to_ne_bytes();
@@ -84,7 +84,7 @@ impl Packet {
     }
 }
 
-/// In units of eight bytes.
+/// Fragment offset, in units of eight bytes.
 const OFFSET: u16 = 64;
 
 fn offset(part: Part) -> IpFragOffset {
@@ -115,7 +115,7 @@ fn ipv6_headers(part: Part) -> IpHeaders {
     IpHeaders::Ipv6(header, Ipv6Extensions { fragment, ..Ipv6Extensions::default() })
 }
 
-/// `struct __sk_buff`, of which a test run takes the words named here.
+/// `struct __sk_buff`; a test run reads the fields named here.
 #[repr(C)]
 struct Context([u32; 48]);
 
@@ -126,7 +126,7 @@ const CB: usize = 12;
 /// Arguments of the program `start`.
 #[derive(Clone, Copy, Default)]
 pub struct Run {
-    /// By its place in `measured`.
+    /// Index of the program in the map `measured`.
     pub program: u32,
     /// Interface that floors send to.
     pub out: u32,
@@ -136,7 +136,7 @@ pub struct Run {
     pub repeat: i32,
 }
 
-/// Runs a program that takes an skb; returns its verdict.
+/// Runs a tc program; returns its verdict.
 pub fn run_tc(start: BorrowedFd<'_>, packet: &Packet, run: Run) -> i32 {
     let mut context = Context([0; 48]);
     context.0[INGRESS_IFINDEX] = packet.interface;
@@ -146,7 +146,7 @@ pub fn run_tc(start: BorrowedFd<'_>, packet: &Packet, run: Run) -> i32 {
     test_run(start, packet, &context, run.repeat, 0).expect("a test run") as i32
 }
 
-/// Lets a program for XDP make packets, which come in on the packet's interface.
+/// Has an XDP program generate packets, which are received on the packet's interface.
 pub fn run_xdp(program: BorrowedFd<'_>, packet: &Packet, repeat: i32) {
     let context = libbpf_sys::xdp_md {
         data_end: packet.bytes.len() as u32,
@@ -172,18 +172,18 @@ fn test_run<C>(
         ctx_size_in: size_of::<C>() as u32,
         repeat,
         flags,
-        // so that the copies of a batch do not fill up a queue
+        // The copies of a batch must fit into a queue.
         batch_size: if flags == 0 { 0 } else { 16 },
         ..Default::default()
     };
-    // SAFETY: packet and context outlive the call, which reads as many bytes of them as it is told.
+    // SAFETY: packet and context outlive the call, which reads the lengths given here.
     match unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &mut options) } {
         0 => Ok(options.retval),
         error => Err(io::Error::from_raw_os_error(-error)),
     }
 }
 
-/// Ends the way of all packets that come in on an interface.
+/// Drops all packets received on an interface.
 pub fn sink(floors: &FloorsSkel<'_>, namespace: &Namespace, interface: &str) {
     let program = floors.progs.sink.as_fd();
     let index = namespace.index(interface) as i32;
@@ -194,7 +194,7 @@ pub fn sink(floors: &FloorsSkel<'_>, namespace: &Namespace, interface: &str) {
     });
 }
 
-/// Keeps this thread on the last CPU; what it causes the kernel to do then happens there too.
+/// Pins this thread to the last CPU, where the kernel then processes its packets too.
 pub fn stay_on_one_cpu() {
     let online = fs::read_to_string("/sys/devices/system/cpu/online").expect("CPUs");
     let last = online.trim().rsplit([',', '-']).next().and_then(|cpu| cpu.parse().ok());

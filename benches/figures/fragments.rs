@@ -26,12 +26,12 @@ const NOBODYS: u16 = 2002;
 const SENDER: u32 = 14 + 12;
 
 const ROUNDS: usize = 200;
-/// Few, so that what a flood left in the caches is felt.
+/// Few runs, so that the cache misses after a flood count.
 const RUNS: i32 = 1_000;
-/// In a round; there is room for no more than those of 13 rounds.
+/// Packets of a round. The map has room for those of 13 rounds.
 const FLOOD: i32 = 10_000;
 
-/// IPv6 or not, and whether arpd runs.
+/// Name of a case; true for IPv6; true if arpd runs.
 const WAYS: [(&str, bool, bool); 4] = [
     ("IPv4", false, false),
     ("IPv4, while arpd runs", false, true),
@@ -59,7 +59,7 @@ pub fn measure(report: &mut Report) {
         _ => {
             let (_, ipv6, leased) = WAYS[index / 2 - 1];
             let [whole, first, later] = &packets[usize::from(ipv6)];
-            // it is to be there, and young
+            // The first fragment's entry must exist and be recent.
             programs.run(&relay, udplb, first, Case { runs: 1, ..away });
             let packet = if index % 2 == 0 { whole } else { later };
             programs.run(&relay, udplb, packet, Case { leased, ..away })
@@ -75,7 +75,7 @@ pub fn measure(report: &mut Report) {
 
     let [whole, first, _] = &packets[0];
     let flood = Case { random: SENDER, runs: FLOOD, verdict: None, ..Case::new(UNSPEC) };
-    // calm, in a flood
+    // Without and with a flood.
     let figures: [f64; 5] = least(ROUNDS, |index| {
         let (program, packet, case) = match index {
             0 => (at_once, &nobodys, up),

@@ -13,7 +13,7 @@ use crate::common::service::Arpd;
 const ROUNDS: usize = 20;
 /// Time after which it counts as not healed.
 const LIMIT: Duration = Duration::from_secs(60);
-/// Between datagrams of the flow that runs meanwhile.
+/// Interval between datagrams of the background flow.
 const PACE: Duration = Duration::from_millis(1);
 
 pub fn measure(report: &mut Report) {
@@ -84,7 +84,7 @@ fn median(lab: &Lab, mut change: impl FnMut(&Lab) -> Healed) -> Vec<Duration> {
     sorted(times.collect())
 }
 
-/// So that changes come at any time between two probes.
+/// Waits longer in each round, so that changes fall anywhere between two probes.
 fn wait(round: usize) {
     std::thread::sleep(Duration::from_millis(100 * (round as u64 + 1)));
 }
@@ -95,7 +95,7 @@ fn time(lab: &Lab, healed: &dyn Fn(&Lab) -> bool) -> Duration {
 
 fn time_since(started: Instant, lab: &Lab, healed: &dyn Fn(&Lab) -> bool) -> Duration {
     loop {
-        // the question itself takes some milliseconds
+        // The request itself takes some milliseconds.
         let asked = started.elapsed();
         if healed(lab) {
             return asked;

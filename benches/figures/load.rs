@@ -30,7 +30,7 @@ pub fn measure(report: &mut Report) {
     }
 }
 
-/// In milliseconds, and how many instructions the verifier walked.
+/// Returns the time in milliseconds, and the number of instructions that the verifier processed.
 fn load(features: types::features) -> (f64, u32) {
     let mut object = MaybeUninit::uninit();
     let mut skeleton = UdplbSkelBuilder::default().open(&mut object).expect("the object opens");

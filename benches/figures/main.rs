@@ -20,7 +20,7 @@ mod veth;
 #[path = "../../tests/common/mod.rs"]
 mod common;
 
-/// A part of the figures: its name, and how it is measured.
+/// A group of figures: its name and the function that measures it.
 type Part = (&'static str, fn(&mut Report));
 
 const PARTS: [Part; 9] = [
@@ -35,9 +35,9 @@ const PARTS: [Part; 9] = [
     ("trace", trace::measure),
 ];
 
-/// The parts that are named; all where none is.
+/// Returns the groups named on the command line, or all.
 fn main() {
-    // cargo adds --bench
+    // Cargo adds --bench.
     let named: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
     if let Some(word) = named.iter().find(|word| !PARTS.iter().any(|(name, _)| name == word)) {
         let names = PARTS.map(|(name, _)| name).join(", ");
@@ -56,7 +56,7 @@ fn main() {
     }
 }
 
-/// Prints figures, and counts those beyond their limits.
+/// Prints figures, and counts missed limits.
 #[derive(Default)]
 struct Report {
     missed: usize,
@@ -77,7 +77,7 @@ impl Report {
         println!("  {what:44}{figure:>20}");
     }
 
-    /// `value` is what has a limit: a multiple of the floor, or the figure itself.
+    /// Reports a figure. `value` has the limit: a multiple of the floor, or the figure itself.
     fn at_most(&mut self, what: &str, figure: &str, value: f64, unit: &str, limit: f64) {
         self.line(what, figure, value, unit, &format!("at most {limit}{unit}"), value <= limit);
     }
@@ -93,7 +93,7 @@ impl Report {
     }
 }
 
-/// Measures in turns, and gives the least result of each.
+/// Measures all cases in turns; returns the minimum of each.
 fn least<const N: usize>(rounds: usize, mut measure: impl FnMut(usize) -> f64) -> [f64; N] {
     let mut least = [f64::INFINITY; N];
     for _ in 0..rounds {

@@ -16,7 +16,7 @@ const NOBODYS: u16 = 2003;
 const MODULO: u16 = 2004;
 const MAGLEV: u16 = 2005;
 
-/// Nothing in it is of IPv6, or follows fragments.
+/// Rules without IPv6, and without following fragments.
 const PLAIN: &str = "
 version: 1
 interfaces: [in0]

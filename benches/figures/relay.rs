@@ -1,4 +1,4 @@
-//! A relay whose program is run on one packet many times over, by `bpf_prog_test_run`.
+//! A relay whose program runs on one packet many times, by `bpf_prog_test_run`.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -14,7 +14,7 @@ use crate::floors::{self, FloorsSkel, Packet, Run};
 pub const UNSPEC: i32 = -1;
 pub const REDIRECT: i32 = 7;
 
-/// As many upstreams can be reached.
+/// Number of upstreams with a next hop.
 pub const UPSTREAMS: u8 = 16;
 
 pub struct Relay {
@@ -26,7 +26,7 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// With these rules. Its upstreams, from 10.0.2.2 and fd00:2::2 on, take all that comes.
+    /// Creates a relay with these rules. Its upstreams, from 10.0.2.2 and fd00:2::2 on, accept all packets.
     pub fn new(floors: &FloorsSkel<'_>, rules: &str) -> Relay {
         let (namespace, upstream) = (Namespace::new(), Namespace::new());
         for (name, peer, net) in [("in0", "in1", 1), ("out0", "out1", 2)] {
@@ -68,7 +68,7 @@ impl Relay {
         serde_json::from_str(&text).unwrap_or_else(|_| panic!("no JSON: {text}{errors}"))
     }
 
-    /// A figure for packets that were dropped would be none.
+    /// Asserts that no packet was dropped: figures of dropped packets mean nothing.
     pub fn forwarded_everything(&self) {
         for rule in self.status()["rules"].as_array().expect("rules") {
             let counters = &rule["counters"];
@@ -85,7 +85,7 @@ pub fn apply(namespace: &Namespace, bpffs: &Bpffs, rules: &str) {
     assert_eq!(code, Some(0), "{errors}");
 }
 
-/// A map that outlives generations.
+/// Opens a map that outlives generations.
 pub fn open_state(bpffs: &Bpffs, name: &str) -> MapHandle {
     let entries = fs::read_dir(bpffs.pins()).expect("pins");
     let mut paths = entries.map(|entry| entry.expect("a pin").path().join(name));
@@ -93,13 +93,13 @@ pub fn open_state(bpffs: &Bpffs, name: &str) -> MapHandle {
     MapHandle::from_pinned_path(path).expect("the map")
 }
 
-/// The programs among which a test run chooses.
+/// The programs that a test run can measure.
 pub struct Programs<'a> {
     pub floors: &'a FloorsSkel<'static>,
     next: u32,
 }
 
-/// One of them.
+/// Index of a program.
 pub type Program = u32;
 
 impl<'a> Programs<'a> {
@@ -114,13 +114,13 @@ impl<'a> Programs<'a> {
         self.next - 1
     }
 
-    /// Nanoseconds per packet of a program that leaves it as it is.
+    /// Measures a program that does not change the packet; returns nanoseconds per packet.
     pub fn run_alone(&self, relay: &Relay, program: BorrowedFd<'_>, packet: &Packet) -> f64 {
         let run = Run { repeat: RUNS, ..Run::default() };
         relay.namespace.enter(|| time(program, packet, run, Some(UNSPEC)))
     }
 
-    /// Nanoseconds per packet, which is put right before each run.
+    /// Measures a program; the packet is restored before each run. Returns nanoseconds per packet.
     pub fn run(&self, relay: &Relay, program: Program, packet: &Packet, case: Case) -> f64 {
         packet.choose(self.floors);
         relay.lease(case.leased);
@@ -159,7 +159,7 @@ pub struct Case {
     pub verdict: Option<i32>,
 }
 
-/// So few runs take less time than a scheduler's slice: some rounds are disturbed by nobody.
+/// Few enough runs for one scheduler slice, so that some rounds are undisturbed.
 const RUNS: i32 = 10_000;
 
 impl Case {

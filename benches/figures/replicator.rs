@@ -15,24 +15,24 @@ use crate::common::net::set;
 use crate::floors;
 use crate::veth::PORT;
 
-/// Datagrams that one call takes, and their length at most.
+/// Datagrams of one call, and their maximum length.
 const BATCH: usize = 64;
 const LENGTH: usize = 2048;
-/// Room for all datagrams of a round.
+/// Receive buffer with room for all datagrams of a round.
 const BUFFER: i32 = 64 << 20;
 
-/// Runs in a thread until it is dropped.
+/// A replicator in a thread, stopped on drop.
 pub struct Replicator {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Replicator {
-    /// To so many hosts, from 10.0.2.2 on.
+    /// Starts a replicator to this number of hosts, from 10.0.2.2 on.
     pub fn start(relay: &Namespace, receivers: u8) -> Replicator {
         let socket = relay.enter(|| UdpSocket::bind(("10.0.1.1", PORT)).expect("a socket"));
         set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, BUFFER);
-        // so that it sees when it is to stop
+        // The thread checks for its end after each timeout.
         socket.set_read_timeout(Some(Duration::from_millis(100))).expect("a time-out");
         let stop = Arc::new(AtomicBool::new(false));
         let thread = std::thread::spawn({
@@ -80,7 +80,7 @@ fn replicate(socket: &UdpSocket, receivers: u8, stop: &AtomicBool) {
         for place in &mut places[..count] {
             leaving.extend(hosts.iter_mut().map(|host| message(place, host)));
         }
-        // SAFETY: as above, and the hosts do so too.
+        // SAFETY: as above, and the hosts live as long too.
         let sent = unsafe {
             libc::sendmmsg(socket.as_raw_fd(), leaving.as_mut_ptr(), leaving.len() as u32, 0)
         };
@@ -104,7 +104,7 @@ fn place(buffer: &mut [u8]) -> libc::iovec {
     libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }
 }
 
-/// One that lies at a place, from anybody or to a host.
+/// Returns a message with a buffer, and with a host's address to send to.
 fn message(place: *mut libc::iovec, host: *mut libc::sockaddr_in) -> libc::mmsghdr {
     // SAFETY: all zeroes are an empty message.
     let mut message: libc::mmsghdr = unsafe { mem::zeroed() };

@@ -63,7 +63,7 @@ fn memory(report: &mut Report) {
     report.note("next hops", &format!("{:.1} MB", chunks("nexthops")));
 }
 
-/// The maps in a map.
+/// Returns the maps in a map of maps.
 fn inner(outer: &MapHandle) -> Vec<MapHandle> {
     let ids = outer.keys().filter_map(|key| {
         let id = outer.lookup(&key, MapFlags::ANY).expect("a map's id")?;
@@ -72,7 +72,7 @@ fn inner(outer: &MapHandle) -> Vec<MapHandle> {
     ids.map(|id| MapHandle::from_map_id(id).expect("a map")).collect()
 }
 
-/// As the kernel accounts for them.
+/// Returns the memory of maps in megabytes, as the kernel accounts for it.
 fn megabytes(maps: impl IntoIterator<Item = MapHandle>) -> f64 {
     let bytes = |map: MapHandle| {
         let info = format!("/proc/self/fdinfo/{}", map.as_fd().as_raw_fd());
@@ -83,8 +83,8 @@ fn megabytes(maps: impl IntoIterator<Item = MapHandle>) -> f64 {
     maps.into_iter().map(bytes).sum::<f64>() / 1e6
 }
 
-/// In milliseconds, for `tables` tables of `members` members; all but the first of each weigh
-/// `weight`.
+/// Returns the milliseconds to make `tables` tables of `members` members. All but the first of each have
+/// weight `weight`.
 fn time(tables: usize, members: usize, weight: u32) -> f64 {
     let mut weights = vec![weight; members];
     weights[0] = 1;

@@ -22,11 +22,11 @@ rules:
     upstream: [{ address: 10.0.2.2, port: 9000 }]
 ";
 
-/// As many as the ring buffer has room for, with their frames.
+/// Number of packets whose events fit into the ring buffer, with their frames.
 const RUNS: i32 = 2_500;
 const ROUNDS: usize = 400;
 
-/// In the order of the map `measured`.
+/// Indices in the map `measured`.
 const AT_ONCE: u32 = 0;
 const FLAG: u32 = 1;
 const UDPLB: u32 = 2;
@@ -97,7 +97,7 @@ pub fn measure(report: &mut Report) {
     report.note("trace --pcap: more than that", &ns(frames - off));
 }
 
-/// Nanoseconds per packet.
+/// Returns nanoseconds per packet.
 fn time(start: BorrowedFd<'_>, packet: &Packet, measured: u32, verdict: i32) -> f64 {
     floors::stay_on_one_cpu();
     let run = Run { program: measured, repeat: RUNS, ..Run::default() };

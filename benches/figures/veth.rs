@@ -1,9 +1,8 @@
 //! Nanoseconds of CPU per packet on its whole way through a host, against nftables doing the same.
 //!
-//! A generator in the kernel puts packets on an interface as a driver would. It keeps its CPU
-//! busy from the first packet to the last one's arrival, and everything happens on that CPU: the
-//! time between is CPU time. Of it is subtracted what packets cost that are dropped as soon as
-//! they come in: the generator, and what every driver does.
+//! A generator in the kernel puts packets on an interface as a driver does. All work from the first packet
+//! to the arrival of the last happens on one busy CPU, so that the time is CPU time. The cost of packets
+//! that are dropped on reception (the generator and the driver's part) is subtracted.
 
 use std::fs;
 use std::io;
@@ -18,7 +17,7 @@ use crate::floors::{self, FloorsSkel, Packet};
 use crate::relay::{UPSTREAMS, apply};
 use crate::{Report, least};
 
-/// So few packets take less time than a scheduler's slice: some rounds are disturbed by nobody.
+/// Few enough packets for one scheduler slice, so that some rounds are undisturbed.
 const PACKETS: u64 = 2_000;
 const ROUNDS: usize = 200;
 pub const PORT: u16 = 2001;
@@ -101,7 +100,7 @@ impl Host {
         self
     }
 
-    /// Each packet is to arrive so often.
+    /// Sets the number of copies of each packet that must arrive.
     pub fn copying(self, copies: u64) -> Host {
         Host { copies, ..self }
     }
@@ -133,8 +132,8 @@ impl Host {
         self
     }
 
-    /// Nanoseconds per packet, from the first to the arrival of the last; without end where the machine
-    /// was so busy that a queue ran over.
+    /// Returns nanoseconds per packet, from the first to the arrival of the last; infinite if a queue
+    /// overflowed on a busy machine.
     pub fn generate(&self, floors: &FloorsSkel<'_>) -> f64 {
         self.packet.choose(floors);
         let program = floors.progs.generate.as_fd();
@@ -159,7 +158,7 @@ impl Host {
     }
 }
 
-/// `struct progress`, by its words.
+/// The words of `struct progress`.
 const WORDS: usize = 6;
 const AT_UPSTREAM: usize = 1;
 const AT_SOCKET: usize = 2;

@@ -170,8 +170,8 @@ fn key_any_follows_interface_addresses() {
     assert_eq!(lab.apply(&any)["changed"], true);
 }
 
-/// What was rolled back is held though it would be applied with other addresses now, and what an
-/// interface was taken off stays so.
+/// After a rollback the left generation stays held although its addresses have changed, and interfaces that
+/// were detached stay so.
 #[test]
 fn key_any_after_rollback_or_detach_stays() {
     let lab = Lab::dual(true, true);

@@ -116,8 +116,7 @@ impl Ends {
     }
 }
 
-/// Whether the client's kernel takes UDP_SEGMENT where it has to compute the checksums, which it
-/// does from 6.11 on.
+/// Returns true if the client's kernel accepts UDP_SEGMENT without checksum offload: from 6.11 on.
 pub fn cuts_up_without_offload(lab: &Lab) -> bool {
     let sender = bind(&lab.client, CLIENTS[0], 0);
     set(&sender, libc::SOL_UDP, UDP_SEGMENT, 1000);

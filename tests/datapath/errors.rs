@@ -43,8 +43,8 @@ fn narrow_lab(offload: Offload) -> Lab {
     lab
 }
 
-/// Whether the sender's kernel cuts up what is larger than the way, having learnt how large that is:
-/// never and not minding, yes, or no: that is an error.
+/// Handling of packets above the path MTU by the sender's kernel, once it has learnt that MTU: not at all,
+/// fragmentation, or an error.
 enum Discovery {
     Off,
     Learns,

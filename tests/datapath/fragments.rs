@@ -16,7 +16,7 @@ fn first(sender: u32) -> Datagram {
     Datagram { source, more_fragments: true, ..datagram() }
 }
 
-/// What follows it; where it has its ports is payload.
+/// Returns the later fragment. The bytes at the place of the ports are payload.
 fn later(sender: u32) -> Datagram {
     Datagram { fragment_offset: 3, more_fragments: false, ..first(sender) }
 }

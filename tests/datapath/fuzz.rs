@@ -75,7 +75,7 @@ const NO_ROUTE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 2))
 /// MAC address in user space's next hop, where the kernel has another one.
 const HELD_MAC: Mac = [2, 0, 0, 0, 9, 9];
 
-/// What the kernel takes for a frame with an IPv6 header.
+/// Minimum length of a frame that the kernel accepts as IPv6.
 const SHORTEST: usize = 14 + 40;
 
 fn rule_for(target: Target, upstreams: Vec<Upstream>) -> Rule {

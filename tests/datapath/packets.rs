@@ -321,7 +321,7 @@ fn computed_zero_checksum_is_sent_as_ones() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
-/// Where two CPUs look at the clock, the one that looked first may come last to the budget of errors.
+/// Of two CPUs, the one that read the clock first may be the last to take from the error budget.
 #[test]
 fn clock_that_goes_back_makes_no_errors() {
     let packet = Datagram { ttl: 1, ..datagram() };
@@ -671,7 +671,7 @@ fn answers(testbed: &Testbed<'_>, packet: &Datagram, senders: u32, packets: u32)
     answered.count() as u64
 }
 
-/// How many may be answered in all, and of one sender: so many at once, and so many in each second after that.
+/// Errors are limited in all and per sender: a burst, and then a number per second.
 #[test]
 fn icmp_errors_are_rate_limited() {
     let old = Datagram { ttl: 1, ..datagram() };
@@ -703,8 +703,8 @@ fn icmp_errors_are_rate_limited() {
     });
 }
 
-/// Who forges old packets, of one sender or of many, does not keep an honest sender from hearing that its own are
-/// too large.
+/// Forged old packets, from one sender or many, do not keep an honest sender from learning that its packets
+/// are too large.
 #[test]
 fn forged_packets_do_not_silence_icmp_errors() {
     let old = Datagram { ttl: 1, ..datagram() };
@@ -1108,8 +1108,8 @@ fn check_unexpected(
     if fine { Ok(()) } else { Err(TestCaseError::fail(outcome.to_string())) }
 }
 
-/// What is switched off is not verified, and the rest has to hold without it. No kernel walks more than a
-/// million instructions, and older ones have needed several times as many as newer ones.
+/// The verifier prunes code of disabled features, so each combination is loaded. Kernels process at most a
+/// million instructions, and older ones need several times as many as newer ones.
 #[test]
 fn program_loads_with_any_features() {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -1145,8 +1145,8 @@ fn program_loads_with_any_features() {
     }
 }
 
-/// Where the kernel is locked down (confidentiality), no program may read its memory that way; from 6.2 on it
-/// need not.
+/// Under lockdown (confidentiality) programs may not read kernel memory by helpers; from 6.2 on the program
+/// does not need to.
 #[test]
 fn program_reads_no_kernel_memory_by_helper() {
     use libbpf_rs::AsRawLibbpf;

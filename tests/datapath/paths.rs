@@ -1,5 +1,5 @@
-//! What becomes of packets where the next hop answers late or not at all, and where the path is narrower than the
-//! interface: in network namespaces, with sockets at both ends.
+//! Packets with a next hop that answers late or never, and with a path MTU below the interface's: in network
+//! namespaces, with sockets at both ends.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, UdpSocket};
@@ -100,8 +100,8 @@ fn silent_next_hop_is_unresolved() {
     }
 }
 
-/// What may be cut into fragments is, as a router would: datagrams that come whole and such that come in fragments,
-/// whoever computes their checksums.
+/// Packets that may be fragmented are, as by a router: whole datagrams and fragments, with checksums from
+/// software or hardware.
 #[test]
 fn datagrams_are_fragmented_for_a_small_mtu() {
     for (client, upstream) in [(true, true), (true, false), (false, true), (false, false)] {

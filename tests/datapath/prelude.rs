@@ -15,8 +15,7 @@ pub type Change = (Option<usize>, Option<Tag>);
 /// Return value of a prelude that failed itself.
 pub const FAILED: i32 = 99;
 
-/// Where the prelude leaves the tag that there is after the run: whether there is one, its control
-/// information and its protocol, in `__sk_buff.cb`.
+/// Offset in `__sk_buff.cb` of the tag after the run: its presence, control information and protocol.
 pub const TAG_PRESENT: usize = 0;
 pub const TAG_CONTROL: usize = 1;
 pub const TAG_PROTOCOL: usize = 2;

@@ -70,7 +70,7 @@ pub struct Program<'object> {
     skeleton: UdplbSkel<'object>,
     chunks: [MapHandle; CHUNKS as usize],
     prelude: Prelude,
-    /// Those that were needed.
+    /// Preludes loaded so far.
     preludes: RefCell<HashMap<Change, OwnedFd>>,
     /// Addresses of this host.
     own: RefCell<Vec<IpAddr>>,
@@ -325,7 +325,7 @@ impl<'object> Program<'object> {
         map.keys().map(noted).collect()
     }
 
-    /// What is noted of paths has been so for that long.
+    /// Ages the recorded path MTUs by this number of jiffies.
     pub fn age_path_mtus(&self, jiffies: u32) {
         let map = &self.skeleton.maps.path_mtus;
         for key in map.keys().collect::<Vec<_>>() {

@@ -31,7 +31,7 @@ const OTHERS: [Ipv4Addr; 4] = [
 ];
 const OTHERS6: [Ipv6Addr; 3] =
     [CLIENT6, Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1), Ipv6Addr::LOCALHOST];
-/// Of packets that come back, or from nobody: upstreams, this host, its networks.
+/// Sources of packets that loop or have no valid sender: upstreams, this host, its networks.
 const SOURCES: [Ipv4Addr; 8] = [
     Ipv4Addr::new(10, 0, 2, 2),
     Ipv4Addr::new(10, 0, 3, 2),

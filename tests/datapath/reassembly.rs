@@ -125,7 +125,7 @@ fn unordered_fragments_arrive_whole() {
     }
 }
 
-/// What the upstreams get of that depends on how soon the first one follows; here it is whole.
+/// The upstreams' result depends on the arrival of the first fragment; here the datagram is whole.
 #[test]
 fn first_fragment_last_reaches_the_host() {
     let lab = Lab::dual(true, false);

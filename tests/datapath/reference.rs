@@ -1,11 +1,11 @@
-//! What must happen to a packet: the specification as code. It is made from the RFCs and from what
-//! docs/ promise, and not from the program that is held against it.
+//! The specification of the packet path as code. It follows the RFCs and docs/, not the program that is
+//! compared with it.
 //!
 //! ```text
 //! frame ─ untag ─ IP ─ UDP or a later fragment ─ rule ─ for us? ─ well-formed? ─ whose? ─ upstream ─ TTL ─ way ─ MTU ─ rewrite
 //! ```
 //!
-//! What ends on the way ends with one counted verdict; [`Host::judge`] is that line.
+//! Each packet ends with one counted verdict; [`Host::judge`] follows that line.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
@@ -24,16 +24,16 @@ pub type Verdict = &'static str;
 /// The one that packets come to.
 #[derive(Clone, Debug)]
 pub struct Host {
-    /// Of the interface that they come in by.
+    /// MAC address of the input interface.
     pub mac: Mac,
     pub rules: Vec<(Rule, RuleIds)>,
-    /// What the address `any` of a key stands for.
+    /// Addresses that the key address `any` matches.
     pub addresses: Vec<IpAddr>,
     /// The subnets' broadcast addresses.
     pub broadcasts: Vec<IpAddr>,
-    /// Those that it is in: protocols and ids of the tags, the outermost first.
+    /// VLANs that it is in: protocols and ids of the tags, the outermost first.
     pub vlans: Vec<Vec<(u16, u16)>>,
-    /// Of the VLANs' interfaces.
+    /// MAC address of the VLANs' interfaces.
     pub vlan_mac: Mac,
     /// The longest frame that the interfaces take; IP packets may have bytes behind them.
     pub longest: usize,
@@ -44,11 +44,11 @@ pub struct Host {
 
 #[derive(Clone, Debug)]
 pub struct Way {
-    /// Of whole IP packets.
+    /// Maximum length of whole IP packets.
     pub mtu: usize,
     /// This host's and the next hop's; none: the kernel has to ask for the next hop's.
     pub macs: Option<(Mac, Mac)>,
-    /// What is sent counts as this.
+    /// Verdict that a sent packet counts as.
     pub verdict: Verdict,
     /// This host's address on that way.
     pub egress: Option<IpAddr>,
@@ -64,9 +64,9 @@ struct Receiver<'host> {
     upstream: &'host Upstream,
     id: u32,
     source: Source,
-    /// How many before it get a copy of the packet at the same host, at most.
+    /// Maximum number of earlier copies to the same host.
     again: usize,
-    /// Whoever it is from.
+    /// Packets from any source address are sent.
     martians: bool,
 }
 
@@ -130,7 +130,7 @@ pub struct Answer {
     pub to: IpAddr,
     /// The MTU to use; none: the time was exceeded.
     pub mtu: Option<usize>,
-    /// What the frame begins with: the MAC addresses the other way round, and its tags.
+    /// Beginning of the frame: the MAC addresses swapped, and the tags.
     pub link: Vec<u8>,
     /// The packet that was too big or too old.
     pub about: Vec<u8>,
@@ -138,10 +138,9 @@ pub struct Answer {
     pub least: usize,
 }
 
-/// What the fragments of a datagram have in common: source, destination, identification (RFC 791
-/// section 3.2; IPv4's protocol is always UDP here. In RFC 8200 section 4.5 the next header is not
-/// part of it: it may differ from fragment to fragment).
-/// Those that came whole have numbers of their own, above all identifications.
+/// Key of a datagram's fragments: source, destination, identification (RFC 791 section 3.2; IPv4's protocol
+/// is always UDP here. In RFC 8200 section 4.5 the next header is not part of it: it may differ from
+/// fragment to fragment). Whole datagrams have numbers of their own, above all identifications.
 type Datagram = (IpAddr, IpAddr, u64);
 
 /// A receiver: its id, and how many there are before it at its host.
@@ -180,7 +179,7 @@ const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const DESTINATION: u8 = 60;
 
-/// What is at the beginning of a frame.
+/// The beginning of a frame.
 enum Parsed {
     /// Nothing to look at.
     Other,
@@ -200,28 +199,28 @@ struct Packet {
     destination: IpAddr,
     /// TTL or hop limit.
     ttl: u8,
-    /// Where the IP packet ends by its header; the frame may end sooner.
+    /// End of the IP packet by its header; the frame may end sooner.
     end: usize,
-    /// Where the IP packet's UDP header is, or a later fragment's data.
+    /// Offset of the UDP header, or of a later fragment's data.
     body: usize,
     /// None: it is whole.
     fragment: Option<Fragment>,
-    /// Whether what it is a fragment of may be UDP, by what this one says.
+    /// True if the fragment's datagram may be UDP, by this fragment's header.
     may_be_udp: bool,
-    /// Where the data of an IPv4 fragment belong.
+    /// Offset of an IPv4 fragment's data in its datagram.
     offset: usize,
     /// May be told to use a smaller MTU.
     dont_fragment: bool,
     gso_size: usize,
     gso_segs: usize,
-    /// Of those that came.
+    /// Number of the packet, in order of arrival.
     number: u64,
 }
 
 struct Fragment {
     first: bool,
     identification: u32,
-    /// Where that is in the frame.
+    /// Range of the field in the frame.
     field: Range<usize>,
 }
 
@@ -629,9 +628,9 @@ impl Packet {
         (mac(0), mac(6))
     }
 
-    /// Whether the lengths are within each other: RFC 768, "Length is the length in octets of this
-    /// user datagram including this header and the data. (This means the minimum value of the
-    /// length is eight.)"; IP may carry more than that, a fragment less.
+    /// Returns true if the lengths are consistent: RFC 768, "Length is the length in octets of this user datagram
+    /// including this header and the data. (This means the minimum value of the length is eight.)"; IP may
+    /// carry more than that, a fragment less.
     fn is_well_formed(&self) -> bool {
         if self.end > self.bytes.len() {
             return false;
@@ -686,7 +685,7 @@ impl Packet {
         self.source.is_ipv4() && !self.dont_fragment && self.gso_size == 0 && end <= 65535
     }
 
-    /// Of the IP packet, or of the largest that it is to be cut into.
+    /// Returns the length of the IP packet, or of the largest fragment that it is split into.
     fn length(&self) -> usize {
         match self.gso_size {
             0 => self.end - ETHERNET,
@@ -882,7 +881,7 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
 }
 
 impl Outcome {
-    /// Of what cannot be sent: whoever asked for `block` does not want it here.
+    /// Returns the outcome of a packet that cannot be sent: with `block` it is not delivered here either.
     fn unsent(rule: &Rule) -> Outcome {
         let end = if rule.action == Action::Pass { End::Up } else { End::Dropped };
         Outcome { end, ..Outcome::default() }
@@ -909,9 +908,9 @@ impl Table {
         }
     }
 
-    /// Whether a frame is the one that was to leave. The first fragment of a datagram chooses the
-    /// identification of the later ones; as senders have become one, no other may have it (RFC 6864
-    /// section 4.3), nor may two copies for one host.
+    /// Returns true if a frame is the expected one. The first fragment of a datagram chooses the identification
+    /// of the later ones. Since all senders become one, no other datagram may have it (RFC 6864 section 4.3),
+    /// nor may two copies for one host.
     pub fn admit(&mut self, wanted: &Gone, got: &[u8]) -> bool {
         let Some(Fresh { datagram, receiver, host, is_merged, field }) = &wanted.fresh else {
             return wanted.frame == got;
@@ -943,8 +942,8 @@ impl Table {
 }
 
 impl Answer {
-    /// Whether a frame is this error: RFC 792, RFC 1191 section 4, RFC 1812 section 4.3.2.3, RFC
-    /// 4443 sections 3.2 and 3.3.
+    /// Returns true if a frame is this error: RFC 792, RFC 1191 section 4, RFC 1812 section 4.3.2.3, RFC 4443
+    /// sections 3.2 and 3.3.
     pub fn is(&self, frame: &[u8]) -> bool {
         let (ip, protocol, most) = match self.from {
             IpAddr::V4(_) => (20, 1, 576),
@@ -1000,7 +999,7 @@ fn is_one_host(source: IpAddr) -> bool {
     !(source.is_unspecified() || source.is_loopback() || source.is_multicast() || v4)
 }
 
-/// What no router may send on: RFC 4291, sections 2.5.2, 2.5.3, 2.5.6 and 2.7.
+/// Returns true for packets that no router may forward: RFC 4291, sections 2.5.2, 2.5.3, 2.5.6 and 2.7.
 fn stays_here(source: IpAddr, destination: IpAddr) -> bool {
     let (IpAddr::V6(source), IpAddr::V6(destination)) = (source, destination) else { return false };
     let to_other_links = source.is_unicast_link_local() && !destination.is_unicast_link_local();

@@ -16,8 +16,7 @@ pub struct Case {
     pub name: &'static str,
     pub rule: Rule,
     pub packets: Vec<Forged>,
-    /// Of each packet what becomes of it, how many copies leave, and what is counted, under id 0
-    /// with a `@0` behind.
+    /// Expected results by packet: its fate, the number of copies, and the counters, with a `@0` for id 0.
     pub fates: &'static str,
 }
 

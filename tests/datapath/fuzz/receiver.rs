@@ -19,8 +19,8 @@ use crate::testbed::NARROW;
 
 const HEADERS: usize = 14 + 40;
 
-/// Whether the checksums of IP and of UDP are right; no datagram has none, and none is as good as
-/// right. None: it is no UDP to a receiver.
+/// Returns true for a correct IP and UDP checksum each; a missing UDP checksum counts as correct. None if a
+/// receiver does not accept the frame as UDP.
 fn checksums(frame: &[u8]) -> Option<(bool, bool)> {
     let packet = SlicedPacket::from_ethernet(frame).ok()?;
     let Some(TransportSlice::Udp(udp)) = packet.transport else { return None };
@@ -217,7 +217,7 @@ fn segments_reassemble_to_the_datagram() {
     }
 }
 
-/// Of the Ethernet and of the IP header.
+/// Returns the addresses of the Ethernet and of the IP header.
 fn addresses(frame: &[u8]) -> Vec<u8> {
     let ip = if frame[14] >> 4 == 4 { 14 + 12..14 + 20 } else { 14 + 8..14 + 40 };
     [&frame[..12], &frame[ip]].concat()
