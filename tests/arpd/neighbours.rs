@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule};
-use crate::common::net::{bind, count, expect_silence, receive, send_until};
+use crate::common::net::{bind, count, expect_silence, receive, receive_any, send_until};
 use crate::common::service::{Arpd, until};
 use crate::common::{lock_any_memory, udplb};
 use crate::syscalls::Faults;
@@ -416,6 +416,35 @@ fn dead_upstream_is_skipped_with_health_neighbour() {
     send();
     until("it is counted", || lab.packets("only", "10.2.0.21", "matched") > before);
     assert_eq!(lab.packets("only", "10.2.0.21", "matched"), before + 1);
+}
+
+/// Nearly all slots of the table are the dead one's: its flows go to all that are left, by weight, and none is lost.
+#[test]
+fn flows_of_a_heavy_dead_upstream_are_spread() {
+    const FLOWS: u16 = 400;
+    let lab = Lab::new();
+    lab.upstream.ip("addr add 10.2.0.22/24 dev eth0");
+    let weighted =
+        [("10.2.0.20", 1), ("10.2.0.21", 3), ("10.2.0.22", 1000)].map(|(address, weight)| {
+            json!({ "name": address, "address": address, "port": 5000, "weight": weight })
+        });
+    let options = json!({ "tc_action": "block", "health": "neighbour", "hash": "maglev" });
+    lab.apply(&config(&[rule("only", 5000, options, &weighted)]));
+    let _arpd = Arpd::start(&lab, "");
+    let addresses = [20, 21, 22].map(|host| Ipv4Addr::new(10, 2, 0, host));
+    addresses.iter().for_each(|address| lab.await_health(&address.to_string(), "up"));
+    let [light, heavier, dead] = addresses.map(|address| bind(&lab.upstream, address, 5000));
+    lab.upstream.ip("addr del 10.2.0.22/24 dev eth0");
+    lab.await_health("10.2.0.22", "down");
+    let mut received = [0, 0];
+    let left = [light, heavier];
+    for port in 20_000..20_000 + FLOWS {
+        bind(&lab.client, CLIENTS[0], port).send_to(b"flow", (RELAY, 5000)).expect("sent");
+        received[receive_any(&left).0] += 1;
+    }
+    expect_silence(&dead);
+    // a quarter, give or take five standard deviations of 8.7
+    assert!((56..144).contains(&received[0]), "{received:?}");
 }
 
 #[test]
