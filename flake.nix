@@ -12,7 +12,8 @@
         "x86_64-linux"
       ];
       forAllSystems = f: lib.genAttrs systems (system: f nixpkgs.legacyPackages.${system});
-      udplbFor = pkgs: pkgs.callPackage ./nixos/package.nix { };
+      udplbFor =
+        pkgs: pkgs.callPackage ./nixos/package.nix { commit = self.rev or self.dirtyRev or null; };
       # With a key it may be imported twice, also from two copies of this flake.
       module = {
         key = "udplb/nixos/module.nix";

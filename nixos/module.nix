@@ -546,6 +546,15 @@ in
         example = 9500;
         description = "TCP port to listen at.";
       };
+      hosts = mkOption {
+        type = types.listOf types.str;
+        default = [ ];
+        example = [ "relay.example.net" ];
+        description = ''
+          Names that requests may use in their URL, besides addresses, `localhost` and this host's name.
+          `*` stands for any name.
+        '';
+      };
     };
 
     openFirewall = mkOption {
@@ -705,6 +714,12 @@ in
             "--metrics"
             "${metricsHost}:${toString cfg.metrics.port}"
           ]
+          ++ lib.optionals cfg.metrics.enable (
+            lib.concatMap (host: [
+              "--metrics-host"
+              host
+            ]) cfg.metrics.hosts
+          )
         );
         ExecReload = "${pkgs.coreutils}/bin/kill -HUP $MAINPID";
         Restart = "on-failure";

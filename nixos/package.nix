@@ -11,6 +11,8 @@
   linuxHeaders,
   testers,
   zlib,
+  # for `udplb --version`; null: unknown
+  commit ? null,
 }:
 let
   cargo = (lib.importTOML ../Cargo.toml).package;
@@ -32,6 +34,8 @@ rustPlatform.buildRustPackage (finalAttrs: {
       ../bpf
       ../contrib/alerts.yaml
       ../contrib/grafana.json
+      ../README.md
+      ../docs
       ../examples
       ../src
     ];
@@ -54,8 +58,11 @@ rustPlatform.buildRustPackage (finalAttrs: {
     elfutils
     zlib
   ];
-  # Without its wrapper clang knows no include directory.
-  env.C_INCLUDE_PATH = "${linuxHeaders}/include";
+  env = {
+    # Without its wrapper clang knows no include directory.
+    C_INCLUDE_PATH = "${linuxHeaders}/include";
+    UDPLB_COMMIT = if commit == null then "unknown" else commit;
+  };
 
   # The tests in tests/ want root and network namespaces: the flake's VM checks stand for them.
   cargoTestFlags = [
@@ -68,7 +75,8 @@ rustPlatform.buildRustPackage (finalAttrs: {
 
   postInstall = ''
     install -D -m 644 -t $out/share/udplb contrib/alerts.yaml contrib/grafana.json
-    install -D -m 644 -t $out/share/doc/udplb LICENSE LICENSES/*
+    install -D -m 644 -t $out/share/doc/udplb LICENSE LICENSES/* README.md
+    install -D -m 644 -t $out/share/doc/udplb/docs docs/*.md
     install -D -m 644 -t $out/share/doc/udplb/examples examples/*.yaml examples/*.toml
   ''
   + lib.optionalString runs ''

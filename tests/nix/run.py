@@ -366,8 +366,9 @@ def lint_nix() -> None:
 def lint_scripts() -> None:
     """The scripts as the NixOS test driver lints them, and our own Python."""
     pyflakes = shutil.which("pyflakes") or shutil.which("pyflakes3") or "pyflakes"
-    env = {**os.environ, "MYPYPATH": f"{DRIVER}:{ROOT / 'tests/deb'}"}
-    own = ["nix/package.py", "nix/run.py", "vm/driver/nsdriver.py", "vm/driver/switch-to-configuration", "vm/udp.py", "docs/run"]
+    env = {**os.environ, "MYPYPATH": f"{DRIVER}:{ROOT / 'tests/deb'}:{ROOT / 'tests/docs'}"}
+    own = ["nix/package.py", "nix/run.py", "vm/driver/nsdriver.py", "vm/driver/switch-to-configuration", "vm/udp.py"]
+    own += ["docs/run", "docs/blocks.py"]
     own += [f"deb/{name}" for name in ("lab.py", "run", "tarball")]
     own += [f"pictures/{name}.py" for name in ("dashboard", "terminal", "traffic")]
     # what libraries say of their types depends on their version, and on whether they are installed

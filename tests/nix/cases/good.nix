@@ -415,7 +415,8 @@ in
   };
 
   metrics-elsewhere = {
-    expect.says."udplb-arpd.service" = "ExecStart=.*\"--metrics\" \"\\[::1\\]:9500\"\n";
+    expect.says."udplb-arpd.service" =
+      "ExecStart=.*\"--metrics\" \"\\[::1\\]:9500\" \"--metrics-host\" \"relay.example.net\"\n";
     config.services.udplb = {
       enable = true;
       interfaces = [ "ens3" ];
@@ -423,6 +424,7 @@ in
         enable = true;
         address = "::1";
         port = 9500;
+        hosts = [ "relay.example.net" ];
       };
     };
   };
