@@ -40,7 +40,7 @@ fn render(diagnostics: &[Diagnostic]) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-// What is refused.
+// Refused configurations.
 
 /// Each case of tests/config/refused.txt. `UPDATE=1` writes the answers into the file anew, to be
 /// read before they are committed.
@@ -220,7 +220,7 @@ fn hostile_files_end_in_an_error() {
     }
 }
 
-// What is accepted.
+// Accepted configurations.
 
 #[test]
 fn bare_list_keeps_its_defaults() {
@@ -645,7 +645,7 @@ fn schema_has_every_word() {
     assert_eq!(seed["name"], serde_json::Value::Null);
 }
 
-// Whatever the text: no panic, and every position lies in it.
+// Any text: no panic, and every position lies in it.
 
 fn check_positions(name: &str, text: &str) {
     let diagnostics = match Config::parse(name, text) {
