@@ -1,4 +1,4 @@
-//! How a command fails: the exit code and what is said.
+//! Failures of commands: exit codes and messages.
 
 use std::any::Any;
 use std::fmt;
@@ -10,22 +10,22 @@ use anyhow::anyhow;
 use crate::config::Diagnostic;
 use crate::journal;
 
-/// A failed command. Everything else than [`Failure::Failed`] has an exit code of its own.
+/// A failed command, by exit code.
 #[derive(Debug)]
 pub enum Failure {
-    /// 1: the old generation still serves.
+    /// 1: any other error; the previous generation stays active.
     Failed(anyhow::Error),
-    /// 3: there is no configuration in the kernel.
+    /// 3: nothing is applied.
     NothingApplied,
-    /// 64: the call's words are off.
+    /// 64: invalid arguments.
     Usage(String),
-    /// 65: the configuration is bad; nothing was touched.
+    /// 65: the configuration is invalid; nothing was changed.
     Config(Vec<Diagnostic>),
     /// 66: the file cannot be read.
     Unreadable(String),
-    /// 75: somebody else holds the lock.
+    /// 75: another udplb holds the lock.
     Locked(String),
-    /// 75: host names that the resolver may know later.
+    /// 75: host names that do not resolve now.
     Unresolved(Vec<Diagnostic>),
     /// 77: a privilege is missing.
     Privileges(String),
@@ -34,7 +34,7 @@ pub enum Failure {
 pub type Result<T> = std::result::Result<T, Failure>;
 
 impl Failure {
-    /// Stable name of the kind, for programs.
+    /// Returns the stable name of the kind, for programs.
     pub fn kind(&self) -> &'static str {
         match self {
             Failure::Failed(_) => "failed",
@@ -47,7 +47,7 @@ impl Failure {
         }
     }
 
-    /// The process's exit code.
+    /// Returns the exit code of the process.
     pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Failed(_) => 1,
@@ -61,7 +61,7 @@ impl Failure {
     }
 }
 
-/// Runs `work`, and makes an error of a panic in it: some libraries panic where the kernel refuses.
+/// Runs `work` and turns a panic into an error: some libraries panic on errors of the kernel.
 pub fn catch<T>(work: impl FnOnce() -> T) -> anyhow::Result<T> {
     catch_unwind(AssertUnwindSafe(work))
         .map_err(|payload| anyhow!("internal error: {}; please report it", message(&*payload)))
@@ -72,8 +72,7 @@ fn message(payload: &dyn Any) -> &str {
     owned.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("a panic")
 }
 
-/// Writes to standard error. That nobody reads it, or that its disk is full, keeps nothing from being
-/// done.
+/// Writes to standard error, with a priority for the journal. Ignores errors, which must not stop a command.
 pub fn say(text: impl fmt::Display) {
     let text = text.to_string();
     let level = match text.split([':', ' ']).next() {

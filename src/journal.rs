@@ -1,4 +1,4 @@
-//! Priorities of messages, as the journal reads them at the beginning of each line (sd-daemon(3)).
+//! Priorities at the beginning of each line for the systemd journal (sd-daemon(3)).
 
 use std::env;
 use std::fs::File;
@@ -9,16 +9,16 @@ use std::sync::OnceLock;
 
 use log::Level;
 
-/// Returns true if standard error is the journal's.
-fn is_there() -> bool {
-    static IS_THERE: OnceLock<bool> = OnceLock::new();
-    *IS_THERE.get_or_init(|| {
+/// Returns true if standard error goes to the journal.
+fn is_active() -> bool {
+    static IS_ACTIVE: OnceLock<bool> = OnceLock::new();
+    *IS_ACTIVE.get_or_init(|| {
         let stream = env::var("JOURNAL_STREAM").unwrap_or_default();
         !stream.is_empty() && stream_of(io::stderr().as_fd()).is_ok_and(|own| own == stream)
     })
 }
 
-/// Device and inode, as JOURNAL_STREAM has them.
+/// Returns device and inode in the format of JOURNAL_STREAM.
 fn stream_of(descriptor: BorrowedFd<'_>) -> io::Result<String> {
     let file = File::from(descriptor.try_clone_to_owned()?).metadata()?;
     Ok(format!("{}:{}", file.dev(), file.ino()))
@@ -33,9 +33,9 @@ fn priority(level: Level) -> u8 {
     }
 }
 
-/// Returns the text with a priority on each line if the journal reads it.
+/// Prefixes each line with a priority if standard error goes to the journal.
 pub fn prefixed(level: Level, text: &str) -> String {
-    if !is_there() {
+    if !is_active() {
         return text.into();
     }
     with_priority(level, text)
@@ -47,9 +47,9 @@ fn with_priority(level: Level, text: &str) -> String {
     lines.join("\n")
 }
 
-/// Gives each line of the log its priority, instead of a word, if the journal reads it.
+/// Sets the log format: a priority on each line if standard error goes to the journal.
 pub fn format(logger: &mut env_logger::Builder) {
-    if is_there() {
+    if is_active() {
         logger.format(|out, record| {
             writeln!(out, "{}", with_priority(record.level(), &record.args().to_string()))
         });

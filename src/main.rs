@@ -50,7 +50,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// True if the words ask for JSON; they are none that clap understands.
+/// Returns true if arguments that clap rejects ask for JSON.
 fn wants_json(words: impl Iterator<Item = String>) -> bool {
     let words: Vec<String> = words.collect();
     let alone = ["-ojson", "-o=json", "--output=json"];
@@ -59,7 +59,7 @@ fn wants_json(words: impl Iterator<Item = String>) -> bool {
 }
 
 fn log_to_stderr(cli: &Cli) {
-    // a service tells of every change, a command of trouble
+    // the daemon logs every change, commands only warnings
     let serves = matches!(cli.command, Some(Command::Arpd(_)));
     let level = match (cli.global.quiet, cli.global.verbose) {
         (true, _) => log::LevelFilter::Error,

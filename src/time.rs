@@ -6,12 +6,12 @@ use std::time::{Duration, UNIX_EPOCH};
 use jiff::Timestamp;
 use serde::{Serialize, Serializer};
 
-/// Seconds since 1970, now.
+/// Returns the current time in seconds since 1970.
 pub fn now() -> u64 {
     u64::try_from(Timestamp::now().as_second()).unwrap_or(0)
 }
 
-/// Time since boot, suspended time included (`CLOCK_BOOTTIME`): no clock adjustment moves it.
+/// Returns the time since boot, including suspend (`CLOCK_BOOTTIME`); clock adjustments do not affect it.
 pub fn since_boot() -> Duration {
     let mut now = MaybeUninit::<libc::timespec>::uninit();
     // SAFETY: the clock exists since Linux 2.6.39, and the call fills the struct.
@@ -22,17 +22,17 @@ pub fn since_boot() -> Duration {
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
-/// Since 1970, now.
+/// Returns the current time since 1970.
 pub fn since_1970() -> Duration {
     UNIX_EPOCH.elapsed().unwrap_or_default()
 }
 
-/// A time since 1970 as `2026-11-22T14:07:20.123456Z`.
+/// Formats a time since 1970 as `2026-11-22T14:07:20.123456Z`.
 pub fn exact(time: Duration) -> String {
     timestamp(time).map_or_else(String::new, |time| format!("{time:.6}"))
 }
 
-/// Of a time since 1970, in UTC: `14:07:20.123456`.
+/// Formats a time since 1970 as the time of day in UTC: `14:07:20.123456`.
 pub fn time_of_day(time: Duration) -> String {
     timestamp(time).map_or_else(String::new, |time| time.strftime("%H:%M:%S%.6f").to_string())
 }
@@ -41,7 +41,7 @@ fn timestamp(time: Duration) -> Option<Timestamp> {
     Timestamp::from_nanosecond(i128::try_from(time.as_nanos()).ok()?).ok()
 }
 
-/// A time in seconds since 1970 as `2026-11-22T14:07:20Z`.
+/// Formats seconds since 1970 as `2026-11-22T14:07:20Z`.
 pub fn utc(seconds: u64) -> String {
     i64::try_from(seconds)
         .ok()
@@ -57,7 +57,7 @@ pub fn rfc3339<T: Copy + Into<u64>, S: Serializer>(
     time.map(|time| utc(time.into())).serialize(serializer)
 }
 
-/// A length of time in its two largest units: `3d4h`, `12m5s`.
+/// Formats a duration with its two largest units: `3d4h`, `12m5s`.
 pub fn age(seconds: u64) -> String {
     let units = [(86_400, "d"), (3_600, "h"), (60, "m"), (1, "s")];
     let first = units.iter().position(|(unit, _)| seconds >= *unit).unwrap_or(3);

@@ -14,28 +14,28 @@ use crate::datapath::pins::{PIN_DIR, Store};
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Global options")]
 pub struct Global {
-    /// How data is printed.
+    /// Output format.
     #[arg(short, long, global = true, value_enum, default_value = "table")]
     pub output: Output,
-    /// Whether to use colour; NO_COLOR switches it off too.
+    /// Use colour; NO_COLOR disables it too.
     #[arg(long, global = true, value_enum, default_value = "auto", value_name = "WHEN")]
     pub color: Color,
-    /// Say more; twice for all.
+    /// Print more details; repeat for debug output.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
-    /// Say nothing unless there is trouble.
+    /// Print only errors and problems.
     #[arg(short, long, global = true)]
     pub quiet: bool,
-    /// Where the pins are, in a bpffs.
+    /// Directory of the pins, in a bpffs.
     #[arg(long, global = true, value_name = "DIR", default_value = PIN_DIR, value_parser = pin_dir)]
     pub pin_dir: PathBuf,
-    /// How long to wait for another udplb, in seconds.
+    /// Wait this long for another udplb, in seconds.
     #[arg(long, global = true, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub lock_timeout: Duration,
 }
 
 impl Global {
-    /// The pin directory, for library code.
+    /// Returns the pin directory and the timeout of its lock.
     pub fn store(&self) -> Store {
         Store { pin_dir: self.pin_dir.clone(), lock_timeout: self.lock_timeout }
     }
@@ -52,16 +52,16 @@ fn pin_dir(text: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// Parses seconds, with a fraction or without; at most so many that no clock overflows.
+/// Parses seconds, with or without a fraction. Limited to `u32::MAX`, so that no clock overflows.
 pub fn seconds(text: &str) -> Result<Duration, String> {
-    const LONGEST: Duration = Duration::from_secs(u32::MAX as u64);
+    const MAX: Duration = Duration::from_secs(u32::MAX as u64);
     let wrong = || "a number of seconds, like 2 or 0.5".to_string();
     let seconds = text.parse().map_err(|_| wrong())?;
     let duration = Duration::try_from_secs_f64(seconds).map_err(|_| wrong())?;
-    Ok(duration.min(LONGEST))
+    Ok(duration.min(MAX))
 }
 
-/// Parses a number of packets.
+/// Parses a number other than zero.
 pub fn at_least_one<T: std::str::FromStr + Default + PartialEq>(text: &str) -> Result<T, String> {
     let number = text.parse().ok().filter(|number| *number != T::default());
     number.ok_or_else(|| "a number, at least 1".into())
@@ -83,7 +83,7 @@ pub enum Color {
     Never,
 }
 
-/// How host names are resolved.
+/// Options for resolving host names.
 #[derive(Args, Clone, Copy)]
 pub struct Resolver {
     /// Wait this long for the addresses of all host names together, in seconds.
@@ -91,10 +91,11 @@ pub struct Resolver {
     pub resolve_timeout: Duration,
 }
 
+/// Parses an interval from 0.1 seconds to a day.
 pub fn some_seconds(text: &str) -> Result<Duration, String> {
-    const LEAST: Duration = Duration::from_millis(100);
+    const MIN: Duration = Duration::from_millis(100);
     match seconds(text)? {
-        seconds if seconds < LEAST => Err("at least 0.1 seconds".into()),
+        seconds if seconds < MIN => Err("at least 0.1 seconds".into()),
         seconds => Ok(seconds.min(Duration::from_secs(86_400))),
     }
 }

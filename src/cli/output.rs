@@ -1,4 +1,4 @@
-//! Printing: text or the JSON of `-o json`, colour and width.
+//! Prints text or JSON (`-o json`), with the colour and width of the terminal.
 //!
 //! A rule is `rule`, an upstream `upstream`, an interface `interface`, a rule's key `key`, as in the
 //! configuration; shares are 0 to 1, times are RFC 3339, and a length of time has its unit in the name.
@@ -13,7 +13,7 @@ use crate::cli::{Color, Global, Output, terminal};
 use crate::config::Diagnostic;
 use crate::error::{Failure, Result, say};
 
-/// Version of all outputs; it changes where a program that reads one may have to.
+/// Version of all JSON outputs; it changes with incompatible changes.
 pub const FORMAT_VERSION: u32 = 1;
 
 /// An output with the version of its format.
@@ -37,7 +37,7 @@ pub struct Failed {
     pub error: ErrorReport,
 }
 
-/// An error; its text is on standard error too.
+/// An error. Its text is on standard error too.
 #[derive(Clone, Serialize, JsonSchema)]
 pub struct ErrorReport {
     /// Stable name of the kind: `failed`, `nothing-applied`, `usage`, `configuration`, `unreadable`,
@@ -66,7 +66,7 @@ impl ErrorReport {
         }
     }
 
-    /// Of wrong usage, as clap reports it.
+    /// Builds the report of a usage error from clap's message.
     pub fn usage(message: &str) -> ErrorReport {
         let message = message.strip_prefix("error: ").unwrap_or(message).trim_end();
         let diagnostics = Vec::new();
@@ -80,7 +80,7 @@ impl ErrorReport {
     }
 }
 
-/// To standard output; a reader that went away is no failure.
+/// Writes to standard output. A closed pipe is not an error.
 pub fn print(text: &str) -> Result<u8> {
     match io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
@@ -94,7 +94,7 @@ pub fn pretty(value: &impl Serialize) -> Result<String> {
     Ok(serde_json::to_string_pretty(value).context("JSON")? + "\n")
 }
 
-/// Prints `json` where that is asked for, else `text` unless silence is.
+/// Prints `json` with `-o json`, else `text` unless `--quiet` is given.
 pub fn report(global: &Global, text: &str, json: impl Serialize) -> Result<u8> {
     match global.output {
         Output::Json => print(&pretty(&Document::new(json))?),
@@ -103,12 +103,12 @@ pub fn report(global: &Global, text: &str, json: impl Serialize) -> Result<u8> {
     }
 }
 
-/// Like [`report`], of a change that has been made: that its report cannot be written is a warning.
+/// Like [`report`], but only warns if it cannot write, because the change has been made.
 pub fn report_done(global: &Global, text: &str, json: impl Serialize) -> Result<u8> {
     if let Err(failure) = report(global, text, json) {
         let why = failure.to_string();
         let why = why.strip_prefix("error: ").unwrap_or(&why);
-        say(format_args!("warning: the change is made, and cannot be reported: {why}"));
+        say(format_args!("warning: the change was made, but could not be reported: {why}"));
     }
     Ok(0)
 }
@@ -125,12 +125,12 @@ pub fn plural(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-/// Where text is written to.
+/// Colour and width of text.
 #[derive(Clone, Copy)]
-pub struct Paper {
+pub struct TerminalStyle {
     pub colour: bool,
-    /// Of the terminal, in characters. Without one no cell is empty or cut, and every row of a table
-    /// says its rule.
+    /// Columns of the terminal. Without one no cell is empty or cut, and every row of a table
+    /// names its rule.
     pub width: Option<usize>,
 }
 
@@ -140,7 +140,7 @@ pub const GREEN: &str = "\x1b[32m";
 pub const YELLOW: &str = "\x1b[33m";
 const PLAIN: &str = "\x1b[0m";
 
-impl Paper {
+impl TerminalStyle {
     pub fn painted(self, style: &str, text: &str) -> String {
         match self.colour && !style.is_empty() {
             true => format!("{style}{text}{PLAIN}"),
@@ -149,8 +149,8 @@ impl Paper {
     }
 }
 
-pub fn paper(global: &Global) -> Paper {
-    Paper { colour: colour(global), width: terminal::width() }
+pub fn terminal_style(global: &Global) -> TerminalStyle {
+    TerminalStyle { colour: colour(global), width: terminal::width() }
 }
 
 pub fn colour(global: &Global) -> bool {

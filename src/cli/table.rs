@@ -2,31 +2,31 @@
 
 use std::borrow::Cow;
 
-/// Between two columns: a reader of the output can split there.
+/// Separator of columns; scripts can split at it.
 const GAP: &str = "  ";
 
 /// A column of a table.
 #[derive(Clone, Copy)]
 pub struct Column {
     pub title: &'static str,
-    /// Numbers stand to the right.
+    /// Aligned to the right, for numbers.
     pub right: bool,
-    /// The characters that are left of it where the table is too wide; `None`: all.
-    pub least: Option<usize>,
+    /// Minimum width in characters when the table is too wide; `None`: never cut.
+    pub min: Option<usize>,
 }
 
 impl Column {
-    pub const fn text(title: &'static str, least: usize) -> Column {
-        Column { title, right: false, least: Some(least) }
+    pub const fn text(title: &'static str, min: usize) -> Column {
+        Column { title, right: false, min: Some(min) }
     }
 
     pub const fn number(title: &'static str) -> Column {
-        Column { title, right: true, least: None }
+        Column { title, right: true, min: None }
     }
 }
 
-/// The lines of a table, the header first. With `width`, in characters, none is longer, and
-/// columns of nothing are left out.
+/// Returns the lines of a table, the header first. With `width`, in characters, lines are cut to it. Columns
+/// without content are left out.
 pub fn lines(columns: &[Column], rows: &[Vec<String>], width: Option<usize>) -> Vec<String> {
     let length = |cell: &str| cell.chars().count();
     let mut widths = vec![0; columns.len()];
@@ -40,8 +40,8 @@ pub fn lines(columns: &[Column], rows: &[Vec<String>], width: Option<usize>) -> 
             *width = length(column.title).max(*width);
         }
     }
-    if let Some(most) = width {
-        shrink(columns, &mut widths, most);
+    if let Some(max) = width {
+        shrink(columns, &mut widths, max);
     }
     let titles: Vec<String> = columns.iter().map(|column| column.title.into()).collect();
     let line = |row: &Vec<String>| {
@@ -68,14 +68,14 @@ pub fn lines(columns: &[Column], rows: &[Vec<String>], width: Option<usize>) -> 
     std::iter::once(&titles).chain(rows).map(line).collect()
 }
 
-/// Takes from the widest column that has something to give, again and again.
-fn shrink(columns: &[Column], widths: &mut [usize], most: usize) {
+/// Narrows the widest column that can be cut, by one character at a time, until the table fits.
+fn shrink(columns: &[Column], widths: &mut [usize], max: usize) {
     let shown = widths.iter().filter(|width| **width > 0).count();
     let gaps = GAP.len() * shown.saturating_sub(1);
-    let mut over = (widths.iter().sum::<usize>() + gaps).saturating_sub(most);
+    let mut over = (widths.iter().sum::<usize>() + gaps).saturating_sub(max);
     while over > 0 {
         let elastic = columns.iter().zip(&mut *widths).filter(|(column, width)| {
-            column.least.is_some_and(|least| **width > least.max(column.title.len()))
+            column.min.is_some_and(|min| **width > min.max(column.title.len()))
         });
         let Some((_, widest)) = elastic.max_by_key(|(_, width)| **width) else { return };
         *widest -= 1;
@@ -83,8 +83,8 @@ fn shrink(columns: &[Column], widths: &mut [usize], most: usize) {
     }
 }
 
-/// Breaks text at blanks, so that no line is longer than `width` unless a word is; lines but the first
-/// are indented.
+/// Wraps text at blanks to lines of at max `width` characters; a longer word stays whole. Lines after the
+/// first are indented.
 pub fn wrapped(text: &str, width: usize, indent: &str) -> Vec<String> {
     let start = text.len() - text.trim_start().len();
     let mut lines = vec![text[..start].to_string()];
@@ -103,7 +103,7 @@ pub fn wrapped(text: &str, width: usize, indent: &str) -> Vec<String> {
     lines
 }
 
-/// The text, or its start and an ellipsis.
+/// Cuts text to a width, with an ellipsis at the end.
 pub fn cut(text: &str, width: usize) -> Cow<'_, str> {
     if text.chars().count() <= width {
         return text.into();

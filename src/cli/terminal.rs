@@ -1,4 +1,4 @@
-//! The terminal: its size, and a screen that is given back as it was.
+//! The terminal: its size, keys and signals, and a full-screen view that restores it afterwards.
 
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Stdin, Write};
@@ -10,7 +10,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Interval, MissedTickBehavior};
 
-/// Columns and lines of the terminal on standard output; `None`: there is none.
+/// Returns columns and lines of the terminal on standard output, if there is one.
 pub fn size() -> Option<(usize, usize)> {
     let mut size = MaybeUninit::<libc::winsize>::zeroed();
     // SAFETY: all zeroes are a winsize, which the kernel fills and which outlives the call.
@@ -20,12 +20,12 @@ pub fn size() -> Option<(usize, usize)> {
         }
         size.assume_init()
     };
-    // one that does not say is taken for the usual
+    // 0: unknown
     let or = |number: u16, usual| if number == 0 { usual } else { usize::from(number) };
     Some((or(size.ws_col, 80), or(size.ws_row, 24)))
 }
 
-/// Returns true if nobody will read standard output any more: its terminal or its reader is gone.
+/// Returns true if standard output has hung up: its terminal or reader is gone.
 pub fn is_gone() -> bool {
     let mut output = libc::pollfd { fd: libc::STDOUT_FILENO, events: 0, revents: 0 };
     // SAFETY: one structure, that outlives the call, which does not wait.
@@ -33,14 +33,14 @@ pub fn is_gone() -> bool {
     ready > 0 && output.revents & (libc::POLLHUP | libc::POLLERR) != 0
 }
 
-/// Columns to write in: those of the terminal, or COLUMNS where that is set; `None`: nobody said.
+/// Returns the columns to write in: COLUMNS if set, else those of the terminal.
 pub fn width() -> Option<usize> {
     let set = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
     let of_terminal = || io::stdout().is_terminal().then(size).flatten().map(|(width, _)| width);
     set.filter(|width| *width > 0).or_else(of_terminal)
 }
 
-/// A key that was pressed.
+/// A pressed key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
     Char(char),
@@ -55,15 +55,15 @@ pub enum Key {
     End,
 }
 
-/// The part of a long text that is shown.
+/// Scroll position in a text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Scroll {
-    /// The line at the top.
+    /// Index of the line at the top.
     pub first: usize,
 }
 
 impl Scroll {
-    /// Moves by a key, among so many lines of which a page is shown.
+    /// Moves by a key; `page` of the `lines` fit on the screen.
     pub fn press(&mut self, key: Key, lines: usize, page: usize) {
         let page = page.max(1);
         self.first = match key {
@@ -78,14 +78,14 @@ impl Scroll {
         self.first = self.first.min(lines.saturating_sub(page));
     }
 
-    /// The text from the line at the top on.
+    /// Returns the text from the line at the top.
     pub fn window<'t>(&self, text: &'t str) -> &'t str {
         let start = text.split_inclusive('\n').take(self.first).map(str::len).sum();
         &text[start..]
     }
 }
 
-/// Why a [`Live`] view goes on.
+/// Event that wakes a [`Live`] view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Woken {
     /// The interval is over.
@@ -99,7 +99,7 @@ pub enum Woken {
 pub struct Signals([Signal; 3]);
 
 impl Signals {
-    /// From now on they do not end the process. Must be inside a tokio runtime.
+    /// Catches the signals, so that they no longer end the process. Needs a tokio runtime.
     pub fn new() -> io::Result<Signals> {
         let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
         let [interrupt, terminate, hangup] = kinds.map(signal);
@@ -116,28 +116,28 @@ impl Signals {
         }
     }
 
-    /// Whether one of them comes within a time.
+    /// Returns true if one of them comes within a time.
     pub async fn within(&mut self, time: Duration) -> bool {
         tokio::time::timeout(time, self.any()).await.is_ok()
     }
 }
 
-/// A view that is shown again and again. On a terminal it has the whole screen, and reads keys;
-/// the terminal is as it was when the value is gone.
+/// A view that is redrawn at an interval. On a terminal it uses the whole screen and reads keys; dropping it
+/// restores the terminal.
 pub struct Live {
     ticks: Interval,
     signals: Signals,
     on_screen: bool,
     keys: Option<AsyncFd<Stdin>>,
-    /// Keys that were read and not taken yet, and the beginning of another.
+    /// Keys that were read but not returned yet; `rest` is the beginning of another.
     typed: VecDeque<Key>,
     rest: Vec<u8>,
-    /// How the terminal was.
+    /// Settings of the terminal before.
     before: Option<libc::termios>,
 }
 
 impl Live {
-    /// Must be inside a tokio runtime. The first tick is an interval from now.
+    /// Opens a view. The first tick is one interval from now. Needs a tokio runtime.
     pub fn open(interval: Duration, keys: bool) -> io::Result<Live> {
         let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + interval, interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -151,7 +151,7 @@ impl Live {
             before: None,
         };
         if live.on_screen {
-            // the other screen, without a cursor, and what is too long is cut
+            // alternate screen, no cursor, no line wrap
             io::stdout().write_all(b"\x1b[?1049h\x1b[?25l\x1b[?7l")?;
         }
         if live.on_screen && keys && io::stdin().is_terminal() {
@@ -163,7 +163,7 @@ impl Live {
         Ok(live)
     }
 
-    /// Shows these lines instead of those before; elsewhere than on a terminal, after them.
+    /// Redraws the screen with a text; without a terminal, appends it to the output.
     pub fn show(&self, text: &str) -> io::Result<()> {
         let mut out = io::stdout().lock();
         if !self.on_screen {
@@ -172,7 +172,7 @@ impl Live {
         }
         let lines = size().map_or(24, |(_, lines)| lines);
         let shown: Vec<&str> = text.lines().take(lines).collect();
-        // from the upper left; what was in each line before, and what is below them
+        // from the upper left; erases the rest of each line, and all lines below
         write!(out, "\x1b[H\x1b[K{}", shown.join("\n\x1b[K"))?;
         if shown.len() < lines {
             write!(out, "\n\x1b[J")?;
@@ -180,12 +180,12 @@ impl Live {
         out.flush()
     }
 
-    /// True if the view has a terminal's screen.
+    /// Returns true if the view has a terminal.
     pub fn is_on_screen(&self) -> bool {
         self.on_screen
     }
 
-    /// Waits for the next thing to do.
+    /// Waits for a key, a tick or a signal.
     pub async fn woken(&mut self) -> Woken {
         let Live { ticks, signals, keys, typed, rest, .. } = self;
         loop {
@@ -211,7 +211,7 @@ impl Drop for Live {
             unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, before) };
         }
         if self.on_screen {
-            // a terminal that is gone needs nothing back
+            // errors: the terminal is gone
             let mut out = io::stdout().lock();
             let _ = out.write_all(b"\x1b[?7h\x1b[?25h\x1b[?1049l");
             let _ = out.flush();
@@ -219,7 +219,7 @@ impl Drop for Live {
     }
 }
 
-/// Keys arrive one by one and are not shown; returns how it was before.
+/// Switches off line buffering and echo, and returns the settings before.
 fn single_keys() -> Option<libc::termios> {
     let mut before = MaybeUninit::<libc::termios>::zeroed();
     // SAFETY: the kernel fills `before` where it returns 0, and both structs outlive the calls.
@@ -230,7 +230,7 @@ fn single_keys() -> Option<libc::termios> {
         let before = before.assume_init();
         let mut single = before;
         single.c_lflag &= !(libc::ICANON | libc::ECHO);
-        // a read takes what there is and does not wait
+        // reads do not block
         (single.c_cc[libc::VMIN], single.c_cc[libc::VTIME]) = (0, 0);
         libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &single);
         Some(before)
@@ -248,13 +248,13 @@ async fn read_keys(keys: Option<&AsyncFd<Stdin>>) -> Vec<u8> {
         ready.clear_ready();
         match usize::try_from(read) {
             Ok(read) if read > 0 => return bytes[..read].to_vec(),
-            // hung up perhaps: that is a signal of its own
+            // perhaps hung up, which a signal reports
             _ => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
 }
 
-/// Takes all keys out of what was read; the beginning of a key stays.
+/// Parses and removes all complete keys.
 fn parse_keys(bytes: &mut Vec<u8>) -> Vec<Key> {
     let mut keys = Vec::new();
     let mut at = 0;
@@ -267,7 +267,7 @@ fn parse_keys(bytes: &mut Vec<u8>) -> Vec<Key> {
     keys
 }
 
-/// The length of the first key, and which it is if it is one of ours; `None`: it is not whole.
+/// Parses the first key: its length, and the key if it is known. `None`: it is incomplete.
 fn parse_key(bytes: &[u8]) -> Option<(usize, Option<Key>)> {
     let key = match bytes {
         [0x1b] => return Some((1, Some(Key::Escape))),
@@ -295,15 +295,15 @@ fn parse_key(bytes: &[u8]) -> Option<(usize, Option<Key>)> {
     Some((1, Some(key)))
 }
 
-/// A character of several bytes.
+/// Parses a character of several bytes.
 fn parse_character(bytes: &[u8]) -> Option<(usize, Option<Key>)> {
-    let most = &bytes[..bytes.len().min(4)];
-    let valid = match std::str::from_utf8(most) {
+    let max = &bytes[..bytes.len().min(4)];
+    let valid = match std::str::from_utf8(max) {
         Ok(text) => text,
         Err(error) if error.valid_up_to() > 0 => {
-            std::str::from_utf8(&most[..error.valid_up_to()]).unwrap_or_default()
+            std::str::from_utf8(&max[..error.valid_up_to()]).unwrap_or_default()
         }
-        // the rest of it may come
+        // the rest may still arrive
         Err(error) if error.error_len().is_none() => return None,
         Err(_) => return Some((1, None)),
     };

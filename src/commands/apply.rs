@@ -1,4 +1,4 @@
-//! `udplb apply`: makes the kernel hold what a file says.
+//! `udplb apply`: applies a configuration file.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -27,40 +27,39 @@ use crate::reconcile::{confirm, plan, warnings};
 use crate::telemetry::status::PendingStatus;
 use crate::time;
 
-/// Something of the file is missing, and the rest serves.
+/// Exit code of a configuration that was applied in part.
 const INCOMPLETE: u8 = 4;
 
-/// How a file is applied.
+/// Arguments of `apply`.
 #[derive(Args)]
 pub struct Options {
     #[command(flatten)]
     pub(super) source: SourceFile,
-    /// Only show what would change.
+    /// Show what would change; change nothing.
     #[arg(long)]
     dry_run: bool,
-    /// Apply what a rollback left or what waits for confirmation, and take over filters whose
-    /// pins are nowhere to be seen.
+    /// Apply even what a rollback left or what waits for confirmation, and replace filters of udplb
+    /// whose pins are not found.
     #[arg(long)]
     force: bool,
-    /// Apply what can be applied where an interface is missing or a host name does not
-    /// resolve; exits with 4 then, and arpd completes it.
+    /// Apply the rest if an interface is missing or a host name does not resolve. Exits with 4
+    /// then; arpd completes it.
     #[arg(long, conflicts_with = "dry_run")]
     partial: bool,
-    /// Roll the change back after so many seconds, unless `udplb confirm` comes before.
+    /// Roll the change back after this many seconds unless `udplb confirm` is run.
     #[arg(long, value_name = "SECONDS", value_parser = some_seconds, conflicts_with = "dry_run")]
     confirm: Option<Duration>,
     #[command(flatten)]
     pub(super) resolver: Resolver,
 }
 
-/// A configuration file and where it is to be applied.
+/// A configuration file and the interfaces to apply it to.
 #[derive(Args)]
 pub struct SourceFile {
-    /// YAML, TOML or JSON, by extension; - is YAML on standard input.
+    /// YAML, TOML or JSON by extension; - reads YAML from standard input.
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// Interface on whose ingress packets are matched, instead of the file's; may be given
-    /// several times.
+    /// Match packets on ingress of this interface instead of those in the file; may be repeated.
     #[arg(short, long = "interface", value_name = "IF",
           add = ArgValueCandidates::new(complete::interfaces))]
     interfaces: Vec<String>,
@@ -75,7 +74,7 @@ impl SourceFile {
 /// Output of `apply` and `rollback`.
 #[derive(Serialize, JsonSchema)]
 pub struct Applied {
-    /// False: the kernel held the same already.
+    /// False if the kernel had the same configuration already.
     pub changed: bool,
     pub generation: u32,
     /// Generation that served before.
@@ -121,9 +120,9 @@ async fn apply(global: &Global, options: &Options, target: &ConfigFile) -> Resul
     let deadline = options.confirm.map(|confirm| time::since_boot() + confirm);
     let plan = plan::apply_until(&observed, desired, &wanted.origin, options.force, deadline)
         .map_err(refused)?;
-    // once a generation: the cron job has said them already
+    // once a generation: a cron job applies the same file again and again
     let mut warnings = if plan.builds() { wanted.warnings } else { Vec::new() };
-    // whoever answers now may not the next time
+    // next hops change between applies of the same file
     warnings.extend(hops);
     warn(global, &warnings);
     let waiter = deadline.filter(|_| plan.is_pending());
@@ -134,12 +133,14 @@ async fn apply(global: &Global, options: &Options, target: &ConfigFile) -> Resul
     if let Err(error) =
         execute::record_origin(&guard, &observed, outcome.generation, &wanted.origin)
     {
-        say(format_args!("warning: the file that was applied is not recorded: {error:#}"));
+        say(format_args!(
+            "warning: the configuration is applied, but its file name is not recorded: {error:#}"
+        ));
     }
     drop(guard);
     drop(waiter);
     if outcome.counters_reset && !global.quiet {
-        say("warning: the counters were gone and start again at zero");
+        say("warning: the counters were missing and start at zero again");
     }
     let file = target.file.file_name().map_or("-".into(), |name| name.to_string_lossy());
     let mut text = outcome_text(&outcome, &file, desired, started.elapsed());
@@ -166,7 +167,7 @@ async fn wanted_by_apply(
     let again = match pins::read(&global.pin_dir, global.lock_timeout) {
         Ok(guard) => guard.and_then(|guard| source::load_cached(text, target, &guard)),
         Err(Failure::Locked(message)) => return Err(Failure::Locked(message)),
-        // that is said where it is needed
+        // reported where it is needed
         Err(_) => None,
     };
     if let Some(wanted) = again {
@@ -189,11 +190,10 @@ fn is_here(desired: &Desired, observed: &Observed) -> bool {
     desired.interfaces.iter().all(|name| observed.interfaces.contains_key(name))
 }
 
-/// Returns what is probably not meant, of a file that was not applied before, and the next hops that are
-/// not there now.
+/// Returns the warnings of a file that was not applied before, and those of missing next hops.
 ///
 /// # Errors
-/// An upstream that is this host itself, or packets to which IPsec would protect.
+/// An upstream is this host itself, or its packets would bypass IPsec.
 async fn advise(
     global: &Global,
     text: &Text,

@@ -8,37 +8,37 @@ use clap::Args;
 use crate::cli::{Global, Resolver, seconds, some_seconds};
 use crate::error::Result;
 
-/// How the next hops are kept.
+/// Arguments of `arpd`.
 #[derive(Args)]
 pub struct Options {
-    /// Resolve everything once and end, for cron.
+    /// Resolve everything once and exit, for cron.
     #[arg(long)]
     once: bool,
-    /// Look at everything this often, whether or not the kernel told of a change; in seconds.
+    /// Refresh everything this often, in seconds, even without events from the kernel.
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = some_seconds)]
     interval: Duration,
-    /// How long the program relies on next hops that are not renewed, in seconds.
+    /// Use next hops this long without renewal, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = some_seconds)]
     lease: Duration,
-    /// Probe each next hop this often, in seconds; 100 a second at most of all of them.
+    /// Probe each next hop this often, in seconds; at most 100 probes a second in total.
     #[arg(long, value_name = "SECONDS", default_value = "2", value_parser = some_seconds)]
     probe_interval: Duration,
-    /// Ask for the addresses of host names this often, in seconds; 0: never.
+    /// Resolve host names this often, in seconds; 0: never.
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
     resolve_interval: Duration,
     #[command(flatten)]
     resolver: Resolver,
-    /// Answer Prometheus here, at /metrics; by default at 127.0.0.1, and at port 9477.
+    /// Serve metrics at /metrics on this address; default 127.0.0.1, port 9477.
     #[arg(long, value_name = "ADDRESS[:PORT]", num_args = 0..=1, default_missing_value = "127.0.0.1",
           value_parser = metrics_address)]
     metrics: Option<SocketAddr>,
-    /// A name that Prometheus calls this host by, beside its own name and addresses; may be given
-    /// several times, and * is any name.
+    /// Accept HTTP requests for this host name too, beside this host's own name and addresses; * is
+    /// any name; may be repeated.
     #[arg(long = "metrics-host", value_name = "NAME", requires = "metrics")]
     metrics_hosts: Vec<String>,
 }
 
-/// Of Prometheus' exporters this is the port that udplb has.
+/// Default port of the exporter.
 const METRICS_PORT: u16 = 9477;
 
 fn metrics_address(text: &str) -> std::result::Result<SocketAddr, String> {

@@ -16,10 +16,10 @@ use crate::reconcile::source::{self, Text};
 /// Files to check.
 #[derive(Args)]
 pub struct Options {
-    /// YAML, TOML or JSON, by extension; - is YAML on standard input.
+    /// YAML, TOML or JSON by extension; - reads YAML from standard input.
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// Leave host names unresolved.
+    /// Do not resolve host names.
     #[arg(long)]
     no_resolve: bool,
     #[command(flatten)]

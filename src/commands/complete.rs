@@ -1,5 +1,5 @@
-//! Candidates for completion on the command line: what serves, and the interfaces of this host. Errors
-//! are no candidates.
+//! Shell completion: scripts, and candidates from the active configuration and the interfaces of this host. An error
+//! yields no candidates.
 
 use std::ffi::CStr;
 use std::path::PathBuf;
@@ -19,10 +19,10 @@ use crate::datapath::pins::{self, PIN_DIR};
 use crate::desired::Desired;
 use crate::error::Result;
 
-/// The environment variable by which a shell asks for candidates.
+/// Environment variable with which a completion script calls udplb for candidates.
 const VARIABLE: &str = "UDPLB_COMPLETE";
 
-/// The shell that is asked for.
+/// The shell to complete for.
 #[derive(Args)]
 pub struct Options {
     #[arg(value_name = "SH")]
@@ -34,12 +34,12 @@ pub fn run(options: &Options) -> Result<u8> {
     print(&script(shell).with_context(|| format!("a script for {shell}"))?)
 }
 
-/// Answers a shell that asks for candidates, and ends the process; returns if none does.
+/// Prints candidates and exits if a completion script has called; else returns.
 pub fn answer() {
     CompleteEnv::with_factory(Cli::command).var(VARIABLE).complete();
 }
 
-/// Returns the script that has a shell ask udplb for candidates.
+/// Returns the completion script of a shell.
 fn script(shell: Shell) -> io::Result<String> {
     let mut script = Vec::new();
     let name = shell.to_string();
@@ -49,14 +49,14 @@ fn script(shell: Shell) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&script).into_owned())
 }
 
-/// Names of the rules that serve.
+/// Returns the names of the active rules.
 pub fn rules() -> Vec<CompletionCandidate> {
     let desired = serving().unwrap_or_default();
     desired.rules.into_iter().map(|rule| CompletionCandidate::new(rule.name)).collect()
 }
 
-/// Upstreams and mirrors that serve, as `drain` takes them; a host without its port where it has no
-/// name and is there once, since shells break words at colons.
+/// Returns the active upstreams and mirrors as arguments of `drain`. Shells break words at colons, so an
+/// unnamed host that occurs once in its rule is written without its port.
 pub fn upstreams() -> Vec<CompletionCandidate> {
     let desired = serving().unwrap_or_default();
     let mut all = Vec::new();
@@ -75,7 +75,7 @@ pub fn upstreams() -> Vec<CompletionCandidate> {
     all
 }
 
-/// Names of the interfaces of this network namespace.
+/// Returns the names of the interfaces in this network namespace.
 pub fn interfaces() -> Vec<CompletionCandidate> {
     let mut all = Vec::new();
     // SAFETY: the array ends with an index of 0, its names are C strings, and it is freed once.
@@ -94,7 +94,7 @@ pub fn interfaces() -> Vec<CompletionCandidate> {
     all
 }
 
-/// The configuration that serves below the pin directory that the words to complete name.
+/// Reads the active configuration from the pin directory named on the command line.
 fn serving() -> Option<Desired> {
     let guard = pins::read(&pin_dir(env::args()), Duration::ZERO).ok()??;
     let generation = generation::read(&guard, guard.current()?).ok()??;

@@ -1,4 +1,4 @@
-//! `udplb confirm`: keeps what `apply --confirm` changed.
+//! `udplb confirm`: confirms a change made with `apply --confirm`.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::reconcile::{confirm, plan};
 /// The change to confirm, or to wait for.
 #[derive(Args)]
 pub struct Options {
-    /// Roll the change with this deadline back when it has passed; in nanoseconds since boot.
+    /// Wait for this deadline, in nanoseconds since boot, and roll its change back.
     #[arg(long, hide = true, value_name = "NANOSECONDS")]
     waiter: Option<u64>,
 }
@@ -43,7 +43,7 @@ async fn keep(global: &Global) -> Result<u8> {
     capabilities::require()?;
     let netlink = netlink()?;
     let nothing = || Failure::Failed(anyhow!("nothing waits for confirmation"));
-    // writing makes the directory
+    // pins::write creates the directory
     drop(pins::read(&global.pin_dir, global.lock_timeout)?.ok_or_else(nothing)?);
     let guard = pins::write(&global.pin_dir, global.lock_timeout)?;
     if let Some(done) = confirm::settle(&guard, &netlink).await? {

@@ -1,4 +1,4 @@
-//! `udplb detach`: takes the filter off interfaces.
+//! `udplb detach`: removes the filter from interfaces.
 
 use anyhow::{Context, anyhow};
 use clap::Args;
@@ -19,11 +19,11 @@ use crate::reconcile::plan::{self, Action};
 /// Interfaces to detach from.
 #[derive(Args)]
 pub struct Options {
-    /// Only this interface; may be given several times.
+    /// Detach from this interface only; may be repeated.
     #[arg(short, long = "interface", value_name = "IF",
           add = ArgValueCandidates::new(complete::interfaces))]
     interfaces: Vec<String>,
-    /// Remove the pins too: nothing of udplb stays in the kernel.
+    /// Remove all pins too, so that nothing of udplb is left in the kernel.
     #[arg(long, conflicts_with = "interfaces")]
     purge: bool,
 }
@@ -58,7 +58,8 @@ pub async fn run(global: &Global, options: &Options) -> Result<u8> {
     }
     let mut text = match detached.is_empty() {
         true if purge => String::new(),
-        true => "nothing was attached; interfaces that are missing stay without udplb\n".into(),
+        true => "nothing was attached; missing interfaces will not be attached when they appear\n"
+            .into(),
         false => format!("detached from {}\n", detached.join(", ")),
     };
     if purge {
@@ -95,7 +96,7 @@ async fn detach_locked(
     Ok((purges || !actions.is_empty(), detached.collect()))
 }
 
-/// Removes the neighbours that an arpd has the kernel keep: one that was killed leaves them.
+/// Removes the neighbour entries of an arpd that was killed.
 async fn forget_neighbours(netlink: &Netlink) -> Result<bool> {
     let all = netlink.neighbours().await.context("neighbours")?;
     let ours = all.iter().filter(|neighbour| neighbour.protocol == OUR_PROTOCOL);
@@ -105,7 +106,7 @@ async fn forget_neighbours(netlink: &Netlink) -> Result<bool> {
     Ok(!ours.is_empty())
 }
 
-/// A filter whose pins are nowhere to be seen stays: nothing proves that it is ours to take away.
+/// Returns an error for a filter whose pins are not found: it may belong to another udplb, and stays.
 fn refuse_orphans(observed: &Observed, interfaces: &[String]) -> Result<()> {
     let named = |name: &str| interfaces.is_empty() || interfaces.iter().any(|it| it == name);
     let mut orphans = observed.orphans();

@@ -1,4 +1,4 @@
-//! `udplb drain`: leaves an upstream out, whatever the file says.
+//! `udplb drain`: stops sending to an upstream, whatever its state in the file.
 
 use anyhow::Context;
 use clap::Args;
@@ -18,17 +18,17 @@ use crate::reconcile::drain::{self, Change, UpstreamState};
 use crate::reconcile::observe::{Observed, observe};
 use crate::reconcile::plan;
 
-/// The upstream to leave out.
+/// The upstream to drain.
 #[derive(Args)]
 pub struct Options {
-    /// A rule, and its upstream or mirror: name or address, as status shows them.
+    /// A rule and its upstream or mirror, by name or address as in status.
     #[arg(value_name = "RULE/UPSTREAM", add = ArgValueCandidates::new(complete::upstreams))]
     target: drain::UpstreamName,
 }
 
 /// Output of `drain` and of `enable` with an upstream.
 #[derive(Serialize, JsonSchema)]
-pub struct Steered {
+pub struct OverrideChanged {
     pub changed: bool,
     #[serde(flatten)]
     pub upstream: UpstreamState,
@@ -36,32 +36,35 @@ pub struct Steered {
 }
 
 pub async fn run(global: &Global, options: &Options) -> Result<u8> {
-    steer(global, &options.target, State::Drained).await
+    set_override(global, &options.target, State::Drained).await
 }
 
-/// The lock and what is below it, for what only writes what is said of upstreams.
-pub(super) async fn to_steer(global: &Global, netlink: &Netlink) -> Result<(WriteGuard, Observed)> {
-    // writing makes the directory
+/// Locks for writing overrides, and observes the kernel. Builds no generation.
+pub(super) async fn lock_overrides(
+    global: &Global,
+    netlink: &Netlink,
+) -> Result<(WriteGuard, Observed)> {
+    // pins::write creates the directory
     let guard = pins::read(&global.pin_dir, global.lock_timeout)?;
     drop(guard.ok_or(Failure::NothingApplied)?);
     let guard = lock(global, netlink).await?;
     let observed = observe(Some(&guard), netlink).await?;
     plan::refuse_other_namespace(&observed).map_err(refused)?;
     observed.described()?.ok_or(Failure::NothingApplied)?;
-    // without them nobody knows what was said of upstreams before
+    // overrides are read from the state maps
     state_maps::open(&guard)?.context(state_maps::INCOMPLETE)?;
     Ok((guard, observed))
 }
 
 /// Drains or enables one upstream.
-pub(super) async fn steer(
+pub(super) async fn set_override(
     global: &Global,
     target: &drain::UpstreamName,
     state: State,
 ) -> Result<u8> {
     capabilities::require()?;
     let netlink = netlink()?;
-    let (guard, observed) = to_steer(global, &netlink).await?;
+    let (guard, observed) = lock_overrides(global, &netlink).await?;
     let number = observed.serving().context("nothing is applied")?;
     let (desired, ids) = observed.generations[&number].hosts();
     let change = Change::new(desired, ids, &observed.overrides, target, state)?;
@@ -73,6 +76,7 @@ pub(super) async fn steer(
     }
     let text = change.text() + "\n";
     let changed = change.action.is_some();
-    let steered = Steered { changed, upstream: change.after, warnings: Vec::from_iter(warning) };
-    report_done(global, &text, steered)
+    let output =
+        OverrideChanged { changed, upstream: change.after, warnings: Vec::from_iter(warning) };
+    report_done(global, &text, output)
 }

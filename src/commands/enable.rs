@@ -1,11 +1,11 @@
-//! `udplb enable`: gives an upstream its packets again.
+//! `udplb enable`: sends to an upstream again.
 
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::drain::{steer, to_steer};
+use super::drain::{lock_overrides, set_override};
 use super::{carry_out, complete, netlink};
 use crate::cli::Global;
 use crate::cli::output::report_done;
@@ -18,11 +18,11 @@ use crate::reconcile::drain::{self, UpstreamState};
 /// The upstream to enable, or all.
 #[derive(Args)]
 pub struct Options {
-    /// A rule, and its upstream or mirror: name or address, as status shows them.
+    /// A rule and its upstream or mirror, by name or address as in status.
     #[arg(value_name = "RULE/UPSTREAM", required_unless_present = "all",
           add = ArgValueCandidates::new(complete::upstreams))]
     target: Option<drain::UpstreamName>,
-    /// Take back all that drain and enable said: what the file says holds.
+    /// Remove all overrides of drain and enable: the states in the file apply.
     #[arg(long, conflicts_with = "target")]
     all: bool,
 }
@@ -37,16 +37,16 @@ pub struct Enabled {
 
 pub async fn run(global: &Global, options: &Options) -> Result<u8> {
     match &options.target {
-        Some(target) => steer(global, target, State::Active).await,
+        Some(target) => set_override(global, target, State::Active).await,
         None => enable_all(global).await,
     }
 }
 
-/// Takes back all that was said of upstreams, those of the generation before included.
+/// Removes all overrides, those of the previous generation included.
 async fn enable_all(global: &Global) -> Result<u8> {
     capabilities::require()?;
     let netlink = netlink()?;
-    let (guard, observed) = to_steer(global, &netlink).await?;
+    let (guard, observed) = lock_overrides(global, &netlink).await?;
     let newest_first = observed.generations.values().rev().map(Generation::hosts);
     let serving = observed.serving().and_then(|number| observed.generations.get(&number));
     let all = serving.map(Generation::hosts).into_iter().chain(newest_first);

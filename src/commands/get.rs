@@ -1,5 +1,5 @@
-//! `udplb get`: what would happen to a packet now. The program itself is asked: a twin of the one
-//! that serves, on the same maps, is run on such a packet, and tells of it as to `trace`.
+//! `udplb get`: shows how a packet would be handled. A dry-run copy of the active program, on the same maps,
+//! processes such a packet and reports events as for `trace`.
 
 use std::cell::RefCell;
 use std::fmt::{self, Write};
@@ -33,22 +33,22 @@ use crate::reconcile::observe::{Observed, observe};
 use crate::telemetry::event::{Event, Names};
 use crate::telemetry::status::{self, UpstreamStatus};
 
-/// A sender's port where none was given.
+/// Default source port.
 const PORT: u16 = 1024;
 
-/// The packet that `get` asks about.
+/// The packet to handle.
 #[derive(Args)]
 pub struct Options {
-    /// Who sends it: an address, 10.0.0.9:5000 or [2001:db8::9]:5000; port 1024 where none is given.
+    /// Source: an address, 10.0.0.9:5000 or [2001:db8::9]:5000; default port 1024.
     #[arg(value_name = "SRC[:PORT]")]
     source: Endpoint,
-    /// Where it is sent; the port may be missing where the rules have only one for the address.
+    /// Destination; the port is optional if the rules have only one for the address.
     #[arg(value_name = "DST[:PORT]")]
     destination: Endpoint,
-    /// What it says.
+    /// Content of the datagram.
     #[arg(long, value_name = "TEXT", default_value = "")]
     payload: String,
-    /// Where it comes in, where there are several interfaces.
+    /// Receiving interface, required if there are several.
     #[arg(short, long, value_name = "IF", add = ArgValueCandidates::new(complete::interfaces))]
     interface: Option<String>,
 }
@@ -81,7 +81,7 @@ pub async fn run(global: &Global, options: &Options) -> Result<u8> {
     Ok(if answer.matched() { 0 } else { DEGRADED })
 }
 
-/// The packet that is asked about.
+/// A packet to handle.
 #[derive(Clone, Debug)]
 pub struct Question {
     pub source: SocketAddr,
@@ -89,7 +89,7 @@ pub struct Question {
     pub payload: Vec<u8>,
 }
 
-/// Asks one generation.
+/// Dry run of one generation.
 pub struct Asker {
     twin: Twin,
     desired: Desired,
@@ -101,8 +101,8 @@ impl Asker {
         Ok(Asker { twin: generation::twin(guard, generation)?, desired })
     }
 
-    /// What would become of a packet that comes in on an interface with this MAC address: an event for
-    /// each copy, and what the program returns.
+    /// Runs the program on a packet received by the interface with this MAC address. Returns an event for
+    /// each copy, and the return value.
     pub fn ask(
         &self,
         ifindex: u32,
@@ -123,14 +123,14 @@ impl Asker {
         builder.add(&self.twin.events, take)?;
         let ring = builder.build()?;
         let action = bpf::run_on_frame(self.twin.program.as_fd(), ifindex, &frame(question, to))
-            .context("the program cannot be asked")?;
+            .context("the dry run failed")?;
         ring.consume()?;
         drop(ring);
         Ok((events.into_inner(), action))
     }
 }
 
-/// To which frames for a group are sent.
+/// Returns the MAC address of a multicast or broadcast address.
 fn group_mac(address: IpAddr) -> [u8; 6] {
     match address {
         IpAddr::V4(address) if address.is_multicast() => {
@@ -145,7 +145,7 @@ fn group_mac(address: IpAddr) -> [u8; 6] {
     }
 }
 
-/// The packet as it would lie on the wire.
+/// Builds the Ethernet frame of a packet.
 fn frame(question: &Question, to: [u8; 6]) -> Vec<u8> {
     const UDP: u8 = 17;
     const LIMIT: u8 = 64;
@@ -180,12 +180,12 @@ fn frame(question: &Question, to: [u8; 6]) -> Vec<u8> {
         sum => sum,
     };
     udp[6..8].copy_from_slice(&sum.to_be_bytes());
-    // of a locally administered address that nobody has
+    // a locally administered address
     let from = [2, 0, 0, 0, 0, 0xff];
     [&to[..], &from, &protocol.to_be_bytes(), &ip, &udp].concat()
 }
 
-/// RFC 1071; all parts but the last have an even length.
+/// Computes the checksum of RFC 1071; all parts but the last have an even length.
 fn checksum(parts: &[&[u8]]) -> u16 {
     let words = parts.iter().flat_map(|part| part.chunks(2));
     let word = |bytes: &[u8]| u32::from(bytes[0]) << 8 | u32::from(*bytes.get(1).unwrap_or(&0));
@@ -194,17 +194,17 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     !((sum & 0xffff) + (sum >> 16)) as u16
 }
 
-/// What would happen, and why.
+/// Output of `get`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Answer {
     pub source: SocketAddr,
     pub destination: SocketAddr,
     pub interface: String,
     pub generation: u32,
-    /// `None`: no rule matches, and the packet is let alone.
+    /// `None`: no rule matches.
     #[serde(flatten)]
     pub matched: Option<Matched>,
-    /// Rules that nearly match, where none does.
+    /// Rules that nearly match, if none does.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub misses: Vec<Miss>,
     /// Source and destination of a packet that would match.
@@ -218,9 +218,9 @@ pub struct Matched {
     pub key: String,
     pub tc_action: Action,
     pub mode: Mode,
-    /// What chose the upstream, where there was a choice.
+    /// Selection of the upstream, if there are several.
     pub selection: Option<Selection>,
-    /// One for each that gets the packet or a copy.
+    /// One for each receiver of the packet or a copy.
     pub outcomes: Vec<Outcome>,
     /// `sent`: the packet itself goes to the upstream; `delivered`: it is delivered here; `dropped`.
     pub packet: &'static str,
@@ -231,30 +231,30 @@ pub struct Selection {
     pub strategy: String,
     /// The part of the packet that selects, where the headers show it.
     pub value: Option<String>,
-    /// What the program made of it.
+    /// Hash or number of the value.
     pub number: u32,
     pub slot: u32,
     pub slots: u32,
-    /// Whose the slot is, where another got the packet, and why.
+    /// Owner of the slot, and why another got the packet.
     pub instead_of: Option<String>,
 }
 
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Outcome {
-    /// `None`: none was chosen.
+    /// `None`: no upstream was selected.
     pub upstream: Option<String>,
-    /// Others get the packet too.
+    /// Other upstreams get the packet too.
     pub copy: bool,
-    /// It gets every N-th packet only.
+    /// Only every N-th packet is sent to it.
     pub sample: u32,
-    /// What arpd makes of it, while it runs.
+    /// Health by arpd while it runs.
     pub health: Option<&'static str>,
-    /// By hand, or else by the file.
+    /// Override, or else the state in the file.
     pub state: Option<State>,
     #[serde(rename = "override")]
-    pub said: Option<State>,
+    pub override_state: Option<State>,
     pub next_hop: Option<Hop>,
-    /// The packet's addresses as it leaves.
+    /// Source of the packet as it is sent.
     pub source: Option<SocketAddr>,
     pub destination: Option<SocketAddr>,
     pub verdict: &'static str,
@@ -271,12 +271,12 @@ pub struct Hop {
     pub interface: String,
     pub gateway: Option<IpAddr>,
     pub mac: Option<String>,
-    /// In the neighbour table, as `ip neigh` has it.
+    /// State in the neighbour table, as in `ip neigh`.
     pub state: Option<String>,
     pub mtu: Option<u16>,
 }
 
-/// Asks. `None`: nothing is applied.
+/// Runs the active program on the packet. `None`: nothing is applied.
 async fn answer(global: &Global, options: &Options, netlink: &Netlink) -> Result<Option<Answer>> {
     crate::datapath::capabilities::require()?;
     let Some(guard) = pins::read(&global.pin_dir, global.lock_timeout)? else { return Ok(None) };
@@ -290,7 +290,7 @@ async fn answer(global: &Global, options: &Options, netlink: &Netlink) -> Result
     let link = links.iter().find(|link| link.name == interface);
     let link = link.with_context(|| format!("{interface}: there is no such interface"))?;
     let asker = Asker::new(&guard, serving)?;
-    // one without MAC addresses has zeros
+    // zeros for an interface without MAC addresses
     let (events, action) = match is_attached {
         true => asker.ask(link.index, link.mac.unwrap_or_default(), &question)?,
         false => (Vec::new(), TC_ACT_UNSPEC),
@@ -313,7 +313,7 @@ async fn answer(global: &Global, options: &Options, netlink: &Netlink) -> Result
     };
     let mut names = Names::default();
     names.add(serving.clone());
-    let rule = names.rule(first).context("the program names a rule that there is not")?.clone();
+    let rule = names.rule(first).context("the program reported an unknown rule")?.clone();
     let reading = status::read(&global.store(), netlink, Some(&rule.name), None).await?;
     let rows: Vec<&UpstreamStatus> = reading
         .status
@@ -343,7 +343,7 @@ async fn answer(global: &Global, options: &Options, netlink: &Netlink) -> Result
     Ok(Some(answer))
 }
 
-/// Of linux/pkt_cls.h.
+// linux/pkt_cls.h
 const TC_ACT_UNSPEC: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
 
@@ -366,7 +366,7 @@ fn question(desired: &Desired, options: &Options) -> Result<Question> {
     })
 }
 
-/// The one that the rules have for an address.
+/// Returns the only port that the rules have for an address.
 fn only_port(desired: &Desired, address: IpAddr) -> Result<u16> {
     let ports = desired
         .rules
@@ -388,12 +388,12 @@ fn only_port(desired: &Desired, address: IpAddr) -> Result<u16> {
     }
 }
 
-/// Where the packet comes in.
+/// Returns the receiving interface.
 fn interface(desired: &Desired, observed: &Observed, named: Option<&str>) -> Result<String> {
     let all = &desired.interfaces;
     let named = named.map(|name| observed.canonical(name));
     match (named.as_deref(), &all[..]) {
-        // where it is none of those whose packets meet the rules, that is the answer
+        // an interface without rules is a valid answer: no rule matches
         (Some(name), _) if observed.interfaces.contains_key(name) => Ok(name.into()),
         (Some(name), _) => Err(anyhow!("{name}: there is no such interface").into()),
         (None, [only]) => Ok(only.clone()),
@@ -403,7 +403,7 @@ fn interface(desired: &Desired, observed: &Observed, named: Option<&str>) -> Res
     }
 }
 
-/// What else is known beside the events.
+/// State besides the events.
 struct Looked<'a> {
     maps: &'a StateMaps,
     rows: Vec<&'a UpstreamStatus>,
@@ -416,7 +416,7 @@ impl Looked<'_> {
         let upstream = names.upstream(event).map(|(upstream, copy)| (upstream.clone(), copy));
         let row = self.rows.iter().find(|row| row.id == event.0.upstream);
         let out = (event.0.out != 0).then(|| names.interface(event.0.out));
-        // what is recorded may be of another hop than the kernel chose
+        // the recorded hop may differ from the one that the kernel chose
         let hop = row.and_then(|row| row.next_hop.as_ref());
         let hop = hop.filter(|hop| Some(&hop.interface) == out.as_ref());
         let gateway = event.gateway().or(hop.map(|hop| hop.gateway));
@@ -437,7 +437,7 @@ impl Looked<'_> {
             sample: upstream.as_ref().map_or(1, |(upstream, _)| upstream.sample),
             health: row.and_then(|row| row.health),
             state: row.map(|row| row.state),
-            said: row.and_then(|row| row.said),
+            override_state: row.and_then(|row| row.override_state),
             condition,
             next_hop: out.map(|interface| Hop {
                 interface,
@@ -452,7 +452,7 @@ impl Looked<'_> {
         })
     }
 
-    /// The state of a next hop, as `ip neigh` has it.
+    /// Returns the state of a next hop, as in `ip neigh`.
     fn neighbour(&self, ifindex: u32, gateway: IpAddr) -> Option<String> {
         let key = (ifindex, gateway);
         let mut all = self.neighbours.iter();
@@ -477,7 +477,7 @@ impl Looked<'_> {
             .chain(tables.rules6.iter().map(|(_, rule)| rule))
             .chain(tables.senders.iter().map(|(_, rule)| rule));
         let entry = all.into_iter().find(|entry| entry.id == event.0.rule);
-        let entry = entry.context("the program names a rule that there is not")?;
+        let entry = entry.context("the program reported an unknown rule")?;
         let slot = entry.first_slot + event.0.slot;
         let width = types::slot_line::default().upstream.len();
         let line = tables.slots.get(slot as usize / width).context("no such slot")?;
@@ -503,14 +503,14 @@ impl Looked<'_> {
         }))
     }
 
-    /// What is asked of an upstream, as `status` has it.
+    /// Returns the state of an upstream, as in `status`.
     fn state(&self, upstream: &Upstream, id: u32) -> anyhow::Result<&'static str> {
-        let said = self.maps.overrides.read(id)?.get(&id).copied();
-        Ok(overrides::word(upstream.state, said).unwrap_or("active"))
+        let override_state = self.maps.overrides.read(id)?.get(&id).copied();
+        Ok(overrides::word(upstream.state, override_state).unwrap_or("active"))
     }
 }
 
-/// From where to where a frame goes.
+/// Parses source and destination of a frame.
 fn addresses(frame: &types::snapshot) -> Option<(SocketAddr, SocketAddr)> {
     let bytes = frame.bytes.get(..frame.captured as usize)?;
     let port = |at: usize| Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?));

@@ -1,4 +1,4 @@
-//! `udplb list`: prints what serves as a file.
+//! `udplb list`: prints the active configuration as a file.
 
 use anyhow::Context;
 

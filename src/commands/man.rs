@@ -15,7 +15,7 @@ use crate::{bpf, config};
 /// Sections of udplb(1) that the command line does not define.
 const SECTIONS: &str = include_str!("udplb.1.roff");
 
-/// Where the pages go.
+/// The directory for the pages.
 #[derive(Args)]
 pub struct Options {
     #[arg(value_name = "DIR")]

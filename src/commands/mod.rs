@@ -1,5 +1,4 @@
-//! The commands: one file each, with its arguments, its text and its JSON. Effects are at the rim, around the
-//! pure middle.
+//! The commands: one file each, with its arguments, its text and its JSON.
 
 pub mod apply;
 pub mod arpd;
@@ -34,19 +33,19 @@ use crate::reconcile::execute::{self, Executor};
 use crate::reconcile::observe::{Observed, observe};
 use crate::reconcile::plan::{Action, Refusal};
 
-/// There are problems, or no rule matches.
+/// Exit code of problems, and of `get` where no rule matches.
 const DEGRADED: u8 = 3;
 
 /// Relays, forwards and balances UDP in the kernel's traffic control layer.
 ///
-/// Verbs change the kernel, nouns read it. Exit codes: 0 done; 1 failed, what served before
-/// still serves; 2 changes pending (plan --exit-code); 3 nothing applied (in all commands), degraded (status), problems found (doctor) or no rule matches (get); 4 applied in part (apply --partial); 64 usage; 65 bad configuration; 66 unreadable file; 75 locked, or no answer from a name server; 77 privileges missing.
+/// Exit codes: 0 success; 1 failure, the previous configuration stays active; 2 changes pending
+/// (plan --exit-code); 3 nothing applied (all commands), degraded (status), problems found (doctor) or no rule matches (get); 4 applied in part (apply --partial); 64 usage; 65 invalid configuration; 66 unreadable file; 75 locked, or no answer from a name server; 77 missing privileges.
 #[derive(Parser)]
 #[command(version, long_version = LONG_VERSION, max_term_width = 100)]
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,
-    /// Without one: status.
+    /// Default: status.
     #[command(subcommand)]
     pub command: Option<Command>,
 }
@@ -62,66 +61,65 @@ const LONG_VERSION: &str = concat!(
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Judge configuration files; needs no privileges and touches nothing.
+    /// Validate configuration files (no privileges needed).
     Check(check::Options),
-    /// Make the kernel do what the file says, in one step.
+    /// Apply a configuration atomically.
     Apply(apply::Options),
-    /// Keep what `apply --confirm` changed.
+    /// Confirm a change made with `apply --confirm`.
     Confirm(confirm::Options),
-    /// Show what applying the file would change.
+    /// Show what applying a file would change.
     Plan(plan::Options),
-    /// Show what serves, where packets go and what became of them.
+    /// Show the active configuration, next hops and counters.
     Status(status::Options),
-    /// Show where packets go right now, on the whole screen.
+    /// Show live rates of rules and upstreams, full screen.
     ///
     /// Keys: p, m, d, n sort by packets, bits, drops and name; r reverses; / filters by rule or
     /// upstream, Esc ends that; arrows, Home and End scroll; q quits.
     Top(top::Options),
-    /// Tell of packets as they come: one line for each, or for each copy, in the file's own words.
+    /// Print one line per packet or copy as it is processed.
     ///
-    /// Filters are applied in the kernel. Only one trace runs at a time; when it ends, also when it
-    /// is killed, packets cost what they did before.
+    /// Filters are applied in the kernel. Only one trace can run at a time. It costs nothing after it
+    /// has ended, even if it was killed.
     Trace(trace::Options),
-    /// Say what would happen to such a packet now, and why: the program itself is asked, and
-    /// nothing is sent or counted.
+    /// Show how a packet would be handled (dry run of the active program).
     ///
-    /// Exits with 3 where no rule matches.
+    /// Nothing is sent or counted. Exits with 3 if no rule matches.
     Get(get::Options),
-    /// Look for what keeps packets from being forwarded, and name the command that fixes it.
+    /// Find what keeps packets from being forwarded, and the command that fixes it.
     ///
-    /// Changes nothing. Exits with 3 where there are problems; notes are no problems.
+    /// Changes nothing. Exits with 3 if there are problems; notes are not counted as problems.
     Doctor(doctor::Options),
-    /// Print metrics for Prometheus, as the textfile collector of node_exporter reads them.
+    /// Print metrics in Prometheus text format, for the textfile collector of node_exporter.
     ///
-    /// arpd --metrics has the same for a scraper.
+    /// arpd --metrics serves the same over HTTP.
     Metrics,
-    /// Print what serves as a file that applies to the same state.
+    /// Print the active configuration as a file that can be applied again.
     List,
-    /// Leave an upstream out, whatever the file says: others get its packets, until it is enabled.
+    /// Stop sending to an upstream until it is enabled; others get its packets.
     ///
-    /// No generation is built for it, and it holds through applies and rollbacks while the rule has
+    /// Overrides the state in the file. The override outlasts applies and rollbacks while the rule has
     /// the upstream at the same address and port.
     Drain(drain::Options),
-    /// Give an upstream its packets again, whatever the file says.
+    /// Send to an upstream again, whatever its state in the file.
     Enable(enable::Options),
-    /// Go back to the generation before; a second time, forth again.
+    /// Switch back to the previous generation; run again to undo.
     Rollback(rollback::Options),
-    /// Take the filter off the interfaces.
+    /// Remove the filter from interfaces.
     Detach(detach::Options),
-    /// Keep the next hops of all upstreams resolved and fresh, and know which of them are dead.
+    /// Keep next hops resolved, check their health, and follow host names (daemon).
     ///
-    /// Runs in the foreground. Follows what is applied by itself. SIGHUP: look at everything now;
-    /// SIGTERM: end, while traffic goes on.
+    /// Runs in the foreground and follows every apply. SIGHUP: refresh everything now; SIGTERM: exit;
+    /// traffic continues.
     Arpd(arpd::Options),
-    /// Print the JSON Schema (draft-07) of the configuration, or of a command's -o json.
+    /// Print the JSON Schema (draft-07) of the configuration, or of the JSON output of a command.
     Schema(schema::Options),
-    /// Print a completion script, which asks udplb for rules, upstreams and interfaces.
+    /// Print a shell completion script; it completes rules, upstreams and interfaces too.
     Completions(complete::Options),
-    /// Write the manual pages into a directory.
+    /// Write the manual pages to a directory.
     Man(man::Options),
 }
 
-/// Runs a command; the exit code is 0 or one that is no failure.
+/// Runs a command and returns its exit code.
 pub async fn run(cli: &Cli) -> Result<u8> {
     let global = &cli.global;
     let Some(command) = &cli.command else {
@@ -158,7 +156,7 @@ fn refused(refusal: Refusal) -> Failure {
     Failure::Failed(anyhow!("{refusal}"))
 }
 
-/// Looks at the kernel under the lock, and lets go of it before anything is printed.
+/// Observes the kernel under the lock, which is released before anything is printed.
 async fn look(global: &Global, netlink: &Netlink) -> Result<Observed> {
     let guard = pins::read(&global.pin_dir, global.lock_timeout)?;
     Ok(observe(guard.as_ref(), netlink).await?)

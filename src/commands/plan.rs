@@ -1,5 +1,6 @@
 //! `udplb plan`: shows what applying a file would change.
 
+use anyhow::Context;
 use clap::Args;
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -8,16 +9,19 @@ use super::apply::SourceFile;
 use super::{look, netlink};
 use crate::cli::output::{report, warn};
 use crate::cli::{Global, Resolver};
+use crate::config::Diagnostic;
 use crate::datapath::description::Generation;
 use crate::desired::diff::Changes;
 use crate::desired::{Desired, RuleIds, assign_ids};
 use crate::error::{Result, say};
+use crate::net::Netlink;
 use crate::reconcile::drain::{self, UpstreamState};
 use crate::reconcile::observe::Observed;
 use crate::reconcile::plan::{self, Plan};
-use crate::reconcile::source::{self, ConfigFile, Request, Text};
+use crate::reconcile::source::{self, ConfigFile, Loaded, Request, Text};
+use crate::reconcile::warnings;
 
-/// Changes pending, with `--exit-code`.
+/// Exit code of pending changes, with `--exit-code`.
 const PENDING: u8 = 2;
 
 /// The file to compare, and how.
@@ -25,7 +29,7 @@ const PENDING: u8 = 2;
 pub struct Options {
     #[command(flatten)]
     source: SourceFile,
-    /// Exit with 2 when something would change.
+    /// Exit with 2 if something would change.
     #[arg(long)]
     exit_code: bool,
     #[command(flatten)]
@@ -47,7 +51,7 @@ pub async fn run(global: &Global, options: &Options) -> Result<u8> {
     show(global, &options.source.target(), options.resolver, options.exit_code).await
 }
 
-/// Also `apply --dry-run`.
+/// Shows the changes; also `apply --dry-run`.
 pub(super) async fn show(
     global: &Global,
     target: &ConfigFile,
@@ -59,13 +63,17 @@ pub(super) async fn show(
     let netlink = netlink()?;
     let observed = look(global, &netlink).await?;
     let mut wanted = source::load(request, &observed, &netlink).await?;
-    warn(global, &wanted.warnings);
     wanted.expand(&netlink).await?;
     let old = serving(&observed).cloned().unwrap_or_default();
     let attached: Vec<String> = observed.attached().map(|(name, _)| name.into()).collect();
     let mut changes = Changes::new(&old, &wanted.desired, &attached);
     count_moved(&mut changes, &observed, &wanted.desired);
-    let pending = match plan::apply(&observed, &wanted.desired, &wanted.origin, false) {
+    let plan = plan::apply(&observed, &wanted.desired, &wanted.origin, false);
+    if plan.as_ref().map_or(true, Plan::builds) {
+        wanted.warnings.extend(of_this_host(&wanted, &netlink).await?);
+    }
+    warn(global, &wanted.warnings);
+    let pending = match plan {
         Ok(Plan { actions, .. }) => !actions.is_empty(),
         Err(refusal) => {
             say(format_args!("warning: apply would fail: {refusal}"));
@@ -83,7 +91,16 @@ pub(super) async fn show(
     Ok(if pending && exit_code { PENDING } else { 0 })
 }
 
-/// Counts how many flows move, with what `drain` and `enable` say of upstreams.
+/// Returns the warnings of `apply` about listeners, interfaces and addresses of this host.
+async fn of_this_host(wanted: &Loaded, netlink: &Netlink) -> Result<Vec<Diagnostic>> {
+    let Some(config) = &wanted.config else { return Ok(Vec::new()) };
+    let links = netlink.links().await.context("interfaces")?;
+    let addresses = netlink.addresses().await.context("addresses")?;
+    let warnings = warnings::of_this_host(config, &wanted.desired, &links, &addresses);
+    Ok(config.warnings(warnings))
+}
+
+/// Counts the flows that move, with overrides by `drain` and `enable`.
 pub(super) fn count_moved(changes: &mut Changes, observed: &Observed, new: &Desired) {
     let serving = observed.serving().and_then(|number| observed.generations.get(&number));
     let Some((old, ids)) = serving.map(Generation::hosts) else { return };

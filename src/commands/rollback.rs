@@ -1,4 +1,4 @@
-//! `udplb rollback`: switches back to the generation before.
+//! `udplb rollback`: switches back to the previous generation.
 
 use std::time::Instant;
 
@@ -21,10 +21,10 @@ use crate::reconcile::observe::observe;
 use crate::reconcile::{execute, plan};
 use crate::time;
 
-/// How to roll back.
+/// Arguments of `rollback`.
 #[derive(Args)]
 pub struct Options {
-    /// Only show what would change.
+    /// Show what would change; change nothing.
     #[arg(long)]
     dry_run: bool,
 }

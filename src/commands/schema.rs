@@ -9,7 +9,7 @@ use super::apply::Applied;
 use super::check::Checked;
 use super::confirm::Confirmed;
 use super::detach::Detached;
-use super::drain::Steered;
+use super::drain::OverrideChanged;
 use super::enable::Enabled;
 use super::plan::Planned;
 use super::rollback::RollbackPlanned;
@@ -17,7 +17,7 @@ use super::{doctor, get, top};
 use crate::cli::output::{Document, Failed, pretty, print};
 use crate::config;
 use crate::error::Result;
-use crate::telemetry::event::Account;
+use crate::telemetry::event::EventRecord;
 use crate::telemetry::status::Status;
 
 /// The output to describe.
@@ -65,14 +65,14 @@ impl Subject {
             Subject::Confirm => schema::<Confirmed>(),
             Subject::Detach => schema::<Detached>(),
             Subject::Doctor => schema::<doctor::Report>(),
-            Subject::Drain => schema::<Steered>(),
-            Subject::Enable => either(schema::<Steered>(), schema::<Enabled>()),
+            Subject::Drain => schema::<OverrideChanged>(),
+            Subject::Enable => either(schema::<OverrideChanged>(), schema::<Enabled>()),
             Subject::Error => schema::<Failed>(),
             Subject::Get => schema::<get::Answer>(),
             Subject::Plan => schema::<Planned>(),
             Subject::Status => schema::<Status>(),
             Subject::Top => schema::<top::View>(),
-            Subject::Trace => schema::<Account>(),
+            Subject::Trace => schema::<EventRecord>(),
         }
     }
 }
@@ -82,7 +82,7 @@ fn schema<T: JsonSchema>() -> Value {
     generator.into_root_schema_for::<Document<T>>().to_value()
 }
 
-/// A schema of one of two outputs, with the definitions of both.
+/// Merges two schemas into one that accepts either.
 fn either(mut one: Value, mut other: Value) -> Value {
     let (version, mut definitions) = (one["$schema"].take(), one["definitions"].take());
     if let (Some(all), Some(more)) =

@@ -1,5 +1,5 @@
-//! `udplb status`: what serves, where packets go and what became of them; a tree where the width is
-//! known, else a table with everything for scripts.
+//! `udplb status`: shows the active configuration, next hops and counters; as a tree on a terminal, else as a
+//! table with all details for scripts.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -10,7 +10,9 @@ use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
 
 use super::{DEGRADED, complete, netlink};
-use crate::cli::output::{BOLD, Document, GREEN, Paper, RED, YELLOW, paper, pretty, print};
+use crate::cli::output::{
+    BOLD, Document, GREEN, RED, TerminalStyle, YELLOW, pretty, print, terminal_style,
+};
 use crate::cli::table::{self, Column};
 use crate::cli::terminal::{self, Key, Live, Scroll, Woken};
 use crate::cli::{Global, Output, some_seconds};
@@ -25,22 +27,22 @@ use crate::telemetry::status::{
 use crate::telemetry::traffic::Rate;
 use crate::time;
 
-/// What `status` shows, and how often.
+/// Arguments of `status`.
 #[derive(Args, Default)]
 pub struct Options {
     /// Only this rule.
     #[arg(value_name = "RULE", add = ArgValueCandidates::new(complete::rules))]
     rule: Option<String>,
-    /// Show it again and again, with rates, until q is pressed; arrows scroll.
+    /// Refresh at an interval, with rates, until q is pressed; arrows scroll.
     #[arg(short, long)]
     watch: bool,
-    /// Packets and bits a second instead of totals; takes an interval's time.
+    /// Show packets and bits per second instead of totals; takes one interval.
     #[arg(short, long)]
     rate: bool,
-    /// Problems only, and what to do about them.
+    /// Show only problems, and how to fix them.
     #[arg(short, long, conflicts_with_all = ["watch", "rate"])]
     problems: bool,
-    /// What rates are measured over, in seconds.
+    /// Measure rates over this many seconds.
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = some_seconds)]
     interval: Duration,
 }
@@ -72,7 +74,7 @@ fn exit_code(status: &Status) -> u8 {
     if problem::any(&status.problems) { DEGRADED } else { 0 }
 }
 
-/// Shows it again and again.
+/// Refreshes the status until a key or signal ends it.
 async fn watch(
     global: &Global,
     options: &Options,
@@ -102,14 +104,14 @@ async fn watch(
                 status = reading.status;
                 shown(global, options, &status, Amounts::Rates)?
             }
-            // it may be over the next time
+            // try again at the next tick
             Err(failure) => format!("{failure}\n"),
         };
     }
     Ok(exit_code(&status))
 }
 
-/// As the options ask for it; JSON of one of many is on one line.
+/// Formats a status by the options. JSON of `--watch` is on one line.
 fn shown(global: &Global, options: &Options, status: &Status, amounts: Amounts) -> Result<String> {
     let json = match (global.output, options.watch) {
         (Output::Json, false) => return pretty(&Document::new(status)),
@@ -117,17 +119,17 @@ fn shown(global: &Global, options: &Options, status: &Status, amounts: Amounts) 
         _ if global.quiet => return Ok(status.problems_text()),
         _ => {
             let layout = layout(global, options);
-            let width = paper(global).width.filter(|_| layout != Layout::Wide);
-            let paper = Paper { width, ..paper(global) };
-            return Ok(status.text(time::now(), paper, layout, amounts));
+            let width = terminal_style(global).width.filter(|_| layout != Layout::Wide);
+            let terminal = TerminalStyle { width, ..terminal_style(global) };
+            return Ok(status.text(time::now(), terminal, layout, amounts));
         }
     };
     Ok(json.context("JSON")? + "\n")
 }
 
-/// A tree where the width is known, unless something else is asked for.
+/// Chooses the layout: a tree if the width is known and no other was requested.
 fn layout(global: &Global, options: &Options) -> Layout {
-    match (options.problems, global.output, paper(global).width) {
+    match (options.problems, global.output, terminal_style(global).width) {
         (true, ..) => Layout::Problems,
         (false, Output::Wide, _) | (false, _, None) => Layout::Wide,
         (false, _, Some(_)) => Layout::Tree,
@@ -137,22 +139,22 @@ fn layout(global: &Global, options: &Options) -> Layout {
 /// Part of a status to show.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
-    /// Rules with their upstreams below them: state, amounts and what was not forwarded.
+    /// Rules with their upstreams below: state, amounts and losses.
     Tree,
     /// A row for each rule and upstream, with next hops.
     Wide,
-    /// Problems and what to do about them.
+    /// Problems with their fixes.
     Problems,
 }
 
-/// Amounts that the columns show.
+/// Amounts in the columns.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Amounts {
     /// Packets and bytes since the counters began.
     Totals,
-    /// Rates, and of what was not forwarded the totals.
+    /// Rates, and totals of what was not forwarded.
     Mixed,
-    /// Amounts a second.
+    /// Rates.
     Rates,
 }
 
@@ -176,7 +178,7 @@ const WIDE: [Column; 9] = [
     Column::text("NOT FORWARDED", 13),
 ];
 
-/// A line of the tree: cells of the table, or text below one.
+/// A line of the tree: cells, or text below a row.
 enum Line {
     Row { cells: Vec<String>, style: &'static str },
     Remark(String),
@@ -184,30 +186,36 @@ enum Line {
 
 impl Status {
     /// Returns the status as text; `now` is in seconds since 1970.
-    pub fn text(&self, now: u64, paper: Paper, layout: Layout, amounts: Amounts) -> String {
-        let mut text = self.head(now, paper, layout, amounts);
+    pub fn text(
+        &self,
+        now: u64,
+        terminal: TerminalStyle,
+        layout: Layout,
+        amounts: Amounts,
+    ) -> String {
+        let mut text = self.head(now, terminal, layout, amounts);
         for problem in &self.problems {
-            text += &problem_lines(problem, paper, layout == Layout::Problems);
+            text += &problem_lines(problem, terminal, layout == Layout::Problems);
         }
         if self.rules.is_empty() || layout == Layout::Problems {
             return text;
         }
         text.push('\n');
         match layout {
-            Layout::Tree => self.tree(&mut text, paper, amounts),
-            _ => self.table(&mut text, paper, amounts),
+            Layout::Tree => self.tree(&mut text, terminal, amounts),
+            _ => self.table(&mut text, terminal, amounts),
         }
         text
     }
 
-    /// The problems alone, a line for each; notes are none.
+    /// Returns a line for each problem, without notes.
     pub fn problems_text(&self) -> String {
         let problems = self.problems.iter().filter(|problem| problem.level == Level::Problem);
         problems.map(|problem| format!("! {problem}\n")).collect()
     }
 
-    /// Says whether all is well, what serves, and where.
-    fn head(&self, now: u64, paper: Paper, layout: Layout, amounts: Amounts) -> String {
+    /// Returns the lines above the table: verdict, generation, interfaces.
+    fn head(&self, now: u64, terminal: TerminalStyle, layout: Layout, amounts: Amounts) -> String {
         let mut text = String::new();
         let count = |level| self.problems.iter().filter(|problem| problem.level == level).count();
         let (style, verdict) = match count(Level::Problem) {
@@ -224,7 +232,7 @@ impl Status {
             Layout::Wide => format!("applied {} ({age} ago)", time::utc(built)),
             _ => format!("applied {age} ago"),
         };
-        let verdict = paper.painted(style, &verdict);
+        let verdict = terminal.painted(style, &verdict);
         let _ = writeln!(text, "{verdict}: generation {number} of {file}, {applied}");
         if layout == Layout::Problems {
             return text;
@@ -251,7 +259,7 @@ impl Status {
         text
     }
 
-    fn tree(&self, text: &mut String, paper: Paper, amounts: Amounts) {
+    fn tree(&self, text: &mut String, terminal: TerminalStyle, amounts: Amounts) {
         let mut lines = Vec::new();
         for rule in &self.rules {
             let cells = amount_cells(&rule.counters, rule.rate, None);
@@ -282,37 +290,37 @@ impl Status {
         if amounts != Amounts::Totals {
             (titles[2].title, titles[3].title) = ("PPS", "MBIT/S");
         }
-        let mut table = table::lines(&titles, &rows, paper.width).into_iter();
+        let mut table = table::lines(&titles, &rows, terminal.width).into_iter();
         let header = table.next().unwrap_or_default();
-        let _ = writeln!(text, "{}", paper.painted(BOLD, &header));
+        let _ = writeln!(text, "{}", terminal.painted(BOLD, &header));
         for line in &lines {
             let _ = match line {
                 Line::Row { style, .. } => {
-                    writeln!(text, "{}", paper.painted(style, &table.next().unwrap_or_default()))
+                    writeln!(text, "{}", terminal.painted(style, &table.next().unwrap_or_default()))
                 }
                 Line::Remark(remark) => {
-                    let remark = table::cut(remark, paper.width.unwrap_or(usize::MAX));
-                    writeln!(text, "{}", paper.painted(RED, &remark))
+                    let remark = table::cut(remark, terminal.width.unwrap_or(usize::MAX));
+                    writeln!(text, "{}", terminal.painted(RED, &remark))
                 }
             };
         }
     }
 
-    fn table(&self, text: &mut String, paper: Paper, amounts: Amounts) {
+    fn table(&self, text: &mut String, terminal: TerminalStyle, amounts: Amounts) {
         let mut columns = WIDE;
         if amounts == Amounts::Rates {
             (columns[5].title, columns[6].title) = ("PPS", "MBIT/S");
             columns[8].title = "NOT FORWARDED/S";
         }
-        let rows = self.rows(paper, amounts);
-        let lines = table::lines(&columns, &rows, paper.width);
+        let rows = self.rows(terminal, amounts);
+        let lines = table::lines(&columns, &rows, terminal.width);
         for (nth, line) in lines.iter().enumerate() {
-            let _ = writeln!(text, "{}", paper.painted(if nth == 0 { BOLD } else { "" }, line));
+            let _ = writeln!(text, "{}", terminal.painted(if nth == 0 { BOLD } else { "" }, line));
         }
     }
 
-    fn rows(&self, paper: Paper, amounts: Amounts) -> Vec<Vec<String>> {
-        let filler = if paper.width.is_some() { "" } else { "-" };
+    fn rows(&self, terminal: TerminalStyle, amounts: Amounts) -> Vec<Vec<String>> {
+        let filler = if terminal.width.is_some() { "" } else { "-" };
         let mut rows = Vec::new();
         for rule in &self.rules {
             let mut row = vec![rule.name.clone(), treatment(rule)];
@@ -322,7 +330,7 @@ impl Status {
             row.push(losses(&rule.counters, &rule.notes, &rule.losses, amounts));
             rows.push(row);
             for (upstream, is_mirror) in rule.destinations() {
-                let name = if paper.width.is_some() { "" } else { &rule.name };
+                let name = if terminal.width.is_some() { "" } else { &rule.name };
                 let mirror = if is_mirror { "mirror " } else { "" };
                 let hop = upstream.next_hop.as_ref();
                 let mut row = vec![
@@ -347,7 +355,7 @@ impl Status {
 }
 
 impl UpstreamStatus {
-    /// Override or drained, or else health, or else that the next hop does not answer.
+    /// Returns the override or drained state, else the health, else a silent next hop.
     fn condition(&self) -> Option<&str> {
         self.drained.or(self.health).or(self.silence.map(|_| "silent"))
     }
@@ -370,17 +378,17 @@ fn interface_text(interface: &InterfaceStatus, serving: Option<u32>) -> String {
     }
 }
 
-fn problem_lines(problem: &Problem, paper: Paper, with_fix: bool) -> String {
+fn problem_lines(problem: &Problem, terminal: TerminalStyle, with_fix: bool) -> String {
     let style = if problem.level == Level::Problem { RED } else { YELLOW };
-    let width = paper.width.unwrap_or(usize::MAX);
+    let width = terminal.width.unwrap_or(usize::MAX);
     let mut lines = table::wrapped(&format!("! {problem}"), width, "  ");
     if with_fix && !problem.fix.is_empty() {
         lines.extend(table::wrapped(&format!("  fix: {}", problem.fix), width, "    "));
     }
-    lines.iter().map(|line| paper.painted(style, line) + "\n").collect()
+    lines.iter().map(|line| terminal.painted(style, line) + "\n").collect()
 }
 
-/// A rule's key and what happens to its packets.
+/// Describes the key and action of a rule.
 fn treatment(rule: &RuleStatus) -> String {
     let action = match rule.tc_action {
         Action::Pass => "pass",
@@ -390,7 +398,7 @@ fn treatment(rule: &RuleStatus) -> String {
     format!("{} {action}{mode}", rule.key)
 }
 
-/// Forwarded packets and bytes, or their rate; and the share.
+/// Returns cells with forwarded packets and bytes, or their rate, and the share.
 fn amount_cells(counts: &Counts, rate: Option<Rate>, share: Option<f64>) -> [String; 3] {
     const STALE: &str = "stale-neighbour";
     let forwarded = counts.forwarded();
@@ -410,7 +418,7 @@ fn amount_cells(counts: &Counts, rate: Option<Rate>, share: Option<f64>) -> [Str
     [packets, bytes, share.unwrap_or_default()]
 }
 
-/// Packets that were not forwarded, by reason, and notes; a second where all is.
+/// Describes packets that were not forwarded by reason, and notes; rates only for [`Amounts::Rates`].
 fn losses(
     counts: &Counts,
     notes: &BTreeMap<&str, Count>,
@@ -423,7 +431,7 @@ fn losses(
         return rates.join(", ");
     }
     let drops = counts.drops().map(|(reason, count)| format!("{reason} {}", count.packets));
-    // they were forwarded all the same
+    // notes are of forwarded packets
     let notes = notes.iter().map(|(note, count)| format!("({note} {})", count.packets));
     drops.chain(notes).collect::<Vec<_>>().join(", ")
 }

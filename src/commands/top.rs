@@ -1,4 +1,4 @@
-//! `udplb top`: where packets go right now.
+//! `udplb top`: live rates of rules and upstreams.
 
 use std::cmp::Ordering;
 use std::collections::{HashMap, VecDeque};
@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::netlink;
 use crate::bpf;
-use crate::cli::output::{Document, Paper, paper, print};
+use crate::cli::output::{Document, TerminalStyle, print, terminal_style};
 use crate::cli::table::{self, Column};
 use crate::cli::terminal::{self, Key, Live, Scroll, Woken};
 use crate::cli::{Global, Output, some_seconds};
@@ -22,7 +22,7 @@ use crate::net::Netlink;
 use crate::telemetry::status::{self, Reading, Status};
 use crate::telemetry::traffic::Rate;
 
-/// How many rates a sparkline shows.
+/// Number of rates in a sparkline.
 const HISTORY: usize = 20;
 
 const COLUMNS: [Column; 8] = [
@@ -36,21 +36,21 @@ const COLUMNS: [Column; 8] = [
     Column::text("PPS BEFORE", 10),
 ];
 
-/// What `top` shows, and how often.
+/// Order and interval of `top`.
 #[derive(Args)]
 pub struct Options {
-    /// Print it once, after an interval, and end.
+    /// Print once after an interval and exit.
     #[arg(long)]
     once: bool,
-    /// What rates are measured over, in seconds.
+    /// Measure rates over this many seconds.
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = some_seconds)]
     interval: Duration,
-    /// What comes first.
+    /// Sort by this column.
     #[arg(short, long, value_enum, default_value = "pps")]
     sort: Order,
 }
 
-/// What rows are sorted by.
+/// Order of rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Order {
     Pps,
@@ -64,21 +64,21 @@ pub enum Order {
 struct Row {
     rule: String,
     upstream: String,
-    /// It gets copies besides.
+    /// True for a receiver of additional copies.
     mirror: bool,
     health: Option<&'static str>,
-    /// By hand, or else by the file.
+    /// Override, or else the state in the file.
     state: State,
     #[serde(rename = "override")]
-    said: Option<State>,
-    /// Drained, or what was said by hand, in words.
+    override_state: Option<State>,
+    /// State in words if drained or overridden.
     #[serde(skip)]
     drained: Option<&'static str>,
     #[serde(flatten)]
     rate: Rate,
     #[serde(rename = "not_forwarded_per_second")]
     drops_per_second: f64,
-    /// Of what the rule forwarded, 0 to 1.
+    /// Share of the forwarded packets of the rule, 0 to 1.
     share: Option<f64>,
     /// Packets a second, the latest last.
     history: Vec<f64>,
@@ -88,25 +88,30 @@ struct Row {
 #[derive(Clone, Debug, Serialize, JsonSchema)]
 pub struct View {
     generation: Option<u32>,
-    /// Of all rules, what matched.
+    /// Packets that matched any rule.
     packets_per_second: f64,
     bits_per_second: f64,
-    /// Also those for which no upstream was chosen.
+    /// Includes packets without an upstream.
     #[serde(rename = "not_forwarded_per_second")]
     drops_per_second: f64,
-    /// What the program takes for a packet that comes in, whether or not it matches; `None`: none
-    /// came, or the kernel does not measure it for this user.
+    /// Run time of the program per received packet, matched or not. `None`: there were none, or the kernel
+    /// does not measure it for this user.
     nanoseconds_per_packet: Option<f64>,
     upstreams: Vec<Row>,
 }
 
 pub async fn run(global: &Global, options: &Options) -> Result<u8> {
-    show(global, options, &netlink()?, paper(global)).await
+    show(global, options, &netlink()?, terminal_style(global)).await
 }
 
-/// Shows it until it is told to end, or once.
-async fn show(global: &Global, options: &Options, netlink: &Netlink, paper: Paper) -> Result<u8> {
-    // the kernel measures as long as this is open
+/// Shows the view until it is ended, or once.
+async fn show(
+    global: &Global,
+    options: &Options,
+    netlink: &Netlink,
+    terminal: TerminalStyle,
+) -> Result<u8> {
+    // the kernel measures while this is open
     let _measured = bpf::measure_runs().inspect_err(|error| log::info!("run time: {error}")).ok();
     let mut screen = Screen::new(options.sort);
     let store = global.store();
@@ -119,16 +124,16 @@ async fn show(global: &Global, options: &Options, netlink: &Netlink, paper: Pape
         tokio::time::sleep(options.interval).await;
         let reading = status::read(&store, netlink, None, last.status.traffic.as_ref()).await?;
         let view = history.view(&reading, &last, screen.order);
-        let text = shown(global, &screen, &view, paper, usize::MAX)?;
+        let text = shown(global, &screen, &view, terminal, usize::MAX)?;
         return print(&text);
     }
     let mut live = Live::open(options.interval, true).context("the terminal")?;
     let mut view = history.view(&last, &last, screen.order);
     loop {
         let size = terminal::size();
-        let paper = Paper { width: size.map(|(width, _)| width), ..paper };
+        let terminal = TerminalStyle { width: size.map(|(width, _)| width), ..terminal };
         let lines = size.map_or(usize::MAX, |(_, lines)| lines);
-        if live.show(&shown(global, &screen, &view, paper, lines)?).is_err() {
+        if live.show(&shown(global, &screen, &view, terminal, lines)?).is_err() {
             return Ok(0);
         }
         match live.woken().await {
@@ -139,7 +144,7 @@ async fn show(global: &Global, options: &Options, netlink: &Netlink, paper: Pape
                 sort(&mut view.upstreams, screen.order);
             }
             Woken::Tick => {
-                // the next time perhaps
+                // try again at the next tick
                 let earlier = last.status.traffic.as_ref();
                 let Ok(reading) = status::read(&store, netlink, None, earlier).await else {
                     continue;
@@ -151,7 +156,7 @@ async fn show(global: &Global, options: &Options, netlink: &Netlink, paper: Pape
     }
 }
 
-/// The rates of before, by rule and upstream.
+/// Previous rates by rule and upstream.
 #[derive(Default)]
 struct History(HashMap<(String, String), VecDeque<f64>>);
 
@@ -193,7 +198,7 @@ impl History {
                     mirror: is_mirror,
                     health: upstream.health,
                     state: upstream.state,
-                    said: upstream.said,
+                    override_state: upstream.override_state,
                     drained: upstream.drained,
                     rate,
                     // sum() of nothing is -0.0
@@ -204,7 +209,6 @@ impl History {
                 histories.insert(key, history);
             }
         }
-        // those that are gone are forgotten
         self.0 = histories;
         sort(&mut view.upstreams, order);
         view
@@ -212,31 +216,31 @@ impl History {
 }
 
 fn sort(rows: &mut [Row], order: Order) {
-    let most = |one: f64, other: f64| other.total_cmp(&one);
+    let descending = |one: f64, other: f64| other.total_cmp(&one);
     rows.sort_by(|one, other| {
         let names = || (&one.rule, &one.upstream).cmp(&(&other.rule, &other.upstream));
         let first = match order {
-            Order::Pps => most(one.rate.packets_per_second, other.rate.packets_per_second),
-            Order::Mbit => most(one.rate.bits_per_second, other.rate.bits_per_second),
-            Order::Drops => most(one.drops_per_second, other.drops_per_second),
+            Order::Pps => descending(one.rate.packets_per_second, other.rate.packets_per_second),
+            Order::Mbit => descending(one.rate.bits_per_second, other.rate.bits_per_second),
+            Order::Drops => descending(one.drops_per_second, other.drops_per_second),
             Order::Name => Ordering::Equal,
         };
         first.then_with(names)
     });
 }
 
-/// What the keys have chosen.
+/// Order, position and filter set by keys.
 struct Screen {
     order: Order,
     reversed: bool,
     scroll: Scroll,
-    /// Part of the names of rule or upstream that are shown; empty: all.
+    /// Part of the name of a rule or upstream to show; empty: all.
     filter: String,
-    /// Keys go to the filter.
+    /// True while keys edit the filter.
     typing: bool,
 }
 
-/// Lines that are no rows.
+/// Number of lines above the rows.
 const HEAD: usize = 3;
 
 impl Screen {
@@ -269,7 +273,7 @@ impl Screen {
         [&row.rule, &row.upstream].iter().any(|name| name.to_lowercase().contains(&filter))
     }
 
-    /// The columns, that of the order marked.
+    /// Returns the columns with the sort order marked.
     fn columns(&self) -> [Column; 8] {
         let (place, titles) = match self.order {
             Order::Name => (0, ["RULE▼", "RULE▲"]),
@@ -298,16 +302,16 @@ fn shown(
     global: &Global,
     screen: &Screen,
     view: &View,
-    paper: Paper,
+    terminal: TerminalStyle,
     lines: usize,
 ) -> Result<String> {
     match global.output {
         Output::Json => Ok(serde_json::to_string(&Document::new(view)).context("JSON")? + "\n"),
-        _ => Ok(text(screen, view, paper, lines)),
+        _ => Ok(text(screen, view, terminal, lines)),
     }
 }
 
-fn text(screen: &Screen, view: &View, paper: Paper, lines: usize) -> String {
+fn text(screen: &Screen, view: &View, terminal: TerminalStyle, lines: usize) -> String {
     let generation = view
         .generation
         .map_or("nothing is applied".into(), |number| format!("generation {number}"));
@@ -320,10 +324,10 @@ fn text(screen: &Screen, view: &View, paper: Paper, lines: usize) -> String {
         cost.unwrap_or_default()
     );
     let mut keys = screen.keys();
-    if let Some(width) = paper.width {
+    if let Some(width) = terminal.width {
         (head, keys) = (table::cut(&head, width).into(), table::cut(&keys, width).into());
     }
-    let filler = if paper.width.is_some() { "" } else { "-" };
+    let filler = if terminal.width.is_some() { "" } else { "-" };
     let shown = view.upstreams.iter().filter(|row| screen.shows(row));
     let mut rows: Vec<Vec<String>> = shown.map(|row| cells(row, filler)).collect();
     if screen.reversed {
@@ -334,13 +338,13 @@ fn text(screen: &Screen, view: &View, paper: Paper, lines: usize) -> String {
     // nobody presses keys where there is no terminal
     let is_live = lines != usize::MAX;
     let columns = if is_live { screen.columns() } else { COLUMNS };
-    let mut table = table::lines(&columns, &rows, paper.width).into_iter();
+    let mut table = table::lines(&columns, &rows, terminal.width).into_iter();
     let titles = table.next().unwrap_or_default();
     let mut text = head + "\n";
     if is_live {
         text += &(keys + "\n");
     }
-    let _ = match paper.colour {
+    let _ = match terminal.colour {
         true => writeln!(text, "\x1b[1m{titles}\x1b[0m"),
         false => writeln!(text, "{titles}"),
     };
@@ -362,12 +366,12 @@ fn cells(row: &Row, filler: &str) -> Vec<String> {
     ]
 }
 
-/// A bar for each number, as high as it is of the largest.
+/// Draws a bar for each number, relative to the largest.
 fn sparkline(numbers: &[f64]) -> String {
     const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
-    let most = numbers.iter().copied().fold(0.0, f64::max);
-    let height = |number: f64| match most > 0.0 {
-        true => (number / most * 7.0).round() as usize,
+    let max = numbers.iter().copied().fold(0.0, f64::max);
+    let height = |number: f64| match max > 0.0 {
+        true => (number / max * 7.0).round() as usize,
         false => 0,
     };
     numbers.iter().map(|number| BARS[height(*number).min(7)]).collect()
@@ -384,7 +388,7 @@ mod tests {
             mirror: false,
             health: Some("up"),
             state: State::Active,
-            said: None,
+            override_state: None,
             drained: None,
             rate: Rate { packets_per_second: pps, bits_per_second: bits },
             drops_per_second: drops,
@@ -410,7 +414,7 @@ mod tests {
         }
     }
 
-    const SCRIPT: Paper = Paper { colour: false, width: None };
+    const SCRIPT: TerminalStyle = TerminalStyle { colour: false, width: None };
 
     #[test]
     fn a_screen_of_it() {
@@ -423,7 +427,7 @@ a      one       up      20    2.00  50.0%        5  ▁▅█
 flows  one       up      10    9.00  50.0%        0  ▁▅█
 ";
         assert_eq!(text(&screen, &view(Order::Pps), SCRIPT, usize::MAX), wanted);
-        let terminal = Paper { colour: false, width: Some(40) };
+        let terminal = TerminalStyle { colour: false, width: Some(40) };
         let wanted = "\
 generation 4: 65 packets/s, 12.00 Mbit/…
 p m d n: sort  r: reverse  /: filter  q…

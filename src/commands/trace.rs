@@ -1,5 +1,5 @@
-//! `udplb trace`: what becomes of packets, live. The program tells of them as long as a lease in
-//! `state/tracing` runs, which is renewed here; whoever is killed lets it run out.
+//! `udplb trace`: prints packets as they are processed. The program reports them while a lease in
+//! `state/tracing` holds, which is renewed here and expires after a kill.
 
 use std::cell::RefCell;
 use std::collections::{HashSet, VecDeque};
@@ -32,42 +32,42 @@ use crate::telemetry::event::{Event, Names};
 use crate::telemetry::pcap::Pcap;
 use crate::time;
 
-/// How long the program goes on when nobody is there any more.
+/// Time after which the program stops reporting without renewal.
 const LEASE: Duration = Duration::from_secs(1);
 const RENEWAL: Duration = Duration::from_millis(250);
-/// How often the ring buffer is looked at: nobody is woken for a packet.
-const LOOKS: Duration = Duration::from_millis(20);
-/// Events that are taken at once.
+/// Interval of polling the ring buffer; the program does not wake the reader.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// Maximum of events read at once.
 const BATCH: usize = 4096;
-/// Less than the lease, in which an apply may be in the way.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// Timeout of the lock that an apply may hold; less than the lease.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Which packets `trace` tells of, and how.
+/// Filters and output of `trace`.
 #[derive(Args)]
 pub struct Options {
-    /// Only those of this rule.
+    /// Only packets of this rule.
     #[arg(long, value_name = "RULE", add = ArgValueCandidates::new(complete::rules))]
     rule: Option<String>,
-    /// Only those from this network or address.
+    /// Only packets from this network or address.
     #[arg(long, value_name = "CIDR")]
     src: Option<Network>,
-    /// Only those to this network or address.
+    /// Only packets to this network or address.
     #[arg(long, value_name = "CIDR")]
     dst: Option<Network>,
-    /// Only what was not sent on.
+    /// Only packets and copies that were not sent.
     #[arg(long)]
     drops: bool,
-    /// Instead, UDP packets to this host that no rule takes, and why.
+    /// UDP packets to this host that no rule matches, and why, instead.
     #[arg(long, conflicts_with_all = ["rule", "drops"])]
     unmatched: bool,
-    /// End after so many lines.
+    /// Exit after this many lines.
     #[arg(short, long, value_name = "N", value_parser = at_least_one::<u64>)]
     count: Option<u64>,
-    /// Only every N-th packet of those.
+    /// Only every N-th of these packets.
     #[arg(long, value_name = "N", default_value = "1", value_parser = at_least_one::<u32>)]
     sample: u32,
-    /// Write the frames too, the first 128 bytes of each, as they came and as they left; - is
-    /// standard output, instead of the lines.
+    /// Write the first 128 bytes of each frame, as received and as sent, to this file too; - writes to
+    /// standard output instead of lines.
     #[arg(long, value_name = "FILE")]
     pcap: Option<PathBuf>,
 }
@@ -79,7 +79,7 @@ pub async fn run(global: &Global, options: &Options) -> Result<u8> {
     }
 }
 
-/// Tells of packets until it is interrupted, or of so many. `None`: nothing is applied.
+/// Traces until a signal or the number of lines. `None`: nothing is applied.
 async fn trace(
     global: &Global,
     options: &Options,
@@ -137,7 +137,7 @@ async fn trace(
                 session.renew()?;
                 learn(global, &mut printer.names, event.0.generation);
             }
-            if !printer.print(event)? || options.count.is_some_and(|most| printer.count >= most) {
+            if !printer.print(event)? || options.count.is_some_and(|max| printer.count >= max) {
                 ended = true;
                 break;
             }
@@ -145,8 +145,8 @@ async fn trace(
         if !printer.flush()? || ended || is_gone() {
             break;
         }
-        if !more && signals.within(LOOKS).await {
-            // and what is there by now
+        if !more && signals.within(POLL_INTERVAL).await {
+            // read the remaining events
             session.end()?;
             ended = true;
         }
@@ -158,7 +158,7 @@ async fn trace(
     Ok(Some(printer.count))
 }
 
-/// Returns the addresses that this host receives packets for, broadcast addresses among them.
+/// Returns the addresses of this host, with broadcast addresses.
 async fn own_addresses(netlink: &Netlink) -> Result<HashSet<IpAddr>> {
     let addresses = netlink.addresses().await.context("addresses")?;
     let all = Some(IpAddr::V4(Ipv4Addr::BROADCAST));
@@ -166,7 +166,7 @@ async fn own_addresses(netlink: &Netlink) -> Result<HashSet<IpAddr>> {
     Ok(received.flatten().collect())
 }
 
-/// What is traced, in a line.
+/// Describes what is traced in one line.
 fn beginning(options: &Options, description: &Description, number: u32) -> String {
     let Options { rule, src, dst, drops, unmatched, sample, count, .. } = options;
     let mut text = match (drops, rule) {
@@ -225,10 +225,10 @@ fn settings(options: &Options, rule: u32) -> types::trace {
     }
 }
 
-/// What the callback says of a full batch.
+/// Return value of the callback for a full batch.
 const FULL: i32 = -1;
 
-/// Takes what is there; whether there is more.
+/// Reads available events; returns true if there may be more.
 fn look(ring: &RingBuffer<'_>) -> anyhow::Result<bool> {
     match ring.consume_raw() {
         FULL => Ok(true),
@@ -237,17 +237,17 @@ fn look(ring: &RingBuffer<'_>) -> anyhow::Result<bool> {
     }
 }
 
-/// Looks for the description of a generation that has come since.
+/// Reads the description of a new generation.
 fn learn(global: &Global, names: &mut Names, number: u32) {
-    // where an apply is in the way it is looked for with the next event
-    let Ok(Some(guard)) = pins::read(&global.pin_dir, PATIENCE) else { return };
+    // tried again with the next event if an apply holds the lock
+    let Ok(Some(guard)) = pins::read(&global.pin_dir, LOCK_TIMEOUT) else { return };
     match generation::read(&guard, number) {
         Ok(Some(generation)) => names.add(generation),
         Ok(None) | Err(_) => names.give_up(number),
     }
 }
 
-/// Keeps others from tracing.
+/// Locks against another trace.
 fn alone(directory: &Path) -> Result<File> {
     let lock = File::open(directory).with_context(|| directory.display().to_string())?;
     match lock.try_lock() {
@@ -262,20 +262,20 @@ fn alone(directory: &Path) -> Result<File> {
     }
 }
 
-/// The program tells of packets as long as this lives.
+/// A trace; the program reports packets until it is dropped.
 struct Session {
     map: MapHandle,
     _alone: File,
     pin: PathBuf,
-    /// Of the pin: whether it is still this map.
+    /// Inode of the pin, to notice that it was replaced.
     inode: u64,
     settings: types::trace,
-    /// This host's addresses, if only packets to them are wanted.
+    /// Addresses of this host, if only packets to them are traced.
     own: Option<HashSet<IpAddr>>,
     started: u64,
     renewed: Instant,
     lost: u64,
-    /// The lease ran out meanwhile: whoever reads the output did not.
+    /// True if the lease expired because the output was not read.
     interrupted: bool,
 }
 
@@ -301,7 +301,7 @@ impl Session {
             lost: 0,
             interrupted: false,
         };
-        // what others left of theirs
+        // overwrites the settings of a trace that was killed
         session.write(&types::trace { until: now() + nanoseconds(LEASE), ..settings })?;
         Ok(session)
     }
@@ -317,7 +317,7 @@ impl Session {
         Ok(())
     }
 
-    /// Renews the lease where it is time.
+    /// Renews the lease if it is time.
     fn keep(&mut self) -> anyhow::Result<()> {
         if self.renewed.elapsed() < RENEWAL {
             return Ok(());
@@ -332,7 +332,8 @@ impl Session {
         self.set(now() + nanoseconds(LEASE))
     }
 
-    /// What the program counts between the two calls, a millionth of a second, is not added.
+    /// Adds up lost events and sets the lease. Events lost between the two system calls, about a microsecond,
+    /// are not counted.
     fn set(&mut self, until: u64) -> anyhow::Result<()> {
         let types::trace { passed, lost, .. } = self.read()?;
         self.lost += u64::from(lost);
@@ -344,7 +345,8 @@ impl Session {
         self.set(0)
     }
 
-    /// Not one that was there before, and of the family that was asked for: the kernel compares bits.
+    /// Returns true unless the event is older than the trace, or of the other address family: the program
+    /// compares bits only.
     fn wants(&self, event: &Event, options: &Options) -> bool {
         let within = |network: Option<Network>, address: IpAddr| {
             network.is_none_or(|network| network.contains(address))
@@ -366,7 +368,7 @@ impl Drop for Session {
     }
 }
 
-/// CLOCK_MONOTONIC, as the program has it.
+/// Returns CLOCK_MONOTONIC in nanoseconds, the clock of events.
 fn now() -> u64 {
     nanoseconds(lease::monotonic())
 }
@@ -375,20 +377,20 @@ fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Packets whose copies may still come.
+/// Number of packets remembered to write each once, whatever its copies.
 const REMEMBERED: usize = 64;
 
 struct Printer {
     names: Names,
     output: Output,
-    /// `None`: the packets themselves are written there.
+    /// `None` if the capture goes to standard output.
     out: Option<BufWriter<io::Stdout>>,
     pcap: Option<Pcap<BufWriter<Box<dyn Write>>>>,
-    /// What that is, for errors.
+    /// Name of the capture file, for errors.
     file: String,
     colour: bool,
     count: u64,
-    /// Time and interface of those that are in the file as they came.
+    /// Time and interface of packets that were written as received.
     written: VecDeque<(u64, u32)>,
 }
 
@@ -420,7 +422,7 @@ impl Printer {
         })
     }
 
-    /// Whether anybody reads it.
+    /// Prints an event; returns false if nobody reads the output.
     fn print(&mut self, event: &Event) -> Result<bool> {
         let since_1970 = time::since_1970().saturating_sub(lease::monotonic());
         self.count += 1;
@@ -443,19 +445,15 @@ impl Printer {
             }
         }
         let Some(out) = &mut self.out else { return Ok(true) };
-        let account = self.names.account(event, since_1970);
+        let record = self.names.record(event, since_1970);
         let written = match self.output {
             Output::Json => {
-                writeln!(
-                    out,
-                    "{}",
-                    serde_json::to_string(&Document::new(&account)).context("JSON")?
-                )
+                writeln!(out, "{}", serde_json::to_string(&Document::new(&record)).context("JSON")?)
             }
-            _ if self.colour && !account.sent => {
-                writeln!(out, "\x1b[31m{account}\x1b[0m")
+            _ if self.colour && !record.sent => {
+                writeln!(out, "\x1b[31m{record}\x1b[0m")
             }
-            _ => writeln!(out, "{account}"),
+            _ => writeln!(out, "{record}"),
         };
         is_read(written, STANDARD_OUTPUT)
     }
@@ -469,7 +467,7 @@ impl Printer {
 
 const STANDARD_OUTPUT: &str = "standard output";
 
-/// A reader that went away is no failure.
+/// Returns false for a closed pipe, which is not an error.
 fn is_read(written: io::Result<()>, to: &str) -> Result<bool> {
     match written {
         Ok(()) => Ok(true),

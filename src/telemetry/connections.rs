@@ -1,4 +1,4 @@
-//! The connections of scrapers: how many there may be, and which goes for a new one.
+//! Open connections of scrapers, and their limits.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-/// At once; for a further one the oldest idle one is closed.
+/// Maximum of open connections; one more closes the oldest idle one.
 const MAX_CONNECTIONS: usize = 16;
-/// The same of one address.
+/// Maximum of open connections from one address.
 const MAX_CONNECTIONS_PER_PEER: usize = 4;
-/// How long an answer may be under way before its connection counts as idle.
+/// Time of sending an answer after which its connection counts as idle.
 const STALLED: Duration = Duration::from_secs(2);
 
-/// The connections that are open, oldest first.
+/// Open connections, oldest first.
 #[derive(Clone, Default)]
 pub struct Connections(Arc<Mutex<Vec<Arc<Entry>>>>);
 
@@ -25,23 +25,23 @@ struct Entry {
 
 #[derive(Clone, Copy)]
 pub enum State {
-    /// The request has not come yet.
+    /// The request has not arrived completely.
     Reading,
     /// The answer is being made.
     Answering,
-    /// The answer is on its way since then.
+    /// The answer has been sent since then.
     Writing(Instant),
 }
 
-/// An open connection; it is forgotten when this is dropped.
+/// An open connection; dropping it makes room for another.
 pub struct Connection {
     entry: Arc<Entry>,
     all: Connections,
 }
 
 impl Connections {
-    /// Takes a connection in; where there are too many, the one that has been idle longest goes, of the
-    /// same address if that has too many. `None`: all are being answered.
+    /// Admits a connection. At a limit, closes the oldest idle one, of the same address if the limit is
+    /// that of the address. `None`: none is idle.
     pub fn admit(&self, peer: IpAddr) -> Option<Connection> {
         let mut all = lock(&self.0);
         let of_peer = all.iter().filter(|entry| entry.peer == peer).count();
@@ -72,7 +72,7 @@ impl Connection {
         *lock(&self.entry.state) = state;
     }
 
-    /// Waits until it has to go for another.
+    /// Waits until the connection has to be closed for another.
     pub async fn closed(&self) {
         self.entry.closed.notified().await;
     }
@@ -84,7 +84,7 @@ impl Drop for Connection {
     }
 }
 
-/// What is locked here is whole after each line.
+/// Locks a mutex. A panic cannot leave its content inconsistent.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

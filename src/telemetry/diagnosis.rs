@@ -1,4 +1,4 @@
-//! What is wrong with the configuration that serves, and why. Pure.
+//! Problems of the active configuration and their causes. Pure.
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
@@ -13,19 +13,19 @@ use crate::reconcile::observe::{Interface, Observed};
 use crate::telemetry::problem::{Level, Problem};
 use crate::telemetry::status::{RuleStatus, UpstreamStatus};
 
-/// A packet that was lost so long ago is a problem still.
+/// Age up to which a lost packet is a problem.
 const RECENT: Duration = Duration::from_secs(1);
 
-/// A rule may be silent so long after it was applied, in seconds.
+/// Seconds after an apply before silent rules are reported.
 const GRACE: u64 = 60;
 
-/// Names in one message.
+/// Maximum of names in one message.
 const NAMES: usize = 3;
 
-/// Silent rules that have a note each; more have one together.
+/// Maximum of silent rules with a note each; more share one note.
 const SILENT: usize = 5;
 
-/// The file of a configuration, for advice. Standard input cannot be edited or applied again.
+/// The file of a configuration, for fixes. `-` is standard input, which cannot be applied again.
 #[derive(Clone, Copy, Debug)]
 pub struct Source<'a>(pub &'a str);
 
@@ -34,7 +34,7 @@ impl Source<'_> {
         self.0 == "-"
     }
 
-    /// A command that applies it again.
+    /// Returns the command that applies the file again.
     pub fn apply(self) -> String {
         match self.is_stdin() {
             true => "apply the configuration again (it came from standard input)".into(),
@@ -42,7 +42,7 @@ impl Source<'_> {
         }
     }
 
-    /// The same in spite of filters whose pins are gone, or of a hold.
+    /// Returns the same command with `--force`.
     pub fn force(self) -> String {
         match self.is_stdin() {
             true => format!("{}, with --force", self.apply()),
@@ -50,7 +50,7 @@ impl Source<'_> {
         }
     }
 
-    /// Commands that show what it would change, and apply it.
+    /// Returns the commands that show its changes and apply it.
     pub fn plan(self) -> String {
         match self.is_stdin() {
             true => self.apply(),
@@ -66,7 +66,7 @@ impl Source<'_> {
     }
 }
 
-/// The present.
+/// The current time by two clocks.
 #[derive(Clone, Copy, Debug)]
 pub struct Now {
     /// Seconds since 1970.
@@ -76,25 +76,25 @@ pub struct Now {
 }
 
 impl Now {
-    /// Seconds since 1970 at a time of CLOCK_MONOTONIC.
+    /// Converts a time of CLOCK_MONOTONIC to seconds since 1970.
     fn at(self, monotonic: Duration) -> u64 {
         self.utc.saturating_sub(self.monotonic.saturating_sub(monotonic).as_secs())
     }
 }
 
-/// The kernel's present routes of those upstreams whose recorded next hop is missing or cannot be used.
+/// Current routes to upstreams whose recorded next hop is missing or unusable.
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
-    /// The interface, or the kernel's reason why there is no route.
+    /// Interface, or the kernel's reason why there is no route.
     pub to: BTreeMap<Address, Result<String, String>>,
     /// Networks of interfaces that are down.
     pub down: Vec<(String, Network)>,
 }
 
-/// What the kernel holds, and how it is used.
+/// Input of the diagnosis.
 pub struct Facts<'a> {
     pub observed: &'a Observed,
-    /// None if nothing is applied, or the description is gone.
+    /// `None` if nothing is applied, or the description is missing.
     pub serving: Option<&'a Generation>,
     pub rules: &'a [RuleStatus],
     pub routes: &'a Routes,
@@ -102,7 +102,7 @@ pub struct Facts<'a> {
     pub now: Now,
 }
 
-/// All problems, causes before their consequences.
+/// Returns all problems, causes before their effects.
 pub fn problems(facts: &Facts<'_>) -> Vec<Problem> {
     let mut problems = Vec::from_iter(overdue(facts.observed));
     let Some(serving) = facts.serving else {
@@ -121,21 +121,20 @@ pub fn problems(facts: &Facts<'_>) -> Vec<Problem> {
             .iter()
             .filter_map(|(rule, upstream, why)| unreachable(facts, rule, upstream, why)),
     );
-    // the consequence of what is said already is not said again
+    // losses with a known cause are not repeated
     let explained: HashSet<u32> = unreached.iter().map(|(_, upstream, _)| upstream.id).collect();
     problems.extend(facts.rules.iter().flat_map(|rule| losses(facts, rule, &explained)));
     problems.extend(silent(facts, serving));
     problems
 }
 
-/// Upstreams and mirrors that are to get packets, each with its rule.
+/// Returns the active upstreams and mirrors, each with its rule.
 fn active(rules: &[RuleStatus]) -> impl Iterator<Item = (&RuleStatus, &UpstreamStatus)> {
     let all = rules.iter().flat_map(|rule| rule.destinations().map(move |(it, _)| (rule, it)));
     all.filter(|(_, upstream)| upstream.state == State::Active)
 }
 
-/// Addresses of the upstreams whose recorded next hop is missing or cannot be used: [`Routes`] is to
-/// have them.
+/// Returns the addresses of upstreams whose recorded next hop is missing or unusable, for [`Routes`].
 pub fn suspects(rules: &[RuleStatus], observed: &Observed) -> Vec<Address> {
     let usable = |interface: &str| observed.interfaces.get(interface).is_some_and(is_usable);
     let suspect = active(rules)
@@ -155,7 +154,7 @@ fn problem(id: &'static str, place: &str, what: impl Into<String>) -> Problem {
     Problem::new(id, Level::Problem, place, what)
 }
 
-/// A change that was not confirmed in time, and that nobody has rolled back.
+/// Reports a change that was neither confirmed in time nor rolled back.
 fn overdue(observed: &Observed) -> Option<Problem> {
     let pending = observed.pending.filter(|pending| pending.remaining().is_zero())?;
     let what = format!(
@@ -166,7 +165,7 @@ fn overdue(observed: &Observed) -> Option<Problem> {
     Some(problem("rollback-overdue", "", what).why(why).fix("udplb rollback"))
 }
 
-/// No generation that can be described serves.
+/// Reports the problems without a described active generation.
 fn nothing(facts: &Facts<'_>) -> Vec<Problem> {
     let orphans = facts.observed.orphans();
     let orphans: Vec<Problem> =
@@ -183,7 +182,7 @@ fn nothing(facts: &Facts<'_>) -> Vec<Problem> {
     vec![nothing.why("no packet is forwarded").fix(facts.source.apply())]
 }
 
-/// A filter of a udplb with other pins, or whose pins are gone.
+/// Reports a filter of another udplb, or one whose pins are missing.
 fn orphan(facts: &Facts<'_>, interface: &str, filter: &str, home: Option<&Place>) -> Problem {
     match home {
         Some(home) => {
@@ -203,7 +202,7 @@ fn orphan(facts: &Facts<'_>, interface: &str, filter: &str, home: Option<&Place>
     }
 }
 
-/// The generation as a whole.
+/// Reports problems of the generation as a whole.
 fn generation(facts: &Facts<'_>, serving: &Generation) -> Vec<Problem> {
     let mut problems = Vec::new();
     if !serving.intact {
@@ -221,7 +220,7 @@ fn generation(facts: &Facts<'_>, serving: &Generation) -> Vec<Problem> {
     problems
 }
 
-/// A host without an address.
+/// Reports a host without an address.
 fn unresolved(host: &Unresolved) -> Problem {
     let place = format!("{}/{}", host.rule, host.upstream);
     problem("name-unresolved", &place, host.effect.to_string())
@@ -229,8 +228,7 @@ fn unresolved(host: &Unresolved) -> Problem {
         .fix(format!("getent ahosts {}", host.host))
 }
 
-/// The interfaces whose packets are to meet the rules, those whose packets do, and those that packets
-/// leave by.
+/// Reports problems of configured, attached and egress interfaces.
 fn interfaces(
     facts: &Facts<'_>,
     serving: &Generation,
@@ -273,7 +271,7 @@ fn is_in(names: &[String], name: &str) -> bool {
     names.iter().any(|other| other == name)
 }
 
-/// An interface that is down, or whose link is. `behind` are upstreams whose packets leave by it.
+/// Reports an interface that is down or has no carrier. `behind` are the upstreams reached by it.
 fn link(
     facts: &Facts<'_>,
     name: &str,
@@ -295,12 +293,12 @@ fn link(
         (true, false) => format!("no packet comes in there, or leaves to {}", few(&names)),
         (false, _) => format!("no packet leaves there to {}", few(&names)),
     };
-    // while arpd runs it knows since when they are down
+    // known while arpd runs
     let since = behind.iter().filter_map(|(_, upstream)| upstream.down_since()).min();
     Some(problem.why(why).since(since))
 }
 
-/// The first names, and how many more there are.
+/// Lists the first names and the number of the others.
 fn few(names: &[String]) -> String {
     match names.len().saturating_sub(NAMES) {
         0 => names.join(", "),
@@ -330,13 +328,13 @@ fn slot(facts: &Facts<'_>, number: u32, name: &str, slot: &Slot) -> Option<Probl
     }
 }
 
-/// Why packets do not get to an upstream.
+/// Reason why an upstream is not reached.
 enum Unreached<'a> {
     /// The interface is down, or has no carrier.
     Link(&'a str),
     /// The kernel's reason.
     NoRoute(&'a str),
-    /// A route came after the next hop was recorded.
+    /// A route was added after the next hop was recorded.
     NewRoute(&'a str),
     Silent(Silence),
 }
@@ -351,11 +349,11 @@ pub struct Silence {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// arpd's probes have no answer.
+    /// No answer to the probes of arpd.
     Down,
-    /// The kernel has given up, or asks for a while already: its word for the state.
+    /// State of an entry for which the kernel has no answer.
     Failed(NudState),
-    /// There was none yet.
+    /// No answer since the entry was created.
     Never,
 }
 
@@ -366,7 +364,7 @@ fn unreached<'a>(facts: &Facts<'a>, upstream: &'a UpstreamStatus) -> Option<Unre
         return upstream.silence.map(Unreached::Silent);
     }
     match (facts.routes.to.get(&upstream.address)?, hop) {
-        // the kernel sends its packets another way by now
+        // the kernel uses another route by now
         (Ok(interface), Some(_)) if is_up(interface) => None,
         (Ok(interface), None) if is_up(interface) => Some(Unreached::NewRoute(interface)),
         (Ok(interface), _) => Some(Unreached::Link(interface)),
@@ -380,7 +378,7 @@ fn unreached<'a>(facts: &Facts<'a>, upstream: &'a UpstreamStatus) -> Option<Unre
     }
 }
 
-/// What is said of the upstream itself; what is due to an interface is said of that.
+/// Reports an unreached upstream, unless its interface is the reason, which is reported on its own.
 fn unreachable(
     facts: &Facts<'_>,
     rule: &RuleStatus,
@@ -426,7 +424,7 @@ fn unreachable(
     })
 }
 
-/// A way to do without an upstream: others take its packets, where there are some.
+/// Returns the fix of an upstream that is down: drain it if others can take its packets.
 fn instead_of(rule: &RuleStatus, upstream: &UpstreamStatus, gateway: std::net::IpAddr) -> String {
     let is_other = |it: &&UpstreamStatus| {
         it.label != upstream.label && it.state == State::Active && it.silence.is_none()
@@ -439,12 +437,12 @@ fn instead_of(rule: &RuleStatus, upstream: &UpstreamStatus, gateway: std::net::I
     }
 }
 
-/// A rule whose packets nobody is to get.
+/// Reports a rule without active upstreams.
 fn all_drained(facts: &Facts<'_>, rule: &RuleStatus) -> Option<Problem> {
     if rule.upstreams.iter().any(|upstream| upstream.state == State::Active) {
         return None;
     }
-    let by_hand = rule.upstreams.iter().find(|upstream| upstream.said.is_some());
+    let by_hand = rule.upstreams.iter().find(|upstream| upstream.override_state.is_some());
     let fix = match by_hand {
         Some(upstream) => format!("udplb enable {}/{}", rule.name, upstream.label),
         None => facts.source.edit(),
@@ -454,7 +452,7 @@ fn all_drained(facts: &Facts<'_>, rule: &RuleStatus) -> Option<Problem> {
     Some(problem("all-drained", &rule.name, what).why(why).fix(fix))
 }
 
-/// Packets of a rule that were lost just now. `explained` are upstreams of which the reason is known.
+/// Reports recently lost packets of a rule, except to `explained` upstreams, which have a problem already.
 fn losses(facts: &Facts<'_>, rule: &RuleStatus, explained: &HashSet<u32>) -> Vec<Problem> {
     let recent = |lost: Option<(Duration, &'static str)>| {
         let (time, verdict) = lost?;
@@ -469,7 +467,7 @@ fn losses(facts: &Facts<'_>, rule: &RuleStatus, explained: &HashSet<u32>) -> Vec
         .destinations()
         .filter_map(|(upstream, _)| Some((upstream, recent(upstream.counters.last_lost())?)))
         .collect();
-    // where none of several copies was sent, the rule's own counter says the same again
+    // if no copy was sent, the rule's own counter repeats the verdict
     if lossy.is_empty() && rule.upstreams.iter().any(|it| it.state == State::Active) {
         return recent(rule.own.last_lost())
             .map(|verdict| loss(&rule.name, verdict))
@@ -482,12 +480,12 @@ fn losses(facts: &Facts<'_>, rule: &RuleStatus, explained: &HashSet<u32>) -> Vec
         .collect()
 }
 
-/// Returns true for verdicts of packets that were to be sent, as the program has it in `is_lost()`.
+/// Returns true for verdicts that mean loss, like `is_lost()` in the program.
 pub fn is_loss(verdict: &str) -> bool {
     !["not-for-us", "fragment", "unresolved"].contains(&verdict)
 }
 
-/// Why packets have a verdict, and what can be done.
+/// Cause and fix of a verdict.
 pub struct Explanation {
     pub why: &'static str,
     pub fix: &'static str,
@@ -550,8 +548,7 @@ pub fn explain(verdict: &str) -> Explanation {
     Explanation { why, fix }
 }
 
-/// Rules that no packet has matched since they were applied: perhaps nobody sends, perhaps nothing
-/// that is sent can match.
+/// Reports rules that no packet has matched since the apply.
 fn silent(facts: &Facts<'_>, serving: &Generation) -> Vec<Problem> {
     let built = serving.description.built;
     if facts.now.utc.saturating_sub(built) < GRACE {

@@ -1,4 +1,4 @@
-//! What the program tells of a packet, or of a copy of it, in the user's own words.
+//! Events of the program about packets and copies, with the names of the configuration.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::CStr;
@@ -17,15 +17,15 @@ use crate::desired::miss::{self, Miss};
 use crate::desired::{Rule, Upstream, diff};
 use crate::time;
 
-/// As it came from the ring buffer; without the frames where they were not asked for.
+/// An event from the ring buffer. The frames are empty unless `--pcap` asked for them.
 #[derive(Clone, Copy, Debug)]
 pub struct Event(pub types::event);
 
-/// The verdict of a packet that no rule takes.
+/// Verdict of a packet that no rule matches.
 const UNMATCHED: &str = "unmatched";
 
 impl Event {
-    /// `None`: it is none.
+    /// Parses an event; `None` if it is too short.
     pub fn read(bytes: &[u8]) -> Option<Event> {
         if bytes.len() < offset_of!(types::event, received) {
             return None;
@@ -33,7 +33,7 @@ impl Event {
         let mut whole = bytes.to_vec();
         whole.resize(size_of::<types::event>(), 0);
         let mut event = Event(from_bytes(&whole)?);
-        // of one that did not leave it is the one before's
+        // the buffer holds the previous packet's frame if this one was not sent
         if !event.is_sent() {
             event.0.sent = Default::default();
         }
@@ -48,14 +48,14 @@ impl Event {
         unwire(self.0.destination, self.is_ipv6())
     }
 
-    /// The neighbour that was to be asked for; `None`: nobody had to be asked.
+    /// Returns the address of the neighbour, if one had to be resolved.
     pub fn gateway(&self) -> Option<IpAddr> {
-        // an IPv6 address in use has something behind its first word
+        // an IPv4 address is in the first word
         let ipv6 = self.0.gateway[1..] != [0; 3];
         (self.0.gateway != [0; 4]).then(|| unwire(self.0.gateway, ipv6))
     }
 
-    /// Of the neighbour.
+    /// Returns the MAC address of the neighbour.
     pub fn mac(&self) -> Option<String> {
         let mac = &self.0.macs[..6];
         let text = || mac.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":");
@@ -70,12 +70,12 @@ impl Event {
         name.map_or("unknown", |(_, name)| *name)
     }
 
-    /// Whether it went to the upstream.
+    /// Returns true if the packet went to the upstream.
     pub fn is_sent(&self) -> bool {
         is_forwarded(self.0.verdict)
     }
 
-    /// Whether the upstream was selected by a key.
+    /// Returns true if the upstream was selected by a key.
     pub fn is_selected(&self, rule: &Rule, is_copy: bool) -> bool {
         let found = self.0.upstream != 0 || self.verdict() == "no-upstream";
         let several = rule.mode == Mode::Balance && rule.upstreams.len() > 1;
@@ -94,7 +94,7 @@ impl Event {
         self.port(port).map_or_else(|| address.to_string(), |port| with_port(address, port))
     }
 
-    /// What selects of the packet, as the user knows it; `None`: it does not show in the headers.
+    /// Returns the selection key as text; `None` if it is not in the headers.
     pub fn key(&self, strategy: Strategy) -> Option<String> {
         match strategy {
             Strategy::SrcPort => Some(u16::from_be(self.0.source_port).to_string()),
@@ -105,21 +105,21 @@ impl Event {
     }
 }
 
-/// The words for an event's numbers: from the generations' descriptions and the interfaces.
+/// Names for the numbers in events, from the descriptions of generations and the interfaces.
 #[derive(Default)]
 pub struct Names {
     generations: BTreeMap<u32, Words>,
-    /// Generations that there is no description of.
+    /// Generations without a description.
     gone: BTreeSet<u32>,
     interfaces: HashMap<u32, String>,
 }
 
-/// Of one generation, by id.
+/// Names of one generation.
 struct Words {
     generation: Generation,
-    /// Indexes of rules.
+    /// Index of a rule by its id.
     rules: HashMap<u32, usize>,
-    /// Indexes of rules and of their destinations.
+    /// Indexes of a rule and its destination by the id of the destination.
     destinations: HashMap<u32, (usize, usize)>,
 }
 
@@ -136,23 +136,23 @@ impl Names {
         self.generations.insert(words.generation.number, words);
     }
 
-    /// Ids are all there is to say of it.
+    /// Records that a generation has no description; its events are shown with ids.
     pub fn give_up(&mut self, generation: u32) {
         self.gone.insert(generation);
     }
 
-    /// Nothing more is to be learned of it.
+    /// Returns true if the generation has been looked up, with or without success.
     pub fn knows(&self, generation: u32) -> bool {
         self.generations.contains_key(&generation) || self.gone.contains(&generation)
     }
 
-    /// The rule of an event.
+    /// Returns the rule of an event.
     pub fn rule(&self, event: &Event) -> Option<&Rule> {
         let words = self.generations.get(&event.0.generation)?;
         words.generation.description.desired.rules.get(*words.rules.get(&event.0.rule)?)
     }
 
-    /// The upstream of an event, and whether it gets copies.
+    /// Returns the upstream of an event, and whether it gets copies.
     pub fn upstream(&self, event: &Event) -> Option<(&Upstream, bool)> {
         let words = self.generations.get(&event.0.generation)?;
         let (rule, place) = words.destinations.get(&event.0.upstream)?;
@@ -174,8 +174,8 @@ impl Names {
         miss::explain(desired, event.source(), destination, interface)
     }
 
-    /// In words; `since_1970` is how far the time of day is ahead of the events' clock.
-    pub fn account(&mut self, event: &Event, since_1970: Duration) -> Account {
+    /// Converts an event to a record. `since_1970` is the offset of CLOCK_REALTIME from the clock of events.
+    pub fn record(&mut self, event: &Event, since_1970: Duration) -> EventRecord {
         let time = since_1970 + Duration::from_nanos(event.0.time);
         let interface = self.interface(event.0.interface);
         let out = (event.0.out != 0).then(|| self.interface(event.0.out));
@@ -187,7 +187,7 @@ impl Names {
         let or_id = |name: Option<String>, id: u32| name.unwrap_or_else(|| format!("id {id}"));
         let sent_to =
             |name: Option<String>| (event.0.upstream != 0).then(|| or_id(name, event.0.upstream));
-        Account {
+        EventRecord {
             time: time::exact(time),
             time_of_day: time::time_of_day(time),
             generation: event.0.generation,
@@ -215,7 +215,7 @@ impl Names {
     }
 }
 
-/// Its name, or its number where it is gone.
+/// Returns the name of an interface, or `if` and its index if it is gone.
 fn interface(index: u32) -> String {
     let mut name = [0; libc::IF_NAMESIZE];
     // SAFETY: the name has room for IF_NAMESIZE bytes, of which the last is a zero.
@@ -233,12 +233,12 @@ pub struct Selection {
     pub strategy: String,
     /// The part of the packet that selects, where the headers show it.
     pub value: Option<String>,
-    /// What the program made of it.
+    /// Hash or number of the value.
     pub number: u32,
     pub slot: u32,
 }
 
-/// Where a packet left, or was to leave.
+/// Next hop of a packet, sent or not.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct NextHop {
     pub interface: Option<String>,
@@ -246,41 +246,41 @@ pub struct NextHop {
     pub mac: Option<String>,
 }
 
-/// One event in words; as text it is one line.
+/// One event with names instead of numbers; as text it is one line.
 #[derive(Debug, Serialize, JsonSchema)]
-pub struct Account {
+pub struct EventRecord {
     pub time: String,
     #[serde(skip)]
     time_of_day: String,
     pub interface: String,
     pub generation: u32,
-    /// `None`: no rule takes the packet.
+    /// `None`: no rule matches the packet.
     pub rule: Option<String>,
     pub source: String,
     pub destination: String,
-    /// Of the frame.
+    /// Length of the frame in bytes.
     pub length: u32,
-    /// A later one: it has no ports.
+    /// A later fragment, which has no ports.
     pub fragment: bool,
-    /// How the upstream was selected, where there was a choice.
+    /// Selection of the upstream, if there are several.
     pub selection: Option<Selection>,
     pub upstream: Option<String>,
-    /// Others get the packet too.
+    /// Other upstreams get the packet too.
     pub copy: bool,
     pub next_hop: Option<NextHop>,
     pub sent: bool,
     pub verdict: &'static str,
     #[serde(skip)]
     endpoint: Option<String>,
-    /// Of an unmatched packet, the rules that come nearest.
+    /// Rules that nearly match an unmatched packet.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(default)]
     pub misses: Vec<Miss>,
 }
 
-impl fmt::Display for Account {
+impl fmt::Display for EventRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Account { time_of_day, interface, source, destination, length, .. } = self;
+        let EventRecord { time_of_day, interface, source, destination, length, .. } = self;
         let rule = self.rule.as_deref().unwrap_or("-");
         write!(f, "{time_of_day} {interface} {rule} {source} > {destination} length {length}")?;
         if self.fragment {

@@ -1,5 +1,5 @@
-//! Answers scrapers: as much of HTTP/1.1 as they need, on a thread of its own, so that nothing that
-//! they do or leave undone holds up who started it.
+//! HTTP server for scrapers: the part of HTTP/1.1 that they need, on a thread of its own, so that a slow
+//! client cannot delay arpd.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -17,23 +17,23 @@ use super::metrics::Gatherer;
 use crate::datapath::pins::Store;
 use crate::net::Netlink;
 
-/// Bytes of a request, its body left out.
-const REQUEST: usize = 4096;
-/// For a request to arrive.
-const REQUEST_PATIENCE: Duration = Duration::from_secs(2);
-/// For an answer to be taken.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
-/// How old an answer may be that is given again.
+/// Maximum length of a request header in bytes.
+const MAX_REQUEST: usize = 4096;
+/// Timeout for a request to arrive.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+/// Timeout for sending an answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for which an answer is cached.
 const FRESH: Duration = Duration::from_secs(1);
-/// How long an apply is waited for.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-/// Until the address is tried again: it may not be there yet.
+/// Timeout of the lock on the pin directory.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+/// Pause between attempts to bind; the address may not exist yet.
 const BIND_PAUSE: Duration = Duration::from_secs(5);
 
-/// Starts to answer, in the network namespace of the calling thread, until the process ends. `hosts` are
-/// names that requests may be made to, besides this host's own; `*` is any.
+/// Starts the server in the network namespace of the calling thread; it runs until the process ends. `hosts`
+/// are host names to accept besides this host's own; `*` is any.
 pub fn serve(store: &Store, address: SocketAddr, hosts: &[String]) -> io::Result<()> {
-    let store = Store { lock_timeout: LOCK_PATIENCE, ..store.clone() };
+    let store = Store { lock_timeout: LOCK_TIMEOUT, ..store.clone() };
     let hosts = Hosts(hosts.to_vec());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let thread = std::thread::Builder::new().name("metrics".into());
@@ -69,8 +69,8 @@ async fn answer_all(store: Store, address: SocketAddr, hosts: Hosts) {
     }
 }
 
-/// Names that a request may be made to. A page in somebody's browser can give any name this address, and
-/// read what it would not get of another site; it cannot do so with an address for a name.
+/// Host names that requests may be made to. Against DNS rebinding, by which a web page reads another site
+/// under its own name; IP addresses are always accepted.
 struct Hosts(Vec<String>);
 
 impl Hosts {
@@ -88,7 +88,7 @@ impl Hosts {
     }
 }
 
-/// This host's name.
+/// Returns the name of this host.
 fn own_name() -> Option<String> {
     let mut name = [0_u8; 256];
     // SAFETY: the buffer outlives the call, which writes at most its length.
@@ -98,16 +98,16 @@ fn own_name() -> Option<String> {
 }
 
 async fn bind(address: SocketAddr) -> TcpListener {
-    let mut told = false;
+    let mut reported = false;
     loop {
         match TcpListener::bind(address).await {
             Ok(listener) => {
                 log::info!("metrics at http://{address}/metrics");
                 return listener;
             }
-            Err(error) if !told => {
-                log::warn!("metrics at {address}: {error}; it is tried again and again");
-                told = true;
+            Err(error) if !reported => {
+                log::warn!("metrics at {address}: {error}; retrying every 5 s");
+                reported = true;
             }
             Err(_) => {}
         }
@@ -115,7 +115,7 @@ async fn bind(address: SocketAddr) -> TcpListener {
     }
 }
 
-/// All metrics, gathered once for those who ask within a short time.
+/// The cached metrics.
 struct Exposition {
     gatherer: Gatherer,
     text: Option<Arc<String>>,
@@ -126,13 +126,13 @@ async fn metrics(exposition: Arc<Mutex<Exposition>>) -> anyhow::Result<Arc<Strin
     if let Some(text) = &locked.text {
         return Ok(Arc::clone(text));
     }
-    // a socket for each: one that has broken is not kept
+    // a new socket each time, so that a broken one is not reused
     let netlink = Netlink::open()?;
     let text = locked.gatherer.gather(&netlink).await;
     let text = Arc::new(text.map_err(|failure| anyhow::anyhow!("{failure}"))?);
     locked.text = Some(Arc::clone(&text));
     drop(locked);
-    // glibc would keep what it took until the next scrape
+    // return memory that glibc would keep until the next scrape
     // SAFETY: takes a plain number.
     #[cfg(target_env = "gnu")]
     unsafe {
@@ -151,7 +151,7 @@ async fn answer(
     hosts: &Hosts,
     connection: &Connection,
 ) -> io::Result<()> {
-    let request = timeout(REQUEST_PATIENCE, read_request(&mut stream)).await??;
+    let request = timeout(REQUEST_TIMEOUT, read_request(&mut stream)).await??;
     connection.set(State::Answering);
     const PLAIN: &str = "text/plain; charset=utf-8";
     let is_head = request.as_ref().is_ok_and(|request| request.is_head);
@@ -176,7 +176,7 @@ async fn answer(
          Allow: GET, HEAD\r\nConnection: close\r\n\r\n",
         body.len()
     );
-    timeout(ANSWER_PATIENCE, async {
+    timeout(ANSWER_TIMEOUT, async {
         stream.write_all(head.as_bytes()).await?;
         if !is_head {
             stream.write_all(body.as_bytes()).await?;
@@ -186,20 +186,20 @@ async fn answer(
     .await?
 }
 
-/// As much of a request as matters.
+/// The parsed part of a request.
 #[derive(Debug, PartialEq, Eq)]
 struct Request {
     is_head: bool,
     path: String,
-    /// HTTP/1.0 has none.
+    /// `None` with HTTP/1.0.
     host: Option<String>,
 }
 
-/// A request, or how it is refused.
+/// Reads a request, or returns the status line of its refusal.
 async fn read_request(stream: &mut TcpStream) -> io::Result<Result<Request, &'static str>> {
     let mut request = Vec::with_capacity(512);
     while !request.windows(4).any(|end| end == b"\r\n\r\n") {
-        if request.len() >= REQUEST {
+        if request.len() >= MAX_REQUEST {
             return Ok(Err("431 Request Header Fields Too Large"));
         }
         if stream.read_buf(&mut request).await? == 0 {

@@ -1,5 +1,5 @@
-//! Metrics for Prometheus. Their labels are the configuration's names, interfaces and fixed words,
-//! so that there are never more of them than the configuration says.
+//! Metrics for Prometheus. Labels are names of the configuration, interfaces and fixed words, so that the
+//! configuration bounds the number of series.
 
 use std::fmt;
 
@@ -21,24 +21,24 @@ use crate::reconcile::drift;
 use crate::reconcile::observe::Observed;
 use crate::telemetry::status::{self, Status, UpstreamStatus};
 
-/// What all of them begin with.
+/// Prefix of all names.
 const PREFIX: &str = "udplb";
 
-/// Reads what is exposed, and remembers what takes long to find out.
+/// Gathers metrics, and caches the drift.
 pub struct Gatherer {
     store: Store,
-    /// Digest of the file, number of the generation, and whether they differ.
-    judged: Option<(String, u32, bool)>,
-    /// Bytes that the text had the last time.
+    /// Digest of the file, number of the generation, and their drift.
+    cached_drift: Option<(String, u32, bool)>,
+    /// Length of the last text in bytes.
     length: usize,
 }
 
 impl Gatherer {
     pub fn new(store: Store) -> Gatherer {
-        Gatherer { store, judged: None, length: 0 }
+        Gatherer { store, cached_drift: None, length: 0 }
     }
 
-    /// All metrics as text.
+    /// Returns all metrics as text.
     pub async fn gather(&mut self, netlink: &Netlink) -> Result<String> {
         let mut reading = status::read(&self.store, netlink, None, None).await?;
         reading.status.traffic = None;
@@ -47,7 +47,7 @@ impl Gatherer {
         let metrics = Metrics {
             drift: serving.and_then(|it| self.drift(it, &reading.observed)),
             fill: serving
-                .map(|it| fill(&it.description, reading.status.most_ids))
+                .map(|it| fill(&it.description, reading.status.max_ids))
                 .unwrap_or_default(),
             status: reading.status,
         };
@@ -60,38 +60,38 @@ impl Gatherer {
         Ok(text)
     }
 
-    /// `None`: the file cannot be read.
+    /// Compares the file with the active generation; `None` if it cannot be read.
     fn drift(&mut self, serving: &Generation, observed: &Observed) -> Option<bool> {
         let Generation { number, description, .. } = serving;
         let (text, target) = drift::source(description)?;
         let digest = text.digest(&target);
-        match &self.judged {
+        match &self.cached_drift {
             Some((known, of, differs)) if (known, of) == (&digest, number) => Some(*differs),
             _ => {
-                // a file that is no configuration is not what serves
+                // an invalid file differs
                 let differs = drift::differs(&text, &target, description, observed).unwrap_or(true);
-                self.judged = Some((digest, *number, differs));
+                self.cached_drift = Some((digest, *number, differs));
                 Some(differs)
             }
         }
     }
 }
 
-/// How much is used of the most that there may be, 0 to 1.
+/// Used shares of limits, 0 to 1.
 type Fill = Vec<(&'static str, f64)>;
 
-fn fill(description: &Description, most_ids: u32) -> Fill {
+fn fill(description: &Description, max_ids: u32) -> Fill {
     let desired = &description.desired;
     let ids = description::all(&description.ids).max().unwrap_or(0);
-    let share = |used: usize, most: usize| used as f64 / most as f64;
+    let share = |used: usize, max: usize| used as f64 / max as f64;
     vec![
         ("rules", share(desired.key_entries(), KEY_ENTRIES)),
         ("upstreams", share(desired.upstreams().count(), UPSTREAMS)),
-        ("counters", share(ids as usize, most_ids as usize)),
+        ("counters", share(ids as usize, max_ids as usize)),
     ]
 }
 
-/// What is exposed.
+/// All metrics of one reading.
 #[derive(Debug)]
 struct Metrics {
     status: Status,

@@ -1,4 +1,4 @@
-//! Files of packets, as tcpdump and Wireshark read them: the classic format with nanoseconds.
+//! Capture files in the classic pcap format with nanoseconds, as read by tcpdump and Wireshark.
 
 use std::io::{self, Write};
 use std::time::Duration;
@@ -7,26 +7,26 @@ use crate::bpf::types;
 
 const MAGIC: u32 = 0xa1b2_3c4d;
 const VERSION: [u16; 2] = [2, 4];
-/// Longer than any.
-const LONGEST: u32 = 262_144;
+/// Snapshot length in the header; no frame is longer.
+const SNAPLEN: u32 = 262_144;
 const ETHERNET: u32 = 1;
 
-/// Writes one.
+/// Writer of a capture file.
 pub struct Pcap<W>(W);
 
 impl<W: Write> Pcap<W> {
-    /// Begins with the file's header.
+    /// Writes the header of the file.
     pub fn new(mut file: W) -> io::Result<Pcap<W>> {
         let [major, minor] = VERSION.map(u16::to_le_bytes);
         // no time zone, no accuracy
-        let words = [0, 0, LONGEST, ETHERNET].map(u32::to_le_bytes);
+        let words = [0, 0, SNAPLEN, ETHERNET].map(u32::to_le_bytes);
         file.write_all(&MAGIC.to_le_bytes())?;
         file.write_all(&[major, minor].concat())?;
         file.write_all(&words.concat())?;
         Ok(Pcap(file))
     }
 
-    /// Adds a frame, or what was captured of it; `time` is since 1970.
+    /// Appends the captured part of a frame; `time` is since 1970.
     pub fn add(&mut self, time: Duration, frame: &types::snapshot) -> io::Result<()> {
         let captured = (frame.captured as usize).min(frame.bytes.len());
         let words = [time.as_secs() as u32, time.subsec_nanos(), captured as u32, frame.length];

@@ -1,4 +1,4 @@
-//! Something that is not as it should be, as `status` and `doctor` report it.
+//! Problems and notes, as reported by `status` and `doctor`.
 
 use std::fmt;
 
@@ -29,9 +29,9 @@ pub struct Problem {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
-    /// Packets do not go where they should.
+    /// Packets are lost or go elsewhere.
     Problem,
-    /// They may not, under conditions that cannot be seen from here.
+    /// Packets may be lost under conditions that cannot be checked here.
     Note,
 }
 
@@ -65,7 +65,7 @@ impl Problem {
         Problem { fix: fix.into(), ..self }
     }
 
-    /// Place, what and since when, without cause and fix.
+    /// Returns place, what and since when, without cause and fix.
     pub fn title(&self) -> String {
         let since = self.since.map(|since| format!(" since {}", time::utc(since)));
         let place = if self.place.is_empty() { "" } else { ": " };
@@ -73,7 +73,7 @@ impl Problem {
     }
 }
 
-/// In one line, without the fix.
+/// One line without the fix.
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.title())?;
@@ -84,7 +84,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Returns true if any of them is more than a note.
+/// Returns true if any is a problem, not a note.
 pub fn any(problems: &[Problem]) -> bool {
     problems.iter().any(|problem| problem.level == Level::Problem)
 }

@@ -1,4 +1,4 @@
-//! Reading of what serves and what became of the packets.
+//! Reads the active configuration and its counters from the kernel.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -31,41 +31,41 @@ use crate::telemetry::problem::Problem;
 use crate::telemetry::traffic::{Rate, Traffic};
 use crate::time;
 
-/// Everything that `status` shows, copied out of the kernel.
+/// Output of `status`.
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Status {
     pub generation: Option<u32>,
     pub file: Option<String>,
-    /// When it was applied, in seconds since 1970.
+    /// Time of the apply, in seconds since 1970.
     #[serde(rename = "applied", serialize_with = "time::rfc3339")]
     #[schemars(with = "Option<String>")]
     pub built: Option<u64>,
     pub version: Option<String>,
-    /// Start of the counters, in seconds since 1970: those of later rules started with them.
+    /// Start of all counters, in seconds since 1970.
     #[serde(serialize_with = "time::rfc3339")]
     #[schemars(with = "Option<String>")]
     pub counted_since: Option<u64>,
     pub interfaces: Vec<InterfaceStatus>,
     pub rules: Vec<RuleStatus>,
-    /// What belongs to no rule, by verdict.
+    /// Packets of no rule, by verdict.
     pub unmatched: Counts,
-    /// What the file says and the generation lacks.
+    /// Parts of the file that the generation lacks.
     pub incomplete: Missing,
     /// The generation that a rollback left.
     pub held: Option<u32>,
     /// Change that waits for confirmation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pending: Option<PendingStatus>,
-    /// Whether arpd vouches for the next hops; `None`: it never ran.
+    /// True while arpd's lease holds; `None`: it never ran.
     pub arpd: Option<bool>,
     /// Filled in by [`read`]. The exit code is 3 if one of them is more than a note.
     pub problems: Vec<Problem>,
-    /// What the next one may be compared with.
+    /// Counters, for rates between two readings.
     #[serde(skip)]
     pub traffic: Option<Traffic>,
-    /// How many ids of rules and upstreams there may be.
+    /// Maximum of ids of rules and upstreams.
     #[serde(skip)]
-    pub most_ids: u32,
+    pub max_ids: u32,
 }
 
 /// A change that is rolled back unless it is confirmed.
@@ -81,7 +81,7 @@ pub struct PendingStatus {
 impl PendingStatus {
     pub fn new(pending: &Pending) -> PendingStatus {
         let Pending { generation, previous, .. } = *pending;
-        // a deadline that has not passed is never 0
+        // rounded up: 0 is a deadline that has passed
         let seconds_left = pending.remaining().as_millis().div_ceil(1000) as u64;
         PendingStatus { generation, previous, seconds_left }
     }
@@ -98,7 +98,7 @@ impl std::fmt::Display for PendingStatus {
     }
 }
 
-/// The part of the configuration that does not serve.
+/// Parts of the configuration that are not active.
 #[derive(Debug, Default, Serialize, JsonSchema)]
 pub struct Missing {
     pub interfaces: Vec<String>,
@@ -110,9 +110,9 @@ pub struct Missing {
 pub struct InterfaceStatus {
     #[serde(rename = "interface")]
     pub name: String,
-    /// The generation whose program its filter runs.
+    /// Generation of the attached filter.
     pub generation: Option<u32>,
-    /// How often arpd put back a filter that somebody else had removed.
+    /// Number of times that arpd restored a removed filter.
     pub reattached: u64,
 }
 
@@ -124,24 +124,24 @@ pub struct RuleStatus {
     pub tc_action: crate::config::Action,
     pub mode: Mode,
     pub upstreams: Vec<UpstreamStatus>,
-    /// Those that get copies besides.
+    /// Receivers of additional copies.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub mirrors: Vec<UpstreamStatus>,
-    /// Each packet once, by verdict; also those of upstreams that it has no more.
+    /// Each packet once, by verdict; also those of upstreams that it has lost.
     pub counters: Counts,
-    /// Of these what was counted for no upstream.
+    /// The part of `counters` without an upstream.
     #[serde(skip)]
     pub own: Counts,
-    /// What was noted of packets besides, where anything was.
+    /// Counters besides verdicts, unless 0.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub notes: BTreeMap<&'static str, Count>,
-    /// Of all that matched.
+    /// Rate of all packets that matched.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
     /// Packets a second that were not forwarded, by reason.
     #[serde(rename = "not_forwarded_per_second", skip_serializing_if = "BTreeMap::is_empty")]
     pub losses: BTreeMap<&'static str, f64>,
-    /// Of these those that were counted for no upstream.
+    /// The part of `losses` without an upstream.
     #[serde(skip)]
     pub own_losses: BTreeMap<&'static str, f64>,
 }
@@ -155,34 +155,34 @@ pub struct UpstreamStatus {
     pub label: String,
     pub address: Address,
     pub port: Option<u16>,
-    /// By hand, or else by the file.
+    /// Override, or else the state in the file.
     pub state: State,
-    /// What `drain` and `enable` say of it.
+    /// Override by `drain` or `enable`.
     #[serde(rename = "override")]
-    pub said: Option<State>,
+    pub override_state: Option<State>,
     pub next_hop: Option<NextHopStatus>,
-    /// What arpd makes of it: `up`, `stale`, `down`; only as long as arpd runs.
+    /// Health by arpd while it runs: `up`, `stale` or `down`.
     pub health: Option<&'static str>,
-    /// Since when, in seconds since 1970.
+    /// Start of that health, in seconds since 1970.
     #[serde(serialize_with = "time::rfc3339")]
     #[schemars(with = "Option<String>")]
     pub since: Option<u32>,
     pub counters: Counts,
-    /// What was forwarded.
+    /// Rate of forwarded packets.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
     /// Packets a second that were not forwarded, by reason.
     #[serde(rename = "not_forwarded_per_second", skip_serializing_if = "BTreeMap::is_empty")]
     pub losses: BTreeMap<&'static str, f64>,
-    /// Of the rule's packets that were forwarded, 0 to 1; for a receiver of copies, of all that
-    /// matched. Where there is a rate, of those that it is of. `None`: there were none.
+    /// Share of the forwarded packets of the rule, 0 to 1; of those that matched, for a receiver of
+    /// copies. Measured over the same time as `rate`. `None`: there were none.
     pub share: Option<f64>,
-    /// Its next hop does not answer.
+    /// Set if the next hop does not answer.
     #[serde(skip)]
     pub silence: Option<Silence>,
     #[serde(skip)]
     pub endpoint: String,
-    /// [`overrides::word`] of it.
+    /// State in words, see [`overrides::word`].
     #[serde(skip)]
     pub drained: Option<&'static str>,
 }
@@ -191,7 +191,7 @@ pub struct UpstreamStatus {
 pub struct NextHopStatus {
     pub interface: String,
     pub gateway: IpAddr,
-    /// This host's own address on that way.
+    /// Own address on that path.
     pub egress: Option<IpAddr>,
     pub mac: Option<String>,
     /// In the kernel's neighbour table, as `ip neigh` has it: `REACHABLE`.
@@ -199,32 +199,32 @@ pub struct NextHopStatus {
     /// Seconds since it last answered the kernel.
     #[serde(rename = "age_seconds")]
     pub age: Option<u64>,
-    /// Of the way there, in bytes.
+    /// Path MTU in bytes.
     pub mtu: Option<u16>,
-    /// It has a MAC address that is not known.
+    /// True if its MAC address is unknown.
     #[serde(skip)]
     pub unresolved: bool,
 }
 
-/// What was read beside the pins.
+/// State of the network.
 pub struct Network<'a> {
     pub observed: &'a Observed,
     pub neighbours: &'a [Neighbour],
 }
 
-/// The kernel and what follows from it, at one moment.
+/// One reading of the kernel, with the status derived from it.
 pub struct Reading {
-    /// Of the generations only the one that serves.
+    /// Holds the active generation only.
     pub observed: Observed,
     pub status: Status,
-    /// Of the serving program.
+    /// Run times of the active program.
     pub runs: Option<Runs>,
     /// See [`Routes`].
     pub routes: Routes,
 }
 
 impl Reading {
-    /// Next hops that the kernel knows, but has not heard of for a while.
+    /// Returns the next hops in state STALE.
     pub fn doubtful(&self) -> Vec<NeighbourKey> {
         let all = self.status.rules.iter().flat_map(RuleStatus::destinations);
         let hops = all.filter_map(|(upstream, _)| upstream.next_hop.as_ref());
@@ -235,7 +235,7 @@ impl Reading {
         stale.filter_map(key).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
-    /// The problems of what serves; commands that fix one name the source.
+    /// Returns the problems of the active configuration. `source` is the file in their fixes.
     pub fn problems(&self, source: Source<'_>) -> Vec<Problem> {
         let serving = self.status.generation;
         diagnosis::problems(&Facts {
@@ -249,7 +249,7 @@ impl Reading {
     }
 }
 
-/// Reads everything under the lock, and lets go of it; see [`Status::new`].
+/// Reads everything under the lock, and releases it; see [`Status::new`].
 pub async fn read(
     store: &Store,
     netlink: &Netlink,
@@ -261,7 +261,7 @@ pub async fn read(
     let maps = guard.as_ref().map(state_maps::open).transpose()?.flatten();
     let traffic = maps.as_ref().map(|maps| Traffic::read(maps, &observed.generations));
     let traffic = traffic.transpose()?;
-    // large, and of no use any more
+    // frees memory
     let serving = observed.serving();
     observed.generations.retain(|number, _| Some(*number) == serving);
     let neighbours = netlink.neighbours().await.context("neighbours")?;
@@ -283,7 +283,7 @@ pub async fn read(
     Ok(reading)
 }
 
-/// Asks for the routes that a diagnosis needs, which are few.
+/// Looks up the routes that the diagnosis needs.
 async fn routes(netlink: &Netlink, rules: &[RuleStatus], observed: &Observed) -> Result<Routes> {
     let suspects = diagnosis::suspects(rules, observed);
     if suspects.is_empty() {
@@ -309,8 +309,8 @@ async fn routes(netlink: &Netlink, rules: &[RuleStatus], observed: &Observed) ->
 }
 
 impl Status {
-    /// `state` is none where maps are missing. `rule` leaves out all others; with an `earlier` traffic
-    /// there are rates.
+    /// Builds a status. `state` is `None` if maps are missing; `rule` selects one rule; rates are since
+    /// `earlier`.
     ///
     /// # Errors
     /// There is no such rule, or the maps cannot be read.
@@ -337,19 +337,19 @@ impl Status {
             arpd: None,
             problems: Vec::new(),
             traffic: None,
-            most_ids: 0,
+            max_ids: 0,
         };
         let (Some(serving), Some((maps, total))) = (serving, state) else { return Ok(status) };
         let description = &serving.description;
         let ids = &description.ids;
         status.arpd = lease::remaining(&maps.heartbeat)?.map(|left| !left.is_zero());
-        status.most_ids = maps.counters.most_ids();
-        let most = description::all(ids).max().unwrap_or(0);
+        status.max_ids = maps.counters.most_ids();
+        let max = description::all(ids).max().unwrap_or(0);
         let neighbours = network.neighbours.iter();
         let view = View {
             grown: earlier.map(|earlier| total.since(earlier)),
             total,
-            nexthops: maps.nexthops.read_all(most).context("next hops")?,
+            nexthops: maps.nexthops.read_all(max).context("next hops")?,
             vouched: status.arpd == Some(true),
             overrides: &observed.overrides,
             interfaces: observed
@@ -385,31 +385,31 @@ fn counted_since(guard: &ReadGuard) -> Option<u64> {
     Some(made.duration_since(UNIX_EPOCH).ok()?.as_secs())
 }
 
-/// Where the rows of the table come from.
+/// Sources of the rows of rules and upstreams.
 struct View<'a> {
     total: Traffic,
-    /// Since the earlier one.
+    /// Growth since the earlier reading.
     grown: Option<Traffic>,
     /// By upstream id.
     nexthops: Vec<types::nexthop>,
-    /// arpd runs: what it says of health is so.
+    /// True while arpd runs and its health is valid.
     vouched: bool,
-    /// Their names by index.
+    /// Names of interfaces by index.
     interfaces: HashMap<u32, &'a str>,
     neighbours: HashMap<NeighbourKey, &'a Neighbour>,
-    /// By hand, by id.
+    /// Overrides by id.
     overrides: &'a BTreeMap<u32, State>,
 }
 
 impl UpstreamStatus {
-    /// Since when it does not answer, in seconds since 1970.
+    /// Returns the time since which it does not answer, in seconds since 1970.
     pub fn down_since(&self) -> Option<u64> {
         self.silence?.since
     }
 }
 
 impl RuleStatus {
-    /// All that packets are sent to, each with whether it is a mirror.
+    /// Returns upstreams and mirrors; true marks a mirror.
     pub fn destinations(&self) -> impl Iterator<Item = (&UpstreamStatus, bool)> {
         let upstreams = self.upstreams.iter().map(|upstream| (upstream, false));
         upstreams.chain(self.mirrors.iter().map(|mirror| (mirror, true)))
@@ -480,11 +480,11 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
     }
 }
 
-/// `shared` is how many packets of the rule its share is of.
+/// Builds the row of an upstream. `shared` is the number of packets that are 100 % of its share.
 fn upstream_status(destination: &Destination<'_>, shared: u64, view: &View<'_>) -> UpstreamStatus {
     let Destination { id, upstream, .. } = *destination;
     let entry = view.nexthops.get(id as usize).copied().unwrap_or_default();
-    let said = view.overrides.get(&id).copied();
+    let override_state = view.overrides.get(&id).copied();
     let health = view.vouched.then(|| health(&entry)).flatten();
     let grown = view.grown.as_ref();
     let forwarded = grown.unwrap_or(&view.total).of(id).forwarded();
@@ -493,9 +493,9 @@ fn upstream_status(destination: &Destination<'_>, shared: u64, view: &View<'_>) 
         label: destination.label.clone(),
         address: upstream.address.clone(),
         port: upstream.port,
-        state: said.unwrap_or(upstream.state),
-        said,
-        drained: overrides::word(upstream.state, said),
+        state: override_state.unwrap_or(upstream.state),
+        override_state,
+        drained: overrides::word(upstream.state, override_state),
         next_hop: next_hop(&entry, view),
         health,
         since: health.map(|_| entry.since),
@@ -508,7 +508,7 @@ fn upstream_status(destination: &Destination<'_>, shared: u64, view: &View<'_>) 
     }
 }
 
-/// Packets a second that were not forwarded, by reason.
+/// Returns the packets per second that were not forwarded, by reason.
 fn losses(grown: &Traffic, counts: Counts) -> BTreeMap<&'static str, f64> {
     let drops = counts.drops();
     drops.filter_map(|(name, count)| Some((name, grown.rate(count)?.packets_per_second))).collect()
@@ -533,10 +533,10 @@ fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
     })
 }
 
-/// A neighbour that lives has answered the kernel's probe by then.
+/// Time by which a neighbour that is up has answered the kernel's probe.
 const ANSWERS: Duration = Duration::from_millis(800);
 
-/// Whether the next hop answers: arpd's word, or else what the kernel's neighbour table has.
+/// Returns the silence of a next hop that does not answer, by arpd or else by the neighbour table.
 fn silence(entry: &types::nexthop, health: Option<&str>, view: &View<'_>) -> Option<Silence> {
     let since = |age: Option<Duration>| Some(time::now().saturating_sub(age?.as_secs()));
     match health {
@@ -567,7 +567,7 @@ fn silence(entry: &types::nexthop, health: Option<&str>, view: &View<'_>) -> Opt
     }
 }
 
-/// What arpd makes of the upstream.
+/// Returns the name of a health.
 fn health(entry: &types::nexthop) -> Option<&'static str> {
     match entry.health {
         types::health::HEALTH_UP => Some("up"),

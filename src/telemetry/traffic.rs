@@ -1,4 +1,4 @@
-//! What became of the packets of rules and upstreams: the one place that adds counters up.
+//! Traffic of rules and upstreams: the one place that sums counters.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -21,23 +21,23 @@ pub struct Traffic {
     over: Option<f64>,
 }
 
-/// How much a second.
+/// Packets and bits per second.
 #[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
 pub struct Rate {
     pub packets_per_second: f64,
-    /// With the Ethernet headers.
+    /// Including Ethernet headers.
     pub bits_per_second: f64,
 }
 
 impl Traffic {
-    /// Reads the counters of all rules and upstreams that these generations have; they must be all
-    /// there are, since a rule's packets stay its own when an upstream goes.
+    /// Reads the counters of all rules and upstreams. `generations` must be all that exist: a rule keeps
+    /// the packets of upstreams that it has lost.
     pub fn read(
         maps: &StateMaps,
         generations: &BTreeMap<u32, Generation>,
     ) -> anyhow::Result<Traffic> {
-        let most = generations.values().flat_map(Generation::ids).max().unwrap_or(0);
-        let by_id = maps.counters.read(most)?;
+        let max = generations.values().flat_map(Generation::ids).max().unwrap_or(0);
+        let by_id = maps.counters.read(max)?;
         let retired = maps.retired.read()?;
         let mut counting = Vec::new();
         for generation in generations.values() {
@@ -48,9 +48,9 @@ impl Traffic {
                 }
             }
         }
-        // it is nearly in order, in parts
+        // merge sort: the list consists of sorted runs
         counting.sort();
-        // that of another generation is the same, and one that is listed twice is one
+        // generations share ids
         counting.dedup();
         let mut rules: Vec<(u32, Counts)> = Vec::new();
         for (rule, id) in counting {
@@ -64,31 +64,30 @@ impl Traffic {
         Ok(Traffic { by_id, rules, taken: Instant::now(), over: None })
     }
 
-    /// What came since. Ids stay with rules and upstreams over an apply.
+    /// Returns the growth since an earlier reading. Rules and upstreams keep their ids over an apply.
     pub fn since(&self, earlier: &Traffic) -> Traffic {
         let none = Counts::default();
         let earlier_counts = earlier.by_id.iter().chain(std::iter::repeat(&none));
         let by_id = self.by_id.iter().zip(earlier_counts).map(|(now, then)| *now - *then).collect();
-        // of the totals: after an apply a rule's ids are others
+        // from the totals: after an apply a rule may have other upstreams
         let rules = self.rules.iter();
         let rules = rules.map(|(id, now)| (*id, *now - earlier.of_rule(*id))).collect();
         let over = self.taken.duration_since(earlier.taken).as_secs_f64();
         Traffic { by_id, rules, taken: self.taken, over: Some(over.max(1e-3)) }
     }
 
-    /// What was counted under one id: that of an upstream or mirror, or 0 for what belongs to no rule.
+    /// Returns the counters of one id: an upstream, a mirror, or 0 for packets of no rule.
     pub fn of(&self, id: u32) -> Counts {
         self.by_id.get(id as usize).copied().unwrap_or_default()
     }
 
-    /// Each packet of a rule once, whichever upstream it went to, and also where the rule has that
-    /// upstream no more. By the rule's id.
+    /// Returns the counters of a rule by its id: each packet once, also those of upstreams that it has lost.
     pub fn of_rule(&self, rule: u32) -> Counts {
         let found = self.rules.binary_search_by_key(&rule, |(id, _)| *id);
         found.map_or_else(|_| Counts::default(), |place| self.rules[place].1)
     }
 
-    /// `None` where this is no growth.
+    /// Returns the rate of a count; `None` if this is a total.
     pub fn rate(&self, count: Count) -> Option<Rate> {
         let seconds = self.over?;
         Some(Rate {

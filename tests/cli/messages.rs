@@ -22,7 +22,7 @@ fn to_full_disk(lab: &Lab, words: &str) -> Outcome {
 #[test]
 fn change_with_full_stdout_succeeds_with_a_warning() {
     let lab = Lab::new();
-    let says = ["warning: the change is made", "No space left"];
+    let says = ["warning: the change was made", "No space left"];
     let file = lab.write(&to_port(7001)).display().to_string();
     for format in ["table", "json"] {
         to_full_disk(&lab, &format!("apply {file} -o {format}")).expect(0).says(&says);
@@ -173,6 +173,23 @@ fn missing_listener_is_a_conditional_warning() {
         "",
     );
     applied.expect(0).says(&[&format!("nobody listens on {RELAY}:5000"), "unless", "DNAT"]);
+}
+
+#[test]
+fn blocked_listener_is_named_by_plan_apply_and_doctor() {
+    let lab = Lab::new();
+    let _listener = bind(&lab.relay, RELAY, 5000);
+    let blocking = json!({ "tc_action": "block" });
+    let blocked = rule("relay", 5000, blocking, &[json!({ "address": UPSTREAMS[0] })]);
+    let file = lab.write(&config(&[blocked])).display().to_string();
+    let listens = format!("a socket of this host listens on {RELAY}:5000");
+    for command in ["plan", "apply --dry-run", "apply"] {
+        lab.run(&format!("{command} {file}")).expect(0).says(&[&listens]);
+    }
+    let report = lab.run("doctor").stdout;
+    assert!(report.contains(&listens), "{report}");
+    // the same file again changes nothing
+    assert_eq!(lab.run(&format!("plan {file}")).expect(0).stderr, "");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Programs and filters that see an interface's packets before udplb does.
+//! Programs and filters that run before udplb on an interface.
 
 use std::os::fd::AsFd;
 
@@ -14,15 +14,15 @@ use crate::net::qdisc::{Direction, ETH_P_ALL, Filter};
 /// A program or filter that runs before udplb's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Before {
-    /// `XDP program 12 filter_udp`.
+    /// Kind and name, like `XDP program 12 filter_udp`.
     pub name: String,
-    /// Takes it away.
+    /// Command that removes it.
     pub remove: String,
-    /// It decides on every packet, so that none comes further.
+    /// True if no packet passes it.
     pub takes_all: bool,
 }
 
-/// All of them, in the order in which they run.
+/// Returns them in the order in which they run.
 pub async fn read(netlink: &Netlink, link: &Link, protocols: &[u16]) -> Result<Vec<Before>> {
     let mut before: Vec<Before> = xdp(link).collect();
     before.extend(tcx(link));
@@ -57,7 +57,7 @@ fn xdp(link: &Link) -> impl Iterator<Item = Before> {
     })
 }
 
-/// The programs of the newer hook (6.6), which all run before any filter.
+/// Returns tcx programs (Linux 6.6), which run before all filters.
 fn tcx(link: &Link) -> impl Iterator<Item = Before> {
     bpf::tcx_programs(link.index).into_iter().map(|id| Before {
         name: format!("tcx program {}", name(id)),
@@ -66,7 +66,7 @@ fn tcx(link: &Link) -> impl Iterator<Item = Before> {
     })
 }
 
-/// Id and name of a program; the name takes CAP_SYS_ADMIN.
+/// Returns id and name of a program; the name needs CAP_SYS_ADMIN.
 fn name(id: u32) -> String {
     let program = bpf::program_by_id(id);
     let info = program.and_then(|program| bpf::program_info(program.as_fd()));

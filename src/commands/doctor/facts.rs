@@ -29,10 +29,10 @@ use crate::telemetry::diagnosis;
 use crate::telemetry::problem::Problem;
 use crate::telemetry::status::{self, Reading, Status};
 
-/// Of the documentation's networks: the way there is the default route.
+/// An address for documentation (RFC 5737), reached by the default route.
 const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 
-/// Where systemd finds unit files, whoever installed them.
+/// Directories of systemd units.
 const UNIT_DIRS: [&str; 5] = [
     "/etc/systemd/system",
     "/run/systemd/system",
@@ -41,60 +41,60 @@ const UNIT_DIRS: [&str; 5] = [
     "/lib/systemd/system",
 ];
 
-/// What is known of the host and of what serves.
+/// Facts about the host and the active configuration.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
-    /// What commands are to name: the file that was given, or the one that serves.
+    /// File for fixes: the given one, or the active one.
     pub file: String,
-    /// Whether the file says something else than what serves, or why that cannot be said.
+    /// True if the file differs from the active configuration, or why it cannot be compared.
     pub drift: Option<std::result::Result<bool, String>>,
-    /// In words.
+    /// Descriptions of missing capabilities.
     pub missing_capabilities: Vec<String>,
-    /// Why the pins cannot be read.
+    /// Reason why the pins cannot be read.
     pub unreadable: Option<String>,
     pub kernel: Kernel,
-    /// Problems of what serves.
+    /// Problems of the active configuration.
     pub problems: Vec<Problem>,
     /// Packets that were not sent, within a sample.
     pub growth: Vec<Growth>,
-    /// Packets of a sample, by the interface that they came in by, of which udplb saw none.
+    /// Packets received by interfaces during the sample while the program never ran.
     pub hidden: BTreeMap<String, u64>,
-    /// Pins besides that are not whole, in words.
+    /// Descriptions of other pins that are damaged.
     pub damage: Vec<String>,
     /// The generation that a rollback left.
     pub held: Option<u32>,
-    /// Whether arpd vouches for the next hops; `None`: it never ran.
+    /// True while arpd's lease holds; `None`: it never ran.
     pub arpd: Option<bool>,
-    /// systemd has a unit for arpd: not every way of installing brings one.
+    /// True if systemd has a unit for arpd.
     pub arpd_unit: bool,
     pub inputs: Vec<Input>,
     pub upstreams: Vec<UpstreamFacts>,
     /// Sockets of this host that send to a key.
     pub senders: Vec<Sender>,
-    /// What `apply` would warn of.
+    /// Warnings of `apply`.
     pub warnings: Vec<String>,
-    /// Addresses of keys that no interface has, each with a rule.
-    pub homeless: BTreeMap<String, String>,
-    /// Some rule leaves out upstreams that are down.
+    /// Addresses of keys that no interface has, each with its rule.
+    pub unassigned: BTreeMap<String, String>,
+    /// True if a rule leaves out upstreams that are down.
     pub wants_health: bool,
     pub neighbours: Vec<NeighbourTable>,
-    /// How many next hops there are, of IPv4 and of IPv6.
+    /// Numbers of next hops of IPv4 and IPv6.
     pub next_hops: [usize; 2],
 }
 
-/// The kernel's abilities.
+/// Features of the kernel.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Kernel {
     pub version: (u32, u32),
-    /// Types of its own, which the program is fitted to.
+    /// Type information for relocating the program.
     pub btf: bool,
-    /// Programs are compiled.
+    /// Programs are compiled, not interpreted.
     pub jit: bool,
-    /// Lockdown keeps programs from reading kernel memory.
+    /// Lockdown forbids programs to read kernel memory.
     pub confidential: bool,
 }
 
-/// An interface whose incoming packets are to meet the rules.
+/// An interface of the configuration.
 #[derive(Clone, Debug)]
 pub struct Input {
     pub name: String,
@@ -104,59 +104,59 @@ pub struct Input {
 
 #[derive(Clone, Debug)]
 pub struct InputLink {
-    /// Bytes.
+    /// In bytes.
     pub mtu: u32,
-    /// The device, it or one below, that merges packets which cannot be taken apart again.
+    /// Name of the device, this or a lower one, with large receive offload.
     pub lro: Option<String>,
-    /// The qdisc was there before udplb.
+    /// True if the qdisc was added by another program.
     pub foreign_qdisc: bool,
-    /// What sees packets earlier.
+    /// Programs and filters that run before.
     pub before: Vec<Before>,
-    /// Sysctls of the families in use by which packets are not forwarded there.
+    /// Sysctls that disable forwarding there, of the families in use.
     pub not_forwarding: Vec<String>,
-    /// The sysctl by which the interface has no IPv6, where a rule wants some.
+    /// Sysctl that disables IPv6 there, if a rule needs IPv6.
     pub no_ipv6: Option<String>,
-    /// Senders are checked against the way back to them.
+    /// Strict reverse path filtering.
     pub strict: bool,
-    /// The way to hosts of no network of this host is another.
+    /// The default route uses another interface.
     pub default_elsewhere: bool,
-    /// Some IPv4 rule delivers packets here too.
+    /// An IPv4 rule passes packets to this host too.
     pub passes: bool,
 }
 
-/// An upstream and the way to it.
+/// An upstream and the path to it.
 #[derive(Clone, Debug)]
 pub struct UpstreamFacts {
     pub rule: String,
     pub label: String,
     pub address: IpAddr,
     pub way: PathFacts,
-    /// Senders' own addresses go there.
+    /// Source addresses are preserved.
     pub preserves: bool,
-    /// It is to get this host's address, and there is none on the way.
+    /// The source should be an own address, but the path has none.
     pub lacks_egress: bool,
-    /// Packets that were too large for it.
+    /// Number of packets dropped as too large.
     pub too_large: u64,
-    /// Packets for it whose TTL was spent.
+    /// Number of packets dropped with an expired TTL.
     pub spent: u64,
 }
 
 #[derive(Clone, Debug)]
 pub enum PathFacts {
     Local,
-    /// Why there is none.
+    /// Reason why there is no route.
     None(String),
     Hop {
         interface: String,
         gateway: IpAddr,
-        /// Bytes.
+        /// In bytes.
         mtu: u32,
-        /// Name and MTU of the interface below, which limits that MTU.
+        /// Name and MTU of the lower interface, which limits the MTU.
         lower: Option<(String, u32)>,
     },
 }
 
-/// A socket of this host that is connected to a key.
+/// A socket of this host that is connected to the key of a rule.
 #[derive(Clone, Debug)]
 pub struct Sender {
     pub rule: String,
@@ -165,10 +165,10 @@ pub struct Sender {
     pub uid: u32,
 }
 
-/// Looks at the host, at what serves, and at the file: the one given, or the one that serves.
+/// Reads the facts. `file` is compared with the active configuration; default: the applied file.
 ///
 /// # Errors
-/// The file that was given cannot be read, the kernel does not answer, or somebody changes it.
+/// The given file cannot be read, the kernel returns an error, or another udplb holds the lock.
 pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Result<Facts> {
     let mut facts = Facts {
         kernel: abilities(),
@@ -185,7 +185,7 @@ pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Resu
             }
             Some(after)
         }
-        // it is no trouble of the host
+        // not a problem of the host
         Err(failure @ Failure::Locked(_)) => return Err(failure),
         Err(failure) => {
             facts.unreadable = Some(failure.to_string());
@@ -245,8 +245,8 @@ pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Resu
     Ok(facts)
 }
 
-/// Two readings, a sample's length apart, and the links right after the first. Neighbours that the kernel does not vouch for are asked
-/// meanwhile, since a route's next hop that died a while ago looks like one that nobody needed.
+/// Takes two readings, one sample apart, and the links right after the first. Probes stale next hops meanwhile:
+/// one that is down looks like one that was not needed for a while.
 async fn readings(store: &Store, netlink: &Netlink) -> Result<(Reading, Vec<Link>, Reading)> {
     let before = status::read(store, netlink, None, None).await?;
     if before.status.arpd != Some(true) {
@@ -258,7 +258,7 @@ async fn readings(store: &Store, netlink: &Netlink) -> Result<(Reading, Vec<Link
     Ok((before, links, after))
 }
 
-/// A file that was given takes the interfaces that serve, where it names none.
+/// Compares a file, with the active interfaces if it names none.
 fn differs(
     text: &Text,
     mut target: ConfigFile,
@@ -289,7 +289,7 @@ fn sysctl(name: &str) -> Option<i64> {
     fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?.trim().parse().ok()
 }
 
-/// What of the pins is not whole, besides those of the generation that serves.
+/// Describes damaged pins, except those of the active generation.
 fn damage(observed: &Observed) -> Vec<String> {
     let serving = observed.serving();
     let is_other = |number: &&u32| Some(**number) != serving;
@@ -329,7 +329,7 @@ async fn look(
     facts.wants_health = desired.rules.iter().any(|rule| rule.health == Health::Neighbour);
     facts.warnings = warnings(desired, &ways, &links, &addresses);
     let own: HashSet<IpAddr> = addresses.iter().map(|own| own.address).collect();
-    facts.homeless = desired
+    facts.unassigned = desired
         .rules
         .iter()
         .rev()
@@ -343,7 +343,7 @@ async fn look(
     Ok(())
 }
 
-/// What `apply` would say of what serves.
+/// Returns the warnings of `apply` for the active configuration.
 fn warnings(
     desired: &Desired,
     ways: &BTreeMap<routing::Target, nexthop::Way>,
@@ -353,7 +353,7 @@ fn warnings(
     let text = export::document(desired).to_string();
     let Ok(config) = Config::parse("what serves", &text) else { return Vec::new() };
     let mut findings = warnings::of_this_host(&config, desired, links, addresses);
-    // who may not ask is told of the missing privilege
+    // a missing privilege is reported on its own
     let policies = ipsec::security_policies().unwrap_or_default();
     findings.extend(warnings::in_clear(&config, desired, ways, &policies));
     findings.extend(warnings::several(&config, desired, ways));
@@ -417,13 +417,13 @@ async fn inputs(
     Ok(inputs)
 }
 
-/// Returns the devices that packets of a link come in by: its members, or what it is made upon. A
-/// bond's own flags say what its members may do.
+/// Returns the lowest devices that a link receives by: its members, or its lower devices. The flags of a bond
+/// itself are not those of its members.
 fn devices_below<'a>(link: &'a Link, links: &'a [Link]) -> impl Iterator<Item = &'a str> {
-    // few are stacked higher
-    const DEEPEST: usize = 8;
+    // limit against loops
+    const MAX_DEPTH: usize = 8;
     let mut below = vec![link];
-    for _ in 0..DEEPEST {
+    for _ in 0..MAX_DEPTH {
         below = below.into_iter().flat_map(|link| next_below(link, links)).collect();
     }
     below.into_iter().map(|link| link.name.as_str())
@@ -438,7 +438,7 @@ fn next_below<'a>(link: &'a Link, links: &'a [Link]) -> Vec<&'a Link> {
     if next.is_empty() { vec![link] } else { next }
 }
 
-/// Whether the device merges what it receives.
+/// Returns true if large receive offload is on.
 fn lro(interface: &str) -> bool {
     const GET_FLAGS: u32 = 0x25;
     const LRO: u32 = 1 << 15;
@@ -498,7 +498,7 @@ fn upstreams(
     upstreams
 }
 
-/// What doctor says of a way, by its first hop. `links` are all interfaces, by index.
+/// Converts a next hop, or the first of several. `links` are all interfaces by index.
 fn way(way: &nexthop::Way, links: &HashMap<u32, Link>) -> PathFacts {
     let hop = match (way, way.hops().first()) {
         (nexthop::Way::None(reason), _) => return PathFacts::None(reason.clone()),
@@ -506,7 +506,7 @@ fn way(way: &nexthop::Way, links: &HashMap<u32, Link>) -> PathFacts {
         (_, None) => return PathFacts::Local,
     };
     let link = links.get(&hop.ifindex);
-    // a veth has a peer there
+    // the lower index of a veth is its peer
     let lower = link.and_then(|link| link.outer.or(link.lower.filter(|_| link.kind != "veth")));
     let lower = lower.and_then(|lower| links.get(&lower));
     PathFacts::Hop {
@@ -517,7 +517,7 @@ fn way(way: &nexthop::Way, links: &HashMap<u32, Link>) -> PathFacts {
     }
 }
 
-/// The sockets that are connected to a key.
+/// Returns the sockets that are connected to a key.
 fn senders(desired: &Desired) -> Vec<Sender> {
     let mut keys: HashMap<IpAddr, Vec<&Rule>> = HashMap::new();
     for rule in &desired.rules {

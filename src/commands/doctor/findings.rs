@@ -1,4 +1,4 @@
-//! Findings: what the facts mean, and the command that fixes each. Pure.
+//! Findings from the facts, each with a fix. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -11,32 +11,32 @@ use crate::net::neighbour;
 use crate::telemetry::diagnosis::{Explanation, Source, explain, is_loss};
 use crate::telemetry::problem::{Level, Problem};
 
-/// Everything that is not as it should be, problems first.
-pub fn judge(facts: &Facts) -> Vec<Problem> {
-    let mut judge = Judge { facts, findings: facts.problems.clone() };
-    // which the growth has more exactly
-    judge.findings.retain(|problem| {
+/// Derives all findings, problems first.
+pub fn diagnose(facts: &Facts) -> Vec<Problem> {
+    let mut diagnosis = Diagnosis { facts, findings: facts.problems.clone() };
+    // `growth` has exact numbers
+    diagnosis.findings.retain(|problem| {
         problem.id != "packets-lost" || facts.growth.iter().all(|it| it.place != problem.place)
     });
-    judge.growth();
-    judge.host();
-    judge.generation();
+    diagnosis.growth();
+    diagnosis.host();
+    diagnosis.generation();
     for input in &facts.inputs {
-        judge.input(input);
+        diagnosis.input(input);
     }
-    judge.upstreams();
-    judge.loops();
-    judge.senders();
-    judge.findings.sort_by_key(|finding| finding.level);
-    judge.findings
+    diagnosis.upstreams();
+    diagnosis.loops();
+    diagnosis.senders();
+    diagnosis.findings.sort_by_key(|finding| finding.level);
+    diagnosis.findings
 }
 
-struct Judge<'a> {
+struct Diagnosis<'a> {
     facts: &'a Facts,
     findings: Vec<Problem>,
 }
 
-impl Judge<'_> {
+impl Diagnosis<'_> {
     fn problem(
         &mut self,
         id: &'static str,
@@ -172,7 +172,7 @@ impl Judge<'_> {
             None if facts.wants_health => self.problem(
                 "arpd-missing",
                 "",
-                "arpd does not run, and a rule says `health: neighbour`",
+                "arpd does not run, and a rule has `health: neighbour`",
                 "nobody sees which upstreams are down",
                 self.start_arpd(),
             ),
@@ -187,7 +187,7 @@ impl Judge<'_> {
                 self.source().edit(),
             );
         }
-        for (address, rule) in &facts.homeless {
+        for (address, rule) in &facts.unassigned {
             self.note(
                 "key-address-missing",
                 rule,
@@ -293,7 +293,7 @@ impl Judge<'_> {
         }
     }
 
-    /// Verdicts of packets that are not sent right now.
+    /// Reports packets that were not sent during the sample.
     fn growth(&mut self) {
         let facts = self.facts;
         for Growth { place, verdict, packets } in &facts.growth {
@@ -306,8 +306,7 @@ impl Judge<'_> {
         }
     }
 
-    /// Relays that replicate to each other cannot be told from others by their packets: only the TTL ends
-    /// what goes round.
+    /// Reports packets with an expired TTL, the only sign of relays that replicate to each other.
     fn loops(&mut self) {
         let mut rules = BTreeSet::new();
         for upstream in self.facts.upstreams.iter().filter(|upstream| upstream.spent > 0) {
@@ -354,7 +353,7 @@ impl Judge<'_> {
                     );
                 }
                 PathFacts::Hop { interface, gateway, mtu, lower } => {
-                    // one finding for each way
+                    // one finding for each path
                     if *mtu < largest && narrow.insert((interface, mtu, upstream.too_large > 0)) {
                         let what = format!("the MTU on the way to {label} is {mtu}");
                         let why = format!(
@@ -414,10 +413,10 @@ impl Judge<'_> {
     }
 }
 
-/// Of findings for one reason so many are shown; of 10,000 upstreams all may be down.
+/// Maximum of findings shown for one reason: all of 10,000 upstreams may be down.
 const SHOWN: usize = 5;
 
-/// For a terminal or a pipe.
+/// Formats findings as text.
 pub fn text(findings: &[Problem], bold: bool) -> String {
     let mut text = String::new();
     let mut alike: BTreeMap<&str, usize> = BTreeMap::new();
@@ -455,7 +454,7 @@ pub fn text(findings: &[Problem], bold: bool) -> String {
     text
 }
 
-/// Returns the command that gives an interface an MTU; one below it has to have room for its headers too.
+/// Returns the command that sets an MTU, and that of a lower interface with room for the headers.
 fn widen(interface: &str, mtu: u32, lower: Option<&(String, u32)>, wanted: u32) -> String {
     let set = format!("ip link set {interface} mtu {wanted}");
     match lower {
@@ -516,12 +515,12 @@ mod tests {
         }
     }
 
-    /// What is found after a change: level, place, and the start of what and fix.
+    /// Checks the findings after a change: level, place, and the start of what and fix.
     #[track_caller]
     fn check(change: impl FnOnce(&mut Facts), wanted: &[(Level, &str, &str, &str)]) {
         let mut facts = healthy();
         change(&mut facts);
-        let found = judge(&facts);
+        let found = diagnose(&facts);
         assert_eq!(found.len(), wanted.len(), "{found:#?}");
         for (found, (level, place, what, fix)) in found.iter().zip(wanted) {
             assert_eq!((found.level, found.place.as_str()), (*level, *place), "{found:#?}");
@@ -725,7 +724,7 @@ mod tests {
         let mut facts = healthy();
         facts.upstreams[0].way = gateway(1400);
         facts.upstreams.push(facts.upstreams[0].clone());
-        let found = judge(&facts);
+        let found = diagnose(&facts);
         // one of each for all that go the same way
         let what: Vec<&str> = found.iter().map(|found| found.what.as_str()).collect();
         assert_eq!(
@@ -751,14 +750,14 @@ note: nobody listens on 10.1.0.1:5000
   fix:  edit /etc/udplb.yaml
 1 problem, 1 note
 ";
-        assert_eq!(text(&judge(&facts), false), wanted);
+        assert_eq!(text(&diagnose(&facts), false), wanted);
 
         let mut facts = healthy();
         let down = super::Problem::new("upstream-down", Problem, "flows", "one is down")
             .why("it does not answer")
             .since(Some(951_782_400));
         facts.problems = vec![down; 7];
-        let many = text(&judge(&facts), false);
+        let many = text(&diagnose(&facts), false);
         let line = "problem: flows: one is down since 2000-02-29T00:00:00Z\n";
         assert_eq!(many.matches(line).count(), 5, "{many}");
         let end = "and 2 more for this reason: it does not answer\n7 problems\n";

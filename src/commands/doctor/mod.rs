@@ -1,5 +1,5 @@
-//! `udplb doctor`: what keeps packets from being forwarded, or soon will, and the command that
-//! fixes each. `facts` reads the host; `findings` is pure.
+//! `udplb doctor`: finds what keeps packets from being forwarded, and how to fix it. `facts` reads the host;
+//! `findings` is pure.
 
 mod before;
 mod facts;
@@ -21,7 +21,7 @@ use crate::telemetry::problem::{self, Problem};
 /// The file to look at.
 #[derive(Args)]
 pub struct Options {
-    /// Compare this file with what serves, instead of the one that was applied.
+    /// Compare this file with the active configuration, instead of the file that was applied.
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
 }
@@ -29,7 +29,7 @@ pub struct Options {
 /// Output of `doctor`.
 #[derive(Serialize, JsonSchema)]
 pub struct Report {
-    /// There are no problems; there may be notes.
+    /// True if there are no problems; there may be notes.
     pub healthy: bool,
     /// Problems first, then notes.
     pub findings: Vec<Problem>,
@@ -37,7 +37,7 @@ pub struct Report {
 
 pub async fn run(global: &Global, options: &Options) -> Result<u8> {
     let facts = facts::read(&global.store(), &netlink()?, options.file.as_deref()).await?;
-    let findings = findings::judge(&facts);
+    let findings = findings::diagnose(&facts);
     let problems = problem::any(&findings);
     match (global.output, global.quiet && !problems) {
         (Output::Json, _) => {

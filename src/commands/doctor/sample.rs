@@ -1,4 +1,4 @@
-//! What happens to packets between two readings.
+//! Comparison of two readings.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -19,7 +19,7 @@ pub struct Growth {
     pub packets: u64,
 }
 
-/// Verdicts of packets that were not sent meanwhile.
+/// Returns the verdicts of packets that were not sent between two readings.
 pub fn growth(before: &Status, after: &Status) -> Vec<Growth> {
     let mut all = drops("", after.unmatched, before.unmatched);
     let known: HashMap<&str, &RuleStatus> =
@@ -33,7 +33,7 @@ pub fn growth(before: &Status, after: &Status) -> Vec<Growth> {
                 drops(&format!("{}/{}", rule.name, now.label), now.counters, then.counters)
             })
             .collect();
-        // where none of several copies was sent, the rule's own counter says the same again
+        // if no copy was sent, the rule's own counter repeats the verdict
         let is_new = |own: &Growth| found.iter().all(|other| other.verdict != own.verdict);
         let own: Vec<Growth> =
             drops(&rule.name, rule.own, earlier.own).into_iter().filter(is_new).collect();
@@ -49,12 +49,12 @@ fn drops(place: &str, now: Counts, then: Counts) -> Vec<Growth> {
     grown.drops().map(|(verdict, count)| growth(verdict, count.packets)).collect()
 }
 
-/// The interfaces that packets came in by, with their number, while udplb's program never ran: something
-/// before it took them all. `links` are of a time between the readings, so that what was received after
-/// them has met the program by the second one. Empty where the kernel did not measure runs.
+/// Returns the interfaces that received packets, with their number, while the program never ran: something
+/// before it took them all. `links` are read between the readings, so that the program has processed later
+/// packets by the second one. Empty if the kernel did not measure runs.
 pub fn hidden(before: &Reading, links: &[Link], after: &Reading) -> BTreeMap<String, u64> {
-    /// One may be under way.
-    const SOME: u64 = 3;
+    /// Fewer may still be in flight.
+    const MIN_PACKETS: u64 = 3;
     let (Some(earlier), Some(later)) = (before.runs, after.runs) else { return BTreeMap::new() };
     if later.count != earlier.count {
         return BTreeMap::new();
@@ -62,7 +62,7 @@ pub fn hidden(before: &Reading, links: &[Link], after: &Reading) -> BTreeMap<Str
     let interfaces = after.observed.attached().filter_map(|(name, _)| {
         let then = links.iter().find(|link| link.name == name)?.received;
         let packets = after.observed.interfaces.get(name)?.received.saturating_sub(then);
-        (packets >= SOME).then(|| (name.to_string(), packets))
+        (packets >= MIN_PACKETS).then(|| (name.to_string(), packets))
     });
     interfaces.collect()
 }
