@@ -13,7 +13,7 @@ use sd_notify::NotifyState;
 use super::Options;
 use super::dns::HostNames;
 use super::groups::Groups;
-use super::neighbours::{self, Action, Keeper, Now, Upstream};
+use super::neighbours::{self, Effect, NeighbourTracker, Now, TrackedUpstream};
 use crate::bpf::{OBJECT_SHA256, types};
 use crate::datapath::description::{Generation, ProgramName};
 use crate::datapath::environment::Environment;
@@ -71,7 +71,7 @@ pub struct Service {
     pub events: Events,
     /// One arpd for each pin directory.
     lock: File,
-    keeper: Keeper,
+    tracker: NeighbourTracker,
     groups: Groups,
     pub names: HostNames,
     serving: Option<Serving>,
@@ -88,7 +88,7 @@ pub struct Service {
     notified: Instant,
     /// The time has come to see what is due.
     ticked: bool,
-    unwritten: Vec<(u32, neighbours::Entry)>,
+    unwritten: Vec<(u32, neighbours::NextHopEntry)>,
     /// The last of what went wrong, by what was tried, so that it is told once.
     troubles: BTreeMap<&'static str, String>,
     /// Reads and writes that failed and have to succeed before the lease is renewed again.
@@ -111,7 +111,11 @@ struct Stale {
 impl Serving {
     /// Writes next hops, and with them who stands in for upstreams that are down: before they go, and again
     /// when they are back.
-    fn write(&self, guard: &ReadGuard, entries: &[(u32, neighbours::Entry)]) -> anyhow::Result<()> {
+    fn write(
+        &self,
+        guard: &ReadGuard,
+        entries: &[(u32, neighbours::NextHopEntry)],
+    ) -> anyhow::Result<()> {
         let nexthops = &self.maps.nexthops;
         let is_down = |entry: &types::nexthop| entry.health == types::health::HEALTH_DOWN;
         let (mut gone, mut back) = (HashSet::new(), HashSet::new());
@@ -170,7 +174,7 @@ impl Service {
             // before anything is read, so that nothing is missed
             events: Events::open().context("netlink")?,
             lock,
-            keeper: Keeper::new(options.probe_interval),
+            tracker: NeighbourTracker::new(options.probe_interval),
             groups: Groups::default(),
             names: HostNames::new(options.resolve_interval),
             serving: None,
@@ -233,8 +237,8 @@ impl Service {
             log::info!(
                 "generation {}: {} next hops of {} upstreams",
                 serving.generation.number,
-                self.keeper.neighbours(),
-                self.keeper.targets().len()
+                self.tracker.neighbours(),
+                self.tracker.targets().len()
             );
         } else {
             log::info!("nothing is applied yet");
@@ -243,7 +247,7 @@ impl Service {
     }
 
     fn tell_status(&mut self) {
-        let down = self.keeper.count(types::health::HEALTH_DOWN);
+        let down = self.tracker.count(types::health::HEALTH_DOWN);
         let status = match &self.serving {
             None => "nothing is applied".to_string(),
             Some(_) if !self.blind.is_empty() => {
@@ -253,7 +257,7 @@ impl Service {
             Some(serving) => format!(
                 "generation {}: {} next hops, {down} upstreams down",
                 serving.generation.number,
-                self.keeper.neighbours()
+                self.tracker.neighbours()
             ),
         };
         if status != self.status {
@@ -274,8 +278,8 @@ impl Service {
         let now = now();
         for event in events {
             match event {
-                Event::Neighbour(neighbour) => self.keeper.set_neighbour(neighbour, now),
-                Event::NeighbourGone(key) => self.keeper.remove_neighbour(key, now),
+                Event::Neighbour(neighbour) => self.tracker.set_neighbour(neighbour, now),
+                Event::NeighbourGone(key) => self.tracker.remove_neighbour(key, now),
                 Event::Links => {
                     (self.stale.links, self.stale.routes) = (true, true);
                     (self.stale.interfaces, self.stale.addresses) = (true, true);
@@ -324,7 +328,7 @@ impl Service {
             self.round_due = instant + self.options.interval;
             let generation = self.stale.generation;
             self.stale = Stale { generation, ..Stale::all() };
-            self.keeper.rewrite();
+            self.tracker.rewrite();
         }
         if let Some(serving) = &self.serving {
             let timeout = self.options.resolve_timeout;
@@ -375,14 +379,14 @@ impl Service {
     /// Reads everything anew.
     pub async fn look_at_everything(&mut self) {
         self.stale = Stale::all();
-        self.keeper.rewrite();
+        self.tracker.rewrite();
         self.routes_not_before = Instant::now();
         self.work().await;
     }
 
     /// Whether every neighbour has answered or given up.
     pub fn unreachable(&self) -> Vec<String> {
-        self.keeper.unreachable()
+        self.tracker.unreachable()
     }
 
     /// True if a configuration serves.
@@ -391,7 +395,7 @@ impl Service {
     }
 
     pub fn is_settled(&self) -> bool {
-        self.keeper.is_settled()
+        self.tracker.is_settled()
     }
 
     /// Reads what is stale and does what is due.
@@ -439,10 +443,10 @@ impl Service {
         }
         if self.ticked || looked {
             self.ticked = false;
-            self.keeper.tick(now());
+            self.tracker.tick(now());
             self.tell_status();
         }
-        let actions = self.keeper.actions();
+        let actions = self.tracker.effects();
         if !actions.is_empty() {
             self.carry_out(actions).await;
         }
@@ -494,7 +498,7 @@ impl Service {
         Ok(unusable)
     }
 
-    /// Hands the upstreams of the generation to the keeper. Where every filter was taken off
+    /// Hands the upstreams of the generation to the tracker. Where every filter was taken off
     /// there are none to look after.
     fn take_up(&mut self) -> anyhow::Result<()> {
         let mut upstreams = Vec::new();
@@ -508,12 +512,12 @@ impl Service {
                     if ids.insert(id) {
                         let known = serving.maps.nexthops.read(id)?;
                         let target = description.desired.target(rule, upstream);
-                        upstreams.push((Upstream { id, target }, known));
+                        upstreams.push((TrackedUpstream { id, target }, known));
                     }
                 }
             }
         }
-        self.keeper.set_upstreams(upstreams);
+        self.tracker.set_upstreams(upstreams);
         Ok(())
     }
 
@@ -521,7 +525,7 @@ impl Service {
     fn follow_groups(&mut self) -> anyhow::Result<()> {
         let serving = self.serving.as_ref();
         let desired = serving.map(|serving| &serving.generation.description.desired);
-        let links = self.keeper.links();
+        let links = self.tracker.links();
         let is_here = |(_, seen): &(&String, &Seen)| !matches!(seen, Seen::Detached(_));
         let here =
             serving.into_iter().flat_map(|serving| serving.interfaces.iter().filter(is_here));
@@ -530,21 +534,21 @@ impl Service {
     }
 
     async fn read_links(&mut self) -> anyhow::Result<()> {
-        self.keeper.set_links(self.netlink.links().await?);
+        self.tracker.set_links(self.netlink.links().await?);
         self.stale.links = false;
         Ok(())
     }
 
     async fn read_routes(&mut self) -> anyhow::Result<()> {
         let started = Instant::now();
-        let targets = self.keeper.targets();
+        let targets = self.tracker.targets();
         let interfaces = self
             .serving
             .as_ref()
             .map_or(&[][..], |serving| &serving.generation.description.desired.interfaces);
-        let links = self.keeper.links();
+        let links = self.tracker.links();
         let paths = routing::paths(&self.netlink, &targets, interfaces, links).await?;
-        self.keeper.set_paths(targets.into_iter().zip(paths).collect(), now());
+        self.tracker.set_paths(targets.into_iter().zip(paths).collect(), now());
         self.stale.routes = false;
         self.routes_not_before = started + started.elapsed() * ROUTES_PAUSE;
         // neighbours that nobody looked at so far may be known
@@ -557,16 +561,17 @@ impl Service {
         // of each family
         let mut known = [0; 2];
         for entry in &table {
-            let tracked = self.keeper.is_tracked((entry.ifindex, entry.address));
+            let tracked = self.tracker.is_tracked((entry.ifindex, entry.address));
             known[usize::from(entry.address.is_ipv6())] += usize::from(tracked);
         }
-        self.keeper.set_neighbours(table, now());
+        self.tracker.set_neighbours(table, now());
         for table in self.netlink.neighbour_tables().await? {
             let others = (table.entries as usize).saturating_sub(known[usize::from(table.ipv6)]);
-            let advice = neighbour::overflow(self.keeper.neighbours_of(table.ipv6), others, &table);
+            let advice =
+                neighbour::overflow(self.tracker.neighbours_of(table.ipv6), others, &table);
             let what = table_of(table.ipv6);
             let room = neighbours::room(&table);
-            self.keeper.set_room(table.ipv6, room);
+            self.tracker.set_room(table.ipv6, room);
             let advice = match room {
                 0 => advice.map(|advice| format!("{advice}; until then no next hops are added")),
                 _ => advice,
@@ -710,14 +715,14 @@ impl Service {
         Ok(())
     }
 
-    async fn carry_out(&mut self, actions: Vec<Action>) {
+    async fn carry_out(&mut self, actions: Vec<Effect>) {
         let mut requests = Vec::new();
         for action in actions {
             match action {
-                Action::Ask(key, request) => requests.push((key, request)),
-                Action::Write(id, entry) => self.unwritten.push((id, entry)),
-                Action::Tell { trouble: true, text } => log::warn!("{text}"),
-                Action::Tell { trouble: false, text } => log::info!("{text}"),
+                Effect::Request(key, request) => requests.push((key, request)),
+                Effect::Write(id, entry) => self.unwritten.push((id, entry)),
+                Effect::Log { warning: true, text } => log::warn!("{text}"),
+                Effect::Log { warning: false, text } => log::info!("{text}"),
             }
         }
         if !requests.is_empty() {
@@ -733,7 +738,7 @@ impl Service {
                 if let Ok(batches) = Batches::open() {
                     self.batches = batches;
                 }
-                // nothing was asked that the keeper thinks was
+                // nothing was asked that the tracker thinks was
                 self.stale.neighbours = true;
                 return self.note("asking neighbours", Err(error.into()));
             }
@@ -748,7 +753,7 @@ impl Service {
                 }
                 (NeighbourRequest::Keep, Some(libc::ENOBUFS)) => {
                     let ipv6 = key.1.is_ipv6();
-                    self.keeper.set_room(ipv6, 0);
+                    self.tracker.set_room(ipv6, 0);
                     let sysctl = NeighbourTable { ipv6, ..Default::default() }.sysctl("gc_thresh3");
                     if !self.troubles.contains_key(table_of(ipv6)) {
                         let advice = format!("it is full: raise the sysctl {sysctl}");
@@ -844,11 +849,11 @@ impl Service {
     pub fn end(&mut self) {
         let _ = sd_notify::notify(&[NotifyState::Stopping]);
         let requests: Vec<(NeighbourKey, NeighbourRequest)> = self
-            .keeper
+            .tracker
             .release_all()
             .into_iter()
             .filter_map(|action| match action {
-                Action::Ask(key, request) => Some((key, request)),
+                Effect::Request(key, request) => Some((key, request)),
                 _ => None,
             })
             .collect();
