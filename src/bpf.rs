@@ -1,13 +1,12 @@
 //! The compiled program and its types, as libbpf-cargo generates them from bpf/, and the few
-//! system calls about programs and maps that libbpf-rs does not wrap.
+//! system calls about programs and maps that libbpf-rs 0.27 lacks: information about and runs of a
+//! program that is known by its descriptor alone, run time statistics, tcx queries.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CStr;
 use std::io;
-use std::mem::{MaybeUninit, size_of};
+use std::mem::size_of;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 
 use anyhow::{Context, bail};
 use libbpf_rs::{MapHandle, MapInfo, OpenMap};
@@ -46,13 +45,13 @@ pub const VERDICTS: [(Verdict, &str); Verdict::VERDICTS.0 as usize] = [
     (Verdict::VERDICT_LOCAL_SOCKET, "local-socket"),
 ];
 
-/// What is counted at a rule besides verdicts, and its name in output.
+/// Counters of a rule besides verdicts, and their names in output.
 pub const NOTES: [(Verdict, &str); 2] = [
     (Verdict::NOTE_SHORT_PAYLOAD, "short-payload"),
     (Verdict::NOTE_SEVERAL_METRICS, "several-metrics"),
 ];
 
-/// Whether packets with this verdict went to the upstream.
+/// Returns true if packets with this verdict went to the upstream.
 pub fn is_forwarded(verdict: Verdict) -> bool {
     matches!(verdict, Verdict::VERDICT_FORWARDED | Verdict::VERDICT_STALE_NEIGHBOUR)
 }
@@ -63,74 +62,59 @@ pub fn is_forwarded(verdict: Verdict) -> bool {
 /// Every bit pattern is a value and there is no padding.
 pub unsafe trait Pod: Copy + Default {}
 
-// SAFETY: integers and arrays of them; udplb.h asserts each size, so that nothing is implicit.
-unsafe impl Pod for types::rule_key {}
-// SAFETY: as above.
-unsafe impl Pod for types::rule_key6 {}
-// SAFETY: as above; its enums are transparent integers.
-unsafe impl Pod for types::rule {}
-// SAFETY: as above.
-unsafe impl Pod for types::sender_key {}
-// SAFETY: as above.
-unsafe impl Pod for types::key_address {}
-// SAFETY: as above.
-unsafe impl Pod for types::sequences {}
-// SAFETY: as above.
-unsafe impl Pod for types::destination_key {}
-// SAFETY: as above.
-unsafe impl Pod for types::destination {}
-// SAFETY: as above.
-unsafe impl Pod for types::slot_line {}
-// SAFETY: as above.
-unsafe impl Pod for types::upstream {}
-// SAFETY: as above.
-unsafe impl Pod for types::spare {}
-// SAFETY: as above.
-unsafe impl Pod for types::answer_key {}
-// SAFETY: as above.
-unsafe impl Pod for types::vlan_key {}
-// SAFETY: as above.
-unsafe impl Pod for types::vlan {}
-// SAFETY: as above.
-unsafe impl Pod for types::counters {}
-// SAFETY: as above.
-unsafe impl Pod for types::retired {}
-// SAFETY: as above.
-unsafe impl Pod for types::nexthop {}
-// SAFETY: as above.
-unsafe impl Pod for types::nexthop_slot {}
-// SAFETY: as above.
-unsafe impl Pod for types::heartbeat {}
-// SAFETY: as above.
-unsafe impl Pod for types::held {}
-// SAFETY: as above.
-unsafe impl Pod for types::origin {}
-// SAFETY: as above.
-unsafe impl Pod for types::pending {}
-// SAFETY: as above.
-unsafe impl Pod for types::mark {}
+macro_rules! pod {
+    ($($name:ident),+ $(,)?) => {
+        // SAFETY: integers, transparent enums and arrays of them; udplb.h asserts each size, so that there
+        // is no implicit padding.
+        $(unsafe impl Pod for types::$name {})+
+    };
+}
 
-// SAFETY: as above.
-unsafe impl Pod for types::trace {}
-// SAFETY: as above.
-unsafe impl Pod for types::event {}
+pod!(
+    rule_key,
+    rule_key6,
+    rule,
+    sender_key,
+    key_address,
+    sequences,
+    destination_key,
+    destination,
+    slot_line,
+    upstream,
+    spare,
+    answer_key,
+    vlan_key,
+    vlan,
+    counters,
+    retired,
+    nexthop,
+    nexthop_slot,
+    heartbeat,
+    held,
+    origin,
+    pending,
+    mark,
+    trace,
+    event,
+);
+
 // SAFETY: a number.
 unsafe impl Pod for u32 {}
 
-/// The bytes of a value, as the kernel takes them.
+/// Returns the bytes of a value, in the kernel's layout.
 pub fn bytes_of<T: Pod>(value: &T) -> &[u8] {
     // SAFETY: a Pod has no padding, so every byte is initialised.
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
-/// The value behind bytes that came from a map; `None` when their number is not its size.
+/// Returns the value in bytes of a map; `None` if their number is not its size.
 pub fn from_bytes<T: Pod>(bytes: &[u8]) -> Option<T> {
     // SAFETY: the length is right, any bytes are a value, and the read may be unaligned.
     (bytes.len() == size_of::<T>())
         .then(|| unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) })
 }
 
-/// Has an object loaded with no other maps than these, and its constants.
+/// Restricts the maps that loading creates to these and the constants.
 pub fn create_only(skeleton: &mut OpenUdplbSkel<'_>, wanted: &[&str]) -> libbpf_rs::Result<()> {
     use libbpf_rs::skel::OpenSkel;
     let constants = skeleton.maps.rodata.name().to_owned();
@@ -141,60 +125,43 @@ pub fn create_only(skeleton: &mut OpenUdplbSkel<'_>, wanted: &[&str]) -> libbpf_
     })
 }
 
-/// What the kernel says of a loaded program.
+/// The kernel's information about a loaded program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProgramInfo {
     pub id: u32,
-    /// As the kernel keeps it, cut.
+    /// Cut to the kernel's 15 bytes.
     pub name: String,
     pub tag: [u8; 8],
     pub map_ids: Vec<u32>,
     pub runs: Runs,
 }
 
-/// How often a program ran and how long, while somebody had the kernel measure it.
+/// Number and duration of a program's runs while the kernel measured them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Runs {
     pub count: u64,
     pub nanoseconds: u64,
 }
 
-/// Opens a pinned program.
-pub fn open_program(path: &Path) -> io::Result<OwnedFd> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    // SAFETY: the path is a C string that outlives the call.
-    owned(unsafe { libbpf_sys::bpf_obj_get(path.as_ptr()) })
-}
-
-/// Opens a loaded program by its id, which takes CAP_SYS_ADMIN.
-pub fn program_by_id(id: u32) -> io::Result<OwnedFd> {
-    // SAFETY: takes and returns plain numbers.
-    owned(unsafe { libbpf_sys::bpf_prog_get_fd_by_id(id) })
-}
-
-/// Asks for id, tag and maps of a program.
+/// Returns id, name, tag, maps and runs of a program.
 pub fn program_info(program: BorrowedFd<'_>) -> io::Result<ProgramInfo> {
-    const MOST_MAPS: usize = 64;
-    let mut map_ids = [0_u32; MOST_MAPS];
-    let mut info = MaybeUninit::<libbpf_sys::bpf_prog_info>::zeroed();
-    let mut length = size_of::<libbpf_sys::bpf_prog_info>() as u32;
-    // SAFETY: all zeroes are a bpf_prog_info; the kernel writes `length` bytes of it and at most
-    // `nr_map_ids` numbers to `map_ids`, both of which outlive the call.
-    let info = unsafe {
-        let filled = info.assume_init_mut();
-        filled.nr_map_ids = MOST_MAPS as u32;
-        filled.map_ids = map_ids.as_mut_ptr() as u64;
-        let result = libbpf_sys::bpf_obj_get_info_by_fd(
-            program.as_raw_fd(),
-            info.as_mut_ptr().cast(),
-            &mut length,
-        );
-        if result < 0 {
-            return Err(io::Error::from_raw_os_error(-result));
-        }
-        info.assume_init()
+    const MAX_MAPS: usize = 64;
+    let mut map_ids = [0_u32; MAX_MAPS];
+    let mut info = libbpf_sys::bpf_prog_info {
+        nr_map_ids: MAX_MAPS as u32,
+        map_ids: map_ids.as_mut_ptr() as u64,
+        ..Default::default()
     };
-    let maps = (info.nr_map_ids as usize).min(MOST_MAPS);
+    let mut length = size_of::<libbpf_sys::bpf_prog_info>() as u32;
+    let pointer = std::ptr::from_mut(&mut info).cast();
+    // SAFETY: the kernel writes `length` bytes of `info` and at most `nr_map_ids` numbers to `map_ids`,
+    // both of which outlive the call.
+    let result =
+        unsafe { libbpf_sys::bpf_obj_get_info_by_fd(program.as_raw_fd(), pointer, &mut length) };
+    if result < 0 {
+        return Err(io::Error::from_raw_os_error(-result));
+    }
+    let maps = (info.nr_map_ids as usize).min(MAX_MAPS);
     let name = info.name.map(|byte| byte as u8);
     let name = CStr::from_bytes_until_nul(&name).map_or_else(|_| "".into(), CStr::to_string_lossy);
     Ok(ProgramInfo {
@@ -206,15 +173,20 @@ pub fn program_info(program: BorrowedFd<'_>) -> io::Result<ProgramInfo> {
     })
 }
 
-/// Has the kernel measure how often and how long programs run, which costs each of them some
-/// nanoseconds, until the descriptor is closed. Takes CAP_SYS_ADMIN.
+/// Measures the runs of all programs until the descriptor is closed, at some nanoseconds a run. Needs
+/// CAP_SYS_ADMIN.
 pub fn measure_runs() -> io::Result<OwnedFd> {
-    // SAFETY: takes a plain number.
-    owned(unsafe { libbpf_sys::bpf_enable_stats(libbpf_sys::BPF_STATS_RUN_TIME) })
+    // SAFETY: takes a plain number and returns a new descriptor, or a negative error.
+    unsafe {
+        match libbpf_sys::bpf_enable_stats(libbpf_sys::BPF_STATS_RUN_TIME) {
+            fd if fd >= 0 => Ok(OwnedFd::from_raw_fd(fd)),
+            error => Err(io::Error::from_raw_os_error(-error)),
+        }
+    }
 }
 
-/// Ids of the programs on the tcx hook of an interface's ingress (6.6), in their order. Empty where the
-/// kernel has no such hook.
+/// Returns the ids of the programs on the tcx hook of an interface's ingress, in their order. Empty
+/// before Linux 6.6, which has no such hook.
 pub fn tcx_programs(ifindex: u32) -> Vec<u32> {
     const MAX_PROGRAMS: usize = 64;
     let mut ids = vec![0_u32; MAX_PROGRAMS];
@@ -240,59 +212,36 @@ pub fn tcx_programs(ifindex: u32) -> Vec<u32> {
     ids
 }
 
-/// Runs a tc program on a packet of nothing, with what `skb->cb` is to hold; returns its result.
+/// Runs a tc program on 64 zero bytes with this `skb->cb`; returns its result.
 pub fn run_program(program: BorrowedFd<'_>, cb: [u32; 5]) -> io::Result<u32> {
-    run(program, &[0; 64], |context| context.cb = cb)
+    run(program, &[0; 64], types::__sk_buff { cb, ..Default::default() })
 }
 
-/// Runs a tc program on a frame as if it came in on an interface; returns its result. What the
-/// program does to the frame is lost.
+/// Runs a tc program on a frame as if it came in on an interface; returns its result. Changes of the
+/// frame are lost.
 pub fn run_on_frame(program: BorrowedFd<'_>, ifindex: u32, frame: &[u8]) -> io::Result<i32> {
-    run(program, frame, |context| context.ifindex = ifindex).map(|result| result as i32)
+    let context = types::__sk_buff { ifindex, ..Default::default() };
+    run(program, frame, context).map(|result| result as i32)
 }
 
-fn run(
-    program: BorrowedFd<'_>,
-    packet: &[u8],
-    set: impl FnOnce(&mut types::__sk_buff),
-) -> io::Result<u32> {
-    let mut context = MaybeUninit::<types::__sk_buff>::zeroed();
-    // SAFETY: all zeroes are both structs; the kernel reads packet and context, as much of them as
-    // their sizes say, and they outlive the call.
-    unsafe {
-        set(context.assume_init_mut());
-        let mut options: libbpf_sys::bpf_test_run_opts = std::mem::zeroed();
-        options.sz = size_of::<libbpf_sys::bpf_test_run_opts>() as libbpf_sys::size_t;
-        options.data_in = packet.as_ptr().cast();
-        options.data_size_in = packet.len() as u32;
-        options.ctx_in = context.as_mut_ptr().cast();
-        options.ctx_size_in = size_of::<types::__sk_buff>() as u32;
-        match libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &mut options) {
-            0 => Ok(options.retval),
-            error => Err(io::Error::from_raw_os_error(-error)),
-        }
-    }
-}
-
-/// Pins a program.
-pub fn pin_program(program: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    // SAFETY: the descriptor is open and the path is a C string that outlives the call.
-    match unsafe { libbpf_sys::bpf_obj_pin(program.as_raw_fd(), path.as_ptr()) } {
-        0 => Ok(()),
+fn run(program: BorrowedFd<'_>, packet: &[u8], context: types::__sk_buff) -> io::Result<u32> {
+    let mut options = libbpf_sys::bpf_test_run_opts {
+        sz: size_of::<libbpf_sys::bpf_test_run_opts>() as libbpf_sys::size_t,
+        data_in: packet.as_ptr().cast(),
+        data_size_in: packet.len() as u32,
+        ctx_in: std::ptr::from_ref(&context).cast(),
+        ctx_size_in: size_of::<types::__sk_buff>() as u32,
+        ..Default::default()
+    };
+    // SAFETY: the kernel reads packet and context, as much of them as their sizes say, and both
+    // outlive the call.
+    match unsafe { libbpf_sys::bpf_prog_test_run_opts(program.as_raw_fd(), &mut options) } {
+        0 => Ok(options.retval),
         error => Err(io::Error::from_raw_os_error(-error)),
     }
 }
 
-fn owned(result: i32) -> io::Result<OwnedFd> {
-    if result < 0 {
-        return Err(io::Error::from_raw_os_error(-result));
-    }
-    // SAFETY: a new descriptor that nobody else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(result) })
-}
-
-/// See [`wire`].
+/// Returns the address in words of [`wire`].
 pub fn unwire(words: [u32; 4], ipv6: bool) -> IpAddr {
     let mut octets = [0; 16];
     for (octets, word) in octets.chunks_mut(4).zip(words) {
@@ -304,7 +253,7 @@ pub fn unwire(words: [u32; 4], ipv6: bool) -> IpAddr {
     }
 }
 
-/// An address as the kernel's `__be32 [4]` has it: an IPv4 one is the first word, and the rest is 0.
+/// Returns an address as `__be32 [4]`: an IPv4 address is the first word, and the rest is 0.
 pub fn wire(address: IpAddr) -> [u32; 4] {
     match address {
         IpAddr::V4(address) => [u32::from_ne_bytes(address.octets()), 0, 0, 0],
@@ -317,7 +266,7 @@ pub fn wire(address: IpAddr) -> [u32; 4] {
     }
 }
 
-/// A map that is not part of an object, as the object defines it.
+/// Creates a map outside an object, as the object defines it.
 pub fn create(
     definition: &OpenMap<'_>,
     inner: Option<BorrowedFd<'_>>,
@@ -338,8 +287,8 @@ pub fn create(
         &options,
     )
     .with_context(context)?;
-    // libbpf takes a kernel that was short of memory when it probed for one without names, and no
-    // later program could use the map
+    // libbpf probes whether the kernel supports names. The probe also fails for lack of memory; the map
+    // then has no name, and no later program could use it.
     if MapInfo::new(map.as_fd()).with_context(context)?.info.name[0] == 0 {
         bail!("{}: the kernel kept no name for it; try again", context());
     }

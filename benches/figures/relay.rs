@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
-use udplb::bpf::{bytes_of, open_program, types};
+use udplb::bpf::{bytes_of, types};
 
 use crate::common::{Bpffs, Namespace, outcome, udplb};
 use crate::floors::{self, FloorsSkel, Packet, Run};
@@ -45,7 +45,9 @@ impl Relay {
         floors::sink(floors, &upstream, "out1");
         let bpffs = Bpffs::new();
         apply(&namespace, &bpffs, rules);
-        let program = open_program(&bpffs.pins().join("generations/1/program")).expect("a program");
+        let program =
+            libbpf_rs::Program::fd_from_pinned_path(bpffs.pins().join("generations/1/program"))
+                .expect("a program");
         let heartbeat = open_state(&bpffs, "heartbeat");
         Relay { namespace, _upstream: upstream, bpffs, program, heartbeat }
     }

@@ -3,8 +3,8 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Instant;
 
-use libbpf_rs::{MapCore, MapFlags, RingBufferBuilder};
-use udplb::bpf::{bytes_of, open_program, types};
+use libbpf_rs::{MapCore, MapFlags, Program, RingBufferBuilder};
+use udplb::bpf::{bytes_of, types};
 
 use crate::common::{Bpffs, Namespace};
 use crate::floors::{self, Packet, Run};
@@ -46,7 +46,8 @@ pub fn measure(report: &mut Report) {
     apply(&relay, &bpffs, RULES);
 
     let floors = floors::load();
-    let program = open_program(&bpffs.pins().join("generations/1/program")).expect("the program");
+    let program = Program::fd_from_pinned_path(bpffs.pins().join("generations/1/program"))
+        .expect("the program");
     let programs = [
         (AT_ONCE, floors.progs.at_once.as_fd()),
         (FLAG, floors.progs.flag.as_fd()),

@@ -3,14 +3,14 @@
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Mutex;
 
 use anyhow::{Context, anyhow, bail};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapMut, PrintLevel};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapMut, PrintLevel, Program, ProgramMut};
 
 use crate::bpf::{
     self, OBJECT_SHA256, OpenUdplbSkel, Pod, UdplbSkel, UdplbSkelBuilder, bytes_of, types,
@@ -350,14 +350,14 @@ fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path, l3: bool) -> anyhow::Resu
         let path = directory.join(name);
         map.pin(&path).with_context(|| path.display().to_string())?;
     }
-    let pin = |program: BorrowedFd<'_>, layer| {
+    let pin = |program: &mut ProgramMut<'_>, layer| {
         let path = directory.join(pin_of(layer));
-        bpf::pin_program(program, &path).with_context(|| path.display().to_string())
+        program.pin(&path).with_context(|| path.display().to_string())
     };
     if l3 {
-        pin(skeleton.progs.udplb_l3.as_fd(), Layer::Ip)?;
+        pin(&mut skeleton.progs.udplb_l3, Layer::Ip)?;
     }
-    pin(skeleton.progs.udplb.as_fd(), Layer::Ethernet)
+    pin(&mut skeleton.progs.udplb, Layer::Ethernet)
 }
 
 /// Reads a generation back; `None`: its description is missing or is none, and what is left of it is
@@ -482,7 +482,7 @@ fn map_id(map: &MapHandle) -> anyhow::Result<u32> {
 /// The program behind a pin in a generation's directory.
 pub fn open_program(directory: &Path, layer: Layer) -> anyhow::Result<OwnedFd> {
     let path = directory.join(pin_of(layer));
-    bpf::open_program(&path).with_context(|| path.display().to_string())
+    Program::fd_from_pinned_path(&path).with_context(|| path.display().to_string())
 }
 
 /// The program of a generation that is to be attached to interfaces of a kind.
@@ -495,7 +495,7 @@ pub fn program(
         // its pin is gone but a filter may still run it
         let mut programs = generation.description.programs();
         let name = programs.find(|(other, _)| *other == layer);
-        name.and_then(|(_, name)| bpf::program_by_id(name.id).ok()).ok_or(error)
+        name.and_then(|(_, name)| Program::fd_from_id(name.id).ok()).ok_or(error)
     })
 }
 

@@ -261,7 +261,7 @@ impl<'a> Executor<'a> {
     fn undo_attach(&self, interface: &str, replaces: &Slot) -> Undo {
         let before = match replaces {
             Slot::Generation(number) => self.program(interface, *number).ok(),
-            Slot::Orphan { program, .. } => crate::bpf::program_by_id(*program).ok(),
+            Slot::Orphan { program, .. } => libbpf_rs::Program::fd_from_id(*program).ok(),
             _ => None,
         };
         let interface = interface.to_string();

@@ -10,7 +10,7 @@ use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use udplb::bpf::{open_program, program_info};
+use udplb::bpf::program_info;
 
 use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, packets, rule};
 use crate::common::net::{Load, bind, local, poll, receive, set};
@@ -457,7 +457,9 @@ fn top_shows_rates_and_sorts() {
 
     // the kernel measures nothing any more, unless another test's top is at it
     let runs = || {
-        let program = open_program(&lab.bpffs.pins().join("current/program")).expect("the program");
+        let program =
+            libbpf_rs::Program::fd_from_pinned_path(lab.bpffs.pins().join("current/program"))
+                .expect("the program");
         program_info(program.as_fd()).expect("its numbers").runs.count
     };
     until("nobody measures", || {

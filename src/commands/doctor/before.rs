@@ -1,8 +1,7 @@
 //! Programs and filters that run before udplb on an interface.
 
-use std::os::fd::AsFd;
-
 use anyhow::Context;
+use libbpf_rs::ProgramHandle;
 
 use crate::bpf;
 use crate::datapath::tc;
@@ -68,7 +67,6 @@ fn tcx(link: &Link) -> impl Iterator<Item = Before> {
 
 /// Returns id and name of a program; the name needs CAP_SYS_ADMIN.
 fn name(id: u32) -> String {
-    let program = bpf::program_by_id(id);
-    let info = program.and_then(|program| bpf::program_info(program.as_fd()));
-    info.map_or_else(|_| id.to_string(), |info| format!("{id} {}", info.name))
+    let program = ProgramHandle::from_prog_id(id);
+    program.map_or_else(|_| id.to_string(), |it| format!("{id} {}", it.name().display()))
 }
