@@ -1,5 +1,5 @@
-//! Host names of upstreams, asked for again and again beside the service's own work: a name
-//! server that does not answer must not stop the lease.
+//! Periodic resolution of upstreams' host names, in a task of its own: a silent name server must not
+//! stop the lease.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -13,23 +13,23 @@ use crate::desired::{Desired, Name};
 /// The longest interval while a host of the configuration has no address.
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Asks for names.
+/// Resolver of the configuration's host names.
 pub struct HostNames {
     interval: Duration,
     asked: Instant,
-    /// Not to wait for the interval.
+    /// Resolve without waiting for the interval.
     now: bool,
     asking: bool,
     sender: UnboundedSender<Answers>,
     receiver: UnboundedReceiver<Answers>,
-    /// HostNames whose last answer had lost most of their addresses.
+    /// Names whose last answer lacked most of their addresses.
     pub shrunk: BTreeSet<Name>,
-    /// Messages about names without an address, each told once.
+    /// Names without an address and the effect, each logged once.
     failing: BTreeSet<(String, String)>,
 }
 
 impl HostNames {
-    /// With interval zero it never asks.
+    /// Interval zero: never resolves.
     pub fn new(interval: Duration) -> HostNames {
         let (sender, receiver) = unbounded_channel();
         HostNames {
@@ -44,12 +44,12 @@ impl HostNames {
         }
     }
 
-    /// The next time there is no waiting.
+    /// Makes the next [`HostNames::ask`] skip the interval.
     pub fn ask_now(&mut self) {
         self.now = true;
     }
 
-    /// Asks for all names of the configuration, if it is time.
+    /// Starts to resolve all names of the configuration, if it is time.
     pub fn ask(&mut self, desired: &Desired, timeout: Duration) {
         let interval = match desired.incomplete.hosts.is_empty() {
             true => self.interval,
@@ -67,7 +67,7 @@ impl HostNames {
         self.asking = true;
         let sender = self.sender.clone();
         tokio::spawn(async move {
-            // nobody listens any more at the end
+            // fails only at exit, when the receiver is gone
             let _ = sender.send(dns::ask(names, timeout).await);
         });
     }
@@ -79,13 +79,13 @@ impl HostNames {
                 self.asking = false;
                 answers
             }
-            // cannot be: the sender is ours too
+            // unreachable: `self` holds a sender
             None => std::future::pending().await,
         }
     }
 
-    /// Logs the names that have no address, and those that have one again.
-    pub fn tell(&mut self, unresolved: &[Unresolved]) {
+    /// Logs names that have no address, and those that resolve again.
+    pub fn log(&mut self, unresolved: &[Unresolved]) {
         let failing = unresolved.iter().map(|it| (it.host.clone(), it.effect.to_string()));
         let failing: BTreeSet<(String, String)> = failing.collect();
         for it in unresolved {

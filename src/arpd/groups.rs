@@ -1,5 +1,5 @@
-//! Membership in the multicast groups that keys are: without it a switch that snoops sends none of their
-//! packets here, nor does a router forward any.
+//! Membership in the multicast groups of keys: otherwise snooping switches and multicast routers send
+//! none of their packets here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -11,10 +11,10 @@ use socket2::{Domain, InterfaceIndexOrAddress, Socket, Type};
 use crate::desired::Desired;
 use crate::net::link::Link;
 
-/// A group on an interface, by its index.
+/// A group and the index of an interface.
 type Membership = (IpAddr, u32);
 
-/// The memberships that this process holds, each by a socket that is never read.
+/// Memberships of this process, each held by a socket that is never read.
 #[derive(Default)]
 pub struct Groups(BTreeMap<Membership, Socket>);
 
@@ -44,7 +44,7 @@ impl Groups {
     }
 }
 
-/// The memberships that a configuration wants on interfaces, each with the interface's name.
+/// Returns the memberships of a configuration on these interfaces, with the interfaces' names.
 fn memberships<'a>(
     desired: &Desired,
     links: impl Iterator<Item = &'a Link>,

@@ -1,8 +1,8 @@
-//! `udplb arpd`: keeps next hops resolved and fresh, and tells the program which are dead.
+//! `udplb arpd`: keeps next hops resolved and fresh, and marks dead ones for the program.
 //!
-//! [`neighbours`] decides; this is the rim: it reads what the kernel has, carries out what is to be
-//! done, and renews the lease as long as both succeed. Events only make it look earlier: every
-//! interval it looks at everything.
+//! [`neighbours`] is the pure state machine. [`service`] reads the kernel's tables, carries out the
+//! effects, and renews the lease as long as both succeed. Everything is read again after each
+//! interval; events only make that happen earlier.
 
 mod dns;
 mod groups;
@@ -24,61 +24,61 @@ use crate::net::events::Events;
 use crate::net::nexthop::NEIGHBOUR_TIMEOUT;
 use crate::telemetry::http;
 
-/// How often it looks whether something is due, or another generation serves.
+/// Interval of the checks for due work and for another active generation.
 const TICK: Duration = Duration::from_millis(250);
-/// Events come in swarms: this long others are waited for.
-const SWARM: Duration = Duration::from_millis(10);
+/// Events come in bursts: wait this long for more.
+const EVENT_DEBOUNCE: Duration = Duration::from_millis(10);
 
-/// How next hops and host names are kept.
+/// Options of the service.
 #[derive(Clone)]
 pub struct Options {
-    /// Resolve everything once and end.
+    /// Resolve everything once and exit.
     pub once: bool,
-    /// Time between looks at everything.
+    /// Time between two reads of everything.
     pub interval: Duration,
-    /// How long the program relies on next hops that are not renewed.
+    /// Time that the program relies on next hops that are not renewed.
     pub lease: Duration,
     /// Time between probes of a next hop.
     pub probe_interval: Duration,
     /// Time between resolutions of host names; zero: never.
     pub resolve_interval: Duration,
-    /// Wait for the addresses of all host names together.
+    /// Timeout for the addresses of all host names together.
     pub resolve_timeout: Duration,
-    /// Address of the metrics.
+    /// Listening address of the metrics.
     pub metrics: Option<SocketAddr>,
-    /// Names of this host that scrapers may use.
+    /// Host names that scrapers may use for this host.
     pub metrics_hosts: Vec<String>,
 }
 
-/// Runs until SIGTERM or SIGINT, or once.
+/// Runs until SIGTERM or SIGINT, or once. Returns the exit status.
 pub async fn run(store: &Store, options: &Options) -> Result<u8> {
     capabilities::require()?;
     let mut service = Service::open(store, options)?;
-    service.look_at_everything().await;
+    service.read_everything().await;
     if options.once {
         settle(&mut service).await;
-        if !service.serves() && !service.is_in_trouble() {
+        if !service.is_active() && !service.has_errors() {
             return Err(Failure::NothingApplied);
         }
         let unreachable = service.unreachable();
         for address in &unreachable {
-            say(format_args!("error: {address} cannot be reached; udplb doctor says why"));
+            say(format_args!("error: {address} cannot be reached; udplb doctor shows why"));
         }
-        return Ok((service.is_in_trouble() || !unreachable.is_empty()).into());
+        return Ok((service.has_errors() || !unreachable.is_empty()).into());
     }
     if let Some(address) = options.metrics {
         http::serve(store, address, &options.metrics_hosts).context("the thread for metrics")?;
     }
     let result = serve(&mut service).await;
-    service.end();
+    service.release_neighbours();
     result
 }
 
-/// Waits for neighbours to answer, as long as `apply` does.
+/// Waits for answers of neighbours, as long as `apply` does.
 async fn settle(service: &mut Service) {
     let end = Instant::now() + NEIGHBOUR_TIMEOUT;
     while !service.is_settled() && Instant::now() < end {
-        tokio::time::sleep(SWARM).await;
+        tokio::time::sleep(EVENT_DEBOUNCE).await;
         service.take_events().await;
         service.work().await;
     }
@@ -98,22 +98,22 @@ async fn serve(service: &mut Service) -> Result<u8> {
             _ = terminate.recv() => return Ok(0),
             _ = interrupt.recv() => return Ok(0),
             _ = hangup.recv() => {
-                service.look_at_everything().await;
+                service.read_everything().await;
                 service.resolve_names_now();
             }
             // the lease comes before the events, of which there may be many
             _ = tick.tick() => service.tick().await?,
             () = has_events(events) => {
-                tokio::time::sleep(SWARM).await;
+                tokio::time::sleep(EVENT_DEBOUNCE).await;
                 service.take_events().await;
             }
-            answer = names.answer() => service.renamed(answer).await,
+            answer = names.answer() => service.take_answers(answer).await,
         }
         service.work().await;
     }
 }
 
-/// Waits until the kernel has something to tell; an error is found again when events are taken.
+/// Waits for events of the kernel. Errors are handled when events are taken.
 async fn has_events(events: &Events) {
     let _ = events.wait().await;
 }

@@ -24,7 +24,7 @@ impl World {
         World::of(ADDRESS.into(), Layer::Ethernet)
     }
 
-    /// Of an upstream at an address, on a link of a kind.
+    /// Tracks an upstream at an address, on a link of a kind.
     fn of(address: IpAddr, layer: Layer) -> World {
         let tracker = NeighbourTracker::new(Duration::from_secs(2));
         let (start, passed) = (Instant::now(), Duration::ZERO);
@@ -308,7 +308,7 @@ fn paths_by_sender_are_up_while_one_is() {
     assert_eq!(world.health(), Health::HEALTH_DOWN);
 }
 
-/// What is sent to another VRF's network is worse than what is lost.
+/// Sending to another VRF's network is worse than losing packets.
 #[test]
 fn paths_by_interface_need_the_kernel() {
     let mut world = World::new();

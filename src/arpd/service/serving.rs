@@ -1,0 +1,139 @@
+//! The active generation, and the state of its filters.
+
+use std::collections::{BTreeMap, HashSet};
+
+use crate::arpd::neighbours::NextHopEntry;
+use crate::bpf::types;
+use crate::datapath::description::{Generation, ProgramName};
+use crate::datapath::lease::Heartbeat;
+use crate::datapath::pins::ReadGuard;
+use crate::datapath::spares::{self, Situation};
+use crate::datapath::state_maps::StateMaps;
+use crate::datapath::tc::{self, Slot};
+use crate::net::Netlink;
+use crate::net::link::{Link, find_link};
+use crate::reconcile::observe::Observed;
+
+/// The active generation and its maps.
+pub(super) struct Serving {
+    pub(super) generation: Generation,
+    pub(super) maps: StateMaps,
+    pub(super) heartbeat: Heartbeat,
+    /// State of the filter by interface name, as last read.
+    pub(super) interfaces: BTreeMap<String, Filter>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Filter {
+    /// The interface is missing.
+    Missing,
+    /// On the interface with this index.
+    Attached(u32),
+    /// Removed from the interface by `detach`.
+    Detached(u32),
+    /// Gone without a `detach`: the interface was recreated, or another program removed the filter.
+    Lost(u32),
+}
+
+impl Serving {
+    /// Writes next hops. Spares for upstreams that go down are written before, those of upstreams that
+    /// come up are removed after.
+    pub(super) fn write(
+        &self,
+        guard: &ReadGuard,
+        entries: &[(u32, NextHopEntry)],
+    ) -> anyhow::Result<()> {
+        let nexthops = &self.maps.nexthops;
+        let is_down = |entry: &types::nexthop| entry.health == types::health::HEALTH_DOWN;
+        let (mut gone, mut back) = (HashSet::new(), HashSet::new());
+        for (id, entry) in entries {
+            match (is_down(&nexthops.read(*id)?), is_down(&entry.0)) {
+                (false, true) => gone.insert(*id),
+                (true, false) => back.insert(*id),
+                _ => false,
+            };
+        }
+        let changed: HashSet<u32> = gone.union(&back).copied().collect();
+        let mut situation = self.situation()?;
+        if !changed.is_empty() {
+            situation.down.extend(gone);
+            self.write_spares(guard, &situation, Some(&changed))?;
+        }
+        for (id, entry) in entries {
+            nexthops.write(*id, &entry.0)?;
+        }
+        if !back.is_empty() {
+            situation.down.retain(|id| !back.contains(id));
+            self.write_spares(guard, &situation, Some(&changed))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn situation(&self) -> anyhow::Result<Situation> {
+        Situation::leased(&self.maps, self.generation.ids().max().unwrap_or(0))
+    }
+
+    pub(super) fn write_spares(
+        &self,
+        guard: &ReadGuard,
+        situation: &Situation,
+        changed: Option<&HashSet<u32>>,
+    ) -> anyhow::Result<()> {
+        let Generation { number, .. } = self.generation;
+        spares::write(guard, number, self.generation.hosts(), &[situation], changed)
+    }
+}
+
+/// Returns the state of the generation's filter on each of its interfaces, from an observation.
+pub(super) fn filters_of(generation: &Generation, observed: &Observed) -> BTreeMap<String, Filter> {
+    let interfaces = generation.description.desired.interfaces.iter();
+    interfaces
+        .map(|name| {
+            let seen = match observed.interfaces.get(name) {
+                None => Filter::Missing,
+                Some(interface) => match interface.hook.slot {
+                    Slot::Empty if observed.is_detached(name) => Filter::Detached(interface.index),
+                    Slot::Empty => Filter::Lost(interface.index),
+                    _ => Filter::Attached(interface.index),
+                },
+            };
+            (name.clone(), seen)
+        })
+        .collect()
+}
+
+/// Reads the state of the filter on each of the generation's interfaces.
+pub(super) async fn filters(
+    netlink: &Netlink,
+    serving: &Serving,
+) -> anyhow::Result<BTreeMap<String, Filter>> {
+    let generation = &serving.generation;
+    let names = generation.description.programs();
+    let programs: Vec<(u32, ProgramName)> =
+        names.map(|(_, name)| (generation.number, name.clone())).collect();
+    let links: Vec<Link> = netlink.links().await?;
+    let qdiscs: BTreeMap<u32, _> = netlink.qdiscs().await?.into_iter().collect();
+    let mut found = BTreeMap::new();
+    for name in &generation.description.desired.interfaces {
+        let seen = match find_link(links.iter(), name) {
+            None => Filter::Missing,
+            Some(link) => {
+                let qdisc = qdiscs.get(&link.index).copied();
+                let mark = serving.maps.marks.get(name)?.filter(|mark| mark.is_of(link.index));
+                match tc::hook(netlink, link.index, qdisc, &programs).await?.slot {
+                    Slot::Empty if mark.is_some_and(|mark| mark.detached) => {
+                        Filter::Detached(link.index)
+                    }
+                    Slot::Empty => Filter::Lost(link.index),
+                    _ => Filter::Attached(link.index),
+                }
+            }
+        };
+        found.insert(name.clone(), seen);
+    }
+    Ok(found)
+}
+
+pub(super) fn is_attached(seen: &Filter) -> bool {
+    matches!(seen, Filter::Attached(_))
+}
