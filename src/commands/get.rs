@@ -19,7 +19,7 @@ use crate::cli::Global;
 use crate::cli::output::report;
 use crate::config::{Action, KeyAddress, Mode, State, with_port};
 use crate::datapath::description::Generation;
-use crate::datapath::generation::{self, Twin};
+use crate::datapath::generation::{self, DryRunProgram};
 use crate::datapath::overrides;
 use crate::datapath::pins::{self, ReadGuard};
 use crate::datapath::state_maps::{self, StateMaps};
@@ -91,14 +91,14 @@ pub struct Question {
 
 /// Dry run of one generation.
 pub struct Asker {
-    twin: Twin,
+    twin: DryRunProgram,
     desired: Desired,
 }
 
 impl Asker {
     pub fn new(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Asker> {
         let desired = generation.description.desired.clone();
-        Ok(Asker { twin: generation::twin(guard, generation)?, desired })
+        Ok(Asker { twin: generation::dry_run_program(guard, generation)?, desired })
     }
 
     /// Runs the program on a packet received by the interface with this MAC address. Returns an event for
@@ -408,7 +408,7 @@ struct Looked<'a> {
     maps: &'a StateMaps,
     rows: Vec<&'a UpstreamStatus>,
     neighbours: Vec<Neighbour>,
-    twin: &'a Twin,
+    twin: &'a DryRunProgram,
 }
 
 impl Looked<'_> {

@@ -23,7 +23,7 @@ pub fn require() -> Result<()> {
     Err(Failure::Privileges(format!("missing {}; run as root", missing.join(", "))))
 }
 
-/// Those that this process lacks, in words.
+/// Returns the capabilities that this process lacks, in words.
 pub fn missing_now() -> Vec<String> {
     missing(effective())
 }

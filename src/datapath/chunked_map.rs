@@ -1,5 +1,5 @@
-//! Tables in `state/` that grow while programs of two generations use them: an outer array,
-//! fixed, of inner ones that are made on demand.
+//! Tables in `state/` that grow while programs of two generations use them: a fixed outer array of inner
+//! arrays (chunks) that are created on demand.
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -34,8 +34,8 @@ impl Chunks {
         self.state.join(format!("{}-{chunk}", self.name))
     }
 
-    /// Every chunk that the program uses is pinned; without one of them the table can neither be
-    /// read nor grow. One that is pinned only was made by an apply that went no further.
+    /// Returns true if every chunk that the program uses is pinned; otherwise the table can neither be read
+    /// nor grow. A chunk that is pinned but not used stems from an interrupted apply.
     pub fn is_whole(&self) -> anyhow::Result<bool> {
         for index in 0..=self.chunks.len() {
             let key = u32::try_from(index)?.to_ne_bytes();
@@ -48,17 +48,17 @@ impl Chunks {
         Ok(true)
     }
 
-    /// The map that the program looks into.
+    /// Returns the outer map, which the program looks up.
     pub fn outer(&self) -> &MapHandle {
         &self.outer
     }
 
-    /// Ids below this have an entry.
+    /// Returns the number of ids that have an entry.
     pub fn room(&self) -> u32 {
         self.chunks.iter().map(MapCore::max_entries).sum()
     }
 
-    /// Makes room for ids up to `most`.
+    /// Grows the table to hold ids up to `most`.
     pub fn grow(&mut self, definition: &OpenMap<'_>, most: u32) -> anyhow::Result<()> {
         while self.room() <= most {
             let mut chunk = bpf::create(definition, None)?;
@@ -77,8 +77,8 @@ impl Chunks {
         self.link(&missing).with_context(|| self.name)
     }
 
-    /// Puts chunks in their places: all at once where the kernel can, because it lets an RCU grace
-    /// period pass after each write to a map of maps.
+    /// Inserts chunks in one batch where the kernel can: each write to a map of maps waits for an RCU grace
+    /// period.
     fn link(&self, chunks: &[(u32, RawFd)]) -> anyhow::Result<()> {
         if chunks.is_empty() {
             return Ok(());
@@ -95,7 +95,7 @@ impl Chunks {
         Ok(())
     }
 
-    /// The chunks, each with the first id in it.
+    /// Returns the chunks, each with its first id.
     pub fn iter(&self) -> impl Iterator<Item = (u32, &MapHandle)> {
         let starts = self.chunks.iter().scan(0, |next, chunk| {
             let first = *next;
@@ -105,7 +105,7 @@ impl Chunks {
         starts.zip(&self.chunks)
     }
 
-    /// The chunk that an id is in, and its place there.
+    /// Returns the chunk of an id and the place in it.
     pub fn place(&self, id: u32) -> Option<(&MapHandle, u32)> {
         let width = self.chunks.first()?.max_entries();
         Some((self.chunks.get((id / width) as usize)?, id % width))

@@ -29,7 +29,7 @@ impl AddAssign for Count {
     }
 }
 
-/// What came since; nothing where the counter began anew meanwhile.
+/// Difference of two readings; zero if the counter was reset between them.
 impl Sub for Count {
     type Output = Count;
 
@@ -41,7 +41,7 @@ impl Sub for Count {
     }
 }
 
-/// What was counted under one id, or the sum over several, in the order of [`VERDICTS`] and [`NOTES`].
+/// Counters of one id, or their sum over several, in the order of [`VERDICTS`] and [`NOTES`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(into = "Tally")]
 pub struct Counts {
@@ -82,19 +82,19 @@ impl Counts {
         self.sum(|_| true)
     }
 
-    /// Those that went to the upstream.
+    /// Returns the packets that were sent to the upstream.
     pub fn forwarded(&self) -> Count {
         self.sum(is_forwarded)
     }
 
-    /// Those that did not, by the reason's name; without the reasons that there were none of.
+    /// Returns the packets that were dropped, by reason, without reasons that are zero.
     pub fn drops(&self) -> impl Iterator<Item = (&'static str, Count)> {
         let drops =
             VERDICTS.iter().zip(self.verdicts).filter(|((verdict, _), _)| !is_forwarded(*verdict));
         drops.map(|((_, name), count)| (*name, count)).filter(|(_, count)| count.packets > 0)
     }
 
-    /// What was noted of packets besides, without what was not.
+    /// Returns the counters of [`NOTES`] that are not zero.
     pub fn notes(&self) -> impl Iterator<Item = (&'static str, Count)> {
         let notes = NOTES.iter().zip(self.notes).map(|((_, name), count)| (*name, count));
         notes.filter(|(_, count)| count.packets > 0)
@@ -175,7 +175,7 @@ impl AddAssign for Counts {
     }
 }
 
-/// What came since.
+/// Difference of two readings.
 impl Sub for Counts {
     type Output = Counts;
 
@@ -239,7 +239,7 @@ impl Counters {
         self.0.outer()
     }
 
-    /// How many ids there may be.
+    /// Returns the maximum number of ids.
     pub fn most_ids(&self) -> u32 {
         let width = self.0.iter().next().map_or(0, |(_, chunk)| chunk.max_entries());
         self.0.outer().max_entries() * width
@@ -264,8 +264,7 @@ impl Counters {
         Ok(())
     }
 
-    /// What was counted under each id up to `most`, over all CPUs. An id without counters has
-    /// counted nothing.
+    /// Returns the counters of each id up to `most`, summed over all CPUs; zero for ids without counters.
     pub fn read(&self, most: u32) -> anyhow::Result<Vec<Counts>> {
         let ids = most as usize + 1;
         let mut all = Vec::with_capacity(ids);
@@ -277,7 +276,7 @@ impl Counters {
         Ok(all)
     }
 
-    /// What was counted under one id, over all CPUs.
+    /// Returns the counters of one id, summed over all CPUs.
     pub fn of(&self, id: u32) -> anyhow::Result<Counts> {
         self.0.place(id).map_or(Ok(Counts::default()), |(chunk, key)| read_one(chunk, key))
     }

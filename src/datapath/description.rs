@@ -9,13 +9,13 @@ use crate::config::Mode;
 use crate::desired::{Desired, RuleIds};
 use crate::net::link::Layer;
 
-/// What a generation says of itself, as JSON in its map `config`.
+/// Description of a generation, stored as JSON in its map `config`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Description {
     // first, so that it stands in the first chunk: see `made_of`
     #[serde(flatten)]
     pub origin: Origin,
-    /// Of the udplb that built it.
+    /// Version of the udplb that built it.
     pub version: String,
     /// SHA-256 of the object that it was loaded from.
     pub object: String,
@@ -43,20 +43,20 @@ impl Description {
     }
 }
 
-/// Where a configuration came from.
+/// Source of a configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
-    /// Of the text and of how it was applied; empty where the text says more than was applied.
+    /// Digest of the text and the arguments; empty if only a part of the text was applied.
     #[serde(default)]
     pub digest: String,
     /// The file; `-` is standard input.
     pub file: String,
-    /// Those of the command line, that stood in for the file's.
+    /// Interfaces of the command line, which replaced the file's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub interfaces: Vec<String>,
 }
 
-/// By what a filter's program is recognised when its pin is gone.
+/// Identifies a filter's program when its pin is gone.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProgramName {
     pub id: u32,
@@ -69,34 +69,34 @@ impl ProgramName {
         ProgramName { id, tag: tag.iter().map(|byte| format!("{byte:02x}")).collect() }
     }
 
-    /// That of a loaded program.
+    /// Returns the name of a loaded program.
     pub fn of(program: BorrowedFd<'_>) -> std::io::Result<ProgramName> {
         bpf::program_info(program).map(|info| ProgramName::new(info.id, info.tag))
     }
 }
 
-/// A generation that is there.
+/// An existing generation.
 #[derive(Clone, Debug)]
 pub struct Generation {
     pub number: u32,
     pub description: Description,
-    /// Every pin is there, and program and state are those that belong together.
+    /// Every pin exists, and the program uses these maps.
     pub intact: bool,
 }
 
 impl Generation {
-    /// Its rules and their ids.
+    /// Returns the rules and their ids.
     pub fn hosts(&self) -> (&Desired, &[RuleIds]) {
         (&self.description.desired, &self.description.ids)
     }
 
-    /// All that it holds.
+    /// Returns all ids in use.
     pub fn ids(&self) -> impl Iterator<Item = u32> {
         all(&self.description.ids)
     }
 
-    /// Each rule's id, and those of its upstreams under which packets of the rule are counted. What
-    /// a rule that replicates has are receivers, which count copies.
+    /// Returns each rule's id and the ids of the upstreams that count packets of the rule. Receivers of a
+    /// replicating rule count copies instead and are left out.
     pub fn counting(&self) -> impl Iterator<Item = (u32, &[u32])> {
         let (desired, ids) = self.hosts();
         desired.rules.iter().zip(ids).map(|(rule, ids)| match rule.mode {
@@ -106,7 +106,7 @@ impl Generation {
     }
 }
 
-/// Every id that is used.
+/// Returns every id in use.
 pub fn all(ids: &[RuleIds]) -> impl Iterator<Item = u32> {
     ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.destinations()))
 }

@@ -1,4 +1,4 @@
-//! What the packet path knows of this host: its own addresses, and the VLANs that it is in.
+//! This host's addresses and VLANs, as tables of the packet path.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

@@ -37,7 +37,7 @@ const MAPS: [&str; 9] = [
     "config",
 ];
 
-/// The name of a program's pin.
+/// Returns the name of a program's pin.
 pub fn pin_of(layer: Layer) -> &'static str {
     match layer {
         Layer::Ethernet => "program",
@@ -45,7 +45,7 @@ pub fn pin_of(layer: Layer) -> &'static str {
     }
 }
 
-/// What a generation is to be built from.
+/// Input of a new generation.
 #[derive(Clone, Debug)]
 pub struct Draft {
     pub number: u32,
@@ -57,7 +57,7 @@ pub struct Draft {
     pub desired: Desired,
 }
 
-/// A generation just built, and what is worth telling of it.
+/// A generation just built, and the remarks to log about it.
 pub struct Built {
     pub generation: Generation,
     /// Counters start at zero: there were none, or their map had gone.
@@ -146,7 +146,7 @@ fn build_in(
     Ok(Built { generation, counters_reset })
 }
 
-/// What libbpf says, the verifier's log among it; shown when a load fails.
+/// Messages of libbpf with the verifier's log; shown if a load fails.
 static LOG: Mutex<String> = Mutex::new(String::new());
 
 fn keep_log(_: PrintLevel, line: String) {
@@ -189,11 +189,11 @@ fn size(skeleton: &mut OpenUdplbSkel<'_>, tables: &Tables, json: usize) -> anyho
     Ok(())
 }
 
-/// A generation's program again, on the same maps: one that sends and counts nothing, and tells of
-/// every packet.
-pub struct Twin {
+/// The dry-run program: a generation's program on the same maps, which sends and counts nothing and
+/// records every packet.
+pub struct DryRunProgram {
     pub program: OwnedFd,
-    /// Where it tells of them.
+    /// Ring buffer of its event records.
     pub events: MapHandle,
     pub tables: Tables,
 }
@@ -202,7 +202,10 @@ pub struct Twin {
 ///
 /// # Errors
 /// Another udplb built the generation: its program is not known here.
-pub fn twin(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Twin> {
+pub fn dry_run_program(
+    guard: &ReadGuard,
+    generation: &Generation,
+) -> anyhow::Result<DryRunProgram> {
     let description = &generation.description;
     if description.object != OBJECT_SHA256 {
         bail!(
@@ -247,14 +250,14 @@ pub fn twin(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Twin> 
     let skeleton = load(skeleton)?;
     let trace = types::trace { until: u64::MAX, frames: 1, ..Default::default() };
     skeleton.maps.tracing.update(&0_u32.to_ne_bytes(), bytes_of(&trace), MapFlags::ANY)?;
-    Ok(Twin {
+    Ok(DryRunProgram {
         program: skeleton.progs.udplb.as_fd().try_clone_to_owned()?,
         events: MapHandle::try_from(&skeleton.maps.events)?,
         tables,
     })
 }
 
-/// What all generations have together; but for what is told of packets.
+/// Reuses the maps that all generations share, except those of event records.
 fn share(skeleton: &mut OpenUdplbSkel<'_>, state: &StateMaps) -> anyhow::Result<()> {
     skeleton.maps.counters.reuse_fd(state.counters.outer().as_fd())?;
     skeleton.maps.nexthops.reuse_fd(state.nexthops.outer().as_fd())?;
@@ -383,8 +386,8 @@ pub fn read(guard: &ReadGuard, number: u32) -> anyhow::Result<Option<Generation>
     Ok(None)
 }
 
-/// Splits what is wrong with a generation from what went wrong while it was read: too few descriptors
-/// or too little memory, a missing privilege.
+/// Separates damage of a generation (inner error) from errors of reading it (outer error): too few
+/// descriptors, too little memory, a missing privilege.
 fn unless_damaged<T>(result: anyhow::Result<T>) -> anyhow::Result<anyhow::Result<T>> {
     match result {
         Err(error) if !is_damage(&error) => {
@@ -394,7 +397,7 @@ fn unless_damaged<T>(result: anyhow::Result<T>) -> anyhow::Result<anyhow::Result
     }
 }
 
-/// A pin that is missing or of another kind, or a finding of ours.
+/// Returns true for a missing pin, a pin of another kind, or an error of our own checks.
 fn is_damage(error: &anyhow::Error) -> bool {
     use libbpf_rs::ErrorKind::{InvalidData as Data, InvalidInput as Invalid, NotFound as Missing};
     use std::io::ErrorKind::{InvalidData, InvalidInput, NotFound};
@@ -417,7 +420,7 @@ fn read_description(directory: &Path) -> anyhow::Result<Description> {
     serde_json::from_slice(&json[..end]).context("its description")
 }
 
-/// The names of the programs whose pins are there.
+/// Returns the names of the pinned programs.
 pub fn pinned_programs(directory: &Path) -> anyhow::Result<Vec<ProgramName>> {
     let mut names = Vec::new();
     for layer in [Layer::Ethernet, Layer::Ip] {
@@ -428,7 +431,7 @@ pub fn pinned_programs(directory: &Path) -> anyhow::Result<Vec<ProgramName>> {
     Ok(names)
 }
 
-/// The configuration of a generation, if it is intact and was made of the text with this digest.
+/// Returns the configuration of a generation, if it is intact and has this digest.
 pub fn made_of(guard: &ReadGuard, number: u32, digest: &str) -> Option<Desired> {
     let config = MapHandle::from_pinned_path(guard.generation(number).join("config")).ok()?;
     let start = config.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).ok()??;
@@ -479,27 +482,27 @@ fn map_id(map: &MapHandle) -> anyhow::Result<u32> {
     Ok(MapInfo::new(map.as_fd())?.info.id)
 }
 
-/// The program behind a pin in a generation's directory.
+/// Opens a pinned program in a generation's directory.
 pub fn open_program(directory: &Path, layer: Layer) -> anyhow::Result<OwnedFd> {
     let path = directory.join(pin_of(layer));
     Program::fd_from_pinned_path(&path).with_context(|| path.display().to_string())
 }
 
-/// The program of a generation that is to be attached to interfaces of a kind.
+/// Opens the program of a generation for interfaces of a link layer.
 pub fn program(
     guard: &ReadGuard,
     generation: &Generation,
     layer: Layer,
 ) -> anyhow::Result<OwnedFd> {
     open_program(&guard.generation(generation.number), layer).or_else(|error| {
-        // its pin is gone but a filter may still run it
+        // without its pin, a filter may still run it
         let mut programs = generation.description.programs();
         let name = programs.find(|(other, _)| *other == layer);
         name.and_then(|(_, name)| Program::fd_from_id(name.id).ok()).ok_or(error)
     })
 }
 
-/// Removes the pins of a generation; its program lives on where a filter runs it.
+/// Removes the pins of a generation. A filter keeps its program alive.
 pub fn drop(guard: &WriteGuard, number: u32) -> anyhow::Result<()> {
     remove_pins(&guard.generation(number))
 }

@@ -6,10 +6,10 @@ use std::path::Path;
 
 use libbpf_rs::ErrorKind;
 
-/// Types of the kernel, which the program is fitted to when it is loaded.
+/// BTF of the kernel, which relocates the program when it is loaded.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// Major and minor number of the kernel that runs.
+/// Returns major and minor version of the running kernel.
 pub fn version() -> (u32, u32) {
     let mut names = MaybeUninit::<libc::utsname>::zeroed();
     // SAFETY: all zeroes are a utsname, which the kernel fills and which outlives the call.
@@ -42,14 +42,14 @@ pub fn is_confidential() -> bool {
     lockdown.is_ok_and(|modes| modes.contains("[confidentiality]"))
 }
 
-/// Why the program of confidential kernels is refused.
+/// Reason why a kernel in lockdown (confidentiality) refuses the program.
 pub const CONFIDENTIAL: &str = "the kernel is locked down (confidentiality): it lets no program read \
                                 kernel memory; boot it with lockdown=integrity";
 
 /// Returns the likely cause of a refusal to load, and what to do, from the kind of error and libbpf's
 /// and the verifier's log.
 pub fn refusal(error: ErrorKind, log: &str) -> Option<String> {
-    // helpers that lockdown takes away are unknown to the verifier
+    // to the verifier, helpers that lockdown disables are unknown
     let no_reads = ["cannot use helper bpf_probe_read", "unknown func bpf_probe_read"];
     if is_confidential() || no_reads.iter().any(|message| log.contains(message)) {
         return Some(CONFIDENTIAL.into());

@@ -38,7 +38,7 @@ impl Heartbeat {
         Ok(Heartbeat { program, jiffies: u32::try_from(jiffies)?.max(1), milliseconds })
     }
 
-    /// The lease runs from now on.
+    /// Renews the lease from now on.
     pub fn beat(&self) -> anyhow::Result<()> {
         let result =
             bpf::run_program(self.program.as_fd(), [self.jiffies, self.milliseconds, 0, 0, 0])
@@ -50,7 +50,7 @@ impl Heartbeat {
     }
 }
 
-/// HZ: the coarse clocks go by ticks and say how long they are.
+/// Returns HZ: the resolution of the coarse clocks is one tick.
 pub fn ticks_per_second() -> anyhow::Result<u32> {
     let mut tick = MaybeUninit::<libc::timespec>::uninit();
     // SAFETY: the kernel fills the struct where it returns 0.
@@ -63,7 +63,7 @@ pub fn ticks_per_second() -> anyhow::Result<u32> {
     Ok(1_000_000_000 / u32::try_from(nanoseconds)?.max(1))
 }
 
-/// How long the lease still runs; `None`: there never was one. Zero: it has run out.
+/// Returns the remaining time of the lease: zero once it has expired, `None` if there never was one.
 pub fn remaining(map: &MapHandle) -> anyhow::Result<Option<Duration>> {
     let bytes = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY)?.unwrap_or_default();
     let beat: types::heartbeat = from_bytes(&bytes).context("state/heartbeat is no heartbeat")?;
@@ -74,7 +74,7 @@ pub fn remaining(map: &MapHandle) -> anyhow::Result<Option<Duration>> {
     Ok(Some(until.saturating_sub(monotonic())))
 }
 
-/// The clock that the program goes by.
+/// Returns the time of the program's clock, `CLOCK_MONOTONIC`.
 pub fn monotonic() -> Duration {
     let mut now = MaybeUninit::<libc::timespec>::uninit();
     // SAFETY: the clock exists everywhere, and the call fills the struct.

@@ -1,4 +1,4 @@
-//! Waiting for a lock on a directory, and who holds it.
+//! Waiting for a lock on a directory, and its holders.
 
 use std::fs::{self, TryLockError};
 use std::os::unix::fs::MetadataExt;
@@ -9,10 +9,10 @@ use anyhow::anyhow;
 
 use crate::error::{Failure, Result};
 
-/// How often a lock is tried.
+/// Interval of the attempts to take a lock.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Tries a lock until `end`, `wait` after the beginning. `path` is what it protects.
+/// Tries a lock until `end`, `wait` after the beginning. `path` is the directory that it protects.
 pub fn wait(
     path: &Path,
     wait: Duration,
@@ -40,7 +40,7 @@ pub fn wait(
     }
 }
 
-/// Returns who holds a lock on a directory, with command lines: `udplb apply a.yaml (pid 7)`.
+/// Returns the holders of a lock on a directory, with command lines: `udplb apply a.yaml (pid 7)`.
 pub fn holders(path: &Path) -> String {
     let unknown = || format!("another udplb (fuser {} shows which)", path.display());
     let Ok(metadata) = fs::metadata(path) else { return unknown() };
@@ -59,8 +59,8 @@ fn describe(pid: u32) -> String {
     }
 }
 
-/// The processes that hold a flock on an inode, as `/proc/locks` lists them:
-/// `1: FLOCK  ADVISORY  WRITE 1234 00:2b:5678 0 EOF`. Those that wait have `->` after the number.
+/// Returns the processes that hold a flock on an inode, from `/proc/locks`:
+/// `1: FLOCK  ADVISORY  WRITE 1234 00:2b:5678 0 EOF`. Waiting processes have `->` after the number.
 fn pids(locks: &str, device: u64, inode: u64) -> Vec<u32> {
     let place = format!("{:02x}:{:02x}:{inode}", libc::major(device), libc::minor(device));
     let mut pids: Vec<u32> = locks

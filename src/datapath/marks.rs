@@ -1,5 +1,5 @@
-//! What outlives generations about interfaces: where udplb was taken off by command, where the clsact is
-//! its own, and how often arpd put the filter back.
+//! State of interfaces that outlives generations: detached by command, clsact created by udplb, number of
+//! times that arpd has attached the filter again.
 
 use std::collections::BTreeMap;
 
@@ -9,17 +9,17 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use crate::bpf::{bytes_of, from_bytes, types};
 use crate::datapath::pins::WriteGuard;
 
-/// What is remembered of an interface.
+/// Mark of an interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Mark {
-    /// Index of the interface; one with another index is another interface. 0: it was missing, and the
-    /// next one of that name is meant.
+    /// Index of the interface; a recreated one has another index. 0: the interface was missing, and the
+    /// mark is for the next one of that name.
     pub index: u32,
-    /// `detach`, or an apply that no longer names it, has taken the filter off.
+    /// The filter was removed by `detach`, or by an apply that no longer names the interface.
     pub detached: bool,
     /// The clsact was made by udplb.
     pub clsact: bool,
-    /// How often arpd put back a filter that somebody else had removed.
+    /// Number of times that arpd has attached the filter again after another program removed it.
     pub reattached: u64,
 }
 
@@ -39,7 +39,7 @@ impl Marks {
         Marks(map)
     }
 
-    /// Returns all of them.
+    /// Returns all marks.
     pub fn read(&self) -> anyhow::Result<BTreeMap<String, Mark>> {
         let keys = self.0.iter().flat_map(MapCore::keys);
         let marks = keys.map(|key| {
@@ -51,7 +51,7 @@ impl Marks {
         marks.collect()
     }
 
-    /// Returns that of one interface.
+    /// Returns the mark of an interface.
     pub fn get(&self, interface: &str) -> anyhow::Result<Option<Mark>> {
         let Some(map) = &self.0 else { return Ok(None) };
         let Some(bytes) = map.lookup(&key(interface), MapFlags::ANY)? else { return Ok(None) };
@@ -64,7 +64,7 @@ impl Marks {
         }))
     }
 
-    /// Sets or removes that of one interface.
+    /// Sets or removes the mark of an interface.
     pub fn set(&self, _: &WriteGuard, interface: &str, mark: Option<Mark>) -> anyhow::Result<()> {
         let Some(map) = &self.0 else { return Ok(()) };
         let Some(mark) = mark else {
@@ -84,7 +84,7 @@ impl Marks {
     }
 }
 
-/// A name fills the key with zeroes (`IFNAMSIZ`).
+/// Returns a name as a key, padded with zeroes (`IFNAMSIZ`).
 fn key(interface: &str) -> [u8; 16] {
     let mut key = [0; 16];
     key.iter_mut().zip(interface.bytes()).for_each(|(to, from)| *to = from);

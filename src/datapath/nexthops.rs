@@ -13,7 +13,7 @@ use crate::desired::{Desired, RuleIds};
 use crate::net::nexthop::{Macs, Way};
 use crate::net::routing::Target;
 
-/// The table that the program looks into, by upstream id.
+/// The program's table of next hops, by upstream id.
 pub struct NextHops(Chunks);
 
 impl NextHops {
@@ -27,12 +27,12 @@ impl NextHops {
         self.0.is_whole()
     }
 
-    /// The map that the program looks into.
+    /// Returns the map that the program looks up.
     pub fn outer(&self) -> &MapHandle {
         self.0.outer()
     }
 
-    /// Makes room for `ids`.
+    /// Grows the table to hold `ids`.
     pub fn prepare(
         &mut self,
         skeleton: &OpenUdplbSkel<'_>,
@@ -48,13 +48,13 @@ impl NextHops {
         Ok((chunk, key, slot))
     }
 
-    /// What is known of the way to an upstream; all zeroes: nothing.
+    /// Returns the next hop of an upstream; all zeroes if it is unknown.
     pub fn read(&self, id: u32) -> anyhow::Result<types::nexthop> {
         let (_, _, slot) = self.slot(id)?;
         Ok(slot.copies[(slot.sequence & 1) as usize])
     }
 
-    /// What is known of the way to every upstream up to this id.
+    /// Returns the next hops of all upstreams up to this id.
     pub fn read_all(&self, most: u32) -> anyhow::Result<Vec<types::nexthop>> {
         let mut all = Vec::with_capacity(self.0.room() as usize);
         for (_, chunk) in self.0.iter().take_while(|(first, _)| *first <= most) {
@@ -68,7 +68,7 @@ impl NextHops {
         Ok(all)
     }
 
-    /// Changes an entry, and leaves alone one that is the same.
+    /// Writes an entry if it differs.
     pub fn write(&self, id: u32, entry: &types::nexthop) -> anyhow::Result<()> {
         let (chunk, key, mut slot) = self.slot(id)?;
         if change(&mut slot, entry) {
@@ -77,7 +77,7 @@ impl NextHops {
         Ok(())
     }
 
-    /// Changes many entries; what is known of an upstream's health stays.
+    /// Writes many entries; keeps the health of each upstream.
     pub fn write_all(&self, entries: &BTreeMap<u32, types::nexthop>) -> anyhow::Result<()> {
         for (first, chunk) in self.0.iter() {
             let width = chunk.max_entries();
@@ -112,7 +112,7 @@ fn change(slot: &mut types::nexthop_slot, entry: &types::nexthop) -> bool {
     bytes_of(&slot.copies[used]) != bytes_of(entry)
 }
 
-/// Tells the program: first the other copy, then that it is the one in use.
+/// Publishes an entry: first the copy, then the sequence number that selects it.
 fn turn(chunk: &MapHandle, slots: &mut [(u32, types::nexthop_slot)]) -> anyhow::Result<()> {
     if slots.is_empty() {
         return Ok(());
@@ -129,7 +129,7 @@ fn turn(chunk: &MapHandle, slots: &mut [(u32, types::nexthop_slot)]) -> anyhow::
     Ok(())
 }
 
-/// Tells the program what `apply` found. `ids` are those of `desired`.
+/// Writes the next hops that `apply` resolved. `ids` are those of `desired`.
 pub fn write(
     nexthops: &NextHops,
     desired: &Desired,
@@ -139,7 +139,7 @@ pub fn write(
     nexthops.write_all(&entries(desired, ids, |target| ways.get(target)))
 }
 
-/// What the program is to know, by upstream id.
+/// Returns the next hop entries of all upstreams, by id.
 pub fn entries<'a>(
     desired: &Desired,
     ids: &[RuleIds],
@@ -155,7 +155,7 @@ pub fn entries<'a>(
     entries
 }
 
-/// What the program is to know of a way.
+/// Returns the entry for a next hop.
 pub fn entry(address: IpAddr, way: Option<&Way>) -> types::nexthop {
     let mut entry = types::nexthop { address: wire(address), ..Default::default() };
     let Some(hop) = way.and_then(|way| way.hops().first()) else { return entry };
@@ -176,7 +176,7 @@ pub fn entry(address: IpAddr, way: Option<&Way>) -> types::nexthop {
         Macs::Known { own, neighbour } => {
             (entry.source, entry.destination) = (own, neighbour);
             entry.macs = match way {
-                // the kernel says for each packet which hop it is
+                // the kernel selects the hop of each packet
                 Some(Way::Several { routed: true, .. }) => types::macs::MACS_KNOWN,
                 _ => types::macs::MACS_FRESH,
             };
@@ -185,14 +185,14 @@ pub fn entry(address: IpAddr, way: Option<&Way>) -> types::nexthop {
     entry
 }
 
-/// The neighbour that an entry's packets go to.
+/// Returns the neighbour that an entry's packets are sent to.
 pub fn gateway(entry: &types::nexthop) -> IpAddr {
     unwire(entry.gateway, i32::from(entry.family) == libc::AF_INET6)
 }
 
-/// This host's own address on an entry's way, if it is known.
+/// Returns this host's source address towards the next hop, if it is known.
 pub fn egress(entry: &types::nexthop) -> Option<IpAddr> {
-    // an IPv6 address in use has something behind its first word
+    // an IPv6 address in use has a bit set after its first word
     let ipv6 = entry.egress[1..] != [0; 3];
     (entry.egress != [0; 4]).then(|| unwire(entry.egress, ipv6))
 }

@@ -1,4 +1,5 @@
-//! What `drain` and `enable` say of upstreams, whatever the configuration says: two bits by id.
+//! Override states of upstreams, set by `drain` and `enable`: two bits by id. They take precedence over
+//! the configuration.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -8,14 +9,14 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use crate::config::State;
 use crate::datapath::pins::WriteGuard;
 
-/// `enum override` of udplb.h: no map and no function is of that type, and so the skeleton has it not.
+/// `enum override` of udplb.h. No map or function has that type, so that the skeleton lacks it.
 const DRAINED: u64 = 1;
 const ACTIVE: u64 = 2;
 const BITS: u32 = 2;
 const MASK: u64 = (1 << BITS) - 1;
 const PER_WORD: u32 = u64::BITS / BITS;
 
-/// The table of overrides. There is one writer, whoever holds the guard.
+/// The table of overrides. Only the holder of the write guard writes to it.
 pub struct Overrides(MapHandle);
 
 impl Overrides {
@@ -23,12 +24,12 @@ impl Overrides {
         Overrides(map)
     }
 
-    /// The map that the program looks into.
+    /// Returns the map that the program looks up.
     pub fn map(&self) -> &MapHandle {
         &self.0
     }
 
-    /// Those of ids up to `most`.
+    /// Returns the overrides of ids up to `most`.
     pub fn read(&self, most: u32) -> anyhow::Result<BTreeMap<u32, State>> {
         let words = (most / PER_WORD).saturating_add(1).min(self.0.max_entries());
         let batch = self.0.lookup_batch(words, MapFlags::ANY, MapFlags::ANY)?;
@@ -37,7 +38,7 @@ impl Overrides {
         for (index, (_, word)) in (0..words).zip(batch) {
             seen += 1;
             let word = number(&word)?;
-            // nearly all of them
+            // most words are zero
             if word == 0 {
                 continue;
             }
@@ -49,7 +50,7 @@ impl Overrides {
         Ok(all)
     }
 
-    /// Says it of an upstream; `None` leaves it to the configuration.
+    /// Sets the override of an upstream; `None` removes it.
     pub fn set(&self, _: &WriteGuard, id: u32, state: Option<State>) -> anyhow::Result<()> {
         let key = (id / PER_WORD).to_ne_bytes();
         let word = self.0.lookup(&key, MapFlags::ANY)?.context("an id beyond all upstreams")?;
@@ -57,7 +58,7 @@ impl Overrides {
         Ok(self.0.update(&key, &word.to_ne_bytes(), MapFlags::ANY)?)
     }
 
-    /// Takes back all but those of ids that are `held`: whoever gets one next is somebody else.
+    /// Removes the overrides of ids that are not `held`: such an id may be assigned to another upstream.
     pub fn retain(&self, guard: &WriteGuard, held: &HashSet<u32>) -> anyhow::Result<()> {
         let mut all = self.read(u32::MAX)?.into_keys();
         all.try_for_each(|id| if held.contains(&id) { Ok(()) } else { self.set(guard, id, None) })
@@ -68,7 +69,7 @@ fn number(word: &[u8]) -> anyhow::Result<u64> {
     Ok(u64::from_ne_bytes(word.try_into().context("state/overrides has other values")?))
 }
 
-/// What a word says at a place.
+/// Returns the override at a place in a word.
 fn get(word: u64, place: u32) -> Option<State> {
     match word >> (place * BITS) & MASK {
         0 => None,
@@ -87,8 +88,8 @@ fn put(word: u64, place: u32, state: Option<State>) -> u64 {
     word & !(MASK << shift) | bits << shift
 }
 
-/// In output: what an upstream is, by the configuration unless it says otherwise; `None` where it is
-/// active and nobody says anything.
+/// Returns the state of an upstream for output: the override, else the configured state. `None` for an
+/// active upstream without an override.
 pub fn word(filed: State, said: Option<State>) -> Option<&'static str> {
     match (filed, said) {
         (State::Active, None) => None,

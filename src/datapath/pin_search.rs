@@ -1,4 +1,4 @@
-//! Where in the system the pins of a program are: in other pin directories, and in other mount namespaces.
+//! Search for the pins of a program: in other pin directories and in other mount namespaces.
 
 use std::fmt;
 use std::fs;
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::datapath::generation;
 use crate::net::link::Layer;
 
-/// What is to be tried before a filter is called an orphan for good.
+/// Advice for finding the pins of a filter that seems to be an orphan.
 pub const HOW_TO_FIND: &str = "they are in a mount namespace that is not seen from here, or gone: look \
      for another udplb in containers and services (`grep -l ' - bpf ' /proc/*/mountinfo` names processes \
      that see a bpffs) and apply or detach there; if there is none";

@@ -23,38 +23,38 @@ use anyhow::{Context, anyhow, bail};
 use crate::datapath::lock;
 use crate::error::{Failure, Result};
 
-/// Where the pins are unless `--pin-dir` says otherwise.
+/// Default of `--pin-dir`.
 pub const PIN_DIR: &str = "/sys/fs/bpf/udplb";
 
-/// Where systems mount it, and udplb where they do not.
+/// The usual mount point of bpffs. udplb mounts one there if it is missing.
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// The directory that a writer locks while it waits, so that readers queue behind it.
 const QUEUE: &str = "queue";
 
-/// The directory of what outlives generations. Another layout gets one of its own beside it, whose name
-/// begins alike.
+/// Directory of the state that outlives generations. Each layout of it has a directory of its own, whose
+/// name begins with [`STATES`].
 pub const STATE: &str = "state-4";
 
 const STATES: &str = "state";
 
-/// A pin directory, and how long its lock is waited for.
+/// A pin directory and the timeout of its lock.
 #[derive(Clone, Debug)]
 pub struct Store {
     pub pin_dir: PathBuf,
     pub lock_timeout: Duration,
 }
 
-/// Shared access: nobody changes anything meanwhile.
+/// Shared access: no other process changes anything meanwhile.
 pub struct ReadGuard {
     path: PathBuf,
     _lock: File,
 }
 
-/// Exclusive access: what changes anything takes one of these.
+/// Exclusive access: everything that changes pins takes one.
 pub struct WriteGuard {
     guard: ReadGuard,
-    /// The bpffs was mounted for this, and goes again unless something is built in it.
+    /// This guard has mounted the bpffs, and unmounts it unless something is built in it.
     mounted: bool,
 }
 
@@ -66,12 +66,12 @@ impl Deref for WriteGuard {
     }
 }
 
-/// Locks for reading; `None` where udplb has never been applied.
+/// Locks for reading; `None` if udplb has never been applied.
 pub fn read(path: &Path, wait: Duration) -> Result<Option<ReadGuard>> {
     let end = Instant::now() + wait;
     loop {
         let Some(lock) = open(path)? else { return Ok(None) };
-        // behind a writer that waits
+        // queue behind a waiting writer
         let turn = File::open(path.join(QUEUE)).ok();
         if let Some(turn) = &turn {
             lock::wait(path, wait, end, || turn.try_lock_shared())?;
@@ -84,7 +84,7 @@ pub fn read(path: &Path, wait: Duration) -> Result<Option<ReadGuard>> {
     }
 }
 
-/// Locks for writing; makes the directory where it is missing.
+/// Locks for writing; creates the directory if it is missing.
 pub fn write(path: &Path, wait: Duration) -> Result<WriteGuard> {
     let end = Instant::now() + wait;
     let mounted = ensure_bpffs(path)?;
@@ -93,7 +93,7 @@ pub fn write(path: &Path, wait: Duration) -> Result<WriteGuard> {
         let lock = open(path)?.with_context(|| format!("{} is gone", path.display()))?;
         make(&path.join(QUEUE))?;
         if lock.try_lock().is_err() {
-            // those who come to read after this wait behind it, so that readers do not keep it out
+            // later readers queue behind this writer, so that they cannot starve it
             let turn = File::open(path.join(QUEUE)).context(QUEUE)?;
             lock::wait(path, wait, end, || turn.try_lock())?;
             lock::wait(path, wait, end, || lock.try_lock())?;
@@ -108,7 +108,7 @@ pub fn write(path: &Path, wait: Duration) -> Result<WriteGuard> {
     }
 }
 
-/// Makes a directory for root alone, unless it is there.
+/// Creates a directory of mode 0700, unless it exists.
 fn make(path: &Path) -> anyhow::Result<()> {
     match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -118,10 +118,10 @@ fn make(path: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Opens the pin directory; `None` where there is none.
+/// Opens the pin directory; `None` if it does not exist.
 ///
 /// # Errors
-/// Somebody else could change what is in it.
+/// Another user could change its content.
 fn open(path: &Path) -> Result<Option<File>> {
     let directory =
         OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(path);
@@ -144,7 +144,7 @@ fn open(path: &Path) -> Result<Option<File>> {
     }
 }
 
-/// Whoever can write to the pin directory, or owns it, decides what udplb does.
+/// Refuses a pin directory that another user owns or can write to: that user could control udplb.
 fn refuse_unsafe(path: &Path, directory: &File) -> anyhow::Result<()> {
     let metadata = directory.metadata().with_context(|| path.display().to_string())?;
     // SAFETY: takes and changes nothing.
@@ -178,11 +178,11 @@ fn is_at(path: &Path, directory: &File) -> bool {
     }
 }
 
-/// The pins' parent must be on a bpffs. Returns true if one was mounted on [`BPFFS`], the only place
-/// where udplb mounts anything.
+/// Ensures that the pins' parent is on a bpffs. Returns true if one was mounted on [`BPFFS`], the only
+/// place where udplb mounts anything.
 fn ensure_bpffs(path: &Path) -> anyhow::Result<bool> {
     let parent = match path.parent().context("the pin directory has no parent")? {
-        // of a bare name
+        // the path is a bare name
         parent if parent.as_os_str().is_empty() => Path::new("."),
         parent => parent,
     };
@@ -211,18 +211,18 @@ fn ensure_bpffs(path: &Path) -> anyhow::Result<bool> {
 }
 
 impl WriteGuard {
-    /// Has a bpffs stay that was mounted for this, though nothing was built in it.
+    /// Keeps a bpffs that this guard has mounted, even if nothing is built in it.
     pub fn keep_mount(&mut self) {
         self.mounted = false;
     }
 
-    /// Takes the bpffs away again where nothing was built in it.
+    /// Unmounts the bpffs if nothing was built in it.
     fn unmount(&self) -> anyhow::Result<()> {
         if !self.numbers()?.is_empty() {
             return Ok(());
         }
         self.remove_all()?;
-        // it is busy as long as anybody has a directory of it open, this guard too
+        // lazily: the bpffs is busy while a directory of it is open, as in this guard
         // SAFETY: a constant C string that outlives the call.
         let result = unsafe {
             let target = std::ffi::CString::new(BPFFS)?;
@@ -262,32 +262,32 @@ fn is_bpffs(path: &Path) -> anyhow::Result<bool> {
 }
 
 impl ReadGuard {
-    /// The directory of all generations.
+    /// Returns the directory of all generations.
     pub fn generations(&self) -> PathBuf {
         self.path.join("generations")
     }
 
-    /// The directory of one generation.
+    /// Returns the directory of one generation.
     pub fn generation(&self, number: u32) -> PathBuf {
         self.generations().join(number.to_string())
     }
 
-    /// Where a generation is built.
+    /// Returns the directory where a generation is built.
     pub fn building(&self, number: u32) -> PathBuf {
         self.path.join(format!("building-{number}"))
     }
 
-    /// The directory of what outlives generations.
+    /// Returns the directory of the state that outlives generations.
     pub fn state(&self) -> PathBuf {
         self.path.join(STATE)
     }
 
-    /// The generation that `current` points at, whether or not it exists.
+    /// Returns the generation that `current` points at, whether or not it exists.
     pub fn current(&self) -> Option<u32> {
         fs::read_link(self.path.join("current")).ok()?.file_name()?.to_str()?.parse().ok()
     }
 
-    /// The numbers of the generations there are, in order.
+    /// Returns the numbers of all generations, in order.
     pub fn numbers(&self) -> anyhow::Result<Vec<u32>> {
         let mut numbers: Vec<u32> =
             names(&self.generations())?.iter().filter_map(|name| name.parse().ok()).collect();
@@ -295,7 +295,7 @@ impl ReadGuard {
         Ok(numbers)
     }
 
-    /// What a crash left half-built, as names in the directory.
+    /// Returns the names of directories and symlinks that a crash left unfinished.
     pub fn unfinished(&self) -> anyhow::Result<Vec<String>> {
         let mut names = names(&self.path)?;
         names.retain(|name| name.starts_with("building-") || name == NEXT_CURRENT);
@@ -303,7 +303,7 @@ impl ReadGuard {
     }
 }
 
-/// The names in a directory; none where it does not exist.
+/// Returns the names in a directory; none if it does not exist.
 pub(super) fn names(directory: &Path) -> anyhow::Result<Vec<String>> {
     let entries = match fs::read_dir(directory) {
         Ok(entries) => entries,
@@ -374,7 +374,7 @@ impl WriteGuard {
         for name in ["generations", QUEUE] {
             fs::remove_dir(self.path.join(name)).context(name)?;
         }
-        // last: those who wait for it look whether it is still there
+        // last: waiting processes check that it still exists
         fs::remove_dir(&self.path).with_context(|| self.path.display().to_string())
     }
 }

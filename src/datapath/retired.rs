@@ -1,5 +1,5 @@
-//! What was counted for rules under ids that no generation holds any more: an upstream goes, and its
-//! packets stay packets of the rule.
+//! Retired counters: sums, by rule, of the counters of ids that no generation holds any more. When an
+//! upstream goes, its packets still count for the rule.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -11,15 +11,14 @@ use crate::datapath::counters::{Counters, Counts};
 use crate::datapath::description::Generation;
 use crate::datapath::pins::WriteGuard;
 
-/// The table of it, by rule id. There is one writer, whoever holds the guard.
+/// The table of retired counters, by rule id. Only the holder of the write guard writes to it.
 pub struct Retired(Option<MapHandle>);
 
-/// What is in the table; few rules are.
+/// Content of the table; it holds few rules.
 pub struct Sums(HashMap<u32, types::retired>);
 
 impl Retired {
-    /// Without a map, as an earlier udplb leaves it, nothing was kept and nothing is until the next
-    /// generation is built.
+    /// `None` for the map of an earlier udplb: nothing is kept until the next generation is built.
     pub fn new(map: Option<MapHandle>) -> Retired {
         Retired(map)
     }
@@ -42,13 +41,12 @@ impl Retired {
         }
     }
 
-    /// Adds what was counted under the ids that only this generation holds, before it is removed, to
-    /// the rules that the `others` have too.
+    /// Adds the counters of ids that only this generation holds to the rules that the `others` have too.
+    /// Called before the generation is removed.
     ///
-    /// Sum and generation cannot go in one step, and adding twice would be worse than once too late:
-    /// no total would ever be right again. So the sum comes first, and says in the same write whose
-    /// ids were added. Where a crash leaves the generation too, [`Sums::has`] tells, and its ids are
-    /// neither counted nor added again.
+    /// Adding and removing are two steps, and adding twice would falsify all later totals. So the sum is
+    /// written first, together with the generation whose ids it includes. If a crash leaves that
+    /// generation behind, [`Sums::has`] detects it, and its ids are neither counted nor added again.
     pub fn keep(
         &self,
         _: &WriteGuard,
@@ -62,7 +60,7 @@ impl Retired {
         for (rule, upstreams) in generation.counting().filter(|(rule, _)| held.contains(rule)) {
             let gone = upstreams.iter().copied().filter(|id| !held.contains(id));
             let mut counts = Counts::default();
-            // one that is listed twice is one
+            // an id may be listed twice
             for id in gone.collect::<BTreeSet<u32>>() {
                 counts += counters.of(id)?;
             }
@@ -81,7 +79,7 @@ impl Retired {
         Ok(())
     }
 
-    /// Forgets all but those of ids that are `held`: whoever gets one next is somebody else.
+    /// Removes the sums of ids that are not `held`: such an id may be assigned to another rule.
     pub fn retain(&self, _: &WriteGuard, held: &HashSet<u32>) -> anyhow::Result<()> {
         let Some(map) = &self.0 else { return Ok(()) };
         let mut gone = self.read()?.0.into_keys().filter(|rule| !held.contains(rule));
@@ -90,7 +88,7 @@ impl Retired {
 }
 
 impl Sums {
-    /// That of a rule.
+    /// Returns the sum of a rule.
     pub fn of(&self, rule: u32) -> Counts {
         let mut counts = Counts::default();
         if let Some(sum) = self.0.get(&rule) {
@@ -99,13 +97,13 @@ impl Sums {
         counts
     }
 
-    /// Whether what the generation alone holds of a rule is in the sum already.
+    /// Returns true if the sum of a rule already includes the ids that only this generation holds.
     pub fn has(&self, generation: &Generation, rule: u32) -> bool {
         let program = generation.description.program.id;
         self.0.get(&rule).is_some_and(|sum| sum.program == program)
     }
 
-    /// The ids that a generation holds and that are in no sum.
+    /// Returns the ids of a generation that are in no sum.
     pub fn left(&self, generation: &Generation) -> impl Iterator<Item = u32> {
         let ids = &generation.description.ids;
         ids.iter().flat_map(|ids| {

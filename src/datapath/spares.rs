@@ -1,7 +1,7 @@
-//! Who gets the flows of upstreams that cannot be selected: those that can, by weight.
+//! Spares: the selectable upstreams, by weight, for flows of upstreams that cannot be selected.
 //!
-//! The program looks a few of a flow's other slots up first, which needs no table and keeps every other flow
-//! where it is. The table is for rules of which little is left.
+//! The program first tries a few other slots of the flow, which needs no table and moves no other flow. The
+//! table serves rules with few selectable upstreams.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -16,7 +16,7 @@ use crate::datapath::state_maps::StateMaps;
 use crate::desired::tables::first_upstreams;
 use crate::desired::{Desired, Rule, RuleIds};
 
-/// What keeps upstreams from being selected, by id.
+/// Overrides and failures that keep upstreams from being selected, by id.
 #[derive(Clone, Debug, Default)]
 pub struct Situation {
     pub overrides: BTreeMap<u32, State>,
@@ -24,14 +24,14 @@ pub struct Situation {
 }
 
 impl Situation {
-    /// Reads it for ids up to `most`. Without a lease nobody is down.
+    /// Reads it for ids up to `most`. Without a lease no upstream counts as down.
     pub fn read(maps: &StateMaps, most: u32) -> anyhow::Result<Situation> {
         let situation = Situation::leased(maps, most)?;
         let holds = lease::remaining(&maps.heartbeat)?.is_some_and(|left| !left.is_zero());
         Ok(if holds { situation } else { Situation { down: HashSet::new(), ..situation } })
     }
 
-    /// The same for arpd, whose lease holds or is about to.
+    /// Like the above for arpd, whose lease holds or is about to.
     pub fn leased(maps: &StateMaps, most: u32) -> anyhow::Result<Situation> {
         let overrides = maps.overrides.read(most)?;
         let nexthops = (0..).zip(maps.nexthops.read_all(most)?);
@@ -51,7 +51,7 @@ pub fn write(
     changed: Option<&HashSet<u32>>,
 ) -> anyhow::Result<()> {
     let path = guard.generation(number).join(PIN);
-    // a generation of an earlier udplb
+    // built by an earlier udplb
     if !path.try_exists()? {
         return Ok(());
     }
@@ -65,7 +65,7 @@ pub fn write(
     Ok(())
 }
 
-/// The pin of the map, in a generation's directory.
+/// Name of the map's pin in a generation's directory.
 pub const PIN: &str = "spares";
 
 fn update(map: &MapHandle, first: u32, table: &[types::spare]) -> anyhow::Result<()> {
@@ -93,7 +93,7 @@ pub fn table(
     };
     let active: Vec<usize> = (0..rule.upstreams.len()).filter(is_active).collect();
     let up: Vec<usize> = active.iter().copied().filter(is_up).collect();
-    // with all of them down it goes on as if all were up
+    // if all are down, treat all as up
     let usable = if up.is_empty() { active } else { up };
     let shares: Vec<(u32, u32)> =
         usable.iter().map(|index| (*index as u32, rule.upstreams[*index].weight)).collect();
@@ -129,7 +129,7 @@ mod tests {
     use crate::config::{Health, Key, State};
     use crate::desired::{Rule, RuleIds, Upstream};
 
-    /// How many of the 2^32 hashes select each index.
+    /// Returns the number of the 2^32 hashes that select each index.
     fn shares(entries: &[crate::bpf::types::spare]) -> HashMap<u32, u64> {
         let (mut shares, mut before) = (HashMap::new(), 0);
         for entry in entries {

@@ -1,4 +1,4 @@
-//! The maps that outlive generations, and what single entries of them record.
+//! The maps that outlive generations, and the records in single entries of them.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -20,10 +20,10 @@ use crate::datapath::pins::{ReadGuard, WriteGuard, names};
 use crate::datapath::retired::Retired;
 use crate::time;
 
-/// What is said where one of those maps is missing.
+/// Error if one of those maps is missing.
 pub const INCOMPLETE: &str = "pins are missing; apply the file again";
 
-/// The maps that outlive generations; `None` where one of them is missing.
+/// Opens the maps that outlive generations; `None` if one of them is missing.
 pub fn open(guard: &ReadGuard) -> anyhow::Result<Option<StateMaps>> {
     let state = guard.state();
     let open = |name: &str| -> anyhow::Result<Option<MapHandle>> {
@@ -81,8 +81,8 @@ pub fn open(guard: &ReadGuard) -> anyhow::Result<Option<StateMaps>> {
     }))
 }
 
-/// The maps that outlive generations; those that are missing are made as the program wants
-/// them. The second value says that counters start at zero because theirs was missing.
+/// Opens the maps that outlive generations and creates missing ones as the program defines them. The
+/// second value is true if counters start at zero because their map was missing.
 pub fn ensure(
     guard: &WriteGuard,
     skeleton: &OpenUdplbSkel<'_>,
@@ -95,7 +95,7 @@ pub fn ensure(
             remove_chunks(&state, name)?;
         }
     }
-    // what was counted before is gone, and so is this part of it
+    // retired counters belong to the counters that are gone
     if fresh && state.join("retired").try_exists()? {
         fs::remove_file(state.join("retired"))?;
     }
@@ -148,8 +148,8 @@ pub fn ensure(
     Ok((maps, fresh))
 }
 
-/// Keeps the map of sequences that the first generation was loaded with, and gives it a secret:
-/// only libbpf makes one with a lock in it.
+/// Pins the map of sequences of the first generation and sets its secret. The map has a spin lock, so
+/// that only libbpf can create it.
 pub fn pin_sequences(guard: &WriteGuard, map: &mut MapMut<'_>) -> anyhow::Result<()> {
     let mut sequences = types::sequences::default();
     let mut random = File::open("/dev/urandom")?;
@@ -163,7 +163,7 @@ pub fn pin_sequences(guard: &WriteGuard, map: &mut MapMut<'_>) -> anyhow::Result
     map.pin(&path).with_context(|| path.display().to_string())
 }
 
-/// Whether a table that grows is there with all of its chunks.
+/// Returns true if a growing table exists with all of its chunks.
 fn has_chunks(state: &Path, name: &'static str) -> anyhow::Result<bool> {
     let path = state.join(name);
     if !path.try_exists()? {
@@ -173,7 +173,7 @@ fn has_chunks(state: &Path, name: &'static str) -> anyhow::Result<bool> {
     Chunks::open(outer, state, name)?.is_whole()
 }
 
-/// What is left of a table that is not whole is of no use: nobody can look at it.
+/// Removes the rest of an incomplete table, which cannot be read.
 fn remove_chunks(state: &Path, name: &str) -> anyhow::Result<()> {
     let chunk = format!("{name}-");
     let is_part = |it: &&String| *it == name || it.starts_with(&chunk);
@@ -230,15 +230,15 @@ pub struct StateMaps {
     pub own: MapHandle,
     pub suspects: MapHandle,
     pub vlans: MapHandle,
-    /// What of the packets is to be told, and where it is.
+    /// Filter of the packets that are traced, and the ring buffer of their event records.
     pub tracing: MapHandle,
     pub events: MapHandle,
-    /// None before the first generation.
+    /// `None` before the first generation.
     pub sequences: Option<MapHandle>,
     held: MapHandle,
-    /// None in a directory of an older udplb.
+    /// `None` in a directory of an older udplb.
     pending: Option<MapHandle>,
-    /// None where an earlier udplb built the generation.
+    /// `None` if an earlier udplb built the generation.
     origin: Option<MapHandle>,
 }
 
@@ -301,7 +301,7 @@ impl StateMaps {
         let mut json = serde_json::to_vec(origin)?;
         let mut value = types::origin { generation, ..Default::default() };
         if json.len() > value.json.len() {
-            // it is not found again, as one of standard input
+            // too long to store: treated like standard input
             json = serde_json::to_vec(&Origin { file: "-".into(), ..Origin::default() })?;
         }
         value.length = json.len() as u32;
@@ -327,7 +327,7 @@ impl StateMaps {
         Ok(map.update(&0_u32.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)?)
     }
 
-    /// What is held, if anything is.
+    /// Returns the held configuration.
     pub fn held(&self) -> anyhow::Result<Option<Held>> {
         let bytes = self.held.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY)?;
         let held: types::held =
@@ -335,7 +335,7 @@ impl StateMaps {
         Ok((held.since != 0).then_some(Held { generation: held.generation, since: held.since }))
     }
 
-    /// Holds a configuration, or lets go of it.
+    /// Holds a configuration, or releases it.
     pub fn set_held(&self, held: Option<Held>) -> anyhow::Result<()> {
         let held = held.map_or_else(types::held::default, |held| types::held {
             since: held.since,

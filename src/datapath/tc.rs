@@ -12,14 +12,14 @@ use crate::datapath::pins::WriteGuard;
 use crate::net::Netlink;
 use crate::net::qdisc::{Direction, ETH_P_ALL, Filter, Qdisc};
 
-/// Where the filter sits on the hook. Filters of a lower priority run before it, and those of a
-/// higher one see what it leaves alone.
+/// Priority of the filter. Filters of a lower priority run before it; those of a higher one get the
+/// packets that it passes on.
 pub const PRIORITY: u16 = 100;
 /// One of our own, so that other programs of the same priority have theirs.
 pub const HANDLE: u32 = 0x7564;
 const NAME: &str = "udplb";
 
-/// What is at our priority and handle.
+/// Filter at udplb's priority and handle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Slot {
     Empty,

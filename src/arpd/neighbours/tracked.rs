@@ -79,7 +79,7 @@ impl Tracked {
     fn request(&mut self, interval: Duration, now: Instant) -> Option<NeighbourRequest> {
         let pacing = &mut self.pacing;
         match &mut self.entry {
-            Some(entry) if is_others(entry) => return None,
+            Some(entry) if is_others(entry) => None,
             Some(entry) if entry.state.is_valid() && entry.protocol == OUR_PROTOCOL => {
                 let first = || now.checked_sub(interval.mul_f32(pacing.phase)).unwrap_or(now);
                 let probed = pacing.probed.get_or_insert_with(first);
