@@ -4,7 +4,7 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::mem::size_of;
+use std::mem::{MaybeUninit, size_of};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -214,22 +214,29 @@ pub fn tcx_programs(ifindex: u32) -> Vec<u32> {
 
 /// Runs a tc program on 64 zero bytes with this `skb->cb`; returns its result.
 pub fn run_program(program: BorrowedFd<'_>, cb: [u32; 5]) -> io::Result<u32> {
-    run(program, &[0; 64], types::__sk_buff { cb, ..Default::default() })
+    run(program, &[0; 64], |context| context.cb = cb)
 }
 
 /// Runs a tc program on a frame as if it came in on an interface; returns its result. Changes of the
 /// frame are lost.
 pub fn run_on_frame(program: BorrowedFd<'_>, ifindex: u32, frame: &[u8]) -> io::Result<i32> {
-    let context = types::__sk_buff { ifindex, ..Default::default() };
-    run(program, frame, context).map(|result| result as i32)
+    run(program, frame, |context| context.ifindex = ifindex).map(|result| result as i32)
 }
 
-fn run(program: BorrowedFd<'_>, packet: &[u8], context: types::__sk_buff) -> io::Result<u32> {
+fn run(
+    program: BorrowedFd<'_>,
+    packet: &[u8],
+    set: impl FnOnce(&mut types::__sk_buff),
+) -> io::Result<u32> {
+    // not `Default`: the kernel refuses a context whose padding is not zero
+    let mut context = MaybeUninit::<types::__sk_buff>::zeroed();
+    // SAFETY: all zeroes are a __sk_buff.
+    set(unsafe { context.assume_init_mut() });
     let mut options = libbpf_sys::bpf_test_run_opts {
         sz: size_of::<libbpf_sys::bpf_test_run_opts>() as libbpf_sys::size_t,
         data_in: packet.as_ptr().cast(),
         data_size_in: packet.len() as u32,
-        ctx_in: std::ptr::from_ref(&context).cast(),
+        ctx_in: context.as_ptr().cast(),
         ctx_size_in: size_of::<types::__sk_buff>() as u32,
         ..Default::default()
     };
