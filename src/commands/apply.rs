@@ -103,25 +103,25 @@ pub async fn run(global: &Global, options: &Options) -> Result<u8> {
 async fn apply(global: &Global, options: &Options, target: &ConfigFile) -> Result<u8> {
     let started = Instant::now();
     let text = Text::read(&target.file)?;
-    let mut wanted = wanted_by_apply(global, &text, options, target).await?;
-    for missing in &wanted.missing {
+    let mut loaded = load(global, &text, options, target).await?;
+    for missing in &loaded.missing {
         say(missing);
     }
     capabilities::require()?;
     let netlink = netlink()?;
-    wanted.expand(&netlink).await?;
-    let (targets, interfaces) = (wanted.desired.targets(), &wanted.desired.interfaces);
+    loaded.expand(&netlink).await?;
+    let (targets, interfaces) = (loaded.desired.targets(), &loaded.desired.interfaces);
     let ways = nexthop::resolve(&netlink, &targets, interfaces).await.context("next hops")?;
-    let (advice, hops) = advise(global, &text, &wanted, &ways, &netlink).await?;
-    wanted.warnings.extend(advice);
-    let desired = &wanted.desired;
+    let (advice, hops) = advise(global, &text, &loaded, &ways, &netlink).await?;
+    loaded.warnings.extend(advice);
+    let desired = &loaded.desired;
     let guard = lock(global, &netlink).await?;
     let observed = observe(Some(&guard), &netlink).await?;
     let deadline = options.confirm.map(|confirm| time::since_boot() + confirm);
-    let plan = plan::apply_until(&observed, desired, &wanted.origin, options.force, deadline)
+    let plan = plan::apply_until(&observed, desired, &loaded.origin, options.force, deadline)
         .map_err(refused)?;
     // once a generation: a cron job applies the same file again and again
-    let mut warnings = if plan.builds() { wanted.warnings } else { Vec::new() };
+    let mut warnings = if plan.builds() { loaded.warnings } else { Vec::new() };
     // next hops change between applies of the same file
     warnings.extend(hops);
     warn(global, &warnings);
@@ -131,7 +131,7 @@ async fn apply(global: &Global, options: &Options, target: &ConfigFile) -> Resul
     let outcome = execute::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
     // the new generation serves already
     if let Err(error) =
-        execute::record_origin(&guard, &observed, outcome.generation, &wanted.origin)
+        execute::record_origin(&guard, &observed, outcome.generation, &loaded.origin)
     {
         say(format_args!(
             "warning: the configuration is applied, but its file name is not recorded: {error:#}"
@@ -149,7 +149,7 @@ async fn apply(global: &Global, options: &Options, target: &ConfigFile) -> Resul
     let applied = Applied {
         pending,
         warnings,
-        missing: wanted.missing,
+        missing: loaded.missing,
         ..applied(&outcome, desired, started.elapsed())
     };
     let complete = applied.missing.is_empty();
@@ -157,23 +157,23 @@ async fn apply(global: &Global, options: &Options, target: &ConfigFile) -> Resul
     Ok(if complete { 0 } else { INCOMPLETE })
 }
 
-async fn wanted_by_apply(
+async fn load(
     global: &Global,
     text: &Text,
     options: &Options,
     target: &ConfigFile,
 ) -> Result<Loaded> {
     let Options { resolver, partial, .. } = options;
-    let again = match pins::read(&global.pin_dir, global.lock_timeout) {
+    let cached = match pins::read(&global.pin_dir, global.lock_timeout) {
         Ok(guard) => guard.and_then(|guard| source::load_cached(text, target, &guard)),
         Err(Failure::Locked(message)) => return Err(Failure::Locked(message)),
         // reported where it is needed
         Err(_) => None,
     };
-    if let Some(wanted) = again {
+    if let Some(loaded) = cached {
         // the same text, and an interface may have gone since
-        if !*partial || is_here(&wanted.desired, &look(global, &netlink()?).await?) {
-            return Ok(wanted);
+        if !*partial || is_here(&loaded.desired, &look(global, &netlink()?).await?) {
+            return Ok(loaded);
         }
     }
     let request = Request::new(text, target, resolver.resolve_timeout)?;
@@ -197,13 +197,13 @@ fn is_here(desired: &Desired, observed: &Observed) -> bool {
 async fn advise(
     global: &Global,
     text: &Text,
-    wanted: &Loaded,
+    loaded: &Loaded,
     ways: &BTreeMap<routing::Target, Way>,
     netlink: &Netlink,
 ) -> Result<(Vec<Diagnostic>, Vec<Diagnostic>)> {
-    let desired = &wanted.desired;
+    let desired = &loaded.desired;
     let policies = security_policies().context("IPsec policies")?;
-    let Some(config) = &wanted.config else {
+    let Some(config) = &loaded.config else {
         if policies.is_empty() && !ways.values().any(Way::is_wanting) {
             return Ok((Vec::new(), Vec::new()));
         }

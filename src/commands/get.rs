@@ -91,14 +91,14 @@ pub struct Question {
 
 /// Dry run of one generation.
 pub struct Asker {
-    twin: DryRunProgram,
+    dry_run: DryRunProgram,
     desired: Desired,
 }
 
 impl Asker {
     pub fn new(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Asker> {
         let desired = generation.description.desired.clone();
-        Ok(Asker { twin: generation::dry_run_program(guard, generation)?, desired })
+        Ok(Asker { dry_run: generation::dry_run_program(guard, generation)?, desired })
     }
 
     /// Runs the program on a packet received by the interface with this MAC address. Returns an event for
@@ -120,9 +120,9 @@ impl Asker {
             events.borrow_mut().extend(Event::read(bytes));
             0
         };
-        builder.add(&self.twin.events, take)?;
+        builder.add(&self.dry_run.events, take)?;
         let ring = builder.build()?;
-        let action = bpf::run_on_frame(self.twin.program.as_fd(), ifindex, &frame(question, to))
+        let action = bpf::run_on_frame(self.dry_run.program.as_fd(), ifindex, &frame(question, to))
             .context("the dry run failed")?;
         ring.consume()?;
         drop(ring);
@@ -322,7 +322,7 @@ async fn answer(global: &Global, options: &Options, netlink: &Netlink) -> Result
         .flat_map(|rule| rule.destinations().map(|(upstream, _)| upstream))
         .collect();
     let neighbours = netlink.neighbours().await.context("neighbours")?;
-    let looked = Looked { maps: &maps, rows, neighbours, twin: &asker.twin };
+    let looked = Looked { maps: &maps, rows, neighbours, dry_run: &asker.dry_run };
     let mut outcomes = Vec::new();
     for event in &events {
         outcomes.push(looked.outcome(event, &mut names)?);
@@ -408,7 +408,7 @@ struct Looked<'a> {
     maps: &'a StateMaps,
     rows: Vec<&'a UpstreamStatus>,
     neighbours: Vec<Neighbour>,
-    twin: &'a DryRunProgram,
+    dry_run: &'a DryRunProgram,
 }
 
 impl Looked<'_> {
@@ -471,7 +471,7 @@ impl Looked<'_> {
         else {
             return Ok(None);
         };
-        let tables = &self.twin.tables;
+        let tables = &self.dry_run.tables;
         let rules = tables.rules.iter().map(|(_, rule)| rule);
         let all = rules
             .chain(tables.rules6.iter().map(|(_, rule)| rule))

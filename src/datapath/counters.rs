@@ -240,7 +240,7 @@ impl Counters {
     }
 
     /// Returns the maximum number of ids.
-    pub fn most_ids(&self) -> u32 {
+    pub fn max_ids(&self) -> u32 {
         let width = self.0.iter().next().map_or(0, |(_, chunk)| chunk.max_entries());
         self.0.outer().max_entries() * width
     }

@@ -343,7 +343,7 @@ impl Status {
         let description = &serving.description;
         let ids = &description.ids;
         status.arpd = lease::remaining(&maps.heartbeat)?.map(|left| !left.is_zero());
-        status.max_ids = maps.counters.most_ids();
+        status.max_ids = maps.counters.max_ids();
         let max = description::all(ids).max().unwrap_or(0);
         let neighbours = network.neighbours.iter();
         let view = View {
