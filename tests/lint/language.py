@@ -5,10 +5,11 @@
 such a word; above that, each is printed. Without PATH a small tree is checked first.
 """
 
-import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 PARTS = ["src", "bpf", "tests", "benches", "dev"]
 SUFFIXES = {"", ".rs", ".c", ".h", ".sh"}
@@ -17,9 +18,9 @@ COMMENT = re.compile(r"\s*(?://[/!]|/?\*\*?|//|#:?) +(\w+)")
 OPENINGS = set("What Whether Of How Those Whose Whom Where Who Whoever Whatever That".split())
 
 
-def comments(paths):
+def comments(paths: Iterable[str | Path]) -> Iterator[tuple[Path, int, str, str]]:
     """Yields the file, the line's number, the first word and the text of each line that is a comment."""
-    for root in map(pathlib.Path, paths):
+    for root in map(Path, paths):
         for path in [root] if root.is_file() else sorted(root.rglob("*")):
             if path.is_file() and path.suffix in SUFFIXES:
                 for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
@@ -27,7 +28,7 @@ def comments(paths):
                         yield path, number, match[1], line.strip()
 
 
-def violations(paths):
+def violations(paths: Iterable[str | Path]) -> list[str]:
     """Returns the lines to rewrite; none if they are few."""
     lines = list(comments(paths))
     found = [f"{path}:{number}: {text}" for path, number, word, text in lines if word in OPENINGS]
@@ -36,10 +37,10 @@ def violations(paths):
     return found + [f"{len(found)} of {len(lines)} comment lines begin with a relative clause; rewrite them"]
 
 
-def check_the_check():
+def check_the_check() -> None:
     """A tree with one bad line in each language: all are found, and in a large file none counts."""
     with tempfile.TemporaryDirectory() as directory:
-        tree = pathlib.Path(directory)
+        tree = Path(directory)
         (tree / "a.rs").write_text('//! What it is.\n/// Returns it.\nlet x = "// Who";\n    /// Whether so.\n// How.\n/// Office.\n')
         (tree / "b.h").write_text("/* Of it. */\n/*\n * Those of it.\n */\nreturn 1;\n")
         (tree / "run").write_text("# Whom it runs.\n")
@@ -50,7 +51,7 @@ def check_the_check():
         assert not violations([tree]), "6 of 308 lines are few"
 
 
-def main():
+def main() -> bool:
     if len(sys.argv) == 1:
         check_the_check()
     found = violations(sys.argv[1:] or PARTS)

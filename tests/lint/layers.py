@@ -5,10 +5,11 @@ A part is a folder or a file of src/. Each line of the table is a part and the p
 below it, so that there is no circle. Without SRC a small tree is checked first in which everything is wrong.
 """
 
-import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 ALLOWED = {
     "main": "cli commands desired error journal",
@@ -31,11 +32,11 @@ MAY_NAME_CLAP = {"main", "commands", "cli"}
 PATH = re.compile(r"\b(?:crate|udplb)::(?:(\w+)|\{([^{}]*)\}|(\{))")
 
 
-def part_of(src, path):
+def part_of(src: Path, path: Path) -> str:
     return path.relative_to(src).parts[0].removesuffix(".rs")
 
 
-def imports(text):
+def imports(text: str) -> Iterator[tuple[int, str]]:
     """Yields the line and the part of each path that begins at the crate's root; `{` for groups within groups."""
     text = re.sub(r"//.*", "", text)
     for match in PATH.finditer(text):
@@ -45,7 +46,7 @@ def imports(text):
             yield line, path.strip().split("::")[0]
 
 
-def violations(src):
+def violations(src: Path) -> Iterator[str]:
     order = list(ALLOWED)
     for part, below in ALLOWED.items():
         for name in below.split():
@@ -64,15 +65,15 @@ def violations(src):
             elif name != part and name in ALLOWED and name not in ALLOWED[part].split():
                 yield f"{path}:{line}: {part} may not import {name}"
         if part not in MAY_NAME_CLAP:
-            for number, line in enumerate(text.splitlines(), 1):
-                if re.search(r"\bclap\b", line):
+            for number, code in enumerate(text.splitlines(), 1):
+                if re.search(r"\bclap\b", code):
                     yield f"{path}:{number}: {part} may not name clap"
 
 
-def check_the_check():
+def check_the_check() -> None:
     """A tree with one violation of each kind: all are found, or the check is of no use."""
     with tempfile.TemporaryDirectory() as directory:
-        src = pathlib.Path(directory)
+        src = Path(directory)
         (src / "net").mkdir()
         (src / "net/mod.rs").write_text("use crate::desired::{Rule, tables};\nuse clap::Args;\nuse crate::{bpf, cli};\nuse crate::{a::{b}};\n")
         (src / "time.rs").write_text("use std::time;\nfn now() { crate::error::say(1) } // crate::cli\n")
@@ -90,10 +91,10 @@ def check_the_check():
         assert found == wanted, f"the check of a wrong tree finds: {found}"
 
 
-def main():
+def main() -> bool:
     if len(sys.argv) == 1:
         check_the_check()
-    found = list(violations(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "src")))
+    found = list(violations(Path(sys.argv[1] if len(sys.argv) > 1 else "src")))
     print(*found, sep="\n", end="\n" if found else "")
     return bool(found)
 

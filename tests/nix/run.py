@@ -368,7 +368,7 @@ def lint_scripts() -> None:
     pyflakes = shutil.which("pyflakes") or shutil.which("pyflakes3") or "pyflakes"
     env = {**os.environ, "MYPYPATH": f"{DRIVER}:{ROOT / 'tests/deb'}:{ROOT / 'tests/docs'}"}
     own = ["nix/package.py", "nix/run.py", "vm/driver/nsdriver.py", "vm/driver/switch-to-configuration", "vm/udp.py"]
-    own += ["docs/run", "docs/blocks.py"]
+    own += ["docs/run", "docs/blocks.py", "lint/language.py", "lint/layers.py"]
     own += [f"deb/{name}" for name in ("lab.py", "run", "tarball")]
     own += [f"pictures/{name}.py" for name in ("dashboard", "terminal", "traffic")]
     # what libraries say of their types depends on their version, and on whether they are installed
