@@ -1,9 +1,9 @@
 //! Times in output.
 
-use std::mem::MaybeUninit;
 use std::time::{Duration, UNIX_EPOCH};
 
 use jiff::Timestamp;
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Serialize, Serializer};
 
 /// Returns the current time in seconds since 1970.
@@ -13,12 +13,7 @@ pub fn now() -> u64 {
 
 /// Returns the time since boot, including suspend (`CLOCK_BOOTTIME`); clock adjustments do not affect it.
 pub fn since_boot() -> Duration {
-    let mut now = MaybeUninit::<libc::timespec>::uninit();
-    // SAFETY: the clock exists since Linux 2.6.39, and the call fills the struct.
-    let now = unsafe {
-        libc::clock_gettime(libc::CLOCK_BOOTTIME, now.as_mut_ptr());
-        now.assume_init()
-    };
+    let now = clock_gettime(ClockId::Boottime);
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 

@@ -2,9 +2,10 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Stdin, Write};
-use std::mem::MaybeUninit;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::termios::{self, LocalModes, OptionalActions, SpecialCodeIndex, Termios};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -12,14 +13,7 @@ use tokio::time::{Interval, MissedTickBehavior};
 
 /// Returns columns and lines of the terminal on standard output, if there is one.
 pub fn size() -> Option<(usize, usize)> {
-    let mut size = MaybeUninit::<libc::winsize>::zeroed();
-    // SAFETY: all zeroes are a winsize, which the kernel fills and which outlives the call.
-    let size = unsafe {
-        if libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, size.as_mut_ptr()) != 0 {
-            return None;
-        }
-        size.assume_init()
-    };
+    let size = termios::tcgetwinsize(io::stdout()).ok()?;
     // 0: unknown
     let or = |number: u16, usual| if number == 0 { usual } else { usize::from(number) };
     Some((or(size.ws_col, 80), or(size.ws_row, 24)))
@@ -27,10 +21,10 @@ pub fn size() -> Option<(usize, usize)> {
 
 /// Returns true if standard output has hung up: its terminal or reader is gone.
 pub fn is_gone() -> bool {
-    let mut output = libc::pollfd { fd: libc::STDOUT_FILENO, events: 0, revents: 0 };
-    // SAFETY: one structure, that outlives the call, which does not wait.
-    let ready = unsafe { libc::poll(&mut output, 1, 0) };
-    ready > 0 && output.revents & (libc::POLLHUP | libc::POLLERR) != 0
+    let stdout = io::stdout();
+    let mut output = [PollFd::new(&stdout, PollFlags::empty())];
+    let ready = poll(&mut output, Some(&Timespec::default()));
+    ready.is_ok() && output[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
 }
 
 /// Returns the columns to write in: COLUMNS if set, else those of the terminal.
@@ -133,7 +127,7 @@ pub struct Live {
     typed: VecDeque<Key>,
     rest: Vec<u8>,
     /// Settings of the terminal before.
-    before: Option<libc::termios>,
+    before: Option<Termios>,
 }
 
 impl Live {
@@ -207,8 +201,7 @@ impl Live {
 impl Drop for Live {
     fn drop(&mut self) {
         if let Some(before) = &self.before {
-            // SAFETY: a valid termios that outlives the call.
-            unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, before) };
+            let _ = termios::tcsetattr(io::stdin(), OptionalActions::Now, before);
         }
         if self.on_screen {
             // errors: the terminal is gone
@@ -220,21 +213,15 @@ impl Drop for Live {
 }
 
 /// Switches off line buffering and echo, and returns the settings before.
-fn single_keys() -> Option<libc::termios> {
-    let mut before = MaybeUninit::<libc::termios>::zeroed();
-    // SAFETY: the kernel fills `before` where it returns 0, and both structs outlive the calls.
-    unsafe {
-        if libc::tcgetattr(libc::STDIN_FILENO, before.as_mut_ptr()) != 0 {
-            return None;
-        }
-        let before = before.assume_init();
-        let mut single = before;
-        single.c_lflag &= !(libc::ICANON | libc::ECHO);
-        // reads do not block
-        (single.c_cc[libc::VMIN], single.c_cc[libc::VTIME]) = (0, 0);
-        libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &single);
-        Some(before)
-    }
+fn single_keys() -> Option<Termios> {
+    let before = termios::tcgetattr(io::stdin()).ok()?;
+    let mut single = before.clone();
+    single.local_modes -= LocalModes::ICANON | LocalModes::ECHO;
+    // reads do not block
+    single.special_codes[SpecialCodeIndex::VMIN] = 0;
+    single.special_codes[SpecialCodeIndex::VTIME] = 0;
+    termios::tcsetattr(io::stdin(), OptionalActions::Now, &single).ok()?;
+    Some(before)
 }
 
 async fn read_keys(keys: Option<&AsyncFd<Stdin>>) -> Vec<u8> {
@@ -242,11 +229,9 @@ async fn read_keys(keys: Option<&AsyncFd<Stdin>>) -> Vec<u8> {
     loop {
         let Ok(mut ready) = keys.readable().await else { return std::future::pending().await };
         let mut bytes = [0_u8; 256];
-        // SAFETY: the buffer is as long as said and outlives the call.
-        let read =
-            unsafe { libc::read(libc::STDIN_FILENO, bytes.as_mut_ptr().cast(), bytes.len()) };
+        let read = rustix::io::read(io::stdin(), &mut bytes);
         ready.clear_ready();
-        match usize::try_from(read) {
+        match read {
             Ok(read) if read > 0 => return bytes[..read].to_vec(),
             // perhaps hung up, which a signal reports
             _ => tokio::time::sleep(Duration::from_millis(100)).await,

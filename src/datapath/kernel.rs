@@ -1,7 +1,6 @@
 //! Abilities and settings of the running kernel that decide whether the program loads.
 
 use std::fs;
-use std::mem::MaybeUninit;
 use std::path::Path;
 
 use libbpf_rs::ErrorKind;
@@ -11,14 +10,7 @@ const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// Returns major and minor version of the running kernel.
 pub fn version() -> (u32, u32) {
-    let mut names = MaybeUninit::<libc::utsname>::zeroed();
-    // SAFETY: all zeroes are a utsname, which the kernel fills and which outlives the call.
-    let names = unsafe {
-        libc::uname(names.as_mut_ptr());
-        names.assume_init()
-    };
-    let release: Vec<u8> = names.release.iter().map(|byte| *byte as u8).collect();
-    parse(&String::from_utf8_lossy(&release))
+    parse(&rustix::system::uname().release().to_string_lossy())
 }
 
 fn parse(release: &str) -> (u32, u32) {

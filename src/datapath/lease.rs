@@ -8,6 +8,8 @@ use anyhow::{Context, bail};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
+use rustix::time::{ClockId, clock_getres, clock_gettime};
+
 use crate::bpf::{self, UdplbSkelBuilder, from_bytes, types};
 use crate::error::catch;
 
@@ -52,15 +54,8 @@ impl Heartbeat {
 
 /// Returns HZ: the resolution of the coarse clocks is one tick.
 pub fn ticks_per_second() -> anyhow::Result<u32> {
-    let mut tick = MaybeUninit::<libc::timespec>::uninit();
-    // SAFETY: the kernel fills the struct where it returns 0.
-    let nanoseconds = unsafe {
-        if libc::clock_getres(libc::CLOCK_MONOTONIC_COARSE, tick.as_mut_ptr()) != 0 {
-            return Err(std::io::Error::last_os_error()).context("clock_getres");
-        }
-        tick.assume_init().tv_nsec
-    };
-    Ok(1_000_000_000 / u32::try_from(nanoseconds)?.max(1))
+    let tick = clock_getres(ClockId::MonotonicCoarse);
+    Ok(1_000_000_000 / u32::try_from(tick.tv_nsec)?.max(1))
 }
 
 /// Returns the remaining time of the lease: zero once it has expired, `None` if there never was one.
@@ -76,12 +71,7 @@ pub fn remaining(map: &MapHandle) -> anyhow::Result<Option<Duration>> {
 
 /// Returns the time of the program's clock, `CLOCK_MONOTONIC`.
 pub fn monotonic() -> Duration {
-    let mut now = MaybeUninit::<libc::timespec>::uninit();
-    // SAFETY: the clock exists everywhere, and the call fills the struct.
-    let now = unsafe {
-        libc::clock_gettime(libc::CLOCK_MONOTONIC, now.as_mut_ptr());
-        now.assume_init()
-    };
+    let now = clock_gettime(ClockId::Monotonic);
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 

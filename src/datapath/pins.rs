@@ -19,6 +19,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
+use rustix::fs::statfs;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::process::geteuid;
 
 use crate::datapath::lock;
 use crate::error::{Failure, Result};
@@ -147,9 +150,7 @@ fn open(path: &Path) -> Result<Option<File>> {
 /// Refuses a pin directory that another user owns or can write to: that user could control udplb.
 fn refuse_unsafe(path: &Path, directory: &File) -> anyhow::Result<()> {
     let metadata = directory.metadata().with_context(|| path.display().to_string())?;
-    // SAFETY: takes and changes nothing.
-    let own = unsafe { libc::geteuid() };
-    if ![0, own].contains(&metadata.uid()) {
+    if ![0, geteuid().as_raw()].contains(&metadata.uid()) {
         bail!(
             "{} belongs to user {}, who could change what udplb does; remove it, or give another \
              --pin-dir",
@@ -196,14 +197,8 @@ fn ensure_bpffs(path: &Path) -> anyhow::Result<bool> {
             parent.display()
         );
     }
-    // SAFETY: constant C strings that outlive the call.
-    let result = unsafe {
-        let target = std::ffi::CString::new(BPFFS)?;
-        let options = c"mode=0700".as_ptr().cast();
-        libc::mount(c"bpf".as_ptr(), target.as_ptr(), c"bpf".as_ptr(), 0, options)
-    };
-    if result != 0 {
-        let error = io::Error::last_os_error();
+    if let Err(error) = mount("bpf", BPFFS, "bpf", MountFlags::empty(), c"mode=0700") {
+        let error = io::Error::from(error);
         bail!("{BPFFS} is not a bpffs, and mounting one failed ({error}); {how}");
     }
     log::info!("mounted bpffs on {BPFFS}");
@@ -223,14 +218,7 @@ impl WriteGuard {
         }
         self.remove_all()?;
         // lazily: the bpffs is busy while a directory of it is open, as in this guard
-        // SAFETY: a constant C string that outlives the call.
-        let result = unsafe {
-            let target = std::ffi::CString::new(BPFFS)?;
-            libc::umount2(target.as_ptr(), libc::MNT_DETACH)
-        };
-        if result != 0 {
-            return Err(io::Error::last_os_error()).context(BPFFS);
-        }
+        unmount(BPFFS, UnmountFlags::DETACH).map_err(io::Error::from).context(BPFFS)?;
         log::info!("unmounted bpffs from {BPFFS}");
         Ok(())
     }
@@ -247,18 +235,8 @@ impl Drop for WriteGuard {
 }
 
 fn is_bpffs(path: &Path) -> anyhow::Result<bool> {
-    let c_path = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())?;
-    let mut stat = std::mem::MaybeUninit::<libc::statfs>::uninit();
-    // SAFETY: the path is a C string, and statfs fills the struct where it returns 0.
-    let filled = unsafe { libc::statfs(c_path.as_ptr(), stat.as_mut_ptr()) } == 0;
-    if !filled {
-        let error = io::Error::last_os_error();
-        bail!("{}: {error}", path.display());
-    }
-    // SAFETY: filled, as just checked.
-    let f_type = unsafe { stat.assume_init() }.f_type;
-    // signed with glibc, unsigned with musl
-    Ok(i128::from(f_type) == i128::from(libc::BPF_FS_MAGIC))
+    let stat = statfs(path).map_err(io::Error::from).with_context(|| path.display().to_string())?;
+    Ok(i128::from(stat.f_type) == i128::from(libc::BPF_FS_MAGIC))
 }
 
 impl ReadGuard {
