@@ -5,8 +5,7 @@
 //!                    eth0   eth0              up0        eth0
 //! ```
 //!
-//! With [`Lab::add_ipv6`] each IPv4 address has an IPv6 one beside it: `2001:db8:2::20` beside
-//! `10.2.0.20`.
+//! With [`Lab::add_ipv6`] each IPv4 address has an IPv6 counterpart: `2001:db8:2::20` for `10.2.0.20`.
 
 use std::fs;
 use std::io::Write;
@@ -22,13 +21,13 @@ pub const CLIENTS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 1, 0, 20), Ipv4Addr::new(1
 pub const RELAY: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
 pub const UPSTREAMS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 2, 0, 20), Ipv4Addr::new(10, 2, 0, 21)];
 
-/// The lab's addresses, of one family.
+/// The lab's addresses in one family.
 #[derive(Clone, Copy)]
 pub struct Net {
     pub key: IpAddr,
     pub clients: [IpAddr; 2],
     pub upstreams: [IpAddr; 2],
-    /// The relay's own on the side of the upstreams.
+    /// The relay's address on the upstreams' network.
     pub egress: IpAddr,
 }
 
@@ -58,7 +57,7 @@ impl Net {
         self.key.is_ipv6()
     }
 
-    /// A rule for the relay's address.
+    /// Returns a rule for the relay's address.
     pub fn rule(&self, name: &str, port: u16, options: Value, upstreams: &[Value]) -> Value {
         let mut rule = rule(name, port, options, upstreams);
         rule["key"]["address"] = json!(self.key);
@@ -75,7 +74,7 @@ impl Net {
     }
 }
 
-/// An upstream that is named by its address.
+/// Returns an upstream given by address.
 pub fn upstream(address: impl Into<IpAddr>, port: u16) -> Value {
     let address = address.into();
     json!({ "name": address, "address": address, "port": port })
@@ -90,12 +89,13 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// With checksum offload, as veth has it.
+    /// Creates a lab with checksum offload, veth's default.
     pub fn new() -> Lab {
         Lab::with_offload(true, true)
     }
 
-    /// With checksum offload between client and relay, and between relay and upstream.
+    /// Creates a lab with or without checksum offload between client and relay, and between relay and
+    /// upstream.
     pub fn with_offload(client: bool, upstream: bool) -> Lab {
         Lab::with_links(|lab| {
             lab.client.link("eth0", &lab.relay, "eth0", client);
@@ -103,7 +103,7 @@ impl Lab {
         })
     }
 
-    /// With IPv4 addresses on the interfaces that `link` makes.
+    /// Creates a lab with IPv4 addresses on the interfaces that `link` creates.
     pub fn with_links(link: impl FnOnce(&Lab)) -> Lab {
         let lab = Lab {
             client: Namespace::new(),
@@ -126,7 +126,7 @@ impl Lab {
         lab
     }
 
-    /// IPv6 addresses beside the others, and link-local ones with the same end.
+    /// Adds an IPv6 address for each IPv4 address, and link-local addresses with the same suffix.
     pub fn add_ipv6(&self) {
         for (namespace, interface, net, hosts) in [
             (&self.client, "eth0", 1, &["20", "21"][..]),
@@ -143,21 +143,21 @@ impl Lab {
         self.relay.sysctl("net.ipv6.conf.all.forwarding", "1");
     }
 
-    /// With addresses of both families.
+    /// Creates a lab with addresses of both families.
     pub fn dual(client_offload: bool, upstream_offload: bool) -> Lab {
         let lab = Lab::with_offload(client_offload, upstream_offload);
         lab.add_ipv6();
         lab
     }
 
-    /// udplb on the relay, its words separated by blanks.
+    /// Returns a udplb command on the relay; `words` are its arguments, separated by spaces.
     pub fn udplb(&self, words: &str) -> Command {
         let mut command = udplb(&self.relay, &self.bpffs);
         command.args(words.split_whitespace());
         command
     }
 
-    /// The directory of the maps that outlive generations.
+    /// Returns the directory of the maps that outlive generations.
     pub fn state(&self) -> PathBuf {
         let entries = fs::read_dir(self.bpffs.pins()).expect("pins");
         let mut paths = entries.map(|entry| entry.expect("an entry").path());
@@ -181,7 +181,7 @@ impl Lab {
         outcome.expect(0).json()
     }
 
-    /// `options` are those of the command.
+    /// Applies a configuration with these command-line options.
     pub fn try_apply(&self, config: &Value, options: &str) -> Outcome {
         let file = self.write(config);
         self.run(&format!("apply {} -o json {options}", file.display()))
@@ -192,7 +192,7 @@ impl Lab {
         self.run("status -o json").json()
     }
 
-    /// The packets with a verdict, of an upstream of a rule.
+    /// Returns the packets with a verdict of a rule's upstream.
     pub fn packets(&self, rule: &str, upstream: &str, verdict: &str) -> u64 {
         let status = self.status();
         let by = |list: &Value, field: &str, name: &str| {
@@ -213,14 +213,14 @@ impl Lab {
 pub fn packets(counters: &Value, verdict: &str) -> u64 {
     let of = |count: &Value| count["packets"].as_u64().unwrap_or(0);
     match verdict {
-        // the other verdicts of what was sent are a part of it
+        // "forwarded" includes the packets sent with other verdicts
         "forwarded" => of(&counters[verdict]) - of(&counters["stale-neighbour"]),
         "matched" | "stale-neighbour" => of(&counters[verdict]),
         _ => of(&counters["not_forwarded"][verdict]),
     }
 }
 
-/// A rule with the given upstreams; `options` go into its options.
+/// Returns a rule with the given upstreams; `options` are merged into its options.
 pub fn rule(name: &str, port: u16, options: Value, upstreams: &[Value]) -> Value {
     json!({
         "name": name,
@@ -230,7 +230,7 @@ pub fn rule(name: &str, port: u16, options: Value, upstreams: &[Value]) -> Value
     })
 }
 
-/// A configuration for the relay's eth0. Strategy and hash are the first version's.
+/// Returns a configuration for the relay's eth0 with the strategy and hash of the first version.
 pub fn config(rules: &[Value]) -> Value {
     json!({
         "version": 1,
@@ -240,7 +240,7 @@ pub fn config(rules: &[Value]) -> Value {
     })
 }
 
-/// One `block` rule, from port 5000 to `port` of the first upstream.
+/// Returns a configuration with one `block` rule from port 5000 to `port` of the first upstream.
 pub fn to_port(port: u16) -> Value {
     let upstream = json!({ "name": "one", "address": UPSTREAMS[0], "port": port });
     config(&[rule("only", 5000, json!({ "tc_action": "block" }), &[upstream])])
@@ -264,7 +264,7 @@ impl Outcome {
         Outcome { code, stdout, stderr, command: format!("{command:?}") }
     }
 
-    /// Feeds the command's standard input.
+    /// Runs a command with this standard input.
     pub fn with_input(command: &mut Command, input: &str) -> Outcome {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the program runs");
@@ -312,7 +312,7 @@ impl std::fmt::Debug for Outcome {
     }
 }
 
-/// A directory for files, readable for everybody.
+/// A temporary directory that every user can read.
 pub struct Directory(PathBuf);
 
 impl Directory {
@@ -330,7 +330,8 @@ impl Directory {
     /// Copies udplb to where every user may run it: the build may be in a private home directory.
     pub fn program(&self) -> PathBuf {
         let copy = self.0.join("udplb");
-        // not by this process: nothing can run while a child forked by another test has it open
+        // `cp` writes the copy: an executable cannot be run while a child forked by another test has it
+        // open for writing
         run("cp", [env!("CARGO_BIN_EXE_udplb").as_ref(), copy.as_os_str()]);
         copy
     }

@@ -1,4 +1,4 @@
-//! A laboratory for tests: network namespaces and a bpffs of their own, gone when the value is.
+//! Network namespaces and a bpffs for tests, removed when their values are dropped.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
-/// A name that no other test, run or process uses; short enough for an interface.
+/// Returns a name that no other test, run or process uses, short enough for an interface.
 pub fn unique(prefix: &str) -> String {
     format!("{prefix}{:x}x{:x}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
@@ -61,24 +61,24 @@ impl Namespace {
         format!("/run/netns/{}", self.name)
     }
 
-    /// `ip` inside, its words separated by blanks.
+    /// Runs `ip` in the namespace; `words` are its arguments, separated by spaces.
     pub fn ip(&self, words: &str) -> String {
         run("ip", ["-n", &self.name].into_iter().chain(words.split_whitespace()))
     }
 
-    /// `tc` inside.
+    /// Runs `tc` in the namespace.
     pub fn tc(&self, words: &str) -> String {
         run("tc", ["-n", &self.name].into_iter().chain(words.split_whitespace()))
     }
 
-    /// A program inside; the mounts are those of the test, so that its bpffs is seen.
+    /// Returns a command in the namespace. The command shares the test's mounts, and so its bpffs.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path())).arg("--").arg(program).stdin(Stdio::null());
         command
     }
 
-    /// Sets a sysctl of this namespace, `net.ipv4.ip_forward`.
+    /// Sets a sysctl of this namespace, such as `net.ipv4.ip_forward`.
     pub fn sysctl(&self, name: &str, value: &str) {
         let path = Path::new("/proc/sys").join(name.replace('.', "/"));
         self.enter(|| fs::write(&path, value)).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -90,7 +90,8 @@ impl Namespace {
         self.sysctl("net.ipv6.conf.all.forwarding", on);
     }
 
-    /// Runs a closure on a thread inside; sockets that it returns stay inside.
+    /// Runs a closure on a thread in the namespace; sockets that the closure returns stay in the
+    /// namespace.
     pub fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
         let namespace = File::open(self.path()).expect("the namespace exists");
         std::thread::scope(|scope| {
@@ -104,8 +105,8 @@ impl Namespace {
         })
     }
 
-    /// A veth pair from here to another namespace, both ends up, without checksum offload where
-    /// `offload` is false: what arrives then has its checksums computed.
+    /// Creates a veth pair to another namespace, both ends up. Without `offload`, checksum offload is
+    /// off and received packets have complete checksums.
     pub fn link(&self, name: &str, other: &Namespace, other_name: &str, offload: bool) {
         let peer = format!("peer name {other_name} netns {}", other.name);
         self.ip(&format!("link add {name} type veth {peer}"));
@@ -119,7 +120,7 @@ impl Namespace {
         }
     }
 
-    /// The index of an interface inside.
+    /// Returns the index of an interface in the namespace.
     pub fn index(&self, interface: &str) -> u32 {
         let name = CString::new(interface).expect("a name");
         // SAFETY: the name is a C string that outlives the call.
@@ -128,7 +129,7 @@ impl Namespace {
         index
     }
 
-    /// The MAC address of an interface inside.
+    /// Returns the MAC address of an interface in the namespace.
     pub fn mac(&self, interface: &str) -> [u8; 6] {
         let words = self.ip(&format!("-o link show {interface}"));
         let mac = words.split_whitespace().skip_while(|word| *word != "link/ether").nth(1);
@@ -140,7 +141,7 @@ impl Namespace {
         bytes.try_into().expect("six bytes")
     }
 
-    /// The same as text, as `ip` shows it.
+    /// Returns the MAC address of an interface as `ip` shows it.
     pub fn mac_text(&self, interface: &str) -> String {
         self.mac(interface).map(|byte| format!("{byte:02x}")).join(":")
     }
@@ -152,7 +153,7 @@ impl Drop for Namespace {
     }
 }
 
-/// A bpffs of its own.
+/// A private bpffs mount.
 pub struct Bpffs {
     pub path: PathBuf,
 }
@@ -166,7 +167,7 @@ impl Bpffs {
         bpffs
     }
 
-    /// The pin directory of udplb.
+    /// Returns udplb's pin directory.
     pub fn pins(&self) -> PathBuf {
         self.path.join("udplb")
     }
@@ -179,15 +180,15 @@ impl Drop for Bpffs {
     }
 }
 
-/// The udplb under test, in a namespace, with its pins in a bpffs.
+/// Returns the udplb command under test in a namespace, with its pins in a bpffs.
 pub fn udplb(namespace: &Namespace, bpffs: &Bpffs) -> Command {
     let mut command = namespace.command(env!("CARGO_BIN_EXE_udplb"));
     command.arg("--pin-dir").arg(bpffs.pins());
     command
 }
 
-/// As the units do: before 5.11 the kernel counts maps and programs as locked memory. Who may not
-/// raise the limit, in a container, has a later one.
+/// Removes the limit of locked memory, as the units do: before 5.11 the kernel counts maps and programs
+/// as locked memory. Where raising the limit is not permitted, in a container, the kernel is newer.
 pub fn lock_any_memory(command: &mut Command) {
     const UNLIMITED: libc::rlimit =
         libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
@@ -200,7 +201,7 @@ pub fn lock_any_memory(command: &mut Command) {
     }
 }
 
-/// Runs a command, and returns its exit code, standard output and standard error.
+/// Runs a command and returns its exit code, standard output and standard error.
 pub fn outcome(command: &mut Command) -> (Option<i32>, String, String) {
     let Output { status, stdout, stderr } = command.output().expect("the program runs");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

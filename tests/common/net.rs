@@ -10,23 +10,23 @@ use std::time::{Duration, Instant};
 
 use super::Namespace;
 
-/// Longer than anything takes that happens at all.
+/// Timeout for events that must happen.
 pub const PATIENCE: Duration = Duration::from_secs(10);
-/// Longer than a datagram on a veth takes.
+/// Wait before concluding that no datagram arrives; longer than a datagram takes on a veth.
 pub const SILENCE: Duration = Duration::from_millis(100);
 
-/// A UDP socket inside, with a large buffer; bound once this returns.
+/// Returns a bound UDP socket in the namespace, with a large buffer.
 pub fn bind(namespace: &Namespace, address: impl Into<IpAddr>, port: u16) -> UdpSocket {
     bind_to(namespace, (address.into(), port).into())
 }
 
-/// The same for an address that may be a link's.
+/// Returns a UDP socket bound to an address that may be link-local.
 pub fn bind_to(namespace: &Namespace, address: SocketAddr) -> UdpSocket {
     let end = Instant::now() + PATIENCE;
     let socket = loop {
         match namespace.enter(|| UdpSocket::bind(address)) {
             Ok(socket) => break socket,
-            // a child of another test, on its way to its program, may have what this one let go
+            // a child forked by another test may hold the closed socket until its exec
             Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < end => {
                 std::thread::sleep(Duration::from_millis(10));
             }
@@ -42,10 +42,10 @@ pub fn bind_to(namespace: &Namespace, address: SocketAddr) -> UdpSocket {
     socket
 }
 
-/// The senders' and the kernel's default.
+/// Default TTL of the senders and of the kernel.
 pub const TTL: i32 = 64;
 
-/// From `linux/udp.h`.
+/// Socket option from `linux/udp.h`.
 pub const UDP_SEGMENT: i32 = 103;
 pub const UDP_GRO: i32 = 104;
 
@@ -54,12 +54,12 @@ pub fn is_mac(word: &str) -> bool {
     word.len() == 17 && word.split(':').all(|byte| byte.len() == 2)
 }
 
-/// Sets an integer option.
+/// Sets an integer socket option.
 pub fn set(socket: &UdpSocket, level: i32, option: i32, value: i32) {
     set_bytes(socket, level, option, &value.to_ne_bytes());
 }
 
-/// Sets an option.
+/// Sets a socket option.
 pub fn set_bytes(socket: &UdpSocket, level: i32, option: i32, value: &[u8]) {
     let length = value.len() as libc::socklen_t;
     // SAFETY: the value outlives the call.
@@ -74,9 +74,9 @@ pub fn set_bytes(socket: &UdpSocket, level: i32, option: i32, value: &[u8]) {
 pub struct Datagram {
     pub payload: Vec<u8>,
     pub from: SocketAddr,
-    /// With IPv6 the hop limit.
+    /// TTL, or hop limit with IPv6.
     pub ttl: i32,
-    /// The length of its parts, where it is several datagrams.
+    /// Length of each datagram, where GRO merged several.
     pub segment: Option<i32>,
 }
 
@@ -89,7 +89,7 @@ pub fn receive(socket: &UdpSocket) -> Datagram {
     loop {
         match try_receive(socket) {
             Ok(datagram) => return datagram,
-            // a machine that was stopped and goes on does that
+            // a resumed machine interrupts the call
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => panic!("{:?}: {error}", own(socket)),
         }
@@ -142,14 +142,14 @@ pub fn expect_silence_of<'sockets>(sockets: impl IntoIterator<Item = &'sockets U
     }
 }
 
-/// One datagram with its sender and TTL.
+/// Receives one datagram with its sender and TTL.
 pub fn try_receive(socket: &UdpSocket) -> io::Result<Datagram> {
     let mut payload = vec![0_u8; 65_536];
     let mut control = [0_u64; 8];
     let mut part = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: payload.len() };
     let (mut ttl, mut segment) = (0, None);
-    // SAFETY: all zeroes are a msghdr and an address; the buffers outlive the call, and the
-    // control messages, of which each is an int, are walked with libc's macros.
+    // SAFETY: all zeroes are a valid msghdr and address; the buffers outlive the call, and the control
+    // messages, each an int, are iterated with libc's macros.
     let (length, from) = unsafe {
         let mut from: libc::sockaddr_storage = std::mem::zeroed();
         let mut message: libc::msghdr = std::mem::zeroed();
@@ -181,7 +181,7 @@ pub fn try_receive(socket: &UdpSocket) -> io::Result<Datagram> {
 /// Converts an address from the kernel, without the index of a link.
 pub fn socket_address(address: &libc::sockaddr_storage) -> SocketAddr {
     if i32::from(address.ss_family) == libc::AF_INET {
-        // SAFETY: the family says that it is one, and the storage is larger.
+        // SAFETY: the family is AF_INET, and the storage is larger.
         let address = unsafe { &*std::ptr::from_ref(address).cast::<libc::sockaddr_in>() };
         let ip = Ipv4Addr::from(address.sin_addr.s_addr.to_ne_bytes());
         return SocketAddrV4::new(ip, u16::from_be(address.sin_port)).into();
@@ -193,7 +193,7 @@ pub fn socket_address(address: &libc::sockaddr_storage) -> SocketAddr {
     SocketAddrV6::new(ip, port, 0, 0).into()
 }
 
-/// The IPv4 address and port that a socket has.
+/// Returns a socket's local IPv4 address and port.
 pub fn local(socket: &UdpSocket) -> SocketAddrV4 {
     match socket.local_addr() {
         Ok(SocketAddr::V4(address)) => address,
@@ -201,12 +201,12 @@ pub fn local(socket: &UdpSocket) -> SocketAddrV4 {
     }
 }
 
-/// The address and port that a socket has.
+/// Returns a socket's local address and port.
 pub fn own(socket: &UdpSocket) -> SocketAddr {
     socket.local_addr().expect("a bound socket")
 }
 
-/// Waits for a datagram, which must be this one: every byte, the sender and the TTL.
+/// Waits for a datagram and checks every byte, the sender and the TTL.
 #[track_caller]
 pub fn expect(socket: &UdpSocket, payload: &[u8], from: impl Into<SocketAddr>, ttl: i32) {
     let received = receive(socket);
@@ -224,7 +224,7 @@ pub fn expect(socket: &UdpSocket, payload: &[u8], from: impl Into<SocketAddr>, t
     );
 }
 
-/// Bytes that differ from place to place.
+/// Returns a payload with position-dependent bytes.
 pub fn payload(length: usize) -> Vec<u8> {
     (0..length).map(|index| (index * 7 + index / 251) as u8).collect()
 }
@@ -253,14 +253,15 @@ pub fn send_frame(namespace: &Namespace, interface: &str, frame: &[u8]) {
     assert_eq!(sent, frame.len() as isize, "{}", io::Error::last_os_error());
 }
 
-/// Ends a stream of datagrams for [`count`].
+/// Final marker that ends a stream of datagrams for [`count`].
 const LAST: &[u8] = b"that is all";
 
-/// Sends numbered datagrams until told to stop, and one that says so; returns how many.
+/// Sends numbered datagrams until `stop` is set, then a final marker; returns the number of datagrams
+/// sent.
 pub fn send_until(stop: &AtomicBool, socket: &UdpSocket, to: (Ipv4Addr, u16)) -> u64 {
     let mut sent = 0_u64;
     while !stop.load(Ordering::Relaxed) {
-        // where nobody listens the answer to the one before is an error here
+        // with no listener, the ICMP error for the previous datagram is reported here
         if socket.send_to(&sent.to_be_bytes(), to).is_ok() {
             sent += 1;
         }
@@ -270,7 +271,7 @@ pub fn send_until(stop: &AtomicBool, socket: &UdpSocket, to: (Ipv4Addr, u16)) ->
     sent
 }
 
-/// Sends as long as the value lives.
+/// A sender that runs until the value is dropped.
 pub struct Load {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<u64>>,
@@ -285,10 +286,10 @@ impl Load {
         Load { stop, thread: Some(thread) }
     }
 
-    /// Stops it and returns the number of datagrams sent.
+    /// Stops the sender and returns the number of datagrams sent.
     pub fn end(mut self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
-        // and one that says that it is the last
+        // plus the final marker
         self.thread.take().expect("running").join().expect("sent") + 1
     }
 }
@@ -299,13 +300,12 @@ impl Drop for Load {
     }
 }
 
-/// Tells a [`count`]er that nothing follows.
+/// Sends the final marker for [`count`].
 pub fn send_last(socket: &UdpSocket, to: (Ipv4Addr, u16)) {
     socket.send_to(LAST, to).expect("the last datagram");
 }
 
-/// Counts what arrives, on a thread, until the sender says that it was the last and nothing
-/// follows.
+/// Counts received datagrams on a thread until the final marker arrives and no datagram follows.
 pub fn count(socket: UdpSocket) -> JoinHandle<u64> {
     socket.set_read_timeout(Some(10 * PATIENCE)).expect("a timeout");
     std::thread::spawn(move || {

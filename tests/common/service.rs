@@ -1,4 +1,4 @@
-//! `udplb arpd` running in a laboratory, ended when the value is.
+//! `udplb arpd` running in a lab, stopped when the value is dropped.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use udplb::bpf::{from_bytes, types};
 
 use super::lab::Lab;
 
-/// Longer than anything takes, however busy the machine is.
+/// Timeout for all waits, sufficient on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits until a condition holds.
@@ -34,12 +34,12 @@ pub struct Arpd {
 }
 
 impl Arpd {
-    /// Starts it on the lab's relay and waits until it tracks the active configuration.
+    /// Starts arpd on the lab's relay and waits until arpd tracks the active configuration.
     pub fn start(lab: &Lab, options: &str) -> Arpd {
         Arpd::spawn(lab, lab.udplb(&format!("arpd {options}")))
     }
 
-    /// The same with a command that ends in one that is an arpd.
+    /// Starts arpd by a command that finally executes it.
     pub fn spawn(lab: &Lab, mut command: Command) -> Arpd {
         let log = lab.directory.path().join(super::unique("arpd-"));
         command.stderr(File::create(&log).expect("a file"));
@@ -52,7 +52,7 @@ impl Arpd {
         arpd
     }
 
-    /// The log so far.
+    /// Returns the log so far.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).expect("the log")
     }
@@ -63,7 +63,7 @@ impl Arpd {
         assert_eq!(sent, 0, "kill: {}", std::io::Error::last_os_error());
     }
 
-    /// Ends it with a signal.
+    /// Stops arpd with a signal and returns its exit status.
     pub fn end(mut self, signal: i32) -> ExitStatus {
         self.signal(signal);
         self.child.wait().expect("the child")
@@ -85,7 +85,7 @@ impl Drop for Arpd {
 }
 
 impl Lab {
-    /// Time, on the program's clock, until which packets are traced; 0 where no trace runs.
+    /// Returns the time on the program's clock until which packets are traced; 0 without a trace.
     pub fn traced_until(&self) -> u64 {
         let map = MapHandle::from_pinned_path(self.state().join("tracing")).expect("the flag");
         let value = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).expect("a look-up");
@@ -93,7 +93,7 @@ impl Lab {
         value.until
     }
 
-    /// An upstream, by its label, as `status` has it.
+    /// Returns the upstream with this label from `status`.
     pub fn upstream_status(&self, label: &str) -> Value {
         let status = self.status();
         let rules = status["rules"].as_array().expect("rules");
@@ -103,7 +103,7 @@ impl Lab {
         upstream.unwrap_or_else(|| panic!("no {label} in {status:#}")).clone()
     }
 
-    /// Its next hop.
+    /// Returns the next hop of the upstream with this label.
     pub fn next_hop(&self, label: &str) -> Value {
         self.upstream_status(label)["next_hop"].clone()
     }
@@ -120,7 +120,7 @@ impl Lab {
         until(&format!("{label} is {health}"), || self.upstream_status(label)["health"] == health);
     }
 
-    /// udplb on the relay, where `/etc/hosts` is a file of the lab's directory.
+    /// Returns a udplb command on the relay; `/etc/hosts` is a file in the lab's directory.
     pub fn with_hosts(&self, words: &str) -> Command {
         let hosts = self.directory.path().join("hosts");
         let mut command = self.relay.command("unshare");
@@ -130,7 +130,7 @@ impl Lab {
         command
     }
 
-    /// The kernel's entry for a neighbour of the relay.
+    /// Returns the kernel's entry for a neighbour of the relay.
     pub fn neighbour(&self, address: &str) -> String {
         self.relay.ip(&format!("-d neigh show {address}"))
     }

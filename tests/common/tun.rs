@@ -1,4 +1,4 @@
-//! A tun or tap device with the test at its other end.
+//! A tun or tap device whose other end is the test.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -7,16 +7,16 @@ use std::os::fd::{AsFd, AsRawFd};
 use super::Namespace;
 use super::net::poll;
 
-/// Goes when the value does.
+/// The device, removed when the value is dropped.
 pub struct Tun(File);
 
 impl Tun {
-    /// Makes one for IP packets that is up.
+    /// Creates a tun device (IP packets) that is up.
     pub fn new(namespace: &Namespace, name: &str) -> Tun {
         Tun::with(namespace, name, libc::IFF_TUN)
     }
 
-    /// One for frames with what a guest leaves to its host, as virtual machines have it.
+    /// Creates a tap device (frames) with offload headers, as virtual machines use it.
     pub fn tap(namespace: &Namespace, name: &str) -> Tun {
         Tun::with(namespace, name, libc::IFF_TAP | libc::IFF_VNET_HDR)
     }
@@ -39,19 +39,19 @@ impl Tun {
         Tun(file)
     }
 
-    /// A packet comes in.
+    /// Delivers a packet to the device's ingress.
     pub fn send(&self, packet: &[u8]) {
         (&self.0).write_all(packet).expect("the device takes it");
     }
 
-    /// A frame comes from a guest, which leaves it to the host to add the sum from `start` on to
-    /// the UDP checksum, and to cut the payload into segments if it is longer.
+    /// Delivers a frame of a guest that leaves to the host the UDP checksum, over the bytes from
+    /// `start` on, and the segmentation of payloads longer than `segment`.
     pub fn send_unfinished(&self, frame: &[u8], start: u16, segment: u16) {
         const GSO_UDP_L4: u8 = 5;
         self.send_large(frame, start, segment, GSO_UDP_L4);
     }
 
-    /// The same of one datagram, for the host to make fragments of.
+    /// Delivers a frame of a guest that leaves to the host the fragmentation of one datagram.
     pub fn send_unfragmented(&self, frame: &[u8], start: u16, fragment: u16) {
         const GSO_UDP: u8 = 3;
         self.send_large(frame, start, fragment, GSO_UDP);
@@ -72,7 +72,7 @@ impl Tun {
         self.send(&bytes);
     }
 
-    /// Waits for a packet of such an address to go out.
+    /// Waits for an outgoing packet with such an address.
     #[track_caller]
     pub fn receive(&self, destination: std::net::IpAddr) -> Vec<u8> {
         let mut packet = vec![0; 65_536];

@@ -1,8 +1,9 @@
-//! Figures of the kernel's verifier.
+//! Statistics of the kernel's verifier.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Returns the number of instructions that the verifier processed; 0 before kernel 5.16, which does not report it.
+/// Returns the number of instructions that the verifier processed; 0 before kernel 5.16, which does not
+/// report it.
 pub fn walked(program: BorrowedFd<'_>) -> u32 {
     let mut info = libbpf_sys::bpf_prog_info::default();
     let mut length = size_of_val(&info) as u32;

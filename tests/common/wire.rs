@@ -1,6 +1,6 @@
 //! Frames that leave an interface, captured at the other end of the veth pair.
 //!
-//! The kernel takes a frame's VLAN tag out before anybody sees it; here it is put back.
+//! The kernel removes a frame's VLAN tag before delivery; the tag is put back here.
 
 use std::io;
 use std::mem::{size_of, size_of_val, zeroed};
@@ -20,14 +20,14 @@ pub struct Tag {
 }
 
 impl Tag {
-    /// Makes it the first of a frame.
+    /// Inserts the tag as the first of a frame.
     pub fn put_into(self, mut frame: Vec<u8>) -> Vec<u8> {
         frame.splice(TYPE..TYPE, [self.protocol, self.control].map(u16::to_be_bytes).concat());
         frame
     }
 }
 
-/// From linux/if_packet.h, for what comes with a frame.
+/// Socket option from linux/if_packet.h for the metadata of a frame.
 const PACKET_AUXDATA: i32 = 8;
 const TP_STATUS_VLAN_VALID: u32 = 1 << 4;
 
@@ -43,35 +43,35 @@ struct Auxiliary {
     tag_protocol: u16,
 }
 
-/// Follows what a test sent; has the type of IPv4, as all that is listened for.
+/// Frame that marks the end of a test case. Its EtherType is IPv4, as the receiver captures only IP.
 const SENTINEL: &[u8] = b"\x02\0\0\0\0\xff\x02\0\0\0\0\xff\x08\0the end of a test case";
 
-/// The two ends of a cable whose frames are read after each case.
+/// The two ends of a veth pair whose frames are read after each case.
 pub struct Wire {
     near: OwnedFd,
     far: OwnedFd,
 }
 
 impl Wire {
-    /// From an interface of one namespace to one of another.
+    /// Opens both ends: an interface of one namespace and one of another.
     pub fn new(near: (&Namespace, &str), far: (&Namespace, &str)) -> Wire {
         let open = |(namespace, interface): (&Namespace, &str), protocol| {
             let index = namespace.index(interface);
             let socket = namespace.enter(|| open(index, protocol));
             socket.unwrap_or_else(|error| panic!("{interface}: {error}"))
         };
-        // only a listener for all sees the tags
+        // only a socket for all protocols sees the tags
         Wire { near: open(near, 0), far: open(far, libc::ETH_P_ALL as u16) }
     }
 
-    /// The frames with IP that arrived since the last call; does not wait for more, as frames that
+    /// Returns the IP frames that arrived since the last call, without waiting for more: frames that
     /// one CPU sends stay in order.
     pub fn drain(&self) -> Vec<Vec<u8>> {
         self.send(SENTINEL);
         std::iter::repeat_with(|| receive(&self.far))
             .filter(|frame| {
                 match frame[TYPE..] {
-                    // the kernel asks for neighbours and reports groups, to groups
+                    // neighbour discovery and group reports of the kernel go to group addresses
                     [0x86, 0xdd, ..] => frame[0] & 1 == 0,
                     [0x08, 0, ..] | [0x81, 0, ..] | [0x88, 0xa8, ..] => true,
                     _ => false,
@@ -95,7 +95,7 @@ impl Wire {
         }
     }
 
-    /// Sends a frame the way that the program's go.
+    /// Sends a frame through the interface that the program uses.
     pub fn send(&self, frame: &[u8]) {
         // SAFETY: the buffer is of the length given.
         let sent =
@@ -104,13 +104,13 @@ impl Wire {
     }
 }
 
-/// Keeps the thread on the CPU that it is on.
+/// Pins the thread to its current CPU.
 pub fn stay_on_this_cpu() {
     // SAFETY: takes and returns plain numbers.
     run_on_cpu(unsafe { libc::sched_getcpu() } as usize);
 }
 
-/// Keeps the thread on that CPU, or on the last one if there are fewer.
+/// Pins the thread to a CPU, or to the last one if there are fewer.
 pub fn run_on_cpu(cpu: usize) {
     let cpu = cpu.min(libbpf_rs::num_possible_cpus().expect("the number of CPUs") - 1);
     // SAFETY: the set is plain data, and concerns this thread alone.
@@ -122,13 +122,13 @@ pub fn run_on_cpu(cpu: usize) {
     assert_eq!(result, 0, "sched_setaffinity: {}", io::Error::last_os_error());
 }
 
-/// A socket for the whole frames of an interface with that protocol, in either direction.
+/// Opens a socket for the frames of an interface with this protocol, in both directions.
 fn open(index: u32, protocol: u16) -> io::Result<OwnedFd> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
     // SAFETY: the address is plain data of the length given, and outlives the call; the
     // descriptor is nobody else's.
     let socket = unsafe {
-        // hears nothing before it is bound
+        // receives nothing before it is bound
         let socket = OwnedFd::from_raw_fd(result(libc::socket(libc::AF_PACKET, kind, 0))?);
         let mut address: libc::sockaddr_ll = zeroed();
         address.sll_family = libc::AF_PACKET as u16;
@@ -156,7 +156,7 @@ fn result(value: i32) -> io::Result<i32> {
     if value < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
 }
 
-/// The next frame, as it was on the wire.
+/// Receives the next frame as it was on the wire.
 fn receive(socket: &OwnedFd) -> Vec<u8> {
     let mut frame = vec![0; 1 << 16];
     let mut control = [0_u64; 16];
