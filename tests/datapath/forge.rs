@@ -1,4 +1,4 @@
-//! Frames of every kind, right and wrong: each header says what it is told to.
+//! Valid and invalid frames of every kind: each header field can be set freely.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -9,20 +9,20 @@ const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
 const UDP: u8 = 17;
 
-/// A frame; [`Forged::frame`] has its bytes.
+/// Fields of a frame; [`Forged::frame`] builds it.
 #[derive(Clone, Debug)]
 pub struct Forged {
     pub to: Mac,
     pub from: Mac,
-    /// Held beside the bytes.
+    /// VLAN tag in the packet's metadata instead of its bytes.
     pub tag: Option<Tag>,
-    /// In the frame, the outermost first.
+    /// Tags in the frame, outermost first.
     pub tags: Vec<Tag>,
-    /// In the place of IP's own.
+    /// EtherType that replaces the one of the IP version.
     pub ethertype: Option<u16>,
     pub ip: Ip,
     pub udp: Udp,
-    /// Bytes behind the IP packet.
+    /// Number of bytes behind the IP packet.
     pub padding: usize,
     /// Length to which the frame is truncated.
     pub cut: Option<usize>,
@@ -56,32 +56,32 @@ impl Length {
     }
 }
 
-/// RFC 791, section 3.1.
+/// An IPv4 header, RFC 791, section 3.1.
 #[derive(Clone, Debug)]
 pub struct V4 {
     pub version: u8,
-    /// In the place of the right header length, in words.
+    /// Header length in words that replaces the right one.
     pub words: Option<u8>,
     pub tos: u8,
     pub total_length: Length,
     pub identification: u16,
-    /// The reserved one, "do not fragment" and "more fragments".
+    /// The reserved bit, "do not fragment" and "more fragments".
     pub flags: u8,
     /// In units of eight bytes.
     pub fragment_offset: u16,
     pub ttl: u8,
     pub protocol: u8,
-    /// By how much the checksum is off, in one's complement.
+    /// Error added to the checksum, in one's complement.
     pub checksum_error: u16,
     pub source: Ipv4Addr,
     pub destination: Ipv4Addr,
-    /// Words of options.
+    /// Length of the options in words.
     pub options: u8,
-    /// The pointer of a loose source route among them, of seven bytes.
+    /// Pointer of a loose source route of seven bytes in the options.
     pub source_route: Option<u8>,
 }
 
-/// RFC 8200, section 3.
+/// An IPv6 header, RFC 8200, section 3.
 #[derive(Clone, Debug)]
 pub struct V6 {
     pub version: u8,
@@ -102,7 +102,7 @@ pub struct Extension {
     pub kind: Kind,
     /// Length beyond the first eight bytes, in its own units.
     pub units: u8,
-    /// Value of its length field, if it is wrong.
+    /// Wrong value of the length field.
     pub lie: Option<u8>,
 }
 
@@ -120,7 +120,7 @@ pub struct Fragment {
     /// In units of eight bytes.
     pub offset: u16,
     pub more: bool,
-    /// The bits that are nothing.
+    /// Value of the reserved bits.
     pub reserved: u8,
     pub identification: u32,
 }
@@ -132,12 +132,12 @@ pub struct Udp {
     pub destination: u16,
     pub length: Length,
     pub checksum: Checksum,
-    /// Bytes of payload, and what they begin with.
+    /// Length of the payload; `first` is its first two bytes.
     pub payload: usize,
     pub first: u16,
-    /// Bytes of the IP packet behind the datagram.
+    /// Number of bytes of the IP packet behind the datagram.
     pub trailer: usize,
-    /// Length to which all that is truncated in the packet.
+    /// Length to which datagram and trailer are truncated.
     pub cut: Option<usize>,
 }
 
@@ -145,14 +145,14 @@ pub struct Udp {
 pub enum Checksum {
     Right,
     Is(u16),
-    /// In one's complement.
+    /// Off by this amount, in one's complement.
     Off(u16),
     /// Checksum of the pseudo-header; the device adds the rest.
     Unfinished,
 }
 
 impl Forged {
-    /// A datagram of sixteen bytes, with all right.
+    /// Returns a valid frame with 16 bytes of payload.
     pub fn new(to: Mac, ip: Ip, port: u16) -> Forged {
         Forged {
             to,
@@ -177,7 +177,7 @@ impl Forged {
         }
     }
 
-    /// The same between two hosts of one family.
+    /// Returns a valid frame between two addresses of one family.
     pub fn between(to: Mac, source: IpAddr, destination: IpAddr, port: u16) -> Forged {
         let ip = match (source, destination) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => Ip::V4(V4::new(source, destination)),
@@ -187,12 +187,12 @@ impl Forged {
         Forged::new(to, ip, port)
     }
 
-    /// Payload of the UDP datagram.
+    /// Returns the payload of the UDP datagram.
     pub fn payload(&self) -> Vec<u8> {
         self.udp.bytes(&[], &[])[8..].to_vec()
     }
 
-    /// The checksum in the UDP header.
+    /// Returns the checksum in the UDP header.
     pub fn udp_checksum(&self) -> u16 {
         let (source, destination) = match &self.ip {
             Ip::V4(ip) => (ip.source.octets().to_vec(), ip.destination.octets().to_vec()),
@@ -219,7 +219,7 @@ impl Forged {
     }
 }
 
-/// The fragments of a frame without tags and extension headers, with so many bytes each (RFC 791
+/// Splits a frame without tags and extension headers into fragments of at most `room` bytes (RFC 791
 /// section 3.2, RFC 8200 section 4.5).
 pub fn fragments(frame: &[u8], room: usize, identification: u32) -> Vec<Vec<u8>> {
     let ipv6 = frame[14] >> 4 == 6;
@@ -353,7 +353,7 @@ impl Extension {
             bytes.extend(identification.to_be_bytes());
             return bytes;
         }
-        // zeroes are padding in all of them
+        // zero bytes are padding in all extension headers
         let mut bytes = match self.kind {
             // RFC 4302: in units of four bytes, beyond the first two of them
             Kind::Authentication => vec![0; 8 + usize::from(self.units) * 4],
@@ -395,12 +395,12 @@ impl Udp {
     }
 }
 
-/// RFC 768, RFC 8200 section 8.1; zeroes between do not count.
+/// Returns the pseudo-header, RFC 768 and RFC 8200 section 8.1; zero bytes do not change the sum.
 fn pseudo_header(source: &[u8], destination: &[u8], length: usize) -> Vec<u8> {
     [source, destination, &(length as u32).to_be_bytes(), &[0, UDP]].concat()
 }
 
-/// RFC 1071.
+/// Computes the one's complement sum, RFC 1071.
 fn sum(bytes: &[u8]) -> u16 {
     let words =
         bytes.chunks(2).map(|pair| u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));

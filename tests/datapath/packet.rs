@@ -1,4 +1,4 @@
-//! Frames with UDP in IPv4, built from scratch with every checksum computed over the whole.
+//! UDP frames over IPv4, built from scratch; every checksum is computed over all bytes.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
@@ -9,7 +9,7 @@ use etherparse::{
 
 pub type Mac = [u8; 6];
 
-/// The lengths of the headers, the IP header's without options.
+/// Header lengths; the IP header is without options.
 pub const ETHERNET: usize = 14;
 pub const IP: usize = 20;
 pub const UDP: usize = 8;
@@ -24,9 +24,9 @@ pub const UDP_LENGTH: usize = ETHERNET + IP + 4;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Checksum {
     Valid,
-    /// The sender left it out.
+    /// No checksum.
     Zero,
-    /// Off by this, in one's complement.
+    /// Off by this amount, in one's complement.
     Wrong(u16),
 }
 
@@ -48,16 +48,16 @@ pub struct Datagram {
     pub options: Vec<u8>,
     pub payload: Vec<u8>,
     pub checksum: Checksum,
-    /// By how much the checksum of the IP header is off.
+    /// Error added to the IP header's checksum, in one's complement.
     pub header_error: u16,
-    /// Bytes of the IP packet that the UDP length leaves out.
+    /// Bytes of the IP packet beyond the UDP length.
     pub trailer: Vec<u8>,
-    /// Bytes of the frame that the IP length leaves out.
+    /// Number of bytes of the frame beyond the IP length.
     pub padding: usize,
 }
 
 impl Datagram {
-    /// Sixteen bytes of payload and nothing special.
+    /// Returns a datagram with 16 bytes of payload and default fields.
     pub fn new(source: SocketAddrV4, destination: SocketAddrV4) -> Datagram {
         Datagram {
             to: [2, 0, 0, 0, 0, 1],
@@ -95,7 +95,8 @@ impl Datagram {
         frame
     }
 
-    /// The error that its sender is to get: that it did not fit an MTU, or was on its way too long.
+    /// Returns the expected ICMP error to the sender: "fragmentation needed" with this MTU, or "time
+    /// exceeded" for `None`.
     pub fn error(&self, mtu: Option<u16>) -> Vec<u8> {
         // RFC 1812, section 4.3.2.3
         const MOST: usize = 576 - IP - 8;
@@ -124,7 +125,7 @@ impl Datagram {
         [&ethernet.to_bytes()[..], &ip.to_bytes(), &icmp.to_bytes(), quotation].concat()
     }
 
-    /// The length of the IP packet.
+    /// Returns the length of the IP packet.
     pub fn length(&self) -> usize {
         IP + self.options.len() + UDP + self.payload.len() + self.trailer.len()
     }
@@ -171,7 +172,7 @@ impl Datagram {
         udp
     }
 
-    /// The checksum in the UDP header.
+    /// Returns the checksum in the UDP header.
     pub fn udp_checksum(&self) -> u16 {
         self.udp().checksum
     }
@@ -183,19 +184,19 @@ fn off_by(checksum: u16, error: u16) -> u16 {
     sum + u16::from(carry)
 }
 
-/// So many bytes, no two neighbours alike.
+/// Returns a payload of this length; adjacent bytes differ.
 pub fn payload(length: usize) -> Vec<u8> {
     (0..length).map(|index| (index * 7 + 1) as u8).collect()
 }
 
-/// A frame with some of its bytes replaced.
+/// Returns a frame with some of its bytes replaced.
 pub fn with<const LENGTH: usize>(frame: Vec<u8>, at: usize, bytes: [u8; LENGTH]) -> Vec<u8> {
     let mut frame = frame;
     frame[at..at + LENGTH].copy_from_slice(&bytes);
     frame
 }
 
-/// The same with the checksum that its IPv4 header without options is to have.
+/// Recomputes the checksum of a frame's IPv4 header without options.
 pub fn summed(frame: Vec<u8>) -> Vec<u8> {
     let header = with(frame.clone(), IP_CHECKSUM, [0, 0]);
     let words = header[ETHERNET..ETHERNET + 20].chunks(2);
@@ -204,7 +205,7 @@ pub fn summed(frame: Vec<u8>) -> Vec<u8> {
     with(frame, IP_CHECKSUM, (!((folded & 0xffff) + (folded >> 16)) as u16).to_be_bytes())
 }
 
-/// `10.0.0.1:5666` from its parts.
+/// Returns a socket address from its parts.
 pub const fn endpoint(address: Ipv4Addr, port: u16) -> SocketAddrV4 {
     SocketAddrV4::new(address, port)
 }

@@ -1,4 +1,4 @@
-//! The program, loaded but attached nowhere: one packet at a time by BPF_PROG_TEST_RUN.
+//! The program under test, loaded and run on one packet at a time with BPF_PROG_TEST_RUN.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -26,20 +26,20 @@ use crate::common::wire::{TYPE, Tag};
 use crate::packet::Mac;
 use crate::prelude::{Change, FAILED, Prelude, TAG_CONTROL, TAG_PRESENT, TAG_PROTOCOL};
 
-/// Ids given, and read, in each chunk of counters; no configuration here has more.
+/// Number of ids used in each chunk of counters; no configuration here has more.
 const IDS: u32 = 80;
 
-/// The chunks of counters that there are.
+/// Number of chunks of counters.
 const CHUNKS: u32 = 2;
 
-/// Room in the maps of rules and upstreams, and in slots.
+/// Sizes of the maps of rules and upstreams, and of the slots.
 const ENTRIES: u32 = 256;
 const SLOT_LINES: u32 = 3200;
 
-/// MAC address of VLAN devices, which differs from the interface's here.
+/// MAC address of VLAN devices; differs from the interface's.
 pub const VLAN_MAC: Mac = [2, 0, 0, 0, 3, 1];
 
-/// So long is a second of the program, for machines that are busy: as many of the kernel's.
+/// Kernel seconds per second of the program's clock; gives busy machines more time.
 pub const SECONDS: u32 = 10;
 
 /// Metadata of a packet.
@@ -63,7 +63,7 @@ pub struct Run {
     pub tag: Option<Tag>,
 }
 
-/// Packets and bytes by id and verdict, without those that are zero.
+/// Packets and bytes by id and verdict; zero counters are omitted.
 pub type Counted = BTreeMap<(u32, &'static str), (u64, u64)>;
 
 pub struct Program<'object> {
@@ -75,7 +75,7 @@ pub struct Program<'object> {
     /// Addresses of this host.
     own: RefCell<Vec<IpAddr>>,
     configured: RefCell<(Desired, Vec<RuleIds>)>,
-    /// A second of the program, by [`Program::jiffies`].
+    /// One second of the program in units of [`Program::jiffies`].
     pub second: u32,
 }
 
@@ -101,7 +101,7 @@ impl<'object> Program<'object> {
             map.set_max_entries(entries).expect("the size of a map");
         }
         let chunks = [0; CHUNKS as usize].map(|_| counters_chunk(&maps.counters_chunk));
-        // before 6.2 the kernel tells maps with type information from those without
+        // before kernel 6.2, an inner map with type information differs from one without
         maps.counters.set_inner_map_fd(chunks[0].as_fd()).expect("a model of the chunks");
         let skeleton = skeleton.load().expect("the program loads");
         for (index, chunk) in (0..).zip(&chunks) {
@@ -115,7 +115,7 @@ impl<'object> Program<'object> {
         Program { skeleton, chunks, prelude, preludes, own, configured, second }
     }
 
-    /// Tells of this host's addresses, and which of them are broadcast addresses.
+    /// Writes this host's addresses, each with true for a broadcast address.
     pub fn set_own(&self, addresses: &[(IpAddr, bool)]) {
         for (address, broadcast) in addresses {
             let key = types::key_address { words: wire(*address) };
@@ -124,7 +124,7 @@ impl<'object> Program<'object> {
         *self.own.borrow_mut() = addresses.iter().map(|(address, _)| *address).collect();
     }
 
-    /// Has an interface take the frames with these tags, the outermost first, and no others.
+    /// Sets the VLANs of an interface: the accepted tags, outermost first.
     pub fn set_vlans(&self, ifindex: u32, paths: &[&[(u16, u16)]]) {
         const FIRST: u32 = 1_000_000;
         let place = |path: &[(u16, u16)]| match path {
@@ -153,8 +153,8 @@ impl<'object> Program<'object> {
         }
     }
 
-    /// Puts one rule in the place of those that were there, behind a decoy, and returns its ids;
-    /// the first id given is the one after `first_id`.
+    /// Replaces all rules by one rule behind a decoy and returns the rule's ids; the first assigned id
+    /// is the one after `first_id`.
     pub fn configure(&self, rule: &Rule, ways: &BTreeMap<Address, Way>, first_id: u32) -> RuleIds {
         let rules = vec![decoy(), rule.clone()];
         self.configure_all(&Desired { rules, ..Desired::default() }, ways, first_id)
@@ -162,7 +162,7 @@ impl<'object> Program<'object> {
             .expect("the ids of the rule")
     }
 
-    /// The same with all rules of a configuration, and none besides.
+    /// Replaces all rules by those of a configuration and returns their ids.
     pub fn configure_all(
         &self,
         desired: &Desired,
@@ -184,7 +184,7 @@ impl<'object> Program<'object> {
         clear(&maps.path_mtus);
         clear(&maps.answers);
         self.forget_fragments();
-        // full again; forget_fragments() gave all senders other places
+        // refill the error budgets; forget_fragments() moved all senders to other buckets
         for kind in 0..3 {
             write(&maps.budget, kind, &[0; size_of::<types::budget>()]);
         }
@@ -217,7 +217,7 @@ impl<'object> Program<'object> {
         ids
     }
 
-    /// Nothing that was remembered is found any more, neither of fragments nor of errors to senders.
+    /// Changes the hash secret, so that recorded fragments and senders of errors are not found again.
     pub fn forget_fragments(&self) {
         let mut sequences = self.sequences();
         sequences.secret[0] += 1;
@@ -230,18 +230,18 @@ impl<'object> Program<'object> {
         bytes.and_then(|bytes| from_bytes(&bytes)).expect("sequences")
     }
 
-    /// The secret that hashes the keys of first fragments.
+    /// Returns the secret that hashes the keys of first fragments.
     pub fn secret(&self) -> [u64; 2] {
         self.sequences().secret
     }
 
-    /// The keys of the first fragments that are remembered.
+    /// Returns the keys of all recorded first fragments.
     pub fn fragment_keys(&self) -> Vec<u64> {
         let keys = self.skeleton.maps.fragments.keys();
         keys.map(|key| u64::from_ne_bytes(key.try_into().expect("eight bytes"))).collect()
     }
 
-    /// Has it run for what comes in by an interface.
+    /// Attaches the program to the ingress of an interface.
     pub fn attach(&self, ifindex: u32) {
         let mut hook = TcHookBuilder::new(self.program());
         let mut hook = hook.ifindex(ifindex as i32).handle(1).priority(1).hook(TC_INGRESS);
@@ -262,8 +262,8 @@ impl<'object> Program<'object> {
         write(&self.skeleton.maps.overrides, index, &(state << shift).to_ne_bytes());
     }
 
-    /// No error may be sent any more, and another CPU, which was the last to look at the clock, saw a
-    /// later time there than the next packet's will.
+    /// Spends the budgets of ICMP errors. Their fill time lies in the future, as if another CPU had
+    /// read a later time than the next packet's.
     pub fn spend_errors(&self) {
         let filled = u64::MAX / 2;
         let budget = [&[0; 8], &filled.to_ne_bytes()[..]].concat();
@@ -272,7 +272,7 @@ impl<'object> Program<'object> {
         }
     }
 
-    /// The clock that the program goes by.
+    /// Returns the current time of the program's clock.
     pub fn jiffies(&self) -> u32 {
         test_run(self.skeleton.progs.udplb_heartbeat.as_fd(), &[0; 64], Context::default());
         let bytes = self.skeleton.maps.heartbeat.lookup(&[0; 4], MapFlags::ANY).expect("a lookup");
@@ -281,14 +281,14 @@ impl<'object> Program<'object> {
         beat.expect("a heartbeat").until as u32
     }
 
-    /// Takes all room for first fragments, since then.
+    /// Fills the ring of first fragments with entries of time `since`.
     pub fn fill_fragments(&self, since: u32) {
         let map = &self.skeleton.maps.fragment_ring;
         let place = [&[0xff; 8][..], &since.to_ne_bytes(), &1_u32.to_ne_bytes()].concat();
         write_bytes(map, place.len(), &place.repeat(map.max_entries() as usize));
     }
 
-    /// The next first fragment takes the first place again, which was last taken then.
+    /// Makes the next first fragment reuse the ring's first slot, last used at time `since`.
     pub fn turn_fragments(&self, since: u32) {
         let (sequences, ring) = (&self.skeleton.maps.sequences, &self.skeleton.maps.fragment_ring);
         for (map, at, value) in [(sequences, 4, 0), (ring, 8, since)] {
@@ -298,7 +298,7 @@ impl<'object> Program<'object> {
         }
     }
 
-    /// Says of all first fragments that they came then.
+    /// Sets the arrival time of all recorded first fragments.
     pub fn age_fragments(&self, since: u32) {
         let map = &self.skeleton.maps.fragments;
         for key in map.keys().collect::<Vec<_>>() {
@@ -308,12 +308,12 @@ impl<'object> Program<'object> {
         }
     }
 
-    /// Number of first fragments in the table.
+    /// Returns the number of first fragments in the table.
     pub fn fragments(&self) -> usize {
         self.skeleton.maps.fragments.keys().count()
     }
 
-    /// The MTUs that are noted of paths, by the address of the upstream.
+    /// Returns the recorded path MTUs by upstream address.
     pub fn path_mtus(&self) -> BTreeMap<[u32; 4], u32> {
         let map = &self.skeleton.maps.path_mtus;
         let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().expect("four bytes"));
@@ -336,19 +336,19 @@ impl<'object> Program<'object> {
         }
     }
 
-    /// Has every slot lead to an upstream that the map has no room for.
+    /// Points every slot at an index beyond the map of upstreams.
     pub fn lose_upstreams(&self) {
         let line = types::slot_line { upstream: [ENTRIES as u16; _] };
         write_all(&self.skeleton.maps.slots, &[line; SLOT_LINES as usize]);
     }
 
-    /// Changes the entry that user space wrote for an upstream.
+    /// Changes an upstream's next hop as written by user space.
     pub fn change_nexthop(&self, id: u32, change: impl FnOnce(&mut types::nexthop)) {
         let map = &self.skeleton.maps.nexthops_chunk;
         let bytes = map.lookup(&id.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
         let mut slot: types::nexthop_slot =
             bytes.and_then(|bytes| from_bytes(&bytes)).expect("an entry");
-        // the other copy is to be left alone by whoever reads
+        // with an odd sequence, readers must use the second copy
         slot.sequence = 1;
         slot.copies[0] = types::nexthop::default();
         change(&mut slot.copies[1]);
@@ -363,7 +363,8 @@ impl<'object> Program<'object> {
     }
 
     /// # Panics
-    /// The kernel refuses to run it.
+    ///
+    /// If the kernel refuses the run.
     pub fn run(&self, frame: &[u8], context: Context) -> Run {
         let tagged = matches!(frame[TYPE..], [0x81, 0, ..] | [0x88, 0xa8, ..]);
         if context.tag.is_none() && context.length.is_none() && !tagged {
@@ -375,7 +376,7 @@ impl<'object> Program<'object> {
         let run = test_run(prelude.as_fd(), frame, context);
         assert_ne!(run.action, FAILED, "the prelude with {context:?}");
         match run.tag {
-            // to everybody else it is the same, beside the bytes or within
+            // a tag in the metadata is equivalent to one in the bytes
             Some(tag) if context.tag.is_none() => {
                 Run { frame: tag.put_into(run.frame), tag: None, ..run }
             }
@@ -408,7 +409,7 @@ impl<'object> Program<'object> {
         counted
     }
 
-    /// Ids, and where their counters are.
+    /// Returns each id with the map and index of its counters.
     fn counters(&self) -> impl Iterator<Item = (u32, &MapHandle, u32)> {
         (0..).zip(&self.chunks).flat_map(|(chunk, map)| {
             (0..IDS).map(move |index| (chunk * map.max_entries() + index, map, index))
@@ -416,7 +417,7 @@ impl<'object> Program<'object> {
     }
 }
 
-/// A map like the one that the program has as a model.
+/// Creates a map with the program's inner map as template.
 fn counters_chunk(model: &OpenMap<'_>) -> MapHandle {
     let options = libbpf_sys::bpf_map_create_opts {
         sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
@@ -427,7 +428,7 @@ fn counters_chunk(model: &OpenMap<'_>) -> MapHandle {
         .expect("a chunk of counters")
 }
 
-/// A rule that no packet here matches; its entries are the first in each map.
+/// Returns a rule that no packet matches; its entries come first in each map.
 fn decoy() -> Rule {
     let address = Ipv4Addr::new(192, 0, 2, 1);
     let upstream = |port| Upstream::new(address, Some(port));
@@ -442,7 +443,7 @@ fn decoy() -> Rule {
 }
 
 fn test_run(program: BorrowedFd<'_>, frame: &[u8], context: Context) -> Run {
-    // in place: the kernel refuses other bytes than zeroes in the rest, padding included
+    // built in place: the kernel refuses nonzero bytes in the other fields, padding included
     let mut came = MaybeUninit::<types::__sk_buff>::zeroed();
     let mut gone = MaybeUninit::<types::__sk_buff>::zeroed();
     // SAFETY: all zeroes are a __sk_buff.
@@ -487,7 +488,7 @@ fn write_all<T: Pod>(map: &MapMut<'_>, values: &[T]) {
     write_bytes(map, size_of::<T>(), &values);
 }
 
-/// The same with values that are none of Rust's, one behind the other.
+/// Writes concatenated raw values of the given size.
 fn write_bytes(map: &MapMut<'_>, size: usize, values: &[u8]) {
     let count = (values.len() / size) as u32;
     let keys: Vec<u8> = (0..count).flat_map(u32::to_ne_bytes).collect();

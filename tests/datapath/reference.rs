@@ -1,11 +1,12 @@
-//! The specification of the packet path as code. It follows the RFCs and docs/, not the program that is
-//! compared with it.
+//! Specification of the packet path as code. Written from the RFCs and docs/, independently of the
+//! program that is compared with it.
 //!
 //! ```text
-//! frame ─ untag ─ IP ─ UDP or a later fragment ─ rule ─ for us? ─ well-formed? ─ whose? ─ upstream ─ TTL ─ way ─ MTU ─ rewrite
+//! frame ─ untag ─ IP ─ UDP or a later fragment ─ rule ─ for us? ─ well-formed? ─ valid source?
+//!       ─ upstream ─ TTL ─ next hop ─ MTU ─ rewrite
 //! ```
 //!
-//! Each packet ends with one counted verdict; [`Host::judge`] follows that line.
+//! Each packet gets one counted verdict. [`Host::judge`] implements these steps in this order.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
@@ -21,7 +22,7 @@ use crate::program::Counted;
 /// A name of `VERDICTS`.
 pub type Verdict = &'static str;
 
-/// The one that packets come to.
+/// The relay host that receives the packets.
 #[derive(Clone, Debug)]
 pub struct Host {
     /// MAC address of the input interface.
@@ -29,15 +30,15 @@ pub struct Host {
     pub rules: Vec<(Rule, RuleIds)>,
     /// Addresses that the key address `any` matches.
     pub addresses: Vec<IpAddr>,
-    /// The subnets' broadcast addresses.
+    /// Broadcast addresses of the host's subnets.
     pub broadcasts: Vec<IpAddr>,
-    /// VLANs that it is in: protocols and ids of the tags, the outermost first.
+    /// VLANs of the host: protocols and ids of the tags, outermost first.
     pub vlans: Vec<Vec<(u16, u16)>>,
     /// MAC address of the VLANs' interfaces.
     pub vlan_mac: Mac,
-    /// The longest frame that the interfaces take; IP packets may have bytes behind them.
+    /// Maximum frame length of the interfaces. A frame may have bytes behind the IP packet.
     pub longest: usize,
-    /// By the address of the upstream; there is no route to others.
+    /// Paths by upstream address; no other address has a route.
     pub ways: BTreeMap<IpAddr, Way>,
     pub hashed: Hashed,
 }
@@ -46,19 +47,20 @@ pub struct Host {
 pub struct Way {
     /// Maximum length of whole IP packets.
     pub mtu: usize,
-    /// This host's and the next hop's; none: the kernel has to ask for the next hop's.
+    /// MAC addresses of this host and of the next hop; `None` if the kernel has to resolve the
+    /// neighbour.
     pub macs: Option<(Mac, Mac)>,
-    /// Verdict that a sent packet counts as.
+    /// Verdict counted for a packet that is sent.
     pub verdict: Verdict,
-    /// This host's address on that way.
+    /// This host's address on the egress interface.
     pub egress: Option<IpAddr>,
 }
 
-/// Chooses for a rule by the sender's address and port. The hashes themselves are not specified
-/// here; that user space and the program agree on them is tested elsewhere.
+/// Selects a rule's upstream from the sender's address and port. The hashes are not specified here;
+/// another test checks that user space and the program compute the same.
 pub type Hashed = fn(&Rule, IpAddr, u16) -> usize;
 
-/// A receiver of packets, and the id of its counters.
+/// An upstream or mirror that receives packets, and the id of its counters.
 #[derive(Clone, Copy)]
 struct Receiver<'host> {
     upstream: &'host Upstream,
@@ -66,19 +68,19 @@ struct Receiver<'host> {
     source: Source,
     /// Maximum number of earlier copies to the same host.
     again: usize,
-    /// Packets from any source address are sent.
+    /// True if packets are sent whatever their source address.
     martians: bool,
 }
 
-/// A packet, as it comes in.
+/// A packet as received.
 #[derive(Clone, Copy, Debug)]
 pub struct Arrival<'frame> {
     pub frame: &'frame [u8],
-    /// Held beside the bytes.
+    /// VLAN tag in the packet's metadata instead of its bytes.
     pub tag: Option<Tag>,
-    /// The payload of a segment, if it is to be cut into some.
+    /// Payload bytes per GSO segment; 0 for a single packet.
     pub gso_size: usize,
-    /// 0: not counted yet.
+    /// Number of GSO segments; 0 if not computed yet.
     pub gso_segs: usize,
 }
 
@@ -92,23 +94,23 @@ pub struct Outcome {
 /// Fate of the packet itself.
 #[derive(Clone, Debug, Default)]
 pub enum End {
-    /// Up the stack with every byte that it came with.
+    /// Delivered to the local stack unchanged.
     #[default]
     Up,
     Dropped,
-    /// Out, without a tag.
+    /// Redirected out of an interface, untagged.
     Away(Gone),
-    /// Dropped, and its sender may be told why.
+    /// Dropped; an ICMP error may be sent to the sender.
     Answered(Answer),
 }
 
-/// A frame that leaves.
+/// An outgoing frame.
 #[derive(Clone, Debug)]
 pub struct Gone {
     pub frame: Vec<u8>,
-    /// It is a piece of what was too large: those leave last.
+    /// True for a fragment of a packet that exceeded the MTU. Fragments leave last.
     pub is_piece: bool,
-    /// Its identification is new, and the same in all fragments of the datagram.
+    /// New identification, shared by all fragments of the datagram.
     pub fresh: Option<Fresh>,
 }
 
@@ -117,7 +119,7 @@ pub struct Fresh {
     datagram: Datagram,
     receiver: Place,
     host: IpAddr,
-    /// Several senders are one there.
+    /// True if the source address is rewritten, so that several senders share one address.
     is_merged: bool,
     /// Offset of the identification in the frame.
     field: Range<usize>,
@@ -128,33 +130,34 @@ pub struct Fresh {
 pub struct Answer {
     pub from: IpAddr,
     pub to: IpAddr,
-    /// The MTU to use; none: the time was exceeded.
+    /// MTU reported to the sender; `None` for "time exceeded".
     pub mtu: Option<usize>,
-    /// Beginning of the frame: the MAC addresses swapped, and the tags.
+    /// Start of the frame: swapped MAC addresses and the tags.
     pub link: Vec<u8>,
-    /// The packet that was too big or too old.
+    /// The packet that the error reports.
     pub about: Vec<u8>,
-    /// Number of bytes that must be quoted.
+    /// Minimum number of quoted bytes.
     pub least: usize,
 }
 
-/// Key of a datagram's fragments: source, destination, identification (RFC 791 section 3.2; IPv4's protocol
-/// is always UDP here. In RFC 8200 section 4.5 the next header is not part of it: it may differ from
-/// fragment to fragment). Whole datagrams have numbers of their own, above all identifications.
+/// Key of a datagram's fragments: source, destination, identification (RFC 791 section 3.2). The
+/// protocol is omitted: in IPv4 it is always UDP here; in RFC 8200 section 4.5 the next header is not
+/// part of the key and may differ between fragments. Unfragmented datagrams get numbers above all
+/// identifications.
 type Datagram = (IpAddr, IpAddr, u64);
 
-/// A receiver: its id, and how many there are before it at its host.
+/// A receiver: its counter id, and the number of earlier receivers on the same host.
 type Place = (u32, usize);
 
 /// The table of first fragments.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
-    /// Indices of the rule and of its upstream; none: another datagram that is no rule's has the
-    /// identification now.
+    /// Indices of the rule and its upstream; `None` if a newer datagram that matches no rule uses the
+    /// identification.
     followed: HashMap<Datagram, Option<(usize, usize)>>,
-    /// By datagram and receiver: the host and the new identification.
+    /// Receiving host and new identification, by datagram and receiver.
     fresh: HashMap<(Datagram, Place), (IpAddr, Vec<u8>)>,
-    /// The packets that came.
+    /// Number of packets received.
     packets: u64,
 }
 
@@ -163,13 +166,13 @@ const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
 const VLAN: [u16; 2] = [0x8100, 0x88a8];
 
-/// Tags that are looked through in a frame.
+/// Maximum number of tags parsed in a frame.
 const TAGS: usize = 2;
 
-/// Extension headers that are looked through.
+/// Maximum number of extension headers parsed.
 const EXTENSIONS: usize = 8;
 
-/// The UDP header begins within so many bytes of the IPv6 packet.
+/// Maximum offset of the UDP header in an IPv6 packet, in bytes.
 const HEADERS: usize = 512;
 
 /// Next header values, RFC 8200 section 4.
@@ -179,11 +182,11 @@ const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const DESTINATION: u8 = 60;
 
-/// The beginning of a frame.
+/// Result of parsing a frame.
 enum Parsed {
-    /// Nothing to look at.
+    /// Neither UDP nor a fragment that may be UDP.
     Other,
-    /// IPv6 whose extension headers are too many or cut off, in a frame of so many bytes.
+    /// IPv6 with too many or truncated extension headers, and the length of its frame.
     Unreadable {
         destination: IpAddr,
         bytes: usize,
@@ -191,25 +194,25 @@ enum Parsed {
     Packet(Packet),
 }
 
-/// UDP, or a later fragment of what may be UDP.
+/// A UDP packet, or a later fragment of a datagram that may be UDP.
 struct Packet {
-    /// Without its tags.
+    /// The frame without its tags.
     bytes: Vec<u8>,
     source: IpAddr,
     destination: IpAddr,
     /// TTL or hop limit.
     ttl: u8,
-    /// End of the IP packet by its header; the frame may end sooner.
+    /// End of the IP packet according to its header; the frame may be shorter.
     end: usize,
     /// Offset of the UDP header, or of a later fragment's data.
     body: usize,
-    /// None: it is whole.
+    /// `None` for an unfragmented packet.
     fragment: Option<Fragment>,
     /// True if the fragment's datagram may be UDP, by this fragment's header.
     may_be_udp: bool,
     /// Offset of an IPv4 fragment's data in its datagram.
     offset: usize,
-    /// May be told to use a smaller MTU.
+    /// True if a "packet too big" error may be sent: IPv6, or IPv4 with DF set.
     dont_fragment: bool,
     gso_size: usize,
     gso_segs: usize,
@@ -225,7 +228,7 @@ struct Fragment {
 }
 
 impl Host {
-    /// The packet's way; `table` is what the packets before left behind.
+    /// Computes a packet's outcome. `table` holds the state left by earlier packets.
     pub fn judge(&self, table: &mut Table, arrival: Arrival<'_>) -> Outcome {
         let packet = match self.parse(arrival) {
             Parsed::Other => return Outcome::default(),
@@ -314,7 +317,7 @@ impl Host {
         }
     }
 
-    /// To one upstream.
+    /// Sends a packet, or a copy for `pass`, to one upstream.
     fn balance(
         &self,
         mut outcome: Outcome,
@@ -358,15 +361,15 @@ impl Host {
         outcome
     }
 
-    /// Up to the way out. The packet itself keeps its MAC addresses till the kernel knows the
-    /// neighbour; a copy and pieces wait for that in the kernel.
+    /// Builds the frames to one receiver and their verdict. With an unresolved neighbour the packet
+    /// itself keeps its MAC addresses, while a copy or fragments wait in the kernel.
     fn send(
         &self,
         to: Receiver<'_>,
         packet: &Packet,
         copy: bool,
     ) -> Result<(Vec<Gone>, Verdict), Verdict> {
-        // RFC 791 section 3.2, RFC 8200 section 3: it would arrive at zero
+        // RFC 791 section 3.2, RFC 8200 section 3: the decremented TTL would be zero
         if packet.ttl <= 1 {
             return Err("ttl");
         }
@@ -377,7 +380,7 @@ impl Host {
             Source::Egress => way.and_then(|way| way.egress).ok_or("no-route")?,
         };
         let receiver = to.upstream.address.ip;
-        // it would be from itself
+        // the receiver would get a packet from its own address
         if stays_here(source, receiver) || !to.martians && source == receiver {
             return Err("martian");
         }
@@ -411,8 +414,8 @@ impl Host {
         Ok((frames.into_iter().map(gone).collect(), verdict))
     }
 
-    /// Errors go to whom a packet was taken from, and for nothing that many may have got, RFC 1122
-    /// section 3.2.2, RFC 4443 section 2.4.
+    /// Returns the fate of an unsent packet. An ICMP error is sent only when the packet itself was to
+    /// be sent, and never for broadcast or multicast: RFC 1122 section 3.2.2, RFC 4443 section 2.4.
     fn end_of_unsent(
         &self,
         rule: &Rule,
@@ -467,8 +470,8 @@ impl Host {
         }
     }
 
-    /// An exact address before any address, then an exact port before any port, then the smallest
-    /// network of senders.
+    /// Returns the matching rule. An exact address takes precedence over `any`, then an exact port over
+    /// any port, then the longest sender prefix.
     fn rule_for(&self, packet: &Packet) -> Option<usize> {
         let header = packet.bytes.get(packet.body..packet.body + 8)?;
         let port = word(header, 2)?;
@@ -497,8 +500,8 @@ impl Host {
         self.rules.iter().any(|(rule, _)| self.is_address(rule, address))
     }
 
-    /// The seed's mapping: the port's two bytes as a little-endian number, or the address as a
-    /// number, modulo the number of upstreams.
+    /// Selects the upstream. With `modulo`, as in udplb's first version: the port's two bytes read as
+    /// little-endian, or the IPv4 address as a number, modulo the number of upstreams.
     fn choose(&self, rule: &Rule, packet: &Packet) -> usize {
         let count = rule.upstreams.len();
         let port = word(&packet.bytes, packet.body).unwrap_or_default();
@@ -511,8 +514,9 @@ impl Host {
         }
     }
 
-    /// By the frame's destination, or that of the VLAN's interface, and by its tags: those of IEEE
-    /// 802.1Q whose id is 0 say a priority only.
+    /// Returns true if the frame is addressed to this host: by destination MAC address (the
+    /// interface's, a group's or the VLAN interface's) and tags. An 802.1Q tag with VLAN id 0 carries
+    /// only a priority.
     fn is_for_us(&self, packet: &Packet, arrival: Arrival<'_>) -> bool {
         let (to, _) = packet.macs();
         let mut path = Vec::new();
@@ -531,7 +535,7 @@ impl Host {
         to == self.mac || to[0] & 1 == 1 || !path.is_empty() && to == self.vlan_mac
     }
 
-    /// Why a packet is none that the rule sends on.
+    /// Returns the verdict of a packet that the rule does not forward.
     fn objection(&self, rule: &Rule, packet: &Packet) -> Option<Verdict> {
         let allows = rule.martians == Admission::Allow;
         if !packet.is_well_formed() {
@@ -587,7 +591,7 @@ impl Host {
         }
     }
 
-    /// It comes from where an upstream of the rule got packets.
+    /// Returns true if the source address and port are those of an upstream or mirror of the rule.
     fn is_answer(&self, rule: &Rule, packet: &Packet) -> bool {
         let port = packet.udp_field(0);
         let ports = &rule.key.ports;
@@ -599,10 +603,10 @@ impl Host {
     }
 }
 
-/// Route that the options of an IPv4 header demand.
+/// Source route in an IPv4 header's options.
 enum Route {
     Malformed,
-    /// To other hosts first.
+    /// The route continues to other hosts.
     GoesOn,
     EndsHere,
 }
@@ -622,15 +626,15 @@ impl Packet {
         (self.source, self.destination, identification)
     }
 
-    /// Destination and source.
+    /// Returns the destination and source MAC addresses.
     fn macs(&self) -> (Mac, Mac) {
         let mac = |at: usize| self.bytes[at..at + 6].try_into().expect("six bytes");
         (mac(0), mac(6))
     }
 
-    /// Returns true if the lengths are consistent: RFC 768, "Length is the length in octets of this user datagram
-    /// including this header and the data. (This means the minimum value of the length is eight.)"; IP may
-    /// carry more than that, a fragment less.
+    /// Returns true if the lengths are consistent: RFC 768, "Length is the length in octets of this
+    /// user datagram including this header and the data. (This means the minimum value of the length is
+    /// eight.)" The IP packet may be longer; a fragment may be shorter.
     fn is_well_formed(&self) -> bool {
         if self.end > self.bytes.len() {
             return false;
@@ -647,7 +651,7 @@ impl Packet {
         word(&self.bytes, self.body + at).unwrap_or_default()
     }
 
-    /// RFC 791 section 3.1.
+    /// Parses the options of the IPv4 header for a source route, RFC 791 section 3.1.
     fn route(&self) -> Route {
         if self.source.is_ipv6() {
             return Route::EndsHere;
@@ -678,8 +682,9 @@ impl Packet {
         route
     }
 
-    /// RFC 791, section 3.2: in IPv4, if the sender allows it. What a device is to cut into
-    /// segments is left to it, and what ends behind the longest datagram is no part of one.
+    /// Returns true if the packet may be fragmented: IPv4 without DF (RFC 791, section 3.2). GSO
+    /// packets are left to the device. A fragment that ends beyond 65535 bytes belongs to no valid
+    /// datagram.
     fn may_be_cut(&self) -> bool {
         let end = self.offset + self.end - self.body;
         self.source.is_ipv4() && !self.dont_fragment && self.gso_size == 0 && end <= 65535
@@ -693,8 +698,8 @@ impl Packet {
         }
     }
 
-    /// Packets and bytes, with the Ethernet header and without tags. Segments have headers of
-    /// their own.
+    /// Returns packets and bytes, with the Ethernet header and without tags. Each GSO segment counts
+    /// its own headers.
     fn count(&self) -> (u64, u64) {
         let headers = self.body + 8;
         let bytes = self.bytes.len();
@@ -708,12 +713,12 @@ impl Packet {
         (segments as u64, (bytes + (segments - 1) * headers) as u64)
     }
 
-    /// The same to another host. What is not named here leaves as it came.
+    /// Rewrites the packet for an upstream. All other bytes stay unchanged.
     fn rewritten(&self, macs: Option<(Mac, Mac)>, source: IpAddr, to: &Upstream) -> Vec<u8> {
         let mut bytes = self.bytes.clone();
         match macs {
             Some((from, to)) => bytes[..12].copy_from_slice(&[to, from].concat()),
-            // the kernel gives what is addressed to a group no neighbour's address
+            // the kernel sets no neighbour's address on frames to a group address
             None if bytes[0] & 1 == 1 => bytes[..12].fill(0),
             None => {}
         }
@@ -740,7 +745,7 @@ impl Packet {
         let new_port = to.port.unwrap_or(old_port);
         bytes[self.body + 2..self.body + 4].copy_from_slice(&new_port.to_be_bytes());
         let checksum = word(&self.bytes, self.body + 6).expect("a UDP header");
-        // RFC 768: zero says that there is none, and ones stand for a zero that was computed
+        // RFC 768: zero means no checksum; a computed zero is sent as all ones
         if checksum != 0 {
             let ports = [old_port, new_port].map(|port| port.to_be_bytes().to_vec());
             let old = [octets(self.source), octets(self.destination), ports[0].clone()].concat();
@@ -755,14 +760,14 @@ impl Packet {
     }
 }
 
-/// The frame without its tags; none: it ends within one.
+/// Returns the frame without its tags; `None` if the frame ends within a tag.
 fn untagged(frame: &[u8]) -> Option<Vec<u8>> {
     let tags = tags(frame).count();
     word(frame, ETHERNET - 2 + tags * 4)?;
     Some([&frame[..ETHERNET - 2], &frame[ETHERNET - 2 + tags * 4..]].concat())
 }
 
-/// Protocols and controls of the frame's tags.
+/// Returns the protocol and control field of each tag in the frame.
 fn tags(frame: &[u8]) -> impl Iterator<Item = (u16, u16)> {
     let tags = (0..TAGS).map_while(|number| {
         let at = ETHERNET - 2 + number * 4;
@@ -772,7 +777,7 @@ fn tags(frame: &[u8]) -> impl Iterator<Item = (u16, u16)> {
     tags.collect::<Vec<_>>().into_iter()
 }
 
-/// RFC 791, section 3.1.
+/// Parses an IPv4 packet, RFC 791, section 3.1.
 fn parse_ipv4(bytes: Vec<u8>) -> Parsed {
     let Some(header) = bytes.get(ETHERNET..ETHERNET + 20) else { return Parsed::Other };
     let length = usize::from(header[0] & 15) * 4;
@@ -802,12 +807,12 @@ fn parse_ipv4(bytes: Vec<u8>) -> Parsed {
         may_be_udp: true,
         bytes,
     };
-    // the ports must have come; not all fragments have them
+    // the UDP header must be present, except in fragments
     let came = packet.fragment.is_some() || packet.bytes.len() >= packet.body + 8;
     if came { Parsed::Packet(packet) } else { Parsed::Other }
 }
 
-/// RFC 8200, sections 3 and 4.
+/// Parses an IPv6 packet, RFC 8200, sections 3 and 4.
 fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
     let Some(header) = bytes.get(ETHERNET..ETHERNET + 40) else { return Parsed::Other };
     if header[0] >> 4 != 6 {
@@ -834,7 +839,7 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
     let mut next = header[6];
     let mut fragmented = false;
     for number in 0.. {
-        // section 4.1: a Hop-by-Hop Options header elsewhere than first is no known next header
+        // section 4.1: a Hop-by-Hop Options header is valid only as the first header
         let known = matches!(next, ROUTING | FRAGMENT | DESTINATION);
         if next == UDP || !known && (next != HOP_BY_HOP || number > 0) {
             break;
@@ -849,7 +854,7 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
         if next == ROUTING && extension[3] != 0 {
             return Parsed::Other;
         }
-        // section 4.1: each of them at most once
+        // section 4.1: at most one Fragment header
         let again = next == FRAGMENT && fragmented;
         let end = packet.body + length;
         if again || end > bytes.len() || end > ETHERNET + HEADERS {
@@ -860,7 +865,7 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
             let field = word(extension, 2).expect("within the header");
             let (offset, more) = (field >> 3, field & 1 != 0);
             let identification = extension[4..8].try_into().expect("four bytes");
-            // RFC 6946: one that is first and last at once is a whole packet
+            // RFC 6946: a fragment that is both first and last is a whole packet
             packet.fragment = (more || offset > 0).then_some(Fragment {
                 first: offset == 0,
                 identification: u32::from_be_bytes(identification),
@@ -873,7 +878,7 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
             break;
         }
     }
-    // of a later fragment this is what the data of the first begin with
+    // in a later fragment, `next` is the type of the first header in the datagram's data
     packet.may_be_udp = matches!(next, UDP | HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION);
     let came = packet.fragment.is_some() || bytes.len() >= packet.body + 8;
     let came = packet.is_later() || next == UDP && came;
@@ -881,7 +886,7 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
 }
 
 impl Outcome {
-    /// Returns the outcome of a packet that cannot be sent: with `block` it is not delivered here either.
+    /// Returns the outcome of an unsent packet: delivered locally with `pass`, dropped with `block`.
     fn unsent(rule: &Rule) -> Outcome {
         let end = if rule.action == Action::Pass { End::Up } else { End::Dropped };
         Outcome { end, ..Outcome::default() }
@@ -895,22 +900,24 @@ impl Outcome {
 }
 
 impl Table {
-    /// Another datagram has the identification now.
+    /// Records a first fragment. A new datagram uses the identification, so earlier entries are
+    /// removed.
     fn remember(&mut self, datagram: Datagram, rule_and_upstream: (usize, usize)) {
         self.followed.insert(datagram, Some(rule_and_upstream));
         self.fresh.retain(|(known, _), _| *known != datagram);
     }
 
-    /// The same of one that is no rule's; what was not remembered is not to be remembered now.
+    /// Marks a known identification as used by a datagram that matches no rule. Unknown datagrams are
+    /// not recorded.
     fn correct(&mut self, datagram: Datagram) {
         if let Some(followed) = self.followed.get_mut(&datagram) {
             *followed = None;
         }
     }
 
-    /// Returns true if a frame is the expected one. The first fragment of a datagram chooses the identification
-    /// of the later ones. Since all senders become one, no other datagram may have it (RFC 6864 section 4.3),
-    /// nor may two copies for one host.
+    /// Returns true if a frame is the expected one. The first fragment's identification applies to all
+    /// later fragments. With a rewritten source no other datagram may use it (RFC 6864 section 4.3),
+    /// and no two copies for one host may share it.
     pub fn admit(&mut self, wanted: &Gone, got: &[u8]) -> bool {
         let Some(Fresh { datagram, receiver, host, is_merged, field }) = &wanted.fresh else {
             return wanted.frame == got;
@@ -980,7 +987,7 @@ impl Answer {
             && self.about.starts_with(&icmp[8..])
     }
 
-    /// Type and code.
+    /// Returns the ICMP type and code.
     pub fn kind(&self) -> [u8; 2] {
         match (self.from, self.mtu) {
             (IpAddr::V4(_), Some(_)) => [3, 4],
@@ -991,10 +998,11 @@ impl Answer {
     }
 }
 
-/// "a source address that does not define a single host -- e.g., a zero address, a loopback address, a
-/// broadcast address, a multicast address, or a Class E address", RFC 1122 section 3.2.2.
+/// Returns true if a source address belongs to a single host. RFC 1122 section 3.2.2 excludes "a source
+/// address that does not define a single host -- e.g., a zero address, a loopback address, a broadcast
+/// address, a multicast address, or a Class E address".
 fn is_one_host(source: IpAddr) -> bool {
-    // RFC 6890: all that begins with a zero is "this host on this network"
+    // RFC 6890: 0.0.0.0/8 is "this host on this network"
     let v4 = matches!(source, IpAddr::V4(address) if matches!(address.octets()[0], 0 | 240..));
     !(source.is_unspecified() || source.is_loopback() || source.is_multicast() || v4)
 }
@@ -1034,13 +1042,13 @@ fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// The number in network byte order at that place.
+/// Reads a big-endian 16-bit number at an offset.
 fn word(bytes: &[u8], at: usize) -> Option<u16> {
     let bytes = bytes.get(at..at + 2)?;
     Some(u16::from_be_bytes([bytes[0], bytes[1]]))
 }
 
-/// RFC 1071.
+/// Computes the one's complement sum, RFC 1071.
 fn sum(bytes: &[u8]) -> u16 {
     let words =
         bytes.chunks(2).map(|pair| u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));
@@ -1050,13 +1058,15 @@ fn sum(bytes: &[u8]) -> u16 {
     })
 }
 
-/// RFC 1624, equation 3: HC' = ~(~HC + ~m + m'). What was wrong stays wrong by as much.
+/// Updates a checksum by RFC 1624, equation 3: HC' = ~(~HC + ~m + m'). An incorrect checksum stays
+/// incorrect by the same amount.
 fn updated(checksum: u16, old: &[u8], new: &[u8]) -> u16 {
     let inverted: Vec<u8> = old.iter().map(|byte| !byte).collect();
     !sum(&[&(!checksum).to_be_bytes(), &inverted[..], new].concat())
 }
 
-/// RFC 791, section 3.2: an example fragmentation procedure. What is behind the IP packet is left out.
+/// Fragments an IPv4 frame by the example procedure of RFC 791, section 3.2. Bytes behind the IP packet
+/// are omitted.
 pub fn cut(frame: &[u8], mtu: usize) -> Vec<Vec<u8>> {
     let header = usize::from(frame[ETHERNET] & 15) * 4;
     let field = |at: usize| word(frame, ETHERNET + at).expect("within the header");
@@ -1082,7 +1092,8 @@ pub fn cut(frame: &[u8], mtu: usize) -> Vec<Vec<u8>> {
     data.iter().enumerate().map(piece).collect()
 }
 
-/// RFC 791, section 3.1: without the copied flag they are in the first fragment only.
+/// Replaces options without the copied flag by no-operations: RFC 791, section 3.1 keeps them in the
+/// first fragment only.
 fn leave_out_options(options: &mut [u8]) {
     const END: u8 = 0;
     const NO_OPERATION: u8 = 1;
@@ -1101,7 +1112,7 @@ fn leave_out_options(options: &mut [u8]) {
     }
 }
 
-/// For the change from one frame to the other.
+/// Updates the IPv4 header checksum for the differences between two frames.
 fn update_ipv4_checksum(old: &[u8], new: &mut [u8]) {
     const FIELD: Range<usize> = ETHERNET + 10..ETHERNET + 12;
     let end = ETHERNET + usize::from(old[ETHERNET] & 15) * 4;

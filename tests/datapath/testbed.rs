@@ -1,5 +1,5 @@
-//! A relay with the ways that a packet can take from it, and cases to put to its program: a rule,
-//! a packet, and what is to become of it.
+//! A relay with every kind of next hop, and test cases for its program: a rule, a packet and its
+//! expected fate.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -32,14 +32,14 @@ pub const VIP: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 1);
 /// The ports of [`rule`].
 pub const PORTS: Ports = Ports { first: 2055, last: 2058 };
 
-/// Upstreams, by what the kernel knows of the way.
+/// Upstreams, named after their route and neighbour. `COLD`: the neighbour is unresolved.
 pub const NEAR: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 pub const NEAR_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
 pub const FAR: Ipv4Addr = Ipv4Addr::new(10, 0, 3, 2);
 pub const FAR_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 4, 2);
 pub const BY_IPV6_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 5, 2);
 pub const BY_IPV6_GATEWAY_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 10, 2);
-/// The route takes 1000 bytes, the interface 1500.
+/// The route's MTU is 1000 bytes, the interface's 1500.
 pub const NARROW: Ipv4Addr = Ipv4Addr::new(10, 0, 6, 2);
 pub const NARROW_COLD: Ipv4Addr = Ipv4Addr::new(10, 0, 6, 3);
 pub const UNREACHABLE: Ipv4Addr = Ipv4Addr::new(10, 0, 7, 2);
@@ -77,7 +77,7 @@ const ADDRESSES: &[&str] = &[
     "route add fd00:6::3 via fd00:2::fd mtu lock 1300",
 ];
 
-/// The VLANs that the relay is in: protocols and ids of the tags, the outermost first.
+/// VLANs of the relay: protocols and ids of the tags, outermost first.
 pub const VLANS: &[&[(u16, u16)]] = &[
     &[(0x8100, 7)],
     &[(0x88a8, 100)],
@@ -92,7 +92,7 @@ pub const VLANS: &[&[(u16, u16)]] = &[
     &[(0x88a8, 9), (0x8100, 7), (0x8100, 7)],
 ];
 
-/// The relay's addresses, and which of them are broadcast addresses.
+/// Returns the relay's addresses, each with true for a broadcast address.
 fn own() -> Vec<(IpAddr, bool)> {
     let broadcasts = [VIP, OWN].map(|own| Ipv4Addr::from_bits(own.to_bits() | 0xff));
     let vip6 = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1);
@@ -109,7 +109,7 @@ pub enum Ingress {
     Closed,
 }
 
-/// The id that something is counted under.
+/// The counter id of a verdict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Under {
     Rule,
@@ -120,18 +120,18 @@ pub enum Under {
 /// Expected fate of a packet. Each but the last names the counted verdict.
 #[derive(Clone, Copy, Debug)]
 pub enum Fate {
-    /// It, or for `pass` a copy of it, leaves for this MAC address.
+    /// The packet, or a copy of it with `pass`, is sent to this MAC address.
     Sent(&'static str, Mac),
-    /// It leaves as it is addressed; the kernel is to ask for the neighbour.
+    /// The packet leaves with its MAC addresses unchanged; the kernel resolves the neighbour.
     Queued(&'static str),
-    /// Pieces of it, for an MTU, leave for this MAC address.
+    /// Fragments for this MTU are sent to this MAC address.
     Cut(&'static str, Mac, usize),
-    /// It ends here; for `pass`, no copy leaves.
+    /// The packet is dropped; with `pass`, no copy is sent.
     Dropped(&'static str, Under),
-    /// The same, and where a packet itself was to be sent the sender is told why: it is longer than
-    /// this, or was on its way too long.
+    /// Dropped; if the packet itself was to be sent, its sender gets an ICMP error: "packet too big"
+    /// with this MTU, or "time exceeded" for `None`.
     Answered(&'static str, Option<u16>),
-    /// It goes up the stack, whatever the rule's action.
+    /// The packet is delivered to the local stack, whatever the rule's action.
     Untouched(&'static str, Under),
     Unmatched,
 }
@@ -170,7 +170,7 @@ impl From<Vec<u8>> for Packet {
     }
 }
 
-/// Changes to the maps that no configuration asks for.
+/// Changes to the maps that no configuration causes.
 pub type Tamper = fn(&Program<'_>, &RuleIds);
 
 #[derive(Clone)]
@@ -178,24 +178,24 @@ pub struct Case {
     pub name: String,
     pub rule: Rule,
     pub ingress: Ingress,
-    /// User space's next hop of the upstream.
+    /// Next hop of the upstream as written by user space; `None` leaves the lookup to the program.
     pub known: Option<Way>,
     pub tamper: Option<Tamper>,
     pub packet: Packet,
-    /// A VLAN tag that is held beside the bytes.
+    /// VLAN tag in the packet's metadata instead of its bytes.
     pub tag: Option<Tag>,
-    /// Tags in the frame, the outermost first.
+    /// Tags in the frame, outermost first.
     pub tags: Vec<Tag>,
     /// Length to which the packet is truncated.
     pub length: Option<usize>,
     /// `gso_size` and `gso_segs`.
     pub gso: (u32, u32),
     pub fate: Fate,
-    /// The upstream that is to be selected.
+    /// Index of the upstream that must be selected.
     pub chosen: usize,
-    /// Ids are given from the next one on.
+    /// Counter ids are assigned from the one after this.
     pub first_id: u32,
-    /// Packets and bytes, where it is not one and all.
+    /// Expected packets and bytes; by default one packet and the whole frame.
     pub count: Option<(u64, u64)>,
 }
 
@@ -219,7 +219,7 @@ impl Case {
         }
     }
 
-    /// As it comes, with its tags.
+    /// Returns the received frame with its tags.
     fn frame(&self) -> Vec<u8> {
         self.tagged(self.packet.frame())
     }
@@ -228,7 +228,7 @@ impl Case {
         self.tags.iter().rev().fold(frame, |frame, tag| tag.put_into(frame))
     }
 
-    /// `identification` is that of the pieces.
+    /// Returns the expected outcome. `identification` is that of the fragments.
     fn expected(&self, ids: &RuleIds, identification: Option<u16>) -> Outcome {
         let mut frame = self.packet.frame();
         frame.truncate(self.length.unwrap_or(frame.len()));
@@ -240,7 +240,7 @@ impl Case {
         let (run, copies) = match (self.fate, self.departed(identification)) {
             (Fate::Cut(_, _, mtu), Some(gone)) => (stays(action, frame), cut(&gone, mtu)),
             (_, Some(gone)) if pass => (stays(UNSPEC, frame), vec![gone]),
-            // without its tag
+            // redirected frames have no tag
             (_, Some(gone)) => (Run { action: REDIRECT, frame: gone, tag: None }, Vec::new()),
             (Fate::Dropped(..), None) if !pass => (stays(SHOT, frame), Vec::new()),
             (Fate::Answered(_, mtu), None) if !pass => {
@@ -267,7 +267,7 @@ impl Case {
         Some((id, verdict))
     }
 
-    /// The frame that leaves, made from scratch.
+    /// Builds the expected outgoing frame from scratch.
     fn departed(&self, identification: Option<u16>) -> Option<Vec<u8>> {
         let Packet::Datagram(came) = &self.packet else { return None };
         let (to, from) = match self.fate {
@@ -299,7 +299,7 @@ impl Case {
 #[derive(PartialEq, Eq)]
 pub struct Outcome {
     pub run: Run,
-    /// The frames that left by the upstreams' interface.
+    /// Frames sent through the upstreams' interface.
     pub copies: Vec<Vec<u8>>,
     pub counted: Counted,
 }
@@ -313,7 +313,7 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// The headers, and how much more there is.
+/// Formats the first bytes of a frame and its length.
 fn hexadecimal(frame: &[u8]) -> String {
     const SHOWN: usize = 80;
     let shown = &frame[..frame.len().min(SHOWN)];
@@ -321,13 +321,13 @@ fn hexadecimal(frame: &[u8]) -> String {
     format!("{bytes} of {} bytes", frame.len())
 }
 
-/// A rule for [`VIP`] and [`PORTS`] with one upstream, which gets the packets on its port 9995.
+/// Returns a rule for [`VIP`] and [`PORTS`] with one upstream at port 9995.
 pub fn rule(action: Action, source: Source, upstream: Ipv4Addr) -> Rule {
     let rule = Rule::new("rule", Key::new(VIP, vec![PORTS]), vec![to(upstream, Some(9995))]);
     Rule { action, hash: Hash::Modulo, source, ..rule }
 }
 
-/// An upstream; without a port it gets packets on the port that they came to.
+/// Returns an upstream. Without a port the packets keep their destination port.
 pub fn to(address: Ipv4Addr, port: Option<u16>) -> Upstream {
     Upstream::new(address, port)
 }
@@ -339,7 +339,7 @@ fn ipv4(address: &Address) -> Ipv4Addr {
     }
 }
 
-/// A datagram that matches [`rule`].
+/// Returns a datagram that matches [`rule`].
 pub fn datagram() -> Datagram {
     Datagram { to: RELAY_MAC, ..Datagram::new(endpoint(CLIENT, 5666), endpoint(VIP, PORTS.first)) }
 }
@@ -353,7 +353,7 @@ pub struct Testbed<'object> {
 }
 
 impl Testbed<'_> {
-    /// Makes one, puts the test in it, and removes it.
+    /// Creates a testbed, runs the test in it and removes it.
     pub fn with(test: impl FnOnce(&Testbed<'_>) + Send) {
         let (relay, upstreams) = (Namespace::new(), Namespace::new());
         relay.link("out0", &upstreams, "relay0", true);
@@ -366,11 +366,11 @@ impl Testbed<'_> {
         let wire = Wire::new((&relay, "out0"), (&upstreams, "relay0"));
         let [routing, closed, out] = ["in0", "in1", "out0"].map(|name| relay.index(name));
         relay.enter(move || {
-            // as the wire asks for
+            // `Wire::drain` relies on frames of one CPU staying in order
             stay_on_this_cpu();
             let mut object = MaybeUninit::uninit();
             let program = Program::load(&mut object);
-            // copies come in again
+            // copies pass the program again at ingress
             for ifindex in [routing, closed] {
                 program.attach(ifindex);
             }
@@ -381,12 +381,12 @@ impl Testbed<'_> {
         });
     }
 
-    /// The way to an upstream behind the gateway, as user space resolves it.
+    /// Returns the next hop of an upstream behind the gateway, as user space resolves it.
     pub fn hop(&self, mtu: u32, mac: Option<Mac>) -> Way {
         self.hop_by(Ipv4Addr::new(10, 0, 2, 254).into(), mtu, mac)
     }
 
-    /// The same by another gateway.
+    /// Returns the next hop through another gateway.
     pub fn hop_by(&self, gateway: IpAddr, mtu: u32, mac: Option<Mac>) -> Way {
         Way::Hop(Hop {
             interface: "out0".into(),
@@ -398,7 +398,7 @@ impl Testbed<'_> {
         })
     }
 
-    /// The same for an upstream of either family, with this host's address on the way.
+    /// Returns the next hop of an upstream of either family, with this host's egress address.
     pub fn hop_to(&self, upstream: IpAddr, mtu: u32, mac: Option<Mac>) -> Way {
         let (gateway, egress) = match upstream {
             IpAddr::V4(_) => (Ipv4Addr::new(10, 0, 2, 254).into(), OWN.into()),
@@ -410,12 +410,12 @@ impl Testbed<'_> {
         }
     }
 
-    /// Runs a case and looks at nothing.
+    /// Runs a case and returns its outcome unchecked.
     pub fn run(&self, case: &Case) -> (RuleIds, Outcome) {
         self.run_after(case, |_| {})
     }
 
-    /// The same after something else was done with the configured program.
+    /// Configures the program, calls `before`, then runs the case.
     fn run_after(&self, case: &Case, before: impl FnOnce(&Program<'_>)) -> (RuleIds, Outcome) {
         let address = &case.rule.upstreams[case.chosen].address;
         let ways: BTreeMap<_, _> =
@@ -436,13 +436,14 @@ impl Testbed<'_> {
         (ids, Outcome { run, copies: self.wire.drain(), counted: self.program.take_counted() })
     }
 
-    /// Runs a case; the error tells what was wanted and what came.
+    /// Runs a case; the error contains the expected and the actual outcome.
     pub fn check(&self, case: &Case) -> Result<(), String> {
         self.try_after(case, |_| {})
     }
 
     /// # Panics
-    /// The case goes wrong after something else was done with the configured program.
+    ///
+    /// If the case fails; `before` runs with the configured program.
     #[track_caller]
     pub fn check_after(&self, case: &Case, before: impl FnOnce(&Program<'_>)) {
         self.try_after(case, before).unwrap_or_else(|wrong| panic!("{wrong}"));
@@ -450,14 +451,14 @@ impl Testbed<'_> {
 
     fn try_after(&self, case: &Case, before: impl FnOnce(&Program<'_>)) -> Result<(), String> {
         let (ids, mut got) = self.run_after(case, before);
-        // before 5.18 ksoftirqd processes copies that come in again, after the run
+        // before kernel 5.18, ksoftirqd processes copies at ingress, after the run
         let copies = case.expected(&ids, None).copies.len();
         let end = Instant::now() + Duration::from_secs(1);
         while got.copies.len() < copies && Instant::now() < end {
             sleep(Duration::from_millis(1));
             got.copies.extend(self.wire.drain());
         }
-        // pieces of what came from several senders have a new one
+        // fragments get a new identification where several senders share one address
         let identification = match (case.fate, got.copies.first()) {
             (Fate::Cut(..), Some(piece)) => Some(u16::from_be_bytes([piece[18], piece[19]])),
             _ => None,
@@ -470,7 +471,7 @@ impl Testbed<'_> {
         Err(format!("{name}\n wanted: {wanted} got: {got}"))
     }
 
-    /// Runs all cases and tells of each that went wrong.
+    /// Runs all cases and reports every failure.
     pub fn check_all(&self, cases: impl IntoIterator<Item = Case>) {
         let wrong: Vec<String> =
             cases.into_iter().filter_map(|case| self.check(&case).err()).collect();
