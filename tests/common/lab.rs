@@ -203,7 +203,8 @@ impl Lab {
         packets(&by(&rule["upstreams"], "upstream", upstream)["counters"], verdict)
     }
 
-    /// Returns the ingress filters of an interface of the relay. Identical text means that nothing was written.
+    /// Returns the ingress filters of an interface of the relay. Identical text means that nothing was
+    /// written.
     pub fn filters(&self, interface: &str) -> String {
         self.relay.tc(&format!("filter show dev {interface} ingress"))
     }
@@ -281,7 +282,8 @@ impl Outcome {
     }
 
     /// # Panics
-    /// The exit code is another one, or the program panicked.
+    ///
+    /// If the exit code differs or the program panicked.
     #[track_caller]
     pub fn expect(self, code: i32) -> Outcome {
         assert!(!self.stderr.contains("panicked"), "{self:?}");
@@ -290,7 +292,8 @@ impl Outcome {
     }
 
     /// # Panics
-    /// Standard error does not contain all of these.
+    ///
+    /// If standard error lacks one of these texts.
     #[track_caller]
     pub fn says(self, texts: &[&str]) -> Outcome {
         for text in texts {

@@ -17,7 +17,7 @@ use crate::kernel::{SentBack, counted, expect_no_error, sent_back, try_sent_back
 /// MTU of the upstreams' link.
 const NARROW: usize = 1280;
 
-/// Hosts that leave checksums to the device, between client and relay.
+/// Links with checksum offload, between client and relay.
 #[derive(Clone, Copy)]
 enum Offload {
     Nobody,
@@ -102,7 +102,7 @@ fn check_too_big(lab: &Lab) {
                 Err(error) => error.raw_os_error() == Some(libc::EMSGSIZE),
             });
             ends.check_silence();
-            // what the sender cuts up accordingly arrives
+            // fragments made for the learnt MTU arrive
             discover(&ends.sender, Discovery::Learns);
             until("it may send again", || ends.sender.send_to(&[], to).is_ok());
             expect(&ends.upstreams[index], &[], net.seen(source, own(&ends.sender)), TTL - 1);
@@ -124,8 +124,8 @@ fn datagram_above_the_mtu_is_answered() {
     }
 }
 
-/// The kernel says how large a packet may be only from 5.12 on; `apply` warns of that. What it found itself
-/// would be no answer.
+/// The kernel reports the MTU of a route only from 5.12 on; `apply` warns about older ones. The program
+/// must not report an MTU of its own.
 #[test]
 fn lowered_mtu_is_answered() {
     let says = kernel::version() >= (5, 12);
@@ -147,7 +147,7 @@ fn lowered_mtu_is_answered() {
     }
 }
 
-/// Each of its parts is.
+/// Each segment of a GSO packet is subject to the MTU.
 #[test]
 fn segments_above_the_mtu_are_answered() {
     for offload in OFFLOADS {
@@ -163,7 +163,8 @@ fn segments_above_the_mtu_are_answered() {
             for (port, action, _) in KINDS {
                 if action == "block" {
                     forget(&lab);
-                    // where the sender's kernel cuts them itself, it hears of the first
+                    // where the sender's kernel segments the datagrams itself, the error is for the
+                    // first
                     set(&ends.sender, libc::SOL_UDP, UDP_SEGMENT, 1400);
                     ends.sender.send_to(&segments, (ends.net.key, port)).expect("sent");
                     let error = sent_back(&ends.sender);
@@ -191,7 +192,7 @@ fn datagram_without_df_is_fragmented() {
     ends.check_count(&lab, "forwarded", 1);
 }
 
-/// The answer to a TTL of one.
+/// Sends a datagram with a TTL of one and returns the error.
 fn time_exceeded(ends: &Ends, port: u16, payload: &[u8]) -> SentBack {
     SentBack {
         errno: libc::EHOSTUNREACH,
@@ -220,7 +221,7 @@ fn expired_ttl_is_answered() {
                         continue;
                     }
                     let error = sent_back(&ends.sender);
-                    // the last few bytes need not be there
+                    // up to three bytes at the end may be missing
                     assert!(error.payload.len() + 3 >= length, "{error:?}");
                     let payload = &payload[..error.payload.len()];
                     assert_eq!(error, time_exceeded(&ends, port, payload));
@@ -233,7 +234,7 @@ fn expired_ttl_is_answered() {
     }
 }
 
-/// One sender hears of what did not get to one receiver; not of copies, of which others arrived.
+/// A sender gets errors for packets lost to one receiver, but not for copies, of which others arrived.
 #[test]
 fn copies_are_not_answered() {
     let lab = narrow_lab(Offload::Both);
@@ -260,7 +261,7 @@ fn copies_are_not_answered() {
     }
 }
 
-/// One sender hears of 20 at once and 100 a second.
+/// A sender gets a burst of 20 errors, then 100 per second.
 #[test]
 fn answers_are_limited() {
     let lab = Lab::dual(true, false);
@@ -270,10 +271,10 @@ fn answers_are_limited() {
         let to = (ends.net.key, 5003);
         ends.set_ttl(1);
         let (mut sent, before, start) = (0, answers(), Instant::now());
-        // however long that takes on a busy machine: until fewer come back than were sent
+        // loops until fewer errors come back than packets were sent, however busy the machine is
         while sent < 200_000 && answers() - before + 200 > sent {
             for _ in 0..500 {
-                // the answer to one before may be an error here
+                // the ICMP error for an earlier datagram may be reported here
                 sent += u64::from(ends.sender.send_to(b"too far", to).is_ok());
             }
         }

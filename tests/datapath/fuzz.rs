@@ -1,7 +1,8 @@
-//! The packet path against its specification in `reference.rs`: packets of every kind, in
-//! sequences, as those before decide about fragments. 20,000 of them, or UDPLB_FUZZ_PACKETS.
+//! Compares the packet path with its specification in `reference.rs` on sequences of packets of every
+//! kind, since earlier packets decide about fragments. The number of packets is UDPLB_FUZZ_PACKETS, by
+//! default 20,000.
 //!
-//! Differences are printed in their smallest form; add them to the table of cases.
+//! Differences are printed minimized; add them to the table of cases.
 
 mod cases;
 mod receiver;
@@ -34,7 +35,7 @@ use crate::testbed::{
 
 const PACKETS: u32 = 20_000;
 
-/// At most, and at least one.
+/// Maximum number of packets in a sequence; the minimum is one.
 const SEQUENCE: u32 = 40;
 
 const VIP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1);
@@ -52,7 +53,7 @@ const fn target(mac: Mac, address: IpAddr) -> Target {
     Target { mac, address, port: PORTS.first }
 }
 
-/// Upstreams, with what the kernel knows of the way: MTU and MAC address.
+/// Upstreams with the kernel's MTU and MAC address of the next hop.
 const WAYS: [(IpAddr, usize, Option<Mac>); 6] = [
     (IpAddr::V4(NEAR), 1500, Some(NEAR_MAC)),
     (IpAddr::V4(NEAR_COLD), 1500, None),
@@ -72,7 +73,7 @@ const WAYS6: [(IpAddr, usize, Option<Mac>); 6] = [
 const NEAR6: Ipv6Addr = Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 2);
 const NO_ROUTE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 2));
 
-/// MAC address in user space's next hop, where the kernel has another one.
+/// MAC address in user space's next hop where the kernel's neighbour entry differs.
 const HELD_MAC: Mac = [2, 0, 0, 0, 9, 9];
 
 /// Minimum length of a frame that the kernel accepts as IPv6.
@@ -86,7 +87,7 @@ fn rule_for(target: Target, upstreams: Vec<Upstream>) -> Rule {
 #[derive(Clone, Debug)]
 struct Scenario {
     rule: Rule,
-    /// User space vouches for what it knows of the ways.
+    /// True if a lease holds, so that user space's next hops are used.
     held: bool,
 }
 
@@ -105,7 +106,7 @@ impl Scenario {
             broadcasts: vec![BROADCAST.into(), Ipv4Addr::new(10, 0, 2, 255).into()],
             vlans: VLANS.iter().map(|path| path.to_vec()).collect(),
             vlan_mac: VLAN_MAC,
-            // MTU, Ethernet header and, whether there is one or not, a tag
+            // MTU, Ethernet header and room for one tag, with or without a tag
             longest: 1500 + 14 + 4,
             ways: ways.collect(),
             hashed: |rule, source, port| {
@@ -115,13 +116,13 @@ impl Scenario {
     }
 }
 
-/// Ids as a program with this one rule has them.
+/// Returns the ids of a program with this one rule.
 fn ids(rule: &Rule) -> RuleIds {
     let desired = Desired { rules: vec![rule.clone()], ..Desired::default() };
     assign_ids(&desired, &[], 100).expect("ids suffice").remove(0)
 }
 
-/// As `Case::fates` has it.
+/// Formats an outcome as in `Case::fates`.
 fn fate(outcome: &Outcome) -> String {
     let mut fate = String::from(match outcome.end {
         End::Up => "up",
@@ -138,7 +139,7 @@ fn fate(outcome: &Outcome) -> String {
     fate
 }
 
-/// The specification, by hand.
+/// Checks the specification against the table of cases.
 #[test]
 fn specification_passes_the_cases() {
     let mut wrong = Vec::new();
@@ -160,7 +161,7 @@ fn specification_passes_the_cases() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Which of several rules it is.
+/// Checks which of several rules the specification selects.
 #[test]
 fn specification_takes_the_nearest_key() {
     let rule = |name: &str, address: KeyAddress, ports: &[Ports], from: &[&str]| {
@@ -224,8 +225,8 @@ fn program_passes_the_cases() {
     });
 }
 
-/// As many as there may be, each with a source of its own and some of them dead; with fragments, so
-/// that identifications are fresh for each.
+/// Checks the maximum number of receivers, each with its own source and some unreachable; with
+/// fragments, so that each receiver gets new identifications.
 #[test]
 fn program_sends_to_64_receivers() {
     let fragment = |ip: &mut V4, offset, flags| {
@@ -272,7 +273,7 @@ fn program_sends_to_64_receivers() {
     });
 }
 
-/// Puts the packets to the program and to its specification.
+/// Runs the packets through the program and its specification and compares the results.
 fn check(
     testbed: &Testbed<'_>,
     scenario: &Scenario,
@@ -289,7 +290,7 @@ fn check(
     testbed.program.lease(scenario.held);
     let host = scenario.host(ids);
     let wanted = check_each(testbed, &host, packets);
-    // also after a packet that went wrong, for whoever comes next
+    // also after a failure, to reset the counters for the next sequence
     let got = testbed.program.take_counted();
     let wanted = wanted?;
     for ((_, verdict), (packets, _)) in &got {
@@ -301,7 +302,7 @@ fn check(
     }
 }
 
-/// All but what the program counted; returns what that should be.
+/// Compares everything but the program's counters; returns the expected counters.
 fn check_each(testbed: &Testbed<'_>, host: &Host, packets: &[Forged]) -> Result<Counted, String> {
     let (rule, _) = &host.rules[0];
     let copied = rule.action == Action::Pass || rule.mode == Mode::Replicate;
@@ -310,10 +311,10 @@ fn check_each(testbed: &Testbed<'_>, host: &Host, packets: &[Forged]) -> Result<
     for (number, packet) in packets.iter().enumerate() {
         let mut frame = packet.frame();
         let came = packet.cut.unwrap_or(frame.len()).min(frame.len());
-        // or the kernel would not run the program
+        // the kernel runs no program on shorter frames
         frame.resize(frame.len().max(SHORTEST), 0);
         let length = (came < frame.len()).then_some(came);
-        // the kernel neither shortens nor copies such packets when a test makes them
+        // the kernel neither truncates nor clones GSO packets of a test run
         let plain = length.is_some() || copied || !rule.mirrors.is_empty();
         let (gso_size, gso_segs) = if plain { (0, 0) } else { packet.gso };
         let arrival = Arrival {
@@ -383,7 +384,7 @@ fn difference(wanted: &Outcome, run: &Run, copies: &[Vec<u8>]) -> String {
     text
 }
 
-/// The headers, and how much more there is.
+/// Formats the headers of a frame and its length.
 fn hex(frame: &[u8]) -> String {
     const SHOWN: usize = 160;
     let shown = &frame[..frame.len().min(SHOWN)];
@@ -401,7 +402,7 @@ fn program_follows_the_specification() {
     Testbed::with(|testbed| {
         let tally = RefCell::new(BTreeMap::new());
         for target in &targets {
-            // half of the longest is the mean
+            // the mean length of a sequence is half the maximum
             let cases = packets.div_ceil(targets.len() as u32 * SEQUENCE / 2);
             fuzz(testbed, *target, cases, &tally);
         }
@@ -451,10 +452,10 @@ fn fuzz(
     }
 }
 
-/// Rules for the target, with all that such a rule may say.
+/// Returns rules for the target with every option of such a rule.
 fn any_scenario(target: Target) -> impl Strategy<Value = Scenario> {
     let action = one_of([Action::Block, Action::Pass]);
-    // a group's address is nobody's source
+    // a group address is never a source
     let group = target.address.is_multicast() || target.address == BROADCAST;
     let source = one_of([
         if group { Source::Preserve } else { Source::Vip },

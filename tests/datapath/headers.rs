@@ -7,7 +7,7 @@ use crate::ends::Ends;
 use crate::forge::{Checksum, Extension, Forged, Ip, Kind};
 use crate::kernel::counted;
 
-/// Eight bytes of padding, as a socket is told of them: next header and length, then PadN.
+/// Eight bytes of padding in the format of a socket option: next header and length, then PadN.
 const PADDING: [u8; 8] = [0, 0, 1, 4, 0, 0, 0, 0];
 
 #[test]
@@ -16,7 +16,7 @@ fn ip_options_are_kept() {
     lab.apply(&all_kinds());
     for ends in Ends::both(&lab) {
         let options: &[(i32, i32, &[u8])] = match ends.net.is_ipv6() {
-            // no operation, twice, and the end of the list
+            // two no-operations and the end of the list
             false => &[(libc::IPPROTO_IP, libc::IP_OPTIONS, &[1, 1, 0, 0])],
             true => &[
                 (libc::IPPROTO_IPV6, libc::IPV6_HOPOPTS, &PADDING),
@@ -45,7 +45,7 @@ fn extension_header_chains_are_walked() {
         chain(&[Kind::HopByHop, Kind::Destination, routing, Kind::Destination]),
         chain(&[Kind::Destination; 8]),
     ];
-    // longer than is looked through, and what is not UDP for anybody but the receiver: left alone
+    // more headers than the program parses, and packets that are UDP only for the receiver: ignored
     let left = [chain(&[Kind::Destination; 9])];
     for (extensions, is_sent) in
         walked.into_iter().map(|it| (it, true)).chain(left.into_iter().map(|it| (it, false)))
@@ -69,7 +69,7 @@ fn extension_header_chains_are_walked() {
     ends.check_silence();
 }
 
-/// Nobody may make what is corrupt look right.
+/// A corrupt checksum must stay corrupt.
 #[test]
 fn corrupt_checksums_stay_corrupt() {
     let lab = Lab::dual(true, false);
@@ -91,7 +91,7 @@ fn corrupt_checksums_stay_corrupt() {
     }
 }
 
-/// It is no datagram for anybody (RFC 8200, section 8.1).
+/// A datagram over IPv6 without a checksum is invalid (RFC 8200, section 8.1).
 #[test]
 fn ipv6_without_checksum_reaches_nobody() {
     let lab = Lab::dual(true, false);

@@ -7,7 +7,7 @@ use udplb::desired::{Rule, RuleIds};
 use crate::program::Program;
 use crate::testbed::{Case, Fate, NEAR, NEAR_MAC, Tamper, Testbed, datagram, rule, to};
 
-/// Ten upstreams on one address; the datagram's source port, 5666, is for the first or last.
+/// Returns a rule with ten upstreams on one address; source port 5666 selects the first or last.
 fn balanced(skip: Health) -> Rule {
     Rule {
         strategy: Strategy::SrcPort,

@@ -1,4 +1,4 @@
-//! The packet path: as tables of packets, and from socket to socket.
+//! Packet path: tables of packets, and traffic from socket to socket.
 
 #[path = "../common/mod.rs"]
 mod common;

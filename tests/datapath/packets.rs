@@ -1,8 +1,8 @@
-//! The packet path as tables: a rule, a packet in, and then the verdict, the whole packet out, the
-//! copy on the wire and the one counter that moved.
+//! Tables of the packet path: a rule and a packet in; the verdict, the packet out, the copies on the
+//! wire and the one changed counter.
 //!
-//! Packets go through BPF_PROG_TEST_RUN, which can make neither checksums that a device is to
-//! compute nor short linear parts: those are for tests with sockets.
+//! Packets run through BPF_PROG_TEST_RUN, which supports neither partial checksums nor short linear
+//! parts: tests with sockets cover those.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -35,26 +35,26 @@ use crate::testbed::{
     rule, to,
 };
 
-/// MAC address of a neighbour in user space's next hop, where the kernel has another one.
+/// MAC address in user space's next hop where the kernel's neighbour entry differs.
 const OLD_MAC: [u8; 6] = [2, 0, 0, 0, 9, 9];
 
-/// At random, of each property.
+/// Number of random cases per property.
 const CASES: u32 = 256;
 
 const ACTIONS: [Action; 2] = [Action::Pass, Action::Block];
 
-/// A packet whose IP part has this length.
+/// Returns a packet with an IP packet of this length.
 fn of_length(length: usize) -> Datagram {
     Datagram { payload: payload(length - 28), ..datagram() }
 }
 
-/// The same for both actions.
+/// Returns a case for each action.
 fn both(name: &str, packet: impl Into<Packet>, fate: Fate) -> [Case; 2] {
     let packet = packet.into();
     ACTIONS.map(|action| Case::new(name, rule(action, Source::Vip, NEAR), packet.clone(), fate))
 }
 
-/// Before 5.12 the kernel does not say what fits.
+/// Returns the fate of a packet above the MTU. Before 5.12 the kernel does not report the MTU.
 fn cut_at(mac: [u8; 6], mtu: usize) -> Fate {
     match routes_tell_mtu() {
         true => Cut("forwarded", mac, mtu),
@@ -65,7 +65,7 @@ fn cut_at(mac: [u8; 6], mtu: usize) -> Fate {
 #[test]
 fn kernel_route_is_used() {
     let no_route = Dropped("no-route", Under::Upstream);
-    // the copy waits in the kernel
+    // the copy waits in the kernel for the neighbour
     let cold = Dropped("unresolved", Under::Upstream);
     let queued = Queued("unresolved");
     let sent = |mac| Sent("forwarded", mac);
@@ -99,8 +99,8 @@ fn kernel_route_is_used() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
-/// Forwarding is off where the packets come in: what user space resolved is the way, and the kernel's
-/// neighbour table, which knows the gateway but not the one that is silent, has the MAC address.
+/// Forwarding is off on the ingress interface: user space's next hop is used, and the MAC address comes
+/// from the kernel's neighbour table, which has the gateway but not the silent one.
 #[test]
 fn stored_next_hop_is_used() {
     let no_route = Dropped("no-route", Under::Upstream);
@@ -109,7 +109,7 @@ fn stored_next_hop_is_used() {
     let sent = Sent("forwarded", GATEWAY_MAC);
     let cut = Cut("forwarded", GATEWAY_MAC, 1000);
     Testbed::with(|testbed| {
-        // which is not what the kernel has by now
+        // differs from the kernel's current entry
         let mac = Some(OLD_MAC);
         let hop = |mtu, mac| Some(testbed.hop(mtu, mac));
         let silent = |mac| Some(testbed.hop_by(Ipv4Addr::new(10, 0, 2, 253).into(), 1500, mac));
@@ -139,8 +139,8 @@ fn stored_next_hop_is_used() {
     });
 }
 
-/// Forwarding is on, and user space has resolved a way by the gateway to all of them. While the
-/// lease holds it is taken at its word; else the kernel's tables are.
+/// Forwarding is on, and user space has resolved a next hop through the gateway for all upstreams. User
+/// space's next hop is used while the lease holds, otherwise the kernel's tables.
 #[test]
 fn stored_next_hop_and_kernel_route_are_ranked() {
     let (held, sent) = (Sent("forwarded", OLD_MAC), Sent("forwarded", GATEWAY_MAC));
@@ -181,7 +181,7 @@ fn stored_next_hop_and_kernel_route_are_ranked() {
     });
 }
 
-/// While arpd says that the next hop does not answer, nothing is given to it.
+/// No packet is sent to a next hop that arpd marks as failed.
 #[test]
 fn next_hop_that_is_down_gets_nothing() {
     let down: Tamper = |program, ids| {
@@ -201,7 +201,7 @@ fn next_hop_that_is_down_gets_nothing() {
         });
         let cases = cases.map(|case| Case { tamper: Some(down), known: known.clone(), ..case });
         testbed.check_all(cases);
-        // without a lease nobody knows
+        // without a lease the mark is ignored
         let cases = both("expired", datagram(), Sent("forwarded", NEAR_MAC));
         testbed.check_all(cases.map(|case| Case {
             tamper: Some(expired),
@@ -211,7 +211,7 @@ fn next_hop_that_is_down_gets_nothing() {
     });
 }
 
-/// The next hop of user space names an interface that no longer exists.
+/// Returns a case with a next hop on an interface that no longer exists.
 fn no_such_interface(action: Action, fate: Fate) -> Case {
     let case = Case::new("no such interface", rule(action, Source::Vip, FAR), datagram(), fate);
     let tamper: Tamper = |program, ids| {
@@ -220,7 +220,7 @@ fn no_such_interface(action: Action, fate: Fate) -> Case {
     Case { ingress: Ingress::Closed, tamper: Some(tamper), ..case }
 }
 
-/// The next hop of user space belongs to the previous upstream with this id.
+/// Returns a case with a next hop that belongs to the previous upstream with this id.
 fn another_upstreams(action: Action) -> Case {
     let tamper: Tamper = |program, ids| {
         program.change_nexthop(ids.upstreams[0], |hop| hop.address = wire(NEAR.into()));
@@ -235,7 +235,7 @@ fn invalid_stored_next_hop_is_ignored() {
     let cases = [
         another_upstreams(Action::Pass),
         another_upstreams(Action::Block),
-        // the kernel drops it later, when it has the packet
+        // the kernel drops the copy later
         no_such_interface(Action::Pass, Dropped("stale-neighbour", Under::Upstream)),
         no_such_interface(Action::Block, Queued("stale-neighbour")),
     ];
@@ -245,7 +245,7 @@ fn invalid_stored_next_hop_is_ignored() {
     });
 }
 
-/// Both actions, both sources, with a port for the upstream and without.
+/// Returns cases for both actions, both sources, with and without an upstream port.
 fn every_way(name: &str, packet: impl Into<Packet>, fate: Fate) -> Vec<Case> {
     let packet = packet.into();
     let mut cases = Vec::new();
@@ -294,7 +294,7 @@ fn only_addresses_and_ttl_are_rewritten() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
-/// A datagram whose UDP checksum is 0, computed, and therefore 65535 on the wire.
+/// Returns the datagram with a payload whose computed checksum is 0, sent as 65535.
 fn without_sum(datagram: Datagram) -> Datagram {
     let zeroes = Datagram { payload: vec![0, 0], ..datagram };
     let balanced = Datagram { payload: zeroes.udp_checksum().to_be_bytes().into(), ..zeroes };
@@ -321,7 +321,7 @@ fn computed_zero_checksum_is_sent_as_ones() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
-/// Of two CPUs, the one that read the clock first may be the last to take from the error budget.
+/// With two CPUs, the one that read the clock first may be the last to take from the error budget.
 #[test]
 fn clock_that_goes_back_makes_no_errors() {
     let packet = Datagram { ttl: 1, ..datagram() };
@@ -362,12 +362,14 @@ fn drops_are_counted_by_reason() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
-/// From 5.12 on; before, nobody knows what user space does not say.
+/// Returns true if the kernel reports the MTU of routes: from 5.12 on. Before, only user space's next
+/// hops have it.
 fn routes_tell_mtu() -> bool {
     kernel::version() >= (5, 12)
 }
 
-/// By whoever knows that a packet does not fit; what comes back is that to the byte.
+/// Checks the fate of packets above the MTU known to user space or the kernel, comparing errors byte by
+/// byte.
 #[test]
 fn senders_get_icmp_errors() {
     let whole = |length| Datagram { dont_fragment: true, ..of_length(length) };
@@ -415,12 +417,12 @@ fn senders_get_icmp_errors() {
     });
 }
 
-/// An ICMPv6 error about a packet from a client to [`VIP6`], without its Ethernet header.
+/// Returns an ICMPv6 error about a packet from a client to [`VIP6`], without its Ethernet header.
 fn error6(kind: [u8; 2], mtu: u32, quotation: &[u8]) -> Vec<u8> {
     error6_to(kind, mtu, quotation, VIP6, CLIENT6)
 }
 
-/// The same from anybody to anybody.
+/// Returns an ICMPv6 error between any two addresses.
 fn error6_to(
     kind: [u8; 2],
     mtu: u32,
@@ -446,7 +448,7 @@ fn error6_to(
 const VIP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1);
 const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 7);
 
-/// A packet to the upstream, as it leaves, too large for somebody on its way; its answer comes to the relay.
+/// Returns an outgoing packet that exceeds a later MTU; the ICMP error is sent to the relay.
 fn gone() -> Datagram {
     let (source, destination) = (endpoint(VIP, 5666), endpoint(NEAR, 9995));
     let from =
@@ -454,7 +456,7 @@ fn gone() -> Datagram {
     Datagram { source, destination, ..from }
 }
 
-/// Which errors are believed, and what they teach.
+/// Checks which ICMP errors are accepted and the path MTU that is recorded.
 #[test]
 fn path_mtu_is_learned_from_icmp_errors() {
     let error = |packet: Datagram| packet.error(Some(1300));
@@ -491,7 +493,8 @@ fn path_mtu_is_learned_from_icmp_errors() {
     });
 }
 
-/// By the upstream's port or the one that the packet came to, and by this host's address on the way.
+/// Errors are matched by the upstream's port or the original destination port, and by this host's
+/// egress address.
 #[test]
 fn path_mtu_is_learned_for_each_kind_of_upstream() {
     Testbed::with(|testbed| {
@@ -519,7 +522,8 @@ fn path_mtu_is_learned_for_each_kind_of_upstream() {
     });
 }
 
-/// The sender of the next packet hears of it, for ten minutes; what may be cut is cut.
+/// A recorded path MTU is reported to the sender of the next packet for ten minutes; fragmentable
+/// packets are fragmented.
 #[test]
 fn learned_path_mtu_is_enforced() {
     let whole = |length| Datagram { dont_fragment: true, ..of_length(length) };
@@ -547,7 +551,8 @@ fn learned_path_mtu_is_enforced() {
     });
 }
 
-/// A lower one holds; more than the few that there are reasons for are not believed at once.
+/// A lower path MTU replaces a higher one; after a few plausible values, further errors are not
+/// accepted at once.
 #[test]
 fn path_mtu_only_falls_and_at_a_limited_rate() {
     Testbed::with(|testbed| {
@@ -645,7 +650,7 @@ fn ipv6_senders_get_icmp_errors() {
                 assert_eq!(run.frame.len(), came.len());
                 continue;
             };
-            // of the minimum MTU, RFC 4443 section 2.4
+            // quoted up to the minimum MTU, RFC 4443 section 2.4
             let quoted = (came.len() - ETHERNET).min(1280 - 40 - 8) / 4 * 4;
             let error = error6(kind, mtu, &came[ETHERNET..ETHERNET + quoted]);
             let wanted = [&came[6..12], &came[..6], &came[12..ETHERNET], &error].concat();
@@ -654,7 +659,7 @@ fn ipv6_senders_get_icmp_errors() {
     });
 }
 
-/// Runs so many packets on the program, each from the next of `senders`; returns how many were answered.
+/// Runs this many packets, each from the next of `senders`; returns the number of ICMP errors.
 fn answers(testbed: &Testbed<'_>, packet: &Datagram, senders: u32, packets: u32) -> u64 {
     let context = Context { ifindex: testbed.routing, ..Context::default() };
     let answered = (0..packets).filter(|number| {
@@ -671,7 +676,7 @@ fn answers(testbed: &Testbed<'_>, packet: &Datagram, senders: u32, packets: u32)
     answered.count() as u64
 }
 
-/// Errors are limited in all and per sender: a burst, and then a number per second.
+/// Errors are limited in total and per sender: a burst, then a rate per second.
 #[test]
 fn icmp_errors_are_rate_limited() {
     let old = Datagram { ttl: 1, ..datagram() };
@@ -685,26 +690,26 @@ fn icmp_errors_are_rate_limited() {
             let start = Instant::now();
             let got = answers();
             assert!((at_once..=at_once + within(start.elapsed())).contains(&got), "{got}");
-            // one drips in after another
+            // the budget refills one by one
             let start = Instant::now();
             std::thread::sleep(Duration::from_millis(400));
             let least = within(start.elapsed()).min(at_once).saturating_sub(4);
             let got = answers();
             assert!((least..=within(start.elapsed())).contains(&got), "{got}, {least} at least");
-            // however long nobody asks
+            // the budget does not exceed the burst after a pause
             std::thread::sleep(Duration::from_millis(2000));
             let start = Instant::now();
             let got = answers();
             assert!((at_once..=at_once + within(start.elapsed())).contains(&got), "{got}");
-            // all are counted
+            // all packets are counted
             let counted = testbed.program.take_counted();
             assert_eq!(counted.into_values().map(|(packets, _)| packets).sum::<u64>(), 1200);
         }
     });
 }
 
-/// Forged old packets, from one sender or many, do not keep an honest sender from learning that its packets
-/// are too large.
+/// Forged packets with an expired TTL, from one sender or many, do not keep an honest sender from
+/// learning that its packets are too large.
 #[test]
 fn forged_packets_do_not_silence_icmp_errors() {
     let old = Datagram { ttl: 1, ..datagram() };
@@ -734,7 +739,7 @@ fn dangling_slot_is_counted() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
-/// Bytes in the place of the UDP header are payload.
+/// In a later fragment the bytes at the UDP header's offset are payload.
 #[test]
 fn later_fragments_without_a_first_pass() {
     let fate = Untouched("fragment-early", Under::Zero);
@@ -789,7 +794,7 @@ fn unmatched_packets_pass() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
-/// At every byte; once as it is, and once with an IP length that fits what is left.
+/// Truncates a frame at every byte, with the original and with a matching IP length.
 #[test]
 fn truncated_packets_are_unmatched_or_malformed() {
     let whole = Datagram { options: vec![1; 4], payload: payload(5), ..datagram() };
@@ -809,8 +814,8 @@ fn truncated_packets_are_unmatched_or_malformed() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
-/// By tags beside the bytes and in the frame: what goes to the upstream goes without, the original
-/// keeps its own to the bit.
+/// Checks tags in the metadata and in the frame: packets to the upstream lose them, the original keeps
+/// its tags unchanged.
 #[test]
 fn tagged_packets_match() {
     let tag = |protocol, control| Tag { protocol, control };
@@ -832,7 +837,7 @@ fn tagged_packets_match() {
         let rows = [rows, vec![uncloned]].concat();
         let tagged = |tag| rows.iter().cloned().map(move |case| Case { tag: Some(tag), ..case });
         testbed.check_all(tags.into_iter().flat_map(tagged));
-        // and in the frame
+        // and tags in the frame
         let within = [vec![tags[0]], vec![tags[3]], vec![tags[3], tags[0]], vec![tags[0], tags[0]]];
         let both = within.into_iter().flat_map(|tags| {
             [(None, tags.clone()), (Some(Tag { protocol: 0x88a8, control: 9 }), tags)]
@@ -843,7 +848,7 @@ fn tagged_packets_match() {
     });
 }
 
-/// Otherwise a copy with a tag would look like one without.
+/// Checks the testbed: a tagged copy differs from an untagged one.
 #[test]
 fn wire_shows_tags() {
     let mut frame = datagram().frame();
@@ -864,7 +869,7 @@ fn destination_port_is_kept_or_replaced() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
-/// A rule with some of four upstreams on the link.
+/// Returns a rule with up to four upstreams on the link.
 fn balanced(action: Action, strategy: Selection, upstreams: usize) -> Rule {
     let addresses = [NEAR, FAR, BY_IPV6_GATEWAY, NARROW];
     let upstreams = addresses[..upstreams].iter().map(|address| to(*address, Some(9995)));
@@ -873,7 +878,7 @@ fn balanced(action: Action, strategy: Selection, upstreams: usize) -> Rule {
 
 const WAYS_OUT: [[u8; 6]; 4] = [NEAR_MAC, GATEWAY_MAC, GATEWAY_MAC, GATEWAY_MAC];
 
-/// A case where this sender is to be given this upstream.
+/// Returns a case in which this sender must select this upstream.
 fn choice(
     strategy: Selection,
     upstreams: usize,
@@ -917,7 +922,7 @@ fn source_address_is_used_as_a_number() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
-/// More than a line of the map of slots holds.
+/// More upstreams than one line of the slots map holds.
 #[test]
 fn many_upstreams_are_selected() {
     let mut rule = Rule { strategy: Selection::SrcIp, ..rule(Action::Block, Source::Vip, NEAR) };
@@ -937,7 +942,7 @@ fn counters_of_the_second_chunk_are_used() {
     let malformed = with(datagram().frame(), UDP_LENGTH, [0, 7]);
     let dropped = both("malformed", malformed, Dropped("malformed", Under::Rule));
     let cases = sent.into_iter().chain(dropped).flat_map(|case| {
-        // the rule's is the fifth
+        // the rule's id is the fifth
         [1019, 1020, 1040].map(|first_id| Case { first_id, ..case.clone() })
     });
     Testbed::with(|testbed| testbed.check_all(cases));
@@ -998,7 +1003,7 @@ fn gso_packet_counts_as_its_segments() {
     });
     Testbed::with(|testbed| {
         testbed.check_all(cases.clone());
-        // the same by what user space knows
+        // the same with the MTU from user space
         let known = |mtu| Some(testbed.hop(mtu, Some(GATEWAY_MAC)));
         testbed.check_all(cases.map(|case| {
             let narrow = case.rule.upstreams[0].address == NARROW.into();
@@ -1012,7 +1017,7 @@ fn gso_packet_counts_as_its_segments() {
     });
 }
 
-/// All that goes unchanged to an upstream, and what changes on the way, at random.
+/// Generates random datagrams: the fields that stay unchanged and those that are rewritten.
 fn any_datagram() -> impl Strategy<Value = Datagram> {
     let checksum = prop_oneof![
         4 => Just(Checksum::Valid),
@@ -1021,7 +1026,7 @@ fn any_datagram() -> impl Strategy<Value = Datagram> {
     ];
     let lengths = (0..=10_usize, 0..8_usize, 0..20_usize);
     let ip = (any::<u8>(), any::<u16>(), any::<bool>(), 2..=u8::MAX);
-    // of hosts: others are for the tables of tests/fuzz/cases.rs
+    // unicast sources only; tests/fuzz/cases.rs has others
     let source = (0x0b00_0000..0x7f00_0000_u32, any::<u16>());
     let bytes = proptest::collection::vec(any::<u8>(), 0..1400);
     (source, PORTS.first..=PORTS.last, ip, checksum, lengths, bytes).prop_map(
@@ -1064,7 +1069,7 @@ fn any_packet_is_rewritten_for_its_upstream() {
     });
 }
 
-/// `pass` never changes a packet, and each is counted at most once.
+/// `pass` never changes a packet, and each packet is counted at most once.
 #[test]
 fn any_bytes_are_handled() {
     let damage = proptest::collection::vec((0..60_usize, any::<u8>()), 0..6);
@@ -1073,7 +1078,7 @@ fn any_bytes_are_handled() {
         let mut runner = TestRunner::new(Config::with_cases(CASES));
         let result = runner.run(&packets, |(rule, packet, damage, length)| {
             let mut frame = packet.frame();
-            // the addresses stay, or next to nothing would match
+            // the addresses stay intact, otherwise almost no packet would match
             for (at, byte) in damage {
                 if let Some(damaged) = frame.get_mut(ETHERNET - 2 + at) {
                     *damaged = byte;
@@ -1145,8 +1150,8 @@ fn program_loads_with_any_features() {
     }
 }
 
-/// Under lockdown (confidentiality) programs may not read kernel memory by helpers; from 6.2 on the program
-/// does not need to.
+/// Under lockdown (confidentiality) programs may not read kernel memory by helpers; from 6.2 on the
+/// program does not need these helpers.
 #[test]
 fn program_reads_no_kernel_memory_by_helper() {
     use libbpf_rs::AsRawLibbpf;
@@ -1157,7 +1162,7 @@ fn program_reads_no_kernel_memory_by_helper() {
     let mut object = std::mem::MaybeUninit::uninit();
     let mut skeleton =
         udplb::bpf::UdplbSkelBuilder::default().open(&mut object).expect("the object opens");
-    // the rest reads none, and its log is long
+    // the other features read no kernel memory and would lengthen the log
     let constants = skeleton.maps.rodata_data.as_deref_mut().expect("constants");
     constants.features = types::features { ticks_per_second: 250, ..types::features::default() };
     let mut log = vec![0_u8; 64 << 20];
@@ -1171,7 +1176,7 @@ fn program_reads_no_kernel_memory_by_helper() {
     drop(loaded);
     let end = log.iter().position(|byte| *byte == 0).expect("an end");
     let log = String::from_utf8_lossy(&log[..end]);
-    // those that it walked: it lists all others too
+    // calls that the verifier processed; the log lists all others too
     let calls = |helper: &str| log.contains(&format!(": (85) call {helper}"));
     assert!(calls("bpf_redirect#"), "what it calls is seen");
     assert!(!calls("bpf_probe_read"), "it calls bpf_probe_read");

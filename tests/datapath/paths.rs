@@ -1,5 +1,5 @@
-//! Packets with a next hop that answers late or never, and with a path MTU below the interface's: in network
-//! namespaces, with sockets at both ends.
+//! Next hops that answer late or never, and path MTUs below the interface's: in network namespaces,
+//! with sockets at both ends.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, UdpSocket};
@@ -14,7 +14,7 @@ use crate::common::net::{PATIENCE, bind, set};
 use crate::common::service::{Arpd, until};
 use crate::ends::Ends;
 
-/// From linux/in.h and linux/in6.h.
+/// Socket options from linux/in.h and linux/in6.h.
 const IP_PMTUDISC_DONT: i32 = 0;
 const IP_PMTUDISC_DO: i32 = 2;
 
@@ -25,7 +25,7 @@ fn discover(net: &Net, socket: &UdpSocket, how: i32) {
     }
 }
 
-/// A relay that is no router, and no arpd: as soon as the kernel knows the neighbour, packets go.
+/// Without forwarding and arpd, packets are sent as soon as the kernel has the neighbour.
 #[test]
 fn neighbour_that_answers_late_gets_packets() {
     for offload in [true, false] {
@@ -53,7 +53,7 @@ fn neighbour_that_answers_late_gets_packets() {
     }
 }
 
-/// The same where the upstream's MAC address has changed since, and the kernel has heard of it.
+/// Packets are sent after the upstream's MAC address changed and the kernel learnt the new one.
 #[test]
 fn neighbour_with_a_new_mac_address_gets_packets() {
     let lab = Lab::dual(true, false);
@@ -65,13 +65,13 @@ fn neighbour_with_a_new_mac_address_gets_packets() {
         ends.check_length(100);
         ends.check_silence();
     }
-    // the first packet has the kernel ask
+    // the first packet makes the kernel resolve the neighbour
     assert_eq!(lab.packets("pass-vip", "10.2.0.20", "unresolved"), 1, "{:#}", lab.status());
     assert_eq!(lab.packets("block-egress", "10.2.0.20", "forwarded"), 1, "{:#}", lab.status());
 }
 
-/// Counted as what it is, with forwarding and without, for packets and for copies; also where the next hop had
-/// answered when the file was applied.
+/// Packets to a silent next hop are counted as such, with and without forwarding, for packets and
+/// copies; also if the next hop answered at the time of `apply`.
 #[test]
 fn silent_next_hop_is_unresolved() {
     for forwarding in ["0", "1"] {
@@ -100,8 +100,8 @@ fn silent_next_hop_is_unresolved() {
     }
 }
 
-/// Packets that may be fragmented are, as by a router: whole datagrams and fragments, with checksums from
-/// software or hardware.
+/// Fragmentable packets are fragmented as by a router: whole datagrams and fragments, with checksums
+/// from software or hardware.
 #[test]
 fn datagrams_are_fragmented_for_a_small_mtu() {
     for (client, upstream) in [(true, true), (true, false), (false, true), (false, false)] {
@@ -123,7 +123,7 @@ fn datagrams_are_fragmented_for_a_small_mtu() {
     }
 }
 
-/// A network behind the upstream's host, with room for 1400 bytes.
+/// Creates a network with an MTU of 1400 behind the upstream's host.
 fn narrow_network(lab: &Lab) -> Namespace {
     let far = Namespace::new();
     lab.upstream.link("far", &far, "eth0", false);
@@ -151,7 +151,7 @@ fn far_address(net: &Net) -> IpAddr {
     address.parse().expect("an address")
 }
 
-/// A rule of each family for the host there.
+/// Returns a rule of each family for the host in that network.
 fn to_far(source: &str) -> [Value; 2] {
     [V4, V6].map(|net| {
         let upstream = json!({ "name": "far", "address": far_address(&net) });
@@ -160,7 +160,7 @@ fn to_far(source: &str) -> [Value; 2] {
     })
 }
 
-/// Sends large datagrams until the sender's kernel has heard that they do not fit.
+/// Sends large datagrams until the sender's kernel has received the path MTU.
 #[track_caller]
 fn send_until_told(net: &Net, sender: &UdpSocket, port: u16, what: &str) {
     let end = Instant::now() + PATIENCE;
@@ -176,7 +176,8 @@ fn send_until_told(net: &Net, sender: &UdpSocket, port: u16, what: &str) {
     }
 }
 
-/// A router behind the next hop tells the relay, and that tells the sender; what fits goes on.
+/// A router behind the next hop reports the MTU to the relay, and the relay to the sender; smaller
+/// packets are forwarded.
 #[test]
 fn small_path_mtu_behind_the_next_hop_is_answered() {
     for source in ["vip", "egress"] {
@@ -184,7 +185,8 @@ fn small_path_mtu_behind_the_next_hop_is_answered() {
             let lab = Lab::dual(false, false);
             lab.relay.set_forwarding(forwarding);
             let far = narrow_network(&lab);
-            // the router's answer to what came from the relay's other address comes in there
+            // the router's errors about packets from the relay's egress address arrive on that
+            // interface
             let mut configuration = config(&to_far(source));
             configuration["interfaces"] = json!(["eth0", "up0"]);
             lab.apply(&configuration);
@@ -208,7 +210,7 @@ fn path_mtu_of_the_kernel_holds_with_a_lease() {
     lab.apply(&config(&to_far("vip")));
     let _arpd = Arpd::start(&lab, "");
     for net in [V4, V6] {
-        // by a socket of this host's own
+        // learned by a local socket
         let own = bind(&lab.relay, net.egress, 0);
         discover(&net, &own, IP_PMTUDISC_DO);
         own.connect((far_address(&net), 9)).expect("connected");

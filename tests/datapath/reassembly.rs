@@ -1,4 +1,4 @@
-//! Datagrams that come in fragments, from socket to socket.
+//! Fragmented datagrams, from socket to socket.
 
 use std::net::{IpAddr, UdpSocket};
 
@@ -61,12 +61,12 @@ fn fragments_pass_or_drop_as_the_rule_says() {
             }
         }
         ends.check_silence();
-        // what is whole goes its way
+        // unfragmented datagrams are forwarded
         ends.check_length(1000);
     }
 }
 
-/// A datagram from a client to the relay.
+/// Returns a datagram from a client to the relay.
 fn datagram(lab: &Lab, net: &Net, from: IpAddr, port: u16, length: usize, first: u16) -> Forged {
     let mut datagram = Forged::between(lab.relay.mac("eth0"), from, net.key, port);
     datagram.udp.payload = length;
@@ -74,7 +74,7 @@ fn datagram(lab: &Lab, net: &Net, from: IpAddr, port: u16, length: usize, first:
     datagram
 }
 
-/// Senders with the same port and identification, and the same address towards the upstream.
+/// Two senders share port and identification, and the rewritten source address.
 #[test]
 fn senders_with_one_source_do_not_mix() {
     let lab = Lab::dual(true, false);
@@ -100,7 +100,7 @@ fn senders_with_one_source_do_not_mix() {
     }
 }
 
-/// In any order but with the first one first, twice, and with another datagram between.
+/// Fragments arrive in any order after the first, twice, and interleaved with another datagram.
 #[test]
 fn unordered_fragments_arrive_whole() {
     let lab = Lab::dual(true, false);
@@ -144,7 +144,7 @@ fn first_fragment_last_reaches_the_host() {
     }
 }
 
-/// A datagram whose first fragment one generation saw, and the others the next one.
+/// The first fragment passes one generation, the later fragments the next one.
 #[test]
 fn new_generation_between_fragments_loses_nothing() {
     let lab = Lab::dual(true, false);
@@ -181,7 +181,7 @@ fn new_generation_between_fragments_loses_nothing() {
         }
     };
     send(0..1);
-    // the same upstreams at other places of the list, and one more
+    // the same upstreams in another order, and one more
     lab.apply(&with(&[7003, 7004, 7000, 7002, 7001]));
     send(1..3);
     for ((net, sockets), frames) in nets.iter().zip(&frames) {

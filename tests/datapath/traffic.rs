@@ -26,7 +26,8 @@ fn seed(strategy: &str) -> String {
     )
 }
 
-/// Sends from these sockets; the first is for the first upstream and the second for the second.
+/// Sends from these sockets and checks that the first reaches the first upstream and the second the
+/// second.
 fn check_seed(strategy: &str, senders: [(Ipv4Addr, u16); 2]) {
     let lab = Lab::new();
     let upstreams = UPSTREAMS.map(|address| bind(&lab.upstream, address, 2222));
@@ -56,14 +57,14 @@ fn source_address_selects_the_upstream() {
     check_seed("src-ip", [(CLIENTS[0], 40000), (CLIENTS[1], 40000)]);
 }
 
-/// Every kind of rule, size and checksum; where the last device computes no checksums, the
-/// receiver verifies what the program left.
+/// Checks every kind of rule, size and checksum. Where the last device computes no checksums, the
+/// receiver verifies the program's.
 fn check_checksums(client_offload: bool, upstream_offload: bool) {
     let lab = Lab::dual(client_offload, upstream_offload);
     lab.apply(&all_kinds());
     let cuts_up = client_offload || cuts_up_without_offload(&lab);
     for ends in Ends::both(&lab) {
-        // IPv6 has no datagrams without
+        // IPv6 requires a checksum
         let without: &[i32] = if ends.net.is_ipv6() { &[0] } else { &[0, 1] };
         for without_checksum in without {
             set(&ends.sender, libc::SOL_SOCKET, libc::SO_NO_CHECK, *without_checksum);
@@ -71,7 +72,8 @@ fn check_checksums(client_offload: bool, upstream_offload: bool) {
             for size in [0, 1, 2, 17, 333, 1499 - header, 1500 - header] {
                 ends.check_length(size);
             }
-            // sums that come out as zero are sent as 0xffff: some of these 65,536 / 64 do
+            // computed zero checksums are sent as 0xffff: some of these 65,536 / 64 payloads produce
+            // one
             for word in (0..=u16::MAX).step_by(1 << 11) {
                 ends.check(&word.to_be_bytes(), &[&word.to_be_bytes()]);
             }
@@ -113,7 +115,7 @@ fn check_merged(kind: &str) {
         Outcome::of(ethtool.args(words.split_whitespace())).expect(0).stdout
     };
     ethtool("-K eth0 gro on");
-    // before 5.12 it merges only what a socket asks for
+    // before kernel 5.12, GRO merges only for sockets that ask for it
     if ethtool("-k eth0").contains(kind) {
         ethtool(&format!("-K eth0 {kind} on"));
     }
@@ -142,7 +144,7 @@ fn fraglist_gro_packets_arrive_as_datagrams() {
 fn segments_stay_together_for_gro_sockets() {
     let lab = Lab::dual(true, true);
     let features = Outcome::of(lab.client.command("ethtool").args(["-k", "eth0"])).expect(0).stdout;
-    // a veth cuts them up itself before 5.12
+    // before kernel 5.12, a veth segments them itself
     if features.contains("tx-udp-segmentation: off [fixed]") {
         return;
     }
@@ -269,7 +271,8 @@ fn cold_neighbour_loses_nothing() {
         let sender = bind(&lab.client, net.clients[0], 0);
         for forwarding in ["1", "0"] {
             lab.relay.set_forwarding(forwarding);
-            // the upstream may ask for the relay at any time, which makes itself known
+            // the upstream may resolve the relay at any time, which refreshes the relay's neighbour
+            // entry
             until("the neighbour is cold", || {
                 lab.relay.ip(&format!("-{family} neigh flush dev up0"));
                 !lab.relay.ip(&format!("-{family} neigh show dev up0")).contains("lladdr")
@@ -314,7 +317,7 @@ fn reverse_path_filters_see_the_local_copy_only() {
     }
     lab.apply(&config(&rules(&V4)));
     ends.check(b"from where it should", &[b"from where it should"]);
-    // an address that the relay would reach through the upstreams' network
+    // an address that the relay routes to the upstreams' network
     lab.client.ip("addr add 10.2.0.99/32 dev eth0");
     let stranger = bind(&lab.client, Ipv4Addr::new(10, 2, 0, 99), 0);
     for (index, (port, _, source)) in KINDS.iter().enumerate() {
@@ -380,7 +383,7 @@ fn local_copy_is_unchanged() {
             assert_eq!(receive(&ends.here[0]).ttl, ttl);
             assert_eq!(receive(&ends.upstreams[0]).ttl, ttl - 1);
         }
-        // too old to be sent on, but at home here
+        // TTL too low to be forwarded, but enough for local delivery
         ends.set_ttl(1);
         for (index, (port, action, _)) in KINDS.into_iter().enumerate() {
             if action == "pass" {
