@@ -1,5 +1,5 @@
-//! Packets that no rule takes: answers, this host's own packets, other VLANs, and those that local sockets
-//! asked for; from socket to socket.
+//! Packets that no rule accepts: answers, this host's own packets, other VLANs, and answers to local
+//! sockets; from socket to socket.
 
 use std::net::IpAddr;
 
@@ -14,7 +14,7 @@ use crate::common::service::{Arpd, until};
 use crate::common::wire::Tag;
 use crate::forge::{Forged, Ip};
 
-/// Packets of the first rule.
+/// Returns the packets of the first rule with a verdict.
 fn counted(lab: &Lab, verdict: &str) -> u64 {
     packets(&lab.status()["rules"][0]["counters"], verdict)
 }
@@ -27,7 +27,7 @@ fn rule(net: &Net, port: Value, options: Value, upstreams: &[IpAddr]) -> Value {
     rule
 }
 
-/// One packet is one packet, whoever answers it.
+/// Answers of upstreams do not match the rule: one packet in, one packet out.
 #[test]
 fn answers_of_upstreams_are_not_relayed() {
     let lab = Lab::dual(true, true);
@@ -57,7 +57,7 @@ fn answers_of_upstreams_are_not_relayed() {
     }
 }
 
-/// `block` takes what servers would get, and leaves sockets of this host what they asked for.
+/// `block` takes packets to local servers and leaves local sockets the answers to their own packets.
 #[test]
 fn local_sockets_get_their_answers() {
     let lab = Lab::dual(true, true);
@@ -80,7 +80,7 @@ fn local_sockets_get_their_answers() {
                 peer.send_to(b"answer", asked.from).expect("sent");
                 expect(&asking, b"answer", own(&peer), TTL);
             }
-            // of one peer alone
+            // a connected socket gets only its peer's packets
             let connected = bind(&lab.relay, net.key, 40_123);
             connected.connect(own(&peer)).expect("connected");
             let service = bind(&lab.upstream, net.upstreams[0], 40_123);
@@ -89,7 +89,7 @@ fn local_sockets_get_their_answers() {
             stranger.send_to(b"traffic", own(&connected)).expect("sent");
             expect(&service, b"traffic", net.seen("vip", own(&stranger)), TTL - 1);
             assert_eq!(counted(&lab, "local-socket"), before + 1 + u64::from(sees_ports));
-            // a server
+            // an unconnected socket with its own port is a server
             let server = bind(&lab.relay, net.key, 40_124);
             let service = bind(&lab.upstream, net.upstreams[0], 40_124);
             peer.send_to(b"traffic", own(&server)).expect("sent");
@@ -99,7 +99,7 @@ fn local_sockets_get_their_answers() {
     }
 }
 
-/// Without `any` or a range no packet pays for the question.
+/// Rules for a single port skip the socket lookup.
 #[test]
 fn single_port_belongs_to_the_rule() {
     let lab = Lab::new();
@@ -114,7 +114,7 @@ fn single_port_belongs_to_the_rule() {
     expect_silence(&connected);
 }
 
-/// Devices and addresses that come while arpd runs count from then on.
+/// Devices and addresses added while arpd runs take effect.
 #[test]
 fn own_vlans_and_addresses_are_followed() {
     let lab = Lab::dual(false, true);
@@ -122,7 +122,7 @@ fn own_vlans_and_addresses_are_followed() {
         let words = format!("link add link eth0 name eth0.{id} up type vlan id {id}");
         lab.relay.command("ip").args(words.split(' ')).status().expect("ip").success()
     };
-    // a kernel without 802.1Q is in no VLAN
+    // a kernel without 802.1Q has no VLANs
     let has_vlans = add_vlan(7);
     let block = json!({ "tc_action": "block" });
     lab.apply(&config(&[rule(&V4, json!(5000), block, &V4.upstreams[..1])]));

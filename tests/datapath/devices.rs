@@ -1,6 +1,7 @@
-//! Every kind of network device, once below the key and once below the upstreams.
+//! Every kind of network device, as ingress and as egress device.
 //!
-//! Kinds that the kernel lacks are named on standard error and left out; `./dev kernels` has them all.
+//! Kinds that the kernel lacks are reported on standard error and skipped; `./dev kernels` has them
+//! all.
 
 use udplb::datapath::kernel;
 
@@ -9,12 +10,12 @@ use crate::common::kinds::all_kinds;
 use crate::common::lab::{Lab, Outcome};
 use crate::ends::Ends;
 
-/// The addresses of the veth pair below.
+/// Addresses of the underlying veth pair.
 const LOWER: [&str; 2] = ["192.0.2.1", "192.0.2.2"];
-/// The port of WireGuard's own packets.
+/// Port of WireGuard's encapsulated packets.
 const WIREGUARD: &str = "51820";
 
-/// An interface to be made, in a namespace.
+/// An interface to create, with its namespace.
 type End<'lab> = (&'lab Namespace, &'static str);
 
 /// Returns true if the kernel has this kind of device.
@@ -46,7 +47,8 @@ fn connect(kind: &str, words: &str, ends: [End<'_>; 2]) {
     left.link(&lower[0], right, &lower[1], true);
     for (index, (namespace, name)) in ends.into_iter().enumerate() {
         let lower = &lower[index];
-        // otherwise the device below answers ARP for its upper one's address, and gets the packets
+        // otherwise the lower device answers ARP for the upper device's address and receives its
+        // packets
         namespace.sysctl("net.ipv4.conf.all.arp_ignore", "1");
         namespace.ip(&format!("addr add {}/24 dev {lower}", LOWER[index]));
         let words = filled(words, lower, LOWER[index], LOWER[1 - index]);
@@ -133,8 +135,8 @@ fn check_both_sides(kind: &str, words: &str) {
     check(&lab);
 }
 
-/// Makes a test of each kind. The words are those of `ip link add NAME`, with LOWER for the veth below, LOCAL and
-/// REMOTE for its addresses.
+/// Defines a test for each kind of device. The words are arguments of `ip link add NAME`, with LOWER
+/// for the underlying veth, LOCAL and REMOTE for its addresses.
 macro_rules! kinds {
     ($($kind:ident: $words:literal,)*) => {
         $(#[test]

@@ -21,7 +21,7 @@ impl Ends {
         Ends::with(lab, net, &lab.upstream)
     }
 
-    /// With the upstreams there.
+    /// Opens the sockets; the upstreams are in this namespace.
     pub fn with(lab: &Lab, net: Net, upstream: &Namespace) -> Ends {
         Ends {
             net,
@@ -35,18 +35,18 @@ impl Ends {
         }
     }
 
-    /// Makes one for each family.
+    /// Opens the sockets of each family.
     pub fn both(lab: &Lab) -> [Ends; 2] {
         [V4, V6].map(|net| Ends::new(lab, net))
     }
 
-    /// Sends by every kind of rule; one call gives these datagrams.
+    /// Sends with one call to every kind of rule and expects these datagrams.
     #[track_caller]
     pub fn check(&self, payload: &[u8], datagrams: &[&[u8]]) {
         self.check_kinds(payload, datagrams, |_| true);
     }
 
-    /// The same by those that take the packet itself.
+    /// Sends with one call to the `block` rules and expects these datagrams.
     #[track_caller]
     pub fn check_blocked(&self, payload: &[u8]) {
         self.check_kinds(payload, &[payload], |action| action == "block");
@@ -63,8 +63,7 @@ impl Ends {
         }
     }
 
-    /// Waits for a sender's datagram where the rule of that kind delivers it: at its upstream and,
-    /// if it passes packets on, at the relay.
+    /// Waits for a sender's datagram at the rule's upstream and, with `pass`, at the relay.
     #[track_caller]
     pub fn expect(&self, index: usize, payload: &[u8], sender: SocketAddr) {
         let (_, action, source) = KINDS[index];
@@ -75,14 +74,15 @@ impl Ends {
         }
     }
 
-    /// A datagram of that length.
+    /// Checks a datagram of this length.
     #[track_caller]
     pub fn check_length(&self, length: usize) {
         let payload = payload(length);
         self.check(&payload, &[&payload]);
     }
 
-    /// One packet for the sender's stack, ten for everybody else, the counters included.
+    /// Checks a GSO packet: one packet for the sender's stack, ten datagrams for receivers and
+    /// counters.
     #[track_caller]
     pub fn check_segments(&self) {
         set(&self.sender, libc::SOL_UDP, UDP_SEGMENT, 1000);
@@ -91,7 +91,7 @@ impl Ends {
         set(&self.sender, libc::SOL_UDP, UDP_SEGMENT, 0);
     }
 
-    /// The sender's TTL, or hop limit.
+    /// Sets the sender's TTL or hop limit.
     pub fn set_ttl(&self, ttl: i32) {
         match self.net.is_ipv6() {
             false => set(&self.sender, libc::IPPROTO_IP, libc::IP_TTL, ttl),
@@ -99,7 +99,7 @@ impl Ends {
         }
     }
 
-    /// Nothing but what was received so far.
+    /// Checks that no further datagrams arrive.
     #[track_caller]
     pub fn check_silence(&self) {
         expect_silence_of(self.upstreams.iter().chain(&self.here));

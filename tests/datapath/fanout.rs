@@ -21,7 +21,7 @@ fn receiver(name: &str, address: impl Into<IpAddr>, port: u16, source: &str) -> 
     json!({ "name": name, "address": address.into(), "port": port, "source": source })
 }
 
-/// A rule that replicates, for each of [`ACTIONS`].
+/// Returns a replicating rule for each of [`ACTIONS`].
 fn replicate(net: &Net, receivers: &[Value]) -> Vec<Value> {
     let family = if net.is_ipv6() { 6 } else { 4 };
     let rule = |(port, action): (u16, &str)| {
@@ -31,7 +31,7 @@ fn replicate(net: &Net, receivers: &[Value]) -> Vec<Value> {
     ACTIONS.map(rule).to_vec()
 }
 
-/// A configuration in which strategies and hash are those of `version: 1`.
+/// Returns a configuration with the strategies and hash of `version: 1`.
 fn modern(rules: &[Value]) -> Value {
     let mut config = config(rules);
     config["defaults"] = json!({ "tc_action": "block" });
@@ -84,7 +84,7 @@ fn all_64_receivers_get_a_copy() {
     }
 }
 
-/// Numbers, as they arrive at sockets that miss none.
+/// Receives numbered datagrams and checks that no socket misses one.
 #[track_caller]
 fn check_numbers(sender: &UdpSocket, to: (IpAddr, u16), receivers: &[&UdpSocket]) {
     for number in 0..40_u32 {
@@ -175,7 +175,7 @@ fn mirrors_get_copies_beside_upstream_and_host() {
     });
     lab.apply(&config(&rules.concat()));
     for net in [V4, V6] {
-        // the first version's mapping: each goes to another
+        // with the first version's mapping each sender selects a different upstream
         let senders = [5666, 60256].map(|port| bind(&lab.client, net.clients[0], port));
         let balanced = net.upstreams.map(|address| bind(&lab.upstream, address, 7000));
         let all = bind(&lab.upstream, net.upstreams[0], 7001);
@@ -229,7 +229,7 @@ fn samples_are_exact() {
     let count = 10_000_u32;
     for number in 0..count {
         sender.send_to(&number.to_be_bytes(), (V4.key, 5001)).expect("sent");
-        // nowhere on the way do they pile up
+        // wait for each datagram, so that no queue overflows
         assert_eq!(receive(&sockets[0]).payload, number.to_be_bytes());
     }
     for (socket, sample) in sockets.iter().zip(samples).skip(1) {
@@ -240,9 +240,9 @@ fn samples_are_exact() {
             assert_eq!(number / sample, turn, "one of {sample}");
             places.insert(number % sample);
         }
-        // what repeats itself is not in step with it
+        // the sampled positions vary, so periodic traffic cannot align with them
         assert!(places.len() as u32 > sample.min(count / sample) / 2, "{sample}: {places:?}");
-        // of the turn that is not at its end
+        // a sample of the last, incomplete turn
         socket.set_nonblocking(true).expect("a socket");
         if let Ok(last) = try_receive(socket) {
             let number = u32::from_be_bytes(last.payload.try_into().expect("a number"));
@@ -253,7 +253,7 @@ fn samples_are_exact() {
     expect_silence_of(&sockets);
 }
 
-/// Rules with one key each, whose upstreams differ in their port.
+/// Returns rules with one key each; their upstreams differ in the port.
 fn keyed(net: &Net, keys: &[(&str, Value)]) -> Vec<Value> {
     let rule = |(number, (name, key)): (u16, &(&str, Value))| {
         let name = format!("{name}-{}", if net.is_ipv6() { 6 } else { 4 });
@@ -281,7 +281,7 @@ fn rules_are_chosen_by_sender() {
         lab.client.ip(&format!("addr add {address}/128 dev eth0 nodad"));
         lab.relay.ip(&format!("-6 route add {address} dev eth0"));
     }
-    // networks of three rules, and a sender of each and one of none
+    // networks of three rules, a sender in each and one outside
     type Senders = (Net, [&'static [&'static str]; 3], [&'static str; 4]);
     let lists: [Senders; 2] = [
         (
@@ -326,7 +326,7 @@ fn rules_are_chosen_by_sender() {
     }
 }
 
-/// An address beats `any`, then a port beats `any`.
+/// An exact address takes precedence over `any`, then an exact port over `any`.
 #[test]
 fn any_address_and_any_port_match() {
     let lab = Lab::dual(true, false);
@@ -354,7 +354,7 @@ fn any_address_and_any_port_match() {
             sender.send_to(b"which one?", to).expect("sent");
             expect(receiver, b"which one?", own(&sender), TTL - 1);
         }
-        // what a router passes on is for none of its addresses
+        // packets in transit are not addressed to the relay
         let transit = bind(&lab.upstream, net.upstreams[1], 6000);
         sender.send_to(b"transit", own(&transit)).expect("sent");
         expect(&transit, b"transit", own(&sender), TTL - 1);
@@ -362,7 +362,7 @@ fn any_address_and_any_port_match() {
     }
 }
 
-/// A rule over `count` upstreams that differ in their port, which is also their name.
+/// Returns a rule with upstreams that differ in the port, which is also their name.
 fn balanced(net: &Net, options: Value, ports: &[u16]) -> Value {
     let upstream =
         |port: &u16| json!({ "name": port.to_string(), "address": net.upstreams[0], "port": port });
@@ -403,7 +403,7 @@ fn statsd_is_sharded_by_the_name_of_the_metric() {
                 ":765|s\n",
                 ":1|c|#env:prod,region:eu",
                 ":12:14:9|h|@0.5|#a:b",
-                // the first decides
+                // the first metric selects
                 ":1|c\nanother.metric:3|c\nand.another:5|g",
             ] {
                 let line = format!("{name}{rest}");
@@ -414,7 +414,7 @@ fn statsd_is_sharded_by_the_name_of_the_metric() {
             }
         }
         assert!(used.iter().all(|count| *count > 0), "{used:?}");
-        // no metric: by the sender
+        // without a metric the sender selects
         for sender in &senders {
             let nameless = ["", ":1|c", "no colon", "a line\nthen:1|c"];
             let targets = nameless.map(|line| target(sender, &net, line.as_bytes(), &receivers));
@@ -463,14 +463,14 @@ fn random_strategy_uses_every_upstream() {
     for _ in 0..400 {
         used[target(&sender, &V4, b"anywhere", &receivers)] += 1;
     }
-    // one in millions is as far from 100
+    // a count outside this range has a probability of one in millions
     assert!(used.iter().all(|count| (50..150).contains(count)), "{used:?}");
 }
 
-/// Flows that differ in their port.
+/// Number of flows, which differ in the source port.
 const FLOWS: u16 = 400;
 
-/// The port that each flow goes to.
+/// Returns the upstream port of each flow.
 fn flows(lab: &Lab, net: &Net, receivers: &[UdpSocket]) -> Vec<u16> {
     let flow = |number| {
         let sender = bind(&lab.client, net.clients[0], 20_000 + number);

@@ -6,17 +6,17 @@ use udplb::config::{Hash, Strategy};
 use udplb::desired::Rule;
 use udplb::desired::tables::Tables;
 
-/// Most bytes of the name of a metric.
+/// Maximum length of a metric's name in bytes.
 const METRIC_MOST: usize = 256;
 
-/// The finalizer of MurmurHash3.
+/// Applies the finalizer of MurmurHash3.
 pub fn mix(mut hash: u64) -> u64 {
     hash = (hash ^ hash >> 33).wrapping_mul(0xff51_afd7_ed55_8ccd);
     hash = (hash ^ hash >> 33).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
     hash ^ hash >> 33
 }
 
-/// FNV-1a.
+/// Computes the FNV-1a hash.
 fn fnv(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
@@ -33,7 +33,7 @@ fn fold(address: IpAddr) -> u64 {
     }
 }
 
-/// By the sender, as the rule asks for.
+/// Returns the sender's key according to the rule's strategy.
 pub fn sender_key(rule: &Rule, source: IpAddr, port: u16) -> u32 {
     let number = match rule.strategy {
         Strategy::SrcPort => port.swap_bytes().into(),
@@ -43,17 +43,17 @@ pub fn sender_key(rule: &Rule, source: IpAddr, port: u16) -> u32 {
     if rule.hash == Hash::Maglev { mix(number) as u32 } else { number as u32 }
 }
 
-/// The key for payloads that have none of their own.
+/// Returns the key for payloads without a key.
 pub fn by_address_and_port(source: IpAddr, port: u16) -> u32 {
     mix(fold(source) << 16 ^ u64::from(port)) as u32
 }
 
-/// By bytes of the payload; none: it ends before them.
+/// Returns the key from bytes of the payload; `None` if the payload is too short.
 pub fn payload_key(payload: &[u8], offset: usize, length: usize) -> Option<u32> {
     payload.get(offset..offset + length).map(|bytes| mix(fnv(bytes)) as u32)
 }
 
-/// By the name of the first metric; none: there is no name. Empty lines are none.
+/// Returns the key from the first metric's name; `None` without a name. Empty lines are skipped.
 pub fn metric_key(payload: &[u8]) -> Option<u32> {
     let start = payload.iter().position(|byte| !matches!(byte, b'\r' | b'\n'))?;
     let payload = &payload[start..];
@@ -62,7 +62,7 @@ pub fn metric_key(payload: &[u8]) -> Option<u32> {
     (payload[end] == b':' && end > 0).then(|| mix(fnv(name)) as u32)
 }
 
-/// The upstream of a key, by the tables of a configuration; the rule is the one with that id.
+/// Returns the upstream of a key in the tables of a configuration, for the rule with this id.
 pub fn upstream(tables: &Tables, rule_id: u32, key: u32) -> usize {
     let rules = tables.rules.iter().map(|(_, rule)| rule);
     let mut rules = rules.chain(tables.rules6.iter().map(|(_, rule)| rule));

@@ -10,13 +10,13 @@ use crate::packet::{Datagram, endpoint};
 use crate::program::{Context, Counted};
 use crate::testbed::{NEAR, PORTS, REDIRECT, SHOT, Testbed, UNSPEC, VIP, datagram, rule};
 
-/// The first fragment of a sender's datagram.
+/// Returns the first fragment of a sender's datagram.
 fn first(sender: u32) -> Datagram {
     let source = endpoint(Ipv4Addr::from_bits(0xc633_6400 + sender), 5666);
     Datagram { source, more_fragments: true, ..datagram() }
 }
 
-/// Returns the later fragment. The bytes at the place of the ports are payload.
+/// Returns the later fragment. The bytes at the offset of the ports are payload.
 fn later(sender: u32) -> Datagram {
     Datagram { fragment_offset: 3, more_fragments: false, ..first(sender) }
 }
@@ -49,7 +49,7 @@ impl Relay<'_> {
         (REDIRECT, vec![(self.ids.upstreams[0], "forwarded")])
     }
 
-    /// Not sent, and counted at the rule.
+    /// Returns the fate of an unsent packet, counted at the rule.
     fn left(&self, action: i32, verdict: &'static str) -> Fate {
         (action, vec![(self.ids.rule, verdict)])
     }
@@ -58,7 +58,7 @@ impl Relay<'_> {
         (UNSPEC, vec![(0, "fragment-early")])
     }
 
-    /// The time so many seconds ago.
+    /// Returns the time this many seconds ago.
     fn ago(&self, seconds: f64) -> u32 {
         let program = &self.testbed.program;
         program.jiffies().wrapping_sub((f64::from(program.second) * seconds) as u32)
@@ -77,10 +77,10 @@ fn full_table_drops_later_fragments() {
             testbed.program.fill_fragments(relay.ago(0.0));
             assert_eq!(relay.run(&first(1)), relay.left(end, "fragment-full"));
             assert_eq!(relay.run(&later(1)), relay.early());
-            // no fragments, no need for room
+            // an unfragmented packet needs no room
             let (_, counted) = relay.run(&Datagram { more_fragments: false, ..first(1) });
             assert_eq!(counted, relay.sent().1);
-            // nor is there where nobody follows
+            // first fragments need no room if the rule does not follow them
             for (fragments, end) in [(Fragments::Drop, SHOT), (Fragments::Pass, UNSPEC)] {
                 let relay = Relay::with(testbed, &Rule { fragments, ..balancing(action) });
                 assert_eq!(relay.run(&first(1)), relay.left(end, "fragment"));
@@ -100,7 +100,7 @@ fn remembered_fragments_keep_their_place() {
         assert_eq!(relay.run(&first(1)), relay.sent());
         testbed.program.fill_fragments(relay.ago(0.5));
         assert_eq!(relay.run(&first(2)), relay.left(SHOT, "fragment-full"));
-        // once more, and that which follows
+        // the first fragment again, then the later one
         assert_eq!(relay.run(&first(1)), relay.sent());
         assert_eq!(relay.run(&later(1)), relay.sent());
         assert_eq!(relay.run(&later(2)), relay.early());
@@ -116,7 +116,7 @@ fn oldest_fragment_makes_room() {
         }
         testbed.program.turn_fragments(relay.ago(1.1));
         assert_eq!(relay.run(&first(4)), relay.sent());
-        // the second is young
+        // the second entry is too young to be replaced
         assert_eq!(relay.run(&first(5)), relay.left(SHOT, "fragment-full"));
         let fates: Vec<Fate> = (1..=5).map(|sender| relay.run(&later(sender))).collect();
         let (early, sent) = (relay.early(), relay.sent());
@@ -133,7 +133,7 @@ fn reused_identification_is_another_datagram() {
         assert_eq!(relay.run(&first(1)), relay.sent());
         testbed.program.age_fragments(relay.ago(20.0));
         testbed.program.turn_fragments(relay.ago(20.0));
-        // it is as new as any other
+        // the entry is renewed
         assert_eq!(relay.run(&first(1)), relay.sent());
         assert_eq!(relay.run(&first(2)), relay.sent());
         assert_eq!(relay.run(&later(1)), relay.sent());
@@ -142,7 +142,7 @@ fn reused_identification_is_another_datagram() {
     });
 }
 
-/// As long as a receiver waits for them.
+/// Entries expire after a receiver's reassembly timeout.
 #[test]
 fn fragments_expire_after_half_a_minute() {
     Testbed::with(|testbed| {
@@ -152,14 +152,15 @@ fn fragments_expire_after_half_a_minute() {
         assert_eq!(relay.run(&later(1)), relay.sent());
         testbed.program.age_fragments(relay.ago(31.0));
         assert_eq!(relay.run(&later(1)), relay.early());
-        // it is another datagram now
+        // the identification now belongs to another datagram
         assert_eq!(relay.run(&first(1)), relay.sent());
         assert_eq!(relay.run(&later(1)), relay.sent());
         assert_eq!(testbed.program.fragments(), 1);
     });
 }
 
-/// A first fragment that is no rule's takes no place, and corrects what is remembered of another datagram.
+/// A first fragment that matches no rule uses no slot, and marks an entry with the same identification
+/// as stale.
 #[test]
 fn first_fragment_of_no_rule_only_corrects() {
     Testbed::with(|testbed| {
@@ -171,7 +172,7 @@ fn first_fragment_of_no_rule_only_corrects() {
         assert_eq!(relay.run(&first(1)), relay.sent());
         assert_eq!(relay.run(&nobodys(first(1))), (UNSPEC, Vec::new()));
         assert_eq!(relay.run(&later(1)), (UNSPEC, Vec::new()));
-        // to an address that no rule is for, nothing is remembered either
+        // without a matching rule, nothing is recorded for the address either
         let elsewhere = |packet| Datagram { destination: endpoint(NEAR, 53), ..packet };
         assert_eq!(relay.run(&elsewhere(first(2))), (UNSPEC, Vec::new()));
         assert_eq!(relay.run(&elsewhere(later(2))), (UNSPEC, Vec::new()));
@@ -179,7 +180,7 @@ fn first_fragment_of_no_rule_only_corrects() {
     });
 }
 
-/// The same for senders that the key's networks leave out.
+/// A first fragment of a sender outside the key's networks does the same.
 #[test]
 fn first_fragment_of_another_sender_takes_no_place() {
     Testbed::with(|testbed| {
@@ -194,7 +195,7 @@ fn first_fragment_of_another_sender_takes_no_place() {
     });
 }
 
-/// A sender who does not know the secret cannot make two datagrams one.
+/// Without the secret a sender cannot make two datagrams share a key.
 #[test]
 fn key_is_the_siphash_of_all_fields() {
     #[allow(deprecated)]
@@ -218,7 +219,7 @@ fn key_is_the_siphash_of_all_fields() {
     });
 }
 
-/// CPUs that come at the same time each get a place: there are enough.
+/// Concurrent first fragments on several CPUs each get a slot.
 #[test]
 fn concurrent_first_fragments_all_find_room() {
     const EACH: u32 = 20_000;

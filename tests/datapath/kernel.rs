@@ -8,14 +8,14 @@ use std::os::fd::{AsFd, AsRawFd};
 use crate::common::Namespace;
 use crate::common::net::{SILENCE, own, poll, set, socket_address};
 
-/// A number of /proc/net/snmp or snmp6, by its name there: `UdpInCsumErrors`.
+/// Returns a counter of /proc/net/snmp or snmp6 by its name there, such as `UdpInCsumErrors`.
 pub fn counted(namespace: &Namespace, name: &str) -> u64 {
     let read = |file: &str| {
         namespace.enter(|| fs::read_to_string(format!("/proc/thread-self/net/{file}"))).expect("it")
     };
     let (four, six) = (read("snmp"), read("snmp6"));
     let lines: Vec<&str> = four.lines().collect();
-    // a line of names, then one of values, both beginning with the protocol
+    // a line of names, then a line of values, both starting with the protocol
     let pairs = lines.chunks(2).flat_map(|pair| {
         let words = pair[0].split_whitespace().zip(pair[1].split_whitespace());
         let protocol = pair[0].split(':').next().unwrap_or_default();
@@ -27,7 +27,7 @@ pub fn counted(namespace: &Namespace, name: &str) -> u64 {
     value.unwrap_or_else(|| panic!("nothing counts {name}")).parse().expect("a number")
 }
 
-/// Has the kernel keep what comes back for the datagrams of a socket.
+/// Enables the error queue of a socket.
 pub fn want_errors(socket: &UdpSocket) {
     match own(socket).is_ipv4() {
         true => set(socket, libc::IPPROTO_IP, libc::IP_RECVERR, 1),
@@ -39,18 +39,18 @@ pub fn want_errors(socket: &UdpSocket) {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SentBack {
     pub errno: i32,
-    /// Type and code.
+    /// ICMP type and code.
     pub kind: (u8, u8),
-    /// The MTU, if there is one.
+    /// The reported MTU, or 0.
     pub info: u32,
-    /// Address of its sender.
+    /// Address of the host that sent the error.
     pub by: IpAddr,
-    /// The datagram's destination and the beginning of its payload.
+    /// Destination of the rejected datagram; `payload` is the start of its payload.
     pub to: SocketAddr,
     pub payload: Vec<u8>,
 }
 
-/// Checks that no error comes.
+/// Checks that no error arrives.
 #[track_caller]
 pub fn expect_no_error(socket: &UdpSocket) {
     std::thread::sleep(SILENCE);
@@ -58,7 +58,7 @@ pub fn expect_no_error(socket: &UdpSocket) {
     assert!(found.is_err(), "{found:?}");
 }
 
-/// Waits for an error, leaving out those of the kernel itself.
+/// Waits for an error, ignoring those of the local kernel.
 #[track_caller]
 pub fn sent_back(socket: &UdpSocket) -> SentBack {
     loop {
@@ -69,14 +69,13 @@ pub fn sent_back(socket: &UdpSocket) -> SentBack {
     }
 }
 
-/// The next error that has come; none: one of the kernel itself.
+/// Returns the next error in the queue; `None` for one of the local kernel.
 pub fn try_sent_back(socket: &UdpSocket) -> io::Result<Option<SentBack>> {
     let mut payload = vec![0_u8; 2048];
     let mut control = [0_u64; 64];
     let mut part = libc::iovec { iov_base: payload.as_mut_ptr().cast(), iov_len: payload.len() };
-    // SAFETY: all zeroes are a msghdr and an address; the buffers outlive the call, and the
-    // control messages are walked with libc's macros. The one looked for is an error with an
-    // address behind it.
+    // SAFETY: all zeroes are a valid msghdr and address; the buffers outlive the call, and the control
+    // messages are iterated with libc's macros. The message read is an error followed by an address.
     unsafe {
         let mut to: libc::sockaddr_storage = std::mem::zeroed();
         let mut message: libc::msghdr = std::mem::zeroed();

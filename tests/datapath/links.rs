@@ -20,7 +20,7 @@ use crate::reference::Answer;
 
 const ETHERNET: usize = 14;
 
-/// The next frame between two hosts, with its tags.
+/// Returns the next frame between two hosts, with its tags.
 fn next(wire: &Wire, to: [u8; 6], from: [u8; 6]) -> Vec<u8> {
     loop {
         let frame = wire.next();
@@ -33,7 +33,7 @@ fn next(wire: &Wire, to: [u8; 6], from: [u8; 6]) -> Vec<u8> {
 #[test]
 fn rules_match_inside_vlans() {
     let lab = Lab::dual(true, false);
-    // what a bridge gets of eth0 is what goes up there, as it is
+    // a bridge on eth0 receives exactly the frames that are delivered locally
     lab.relay.ip("link add br0 type bridge");
     lab.relay.ip("link set eth0 master br0");
     lab.relay.ip("link set br0 up");
@@ -69,13 +69,13 @@ fn rules_match_inside_vlans() {
                 up.send(&tagged.frame());
                 let from = net.seen(source, (net.clients[0], 5666).into());
                 expect(&ends.upstreams[index], &tagged.payload(), from, TTL - 1);
-                // nobody's, which shows that nothing else went up before
+                // a frame to another host arrives first, so nothing else was delivered before
                 let other = frame(9, TTL as u8).frame();
                 up.send(&other);
                 if action == "pass" {
                     assert_eq!(next(&up, mac, tagged.from), tagged.frame(), "{tags:x?}");
                 }
-                // a priority alone makes no network of its own
+                // a tag with priority only does not select a VLAN
                 if action == "pass" && tags.iter().all(|tag| tag.control & 0xfff == 0) {
                     expect(&ends.here[index], &tagged.payload(), (net.clients[0], 5666), TTL);
                 }
@@ -107,21 +107,21 @@ fn add_addresses(lab: &Lab, name: &str, number: u8) {
     lab.relay.ip(&format!("addr add 2001:db8:{number}::1/64 dev {name} nodad"));
 }
 
-/// A tun device of the relay, with such addresses.
+/// Adds a tun device with addresses to the relay.
 fn add_tun(lab: &Lab, name: &str, number: u8) -> Tun {
     let tun = Tun::new(&lab.relay, name);
     add_addresses(lab, name, number);
     tun
 }
 
-/// A guest of the relay, behind a device with such addresses.
+/// Adds a guest behind a tap device with addresses to the relay.
 fn add_guest(lab: &Lab, name: &str, number: u8) -> Tun {
     let tap = Tun::tap(&lab.relay, name);
     add_addresses(lab, name, number);
     tap
 }
 
-/// Applies rules of all kinds for what comes in on such a device; returns whose they are.
+/// Applies rules of all kinds on such a device; returns their addresses per family.
 fn apply_on(lab: &Lab, name: &str, number: u8) -> [Net; 2] {
     let nets = [V4, V6].map(|net| Net { key: beyond(&net, number, 1), ..net });
     let mut config = config(&nets.map(|net| rules(&net)).concat());
@@ -130,7 +130,7 @@ fn apply_on(lab: &Lab, name: &str, number: u8) -> [Net; 2] {
     nets
 }
 
-/// A host behind it, of the family of `net`.
+/// Returns the address of a host behind the device, in the family of `net`.
 fn beyond(net: &Net, number: u8, host: u8) -> IpAddr {
     match net.is_ipv6() {
         false => Ipv4Addr::new(10, number, 0, host).into(),
@@ -203,7 +203,7 @@ fn packets_of_a_guest_are_relayed() {
     let lab = Lab::dual(true, false);
     let tap = add_guest(&lab, "tap0", 4);
     let nets = apply_on(&lab, "tap0", 4);
-    // before 6.2 a guest can leave no segments to its host
+    // before 6.2 a guest cannot leave segmentation to its host
     let (lengths, segments) = match kernel::version() < (6, 2) {
         true => (&[0, 1, 999, 1000][..], 0),
         false => (&[0, 1, 999, 1000, 9500][..], 10),
@@ -234,7 +234,7 @@ fn packets_of_a_guest_are_relayed() {
     }
 }
 
-/// A guest's datagram that is larger than the MTU, which its host is to cut into fragments that fit.
+/// A guest's datagram exceeds the MTU; its host must fragment it.
 #[test]
 fn large_datagrams_of_a_guest_are_relayed() {
     let lab = Lab::dual(true, false);
@@ -243,7 +243,7 @@ fn large_datagrams_of_a_guest_are_relayed() {
     for net in nets {
         let ends = Ends::new(&lab, net);
         let client = beyond(&net, 4, 20);
-        // 1500 with all headers, that of an IPv6 fragment too
+        // 1500 with all headers, including an IPv6 Fragment header
         let (headers, fragment) = if net.is_ipv6() { (40, 1448) } else { (20, 1480) };
         for (index, (port, ..)) in KINDS.into_iter().enumerate() {
             let mut datagram = Forged::between(lab.relay.mac("tap0"), client, net.key, port);
@@ -258,7 +258,7 @@ fn large_datagrams_of_a_guest_are_relayed() {
     }
 }
 
-/// Sends frames in and compares what comes out of the device, byte by byte.
+/// Sends frames to the ingress and compares the device's output byte by byte.
 fn check_to_tun(lab: &Lab, out: &Tun, number: u8, send: &dyn Fn(&[u8]), net: &Net, client: IpAddr) {
     let here: Vec<UdpSocket> =
         KINDS.iter().map(|(port, ..)| bind(&lab.relay, net.key, *port)).collect();
@@ -333,7 +333,7 @@ fn tun_egress_is_relayed() {
     let lab = Lab::dual(true, false);
     let (near, far) = (add_tun(&lab, "tun0", 4), add_tun(&lab, "tun1", 5));
     for with_arpd in [false, true] {
-        // from Ethernet, then from another such device
+        // ingress on Ethernet, then on another tun device
         for (interface, number) in [("eth0", 1), ("tun0", 4)] {
             let nets = [V4, V6].map(|net| Net { key: beyond(&net, number, 1), ..net });
             let rules = nets.map(|net| rules_to(&net, &beyond(&net, 5, 9).to_string()));
@@ -387,7 +387,7 @@ const GROUP_KINDS: [(u16, &str, &str); 4] = [
 /// TTL of datagrams to a group.
 const HOPS: i32 = 9;
 
-/// A socket that sends to groups by an interface, and hears itself.
+/// Opens a socket that sends to groups through an interface with multicast loopback.
 fn group_sender(namespace: &Namespace, address: IpAddr) -> UdpSocket {
     let sender = bind(namespace, address, 0);
     let index = namespace.index("eth0");
@@ -407,7 +407,7 @@ fn group_sender(namespace: &Namespace, address: IpAddr) -> UdpSocket {
     sender
 }
 
-/// A member of a group on the relay.
+/// Opens a socket that is a member of a group on the relay.
 fn member(lab: &Lab, group: IpAddr, port: u16) -> UdpSocket {
     let socket = bind(&lab.relay, group, port);
     match group {
@@ -458,7 +458,7 @@ fn groups_are_relayed_to_one_host() {
                     expect(&here, &payload, own(&sender), hops);
                 }
             }
-            // what this host itself sends comes back to it, and only to it
+            // packets of this host are looped back to local sockets only
             own_sender.send_to(b"own", (group_address, port)).expect("sent");
             expect(&here, b"own", own(&own_sender), hops);
             expect_silence_of([&receiver, &here]);
@@ -466,7 +466,8 @@ fn groups_are_relayed_to_one_host() {
     }
 }
 
-/// Nobody gets what is for another host. What is for this one may come in a frame for many, as in the kernel.
+/// Frames for other hosts are ignored. As in the kernel, packets for this host may arrive in group
+/// frames.
 #[test]
 fn frames_for_other_hosts_pass() {
     let lab = Lab::dual(true, false);

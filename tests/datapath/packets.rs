@@ -551,8 +551,7 @@ fn learned_path_mtu_is_enforced() {
     });
 }
 
-/// A lower path MTU replaces a higher one; after a few plausible values, further errors are not
-/// accepted at once.
+/// A lower path MTU replaces a higher one, and the rate of accepted errors is limited.
 #[test]
 fn path_mtu_only_falls_and_at_a_limited_rate() {
     Testbed::with(|testbed| {

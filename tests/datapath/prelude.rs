@@ -1,5 +1,5 @@
-//! Changes to a packet that BPF_PROG_TEST_RUN cannot make, made by a program that then tail-calls the one
-//! under test: a VLAN tag held beside the bytes, and frames shorter than the kernel takes.
+//! Packet changes that BPF_PROG_TEST_RUN does not support, made by a program that tail-calls the one
+//! under test: a VLAN tag in the metadata, and frames shorter than the kernel accepts.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
@@ -35,7 +35,7 @@ pub struct Prelude {
 }
 
 impl Prelude {
-    /// For the program under test.
+    /// Creates a prelude for the program under test.
     pub fn new(program: BorrowedFd<'_>) -> Prelude {
         let options = bpf_map_create_opts {
             sz: size_of::<bpf_map_create_opts>() as size_t,
@@ -48,7 +48,7 @@ impl Prelude {
         Prelude { programs, functions: Functions::new() }
     }
 
-    /// Loads one.
+    /// Loads a prelude with these changes.
     pub fn load(&self, (length, tag): Change) -> OwnedFd {
         let mut code = vec![mov(CONTEXT, 1)];
         if let Some(length) = length {
@@ -77,7 +77,7 @@ impl Prelude {
     }
 }
 
-/// As the kernel has it: operation, registers, offset and constant.
+/// An instruction in the kernel's format: operation, registers, offset and constant.
 type Instruction = [u8; 8];
 
 fn instruction(operation: u32, to: u8, from: u8, offset: i16, constant: i32) -> Instruction {
@@ -110,19 +110,19 @@ fn call(helper: u32) -> Instruction {
     instruction(BPF_JMP | BPF_CALL, 0, 0, 0, helper as i32)
 }
 
-/// Calls the function that begins so many instructions behind this one.
+/// Calls the function that begins `distance` instructions after this one.
 fn call_function(distance: usize) -> Instruction {
     instruction(BPF_JMP | BPF_CALL, 0, BPF_PSEUDO_CALL as u8, 0, distance as i32)
 }
 
-/// Calls a helper for the context; where it returns an error, the prelude has failed.
+/// Calls a helper on the context; returns [`FAILED`] if the helper fails.
 fn call_or_fail(helper: u32, arguments: [Instruction; 2]) -> [Instruction; 7] {
     let [second, third] = arguments;
     let success = instruction(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 2, 0);
     [mov(1, CONTEXT), second, third, call(helper), success, set(0, FAILED), exit()]
 }
 
-/// A function that goes over to the program in the map, and returns what that returns.
+/// Returns a function that tail-calls the program in the map and returns its result.
 fn tail_call(programs: &MapHandle) -> [Instruction; 6] {
     let map = programs.as_fd().as_raw_fd();
     [
@@ -135,7 +135,8 @@ fn tail_call(programs: &MapHandle) -> [Instruction; 6] {
     ]
 }
 
-/// The types of the prelude's two functions, without which one cannot make a tail call and return.
+/// Type information of the prelude's two functions; the verifier requires it for a function with a tail
+/// call.
 struct Functions {
     types: NonNull<btf>,
     first: u32,
@@ -144,8 +145,8 @@ struct Functions {
 
 impl Functions {
     fn new() -> Functions {
-        // SAFETY: the names are C strings that outlive the calls, and the ids are those of the
-        // calls before.
+        // SAFETY: the names are C strings that outlive the calls, and the ids come from the calls
+        // before.
         unsafe {
             let types = NonNull::new(btf__new_empty()).expect("type information");
             let btf = types.as_ptr();
@@ -166,7 +167,7 @@ impl Drop for Functions {
     }
 }
 
-/// The second function begins with the instruction of that number.
+/// Loads a program; `second` is the index of the second function's first instruction.
 fn load_program(code: &[Instruction], functions: &Functions, second: usize) -> OwnedFd {
     let starts = [
         bpf_func_info { insn_off: 0, type_id: functions.first },
@@ -181,8 +182,7 @@ fn load_program(code: &[Instruction], functions: &Functions, second: usize) -> O
         func_info_rec_size: size_of::<bpf_func_info>() as u32,
         ..Default::default()
     };
-    // SAFETY: the code, the options and the C strings outlive the call, which makes a descriptor
-    // that nobody else owns.
+    // SAFETY: the code, the options and the C strings outlive the call, which returns a new descriptor.
     unsafe {
         let fd = bpf_prog_load(
             BPF_PROG_TYPE_SCHED_CLS,

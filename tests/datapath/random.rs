@@ -1,4 +1,4 @@
-//! Packets at random: most of each is right and meant for a rule, and something of it is not.
+//! Random packets: most fields are valid and match a rule, some are not.
 
 use std::fmt::Debug;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -15,14 +15,14 @@ use crate::packet::Mac;
 pub struct Target {
     pub mac: Mac,
     pub address: IpAddr,
-    /// These and the next three.
+    /// First of four ports.
     pub port: u16,
 }
 
 const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 4);
 const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 4);
 
-/// Others that packets are sent to: somebody, a subnet, everybody.
+/// Other destinations: a host, a subnet's broadcast address, the limited broadcast address.
 const OTHERS: [Ipv4Addr; 4] = [
     Ipv4Addr::new(10, 0, 2, 1),
     Ipv4Addr::new(10, 0, 1, 255),
@@ -31,7 +31,7 @@ const OTHERS: [Ipv4Addr; 4] = [
 ];
 const OTHERS6: [Ipv6Addr; 3] =
     [CLIENT6, Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1), Ipv6Addr::LOCALHOST];
-/// Sources of packets that loop or have no valid sender: upstreams, this host, its networks.
+/// Looping and invalid sources: upstreams, this host, its networks.
 const SOURCES: [Ipv4Addr; 8] = [
     Ipv4Addr::new(10, 0, 2, 2),
     Ipv4Addr::new(10, 0, 3, 2),
@@ -55,7 +55,7 @@ const SOURCES6: [Ipv6Addr; 8] = [
 const OTHER_MACS: [Mac; 4] =
     [[0xff; 6], [1, 0, 0x5e, 0, 0, 1], [0x33, 0x33, 0, 0, 0, 1], [2, 0, 0, 0, 2, 2]];
 
-/// One value, and now and then another: most of a packet is to be right.
+/// Usually generates this value, sometimes another: most fields must be valid.
 pub fn usually<T: Clone + Debug + 'static>(
     usual: T,
     other: impl Strategy<Value = T> + 'static,
@@ -106,7 +106,7 @@ fn any_tag() -> impl Strategy<Value = Tag> {
     one_of(tags.map(|(protocol, control)| Tag { protocol, control }))
 }
 
-/// IPv4, IPv6, VLAN and its kin, ARP, MPLS, lengths.
+/// Generates EtherTypes: IPv4, IPv6, VLAN tags, ARP, MPLS, lengths.
 fn any_ethertype() -> impl Strategy<Value = u16> {
     let known = [0x0800, 0x86dd, 0x8100, 0x88a8, 0x9100, 0x0806, 0x8847, 0x002e, 0];
     prop_oneof![4 => one_of(known), 1 => any::<u16>()]
@@ -121,7 +121,7 @@ fn any_length() -> BoxedStrategy<Length> {
     usually(Length::Right, others)
 }
 
-/// ICMP, IGMP, TCP, ESP, AH, UDP-Lite, and what else there may be.
+/// Generates IP protocols: ICMP, IGMP, TCP, ESP, AH, UDP-Lite and others.
 fn any_protocol() -> BoxedStrategy<u8> {
     let known = [0, 1, 2, 6, 41, 43, 44, 50, 51, 58, 59, 60, 135, 136];
     usually(17, prop_oneof![4 => one_of(known), 1 => any::<u8>()])
@@ -138,9 +138,9 @@ fn any_ipv4(address: Ipv4Addr) -> impl Strategy<Value = V4> {
         3 => one_of(SOURCES),
     ];
     let fragment = prop_oneof![
-        // whole
+        // unfragmented
         12 => (prop_oneof![Just(0_u8), Just(2)], Just(0_u16)),
-        // the reserved bit says nothing
+        // the reserved bit has no meaning
         1 => (prop_oneof![Just(4_u8), Just(6)], Just(0_u16)),
         2 => (prop_oneof![Just(1_u8), Just(3)], Just(0_u16)),
         2 => (prop_oneof![Just(0_u8), Just(1)], prop_oneof![1..4_u16, Just(185), Just(0x1fff)]),
@@ -220,7 +220,7 @@ fn any_udp(first_port: u16) -> impl Strategy<Value = Udp> {
     let port = prop_oneof![8 => first_port..first_port + 4, 1 => any::<u16>()];
     let payload = prop_oneof![
         8 => 0..64_usize,
-        // about the MTU, also behind options and extension headers
+        // around the MTU, also with options and extension headers
         1 => 900..1000_usize,
         1 => 1400..1500_usize,
         1 => 0..3000_usize,

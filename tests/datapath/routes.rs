@@ -1,5 +1,5 @@
-//! Packets go where the kernel would route them: by policy rules, over all paths of a route, inside a VRF;
-//! and `apply`, `arpd`, `get` and `doctor` know it.
+//! Packets follow the kernel's routing: policy rules, all paths of a route, VRFs; `apply`, `arpd`,
+//! `get` and `doctor` report it.
 //!
 //! ```text
 //! client ── relay ─ up0 ── upstream  10.2.0.20 ┐
@@ -24,12 +24,12 @@ struct Uplinks {
     second: Namespace,
 }
 
-/// The collector's address, and the gateways to it, of a family.
+/// The collector's address and its gateways in one family.
 struct Far {
     net: Net,
     address: IpAddr,
     gateways: [&'static str; 2],
-    /// The relay's own on each path.
+    /// The relay's address on each path.
     own: [&'static str; 2],
     ip: &'static str,
     default: &'static str,
@@ -86,26 +86,27 @@ impl Uplinks {
         [&self.lab.upstream, &self.second].map(|host| bind(host, far.address, PORT))
     }
 
-    /// One rule to the collector.
+    /// Returns a rule to the collector.
     fn rule(far: &Far, action: &str, source: &str) -> Value {
         let options = json!({ "tc_action": action, "source": source });
         let upstream = json!({ "name": "far", "address": far.address });
         config(&[far.net.rule("far", PORT, options, &[upstream])])
     }
 
-    /// Applies it, and returns what was said.
+    /// Applies a rule to the collector and returns the warnings.
     fn apply(&self, far: &Far, action: &str, source: &str) -> String {
         self.lab.try_apply(&Uplinks::rule(far, action, source), "").expect(0).stderr
     }
 
-    /// One route with both gateways.
+    /// Adds one route with both gateways.
     fn add_both_paths(&self, far: &Far) {
         let Far { ip, default, gateways: [first, second], .. } = far;
         let paths = format!("nexthop via {first} dev up0 nexthop via {second} dev up1");
         self.lab.relay.ip(&format!("{ip}route add {default} {paths}"));
     }
 
-    /// A route by the first gateway, and one by the second for packets of the second client.
+    /// Adds a route through the first gateway, and one through the second for packets of the second
+    /// client.
     fn route_by_sender(&self, far: &Far) {
         let Far { ip, default, net, gateways: [first, second], .. } = far;
         self.lab.relay.ip(&format!("{ip}route add {default} via {first}"));
@@ -117,13 +118,13 @@ impl Uplinks {
         self.lab.relay.sysctl(far.forwarding, if on { "1" } else { "0" });
     }
 
-    /// Forgets all neighbours but those that are kept.
+    /// Flushes all neighbours except permanent ones.
     fn flush(&self) {
         self.lab.relay.ip("neigh flush all");
     }
 }
 
-/// Sends so many flows, one datagram each, and returns for each receiver who its senders were.
+/// Sends this many flows of one datagram each and returns the senders seen by each receiver.
 fn send(
     lab: &Lab,
     net: &Net,
@@ -175,7 +176,7 @@ fn all_paths_of_a_route_carry_copies() {
         }
         let found = spread(lab, &far.net, 32, &receivers);
         assert!(found.iter().all(|count| *count > 0), "with arpd: {found:?}");
-        // the kernel is no router any more, and cannot be asked
+        // the kernel no longer forwards and cannot be asked for routes
         uplinks.forward(&far, false);
         until("one path is chosen", || spread(lab, &far.net, 8, &receivers).contains(&8));
         uplinks.forward(&far, true);
@@ -202,7 +203,7 @@ fn source_is_the_address_of_the_path() {
     }
 }
 
-/// With forwarding off the kernel does not say where it would send packets of a sender or an interface.
+/// With forwarding off the kernel does not report routes by sender or ingress interface.
 #[test]
 fn policy_rules_hold_with_and_without_forwarding() {
     let uplinks = Uplinks::new();
@@ -265,7 +266,7 @@ fn source_rules_are_looked_up_for_each_packet() {
             }
         }
         assert!(lab.run("doctor").stdout.contains("routing rules decide by the sender"));
-        // the kernel is no router any more, and cannot be asked
+        // the kernel no longer forwards and cannot be asked for routes
         uplinks.forward(&far, false);
         let said = uplinks.apply(&far, "pass", "preserve");
         assert!(said.contains(&format!("all go via {first}")), "{said}");
@@ -332,7 +333,7 @@ fn silent_next_hop_is_reported_each_time() {
             let warnings = outcome.json()["warnings"].clone();
             let places: Vec<&Value> =
                 warnings.as_array().expect("a list").iter().map(|it| &it["field"]).collect();
-            // of what older kernels lack, `apply` warns at the rule, once a generation
+            // `apply` warns about features that older kernels lack, at the rule, once a generation
             let wanted = ["rules[0]", "rules[0].upstream[1]"];
             let older = usize::from(first && kernel::version() < (5, 12));
             assert_eq!(places, wanted[1 - older..], "{warnings:#}");
@@ -340,7 +341,8 @@ fn silent_next_hop_is_reported_each_time() {
     }
 }
 
-/// As at boot: the kernel asks for no neighbour and has no source while it looks for duplicates.
+/// As at boot: during duplicate address detection the kernel resolves no neighbours and has no source
+/// address.
 #[test]
 fn apply_waits_for_tentative_addresses() {
     let lab = Lab::dual(true, true);
@@ -363,13 +365,13 @@ fn apply_waits_for_tentative_addresses() {
     assert_eq!((&datagram.payload[..], datagram.from.ip()), (&b"early"[..], V6.egress));
 }
 
-/// Runs `ip` inside where the kernel may lack what it takes; returns false there.
+/// Runs `ip` in the namespace; returns false if the kernel lacks the feature.
 fn try_ip(namespace: &Namespace, words: &str) -> bool {
     let mut command = namespace.command("ip");
     command.args(words.split_whitespace()).output().expect("ip runs").status.success()
 }
 
-/// Two tenants with the same addresses: each one's packets leave by its own VRF, and by nothing else.
+/// Two tenants have the same addresses: packets of each leave only through its own VRF.
 #[test]
 fn packets_stay_in_their_vrf() {
     let uplinks = Uplinks::new();
@@ -382,7 +384,7 @@ fn packets_stay_in_their_vrf() {
     lab.relay.ip("link set red up");
     lab.relay.ip("link set eth0 master red");
     lab.relay.ip("link set up1 master red");
-    // the other tenant, who has the same network
+    // the other tenant has the same network
     lab.relay.ip("route add 10.9.0.0/24 via 10.2.0.20");
     let receivers = uplinks.receivers(&far);
     let here = |action: &str| Uplinks::rule(&far, action, "preserve");
@@ -424,7 +426,7 @@ fn routes_with_ipsec_are_refused() {
             lab.try_apply(&config, "").expect(0);
             let before = lab.status()["generation"].clone();
             lab.relay.ip(&format!("xfrm policy add dst {all} dir out priority 9 {template}"));
-            // the same file again, and another
+            // the same file again, then another one
             let refused = lab.try_apply(&config, "").expect(65);
             let allow =
                 format!("ip xfrm policy add dst {} proto udp dir out priority 0", net.upstreams[0]);

@@ -1,4 +1,4 @@
-//! Selection of upstreams and copies, by tables and random flows.
+//! Selection of upstreams and copies, tested with tables and random flows.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -24,15 +24,15 @@ const NEAR6: Ipv6Addr = Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 2);
 /// Number of flows for each strategy.
 const FLOWS: usize = 1000;
 
-/// Port of a rule's first upstream; the others follow.
+/// Port of a rule's first upstream; the others have the following ports.
 const FIRST_PORT: u16 = 10_000;
 
-/// Offset of the UDP header; no packet here has options.
+/// Returns the offset of the UDP header; no packet here has options.
 fn udp_of(frame: &[u8]) -> usize {
     if frame[14] >> 4 == 4 { 14 + 20 } else { 14 + 40 }
 }
 
-/// Which upstream a frame is for.
+/// Returns the index of a frame's upstream.
 fn upstream_of(frame: &[u8]) -> usize {
     let port = udp_of(frame) + 2;
     usize::from(u16::from_be_bytes([frame[port], frame[port + 1]]) - FIRST_PORT)
@@ -55,13 +55,13 @@ fn frame_to((source, port, payload): &Flow, to: IpAddr, to_port: u16) -> Vec<u8>
     frame
 }
 
-/// To the rules' address.
+/// Returns a flow's frame to the rules' address.
 fn frame(flow: &Flow) -> Vec<u8> {
     let to = if flow.0.is_ipv4() { VIP.into() } else { VIP6.into() };
     frame_to(flow, to, PORTS.first)
 }
 
-/// So many upstreams of one address, told apart by their ports.
+/// Returns this many upstreams at one address, distinguished by port.
 fn upstreams(address: impl Into<IpAddr>, count: usize) -> Vec<Upstream> {
     let address = address.into();
     let ports = FIRST_PORT..FIRST_PORT + count as u16;
@@ -73,7 +73,7 @@ fn rule(key: impl Into<IpAddr>, upstreams: Vec<Upstream>) -> Rule {
     Rule { action: Action::Block, ..Rule::new("rule", key, upstreams) }
 }
 
-/// Both families.
+/// Returns a rule for each family.
 fn rules(count: usize) -> [Rule; 2] {
     [rule(VIP, upstreams(NEAR, count)), rule(VIP6, upstreams(NEAR6, count))]
 }
@@ -100,7 +100,7 @@ impl Relay<'_> {
         self.testbed.program.run(frame, context)
     }
 
-    /// The upstream that a packet is given to.
+    /// Returns the upstream that the program selects for a packet.
     fn choice(&self, frame: &[u8]) -> usize {
         let run = self.run(frame);
         assert_eq!(run.action, REDIRECT);
@@ -116,11 +116,11 @@ impl Relay<'_> {
     }
 }
 
-/// Senders and payloads at random; half of the senders differ in little.
+/// Returns random senders and payloads; half of the senders differ only slightly.
 fn flows(ipv6: bool, payloads: impl proptest::strategy::Strategy<Value = Vec<u8>>) -> Vec<Flow> {
     let near = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0).to_bits();
     let address = prop_oneof![any::<u128>(), (0..256_u128).prop_map(move |host| near + host)];
-    // kernels route no other senders' packets
+    // kernels do not route packets from other source addresses
     let address = address.prop_map(move |bits| match ipv6 {
         true => Ipv6Addr::from_bits(bits & (u128::MAX >> 3) | 1 << 125).into(),
         false => IpAddr::from(Ipv4Addr::from_bits(0x1000_0000 | bits as u32 >> 2)),
@@ -135,7 +135,7 @@ fn bytes() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
     vec(any::<u8>(), 0..100)
 }
 
-/// Lines as StatsD's clients send them, and what only looks like them.
+/// Generates lines of StatsD clients and similar invalid ones.
 fn metrics() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
     let name = prop_oneof![
         8 => "[a-z]{1,3}(\\.[a-z_]{1,12}){1,4}",
@@ -150,7 +150,8 @@ fn metrics() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
         .prop_map(|(lines, end)| (lines.join("\n") + end).into_bytes())
 }
 
-/// The key that user space finds, and whether it had to take the sender's.
+/// Returns the key computed by user space, and true if the sender's key was used instead of the
+/// payload's.
 fn key_of(rule: &Rule, (source, port, payload): &Flow) -> (u32, bool) {
     let found = match rule.payload {
         None => return (flow::sender_key(rule, *source, *port), false),
@@ -168,7 +169,7 @@ fn has_several(payload: &[u8]) -> bool {
     flow::metric_key(payload).is_some() && lines.count() > 1
 }
 
-/// The program and user space go by the same numbers.
+/// The program and user space compute the same keys and upstreams.
 #[test]
 fn hashes_are_those_of_user_space() {
     let bytes_at = |offset, length| Some(Payload::Bytes { offset, length });
@@ -190,7 +191,7 @@ fn hashes_are_those_of_user_space() {
             let [mut v4, mut v6] = rules(7).map(|rule| Rule { strategy, hash, payload, ..rule });
             v6.name = "IPv6".into();
             for rule in [&mut v4, &mut v6] {
-                // shares that are not all alike
+                // unequal weights
                 rule.upstreams[2].weight = if hash == Hash::Maglev { 3 } else { 1 };
             }
             let rules = [v4, v6];
@@ -230,7 +231,7 @@ fn check_hashes(relay: &Relay<'_>, rule: &Rule, ids: &RuleIds, flows: &[Flow]) {
     assert_eq!(used.len(), rule.upstreams.len(), "{what}");
 }
 
-/// By hand: which name a datagram is for, and what is noted.
+/// Table of datagrams: the metric name that selects, and the notes counted.
 #[test]
 fn statsd_metrics_are_selected_by_name() {
     let long = |length| "x".repeat(length) + ":1|c";
@@ -289,7 +290,7 @@ fn statsd_metrics_are_selected_by_name() {
     });
 }
 
-/// A GSO packet goes where its first datagram does, and is noted for what that one is.
+/// A GSO packet goes to the upstream of its first datagram and is counted by that datagram.
 #[test]
 fn gso_packet_is_selected_by_its_first_datagram() {
     let bytes_at = |offset, length| Some(Payload::Bytes { offset, length });
@@ -331,7 +332,7 @@ fn gso_packet_is_selected_by_its_first_datagram() {
     });
 }
 
-/// Each packet by itself.
+/// `random` selects for each packet independently.
 #[test]
 fn random_strategy_spreads_evenly() {
     Testbed::with(|testbed| {
@@ -346,7 +347,7 @@ fn random_strategy_spreads_evenly() {
     });
 }
 
-/// Drained upstreams get nothing, by configuration or `drain`; flows of others stay.
+/// Upstreams drained by configuration or `drain` get no packets; flows of other upstreams stay.
 #[test]
 fn drained_upstreams_are_left_out() {
     Testbed::with(|testbed| {
@@ -371,7 +372,7 @@ fn drained_upstreams_are_left_out() {
     });
 }
 
-/// The second of five.
+/// Checks the flows before and after the second of five upstreams is drained.
 fn check_drained(before: &[usize], after: &[usize]) {
     let mut taken_over = [0; 5];
     for (before, after) in before.iter().zip(after) {
@@ -381,19 +382,19 @@ fn check_drained(before: &[usize], after: &[usize]) {
             assert_eq!(before, after);
         }
     }
-    // about 200 flows over four
+    // about 200 flows are distributed to four upstreams
     let [a, none, b, c, d] = taken_over;
     assert!([a, b, c, d].iter().all(|share| (20..=90).contains(share)), "{taken_over:?}");
     assert_eq!(none, 0);
 }
 
-/// However little is left, it gets all, by weight, and the flows of what is left stay.
+/// The active upstreams get all flows by weight, however small their share was, and keep their own.
 #[test]
 fn last_active_upstream_gets_everything() {
     const COUNT: usize = 70;
     #[rustfmt::skip]
     let table: [(_, &[u32], &[usize]); 5] = [
-        // weights, and what is left
+        // weights, and the indices of the active upstreams
         (Hash::Maglev, &[999, 1], &[1]),
         (Hash::Maglev, &[990, 1, 3], &[1, 2]),
         (Hash::Maglev, &[1; COUNT], &[17]),
@@ -450,7 +451,7 @@ fn fully_drained_rule_is_counted() {
     });
 }
 
-/// A rule for an address, ports and senders, whose upstream has a port of its own.
+/// Returns a rule for an address, ports and senders with its own upstream port.
 fn shared(number: u16, address: KeyAddress, ports: &[Ports], from: &[&str]) -> Rule {
     let from = from.iter().map(|network| network.parse().expect("a network")).collect();
     let key = Key { from, ..Key::new(address, ports.to_vec()) };
@@ -462,7 +463,7 @@ fn shared(number: u16, address: KeyAddress, ports: &[Ports], from: &[&str]) -> R
     Rule { action: Action::Block, ..Rule::new(format!("{number}"), key, upstreams) }
 }
 
-/// An exact address comes before any, then an exact port, then the longest prefix of the sender.
+/// An exact address takes precedence over `any`, then an exact port, then the longest sender prefix.
 #[test]
 fn nearest_key_decides() {
     let exact = KeyAddress::Is(VIP.into());
@@ -531,7 +532,7 @@ fn nearest_key_decides() {
     });
 }
 
-/// Exactly one of N packets, for each receiver independently.
+/// A sample gets exactly one of N packets, for each receiver independently.
 #[test]
 fn samples_are_exact() {
     const PACKETS: u64 = 10_000;
@@ -542,7 +543,7 @@ fn samples_are_exact() {
     }
     Testbed::with(|testbed| {
         let replicating = Rule { mode: Mode::Replicate, ..rule(VIP, receivers.clone()) };
-        // mirrors beside an upstream with the last of the ports
+        // mirrors, and an upstream with the last port
         let upstream = Upstream::new(NEAR, Some(FIRST_PORT + samples.len() as u16));
         let mirrored = Rule { mirrors: receivers, ..rule(VIP, vec![upstream]) };
         for rule in [replicating, mirrored] {
@@ -560,7 +561,7 @@ fn samples_are_exact() {
             }
             for (got, sample) in copies.iter().zip(samples.map(u64::from)) {
                 let turns = PACKETS / sample;
-                // the last turn may not be at its end
+                // the last turn may be incomplete
                 let most = turns + u64::from(!PACKETS.is_multiple_of(sample));
                 assert!((turns..=most).contains(got), "{got} of one in {sample}");
             }
@@ -578,7 +579,7 @@ fn samples_are_exact() {
     });
 }
 
-/// Returns true if a frame is the packet as a receiver with this source gets it.
+/// Returns true if a frame is the copy of a packet for a receiver with this source.
 fn is_copy(copy: &[u8], came: &[u8], source: IpAddr, payload: &[u8]) -> bool {
     let addresses = if came[14] >> 4 == 4 { 14 + 12..14 + 16 } else { 14 + 8..14 + 24 };
     let source = match source {
@@ -588,7 +589,7 @@ fn is_copy(copy: &[u8], came: &[u8], source: IpAddr, payload: &[u8]) -> bool {
     copy.len() == came.len() && copy[addresses] == source && copy.ends_with(payload)
 }
 
-/// One that is dead is as if it were not there.
+/// An unreachable receiver does not affect the others.
 #[test]
 fn dead_receiver_costs_the_others_nothing() {
     let payload = b"as it came";

@@ -1,4 +1,4 @@
-//! Difficult cases, and all that once failed: a rule, packets, and the fate of each.
+//! Difficult cases and past failures: a rule, packets and the fate of each.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -20,12 +20,12 @@ pub struct Case {
     pub fates: &'static str,
 }
 
-/// With a rule that fits.
+/// Returns a case with one packet and a matching rule.
 pub fn case(name: &'static str, packet: Forged, fate: &'static str) -> Case {
     cases(name, vec![packet], fate)
 }
 
-/// The same for several packets.
+/// Returns a case with several packets and a matching rule.
 fn cases(name: &'static str, packets: Vec<Forged>, fates: &'static str) -> Case {
     let upstream = match packets[0].ip {
         Ip::V4(_) => Upstream::new(NEAR, Some(9995)),
@@ -51,7 +51,7 @@ impl Case {
 const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
 const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 7);
 
-/// From a client to [`UNICAST`].
+/// Returns a packet from a client to [`UNICAST`].
 pub fn v4(change: impl FnOnce(&mut V4, &mut Udp)) -> Forged {
     let Target { mac, address: IpAddr::V4(address), port } = UNICAST else { unreachable!() };
     let mut ip = V4::new(CLIENT, address);
@@ -60,7 +60,7 @@ pub fn v4(change: impl FnOnce(&mut V4, &mut Udp)) -> Forged {
     Forged { ip: Ip::V4(ip), ..forged }
 }
 
-/// From a client to [`UNICAST6`].
+/// Returns a packet from a client to [`UNICAST6`].
 pub fn v6(change: impl FnOnce(&mut V6, &mut Udp)) -> Forged {
     let Target { mac, address: IpAddr::V6(address), port } = UNICAST6 else { unreachable!() };
     let mut ip = V6::new(CLIENT6, address);
@@ -69,7 +69,7 @@ pub fn v6(change: impl FnOnce(&mut V6, &mut Udp)) -> Forged {
     Forged { ip: Ip::V6(ip), ..forged }
 }
 
-/// A fragment; its place is in units of eight bytes.
+/// Returns a fragment; `offset` is in units of eight bytes.
 fn part4(offset: u16, more: bool, change: impl FnOnce(&mut V4, &mut Udp)) -> Forged {
     v4(|ip, udp| {
         (ip.fragment_offset, ip.flags, ip.identification) = (offset, more.into(), 77);
@@ -94,7 +94,7 @@ fn fragment(offset: u16, more: bool) -> Extension {
     Extension::new(Kind::Fragment(fragment))
 }
 
-/// A packet with these extension headers.
+/// Returns a packet with these extension headers.
 fn chain(extensions: &[Extension]) -> Forged {
     v6(|ip, _| ip.extensions = extensions.to_vec())
 }
@@ -118,7 +118,7 @@ pub fn all() -> Vec<Case> {
         .collect()
 }
 
-/// The two bytes of payload make the datagram's checksum a computed zero: ones in the header.
+/// Sets two payload bytes so that the computed checksum is zero, sent as all ones.
 fn without_sum(datagram: Forged) -> Forged {
     let udp = Udp { payload: 2, first: 0, checksum: Checksum::Right, ..datagram.udp };
     let mut zeroes = Forged { udp, ..datagram };
@@ -128,7 +128,8 @@ fn without_sum(datagram: Forged) -> Forged {
     zeroes
 }
 
-/// The same for what is sent on: it is made with its addresses, and then sent from another.
+/// Returns a packet whose checksum becomes zero by the rewrite: the payload is computed for the
+/// outgoing addresses.
 fn leaves_without_sum(ip: Ip, sent: impl FnOnce(&mut Ip)) -> Forged {
     let mut gone = Forged::new(UNICAST.mac, ip.clone(), 9995);
     sent(&mut gone.ip);
@@ -433,7 +434,7 @@ fn copies() -> Vec<Case> {
     ]
 }
 
-/// Packets that come back, and those of senders that nobody can be.
+/// Looping packets and packets with an invalid source.
 #[rustfmt::skip]
 fn sources() -> Vec<Case> {
     let from = |source: [u8; 4]| v4(|ip, _| ip.source = source.into());

@@ -1,4 +1,4 @@
-//! The specification, as a receiver sees it that knows nothing of it: etherparse.
+//! Checks the specification's outgoing frames with an independent receiver: etherparse.
 
 use std::net::IpAddr;
 
@@ -19,8 +19,8 @@ use crate::testbed::NARROW;
 
 const HEADERS: usize = 14 + 40;
 
-/// Returns true for a correct IP and UDP checksum each; a missing UDP checksum counts as correct. None if a
-/// receiver does not accept the frame as UDP.
+/// Returns whether the IP and the UDP checksum are correct; a missing UDP checksum counts as correct.
+/// `None` if a receiver does not accept the frame as UDP.
 fn checksums(frame: &[u8]) -> Option<(bool, bool)> {
     let packet = SlicedPacket::from_ethernet(frame).ok()?;
     let Some(TransportSlice::Udp(udp)) = packet.transport else { return None };
@@ -47,7 +47,7 @@ fn judge(host: &Host, table: &mut Table, frame: &[u8]) -> Outcome {
     host.judge(table, Arrival { frame, tag: None, gso_size: 0, gso_segs: 0 })
 }
 
-/// All that left.
+/// Returns all outgoing frames.
 fn gone(outcome: Outcome) -> Vec<Gone> {
     let away = match outcome.end {
         End::Away(gone) => Some(gone),
@@ -67,7 +67,7 @@ fn checksums_stay_valid_or_invalid() {
             let frame = packet.frame();
             let host = scenario.host(ids(&scenario.rule));
             let gone = gone(judge(&host, &mut Table::default(), &frame));
-            // of pieces only the first has a UDP header
+            // only the first fragment has a UDP header
             for gone in gone.iter().filter(|gone| !gone.is_piece) {
                 prop_assert_eq!(checksums(&frame), checksums(&gone.frame));
             }
@@ -77,7 +77,8 @@ fn checksums_stay_valid_or_invalid() {
     }
 }
 
-/// A sum that comes to zero is sent as ones, and one that came as ones is a sum like any other.
+/// A computed checksum of zero is sent as all ones; a received checksum of all ones is updated like any
+/// other.
 #[test]
 fn computed_zero_checksum_is_ones() {
     for Case { name, rule, packets, .. } in all() {
@@ -99,7 +100,8 @@ fn computed_zero_checksum_is_ones() {
     }
 }
 
-/// Cuts a packet into fragments of so many times eight bytes; those in front of `data` are in each.
+/// Splits a packet into fragments of `units` times eight bytes; the bytes before `data` are repeated in
+/// each.
 fn fragments(frame: &[u8], data: usize, units: usize) -> Vec<Vec<u8>> {
     let pieces: Vec<&[u8]> = frame[data..].chunks(units * 8).collect();
     let last = pieces.len() - 1;
@@ -137,7 +139,7 @@ fn fragments_reassemble_to_the_datagram() {
     let config = Config { cases: 500, failure_persistence: None, ..Config::default() };
     let datagrams = (0..400_usize, 1..8_usize, 0..2_u8, any::<bool>(), any::<bool>());
     let result = TestRunner::new(config).run(&datagrams, |(payload, units, more, six, keep)| {
-        // headers behind the fragment's are too much for the receiver
+        // the receiver does not parse headers behind the Fragment header
         let hop = Extension::new(Kind::HopByHop);
         let (packet, data) = match six {
             false => (v4(|ip, _| ip.options = more), 14 + 20 + usize::from(more) * 4),
@@ -223,7 +225,7 @@ fn addresses(frame: &[u8]) -> Vec<u8> {
     [&frame[..12], &frame[ip]].concat()
 }
 
-/// As another stack makes it, with as much of the packet as there may be.
+/// Returns the ICMP error as another stack builds it, with the longest quotation.
 fn answered(answer: &Answer) -> Vec<u8> {
     let (kind, field) = (answer.kind(), answer.mtu.unwrap_or_default() as u32);
     let (about, mut packet) = (&answer.about, Vec::new());
@@ -244,7 +246,7 @@ fn answered(answer: &Answer) -> Vec<u8> {
     [&answer.link[..], &packet].concat()
 }
 
-/// With a byte changed it is none, and with too little of the packet neither.
+/// An error with a changed byte or a quotation that is too short is rejected.
 #[test]
 fn damaged_answers_are_recognised() {
     let mut answers = 0;
@@ -258,7 +260,7 @@ fn damaged_answers_are_recognised() {
         let frame = answered(&answer);
         assert!(answer.is(&frame), "{name}");
         let ip = answer.link.len();
-        // a checksum covers all but class, flow and hop limit of IPv6
+        // checksums cover everything except traffic class, flow label and hop limit of IPv6
         let free = [1, 2, 3, 7].map(|byte| ip + byte);
         for at in (0..frame.len()).filter(|at| answer.from.is_ipv4() || !free.contains(at)) {
             let mut other = frame.clone();
