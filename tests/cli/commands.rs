@@ -1,4 +1,4 @@
-//! Calls of udplb: exit codes, privileges, cron, configuration management, and output.
+//! Command-line behaviour: exit codes, privileges, cron, configuration management, and output.
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
@@ -14,7 +14,7 @@ use crate::common::{Namespace, lock_any_memory, run};
 
 const NOBODY: u32 = 65_534;
 
-/// Runs udplb on the relay as a child of this process, without a program between.
+/// Runs udplb on the relay as a direct child of this process.
 fn call(lab: &Lab, words: &str, prepare: impl FnOnce(&mut Command) + Send) -> Outcome {
     lab.relay.enter(|| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_udplb"));
@@ -122,9 +122,9 @@ fn check_needs_no_privileges_and_no_network() {
     check("--no-resolve").expect(0);
     let outcome = check("--no-resolve -o json").expect(0);
     assert_eq!(outcome.json()["files"][0]["rule_count"], 1);
-    // no name server is there to say whether there is such a name
+    // no name server is reachable
     check("").expect(75).says(&["udplb.yaml:1:", "`collector.example.net` does not resolve"]);
-    // nor does what does not resolve change anything
+    // an unresolvable name changes nothing
     lab.apply(&to_port(7001));
     let before = lab.filters("eth0");
     let named = json!({ "address": "collector.invalid" });
@@ -133,7 +133,7 @@ fn check_needs_no_privileges_and_no_network() {
     assert_eq!(lab.filters("eth0"), before);
 }
 
-/// Leaves these capabilities, by number, to the program that is run.
+/// Limits the program to these capabilities, given by number.
 fn limit(command: &mut Command, capabilities: &[i32]) {
     let capabilities = capabilities.to_vec();
     let drop_others = move || {
@@ -190,7 +190,8 @@ fn three_capabilities_suffice_and_each_is_needed() {
     with("list", &all).expect(0);
     with("rollback", &all).expect(0);
     expect_way(&receivers[0]);
-    // the pin of the program that serves is lost: it cannot be looked up by its id, but replaced
+    // the pin of the active program is lost: without privileges to look it up by id, the program can
+    // only be replaced
     fs::remove_file(lab.bpffs.pins().join("generations/1/program")).expect("a pin");
     with("status", &all).expect(3);
     with(&files[0], &all).expect(0);
@@ -199,7 +200,7 @@ fn three_capabilities_suffice_and_each_is_needed() {
     assert_eq!(lab.filters("eth0"), "");
 }
 
-/// Runs udplb as cron does: a minimal environment, no terminal, no standard input.
+/// Runs udplb as cron does: minimal environment, no terminal, no standard input.
 fn from_cron(lab: &Lab, words: &str) -> Outcome {
     call(lab, words, |command| {
         command.env_clear().env("PATH", "/usr/bin:/bin").current_dir("/");
@@ -217,7 +218,7 @@ fn from_cron(lab: &Lab, words: &str) -> Outcome {
 #[test]
 fn cron_gets_output_on_failure_only() {
     let lab = Lab::new();
-    // with something to warn of: nobody listens
+    // with something to warn about: the upstream does not answer
     let upstream = json!({ "address": UPSTREAMS[0] });
     let file = lab.write(&config(&[rule("relay", 5000, json!({}), &[upstream])]));
     let apply = format!("apply {} -q", file.display());
@@ -287,7 +288,7 @@ fn apply_reports_whether_it_changed() {
     assert_eq!(again, json!({ "format_version": 1, "changed": false, "detached": [] }));
 }
 
-/// The same configuration three times.
+/// The same configuration in three formats.
 const YAML: &str = "
 version: 1
 interfaces: [eth0]
@@ -339,7 +340,7 @@ fn all_notations_apply_to_the_same_generation() {
     assert_eq!(apply(&list, "").expect(0).json()["changed"], false);
     let list = lab.run("list -o json").expect(0).stdout;
     assert_eq!(apply(&list, "").expect(0).json()["changed"], false);
-    // -i replaces what the file names
+    // `-i` replaces the interfaces of the file
     let moved = apply(&list, "-i up0").expect(0).json();
     assert_eq!((&moved["changed"], &moved["interfaces"]), (&json!(true), &json!(["up0"])));
     assert_eq!(lab.filters("eth0"), "");
@@ -386,7 +387,7 @@ fn suspicious_configuration_is_warned_of() {
     lab.relay.ip("addr add 10.1.0.6/24 dev br0");
     lab.relay.ip("link set eth0 master br0");
     lab.try_apply(&pass("10.1.0.6", &up), "").expect(0).says(&["br0, a bridge above eth0"]);
-    // rules match on both where the MAC address is the same
+    // interfaces with the same MAC address both match the rules
     let mac = lab.relay.mac_text("eth0");
     lab.relay.ip(&format!("link set br0 address {mac}"));
     lab.relay.ip("link set br0 up");
@@ -395,7 +396,7 @@ fn suspicious_configuration_is_warned_of() {
     lab.try_apply(&pass("10.1.0.1", &up), "").expect(0);
     lab.relay.ip("link set eth0 nomaster");
     lab.try_apply(&pass("10.1.0.1", "192.0.2.1"), "").expect(0).says(&["no route to 192.0.2.1"]);
-    // and what cannot be meant is refused
+    // invalid combinations are refused
     let before = lab.filters("eth0");
     for own in ["10.2.0.1", "10.1.0.6"] {
         let says = ["error", "udplb.yaml:1:", own, "an address of this host"];
@@ -486,7 +487,7 @@ fn schema_and_completions_need_no_kernel() {
     }
 }
 
-/// Returns the completions that a shell gets for the last of these words.
+/// Returns the shell completions for the last of these words.
 fn completed(lab: &Lab, words: &str) -> Vec<String> {
     let mut command = lab.relay.command(env!("CARGO_BIN_EXE_udplb"));
     command.env("UDPLB_COMPLETE", "bash").env("_CLAP_IFS", "\n");
@@ -515,7 +516,7 @@ fn completion_offers_active_rules() {
         let offered = completed(&lab, &format!("{command} "));
         assert!(upstreams.iter().all(|it| offered.iter().any(|offer| offer == it)), "{offered:?}");
     }
-    // and each of them is understood
+    // every completion is accepted by the command
     for upstream in upstreams {
         lab.run(&format!("drain {upstream}")).expect(0);
     }
@@ -591,6 +592,6 @@ fn journal_gets_priorities() {
     assert!(text.starts_with("<4>warning: "), "{text}");
     let text = to_journal(&format!("apply {file} -v --force"), true);
     assert!(text.lines().all(|line| line.starts_with('<')), "{text}");
-    // it is somebody else's
+    // the journal socket belongs to another process
     assert!(to_journal(&format!("apply {bad}"), false).starts_with("error: "));
 }

@@ -18,14 +18,14 @@ fn examine(lab: &Lab, code: i32) -> String {
     lab.run("doctor").expect(code).stdout
 }
 
-/// Runs the fix of a finding.
+/// Runs the fix of a problem.
 fn fix(lab: &Lab, what: &str) {
     let outcome = lab.run("doctor -o json").json();
     let findings = outcome["findings"].as_array().expect("findings");
     let found = findings.iter().find(|it| it["what"].as_str().is_some_and(|it| it.contains(what)));
     let found = found.unwrap_or_else(|| panic!("no `{what}` in {outcome:#}"));
     let command = found["fix"].as_str().expect("a command");
-    // it may say more than one needs
+    // the fix may list more than one command
     let command = command.split([',', ';']).next().expect("a command");
     match command.strip_prefix("udplb ") {
         Some(words) => lab.run(words).expect(0),
@@ -94,13 +94,13 @@ fn locked_pins_are_reported() {
     lab.run("doctor --lock-timeout 0").expect(75).says(&["still locked"]);
 }
 
-/// A program of this kind and name that returns a constant.
+/// Loads a program of this kind and name that returns a constant.
 fn program(kind: u32, name: &CStr, returned: i32) -> OwnedFd {
     let instructions = [
         libbpf_sys::bpf_insn { code: 0xb4, imm: returned, ..Default::default() },
         libbpf_sys::bpf_insn { code: 0x95, ..Default::default() },
     ];
-    // SAFETY: C strings and instructions outlive the call; what it returns is ours alone.
+    // SAFETY: C strings and instructions outlive the call; the returned descriptor is owned here alone.
     unsafe {
         let program = libbpf_sys::bpf_prog_load(
             kind,
@@ -115,7 +115,7 @@ fn program(kind: u32, name: &CStr, returned: i32) -> OwnedFd {
     }
 }
 
-/// Puts a program of somebody else onto the relay's ingress.
+/// Attaches a foreign program to the relay's ingress.
 fn attach(lab: &Lab, priority: u16, returned: i32) {
     let index = lab.relay.index("eth0");
     lab.relay.enter(|| {
@@ -135,11 +135,11 @@ fn attach(lab: &Lab, priority: u16, returned: i32) {
 fn filter_that_hides_packets_is_found() {
     let lab = Lab::new();
     lab.apply(&to_port(7001));
-    // behind udplb
+    // after udplb's filter
     attach(&lab, 101, 0);
     assert_eq!(examine(&lab, 0), "all is well\n");
     attach(&lab, 50, 0);
-    // neighbour discovery of the fresh interfaces is hidden too
+    // neighbour discovery of the new interfaces is hidden too
     until("it is quiet", || lab.run("doctor").code == Some(0));
     let found = examine(&lab, 0);
     let named = "note: eth0: tc filter bpf pref 50 handle 0x1 foreign (program ";
@@ -165,7 +165,7 @@ fn earlier_programs_are_found() {
     let xdp = program(libbpf_sys::BPF_PROG_TYPE_XDP, c"other_xdp", 2);
     let tcx = program(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, c"other_tcx", -1);
     lab.relay.enter(|| {
-        // SAFETY: takes plain numbers, and options of which all zeroes are none.
+        // SAFETY: takes plain numbers, and options for which all zeroes are valid.
         let (by_xdp, by_tcx) = unsafe {
             let xdp = libbpf_sys::bpf_xdp_attach(index, xdp.as_raw_fd(), 0, std::ptr::null());
             let none = std::ptr::null();
@@ -189,7 +189,7 @@ fn dead_upstream_without_traffic_is_found() {
     lab.apply(&to_port(7001));
     lab.upstream.ip("link set eth0 arp off");
     lab.relay.ip("neigh change 10.2.0.20 dev up0 nud stale");
-    // nobody needed it since, and the kernel has not noticed
+    // the neighbour was not used since, so the kernel has not noticed
     lab.run("status").expect(0);
     let found = examine(&lab, 3);
     assert!(found.starts_with("problem: only: one is down since "), "{found}");
@@ -281,12 +281,12 @@ fn drift_follows_the_file_that_was_applied_last() {
     assert_eq!(examine(&lab, 0), "all is well\n");
     lab.directory.write("second.yaml", &other);
     assert!(examine(&lab, 3).starts_with(&format!("problem: {second}: it is not what serves")));
-    // another generation has its own, and what a rollback brings back has the last one
+    // each generation has its own text; a rollback restores the previous one
     assert!(apply(&first));
     assert_eq!(lab.status()["file"], first);
     lab.run("rollback").expect(0);
     assert_eq!(lab.status()["file"], second);
-    // of standard input there is nothing to compare, and nothing to edit
+    // a configuration from standard input has no file to compare or edit
     let mut stdin = lab.udplb("apply - -o json");
     let outcome = Outcome::with_input(&mut stdin, &text).expect(0);
     assert_eq!(outcome.json()["changed"], false);
@@ -319,7 +319,7 @@ fn forwarding_and_reverse_path_filters_are_found() {
     assert!(examine(&lab, 3).starts_with("problem: arpd has ended\n"));
     let _arpd = Arpd::start(&lab, "");
     until("arpd vouches", || lab.status()["arpd"] == true);
-    // strict is no trouble where the way back is the same
+    // strict mode causes no problem if the return path is the same
     lab.relay.sysctl("net.ipv4.conf.eth0.rp_filter", "1");
     lab.relay.ip("route add default via 10.1.0.20");
     assert_eq!(examine(&lab, 0), "all is well\n");
@@ -345,13 +345,13 @@ fn mtu_losses_and_routed_senders_are_found() {
     fix(&lab, "the MTU");
     assert_eq!(examine(&lab, 0), "all is well\n");
 
-    // where the device below leaves no room, that comes first
+    // if the underlying device leaves too little MTU, that problem is reported first
     lab.relay.ip("link add vx0 type vxlan id 42 remote 10.2.0.20 dstport 4789 dev up0");
     lab.relay.ip("addr add 10.8.0.1/24 dev vx0");
     lab.relay.ip("link set vx0 up");
     let behind = json!({ "name": "behind", "address": "10.8.0.20" });
     lab.apply(&config(&[rule("tunnel", 5000, json!({ "tc_action": "block" }), &[behind])]));
-    // nobody is there
+    // no host answers
     let found = examine(&lab, 3);
     assert!(found.contains("the MTU on the way to behind is 1450"), "{found}");
     fix(&lab, "the MTU");

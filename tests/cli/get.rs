@@ -1,4 +1,4 @@
-//! `udplb get`: its answers, compared with what happens to packets.
+//! `udplb get`: its answers compared with the fate of real packets.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -15,7 +15,7 @@ use crate::common::service::until;
 use crate::common::tun::Tun;
 use crate::common::wire::Wire;
 
-/// Rules of all kinds, the first with the first version's strategy and hash.
+/// Returns rules of all kinds; the first rule has the first version's strategy and hash.
 fn rules() -> Value {
     let two = UPSTREAMS.map(|address| json!({ "address": address, "port": 7000 }));
     let mut mirrored = rule("mirrored", 5001, json!({ "source": "preserve" }), &two[..1]);
@@ -33,7 +33,7 @@ fn rules() -> Value {
     ])
 }
 
-/// Without MAC addresses and what neighbours are like right now.
+/// Removes MAC addresses and neighbour states, which vary.
 fn masked(text: &str) -> Vec<String> {
     let states = ["REACHABLE", "DELAY", "PROBE", "STALE"];
     let word = |word: &str| match word.trim_end_matches(',') {
@@ -220,7 +220,7 @@ fn get_sends_and_counts_nothing() {
 const RELAY6: &str = "2001:db8:1::1";
 const UPSTREAMS6: [&str; 2] = ["2001:db8:2::20", "2001:db8:2::21"];
 
-/// Rules that balance by everything that a sender's address and port can do.
+/// Returns rules that balance by every key from a sender's address and port.
 fn balancing() -> Value {
     let weighted = |addresses: [String; 2], port: u16| {
         json!([
@@ -257,7 +257,7 @@ fn balancing() -> Value {
     })
 }
 
-/// Numbers that look random and are the same each time.
+/// A deterministic pseudo-random number generator.
 struct Random(u64);
 
 impl Random {
@@ -270,7 +270,7 @@ impl Random {
     }
 }
 
-/// A socket at any address and port inside.
+/// Opens a socket at any address and port in the namespace.
 fn socket(namespace: &Namespace, address: SocketAddr) -> UdpSocket {
     let socket = namespace.enter(|| UdpSocket::bind(address));
     let socket = socket.unwrap_or_else(|error| panic!("{address}: {error}"));
@@ -352,7 +352,7 @@ fn get_agrees_with_where_packets_go() {
         namespace.ip(&format!("addr add {address} dev {name} nodad"));
     }
     lab.relay.sysctl("net.ipv6.conf.all.forwarding", "1");
-    // whole networks of senders
+    // senders in whole networks
     lab.client.ip("route add local 10.9.0.0/16 dev lo");
     lab.client.ip("-6 route add local 2001:db8:9::/64 dev lo");
     lab.client.sysctl("net.ipv6.ip_nonlocal_bind", "1");
@@ -394,7 +394,7 @@ fn get_agrees_with_where_packets_go() {
         let to: IpAddr = if v6 { RELAY6.parse().expect("an address") } else { RELAY.into() };
         let port = [5000, 5001, 5002, 5003][random.below(4) as usize];
         let port = if v6 && port == 5001 { 5000 } else { port };
-        // some have no metric in them
+        // some payloads contain no metric
         let payload = match random.below(5) {
             0 => format!("{number}"),
             _ => format!("metric{}:{number}|c", random.below(40)),
@@ -417,7 +417,7 @@ fn get_agrees_with_where_packets_go() {
         sender.send_to(payload.as_bytes(), question.destination).expect("sent");
         let mut got = None;
         until("it arrives", || {
-            // where it was said to go is looked at first
+            // the predicted receiver is checked first
             let all = receivers.get_key_value(&said).into_iter().chain(&receivers);
             for (address, receiver) in all {
                 let mut buffer = [0; 64];
@@ -435,6 +435,6 @@ fn get_agrees_with_where_packets_go() {
         assert_eq!(got, Some(said), "{question:?}: {event:?}");
         *went.entry(said).or_default() += 1;
     }
-    // and it was no matter of course: three of seven rules' upstreams each
+    // the test covered three upstreams of each of seven rules
     assert_eq!(went.len(), 21, "{went:?}");
 }

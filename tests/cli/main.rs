@@ -1,4 +1,4 @@
-//! Commands as they are called: output, exit codes, messages, and the checks of `doctor`.
+//! Command-line interface: output, exit codes, messages, and the checks of `doctor`.
 
 #[path = "../common/mod.rs"]
 mod common;

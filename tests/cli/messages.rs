@@ -1,5 +1,5 @@
-//! Behaviour and messages in unusual surroundings: full disks, pipes for files,
-//! parts of /proc, odd names, routes that lead nowhere.
+//! Behaviour and messages in unusual environments: full disks, pipes as files, parts of /proc, odd
+//! names, routes that lead nowhere.
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
@@ -34,7 +34,7 @@ fn change_with_full_stdout_succeeds_with_a_warning() {
     lab.apply(&to_port(7002));
     to_full_disk(&lab, "rollback").expect(0).says(&says);
     assert_eq!(lab.status()["generation"], 1);
-    // what only reads has done nothing else
+    // a read-only command has no effect that could be reported
     to_full_disk(&lab, "status").expect(1).says(&["standard output: No space left"]);
     to_full_disk(&lab, &format!("plan {file}")).expect(1);
     to_full_disk(&lab, "detach").expect(0).says(&says);
@@ -58,7 +58,7 @@ fn pipe_is_standard_input_for_later_commands() {
     };
     apply("/dev/stdin", &text);
     checks();
-    // a descriptor of a regular file is another file in another process
+    // a descriptor path of a regular file names another file in another process
     let file = lab.directory.write("a.yaml", &to_port(7002).to_string());
     let mut command = lab.udplb("apply /dev/stdin");
     command.stdin(File::open(file).expect("the file"));
@@ -69,7 +69,7 @@ fn pipe_is_standard_input_for_later_commands() {
         lab.run(&format!("apply {}", fifo.display())).expect(0);
     });
     checks();
-    // nor is a file read that has become a pipe
+    // a file that has become a pipe is not read either
     let kept = lab.write(&to_port(7004));
     lab.run(&format!("apply {}", kept.display())).expect(0);
     fs::remove_file(&kept).expect("removed");
@@ -94,7 +94,7 @@ fn files_that_are_no_text_or_too_long_are_unreadable() {
     check("/dev/zero").expect(66).says(&["longer than 16 MiB"]);
 }
 
-/// Runs udplb in a mount namespace of its own, after a command that changes it.
+/// Runs udplb in its own mount namespace after a preparing command.
 fn with_mounts(lab: &Lab, prepare: &str, words: &str) -> Outcome {
     let mut command = lab.relay.command("unshare");
     let udplb =
@@ -217,14 +217,14 @@ fn interfaces_go_by_every_name_that_ip_shows() {
         let get = lab.run(&format!("get 10.1.0.20 10.1.0.1 -i {name} -o json")).expect(0).json();
         assert_eq!(get["interface"], "eth0");
     }
-    // another text for the same is no drift
+    // a different text with the same meaning is not a change
     let file = lab.write(&named(LONG));
     fs::write(&file, format!("{}\n", named(LONG))).expect("written");
     let metrics = lab.run("metrics").expect(0).stdout;
     assert!(metrics.contains("\nudplb_config_drift 0\n"), "{metrics}");
     assert_eq!(lab.run(&format!("detach -i {LONG} -o json")).json()["detached"], json!(["eth0"]));
 
-    // the interface of a link-local address too
+    // the interface of a link-local address is checked too
     let upstream = json!({ "address": "fe80::20%uplink-with-a-long-name", "port": 7001 });
     let mut six = rule("six", 5000, json!({}), &[upstream]);
     six["key"]["address"] = json!("2001:db8:1::1");
@@ -234,8 +234,8 @@ fn interfaces_go_by_every_name_that_ip_shows() {
     lab.try_apply(&named("eth7@if3"), "").expect(1).says(&["there is no interface eth7@if3"]);
 }
 
-/// Makes `libbpf`'s probes for features of the kernel fail, as where memory is short, and nothing else:
-/// their attributes are shorter.
+/// Makes only libbpf's feature probes fail, as when memory is short; they are recognized by their
+/// shorter attributes.
 fn fail_probes(command: &mut Command) {
     const PROBE: u32 = 148;
     const BPF_PROG_LOAD: u32 = 5;

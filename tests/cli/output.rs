@@ -1,4 +1,4 @@
-//! The JSON of every command against its schema, and one vocabulary in all of them.
+//! Checks the JSON of every command against its schema, and one vocabulary in all of them.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -10,7 +10,7 @@ use crate::common::net::bind;
 use crate::common::service::{Arpd, until};
 use crate::schema::violation;
 
-/// The schema of an output, as udplb prints it.
+/// Returns the schema of an output as udplb prints it.
 fn schema(of: &str) -> Value {
     let mut command = Command::new(env!("CARGO_BIN_EXE_udplb"));
     let schema = Outcome::of(command.args(["schema", of])).expect(0).json();
@@ -26,7 +26,7 @@ fn expect_valid(of: &str, output: &Value) {
     assert_eq!(output["format_version"], 1, "{of}: {output:#}");
 }
 
-/// A lab with a rule of each kind, packets of each, and a rollback behind it.
+/// Creates a lab with a rule of each kind, packets for each, and a rollback.
 fn busy() -> Lab {
     let lab = Lab::new();
     let two = UPSTREAMS.map(|address| json!({ "address": address, "port": 7000 }));
@@ -94,7 +94,7 @@ fn outputs_follow_their_schemas() {
     ] {
         expect_valid(of, output);
     }
-    // each line of what goes on is an output
+    // each line of a continuous output follows the schema
     lab.apply(&to_port(7009));
     let trace = lab.udplb("trace -c 1 -o json").stdout(std::process::Stdio::piped()).spawn();
     let trace = trace.expect("the program runs");
@@ -105,7 +105,7 @@ fn outputs_follow_their_schemas() {
     let lines = String::from_utf8(lines).expect("text");
     assert_eq!(lines.lines().count(), 1);
     expect_valid("trace", &serde_json::from_str(&lines).expect("JSON"));
-    // a list is a configuration file
+    // the output of `list` is a configuration file
     let list = lab.run("list -o json").expect(0).json();
     assert!(list.get("format_version").is_none(), "{list:#}");
     let listed = file("listed.json", &list);
@@ -155,7 +155,7 @@ fn errors_are_json_too() {
     assert_eq!(checked["files"][2]["error"]["kind"], "unreadable");
 }
 
-/// Collects the values of a field, wherever it is.
+/// Collects the values of a field at any depth.
 fn values<'a>(output: &'a Value, name: &str, found: &mut Vec<&'a Value>) {
     match output {
         Value::Object(fields) => {
@@ -198,7 +198,7 @@ fn one_thing_has_one_name() {
     assert!(time.starts_with("20") && time.ends_with('Z') && time.contains('T'), "{time}");
     let status = &outputs["status"];
     let counters = &status["rules"][1]["counters"];
-    // what was lost by one receiver only is no loss of the rule
+    // a loss of one receiver is not a loss of the rule
     assert_eq!(counters["forwarded"]["packets"], 1, "{counters:#}");
     assert!(counters.get("not_forwarded").is_none(), "{counters:#}");
     let lost = &status["rules"][1]["upstreams"][0]["counters"];

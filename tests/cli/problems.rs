@@ -26,7 +26,7 @@ fn expect(lab: &Lab, wanted: &[(&str, &str)]) -> Outcome {
     lab.run("status").expect(if wanted.is_empty() { 0 } else { 3 })
 }
 
-/// The first finding of doctor, whose fix is carried out.
+/// Runs the fix of doctor's first problem and returns the problem.
 #[track_caller]
 fn doctor_fixes(lab: &Lab, id: &str, place: &str) {
     let found = lab.run("doctor -o json").expect(3).json();
@@ -47,7 +47,7 @@ fn doctor_fixes(lab: &Lab, id: &str, place: &str) {
     }
 }
 
-/// A rule for each family, which both have two upstreams.
+/// Returns a rule for each family, each with two upstreams.
 fn both_families(options: &Value) -> Value {
     let rules = [("four", V4), ("six", V6)].map(|(name, net)| {
         let upstreams = net.upstreams.map(|it| json!({ "name": it, "address": it, "port": 7000 }));
@@ -59,7 +59,7 @@ fn both_families(options: &Value) -> Value {
 #[test]
 fn downed_egress_interface_is_a_problem() {
     let lab = Lab::dual(true, true);
-    // else IPv6 addresses go with the link
+    // otherwise IPv6 addresses are lost when the link goes down
     lab.relay.sysctl("net.ipv6.conf.up0.keep_addr_on_down", "1");
     lab.apply(&both_families(&json!({ "tc_action": "block" })));
     expect(&lab, &[]);
@@ -114,7 +114,7 @@ fn silent_next_hop_is_a_problem() {
             let answers = [format!("answered {asked}"), format!("answer (FAILED) {asked}")];
             assert!(answers.iter().any(|answer| status.contains(answer)), "{status}");
         }
-        // while it is drained nobody misses it
+        // a drained upstream is not reported
         lab.run(&format!("drain {name}/dead")).expect(0);
         expect(&lab, &[]);
         lab.run(&format!("enable {name}/dead")).expect(0);
@@ -189,7 +189,7 @@ fn missing_route_is_a_problem() {
     let status = expect(&lab, &[("no-route", "copies")]).stdout;
     assert!(status.contains("! copies: there is no route to far: "), "{status}");
     lab.relay.ip("route add 192.0.2.0/24 via 10.2.0.20");
-    // the kernel's routing knows it by now
+    // the kernel's routing has the address by now
     expect(&lab, &[]);
     lab.apply(&all);
     expect(&lab, &[]);

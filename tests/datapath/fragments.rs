@@ -180,7 +180,7 @@ fn first_fragment_of_no_rule_only_corrects() {
     });
 }
 
-/// A first fragment of a sender outside the key's networks does the same.
+/// A first fragment of a sender outside the key's networks uses no slot.
 #[test]
 fn first_fragment_of_another_sender_takes_no_place() {
     Testbed::with(|testbed| {

@@ -69,7 +69,7 @@ fn rules_match_inside_vlans() {
                 up.send(&tagged.frame());
                 let from = net.seen(source, (net.clients[0], 5666).into());
                 expect(&ends.upstreams[index], &tagged.payload(), from, TTL - 1);
-                // a frame to another host arrives first, so nothing else was delivered before
+                // a frame that matches no rule: it arrives next if nothing else was delivered
                 let other = frame(9, TTL as u8).frame();
                 up.send(&other);
                 if action == "pass" {

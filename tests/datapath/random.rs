@@ -22,7 +22,7 @@ pub struct Target {
 const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 4);
 const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 4);
 
-/// Other destinations: a host, a subnet's broadcast address, the limited broadcast address.
+/// Other destinations: this host, a subnet's broadcast address, a group, the limited broadcast address.
 const OTHERS: [Ipv4Addr; 4] = [
     Ipv4Addr::new(10, 0, 2, 1),
     Ipv4Addr::new(10, 0, 1, 255),

@@ -1,4 +1,4 @@
-//! Changes that are rolled back unless they are confirmed, whatever is killed meanwhile.
+//! Changes that are rolled back unless confirmed, even if processes are killed meanwhile.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -14,7 +14,7 @@ use crate::common::lab::{Lab, to_port};
 use crate::common::service::{Arpd, until};
 use crate::expect_way;
 
-/// The processes that wait for a deadline of this lab.
+/// Returns the processes that wait for a deadline of this lab.
 fn waiters(lab: &Lab) -> Vec<i32> {
     let pins = lab.bpffs.pins().display().to_string();
     let pids = fs::read_dir("/proc").expect("proc").filter_map(|entry| {
@@ -38,7 +38,7 @@ fn kill_waiters(lab: &Lab) {
     until("the waiters are gone", || waiters(lab).is_empty());
 }
 
-/// Lets the deadline of the pending change pass, with nobody who waits for it.
+/// Kills the waiter and lets the deadline of the pending change pass.
 fn pass_deadline(lab: &Lab) {
     kill_waiters(lab);
     let guard = pins::write(&lab.bpffs.pins(), Duration::from_secs(60));
@@ -62,7 +62,7 @@ fn until_serves(lab: &Lab, generation: impl Into<Value>) {
     });
 }
 
-/// Applies the file that the last apply of a port left, as a cron job does.
+/// Applies the file of the last apply again, as a cron job does.
 fn cron(lab: &Lab) -> crate::common::lab::Outcome {
     lab.run(&format!("apply -q {}", lab.directory.path().join("udplb.yaml").display()))
 }
@@ -79,7 +79,7 @@ fn confirm_in_time_keeps_the_change() {
     let status = lab.run("status").expect(0);
     assert!(status.stdout.contains("generation 2 waits for `udplb confirm`: in "), "{status:?}");
     assert_eq!(waiters(&lab).len(), 1);
-    // the cron job does not confirm it
+    // a repeated apply does not confirm the change
     cron(&lab).expect(0);
     assert_eq!(lab.status()["pending"]["generation"], 2);
 
@@ -122,8 +122,7 @@ fn unconfirmed_change_is_rolled_back_and_held() {
     expect_way(&lab, 7001);
 }
 
-/// The shell with all that it started is killed, as when a connection breaks; the waiter is told of
-/// the hang-up too.
+/// The shell and its children are killed, as when a connection breaks; the waiter gets SIGHUP too.
 #[test]
 fn killed_session_does_not_stop_the_rollback() {
     let lab = Lab::new();
@@ -147,7 +146,7 @@ fn killed_session_does_not_stop_the_rollback() {
 fn apply_does_not_keep_its_output_open() {
     let lab = Lab::new();
     let started = std::time::Instant::now();
-    // ends when everybody has closed the pipe
+    // returns once all processes have closed the pipe
     apply(&lab, 7001, "--confirm 3000");
     assert!(started.elapsed().as_secs() < 2000);
     lab.run("confirm").expect(0);
@@ -202,7 +201,7 @@ fn second_apply_while_pending_is_refused() {
     apply(&lab, 7002, "--confirm 3000");
     lab.try_apply(&to_port(7003), "").expect(1).says(&["generation 2 waits", "udplb confirm"]);
     expect_way(&lab, 7002);
-    // a second try returns to the configuration that was confirmed last
+    // a second pending change is rolled back to the last confirmed configuration
     assert_eq!(apply(&lab, 7003, "--confirm 3000")["pending"]["previous"], 1);
     expect_way(&lab, 7003);
     lab.run("rollback").expect(0);
@@ -214,18 +213,18 @@ fn second_apply_while_pending_is_refused() {
     until_serves(&lab, 1);
     expect_way(&lab, 7001);
 
-    // the old file put back ends it
+    // applying the old file ends the pending change
     apply(&lab, 7006, "--confirm 3000");
     assert_eq!(apply(&lab, 7001, "")["generation"], 1);
     assert_eq!(lab.status()["pending"], Value::Null);
     expect_way(&lab, 7001);
-    // and so does force
+    // `--force` ends it too
     apply(&lab, 7007, "--confirm 3000");
     apply(&lab, 7008, "--force");
     assert_eq!(lab.status()["pending"], Value::Null);
     until("the waiters have ended", || waiters(&lab).is_empty());
     expect_way(&lab, 7008);
-    // the same file again begins anew
+    // the same file again starts a new deadline
     apply(&lab, 7009, "--confirm 3000");
     apply(&lab, 7009, "--confirm 1");
     until("it is rolled back", || lab.status()["pending"].is_null());
@@ -240,7 +239,7 @@ fn first_apply_that_is_not_confirmed_is_detached() {
     assert!(!lab.filters("eth0").contains("udplb"));
     lab.run("status").expect(3);
     cron(&lab).expect(1).says(&["held since"]);
-    // a rollback undoes it
+    // a rollback undoes the pending change
     lab.run("rollback").expect(0);
     expect_way(&lab, 7001);
     assert_eq!(lab.status()["held"], Value::Null);

@@ -1,4 +1,4 @@
-//! `drain` and `enable`: what is said of upstreams at run time, with traffic.
+//! `drain` and `enable`: overrides of upstreams at run time, under traffic.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -25,7 +25,7 @@ fn block(upstreams: &[Value]) -> Value {
     config(&[rule("only", 5000, json!({ "tc_action": "block" }), upstreams)])
 }
 
-/// One upstream or mirror as `status -o json` has it.
+/// Returns an upstream or mirror from `status -o json`.
 fn shown(lab: &Lab, list: &str, label: &str) -> Value {
     let status = lab.status();
     let hosts = status["rules"][0][list].as_array().expect("a list").iter();
@@ -38,14 +38,14 @@ fn expect_state(lab: &Lab, label: &str, state: &str, by_hand: Option<&str>) {
     assert_eq!((&host["state"], &host["override"]), (&json!(state), &json!(by_hand)), "{label}");
 }
 
-/// All that is said, by id.
+/// Returns all overrides by id.
 fn overrides(lab: &Lab) -> BTreeMap<u32, State> {
     let guard = pins::read(&lab.bpffs.pins(), Duration::ZERO).ok().flatten().expect("pins");
     let maps = state_maps::open(&guard).expect("maps").expect("all maps");
     maps.overrides.read(u32::MAX).expect("overrides")
 }
 
-/// A datagram from the first client to the rule.
+/// Sends a datagram from the first client to the rule.
 fn send(lab: &Lab) {
     let sender = bind(&lab.client, CLIENTS[0], 5666);
     sender.send_to(b"where", (RELAY, 5000)).expect("sent");
@@ -53,10 +53,10 @@ fn send(lab: &Lab) {
 
 const FLOWS: u32 = 300;
 
-/// Which receiver got which flow's datagram of which round.
+/// Receiver of each datagram, by flow and round.
 type Seen = BTreeMap<(u32, u32), usize>;
 
-/// Takes all until `done` and nothing follows; a datagram that comes twice is one too many.
+/// Receives until `done` is set and no datagram follows; fails on duplicates.
 fn collect(receivers: &[UdpSocket], done: &AtomicBool) -> Seen {
     let take = |socket: &UdpSocket| {
         socket.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout");
@@ -91,7 +91,7 @@ fn collect(receivers: &[UdpSocket], done: &AtomicBool) -> Seen {
     })
 }
 
-/// Hundreds of flows to several upstreams, the first of which is drained and enabled meanwhile.
+/// Sends hundreds of flows to several upstreams while the first is drained and enabled.
 fn check_under_traffic(options: Value, upstreams: usize) {
     let lab = Lab::new();
     let places = [(0, 7000), (1, 7000), (0, 7001), (1, 7001)];
@@ -122,7 +122,7 @@ fn check_under_traffic(options: Value, upstreams: usize) {
         std::thread::sleep(Duration::from_millis(200));
         done.store(true, Ordering::SeqCst);
     };
-    // at least so many whole rounds
+    // wait for a minimum number of complete rounds
     let wait = || {
         let end = round.load(Ordering::SeqCst) + 6;
         while round.load(Ordering::SeqCst) < end {
@@ -173,7 +173,7 @@ fn check_under_traffic(options: Value, upstreams: usize) {
     }
     assert!(drained > FLOWS / upstreams as u32 / 2, "{drained} flows");
     assert_eq!(heirs, (1..upstreams).collect(), "who has the drained one's flows");
-    // nothing was built for it
+    // no generation was built
     assert_eq!(lab.status()["generation"], 1);
     assert_eq!(lab.filters("eth0"), filters);
 }
@@ -237,7 +237,7 @@ fn drained_receivers_and_mirrors_get_no_copy() {
     let replicate = json!({ "tc_action": "block", "mode": "replicate", "source": "preserve" });
     let mut rules =
         config(&[rule("only", 5000, replicate, &[upstream("a", 0, 7001), upstream("b", 0, 7002)])]);
-    // what selects has no meaning here
+    // selection options have no meaning for replication
     rules["defaults"] = json!({});
     lab.apply(&rules);
     lab.run("drain only/a").expect(0);
@@ -256,7 +256,7 @@ fn drained_receivers_and_mirrors_get_no_copy() {
     send(&lab);
     receivers.iter().for_each(|socket| assert_eq!(receive(socket).payload, b"where"));
 
-    // the same host as upstream and as mirror
+    // the same host is both upstream and mirror
     let mut mirrored = block(&[json!({ "address": UPSTREAMS[0], "port": 7001 })]);
     mirrored["rules"][0]["mirror"] =
         json!([{ "address": UPSTREAMS[0], "port": 7001 }, upstream("copy", 0, 7002)]);
@@ -276,7 +276,7 @@ fn drained_receivers_and_mirrors_get_no_copy() {
     send(&lab);
     assert_eq!(receive(&receivers[0]).payload, b"where");
     expect_silence(&receivers[1]);
-    // 3 while the packet that nobody got is less than a second old
+    // the exit code is 3 while the lost packet is less than a second old
     let status = lab.run("status").stdout;
     let is_drained = |line: &&str| line.contains("mirror ") && line.contains("drained (override)");
     assert_eq!(status.lines().filter(is_drained).count(), 2, "{status}");
@@ -288,7 +288,7 @@ fn override_holds_while_the_upstream_is_the_same() {
     let (a, b) = (upstream("a", 0, 7001), upstream("b", 1, 7001));
     let receivers = [0, 1].map(|index| bind(&lab.upstream, UPSTREAMS[index], 7001));
     lab.apply(&block(&[a.clone(), b.clone()]));
-    // the first of two would get it
+    // the first of two upstreams is drained: the second gets the datagram
     let expect_second = || {
         send(&lab);
         assert_eq!(receive(&receivers[1]).payload, b"where");
@@ -303,7 +303,7 @@ fn override_holds_while_the_upstream_is_the_same() {
     assert_eq!(lab.apply(&block(&[a.clone(), b.clone()]))["changed"], false);
     expect_state(&lab, "a", "drained", Some("drained"));
 
-    // through an apply, two rollbacks and arpd
+    // the override survives an apply, two rollbacks and arpd
     let mut changed = block(&[a.clone(), b.clone()]);
     changed["rules"][0]["options"]["source"] = json!("preserve");
     let planned = plan(&changed, "-o json").json();
@@ -318,7 +318,7 @@ fn override_holds_while_the_upstream_is_the_same() {
     }
     lab.run("arpd --once").expect(0);
     expect_second();
-    // also when the program was taken off meanwhile
+    // also after a detach
     lab.run("detach").expect(0);
     lab.apply(&changed);
     expect_second();
@@ -327,7 +327,7 @@ fn override_holds_while_the_upstream_is_the_same() {
     let line = status.lines().find(|line| line.contains("a 10.2.0.20:7001")).expect("a row");
     assert!(line.contains("drained (override)"), "{status}");
 
-    // the ids are the rule's 1, a's 2 and b's 3; the generation before holds a's still
+    // ids: rule 1, a 2, b 3; the previous generation still uses a's
     assert_eq!(overrides(&lab), [(2, State::Drained)].into());
     lab.apply(&block(std::slice::from_ref(&b)));
     assert_eq!(plan(&block(std::slice::from_ref(&b)), "").stdout, "no changes\n");
@@ -336,7 +336,7 @@ fn override_holds_while_the_upstream_is_the_same() {
     lab.try_apply(&block(std::slice::from_ref(&b)), "--force").expect(0);
     let c = upstream("c", 0, 7002);
     lab.apply(&block(&[b.clone(), c.clone()]));
-    // nobody holds it now, so the next to come gets it, and starts anew
+    // the id is free now: the next upstream gets it, without the override
     let d = upstream("d", 0, 7001);
     lab.apply(&block(&[d, b, c]));
     assert_eq!(overrides(&lab), BTreeMap::new());
@@ -371,7 +371,7 @@ fn drained_in_the_file_can_be_overridden() {
     expect_at(0);
     expect_state(&lab, "a", "active", Some("active"));
     assert!(row().contains("active (override)"));
-    // the file is listed as it was applied
+    // `list` shows the applied file
     let list = lab.run("list -o json").expect(0).json();
     assert_eq!(list["rules"][0]["upstream"][0]["state"], "drained");
     assert_eq!(lab.apply(&drained)["changed"], false);
@@ -381,7 +381,7 @@ fn drained_in_the_file_can_be_overridden() {
     expect_state(&lab, "a", "drained", None);
     assert_eq!(overrides(&lab), BTreeMap::new());
     lab.run("enable only/a").expect(0);
-    // the file says so too, after a time
+    // the file has the same state later
     lab.apply(&block(&[upstream("a", 0, 7001), upstream("b", 1, 7001)]));
     expect_state(&lab, "a", "active", Some("active"));
     let taken = lab.run("enable only/a").expect(0).stdout;
@@ -401,7 +401,7 @@ fn enable_all_clears_every_override() {
     for words in ["drain only/a", "drain only/b", "enable only/c"] {
         assert_eq!(lab.run(&format!("{words} -o json")).expect(0).json()["changed"], true);
     }
-    // one of them is in the generation before only
+    // one upstream is only in the previous generation
     lab.apply(&block(&[upstream("b", 1, 7001), upstream("d", 0, 7003)]));
     let text = lab.run("enable --all").expect(0).stdout;
     let lines: BTreeSet<&str> = text.lines().collect();
@@ -448,7 +448,7 @@ fn impossible_drains_are_refused() {
         });
     }
     assert_eq!(overrides(&lab), BTreeMap::new());
-    // the description of what serves is gone
+    // the description of the active generation is lost
     fs::remove_file(lab.bpffs.pins().join("generations/1/config")).expect("a pin");
     lab.run("drain only/b").expect(1).says(&["generation 1 is damaged"]);
 }

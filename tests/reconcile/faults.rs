@@ -1,5 +1,5 @@
-//! System calls that fail, one at a time: what a command says of its work is true, and what it reports as
-//! failed has changed nothing. strace makes them fail.
+//! System calls that fail one at a time, injected by strace: a command's report is true, and a command
+//! that reports failure has changed nothing.
 
 use std::fs;
 use std::path::PathBuf;
@@ -16,7 +16,8 @@ fn on_both(mut config: Value) -> Value {
     config
 }
 
-/// Runs udplb on the relay with the `nth` call of one kind failing; false: there is none.
+/// Runs udplb on the relay with the `nth` call of one kind failing; returns false if there was no such
+/// call.
 fn with_failure(lab: &Lab, call: &str, error: &str, nth: usize, words: &str) -> (Outcome, bool) {
     let log: PathBuf = lab.directory.path().join("strace");
     let mut command = lab.relay.command("strace");
@@ -28,7 +29,7 @@ fn with_failure(lab: &Lab, call: &str, error: &str, nth: usize, words: &str) -> 
     (outcome, injected)
 }
 
-/// The programs that run on both interfaces.
+/// Returns the programs attached to both interfaces.
 fn programs(lab: &Lab) -> Vec<String> {
     let id = |interface: &&str| {
         let filters = lab.filters(interface);
@@ -38,14 +39,14 @@ fn programs(lab: &Lab) -> Vec<String> {
     BOTH.iter().map(id).collect()
 }
 
-/// Names under construction that a failure has left.
+/// Returns the names of unfinished pins that a failure left.
 fn unfinished(lab: &Lab) -> Vec<String> {
     let entries = fs::read_dir(lab.bpffs.pins()).into_iter().flatten().flatten();
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
     names.filter(|name| name.starts_with("building") || name == "current-next").collect()
 }
 
-/// A datagram to the rule's key arrives at this port of the first upstream.
+/// Returns true if a datagram to the rule's key arrives at this port of the first upstream.
 fn is_way(lab: &Lab, port: u16) -> bool {
     let receiver = bind(&lab.upstream, UPSTREAMS[0], port);
     let sender = bind(&lab.client, CLIENTS[0], 0);
@@ -63,7 +64,7 @@ fn apply_second(lab: &Lab) -> String {
     format!("apply {}", lab.directory.path().join("b.yaml").display())
 }
 
-/// Has each netlink message of a command get lost in turn.
+/// Runs a command repeatedly, losing each of its netlink messages in turn.
 fn lose_netlink(prepare: fn(&Lab), words: fn(&Lab) -> String) {
     let lab = Lab::new();
     let mut failed = 0;
@@ -118,13 +119,13 @@ fn detach_with_failing_netlink_reports_the_truth() {
     lose_netlink(serve_first, |_| "detach".into());
 }
 
-/// Has the kernel be out of memory once, at one call to bpf after the other.
+/// Fails one call to bpf after the other with ENOMEM.
 #[test]
 fn apply_without_memory_fails_and_heals() {
     let lab = Lab::new();
     serve_first(&lab);
     let mut failed = 0;
-    // each call would take minutes; calls of one kind come in stretches
+    // testing each call would take minutes; calls of one kind are consecutive
     for nth in (1..).step_by(13) {
         let (outcome, injected) = with_failure(&lab, "bpf", "ENOMEM", nth, &apply_second(&lab));
         assert!(!outcome.stderr.contains("panicked"), "bpf {nth}: {outcome:?}");
@@ -133,7 +134,7 @@ fn apply_without_memory_fails_and_heals() {
         failed += usize::from(outcome.code == Some(1));
         let served = if outcome.code == Some(0) { 7002 } else { 7001 };
         assert!(is_way(&lab, served), "bpf {nth}: {outcome:?}");
-        // without force: nothing has lost its pins or its place
+        // without `--force`: all pins and filters are in place
         lab.run(&apply_second(&lab)).expect(0);
         lab.run("status").expect(0);
         if !injected {
@@ -151,7 +152,8 @@ fn unreadable_generation_is_not_removed() {
     lab.run(&apply_second(&lab)).expect(0);
     let generations = lab.bpffs.pins().join("generations");
     let mut failed = 0;
-    // an unchanged file: all calls but the first ones, which save work where they can, read what is there
+    // an unchanged file: all calls except the first ones, which are optional optimizations, read the
+    // current state
     for nth in (41..).step_by(8) {
         let (outcome, injected) = with_failure(&lab, "bpf", "EMFILE", nth, &apply_second(&lab));
         if !injected {

@@ -1,5 +1,5 @@
-//! The life of what udplb puts into the kernel: generations, filters, pins and counters, through
-//! applies, rollbacks, detaches, crashes and other people's filters.
+//! Lifecycle of udplb's kernel objects: generations, filters, pins and counters through applies,
+//! rollbacks, detaches, crashes and foreign filters.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -25,14 +25,14 @@ fn on(interfaces: &[&str], mut config: Value) -> Value {
     config
 }
 
-/// All is well, and this generation serves.
+/// Checks that `status` succeeds and that this generation is active.
 #[track_caller]
 fn expect_generation(lab: &Lab, number: u32) {
     let status = lab.run("status -o json").expect(0).json();
     assert_eq!(status["generation"], number);
 }
 
-/// Every name below the pins, with what the kernel says of it; a changed pin is another inode.
+/// Returns each path below the pin directory with its inode; a changed pin has another inode.
 fn pins(lab: &Lab) -> Vec<(PathBuf, u64)> {
     use std::os::unix::fs::MetadataExt;
     let mut found = Vec::new();
@@ -98,13 +98,13 @@ fn rollback_holds_the_rolled_back_file() {
     expect_way(&lab, 7001);
     expect_generation(&lab, 1);
     assert_eq!(lab.status()["held"], 2);
-    // the cron job comes round, with the file as it is
+    // the cron job applies the unchanged file
     for _ in 0..2 {
         lab.try_apply(&to_port(7002), "").expect(1).says(&["held since 20", "--force"]);
         expect_way(&lab, 7001);
     }
     assert_eq!(lab.run(&format!("plan {}", lab.write(&to_port(7002)).display())).code, Some(0));
-    // with the old file put back there is nothing to do
+    // applying the old file changes nothing
     assert_eq!(lab.apply(&to_port(7001))["changed"], false);
     lab.run("rollback").expect(0);
     expect_way(&lab, 7002);
@@ -116,7 +116,7 @@ fn rollback_holds_the_rolled_back_file() {
     expect_way(&lab, 7002);
     assert_eq!(lab.status()["held"], Value::Null);
     assert_eq!(lab.apply(&to_port(7002))["changed"], false);
-    // a changed file ends it as well
+    // a changed file ends the hold too
     lab.run("rollback").expect(0);
     lab.apply(&to_port(7003));
     expect_way(&lab, 7003);
@@ -125,7 +125,7 @@ fn rollback_holds_the_rolled_back_file() {
     expect_way(&lab, 7002);
 }
 
-/// A rule `only` for port 5000 with these upstreams, by name, address and port.
+/// Returns a rule `only` for port 5000 with these upstreams: name, address and port.
 fn upstreams(list: &[(&str, usize, u16)]) -> Value {
     let upstreams: Vec<Value> = list
         .iter()
@@ -150,18 +150,18 @@ fn counters_stay_with_their_upstream() {
 
     lab.apply(&upstreams(&[("a", 0, 7001), ("b", 0, 7002)]));
     (0..3).for_each(|_| send(&receivers[0]));
-    // the order and the others do not matter, nor does the action
+    // the order, the other upstreams and the action do not matter
     lab.apply(&upstreams(&[("b", 0, 7002), ("a", 0, 7001), ("c", 1, 7001)]));
     assert_eq!((forwarded("a"), forwarded("b"), forwarded("c")), (3, 0, 0));
     lab.apply(&upstreams(&[("b", 0, 7002), ("a", 0, 7001)]));
     (0..2).for_each(|_| send(&receivers[1]));
     assert_eq!((forwarded("a"), forwarded("b")), (3, 2));
-    // under a rollback too, where `c` is the one of before
+    // also in a rollback to the previous `c`
     lab.run("rollback").expect(0);
     assert_eq!((forwarded("a"), forwarded("b"), forwarded("c")), (3, 2, 0));
     lab.run("rollback").expect(0);
 
-    // `b` goes, and comes back when no generation knows it any more
+    // `b` is removed and added again when no generation contains it any more
     lab.apply(&upstreams(&[("a", 0, 7001)]));
     lab.apply(&upstreams(&[("c", 1, 7001)]));
     send(&other);
@@ -172,7 +172,7 @@ fn counters_stay_with_their_upstream() {
 #[test]
 fn rollback_keeps_next_hops_of_upstreams_apart() {
     let lab = Lab::new();
-    // without the kernel's routes the program goes by what is kept under the upstream's id
+    // without forwarding the program uses the next hop stored under the upstream's id
     lab.relay.sysctl("net.ipv4.ip_forward", "0");
     let second = Namespace::new();
     lab.relay.link("up1", &second, "eth0", true);
@@ -205,7 +205,7 @@ fn rollback_keeps_next_hops_of_upstreams_apart() {
     expect_silence(&there);
 }
 
-/// Other people's filters, `tc`'s words for them behind `filter add dev eth0`.
+/// Foreign filters: the arguments of `tc filter add dev eth0`.
 const FOREIGN: [&str; 8] = [
     "ingress pref 50 protocol ip flower ip_proto tcp action pass",
     "ingress pref 60 protocol ip u32 match ip dport 53 0xffff classid 1:1",
@@ -217,9 +217,9 @@ const FOREIGN: [&str; 8] = [
     "egress pref 100 handle 0x7564 bpf da bytecode 1,6 0 0 4294967295",
 ];
 
-/// False where this kernel has no such filters.
+/// Adds a filter; returns false if this kernel has no such filters.
 fn add_filter(lab: &Lab, interface: &str, filter: &str) -> bool {
-    // the bytecode of a filter is one word with blanks in it
+    // the bytecode of a filter is one argument with spaces
     let (words, bytecode) = match filter.split_once("bytecode ") {
         Some((words, bytecode)) => (words, vec!["bytecode", bytecode]),
         None => (filter, Vec::new()),
@@ -235,7 +235,7 @@ fn add_filter(lab: &Lab, interface: &str, filter: &str) -> bool {
     true
 }
 
-/// Filters as `tc` shows them, without udplb's.
+/// Returns the filters shown by `tc`, without udplb's.
 fn foreign_filters(lab: &Lab) -> String {
     let filters = ["ingress", "egress"]
         .map(|hook| lab.relay.tc(&format!("filter show dev eth0 {hook}")))
@@ -277,7 +277,7 @@ fn has_clsact(lab: &Lab, interface: &str) -> bool {
 #[test]
 fn detach_removes_its_own_clsact_only() {
     let lab = Lab::new();
-    // ours, and nothing else on it: a detach leaves it, and a purge knows it all the same
+    // a clsact of udplb without foreign filters: `detach` keeps it, and `--purge` still recognizes it
     for again in ["", "detach", "rollback"] {
         lab.apply(&to_port(7001));
         lab.run("detach").expect(0);
@@ -289,7 +289,7 @@ fn detach_removes_its_own_clsact_only() {
         lab.run("detach --purge").expect(0);
         assert!(!has_clsact(&lab, "eth0"), "after {again}");
     }
-    // ours, but in use, on either hook
+    // a clsact of udplb with a foreign filter on either hook
     for foreign in FOREIGN {
         lab.apply(&to_port(7001));
         let shared = add_filter(&lab, "eth0", foreign);
@@ -299,7 +299,7 @@ fn detach_removes_its_own_clsact_only() {
             lab.relay.tc("qdisc del dev eth0 clsact");
         }
     }
-    // not ours, and empty; whoever made the one before
+    // a foreign, empty clsact, although udplb created an earlier one
     lab.relay.tc("qdisc add dev eth0 clsact");
     lab.apply(&to_port(7001));
     lab.run("detach").expect(0);
@@ -396,11 +396,11 @@ fn lost_pin_is_noticed_and_healed() {
             false => lab.bpffs.pins().join(generation).join(lost),
         };
         fs::remove_file(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        // without `current` the filters say what serves
+        // without `current` the filters identify the active generation
         let status = lab.run("status").expect(if lost == "current" { 0 } else { 3 });
         assert_eq!(status.stdout.contains("description of"), lost == "config", "{status:?}");
         expect_way(&lab, port);
-        // the same file, then another; neither is refused, and both go through
+        // the same file, then another one: both are applied
         lab.apply(&to_port(port));
         lab.run("status").expect(0);
         expect_way(&lab, port);
@@ -421,7 +421,7 @@ fn loss_of_all_pins_is_healed() {
     lab.run("status").expect(3);
     lab.run("list").expect(3);
     lab.try_apply(&to_port(7001), "").expect(1).says(&["--force"]);
-    // with the directory that this made, and without
+    // first with udplb's directory present, then without
     for _ in 0..2 {
         let by_hand = "tc filter del dev eth0 ingress pref 100";
         lab.run("detach").expect(1).says(&["eth0", "not in this pin directory", by_hand]);
@@ -450,7 +450,7 @@ fn several_interfaces_are_attached_and_detached() {
     drop(receiver);
     expect_way(&lab, 7001);
 
-    // one is detached when the file names it no longer, and the plan says so
+    // an interface that the file no longer names is detached, and the plan shows it
     let file = lab.write(&to_port(7001));
     let plan = lab.run(&format!("plan {}", file.display())).expect(0);
     assert!(plan.stdout.contains("- interface up0: detached"), "{plan:?}");
@@ -474,7 +474,8 @@ fn crash_between_swaps_leaves_both_serving() {
         lab.apply(&both(7001));
         let generation = lab.apply(&both(7002))["generation"].clone();
         let current = fs::read_link(lab.bpffs.pins().join("current")).expect("current");
-        // as it was before the last swap: the old program on one, `current` on the old
+        // the state before the last swap: the old program on one interface, `current` on the old
+        // generation
         lab.run("rollback").expect(0);
         let program = lab.bpffs.pins().join(current).join("program");
         let replace = format!(
@@ -495,7 +496,7 @@ fn crash_between_swaps_leaves_both_serving() {
     }
 }
 
-/// They have a program of their own, which is there only where it is needed.
+/// Interfaces without MAC addresses have their own program, loaded only where needed.
 #[test]
 fn interfaces_without_mac_addresses_are_attached() {
     let lab = Lab::new();
@@ -519,7 +520,7 @@ fn interfaces_without_mac_addresses_are_attached() {
     assert_eq!(lab.filters("tun0"), "");
     lab.run("rollback").expect(0);
     assert_ne!(program_of("eth0"), program_of("tun0"));
-    // its pin is gone, and then the generation too
+    // the program's pin is lost, then the generation
     fs::remove_file(lab.bpffs.pins().join("generations/2/program-l3")).expect("a pin");
     lab.run("status").expect(3);
     lab.apply(&on(&["eth0", "tun0"], to_port(7001)));
@@ -595,14 +596,14 @@ fn readers_share_the_lock_and_writers_do_not() {
     for command in [&plan, "status --lock-timeout 0"].into_iter().chain(writers) {
         lab.run(command).expect(75).says(&["still locked"]);
     }
-    // a writer that waits gets its turn
+    // a waiting writer gets the lock
     let waiting = spawn(&lab, &apply.replace("timeout 0", "timeout 20"));
     directory.unlock().expect("unlocked");
     assert_eq!(waiting.wait_with_output().expect("it ends").status.code(), Some(0));
     expect_way(&lab, 7001);
 }
 
-/// Readers that overlap without a pause keep no writer out.
+/// Continuously overlapping readers do not starve writers.
 #[test]
 fn writer_gets_its_turn_among_readers() {
     let lab = Lab::new();
@@ -612,7 +613,7 @@ fn writer_gets_its_turn_among_readers() {
         for _ in 0..6 {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
-                    // under the lock they read; here they also rest on it
+                    // real readers release the lock after reading; these also hold it for a while
                     let guard =
                         udplb::datapath::pins::read(&lab.bpffs.pins(), Duration::from_secs(60));
                     std::thread::sleep(Duration::from_millis(300));
@@ -648,7 +649,7 @@ fn concurrent_applies_both_succeed() {
             assert_eq!(output.status.code(), Some(0), "{output:?}");
         }
         lab.run("status").expect(0);
-        // what serves is one of the two and no mixture: nothing is left to do for one of them
+        // one of the two configurations is active, not a mixture: a plan for it has no actions
         let same: Vec<u16> = files
             .iter()
             .filter(|(_, words)| {
@@ -659,7 +660,7 @@ fn concurrent_applies_both_succeed() {
         assert_eq!(same.len(), 1);
         expect_way(&lab, same[0]);
     }
-    // the same file twice: one of them has nothing to do
+    // the same file twice: one apply has nothing to do
     lab.run("detach --purge").expect(0);
     let children = [0, 1].map(|_| spawn(&lab, &files[0].1));
     let changed = children.map(|child| {
@@ -670,7 +671,7 @@ fn concurrent_applies_both_succeed() {
     assert_ne!(changed[0], changed[1]);
 }
 
-/// A `block` rule and a `pass` rule, both to this port of the first upstream.
+/// Returns a `block` rule and a `pass` rule, both to this port of the first upstream.
 fn under_load(port: u16) -> Value {
     let upstream = |port| json!({ "name": "one", "address": UPSTREAMS[0], "port": port });
     config(&[
@@ -679,8 +680,8 @@ fn under_load(port: u16) -> Value {
     ])
 }
 
-/// Runs `change` while datagrams go through both rules, which lead to either of two ports; none
-/// may be lost. Returns how many went through each.
+/// Runs `change` while datagrams pass both rules, each to one of two ports, and checks that none is
+/// lost. Returns the number of datagrams through each rule.
 fn lose_nothing(lab: &Lab, change: impl FnOnce()) -> [u64; 2] {
     let at_upstream =
         [7001, 7002, 7101, 7102].map(|port| count(bind(&lab.upstream, UPSTREAMS[0], port)));
@@ -691,14 +692,14 @@ fn lose_nothing(lab: &Lab, change: impl FnOnce()) -> [u64; 2] {
         let sending = senders
             .each_ref()
             .map(|(socket, port)| scope.spawn(|| send_until(&stop, socket, (RELAY, *port))));
-        // also where a check fails, else the senders would go on
+        // also if a check fails, otherwise the senders would continue
         let changed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(change));
         stop.store(true, Ordering::Relaxed);
         let sent = sending.map(|thread| thread.join().expect("a sender"));
         changed.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         sent
     });
-    // a last one to each port by hand: only two of the four are led to
+    // a final datagram to each port: the rules lead to only two of the four
     for port in [7001, 7002, 7101, 7102] {
         let socket = bind(&lab.upstream, UPSTREAMS[1], 0);
         crate::common::net::send_last(&socket, (UPSTREAMS[0], port));
@@ -722,20 +723,20 @@ fn two_hundred_applies_lose_no_packet() {
     });
     expect_generation(&lab, 201);
     assert_eq!(numbers(&lab), ["200", "201"]);
-    // and every one was counted once, for one upstream or the other
+    // every datagram was counted once, for one upstream
     let counted = || ["block", "pass"].map(|rule| lab.packets(rule, "one", "forwarded"));
     let [block, pass] = counted();
     lab.run("rollback").expect(0);
     let [other_block, other_pass] = counted();
     assert!(block > 0 && other_block > 0);
-    // the last datagram of each sender tells that there are no more
+    // the last datagram of each sender is the final marker
     assert_eq!([block + other_block, pass + other_pass], sent.map(|sent| sent + 1));
 }
 
 #[test]
 fn rollbacks_and_other_interfaces_lose_no_packet() {
     let lab = Lab::new();
-    // while a clsact comes or goes the kernel itself drops what the interface is to send
+    // while a clsact is added or removed the kernel drops outgoing packets
     lab.relay.tc("qdisc add dev up0 clsact");
     lab.apply(&under_load(7001));
     lab.apply(&under_load(7002));
@@ -770,7 +771,7 @@ fn killed_apply_leaves_something_serving() {
             killed += usize::from(child.wait().expect("it ends").code().is_none());
             let (healed, time) = timed(&config);
             if healed["changed"] == true {
-                // a machine that was busy may be faster now, and would let all of them finish
+                // the machine may be less busy now, so that every apply would finish before the kill
                 whole = whole.min(time);
             }
             lab.run("status").expect(0);
@@ -801,7 +802,7 @@ fn purge_leaves_nothing() {
         assert_eq!(again, json!({ "format_version": 1, "changed": false, "detached": [] }));
     }
     assert!(!lab.bpffs.pins().exists());
-    // also where the directory is there, and nothing was ever built in it
+    // also if the directory exists and no generation was ever built
     lab.try_apply(&on(&["eth7"], to_port(7001)), "").expect(1);
     assert_eq!(lab.run("detach --purge -o json").expect(0).json()["changed"], false);
     lab.apply(&to_port(7001));
@@ -839,7 +840,7 @@ fn rollback_after_detach_attaches_again() {
     }
     lab.run("rollback").expect(0);
     expect_way(&lab, 7001);
-    // what an apply took off is its change, and undone with it
+    // interfaces detached by an apply are part of its change and are restored with it
     lab.try_apply(&to_port(7003), "").expect(0);
     lab.run("rollback").expect(0);
     expect_way(&lab, 7001);
@@ -869,7 +870,7 @@ fn warnings_are_printed_once_a_generation() {
     let first = lab.try_apply(&config, "").expect(0);
     assert!(first.stderr.contains("warning"), "{first:?}");
     assert_ne!(first.json()["warnings"], json!([]));
-    // also where the text is judged again
+    // also if the text is checked again
     for options in ["", "--force", "--partial"] {
         let again = lab.try_apply(&config, options).expect(0);
         assert!(!again.stderr.contains("warning"), "{again:?}");
@@ -877,7 +878,7 @@ fn warnings_are_printed_once_a_generation() {
     }
 }
 
-/// Two udplb on one interface, each with its pins.
+/// Two udplb instances with separate pin directories share one interface.
 #[test]
 fn filter_of_another_pin_directory_is_refused() {
     let lab = Lab::new();
@@ -896,7 +897,7 @@ fn filter_of_another_pin_directory_is_refused() {
     }
     let doctor = other("doctor").expect(3);
     assert!(doctor.stdout.contains(&take_away) && !doctor.stdout.contains("--force"), "{doctor:?}");
-    // it is not this one's to detach
+    // the other instance cannot detach the filter
     other("detach --purge").expect(0);
     expect_way(&lab, 7001);
     lab.run("detach").expect(0);
@@ -905,7 +906,7 @@ fn filter_of_another_pin_directory_is_refused() {
     other("detach --purge").expect(0);
 }
 
-/// The same in another mount namespace, as of a container.
+/// The other instance is in another mount namespace, such as a container.
 #[test]
 fn filter_of_another_mount_namespace_is_refused() {
     let lab = Lab::new();
@@ -925,7 +926,7 @@ fn filter_of_another_mount_namespace_is_refused() {
     inside.wait().expect("the process");
     refused.expect(1).says(&["eth0", &namespace, "nsenter --mount"]);
     expect_way(&lab, 7001);
-    // nobody has it any more
+    // no process has the mount any more
     lab.try_apply(&to_port(7002), "").expect(1).says(&["or gone", "--force"]);
     lab.try_apply(&to_port(7002), "--force").expect(0);
     expect_way(&lab, 7002);
@@ -962,7 +963,7 @@ fn pin_directory_writable_by_others_is_refused() {
     assert_eq!(fs::metadata(&directory).expect("it").permissions().mode() & 0o7777, 0o700);
 }
 
-/// Runs udplb in a mount namespace of its own, after a script, and returns what the script says last.
+/// Runs udplb in its own mount namespace between two scripts and returns their output.
 fn in_mounts(lab: &Lab, before: &str, words: &str, after: &str) -> Outcome {
     let mut command = lab.relay.command("unshare");
     let script = format!("{before}; \"$0\" {words}; echo rc=$?; {after}");
@@ -983,7 +984,8 @@ fn only_sys_fs_bpf_is_mounted() {
     refused.says(&["is not on a bpffs", "mount -t bpf -o mode=0700"]);
     assert_eq!(fs::read_dir(&plain).expect("it").count(), 0);
 
-    // a mount of its own goes again where the command fails, and is root's alone where it does not
+    // udplb's own bpffs mount is removed if the command fails, and is accessible only to root if the
+    // command succeeds
     let bare = "umount -l /sys/fs/bpf; while umount -l /sys/fs/bpf 2>/dev/null; do :; done";
     let mounts = "grep ' /sys/fs/bpf bpf ' /proc/mounts | wc -l; stat -c %a /sys/fs/bpf";
     let missing = lab.directory.write("missing.yaml", &on(&["eth7"], to_port(7001)).to_string());

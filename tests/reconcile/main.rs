@@ -1,4 +1,4 @@
-//! From a configuration to the kernel: plans, their execution, and what survives failures.
+//! Reconciliation from configuration to kernel: plans, their execution, and recovery from failures.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,4 +1,4 @@
-//! A kernel in which actions are carried out on paper, and which objects to what must not be done.
+//! A model of the kernel that applies actions in memory and panics on forbidden ones.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -44,8 +44,8 @@ impl Kernel {
         Kernel { observed, clsacts: BTreeMap::new() }
     }
 
-    /// Somebody else adds a clsact where there is none. Where some generation says that it made
-    /// one, a rollback to it would take this one for its own, once it is empty.
+    /// Adds a foreign clsact where there is none. Skipped if a generation or mark records a clsact of
+    /// udplb's: a rollback to it would take the foreign one for udplb's once it is empty.
     pub fn add_foreign_clsact(&mut self, interface: &str) {
         let claims = |it: &Generation| it.description.clsact.iter().any(|name| name == interface);
         let marked = self.observed.marks.get(interface).is_some_and(|mark| mark.clsact);
@@ -59,21 +59,21 @@ impl Kernel {
         }
     }
 
-    /// Somebody else adds a filter, or takes theirs away.
+    /// Adds or removes a foreign filter.
     pub fn share(&mut self, interface: &str, shared: bool) {
         self.add_foreign_clsact(interface);
         let hook = self.hook(interface);
         hook.shared = shared && hook.qdisc.is_some();
     }
 
-    /// Plans what `apply` is to do and carries out the first `steps` of it.
+    /// Plans an `apply` and carries out its first `steps` actions.
     pub fn apply(&mut self, desired: &Desired, force: bool, steps: usize) -> Result<Plan, Refusal> {
         let plan = plan::apply(&self.observed, desired, &Origin::default(), force)?;
         self.carry_out(&plan.actions, steps);
         Ok(plan)
     }
 
-    /// The same with `--confirm`.
+    /// Plans an `apply --confirm` and carries out its first `steps` actions.
     pub fn apply_pending(
         &mut self,
         desired: &Desired,
@@ -92,7 +92,7 @@ impl Kernel {
         Ok(plan)
     }
 
-    /// A refusal changes nothing.
+    /// Confirms the pending change; a refused `confirm` changes nothing.
     pub fn confirm(&mut self) {
         if let Ok(actions) = plan::confirm(&self.observed) {
             self.carry_out(&actions, usize::MAX);
@@ -108,7 +108,7 @@ impl Kernel {
         for action in actions.iter().take(steps) {
             self.act(action);
         }
-        // a crash in the middle of the next one
+        // a crash in the middle of the next action
         if let Some(Action::Build(draft)) = actions.get(steps) {
             self.observed.unfinished.push(format!("building-{}", draft.number));
         }

@@ -1,5 +1,5 @@
-//! The ways that are found in the kernel's tables, in network namespaces: both families, link-local
-//! addresses, devices without MAC addresses, and this host's own address on each way.
+//! Next hops resolved from the kernel's tables, in network namespaces: both families, link-local
+//! addresses, devices without MAC addresses, and egress addresses.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -44,7 +44,7 @@ impl Pair {
         ] {
             pair.neighbour.ip(&format!("addr add {address} dev eth0"));
         }
-        // a new link drops what is sent at first
+        // a new link drops the first packets
         until("the neighbour answers", || {
             matches!(pair.hop("2001:db8:2::20").macs, Macs::Known { .. })
         });
@@ -78,7 +78,8 @@ impl Pair {
         }
     }
 
-    /// Interface, neighbour, own address and MTU of the way to an address; its MAC address is known.
+    /// Checks interface, neighbour, egress address and MTU of the next hop to an address; the MAC
+    /// address is known.
     #[track_caller]
     fn check(&self, address: &str, gateway: &str, egress: &str, mtu: u32) {
         let hop = self.hop(address);
@@ -112,7 +113,7 @@ fn neighbours_and_gateways_are_resolved() {
         "10.10.0.0/24 via 10.2.0.20 src 10.2.0.7",
         "10.11.0.0/24 via inet6 fe80::20 dev eth0",
     ] {
-        // as `src` it has to be there
+        // an address used as `src` must exist
         pair.host.ip("addr replace 10.2.0.7/24 dev eth0");
         pair.host.ip(&format!("route add {route}"));
     }
@@ -121,7 +122,7 @@ fn neighbours_and_gateways_are_resolved() {
     pair.check("2001:db8:a::1", "fe80::20", "2001:db8:2::1", 1500);
     pair.check("10.10.0.1", "10.2.0.20", "10.2.0.7", 1500);
     pair.check("10.11.0.1", "fe80::20", "10.2.0.1", 1500);
-    // what a router has told of
+    // an MTU as a router advertises it
     pair.host.sysctl("net.ipv6.conf.eth0.mtu", "1300");
     pair.check("2001:db8:2::20", "2001:db8:2::20", "2001:db8:2::1", 1300);
     pair.check("10.2.0.20", "10.2.0.20", "10.2.0.1", 1500);
@@ -138,7 +139,7 @@ fn policy_rules_and_nexthop_objects_are_resolved() {
     pair.check("2001:db8:b::1", "2001:db8:2::20", "2001:db8:2::1", 1500);
 }
 
-/// The kernel begins its answers with any of the paths; all hosts must choose alike.
+/// The kernel lists the paths in any order; all hosts must choose the same path.
 #[test]
 fn multipath_choice_is_stable() {
     let pair = Pair::new();
@@ -150,7 +151,7 @@ fn multipath_choice_is_stable() {
     }
 }
 
-/// Each of several paths has its own address of this host.
+/// Each of several paths has its own egress address.
 #[test]
 fn egress_address_is_of_the_path() {
     let pair = Pair::new();
@@ -175,7 +176,7 @@ fn egress_address_is_of_the_path() {
     }
 }
 
-/// They are on their link whatever the tables say.
+/// Link-local addresses are on their link, whatever the routing tables contain.
 #[test]
 fn link_local_addresses_are_resolved() {
     let pair = Pair::new();
@@ -230,12 +231,12 @@ fn devices_without_mac_addresses_are_resolved() {
     }
 }
 
-/// A router that was told to be one stays one, whatever is asked of it.
+/// A neighbour's router flag survives every kind of probe.
 #[test]
 fn probe_keeps_the_router_flag() {
     use udplb::net::neighbour::{Batches, NeighbourRequest};
     let pair = Pair::new();
-    // nobody answers, who would tell again that it is one
+    // no host answers, so the flag cannot be set again
     pair.host.ip("neigh add fe80::77 lladdr 02:00:00:00:00:77 router nud stale dev eth0");
     let key: NeighbourKey = (pair.host.index("eth0"), ip("fe80::77"));
     for request in [NeighbourRequest::Keep, NeighbourRequest::Probe, NeighbourRequest::Release] {

@@ -1,4 +1,4 @@
-//! `apply --partial`, where an interface or a name of the file is not there.
+//! `apply --partial` with a missing interface or an unresolvable name in the file.
 
 use std::fs;
 use std::path::PathBuf;
@@ -46,14 +46,14 @@ impl Place {
         (code, serde_json::from_str(&json).expect("JSON"))
     }
 
-    /// The rules that serve.
+    /// Returns the active rules.
     fn rules(&self) -> Vec<String> {
         let (_, status) = self.status();
         let rules = status["rules"].as_array().into_iter().flatten();
         rules.filter_map(|rule| rule["rule"].as_str()).map(String::from).collect()
     }
 
-    /// The interfaces with the filter.
+    /// Returns the interfaces that have the filter.
     fn attached(&self) -> Vec<String> {
         let (_, status) = self.status();
         let interfaces = status["interfaces"].as_array().into_iter().flatten();
@@ -128,7 +128,7 @@ fn vanished_interface_is_left_out() {
     place.relay.link("late0", &place.other, "late0", true);
     let (code, _, said) = outcome(&mut place.apply(&["--partial"]));
     assert_eq!(code, Some(0), "{said}");
-    // as when the service is stopped and started
+    // as when the service is stopped and started again
     let (code, _, said) = outcome(udplb(&place.relay, &place.bpffs).arg("detach"));
     assert_eq!(code, Some(0), "{said}");
     place.relay.ip("link del late0");
@@ -152,7 +152,7 @@ fn no_interface_at_all_serves_nothing() {
     let (code, status) = place.status();
     assert_eq!((code, &status["incomplete"]["interfaces"]), (Some(3), &json!(["late0"])));
 
-    // what serves elsewhere is not given up for it
+    // interfaces that serve are not detached for it
     let (code, _, said) = outcome(&mut place.apply(&["-i", "eth0"]));
     assert_eq!(code, Some(0), "{said}");
     let (code, _, said) = outcome(&mut place.apply(&["--partial"]));
@@ -174,7 +174,7 @@ rules:
     upstream: [{ address: up.invalid }]
 ";
 
-/// The upstreams of a rule that serve.
+/// Returns the active upstreams of a rule.
 fn upstreams(status: &Value, rule: &str) -> Vec<String> {
     let mut rules = status["rules"].as_array().into_iter().flatten();
     let rule = rules.find(|it| it["rule"] == rule).expect("the rule");
@@ -200,7 +200,7 @@ fn unresolved_name_is_left_out() {
     assert_eq!((&host["effect"], &host["line"]), (&json!("left-out"), &json!(8)), "{status}");
     assert!(place.metrics().contains("udplb_config_incomplete 2\n"));
 
-    // The name resolves, and then no more.
+    // The name resolves at first, later no more.
     let hosts = place.directory.join("hosts");
     fs::write(&hosts, "10.0.0.3 up.invalid\n").expect("the hosts file");
     let apply = place.apply(&["--partial"]);
@@ -222,7 +222,7 @@ fn unresolved_name_is_left_out() {
     }
 }
 
-/// A slip in an upstream's name must not end a rule that serves.
+/// A typo in an upstream's name must not remove an active rule.
 #[test]
 fn serving_rule_is_not_lost_to_a_typo() {
     let place = Place::new(&NAMES.replace("up.invalid", "10.0.0.3"));
@@ -235,15 +235,15 @@ fn serving_rule_is_not_lost_to_a_typo() {
     let (_, status) = place.status();
     assert_eq!(upstreams(&status, "alone"), ["10.0.0.3"]);
     assert_eq!(upstreams(&status, "copies"), ["10.0.0.2"]);
-    // what `list` prints is the file, with nothing lost
+    // `list` prints the complete file
     let (_, list, _) = outcome(udplb(&place.relay, &place.bpffs).arg("list"));
     assert_eq!(list.matches("up.invalid").count(), 2, "{list}");
-    // without --partial it is all or nothing
+    // without --partial nothing is applied
     let (code, _, _) = outcome(&mut place.apply(&[]));
     assert_eq!((code, place.rules().len()), (Some(75), 2));
 }
 
-/// Two interfaces and two receivers, of which one each is missing.
+/// Returns a configuration with two interfaces and two receivers; one of each is missing.
 fn late_config() -> Value {
     let upstreams = [
         json!({ "address": UPSTREAMS[0] }),
@@ -284,19 +284,19 @@ fn arpd_completes_under_traffic() {
     });
     assert_eq!(receiver.join().expect("counted"), sent);
     assert!(late.join().expect("counted") > 0);
-    // the interface that was late serves too
+    // the late interface is attached too
     other.ip("addr add 10.9.0.2/24 dev eth0");
     other.ip("route add default via 10.9.0.1");
     let receiver = bind(&lab.upstream, UPSTREAMS[0], 5000);
     bind(&other, [10, 9, 0, 2], 0).send_to(b"late", (RELAY, 5000)).expect("sent");
     assert_eq!(receive(&receiver).payload, b"late");
-    // and all is as if it had been applied at once: its qdisc is udplb's to remove
+    // the result equals a single apply: udplb removes the qdisc of the late interface
     lab.with_hosts(&format!("apply {}", file.display())).output().expect("applied");
     lab.run("detach --purge").expect(0);
     assert!(!lab.relay.tc("qdisc show dev late0").contains("clsact"));
 }
 
-/// As when the only interface is late, and the service is stopped meanwhile.
+/// The only interface appears late, and the service is stopped before that.
 #[test]
 fn missing_interface_stays_detached_until_apply() {
     let lab = Lab::new();
@@ -320,7 +320,7 @@ fn missing_interface_stays_detached_until_apply() {
     lab.run("status -q").expect(0);
 }
 
-/// A detached configuration stays detached, also if an interface was missing.
+/// A detached configuration stays detached, even if an interface was missing.
 #[test]
 fn late_interface_after_detach_is_not_attached() {
     let lab = Lab::new();

@@ -1,5 +1,5 @@
-//! From what the kernel holds to what is wanted: the actions on paper, for any configurations and
-//! any crash, and the real executor, with a failure at every action.
+//! Plans from the observed to the desired state: in the model, for any configurations and any crash,
+//! and with the real executor, with a failure at every action.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -55,7 +55,7 @@ fn desired() -> impl Strategy<Value = Desired> {
     })
 }
 
-/// An event on a machine. The number of steps says where it crashes; most events complete.
+/// An event on a machine. `steps` is the number of actions before a crash; most events complete.
 #[derive(Clone, Debug)]
 enum Event {
     Apply(Desired, bool, usize),
@@ -94,7 +94,7 @@ fn happen(kernel: &mut Kernel, event: &Event) {
     let nth =
         |kernel: &Kernel, index: usize| kernel.observed.generations.keys().nth(index).copied();
     match event {
-        // one that is refused changes nothing
+        // a refused event changes nothing
         Event::Apply(desired, force, steps) => drop(kernel.apply(desired, *force, *steps)),
         Event::ApplyPending(desired, force, steps) => {
             drop(kernel.apply_pending(desired, *force, *steps));
@@ -118,7 +118,7 @@ fn happen(kernel: &mut Kernel, event: &Event) {
     }
 }
 
-/// A machine with a past.
+/// Generates a machine with random past events.
 fn kernel() -> impl Strategy<Value = Kernel> {
     vec(event(), 0..8).prop_map(|events| {
         let mut kernel = Kernel::new(&INTERFACES);
@@ -130,7 +130,7 @@ fn kernel() -> impl Strategy<Value = Kernel> {
     })
 }
 
-/// One id has one holder, and one holder has one id, over all generations there are.
+/// Checks that each id has one holder and each holder one id, over all generations.
 fn check_ids(kernel: &Kernel) {
     let mut by_id = BTreeMap::new();
     let mut by_holder = BTreeMap::new();
@@ -150,7 +150,7 @@ fn check_ids(kernel: &Kernel) {
     }
 }
 
-/// The configuration serves, on its interfaces and nowhere else, and nothing is left to do.
+/// Checks that the configuration is active on exactly its interfaces and that nothing remains to do.
 fn check_applied(kernel: &Kernel, desired: &Desired) {
     let observed = &kernel.observed;
     let serving = observed.serving().expect("something serves");
@@ -193,7 +193,7 @@ proptest! {
         mut kernel in kernel(), new in desired(), steps in 0..16_usize,
     ) {
         kernel.apply(&new, true, steps).expect("force");
-        // the cron job comes round: it must not be refused for what the first call overcame
+        // the cron job's apply must not be refused for a reason that the first call overrode with force
         kernel.apply(&new, true, ALL).expect("force");
         check_applied(&kernel, &new);
     }
@@ -209,7 +209,7 @@ proptest! {
         kernel.rollback(ALL).expect("there is one before");
         prop_assert!(matches!(kernel.apply(&left, false, ALL), Err(Refusal::Held(_))));
         check_applied(&kernel, &old);
-        // the old file put back changes nothing, and the left one stays held
+        // applying the old file changes nothing, and the generation that was left stays held
         prop_assert!(kernel.apply(&old, false, ALL).expect("no refusal").actions.is_empty());
         prop_assert!(kernel.observed.held.is_some());
 
@@ -269,7 +269,7 @@ proptest! {
         let cron = kernel.clone().apply(&new, false, ALL);
         if begun {
             prop_assert!(matches!(cron, Err(Refusal::Held(_))), "{cron:?}");
-            // once more the same way, where it did not come to its end
+            // retries the rollback if it did not complete
             if kernel.observed.current == Some(left) {
                 kernel.rollback(ALL).expect("there is one before");
             }
@@ -289,7 +289,7 @@ proptest! {
             let result = kernel.apply_pending(new, false, steps);
             prop_assert!(result.is_ok(), "{result:?}");
         }
-        // the deadline has come; what carries the rollback out is killed too
+        // the deadline has passed; the process that rolls back is killed too
         for steps in [back, ALL] {
             if kernel.observed.pending.is_some() {
                 kernel.rollback(steps).expect("there is one before");
@@ -392,7 +392,7 @@ fn changed_program_is_another_generation() {
         &mut kernel.observed.generations.get_mut(&1).expect("it is there").description.object;
     *object = "an older udplb's".into();
     assert_eq!(kernel.apply(&one, false, ALL).expect("no refusal").generation, 2);
-    // and back to it, where the upgrade was no good: the cron job must not repeat it
+    // rollback of a bad upgrade: the cron job must not apply it again
     assert_eq!(kernel.rollback(ALL).expect("there is one before").generation, 1);
     assert!(matches!(kernel.apply(&one, false, ALL), Err(Refusal::Held(_))));
     kernel.apply(&one, true, ALL).expect("force");
@@ -436,12 +436,12 @@ type Planner<'a> = &'a (dyn Fn(&Observed) -> Result<Plan, Refusal> + Sync);
 #[derive(Clone, Copy)]
 enum Trouble {
     Failure,
-    /// Nothing is undone.
+    /// The process ends without undoing anything.
     Crash,
 }
 
-/// Plans on what the kernel holds and carries it out in this process, up to action `stop`, where
-/// the trouble is. Returns how many actions there were.
+/// Observes the kernel, plans and carries the plan out in this process up to the fault at action
+/// `stop`. Returns the number of actions.
 fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> anyhow::Result<usize> {
     let inside = async || {
         let netlink = Netlink::open()?;
@@ -481,8 +481,8 @@ fn wanted(config: &Value) -> Desired {
     Desired::written(&config, &config.interfaces)
 }
 
-/// All that a failed apply must leave as it was: filters with their programs, qdiscs, generations,
-/// `current` and what is held.
+/// Returns the state that a failed apply must not change: filters with their programs, qdiscs,
+/// generations, `current` and held generations.
 fn snapshot(lab: &Lab) -> String {
     let mut text = lab.relay.tc("qdisc show") + &lab.filters("eth0") + &lab.filters("up0");
     let mut pins = vec![String::new()];
@@ -497,7 +497,7 @@ fn snapshot(lab: &Lab) -> String {
         let inside = names.iter().map(|name| format!("{directory}/{name}"));
         let directories =
             inside.map(|name| name.trim_start_matches('/').to_string()).filter(|name| {
-                // state/ may be made by what fails; it is nobody's generation
+                // a failed apply may create state/, which belongs to no generation
                 let path = lab.bpffs.pins().join(name);
                 path.is_dir() && !path.is_symlink() && name != pins::STATE
             });
@@ -507,8 +507,8 @@ fn snapshot(lab: &Lab) -> String {
     text + &format!("{} {} {}", status["generation"], status["held"], status["pending"])
 }
 
-/// Fails at each action in turn, in one laboratory: what a failure leaves is what the next try
-/// starts from. Then lets it pass.
+/// Fails at each action in turn in one lab, each try starting from the state the last failure left; the
+/// final try succeeds.
 fn fail_everywhere(lab: &Lab, serves: Option<u16>, plan: Planner<'_>) {
     drop(pins::write(&lab.bpffs.pins(), std::time::Duration::ZERO).expect("the pin directory"));
     let before = snapshot(lab);
@@ -548,14 +548,14 @@ fn failing_first_apply_leaves_nothing() {
 #[test]
 fn failing_apply_keeps_the_old_generation() {
     let lab = Lab::new();
-    // from two interfaces to one: a detachment, with the clsact that udplb made
+    // from two interfaces to one: detaches, with the clsact that udplb created
     lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
     let desired = wanted(&to_port(7002));
     fail_everywhere(&lab, Some(7001), &|observed| {
         plan::apply(observed, &desired, &Origin::default(), false)
     });
     expect_way(&lab, 7002);
-    // and back to two, with a generation to drop
+    // back to two, with a generation to remove
     let desired = wanted(&with_interfaces(to_port(7003), &["eth0", "up0"]));
     fail_everywhere(&lab, Some(7002), &|observed| {
         plan::apply(observed, &desired, &Origin::default(), false)
@@ -571,7 +571,7 @@ fn failing_rollback_keeps_the_new_generation() {
     fail_everywhere(&lab, Some(7002), &|observed| plan::rollback(observed, 1_000));
     expect_way(&lab, 7001);
     assert_eq!(lab.status()["held"], 2);
-    // with --force, out of it again
+    // out of the held state with --force
     let desired = wanted(&to_port(7002));
     fail_everywhere(&lab, Some(7001), &|observed| {
         plan::apply(observed, &desired, &Origin::default(), true)
@@ -647,7 +647,7 @@ fn failing_take_over_leaves_the_orphan_serving() {
 fn crash_at_any_executed_action_is_healed() {
     let lab = Lab::new();
     lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
-    // to one interface and back to two: all kinds of actions but those of a rollback
+    // to one interface and back to two: all kinds of actions except those of a rollback
     let configurations = [to_port(7002), with_interfaces(to_port(7001), &["eth0", "up0"])]
         .map(|it| (wanted(&it), it));
     let mut stop = 0;
@@ -684,7 +684,7 @@ fn crash_at_any_rollback_action_is_healed() {
             break;
         }
         check_serving(&lab);
-        // once more the same way, or else the cron job's: held or not, one of them goes through
+        // retries the rollback, or runs the cron job's apply: held or not, one of them succeeds
         let again = lab.run("rollback");
         if stop % 2 == 0 || again.code != Some(0) {
             lab.try_apply(&to_port(7002), "--force").expect(0);
@@ -696,7 +696,7 @@ fn crash_at_any_rollback_action_is_healed() {
     }
 }
 
-/// The old upstream's port or the new one's gets what is sent.
+/// Checks that the old or the new upstream port receives the datagrams.
 fn check_serving(lab: &Lab) {
     let receivers = [7001, 7002].map(|port| bind(&lab.upstream, UPSTREAMS[0], port));
     let sender = bind(&lab.client, CLIENTS[0], 0);
