@@ -1,4 +1,4 @@
-//! A name server on the relay's loopback with answers, or silence, set by the test.
+//! A name server on the relay's loopback whose answers, or silence, the test sets.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
@@ -10,15 +10,15 @@ use std::time::Duration;
 
 use crate::common::lab::Lab;
 
-/// An answer to the questions for a name; there is no other name.
+/// The answer to queries for a name; all other names do not exist.
 #[derive(Clone)]
 pub enum Answer {
     Addresses(Vec<IpAddr>),
     Late(Duration, Vec<IpAddr>),
-    /// SERVFAIL
+    /// The response code SERVFAIL.
     Failure,
     Silence,
-    /// "Ask again by TCP", which takes the connection and stays silent.
+    /// A truncated answer; the TCP connection that follows is accepted and stays silent.
     Truncated,
 }
 
@@ -43,7 +43,7 @@ impl Dns {
         let (udp, tcp) = lab.relay.enter(|| {
             (UdpSocket::bind(at).expect("UDP port 53"), TcpListener::bind(at).expect("TCP port 53"))
         });
-        // far longer than the tests' own deadlines
+        // much longer than the tests' own timeouts
         let options = "options timeout:30 attempts:5";
         lab.directory.write("resolv.conf", &format!("nameserver 127.0.0.1\nsearch .\n{options}\n"));
         lab.directory.write("nsswitch.conf", "hosts: files dns\n");
@@ -77,7 +77,7 @@ impl Drop for Dns {
 }
 
 impl Lab {
-    /// udplb on the relay, whose names are those of the [`Dns`].
+    /// Returns a udplb command on the relay that resolves names with the [`Dns`].
     pub fn with_dns(&self, words: &str) -> Command {
         let mut command = self.relay.command("unshare");
         let mounts = ["resolv.conf", "nsswitch.conf", "hosts"].map(|file| {
@@ -116,7 +116,7 @@ fn answer(socket: &UdpSocket, zone: &Zone, stop: &AtomicBool) {
     }
 }
 
-/// Takes connections and says nothing.
+/// Accepts connections and stays silent.
 fn hold(listener: &TcpListener, stop: &AtomicBool) {
     listener.set_nonblocking(true).expect("it");
     let mut held = Vec::new();
@@ -128,7 +128,7 @@ fn hold(listener: &TcpListener, stop: &AtomicBool) {
 
 struct Question {
     id: [u8; 2],
-    /// As it came.
+    /// The question section as received.
     text: Vec<u8>,
     name: String,
     ipv6: bool,
@@ -167,7 +167,7 @@ impl Question {
                 IpAddr::V4(address) => (1, address.octets().to_vec()),
                 IpAddr::V6(address) => (28, address.octets().to_vec()),
             };
-            // the name of the question, class IN, and ten seconds
+            // a pointer to the question's name, the type, class IN, and a TTL of ten seconds
             reply.extend([0xc0, 12, 0, kind, 0, 1, 0, 0, 0, 10, 0, bytes.len() as u8]);
             reply.extend(bytes);
         }

@@ -1,4 +1,4 @@
-//! Multicast groups that keys are: joined by arpd, named by apply and doctor where nobody joined them.
+//! Multicast groups as keys: joined by arpd, reported by apply and doctor if not joined.
 
 use serde_json::{Value, json};
 

@@ -1,4 +1,4 @@
-//! `udplb arpd` on IPv6, on links without MAC addresses, and with this host's own addresses.
+//! `udplb arpd` with IPv6, links without MAC addresses, and egress addresses.
 
 use serde_json::{Value, json};
 
@@ -12,7 +12,7 @@ fn upstream(address: &str) -> Value {
     json!({ "name": address, "address": address })
 }
 
-/// A rule for each key, with one upstream.
+/// Returns a configuration with a rule for each key and one upstream.
 fn to(keys: &[&str], address: &str) -> Value {
     let rule = |key: &&str| {
         let mut rule = rule(
@@ -27,7 +27,7 @@ fn to(keys: &[&str], address: &str) -> Value {
     config(&keys.iter().map(rule).collect::<Vec<_>>())
 }
 
-/// The generation that serves.
+/// Returns the active generation.
 fn generation(lab: &Lab) -> u64 {
     lab.status()["generation"].as_u64().expect("a generation")
 }
@@ -87,7 +87,7 @@ fn link_local_upstream_goes_up() {
     let hop = lab.next_hop("fe80::20%up0");
     assert_eq!((&hop["interface"], &hop["gateway"]), (&json!("up0"), &json!("fe80::20")));
     assert_eq!(hop["egress"], "fe80::1");
-    // its interface goes and comes with another index
+    // the interface is removed and created again with another index
     lab.relay.ip("link del up0");
     lab.await_health("fe80::20%up0", "down");
     lab.relay.link("up0", &lab.upstream, "eth0", true);
@@ -96,7 +96,7 @@ fn link_local_upstream_goes_up() {
     lab.await_health("fe80::20%up0", "up");
 }
 
-/// Covers both families.
+/// Tests both families.
 #[test]
 fn egress_address_change_is_followed() {
     let lab = Lab::dual(true, true);
@@ -142,7 +142,7 @@ fn name_resolves_in_the_family_of_its_rule() {
     assert_eq!(generation(&lab), 2);
 }
 
-/// Addresses of other interfaces, link-local ones and failures change nothing.
+/// Addresses of other interfaces, link-local addresses and failures change nothing.
 #[test]
 fn key_any_follows_interface_addresses() {
     let lab = Lab::dual(true, true);
@@ -156,7 +156,7 @@ fn key_any_follows_interface_addresses() {
     lab.relay.ip("addr add 2001:db8:1::7/64 dev eth0 nodad");
     until("it is followed", || arpd.log().contains("2001:db8:1::7: generation"));
     let followed = generation(&lab);
-    // all there is to do is done
+    // nothing remains to do for apply
     assert_eq!(lab.apply(&any)["changed"], false);
     lab.relay.ip("addr del 2001:db8:1::7/64 dev eth0");
     until("it is followed back", || generation(&lab) > followed);
@@ -164,14 +164,14 @@ fn key_any_follows_interface_addresses() {
     assert!(!arpd.log().contains("2001:db8:7::1"), "{}", arpd.log());
     assert!(!arpd.log().contains("fe80"), "{}", arpd.log());
 
-    // where there is no arpd, apply sees to it
+    // without arpd, apply updates the addresses
     assert!(arpd.end(libc::SIGTERM).success());
     lab.relay.ip("addr add 2001:db8:1::8/64 dev eth0 nodad");
     assert_eq!(lab.apply(&any)["changed"], true);
 }
 
-/// After a rollback the left generation stays held although its addresses have changed, and interfaces that
-/// were detached stay so.
+/// After a rollback the held generation stays held although the addresses have changed, and detached
+/// interfaces stay detached.
 #[test]
 fn key_any_after_rollback_or_detach_stays() {
     let lab = Lab::dual(true, true);
@@ -193,7 +193,7 @@ fn key_any_after_rollback_or_detach_stays() {
     assert_eq!((generation(&lab), lab.filters("eth0").as_str()), (before, ""));
 }
 
-/// One interface of two: the other is followed.
+/// One of two interfaces is detached: address changes of the other are followed.
 #[test]
 fn key_any_skips_a_detached_interface() {
     let lab = Lab::dual(true, true);
@@ -226,7 +226,7 @@ fn link_without_mac_addresses_goes_up_and_down() {
     lab.await_health("10.4.0.9", "up");
 }
 
-/// Mirrors and drained upstreams too, though the one is chosen by nobody and the other by none.
+/// Mirrors and drained upstreams are tracked too, although no flow selects them.
 #[test]
 fn mirrors_and_drained_upstreams_are_tracked() {
     let lab = Lab::dual(true, true);

@@ -1,4 +1,4 @@
-//! Host names of upstreams, with a name server that does what name servers do.
+//! Host names of upstreams, with a name server that answers, fails, delays or stays silent.
 
 use std::fs;
 use std::net::IpAddr;
@@ -13,7 +13,7 @@ use crate::common::net::{bind, count, receive, send_until};
 use crate::common::service::{Arpd, until};
 use crate::dns::{Answer, Dns};
 
-/// Limit for commands that must not wait for the name server.
+/// Timeout for commands that must not wait for the name server.
 const SOON: Duration = Duration::from_secs(100);
 
 fn upstream(name: &str) -> Value {
@@ -30,14 +30,14 @@ fn run(lab: &Lab, words: &str, config: &Value) -> Outcome {
     Outcome::of(&mut lab.with_dns(&format!("{words} {}", file.display())))
 }
 
-/// The processes that a process has started.
+/// Returns the child processes of a process.
 fn children(pid: u32) -> Vec<u32> {
     let path = format!("/proc/{pid}/task/{pid}/children");
     let text = fs::read_to_string(path).expect("the process");
     text.split_whitespace().map(|child| child.parse().expect("a process")).collect()
 }
 
-/// One after the other they would take more than three minutes.
+/// Resolved sequentially, the names would take more than three minutes.
 #[test]
 fn thousand_slow_names_resolve_in_parallel() {
     let lab = Lab::new();
@@ -64,7 +64,7 @@ fn silent_name_server_is_a_temporary_failure() {
         let config = balanced(&[upstream("silent.test")]);
         run(&lab, &words, &config).expect(75).says(&["`silent.test` does not resolve: no answer"]);
         run(&lab, &words, &balanced(&[upstream("broken.test")])).expect(75);
-        // that there is no such name is certain
+        // the nonexistence of a name is a final answer
         let config = balanced(&[upstream("silent.test"), upstream("none.test")]);
         run(&lab, &words, &config).expect(65).says(&["silent.test", "none.test"]);
     }
@@ -82,7 +82,7 @@ fn name_of_the_other_family_is_refused() {
     run(&lab, "check", &balanced(&[upstream("six.test")])).expect(65).says(&says);
 }
 
-/// The server asks for TCP, takes the connection, and says nothing: `getaddrinfo` waits for ever.
+/// The server requests TCP, accepts the connection and stays silent: `getaddrinfo` waits forever.
 #[test]
 fn truncated_answer_without_tcp_delays_nothing() {
     let lab = Lab::new();
@@ -101,7 +101,7 @@ fn truncated_answer_without_tcp_delays_nothing() {
     for _ in 0..30 {
         assert_eq!(lab.status()["arpd"], true, "the lease is kept");
         let running = children(arpd.pid());
-        // one that was killed may not be gone yet
+        // a killed resolver may not have exited yet
         assert!(running.len() <= 2, "{running:?}");
         resolvers.extend(running);
         sleep(Duration::from_millis(100));
@@ -113,7 +113,7 @@ fn truncated_answer_without_tcp_delays_nothing() {
     until("the name resolves", || arpd.log().contains("late.test is now 10.2.0.21"));
     until("nothing is missing", || lab.run("status -q").code == Some(0));
 
-    // nobody is left behind by an arpd that is killed
+    // a killed arpd leaves no resolver running
     dns.set("late.test", Answer::Truncated);
     let mut resolver = 0;
     until("it asks", || {
@@ -144,7 +144,7 @@ fn partial_apply_is_completed_by_arpd() {
     assert_eq!(apply.json()["missing"].as_array().map(Vec::len), Some(2));
     let status = lab.status();
     assert_eq!(status["rules"].as_array().map(Vec::len), Some(1), "{status:#}");
-    // what serves is not taken for all that was wanted
+    // the partially applied state is not taken for the complete configuration
     run(&lab, "plan --exit-code --resolve-timeout 1", &config).expect(75);
 
     let arpd = lab.with_dns("arpd --resolve-interval 1 --resolve-timeout 1");
@@ -158,7 +158,7 @@ fn partial_apply_is_completed_by_arpd() {
     run(&lab, "plan --exit-code", &config).expect(0);
 }
 
-/// The upstreams of the first rule: label, and the datagrams that they were sent.
+/// Returns the label and the number of forwarded datagrams of each upstream of the first rule.
 fn upstreams(lab: &Lab) -> Vec<(String, u64)> {
     let status = lab.status();
     let upstreams = status["rules"][0]["upstreams"].as_array().into_iter().flatten();
@@ -196,13 +196,13 @@ fn every_address_of_a_name_gets_a_copy() {
     assert_eq!(first.join().expect("counted"), sent, "what served lost nothing");
     let served = upstreams(&lab);
     assert_eq!((served[0].0.as_str(), served[1].0.as_str()), ("p@10.2.0.20", "p@10.2.0.21"));
-    // with the last, which is told by another payload, and counters that went on
+    // includes the final marker; the counters continued
     assert_eq!(served[0].1, sent + 1);
     sender.send_to(b"both", (RELAY, 5000)).expect("sent");
     assert_eq!(receive(&receivers[0]).payload, b"both");
     until("the other gets it too", || receive(&receivers[1]).payload == b"both");
 
-    // each is an upstream of its own
+    // each address is a separate upstream
     lab.run("drain only/p@10.2.0.21").expect(0);
     let list = lab.run("list").expect(0).stdout;
     assert_eq!(list.matches("addresses: all").count(), 1, "{list}");
@@ -222,7 +222,7 @@ fn name_with_fewer_addresses_is_resolved_twice() {
     run(&lab, "apply", &pool).expect(0);
     assert_eq!(upstreams(&lab).len(), 3);
 
-    // by apply
+    // fewer addresses at an apply
     dns.set("pool.test", Answer::of(&three[..1]));
     let says = ["`pool.test` has fewer addresses, 1, than serve, 3"];
     run(&lab, "apply", &pool).expect(0).says(&says);
@@ -230,7 +230,7 @@ fn name_with_fewer_addresses_is_resolved_twice() {
     run(&lab, "apply", &pool).expect(0);
     assert_eq!(upstreams(&lab).len(), 1);
 
-    // by arpd, to which a failure is no answer
+    // fewer addresses while arpd runs; a failure does not count as an answer
     dns.set("pool.test", Answer::of(&three));
     run(&lab, "apply", &pool).expect(0);
     let arpd = Arpd::spawn(&lab, lab.with_dns("arpd --resolve-interval 1"));

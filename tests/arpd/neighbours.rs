@@ -15,7 +15,7 @@ use crate::common::service::{Arpd, until};
 use crate::common::{lock_any_memory, udplb};
 use crate::syscalls::Faults;
 
-/// One rule for each action with one upstream; ports as in [`PORTS`].
+/// Port and action of each rule; each has one upstream.
 const PORTS: [(u16, &str); 2] = [(5000, "pass"), (5001, "block")];
 
 fn upstream(address: impl ToString) -> Value {
@@ -32,7 +32,7 @@ fn both_actions(address: &str) -> Value {
     config(&rules)
 }
 
-/// A lab with both actions for the first upstream, and an arpd.
+/// Returns a lab with both actions for the first upstream, and a running arpd.
 fn lab() -> (Lab, Arpd) {
     let lab = Lab::new();
     lab.apply(&both_actions("10.2.0.20"));
@@ -41,7 +41,7 @@ fn lab() -> (Lab, Arpd) {
     (lab, arpd)
 }
 
-/// Datagrams to both rules arrive.
+/// Checks that datagrams to both rules arrive.
 #[track_caller]
 fn expect_delivery(lab: &Lab, address: Ipv4Addr) {
     let sender = bind(&lab.client, CLIENTS[0], 0);
@@ -110,7 +110,7 @@ fn once_resolves_and_ends() {
     assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("", ""));
     assert!(lab.neighbour("10.2.0.20").contains("managed"));
     assert_eq!(lab.next_hop("10.2.0.20")["mac"], lab.upstream.mac_text("eth0"));
-    // nobody renews a lease
+    // the lease is no longer renewed
     assert_eq!(lab.status()["arpd"], Value::Null);
 
     lab.upstream.ip("link set eth0 down");
@@ -135,7 +135,7 @@ fn arpd_follows_the_first_and_later_applies() {
     lab.run("rollback").expect(0);
     until("it is kept again", || lab.neighbour("10.2.0.20").contains("managed"));
     expect_delivery(&lab, UPSTREAMS[0]);
-    // even when the very directory is gone
+    // even if the pin directory is removed
     lab.run("detach --purge").expect(0);
     lab.apply(&both_actions("10.2.0.21"));
     lab.await_health("10.2.0.21", "up");
@@ -211,7 +211,7 @@ fn upstream_goes_down_and_up_again() {
     lab.upstream.ip("addr add 10.2.0.20/24 dev eth0");
     lab.await_health("10.2.0.20", "up");
     let lines: Vec<String> = arpd.log().lines().map(String::from).collect();
-    // that it began, that one went and that it came
+    // one line each for the start, the failure and the recovery
     assert_eq!(lines.len(), 3, "{lines:#?}");
 }
 
@@ -241,7 +241,7 @@ fn gateway_change_is_followed() {
     lab.await_health("10.9.0.1", "up");
 }
 
-/// The path whose gateway answers is used.
+/// The path with a reachable gateway is used.
 #[test]
 fn live_gateway_of_two_is_used() {
     let lab = Lab::new();
@@ -253,7 +253,7 @@ fn live_gateway_of_two_is_used() {
     let first = lab.next_hop("10.9.0.1")["gateway"].as_str().expect("a gateway").to_string();
     let second = if first == "10.2.0.20" { "10.2.0.21" } else { "10.2.0.20" };
     lab.upstream.ip(&format!("addr del {first}/24 dev eth0"));
-    // the kernel takes the others of the subnet away with the first
+    // removing the primary address removes the secondary ones of its subnet
     lab.upstream.ip(&format!("addr replace {second}/24 dev eth0"));
     lab.await_hop("10.9.0.1", "gateway", second);
     lab.await_health("10.9.0.1", "up");
@@ -290,7 +290,7 @@ fn recreated_interface_is_attached_again() {
     assert!(arpd.log().contains("attaching generation 1 to eth0"), "{}", arpd.log());
 }
 
-/// The number of times that arpd put the filter of an interface back.
+/// Returns the number of times that arpd reattached the filter of an interface.
 fn reattached(lab: &Lab, interface: &str) -> u64 {
     let interfaces = lab.status()["interfaces"].clone();
     let found =
@@ -301,7 +301,7 @@ fn reattached(lab: &Lab, interface: &str) -> u64 {
 #[test]
 fn removed_filter_is_put_back() {
     let (lab, arpd) = lab();
-    // by events, long before the next look at everything
+    // reattached on events, long before the next periodic check
     for (count, words) in [
         (1, "qdisc del dev eth0 clsact"),
         (2, "filter del dev eth0 ingress pref 100"),
@@ -316,7 +316,7 @@ fn removed_filter_is_put_back() {
     assert!(arpd.log().contains("eth0: udplb's filter was gone, and no detach took it"));
     let metrics = lab.run("metrics").expect(0).stdout;
     assert!(metrics.contains("udplb_reattached_total{interface=\"eth0\"} 3"), "{metrics}");
-    // it goes on counting after an apply, and after a detach nothing is put back
+    // the count continues after a rollback; after a detach the filter is not reattached
     lab.run("detach").expect(0);
     arpd.signal(libc::SIGHUP);
     until("its neighbours are let go", || !lab.neighbour("10.2.0.20").contains("managed"));
@@ -327,7 +327,7 @@ fn removed_filter_is_put_back() {
     until("it is counted", || reattached(&lab, "eth0") == 4);
 }
 
-/// Nor are next hops kept that nobody uses.
+/// Next hops of a detached interface are not tracked either.
 #[test]
 fn detached_interface_stays_detached() {
     let (lab, arpd) = lab();
@@ -337,7 +337,7 @@ fn detached_interface_stays_detached() {
     assert!(!lab.filters("eth0").contains("udplb"));
 }
 
-/// Traffic of both rules while arpd is killed and its lease runs out; nothing is lost.
+/// Checks that no datagram of both rules is lost while arpd is killed and its lease expires.
 fn check_killed(forwarding: bool) {
     let lab = Lab::new();
     let on = if forwarding { "1" } else { "0" };
@@ -345,7 +345,7 @@ fn check_killed(forwarding: bool) {
     lab.apply(&both_actions("10.2.0.20"));
     let arpd = Arpd::start(&lab, "--lease 1");
     lab.await_health("10.2.0.20", "up");
-    // or the client hears that nobody listens
+    // otherwise the client gets an ICMP port unreachable
     let _here = bind(&lab.relay, RELAY, 5000);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -369,7 +369,7 @@ fn check_killed(forwarding: bool) {
             assert_eq!(sent.join().expect("sent"), counted.join().expect("counted"));
         }
     });
-    // the kernel knows the neighbour, and whether it does is seen
+    // the kernel has the neighbour, so every packet counts as forwarded
     let sent = lab.packets("pass", "10.2.0.20", "forwarded");
     assert_eq!(sent, lab.packets("pass", "10.2.0.20", "matched"), "{:#}", lab.status());
 }
@@ -384,7 +384,8 @@ fn killed_arpd_loses_nothing_without_forwarding() {
     check_killed(false);
 }
 
-/// Two upstreams, picked by the source port: an even wire value is for the first.
+/// Returns a rule with two upstreams, selected by the source port: an even wire value selects the
+/// first.
 fn balanced(health: &str) -> Value {
     let options = json!({ "tc_action": "block", "health": health });
     config(&[rule("only", 5000, options, &UPSTREAMS.map(upstream))])
@@ -399,7 +400,7 @@ fn dead_upstream_is_skipped_with_health_neighbour() {
     for label in ["10.2.0.20", "10.2.0.21"] {
         lab.await_health(label, "up");
     }
-    // 60256 is for the second
+    // source port 60256 selects the second upstream
     let sender = bind(&lab.client, CLIENTS[0], 60256);
     let send = || assert_eq!(sender.send_to(b"flow", (RELAY, 5000)).expect("sent"), 4);
     send();
@@ -409,7 +410,7 @@ fn dead_upstream_is_skipped_with_health_neighbour() {
     send();
     receive(&receivers[0]);
     expect_silence(&receivers[1]);
-    // all are down: as if all were up
+    // with all upstreams down, selection works as if all were up
     lab.upstream.ip("link set eth0 down");
     lab.await_health("10.2.0.20", "down");
     let before = lab.packets("only", "10.2.0.21", "matched");
@@ -418,7 +419,8 @@ fn dead_upstream_is_skipped_with_health_neighbour() {
     assert_eq!(lab.packets("only", "10.2.0.21", "matched"), before + 1);
 }
 
-/// Nearly all slots of the table are the dead one's: its flows go to all that are left, by weight, and none is lost.
+/// The dead upstream has nearly all slots: its flows go to the remaining upstreams by weight, and none
+/// is lost.
 #[test]
 fn flows_of_a_heavy_dead_upstream_are_spread() {
     const FLOWS: u16 = 400;
@@ -443,7 +445,7 @@ fn flows_of_a_heavy_dead_upstream_are_spread() {
         received[receive_any(&left).0] += 1;
     }
     expect_silence(&dead);
-    // a quarter, give or take five standard deviations of 8.7
+    // a quarter, within five standard deviations of 8.7
     assert!((56..144).contains(&received[0]), "{received:?}");
 }
 
@@ -481,7 +483,7 @@ fn changed_address_of_a_name_loses_no_packet() {
         stop.store(true, Ordering::Relaxed);
         sent.join().expect("sent")
     });
-    // the old one waits for the end of its flow too
+    // the counter at the old address needs the final marker too
     let direct = bind(&lab.relay, Ipv4Addr::new(10, 2, 0, 1), 0);
     direct.send_to(b"that is all", (UPSTREAMS[0], 5001)).expect("sent");
     drop(last);
@@ -496,7 +498,7 @@ fn changed_address_of_a_name_loses_no_packet() {
     assert_eq!(lab.status()["generation"], 2);
 }
 
-/// A change of a name does not undo a rollback; a second rollback does.
+/// A changed address of a name does not undo a rollback; a second rollback does.
 #[test]
 fn changed_name_after_rollback_stays_rolled_back() {
     let lab = Lab::new();
@@ -519,7 +521,7 @@ fn changed_name_after_rollback_stays_rolled_back() {
     assert_eq!(lab.status()["generation"], 2);
 }
 
-/// All of them are resolved, or the log names the sysctl that prevents it.
+/// All upstreams go up, or the log names the sysctl that prevents it.
 #[test]
 fn thousand_upstreams_on_one_link_go_up() {
     let lab = Lab::new();
@@ -538,7 +540,7 @@ fn thousand_upstreams_on_one_link_go_up() {
     if limit("gc_thresh2") < 1000 {
         until("the limit is told", || arpd.log().contains("net.ipv4.neigh.default.gc_thresh"));
     }
-    // other tests have neighbours in the same table
+    // other tests use the same neighbour table
     if limit("gc_thresh3") > 2000 {
         until("all are up", || {
             let status = lab.status();
@@ -548,8 +550,8 @@ fn thousand_upstreams_on_one_link_go_up() {
     }
 }
 
-/// A lab that routes nothing by itself, and an arpd that looks at everything each second, whose
-/// requests to the kernel can be made to fail.
+/// Returns a lab without forwarding, and an arpd that checks everything each second and whose netlink
+/// requests can be made to fail.
 fn faulty_lab(notify: Option<&std::path::Path>) -> (Lab, Arpd, Faults) {
     let lab = Lab::new();
     lab.relay.sysctl("net.ipv4.ip_forward", "0");
@@ -564,7 +566,7 @@ fn faulty_lab(notify: Option<&std::path::Path>) -> (Lab, Arpd, Faults) {
     (lab, arpd, faults)
 }
 
-/// A failed netlink request changes no next hop, whichever request it is.
+/// A failed netlink request, whichever it is, changes no next hop.
 #[test]
 fn one_failed_request_costs_no_packet() {
     let (lab, arpd, faults) = faulty_lab(None);

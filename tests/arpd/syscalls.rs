@@ -1,4 +1,4 @@
-//! System calls of a program that fail on demand: a seccomp filter hands them to a thread of the test.
+//! System calls that fail on demand: a seccomp filter passes them to a thread of the test.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -8,17 +8,17 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
-/// Length of a netlink address, by which such calls are known.
+/// Length of a netlink address, which identifies netlink calls.
 const NETLINK_ADDRESS: u32 = 12;
 
-/// Requests to netlink of one program and its children.
+/// Failures of netlink requests of one program and its children.
 pub struct Faults(Arc<State>);
 
 #[derive(Default)]
 struct State {
-    /// Calls that succeed before the next failure.
+    /// Number of calls that succeed before the next failure.
     spared: AtomicI64,
-    /// Calls that fail after them.
+    /// Number of calls that fail after those.
     failing: AtomicI64,
     failed: AtomicI64,
 }
@@ -40,7 +40,7 @@ impl State {
 }
 
 impl Faults {
-    /// Has the netlink requests of a program that is about to be started pass by here.
+    /// Intercepts the netlink requests of a program that is about to be started.
     pub fn new(command: &mut Command) -> Faults {
         let (socket, childs) = UnixDatagram::pair().expect("sockets");
         // SAFETY: the closure makes system calls only, on memory of its own.
@@ -55,20 +55,20 @@ impl Faults {
         faults
     }
 
-    /// After so many requests that succeed, so many fail.
+    /// Lets `spared` requests succeed, then makes `failing` requests fail.
     pub fn fail(&self, spared: i64, failing: i64) {
         self.0.failed.store(0, Ordering::SeqCst);
         self.0.failing.store(failing, Ordering::SeqCst);
         self.0.spared.store(spared, Ordering::SeqCst);
     }
 
-    /// Requests that have failed since.
+    /// Returns the number of requests that failed since the last call of `fail`.
     pub fn failed(&self) -> i64 {
         self.0.failed.load(Ordering::SeqCst)
     }
 }
 
-/// Returns the descriptor of a filter that hands sendto() with a netlink address over.
+/// Installs a filter that reports each sendto() with a netlink address; returns its descriptor.
 fn install_filter() -> io::Result<RawFd> {
     let load = |offset: u32| libc::sock_filter { code: 0x20, jt: 0, jf: 0, k: offset };
     let differs =
@@ -100,13 +100,13 @@ fn install_filter() -> io::Result<RawFd> {
     }
 }
 
-/// Room for one descriptor beside a message.
+/// Control buffer with room for one descriptor.
 type Control = [u64; 4];
 
 fn with_message<T>(control: &mut Control, call: impl FnOnce(&mut libc::msghdr) -> T) -> T {
     let mut byte = [0_u8];
     let mut part = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
-    // SAFETY: all zeroes are a msghdr.
+    // SAFETY: all zeroes are a valid msghdr.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
     message.msg_control = control.as_mut_ptr().cast();
@@ -167,7 +167,7 @@ fn answer(listener: &OwnedFd, state: &State) {
                 true => response.error = -libc::ENOBUFS,
                 false => response.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
             }
-            // the caller may be gone
+            // the caller may have exited
             libc::ioctl(listener.as_raw_fd(), SEND, &raw mut response);
         }
     }

@@ -190,8 +190,8 @@ fn three_capabilities_suffice_and_each_is_needed() {
     with("list", &all).expect(0);
     with("rollback", &all).expect(0);
     expect_way(&receivers[0]);
-    // the pin of the active program is lost: without privileges to look it up by id, the program can
-    // only be replaced
+    // the pin of the active program is lost: the program cannot be looked up by its id, but it can be
+    // replaced
     fs::remove_file(lab.bpffs.pins().join("generations/1/program")).expect("a pin");
     with("status", &all).expect(3);
     with(&files[0], &all).expect(0);
@@ -592,6 +592,6 @@ fn journal_gets_priorities() {
     assert!(text.starts_with("<4>warning: "), "{text}");
     let text = to_journal(&format!("apply {file} -v --force"), true);
     assert!(text.lines().all(|line| line.starts_with('<')), "{text}");
-    // the journal socket belongs to another process
+    // JOURNAL_STREAM names another process's stream
     assert!(to_journal(&format!("apply {bad}"), false).starts_with("error: "));
 }

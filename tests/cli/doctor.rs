@@ -281,7 +281,7 @@ fn drift_follows_the_file_that_was_applied_last() {
     assert_eq!(examine(&lab, 0), "all is well\n");
     lab.directory.write("second.yaml", &other);
     assert!(examine(&lab, 3).starts_with(&format!("problem: {second}: it is not what serves")));
-    // each generation has its own text; a rollback restores the previous one
+    // each generation has its own file; a rollback restores the previous one
     assert!(apply(&first));
     assert_eq!(lab.status()["file"], first);
     lab.run("rollback").expect(0);

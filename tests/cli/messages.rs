@@ -34,7 +34,7 @@ fn change_with_full_stdout_succeeds_with_a_warning() {
     lab.apply(&to_port(7002));
     to_full_disk(&lab, "rollback").expect(0).says(&says);
     assert_eq!(lab.status()["generation"], 1);
-    // a read-only command has no effect that could be reported
+    // a read-only command has no effect besides its output
     to_full_disk(&lab, "status").expect(1).says(&["standard output: No space left"]);
     to_full_disk(&lab, &format!("plan {file}")).expect(1);
     to_full_disk(&lab, "detach").expect(0).says(&says);

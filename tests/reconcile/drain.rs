@@ -381,7 +381,7 @@ fn drained_in_the_file_can_be_overridden() {
     expect_state(&lab, "a", "drained", None);
     assert_eq!(overrides(&lab), BTreeMap::new());
     lab.run("enable only/a").expect(0);
-    // the file has the same state later
+    // later the file sets the same state
     lab.apply(&block(&[upstream("a", 0, 7001), upstream("b", 1, 7001)]));
     expect_state(&lab, "a", "active", Some("active"));
     let taken = lab.run("enable only/a").expect(0).stdout;

@@ -421,7 +421,7 @@ fn loss_of_all_pins_is_healed() {
     lab.run("status").expect(3);
     lab.run("list").expect(3);
     lab.try_apply(&to_port(7001), "").expect(1).says(&["--force"]);
-    // first with udplb's directory present, then without
+    // first with the directory that udplb created, then without
     for _ in 0..2 {
         let by_hand = "tc filter del dev eth0 ingress pref 100";
         lab.run("detach").expect(1).says(&["eth0", "not in this pin directory", by_hand]);

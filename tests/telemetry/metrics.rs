@@ -1,4 +1,4 @@
-//! Metrics of real traffic; and scrapers, which must not delay arpd.
+//! Metrics of real traffic, and slow scrapers, which must not delay arpd.
 
 use std::env;
 use std::io::{self, Read, Write};
@@ -13,7 +13,7 @@ use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule};
 use crate::common::net::{bind, receive};
 use crate::common::service::{Arpd, until};
 
-/// Two upstreams by the sender's port, and one that has no route.
+/// Returns rules with two upstreams selected by source port, and one without a route.
 fn rules() -> Value {
     let two = UPSTREAMS.map(|address| json!({ "address": address, "port": 7000 }));
     let nowhere = json!({ "name": "a\"name\"", "address": "192.0.2.1" });
@@ -23,7 +23,7 @@ fn rules() -> Value {
     ])
 }
 
-/// Three packets by the first upstream, two by the second, and one that is lost.
+/// Sends three packets to the first upstream, two to the second, and one that is lost.
 fn send(lab: &Lab) {
     let receivers = UPSTREAMS.map(|address| bind(&lab.upstream, address, 7000));
     for (port, receiver, count) in [(5666, &receivers[0], 3), (60256, &receivers[1], 2)] {
@@ -37,7 +37,7 @@ fn send(lab: &Lab) {
     until("the last packet is counted", || lab.packets("lost", "a\"name\"", "no-route") == 1);
 }
 
-/// Without comments and what is another at another time.
+/// Removes comments and values that depend on the time.
 fn samples(text: &str) -> Vec<&str> {
     let changes = ["#", "udplb_build_info", "udplb_config_last_apply", "udplb_neighbour_age"];
     text.lines().filter(|line| !changes.iter().any(|start| line.starts_with(start))).collect()
@@ -75,7 +75,7 @@ fn metrics_show_real_traffic() {
     let version = format!("udplb_build_info{{version=\"{}\"}} 1\n", env!("CARGO_PKG_VERSION"));
     assert!(text.contains(&version), "{text}");
 
-    // the file is not what serves any more, and is again
+    // the file differs from the active configuration, then equals it again
     let sample = |name: &str| {
         let text = lab.run("metrics").expect(0).stdout;
         let value = text.lines().find_map(|line| line.strip_prefix(&format!("{name} ")));
@@ -93,14 +93,14 @@ fn metrics_show_real_traffic() {
     assert_eq!(sample("udplb_interface_attached{interface=\"eth0\"}"), "0");
 }
 
-/// A scraper on the relay.
+/// Connects as a scraper on the relay.
 fn connect(lab: &Lab) -> TcpStream {
     let stream = lab.relay.enter(|| TcpStream::connect(("127.0.0.1", 9477))).expect("connected");
     stream.set_read_timeout(Some(Duration::from_secs(30))).expect("a timeout");
     stream
 }
 
-/// Returns the answer; an error if the connection ends early.
+/// Sends a request and returns the answer; an error if the connection ends early.
 fn ask(lab: &Lab, request: &str) -> io::Result<String> {
     let mut stream = connect(lab);
     stream.write_all(request.as_bytes())?;
@@ -166,11 +166,11 @@ fn no_scraper_holds_up_arpd() {
     lab.apply(&rules());
     let arpd = Arpd::start(&lab, "--metrics --lease 2");
     until("it listens", || arpd.log().contains("metrics at"));
-    // half a request, on more connections than there may be: who asks after them is answered all the same
+    // incomplete requests on more connections than the limit: complete requests are still answered
     let half: Vec<TcpStream> = (0..40)
         .map(|_| {
             let mut stream = connect(&lab);
-            // the last ones push the first ones out
+            // new connections replace the oldest ones
             let _ = stream.write_all(b"GET /metr");
             stream
         })
@@ -179,11 +179,11 @@ fn no_scraper_holds_up_arpd() {
         assert!(ask(&lab, SCRAPE).is_ok_and(|it| it.contains("udplb_arpd_up 1\n")));
     }
     drop(half);
-    // 10,000 connections, of which every third asks and does not listen
+    // 10,000 connections; every third sends a request and does not read the answer
     for _ in 0..50 {
         let streams: Vec<TcpStream> = (0..200).map(|_| connect(&lab)).collect();
         for mut stream in streams.into_iter().step_by(3) {
-            // it may have been closed already
+            // the connection may be closed already
             let _ = stream.write_all(SCRAPE.as_bytes());
         }
     }
@@ -191,7 +191,7 @@ fn no_scraper_holds_up_arpd() {
     until("it answers again", || {
         ask(&lab, SCRAPE).is_ok_and(|it| it.contains("udplb_arpd_up 1\n"))
     });
-    // nor does what is asked for while another udplb has the lock
+    // a scrape while another udplb holds the lock does not delay arpd either
     let lock = std::fs::File::open(lab.bpffs.pins()).expect("the pin directory");
     lock.lock().expect("a lock");
     std::thread::sleep(Duration::from_millis(1100));
@@ -210,7 +210,7 @@ fn listen_address_may_come_later() {
     until("it listens", || arpd.log().contains("metrics at http://10.1.0.9:9500/metrics"));
 }
 
-/// Prometheus on the relay, ended when the value is.
+/// Prometheus on the relay, stopped when the value is dropped.
 struct Prometheus(Child);
 
 impl Prometheus {
@@ -242,15 +242,16 @@ impl Prometheus {
         Ok(answer)
     }
 
-    /// It listens before it serves.
+    /// Returns true once Prometheus is ready; it listens earlier.
     fn is_ready(&self, lab: &Lab) -> bool {
         self.get(lab, "/-/ready").is_ok_and(|answer| answer.starts_with("HTTP/1.0 200"))
     }
 
-    /// The result of an expression.
+    /// Returns the result of an expression.
     ///
     /// # Panics
-    /// It is none.
+    ///
+    /// If the query fails.
     fn query(&self, lab: &Lab, expression: &str) -> Vec<Value> {
         let query: String = expression.bytes().map(|byte| format!("%{byte:02x}")).collect();
         let answer =
@@ -269,7 +270,7 @@ impl Drop for Prometheus {
     }
 }
 
-/// Every value under this name.
+/// Collects every value with this name.
 fn all<'a>(value: &'a Value, name: &str, found: &mut Vec<&'a str>) {
     match value {
         Value::Object(map) => {
@@ -304,7 +305,7 @@ fn prometheus_scrapes_and_alerts() {
     });
     let packets = prometheus.query(&lab, "sum(udplb_rule_packets_total)");
     assert_eq!(packets[0]["value"][1], "6");
-    // each panel of the dashboard shows something
+    // each panel of the dashboard has data
     let dashboard = include_str!("../../contrib/grafana.json");
     let dashboard: Value = serde_json::from_str(dashboard).expect("JSON");
     let mut expressions = Vec::new();
@@ -315,7 +316,7 @@ fn prometheus_scrapes_and_alerts() {
         let expression = expression.replace("$__rate_interval", "1m");
         assert!(!prometheus.query(&lab, &expression).is_empty(), "nothing: {expression}");
     }
-    // and an alert comes
+    // and an alert fires
     lab.upstream.ip("link set eth0 down");
     until("the alert is there", || {
         let alert = "ALERTS{alertname=\"UdplbUpstreamDown\", upstream=\"10.2.0.20:7000\"}";

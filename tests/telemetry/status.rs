@@ -1,4 +1,4 @@
-//! Views for operators: status, rates, top; and counters that lose nothing.
+//! Views for operators: status, rates, top; and lossless counters.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -16,7 +16,7 @@ use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, packet
 use crate::common::net::{Load, bind, local, poll, receive, set};
 use crate::common::service::until;
 
-/// Two upstreams by the sender's port; and copies to a place that there is no route to.
+/// Returns rules with two upstreams selected by source port, and copies to an upstream without a route.
 fn rules() -> Value {
     let two = UPSTREAMS.map(|address| json!({ "address": address, "port": 7000 }));
     let named = json!({ "name": "nowhere", "address": "192.0.2.1" });
@@ -26,7 +26,7 @@ fn rules() -> Value {
     ])
 }
 
-/// Three packets by the first upstream, one by the second, and two that go nowhere.
+/// Sends three packets to the first upstream, one to the second, and two that are not sent on.
 fn send(lab: &Lab) {
     let receivers = UPSTREAMS.map(|address| bind(&lab.upstream, address, 7000));
     for (port, receiver, count) in [(5666, &receivers[0], 3), (60256, &receivers[1], 1)] {
@@ -44,7 +44,7 @@ fn send(lab: &Lab) {
     until("the last packet is counted", || lab.packets("copies", "nowhere", "no-route") == 2);
 }
 
-/// Without what is another at another time: file, dates, MAC addresses and their state.
+/// Masks what varies: file, dates, MAC addresses and their state.
 fn masked(text: &str) -> String {
     let mut lines = Vec::new();
     for line in text.lines() {
@@ -67,7 +67,7 @@ fn masked(text: &str) -> String {
     lines.join("\n") + "\n"
 }
 
-/// The words of a table's rows, without those that change.
+/// Returns the words of a table's rows, without those that vary.
 fn rows(text: &str) -> Vec<Vec<String>> {
     let table = text.split_once("\n\n").map_or(text, |(_, table)| table);
     let cells = |line: &str| -> Vec<String> {
@@ -82,7 +82,7 @@ fn status_text_shows_rules_and_counters() {
     lab.apply(&rules());
     send(&lab);
     let text = lab.run("status").expect(3).stdout;
-    // without a command it is the same
+    // without a command the output is the same
     let bare = lab.run("").expect(3).stdout;
     let first = |text: &str| text.split('(').next().map(String::from);
     assert_eq!(first(&bare), first(&text));
@@ -113,7 +113,7 @@ fn status_text_shows_rules_and_counters() {
     assert_eq!(rows.iter().map(|row| row.join("|")).collect::<Vec<_>>(), wanted);
     let one = lab.run("status copies").expect(3).stdout;
     assert!(one.contains("nowhere") && !one.contains("flows"), "{one}");
-    // no colour but where it is asked for
+    // no colour unless requested
     assert!(!text.contains('\x1b'));
     assert!(lab.run("status --color always").stdout.contains("\x1b[1mRULE"));
 
@@ -126,7 +126,7 @@ fn status_text_shows_rules_and_counters() {
     assert!(rules[0].get("rate").is_none());
 }
 
-/// Runs udplb as on a terminal of so many columns.
+/// Runs udplb as on a terminal with this many columns.
 fn in_columns(lab: &Lab, columns: usize, words: &str) -> String {
     let mut command = lab.udplb(words);
     Outcome::of(command.env("COLUMNS", columns.to_string())).stdout
@@ -158,14 +158,14 @@ fn status_in_80_columns_is_a_tree() {
     assert_eq!(table, wanted, "{text}");
     assert!(text.contains("what was not forwarded is counted since 2"), "{text}");
 
-    // rates alone, where that is asked for
+    // only rates, if requested
     let _load = Load::start(bind(&lab.client, CLIENTS[0], 5666), 5001);
     let text = in_columns(&lab, 80, "status --rate --interval 0.5");
     let lost =
         text.lines().find(|line| line.contains("not forwarded/s: no-route ")).expect("losses");
     let rate: f64 = lost.rsplit(' ').next().and_then(|rate| rate.parse().ok()).expect("a rate");
     assert!(rate > 20.0 && !text.contains("counted since"), "{text}");
-    // everything, in one line for each
+    // the wide form has everything on one line per upstream
     let wide = in_columns(&lab, 80, "status -o wide");
     assert!(wide.contains("NEXT HOP") && wide.contains("totals are counted since"), "{wide}");
     assert!(
@@ -234,7 +234,7 @@ fn mirrors_and_notes_are_shown() {
     all.as_object_mut().expect("a map").remove("defaults");
     lab.apply(&all);
     let sender = bind(&lab.client, CLIENTS[0], 5666);
-    // of two packets in turn the mirror gets one at random: of four, two
+    // the mirror gets one random packet of each two: two of four
     for text in ["long enough", "long enough", "short", "long enough"] {
         sender.send_to(text.as_bytes(), (RELAY, 5000)).expect("sent");
     }
@@ -242,7 +242,7 @@ fn mirrors_and_notes_are_shown() {
     until("the last packet is counted", || lab.packets("copies", "one", "forwarded") == 1);
     let status = lab.status();
     let [flows, copies] = [0, 1].map(|index| &status["rules"][index]);
-    // each packet once, whatever else got it
+    // each packet counts once, however many copies were made
     assert_eq!(flows["counters"]["matched"]["packets"], 4);
     assert_eq!(flows["notes"], json!({ "short-payload": { "packets": 1, "bytes": 47 } }));
     assert_eq!(flows["mirrors"][0]["upstream"], "spy");
@@ -287,21 +287,21 @@ fn rates_are_measured_and_watched() {
     let number = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{status:#}"));
     let packets = number(&upstreams[0]["rate"]["packets_per_second"]);
     assert!(packets > 100.0, "{status:#}");
-    // eight bytes with their headers
+    // 50 bytes per packet: eight bytes of payload and the headers
     assert_eq!(number(&upstreams[0]["rate"]["bits_per_second"]).round(), (packets * 400.0).round());
     assert_eq!(number(&upstreams[0]["share"]), 1.0);
     assert_eq!(number(&upstreams[1]["rate"]["packets_per_second"]), 0.0);
     let titles = &rows(&lab.run("status --rate").expect(3).stdout)[0];
     assert_eq!(titles[5..], ["PPS", "MBIT/S", "SHARE", "NOT FORWARDED/S"]);
 
-    // one line for each look; ended by a signal, the exit code is that of the last
+    // one line per interval; after a signal the exit code is that of the last one
     let mut command = lab.udplb("status --watch -o json");
     let mut child = command.stdout(Stdio::piped()).spawn().expect("the program runs");
     let started = Instant::now();
     let lines = BufReader::new(child.stdout.take().expect("a pipe")).lines().take(3);
     let looks: Vec<Value> =
         lines.map(|line| serde_json::from_str(&line.expect("text")).expect("JSON")).collect();
-    // the first at once, and one a second
+    // the first line at once, then one per second
     let elapsed = started.elapsed();
     assert!(looks.len() == 3 && elapsed > Duration::from_millis(1_500), "{looks:?} {elapsed:?}");
     interrupt(&child);
@@ -316,7 +316,7 @@ fn interrupt(child: &Child) {
     assert_eq!(sent, 0, "kill: {}", std::io::Error::last_os_error());
 }
 
-/// Both ends of a terminal of 100 columns and 10 lines, that of the program second.
+/// Opens a terminal of 100 columns and 10 lines; returns the test's end and the program's end.
 fn open_terminal() -> (OwnedFd, OwnedFd) {
     let size = libc::winsize { ws_row: 10, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
     let (mut ours, mut theirs) = (0, 0);
@@ -325,13 +325,13 @@ fn open_terminal() -> (OwnedFd, OwnedFd) {
         let null = std::ptr::null_mut();
         let opened = libc::openpty(&mut ours, &mut theirs, null, null.cast(), &size);
         assert_eq!(opened, 0, "openpty: {}", std::io::Error::last_os_error());
-        // no other child inherits it
+        // other children must not inherit the descriptor
         libc::fcntl(ours, libc::F_SETFD, libc::FD_CLOEXEC);
         (OwnedFd::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs))
     }
 }
 
-/// A program on a terminal of its own.
+/// A program on its own terminal.
 struct OnTerminal {
     child: Child,
     keyboard: File,
@@ -351,7 +351,7 @@ impl OnTerminal {
         let written = Arc::clone(&screen);
         let reader = spawn(move || {
             let mut buffer = [0; 4096];
-            // an error is how a terminal ends
+            // reading fails when the terminal is closed
             while let Ok(length @ 1..) = reader.read(&mut buffer) {
                 written.lock().expect("the screen").extend(&buffer[..length]);
             }
@@ -363,13 +363,13 @@ impl OnTerminal {
         String::from_utf8_lossy(&self.screen.lock().expect("the screen")).into_owned()
     }
 
-    /// Waits until the last frame is as it should be.
+    /// Waits until a condition holds for the last frame.
     #[track_caller]
     fn until(&self, what: &str, shows: impl Fn(&str) -> bool) {
         until(what, || shows(self.text().split(HOME).last().expect("a frame")));
     }
 
-    /// Waits for the end of the program and returns all that was on the screen.
+    /// Waits for the program's exit and returns all its screen output.
     fn end(mut self, wanted: i32) -> String {
         let code = self.child.wait().expect("the child").code();
         assert_eq!(code, Some(wanted));
@@ -404,7 +404,7 @@ fn watch_restores_the_terminal() {
     assert!(frame.contains("RULE"), "{frame}");
 }
 
-/// As when the window is closed, or the connection breaks.
+/// SIGHUP, as when the window is closed or the connection breaks.
 #[test]
 fn terminal_that_goes_away_ends_the_view() {
     let lab = Lab::new();
@@ -455,7 +455,7 @@ fn top_shows_rates_and_sorts() {
     let after = screen.split(HOME).last().expect("a frame");
     assert!(after.contains("ns/packet") && after.contains('█'), "{after:?}");
 
-    // the kernel measures nothing any more, unless another test's top is at it
+    // the kernel no longer measures run time, unless another test runs top
     let runs = || {
         let program =
             libbpf_rs::Program::fd_from_pinned_path(lab.bpffs.pins().join("current/program"))
@@ -477,7 +477,7 @@ fn arrived(socket: &UdpSocket) -> u64 {
     std::iter::from_fn(|| socket.recv(&mut buffer).ok()).count() as u64
 }
 
-/// By name, of a list in the status.
+/// Returns the entry with this name from a list in the status.
 fn find<'a>(list: &'a Value, field: &str, name: &str) -> &'a Value {
     let found = list.as_array().and_then(|list| list.iter().find(|it| it[field] == name));
     found.unwrap_or_else(|| panic!("no {name} in {list:#}"))
@@ -496,7 +496,7 @@ fn expect_conserved(counters: &Value) {
 fn counters_lose_nothing_across_applies() {
     const APPLIES: u32 = 12;
     let lab = Lab::new();
-    // each generation is another; rules and endpoints stay
+    // each generation differs; rules and endpoints stay
     let configuration = |round: u32| {
         let upstream = |address: usize, port: u16| json!({ "name": format!("u{port}"), "address": UPSTREAMS[address], "port": port });
         let mut two = vec![upstream(0, 7000), upstream(1, 7001)];
@@ -524,7 +524,7 @@ fn counters_lose_nothing_across_applies() {
         assert_eq!(local(&socket).port(), port);
         socket
     };
-    // of the last rule nothing is sent on
+    // packets of the last load have a TTL of one and are not sent on
     let loads = [
         ("flows", Load::start(sender(5666, 64), 5000)),
         ("flows", Load::start(sender(60256, 64), 5000)),
@@ -536,7 +536,7 @@ fn counters_lose_nothing_across_applies() {
     for round in 1..=APPLIES {
         sleep(Duration::from_millis(50));
         assert_eq!(lab.apply(&configuration(round))["changed"], true);
-        // no counter ever goes back
+        // no counter ever decreases
         let status = lab.status();
         let now: Vec<u64> = ["flows", "copies", "old"]
             .map(|name| packets(&find(&status["rules"], "rule", name)["counters"], "matched"))

@@ -1,4 +1,4 @@
-//! The total of a rule: each packet that was sent, once, whatever becomes of its upstreams.
+//! The total of a rule counts each packet once, however its upstreams change.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,11 +23,11 @@ use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, packet
 use crate::common::net::{bind, expect_silence_of, receive_any, set};
 use crate::common::service::until;
 
-/// Bytes of a datagram, with its headers.
+/// Length of a datagram with its headers.
 const BYTES: u64 = 47;
 const HOSTS: usize = 4;
 
-/// Hosts that may be upstreams or mirrors, by number.
+/// Returns upstreams or mirrors by host number.
 fn hosts(numbers: &[usize]) -> Vec<Value> {
     let host = |number: &usize| {
         json!({
@@ -55,7 +55,7 @@ fn balance(upstreams: &[usize]) -> Value {
 /// Traffic of the rule, with its sockets.
 struct Flows<'lab> {
     lab: &'lab Lab,
-    /// The last one's packets are too old to be sent on.
+    /// The last sender's TTL is too low for forwarding.
     senders: Vec<UdpSocket>,
     receivers: Vec<UdpSocket>,
     sent: u64,
@@ -64,7 +64,7 @@ struct Flows<'lab> {
 
 impl Flows<'_> {
     fn new(lab: &Lab) -> Flows<'_> {
-        // by these ports each of two upstreams gets some
+        // these source ports select each of two upstreams
         let sender = |number: u16| bind(&lab.client, CLIENTS[0], 20_000 + 257 * number);
         let senders: Vec<_> = (0..9).map(sender).collect();
         set(&senders[8], libc::IPPROTO_IP, libc::IP_TTL, 1);
@@ -73,8 +73,8 @@ impl Flows<'_> {
         Flows { lab, senders, receivers, sent: 0, old: 0 }
     }
 
-    /// Sends a packet from each sender and waits for all that arrives: so many of each that is sent
-    /// on. Returns how many each host got.
+    /// Sends a packet from each sender and waits for `copies` datagrams per forwarded packet. Returns
+    /// the number that each host received.
     fn send(&mut self, copies: usize) -> [u64; HOSTS] {
         let mut arrived = [0; HOSTS];
         for (index, sender) in self.senders.iter().enumerate() {
@@ -106,7 +106,7 @@ impl Flows<'_> {
         hosts.map(one).collect()
     }
 
-    /// The total is what was sent, and every packet of it has one verdict.
+    /// Checks that the total equals the number of packets sent, and that every packet has one verdict.
     #[track_caller]
     fn check(&self) {
         let rule = self.rule();
@@ -137,7 +137,7 @@ impl Flows<'_> {
         self.check();
     }
 
-    /// The ids of the rule's upstreams in the generation that serves.
+    /// Returns the ids of the rule's upstreams in the active generation.
     fn ids(&self) -> Vec<u32> {
         let pins = pins::read(&self.lab.bpffs.pins(), Duration::ZERO).expect("the lock");
         let pins = pins.expect("something is applied");
@@ -156,7 +156,7 @@ fn total_stays_when_upstreams_go() {
     let arrived = flows.send(1);
     assert!(arrived[0] > 0 && arrived[1] > 0, "{arrived:?}");
     let gone = flows.ids()[1];
-    // one goes; the generation before still has it, and serves again
+    // one upstream is removed; the previous generation still has it and becomes active again
     flows.apply(&balance(&[0]));
     flows.send(1);
     for _ in 0..2 {
@@ -165,7 +165,7 @@ fn total_stays_when_upstreams_go() {
     }
     flows.rollback();
     flows.rollback();
-    // it is gone for good, and another gets its id
+    // the upstream is removed from all generations, and another one gets its id
     flows.apply(&balance(&[0, 2]));
     flows.send(1);
     flows.apply(&balance(&[0, 3]));
@@ -176,16 +176,16 @@ fn total_stays_when_upstreams_go() {
         flows.rollback();
         flows.send(1);
     }
-    // by hand
+    // by a manual override
     lab.run("drain only/u0").expect(0);
     assert_eq!(flows.send(1)[0], 0);
     lab.run("enable only/u0").expect(0);
     flows.check();
-    // the first one comes again, as somebody else
+    // the upstream removed first is added again, without its old counters
     flows.apply(&balance(&[1, 0]));
     assert_eq!(flows.forwarded()["u1"], 0);
     flows.send(1);
-    // all of them at once, again and again
+    // all upstreams change at once, repeatedly
     for upstreams in [&[2, 3][..], &[0, 1], &[2], &[3], &[0]] {
         flows.apply(&balance(upstreams));
         flows.send(1);
@@ -193,7 +193,7 @@ fn total_stays_when_upstreams_go() {
     flows.rollback();
     flows.send(1);
     lab.run("detach").expect(0);
-    // that is trouble for `status`, and none for what it counts
+    // `status` reports the detach as a problem; the counters stay right
     flows.check();
 }
 
@@ -203,14 +203,14 @@ fn copies_are_not_in_the_total() {
     lab.apply(&balance(&[0, 1]));
     let mut flows = Flows::new(&lab);
     assert!(flows.send(1)[1] > 0);
-    // what was an upstream is a mirror now, and was a mirror
+    // an upstream becomes a mirror, and a mirror an upstream
     flows.apply(&to("balance", &[0], &[1]));
     assert_eq!(flows.send(2), [8, 8, 0, 0]);
     flows.apply(&balance(&[0, 1]));
     flows.send(1);
     flows.apply(&to("balance", &[2], &[0, 1]));
     assert_eq!(flows.send(3), [8, 8, 8, 0]);
-    // receivers that were upstreams and mirrors
+    // receivers that were upstreams or mirrors
     flows.apply(&to("replicate", &[0, 1, 2], &[]));
     assert!(flows.forwarded().values().all(|packets| *packets == 0), "{:?}", flows.forwarded());
     assert_eq!(flows.send(3), [8, 8, 8, 0]);
@@ -219,12 +219,12 @@ fn copies_are_not_in_the_total() {
     flows.send(3);
     flows.rollback();
     flows.send(3);
-    // receivers come and go
+    // receivers are added and removed
     flows.apply(&to("replicate", &[0, 3], &[]));
     flows.send(2);
     flows.apply(&to("replicate", &[2], &[]));
     flows.send(1);
-    // and are upstreams again
+    // and become upstreams again
     flows.apply(&balance(&[0, 2]));
     assert!(flows.forwarded().values().all(|packets| *packets == 0), "{:?}", flows.forwarded());
     flows.send(1);
@@ -234,7 +234,7 @@ fn copies_are_not_in_the_total() {
     expect_silence_of(&flows.receivers);
 }
 
-/// As the older form allows it.
+/// The older file format allows duplicates.
 #[test]
 fn duplicate_upstream_is_counted_once() {
     let lab = Lab::new();
@@ -257,7 +257,7 @@ fn duplicate_upstream_is_counted_once() {
     }
 }
 
-/// The rule is taken out, and is back before it is forgotten and after.
+/// The rule is removed, and added again before and after its counters are discarded.
 #[test]
 fn removed_rule_begins_at_zero() {
     let lab = Lab::new();
@@ -276,7 +276,7 @@ fn removed_rule_begins_at_zero() {
     flows.send(1);
     lab.apply(&without(1));
     lab.apply(&without(2));
-    // whoever gets the ids begins at zero
+    // new holders of the ids start at zero
     lab.apply(&balance(&[0]));
     (flows.sent, flows.old) = (0, 0);
     flows.check();
@@ -286,7 +286,7 @@ fn removed_rule_begins_at_zero() {
     flows.send(1);
 }
 
-/// A packet counted twice would stay in the total for ever.
+/// A packet counted twice would stay in the total forever.
 #[test]
 fn crash_during_removal_counts_nothing_twice() {
     let lab = Lab::new();
@@ -294,7 +294,7 @@ fn crash_during_removal_counts_nothing_twice() {
     let mut flows = Flows::new(&lab);
     assert!(flows.send(1)[1] > 0);
     flows.apply(&balance(&[0]));
-    // its pins outlive their removal
+    // the generation's pins survive their removal by hard links
     let (pins, aside) = (lab.bpffs.pins().join("generations/1"), lab.bpffs.pins().join("aside"));
     let crash = |apply: &dyn Fn()| {
         fs::create_dir(&aside).expect("a directory");
@@ -308,9 +308,9 @@ fn crash_during_removal_counts_nothing_twice() {
         flows.check();
     };
     crash(&|| flows.apply(&balance(&[0, 2])));
-    // unchanged, it is tidied up
+    // an unchanged configuration still removes the leftover generation
     crash(&|| assert_eq!(lab.apply(&balance(&[0, 2]))["changed"], true));
-    // another is built on what is there, and has that upstream again
+    // the next generation is built with the leftover present and has that upstream again
     flows.apply(&balance(&[0, 1]));
     assert!(!pins.exists());
     assert_eq!(flows.forwarded()["u1"], 0);
@@ -320,7 +320,7 @@ fn crash_during_removal_counts_nothing_twice() {
     flows.send(1);
 }
 
-/// A generation serves for a moment, and the rest of the apply fails.
+/// A generation is active for a moment before the rest of the apply fails.
 #[test]
 fn failed_apply_keeps_the_total() {
     let lab = Lab::new();
@@ -381,13 +381,13 @@ fn rates_hold_across_applies() {
     let lab = Lab::new();
     lab.apply(&balance(&[0, 1]));
     let mut flows = Flows::new(&lab);
-    // more than what comes meanwhile
+    // more packets than are sent during the interval
     for _ in 0..5 {
         flows.send(1);
     }
     let rate = (0..10).find_map(|_| rate_over_two_applies(&lab, &mut flows));
     let rate = rate.expect("two applies within five seconds");
-    // 18 in 6 seconds, and something more
+    // 18 packets in six seconds, with a margin for the length of the interval
     assert!((2.4..=3.0).contains(&rate), "{rate}");
 }
 

@@ -14,7 +14,7 @@ use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, V4, V6, config
 use crate::common::net::{bind, is_mac, payload, receive};
 use crate::common::service::{Arpd, until};
 
-/// One of each kind.
+/// Returns a rule of each kind.
 fn rules() -> Value {
     let two = UPSTREAMS.map(|address| json!({ "address": address, "port": 7000 }));
     let copies = [
@@ -50,11 +50,11 @@ fn rules() -> Value {
     all
 }
 
-/// A running trace; gone when the value is.
+/// A running trace, stopped when the value is dropped.
 struct Trace(Child);
 
 impl Trace {
-    /// Returns once events are traced.
+    /// Starts a trace and returns once events are traced.
     fn start(lab: &Lab, words: &str) -> Trace {
         let mut command = lab.udplb(&format!("trace {words}"));
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -64,13 +64,13 @@ impl Trace {
     }
 
     fn signal(&self, signal: i32) {
-        // nsenter has become the program
+        // nsenter has executed the program, so the pid is the program's
         // SAFETY: the process is a child that was not waited for.
         let sent = unsafe { libc::kill(self.0.id() as i32, signal) };
         assert_eq!(sent, 0, "kill: {}", std::io::Error::last_os_error());
     }
 
-    /// Waits for the end and returns the output.
+    /// Waits for the trace's exit and returns the output.
     fn end(mut self) -> Outcome {
         let mut text = [String::new(), String::new()];
         self.0.stdout.take().expect("a pipe").read_to_string(&mut text[0]).expect("text");
@@ -80,7 +80,7 @@ impl Trace {
         Outcome::new(code, stdout, stderr, "trace")
     }
 
-    /// Interrupts it; it then reads all that has been written by now.
+    /// Interrupts the trace, which then reads all events written so far.
     fn stop(self) -> Outcome {
         self.signal(libc::SIGINT);
         self.end()
@@ -98,7 +98,7 @@ fn send(lab: &Lab, from: (Ipv4Addr, u16), port: u16, payload: &[u8]) {
     bind(&lab.client, from.0, from.1).send_to(payload, (RELAY, port)).expect("sent");
 }
 
-/// Without the time of day and MAC addresses.
+/// Masks the time of day and MAC addresses.
 fn masked(text: &str) -> Vec<String> {
     let word = |word: &str| match word.matches(':').count() {
         _ if is_mac(word) => "MAC".into(),
@@ -111,7 +111,7 @@ fn masked(text: &str) -> Vec<String> {
 /// A payload of odd length.
 const PAYLOAD: &[u8] = b"eleven byte";
 
-/// One packet to each rule, and a second one that another upstream gets.
+/// Sends one packet to each rule, and a second one for another upstream.
 fn send_all(lab: &Lab) {
     let _here = bind(&lab.relay, RELAY, 5003);
     for (port, to) in [(5666, 5000), (60256, 5000), (5666, 5001), (5666, 5002), (5666, 5003)] {
@@ -171,7 +171,7 @@ fn fragments_and_ipv6_are_printed() {
     assert_eq!(masked(&trace.stop().expect(0).stdout), wanted);
 }
 
-/// Several packets to the first rule, by each client.
+/// Sends several packets from each client to the first rule.
 fn send_flows(lab: &Lab, count: usize) {
     let receiver = bind(&lab.upstream, UPSTREAMS[0], 7000);
     for client in CLIENTS {
@@ -221,7 +221,7 @@ fn second_trace_is_refused() {
     lab.run("trace --sample 0").expect(64);
     lab.run("trace --pcap /dev/full").expect(1).says(&["/dev/full: No space left"]);
 
-    // which has a lock of its own
+    // arpd's lock does not block a trace
     let _arpd = Arpd::start(&lab, "");
     let trace = Trace::start(&lab, "-c 3 -o json");
     lab.run("trace").expect(75).says(&[" trace -c 3 -o json` (pid ", ") is tracing, and"]);
@@ -241,14 +241,14 @@ fn second_trace_is_refused() {
     let wanted = json!({
         "format_version": 1, "interface": "eth0", "generation": 1, "rule": "flows",
         "source": "10.1.0.20:5666", "destination": "10.1.0.1:5000", "length": 52, "fragment": false,
-        // 0x1622, the other way round
+        // 5666 is 0x1622; the bytes are swapped
         "selection": { "strategy": "src-port", "value": "5666", "number": 0x2216, "slot": 0 },
         "upstream": "10.2.0.20:7000", "copy": false,
         "sent": true, "verdict": "forwarded",
     });
     assert_eq!(Value::Object(event.clone()), wanted);
 
-    // a reader that has had enough
+    // the reader closes the pipe
     let mut trace = Trace::start(&lab, "");
     drop(trace.0.stdout.take());
     send_flows(&lab, 1);
@@ -266,11 +266,11 @@ fn killed_trace_ends_with_its_lease() {
     trace.signal(libc::SIGKILL);
     drop(trace);
     assert!(lab.traced_until() > 0);
-    // the first packet behind the lease's end clears it
+    // the first packet after the lease's end clears it
     sleep(Duration::from_millis(1_100).saturating_sub(killed.elapsed()));
     send_flows(&lab, 1);
     until("it is cleared", || lab.traced_until() == 0);
-    // and nobody is in the way of the next; what the first one would have shown is not shown
+    // the next trace can start, and shows no events of the first
     let trace = Trace::start(&lab, "-c 1");
     send(&lab, (CLIENTS[1], 60256), 5000, b"new");
     let outcome = trace.end().expect(0);
@@ -299,7 +299,7 @@ fn events_of_other_generations_have_names() {
     trace.end().expect(1).says(&["the pins were removed"]);
 }
 
-/// Addresses and ports of the packets in a file.
+/// Returns the addresses and ports of the packets in a file.
 fn packets(file: &[u8]) -> Vec<String> {
     let mut reader = pcap(file);
     let frames = std::iter::from_fn(|| reader.next());
@@ -316,7 +316,7 @@ fn describe(frame: &[u8]) -> String {
     format!("{from}:{} > {to}:{} ttl {}", udp.source_port(), udp.destination_port(), header.ttl())
 }
 
-/// The frames of a file in the classic format.
+/// Returns the frames of a file in the classic pcap format.
 fn pcap(file: &[u8]) -> std::vec::IntoIter<Vec<u8>> {
     let word = |at: usize| u32::from_le_bytes(file[at..at + 4].try_into().expect("a word"));
     assert_eq!((word(0), word(20)), (0xa1b2_3c4d, 1));
@@ -360,7 +360,7 @@ fn pcap_has_packets_before_and_after() {
 fn lost_events_are_counted() {
     let lab = Lab::new();
     lab.apply(&rules());
-    // frames make events large; the reader sleeps between its looks
+    // frames make events large, so the buffer overflows while the reader sleeps
     let trace = Trace::start(&lab, "--rule flows --pcap /dev/null");
     let before = lab.status()["rules"][0]["counters"]["matched"]["packets"].clone();
     assert_eq!(before, 0);
@@ -385,8 +385,8 @@ fn lost_events_are_counted() {
     }
 }
 
-/// A datagram to a socket of the relay in both families, which no rule takes: the reason is shown, and neither
-/// what a rule takes nor what is routed on.
+/// Unmatched datagrams to the relay are shown with the reason, in both families; matched packets and
+/// packets in transit are not shown.
 #[test]
 fn unmatched_packets_are_shown_with_the_reason() {
     let lab = Lab::dual(true, false);
@@ -406,7 +406,7 @@ fn unmatched_packets_are_shown_with_the_reason() {
         bind(&lab.client, from, 5666).send_to(b"lost", (to, port)).expect("sent");
     };
     lab.client.ip("route add 10.2.0.0/24 via 10.1.0.1");
-    // no trace shows these: a rule takes them, or they are for another host
+    // not shown: matched by a rule, or addressed to another host
     send(V4.clients[0], V4.key, 5000);
     send(V4.clients[0], V4.upstreams[1], 5000);
     send(V4.clients[1], V4.key, 5000);
