@@ -1,4 +1,4 @@
-//! The time that `udplb apply` takes, and that of reading as much.
+//! Duration of `udplb apply`, and of the commands that read as much.
 
 use std::fmt::Write;
 use std::fs;

@@ -1,4 +1,4 @@
-//! The cost of each further copy, beside the minimum that makes one.
+//! Cost of each further copy, compared with the minimal program that makes one.
 
 use std::fmt::Write;
 use std::os::fd::AsFd;
@@ -17,7 +17,7 @@ const PORT: u16 = 2001;
 
 const ROUNDS: usize = 400;
 const HOST_ROUNDS: usize = 60;
-/// Packets of one run: they fit into a queue, so that all arrive.
+/// Packets per run; few enough to fit into a queue, so that all arrive.
 const COPIES: i32 = 800;
 
 pub fn measure(report: &mut Report) {
@@ -59,7 +59,7 @@ pub fn measure(report: &mut Report) {
     measure_hosts(report);
 }
 
-/// Measures the whole way through a host, in CPU time.
+/// Measures the CPU time of the whole path through a host.
 fn measure_hosts(report: &mut Report) {
     let floors = floors::load();
     let arrival = Host::new(&floors);

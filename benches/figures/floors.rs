@@ -1,4 +1,4 @@
-//! The programs of bpf/bench/floors.bpf.c: loaded, and run on packets.
+//! Loads the programs of bpf/bench/floors.bpf.c and runs them on packets.
 
 use std::fs;
 use std::io;
@@ -19,7 +19,8 @@ use crate::common::Namespace;
 
 pub use udplb_floors::FloorsSkel;
 
-/// Length of what is restored before each run, and of the headers that a generator sends.
+/// Length of the part of a packet that is restored before each run, and of the headers that a generator
+/// sends.
 const BEGINNING: usize = 72;
 
 /// Loads the object, which lives as long as the process.
@@ -35,7 +36,7 @@ pub struct Packet {
     pub interface: u32,
 }
 
-/// The part of a datagram that a packet has.
+/// The part of a datagram in a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Part {
     Whole,
@@ -48,7 +49,7 @@ impl Packet {
         Packet::part(relay, false, Part::Whole, port)
     }
 
-    /// Returns a fragment. In a later one the port is just data.
+    /// Returns a part of a datagram. In a later fragment the port's bytes are payload.
     pub fn part(relay: &Namespace, ipv6: bool, part: Part, port: u16) -> Packet {
         let headers = if ipv6 { ipv6_headers(part) } else { ipv4_headers(part) };
         Packet::new(relay, |builder, bytes| {
@@ -131,7 +132,7 @@ pub struct Run {
     /// Interface that floors send to.
     pub out: u32,
     pub copies: u32,
-    /// Offset of four random bytes in each packet; 0: none.
+    /// Offset of four random bytes in each packet; 0 for none.
     pub random: u32,
     pub repeat: i32,
 }

@@ -1,4 +1,4 @@
-//! The cost of fragments, and of a flood of them for other packets.
+//! Cost of fragments, and of a flood of fragments for other packets.
 
 use std::os::fd::AsFd;
 
@@ -28,7 +28,7 @@ const SENDER: u32 = 14 + 12;
 const ROUNDS: usize = 200;
 /// Few runs, so that the cache misses after a flood count.
 const RUNS: i32 = 1_000;
-/// Packets of a round. The map has room for those of 13 rounds.
+/// Packets per round. The map has room for the packets of 13 rounds.
 const FLOOD: i32 = 10_000;
 
 /// Name of a case; true for IPv6; true if arpd runs.
@@ -75,7 +75,7 @@ pub fn measure(report: &mut Report) {
 
     let [whole, first, _] = &packets[0];
     let flood = Case { random: SENDER, runs: FLOOD, verdict: None, ..Case::new(UNSPEC) };
-    // Without and with a flood.
+    // Each packet without and with a flood.
     let figures: [f64; 5] = least(ROUNDS, |index| {
         let (program, packet, case) = match index {
             0 => (at_once, &nobodys, up),

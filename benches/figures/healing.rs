@@ -1,5 +1,5 @@
-//! The time until packets go the right way again after a change around `udplb arpd`: from the
-//! change to the moment when the program's table, or `status`, has it.
+//! Recovery time after a change around `udplb arpd`: from the change until the program's table, or
+//! `status`, is right again.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use crate::common::net::bind;
 use crate::common::service::Arpd;
 
 const ROUNDS: usize = 20;
-/// Time after which it counts as not healed.
+/// Time limit of a recovery.
 const LIMIT: Duration = Duration::from_secs(60);
 /// Interval between datagrams of the background flow.
 const PACE: Duration = Duration::from_millis(1);
@@ -84,7 +84,7 @@ fn median(lab: &Lab, mut change: impl FnMut(&Lab) -> Healed) -> Vec<Duration> {
     sorted(times.collect())
 }
 
-/// Waits longer in each round, so that changes fall anywhere between two probes.
+/// Waits longer in each round, so that changes occur at any time between two probes.
 fn wait(round: usize) {
     std::thread::sleep(Duration::from_millis(100 * (round as u64 + 1)));
 }
@@ -114,7 +114,7 @@ fn show(report: &mut Report, what: &str, times: &[Duration], limit: f64) {
     report.at_most(what, &worst, times[times.len() / 2].as_secs_f64(), " s", limit);
 }
 
-/// Counts the packets of a steady flow that are lost while the upstream changes its address silently.
+/// Counts the packets of a steady flow that are lost while the upstream's MAC address changes silently.
 fn lost(lab: &Lab, mac: String) -> String {
     let receiver = bind(&lab.upstream, [10, 2, 0, 20], 5000);
     receiver.set_nonblocking(true).expect("a socket");

@@ -1,4 +1,4 @@
-//! The cost of loading the program: instructions that the verifier walks, and its time.
+//! Cost of loading the program: instructions that the verifier processes, and load time.
 
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;

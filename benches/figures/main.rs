@@ -1,8 +1,8 @@
-//! The cost of udplb, beside that of the same without it: `./dev bench`.
+//! Cost of udplb compared with the same work without udplb: `./dev bench`.
 //!
-//! The figures of a ratio are measured in turns, in one run, on one CPU. The minimum of the rounds
-//! counts, since all other work of the machine only adds. A missed limit is reported and fails
-//! nothing: a noisy machine is no bug.
+//! The figures of a ratio are measured alternately, in one run, on one CPU. The minimum of all rounds
+//! is used, since other load only adds time. A missed limit is reported and fails nothing: a noisy
+//! machine is not a bug.
 
 mod apply;
 mod copies;
@@ -35,7 +35,7 @@ const PARTS: [Part; 9] = [
     ("trace", trace::measure),
 ];
 
-/// Returns the groups named on the command line, or all.
+/// Measures the groups named on the command line, or all, and prints the report.
 fn main() {
     // Cargo adds --bench.
     let named: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
@@ -67,7 +67,7 @@ impl Report {
         println!("\n{title}");
     }
 
-    /// Reports a floor, which other figures are compared with.
+    /// Reports a floor, the reference for other figures.
     fn floor(&self, what: &str, figure: f64) {
         println!("  {what:44}{:>9}", format!("{figure:.1} ns"));
     }
@@ -77,7 +77,8 @@ impl Report {
         println!("  {what:44}{figure:>20}");
     }
 
-    /// Reports a figure. `value` has the limit: a multiple of the floor, or the figure itself.
+    /// Reports a figure with a limit for `value`, which is a multiple of the floor or the figure
+    /// itself.
     fn at_most(&mut self, what: &str, figure: &str, value: f64, unit: &str, limit: f64) {
         self.line(what, figure, value, unit, &format!("at most {limit}{unit}"), value <= limit);
     }
@@ -93,7 +94,7 @@ impl Report {
     }
 }
 
-/// Measures all cases in turns; returns the minimum of each.
+/// Measures all cases alternately; returns the minimum of each.
 fn least<const N: usize>(rounds: usize, mut measure: impl FnMut(usize) -> f64) -> [f64; N] {
     let mut least = [f64::INFINITY; N];
     for _ in 0..rounds {

@@ -1,4 +1,4 @@
-//! Nanoseconds per packet in the program alone, by `bpf_prog_test_run`.
+//! Nanoseconds per packet in the program alone, measured with `bpf_prog_test_run`.
 
 use std::os::fd::AsFd;
 
@@ -115,7 +115,7 @@ pub fn measure(report: &mut Report) {
 
 /// Writes the report: nanoseconds of the empty loop and of each case.
 fn write(report: &mut Report, loop_alone: f64, figures: [f64; 19]) {
-    // The loop of the test run stays in all figures, restoring the packet in none.
+    // All figures include the loop of the test run, none includes restoring the packet.
     let restoring = figures[0] - loop_alone;
     let figures = figures.map(|figure| figure - restoring);
     let [_, look_up, forward, leased, forward6, leased6, figures @ ..] = figures;

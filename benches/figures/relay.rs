@@ -1,4 +1,4 @@
-//! A relay whose program runs on one packet many times, by `bpf_prog_test_run`.
+//! A relay whose program runs many times on one packet with `bpf_prog_test_run`.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -56,7 +56,7 @@ impl Relay {
         self.program.as_fd()
     }
 
-    /// Sets whether a lease holds, as arpd's does while it runs.
+    /// Grants or ends a lease, as held by a running arpd.
     pub fn lease(&self, holds: bool) {
         let until = if holds { u64::MAX / 2 } else { 0 };
         let beat = types::heartbeat { until, until_ktime: 0 };
@@ -70,7 +70,7 @@ impl Relay {
         serde_json::from_str(&text).unwrap_or_else(|_| panic!("no JSON: {text}{errors}"))
     }
 
-    /// Asserts that no packet was dropped: figures of dropped packets mean nothing.
+    /// Asserts that no packet was dropped: figures of dropped packets are meaningless.
     pub fn forwarded_everything(&self) {
         for rule in self.status()["rules"].as_array().expect("rules") {
             let counters = &rule["counters"];
@@ -155,7 +155,7 @@ pub struct Case {
     pub out: u32,
     /// Number of copies that a floor makes.
     pub copies: u32,
-    /// Offset of four random bytes in each packet; 0: none.
+    /// Offset of four random bytes in each packet; 0 for none.
     pub random: u32,
     pub runs: i32,
     pub verdict: Option<i32>,

@@ -1,5 +1,5 @@
-//! The baseline for comparison: a program that receives datagrams on a socket and sends each on to
-//! several hosts, with as few system calls as possible.
+//! The baseline for comparison: a program that receives datagrams on a socket and sends each to several
+//! hosts, with as few system calls as possible.
 
 use std::mem;
 use std::net::{Ipv4Addr, UdpSocket};
@@ -15,7 +15,7 @@ use crate::common::net::set;
 use crate::floors;
 use crate::veth::PORT;
 
-/// Datagrams of one call, and their maximum length.
+/// Datagrams per system call, and their maximum length.
 const BATCH: usize = 64;
 const LENGTH: usize = 2048;
 /// Receive buffer with room for all datagrams of a round.

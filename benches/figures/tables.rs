@@ -1,4 +1,4 @@
-//! The time to make Maglev tables, and the kernel memory that they and the counters take.
+//! Build time of Maglev tables, and the kernel memory of the tables and counters.
 
 use std::fmt::Write;
 use std::fs;

@@ -1,4 +1,4 @@
-//! The cost of tracing packets, and of a trace program that nobody listens to.
+//! Cost of tracing packets, and of a trace program without a reader.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Instant;

@@ -1,4 +1,4 @@
-//! Nanoseconds of CPU per packet on its whole way through a host, against nftables doing the same.
+//! CPU nanoseconds per packet on the whole path through a host, compared with nftables doing the same.
 //!
 //! A generator in the kernel puts packets on an interface as a driver does. All work from the first packet
 //! to the arrival of the last happens on one busy CPU, so that the time is CPU time. The cost of packets
@@ -74,7 +74,7 @@ pub struct Host {
     bpffs: Bpffs,
     packet: Packet,
     socket: Option<UdpSocket>,
-    /// Number of copies of a packet that arrive.
+    /// Number of copies of each packet that must arrive.
     copies: u64,
 }
 
@@ -132,8 +132,8 @@ impl Host {
         self
     }
 
-    /// Returns nanoseconds per packet, from the first to the arrival of the last; infinite if a queue
-    /// overflowed on a busy machine.
+    /// Returns nanoseconds per packet, from the first packet to the arrival of the last; infinite if a
+    /// queue overflowed on a busy machine.
     pub fn generate(&self, floors: &FloorsSkel<'_>) -> f64 {
         self.packet.choose(floors);
         let program = floors.progs.generate.as_fd();
