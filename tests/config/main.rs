@@ -1,4 +1,4 @@
-//! Configuration files: those accepted, with their meaning, and those refused, with their diagnostics.
+//! Configuration files: accepted ones with their meaning, refused ones with their diagnostics.
 
 use std::fmt::Write as _;
 use std::path::Path as FilePath;
@@ -21,7 +21,7 @@ fn accept(name: &str, text: &str) -> Config {
     }
 }
 
-/// One rule in a `version: 1` file, which is good but for what is changed in it.
+/// Returns a `version: 1` file with one rule; the arguments replace parts of a valid rule.
 fn rule(key: &str, options: &str, upstream: &str) -> String {
     format!(
         "version: 1\nrules:\n- key: {{ {key} }}\n  options: {{ {options} }}\n  upstream: [{upstream}]\n"
@@ -42,8 +42,8 @@ fn render(diagnostics: &[Diagnostic]) -> String {
 
 // Refused configurations.
 
-/// Each case of tests/config/refused.txt. `UPDATE=1` writes the answers into the file anew, to be
-/// read before they are committed.
+/// Checks each case of tests/config/refused.txt. `UPDATE=1` rewrites the diagnostics in the file;
+/// review them before committing.
 #[test]
 fn refused_files_have_the_expected_diagnostics() {
     let path = FilePath::new(env!("CARGO_MANIFEST_DIR")).join("tests/config/refused.txt");
@@ -65,7 +65,7 @@ fn refused_files_have_the_expected_diagnostics() {
     }
 }
 
-/// The table of words in docs/configuration.md. `UPDATE=1` writes it anew.
+/// Checks the table of words in docs/configuration.md. `UPDATE=1` rewrites the table.
 #[test]
 fn documented_words_are_those_of_the_program() {
     let path = FilePath::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
@@ -237,7 +237,7 @@ fn bare_list_keeps_its_defaults() {
     assert_eq!(rule.upstreams[0].endpoint(), "10.100.53.27:2222");
     assert_eq!(rule.upstreams[0].at.to_string(), "[0].upstream[0]");
 
-    // Nothing said: pass, by source port. The same upstream twice is a weight.
+    // Defaults: pass, src-port. A repeated upstream counts as a weight.
     let twice = "- key: { address: 10.0.0.5, port: 53 }\n  upstream:\n  - { address: h_1, port: 1 }\n  - { address: h_1, port: 1 }\n";
     let rule = accept("f", twice).rules.remove(0);
     assert_eq!(
@@ -291,7 +291,7 @@ rules:
         all.key.from.iter().map(ToString::to_string).collect::<Vec<_>>(),
         ["10.20.0.0/16", "192.0.2.1"]
     );
-    // what the defaults say of the selection is not for this rule
+    // the defaults' selection options do not apply to a replicating rule
     assert_eq!(
         (all.mode, all.strategy, all.payload, all.hash),
         (Mode::Replicate, Strategy::SrcIpPort, None, Hash::Maglev)
@@ -323,7 +323,7 @@ rules:
     let mirror = &one.mirrors[0];
     assert_eq!((mirror.sample, mirror.source), (Some(1_000_000), Some(Source::Vip)));
     assert_eq!((mirror.state, mirror.endpoint()), (State::Drained, "10.0.9.1:54".into()));
-    // by its mirror, and by its senders
+    // the family follows from the mirror, or from the senders
     assert_eq!((one.family(), names.family()), (Family::V4, Family::V6));
     assert_eq!((names.strategy, names.payload), (Strategy::Random, None));
 }
@@ -354,7 +354,7 @@ fn addresses_of_both_families_are_accepted() {
     }
 }
 
-/// The nearer of two keys has the packet, so that these are different.
+/// The more specific of two keys matches, so overlapping keys are different.
 #[test]
 fn overlapping_keys_are_accepted_if_unambiguous() {
     let rules = |keys: &[&str]| {
@@ -494,7 +494,7 @@ rules:
 fn upstreams_that_form_no_loop_are_accepted() {
     let other_port = "{ address: 10.0.0.5, port: 54 }";
     accept("f", &rule("address: 10.0.0.5, port: 53", "", other_port));
-    // On a range, the packet's own port and one port are two different upstreams.
+    // With a range of ports, the original port and a fixed port are two different upstreams.
     let two = "{ address: 10.0.9.1 }, { address: 10.0.9.1, port: 53 }";
     accept("f", &rule("address: 10.0.0.5, port: 53-54", "hash: modulo", two));
     accept("f", &rule("address: 127.0.0.1, port: 53", "", "{ address: a.b-c.example. }"));
@@ -531,7 +531,7 @@ fn lossy_implicit_defaults_are_warnings() {
     assert_eq!(warned("53", "pass", "", &two.replace("9.2", "9.2, weight: 2")), "");
     assert_eq!(warned("any", "block", "", one), "2");
     assert_eq!(warned("any", "pass", "", one), "");
-    // which has no words to say it otherwise
+    // the bare list has no options to avoid the warning
     let bare = "- key: { address: 10.0.0.5, port: 514 }\n  upstream: [{ address: 10.0.9.1 }, { address: 10.0.9.2 }]\n";
     assert!(accept("f", bare).warnings.is_empty());
 }
@@ -542,7 +542,7 @@ fn examples_have_no_warnings() {
         let warnings = accept(name, text).warnings;
         assert!(warnings.is_empty(), "{name}: {}", render(&warnings));
     }
-    // the example that Debian's file has in its comment
+    // the example in the comment of Debian's file
     let debian = include_str!("../../contrib/debian/udplb.yaml");
     let (_, example) = debian.split_once("This example").expect("an example");
     let lines = example.lines().filter_map(|line| line.strip_prefix("#   "));
@@ -614,7 +614,7 @@ fn hosts_are_plain_strings() {
     }
 }
 
-/// The schema's words for an option, in the map form and in the bare list.
+/// Returns the schema's words for an option, in the map form and in the bare list.
 #[test]
 fn schema_has_every_word() {
     let schema = schema();
@@ -645,7 +645,7 @@ fn schema_has_every_word() {
     assert_eq!(seed["name"], serde_json::Value::Null);
 }
 
-// Any text: no panic, and every position lies in it.
+// Any text: no panic, and every reported position lies in the text.
 
 fn check_positions(name: &str, text: &str) {
     let diagnostics = match Config::parse(name, text) {
@@ -672,7 +672,7 @@ fn file() -> impl proptest::strategy::Strategy<Value = (&'static str, &'static s
     prop::sample::select(vec![("f", SEED), ("f", YAML), ("f.toml", TOML)])
 }
 
-/// Cuts a piece out of a text and puts another there.
+/// Replaces a piece of a text.
 fn mutate(text: &str, from: usize, length: usize, with: &str) -> String {
     let characters: Vec<char> = text.chars().collect();
     let from = from % (characters.len() + 1);
@@ -681,7 +681,7 @@ fn mutate(text: &str, from: usize, length: usize, with: &str) -> String {
     before.iter().copied().chain(with.chars()).chain(after.iter().copied()).collect()
 }
 
-/// Pieces that mean something to a parser.
+/// Pieces with a meaning for the parsers.
 const PIECES: &[&str] = &[
     "",
     " ",
