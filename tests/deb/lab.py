@@ -32,7 +32,7 @@ class Lab:
 
     def serve(self, units: str) -> None:
         """Starts the installed services with a rule; `units` is the folder of their unit files."""
-        # The machine's systemd looks only into /run/units.
+        # The machine's systemd reads units only from /run/units.
         self.relay.succeed(f"ln -sf {units}/udplb*.service /run/units/", "systemctl daemon-reload")
         self.relay.succeed(f"echo '{RULES}' > /etc/udplb.yaml", "systemctl start udplb.service udplb-arpd.service")
 

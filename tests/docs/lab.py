@@ -36,14 +36,14 @@ def prepare() -> None:
         call("ip", "link", "set", old, "down")
         call("ip", "link", "set", old, "name", new)
         call("ip", "link", "set", new, "up")
-    # what a document writes into the system goes away with the lab
+    # files that a document writes into the system are removed with the lab
     for folder in ("etc", "var", "usr/local"):
         upper = Path("/run/overlay") / folder
         for name in ("upper", "work"):
             (upper / name).mkdir(parents=True)
         options = f"lowerdir=/{folder},upperdir={upper}/upper,workdir={upper}/work"
         call("mount", "-t", "overlay", "overlay", "-o", options, f"/{folder}")
-    # where udplb is installed
+    # the installed path of udplb
     udplb = Path("/usr/local/bin/udplb")
     udplb.unlink(missing_ok=True)
     udplb.symlink_to(os.popen("command -v udplb").read().strip())

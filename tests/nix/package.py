@@ -42,7 +42,7 @@ installShellCompletion() {
 }
 """
 
-# relative to $out; each holds something
+# paths relative to $out; none may be empty
 INSTALLED = [
     "bin/udplb",
     "share/bash-completion/completions/udplb.bash",

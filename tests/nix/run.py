@@ -60,7 +60,7 @@ class Nix:
         self.program, self.lib = program, lib
 
     def instantiate(self, *args: str | Path) -> subprocess.CompletedProcess[str]:
-        # No store is needed, and none may be there.
+        # No store is needed, and none may exist.
         env = {**os.environ, "NIX_REMOTE": "dummy://"}
         return run(self.program, "--eval", "--strict", "--json", *args, env=env)
 
@@ -108,7 +108,7 @@ def check_units(name: str, units: dict[str, str]) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         for unit, text in units.items():
-            # The package is not built here: a program that is there takes its place.
+            # The package is not built here: an existing program replaces it.
             Path(folder, unit).write_text(re.sub(r"\"?/stub/[^ \"]*/bin/[^ \"]+\"?", "/bin/true", text))
         files = [str(Path(folder, unit)) for unit in units]
         said = run("systemd-analyze", "verify", "--man=no", *files).stderr
@@ -371,7 +371,7 @@ def lint_scripts() -> None:
     own += ["docs/run", "docs/blocks.py", "lint/language.py", "lint/layers.py"]
     own += [f"deb/{name}" for name in ("lab.py", "run", "tarball")]
     own += [f"pictures/{name}.py" for name in ("dashboard", "terminal", "traffic")]
-    # what libraries say of their types depends on their version, and on whether they are installed
+    # the types of libraries depend on their version, and on whether they are installed
     alone = ["--follow-imports=skip", "--ignore-missing-imports"]
     for name in own:
         lint(f"pyflakes: {name}", pyflakes, ROOT / "tests" / name)

@@ -25,11 +25,11 @@ matplotlib.use("svg")
 from matplotlib import dates, pyplot  # noqa: E402
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator  # noqa: E402
 
-# Grafana's dark theme, and its colours by name and in turn
+# Grafana's dark theme, and its colours by name and in order of use
 PAGE, CARD, LINE, FAINT, TEXT = "#111217", "#181b1f", "#2c3235", "#9a9ba5", "#d8d9e0"
 COLOURS = {"green": "#56a64b", "orange": "#ff780a", "red": "#e02f44", "none": CARD}
 TURN = ["#73bf69", "#f2cc0c", "#8ab8ff", "#ff780a", "#f2495c", "#b877d9"]
-# in inches: a 24th of the width, a unit of height, and what is between cards
+# in inches: a 24th of the width, a unit of height, and the gap between cards
 WIDTH, HEIGHT, GAP = 0.5, 0.34, 0.08
 
 
@@ -43,7 +43,7 @@ class Series:
 class Prometheus:
     def __init__(self, url: str, scrape: int, begin: int, end: int):
         self.url, self.step, self.begin, self.end = url, scrape, begin, end
-        # what Grafana takes for it
+        # Grafana's value of $__rate_interval
         self.rate_interval = f"{4 * scrape}s"
 
     def ask(self, target: dict[str, Any]) -> list[Series]:
@@ -51,7 +51,7 @@ class Prometheus:
         query = target["expr"].replace("$__rate_interval", self.rate_interval)
         query = re.sub(r"\$(instance|rule)\b", ".*", query)
         asked = {"query": query, "start": self.begin, "end": self.end, "step": self.step}
-        # whatever proxy there is knows nothing of the lab
+        # no proxy: the lab is unreachable through one
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"{self.url}/api/v1/query_range?{urllib.parse.urlencode(asked)}") as answer:
             found = json.load(answer)["data"]["result"]
@@ -69,7 +69,7 @@ def scaled(unit: str) -> Callable[..., str]:
     return lambda value, _=None: str(formatter(float(f"{value:.3g}")))
 
 
-# of a value, and of its place on an axis
+# formatters of a value, with the position on an axis as second argument
 UNITS: dict[str, Callable[..., str]] = {
     "": lambda value, _=None: f"{value:.4g}",
     "pps": scaled("p/s"),
@@ -223,7 +223,7 @@ def main() -> None:
     )
     panels = json.loads(Path(file).read_text())["panels"]
     picture = draw(panels, Prometheus(url, *map(int, times)))
-    # without the address of a document type, for which somebody might ask
+    # serialized anew, without the document type, whose address a viewer might load
     ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     print(ElementTree.tostring(ElementTree.fromstring(picture), encoding="unicode"))

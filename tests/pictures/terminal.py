@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.text import Text
 
 command, columns = sys.argv[1:]
-# a screen begins at home; what follows the last one only restores the terminal
+# a screen begins with the cursor at home; output after the last screen only restores the terminal
 *_, said = re.split(r"\x1b\[H", re.sub(r"\x1b\[\?\w+|\x1b\[[JK]", "", sys.stdin.read()))
 lines = []
 for line in Text.from_ansi(said.rstrip()).split(allow_blank=True):
-    # a terminal breaks lines wherever they reach its edge
+    # a terminal breaks lines at its edge
     lines += line.divide(range(int(columns), len(line), int(columns))) if len(line) else [line]
 console = Console(record=True, width=int(columns), file=io.StringIO())
 console.print(Text(f"# {command}", style="bold"), *lines, sep="\n")
 picture = console.export_svg(title=command, unique_id="udplb")
-# Any monospaced font will do: the picture loads none.
+# Any monospaced font is suitable: the picture loads none.
 picture = re.sub(r"<!--.*?-->|@font-face \{.*?\}", "", picture, flags=re.DOTALL)
-# Not every reader of SVG keeps leading blanks.
+# Some SVG viewers drop leading spaces.
 print(picture.replace("<svg ", '<svg xml:space="preserve" ', 1))

@@ -60,7 +60,7 @@ def main(theme: str) -> None:
     for row in range(3):
         drawing.box(10, 35 + 75 * row, 130, 54, ("router", "switch", "server")[row], "UDP to 192.0.2.1")
         drawing.arrow(f"M140 {62 + 75 * row} C200 {62 + 75 * row} 190 137 248 137", "main")
-    # the relay, with the hook and what is above it
+    # the relay with the hook and the stack above it
     drawing.parts.append(f"<rect x='230' y='20' width='270' height='255' rx='8' fill='none' stroke='{colour['line']}' stroke-width='1.5'/>")
     drawing.text(365, 264, "relay 192.0.2.1", "dim", 12)
     drawing.box(250, 105, 120, 64, "udplb", "tc ingress", "main")

@@ -31,7 +31,7 @@ def now(mean: float, period: float) -> float:
     return mean * noise * (1 + 0.3 * math.sin(2 * math.pi * seconds / period))
 
 
-# some messages are too long for the copies' way, and one exporter's TTL is not for a router
+# some messages exceed the MTU of the copies' path, and one exporter's TTL is too low for a router
 syslog = datagrams(514, [client(5000)], [90, 140, 260, 1380, 110, 180])
 netflow = datagrams(2055, [client(5001, 1)] + [client(5002 + i) for i in range(6)], [1300, 900, 1350, 600])
 statsd = datagrams(8125, [client(6010 + i) for i in range(32)], [12, 25, 40])

@@ -7,7 +7,7 @@ for machine in (client, up1, up2):
 upstreams = (up1, up2)
 for upstream in upstreams:
     upstream.succeed("python3 /etc/udp.py listen 6000 /tmp/by-port", "python3 /etc/udp.py listen 5001 /tmp/by-address")
-# The upstreams may have come after the first apply.
+# The upstreams may have started after the first apply.
 lb.succeed("systemctl reload udplb.service")
 
 
@@ -45,7 +45,7 @@ with subtest("src-port: many senders use both upstreams, each the one that its p
     ports = range(10000, 28000, 300)
     send(5000, ports)
     for number, got in enumerate(arrived("/tmp/by-port", 52 + len(ports))):
-        # the port's bytes as they lie on the wire, read as a little-endian number, modulo 2
+        # the port's bytes in wire order, read as a little-endian number, modulo 2
         mine = {str(port) for port in ports if (port >> 8) % 2 == number}
         assert mine and mine <= {line.split()[1] for line in got}, (mine, got)
 

@@ -7,7 +7,7 @@ for machine in machines:
 for machine in (relay, first, second):
     for port in (2055, 4739, 9995):
         machine.succeed(f"python3 /etc/udp.py listen {port} /tmp/{port}")
-# The receivers may have come after the first apply.
+# The receivers may have started after the first apply.
 relay.succeed("systemctl reload udplb.service")
 relay.wait_until_succeeds("udplb status >/dev/null", timeout=60)
 

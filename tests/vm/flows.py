@@ -29,7 +29,7 @@ def send():
 
 with subtest("maglev: weights share the flows, and each flow stays"):
     before = send()
-    # three quarters of 80, with chance
+    # three quarters of 80, with a margin for chance
     assert 48 <= len(before[0]) <= 72, before
     assert send() == before
 
@@ -60,5 +60,5 @@ with subtest("metrics: what a Prometheus would scrape is what was sent"):
         sent = metrics[f'udplb_upstream_packets_total{{rule="metrics",upstream="{name}"}}']
         assert int(sent) == len(lines(upstream)), (name, metrics)
     assert metrics['udplb_interface_attached{interface="eth1"}'] == "1"
-    # the firewall lets nobody else ask
+    # the firewall blocks other hosts
     client.fail(scrape.replace("127.0.0.1", "10.1.0.2"))

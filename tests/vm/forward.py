@@ -4,7 +4,7 @@ for machine in (client, near, far, gateway):
 relay.wait_for_unit("udplb.service", timeout=300)
 far.succeed("python3 /etc/udp.py listen 514 /tmp/got")
 near.succeed("python3 /etc/udp.py listen 1515 /tmp/got")
-# The gateway must know its own neighbour: what it loses is not the relay's.
+# The gateway must have resolved its own neighbour: packets lost there are not the relay's.
 gateway.wait_until_succeeds("ping -c1 -W1 10.3.0.3 || ip neigh show 10.3.0.3 | grep -q REACHABLE", timeout=60)
 
 

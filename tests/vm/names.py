@@ -16,7 +16,7 @@ def sent(source, *to):
     """Datagrams from this port arrive at these receivers, and at no other."""
     client.succeed(f"python3 /etc/udp.py send 10.1.0.2 514 --from {source}")
     for number, receiver in enumerate(receivers, 3):
-        # Straight to the receiver: what the relay sends to it was sent before.
+        # Sent directly to the receiver: relayed datagrams were sent before.
         client.succeed(f"python3 /etc/udp.py send 10.1.0.{number} 514 --from {source + 1}")
         receiver.wait_until_succeeds(f"grep -q '{source + 1}-0' /tmp/got", timeout=60)
         if receiver in to:
@@ -27,7 +27,7 @@ def sent(source, *to):
 
 with subtest("an unknown name leaves out one receiver; the service is active, and status tells"):
     relay.wait_for_unit("udplb.service", timeout=300)
-    # The receivers may have come after the first apply.
+    # The receivers may have started after the first apply.
     relay.succeed("systemctl reload udplb.service")
     relay.wait_until_succeeds("(udplb status || true) | grep -q later.test", timeout=60)
     sent(40000, first, second)
@@ -45,7 +45,7 @@ with subtest("enable = false while something is missing detaches"):
     sent(40040, first, second)
 
 with subtest("the name resolves: arpd adds the receiver"):
-    # NixOS' file is a link into the store
+    # on NixOS the file is a link into the store
     relay.succeed("cp -L /etc/hosts /tmp/hosts; echo '10.1.0.5 later.test' >> /tmp/hosts; rm /etc/hosts; cp /tmp/hosts /etc/hosts")
     relay.succeed("systemctl reload udplb-arpd.service")
     relay.wait_until_succeeds("udplb status >/dev/null", timeout=120)

@@ -6,7 +6,7 @@ for machine in (client, guest, up):
 for port in (514, 515, 516):
     for machine in (relay, up):
         machine.succeed(f"python3 /etc/udp.py listen {port} /tmp/{port}")
-# arpd follows networkd: addresses and next hops may have come after the first apply.
+# arpd follows networkd: addresses and next hops may have appeared after the first apply.
 relay.wait_until_succeeds("udplb status >/dev/null", timeout=120)
 
 

@@ -31,7 +31,7 @@ with subtest("block: only the collector gets it, and no firewall stands in the w
 
 with subtest("the firewall is closed for everything else"):
     exporter.succeed("python3 /etc/udp.py send 10.1.0.2 9999 --from 40003")
-    # Order on the wire: when the later one is there, the earlier one has been refused.
+    # Order on the wire: once the later datagram arrived, the earlier one was refused.
     exporter.succeed("python3 /etc/udp.py send 10.1.0.2 2055 --from 40004")
     relay.wait_until_succeeds("grep -q 40004 /tmp/2055", timeout=60)
     relay.fail("test -s /tmp/9999")

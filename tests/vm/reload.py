@@ -14,7 +14,7 @@ for machine in (client, up1, up2):
     machine.wait_for_unit("multi-user.target", timeout=300)
 for upstream in (up1, up2):
     upstream.succeed("python3 /etc/udp.py listen 514 /tmp/got")
-# The upstreams may have come after the first apply.
+# The upstreams may have started after the first apply.
 relay.succeed("systemctl reload udplb.service")
 
 
@@ -29,7 +29,7 @@ def sent_to(upstream, source):
 
 def not_relayed(source):
     client.succeed(f"python3 /etc/udp.py send 10.1.0.2 514 --from {source}")
-    # Straight to the upstreams: what would have been relayed was sent before.
+    # Sent directly to the upstreams: relayed datagrams would have been sent before.
     for number, upstream in ((3, up1), (4, up2)):
         client.succeed(f"python3 /etc/udp.py send 10.1.0.{number} 514 --from {source + 1}")
         upstream.wait_until_succeeds(f"grep -q '{source + 1}-0' /tmp/got", timeout=60)
@@ -93,7 +93,7 @@ with subtest("a late interface keeps nothing else out, fails no rebuild, and is 
     relay.wait_until_succeeds("udplb status >/dev/null", timeout=60)
     relay.succeed("tc filter show dev late0 ingress | grep -q udplb")
     relay.succeed("ip link delete late0")
-    # mends it: what is missing is wanted no longer
+    # this fixes it: the missing interface is no longer configured
     switch()
     relay.succeed("udplb status >&2")
     sent_to(up1, 40022)

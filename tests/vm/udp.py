@@ -16,15 +16,15 @@ import sys
 import time
 
 BUFFER = 8 << 20
-# Linux' numbers; Python's socket module does not have the names.
+# Linux socket options that Python's socket module does not define.
 SO_RCVBUFFORCE = 33
 IP_RECVTTL = 12
-# the largest ancillary data: an int for each family
+# maximum ancillary data: an int for each family
 ANCILLARY = 128
 
 
 def listen(port: int, file: str) -> None:
-    # hears IPv4 too
+    # receives IPv4 too
     receiver = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
     receiver.setsockopt(socket.IPPROTO_IP, IP_RECVTTL, 1)

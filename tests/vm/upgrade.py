@@ -9,7 +9,7 @@ for machine in (client, up1, up2):
     machine.wait_for_unit("multi-user.target", timeout=300)
 for upstream in (up1, up2):
     upstream.succeed("python3 /etc/udp.py listen 514 /tmp/got")
-# The upstreams may have come after the first apply.
+# The upstreams may have started after the first apply.
 relay.succeed("systemctl reload udplb.service")
 
 

@@ -1,10 +1,10 @@
 #!/bin/sh
-# PID 1 of one machine: its own root over the host's, then the host's systemd.
-# usage: init.sh NAME DIR SHARED (DIR: what the driver prepared for this machine)
+# PID 1 of one machine: mounts the machine's root over the host's, then executes the host's systemd.
+# usage: init.sh NAME DIR SHARED (DIR: the folder that the driver prepared for this machine)
 set -eu
 name=$1 dir=$2 shared=$3
 mount --make-rprivate /
-# From here on "$dir/root" is the machine's; all of it goes away with the mount namespace.
+# From here on "$dir/root" is the machine's root. All mounts end with the mount namespace.
 mount -t tmpfs udplb-vm "$dir/root"
 cd "$dir/root"
 mkdir upper work root
@@ -39,7 +39,7 @@ cp -a "$dir/stub" stub
 ln -s /usr stub/coreutils
 ln -sf /stub/udplb/bin/udplb usr/local/bin/udplb
 hostname "$name"
-# The driver moves the interfaces in, then closes our input.
+# The driver moves the interfaces in, then closes standard input.
 read -r _ || true
 mkdir .old
 pivot_root . .old

@@ -37,7 +37,7 @@ CGROUP = HYBRID if HYBRID.is_dir() else Path("/sys/fs/cgroup")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PR_SET_PDEATHSIG = 1
 
-# What systemd wants to find beside the units of the test.
+# Units that systemd needs besides the units of the test.
 PASSIVE = "sysinit network network-pre network-online sockets timers paths slices umount final".split()
 BASE_UNITS = {f"{name}.target": f"[Unit]\nDescription={name}\n" for name in PASSIVE} | {
     "default.target": "[Unit]\nRequires=multi-user.target\nAfter=multi-user.target\nAllowIsolate=yes\n",
@@ -49,13 +49,13 @@ BASE_UNITS = {f"{name}.target": f"[Unit]\nDescription={name}\n" for name in PASS
     "SuccessAction=poweroff-force\n[Service]\nType=oneshot\nExecStart=/bin/true\n",
 }
 
-# as systemd sets it on NixOS, Debian 13 and Ubuntu: a sender that no route leads to is dropped
+# systemd's setting on NixOS, Debian 13 and Ubuntu: packets from unroutable senders are dropped
 SYSCTL = {f"net.ipv4.conf.{which}.rp_filter": 2 for which in ("all", "default")}
 
 numbers = itertools.count()
 
 
-# NixOS' own services, of which the machine's configuration says what they do.
+# NixOS' own services, which the machine's configuration describes.
 NETWORKD = """[Unit]
 Wants=network.target
 Before=network.target
@@ -131,7 +131,7 @@ def ruleset(firewall: dict[str, Any]) -> str:
     ]
     firewalls = ["table inet nixos-fw {\nchain input {\n" + "\n".join(rules) + "\n}\n}\n"] if firewall["enable"] else []
     tables = firewalls + firewall["tables"]
-    # each is replaced, in one step
+    # each table is replaced atomically
     heads = [table.partition("{")[0] for table in tables]
     return "".join(f"{head}\ndelete {head}\n" for head in heads) + "".join(tables)
 
@@ -161,14 +161,14 @@ class Machine:
 
     def write_system(self, folder: Path, system: dict[str, Any]) -> None:
         (folder / "bin").mkdir(parents=True)
-        # There is no journal: what services say is on the console.
+        # There is no journal: output of services goes to the console.
         (folder / "units/service.d").mkdir(parents=True)
         (folder / "units/service.d/console.conf").write_text("[Service]\nStandardOutput=tty\nStandardError=tty\n")
         shutil.copy(HERE / "switch-to-configuration", folder / "bin")
         units = BASE_UNITS | {name: "\n".join(lines) + "\n" for name, lines in system["units"].items()}
         files = {f"systemd/network/{name}": text for name, text in system["networkd"].items()}
         if files:
-            # a unit changes with its files
+            # the unit changes when its files change
             units["systemd-networkd.service"] = f"# {sorted(files.items())}\n{NETWORKD}"
         if system["firewall"]["nftables"]:
             files["nftables.nft"] = ruleset(system["firewall"])
@@ -247,7 +247,7 @@ class Machine:
                 raise Failed(f"nft: {nft.stderr}")
         self.cables = []
         for interface, link in self.node["links"].items():
-            # Interfaces of a machine that was just stopped may not be gone yet.
+            # Interfaces of a machine that was just stopped may still exist.
             cable = f"cable{next(numbers)}"
             switch = self.driver.switch("ip")
             peer = f"peer name {interface} address {self.mac(interface)} netns {self.pid}"
@@ -448,7 +448,7 @@ class Driver:
         shutil.rmtree(self.dir)
 
     def start_all(self) -> None:
-        # Not in threads: a child dies with the thread that made it.
+        # Not in threads: a child process dies with the thread that started it.
         for machine in self.machines:
             machine.start()
 
