@@ -246,7 +246,7 @@ fn fail_probes(command: &mut Command) {
     let unless =
         |value: u32, skip: u8| jump(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, skip, value);
     let answer = |value: u32| jump(libc::BPF_RET | libc::BPF_K, 0, 0, value);
-    // the lower halves of the first and the third argument
+    // offsets of the lower halves of the first and the third argument
     let argument = |nth: usize| 16 + 8 * nth + if cfg!(target_endian = "big") { 4 } else { 0 };
     let mut filter = [
         load(0),

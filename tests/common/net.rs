@@ -232,8 +232,8 @@ pub fn payload(length: usize) -> Vec<u8> {
 /// Sends a whole frame out of an interface.
 pub fn send_frame(namespace: &Namespace, interface: &str, frame: &[u8]) {
     let index = namespace.index(interface);
-    // SAFETY: plain numbers in, a descriptor that nobody else owns out; the address is a
-    // sockaddr_ll of which all zeroes are a value, and it and the frame outlive the call.
+    // SAFETY: takes plain numbers and returns a descriptor without another owner; the address is a
+    // sockaddr_ll, for which all zeroes are valid, and the address and the frame outlive the call.
     let sent = namespace.enter(|| unsafe {
         let socket = libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0);
         assert!(socket >= 0, "{}", io::Error::last_os_error());

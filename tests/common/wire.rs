@@ -125,8 +125,8 @@ pub fn run_on_cpu(cpu: usize) {
 /// Opens a socket for the frames of an interface with this protocol, in both directions.
 fn open(index: u32, protocol: u16) -> io::Result<OwnedFd> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-    // SAFETY: the address is plain data of the length given, and outlives the call; the
-    // descriptor is nobody else's.
+    // SAFETY: the address is plain data of the length given, and outlives the call; the new descriptor
+    // has no other owner.
     let socket = unsafe {
         // receives nothing before it is bound
         let socket = OwnedFd::from_raw_fd(result(libc::socket(libc::AF_PACKET, kind, 0))?);

@@ -17,7 +17,7 @@ use crate::kernel::{SentBack, counted, expect_no_error, sent_back, try_sent_back
 /// MTU of the upstreams' link.
 const NARROW: usize = 1280;
 
-/// Links with checksum offload, between client and relay.
+/// Hosts that use checksum offload on the link between client and relay.
 #[derive(Clone, Copy)]
 enum Offload {
     Nobody,

@@ -67,7 +67,7 @@ pub struct V4 {
     pub identification: u16,
     /// The reserved bit, "do not fragment" and "more fragments".
     pub flags: u8,
-    /// In units of eight bytes.
+    /// Offset in units of eight bytes.
     pub fragment_offset: u16,
     pub ttl: u8,
     pub protocol: u8,
@@ -117,7 +117,7 @@ pub enum Kind {
 
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Fragment {
-    /// In units of eight bytes.
+    /// Offset in units of eight bytes.
     pub offset: u16,
     pub more: bool,
     /// Value of the reserved bits.

@@ -41,7 +41,7 @@ pub struct Datagram {
     pub identification: u16,
     pub dont_fragment: bool,
     pub more_fragments: bool,
-    /// In units of eight bytes.
+    /// Offset in units of eight bytes.
     pub fragment_offset: u16,
     pub ttl: u8,
     /// A multiple of four bytes, 40 at most.
