@@ -147,7 +147,7 @@ pub fn run_tc(start: BorrowedFd<'_>, packet: &Packet, run: Run) -> i32 {
     test_run(start, packet, &context, run.repeat, 0).expect("a test run") as i32
 }
 
-/// Has an XDP program generate packets, which are received on the packet's interface.
+/// Generates packets with an XDP program; the packets are received on the packet's interface.
 pub fn run_xdp(program: BorrowedFd<'_>, packet: &Packet, repeat: i32) {
     let context = libbpf_sys::xdp_md {
         data_end: packet.bytes.len() as u32,

@@ -282,7 +282,6 @@ impl Outcome {
     }
 
     /// # Panics
-    ///
     /// If the exit code differs or the program panicked.
     #[track_caller]
     pub fn expect(self, code: i32) -> Outcome {
@@ -292,7 +291,6 @@ impl Outcome {
     }
 
     /// # Panics
-    ///
     /// If standard error lacks one of these texts.
     #[track_caller]
     pub fn says(self, texts: &[&str]) -> Outcome {

@@ -67,7 +67,7 @@ fn connect(kind: &str, words: &str, ends: [End<'_>; 2]) {
     }
 }
 
-/// Each end of a WireGuard tunnel learns the other's key and address.
+/// Sets the other end's key and address at each end of a WireGuard tunnel.
 fn make_peers(ends: [End<'_>; 2]) {
     let keys = [
         "wP5iY2EtjdCQHo4GyDCyTSvNBrFYKlHjlkpFDFMxVGo=",
@@ -98,7 +98,7 @@ fn wg(namespace: &Namespace, words: &str, input: &str) -> String {
     Outcome::with_input(&mut command, input).expect(0).stdout
 }
 
-/// Relays by every kind of rule in both families, whole datagrams and segments.
+/// Checks relaying by every kind of rule in both families, with whole datagrams and segments.
 fn check(lab: &Lab) {
     lab.add_ipv6();
     lab.apply(&all_kinds());
@@ -114,7 +114,7 @@ fn check(lab: &Lab) {
     assert!(!doctor.contains("receive offload"), "{doctor}");
 }
 
-/// Relays to upstreams behind devices of a kind, then from clients behind them.
+/// Checks upstreams behind devices of a kind, then clients behind them.
 fn check_both_sides(kind: &str, words: &str) {
     if !exists(kind, words) {
         return;

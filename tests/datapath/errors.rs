@@ -43,8 +43,8 @@ fn narrow_lab(offload: Offload) -> Lab {
     lab
 }
 
-/// Handling of packets above the path MTU by the sender's kernel, once it has learnt that MTU: not at all,
-/// fragmentation, or an error.
+/// Handling of packets above a learnt path MTU by the sender's kernel: none, fragmentation, or an
+/// error.
 enum Discovery {
     Off,
     Learns,

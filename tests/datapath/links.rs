@@ -101,7 +101,7 @@ fn rules_match_inside_vlans() {
     }
 }
 
-/// Gives a device of the relay addresses of both families.
+/// Adds addresses of both families to a device of the relay.
 fn add_addresses(lab: &Lab, name: &str, number: u8) {
     lab.relay.ip(&format!("addr add 10.{number}.0.1/24 dev {name}"));
     lab.relay.ip(&format!("addr add 2001:db8:{number}::1/64 dev {name} nodad"));

@@ -970,7 +970,7 @@ fn source_ip_port_hash_is_even_and_stable() {
     });
 }
 
-/// `block` alone: the kernel does not clone the GSO packets that BPF_PROG_TEST_RUN makes.
+/// Tests `block` only: the kernel does not clone the GSO packets that BPF_PROG_TEST_RUN makes.
 #[test]
 fn gso_packet_counts_as_its_segments() {
     let sent = |mac| Sent("forwarded", mac);
@@ -995,7 +995,7 @@ fn gso_packet_counts_as_its_segments() {
         let (options, payload) = (vec![1; options], payload(length));
         let rule = rule(Action::Block, Source::Vip, upstream);
         let headers = ETHERNET + 28 + options.len();
-        // each segment has headers of its own
+        // each segment counts its own headers
         let bytes = (packets * headers + length) as u64;
         let packet = Datagram { options, payload, ..datagram() };
         Case { gso, count: Some((packets as u64, bytes)), ..Case::new(name, rule, packet, fate) }

@@ -363,7 +363,6 @@ impl<'object> Program<'object> {
     }
 
     /// # Panics
-    ///
     /// If the kernel refuses the run.
     pub fn run(&self, frame: &[u8], context: Context) -> Run {
         let tagged = matches!(frame[TYPE..], [0x81, 0, ..] | [0x88, 0xa8, ..]);

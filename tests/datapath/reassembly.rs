@@ -125,7 +125,8 @@ fn unordered_fragments_arrive_whole() {
     }
 }
 
-/// The upstreams' result depends on the arrival of the first fragment; here the datagram is whole.
+/// Copies to the upstreams depend on the first fragment arriving first; this host reassembles the
+/// datagram in any case.
 #[test]
 fn first_fragment_last_reaches_the_host() {
     let lab = Lab::dual(true, false);

@@ -566,7 +566,8 @@ impl Host {
         self.is_answer(rule, packet).then_some("loop")
     }
 
-    /// RFC 1812 section 5.3.7, RFC 3927 section 2.7; RFC 4291 sections 2.5.2, 2.5.3, 2.5.5.2 and 2.7.
+    /// Returns true for an invalid source address: RFC 1812 section 5.3.7, RFC 3927 section 2.7; RFC
+    /// 4291 sections 2.5.2, 2.5.3, 2.5.5.2 and 2.7.
     fn is_martian(&self, packet: &Packet) -> bool {
         if packet.source == packet.destination {
             return true;
@@ -850,7 +851,7 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
         };
         // sections 4.3 to 4.6
         let length = if next == FRAGMENT { 8 } else { (usize::from(extension[1]) + 1) * 8 };
-        // section 4.4: this is not the final destination
+        // section 4.4: this host is not the final destination
         if next == ROUTING && extension[3] != 0 {
             return Parsed::Other;
         }

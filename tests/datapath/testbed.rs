@@ -442,7 +442,6 @@ impl Testbed<'_> {
     }
 
     /// # Panics
-    ///
     /// If the case fails; `before` runs with the configured program.
     #[track_caller]
     pub fn check_after(&self, case: &Case, before: impl FnOnce(&Program<'_>)) {

@@ -16,7 +16,7 @@ use crate::common::net::{
 use crate::common::service::until;
 use crate::ends::{Ends, cuts_up_without_offload};
 
-/// The configuration of udplb's first version.
+/// Returns a configuration in the format of udplb's first version.
 fn seed(strategy: &str) -> String {
     let upstreams: String =
         UPSTREAMS.iter().map(|it| format!("    - {{ address: {it}, port: 2222 }}\n")).collect();

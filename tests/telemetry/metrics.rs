@@ -250,7 +250,6 @@ impl Prometheus {
     /// Returns the result of an expression.
     ///
     /// # Panics
-    ///
     /// If the query fails.
     fn query(&self, lab: &Lab, expression: &str) -> Vec<Value> {
         let query: String = expression.bytes().map(|byte| format!("%{byte:02x}")).collect();
