@@ -110,7 +110,7 @@ fn once_resolves_and_ends() {
     assert_eq!((outcome.stdout.as_str(), outcome.stderr.as_str()), ("", ""));
     assert!(lab.neighbour("10.2.0.20").contains("managed"));
     assert_eq!(lab.next_hop("10.2.0.20")["mac"], lab.upstream.mac_text("eth0"));
-    // the lease is no longer renewed
+    // no process renews a lease
     assert_eq!(lab.status()["arpd"], Value::Null);
 
     lab.upstream.ip("link set eth0 down");
