@@ -1,7 +1,7 @@
 //! The neighbour tracker: a pure state machine for the next hops of all upstreams. Tables, events and
 //! the time go in, effects come out.
 //!
-//! [`state`] holds the states of one neighbour and the table of their transitions.
+//! `state` holds the states of one neighbour and the table of their transitions.
 
 mod messages;
 mod state;

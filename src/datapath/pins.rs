@@ -36,7 +36,7 @@ const BPFFS: &str = "/sys/fs/bpf";
 const QUEUE: &str = "queue";
 
 /// Directory of the state that outlives generations. Each layout of it has a directory of its own, whose
-/// name begins with [`STATES`].
+/// name begins with `STATES`.
 pub const STATE: &str = "state-4";
 
 const STATES: &str = "state";

@@ -31,7 +31,7 @@ pub enum Differs {
     Address,
 }
 
-/// Returns the rules nearest to a packet, at most [`MAX_RULES`].
+/// Returns the rules nearest to a packet, at most `SHOWN`.
 pub fn explain(
     desired: &Desired,
     source: IpAddr,
