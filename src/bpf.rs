@@ -125,6 +125,11 @@ pub fn create_only(skeleton: &mut OpenUdplbSkel<'_>, wanted: &[&str]) -> libbpf_
     })
 }
 
+/// Returns the kernel's number of a map.
+pub fn map_id(map: &MapHandle) -> libbpf_rs::Result<u32> {
+    Ok(MapInfo::new(map.as_fd())?.info.id)
+}
+
 /// The kernel's information about a loaded program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProgramInfo {

@@ -5,9 +5,9 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, OpenMap};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenMap};
 
-use crate::bpf;
+use crate::bpf::{self, map_id};
 
 /// A table by id.
 pub struct Chunks {
@@ -110,8 +110,4 @@ impl Chunks {
         let width = self.chunks.first()?.max_entries();
         Some((self.chunks.get((id / width) as usize)?, id % width))
     }
-}
-
-fn map_id(map: &MapHandle) -> anyhow::Result<u32> {
-    Ok(MapInfo::new(map.as_fd())?.info.id)
 }

@@ -10,10 +10,10 @@ use std::sync::Mutex;
 
 use anyhow::{Context, anyhow, bail};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapMut, PrintLevel, Program, ProgramMut};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, PrintLevel, Program, ProgramMut};
 
 use crate::bpf::{
-    self, OBJECT_SHA256, OpenUdplbSkel, Pod, UdplbSkel, UdplbSkelBuilder, bytes_of, types,
+    self, OBJECT_SHA256, OpenUdplbSkel, Pod, UdplbSkel, UdplbSkelBuilder, bytes_of, map_id, types,
 };
 use crate::datapath::description::{Description, Generation, Origin, ProgramName, all};
 use crate::datapath::pins::{ReadGuard, WriteGuard, remove_pins};
@@ -36,6 +36,22 @@ const MAPS: [&str; 9] = [
     spares::PIN,
     "config",
 ];
+
+/// Maps of a skeleton that only the generation has, in the order of [`MAPS`]; `config` is not read by the program.
+macro_rules! own_maps {
+    ($maps:expr) => {
+        [
+            &mut $maps.rules,
+            &mut $maps.rules6,
+            &mut $maps.senders,
+            &mut $maps.addresses,
+            &mut $maps.answers,
+            &mut $maps.slots,
+            &mut $maps.upstreams,
+            &mut $maps.spares,
+        ]
+    };
+}
 
 /// Returns the name of a program's pin.
 pub fn pin_of(layer: Layer) -> &'static str {
@@ -230,17 +246,7 @@ pub fn dry_run_program(
     let state = state_maps::open(guard)?.context(INCOMPLETE)?;
     let directory = guard.generation(generation.number);
     let maps = &mut skeleton.maps;
-    let own = [
-        &mut maps.rules,
-        &mut maps.rules6,
-        &mut maps.senders,
-        &mut maps.addresses,
-        &mut maps.answers,
-        &mut maps.slots,
-        &mut maps.upstreams,
-        &mut maps.spares,
-    ];
-    for (map, name) in own.into_iter().zip(MAPS) {
+    for (map, name) in own_maps!(maps).into_iter().zip(MAPS) {
         let path = directory.join(name);
         let pinned =
             MapHandle::from_pinned_path(&path).with_context(|| path.display().to_string())?;
@@ -338,18 +344,8 @@ fn write_all(map: &MapMut<'_>, keys: &[u8], values: &[u8], count: u32) -> libbpf
 
 fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path, l3: bool) -> anyhow::Result<()> {
     let maps = &mut skeleton.maps;
-    let all = [
-        &mut maps.rules,
-        &mut maps.rules6,
-        &mut maps.senders,
-        &mut maps.addresses,
-        &mut maps.answers,
-        &mut maps.slots,
-        &mut maps.upstreams,
-        &mut maps.spares,
-        &mut maps.description,
-    ];
-    for (map, name) in all.into_iter().zip(MAPS) {
+    let all = own_maps!(maps).into_iter().chain([&mut maps.description]);
+    for (map, name) in all.zip(MAPS) {
         let path = directory.join(name);
         map.pin(&path).with_context(|| path.display().to_string())?;
     }
@@ -476,10 +472,6 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
         Some(id) => bail!("its program does not use map {id}"),
         None => Ok(()),
     }
-}
-
-fn map_id(map: &MapHandle) -> anyhow::Result<u32> {
-    Ok(MapInfo::new(map.as_fd())?.info.id)
 }
 
 /// Opens a pinned program in a generation's directory.
