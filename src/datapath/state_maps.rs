@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use libbpf_rs::skel::OpenSkel;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenMap};
 
 use crate::bpf::{OpenUdplbSkel, bytes_of, create, from_bytes, types};
@@ -26,59 +27,9 @@ pub const INCOMPLETE: &str = "pins are missing; apply the file again";
 /// Opens the maps that outlive generations; `None` if one of them is missing.
 pub fn open(guard: &ReadGuard) -> anyhow::Result<Option<StateMaps>> {
     let state = guard.state();
-    let open = |name: &str| -> anyhow::Result<Option<MapHandle>> {
-        let path = state.join(name);
-        if !path.try_exists()? {
-            return Ok(None);
-        }
-        let map = MapHandle::from_pinned_path(&path);
-        map.map(Some).with_context(|| path.display().to_string())
-    };
-    let (Some(counters), Some(nexthops), Some(heartbeat), Some(held)) =
-        (open("counters")?, open("nexthops")?, open("heartbeat")?, open("held")?)
-    else {
-        return Ok(None);
-    };
-    let (Some(overrides), Some(fragments), Some(fragment_ring)) =
-        (open("overrides")?, open("fragments")?, open("fragment_ring")?)
-    else {
-        return Ok(None);
-    };
-    let (Some(path_mtus), Some(tracing), Some(events)) =
-        (open("path_mtus")?, open("tracing")?, open("events")?)
-    else {
-        return Ok(None);
-    };
-    let (Some(own), Some(suspects), Some(vlans)) =
-        (open("own")?, open("suspects")?, open("vlans")?)
-    else {
-        return Ok(None);
-    };
-    let counters = Counters::open(counters, &state)?;
-    let nexthops = NextHops::open(nexthops, &state)?;
-    let whole = counters.is_whole()? && nexthops.is_whole()?;
-    let (sequences, pending, origin) = (open("sequences")?, open("pending")?, open("origin")?);
-    let marks = Marks::new(open("marks")?);
-    Ok(whole.then_some(StateMaps {
-        counters,
-        retired: Retired::new(open("retired")?),
-        nexthops,
-        heartbeat,
-        held,
-        pending,
-        marks,
-        origin,
-        overrides: Overrides::new(overrides),
-        fragments,
-        fragment_ring,
-        path_mtus,
-        own,
-        suspects,
-        vlans,
-        tracing,
-        events,
-        sequences,
-    }))
+    let Some(maps) = collect(&state, |name| open_map(&state, name))? else { return Ok(None) };
+    let whole = maps.counters.is_whole()? && maps.nexthops.is_whole()?;
+    Ok(whole.then_some(maps))
 }
 
 /// Opens the maps that outlive generations and creates missing ones as the program defines them. The
@@ -87,7 +38,6 @@ pub fn ensure(
     guard: &WriteGuard,
     skeleton: &OpenUdplbSkel<'_>,
 ) -> anyhow::Result<(StateMaps, bool)> {
-    let maps = &skeleton.maps;
     let state = guard.state();
     let fresh = !has_chunks(&state, "counters")?;
     for name in ["counters", "nexthops"] {
@@ -99,53 +49,64 @@ pub fn ensure(
     if fresh && state.join("retired").try_exists()? {
         fs::remove_file(state.join("retired"))?;
     }
-    let chunk = create(&maps.counters_chunk, None)?;
-    let counters = ensure_map(&state, "counters", &maps.counters, Some(chunk.as_fd()))?;
-    let chunk = create(&maps.nexthops_chunk, None)?;
-    let nexthops = ensure_map(&state, "nexthops", &maps.nexthops, Some(chunk.as_fd()))?;
-    let retired = ensure_map(&state, "retired", &maps.retired, None)?;
-    let heartbeat = ensure_map(&state, "heartbeat", &maps.heartbeat, None)?;
-    let held = ensure_map(&state, "held", &maps.held, None)?;
-    let pending = Some(ensure_map(&state, "pending", &maps.pending, None)?);
-    let marks = Marks::new(Some(ensure_map(&state, "marks", &maps.marks, None)?));
-    let origin = Some(ensure_map(&state, "origin", &maps.origin, None)?);
-    let overrides = ensure_map(&state, "overrides", &maps.overrides, None)?;
-    let fragments = ensure_map(&state, "fragments", &maps.fragments, None)?;
-    let fragment_ring = ensure_map(&state, "fragment_ring", &maps.fragment_ring, None)?;
-    let path_mtus = ensure_map(&state, "path_mtus", &maps.path_mtus, None)?;
-    let own = ensure_map(&state, "own", &maps.own, None)?;
-    let suspects = ensure_map(&state, "suspects", &maps.suspects, None)?;
-    let vlans = ensure_map(&state, "vlans", &maps.vlans, None)?;
-    let tracing = ensure_map(&state, "tracing", &maps.tracing, None)?;
-    let events = ensure_map(&state, "events", &maps.events, None)?;
-    let sequences = state.join("sequences");
-    let sequences = match sequences.try_exists()? {
-        true => Some(MapHandle::from_pinned_path(&sequences).context("state: sequences")?),
-        false => None,
-    };
-    let counters = Counters::open(counters, &state)?;
-    let nexthops = NextHops::open(nexthops, &state)?;
-    let maps = StateMaps {
-        counters,
-        retired: Retired::new(Some(retired)),
-        nexthops,
-        heartbeat,
-        held,
-        pending,
-        marks,
-        origin,
-        overrides: Overrides::new(overrides),
-        fragments,
-        fragment_ring,
-        path_mtus,
-        own,
-        suspects,
-        vlans,
-        tracing,
-        events,
-        sequences,
-    };
-    Ok((maps, fresh))
+    let maps = collect(&state, |name| {
+        let chunk = match name {
+            // libbpf alone can create it, when the program is loaded
+            "sequences" => return open_map(&state, name),
+            "counters" => Some(create(&skeleton.maps.counters_chunk, None)?),
+            "nexthops" => Some(create(&skeleton.maps.nexthops_chunk, None)?),
+            _ => None,
+        };
+        let mut definitions = skeleton.open_object().maps();
+        let definition = definitions.find(|map| map.name() == name);
+        let definition = definition.with_context(|| format!("the object has no map {name}"))?;
+        ensure_map(&state, name, &definition, chunk.as_ref().map(AsFd::as_fd)).map(Some)
+    });
+    Ok((maps?.context(INCOMPLETE)?, fresh))
+}
+
+/// Opens a map that outlives generations; `None` if it is missing.
+fn open_map(state: &Path, name: &str) -> anyhow::Result<Option<MapHandle>> {
+    let path = state.join(name);
+    if !path.try_exists()? {
+        return Ok(None);
+    }
+    MapHandle::from_pinned_path(&path).map(Some).with_context(|| path.display().to_string())
+}
+
+/// Takes each map by its name from `map`; `None` if one is missing that every layout has.
+fn collect(
+    state: &Path,
+    mut map: impl FnMut(&str) -> anyhow::Result<Option<MapHandle>>,
+) -> anyhow::Result<Option<StateMaps>> {
+    macro_rules! required {
+        ($name:literal) => {
+            match map($name)? {
+                Some(map) => map,
+                None => return Ok(None),
+            }
+        };
+    }
+    Ok(Some(StateMaps {
+        counters: Counters::open(required!("counters"), state)?,
+        nexthops: NextHops::open(required!("nexthops"), state)?,
+        retired: Retired::new(map("retired")?),
+        heartbeat: required!("heartbeat"),
+        held: required!("held"),
+        pending: map("pending")?,
+        marks: Marks::new(map("marks")?),
+        origin: map("origin")?,
+        overrides: Overrides::new(required!("overrides")),
+        fragments: required!("fragments"),
+        fragment_ring: required!("fragment_ring"),
+        path_mtus: required!("path_mtus"),
+        own: required!("own"),
+        suspects: required!("suspects"),
+        vlans: required!("vlans"),
+        tracing: required!("tracing"),
+        events: required!("events"),
+        sequences: map("sequences")?,
+    }))
 }
 
 /// Pins the map of sequences of the first generation and sets its secret. The map has a spin lock, so
