@@ -72,6 +72,16 @@ impl HostNames {
         });
     }
 
+    /// Returns true while answers are awaited.
+    pub fn is_asking(&self) -> bool {
+        self.asking
+    }
+
+    /// Returns true if a name had no address in the last answers.
+    pub fn has_failures(&self) -> bool {
+        !self.failing.is_empty()
+    }
+
     /// Waits for the answers.
     pub async fn answer(&mut self) -> Answers {
         match self.receiver.recv().await {

@@ -56,6 +56,7 @@ pub async fn run(store: &Store, options: &Options) -> Result<u8> {
     let mut service = Service::open(store, options)?;
     service.read_everything().await;
     if options.once {
+        service.resolve_names().await;
         settle(&mut service).await;
         if !service.is_active() && !service.has_errors() {
             return Err(Failure::NothingApplied);

@@ -151,9 +151,9 @@ impl Service {
         self.report(what, result);
     }
 
-    /// Returns true if an attempt has failed and has not succeeded since.
+    /// Returns true if an attempt has failed and has not succeeded since, or a name has no address.
     pub fn has_errors(&self) -> bool {
-        !self.errors.is_empty()
+        !self.errors.is_empty() || self.names.has_failures()
     }
 
     /// Notifies the service manager that arpd is ready.
@@ -256,10 +256,7 @@ impl Service {
             self.stale = Stale { generation, ..Stale::all() };
             self.tracker.rewrite();
         }
-        if let Some(serving) = &self.serving {
-            let timeout = self.options.resolve_timeout;
-            self.names.ask(&serving.generation.description.desired, timeout);
-        }
+        self.ask_names();
         let due = |timeout: Duration| self.notified.elapsed() >= timeout / 4;
         if self.failed_vitals.is_empty() && sd_notify::watchdog_enabled().is_some_and(due) {
             self.notified = instant;
@@ -300,6 +297,31 @@ impl Service {
 
     pub fn resolve_names_now(&mut self) {
         self.names.ask_now();
+    }
+
+    /// Resolves the host names and waits for the answers, under the timeout of the options. A name that
+    /// has lost most of its addresses is resolved twice.
+    pub async fn resolve_names(&mut self) {
+        for _ in 0..2 {
+            self.names.ask_now();
+            self.ask_names();
+            if !self.names.is_asking() {
+                return;
+            }
+            let answers = self.names.answer().await;
+            self.take_answers(answers).await;
+            self.work().await;
+            if self.names.shrunk.is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn ask_names(&mut self) {
+        if let Some(serving) = &self.serving {
+            let timeout = self.options.resolve_timeout;
+            self.names.ask(&serving.generation.description.desired, timeout);
+        }
     }
 
     /// Reads everything again.

@@ -11,7 +11,7 @@ use crate::error::Result;
 /// Arguments of `arpd`.
 #[derive(Args)]
 pub struct Options {
-    /// Resolve everything once and exit, for cron.
+    /// Resolve next hops and host names once and exit, for cron.
     #[arg(long)]
     once: bool,
     /// Refresh everything this often, in seconds, even without events from the kernel.

@@ -243,6 +243,25 @@ fn name_with_fewer_addresses_is_resolved_twice() {
 }
 
 #[test]
+fn once_follows_a_name_with_fewer_addresses() {
+    let lab = Lab::new();
+    let dns = Dns::start(&lab);
+    let three = ["10.2.0.20", "10.2.0.21", "10.2.0.22"];
+    dns.set("pool.test", Answer::of(&three));
+    run(&lab, "apply", &pool(json!({ "tc_action": "block" }))).expect(0);
+    dns.set("pool.test", Answer::of(&three[..1]));
+    Outcome::of(&mut lab.with_dns("arpd --once")).expect(0);
+    assert_eq!(upstreams(&lab).len(), 1);
+    // a silent name server costs the time of the option, and no upstream
+    dns.set("pool.test", Answer::Silence);
+    let began = Instant::now();
+    let silent = Outcome::of(&mut lab.with_dns("arpd --once --resolve-timeout 1")).expect(1);
+    silent.says(&["pool.test"]);
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert_eq!(upstreams(&lab).len(), 1);
+}
+
+#[test]
 fn name_of_this_host_is_left_out() {
     let lab = Lab::new();
     let dns = Dns::start(&lab);

@@ -498,6 +498,23 @@ fn changed_address_of_a_name_loses_no_packet() {
     assert_eq!(lab.status()["generation"], 2);
 }
 
+#[test]
+fn once_follows_names() {
+    let lab = Lab::new();
+    lab.directory.write("hosts", "10.2.0.20 collector.test\n");
+    let file = lab.write(&both_actions("collector.test"));
+    let run = |words: &str| Outcome::of(&mut lab.with_hosts(words));
+    run(&format!("apply {}", file.display())).expect(0);
+    run("arpd --once").expect(0);
+    assert_eq!(lab.status()["generation"], 1);
+    lab.directory.write("hosts", "10.2.0.21 collector.test\n");
+    run("arpd --once").expect(0).says(&["collector.test is now 10.2.0.21: generation 1 -> 2"]);
+    expect_delivery(&lab, UPSTREAMS[1]);
+    lab.directory.write("hosts", "10.2.0.21 another.test\n");
+    run("arpd --once").expect(1).says(&["collector.test does not resolve"]);
+    expect_delivery(&lab, UPSTREAMS[1]);
+}
+
 /// A changed address of a name does not undo a rollback; a second rollback does.
 #[test]
 fn changed_name_after_rollback_stays_rolled_back() {
