@@ -14,6 +14,7 @@ use super::{complete, lock, look, netlink, refused};
 use crate::cli::output::{plural, report_done, warn};
 use crate::cli::{Global, Resolver, some_seconds};
 use crate::config::{self, Config, Diagnostic};
+use crate::datapath::description::Origin;
 use crate::datapath::{capabilities, lease, pins, state_maps};
 use crate::desired::Desired;
 use crate::error::{Failure, Result, say};
@@ -120,8 +121,8 @@ async fn apply(global: &Global, options: &Options, target: &ConfigFile) -> Resul
     let deadline = options.confirm.map(|confirm| time::since_boot() + confirm);
     let plan = plan::apply_until(&observed, desired, &loaded.origin, options.force, deadline)
         .map_err(refused)?;
-    // once a generation: a cron job applies the same file again and again
-    let mut warnings = if plan.builds() { loaded.warnings } else { Vec::new() };
+    let is_new = plan.builds() || !is_known(&observed, &loaded.origin);
+    let mut warnings = if is_new { loaded.warnings } else { Vec::new() };
     // next hops change between applies of the same file
     warnings.extend(hops);
     warn(global, &warnings);
@@ -184,6 +185,13 @@ async fn load(
         true => source::load_partial(request, &observed, &netlink).await,
         false => source::load(request, &observed, &netlink).await,
     }
+}
+
+/// Returns true if the same text was applied last: a cron job applies a file again and again, and its
+/// warnings are printed once.
+fn is_known(observed: &Observed, origin: &Origin) -> bool {
+    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+    serving.is_some_and(|serving| serving.description.origin.digest == origin.digest)
 }
 
 fn is_here(desired: &Desired, observed: &Observed) -> bool {

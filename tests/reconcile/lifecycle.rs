@@ -878,6 +878,21 @@ fn warnings_are_printed_once_a_generation() {
     }
 }
 
+/// A text that means the same may warrant other warnings: here, a default that is not written any more.
+#[test]
+fn changed_text_of_a_generation_is_warned_of() {
+    let lab = Lab::new();
+    let mut config = to_port(7001);
+    config["rules"][0]["key"]["port"] = json!(2055);
+    config["rules"][0]["options"]["source"] = json!("vip");
+    assert_eq!(lab.try_apply(&config, "").expect(0).stderr, "");
+    config["rules"][0]["options"].as_object_mut().expect("options").remove("source");
+    let unwritten = lab.try_apply(&config, "").expect(0);
+    assert_eq!(unwritten.json()["changed"], false);
+    assert!(unwritten.stderr.contains("port 2055"), "{unwritten:?}");
+    assert_eq!(lab.try_apply(&config, "").expect(0).stderr, "");
+}
+
 /// Two udplb instances with separate pin directories share one interface.
 #[test]
 fn filter_of_another_pin_directory_is_refused() {
