@@ -48,6 +48,10 @@ pub struct Options {
     /// Sort by this column.
     #[arg(short, long, value_enum, default_value = "pps")]
     sort: Order,
+    /// Measure the time that the program takes for each packet. Meanwhile the kernel measures every BPF
+    /// program of this machine, which costs each of them about 70 ns a run.
+    #[arg(long)]
+    cost: bool,
 }
 
 /// Order of rows.
@@ -95,7 +99,7 @@ pub struct View {
     #[serde(rename = "not_forwarded_per_second")]
     drops_per_second: f64,
     /// Run time of the program per received packet, matched or not. `None`: there were none, or the kernel
-    /// does not measure it for this user.
+    /// does not measure run times, as without `--cost`.
     nanoseconds_per_packet: Option<f64>,
     upstreams: Vec<Row>,
 }
@@ -112,8 +116,8 @@ async fn show(
     terminal: TerminalStyle,
 ) -> Result<u8> {
     // the kernel measures while this is open
-    let _measured = bpf::measure_runs().inspect_err(|error| log::info!("run time: {error}")).ok();
-    let mut screen = Screen::new(options.sort);
+    let _measured = options.cost.then(bpf::measure_runs).transpose().context("--cost")?;
+    let mut screen = Screen::new(options.sort, options.cost);
     let store = global.store();
     let mut last = status::read(&store, netlink, None, None).await?;
     let mut history = History::default();
@@ -238,15 +242,17 @@ struct Screen {
     filter: String,
     /// True while keys edit the filter.
     typing: bool,
+    /// True while the kernel measures all BPF programs for this view.
+    measures: bool,
 }
 
 /// Number of lines above the rows.
 const HEAD: usize = 3;
 
 impl Screen {
-    fn new(order: Order) -> Screen {
+    fn new(order: Order, measures: bool) -> Screen {
         let (scroll, filter) = (Scroll::default(), String::new());
-        Screen { order, reversed: false, scroll, filter, typing: false }
+        Screen { order, reversed: false, scroll, filter, typing: false, measures }
     }
 
     fn press(&mut self, key: Key, view: &View, lines: usize) {
@@ -323,6 +329,9 @@ fn text(screen: &Screen, view: &View, terminal: TerminalStyle, lines: usize) -> 
         view.drops_per_second,
         cost.unwrap_or_default()
     );
+    if screen.measures {
+        head += "; every BPF program of this machine is measured, about 70 ns a run";
+    }
     let mut keys = screen.keys();
     if let Some(width) = terminal.width {
         (head, keys) = (table::cut(&head, width).into(), table::cut(&keys, width).into());
@@ -418,7 +427,7 @@ mod tests {
 
     #[test]
     fn a_screen_of_it() {
-        let screen = Screen::new(Order::Pps);
+        let screen = Screen::new(Order::Pps, false);
         let wanted = "\
 generation 4: 65 packets/s, 12.00 Mbit/s, 5 drops/s, 87 ns/packet
 RULE   UPSTREAM  STATE  PPS  MBIT/S  SHARE  DROPS/S  PPS BEFORE
@@ -427,6 +436,9 @@ a      one       up      20    2.00  50.0%        5  ▁▅█
 flows  one       up      10    9.00  50.0%        0  ▁▅█
 ";
         assert_eq!(text(&screen, &view(Order::Pps), SCRIPT, usize::MAX), wanted);
+        let measuring = Screen::new(Order::Pps, true);
+        let measured = text(&measuring, &view(Order::Pps), SCRIPT, usize::MAX);
+        assert!(measured.contains("87 ns/packet; every BPF program"), "{measured}");
         let terminal = TerminalStyle { colour: false, width: Some(40) };
         let wanted = "\
 generation 4: 65 packets/s, 12.00 Mbit/…
@@ -451,7 +463,7 @@ flows  two       up       30    1.00  5…
 
     #[test]
     fn keys_choose() {
-        let mut screen = Screen::new(Order::Pps);
+        let mut screen = Screen::new(Order::Pps, false);
         let view = view(Order::Pps);
         let mut press = |keys: &[Key]| {
             for key in keys {
@@ -482,7 +494,7 @@ flows  two       up       30    1.00  5…
     fn drained_upstreams_are_shown_as_such() {
         let mut view = view(Order::Name);
         view.upstreams[0].drained = Some("drained (override)");
-        let text = text(&Screen::new(Order::Name), &view, SCRIPT, usize::MAX);
+        let text = text(&Screen::new(Order::Name, false), &view, SCRIPT, usize::MAX);
         assert!(text.contains("a      one       drained (override)"), "{text}");
     }
 

@@ -1,6 +1,6 @@
 //! Views for operators: status, rates, top; and lossless counters.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -424,13 +424,31 @@ fn terminal_that_goes_away_ends_the_view() {
     }
 }
 
+/// Run times of all programs of the machine are measured only if asked for.
+#[test]
+fn top_measures_with_cost_only() {
+    let lab = Lab::new();
+    lab.apply(&rules());
+    let log = lab.directory.path().join("strace");
+    for (words, measures) in [("", false), ("--cost", true)] {
+        let mut command = lab.relay.command("strace");
+        command.args(["-f", "-qq", "-e", "trace=bpf", "-o"]).arg(&log);
+        command.args([env!("CARGO_BIN_EXE_udplb"), "--pin-dir"]).arg(lab.bpffs.pins());
+        command.args(["top", "--once", "--interval", "0.1"]).args(words.split_whitespace());
+        let text = Outcome::of(&mut command).expect(0).stdout;
+        assert_eq!(text.contains("every BPF program of this machine"), measures, "{text}");
+        let calls = fs::read_to_string(&log).expect("what strace saw");
+        assert_eq!(calls.contains("BPF_ENABLE_STATS"), measures, "{words}: {calls}");
+    }
+}
+
 #[test]
 fn top_shows_rates_and_sorts() {
     let lab = Lab::new();
     lab.apply(&rules());
     let _receivers = UPSTREAMS.map(|address| bind(&lab.upstream, address, 7000));
     let load = Load::start(bind(&lab.client, CLIENTS[0], 60256), 5000);
-    let view = lab.run("top --once -o json").expect(0).json();
+    let view = lab.run("top --once --cost -o json").expect(0).json();
     let upstreams = view["upstreams"].as_array().expect("upstreams");
     assert_eq!(upstreams.len(), 3);
     assert_eq!(upstreams[0]["upstream"], "10.2.0.21:7000");
@@ -442,7 +460,7 @@ fn top_shows_rates_and_sorts() {
     let names: Vec<String> = rows(&text)[2..].iter().map(|row| row[..2].join(" ")).collect();
     assert_eq!(names, ["copies nowhere", "flows 10.2.0.20:7000", "flows 10.2.0.21:7000"], "{text}");
 
-    let mut top = OnTerminal::start(lab.udplb("top"));
+    let mut top = OnTerminal::start(lab.udplb("top --cost"));
     let order = |frame: &str, one: &str, other: &str| {
         frame.find(one).zip(frame.find(other)).is_some_and(|(one, other)| one < other)
     };
