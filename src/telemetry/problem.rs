@@ -35,24 +35,18 @@ pub enum Level {
     Note,
 }
 
-impl Problem {
-    pub fn new(
-        id: &'static str,
-        level: Level,
-        place: impl Into<String>,
-        what: impl Into<String>,
-    ) -> Problem {
-        Problem {
-            id,
-            level,
-            place: place.into(),
-            what: what.into(),
-            why: String::new(),
-            since: None,
-            fix: String::new(),
-        }
-    }
+/// Returns a problem without its cause and fix; `place` is empty for the whole host.
+pub fn problem(id: &'static str, place: impl Into<String>, what: impl Into<String>) -> Problem {
+    let (place, what, level) = (place.into(), what.into(), Level::Problem);
+    Problem { id, level, place, what, why: String::new(), since: None, fix: String::new() }
+}
 
+/// Returns a note, like [`problem`].
+pub fn note(id: &'static str, place: impl Into<String>, what: impl Into<String>) -> Problem {
+    Problem { level: Level::Note, ..problem(id, place, what) }
+}
+
+impl Problem {
     pub fn why(self, why: impl Into<String>) -> Problem {
         Problem { why: why.into(), ..self }
     }
@@ -70,6 +64,13 @@ impl Problem {
         let since = self.since.map(|since| format!(" since {}", time::utc(since)));
         let place = if self.place.is_empty() { "" } else { ": " };
         format!("{}{place}{}{}", self.place, self.what, since.unwrap_or_default())
+    }
+}
+
+/// `problem` or `note`.
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if *self == Level::Problem { "problem" } else { "note" })
     }
 }
 

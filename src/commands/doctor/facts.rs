@@ -130,7 +130,7 @@ pub struct UpstreamFacts {
     pub rule: String,
     pub label: String,
     pub address: IpAddr,
-    pub way: PathFacts,
+    pub path: PathFacts,
     /// Source addresses are preserved.
     pub preserves: bool,
     /// The source should be an own address, but the path has none.
@@ -146,14 +146,18 @@ pub enum PathFacts {
     Local,
     /// Reason why there is no route.
     None(String),
-    Hop {
-        interface: String,
-        gateway: IpAddr,
-        /// In bytes.
-        mtu: u32,
-        /// Name and MTU of the lower interface, which limits the MTU.
-        lower: Option<(String, u32)>,
-    },
+    Hop(HopFacts),
+}
+
+/// A next hop, or the first of several.
+#[derive(Clone, Debug)]
+pub struct HopFacts {
+    pub interface: String,
+    pub gateway: IpAddr,
+    /// In bytes.
+    pub mtu: u32,
+    /// Name and MTU of the lower interface, which limits the MTU.
+    pub lower: Option<(String, u32)>,
 }
 
 /// A socket of this host that is connected to the key of a rule.
@@ -317,8 +321,8 @@ async fn look(
     let hops: HashSet<(&str, IpAddr)> = facts
         .upstreams
         .iter()
-        .filter_map(|upstream| match &upstream.way {
-            PathFacts::Hop { interface, gateway, .. } => Some((interface.as_str(), *gateway)),
+        .filter_map(|upstream| match &upstream.path {
+            PathFacts::Hop(hop) => Some((hop.interface.as_str(), hop.gateway)),
             _ => None,
         })
         .collect();
@@ -485,7 +489,7 @@ fn upstreams(
             upstreams.push(UpstreamFacts {
                 rule: rule.name.clone(),
                 address: upstream.address.ip,
-                way: found.map_or(PathFacts::Local, |found| way(found, &links)),
+                path: found.map_or(PathFacts::Local, |found| path(found, &links)),
                 preserves: rule.source_of(upstream) == Source::Preserve,
                 lacks_egress: rule.source_of(upstream) == Source::Egress
                     && hop.is_some_and(|hop| hop.egress.is_none()),
@@ -499,7 +503,7 @@ fn upstreams(
 }
 
 /// Converts a next hop, or the first of several. `links` are all interfaces by index.
-fn way(way: &nexthop::Way, links: &HashMap<u32, Link>) -> PathFacts {
+fn path(way: &nexthop::Way, links: &HashMap<u32, Link>) -> PathFacts {
     let hop = match (way, way.hops().first()) {
         (nexthop::Way::None(reason), _) => return PathFacts::None(reason.clone()),
         (_, Some(hop)) => hop,
@@ -509,12 +513,12 @@ fn way(way: &nexthop::Way, links: &HashMap<u32, Link>) -> PathFacts {
     // the lower index of a veth is its peer
     let lower = link.and_then(|link| link.outer.or(link.lower.filter(|_| link.kind != "veth")));
     let lower = lower.and_then(|lower| links.get(&lower));
-    PathFacts::Hop {
+    PathFacts::Hop(HopFacts {
         interface: hop.interface.clone(),
         gateway: hop.gateway,
         mtu: hop.mtu,
         lower: lower.map(|lower| (lower.name.clone(), lower.mtu)),
-    }
+    })
 }
 
 /// Returns the sockets that are connected to a key.
