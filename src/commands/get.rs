@@ -3,12 +3,13 @@
 
 use std::cell::RefCell;
 use std::fmt::{self, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 
 use anyhow::{Context, anyhow};
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
+use etherparse::{LaxNetSlice, LaxSlicedPacket, PacketBuilder, TransportSlice};
 use libbpf_rs::RingBufferBuilder;
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -30,7 +31,7 @@ use crate::error::{Failure, Result};
 use crate::net::Netlink;
 use crate::net::neighbour::{Neighbour, NudState};
 use crate::reconcile::observe::{Observed, observe};
-use crate::telemetry::event::{Event, Names};
+use crate::telemetry::event::{self, Event, Names};
 use crate::telemetry::status::{self, UpstreamStatus};
 
 /// Default source port.
@@ -147,51 +148,27 @@ fn group_mac(address: IpAddr) -> [u8; 6] {
 
 /// Builds the Ethernet frame of a packet.
 fn frame(question: &Question, to: [u8; 6]) -> Vec<u8> {
-    const UDP: u8 = 17;
+    // a locally administered address
+    const FROM: [u8; 6] = [2, 0, 0, 0, 0, 0xff];
     const LIMIT: u8 = 64;
     let Question { source, destination, payload } = question;
-    let length = (8 + payload.len()) as u16;
-    let mut udp = [source.port(), destination.port(), length, 0].map(u16::to_be_bytes).concat();
-    udp.extend(payload);
-    let (protocol, mut ip, addresses) = match (source.ip(), destination.ip()) {
+    let ethernet = PacketBuilder::ethernet2(FROM, to);
+    let ip = match (source.ip(), destination.ip()) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            let [high, low] = (20 + length).to_be_bytes();
-            let ip = vec![0x45, 0, high, low, 0, 0, 0x40, 0, LIMIT, UDP, 0, 0];
-            (0x0800_u16, ip, [source.octets(), destination.octets()].concat())
+            ethernet.ipv4(source.octets(), destination.octets(), LIMIT)
         }
         (source, destination) => {
-            let octets = |address: IpAddr| match address {
+            let [source, destination] = [source, destination].map(|address| match address {
                 IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
                 IpAddr::V6(address) => address.octets(),
-            };
-            let [high, low] = length.to_be_bytes();
-            let ip = vec![0x60, 0, 0, 0, high, low, UDP, LIMIT];
-            (0x86dd, ip, [octets(source), octets(destination)].concat())
+            });
+            ethernet.ipv6(source, destination, LIMIT)
         }
     };
-    ip.extend(&addresses);
-    if protocol == 0x0800 {
-        let sum = checksum(&[&ip]);
-        ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    }
-    let [high, low] = length.to_be_bytes();
-    let sum = match checksum(&[&addresses, &[0, UDP, high, low], &udp]) {
-        0 => u16::MAX,
-        sum => sum,
-    };
-    udp[6..8].copy_from_slice(&sum.to_be_bytes());
-    // a locally administered address
-    let from = [2, 0, 0, 0, 0, 0xff];
-    [&to[..], &from, &protocol.to_be_bytes(), &ip, &udp].concat()
-}
-
-/// Computes the checksum of RFC 1071; all parts but the last have an even length.
-fn checksum(parts: &[&[u8]]) -> u16 {
-    let words = parts.iter().flat_map(|part| part.chunks(2));
-    let word = |bytes: &[u8]| u32::from(bytes[0]) << 8 | u32::from(*bytes.get(1).unwrap_or(&0));
-    let sum: u32 = words.map(word).sum();
-    let sum = (sum & 0xffff) + (sum >> 16);
-    !((sum & 0xffff) + (sum >> 16)) as u16
+    let udp = ip.udp(source.port(), destination.port());
+    let mut frame = Vec::with_capacity(udp.size(payload.len()));
+    udp.write(&mut frame, payload).expect("a vector takes what fits into a datagram");
+    frame
 }
 
 /// Output of `get`.
@@ -228,12 +205,8 @@ pub struct Matched {
 
 #[derive(Debug, Serialize, JsonSchema)]
 pub struct Selection {
-    pub strategy: String,
-    /// The part of the packet that selects, where the headers show it.
-    pub value: Option<String>,
-    /// Hash or number of the value.
-    pub number: u32,
-    pub slot: u32,
+    #[serde(flatten)]
+    pub of_packet: event::Selection,
     pub slots: u32,
     /// Owner of the slot, and why another got the packet.
     pub instead_of: Option<String>,
@@ -494,10 +467,7 @@ impl Looked<'_> {
             }
         };
         Ok(Some(Selection {
-            strategy: diff::word(&rule.strategy),
-            value: event.key(rule.strategy),
-            number: event.0.key,
-            slot: event.0.slot,
+            of_packet: event.selection(rule.strategy),
             slots: entry.slots,
             instead_of,
         }))
@@ -510,23 +480,22 @@ impl Looked<'_> {
     }
 }
 
-/// Parses source and destination of a frame.
+/// Parses source and destination of a frame, which may be cut off.
 fn addresses(frame: &types::snapshot) -> Option<(SocketAddr, SocketAddr)> {
     let bytes = frame.bytes.get(..frame.captured as usize)?;
-    let port = |at: usize| Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
-    let (source, destination, udp): (IpAddr, IpAddr, usize) = match port(12)? {
-        0x0800 => {
-            let at = |at: usize| <[u8; 4]>::try_from(bytes.get(at..at + 4)?).ok();
-            let header = usize::from(bytes.get(14)? & 0xf) * 4;
-            (Ipv4Addr::from(at(26)?).into(), Ipv4Addr::from(at(30)?).into(), 14 + header)
+    let packet = LaxSlicedPacket::from_ethernet(bytes).ok()?;
+    let (source, destination): (IpAddr, IpAddr) = match packet.net? {
+        LaxNetSlice::Ipv4(ip) => {
+            (ip.header().source_addr().into(), ip.header().destination_addr().into())
         }
-        0x86dd => {
-            let at = |at: usize| <[u8; 16]>::try_from(bytes.get(at..at + 16)?).ok();
-            (at(22)?.into(), at(38)?.into(), 54)
+        LaxNetSlice::Ipv6(ip) => {
+            (ip.header().source_addr().into(), ip.header().destination_addr().into())
         }
-        _ => return None,
+        LaxNetSlice::Arp(_) => return None,
     };
-    Some((SocketAddr::new(source, port(udp)?), SocketAddr::new(destination, port(udp + 2)?)))
+    let TransportSlice::Udp(udp) = packet.transport? else { return None };
+    let source = SocketAddr::new(source, udp.source_port());
+    Some((source, SocketAddr::new(destination, udp.destination_port())))
 }
 
 impl Answer {
@@ -571,10 +540,11 @@ impl fmt::Display for Answer {
         let Matched { rule, key, .. } = matched;
         line("rule", &format!("{rule}: {key} {action}{mode}, generation {generation}"))?;
         if let Some(selection) = &matched.selection {
-            let Selection { strategy, number, slot, slots, .. } = selection;
-            let key = selection.value.as_ref().map(|key| format!(" {key}")).unwrap_or_default();
+            let Selection { of_packet, slots, instead_of } = selection;
+            let event::Selection { strategy, value, number, slot } = of_packet;
+            let key = value.as_ref().map(|key| format!(" {key}")).unwrap_or_default();
             line("key", &format!("{strategy}{key}, as a number {number}"))?;
-            let instead = selection.instead_of.as_ref().map(|of| format!(", of {of}"));
+            let instead = instead_of.as_ref().map(|of| format!(", of {of}"));
             line("slot", &format!("{slot} of {slots}{}", instead.unwrap_or_default()))?;
         }
         for outcome in &matched.outcomes {
@@ -622,31 +592,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_are_as_others_make_them() {
-        for (source, destination) in
-            [("10.0.0.9:5000", "10.0.0.5:53"), ("[2001:db8::9]:5000", "[2001:db8::5]:53")]
-        {
+    fn frames_have_lengths_and_checksums() {
+        for (source, destination, wanted) in [
+            (
+                "10.0.0.9:5000",
+                "10.0.0.5:53",
+                "08004500001f00004000401126c10a0000090a00000513880035000b04a96f6464",
+            ),
+            (
+                "[2001:db8::9]:5000",
+                "[2001:db8::5]:53",
+                "86dd60000000000b114020010db800000000000000000000000920010db800000000000000000000000513880035000bbd366f6464",
+            ),
+        ] {
             let question = Question {
                 source: source.parse().expect("an address"),
                 destination: destination.parse().expect("an address"),
                 payload: b"odd".to_vec(),
             };
             let frame = frame(&question, [2, 0, 0, 0, 0, 1]);
-            let builder =
-                etherparse::PacketBuilder::ethernet2([2, 0, 0, 0, 0, 0xff], [2, 0, 0, 0, 0, 1]);
-            let builder = match (question.source.ip(), question.destination.ip()) {
-                (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                    builder.ipv4(source.octets(), destination.octets(), 64)
-                }
-                (IpAddr::V6(source), IpAddr::V6(destination)) => {
-                    builder.ipv6(source.octets(), destination.octets(), 64)
-                }
-                _ => unreachable!("of one family"),
-            };
-            let builder = builder.udp(5000, 53);
-            let mut wanted = Vec::new();
-            builder.write(&mut wanted, b"odd").expect("a packet");
-            assert_eq!(frame, wanted, "{source}");
+            let hex: String = frame.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(hex, format!("0200000000010200000000ff{wanted}"));
         }
     }
 

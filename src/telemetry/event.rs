@@ -94,8 +94,18 @@ impl Event {
         self.port(port).map_or_else(|| address.to_string(), |port| with_port(address, port))
     }
 
+    /// Returns the selection of the upstream, by the strategy of its rule.
+    pub fn selection(&self, strategy: Strategy) -> Selection {
+        Selection {
+            strategy: diff::word(&strategy),
+            value: self.key(strategy),
+            number: self.0.key,
+            slot: self.0.slot,
+        }
+    }
+
     /// Returns the selection key as text; `None` if it is not in the headers.
-    pub fn key(&self, strategy: Strategy) -> Option<String> {
+    fn key(&self, strategy: Strategy) -> Option<String> {
         match strategy {
             Strategy::SrcPort => Some(u16::from_be(self.0.source_port).to_string()),
             Strategy::SrcIp => Some(self.source().to_string()),
@@ -197,12 +207,7 @@ impl Names {
             destination: event.endpoint(event.destination(), event.0.port),
             length: event.0.length,
             fragment: event.0.fragment != 0,
-            selection: selected.map(|rule| Selection {
-                strategy: diff::word(&rule.strategy),
-                value: event.key(rule.strategy),
-                number: event.0.key,
-                slot: event.0.slot,
-            }),
+            selection: selected.map(|rule| event.selection(rule.strategy)),
             upstream: sent_to(upstream.map(|(upstream, _)| upstream.label())),
             copy: is_copy,
             next_hop: (hop.interface.is_some() || hop.gateway.is_some()).then_some(hop),
