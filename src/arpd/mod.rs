@@ -21,11 +21,12 @@ use crate::datapath::capabilities;
 use crate::datapath::pins::Store;
 use crate::error::{Failure, Result, say};
 use crate::net::events::Events;
-use crate::net::nexthop::NEIGHBOUR_TIMEOUT;
 use crate::telemetry::http;
 
 /// Interval of the checks for due work and for another active generation.
 const TICK: Duration = Duration::from_millis(250);
+/// Wait for neighbours with `--once`. The kernel gives up after three requests, one a second.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(4);
 /// Events come in bursts: wait this long for more.
 const EVENT_DEBOUNCE: Duration = Duration::from_millis(10);
 
@@ -75,9 +76,9 @@ pub async fn run(store: &Store, options: &Options) -> Result<u8> {
     result
 }
 
-/// Waits for answers of neighbours, as long as `apply` does.
+/// Waits until each neighbour has answered or failed.
 async fn settle(service: &mut Service) {
-    let end = Instant::now() + NEIGHBOUR_TIMEOUT;
+    let end = Instant::now() + SETTLE_TIMEOUT;
     while !service.is_settled() && Instant::now() < end {
         tokio::time::sleep(EVENT_DEBOUNCE).await;
         service.take_events().await;
