@@ -27,23 +27,27 @@ pub fn has_btf() -> bool {
     Path::new(BTF).exists()
 }
 
-/// Returns true if lockdown keeps BPF programs from reading kernel memory; false also where securityfs
-/// is not mounted.
-pub fn is_confidential() -> bool {
+/// First kernel on which the program reads kernel memory without the helpers that lockdown disables.
+const READS_WITHOUT_HELPERS: (u32, u32) = (6, 2);
+
+/// Returns true if lockdown keeps the program from being loaded; false also where securityfs is not
+/// mounted.
+pub fn is_locked_down() -> bool {
     let lockdown = fs::read_to_string("/sys/kernel/security/lockdown");
-    lockdown.is_ok_and(|modes| modes.contains("[confidentiality]"))
+    version() < READS_WITHOUT_HELPERS
+        && lockdown.is_ok_and(|modes| modes.contains("[confidentiality]"))
 }
 
 /// Reason why a kernel in lockdown (confidentiality) refuses the program.
-pub const CONFIDENTIAL: &str = "the kernel is locked down (confidentiality): it lets no program read \
-                                kernel memory; boot it with lockdown=integrity";
+pub const CONFIDENTIAL: &str = "the kernel is locked down (confidentiality): before 6.2 it lets no \
+                                program read kernel memory; boot it with lockdown=integrity";
 
 /// Returns the likely cause of a refusal to load, and what to do, from the kind of error and libbpf's
 /// and the verifier's log.
 pub fn refusal(error: ErrorKind, log: &str) -> Option<String> {
     // to the verifier, helpers that lockdown disables are unknown
     let no_reads = ["cannot use helper bpf_probe_read", "unknown func bpf_probe_read"];
-    if is_confidential() || no_reads.iter().any(|message| log.contains(message)) {
+    if is_locked_down() || no_reads.iter().any(|message| log.contains(message)) {
         return Some(CONFIDENTIAL.into());
     }
     if !has_btf() {

@@ -90,8 +90,8 @@ pub struct Kernel {
     pub btf: bool,
     /// Programs are compiled, not interpreted.
     pub jit: bool,
-    /// Lockdown forbids programs to read kernel memory.
-    pub confidential: bool,
+    /// Lockdown keeps the program from being loaded.
+    pub locked_down: bool,
 }
 
 /// An interface of the configuration.
@@ -283,7 +283,7 @@ fn abilities() -> Kernel {
     Kernel {
         version: kernel::version(),
         btf: kernel::has_btf(),
-        confidential: kernel::is_confidential(),
+        locked_down: kernel::is_locked_down(),
         // a kernel that always compiles may not show it
         jit: sysctl("net/core/bpf_jit_enable").is_none_or(|value| value != 0),
     }

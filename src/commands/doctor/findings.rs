@@ -81,7 +81,7 @@ mod tests {
         Facts {
             file: "/etc/udplb.yaml".into(),
             drift: Some(Ok(false)),
-            kernel: Kernel { version: (6, 1), btf: true, jit: true, confidential: false },
+            kernel: Kernel { version: (6, 1), btf: true, jit: true, locked_down: false },
             arpd: Some(true),
             inputs: vec![Input {
                 name: "eth0".into(),
@@ -160,8 +160,7 @@ mod tests {
         );
         check(
             |facts| {
-                facts.kernel =
-                    Kernel { version: (5, 4), btf: false, jit: false, confidential: true }
+                facts.kernel = Kernel { version: (5, 4), btf: false, jit: false, locked_down: true }
             },
             &[
                 "problem: Linux 5.4 is too old | install",

@@ -7,7 +7,7 @@ use crate::telemetry::problem::{Problem, note, problem};
 
 /// Reports missing privileges, and a kernel without what the program needs.
 pub fn kernel(facts: &Facts) -> Vec<Problem> {
-    let Kernel { version: (major, minor), btf, jit, confidential } = facts.kernel;
+    let Kernel { version: (major, minor), btf, jit, locked_down } = facts.kernel;
     let mut found = Vec::new();
     for capability in &facts.missing_capabilities {
         let what = format!("this user lacks {capability}");
@@ -28,10 +28,11 @@ pub fn kernel(facts: &Facts) -> Vec<Problem> {
         let fix = "run a kernel with CONFIG_DEBUG_INFO_BTF";
         found.push(problem("no-btf", "", "the kernel has no BTF").why(why).fix(fix));
     }
-    if confidential {
+    if locked_down {
         let what = "the kernel is locked down (confidentiality)";
-        let why = "it lets no program read kernel memory, and so does not load udplb's";
-        found.push(problem("lockdown", "", what).why(why).fix("boot with lockdown=integrity"));
+        let why = "before 6.2 it lets no program read kernel memory, and does not load udplb's";
+        let fix = "boot with lockdown=integrity, or run Linux 6.2 or later";
+        found.push(problem("lockdown", "", what).why(why).fix(fix));
     }
     if !jit {
         let why = "each packet costs several times as much";
