@@ -3,27 +3,39 @@
 #ifndef UDPLB_COUNT_H
 #define UDPLB_COUNT_H
 
-/* Adds the further segments of a GSO packet; each one has the headers again. */
-static __always_inline void count_segments(struct __sk_buff *skb, __u32 packed, __u32 bytes,
-					   struct counter *counter)
+/*
+ * Returns the size of a packet as it is counted: each segment of a GSO packet is a packet, and has the
+ * headers again. `bytes` is its length without VLAN tags.
+ */
+static __always_inline struct counter counted_size(struct __sk_buff *skb, __u32 packed, __u32 bytes)
 {
-	__u32 headers = segment_headers(skb, packed), segments = skb->gso_segs;
+	struct counter size = {.packets = 1, .bytes = bytes};
+	__u32 headers, segments;
 
+	if (!skb->gso_size || packed == PKT_UNKNOWN)
+		return size;
+	headers = segment_headers(skb, packed);
+	segments = skb->gso_segs;
 	/* a virtual machine's packet comes without gso_segs */
 	if (!segments && bytes > headers)
 		segments = (bytes - headers + skb->gso_size - 1) / skb->gso_size;
 	if (segments < 2)
-		return;
-	counter->packets += segments - 1;
-	counter->bytes += (__u64)(segments - 1) * headers;
+		return size;
+	size.packets = segments;
+	size.bytes += (__u64)(segments - 1) * headers;
+	return size;
 }
 
-/* Stores the current time and a verdict; reads the clock once per jiffy. */
+/*
+ * Stores the current time and a verdict. All CPUs share it, so it is written only where it differs: the time
+ * once in a jiffy.
+ */
 static __always_inline void update_moment(struct moment *moment, enum verdict verdict)
 {
 	__u32 tick = bpf_jiffies64();
 
-	moment->verdict = verdict;
+	if (moment->verdict != verdict)
+		moment->verdict = verdict;
 	if (moment->tick == tick)
 		return;
 	moment->tick = tick;
@@ -36,16 +48,24 @@ static __always_inline bool is_lost(enum verdict verdict)
 	return verdict < VERDICTS && verdict != VERDICT_NOT_FOR_US && verdict != VERDICT_FRAGMENT;
 }
 
+/* Returns the counters of an id; NULL if it has none. */
+static __always_inline struct counters *get_counters(__u32 id)
+{
+	__u32 chunk = id / COUNTERS_PER_CHUNK, index = id % COUNTERS_PER_CHUNK;
+	void *inner = bpf_map_lookup_elem(&counters, &chunk);
+
+	return inner ? bpf_map_lookup_elem(inner, &index) : NULL;
+}
+
 /*
- * Counts a packet under an id. `tags` is the length in bytes of the VLAN tags in the frame, which are not
- * counted. A global function so that its outcomes do not multiply the paths that the verifier explores.
+ * Counts a packet under an id, unless it was forwarded to an upstream: see count_forwarded(). `tags` is the
+ * length in bytes of the VLAN tags in the frame, which are not counted. A global function so that its
+ * outcomes do not multiply the paths that the verifier explores.
  */
 __noinline __u32 count_verdict(struct __sk_buff *skb, __u32 packed, __u32 tags, __u32 id, __u32 verdict)
 {
-	__u32 chunk = id / COUNTERS_PER_CHUNK, index = id % COUNTERS_PER_CHUNK, bytes = skb->len - tags;
-	void *inner = bpf_map_lookup_elem(&counters, &chunk);
-	struct counters *counters = inner ? bpf_map_lookup_elem(inner, &index) : NULL;
-	struct counter *counter;
+	struct counters *counters = get_counters(id);
+	struct counter *counter, size;
 	__u64 place = verdict;
 
 	/* keeps clang from comparing a copy, after which 5.10 does not know the bound */
@@ -53,14 +73,37 @@ __noinline __u32 count_verdict(struct __sk_buff *skb, __u32 packed, __u32 tags, 
 	if (!counters || features.dry_run || place >= COUNTERS)
 		return 0;
 	counter = &counters->of[place];
-	counter->packets++;
-	counter->bytes += bytes;
+	size = counted_size(skb, packed, skb->len - tags);
+	__sync_fetch_and_add(&counter->packets, size.packets);
+	__sync_fetch_and_add(&counter->bytes, size.bytes);
 	if (is_sent(verdict))
 		update_moment(&counters->forwarded, verdict);
 	else if (is_lost(verdict))
 		update_moment(&counters->lost, verdict);
-	if (skb->gso_size && packed != PKT_UNKNOWN)
-		count_segments(skb, packed, bytes, counter);
+	return 0;
+}
+
+/* Counts packets that this CPU has forwarded to the upstream of a line. */
+static __always_inline void count_sent(struct line *line, __u64 packets, __u64 bytes)
+{
+	line->packets += packets;
+	line->bytes += bytes;
+}
+
+/*
+ * Counts a packet with VERDICT_FORWARDED to an upstream, behind an Ethernet header without VLAN tags. A
+ * global function for the same reason.
+ */
+__noinline __u32 count_forwarded(struct __sk_buff *skb, __u32 packed, __u32 index, __u32 id)
+{
+	struct counter size = counted_size(skb, packed, skb->len);
+	struct counters *counters = get_counters(id);
+	struct line *line = bpf_map_lookup_elem(&lines, &index);
+
+	if (!line || !counters || features.dry_run)
+		return 0;
+	count_sent(line, size.packets, size.bytes);
+	update_moment(&counters->forwarded, VERDICT_FORWARDED);
 	return 0;
 }
 

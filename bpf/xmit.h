@@ -200,7 +200,10 @@ __noinline __u32 xmit_upstream(struct __sk_buff *skb, __u32 index, __u32 packed,
 		verdict = xmit_to_nexthop(skb, &pkt, upstream, xmit, &action);
 	}
 	result = xmit_result(verdict, action, verdict == VERDICT_MTU ? xmit->hop.mtu : 0);
-	count_pkt(skb, &pkt, upstream->id, verdict);
+	if (verdict == VERDICT_FORWARDED)
+		count_forwarded(skb, pkt.packed, index, upstream->id);
+	else
+		count_pkt(skb, &pkt, upstream->id, verdict);
 	trace_verdict(&pkt, upstream->id, verdict);
 	return result;
 }

@@ -7,9 +7,10 @@ use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr;
 
 use anyhow::{Context, bail};
-use libbpf_rs::{MapHandle, MapInfo, OpenMap};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapType, OpenMap};
 
 #[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, dead_code)]
 mod skeleton {
@@ -86,6 +87,7 @@ pod!(
     vlan_key,
     vlan,
     counters,
+    line,
     retired,
     nexthop,
     nexthop_slot,
@@ -122,6 +124,63 @@ pub fn create_only(skeleton: &mut OpenUdplbSkel<'_>, wanted: &[&str]) -> libbpf_
     maps.try_for_each(|mut map| {
         let name = map.name();
         map.set_autocreate(name == constants || wanted.iter().any(|wanted| name == *wanted))
+    })
+}
+
+/// Bytes that one system call reads at most.
+const BATCH: usize = 1 << 20;
+
+/// Passes the first entries of an array to `each`, in order; in a per-CPU array an entry is the values of all
+/// possible CPUs. Reads many with one system call where the kernel can (per-CPU arrays: 5.13).
+pub fn read_array(
+    map: &MapHandle,
+    entries: u32,
+    mut each: impl FnMut(&[u8]),
+) -> libbpf_rs::Result<()> {
+    let cpus = match map.map_type() {
+        MapType::PercpuArray => libbpf_rs::num_possible_cpus()?,
+        _ => 1,
+    };
+    let width = map.value_size().next_multiple_of(8) as usize * cpus;
+    let most = (BATCH / width).clamp(1, entries.max(1) as usize) as u32;
+    let mut values = vec![0; most as usize * width];
+    let mut keys = vec![0_u32; most as usize];
+    let (mut place, mut last) = (0, None::<u32>);
+    while place < entries {
+        let wanted = most.min(entries - place);
+        let (mut read, mut next) = (wanted, 0_u32);
+        // SAFETY: keys and values have room for `read` entries, the other pointers are to one key
+        // each, and all of them outlive the call.
+        let result = unsafe {
+            libbpf_sys::bpf_map_lookup_batch(
+                map.as_fd().as_raw_fd(),
+                last.as_mut().map_or(ptr::null_mut(), |key| ptr::from_mut(key).cast()),
+                ptr::from_mut(&mut next).cast(),
+                keys.as_mut_ptr().cast(),
+                values.as_mut_ptr().cast(),
+                &mut read,
+                ptr::null(),
+            )
+        };
+        if result == 0 && read == wanted {
+            values.chunks_exact(width).take(read as usize).for_each(&mut each);
+            (place, last) = (place + read, Some(next));
+        } else {
+            each(&read_entry(map, place)?);
+            (place, last) = (place + 1, Some(place));
+        }
+    }
+    Ok(())
+}
+
+/// Returns an entry of an array, of a per-CPU array the values of all CPUs; empty if there is none.
+pub fn read_entry(map: &MapHandle, index: u32) -> libbpf_rs::Result<Vec<u8>> {
+    let key = index.to_ne_bytes();
+    Ok(match map.map_type() {
+        MapType::PercpuArray => {
+            map.lookup_percpu(&key, MapFlags::ANY)?.unwrap_or_default().concat()
+        }
+        _ => map.lookup(&key, MapFlags::ANY)?.unwrap_or_default(),
     })
 }
 

@@ -57,9 +57,11 @@ fn memory(report: &mut Report) {
     report.title("Memory of 1,000 rules of 10 distinct upstreams each");
     report.at_most("slots", "", slots, " MB", 25.0);
     let chunks = |name| megabytes(inner(&open_state(&bpffs, name)));
+    let lines = MapHandle::from_pinned_path(bpffs.pins().join("generations/1/lines"));
     let cpus = libbpf_rs::num_possible_cpus().expect("CPUs");
-    let counters = chunks("counters") / cpus as f64;
-    report.note(&format!("counters, for each of {cpus} CPUs"), &format!("{counters:.1} MB"));
+    let lines = megabytes([lines.expect("lines")]) / cpus as f64;
+    report.note("counters of all but forwarded packets", &format!("{:.1} MB", chunks("counters")));
+    report.note(&format!("lines, for each of {cpus} CPUs"), &format!("{lines:.1} MB"));
     report.note("next hops", &format!("{:.1} MB", chunks("nexthops")));
 }
 

@@ -95,6 +95,14 @@ impl Chunks {
         Ok(())
     }
 
+    /// Waits until every run of a program that has begun is over: the kernel waits for an RCU grace period after
+    /// each write to a map of maps, here of the chunk that is there already.
+    pub fn settle(&self) -> anyhow::Result<()> {
+        let Some(first) = self.chunks.first() else { return Ok(()) };
+        let chunk = first.as_fd().as_raw_fd().to_ne_bytes();
+        self.outer.update(&0_u32.to_ne_bytes(), &chunk, MapFlags::ANY).context(self.name)
+    }
+
     /// Returns the chunks, each with its first id.
     pub fn iter(&self) -> impl Iterator<Item = (u32, &MapHandle)> {
         let starts = self.chunks.iter().scan(0, |next, chunk| {

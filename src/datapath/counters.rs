@@ -1,10 +1,9 @@
-//! Packets and bytes by verdict, under the ids of rules and upstreams.
+//! Packets and bytes by verdict, under the ids of rules and upstreams: all but what was forwarded to upstreams,
+//! which is in the [lines](crate::datapath::lines) of each generation.
 
 use std::collections::BTreeMap;
 use std::ops::{AddAssign, Sub};
-use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
-use std::ptr;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -12,7 +11,10 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::bpf::{NOTES, OpenUdplbSkel, VERDICTS, bytes_of, from_bytes, is_forwarded, types};
+use crate::bpf::{
+    NOTES, OpenUdplbSkel, VERDICTS, bytes_of, from_bytes, is_forwarded, read_array, read_entry,
+    types,
+};
 use crate::datapath::chunked_map::Chunks;
 
 /// Packets and bytes; a GSO packet is its segments, bytes are with the Ethernet header.
@@ -57,12 +59,6 @@ struct Moment {
     /// Nanoseconds of CLOCK_MONOTONIC; 0: never.
     time: u64,
     verdict: u32,
-}
-
-impl From<Moment> for types::moment {
-    fn from(Moment { time, verdict }: Moment) -> types::moment {
-        types::moment { time, tick: 0, verdict: types::verdict(verdict) }
-    }
 }
 
 impl From<types::moment> for Moment {
@@ -149,18 +145,51 @@ impl AddAssign<&types::counters> for Counts {
     }
 }
 
-impl From<Counts> for types::counters {
-    fn from(mut counts: Counts) -> types::counters {
-        let mut counters = types::counters {
-            forwarded: counts.forwarded.into(),
-            lost: counts.lost.into(),
-            ..Default::default()
-        };
-        for (count, place) in counts.all_mut().zip(places()) {
-            let Count { packets, bytes } = *count;
-            counters.of[place] = types::counter { packets, bytes };
+/// Retired counters: a value that is not zero, and its place.
+pub type Part = (u32, [u64; 2]);
+
+const FORWARDED: u32 = types::retired_place::RETIRED_FORWARDED.0;
+const LOST: u32 = types::retired_place::RETIRED_LOST.0;
+
+impl Counts {
+    /// Returns packets that were forwarded to an upstream.
+    pub fn sent(count: Count) -> Counts {
+        let mut counts = Counts::default();
+        counts.add_sent(count);
+        counts
+    }
+
+    /// Adds packets that were forwarded to an upstream.
+    pub fn add_sent(&mut self, count: Count) {
+        self.add_part((types::verdict::VERDICT_FORWARDED.0, [count.packets, count.bytes]));
+    }
+
+    /// Returns everything that is not zero.
+    pub fn parts(mut self) -> Vec<Part> {
+        let mut parts: Vec<Part> = places()
+            .zip(self.all_mut())
+            .map(|(place, count)| (place as u32, [count.packets, count.bytes]))
+            .collect();
+        for (place, moment) in [(FORWARDED, self.forwarded), (LOST, self.lost)] {
+            parts.push((place, [moment.time, moment.verdict.into()]));
         }
-        counters
+        parts.retain(|(_, values)| values[0] != 0);
+        parts
+    }
+
+    /// Adds one of [`Counts::parts`]; ignores places of no counter.
+    pub fn add_part(&mut self, (place, [first, second]): Part) {
+        let moment = Moment { time: first, verdict: second as u32 };
+        match place {
+            FORWARDED => self.forwarded = self.forwarded.max(moment),
+            LOST => self.lost = self.lost.max(moment),
+            _ => {
+                let found = self.all_mut().zip(places()).find(|(_, it)| *it == place as usize);
+                if let Some((count, _)) = found {
+                    *count += Count { packets: first, bytes: second };
+                }
+            }
+        }
     }
 }
 
@@ -217,9 +246,6 @@ impl From<Counts> for Tally {
     }
 }
 
-/// Bytes that one system call reads at most: an id's counters are 416 for each CPU.
-const BATCH: usize = 1 << 20;
-
 /// The table of counters.
 pub struct Counters(Chunks);
 
@@ -255,80 +281,43 @@ impl Counters {
     ) -> anyhow::Result<()> {
         let used = self.0.room();
         self.0.grow(&skeleton.maps.counters_chunk, ids.max().unwrap_or(0))?;
-        let zeroes =
-            vec![bytes_of(&types::counters::default()).to_vec(); libbpf_rs::num_possible_cpus()?];
         for id in new.filter(|id| *id < used) {
             let (chunk, key) = self.0.place(id).context("an id without counters")?;
-            chunk.update_percpu(&key.to_ne_bytes(), &zeroes, MapFlags::ANY)?;
+            let zero = types::counters::default();
+            chunk.update(&key.to_ne_bytes(), bytes_of(&zero), MapFlags::ANY)?;
         }
         Ok(())
     }
 
-    /// Returns the counters of each id up to `most`, summed over all CPUs; zero for ids without counters.
+    /// Returns the counters of each id up to `most`; zero for ids without counters.
     pub fn read(&self, most: u32) -> anyhow::Result<Vec<Counts>> {
         let ids = most as usize + 1;
         let mut all = Vec::with_capacity(ids);
         for (_, chunk) in self.0.iter() {
             let left = ids.saturating_sub(all.len()).min(chunk.max_entries() as usize);
-            read_chunk(chunk, left, &mut all)?;
+            read_array(chunk, left as u32, |value| all.push(counts(value)))?;
         }
-        all.resize(ids, Counts::default());
-        Ok(all)
+        all.resize(ids, Some(Counts::default()));
+        all.into_iter().collect::<Option<_>>().context(OTHER)
     }
 
-    /// Returns the counters of one id, summed over all CPUs.
+    /// Returns the counters of one id.
     pub fn of(&self, id: u32) -> anyhow::Result<Counts> {
-        self.0.place(id).map_or(Ok(Counts::default()), |(chunk, key)| read_one(chunk, key))
+        let Some((chunk, key)) = self.0.place(id) else { return Ok(Counts::default()) };
+        counts(&read_entry(chunk, key)?).context(OTHER)
+    }
+
+    /// See [`Chunks::settle`].
+    pub fn settle(&self) -> anyhow::Result<()> {
+        self.0.settle()
     }
 }
 
-fn read_one(chunk: &MapHandle, key: u32) -> anyhow::Result<Counts> {
-    let value = chunk.lookup_percpu(&key.to_ne_bytes(), MapFlags::ANY)?;
-    sum(value.unwrap_or_default().iter().map(Vec::as_slice))
-}
+const OTHER: &str = "counters of another layout";
 
-/// Appends the first entries of a chunk, many with one system call where the kernel can (5.13).
-fn read_chunk(chunk: &MapHandle, entries: usize, all: &mut Vec<Counts>) -> anyhow::Result<()> {
-    let width = size_of::<types::counters>() * libbpf_rs::num_possible_cpus()?;
-    let most = (BATCH / width).max(1);
-    let mut values = vec![0; most.min(entries) * width];
-    let mut keys = vec![0_u32; most.min(entries)];
-    let (mut place, mut last) = (0_u32, None::<u32>);
-    while (place as usize) < entries {
-        let wanted = most.min(entries - place as usize) as u32;
-        let (mut read, mut next) = (wanted, 0_u32);
-        // SAFETY: keys and values have room for `read` entries, the other pointers are to one key
-        // each, and all of them outlive the call.
-        let result = unsafe {
-            libbpf_sys::bpf_map_lookup_batch(
-                chunk.as_fd().as_raw_fd(),
-                last.as_mut().map_or(ptr::null_mut(), |key| ptr::from_mut(key).cast()),
-                ptr::from_mut(&mut next).cast(),
-                keys.as_mut_ptr().cast(),
-                values.as_mut_ptr().cast(),
-                &mut read,
-                ptr::null(),
-            )
-        };
-        if result == 0 && read == wanted {
-            for value in values.chunks_exact(width).take(read as usize) {
-                all.push(sum(value.chunks_exact(size_of::<types::counters>()))?);
-            }
-            (place, last) = (place + read, Some(next));
-        } else {
-            all.push(read_one(chunk, place)?);
-            (place, last) = (place + 1, Some(place));
-        }
-    }
-    Ok(())
-}
-
-/// Over all CPUs.
-fn sum<'a>(values: impl Iterator<Item = &'a [u8]>) -> anyhow::Result<Counts> {
+/// Returns the counts in an entry of a chunk; `None` if it has another layout.
+fn counts(value: &[u8]) -> Option<Counts> {
     let mut counts = Counts::default();
-    for value in values {
-        let value: types::counters = from_bytes(value).context("counters of another layout")?;
-        counts += &value;
-    }
-    Ok(counts)
+    counts += &from_bytes::<types::counters>(value)?;
+    Some(counts)
 }

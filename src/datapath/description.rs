@@ -95,6 +95,11 @@ impl Generation {
         all(&self.description.ids)
     }
 
+    /// Returns the ids of all upstreams and mirrors in the order of the generation's map; an id may occur twice.
+    pub fn destinations(&self) -> impl Iterator<Item = u32> {
+        self.description.ids.iter().flat_map(RuleIds::destinations)
+    }
+
     /// Returns each rule's id and the ids of the upstreams that count packets of the rule. Receivers of a
     /// replicating rule count copies instead and are left out.
     pub fn counting(&self) -> impl Iterator<Item = (u32, &[u32])> {

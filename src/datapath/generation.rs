@@ -18,14 +18,14 @@ use crate::bpf::{
 use crate::datapath::description::{Description, Generation, Origin, ProgramName, all};
 use crate::datapath::pins::{ReadGuard, WriteGuard, remove_pins};
 use crate::datapath::state_maps::{self, INCOMPLETE, StateMaps};
-use crate::datapath::{kernel, lease, spares};
+use crate::datapath::{kernel, lease, lines, retired, spares};
 use crate::desired::tables::Tables;
 use crate::desired::{Desired, RuleIds, assign_ids};
 use crate::error::catch;
 use crate::net::link::Layer;
 
 /// The pins of its maps.
-const MAPS: [&str; 9] = [
+const MAPS: [&str; 10] = [
     "rules",
     "rules6",
     "senders",
@@ -34,6 +34,7 @@ const MAPS: [&str; 9] = [
     "slots",
     "upstreams",
     spares::PIN,
+    lines::PIN,
     "config",
 ];
 
@@ -49,6 +50,7 @@ macro_rules! own_maps {
             &mut $maps.slots,
             &mut $maps.upstreams,
             &mut $maps.spares,
+            &mut $maps.lines,
         ]
     };
 }
@@ -117,11 +119,10 @@ fn build_in(
     })?;
     let tables = Tables::new(&draft.desired, &ids);
     let (mut state, counters_reset) = state_maps::ensure(guard, &skeleton)?;
-    let retired = state.retired.read()?;
-    let held: HashSet<u32> = others.iter().flat_map(|other| retired.left(other)).collect();
+    let held: HashSet<u32> = others.iter().flat_map(|other| other.ids()).collect();
     let fresh = all(&ids).filter(|id| !held.contains(id));
     state.counters.prepare(&skeleton, all(&ids), fresh)?;
-    state.retired.retain(guard, &held)?;
+    retired::retain(guard, &held)?;
     state.overrides.retain(guard, &held)?;
     state.nexthops.prepare(&skeleton, all(&ids))?;
 
@@ -198,6 +199,7 @@ fn size(skeleton: &mut OpenUdplbSkel<'_>, tables: &Tables, json: usize) -> anyho
         (&mut skeleton.maps.upstreams, tables.upstreams.len()),
         (&mut skeleton.maps.destinations, tables.destinations.len()),
         (&mut skeleton.maps.spares, tables.upstreams.len()),
+        (&mut skeleton.maps.lines, tables.upstreams.len()),
         (&mut skeleton.maps.description, chunks),
     ] {
         map.set_max_entries(u32::try_from(entries.max(1))?)?;
@@ -246,7 +248,9 @@ pub fn dry_run_program(
     let state = state_maps::open(guard)?.context(INCOMPLETE)?;
     let directory = guard.generation(generation.number);
     let maps = &mut skeleton.maps;
-    for (map, name) in own_maps!(maps).into_iter().zip(MAPS) {
+    maps.lines.set_max_entries(1)?;
+    let shared = own_maps!(maps).into_iter().zip(MAPS).filter(|(_, name)| *name != lines::PIN);
+    for (map, name) in shared {
         let path = directory.join(name);
         let pinned =
             MapHandle::from_pinned_path(&path).with_context(|| path.display().to_string())?;

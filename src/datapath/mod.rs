@@ -8,6 +8,7 @@ pub mod environment;
 pub mod generation;
 pub mod kernel;
 pub mod lease;
+pub mod lines;
 pub mod lock;
 pub mod marks;
 pub mod nexthops;

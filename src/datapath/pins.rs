@@ -7,7 +7,7 @@
 //!     42/                       program, rules, slots, upstreams, config …
 //!   building-43/                under construction; bpffs refuses names with a dot
 //!   queue/                      flock: a writer that waits for readers to end, and readers that come after it
-//!   state-4/                    counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held, retired …
+//!   state-5/                    counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held, retired …
 //!                               flock: arpd
 //! ```
 
@@ -37,7 +37,7 @@ const QUEUE: &str = "queue";
 
 /// Directory of the state that outlives generations. Each layout of it has a directory of its own, whose
 /// name begins with `STATES`.
-pub const STATE: &str = "state-4";
+pub const STATE: &str = "state-5";
 
 const STATES: &str = "state";
 
@@ -247,7 +247,12 @@ impl ReadGuard {
 
     /// Returns the directory of one generation.
     pub fn generation(&self, number: u32) -> PathBuf {
-        self.generations().join(number.to_string())
+        self.path.join(ReadGuard::name_of(number))
+    }
+
+    /// Returns the name of that directory, as in [`ReadGuard::unfinished`].
+    pub fn name_of(number: u32) -> String {
+        format!("generations/{number}")
     }
 
     /// Returns the directory where a generation is built.
@@ -314,7 +319,7 @@ impl WriteGuard {
             .with_context(|| format!("current -> generations/{number}"))
     }
 
-    /// Removes what a crash left half-built.
+    /// Removes what a crash left half-built or half-removed.
     pub fn remove_unfinished(&self, name: &str) -> anyhow::Result<()> {
         let path = self.path.join(name);
         if path.is_dir() && !path.is_symlink() {

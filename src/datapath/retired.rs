@@ -1,118 +1,169 @@
-//! Retired counters: sums, by rule, of the counters of ids that no generation holds any more. When an
-//! upstream goes, its packets still count for the rule.
+//! Retired counters: what removed generations have counted, as far as others have the rule.
+//!
+//! Before a generation is removed, its [lines](crate::datapath::lines) are added to the sums of their upstreams,
+//! and everything of upstreams that no other generation has to the sums of their rules: a rule's total keeps the
+//! packets of upstreams that it has lost.
+//!
+//! The sums are one map that is never changed. Another one takes its place, with one rename, which also says of
+//! which generation it includes the lines. After a crash such a generation is left behind: it is neither
+//! counted, nor added again, nor attached, but removed.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fs;
 
 use anyhow::Context;
-use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 
-use crate::bpf::{bytes_of, from_bytes, types};
-use crate::datapath::counters::{Counters, Counts};
+use crate::bpf::{bytes_of, from_bytes, read_array, types};
+use crate::datapath::counters::{Count, Counters, Counts, Part};
 use crate::datapath::description::Generation;
-use crate::datapath::pins::WriteGuard;
+use crate::datapath::lines;
+use crate::datapath::pins::{ReadGuard, WriteGuard};
 
-/// The table of retired counters, by rule id. Only the holder of the write guard writes to it.
-pub struct Retired(Option<MapHandle>);
+/// Name of the map's pin, and of the next map's before it takes that place.
+pub const PIN: &str = "retired";
+const NEXT: &str = "retired-next";
 
-/// Content of the table; it holds few rules.
-pub struct Sums(HashMap<u32, types::retired>);
+const PROGRAM: types::retired_place = types::retired_place::RETIRED_PROGRAM;
+
+/// The sums of removed generations, by id of a rule or an upstream.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Retired {
+    sums: BTreeMap<u32, Counts>,
+    /// Program ids of generations whose lines are in the sums.
+    programs: BTreeSet<u32>,
+}
+
+/// Reads the sums; there are none if no generation was ever removed.
+pub fn read(guard: &ReadGuard) -> anyhow::Result<Retired> {
+    let path = guard.state().join(PIN);
+    if !path.try_exists()? {
+        return Ok(Retired::default());
+    }
+    let map = MapHandle::from_pinned_path(&path).with_context(|| path.display().to_string())?;
+    let (mut retired, mut whole) = (Retired::default(), true);
+    read_array(&map, map.max_entries(), |value| match from_bytes(value) {
+        Some(part) => retired.add(part),
+        None => whole = false,
+    })?;
+    whole.then_some(retired).with_context(|| format!("{}: another layout", path.display()))
+}
+
+/// Adds the counters of a generation that is about to be removed. `others` are those that remain.
+pub fn keep(
+    guard: &WriteGuard,
+    counters: &Counters,
+    gone: &Generation,
+    others: &[&Generation],
+) -> anyhow::Result<()> {
+    let mut retired = read(guard)?;
+    if retired.has(gone) {
+        return Ok(());
+    }
+    let before = retired.clone();
+    retired.add_generation(&lines::read(guard, gone)?, counters, gone, others)?;
+    if retired == before {
+        return Ok(());
+    }
+    // other generations are in the sums as long as a crash may have left them behind
+    if guard.numbers()?.len() == others.len() + 1 {
+        retired.programs.clear();
+    }
+    retired.programs.insert(gone.description.program.id);
+    retired.write(guard)
+}
+
+/// Removes the sums of ids that are not `held`: such an id may be assigned to another rule or upstream.
+pub fn retain(guard: &WriteGuard, held: &HashSet<u32>) -> anyhow::Result<()> {
+    let mut retired = read(guard)?;
+    let before = retired.sums.len();
+    retired.sums.retain(|id, _| held.contains(id));
+    if retired.sums.len() == before { Ok(()) } else { retired.write(guard) }
+}
 
 impl Retired {
-    /// `None` for the map of an earlier udplb: nothing is kept until the next generation is built.
-    pub fn new(map: Option<MapHandle>) -> Retired {
-        Retired(map)
+    /// Returns the sums by id.
+    pub fn sums(&self) -> impl Iterator<Item = (u32, Counts)> {
+        self.sums.iter().map(|(id, counts)| (*id, *counts))
     }
 
-    pub fn read(&self) -> anyhow::Result<Sums> {
-        let mut sums = HashMap::new();
-        for key in self.0.iter().flat_map(MapCore::keys) {
-            let rule =
-                u32::from_ne_bytes(key[..].try_into().context("state/retired has other keys")?);
-            sums.insert(rule, self.get(rule)?);
+    /// Returns the sum of an id.
+    pub fn of(&self, id: u32) -> Counts {
+        self.sums.get(&id).copied().unwrap_or_default()
+    }
+
+    /// Returns true if the lines of a generation are in the sums.
+    pub fn has(&self, generation: &Generation) -> bool {
+        self.programs.contains(&generation.description.program.id)
+    }
+
+    fn add(&mut self, part: types::retired) {
+        match part.place {
+            PROGRAM => drop(self.programs.insert(part.id)),
+            place => self.sums.entry(part.id).or_default().add_part((place.0, part.values)),
         }
-        Ok(Sums(sums))
     }
 
-    fn get(&self, rule: u32) -> anyhow::Result<types::retired> {
-        let Some(map) = &self.0 else { return Ok(types::retired::default()) };
-        match map.lookup(&rule.to_ne_bytes(), MapFlags::ANY)? {
-            Some(bytes) => from_bytes(&bytes).context("state/retired has other values"),
-            None => Ok(types::retired::default()),
-        }
-    }
-
-    /// Adds the counters of ids that only this generation holds to the rules that the `others` have too.
-    /// Called before the generation is removed.
-    ///
-    /// Adding and removing are two steps, and adding twice would falsify all later totals. So the sum is
-    /// written first, together with the generation whose ids it includes. If a crash leaves that
-    /// generation behind, [`Sums::has`] detects it, and its ids are neither counted nor added again.
-    pub fn keep(
-        &self,
-        _: &WriteGuard,
+    fn add_generation(
+        &mut self,
+        lines: &[(u32, Count)],
         counters: &Counters,
-        generation: &Generation,
+        gone: &Generation,
         others: &[&Generation],
     ) -> anyhow::Result<()> {
-        let Some(map) = &self.0 else { return Ok(()) };
-        let held: HashSet<u32> = others.iter().flat_map(|other| other.ids()).collect();
-        let program = generation.description.program.id;
-        for (rule, upstreams) in generation.counting().filter(|(rule, _)| held.contains(rule)) {
-            let gone = upstreams.iter().copied().filter(|id| !held.contains(id));
-            let mut counts = Counts::default();
-            // an id may be listed twice
-            for id in gone.collect::<BTreeSet<u32>>() {
-                counts += counters.of(id)?;
-            }
-            if counts == Counts::default() {
-                continue;
-            }
-            let sum = self.get(rule)?;
-            if sum.program == program {
-                continue;
-            }
-            counts += &sum.counters;
-            let sum = types::retired { counters: counts.into(), program, unused: 0 };
-            map.update(&rule.to_ne_bytes(), bytes_of(&sum), MapFlags::ANY)
-                .with_context(|| format!("state/retired: rule {rule}"))?;
+        for (id, count) in lines.iter().filter(|(_, count)| count.packets > 0) {
+            self.sums.entry(*id).or_default().add_sent(*count);
         }
+        let held: HashSet<u32> = others.iter().flat_map(|other| other.ids()).collect();
+        for (rule, upstreams) in gone.counting().filter(|(rule, _)| held.contains(rule)) {
+            let lost = upstreams.iter().copied().filter(|id| !held.contains(id));
+            // an id may be listed twice
+            for id in lost.collect::<BTreeSet<u32>>() {
+                let mut counts = counters.of(id)?;
+                counts += self.of(id);
+                if counts != Counts::default() {
+                    *self.sums.entry(rule).or_default() += counts;
+                }
+            }
+        }
+        self.sums.retain(|id, _| held.contains(id));
         Ok(())
     }
 
-    /// Removes the sums of ids that are not `held`: such an id may be assigned to another rule.
-    pub fn retain(&self, _: &WriteGuard, held: &HashSet<u32>) -> anyhow::Result<()> {
-        let Some(map) = &self.0 else { return Ok(()) };
-        let mut gone = self.read()?.0.into_keys().filter(|rule| !held.contains(rule));
-        Ok(gone.try_for_each(|rule| map.delete(&rule.to_ne_bytes()))?)
+    fn parts(&self) -> Vec<types::retired> {
+        let part = |id: u32| {
+            move |(place, values): Part| {
+                let place = types::retired_place(place);
+                types::retired { id, place, values }
+            }
+        };
+        let programs = self.programs.iter().map(|id| part(*id)((PROGRAM.0, [0, 0])));
+        let sums =
+            self.sums.iter().flat_map(|(id, counts)| counts.parts().into_iter().map(part(*id)));
+        programs.chain(sums).collect()
     }
-}
 
-impl Sums {
-    /// Returns the sum of a rule.
-    pub fn of(&self, rule: u32) -> Counts {
-        let mut counts = Counts::default();
-        if let Some(sum) = self.0.get(&rule) {
-            counts += &sum.counters;
+    /// Replaces the map.
+    fn write(&self, guard: &WriteGuard) -> anyhow::Result<()> {
+        let (path, next) = (guard.state().join(PIN), guard.state().join(NEXT));
+        let parts = self.parts();
+        let count = parts.len() as u32;
+        let options = libbpf_sys::bpf_map_create_opts {
+            sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
+            ..Default::default()
+        };
+        let width = size_of::<types::retired>() as u32;
+        let mut map =
+            MapHandle::create(MapType::Array, Some(PIN), 4, width, count.max(1), &options)?;
+        if count > 0 {
+            let keys: Vec<u8> = (0..count).flat_map(u32::to_ne_bytes).collect();
+            let values: Vec<u8> = parts.iter().flat_map(bytes_of).copied().collect();
+            map.update_batch(&keys, &values, count, MapFlags::ANY, MapFlags::ANY)?;
         }
-        counts
-    }
-
-    /// Returns true if the sum of a rule already includes the ids that only this generation holds.
-    pub fn has(&self, generation: &Generation, rule: u32) -> bool {
-        let program = generation.description.program.id;
-        self.0.get(&rule).is_some_and(|sum| sum.program == program)
-    }
-
-    /// Returns the ids of a generation that are in no sum.
-    pub fn left(&self, generation: &Generation) -> impl Iterator<Item = u32> {
-        let ids = &generation.description.ids;
-        ids.iter().flat_map(|ids| {
-            let upstreams = match self.has(generation, ids.rule) {
-                true => &[][..],
-                false => &ids.upstreams,
-            };
-            let rest = ids.mirrors.iter().chain(upstreams);
-            std::iter::once(ids.rule).chain(rest.copied())
-        })
+        if next.try_exists()? {
+            fs::remove_file(&next)?;
+        }
+        map.pin(&next).with_context(|| next.display().to_string())?;
+        fs::rename(&next, &path).with_context(|| path.display().to_string())
     }
 }

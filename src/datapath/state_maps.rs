@@ -18,7 +18,7 @@ use crate::datapath::marks::Marks;
 use crate::datapath::nexthops::NextHops;
 use crate::datapath::overrides::Overrides;
 use crate::datapath::pins::{ReadGuard, WriteGuard, names};
-use crate::datapath::retired::Retired;
+use crate::datapath::retired;
 use crate::time;
 
 /// Error if one of those maps is missing.
@@ -46,8 +46,8 @@ pub fn ensure(
         }
     }
     // retired counters belong to the counters that are gone
-    if fresh && state.join("retired").try_exists()? {
-        fs::remove_file(state.join("retired"))?;
+    if fresh && state.join(retired::PIN).try_exists()? {
+        fs::remove_file(state.join(retired::PIN))?;
     }
     let maps = collect(&state, |name| {
         let chunk = match name {
@@ -90,7 +90,6 @@ fn collect(
     Ok(Some(StateMaps {
         counters: Counters::open(required!("counters"), state)?,
         nexthops: NextHops::open(required!("nexthops"), state)?,
-        retired: Retired::new(map("retired")?),
         heartbeat: required!("heartbeat"),
         held: required!("held"),
         pending: map("pending")?,
@@ -178,7 +177,6 @@ fn ensure_map(
 /// The maps that outlive generations.
 pub struct StateMaps {
     pub counters: Counters,
-    pub retired: Retired,
     pub nexthops: NextHops,
     /// The lease of the next hops.
     pub heartbeat: MapHandle,

@@ -13,7 +13,7 @@ use crate::datapath::pins::WriteGuard;
 use crate::datapath::spares::{self, Situation};
 use crate::datapath::state_maps::{self, INCOMPLETE};
 use crate::datapath::tc::{self, Slot};
-use crate::datapath::{generation, nexthops};
+use crate::datapath::{generation, nexthops, retired};
 use crate::net::Netlink;
 use crate::net::nexthop::Way;
 use crate::net::routing::Target;
@@ -344,12 +344,16 @@ impl<'a> Executor<'a> {
         before.chain(&self.built).filter(|it| !self.dropped.contains(&it.number))
     }
 
-    /// Removes a generation. Counters of upstreams in rules of other generations are kept.
+    /// Removes a generation, whose counters are kept for the rules of other generations.
     fn drop(&self, number: u32) -> anyhow::Result<()> {
         let (gone, others): (Vec<_>, Vec<_>) =
             self.generations().partition(|it| it.number == number);
         if let (Some(maps), [gone]) = (state_maps::open(self.guard)?, &gone[..]) {
-            maps.retired.keep(self.guard, &maps.counters, gone, &others)?;
+            // a packet may still be on its way through the program of a filter that was just replaced
+            if self.before.is_attached(number) || !self.before.generations.contains_key(&number) {
+                maps.counters.settle()?;
+            }
+            retired::keep(self.guard, &maps.counters, gone, &others)?;
         }
         generation::drop(self.guard, number)
     }

@@ -8,12 +8,12 @@ use anyhow::Context;
 
 use crate::config::State;
 use crate::datapath::description::{Generation, ProgramName};
-use crate::datapath::generation;
 use crate::datapath::marks::Mark;
 use crate::datapath::pin_search::{self, Place};
 use crate::datapath::pins::ReadGuard;
 use crate::datapath::state_maps::{self, Held, Pending, StateMaps};
 use crate::datapath::tc::{self, Hook, Slot};
+use crate::datapath::{generation, retired};
 use crate::net::Netlink;
 use crate::net::link::{Layer, Link, is_called};
 
@@ -25,7 +25,7 @@ pub struct Observed {
     pub generations: BTreeMap<u32, Generation>,
     /// Generations whose description is gone.
     pub damaged: Vec<u32>,
-    /// Directories that a crash left half-built.
+    /// Directories that a crash left half-built or half-removed.
     pub unfinished: Vec<String>,
     /// Target of the symlink; a hint only.
     pub current: Option<u32>,
@@ -154,6 +154,7 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
         observed.pending = maps.as_ref().map(StateMaps::pending).transpose()?.flatten();
         observed.marks =
             maps.as_ref().map(|maps| maps.marks.read()).transpose()?.unwrap_or_default();
+        let retired = retired::read(guard)?;
         for number in guard.numbers()? {
             let pinned = generation::pinned_programs(&guard.generation(number))?;
             programs.extend(pinned.into_iter().map(|name| (number, name)));
@@ -161,7 +162,11 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
                 Some(generation) => {
                     let names = generation.description.programs();
                     programs.extend(names.map(|(_, name)| (number, name.clone())));
-                    observed.generations.insert(number, generation);
+                    if retired.has(&generation) {
+                        observed.unfinished.push(ReadGuard::name_of(number));
+                    } else {
+                        observed.generations.insert(number, generation);
+                    }
                 }
                 None => observed.damaged.push(number),
             }

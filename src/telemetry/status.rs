@@ -259,7 +259,8 @@ pub async fn read(
     let guard = pins::read(&store.pin_dir, store.lock_timeout)?;
     let mut observed = observe(guard.as_ref(), netlink).await?;
     let maps = guard.as_ref().map(state_maps::open).transpose()?.flatten();
-    let traffic = maps.as_ref().map(|maps| Traffic::read(maps, &observed.generations));
+    let traffic = guard.as_ref().zip(maps.as_ref());
+    let traffic = traffic.map(|(guard, maps)| Traffic::read(guard, maps, &observed.generations));
     let traffic = traffic.transpose()?;
     // frees memory
     let serving = observed.serving();

@@ -8,7 +8,9 @@ use serde::Serialize;
 
 use crate::datapath::counters::{Count, Counts};
 use crate::datapath::description::Generation;
+use crate::datapath::pins::ReadGuard;
 use crate::datapath::state_maps::StateMaps;
+use crate::datapath::{lines, retired};
 
 /// All counters at one moment, or how much they grew between two.
 #[derive(Clone, Debug)]
@@ -30,28 +32,36 @@ pub struct Rate {
 }
 
 impl Traffic {
-    /// Reads the counters of all rules and upstreams. `generations` must be all that exist: a rule keeps
-    /// the packets of upstreams that it has lost.
+    /// Reads the counters of all rules and upstreams. `generations` must be all that exist: each has counted what
+    /// it sent, and a rule keeps the packets of upstreams that it has lost.
     pub fn read(
+        guard: &ReadGuard,
         maps: &StateMaps,
         generations: &BTreeMap<u32, Generation>,
     ) -> anyhow::Result<Traffic> {
         let max = generations.values().flat_map(Generation::ids).max().unwrap_or(0);
-        let by_id = maps.counters.read(max)?;
-        let retired = maps.retired.read()?;
-        let mut counting = Vec::new();
+        let mut by_id = maps.counters.read(max)?;
         for generation in generations.values() {
-            for (rule, upstreams) in generation.counting() {
-                counting.push((rule, rule));
-                if !retired.has(generation, rule) {
-                    counting.extend(upstreams.iter().map(|id| (rule, *id)));
-                }
+            for (id, count) in lines::read(guard, generation)? {
+                by_id[id as usize].add_sent(count);
             }
+        }
+        let mut counting = Vec::new();
+        for (rule, upstreams) in generations.values().flat_map(Generation::counting) {
+            counting.push((rule, rule));
+            counting.extend(upstreams.iter().map(|id| (rule, *id)));
         }
         // merge sort: the list consists of sorted runs
         counting.sort();
         // generations share ids
         counting.dedup();
+        let retired = retired::read(guard)?;
+        for (id, sum) in retired.sums() {
+            let is_rule = counting.binary_search(&(id, id)).is_ok();
+            if let Some(counts) = by_id.get_mut(id as usize).filter(|_| !is_rule) {
+                *counts += sum;
+            }
+        }
         let mut rules: Vec<(u32, Counts)> = Vec::new();
         for (rule, id) in counting {
             if rules.last().is_none_or(|(last, _)| *last != rule) {

@@ -96,6 +96,7 @@ impl<'object> Program<'object> {
             (&mut maps.destinations, ENTRIES),
             (&mut maps.spares, ENTRIES),
             (&mut maps.samples, ENTRIES),
+            (&mut maps.lines, ENTRIES),
             (&mut maps.slots, SLOT_LINES),
         ] {
             map.set_max_entries(entries).expect("the size of a map");
@@ -386,26 +387,40 @@ impl<'object> Program<'object> {
     /// Returns the counters since the last call, summed over all CPUs.
     pub fn take_counted(&self) -> Counted {
         let mut counted = Counted::new();
+        let zero = types::counters::default();
         for (id, chunk, index) in self.counters() {
             let key = index.to_ne_bytes();
-            let mut values = chunk.lookup_percpu(&key, MapFlags::ANY).expect("a lookup");
-            let values = values.as_mut().expect("counters");
-            if values.iter().flatten().all(|byte| *byte == 0) {
+            let value = chunk.lookup(&key, MapFlags::ANY).expect("a lookup").expect("counters");
+            if value.iter().all(|byte| *byte == 0) {
                 continue;
             }
-            for value in values.iter_mut() {
-                let counters: types::counters = from_bytes(value).expect("the contract's layout");
-                for (verdict, name) in VERDICTS.into_iter().chain(NOTES) {
-                    let counter = counters.of[verdict.0 as usize];
-                    let sum = counted.entry((id, name)).or_default();
-                    *sum = (sum.0 + counter.packets, sum.1 + counter.bytes);
-                }
-                value.fill(0);
+            let counters: types::counters = from_bytes(&value).expect("the contract's layout");
+            for (verdict, name) in VERDICTS.into_iter().chain(NOTES) {
+                let types::counter { packets, bytes } = counters.of[verdict.0 as usize];
+                counted.insert((id, name), (packets, bytes));
             }
-            chunk.update_percpu(&key, values, MapFlags::ANY).expect("an update");
+            chunk.update(&key, bytes_of(&zero), MapFlags::ANY).expect("an update");
         }
+        self.take_lines(&mut counted);
         counted.retain(|_, count| *count != (0, 0));
         counted
+    }
+
+    /// Adds what the lines of the upstreams have counted since the last call.
+    fn take_lines(&self, counted: &mut Counted) {
+        let (_, ids) = &*self.configured.borrow();
+        for (index, id) in (0_u32..).zip(ids.iter().flat_map(RuleIds::destinations)) {
+            let (map, key) = (&self.skeleton.maps.lines, index.to_ne_bytes());
+            let mut values = map.lookup_percpu(&key, MapFlags::ANY).expect("a lookup");
+            for value in values.as_mut().expect("lines") {
+                let mut line: types::line = from_bytes(value).expect("the contract's layout");
+                let sum = counted.entry((id, "forwarded")).or_default();
+                *sum = (sum.0 + line.packets, sum.1 + line.bytes);
+                (line.packets, line.bytes) = (0, 0);
+                value.copy_from_slice(bytes_of(&line));
+            }
+            map.update_percpu(&key, &values.expect("lines"), MapFlags::ANY).expect("an update");
+        }
     }
 
     /// Returns each id with the map and index of its counters.

@@ -1,0 +1,53 @@
+//! Lines: what each CPU has sent to the upstreams of a generation.
+
+use std::os::fd::AsFd;
+
+use anyhow::Context;
+use libbpf_rs::{MapCore, MapHandle};
+
+use crate::bpf::{from_bytes, program_info, read_array, types};
+use crate::datapath::counters::Count;
+use crate::datapath::description::Generation;
+use crate::datapath::generation;
+use crate::datapath::pins::ReadGuard;
+use crate::net::link::Layer;
+
+/// Name of the map's pin in a generation's directory.
+pub const PIN: &str = "lines";
+
+/// Returns the packets that were forwarded to the upstreams of a generation, summed over all CPUs, by id. An id
+/// may occur twice. Empty if the map is gone.
+pub fn read(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Vec<(u32, Count)>> {
+    let Some(map) = open(guard, generation)? else { return Ok(Vec::new()) };
+    let ids: Vec<u32> = generation.destinations().collect();
+    let mut sums = Vec::with_capacity(ids.len());
+    let entries = map.max_entries().min(ids.len() as u32);
+    read_array(&map, entries, |values| sums.push(sum(values)))
+        .with_context(|| format!("lines of generation {}", generation.number))?;
+    Ok(ids.into_iter().zip(sums).collect())
+}
+
+/// Opens the map by its pin, or else by its number, which needs CAP_SYS_ADMIN; `None` if neither leads to it.
+fn open(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Option<MapHandle>> {
+    let path = guard.generation(generation.number).join(PIN);
+    if path.try_exists()? {
+        let map = MapHandle::from_pinned_path(&path);
+        return map.map(Some).with_context(|| path.display().to_string());
+    }
+    let Ok(program) = generation::program(guard, generation, Layer::Ethernet) else {
+        return Ok(None);
+    };
+    let maps = program_info(program.as_fd())?.map_ids.into_iter();
+    let mut maps = maps.filter_map(|id| MapHandle::from_map_id(id).ok());
+    Ok(maps.find(|map| map.name() == PIN))
+}
+
+/// Adds up the lines of all CPUs.
+fn sum(values: &[u8]) -> Count {
+    let mut sum = Count::default();
+    for line in values.chunks_exact(size_of::<types::line>()).filter_map(from_bytes) {
+        let types::line { packets, bytes, .. } = line;
+        sum += Count { packets, bytes };
+    }
+    sum
+}
