@@ -158,7 +158,7 @@ pub fn try_receive(socket: &UdpSocket) -> io::Result<Datagram> {
         message.msg_iov = &raw mut part;
         message.msg_iovlen = 1;
         message.msg_control = control.as_mut_ptr().cast();
-        message.msg_controllen = size_of_val(&control);
+        message.msg_controllen = size_of_val(&control) as _;
         let length = libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0);
         if length < 0 {
             return Err(io::Error::last_os_error());

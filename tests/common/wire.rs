@@ -5,6 +5,8 @@
 use std::io;
 use std::mem::{size_of, size_of_val, zeroed};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use super::Namespace;
 
@@ -79,6 +81,18 @@ impl Wire {
             })
             .take_while(|frame| frame != SENTINEL)
             .collect()
+    }
+
+    /// Returns the IP frames that arrived since the last call, once there are this many. Before kernel 5.18,
+    /// ksoftirqd processes copies at ingress, after the run that made them.
+    pub fn drain_at_least(&self, count: usize) -> Vec<Vec<u8>> {
+        let mut frames = self.drain();
+        let end = Instant::now() + Duration::from_secs(5);
+        while frames.len() < count && Instant::now() < end {
+            sleep(Duration::from_millis(1));
+            frames.extend(self.drain());
+        }
+        frames
     }
 
     /// Waits for the next IP frame that arrives.
@@ -168,7 +182,7 @@ fn receive(socket: &OwnedFd) -> Vec<u8> {
         message.msg_iov = &raw mut buffer;
         message.msg_iovlen = 1;
         message.msg_control = control.as_mut_ptr().cast();
-        message.msg_controllen = size_of_val(&control);
+        message.msg_controllen = size_of_val(&control) as _;
         let length = libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0);
         assert!(length >= 0, "recvmsg: {}", io::Error::last_os_error());
         let header = libc::CMSG_FIRSTHDR(&raw const message);
