@@ -11,6 +11,7 @@ use std::ptr;
 
 use anyhow::{Context, bail};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapType, OpenMap};
+use rustix::mm::{self, MapFlags as Mapping, ProtFlags};
 
 #[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, dead_code)]
 mod skeleton {
@@ -72,9 +73,9 @@ macro_rules! pod {
 }
 
 pod!(
-    rule_key,
-    rule_key6,
     rule,
+    table_line,
+    table_line6,
     sender_key,
     key_address,
     sequences,
@@ -107,6 +108,12 @@ unsafe impl Pod for u32 {}
 pub fn bytes_of<T: Pod>(value: &T) -> &[u8] {
     // SAFETY: a Pod has no padding, so every byte is initialised.
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+/// Returns the bytes of values, one after the other.
+pub fn bytes_of_all<T: Pod>(values: &[T]) -> &[u8] {
+    // SAFETY: a Pod has no padding, so every byte is initialised.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
 /// Returns the value in bytes of a map; `None` if their number is not its size.
@@ -335,6 +342,21 @@ pub fn wire(address: IpAddr) -> [u32; 4] {
             })
         }
     }
+}
+
+/// Copies values to the beginning of an array that is made to be mapped (`BPF_F_MMAPABLE`): one copy instead of
+/// a system call's two. The size of a value must be a multiple of 8.
+pub fn fill_mapped(map: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+    let length = bytes.len().next_multiple_of(rustix::param::page_size());
+    let (protection, shared) = (ProtFlags::READ | ProtFlags::WRITE, Mapping::SHARED);
+    // SAFETY: the kernel chooses the address. The mapping is of whole pages that hold `bytes`, nothing else
+    // refers to it, and it ends here.
+    unsafe {
+        let memory = mm::mmap(std::ptr::null_mut(), length, protection, shared, map, 0)?;
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.cast(), bytes.len());
+        mm::munmap(memory, length)?;
+    }
+    Ok(())
 }
 
 /// Creates a map outside an object, as the object defines it.

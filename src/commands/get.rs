@@ -445,11 +445,7 @@ impl Looked<'_> {
             return Ok(None);
         };
         let tables = &self.dry_run.tables;
-        let rules = tables.rules.iter().map(|(_, rule)| rule);
-        let all = rules
-            .chain(tables.rules6.iter().map(|(_, rule)| rule))
-            .chain(tables.senders.iter().map(|(_, rule)| rule));
-        let entry = all.into_iter().find(|entry| entry.id == event.0.rule);
+        let entry = tables.rules.iter().find(|entry| entry.id == event.0.rule);
         let entry = entry.context("the program reported an unknown rule")?;
         let slot = entry.first_slot + event.0.slot;
         let width = types::slot_line::default().upstream.len();

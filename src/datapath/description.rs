@@ -30,6 +30,9 @@ pub struct Description {
     pub program_l3: Option<ProgramName>,
     /// The interfaces whose clsact udplb made, so that it may take it away again.
     pub clsact: Vec<String>,
+    /// The seed of its tables of keys.
+    #[serde(default)]
+    pub seed: u64,
     pub desired: Desired,
     /// In the order of the rules.
     pub ids: Vec<RuleIds>,

@@ -13,21 +13,24 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, PrintLevel, Program, ProgramMut};
 
 use crate::bpf::{
-    self, OBJECT_SHA256, OpenUdplbSkel, Pod, UdplbSkel, UdplbSkelBuilder, bytes_of, map_id, types,
+    self, OBJECT_SHA256, OpenUdplbSkel, Pod, UdplbSkel, UdplbSkelBuilder, bytes_of, bytes_of_all,
+    map_id, types,
 };
 use crate::datapath::description::{Description, Generation, Origin, ProgramName, all};
 use crate::datapath::pins::{ReadGuard, WriteGuard, remove_pins};
-use crate::datapath::state_maps::{self, INCOMPLETE, StateMaps};
+use crate::datapath::state_maps::{self, INCOMPLETE, StateMaps, random};
 use crate::datapath::{kernel, lease, lines, retired, spares};
+use crate::desired::key_table::KeyTables;
 use crate::desired::tables::Tables;
 use crate::desired::{Desired, RuleIds, assign_ids};
 use crate::error::catch;
 use crate::net::link::Layer;
 
 /// The pins of its maps.
-const MAPS: [&str; 10] = [
+const MAPS: [&str; 11] = [
     "rules",
-    "rules6",
+    "table",
+    "table6",
     "senders",
     "addresses",
     "answers",
@@ -43,7 +46,8 @@ macro_rules! own_maps {
     ($maps:expr) => {
         [
             &mut $maps.rules,
-            &mut $maps.rules6,
+            &mut $maps.table,
+            &mut $maps.table6,
             &mut $maps.senders,
             &mut $maps.addresses,
             &mut $maps.answers,
@@ -118,6 +122,8 @@ fn build_in(
         anyhow!("more than {limit} rules and upstreams, the kept generations' included")
     })?;
     let tables = Tables::new(&draft.desired, &ids);
+    let seed = random()?;
+    let keys = key_tables(&tables, seed)?;
     let (mut state, counters_reset) = state_maps::ensure(guard, &skeleton)?;
     let held: HashSet<u32> = others.iter().flat_map(|other| other.ids()).collect();
     let fresh = all(&ids).filter(|id| !held.contains(id));
@@ -136,16 +142,18 @@ fn build_in(
         program: ProgramName::new(u32::MAX, [0; 8]),
         program_l3: draft.l3.then(|| ProgramName::new(u32::MAX, [0; 8])),
         clsact: draft.clsact.clone(),
+        seed,
         desired: draft.desired.clone(),
         ids,
     };
-    size(&mut skeleton, &tables, serde_json::to_vec(&description)?.len())?;
+    size(&mut skeleton, &tables, &keys, serde_json::to_vec(&description)?.len())?;
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
     rodata.features = types::features {
         generation: draft.number,
         ticks_per_second: lease::ticks_per_second()?,
         ..tables.features
     };
+    rodata.tuning = keys.tuning();
     share(&mut skeleton, &state)?;
     skeleton.maps.tracing.reuse_fd(state.tracing.as_fd())?;
     skeleton.maps.events.reuse_fd(state.events.as_fd())?;
@@ -157,7 +165,7 @@ fn build_in(
     if draft.l3 {
         description.program_l3 = Some(ProgramName::of(skeleton.progs.udplb_l3.as_fd())?);
     }
-    fill(&mut skeleton, &tables, &serde_json::to_vec(&description)?)?;
+    fill(&mut skeleton, &tables, &keys, &serde_json::to_vec(&description)?)?;
     pin(&mut skeleton, directory, draft.l3)?;
     let generation = Generation { number: draft.number, description, intact: true };
     Ok(Built { generation, counters_reset })
@@ -186,11 +194,24 @@ fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenU
     Ok(skeleton)
 }
 
-fn size(skeleton: &mut OpenUdplbSkel<'_>, tables: &Tables, json: usize) -> anyhow::Result<()> {
+/// Returns the tables of keys. The same seed gives the same tables.
+fn key_tables(tables: &Tables, seed: u64) -> anyhow::Result<KeyTables> {
+    let (keys, keys6) = (&tables.keys, &tables.keys6);
+    KeyTables::new(keys, keys6, seed)
+        .with_context(|| format!("no table holds these {} keys", keys.len() + keys6.len()))
+}
+
+fn size(
+    skeleton: &mut OpenUdplbSkel<'_>,
+    tables: &Tables,
+    keys: &KeyTables,
+    json: usize,
+) -> anyhow::Result<()> {
     let chunks = json.div_ceil(size_of::<types::config_chunk>());
     for (map, entries) in [
         (&mut skeleton.maps.rules, tables.rules.len()),
-        (&mut skeleton.maps.rules6, tables.rules6.len()),
+        (&mut skeleton.maps.table, keys.table.lines.len()),
+        (&mut skeleton.maps.table6, keys.table6.lines.len()),
         (&mut skeleton.maps.senders, tables.senders.len()),
         (&mut skeleton.maps.addresses, tables.addresses.len()),
         (&mut skeleton.maps.answers, tables.answers.len()),
@@ -237,7 +258,8 @@ pub fn dry_run_program(
     let mut skeleton = open(&mut object)?;
     skeleton.progs.udplb_l3.set_autoload(false);
     let tables = Tables::new(&description.desired, &description.ids);
-    size(&mut skeleton, &tables, 1)?;
+    let keys = key_tables(&tables, description.seed)?;
+    size(&mut skeleton, &tables, &keys, 1)?;
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
     rodata.features = types::features {
         dry_run: 1,
@@ -245,6 +267,7 @@ pub fn dry_run_program(
         ticks_per_second: lease::ticks_per_second()?,
         ..tables.features
     };
+    rodata.tuning = keys.tuning();
     let state = state_maps::open(guard)?.context(INCOMPLETE)?;
     let directory = guard.generation(generation.number);
     let maps = &mut skeleton.maps;
@@ -297,17 +320,21 @@ fn load(skeleton: OpenUdplbSkel<'_>) -> anyhow::Result<UdplbSkel<'_>> {
     })
 }
 
-fn fill(skeleton: &mut UdplbSkel<'_>, tables: &Tables, json: &[u8]) -> anyhow::Result<()> {
-    write_pairs(&skeleton.maps.rules, &tables.rules)?;
-    write_pairs(&skeleton.maps.rules6, &tables.rules6)?;
+fn fill(
+    skeleton: &mut UdplbSkel<'_>,
+    tables: &Tables,
+    keys: &KeyTables,
+    json: &[u8],
+) -> anyhow::Result<()> {
+    write_array(&skeleton.maps.rules, bytes_of_all(&tables.rules))?;
+    write_mapped(&skeleton.maps.table, bytes_of_all(&keys.table.lines))?;
+    write_mapped(&skeleton.maps.table6, bytes_of_all(&keys.table6.lines))?;
     write_pairs(&skeleton.maps.senders, &tables.senders)?;
     write_pairs(&skeleton.maps.addresses, &tables.addresses)?;
     write_pairs(&skeleton.maps.destinations, &tables.destinations)?;
     write_pairs(&skeleton.maps.answers, &tables.answers)?;
-    let lines: Vec<&[u8]> = tables.slots.iter().map(bytes_of).collect();
-    write_array(&skeleton.maps.slots, &lines.concat())?;
-    let upstreams: Vec<&[u8]> = tables.upstreams.iter().map(bytes_of).collect();
-    write_array(&skeleton.maps.upstreams, &upstreams.concat())?;
+    write_array(&skeleton.maps.slots, bytes_of_all(&tables.slots))?;
+    write_array(&skeleton.maps.upstreams, bytes_of_all(&tables.upstreams))?;
     let mut chunks = json.to_vec();
     chunks.resize(json.len().next_multiple_of(size_of::<types::config_chunk>()), 0);
     write_array(&skeleton.maps.description, &chunks)
@@ -325,6 +352,19 @@ fn write_array(map: &MapMut<'_>, values: &[u8]) -> anyhow::Result<()> {
     write(map, &keys, values)
 }
 
+/// Writes the values of an array that is made to be mapped, by system calls where it cannot be.
+fn write_mapped(map: &MapMut<'_>, values: &[u8]) -> anyhow::Result<()> {
+    match bpf::fill_mapped(map.as_fd(), values) {
+        Ok(()) => freeze(map),
+        Err(_) => write_array(map, values),
+    }
+}
+
+fn freeze(map: &MapMut<'_>) -> anyhow::Result<()> {
+    let name = map.name().to_string_lossy();
+    MapHandle::try_from(map)?.freeze().with_context(|| format!("map {name}"))
+}
+
 /// Writes all entries at once and freezes the map.
 fn write(map: &MapMut<'_>, keys: &[u8], values: &[u8]) -> anyhow::Result<()> {
     let name = map.name().to_string_lossy().into_owned();
@@ -333,7 +373,7 @@ fn write(map: &MapMut<'_>, keys: &[u8], values: &[u8]) -> anyhow::Result<()> {
         write_all(map, keys, values, count)
             .with_context(|| format!("map {name}: {count} entries"))?;
     }
-    MapHandle::try_from(map)?.freeze().with_context(|| format!("map {name}"))
+    freeze(map)
 }
 
 /// At once where the kernel can: it cannot for the trie before 5.13.

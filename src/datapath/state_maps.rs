@@ -111,16 +111,17 @@ fn collect(
 /// Pins the map of sequences of the first generation and sets its secret. The map has a spin lock, so
 /// that only libbpf can create it.
 pub fn pin_sequences(guard: &WriteGuard, map: &mut MapMut<'_>) -> anyhow::Result<()> {
-    let mut sequences = types::sequences::default();
-    let mut random = File::open("/dev/urandom")?;
-    for secret in &mut sequences.secret {
-        let mut bytes = [0; 8];
-        random.read_exact(&mut bytes)?;
-        *secret = u64::from_ne_bytes(bytes);
-    }
+    let sequences = types::sequences { secret: [random()?, random()?], ..Default::default() };
     map.update(&0_u32.to_ne_bytes(), bytes_of(&sequences), MapFlags::ANY)?;
     let path = guard.state().join("sequences");
     map.pin(&path).with_context(|| path.display().to_string())
+}
+
+/// Returns a random number.
+pub fn random() -> anyhow::Result<u64> {
+    let mut bytes = [0; 8];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(u64::from_ne_bytes(bytes))
 }
 
 /// Returns true if a growing table exists with all of its chunks.

@@ -5,6 +5,7 @@ pub mod diff;
 pub mod dns;
 pub mod export;
 pub mod flow;
+pub mod key_table;
 pub mod miss;
 pub mod partial;
 pub mod tables;

@@ -9,15 +9,20 @@ use crate::config::{
     Action, Admission, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports, Source,
     State, Strategy,
 };
+use crate::desired::key_table::{Key4, Key6};
 use crate::desired::{Desired, Rule, RuleIds, Upstream, flow};
 use crate::maglev::{self, Member};
 
 /// Contents of a generation's maps for the packet path.
 #[derive(Default)]
 pub struct Tables {
-    pub rules: Vec<(types::rule_key, types::rule)>,
-    pub rules6: Vec<(types::rule_key6, types::rule)>,
-    pub senders: Vec<(types::sender_key, types::rule)>,
+    /// Those of the configuration in their order, then variants of them for some keys.
+    pub rules: Vec<types::rule>,
+    /// The keys with their entries.
+    pub keys: Vec<(Key4, u32)>,
+    pub keys6: Vec<(Key6, u32)>,
+    /// Networks of senders with the rule's index in `rules`.
+    pub senders: Vec<(types::sender_key, u32)>,
     pub addresses: Vec<(types::key_address, u32)>,
     pub answers: Vec<(types::answer_key, u32)>,
     pub slots: Vec<types::slot_line>,
@@ -33,24 +38,22 @@ impl Tables {
     pub fn new(desired: &Desired, ids: &[RuleIds]) -> Tables {
         let mut tables = Tables::default();
         let mut slots = Slots::default();
-        let rules: Vec<types::rule> = desired
-            .rules
-            .iter()
-            .zip(ids)
-            .map(|(rule, ids)| types::rule {
+        for (rule, ids) in desired.rules.iter().zip(ids) {
+            let value = types::rule {
                 flags: flags_of(rule, desired),
                 ..tables.rule(rule, ids, &mut slots)
-            })
-            .collect();
+            };
+            tables.rules.push(value);
+        }
         tables.slots = slots.lines();
-        tables.keys(desired, &rules);
+        tables.keys(desired);
         tables.destinations = by_destination(&tables.upstreams);
         tables.answers = answers(desired, ids);
         tables.features = features(desired, &tables);
         tables
     }
 
-    /// Returns a rule's value in the map, the same for each of its keys.
+    /// Returns a rule's value for a key that is no group's and has one rule for all senders.
     fn rule(&mut self, rule: &Rule, ids: &RuleIds, slots: &mut Slots) -> types::rule {
         let replicates = rule.mode == Mode::Replicate;
         let mut twins = HashMap::new();
@@ -99,6 +102,7 @@ impl Tables {
         mut duplicate: impl FnMut(&Upstream) -> u8,
     ) -> (u32, u32) {
         let first = self.upstreams.len() as u32;
+        let rule_index = self.rules.len() as u32;
         self.upstreams.extend(list.iter().zip(ids).map(|(upstream, id)| types::upstream {
             id: *id,
             address: wire(upstream.address.ip),
@@ -107,42 +111,37 @@ impl Tables {
             drained: (upstream.state == State::Drained).into(),
             duplicate: duplicate(upstream),
             sample: upstream.sample,
+            rule: rule_index,
         }));
         (first, list.len() as u32)
     }
 
-    fn keys(&mut self, desired: &Desired, rules: &[types::rule]) {
+    fn keys(&mut self, desired: &Desired) {
         let keys = Keys::new(desired);
+        let mut variants = Variants::default();
         let mut groups: HashMap<Vec<(Network, usize)>, u32> = HashMap::new();
         for (address, port) in keys.places() {
             let senders = keys.senders(desired, address, port);
             let Some((_, first)) = senders.first() else { continue };
-            let mut value = rules[*first];
-            if is_group(desired, address) {
-                value.flags.0 |= flags::RULE_OF_GROUP.0;
-            }
-            if !matches!(senders[..], [(network, _)] if network.prefix == 0) {
-                let next = groups.len() as u32 + 1;
-                value.senders = *groups.entry(senders).or_insert_with_key(|senders| {
-                    self.senders.extend(senders.iter().map(|(network, rule)| {
-                        let mut rule = rules[*rule];
-                        rule.flags.0 |= value.flags.0 & flags::RULE_OF_GROUP.0;
-                        (sender_key(next, *network), rule)
-                    }));
-                    next
-                });
-            }
-            let [first, ..] = wire(address);
+            let (first, group) = (*first, is_group(desired, address));
+            let senders = match senders[..] {
+                [(network, _)] if network.prefix == 0 => 0,
+                _ => {
+                    let next = groups.len() as u32 + 1;
+                    *groups.entry(senders).or_insert_with_key(|senders| {
+                        for (network, rule) in senders {
+                            let index = variants.index(&mut self.rules, *rule, group, 0);
+                            self.senders.push((sender_key(next, *network), index));
+                        }
+                        next
+                    })
+                }
+            };
+            let index = variants.index(&mut self.rules, first, group, senders);
+            let entry = types::entry::ENTRY_RULE.0 | index;
             match address {
-                IpAddr::V4(_) => {
-                    let key = types::rule_key { address: first, port: port.to_be(), unused: 0 };
-                    self.rules.push((key, value));
-                }
-                IpAddr::V6(_) => {
-                    let address = wire(address);
-                    let key = types::rule_key6 { address, port: port.to_be(), unused: 0 };
-                    self.rules6.push((key, value));
-                }
+                IpAddr::V4(address) => self.keys.push((Key4 { address, port }, entry)),
+                IpAddr::V6(address) => self.keys6.push((Key6 { address, port }, entry)),
             }
         }
         self.addresses = keys
@@ -150,6 +149,33 @@ impl Tables {
             .keys()
             .map(|address| (types::key_address { words: wire(*address) }, 1))
             .collect();
+    }
+}
+
+/// Indices of the rules' variants: by rule, for groups, and with this group of senders.
+#[derive(Default)]
+struct Variants(HashMap<(usize, bool, u32), u32>);
+
+impl Variants {
+    /// Returns the index of a rule's variant and adds it where it is missing.
+    fn index(
+        &mut self,
+        rules: &mut Vec<types::rule>,
+        rule: usize,
+        group: bool,
+        senders: u32,
+    ) -> u32 {
+        if !group && senders == 0 {
+            return rule as u32;
+        }
+        *self.0.entry((rule, group, senders)).or_insert_with(|| {
+            let mut variant = types::rule { senders, ..rules[rule] };
+            if group {
+                variant.flags.0 |= flags::RULE_OF_GROUP.0;
+            }
+            rules.push(variant);
+            rules.len() as u32 - 1
+        })
     }
 }
 
@@ -387,7 +413,7 @@ impl Slots {
 fn features(desired: &Desired, tables: &Tables) -> types::features {
     let any = |is: &dyn Fn(&Rule) -> bool| desired.rules.iter().any(is).into();
     types::features {
-        ipv6: (!tables.rules6.is_empty()).into(),
+        ipv6: (!tables.keys6.is_empty()).into(),
         any_port: any(&|rule| rule.key.ports.is_empty()),
         senders: (!tables.senders.is_empty()).into(),
         fragments: any(&|rule| rule.fragments != Fragments::Pass),
@@ -407,10 +433,7 @@ impl Tables {
     }
 
     fn rules_with_receivers(&self) -> bool {
-        let rules = self.rules.iter().map(|(_, rule)| rule);
-        let rules6 = self.rules6.iter().map(|(_, rule)| rule);
-        let mut all = rules.chain(rules6).chain(self.senders.iter().map(|(_, rule)| rule));
-        all.any(|rule| rule.receivers > 0)
+        self.rules.iter().any(|rule| rule.receivers > 0)
     }
 }
 
@@ -517,11 +540,12 @@ fn moved_by_selection(
 mod tests {
     use std::net::Ipv4Addr;
 
-    use super::{Tables, moved_share, wire};
+    use super::{Key4, Tables, moved_share, types, wire};
     use crate::config::{Action, Hash, Key, Ports, State, Strategy};
     use crate::desired::{Desired, Rule, Upstream, assign_ids};
 
     const KEY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 5);
+    const INDEX: u32 = types::entry::ENTRY_INDEX.0;
 
     fn rule(name: &str, first: u16, last: u16, upstreams: &[u8]) -> Rule {
         let upstream = |host: &u8| Upstream::new([10, 0, 9, *host], None);
@@ -544,13 +568,14 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_as_on_the_wire() {
+    fn keys_lead_to_the_rule_and_its_upstreams() {
         let mut one = rule("one", 514, 514, &[1]);
         one.upstreams[0].port = Some(0x1234);
         let tables = tables(vec![one]);
-        let (key, value) = tables.rules[0];
-        assert_eq!(key.address.to_ne_bytes(), KEY.octets());
-        assert_eq!(key.port.to_ne_bytes(), [514_u16.to_be_bytes()[0], 2]);
+        let [(key, entry)] = tables.keys[..] else { panic!("{:?}", tables.keys) };
+        assert_eq!(key, Key4 { address: KEY, port: 514 });
+        assert_eq!(entry, types::entry::ENTRY_RULE.0);
+        let value = tables.rules[0];
         assert_eq!((value.slots, value.first_slot), (1, 0));
         let upstream = tables.upstreams[0];
         assert_eq!(upstream.address, wire([10, 0, 9, 1].into()));
@@ -561,20 +586,18 @@ mod tests {
     fn a_range_is_an_entry_for_each_port() {
         let tables =
             tables(vec![rule("range", 1000, 1099, &[1, 2]), rule("last", 65_535, 65_535, &[1])]);
-        let mut ports: Vec<u16> =
-            tables.rules.iter().map(|(key, _)| u16::from_be(key.port)).collect();
-        ports.dedup();
+        let ports: Vec<u16> = tables.keys.iter().map(|(key, _)| key.port).collect();
         assert_eq!(ports, (1000..1100).chain([65_535]).collect::<Vec<_>>());
-        let first_slots: Vec<u32> = tables.rules.iter().map(|(_, rule)| rule.first_slot).collect();
-        assert_eq!(first_slots[..100], [0; 100]);
-        assert_eq!(first_slots[100], 2);
+        let rules: Vec<u32> = tables.keys.iter().map(|(_, entry)| entry & INDEX).collect();
+        assert_eq!(rules, [[0; 100].as_slice(), &[1]].concat());
+        assert_eq!([0, 1].map(|index: usize| tables.rules[index].first_slot), [0, 2]);
     }
 
     #[test]
     fn slots_lead_to_the_upstreams_in_the_files_order() {
         let hosts: Vec<u8> = (1..=50).chain([7]).collect();
         let tables = tables(vec![rule("one", 1, 1, &[9]), rule("many", 2, 2, &hosts)]);
-        let (_, many) = tables.rules[1];
+        let many = tables.rules[1];
         assert_eq!(many.slots, 51);
         let found: Vec<u8> = (0..many.slots)
             .map(|slot| (many.first_slot + slot) as usize)
@@ -587,7 +610,8 @@ mod tests {
             .collect();
         assert_eq!(found, hosts);
         // none is shared between rules: it has another id
-        assert_eq!(tables.upstreams.len(), 52);
+        let rules: Vec<u32> = tables.upstreams.iter().map(|upstream| upstream.rule).collect();
+        assert_eq!(rules, [[0].as_slice(), &[1; 51]].concat());
     }
 
     #[test]

@@ -64,9 +64,7 @@ pub fn metric_key(payload: &[u8]) -> Option<u32> {
 
 /// Returns the upstream of a key in the tables of a configuration, for the rule with this id.
 pub fn upstream(tables: &Tables, rule_id: u32, key: u32) -> usize {
-    let rules = tables.rules.iter().map(|(_, rule)| rule);
-    let mut rules = rules.chain(tables.rules6.iter().map(|(_, rule)| rule));
-    let rule = rules.find(|rule| rule.id == rule_id).expect("the rule");
+    let rule = tables.rules.iter().find(|rule| rule.id == rule_id).expect("the rule");
     let slot = (rule.first_slot + key % rule.slots) as usize;
     let width = tables.slots[0].upstream.len();
     tables.slots[slot / width].upstream[slot % width].into()

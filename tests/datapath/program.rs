@@ -18,6 +18,7 @@ use udplb::datapath::environment::suspects;
 use udplb::datapath::lease::ticks_per_second;
 use udplb::datapath::nexthops;
 use udplb::datapath::spares::{self, Situation};
+use udplb::desired::key_table::{Hashing, Key4, Key6, tuning_of};
 use udplb::desired::tables::{Tables, first_upstreams};
 use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
 use udplb::net::nexthop::Way;
@@ -35,6 +36,9 @@ const CHUNKS: u32 = 2;
 /// Sizes of the maps of rules and upstreams, and of the slots.
 const ENTRIES: u32 = 256;
 const SLOT_LINES: u32 = 3200;
+
+/// Number of lines of each table of keys.
+const LINES: u32 = 256;
 
 /// MAC address of VLAN devices; differs from the interface's.
 pub const VLAN_MAC: Mac = [2, 0, 0, 0, 3, 1];
@@ -72,6 +76,8 @@ pub struct Program<'object> {
     prelude: Prelude,
     /// Preludes loaded so far.
     preludes: RefCell<HashMap<Change, OwnedFd>>,
+    hashing: Hashing<Key4>,
+    hashing6: Hashing<Key6>,
     /// Addresses of this host.
     own: RefCell<Vec<IpAddr>>,
     configured: RefCell<(Desired, Vec<RuleIds>)>,
@@ -86,9 +92,15 @@ impl<'object> Program<'object> {
         let maps = &mut skeleton.maps;
         let constants = maps.rodata_data.as_deref_mut().expect("constants");
         constants.features.ticks_per_second = second;
+        let mut seeds = (1..).map(|number: u64| number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut seed = || seeds.next().expect("a seed");
+        let hashing = Hashing::new(LINES as usize, &mut seed);
+        let hashing6 = Hashing::new(LINES as usize, &mut seed);
+        constants.tuning = tuning_of(&hashing, &hashing6);
         for (map, entries) in [
             (&mut maps.rules, ENTRIES),
-            (&mut maps.rules6, ENTRIES),
+            (&mut maps.table, LINES),
+            (&mut maps.table6, LINES),
             (&mut maps.senders, ENTRIES),
             (&mut maps.addresses, ENTRIES),
             (&mut maps.answers, ENTRIES),
@@ -113,7 +125,7 @@ impl<'object> Program<'object> {
         let prelude = Prelude::new(skeleton.progs.udplb.as_fd());
         let preludes = RefCell::default();
         let (own, configured) = (RefCell::default(), RefCell::default());
-        Program { skeleton, chunks, prelude, preludes, own, configured, second }
+        Program { skeleton, chunks, prelude, preludes, hashing, hashing6, own, configured, second }
     }
 
     /// Writes this host's addresses, each with true for a broadcast address.
@@ -177,8 +189,6 @@ impl<'object> Program<'object> {
         }
         let tables = Tables::new(desired, &ids);
         let maps = &self.skeleton.maps;
-        clear(&maps.rules);
-        clear(&maps.rules6);
         clear(&maps.senders);
         clear(&maps.addresses);
         clear(&maps.destinations);
@@ -194,8 +204,9 @@ impl<'object> Program<'object> {
         write_bytes(&maps.overrides, 8, &[0; 8 * IDS.div_ceil(32) as usize]);
         write_all(&maps.nexthops_chunk, &[types::nexthop_slot::default(); IDS as usize]);
         self.lease(false);
-        write_pairs(&maps.rules, &tables.rules);
-        write_pairs(&maps.rules6, &tables.rules6);
+        write_all(&maps.rules, &tables.rules);
+        write_all(&maps.table, &self.hashing.fill(&tables.keys).expect("room for the keys"));
+        write_all(&maps.table6, &self.hashing6.fill(&tables.keys6).expect("room for the keys"));
         write_pairs(&maps.senders, &tables.senders);
         write_pairs(&maps.addresses, &tables.addresses);
         write_pairs(&maps.destinations, &tables.destinations);

@@ -186,6 +186,7 @@ impl Kernel {
             program: ProgramName::new(draft.number, [0; 8]),
             program_l3: draft.l3.then(|| ProgramName::new(draft.number, [3; 8])),
             clsact: draft.clsact.clone(),
+            seed: 0,
             desired: draft.desired.clone(),
             ids,
         };

@@ -203,6 +203,7 @@ mod tests {
             program: ProgramName::default(),
             program_l3: None,
             clsact: Vec::new(),
+            seed: 0,
             desired,
             ids: Vec::new(),
         };
