@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod conservation;
 mod metrics;
 mod status;
 mod totals;
