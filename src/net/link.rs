@@ -3,7 +3,6 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 
-use netlink_packet_core::NLM_F_DUMP;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
@@ -105,27 +104,21 @@ impl Netlink {
     /// Returns all interfaces of this network namespace.
     pub async fn links(&self) -> io::Result<Vec<Link>> {
         let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
-        let replies = self.request(request, NLM_F_DUMP).await?;
-        Ok(replies
-            .into_iter()
-            .filter_map(|reply| match reply {
-                RouteNetlinkMessage::NewLink(message) => Some(link(message)),
-                _ => None,
-            })
-            .collect())
+        self.dump(request, |reply| match reply {
+            RouteNetlinkMessage::NewLink(message) => Some(link(message)),
+            _ => None,
+        })
+        .await
     }
 
     /// Returns the addresses of this host.
     pub async fn addresses(&self) -> io::Result<Vec<OwnAddress>> {
         let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-        let replies = self.request(request, NLM_F_DUMP).await?;
-        Ok(replies
-            .into_iter()
-            .filter_map(|reply| match reply {
-                RouteNetlinkMessage::NewAddress(message) => address(&message),
-                _ => None,
-            })
-            .collect())
+        self.dump(request, |reply| match reply {
+            RouteNetlinkMessage::NewAddress(message) => address(&message),
+            _ => None,
+        })
+        .await
     }
 }
 
@@ -146,16 +139,9 @@ fn link(message: LinkMessage) -> Link {
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
             LinkAttribute::Link(index) => link.lower = Some(index),
             LinkAttribute::Controller(index) => link.controller = Some(index),
-            LinkAttribute::LinkInfo(infos) => {
-                link.kind = link_kind(&infos);
-                link.outer = outer_link(&infos);
-                link.vlan = link_vlan(&infos);
-                link.vrf = vrf_table(&infos);
-            }
+            LinkAttribute::LinkInfo(infos) => read_infos(&mut link, infos),
             LinkAttribute::LinkNetNsId(_) => elsewhere = true,
-            LinkAttribute::AfSpecUnspec(families) => {
-                (link.mtu6, link.forwards) = (mtu6(&families), forwards(&families));
-            }
+            LinkAttribute::AfSpecUnspec(families) => read_families(&mut link, &families),
             LinkAttribute::Stats64(stats) => link.received = stats.rx_packets,
             LinkAttribute::Xdp(facts) => link.xdp = xdp(&facts),
             _ => {}
@@ -202,81 +188,63 @@ fn xdp(facts: &[LinkXdp]) -> Vec<(&'static str, u32)> {
     facts.iter().filter_map(by_mode).collect()
 }
 
-fn mtu6(families: &[AfSpecUnspec]) -> Option<u32> {
-    families.iter().find_map(|family| match family {
-        AfSpecUnspec::Inet6(facts) => facts.iter().find_map(|fact| match fact {
-            AfSpecInet6::DevConf(configuration) => u32::try_from(configuration.mtu6).ok(),
-            _ => None,
-        }),
-        _ => None,
-    })
-}
-
-/// Returns whether received packets are forwarded, for IPv4 and for IPv6.
-fn forwards(families: &[AfSpecUnspec]) -> [bool; 2] {
-    let mut forwards = [false; 2];
+/// Reads the MTU for IPv6, and forwarding of IPv4 and IPv6.
+fn read_families(link: &mut Link, families: &[AfSpecUnspec]) {
     for family in families {
         match family {
             AfSpecUnspec::Inet(facts) => {
-                let is_on = |fact: &AfSpecInet| matches!(fact, AfSpecInet::DevConf(conf) if conf.forwarding != 0);
-                forwards[0] = facts.iter().any(is_on);
+                for fact in facts {
+                    let AfSpecInet::DevConf(conf) = fact else { continue };
+                    link.forwards[0] = conf.forwarding != 0;
+                }
             }
             AfSpecUnspec::Inet6(facts) => {
-                let is_on = |fact: &AfSpecInet6| matches!(fact, AfSpecInet6::DevConf(conf) if conf.forwarding != 0);
-                forwards[1] = facts.iter().any(is_on);
+                for fact in facts {
+                    let AfSpecInet6::DevConf(conf) = fact else { continue };
+                    link.forwards[1] = conf.forwarding != 0;
+                    link.mtu6 = u32::try_from(conf.mtu6).ok();
+                }
             }
             _ => {}
         }
     }
-    forwards
 }
 
-fn vrf_table(infos: &[LinkInfo]) -> Option<u32> {
-    infos.iter().find_map(|info| match info {
-        LinkInfo::Data(InfoData::Vrf(facts)) => facts.iter().find_map(|fact| match fact {
-            InfoVrf::TableId(table) => Some(*table),
-            _ => None,
-        }),
-        _ => None,
-    })
+/// Reads the kind of a virtual interface and its settings.
+fn read_infos(link: &mut Link, infos: Vec<LinkInfo>) {
+    for info in infos {
+        match info {
+            LinkInfo::Kind(InfoKind::Other(kind)) => link.kind = kind,
+            LinkInfo::Kind(kind) => link.kind = kind.to_string(),
+            LinkInfo::Data(InfoData::Vlan(facts)) => link.vlan = vlan(&facts),
+            LinkInfo::Data(InfoData::Vxlan(facts)) => {
+                link.outer = facts.iter().find_map(|fact| match fact {
+                    InfoVxlan::Link(index) => Some(*index),
+                    _ => None,
+                });
+            }
+            LinkInfo::Data(InfoData::Vrf(facts)) => {
+                link.vrf = facts.iter().find_map(|fact| match fact {
+                    InfoVrf::TableId(table) => Some(*table),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
 }
 
-fn outer_link(infos: &[LinkInfo]) -> Option<u32> {
-    let of_vxlan = |info: &InfoVxlan| match info {
-        InfoVxlan::Link(index) => Some(*index),
-        _ => None,
-    };
-    infos.iter().find_map(|info| match info {
-        LinkInfo::Data(InfoData::Vxlan(infos)) => infos.iter().find_map(of_vxlan),
-        _ => None,
-    })
-}
-
-fn link_vlan(infos: &[LinkInfo]) -> Option<(u16, u16)> {
-    let vlan = infos.iter().find_map(|info| match info {
-        LinkInfo::Data(InfoData::Vlan(vlan)) => Some(vlan),
-        _ => None,
-    })?;
+/// Returns protocol and id of a VLAN.
+fn vlan(facts: &[InfoVlan]) -> Option<(u16, u16)> {
     let (mut protocol, mut id) = (VlanProtocol::Ieee8021Q, None);
-    for part in vlan {
-        match part {
+    for fact in facts {
+        match fact {
             InfoVlan::Id(number) => id = Some(*number),
-            InfoVlan::Protocol(said) => protocol = *said,
+            InfoVlan::Protocol(other) => protocol = *other,
             _ => {}
         }
     }
     Some((protocol.into(), id?))
-}
-
-fn link_kind(infos: &[LinkInfo]) -> String {
-    infos
-        .iter()
-        .find_map(|info| match info {
-            LinkInfo::Kind(InfoKind::Other(kind)) => Some(kind.clone()),
-            LinkInfo::Kind(kind) => Some(kind.to_string()),
-            _ => None,
-        })
-        .unwrap_or_default()
 }
 
 fn address(message: &AddressMessage) -> Option<OwnAddress> {

@@ -51,6 +51,16 @@ impl Netlink {
         Ok(Netlink { handle })
     }
 
+    /// Requests a dump and converts its messages; those that `convert` returns `None` for are left out.
+    async fn dump<T>(
+        &self,
+        message: RouteNetlinkMessage,
+        convert: impl FnMut(RouteNetlinkMessage) -> Option<T>,
+    ) -> io::Result<Vec<T>> {
+        let replies = self.request(message, NLM_F_DUMP).await?;
+        Ok(replies.into_iter().filter_map(convert).collect())
+    }
+
     /// Sends one message and collects its answer. An inconsistent dump (NLM_F_DUMP_INTR: the table changed
     /// meanwhile) is repeated, which the handles of `rtnetlink` do not do.
     ///
@@ -112,10 +122,11 @@ impl Netlink {
 }
 
 fn family(address: IpAddr) -> AddressFamily {
-    match address {
-        IpAddr::V4(_) => AddressFamily::Inet,
-        IpAddr::V6(_) => AddressFamily::Inet6,
-    }
+    family_of(address.is_ipv6())
+}
+
+fn family_of(ipv6: bool) -> AddressFamily {
+    if ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet }
 }
 
 fn mac(bytes: &[u8]) -> Option<[u8; 6]> {

@@ -6,8 +6,7 @@ use std::{fmt, io};
 
 use futures_util::{StreamExt, stream};
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
-    NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::neighbour::{
@@ -113,47 +112,29 @@ impl Netlink {
     /// Returns the neighbours of both families.
     pub async fn neighbours(&self) -> io::Result<Vec<Neighbour>> {
         let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
-        let replies = self.request(request, NLM_F_DUMP).await?;
-        Ok(replies
-            .into_iter()
-            .filter_map(|reply| match reply {
-                RouteNetlinkMessage::NewNeighbour(message) => neighbour(&message),
-                _ => None,
-            })
-            .collect())
+        self.dump(request, |reply| match reply {
+            RouteNetlinkMessage::NewNeighbour(message) => neighbour(&message),
+            _ => None,
+        })
+        .await
     }
 
     /// Has the kernel resolve each neighbour as for a waiting packet (`NTF_USE`).
-    pub async fn solicit(&self, neighbours: &[(u32, IpAddr)]) -> Vec<io::Result<()>> {
-        stream::iter(neighbours)
-            .map(|(ifindex, address)| async {
-                let mut message = NeighbourMessage::default();
-                message.header.family = family(*address);
-                message.header.ifindex = *ifindex;
-                message.header.state = NeighbourState::None;
-                message.header.flags = NeighbourFlags::Use;
-                message.attributes.push(NeighbourAttribute::Destination((*address).into()));
-                self.request(
-                    RouteNetlinkMessage::NewNeighbour(message),
-                    NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE,
-                )
-                .await
-                .map(drop)
-            })
-            .buffered(WINDOW)
-            .collect()
-            .await
+    pub async fn solicit(&self, neighbours: &[NeighbourKey]) -> Vec<io::Result<()>> {
+        let solicit = |key: &NeighbourKey| {
+            let message = message(*key, NeighbourState::None, NeighbourFlags::Use);
+            let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
+            self.request(RouteNetlinkMessage::NewNeighbour(message), flags)
+        };
+        let results = stream::iter(neighbours.iter().map(solicit)).buffered(WINDOW);
+        results.map(|result| result.map(drop)).collect().await
     }
 
     /// Removes entries from the neighbour tables; a missing entry is no error.
     pub async fn delete_neighbours(&self, neighbours: &[NeighbourKey]) -> io::Result<()> {
-        for (ifindex, address) in neighbours {
-            let mut message = NeighbourMessage::default();
-            message.header.family = family(*address);
-            message.header.ifindex = *ifindex;
-            message.attributes.push(NeighbourAttribute::Destination((*address).into()));
-            let request = RouteNetlinkMessage::DelNeighbour(message);
-            match self.request(request, NLM_F_ACK).await {
+        for key in neighbours {
+            let message = message(*key, NeighbourState::None, NeighbourFlags::empty());
+            match self.request(RouteNetlinkMessage::DelNeighbour(message), NLM_F_ACK).await {
                 Err(error) if error.raw_os_error() != Some(libc::ENOENT) => return Err(error),
                 _ => {}
             }
@@ -163,33 +144,27 @@ impl Netlink {
 
     /// Has the kernel probe known neighbours; a missing entry is no error.
     pub async fn probe(&self, neighbours: &[NeighbourKey]) {
-        let probes: Vec<_> = neighbours.iter().map(|key| self.probe_one(*key)).collect();
-        stream::iter(probes).buffered(WINDOW).collect::<Vec<_>>().await;
-    }
-
-    async fn probe_one(&self, (ifindex, address): NeighbourKey) {
-        let mut message = NeighbourMessage::default();
-        message.header.family = family(address);
-        message.header.ifindex = ifindex;
-        message.header.state = NeighbourState::Probe;
-        message.attributes.push(NeighbourAttribute::Destination(address.into()));
-        let probe = RouteNetlinkMessage::NewNeighbour(message);
-        if let Err(error) = self.request(probe, NLM_F_ACK).await {
-            log::info!("neighbour {address}: {error}");
+        let probe = |key: &NeighbourKey| {
+            let message = message(*key, NeighbourState::Probe, NeighbourFlags::empty());
+            self.request(RouteNetlinkMessage::NewNeighbour(message), NLM_F_ACK)
+        };
+        let results: Vec<_> =
+            stream::iter(neighbours.iter().map(probe)).buffered(WINDOW).collect().await;
+        for ((_, address), result) in neighbours.iter().zip(results) {
+            if let Err(error) = result {
+                log::info!("neighbour {address}: {error}");
+            }
         }
     }
 
     /// Returns the fill levels of the neighbour tables.
     pub async fn neighbour_tables(&self) -> io::Result<Vec<NeighbourTable>> {
         let request = RouteNetlinkMessage::GetNeighbourTable(NeighbourTableMessage::default());
-        let replies = self.request(request, NLM_F_DUMP).await?;
-        Ok(replies
-            .into_iter()
-            .filter_map(|reply| match reply {
-                RouteNetlinkMessage::NewNeighbourTable(message) => neighbour_table(message),
-                _ => None,
-            })
-            .collect())
+        self.dump(request, |reply| match reply {
+            RouteNetlinkMessage::NewNeighbourTable(message) => neighbour_table(message),
+            _ => None,
+        })
+        .await
     }
 }
 
@@ -350,20 +325,29 @@ fn nud_state(state: NeighbourState) -> NudState {
     }
 }
 
+fn message(
+    (ifindex, address): NeighbourKey,
+    state: NeighbourState,
+    flags: NeighbourFlags,
+) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = family(address);
+    message.header.ifindex = ifindex;
+    message.header.state = state;
+    message.header.flags = flags;
+    message.attributes.push(NeighbourAttribute::Destination(address.into()));
+    message
+}
+
 /// Returns the messages of a request. Setting a state clears NTF_EXT_MANAGED, so a probe sets it again.
 /// NLM_F_REPLACE is not set: it would clear the router flag of an IPv6 neighbour.
 fn neighbour_messages(key: NeighbourKey, request: NeighbourRequest) -> Vec<RouteNetlinkMessage> {
     let message = |state, flags, ext_flags| {
-        let mut message = NeighbourMessage::default();
-        message.header.family = family(key.1);
-        message.header.ifindex = key.0;
-        message.header.state = state;
-        message.header.flags = flags;
-        message.attributes = vec![
-            NeighbourAttribute::Destination(key.1.into()),
+        let mut message = message(key, state, flags);
+        message.attributes.extend([
             NeighbourAttribute::Protocol(RouteProtocol::from(OUR_PROTOCOL)),
             NeighbourAttribute::ExtFlags(ext_flags),
-        ];
+        ]);
         RouteNetlinkMessage::NewNeighbour(message)
     };
     let (no_flags, none) = (NeighbourFlags::empty(), NeighbourExtFlags::empty());

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::net::Netlink;
 use crate::net::link::{Layer, Link, OwnAddress};
-use crate::net::neighbour::{Neighbour, NudState};
+use crate::net::neighbour::{Neighbour, NeighbourKey, NudState};
 use crate::net::route::Route;
 use crate::net::routing::{self, Choice, Paths, Senders, Target};
 
@@ -66,13 +66,6 @@ impl Macs {
     }
 }
 
-impl Hop {
-    /// Returns true if the hop is that of a route.
-    pub fn is_by(&self, route: &Route) -> bool {
-        (self.ifindex, self.gateway) == route.neighbour()
-    }
-}
-
 impl Way {
     /// Returns true if there is no route, or a next hop has not answered.
     pub fn is_wanting(&self) -> bool {
@@ -102,6 +95,11 @@ impl Hop {
             macs: Macs::on(link, neighbour),
         }
     }
+
+    /// Returns true if the hop is that of a route.
+    pub fn is_by(&self, route: &Route) -> bool {
+        (self.ifindex, self.gateway) == route.neighbour()
+    }
 }
 
 /// Finds the next hops of each target for packets received on `interfaces`. Waits until own IPv6 addresses
@@ -121,7 +119,7 @@ pub async fn resolve(
     loop {
         let hops = found.iter_mut().flat_map(Found::hops);
         let missing = add_macs(hops, &links, &netlink.neighbours().await?, &asked_for);
-        let new: Vec<(u32, IpAddr)> =
+        let new: Vec<NeighbourKey> =
             missing.iter().filter(|neighbour| asked_for.insert(**neighbour)).copied().collect();
         for (neighbour, result) in new.iter().zip(netlink.solicit(&new).await) {
             if let Err(error) = result {
@@ -133,11 +131,7 @@ pub async fn resolve(
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    Ok(found
-        .into_iter()
-        .zip(asked)
-        .map(|(found, target)| (target.clone(), found.way(&target)))
-        .collect())
+    Ok(Found::ways(found, asked))
 }
 
 /// Finds the next hops with the neighbours that the kernel knows now, without resolving others.
@@ -152,11 +146,7 @@ pub async fn look(
     let mut found = Found::all(&asked, paths, &links);
     let hops = found.iter_mut().flat_map(Found::hops);
     add_macs(hops, &links, &netlink.neighbours().await?, &HashSet::new());
-    Ok(found
-        .into_iter()
-        .zip(asked)
-        .map(|(found, target)| (target.clone(), found.way(&target)))
-        .collect())
+    Ok(Found::ways(found, asked))
 }
 
 /// Returns all interfaces by index.
@@ -176,17 +166,15 @@ async fn settled_paths(
     let mut waited = false;
     loop {
         let found = routing::paths(netlink, targets, interfaces, links).await?;
-        let tentative: HashSet<u32> = match targets.iter().any(|it| it.address.ip.is_ipv6()) {
-            true => {
-                let own = netlink.addresses().await?;
-                let is_tested = |own: &OwnAddress| {
-                    let link = links.get(&own.ifindex);
-                    own.tentative && link.is_some_and(|link| link.up && link.carrier)
-                };
-                own.into_iter().filter(is_tested).map(|own| own.ifindex).collect()
-            }
-            false => HashSet::new(),
+        let own = match targets.iter().any(|it| it.address.ip.is_ipv6()) {
+            true => netlink.addresses().await?,
+            false => Vec::new(),
         };
+        let is_tested = |own: &&OwnAddress| {
+            let link = links.get(&own.ifindex);
+            own.tentative && link.is_some_and(|link| link.up && link.carrier)
+        };
+        let tentative: HashSet<u32> = own.iter().filter(is_tested).map(|own| own.ifindex).collect();
         let routes = found.iter().flatten().flat_map(|paths| &paths.routes);
         let waits = routes
             .filter(|route| route.gateway.is_ipv6())
@@ -215,6 +203,11 @@ impl Found {
     ) -> Vec<Found> {
         let paths = targets.iter().zip(paths);
         paths.map(|(target, paths)| Found::new(target, paths, links)).collect()
+    }
+
+    fn ways(found: Vec<Found>, targets: Vec<Target>) -> BTreeMap<Target, Way> {
+        let found = found.into_iter().zip(targets);
+        found.map(|(found, target)| (target.clone(), found.way(&target))).collect()
     }
 
     fn new(target: &Target, paths: Result<Paths, String>, links: &HashMap<u32, Link>) -> Found {
@@ -312,12 +305,10 @@ fn add_macs<'a>(
     hops: impl Iterator<Item = &'a mut Hop>,
     links: &HashMap<u32, Link>,
     neighbours: &[Neighbour],
-    asked_for: &HashSet<(u32, IpAddr)>,
-) -> HashSet<(u32, IpAddr)> {
-    let table: HashMap<(u32, IpAddr), &Neighbour> = neighbours
-        .iter()
-        .map(|neighbour| ((neighbour.ifindex, neighbour.address), neighbour))
-        .collect();
+    asked_for: &HashSet<NeighbourKey>,
+) -> HashSet<NeighbourKey> {
+    let table: HashMap<NeighbourKey, &Neighbour> =
+        neighbours.iter().map(|it| ((it.ifindex, it.address), it)).collect();
     let mut missing = HashSet::new();
     for hop in hops {
         let key = (hop.ifindex, hop.gateway);

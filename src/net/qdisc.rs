@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, Nla};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, Nla};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{
     TcAction, TcActionAttribute, TcAttribute, TcBpfFlags, TcFilterBpfOption, TcFilterFlowerOption,
@@ -60,21 +60,18 @@ impl Netlink {
     /// Returns the qdiscs that carry ingress filters, each with the index of its interface.
     pub async fn qdiscs(&self) -> io::Result<Vec<(u32, Qdisc)>> {
         let request = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default());
-        let replies = self.request(request, NLM_F_DUMP).await?;
-        Ok(replies
-            .into_iter()
-            .filter_map(|reply| match reply {
-                RouteNetlinkMessage::NewQueueDiscipline(message) => {
-                    let qdisc = match kind(&message)? {
-                        "clsact" => Qdisc::Clsact,
-                        "ingress" => Qdisc::Ingress,
-                        _ => return None,
-                    };
-                    Some((message.header.index as u32, qdisc))
-                }
-                _ => None,
-            })
-            .collect())
+        self.dump(request, |reply| match reply {
+            RouteNetlinkMessage::NewQueueDiscipline(message) => {
+                let qdisc = match kind(&message)? {
+                    "clsact" => Qdisc::Clsact,
+                    "ingress" => Qdisc::Ingress,
+                    _ => return None,
+                };
+                Some((message.header.index as u32, qdisc))
+            }
+            _ => None,
+        })
+        .await
     }
 
     /// Adds a clsact to an interface.
@@ -92,15 +89,11 @@ impl Netlink {
     /// Returns the filters of an interface that has a clsact or ingress qdisc, in no order.
     pub async fn filters(&self, ifindex: u32, direction: Direction) -> io::Result<Vec<Filter>> {
         let message = filter_message(ifindex, direction);
-        let replies =
-            self.request(RouteNetlinkMessage::GetTrafficFilter(message), NLM_F_DUMP).await?;
-        Ok(replies
-            .into_iter()
-            .filter_map(|reply| match reply {
-                RouteNetlinkMessage::NewTrafficFilter(message) => filter(&message),
-                _ => None,
-            })
-            .collect())
+        self.dump(RouteNetlinkMessage::GetTrafficFilter(message), |reply| match reply {
+            RouteNetlinkMessage::NewTrafficFilter(message) => filter(&message),
+            _ => None,
+        })
+        .await
     }
 
     /// Attaches a direct-action program on ingress. With `replace` it replaces the filter there atomically;
@@ -120,13 +113,8 @@ impl Netlink {
             TcOption::Bpf(TcFilterBpfOption::ProgName(name.into())),
             TcOption::Bpf(TcFilterBpfOption::Flags(TcBpfFlags::DirectAction)),
         ]));
-        let exclusive = if replace { 0 } else { NLM_F_EXCL };
-        self.request(
-            RouteNetlinkMessage::NewTrafficFilter(message),
-            NLM_F_ACK | NLM_F_CREATE | exclusive,
-        )
-        .await
-        .map(drop)
+        let flags = NLM_F_ACK | NLM_F_CREATE | if replace { 0 } else { NLM_F_EXCL };
+        self.request(RouteNetlinkMessage::NewTrafficFilter(message), flags).await.map(drop)
     }
 
     /// Removes one ingress filter.

@@ -5,17 +5,16 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures_util::{StreamExt, TryStreamExt, stream};
-use netlink_packet_core::NLM_F_DUMP;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteNextHopFlags,
     RouteType, RouteVia,
 };
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
-use netlink_packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
+use netlink_packet_route::{IpProtocol, RouteNetlinkMessage};
 
 use super::link::{Link, find_link};
 use super::neighbour::NeighbourKey;
-use super::{Netlink, WINDOW, family};
+use super::{Netlink, WINDOW, family, family_of};
 use crate::config::{Address, Network};
 use crate::net::policy::{Match, PolicyAction, PolicyRule, TableRoute};
 
@@ -44,15 +43,13 @@ impl Netlink {
     /// Returns the rules of `ip rule` for a family, sorted by priority.
     pub async fn rules(&self, ipv6: bool) -> io::Result<Vec<PolicyRule>> {
         let mut message = RuleMessage::default();
-        message.header.family = if ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
-        let replies = self.request(RouteNetlinkMessage::GetRule(message), NLM_F_DUMP).await?;
-        let mut rules: Vec<PolicyRule> = replies
-            .into_iter()
-            .filter_map(|reply| match reply {
-                RouteNetlinkMessage::NewRule(message) => Some(policy_rule(&message)),
-                _ => None,
-            })
-            .collect();
+        message.header.family = family_of(ipv6);
+        let request = RouteNetlinkMessage::GetRule(message);
+        let rules = self.dump(request, |reply| match reply {
+            RouteNetlinkMessage::NewRule(message) => Some(policy_rule(&message)),
+            _ => None,
+        });
+        let mut rules = rules.await?;
         rules.sort_by_key(|rule| rule.priority);
         Ok(rules)
     }
@@ -64,23 +61,18 @@ impl Netlink {
         ipv6: bool,
     ) -> io::Result<Vec<TableRoute>> {
         let mut message = RouteMessage::default();
-        message.header.address_family =
-            if ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
-        let replies = self.request(RouteNetlinkMessage::GetRoute(message), NLM_F_DUMP).await?;
+        message.header.address_family = family_of(ipv6);
         let mut matched = HashMap::<u8, HashSet<Network>>::new();
-        let mut routes = Vec::new();
-        for reply in replies {
-            let RouteNetlinkMessage::NewRoute(message) = reply else { continue };
-            let Some(route) = table_route(&message, ipv6) else { continue };
+        self.dump(RouteNetlinkMessage::GetRoute(message), |reply| {
+            let RouteNetlinkMessage::NewRoute(message) = reply else { return None };
+            let route = table_route(&message, ipv6)?;
             let prefix = route.network.prefix;
             let networks = matched.entry(prefix).or_insert_with(|| {
                 addresses.iter().map(|address| Network::new(*address, prefix)).collect()
             });
-            if networks.contains(&route.network) {
-                routes.push(route);
-            }
-        }
-        Ok(routes)
+            networks.contains(&route.network).then_some(route)
+        })
+        .await
     }
 
     /// Returns all paths to each address, at least one, in the order asked, or the kernel's reason why
