@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::{complete, lock, look, netlink, refused};
 use crate::cli::output::{plural, report_done, warn};
 use crate::cli::{Global, Resolver, some_seconds};
-use crate::config::{self, Config, Diagnostic};
+use crate::config::{Diagnostic, Unlocated};
 use crate::datapath::description::Origin;
 use crate::datapath::{capabilities, lease, pins, state_maps};
 use crate::desired::Desired;
@@ -24,7 +24,8 @@ use crate::net::{Netlink, routing};
 use crate::reconcile::execute::{self, Outcome};
 use crate::reconcile::observe::{Observed, observe};
 use crate::reconcile::source::{self, ConfigFile, Loaded, Request, Text};
-use crate::reconcile::{confirm, plan, warnings};
+use crate::reconcile::warnings::Candidate;
+use crate::reconcile::{confirm, plan};
 use crate::telemetry::status::PendingStatus;
 use crate::time;
 
@@ -216,23 +217,28 @@ async fn advise(
             return Ok((Vec::new(), Vec::new()));
         }
         let config = text.parse()?;
-        refuse(&config, warnings::in_clear(&config, desired, ways, &policies))?;
-        return Ok((Vec::new(), config.warnings(missing_hops(&config, desired, ways))));
+        let candidate = Candidate { config: &config, desired, ways };
+        refuse(candidate, candidate.in_clear(&policies))?;
+        return Ok((Vec::new(), config.warnings(candidate.missing_hops())));
     };
-    refuse(config, warnings::own_upstreams(config, desired, ways))?;
-    refuse(config, warnings::in_clear(config, desired, ways, &policies))?;
+    let candidate = Candidate { config, desired, ways };
+    refuse(candidate, candidate.own_upstreams())?;
+    refuse(candidate, candidate.in_clear(&policies))?;
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
-    let mut findings = warnings::several(config, desired, ways);
+    let mut findings = candidate.several();
     if !arpd_runs(global) {
-        findings.extend(warnings::not_joined(config, &desired.interfaces, &links));
+        findings.extend(candidate.not_joined(&links));
     }
-    findings.extend(warnings::of_this_host(config, desired, &links, &addresses));
-    Ok((config.warnings(findings), config.warnings(missing_hops(config, desired, ways))))
+    findings.extend(candidate.of_this_host(&links, &addresses));
+    Ok((config.warnings(findings), config.warnings(candidate.missing_hops())))
 }
 
-fn refuse(config: &Config, findings: Vec<config::Unlocated>) -> Result<()> {
-    if findings.is_empty() { Ok(()) } else { Err(Failure::Config(config.errors(findings))) }
+fn refuse(candidate: Candidate<'_>, findings: Vec<Unlocated>) -> Result<()> {
+    match findings.is_empty() {
+        true => Ok(()),
+        false => Err(Failure::Config(candidate.config.errors(findings))),
+    }
 }
 
 /// Returns true while arpd's lease holds.
@@ -241,16 +247,6 @@ fn arpd_runs(global: &Global) -> bool {
     let maps = guard.and_then(|guard| state_maps::open(&guard).ok().flatten());
     let left = maps.and_then(|maps| lease::remaining(&maps.heartbeat).ok().flatten());
     left.is_some_and(|left| !left.is_zero())
-}
-
-fn missing_hops(
-    config: &Config,
-    desired: &Desired,
-    ways: &BTreeMap<routing::Target, Way>,
-) -> Vec<config::Unlocated> {
-    let mut findings = warnings::unreachable(config, desired, ways);
-    findings.extend(warnings::unanswered(config, desired, ways));
-    findings
 }
 
 pub(super) fn outcome_text(

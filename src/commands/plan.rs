@@ -1,5 +1,7 @@
 //! `udplb plan`: shows what applying a file would change.
 
+use std::collections::BTreeMap;
+
 use anyhow::Context;
 use clap::Args;
 use schemars::JsonSchema;
@@ -19,7 +21,7 @@ use crate::reconcile::drain::{self, UpstreamState};
 use crate::reconcile::observe::Observed;
 use crate::reconcile::plan::{self, Plan};
 use crate::reconcile::source::{self, ConfigFile, Loaded, Request, Text};
-use crate::reconcile::warnings;
+use crate::reconcile::warnings::Candidate;
 
 /// Exit code of pending changes, with `--exit-code`.
 const PENDING: u8 = 2;
@@ -96,8 +98,8 @@ async fn of_this_host(wanted: &Loaded, netlink: &Netlink) -> Result<Vec<Diagnost
     let Some(config) = &wanted.config else { return Ok(Vec::new()) };
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
-    let warnings = warnings::of_this_host(config, &wanted.desired, &links, &addresses);
-    Ok(config.warnings(warnings))
+    let candidate = Candidate { config, desired: &wanted.desired, ways: &BTreeMap::new() };
+    Ok(config.warnings(candidate.of_this_host(&links, &addresses)))
 }
 
 /// Counts the flows that move, with overrides by `drain` and `enable`.

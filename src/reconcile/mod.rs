@@ -10,5 +10,6 @@ pub mod drift;
 pub mod execute;
 pub mod observe;
 pub mod plan;
+pub mod sockets;
 pub mod source;
 pub mod warnings;

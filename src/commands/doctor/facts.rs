@@ -24,7 +24,8 @@ use crate::net::neighbour::NeighbourTable;
 use crate::net::{Netlink, ipsec, nexthop, routing};
 use crate::reconcile::observe::{Observed, observe};
 use crate::reconcile::source::{self, ConfigFile, RESOLVE_TIMEOUT, Request, Text};
-use crate::reconcile::{drift, warnings};
+use crate::reconcile::warnings::Candidate;
+use crate::reconcile::{drift, sockets};
 use crate::telemetry::diagnosis;
 use crate::telemetry::problem::Problem;
 use crate::telemetry::status::{self, Reading, Status};
@@ -356,12 +357,12 @@ fn warnings(
 ) -> Vec<String> {
     let text = export::document(desired).to_string();
     let Ok(config) = Config::parse("what serves", &text) else { return Vec::new() };
-    let mut findings = warnings::of_this_host(&config, desired, links, addresses);
+    let candidate = Candidate { config: &config, desired, ways };
+    let mut findings = candidate.of_this_host(links, addresses);
     // a missing privilege is reported on its own
-    let policies = ipsec::security_policies().unwrap_or_default();
-    findings.extend(warnings::in_clear(&config, desired, ways, &policies));
-    findings.extend(warnings::several(&config, desired, ways));
-    findings.extend(warnings::not_joined(&config, &desired.interfaces, links));
+    findings.extend(candidate.in_clear(&ipsec::security_policies().unwrap_or_default()));
+    findings.extend(candidate.several());
+    findings.extend(candidate.not_joined(links));
     findings.into_iter().map(Unlocated::into_text).collect()
 }
 
@@ -535,13 +536,11 @@ fn senders(desired: &Desired) -> Vec<Sender> {
             }
         }
     }
-    let tables = ["/proc/thread-self/net/udp", "/proc/thread-self/net/udp6"];
-    let tables = tables.map(|path| fs::read_to_string(path).unwrap_or_default());
     let mut senders = Vec::new();
-    for line in tables.iter().flat_map(|table| table.lines().skip(1)) {
+    for line in sockets::udp_sockets() {
         let words: Vec<&str> = line.split_whitespace().collect();
         let [_, from, to, _, _, _, _, uid, ..] = words[..] else { continue };
-        let Some((from, to)) = warnings::endpoint(from).zip(warnings::endpoint(to)) else {
+        let Some((from, to)) = sockets::endpoint(from).zip(sockets::endpoint(to)) else {
             continue;
         };
         let Some(rules) = keys.get(&to.0) else { continue };
