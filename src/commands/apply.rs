@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::{complete, lock, look, netlink, refused};
 use crate::cli::output::{plural, report_done, warn};
 use crate::cli::{Global, Resolver, some_seconds};
-use crate::config::{Diagnostic, Unlocated};
+use crate::config::{Diagnostic, Message};
 use crate::datapath::description::Origin;
 use crate::datapath::{capabilities, lease, pins, state_maps};
 use crate::desired::Desired;
@@ -234,7 +234,7 @@ async fn advise(
     Ok((config.warnings(findings), config.warnings(candidate.missing_hops())))
 }
 
-fn refuse(candidate: Candidate<'_>, findings: Vec<Unlocated>) -> Result<()> {
+fn refuse(candidate: Candidate<'_>, findings: Vec<Message>) -> Result<()> {
     match findings.is_empty() {
         true => Ok(()),
         false => Err(Failure::Config(candidate.config.errors(findings))),

@@ -7,9 +7,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use super::decode::Decoded;
 use super::diagnostic::{Diagnostics, Message};
 use super::vocabulary::{self as words, Root};
-use super::{
-    Family, Hash, Host, KeyAddress, Mode, Network, Path, Ports, Rule, Source, Unlocated, Upstream,
-};
+use super::{Family, Hash, Host, KeyAddress, Mode, Network, Path, Ports, Rule, Source, Upstream};
 use crate::maglev;
 
 /// Maximum number of ports of all keys, counted once for each network of senders.
@@ -24,11 +22,13 @@ pub const RECEIVERS: usize = 64;
 /// Adds the errors between rules to the diagnostics of the decoder.
 pub(super) fn check(decoded: &mut Decoded) {
     let mut diagnostics = std::mem::take(&mut decoded.diagnostics);
-    interfaces(&decoded.interfaces, &mut diagnostics);
+    let at = Path::default().field(words::INTERFACES.name);
+    twice(&at, &decoded.interfaces, |name| format!("`{name}`"), &mut diagnostics);
     let rules = &decoded.rules;
     for rule in rules {
         families(rule, &mut diagnostics);
-        networks(rule, &mut diagnostics);
+        let at = rule.at.field(words::KEY.name).field(words::KEY_FROM.name);
+        twice(&at, &rule.key.from, Network::to_string, &mut diagnostics);
         own_key(rule, &mut diagnostics);
         groups(rule, &mut diagnostics);
         upstream_names(rule, &mut diagnostics);
@@ -62,16 +62,17 @@ fn repeated<K: hash::Hash + Eq>(values: impl Iterator<Item = (usize, K)>) -> Vec
     pairs
 }
 
-fn interfaces(names: &[String], diagnostics: &mut Diagnostics) {
-    let at = Path::default().field(words::INTERFACES.name);
-    for (first, again) in repeated(names.iter().enumerate()) {
-        let message = format!("`{}` is named twice", names[again]);
-        diagnostics.push_pair(
-            at.index(again),
-            Message::new(message),
-            at.index(first),
-            "named here first",
-        );
+/// Reports interfaces or networks that the list at a place names twice.
+fn twice<T: hash::Hash + Eq>(
+    at: &Path,
+    all: &[T],
+    text: impl Fn(&T) -> String,
+    diagnostics: &mut Diagnostics,
+) {
+    for (first, again) in repeated(all.iter().enumerate()) {
+        let message = Message::new(format!("{} is named twice", text(&all[again])));
+        let message = message.at(at.index(again));
+        diagnostics.push(message.related(at.index(first), "named here first"));
     }
 }
 
@@ -97,22 +98,10 @@ fn families(rule: &Rule, diagnostics: &mut Diagnostics) {
         let other = Family::from(address);
         if other != family {
             let message = format!("{address} is {other}, and {first} is {family}");
-            let message = Message::new(message).help("a rule is of one family: write one for each");
-            diagnostics.push_pair(place.clone(), message, places[0].clone(), "the other family");
+            let message = Message::about(place, message);
+            let message = message.help("a rule is of one family: write one for each");
+            diagnostics.push(message.related(places[0].clone(), "the other family"));
         }
-    }
-}
-
-fn networks(rule: &Rule, diagnostics: &mut Diagnostics) {
-    let at = rule.at.field(words::KEY.name).field(words::KEY_FROM.name);
-    for (first, again) in repeated(rule.key.from.iter().enumerate()) {
-        let message = format!("{} is named twice", rule.key.from[again]);
-        diagnostics.push_pair(
-            at.index(again),
-            Message::new(message),
-            at.index(first),
-            "named here first",
-        );
     }
 }
 
@@ -122,8 +111,8 @@ fn own_key(rule: &Rule, diagnostics: &mut Diagnostics) {
         let Host::Address(address) = &upstream.address else { continue };
         if rule.key.is(address.ip, upstream.port) {
             let message = "this is the rule's own key, to which it would send in a circle";
-            diagnostics
-                .push(upstream.at.field(words::UPSTREAM_ADDRESS.name), Message::new(message));
+            let at = upstream.at.field(words::UPSTREAM_ADDRESS.name);
+            diagnostics.push(Message::about(&at, message));
         }
     }
 }
@@ -141,7 +130,7 @@ fn groups(rule: &Rule, diagnostics: &mut Diagnostics) {
     for at in at.into_iter().chain(own) {
         let message = format!("with `source: vip` the sender would be {address}, which is no host");
         let help = "say `source: preserve` or `source: egress`";
-        diagnostics.push(at, Message::new(message).help(help));
+        diagnostics.push(Message::about(&at, message).help(help));
     }
 }
 
@@ -155,12 +144,10 @@ fn upstream_names(rule: &Rule, diagnostics: &mut Diagnostics) {
     for (first, again) in repeated(names) {
         let (first, again) = (all[first], all[again]);
         let name = again.name.as_deref().unwrap_or_default();
-        diagnostics.push_pair(
-            again.at.field(words::UPSTREAM_NAME.name),
-            Message::new(format!("two hosts of the rule are named `{name}`")),
-            first.at.field(words::UPSTREAM_NAME.name),
-            "the first of that name",
-        );
+        let at = |host: &Upstream| host.at.field(words::UPSTREAM_NAME.name);
+        let message = format!("two hosts of the rule are named `{name}`");
+        let message = Message::about(&at(again), message);
+        diagnostics.push(message.related(at(first), "the first of that name"));
     }
 }
 
@@ -176,12 +163,9 @@ fn endpoints(rule: &Rule, hosts: &[Upstream], diagnostics: &mut Diagnostics) {
     let all = hosts.iter().map(endpoint).enumerate();
     for (first, again) in repeated(all) {
         let (first, again) = (&hosts[first], &hosts[again]);
-        diagnostics.push_pair(
-            again.at.clone(),
-            Message::new(format!("{} is in this list already", again.endpoint())),
-            first.at.clone(),
-            "the same host",
-        );
+        let message = format!("{} is in this list already", again.endpoint());
+        let message = Message::about(&again.at, message);
+        diagnostics.push(message.related(first.at.clone(), "the same host"));
     }
 }
 
@@ -190,8 +174,7 @@ fn receivers(rule: &Rule, diagnostics: &mut Diagnostics) {
     let replicate = rule.mode == Mode::Replicate;
     if replicate && !rule.mirrors.is_empty() {
         let message = "with `mode: replicate` all upstreams get the packet";
-        let message = Message::new(message).help("make the mirrors upstreams");
-        diagnostics.push(mirrors.clone(), message);
+        diagnostics.push(Message::about(&mirrors, message).help("make the mirrors upstreams"));
     }
     let upstreams = rule.at.field(words::UPSTREAM.name);
     for (at, hosts, all_of_them) in
@@ -200,14 +183,14 @@ fn receivers(rule: &Rule, diagnostics: &mut Diagnostics) {
         if all_of_them && hosts.len() > RECEIVERS {
             let message =
                 format!("{} hosts, and at most {RECEIVERS} can get one packet", hosts.len());
-            diagnostics.push(at, Message::new(message));
+            diagnostics.push(Message::about(&at, message));
         }
     }
     for upstream in rule.upstreams.iter().filter(|it| !replicate && it.sample.is_some()) {
         let message = "`sample` needs `mode: replicate`: a balanced packet has one upstream only";
         let help = "a mirror can have it";
         let at = upstream.at.field(words::UPSTREAM_SAMPLE.name);
-        diagnostics.push(at, Message::new(message).help(help));
+        diagnostics.push(Message::about(&at, message).help(help));
     }
 }
 
@@ -222,26 +205,29 @@ fn weights(rule: &Rule, diagnostics: &mut Diagnostics) {
     if let Some(message) = misused {
         for upstream in rule.upstreams.iter().filter(|it| it.weight.is_some()) {
             let at = upstream.at.field(words::UPSTREAM_WEIGHT.name);
-            diagnostics.push(at, Message::new(message));
+            diagnostics.push(Message::about(&at, message));
         }
         return;
     }
-    let weights: Vec<u32> = rule.upstreams.iter().map(|it| it.weight.unwrap_or(1)).collect();
-    if let Err(error) = maglev::size(&weights) {
-        diagnostics.push(rule.at.field(words::UPSTREAM.name), Message::new(error.to_string()));
+    if let Err(error) = slots(rule) {
+        let at = rule.at.field(words::UPSTREAM.name);
+        diagnostics.push(Message::about(&at, error.to_string()));
     }
 }
 
+/// Returns the size of the table of a rule.
+fn slots(rule: &Rule) -> Result<u32, maglev::TooUneven> {
+    let weights: Vec<u32> = rule.upstreams.iter().map(|it| it.weight.unwrap_or(1)).collect();
+    maglev::size(&weights)
+}
+
 /// Warns of weights so uneven that their tables take much memory.
-fn large_tables(rules: &[Rule]) -> Option<Unlocated> {
+fn large_tables(rules: &[Rule]) -> Option<Message> {
     const LARGE: u32 = 100_000;
     /// Kernel memory of a slot, in bytes.
     const SLOT: u64 = 2;
     let weighted = |rule: &&Rule| (rule.mode, rule.hash) == (Mode::Balance, Hash::Maglev);
-    let slots = |rule: &Rule| {
-        let weights: Vec<u32> = rule.upstreams.iter().map(|it| it.weight.unwrap_or(1)).collect();
-        maglev::size(&weights).ok().filter(|slots| *slots >= LARGE)
-    };
+    let slots = |rule: &Rule| slots(rule).ok().filter(|slots| *slots >= LARGE);
     let large = rules.iter().filter(weighted).filter_map(|rule| Some((rule, slots(rule)?)));
     let large: Vec<(&Rule, u32)> = large.collect();
     let (rule, slots) = large.first()?;
@@ -255,7 +241,7 @@ fn large_tables(rules: &[Rule]) -> Option<Unlocated> {
          {kilobytes} kB of kernel memory{others}; weights of at most 100 times the smallest in all \
          need 20 kB"
     );
-    Some(Unlocated::new(&rule.at.field(words::UPSTREAM.name), message))
+    Some(Message::about(&rule.at.field(words::UPSTREAM.name), message))
 }
 
 /// Returns the port of an upstream; none where it is each packet's own.
@@ -281,12 +267,12 @@ fn names(rules: &[Rule], diagnostics: &mut Diagnostics) {
             let field = if own(rule) { &words::NAME } else { &words::KEY };
             rule.at.field(field.name)
         };
-        let message = Message::new(format!("two rules are named `{}`", again.name));
-        let message = match none_own {
-            true => message.help("that is their key, which they share: give them a `name`"),
-            false => message,
-        };
-        diagnostics.push_pair(at(again), message, at(first), "the first of that name");
+        let mut message =
+            Message::about(&at(again), format!("two rules are named `{}`", again.name));
+        if none_own {
+            message = message.help("that is their key, which they share: give them a `name`");
+        }
+        diagnostics.push(message.related(at(first), "the first of that name"));
     }
 }
 
@@ -383,8 +369,8 @@ fn overlap(rules: &[Rule], first: Claim, again: Claim, diagnostics: &mut Diagnos
     if first.rule != again.rule && !(one.key.from.is_empty() && other.key.from.is_empty()) {
         message += &format!(", both for senders in {}", again.from);
     }
-    let label = "first defined here";
-    diagnostics.push_pair(at(again), Message::new(message), at(first), label);
+    let message = Message::about(&at(again), message);
+    diagnostics.push(message.related(at(first), "first defined here"));
 }
 
 /// Reports the rules that exceed a limit; returns true if the key entries fit.
@@ -396,12 +382,12 @@ fn limits(rules: &[Rule], diagnostics: &mut Diagnostics) -> bool {
              most {KEY_ENTRIES} fit"
         );
         let at = rule.at.field(words::KEY.name).field(words::KEY_PORT.name);
-        diagnostics.push(at, Message::new(message));
+        diagnostics.push(Message::about(&at, message));
     }
     if let Some((rule, all)) = beyond(rules, UPSTREAMS, |rule| rule.destinations().count()) {
         let message = format!("{all} upstreams in all rules, and at most {UPSTREAMS} fit");
         let at = rule.at.field(words::UPSTREAM.name);
-        diagnostics.push(at, Message::new(message));
+        diagnostics.push(Message::about(&at, message));
     }
     keys.is_none()
 }

@@ -9,8 +9,8 @@ use super::path::Trail;
 use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, STATSD, Shape, Table};
 use super::{
-    Action, Hash, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Rule, Strategy, Unlocated,
-    Upstream, scalar,
+    Action, Hash, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Rule, Strategy, Upstream,
+    scalar,
 };
 
 /// The valid part of a file, and its diagnostics.
@@ -20,7 +20,7 @@ pub(super) struct Decoded {
     pub rules: Vec<Rule>,
     pub diagnostics: Diagnostics,
     /// Valid but probably not intended.
-    pub warnings: Vec<Unlocated>,
+    pub warnings: Vec<Message>,
 }
 
 pub(super) fn decode(node: &Node<'_>) -> Decoded {
@@ -146,13 +146,18 @@ fn variant<T: Deserialize<'static>>(word: &'static str) -> Option<T> {
     T::deserialize(StrDeserializer::<Error>::new(word)).ok()
 }
 
+/// Returns the reader of a number within its limits.
+fn number(number: &'static Number) -> impl FnOnce(&Node<'_>) -> Result<u32, Message> {
+    move |node| scalar::number_of(node, number)
+}
+
 impl Decoder {
     fn error(&mut self, at: &Trail<'_>, message: Message) {
-        self.decoded.diagnostics.push(at.path(), message);
+        self.decoded.diagnostics.push(message.at(at.path()));
     }
 
     fn warn(&mut self, at: &Trail<'_>, message: &str) {
-        self.decoded.warnings.push(Unlocated::new(&at.path(), message));
+        self.decoded.warnings.push(Message::new(message).at(at.path()));
     }
 
     /// Returns the value, or reports the error at a place.
@@ -213,8 +218,7 @@ impl Decoder {
         for Entry { name, .. } in entries {
             if let Err(message) = table.field(name, root) {
                 let path = at.path().field(name.clone().into_owned());
-                let part = Part::Name;
-                self.decoded.diagnostics.push(Place { path, part }, message);
+                self.decoded.diagnostics.push(message.at(Place { path, part: Part::Name }));
             }
         }
         let fields = Fields { entries, root };
@@ -262,7 +266,7 @@ impl Decoder {
 
     fn rule(&mut self, node: &Node<'_>, defaults: &Options, at: &Trail<'_>) -> Option<Rule> {
         let fields = self.fields(node, &words::RULE_MAP, at)?;
-        let name = self.name(fields.get(&words::NAME), &at.field(words::NAME.name));
+        let name = self.optional(&fields, &words::NAME, at, scalar::name);
         let key = fields.get(&words::KEY);
         let key = key.and_then(|node| self.key(node, &at.field(words::KEY.name)));
         let upstreams = fields.get(&words::UPSTREAM).and_then(|node| {
@@ -434,11 +438,17 @@ impl Decoder {
         }
     }
 
-    /// Returns None for an invalid name, Some(None) for no name.
-    fn name(&mut self, node: Option<&Node<'_>>, at: &Trail<'_>) -> Option<Option<String>> {
-        match node {
+    /// Reads a field that may be missing: `None` if it is invalid, `Some(None)` if it is missing.
+    fn optional<T>(
+        &mut self,
+        fields: &Fields<'_, '_>,
+        field: &'static Field,
+        at: &Trail<'_>,
+        read: impl FnOnce(&Node<'_>) -> Result<T, Message>,
+    ) -> Option<Option<T>> {
+        match fields.get(field) {
             None => Some(None),
-            Some(node) => self.ok(at, scalar::name(node)).map(Some),
+            Some(node) => self.ok(&at.field(field.name), read(node)).map(Some),
         }
     }
 
@@ -537,8 +547,7 @@ impl Decoder {
 
     fn host(&mut self, node: &Node<'_>, table: &'static Table, at: &Trail<'_>) -> Option<Upstream> {
         let fields = self.fields(node, table, at)?;
-        let name = fields.get(&words::UPSTREAM_NAME);
-        let name = self.name(name, &at.field(words::UPSTREAM_NAME.name));
+        let name = self.optional(&fields, &words::UPSTREAM_NAME, at, scalar::name);
         let address = fields.get(&words::UPSTREAM_ADDRESS).and_then(|node| {
             let at = at.field(words::UPSTREAM_ADDRESS.name);
             self.ok(&at, scalar::upstream_address(node))
@@ -549,15 +558,9 @@ impl Decoder {
             self.error(&at.field(words::UPSTREAM_ADDRESSES.field.name), message);
         }
         let addresses = self.settle(addresses, &words::UPSTREAM_ADDRESSES);
-        let port = match fields.get(&words::UPSTREAM_PORT) {
-            None => Some(None),
-            Some(node) => {
-                let at = at.field(words::UPSTREAM_PORT.name);
-                self.ok(&at, scalar::port(node)).map(Some)
-            }
-        };
-        let weight = self.number(&fields, &words::UPSTREAM_WEIGHT, &words::WEIGHT, at);
-        let sample = self.number(&fields, &words::UPSTREAM_SAMPLE, &words::SAMPLE, at);
+        let port = self.optional(&fields, &words::UPSTREAM_PORT, at, scalar::port);
+        let weight = self.optional(&fields, &words::UPSTREAM_WEIGHT, at, number(&words::WEIGHT));
+        let sample = self.optional(&fields, &words::UPSTREAM_SAMPLE, at, number(&words::SAMPLE));
         let state = self.choice(&fields, &words::UPSTREAM_STATE, at);
         let state = self.settle(state, &words::UPSTREAM_STATE);
         let source = match self.choice(&fields, &words::UPSTREAM_SOURCE, at) {
@@ -575,20 +578,6 @@ impl Decoder {
             sample: sample?,
             at: at.path(),
         })
-    }
-
-    /// Returns None for an invalid number, Some(None) for a missing field.
-    fn number(
-        &mut self,
-        fields: &Fields<'_, '_>,
-        field: &'static Field,
-        number: &'static Number,
-        at: &Trail<'_>,
-    ) -> Option<Option<u32>> {
-        match fields.get(field) {
-            None => Some(None),
-            Some(node) => self.ok(&at.field(field.name), scalar::number_of(node, number)).map(Some),
-        }
     }
 
     fn options(&mut self, node: Option<&Node<'_>>, at: &Trail<'_>) -> Options {
@@ -621,8 +610,8 @@ impl Decoder {
             }
         }
         let fields = self.fields(node, &words::PAYLOAD_MAP, at)?;
-        let offset = self.number(&fields, &words::PAYLOAD_OFFSET, &words::OFFSET, at);
-        let length = self.number(&fields, &words::PAYLOAD_LENGTH, &words::LENGTH, at);
+        let offset = self.optional(&fields, &words::PAYLOAD_OFFSET, at, number(&words::OFFSET));
+        let length = self.optional(&fields, &words::PAYLOAD_LENGTH, at, number(&words::LENGTH));
         Some(Payload::Bytes {
             offset: offset??.try_into().ok()?,
             length: length??.try_into().ok()?,

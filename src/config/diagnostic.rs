@@ -5,7 +5,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::path::Path;
+use super::path::{Path, Step};
 use super::quote::printable;
 
 /// Maximum number of diagnostics that one run shows; the rest is only counted.
@@ -168,34 +168,18 @@ fn ellipsis(wanted: bool) -> impl Iterator<Item = char> {
     wanted.then_some('…').into_iter()
 }
 
-/// A message and what to do about it, before it has a place.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Message {
-    pub text: String,
-    pub help: Option<String>,
-}
-
-impl Message {
-    pub fn new(text: impl Into<String>) -> Message {
-        Message { text: text.into(), help: None }
-    }
-
-    pub fn help(self, help: impl Into<String>) -> Message {
-        Message { help: Some(help.into()), ..self }
-    }
-}
-
 /// The text of a field that a position refers to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Part {
     Name,
+    #[default]
     Value,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
-    pub path: Path,
-    pub part: Part,
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    pub(super) path: Path,
+    pub(super) part: Part,
 }
 
 impl From<Path> for Place {
@@ -204,53 +188,74 @@ impl From<Path> for Place {
     }
 }
 
-/// A [`Diagnostic`] whose line and column are not known yet: looking them up costs a pass over the file.
+/// A [`Diagnostic`] before its line and column are known: looking them up costs a pass over the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unlocated {
-    pub(super) at: Place,
-    pub(super) message: Message,
+pub struct Message {
+    pub(super) text: String,
+    pub(super) help: Option<String>,
+    /// `None` for an error of syntax, which is in no value.
+    pub(super) place: Option<Place>,
+    /// Byte offset into the text, where it is known.
+    pub(super) offset: Option<usize>,
     /// A second place and its label.
-    pub(super) related: Option<(Place, &'static str)>,
+    pub(super) related: Option<Box<(Place, &'static str)>>,
 }
 
-impl Unlocated {
-    pub fn new(at: &Path, message: impl Into<String>) -> Unlocated {
-        Unlocated { at: at.clone().into(), message: Message::new(message), related: None }
+impl Message {
+    /// Returns a message without a place.
+    pub fn new(text: impl Into<String>) -> Message {
+        Message { text: text.into(), help: None, place: None, offset: None, related: None }
+    }
+
+    /// Returns a message about the value at a path.
+    pub fn about(path: &Path, text: impl Into<String>) -> Message {
+        Message::new(text).at(path.clone())
+    }
+
+    pub fn help(self, help: impl Into<String>) -> Message {
+        Message { help: Some(help.into()), ..self }
+    }
+
+    pub fn at(self, place: impl Into<Place>) -> Message {
+        Message { place: Some(place.into()), ..self }
+    }
+
+    /// Sets the byte offset, where a value that cannot be read begins.
+    pub(super) fn offset(self, offset: usize) -> Message {
+        Message { offset: Some(offset), ..self }
+    }
+
+    /// Adds a second place, with a label.
+    pub(super) fn related(self, place: impl Into<Place>, label: &'static str) -> Message {
+        Message { related: Some(Box::new((place.into(), label))), ..self }
+    }
+
+    /// Returns the message of a value with its place seen from the value around it.
+    pub(super) fn inside(mut self, step: Step) -> Message {
+        if let Some(place) = &mut self.place {
+            place.path.0.insert(0, step);
+        }
+        self
     }
 
     /// Returns the message without its place.
     pub fn into_text(self) -> String {
-        self.message.text
+        self.text
     }
 }
 
 /// The diagnostics of one file, as many as will be shown.
 #[derive(Debug, Default)]
 pub(super) struct Diagnostics {
-    first: Vec<Unlocated>,
+    first: Vec<Message>,
     count: usize,
 }
 
 impl Diagnostics {
-    pub fn push(&mut self, at: impl Into<Place>, message: Message) {
-        self.add(Unlocated { at: at.into(), message, related: None });
-    }
-
-    pub fn push_pair(
-        &mut self,
-        at: impl Into<Place>,
-        message: Message,
-        first: impl Into<Place>,
-        label: &'static str,
-    ) {
-        let related = Some((first.into(), label));
-        self.add(Unlocated { at: at.into(), message, related });
-    }
-
-    pub fn add(&mut self, diagnostic: Unlocated) {
+    pub fn push(&mut self, message: Message) {
         self.count += 1;
         if self.count <= SHOWN + 1 {
-            self.first.push(diagnostic);
+            self.first.push(message);
         }
     }
 
@@ -259,7 +264,7 @@ impl Diagnostics {
     }
 
     /// Returns the diagnostics in the order of the file, with a last one that counts the rest.
-    pub fn diagnose(&self, locate: impl Fn(&[Unlocated]) -> Vec<Diagnostic>) -> Vec<Diagnostic> {
+    pub fn diagnose(&self, locate: impl Fn(&[Message]) -> Vec<Diagnostic>) -> Vec<Diagnostic> {
         let mut shown = locate(&self.first);
         let more = self.count.saturating_sub(SHOWN);
         let rest = if more > 1 { shown.pop() } else { None };

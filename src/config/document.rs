@@ -3,9 +3,8 @@
 //! Positions are looked up in the text again when there is something to report, so that a good file
 //! is not kept as a tree.
 
-use super::diagnostic::{Diagnostic, Excerpt, Message, Place, Related, Severity, Unlocated};
+use super::diagnostic::{Diagnostic, Excerpt, Message, Place, Related, Severity};
 use super::node::{Node, UNKNOWN};
-use super::path::Path;
 use super::{hint, toml, yaml};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,83 +39,67 @@ impl Document {
             Format::Toml => toml::read(&self.text),
             Format::Yaml => yaml::read(&self.text),
         };
-        node.map_err(|error| {
-            let position = Position::new(&self.text, error.offset);
-            let path = error.path.unwrap_or_default();
-            vec![self.diagnostic(Severity::Error, position, &path, error.message)]
-        })
+        node.map_err(|error| self.diagnose(Severity::Error, &[error], None))
     }
 
-    /// Finds the lines and columns of all diagnostics, in `node` or by reading the text again.
+    /// Finds the lines and columns of all messages, in `node` or by reading the text again.
     pub fn diagnose(
         &self,
         severity: Severity,
-        diagnostics: &[Unlocated],
+        messages: &[Message],
         node: Option<&Node<'_>>,
     ) -> Vec<Diagnostic> {
-        let places = diagnostics.iter().map(|diagnostic| &diagnostic.at);
-        let related = diagnostics.iter().filter_map(|diagnostic| diagnostic.related.as_ref());
-        let places: Vec<&Place> = places.chain(related.map(|(place, _)| place)).collect();
-        let mut positions = self.positions(&places, node);
-        let mut related = positions.split_off(diagnostics.len()).into_iter();
-        let diagnose = |(diagnostic, position): (&Unlocated, Position)| {
-            let second = diagnostic.related.as_ref();
-            let second = second.and_then(|second| Some(self.related(second, related.next()?)));
-            let message = diagnostic.message.clone();
-            Diagnostic {
-                related: second,
-                ..self.diagnostic(severity, position, &diagnostic.at.path, message)
-            }
+        let is_located = node.is_some_and(|node| node.at != UNKNOWN);
+        let again = match self.format {
+            _ if is_located || messages.iter().all(|it| it.offset.is_some()) => None,
+            Format::Toml => toml::read(&self.text).ok(),
+            Format::Yaml => yaml::read_yaml(&self.text).ok(),
         };
-        diagnostics.iter().zip(positions).map(diagnose).collect()
-    }
-
-    fn related(&self, (place, label): &(Place, &'static str), position: Position) -> Related {
-        Related {
-            line: position.line,
-            column: position.column,
-            field: place.path.to_string(),
-            label: (*label).into(),
-            excerpt: position.excerpt(&self.text),
-        }
+        let node = again.as_ref().or(node);
+        messages.iter().map(|message| self.diagnostic(severity, message, node)).collect()
     }
 
     fn diagnostic(
         &self,
         severity: Severity,
-        position: Position,
-        path: &Path,
-        message: Message,
+        message: &Message,
+        node: Option<&Node<'_>>,
     ) -> Diagnostic {
+        let position = match (message.offset, &message.place) {
+            (None, Some(place)) => self.position(place, node),
+            (offset, _) => Position::new(&self.text, offset.unwrap_or(0)),
+        };
+        let related = message.related.as_deref().map(|(place, label)| {
+            let position = self.position(place, node);
+            Related {
+                line: position.line,
+                column: position.column,
+                field: place.path.to_string(),
+                label: (*label).into(),
+                excerpt: position.excerpt(&self.text),
+            }
+        });
         let advice = match severity {
             Severity::Error => hint::advice(position.line_of(&self.text)),
             Severity::Warning => None,
         };
+        let field = message.place.as_ref().map(|place| place.path.to_string());
         Diagnostic {
             severity,
             file: self.name.clone(),
             line: position.line,
             column: position.column,
-            field: path.to_string(),
-            message: message.text,
-            help: advice.or(message.help),
-            related: None,
+            field: field.unwrap_or_default(),
+            message: message.text.clone(),
+            help: advice.or_else(|| message.help.clone()),
+            related,
             excerpt: position.excerpt(&self.text),
         }
     }
 
-    fn positions(&self, places: &[&Place], node: Option<&Node<'_>>) -> Vec<Position> {
-        let again = match (node, self.format) {
-            (Some(node), _) if node.at != UNKNOWN => None,
-            (_, Format::Toml) => toml::read(&self.text).ok(),
-            (_, Format::Yaml) => yaml::read_yaml(&self.text).ok(),
-        };
-        let node = again.as_ref().or(node);
-        let offset = |place: &&Place| match node.map_or(0, |node| node.find(place)) {
-            UNKNOWN => 0,
-            offset => offset,
-        };
-        places.iter().map(|place| Position::new(&self.text, offset(place))).collect()
+    fn position(&self, place: &Place, node: Option<&Node<'_>>) -> Position {
+        let offset = node.map(|node| node.find(place)).filter(|offset| *offset != UNKNOWN);
+        Position::new(&self.text, offset.unwrap_or(0))
     }
 }
 

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::diagnostic::Message;
 use super::hint::is_invisible;
+use super::network::Network;
 use super::quote::shorten;
 use super::vocabulary::ANY;
 
@@ -46,44 +47,6 @@ impl FromStr for Address {
         };
         let ip = ip.parse().map_err(|_| format!("`{}` is not an IP address", shorten(text)))?;
         Ok(Address { ip, scope })
-    }
-}
-
-impl TryFrom<String> for Address {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Address, String> {
-        text.parse()
-    }
-}
-
-impl From<Address> for String {
-    fn from(address: Address) -> String {
-        address.to_string()
-    }
-}
-
-impl From<IpAddr> for Address {
-    fn from(ip: IpAddr) -> Address {
-        Address { ip, scope: None }
-    }
-}
-
-impl From<Ipv4Addr> for Address {
-    fn from(ip: Ipv4Addr) -> Address {
-        IpAddr::V4(ip).into()
-    }
-}
-
-impl From<Ipv6Addr> for Address {
-    fn from(ip: Ipv6Addr) -> Address {
-        IpAddr::V6(ip).into()
-    }
-}
-
-impl From<[u8; 4]> for Address {
-    fn from(octets: [u8; 4]) -> Address {
-        IpAddr::from(octets).into()
     }
 }
 
@@ -139,41 +102,17 @@ impl fmt::Display for KeyAddress {
     }
 }
 
-impl From<KeyAddress> for String {
-    fn from(address: KeyAddress) -> String {
-        address.to_string()
-    }
-}
+impl FromStr for KeyAddress {
+    type Err = String;
 
-impl TryFrom<String> for KeyAddress {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<KeyAddress, String> {
-        match text.as_str() {
+    fn from_str(text: &str) -> Result<KeyAddress, String> {
+        match text {
             ANY => Ok(KeyAddress::Any),
             _ => text
                 .parse()
                 .map(KeyAddress::Is)
-                .map_err(|_| format!("`{}` is not an IP address", shorten(&text))),
+                .map_err(|_| format!("`{}` is not an IP address", shorten(text))),
         }
-    }
-}
-
-impl From<IpAddr> for KeyAddress {
-    fn from(ip: IpAddr) -> KeyAddress {
-        KeyAddress::Is(ip)
-    }
-}
-
-impl From<Ipv4Addr> for KeyAddress {
-    fn from(ip: Ipv4Addr) -> KeyAddress {
-        KeyAddress::Is(ip.into())
-    }
-}
-
-impl From<[u8; 4]> for KeyAddress {
-    fn from(octets: [u8; 4]) -> KeyAddress {
-        KeyAddress::Is(octets.into())
     }
 }
 
@@ -195,20 +134,6 @@ impl fmt::Display for Host {
     }
 }
 
-impl From<Host> for String {
-    fn from(host: Host) -> String {
-        host.to_string()
-    }
-}
-
-impl TryFrom<String> for Host {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Host, String> {
-        text.parse()
-    }
-}
-
 impl FromStr for Host {
     type Err = String;
 
@@ -217,6 +142,40 @@ impl FromStr for Host {
         upstream(text).map_err(|message| message.text)
     }
 }
+
+/// Converts types to text and back, for serde.
+macro_rules! as_text {
+    ($($name:ident),+) => {$(
+        impl From<$name> for String {
+            fn from(value: $name) -> String {
+                value.to_string()
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = String;
+
+            fn try_from(text: String) -> Result<$name, String> {
+                text.parse()
+            }
+        }
+    )+};
+}
+
+as_text!(Address, KeyAddress, Host, Network);
+
+macro_rules! from_ip {
+    ($make:expr => $name:ident: $($ip:ty),+) => {$(
+        impl From<$ip> for $name {
+            fn from(ip: $ip) -> $name {
+                ($make)(ip.into())
+            }
+        }
+    )+};
+}
+
+from_ip!(|ip| Address { ip, scope: None } => Address: IpAddr, Ipv4Addr, Ipv6Addr, [u8; 4]);
+from_ip!(KeyAddress::Is => KeyAddress: IpAddr, Ipv4Addr, [u8; 4]);
 
 /// Returns why an upstream cannot have this address, also one that a name resolved to; none if it can.
 pub fn upstream_refusal(address: &Address) -> Option<String> {

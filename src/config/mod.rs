@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! text ── document ──> Node ── decode ──> rules ── check ──> Config
-//!                                └──────────┴──> Unlocated ── document ──> Diagnostics
+//!                                └──────────┴──> Message ─── document ──> Diagnostics
 //! ```
 //!
 //! `document` reads with `yaml` and `toml`; `vocabulary` holds the words, which `schema` and `reference`
@@ -31,7 +31,7 @@ use document::Document;
 use node::Node;
 
 pub use check::{KEY_ENTRIES, RECEIVERS, UPSTREAMS};
-pub use diagnostic::{Diagnostic, Related, Severity, Unlocated};
+pub use diagnostic::{Diagnostic, Message, Related, Severity};
 pub use hint::nearest;
 pub use host::{Address, Family, Host, KeyAddress, upstream_refusal, with_port};
 pub use network::Network;
@@ -71,10 +71,8 @@ impl Config {
         let mut decoded = decode::decode(&node);
         check::check(&mut decoded);
         if !decoded.diagnostics.is_empty() {
-            let locate = |diagnostics: &[Unlocated]| {
-                document.diagnose(Severity::Error, diagnostics, Some(&node))
-            };
-            return Err(decoded.diagnostics.diagnose(locate));
+            let errors = decoded.diagnostics;
+            return Err(errors.diagnose(|it| document.diagnose(Severity::Error, it, Some(&node))));
         }
         let warnings = diagnose(Severity::Warning, decoded.warnings, &document, Some(&node));
         drop(node);
@@ -96,27 +94,26 @@ impl Config {
 
     /// Locates errors of a later stage in the file; returns the first of very many and a count. Costs one
     /// pass over the file's text.
-    pub fn errors(&self, diagnostics: Vec<Unlocated>) -> Vec<Diagnostic> {
+    pub fn errors(&self, diagnostics: Vec<Message>) -> Vec<Diagnostic> {
         diagnose(Severity::Error, diagnostics, &self.document, None)
     }
 
     /// Like [`Config::errors`].
-    pub fn warnings(&self, diagnostics: Vec<Unlocated>) -> Vec<Diagnostic> {
+    pub fn warnings(&self, diagnostics: Vec<Message>) -> Vec<Diagnostic> {
         diagnose(Severity::Warning, diagnostics, &self.document, None)
     }
 
     /// Returns line and column of each place, counted from 1.
     pub fn locate(&self, places: &[Path]) -> Vec<(usize, usize)> {
-        let at = |path: &Path| Unlocated::new(path, "");
-        let diagnostics: Vec<Unlocated> = places.iter().map(at).collect();
-        let found = self.document.diagnose(Severity::Error, &diagnostics, None);
+        let at = places.iter().map(|path| Message::about(path, ""));
+        let found = self.document.diagnose(Severity::Error, &Vec::from_iter(at), None);
         found.into_iter().map(|found| (found.line, found.column)).collect()
     }
 }
 
 fn diagnose(
     severity: Severity,
-    diagnostics: Vec<Unlocated>,
+    diagnostics: Vec<Message>,
     document: &Document,
     node: Option<&Node<'_>>,
 ) -> Vec<Diagnostic> {
@@ -124,8 +121,6 @@ fn diagnose(
         return Vec::new();
     }
     let mut all = Diagnostics::default();
-    for diagnostic in diagnostics {
-        all.add(diagnostic);
-    }
+    diagnostics.into_iter().for_each(|diagnostic| all.push(diagnostic));
     all.diagnose(|diagnostics| document.diagnose(severity, diagnostics, node))
 }

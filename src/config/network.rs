@@ -66,20 +66,6 @@ impl fmt::Display for Network {
     }
 }
 
-impl From<Network> for String {
-    fn from(network: Network) -> String {
-        network.to_string()
-    }
-}
-
-impl TryFrom<String> for Network {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Network, String> {
-        text.parse()
-    }
-}
-
 impl FromStr for Network {
     type Err = String;
 

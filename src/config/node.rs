@@ -2,8 +2,8 @@
 
 use std::borrow::Cow;
 
-use super::diagnostic::{Message, Part, Place};
-use super::path::{Path, Step};
+use super::diagnostic::{Part, Place};
+use super::path::Step;
 use super::quote::shorten;
 
 /// Offset of values that the parser of JSON reads.
@@ -75,24 +75,5 @@ impl Node<'_> {
             };
         }
         here.at
-    }
-}
-
-/// Why a text cannot be read.
-pub(super) struct ReadError {
-    pub message: Message,
-    /// The value's place; none for an error of syntax.
-    pub path: Option<Path>,
-    /// Byte offset into the text.
-    pub offset: usize,
-}
-
-impl ReadError {
-    /// Returns the error with its place seen from the value around it.
-    pub fn inside(mut self, step: Step) -> ReadError {
-        if let Some(path) = &mut self.path {
-            path.0.insert(0, step);
-        }
-        self
     }
 }

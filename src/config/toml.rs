@@ -4,16 +4,15 @@ use ::toml::Spanned;
 use ::toml::de::{DeTable, DeValue};
 
 use super::diagnostic::Message;
-use super::node::{Content, Entry, Node, ReadError};
+use super::node::{Content, Entry, Node};
 
-pub(super) fn read(text: &str) -> Result<Node<'_>, ReadError> {
+pub(super) fn read(text: &str) -> Result<Node<'_>, Message> {
     match DeTable::parse(text) {
         Ok(table) => Ok(Node { at: table.span().start, content: map(table.into_inner()) }),
-        Err(error) => Err(ReadError {
-            message: Message::new(error.message()),
-            path: None,
-            offset: error.span().map_or(0, |span| span.start),
-        }),
+        Err(error) => {
+            let offset = error.span().map_or(0, |span| span.start);
+            Err(Message::new(error.message()).offset(offset))
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
 use super::diagnostic::Message;
-use super::node::{Content, Entry, Node, ReadError, UNKNOWN};
+use super::node::{Content, Entry, Node, UNKNOWN};
 use super::path::{Path, Step};
 use super::quote::shorten;
 
@@ -29,7 +29,7 @@ const DEPTH: usize = 128;
 const STAR: &str =
     "`*` refers to an anchor in YAML; to match all addresses or ports of a key, write `any`";
 
-pub(super) fn read(text: &str) -> Result<Node<'_>, ReadError> {
+pub(super) fn read(text: &str) -> Result<Node<'_>, Message> {
     match read_json(text) {
         Some(node) => Ok(node),
         None => read_yaml(text),
@@ -37,7 +37,7 @@ pub(super) fn read(text: &str) -> Result<Node<'_>, ReadError> {
 }
 
 /// Reads YAML, or JSON as YAML, into nodes that carry their positions.
-pub(super) fn read_yaml(text: &str) -> Result<Node<'_>, ReadError> {
+pub(super) fn read_yaml(text: &str) -> Result<Node<'_>, Message> {
     let options = options! { flow_nesting_limit: DEPTH, block_nesting_limit: DEPTH };
     let reader = Reader {
         parser: Parser::new_from_str_with_options(text, options),
@@ -91,7 +91,7 @@ struct Reader<'t> {
 }
 
 impl<'t> Reader<'t> {
-    fn document(mut self) -> Result<Node<'t>, ReadError> {
+    fn document(mut self) -> Result<Node<'t>, Message> {
         self.next()?;
         let (Event::DocumentStart(..), _) = self.next()? else {
             return Ok(Node { content: Content::Null, at: self.text.len() });
@@ -110,7 +110,7 @@ impl<'t> Reader<'t> {
 
     /// Returns the next event and where it begins: with its tag, if it has one. Where nothing follows
     /// the `:` of a field, it begins behind that.
-    fn next(&mut self) -> Result<(Event<'t>, usize), ReadError> {
+    fn next(&mut self) -> Result<(Event<'t>, usize), Message> {
         let (event, span) = match self.parser.next_event() {
             Some(Ok(event)) => event,
             Some(Err(error)) => return Err(self.syntax(&error)),
@@ -128,7 +128,7 @@ impl<'t> Reader<'t> {
         event: Event<'t>,
         at: usize,
         name: Option<usize>,
-    ) -> Result<Node<'t>, ReadError> {
+    ) -> Result<Node<'t>, Message> {
         let (content, anchor) = match event {
             Event::Alias(anchor) => return self.alias(anchor, at),
             Event::Scalar(text, style, anchor, tag) => {
@@ -165,7 +165,7 @@ impl<'t> Reader<'t> {
         Ok(node)
     }
 
-    fn alias(&mut self, anchor: usize, at: usize) -> Result<Node<'t>, ReadError> {
+    fn alias(&mut self, anchor: usize, at: usize) -> Result<Node<'t>, Message> {
         let Some(node) = self.anchors.get(&anchor) else {
             let message = "this alias is part of what it stands for";
             return Err(error(at, Message::new(message).help(STAR)));
@@ -176,7 +176,7 @@ impl<'t> Reader<'t> {
         Ok(node)
     }
 
-    fn list(&mut self, at: usize) -> Result<Content<'t>, ReadError> {
+    fn list(&mut self, at: usize) -> Result<Content<'t>, Message> {
         self.checked(at, |count| count.add(0))?;
         let mut nodes = Vec::new();
         loop {
@@ -189,7 +189,7 @@ impl<'t> Reader<'t> {
         }
     }
 
-    fn map(&mut self, at: usize) -> Result<Content<'t>, ReadError> {
+    fn map(&mut self, at: usize) -> Result<Content<'t>, Message> {
         self.checked(at, |count| count.add(0))?;
         let mut entries: Vec<Entry<'t>> = Vec::new();
         loop {
@@ -209,7 +209,7 @@ impl<'t> Reader<'t> {
     }
 
     /// Reads the name of a field: a scalar as it is written, or an alias of text.
-    fn name(&mut self, event: Event<'t>, at: usize) -> Result<Cow<'t, str>, ReadError> {
+    fn name(&mut self, event: Event<'t>, at: usize) -> Result<Cow<'t, str>, Message> {
         let name = match event {
             Event::Scalar(text, _, anchor, None) => {
                 if anchor != 0 {
@@ -232,23 +232,22 @@ impl<'t> Reader<'t> {
         &mut self,
         at: usize,
         count: impl FnOnce(&mut Count) -> Result<(), Message>,
-    ) -> Result<(), ReadError> {
+    ) -> Result<(), Message> {
         count(&mut self.count).map_err(|message| error(at, message))
     }
 
-    fn syntax(&self, error: &ScanError) -> ReadError {
+    fn syntax(&self, error: &ScanError) -> Message {
         let offset = error.marker().byte_offset().unwrap_or(self.text.len());
-        let (message, offset) = explain(self.text, offset, error.kind());
-        ReadError { message, path: None, offset }
+        explain(self.text, offset, error.kind())
     }
 }
 
 /// An error at a value that the parser takes.
-fn error(offset: usize, message: Message) -> ReadError {
-    ReadError { message, path: Some(Path::default()), offset }
+fn error(offset: usize, message: Message) -> Message {
+    message.at(Path::default()).offset(offset)
 }
 
-fn tagged(at: usize) -> ReadError {
+fn tagged(at: usize) -> Message {
     error(at, Message::new("YAML tags have no meaning here"))
 }
 
@@ -315,7 +314,7 @@ fn number(negative: bool, digits: &str) -> Option<Content<'static>> {
 }
 
 /// Returns the message for a parser's error, with what to do about it, and the offset to point at.
-fn explain(text: &str, offset: usize, error: &ErrorKind) -> (Message, usize) {
+fn explain(text: &str, offset: usize, error: &ErrorKind) -> Message {
     let (before, after) = text.split_at_checked(offset).unwrap_or((text, ""));
     let start = before.rfind('\n').map_or(0, |newline| newline + 1);
     let line = text[start..].lines().next().unwrap_or_default();
@@ -323,10 +322,9 @@ fn explain(text: &str, offset: usize, error: &ErrorKind) -> (Message, usize) {
     let tab = line[..indent].find('\t').map(|nth| start + nth);
     if let Some(tab) = tab.or(after.starts_with('\t').then_some(offset)) {
         let message = Message::new("a tab stands where YAML takes blanks only");
-        return (message.help("indent with blanks"), tab);
+        return message.help("indent with blanks").offset(tab);
     }
-    let message = Message { help: help(line, after, error), ..Message::new(message(error)) };
-    (message, offset)
+    Message { help: help(line, after, error), ..Message::new(message(error)) }.offset(offset)
 }
 
 fn message(error: &ErrorKind) -> String {

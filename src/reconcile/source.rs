@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::anyhow;
 use sha2::{Digest, Sha256};
 
-use crate::config::{self, Config, Diagnostic, Host, Unlocated};
+use crate::config::{self, Config, Diagnostic, Host, Message};
 use crate::datapath::description::Origin;
 use crate::datapath::generation;
 use crate::datapath::pins::ReadGuard;
@@ -211,7 +211,7 @@ pub async fn load_partial(
     for (host, place) in hosts.iter_mut().zip(config.locate(&spots)) {
         (host.line, host.column) = place;
     }
-    let findings = hosts.iter().zip(&spots).map(|(host, at)| Unlocated::new(at, host.message()));
+    let findings = hosts.iter().zip(&spots).map(|(host, at)| Message::about(at, host.message()));
     diagnostics.extend(config.errors(findings.collect()));
     Ok(Loaded { missing: diagnostics, ..Loaded::new(request, resolved) })
 }
@@ -251,7 +251,7 @@ fn complete(config: &Config, resolved: Resolved) -> Result<Resolved> {
     let hosts = resolved.desired.incomplete.hosts.iter().zip(&resolved.gaps);
     let findings = hosts.map(|(host, gap)| {
         let at = &config.destination(gap.spot).at;
-        Unlocated::new(at, format!("`{}` {}", host.host, host.cause))
+        Message::about(at, format!("`{}` {}", host.host, host.cause))
     });
     let errors = config.errors(findings.collect());
     match resolved.gaps.iter().all(|gap| gap.temporary) {
@@ -260,9 +260,9 @@ fn complete(config: &Config, resolved: Resolved) -> Result<Resolved> {
     }
 }
 
-fn notes(config: &Config, resolved: &Resolved) -> Vec<Unlocated> {
+fn notes(config: &Config, resolved: &Resolved) -> Vec<Message> {
     let notes = resolved.notes.iter();
-    notes.map(|(spot, text)| Unlocated::new(&config.destination(*spot).at, text)).collect()
+    notes.map(|(spot, text)| Message::about(&config.destination(*spot).at, text)).collect()
 }
 
 /// Reports missing interfaces at their places in the file, if the file names them.
@@ -271,7 +271,7 @@ fn no_interfaces(config: &Config, target: &ConfigFile, names: &[String]) -> Vec<
     if !target.interfaces.is_empty() {
         return names.iter().map(|name| Diagnostic::without_place(message(name))).collect();
     }
-    let findings = names.iter().map(|name| Unlocated::new(&config.interface(name), message(name)));
+    let findings = names.iter().map(|name| Message::about(&config.interface(name), message(name)));
     config.errors(findings.collect())
 }
 

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use super::sockets::{Listener, listeners, memberships};
 use crate::config::{
-    self, Action, Config, Family, KeyAddress, Mode, Path, Rule, Unlocated, with_port,
+    self, Action, Config, Family, KeyAddress, Message, Mode, Path, Rule, with_port,
 };
 use crate::datapath::kernel;
 use crate::desired::tables::takes_answers;
@@ -58,17 +58,17 @@ impl<'a> Candidate<'a> {
     }
 
     /// Returns errors for upstreams that are this host itself: their packets would loop.
-    pub fn own_upstreams(self) -> Vec<Unlocated> {
+    pub fn own_upstreams(self) -> Vec<Message> {
         let own = self.targets().filter(|(.., way)| *way == Some(&Way::Local));
         own.map(|(at, Target { address, .. }, _)| {
             let message = format!("{address} is an address of this host, which is no upstream");
-            Unlocated::new(at, message)
+            Message::about(at, message)
         })
         .collect()
     }
 
     /// Returns the warnings that do not depend on the next hops of upstreams.
-    pub fn of_this_host(self, links: &[Link], addresses: &[OwnAddress]) -> Vec<Unlocated> {
+    pub fn of_this_host(self, links: &[Link], addresses: &[OwnAddress]) -> Vec<Message> {
         let (listeners, kernel) = (listeners(), kernel::version());
         let mut findings = self.unheard(&listeners);
         findings.extend(self.robbed(&listeners));
@@ -82,27 +82,27 @@ impl<'a> Candidate<'a> {
 
     /// Returns warnings about upstreams without a route, whose packets are dropped and counted, and about
     /// next hops that have not answered, each once, at its first upstream.
-    pub fn missing_hops(self) -> Vec<Unlocated> {
+    pub fn missing_hops(self) -> Vec<Message> {
         let no_route = self.targets().filter_map(|(at, target, way)| match way {
             Some(Way::None(reason)) => {
-                Some(Unlocated::new(at, format!("no route to {}: {reason}", target.address)))
+                Some(Message::about(at, format!("no route to {}: {reason}", target.address)))
             }
             _ => None,
         });
-        let mut findings: Vec<Unlocated> = no_route.collect();
+        let mut findings: Vec<Message> = no_route.collect();
         let mut seen = BTreeSet::new();
         for (at, target, way) in self.targets() {
             let unknown =
                 way.map_or(&[][..], Way::hops).iter().filter(|it| it.macs == Macs::Unknown);
             for hop in unknown.filter(|hop| seen.insert((hop.ifindex, hop.gateway))) {
-                findings.push(Unlocated::new(at, does_not_answer(&target.address, hop)));
+                findings.push(Message::about(at, does_not_answer(&target.address, hop)));
             }
         }
         findings
     }
 
     /// Returns warnings about upstreams that IPsec policies apply to: packets to them leave in clear.
-    pub fn in_clear(self, policies: &[SecurityPolicy]) -> Vec<Unlocated> {
+    pub fn in_clear(self, policies: &[SecurityPolicy]) -> Vec<Message> {
         let mut findings = Vec::new();
         for (at, rule, upstream) in self.upstreams() {
             let target = self.desired.target(rule, upstream);
@@ -128,7 +128,7 @@ impl<'a> Candidate<'a> {
                 _ => "encrypts",
             };
             let address = &target.address.ip;
-            findings.push(Unlocated::new(
+            findings.push(Message::about(
                 at,
                 format!(
                     "an IPsec policy {would} packets to {address} ({}), and udplb would send them in clear; if that \
@@ -141,7 +141,7 @@ impl<'a> Candidate<'a> {
     }
 
     /// Returns warnings about upstreams with several paths, one for each set of paths.
-    pub fn several(self) -> Vec<Unlocated> {
+    pub fn several(self) -> Vec<Message> {
         let mut seen = BTreeSet::new();
         let mut findings = Vec::new();
         for (at, target, way) in self.targets() {
@@ -165,14 +165,14 @@ impl<'a> Candidate<'a> {
             if seen.insert((by, names.clone())) {
                 let address = &target.address;
                 let message = format!("{by} whether packets to {address} go via {names}: {then}");
-                findings.push(Unlocated::new(at, message));
+                findings.push(Message::about(at, message));
             }
         }
         findings
     }
 
     /// Returns warnings about multicast keys that this host has not joined on an existing interface.
-    pub fn not_joined(self, links: &[Link]) -> Vec<Unlocated> {
+    pub fn not_joined(self, links: &[Link]) -> Vec<Message> {
         let Some(joined) = memberships() else { return Vec::new() };
         let mut seen = BTreeSet::new();
         let mut findings = Vec::new();
@@ -187,7 +187,7 @@ impl<'a> Candidate<'a> {
                     continue;
                 }
                 let prefix = if group.is_ipv4() { 32 } else { 128 };
-                findings.push(Unlocated::new(
+                findings.push(Message::about(
                     &rule.at,
                     format!(
                         "nobody here is a member of {group} on {name}, and a switch or router may send none of \
@@ -200,7 +200,7 @@ impl<'a> Candidate<'a> {
     }
 
     /// Returns warnings about `block` rules that take packets for sockets of this host.
-    fn robbed(self, listeners: &[Listener]) -> Vec<Unlocated> {
+    fn robbed(self, listeners: &[Listener]) -> Vec<Message> {
         let blocks = self.config.rules.iter().filter(|rule| rule.action == Action::Block);
         let robbed = blocks.filter_map(|rule| {
             let addresses = match rule.key.address {
@@ -228,14 +228,14 @@ impl<'a> Candidate<'a> {
             let message = format!(
                 "a socket of this host listens on {first}{more}: with `tc_action: block` it gets nothing"
             );
-            Some(Unlocated::new(&rule.at, message))
+            Some(Message::about(&rule.at, message))
         });
         robbed.collect()
     }
 
     /// Returns the `pass` rules with a port on which nobody listens. What netfilter does to their packets
     /// before delivery is not looked at.
-    fn unheard(self, listeners: &[Listener]) -> Vec<Unlocated> {
+    fn unheard(self, listeners: &[Listener]) -> Vec<Message> {
         let passes = self.config.rules.iter().filter(|rule| rule.action == Action::Pass);
         passes
             .filter_map(|rule| {
@@ -260,7 +260,7 @@ impl<'a> Candidate<'a> {
                     0 => String::new(),
                     more => format!(" and {more} more of its ports"),
                 };
-                Some(Unlocated::new(
+                Some(Message::about(
                     &rule.at,
                     format!(
                         "nobody listens on {}{more}: `tc_action: pass` delivers there, and senders get \
@@ -274,7 +274,7 @@ impl<'a> Candidate<'a> {
 
     /// Returns the keys whose address sits on a device stacked above an interface, with another MAC
     /// address: every packet for it looks as if it were for another host there.
-    fn stacked(self, links: &[Link], addresses: &[OwnAddress]) -> Vec<Unlocated> {
+    fn stacked(self, links: &[Link], addresses: &[OwnAddress]) -> Vec<Message> {
         const KINDS: [&str; 4] = ["macvlan", "ipvlan", "macvtap", "bridge"];
         let named: Vec<&Link> = self.links(links).collect();
         self.config
@@ -292,7 +292,7 @@ impl<'a> Candidate<'a> {
                         named.find(hidden).zip(Some(holder))
                     });
                 let (interface, holder) = holder?;
-                Some(Unlocated::new(
+                Some(Message::about(
                     &rule.at,
                     format!(
                         "{} is an address of {}, a {} above {}: no packet will match on {}; name {} \
@@ -311,7 +311,7 @@ impl<'a> Candidate<'a> {
 
     /// Returns warnings about named interfaces that are stacked: packets that `pass` delivers match on both, so
     /// that upstreams get them twice.
-    fn met_twice(self, links: &[Link]) -> Vec<Unlocated> {
+    fn met_twice(self, links: &[Link]) -> Vec<Message> {
         let Some(rule) = self.config.rules.iter().find(|rule| rule.action == Action::Pass) else {
             return Vec::new();
         };
@@ -325,13 +325,13 @@ impl<'a> Candidate<'a> {
                      one of them in `interfaces`",
                     upper.name, lower.name, lower.name, upper.name
                 );
-                Unlocated::new(&rule.at, message)
+                Message::about(&rule.at, message)
             })
             .collect()
     }
 
     /// Returns a warning if the configuration needs a feature that this kernel lacks.
-    fn beyond(self, kernel: (u32, u32)) -> Option<Unlocated> {
+    fn beyond(self, kernel: (u32, u32)) -> Option<Message> {
         let answers = |rule: &&Rule| rule.action == Action::Block && rule.mode == Mode::Balance;
         let rule = self.config.rules.iter().find(answers).filter(|_| kernel < (5, 12))?;
         let (major, minor) = kernel;
@@ -339,12 +339,12 @@ impl<'a> Candidate<'a> {
             "Linux {major}.{minor} does not report the MTU of a route to the program (5.12 does): senders of \
              too large packets get the MTU that `apply` or arpd found, and no error if it has become lower since"
         );
-        Some(Unlocated::new(&rule.at, message))
+        Some(Message::about(&rule.at, message))
     }
 
     /// Returns a warning if a rule takes answers to this host's own sockets and the kernel does not show the program
     /// which sockets wait for some.
-    fn answers_taken(self, kernel: (u32, u32)) -> Option<Unlocated> {
+    fn answers_taken(self, kernel: (u32, u32)) -> Option<Message> {
         let taken = |rule: &&desired::Rule| takes_answers(rule, self.desired.local_ports);
         let rule = self.desired.rules.iter().find(taken).filter(|_| kernel < (6, 2))?;
         let written = self.config.rules.iter().find(|it| it.name == rule.name)?;
@@ -354,12 +354,12 @@ impl<'a> Candidate<'a> {
              their sockets are connected: Linux {major}.{minor} does not show which ports it chose itself (6.2 does); \
              leave the ports of net.ipv4.ip_local_port_range out"
         );
-        Some(Unlocated::new(&written.at, message))
+        Some(Message::about(&written.at, message))
     }
 
     /// Returns the tunnels whose packets reach the filter with the tunnel's own header first, so that no rule
     /// matches: those of the kernel itself before Linux 5.14.
-    fn unseen(self, links: &[Link], kernel: (u32, u32)) -> Vec<Unlocated> {
+    fn unseen(self, links: &[Link], kernel: (u32, u32)) -> Vec<Message> {
         let unseen = self.links(links).filter(|link| hides_packets(&link.kind, kernel));
         let (major, minor) = kernel;
         let finding = |link: &Link| {
@@ -368,7 +368,7 @@ impl<'a> Candidate<'a> {
                  header (5.14 does not); relay at its other end, or boot a later kernel",
                 link.kind, link.name
             );
-            Unlocated::new(&self.config.interface(&link.name), message)
+            Message::about(&self.config.interface(&link.name), message)
         };
         unseen.map(finding).collect()
     }

@@ -6,7 +6,7 @@ use std::path::Path as FilePath;
 use proptest::prelude::*;
 use udplb::config::{
     Action, Addresses, Admission, Config, Diagnostic, Family, Fragments, Hash, Health, Host,
-    KeyAddress, MARKS, Mode, Payload, Ports, Severity, Source, State, Strategy, Unlocated, manual,
+    KeyAddress, MARKS, Message, Mode, Payload, Ports, Severity, Source, State, Strategy, manual,
     markdown, schema,
 };
 
@@ -565,14 +565,14 @@ fn no_rules_are_a_warning() {
 fn later_stages_cite_the_file() {
     let config = accept("udplb.yaml", YAML);
     let at = config.rules[2].upstreams[0].at.field("address");
-    let error = &config.errors(vec![Unlocated::new(&at, "does not resolve")])[0];
+    let error = &config.errors(vec![Message::about(&at, "does not resolve")])[0];
     assert_eq!((error.line, error.severity), (38, Severity::Error));
     assert_eq!(
         error.to_string().lines().next(),
         Some("error: udplb.yaml:38:35: rules[2].upstream[0].address: does not resolve")
     );
     let config = accept("udplb.toml", TOML);
-    let warning = &config.warnings(vec![Unlocated::new(&at, "has two addresses")])[0];
+    let warning = &config.warnings(vec![Message::about(&at, "has two addresses")])[0];
     assert_eq!(
         warning.to_string().lines().next(),
         Some("warning: udplb.toml:40:43: rules[2].upstream[0].address: has two addresses")

@@ -11,9 +11,7 @@ use anyhow::Context;
 use super::before::{self, Before};
 use super::sample::{self, Growth};
 use crate::bpf;
-use crate::config::{
-    Action, Config, Family, Health, Key, KeyAddress, Source, Unlocated, with_port,
-};
+use crate::config::{Action, Config, Family, Health, Key, KeyAddress, Message, Source, with_port};
 use crate::datapath::description::Description;
 use crate::datapath::pins::Store;
 use crate::datapath::{capabilities, kernel};
@@ -363,7 +361,7 @@ fn warnings(
     findings.extend(candidate.in_clear(&ipsec::security_policies().unwrap_or_default()));
     findings.extend(candidate.several());
     findings.extend(candidate.not_joined(links));
-    findings.into_iter().map(Unlocated::into_text).collect()
+    findings.into_iter().map(Message::into_text).collect()
 }
 
 async fn inputs(
