@@ -17,7 +17,6 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
-use std::fmt;
 use std::hash::Hash;
 use std::hint::select_unpredictable;
 
@@ -41,25 +40,17 @@ const SIZES: [(u64, u32); 3] = [(100, 10_007), (1_000, 100_003), (10_000, 1_000_
 pub const LARGEST: u32 = SIZES[SIZES.len() - 1].1;
 
 /// Error for a weight that is too small a part of all weights for any table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the weights, {sum} in all, are {} times the smallest, {min}; {} times is the maximum",
+    .sum.div_ceil(u64::from(*.min)), SIZES[SIZES.len() - 1].0
+)]
 pub struct TooUneven {
     /// Sum of all weights.
     pub sum: u64,
     /// The smallest weight.
     pub min: u32,
 }
-
-impl fmt::Display for TooUneven {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (max, _) = SIZES[SIZES.len() - 1];
-        let Self { sum, min } = self;
-        let ratio = sum.div_ceil(u64::from(*min));
-        write!(f, "the weights, {sum} in all, are {ratio} times the smallest, {min}; ")?;
-        write!(f, "{max} times is the maximum")
-    }
-}
-
-impl std::error::Error for TooUneven {}
 
 /// Returns the number of slots for members with these weights.
 ///

@@ -21,7 +21,7 @@ use super::groups::Groups;
 use super::neighbours::{Effect, NeighbourTracker, NextHopEntry, Now, TrackedUpstream};
 use crate::bpf::types;
 use crate::datapath::lease::Heartbeat;
-use crate::datapath::pins::{self, Store};
+use crate::datapath::pins::{self, Store, WriteGuard};
 use crate::datapath::{lock, state_maps};
 use crate::error::{Failure, Result};
 use crate::net::Netlink;
@@ -272,16 +272,17 @@ impl Service {
             return Ok(());
         }
         self.rollback_due = now + confirm::RETRY_INTERVAL;
-        let guard = match pins::write(&self.pin_dir, LOCK_TIMEOUT) {
-            Ok(guard) => guard,
-            Err(Failure::Locked(_)) => return Ok(()),
-            Err(failure) => bail!("{failure}"),
-        };
+        let Some(guard) = self.lock_for_writing()? else { return Ok(()) };
         if let Some(done) = confirm::settle(&guard, &self.netlink).await? {
             log::warn!("{done}");
         }
         self.stale.generation = true;
         Ok(())
+    }
+
+    /// Returns `None` if another udplb holds the lock.
+    fn lock_for_writing(&self) -> anyhow::Result<Option<WriteGuard>> {
+        unless_locked(pins::write(&self.pin_dir, LOCK_TIMEOUT))
     }
 
     /// Takes the lock again if its directory was replaced: `detach --purge` removes it.
@@ -407,11 +408,9 @@ impl Service {
 
     /// Reads the active generation; returns the reason if it is unusable.
     async fn read_generation(&mut self) -> anyhow::Result<Option<anyhow::Error>> {
-        let guard = match pins::read(&self.pin_dir, LOCK_TIMEOUT) {
-            Ok(guard) => guard,
-            // an apply is under way: try again at the next tick
-            Err(Failure::Locked(_)) => return Ok(None),
-            Err(failure) => bail!("{failure}"),
+        // an apply may be under way: try again at the next tick
+        let Some(guard) = unless_locked(pins::read(&self.pin_dir, LOCK_TIMEOUT))? else {
+            return Ok(None);
         };
         let symlink = current(&self.pin_dir);
         let observed = observe(guard.as_ref(), &self.netlink).await?;
@@ -514,6 +513,15 @@ impl Stale {
             interfaces: true,
             addresses: true,
         }
+    }
+}
+
+/// Returns `None` instead of the error that another udplb holds the lock.
+fn unless_locked<T>(guard: Result<T>) -> anyhow::Result<Option<T>> {
+    match guard {
+        Ok(guard) => Ok(Some(guard)),
+        Err(Failure::Locked(_)) => Ok(None),
+        Err(failure) => bail!("{failure}"),
     }
 }
 

@@ -10,7 +10,7 @@ use clap_complete::engine::ArgValueCandidates;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::{complete, lock, look, netlink, refused};
+use super::{complete, lock, look, netlink};
 use crate::cli::output::{plural, report_done, warn};
 use crate::cli::{Global, Resolver, some_seconds};
 use crate::config::{Diagnostic, Message};
@@ -19,13 +19,13 @@ use crate::datapath::{capabilities, lease, pins, state_maps};
 use crate::desired::Desired;
 use crate::error::{Failure, Result, say};
 use crate::net::ipsec::security_policies;
-use crate::net::nexthop::{self, Way};
+use crate::net::nexthop::Way;
 use crate::net::{Netlink, routing};
 use crate::reconcile::execute::{self, Outcome};
 use crate::reconcile::observe::{Observed, observe};
 use crate::reconcile::source::{self, ConfigFile, Loaded, Request, Text};
 use crate::reconcile::warnings::Candidate;
-use crate::reconcile::{confirm, plan};
+use crate::reconcile::{confirm, next_hops, plan};
 use crate::telemetry::status::PendingStatus;
 use crate::time;
 
@@ -112,48 +112,57 @@ async fn apply(global: &Global, options: &Options, target: &ConfigFile) -> Resul
     capabilities::require()?;
     let netlink = netlink()?;
     loaded.expand(&netlink).await?;
-    let (targets, interfaces) = (loaded.desired.targets(), &loaded.desired.interfaces);
-    let ways = nexthop::resolve(&netlink, &targets, interfaces).await.context("next hops")?;
+    let ways = next_hops(&netlink, &loaded.desired).await?;
     let (advice, hops) = advise(global, &text, &loaded, &ways, &netlink).await?;
     loaded.warnings.extend(advice);
-    let desired = &loaded.desired;
     let guard = lock(global, &netlink).await?;
     let observed = observe(Some(&guard), &netlink).await?;
     let deadline = options.confirm.map(|confirm| time::since_boot() + confirm);
-    let plan = plan::apply_until(&observed, desired, &loaded.origin, options.force, deadline)
-        .map_err(refused)?;
+    let plan =
+        plan::apply_until(&observed, &loaded.desired, &loaded.origin, options.force, deadline)?;
     let is_new = plan.builds() || !is_known(&observed, &loaded.origin);
     let mut warnings = if is_new { loaded.warnings } else { Vec::new() };
     // next hops change between applies of the same file
     warnings.extend(hops);
     warn(global, &warnings);
-    let waiter = deadline.filter(|_| plan.is_pending());
-    let waiter =
-        waiter.map(|deadline| confirm::start_waiter(&global.pin_dir, deadline)).transpose()?;
+    let waiter = match deadline.filter(|_| plan.is_pending()) {
+        Some(deadline) => Some(confirm::start_waiter(&global.pin_dir, deadline)?),
+        None => None,
+    };
     let outcome = execute::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
     // the new generation serves already
-    if let Err(error) =
-        execute::record_origin(&guard, &observed, outcome.generation, &loaded.origin)
-    {
-        say(format_args!(
-            "warning: the configuration is applied, but its file name is not recorded: {error:#}"
-        ));
-    }
+    let recorded = execute::record_origin(&guard, &observed, outcome.generation, &loaded.origin);
     drop(guard);
     drop(waiter);
-    if outcome.counters_reset && !global.quiet {
-        say("warning: the counters were missing and start at zero again");
-    }
-    let file = target.file.file_name().map_or("-".into(), |name| name.to_string_lossy());
-    let mut text = outcome_text(&outcome, &file, desired, started.elapsed());
     let pending = plan.pending(&observed).map(|pending| PendingStatus::new(&pending));
-    text.extend(pending.iter().map(|pending| format!("{pending}\n")));
     let applied = Applied {
         pending,
         warnings,
         missing: loaded.missing,
-        ..applied(&outcome, desired, started.elapsed())
+        ..applied(&outcome, &loaded.desired, started.elapsed())
     };
+    if let Err(error) = recorded {
+        say(format_args!(
+            "warning: the configuration is applied, but its file name is not recorded: {error:#}"
+        ));
+    }
+    show(global, target, &outcome, &loaded.desired, applied)
+}
+
+fn show(
+    global: &Global,
+    target: &ConfigFile,
+    outcome: &Outcome,
+    desired: &Desired,
+    applied: Applied,
+) -> Result<u8> {
+    if outcome.counters_reset && !global.quiet {
+        say("warning: the counters were missing and start at zero again");
+    }
+    let file = target.file.file_name().map_or("-".into(), |name| name.to_string_lossy());
+    let took = Duration::from_millis(applied.milliseconds);
+    let mut text = outcome_text(outcome, &file, desired, took);
+    text.extend(applied.pending.iter().map(|pending| format!("{pending}\n")));
     let complete = applied.missing.is_empty();
     report_done(global, &text, applied)?;
     Ok(if complete { 0 } else { INCOMPLETE })

@@ -7,7 +7,7 @@ use clap::Args;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::{carry_out, netlink, refused};
+use super::{carry_out, netlink};
 use crate::cli::Global;
 use crate::cli::output::report_done;
 use crate::datapath::{capabilities, pins};
@@ -50,7 +50,7 @@ async fn keep(global: &Global) -> Result<u8> {
         return Err(Failure::Failed(anyhow!("too late: {done}")));
     }
     let observed = observe(Some(&guard), &netlink).await?;
-    let actions = plan::confirm(&observed).map_err(refused)?;
+    let actions = plan::confirm(&observed)?;
     let number = observed.pending.map(|pending| pending.generation);
     carry_out(&guard, &netlink, &observed, &actions).await?;
     drop(guard);

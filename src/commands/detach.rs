@@ -6,7 +6,7 @@ use clap_complete::engine::ArgValueCandidates;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::{carry_out, complete, netlink, refused};
+use super::{carry_out, complete, netlink};
 use crate::cli::Global;
 use crate::cli::output::{report, report_done};
 use crate::datapath::{capabilities, pin_search, pins, tc};
@@ -82,7 +82,7 @@ async fn detach_locked(
     let guard = pins::write(&global.pin_dir, global.lock_timeout)?;
     let observed = observe(Some(&guard), netlink).await?;
     let interfaces = canonical(&observed, interfaces);
-    let actions = plan::detach(&observed, &interfaces, purge).map_err(refused)?;
+    let actions = plan::detach(&observed, &interfaces, purge)?;
     let purges = purge && !guard.is_empty()?;
     carry_out(&guard, netlink, &observed, &actions).await?;
     if purge {

@@ -6,7 +6,7 @@ use clap_complete::engine::ArgValueCandidates;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::{carry_out, complete, lock, netlink, refused};
+use super::{carry_out, complete, lock, netlink};
 use crate::cli::Global;
 use crate::cli::output::report_done;
 use crate::config::State;
@@ -49,7 +49,7 @@ pub(super) async fn lock_overrides(
     drop(guard.ok_or(Failure::NothingApplied)?);
     let guard = lock(global, netlink).await?;
     let observed = observe(Some(&guard), netlink).await?;
-    plan::refuse_other_namespace(&observed).map_err(refused)?;
+    plan::refuse_other_namespace(&observed)?;
     observed.described()?.ok_or(Failure::NothingApplied)?;
     // overrides are read from the state maps
     state_maps::open(&guard)?.context(state_maps::INCOMPLETE)?;

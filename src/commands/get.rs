@@ -280,39 +280,20 @@ async fn answer(global: &Global, options: &Options, netlink: &Netlink) -> Result
         misses: Vec::new(),
         example: None,
     };
-    let Some(first) = events.first() else {
+    if events.is_empty() {
         answer.explain_miss(desired);
         return Ok(Some(answer));
-    };
+    }
     let mut names = Names::default();
     names.add(serving.clone());
-    let rule = names.rule(first).context("the program reported an unknown rule")?.clone();
+    let rule = names.rule(&events[0]).context("the program reported an unknown rule")?.clone();
     let reading = status::read(&global.store(), netlink, Some(&rule.name), None).await?;
-    let rows: Vec<&UpstreamStatus> = reading
-        .status
-        .rules
-        .iter()
-        .flat_map(|rule| rule.destinations().map(|(upstream, _)| upstream))
-        .collect();
     let neighbours = netlink.neighbours().await.context("neighbours")?;
+    let rules = reading.status.rules.iter();
+    let rows = rules.flat_map(|rule| rule.destinations().map(|(upstream, _)| upstream));
+    let rows = rows.collect();
     let looked = Looked { maps: &maps, rows, neighbours, dry_run: &asker.dry_run };
-    let mut outcomes = Vec::new();
-    for event in &events {
-        outcomes.push(looked.outcome(event, &mut names)?);
-    }
-    answer.matched = Some(Matched {
-        key: diff::key(&rule),
-        tc_action: rule.action,
-        mode: rule.mode,
-        selection: looked.selection(&events, &rule, &names)?,
-        outcomes,
-        packet: match action {
-            TC_ACT_SHOT => "dropped",
-            TC_ACT_UNSPEC => "delivered",
-            _ => "sent",
-        },
-        rule: rule.name,
-    });
+    answer.matched = Some(looked.matched(rule, &mut names, &events, action)?);
     Ok(Some(answer))
 }
 
@@ -385,6 +366,31 @@ struct Looked<'a> {
 }
 
 impl Looked<'_> {
+    /// Describes events of one packet; there is at least one. `action` is the program's return value.
+    fn matched(
+        &self,
+        rule: Rule,
+        names: &mut Names,
+        events: &[Event],
+        action: i32,
+    ) -> anyhow::Result<Matched> {
+        let outcomes = events.iter().map(|event| self.outcome(event, names));
+        let outcomes = outcomes.collect::<anyhow::Result<Vec<Outcome>>>()?;
+        Ok(Matched {
+            key: diff::key(&rule),
+            tc_action: rule.action,
+            mode: rule.mode,
+            selection: self.selection(events, &rule, names)?,
+            outcomes,
+            packet: match action {
+                TC_ACT_SHOT => "dropped",
+                TC_ACT_UNSPEC => "delivered",
+                _ => "sent",
+            },
+            rule: rule.name,
+        })
+    }
+
     fn outcome(&self, event: &Event, names: &mut Names) -> anyhow::Result<Outcome> {
         let upstream = names.upstream(event).map(|(upstream, copy)| (upstream.clone(), copy));
         let row = self.rows.iter().find(|row| row.id == event.0.upstream);

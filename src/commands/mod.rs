@@ -22,16 +22,16 @@ pub mod trace;
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use crate::cli::Global;
 use crate::datapath::pins::{self, WriteGuard};
-use crate::error::{Failure, Result, say};
+use crate::error::{Result, say};
 use crate::net::Netlink;
 use crate::reconcile::execute::{self, Executor};
 use crate::reconcile::observe::{Observed, observe};
-use crate::reconcile::plan::{Action, Refusal};
+use crate::reconcile::plan::Action;
 
 /// Exit code of problems, and of `get` where no rule matches.
 const DEGRADED: u8 = 3;
@@ -150,10 +150,6 @@ pub async fn run(cli: &Cli) -> Result<u8> {
 
 fn netlink() -> Result<Netlink> {
     Ok(Netlink::open().context("netlink")?)
-}
-
-fn refused(refusal: Refusal) -> Failure {
-    Failure::Failed(anyhow!("{refusal}"))
 }
 
 /// Observes the kernel under the lock, which is released before anything is printed.

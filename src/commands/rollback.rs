@@ -2,23 +2,21 @@
 
 use std::time::Instant;
 
-use anyhow::Context;
 use clap::Args;
 use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::apply::{applied, outcome_text};
 use super::plan::{count_moved, serving};
-use super::{look, netlink, refused};
+use super::{look, netlink};
 use crate::cli::Global;
 use crate::cli::output::{report, report_done};
 use crate::datapath::description::Origin;
 use crate::datapath::{capabilities, pins};
 use crate::desired::diff::Changes;
 use crate::error::{Failure, Result};
-use crate::net::nexthop;
 use crate::reconcile::observe::observe;
-use crate::reconcile::{execute, plan};
+use crate::reconcile::{execute, next_hops, plan};
 use crate::time;
 
 /// Arguments of `rollback`.
@@ -53,11 +51,10 @@ async fn rollback(global: &Global) -> Result<u8> {
     if observed.generations.is_empty() && observed.damaged.is_empty() {
         return Err(Failure::NothingApplied);
     }
-    let plan = plan::rollback(&observed, time::now()).map_err(refused)?;
+    let plan = plan::rollback(&observed, time::now())?;
     let target = observed.generations.get(&plan.generation);
     let desired = target.map(|target| target.description.desired.clone()).unwrap_or_default();
-    let (targets, interfaces) = (desired.targets(), &desired.interfaces);
-    let ways = nexthop::resolve(&netlink, &targets, interfaces).await.context("next hops")?;
+    let ways = next_hops(&netlink, &desired).await?;
     let outcome = execute::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
     drop(guard);
     let took = started.elapsed();
@@ -73,7 +70,7 @@ async fn rollback(global: &Global) -> Result<u8> {
 /// Shows what `rollback` would change.
 async fn plan_rollback(global: &Global) -> Result<u8> {
     let observed = look(global, &netlink()?).await?;
-    let plan = plan::rollback(&observed, time::now()).map_err(refused)?;
+    let plan = plan::rollback(&observed, time::now())?;
     let target = observed.generations.get(&plan.generation);
     let new = target.map(|target| target.description.desired.clone()).unwrap_or_default();
     let attached: Vec<String> = observed.attached().map(|(name, _)| name.into()).collect();

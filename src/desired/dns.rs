@@ -13,6 +13,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Command;
@@ -234,12 +235,7 @@ fn failure(code: c_int, family: Family) -> NoAnswer {
 /// Raises the limit of open files to its maximum: each look-up needs a socket, and the default is often
 /// 1,024.
 fn raise_descriptor_limit() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the limit outlives both calls. A failure leaves the limit unchanged.
-    unsafe {
-        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
-            limit.rlim_cur = limit.rlim_max;
-            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
-        }
-    }
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // a failure leaves the limit unchanged
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }

@@ -11,7 +11,7 @@ use std::path::{self, Path};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 use tokio::time::{sleep, timeout};
@@ -19,9 +19,9 @@ use tokio::time::{sleep, timeout};
 use crate::datapath::pins::{self, ReadGuard, Store, WriteGuard};
 use crate::datapath::state_maps::{self, Pending, StateMaps};
 use crate::error::{Failure, Result};
-use crate::net::{Netlink, nexthop};
+use crate::net::Netlink;
 use crate::reconcile::observe::{Observed, observe};
-use crate::reconcile::{execute, plan};
+use crate::reconcile::{execute, next_hops, plan};
 use crate::time;
 
 /// Interval at which the waiter checks that the change is still pending.
@@ -61,11 +61,10 @@ pub async fn settle(guard: &WriteGuard, netlink: &Netlink) -> anyhow::Result<Opt
 }
 
 async fn undo(guard: &WriteGuard, netlink: &Netlink, observed: &Observed) -> anyhow::Result<()> {
-    let plan = plan::rollback(observed, time::now()).map_err(|refusal| anyhow!("{refusal}"))?;
+    let plan = plan::rollback(observed, time::now())?;
     let restored = observed.generations.get(&plan.generation);
     let desired = restored.map(|it| it.description.desired.clone()).unwrap_or_default();
-    let (targets, interfaces) = (desired.targets(), &desired.interfaces);
-    let ways = nexthop::resolve(netlink, &targets, interfaces).await.context("next hops")?;
+    let ways = next_hops(netlink, &desired).await?;
     execute::reconcile(guard, netlink, observed, &plan, &ways).await.map(drop)
 }
 

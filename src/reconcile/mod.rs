@@ -13,3 +13,21 @@ pub mod plan;
 pub mod sockets;
 pub mod source;
 pub mod warnings;
+
+use std::collections::BTreeMap;
+
+use anyhow::Context;
+
+use crate::desired::Desired;
+use crate::net::Netlink;
+use crate::net::nexthop::{self, Way};
+use crate::net::routing::Target;
+
+/// Resolves the next hops of all upstreams, see [`nexthop::resolve`].
+pub async fn next_hops(
+    netlink: &Netlink,
+    desired: &Desired,
+) -> anyhow::Result<BTreeMap<Target, Way>> {
+    let targets = desired.targets();
+    nexthop::resolve(netlink, &targets, &desired.interfaces).await.context("next hops")
+}

@@ -84,17 +84,11 @@ impl Hosts {
         address.unwrap_or(name).parse::<IpAddr>().is_ok()
             || is("localhost")
             || self.0.iter().any(|known| known == "*" || is(known))
-            || own_name().is_some_and(|own| is(&own))
+            || rustix::system::uname()
+                .nodename()
+                .to_str()
+                .is_ok_and(|own| !own.is_empty() && is(own))
     }
-}
-
-/// Returns the name of this host.
-fn own_name() -> Option<String> {
-    let mut name = [0_u8; 256];
-    // SAFETY: the buffer outlives the call, which writes at most its length.
-    let result = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len()) };
-    let end = name.iter().position(|byte| *byte == 0)?;
-    (result == 0 && end > 0).then(|| String::from_utf8_lossy(&name[..end]).into_owned())
 }
 
 async fn bind(address: SocketAddr) -> TcpListener {
@@ -265,7 +259,8 @@ mod tests {
         for other in ["evil.example", "evil.example:9477", "127.0.0.1.evil.example", "", "a:b"] {
             assert!(!none.accept(other), "{other}");
         }
-        let own = super::own_name().expect("a name");
+        let uname = rustix::system::uname();
+        let own = uname.nodename().to_str().expect("a name");
         assert!(none.accept(&format!("{own}:9477")));
         let named = Hosts(vec!["relay.example.net".into()]);
         assert!(named.accept("Relay.Example.NET.:9477") && !named.accept("example.net"));

@@ -4,19 +4,17 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, bail};
+use anyhow::bail;
 
+use super::Service;
 use super::serving::{Filter, filters, is_attached};
-use super::{LOCK_TIMEOUT, Service};
 use crate::bpf::OBJECT_SHA256;
 use crate::datapath::environment::Environment;
-use crate::datapath::pins;
 use crate::desired::dns::Answers;
 use crate::desired::{Desired, partial};
-use crate::error::Failure;
 use crate::net::nexthop;
 use crate::reconcile::observe::observe;
-use crate::reconcile::{addresses, execute, plan};
+use crate::reconcile::{addresses, execute, next_hops, plan};
 
 /// Pause after filters were attached again.
 const ATTACH_PAUSE: Duration = Duration::from_secs(1);
@@ -30,21 +28,14 @@ impl Service {
         let found = filters(&self.netlink, serving).await?;
         let desired = &serving.generation.description.desired;
         let lacked = |name: &String| desired.incomplete.interfaces.contains(name);
-        let appeared: Vec<String> = found
-            .iter()
-            .filter(|(name, seen)| lacked(name) && matches!(seen, Filter::Lost(_)))
-            .map(|(name, _)| name.clone())
-            .collect();
+        let lost = found.iter().filter(|(_, seen)| matches!(seen, Filter::Lost(_)));
+        let (appeared, lost): (Vec<String>, Vec<String>) =
+            lost.map(|(name, _)| name.clone()).partition(lacked);
         if !appeared.is_empty() {
             let mut desired = desired.clone();
             desired.incomplete.interfaces.retain(|name| !appeared.contains(name));
             return self.attach_new(desired, &appeared).await;
         }
-        let lost: Vec<String> = found
-            .iter()
-            .filter(|(name, seen)| !lacked(name) && matches!(seen, Filter::Lost(_)))
-            .map(|(name, _)| name.clone())
-            .collect();
         if lost.is_empty() {
             if serving.interfaces != found {
                 serving.interfaces = found;
@@ -60,11 +51,7 @@ impl Service {
     }
 
     async fn attach_again(&mut self, lost: &[String]) -> anyhow::Result<()> {
-        let guard = match pins::write(&self.pin_dir, LOCK_TIMEOUT) {
-            Ok(guard) => guard,
-            Err(Failure::Locked(_)) => return Ok(()),
-            Err(failure) => bail!("{failure}"),
-        };
+        let Some(guard) = self.lock_for_writing()? else { return Ok(()) };
         let observed = observe(Some(&guard), &self.netlink).await?;
         self.stale.generation = true;
         let number = self.serving.as_ref().map(|serving| serving.generation.number);
@@ -74,7 +61,7 @@ impl Service {
         // leave out interfaces that were detached meanwhile
         let lost: Vec<String> =
             lost.iter().filter(|name| !observed.is_detached(name)).cloned().collect();
-        let plan = plan::attach_again(&observed, &lost).map_err(|refusal| anyhow!("{refusal}"))?;
+        let plan = plan::attach_again(&observed, &lost)?;
         let ways = BTreeMap::new();
         let mut executor = execute::Executor::new(&guard, &self.netlink, &observed, &ways);
         executor.run(&plan.actions, &mut execute::log).await?;
@@ -179,17 +166,12 @@ impl Service {
     }
 
     async fn renew(&mut self, number: u32, desired: &Desired) -> anyhow::Result<Option<u32>> {
-        let (targets, interfaces) = (desired.targets(), &desired.interfaces);
-        let ways = nexthop::resolve(&self.netlink, &targets, interfaces).await?;
+        let ways = next_hops(&self.netlink, desired).await?;
         if let Some((target, _)) = ways.iter().find(|(_, way)| **way == nexthop::Way::Local) {
             let address = &target.address;
             bail!("{address} is an address of this host, which is no upstream");
         }
-        let guard = match pins::write(&self.pin_dir, LOCK_TIMEOUT) {
-            Ok(guard) => guard,
-            Err(Failure::Locked(_)) => return Ok(None),
-            Err(failure) => bail!("{failure}"),
-        };
+        let Some(guard) = self.lock_for_writing()? else { return Ok(None) };
         let observed = observe(Some(&guard), &self.netlink).await?;
         let Some(serving) = observed.serving().and_then(|other| observed.generations.get(&other))
         else {
@@ -203,8 +185,7 @@ impl Service {
         if serving.description.object != OBJECT_SHA256 {
             bail!("generation {number} was built by another udplb: restart arpd");
         }
-        let plan = plan::renew(&observed, desired, &serving.description.origin)
-            .map_err(|refusal| anyhow!("{refusal}"))?;
+        let plan = plan::renew(&observed, desired, &serving.description.origin)?;
         let outcome = execute::reconcile(&guard, &self.netlink, &observed, &plan, &ways).await?;
         Ok(Some(outcome.generation))
     }

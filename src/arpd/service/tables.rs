@@ -2,12 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, bail};
+use anyhow::anyhow;
 
-use super::{ROUTES_PAUSE, Service, current, now};
+use super::{ROUTES_PAUSE, Service, current, now, unless_locked};
 use crate::arpd::neighbours::{self, Effect};
 use crate::datapath::pins;
-use crate::error::Failure;
 use crate::net::neighbour::{self, Batches, NeighbourKey, NeighbourRequest, NeighbourTable};
 use crate::net::routing;
 
@@ -121,10 +120,8 @@ impl Service {
     /// Writes next hops; later if another udplb holds the lock. The shared lock keeps an apply out, so the
     /// active generation is still the one that was read.
     pub(super) fn write(&mut self) -> anyhow::Result<()> {
-        let guard = match pins::read(&self.pin_dir, Duration::ZERO) {
-            Ok(guard) => guard,
-            Err(Failure::Locked(_)) => return Ok(()),
-            Err(failure) => bail!("{failure}"),
+        let Some(guard) = unless_locked(pins::read(&self.pin_dir, Duration::ZERO))? else {
+            return Ok(());
         };
         if guard.is_some() && current(&self.pin_dir) != self.current {
             self.stale.generation = true;

@@ -96,8 +96,8 @@ fn undo_pending(observed: &Observed, pending: &Pending, now: u64) -> Result<Plan
 /// Plans `confirm`: the pending change stays.
 pub fn confirm(observed: &Observed) -> Result<Vec<Action>, Refusal> {
     refuse_other_namespace(observed)?;
-    let held = observed.held;
-    let Pending { generation, .. } = observed.pending.ok_or(Refusal::NothingToConfirm(held))?;
+    let nothing = || observed.held.map_or(Refusal::NothingToConfirm, Refusal::RolledBack);
+    let Pending { generation, .. } = observed.pending.ok_or_else(nothing)?;
     let on_all = observed.attached().all(|(_, attached)| attached == generation);
     match on_all && observed.serving() == Some(generation) {
         true => Ok(vec![Action::SetPending(None)]),
