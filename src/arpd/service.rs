@@ -35,6 +35,9 @@ use crate::time;
 /// Pause after routes were read, as a multiple of the time that it took: a routing daemon that
 /// changes thousands of routes costs at most a twentieth of a CPU.
 const ROUTES_PAUSE: u32 = 20;
+/// Time between probes with `--once`. Before 5.16 the kernel waits five seconds before it probes a stale
+/// neighbour by itself.
+const ONCE_PROBE_INTERVAL: Duration = Duration::from_secs(1);
 /// Wait for another udplb that holds the lock. After that the work is postponed.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -101,7 +104,10 @@ impl Service {
             // before anything is read, so that nothing is missed
             events: Events::open().context("netlink")?,
             lock,
-            tracker: NeighbourTracker::new(options.probe_interval),
+            tracker: NeighbourTracker::new(match options.once {
+                true => options.probe_interval.min(ONCE_PROBE_INTERVAL),
+                false => options.probe_interval,
+            }),
             groups: Groups::default(),
             names: HostNames::new(options.resolve_interval),
             serving: None,
