@@ -20,7 +20,7 @@ use crate::net::link::Link;
 use crate::net::neighbour::{
     Neighbour, NeighbourKey, NeighbourRequest, NeighbourTable, OUR_PROTOCOL,
 };
-use crate::net::nexthop::{self, Chosen, Hop, Way};
+use crate::net::nexthop::{self, Chosen, Hop, NextHop};
 use crate::net::route::Route;
 use crate::net::routing::{Paths, Target};
 
@@ -390,8 +390,8 @@ impl NeighbourTracker {
 
     fn entry(&self, upstream: &TrackedUpstream) -> types::nexthop {
         let chosen = self.choose(upstream);
-        let way = chosen.as_ref().map(|(way, _)| way);
-        let mut entry = nexthops::entry(upstream.target.address.ip, way);
+        let next_hop = chosen.as_ref().map(|(next_hop, _)| next_hop);
+        let mut entry = nexthops::entry(upstream.target.address.ip, next_hop);
         match chosen.as_ref().and_then(|(_, tracked)| *tracked) {
             Some(tracked) => (entry.health, entry.since) = (tracked.health(), tracked.since),
             None => {
@@ -411,7 +411,7 @@ impl NeighbourTracker {
 
     /// Returns the next hops to write and the neighbour that determines the upstream's health: the best
     /// one where packets may take several.
-    fn choose(&self, upstream: &TrackedUpstream) -> Option<(Way, Option<&Tracked>)> {
+    fn choose(&self, upstream: &TrackedUpstream) -> Option<(NextHop, Option<&Tracked>)> {
         let paths = self.paths.get(&upstream.target)?.as_ref().ok()?;
         if paths.routes.iter().any(|path| path.local) {
             return None;
@@ -427,7 +427,7 @@ impl NeighbourTracker {
         let Chosen { path, leased } = chosen;
         if leased {
             let path = &paths.routes[path];
-            return Some((Way::Hop(self.hop(upstream, path)?), tracked(path)));
+            return Some((NextHop::Hop(self.hop(upstream, path)?), tracked(path)));
         }
         let mut hops = hops;
         // hops whose interface is gone are missing
@@ -435,7 +435,7 @@ impl NeighbourTracker {
         hops.swap(0, place);
         let best =
             paths.routes.iter().filter_map(tracked).min_by_key(|tracked| rank(tracked.health()));
-        Some((Way::Several { hops, by: paths.by, routed: true }, best))
+        Some((NextHop::Several { hops, by: paths.by, routed: true }, best))
     }
 
     fn hop(&self, upstream: &TrackedUpstream, path: &Route) -> Option<Hop> {

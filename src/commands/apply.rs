@@ -19,13 +19,13 @@ use crate::datapath::{capabilities, lease, pins, state_maps};
 use crate::desired::Desired;
 use crate::error::{Failure, Result, say};
 use crate::net::ipsec::security_policies;
-use crate::net::nexthop::Way;
+use crate::net::nexthop::NextHop;
 use crate::net::{Netlink, routing};
 use crate::reconcile::execute::{self, Outcome};
 use crate::reconcile::observe::{Observed, observe};
 use crate::reconcile::source::{self, ConfigFile, Loaded, Request, Text};
 use crate::reconcile::warnings::Candidate;
-use crate::reconcile::{confirm, next_hops, plan};
+use crate::reconcile::{confirm, plan, resolve_next_hops};
 use crate::telemetry::status::PendingStatus;
 use crate::time;
 
@@ -112,8 +112,8 @@ async fn apply(global: &Global, options: &Options, target: &ConfigFile) -> Resul
     capabilities::require()?;
     let netlink = netlink()?;
     loaded.expand(&netlink).await?;
-    let ways = next_hops(&netlink, &loaded.desired).await?;
-    let (advice, hops) = advise(global, &text, &loaded, &ways, &netlink).await?;
+    let next_hops = resolve_next_hops(&netlink, &loaded.desired).await?;
+    let (advice, hops) = advise(global, &text, &loaded, &next_hops, &netlink).await?;
     loaded.warnings.extend(advice);
     let guard = lock(global, &netlink).await?;
     let observed = observe(Some(&guard), &netlink).await?;
@@ -129,7 +129,7 @@ async fn apply(global: &Global, options: &Options, target: &ConfigFile) -> Resul
         Some(deadline) => Some(confirm::start_waiter(&global.pin_dir, deadline)?),
         None => None,
     };
-    let outcome = execute::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
+    let outcome = execute::reconcile(&guard, &netlink, &observed, &plan, &next_hops).await?;
     // the new generation serves already
     let recorded = execute::record_origin(&guard, &observed, outcome.generation, &loaded.origin);
     drop(guard);
@@ -216,21 +216,21 @@ async fn advise(
     global: &Global,
     text: &Text,
     loaded: &Loaded,
-    ways: &BTreeMap<routing::Target, Way>,
+    next_hops: &BTreeMap<routing::Target, NextHop>,
     netlink: &Netlink,
 ) -> Result<(Vec<Diagnostic>, Vec<Diagnostic>)> {
     let desired = &loaded.desired;
     let policies = security_policies().context("IPsec policies")?;
     let Some(config) = &loaded.config else {
-        if policies.is_empty() && !ways.values().any(Way::is_wanting) {
+        if policies.is_empty() && !next_hops.values().any(NextHop::is_wanting) {
             return Ok((Vec::new(), Vec::new()));
         }
         let config = text.parse()?;
-        let candidate = Candidate { config: &config, desired, ways };
+        let candidate = Candidate { config: &config, desired, next_hops };
         refuse(candidate, candidate.in_clear(&policies))?;
         return Ok((Vec::new(), config.warnings(candidate.missing_hops())));
     };
-    let candidate = Candidate { config, desired, ways };
+    let candidate = Candidate { config, desired, next_hops };
     refuse(candidate, candidate.own_upstreams())?;
     refuse(candidate, candidate.in_clear(&policies))?;
     let links = netlink.links().await.context("interfaces")?;

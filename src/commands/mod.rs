@@ -164,8 +164,8 @@ async fn carry_out(
     observed: &Observed,
     actions: &[Action],
 ) -> Result<()> {
-    let ways = BTreeMap::new();
-    let mut executor = Executor::new(guard, netlink, observed, &ways);
+    let next_hops = BTreeMap::new();
+    let mut executor = Executor::new(guard, netlink, observed, &next_hops);
     Ok(executor.run(actions, &mut execute::log).await?)
 }
 

@@ -98,7 +98,7 @@ async fn of_this_host(wanted: &Loaded, netlink: &Netlink) -> Result<Vec<Diagnost
     let Some(config) = &wanted.config else { return Ok(Vec::new()) };
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
-    let candidate = Candidate { config, desired: &wanted.desired, ways: &BTreeMap::new() };
+    let candidate = Candidate { config, desired: &wanted.desired, next_hops: &BTreeMap::new() };
     Ok(config.warnings(candidate.of_this_host(&links, &addresses)))
 }
 

@@ -16,7 +16,7 @@ use crate::datapath::{capabilities, pins};
 use crate::desired::diff::Changes;
 use crate::error::{Failure, Result};
 use crate::reconcile::observe::observe;
-use crate::reconcile::{execute, next_hops, plan};
+use crate::reconcile::{execute, plan, resolve_next_hops};
 use crate::time;
 
 /// Arguments of `rollback`.
@@ -54,8 +54,8 @@ async fn rollback(global: &Global) -> Result<u8> {
     let plan = plan::rollback(&observed, time::now())?;
     let target = observed.generations.get(&plan.generation);
     let desired = target.map(|target| target.description.desired.clone()).unwrap_or_default();
-    let ways = next_hops(&netlink, &desired).await?;
-    let outcome = execute::reconcile(&guard, &netlink, &observed, &plan, &ways).await?;
+    let next_hops = resolve_next_hops(&netlink, &desired).await?;
+    let outcome = execute::reconcile(&guard, &netlink, &observed, &plan, &next_hops).await?;
     drop(guard);
     let took = started.elapsed();
     let text = match target {

@@ -7,7 +7,9 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use super::decode::Decoded;
 use super::diagnostic::{Diagnostics, Message};
 use super::vocabulary::{self as words, Root};
-use super::{Family, Hash, Host, KeyAddress, Mode, Network, Path, Ports, Rule, Source, Upstream};
+use super::{
+    Family, Hash, Host, KeyAddress, Mode, Network, Path, Ports, RuleConfig, Source, UpstreamConfig,
+};
 use crate::maglev;
 
 /// Maximum number of ports of all keys, counted once for each network of senders.
@@ -77,7 +79,7 @@ fn twice<T: hash::Hash + Eq>(
 }
 
 /// Reports rules with addresses of both families: packets are not translated.
-fn families(rule: &Rule, diagnostics: &mut Diagnostics) {
+fn families(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
     let mut addresses = rule.addresses();
     let Some(first) = addresses.next() else { return };
     let family = Family::from(first);
@@ -106,7 +108,7 @@ fn families(rule: &Rule, diagnostics: &mut Diagnostics) {
 }
 
 /// Reports upstreams that are the key itself: their packets would match again, in a loop.
-fn own_key(rule: &Rule, diagnostics: &mut Diagnostics) {
+fn own_key(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
     for upstream in rule.destinations() {
         let Host::Address(address) = &upstream.address else { continue };
         if rule.key.is(address.ip, upstream.port) {
@@ -118,7 +120,7 @@ fn own_key(rule: &Rule, diagnostics: &mut Diagnostics) {
 }
 
 /// Reports `source: vip` with a multicast or broadcast key: receivers drop packets from such a source.
-fn groups(rule: &Rule, diagnostics: &mut Diagnostics) {
+fn groups(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
     let KeyAddress::Is(address) = rule.key.address else { return };
     if !address.is_multicast() && address != Ipv4Addr::BROADCAST {
         return;
@@ -134,8 +136,8 @@ fn groups(rule: &Rule, diagnostics: &mut Diagnostics) {
     }
 }
 
-fn upstream_names(rule: &Rule, diagnostics: &mut Diagnostics) {
-    let all: Vec<&Upstream> = rule.destinations().collect();
+fn upstream_names(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
+    let all: Vec<&UpstreamConfig> = rule.destinations().collect();
     if all.len() < 2 {
         return;
     }
@@ -144,7 +146,7 @@ fn upstream_names(rule: &Rule, diagnostics: &mut Diagnostics) {
     for (first, again) in repeated(names) {
         let (first, again) = (all[first], all[again]);
         let name = again.name.as_deref().unwrap_or_default();
-        let at = |host: &Upstream| host.at.field(words::UPSTREAM_NAME.name);
+        let at = |host: &UpstreamConfig| host.at.field(words::UPSTREAM_NAME.name);
         let message = format!("two hosts of the rule are named `{name}`");
         let message = Message::about(&at(again), message);
         diagnostics.push(message.related(at(first), "the first of that name"));
@@ -152,11 +154,11 @@ fn upstream_names(rule: &Rule, diagnostics: &mut Diagnostics) {
 }
 
 /// Reports hosts that are listed twice. `hosts` is the rule's upstreams, or its mirrors.
-fn endpoints(rule: &Rule, hosts: &[Upstream], diagnostics: &mut Diagnostics) {
+fn endpoints(rule: &RuleConfig, hosts: &[UpstreamConfig], diagnostics: &mut Diagnostics) {
     if hosts.len() < 2 {
         return;
     }
-    let endpoint = |upstream: &Upstream| match &upstream.address {
+    let endpoint = |upstream: &UpstreamConfig| match &upstream.address {
         Host::Address(address) => (Host::Address(address.clone()), port(rule, upstream)),
         Host::Name(name) => (Host::Name(name.to_ascii_lowercase()), port(rule, upstream)),
     };
@@ -169,7 +171,7 @@ fn endpoints(rule: &Rule, hosts: &[Upstream], diagnostics: &mut Diagnostics) {
     }
 }
 
-fn receivers(rule: &Rule, diagnostics: &mut Diagnostics) {
+fn receivers(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
     let mirrors = rule.at.field(words::MIRROR.name);
     let replicate = rule.mode == Mode::Replicate;
     if replicate && !rule.mirrors.is_empty() {
@@ -194,7 +196,7 @@ fn receivers(rule: &Rule, diagnostics: &mut Diagnostics) {
     }
 }
 
-fn weights(rule: &Rule, diagnostics: &mut Diagnostics) {
+fn weights(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
     let misused = match (rule.mode, rule.hash) {
         (Mode::Replicate, _) => {
             Some("`weight` has no meaning with `mode: replicate`: every upstream gets each packet")
@@ -216,20 +218,20 @@ fn weights(rule: &Rule, diagnostics: &mut Diagnostics) {
 }
 
 /// Returns the size of the table of a rule.
-fn slots(rule: &Rule) -> Result<u32, maglev::TooUneven> {
+fn slots(rule: &RuleConfig) -> Result<u32, maglev::TooUneven> {
     let weights: Vec<u32> = rule.upstreams.iter().map(|it| it.weight.unwrap_or(1)).collect();
     maglev::size(&weights)
 }
 
 /// Warns of weights so uneven that their tables take much memory.
-fn large_tables(rules: &[Rule]) -> Option<Message> {
+fn large_tables(rules: &[RuleConfig]) -> Option<Message> {
     const LARGE: u32 = 100_000;
     /// Kernel memory of a slot, in bytes.
     const SLOT: u64 = 2;
-    let weighted = |rule: &&Rule| (rule.mode, rule.hash) == (Mode::Balance, Hash::Maglev);
-    let slots = |rule: &Rule| slots(rule).ok().filter(|slots| *slots >= LARGE);
+    let weighted = |rule: &&RuleConfig| (rule.mode, rule.hash) == (Mode::Balance, Hash::Maglev);
+    let slots = |rule: &RuleConfig| slots(rule).ok().filter(|slots| *slots >= LARGE);
     let large = rules.iter().filter(weighted).filter_map(|rule| Some((rule, slots(rule)?)));
-    let large: Vec<(&Rule, u32)> = large.collect();
+    let large: Vec<(&RuleConfig, u32)> = large.collect();
     let (rule, slots) = large.first()?;
     let kilobytes = large.iter().map(|(_, slots)| SLOT * u64::from(*slots)).sum::<u64>() / 1000;
     let others = match large.len() - 1 {
@@ -245,25 +247,25 @@ fn large_tables(rules: &[Rule]) -> Option<Message> {
 }
 
 /// Returns the port of an upstream; none where it is each packet's own.
-fn port(rule: &Rule, upstream: &Upstream) -> Option<u16> {
+fn port(rule: &RuleConfig, upstream: &UpstreamConfig) -> Option<u16> {
     match (upstream.port, &rule.key.ports[..]) {
         (None, [only]) if only.first == only.last => Some(only.first),
         (port, _) => port,
     }
 }
 
-fn names(rules: &[Rule], diagnostics: &mut Diagnostics) {
-    let own = |rule: &Rule| rule.name != rule.key.to_string();
+fn names(rules: &[RuleConfig], diagnostics: &mut Diagnostics) {
+    let own = |rule: &RuleConfig| rule.name != rule.key.to_string();
     let names = rules.iter().map(|rule| &rule.name).enumerate();
     for (first, again) in repeated(names) {
         let (first, again) = (&rules[first], &rules[again]);
         let none_own = !own(first) && !own(again);
         // Rules without a name share one if they share a key, which is reported at the key.
-        let from = |rule: &Rule| senders(rule).collect::<HashSet<_>>();
+        let from = |rule: &RuleConfig| senders(rule).collect::<HashSet<_>>();
         if none_own && !from(first).is_disjoint(&from(again)) {
             continue;
         }
-        let at = |rule: &Rule| {
+        let at = |rule: &RuleConfig| {
             let field = if own(rule) { &words::NAME } else { &words::KEY };
             rule.at.field(field.name)
         };
@@ -292,7 +294,7 @@ struct Claim {
 const ALL_PORTS: Ports = Ports { first: 1, last: u16::MAX };
 
 /// Returns the networks of senders of a rule: all addresses where it has no `from`.
-fn senders(rule: &Rule) -> impl Iterator<Item = Network> {
+fn senders(rule: &RuleConfig) -> impl Iterator<Item = Network> {
     let address = match rule.family() {
         Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
         Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
@@ -301,7 +303,7 @@ fn senders(rule: &Rule) -> impl Iterator<Item = Network> {
     rule.key.from.iter().copied().chain(rule.key.from.is_empty().then_some(all))
 }
 
-fn claims(index: usize, rule: &Rule) -> impl Iterator<Item = Claim> {
+fn claims(index: usize, rule: &RuleConfig) -> impl Iterator<Item = Claim> {
     let any_port = rule.key.ports.is_empty();
     let ports = rule.key.ports.iter().copied().chain(any_port.then_some(ALL_PORTS)).enumerate();
     ports.flat_map(move |(nth, ports)| {
@@ -311,7 +313,7 @@ fn claims(index: usize, rule: &Rule) -> impl Iterator<Item = Claim> {
 }
 
 /// Reports keys that overlap. Sorting takes milliseconds where comparing all pairs would take minutes.
-fn overlaps(rules: &[Rule], diagnostics: &mut Diagnostics) {
+fn overlaps(rules: &[RuleConfig], diagnostics: &mut Diagnostics) {
     let claims = rules.iter().enumerate().flat_map(|(index, rule)| claims(index, rule));
     let mut claims: Vec<_> = claims.collect();
     claims.sort_unstable();
@@ -342,7 +344,7 @@ fn overlaps(rules: &[Rule], diagnostics: &mut Diagnostics) {
     }
 }
 
-fn overlap(rules: &[Rule], first: Claim, again: Claim, diagnostics: &mut Diagnostics) {
+fn overlap(rules: &[RuleConfig], first: Claim, again: Claim, diagnostics: &mut Diagnostics) {
     let at = |claim: Claim| {
         let rule = &rules[claim.rule];
         let at = rule.at.field(words::KEY.name).field(words::KEY_PORT.name);
@@ -374,7 +376,7 @@ fn overlap(rules: &[Rule], first: Claim, again: Claim, diagnostics: &mut Diagnos
 }
 
 /// Reports the rules that exceed a limit; returns true if the key entries fit.
-fn limits(rules: &[Rule], diagnostics: &mut Diagnostics) -> bool {
+fn limits(rules: &[RuleConfig], diagnostics: &mut Diagnostics) -> bool {
     let keys = beyond(rules, KEY_ENTRIES, |rule| rule.key.entries());
     if let Some((rule, all)) = keys {
         let message = format!(
@@ -393,7 +395,11 @@ fn limits(rules: &[Rule], diagnostics: &mut Diagnostics) -> bool {
 }
 
 /// Returns the rule at which the sum exceeds the limit, and the whole sum.
-fn beyond(rules: &[Rule], limit: usize, count: impl Fn(&Rule) -> usize) -> Option<(&Rule, usize)> {
+fn beyond(
+    rules: &[RuleConfig],
+    limit: usize,
+    count: impl Fn(&RuleConfig) -> usize,
+) -> Option<(&RuleConfig, usize)> {
     let mut sum: usize = 0;
     let mut last = None;
     for rule in rules {

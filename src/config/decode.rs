@@ -9,15 +9,15 @@ use super::path::Trail;
 use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, STATSD, Shape, Table};
 use super::{
-    Action, Hash, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Rule, Strategy, Upstream,
-    scalar,
+    Action, Hash, Host, Key, KeyAddress, Mode, Network, Payload, Ports, RuleConfig, Strategy,
+    UpstreamConfig, scalar,
 };
 
 /// The valid part of a file, and its diagnostics.
 pub(super) struct Decoded {
     pub root: Root,
     pub interfaces: Vec<String>,
-    pub rules: Vec<Rule>,
+    pub rules: Vec<RuleConfig>,
     pub diagnostics: Diagnostics,
     /// Valid but probably not intended.
     pub warnings: Vec<Message>,
@@ -264,7 +264,7 @@ impl Decoder {
         }
     }
 
-    fn rule(&mut self, node: &Node<'_>, defaults: &Options, at: &Trail<'_>) -> Option<Rule> {
+    fn rule(&mut self, node: &Node<'_>, defaults: &Options, at: &Trail<'_>) -> Option<RuleConfig> {
         let fields = self.fields(node, &words::RULE_MAP, at)?;
         let name = self.optional(&fields, &words::NAME, at, scalar::name);
         let key = fields.get(&words::KEY);
@@ -283,7 +283,7 @@ impl Decoder {
         let selection = self.selection(&own, &options, &at_options);
 
         let (name, key, (strategy, payload, hash)) = (name?, key?, selection?);
-        let rule = Rule {
+        let rule = RuleConfig {
             name: name.unwrap_or_else(|| key.to_string()),
             key,
             action: self.option(&options, &words::TC_ACTION)?,
@@ -316,7 +316,7 @@ impl Decoder {
     }
 
     /// Warns of defaults that are often not intended. A bare list has no words for anything else.
-    fn unwritten(&mut self, rule: &Rule, options: &Options, at: &Trail<'_>) {
+    fn unwritten(&mut self, rule: &RuleConfig, options: &Options, at: &Trail<'_>) {
         let all = rule.upstreams.len();
         // These mean something for balancing alone.
         let balances = options.get(&words::HASH).is_given()
@@ -531,7 +531,7 @@ impl Decoder {
         node: &Node<'_>,
         table: &'static Table,
         at: &Trail<'_>,
-    ) -> Option<Vec<Upstream>> {
+    ) -> Option<Vec<UpstreamConfig>> {
         let nodes = self.list(node, &format!("a list, each {} (a map)", table.what), at)?;
         if nodes.is_empty() && std::ptr::eq(table, &words::UPSTREAM_MAP) {
             self.error(at, Message::new("no upstreams: a rule needs at least one"));
@@ -545,7 +545,12 @@ impl Decoder {
         upstreams.into_iter().collect()
     }
 
-    fn host(&mut self, node: &Node<'_>, table: &'static Table, at: &Trail<'_>) -> Option<Upstream> {
+    fn host(
+        &mut self,
+        node: &Node<'_>,
+        table: &'static Table,
+        at: &Trail<'_>,
+    ) -> Option<UpstreamConfig> {
         let fields = self.fields(node, table, at)?;
         let name = self.optional(&fields, &words::UPSTREAM_NAME, at, scalar::name);
         let address = fields.get(&words::UPSTREAM_ADDRESS).and_then(|node| {
@@ -567,7 +572,7 @@ impl Decoder {
             Given::Missing => Some(None),
             given => given.value().and_then(variant).map(Some),
         };
-        Some(Upstream {
+        Some(UpstreamConfig {
             name: name?,
             address: address?,
             addresses: addresses?,

@@ -39,8 +39,8 @@ pub use path::Path;
 pub use reference::{MARKS, manual, markdown};
 pub use schema::schema;
 pub use types::{
-    Action, Addresses, Admission, Fragments, Hash, Health, Key, Mode, Payload, Ports, Rule, Source,
-    State, Strategy, Upstream,
+    Action, Addresses, Admission, Fragments, Hash, Health, Key, Mode, Payload, Ports, RuleConfig,
+    Source, State, Strategy, UpstreamConfig,
 };
 use vocabulary::INTERFACES;
 pub use vocabulary::{ANY, STATSD};
@@ -50,7 +50,7 @@ pub use vocabulary::{ANY, STATSD};
 pub struct Config {
     /// The file's own; the command line may replace them. May be empty.
     pub interfaces: Vec<String>,
-    pub rules: Vec<Rule>,
+    pub rules: Vec<RuleConfig>,
     /// Valid, but probably not intended.
     pub warnings: Vec<Diagnostic>,
     document: Document,
@@ -81,7 +81,7 @@ impl Config {
     }
 
     /// Returns the host with an index among the destinations of a rule.
-    pub fn destination(&self, (rule, host): (usize, usize)) -> &Upstream {
+    pub fn destination(&self, (rule, host): (usize, usize)) -> &UpstreamConfig {
         let rule = &self.rules[rule];
         rule.upstreams.get(host).unwrap_or_else(|| &rule.mirrors[host - rule.upstreams.len()])
     }

@@ -158,7 +158,7 @@ pub struct Key {
 
 /// Treatment of the packets to one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rule {
+pub struct RuleConfig {
     /// Unique among the rules; the key's text where the file gives none.
     pub name: String,
     /// Overlaps no other rule's with the same senders.
@@ -177,16 +177,16 @@ pub struct Rule {
     /// Packets with a source address that no router forwards.
     pub martians: Admission,
     /// At least one.
-    pub upstreams: Vec<Upstream>,
+    pub upstreams: Vec<UpstreamConfig>,
     /// Hosts that get a copy of each packet as well.
-    pub mirrors: Vec<Upstream>,
+    pub mirrors: Vec<UpstreamConfig>,
     /// The rule's place in the file.
     pub at: Path,
 }
 
 /// A host that packets are sent to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Upstream {
+pub struct UpstreamConfig {
     /// Unique in its rule.
     pub name: Option<String>,
     pub address: Host,
@@ -273,9 +273,9 @@ impl fmt::Display for Key {
     }
 }
 
-impl Rule {
+impl RuleConfig {
     /// Returns all hosts that packets are sent to: the upstreams, then the mirrors.
-    pub fn destinations(&self) -> impl Iterator<Item = &Upstream> {
+    pub fn destinations(&self) -> impl Iterator<Item = &UpstreamConfig> {
         self.upstreams.iter().chain(&self.mirrors)
     }
 
@@ -300,7 +300,7 @@ impl Rule {
     }
 }
 
-impl Upstream {
+impl UpstreamConfig {
     /// `10.0.9.11:9995`, or without the port where it is the packet's own.
     pub fn endpoint(&self) -> String {
         match self.port {

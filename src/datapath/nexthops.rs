@@ -10,7 +10,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types, unwire, wire};
 use crate::datapath::chunked_map::Chunks;
 use crate::desired::{Desired, RuleIds};
-use crate::net::nexthop::{Macs, Way};
+use crate::net::nexthop::{Macs, NextHop};
 use crate::net::routing::Target;
 
 /// The program's table of next hops, by upstream id.
@@ -134,7 +134,7 @@ pub fn write(
     nexthops: &NextHops,
     desired: &Desired,
     ids: &[RuleIds],
-    ways: &BTreeMap<Target, Way>,
+    ways: &BTreeMap<Target, NextHop>,
 ) -> anyhow::Result<()> {
     nexthops.write_all(&entries(desired, ids, |target| ways.get(target)))
 }
@@ -143,7 +143,7 @@ pub fn write(
 pub fn entries<'a>(
     desired: &Desired,
     ids: &[RuleIds],
-    way_to: impl Fn(&Target) -> Option<&'a Way>,
+    way_to: impl Fn(&Target) -> Option<&'a NextHop>,
 ) -> BTreeMap<u32, types::nexthop> {
     let mut entries = BTreeMap::new();
     for (rule, ids) in desired.rules.iter().zip(ids) {
@@ -156,7 +156,7 @@ pub fn entries<'a>(
 }
 
 /// Returns the entry for a next hop.
-pub fn entry(address: IpAddr, way: Option<&Way>) -> types::nexthop {
+pub fn entry(address: IpAddr, way: Option<&NextHop>) -> types::nexthop {
     let mut entry = types::nexthop { address: wire(address), ..Default::default() };
     let Some(hop) = way.and_then(|way| way.hops().first()) else { return entry };
     entry.ifindex = hop.ifindex;
@@ -168,7 +168,7 @@ pub fn entry(address: IpAddr, way: Option<&Way>) -> types::nexthop {
     };
     entry.egress = hop.egress.map(wire).unwrap_or_default();
     match hop.macs {
-        Macs::None if !matches!(way, Some(Way::Several { routed: true, .. })) => {
+        Macs::None if !matches!(way, Some(NextHop::Several { routed: true, .. })) => {
             entry.macs = types::macs::MACS_NONE;
         }
         Macs::None => {}
@@ -177,7 +177,7 @@ pub fn entry(address: IpAddr, way: Option<&Way>) -> types::nexthop {
             (entry.source, entry.destination) = (own, neighbour);
             entry.macs = match way {
                 // the kernel selects the hop of each packet
-                Some(Way::Several { routed: true, .. }) => types::macs::MACS_KNOWN,
+                Some(NextHop::Several { routed: true, .. }) => types::macs::MACS_KNOWN,
                 _ => types::macs::MACS_FRESH,
             };
         }

@@ -320,8 +320,8 @@ impl Desired {
     }
 }
 
-fn written(rule: &config::Rule) -> Rule {
-    let upstream = |upstream: &config::Upstream| Upstream {
+fn written(rule: &config::RuleConfig) -> Rule {
+    let upstream = |upstream: &config::UpstreamConfig| Upstream {
         name: upstream.name.clone(),
         host: upstream.address.clone(),
         address: match &upstream.address {

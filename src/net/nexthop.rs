@@ -18,7 +18,7 @@ const DAD_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Next hop of one target, as far as known.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum NextHop {
     /// One neighbour, whose MAC address may still be unknown.
     Hop(Hop),
     /// Several hops. If `routed`, the program looks up the kernel's choice for each packet; else all
@@ -66,18 +66,18 @@ impl Macs {
     }
 }
 
-impl Way {
+impl NextHop {
     /// Returns true if there is no route, or a next hop has not answered.
     pub fn is_wanting(&self) -> bool {
-        matches!(self, Way::None(_)) || self.hops().iter().any(|hop| hop.macs == Macs::Unknown)
+        matches!(self, NextHop::None(_)) || self.hops().iter().any(|hop| hop.macs == Macs::Unknown)
     }
 
     /// Returns the hops that packets may take.
     pub fn hops(&self) -> &[Hop] {
         match self {
-            Way::Hop(hop) => std::slice::from_ref(hop),
-            Way::Several { hops, .. } => hops,
-            Way::Local | Way::None(_) => &[],
+            NextHop::Hop(hop) => std::slice::from_ref(hop),
+            NextHop::Several { hops, .. } => hops,
+            NextHop::Local | NextHop::None(_) => &[],
         }
     }
 }
@@ -109,7 +109,7 @@ pub async fn resolve(
     netlink: &Netlink,
     targets: &BTreeSet<Target>,
     interfaces: &[String],
-) -> anyhow::Result<BTreeMap<Target, Way>> {
+) -> anyhow::Result<BTreeMap<Target, NextHop>> {
     let links = links(netlink).await?;
     let asked: Vec<Target> = targets.iter().cloned().collect();
     let paths = settled_paths(netlink, &asked, interfaces, &links).await?;
@@ -131,7 +131,7 @@ pub async fn resolve(
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    Ok(Found::ways(found, asked))
+    Ok(Found::next_hops(found, asked))
 }
 
 /// Finds the next hops with the neighbours that the kernel knows now, without resolving others.
@@ -139,14 +139,14 @@ pub async fn look(
     netlink: &Netlink,
     targets: &BTreeSet<Target>,
     interfaces: &[String],
-) -> anyhow::Result<BTreeMap<Target, Way>> {
+) -> anyhow::Result<BTreeMap<Target, NextHop>> {
     let links = links(netlink).await?;
     let asked: Vec<Target> = targets.iter().cloned().collect();
     let paths = routing::paths(netlink, &asked, interfaces, &links).await?;
     let mut found = Found::all(&asked, paths, &links);
     let hops = found.iter_mut().flat_map(Found::hops);
     add_macs(hops, &links, &netlink.neighbours().await?, &HashSet::new());
-    Ok(Found::ways(found, asked))
+    Ok(Found::next_hops(found, asked))
 }
 
 /// Returns all interfaces by index.
@@ -192,7 +192,7 @@ async fn settled_paths(
 /// The paths of a target, and their neighbours as far as known.
 enum Found {
     Paths(Paths, Vec<Hop>),
-    Way(Way),
+    NextHop(NextHop),
 }
 
 impl Found {
@@ -205,18 +205,18 @@ impl Found {
         paths.map(|(target, paths)| Found::new(target, paths, links)).collect()
     }
 
-    fn ways(found: Vec<Found>, targets: Vec<Target>) -> BTreeMap<Target, Way> {
+    fn next_hops(found: Vec<Found>, targets: Vec<Target>) -> BTreeMap<Target, NextHop> {
         let found = found.into_iter().zip(targets);
-        found.map(|(found, target)| (target.clone(), found.way(&target))).collect()
+        found.map(|(found, target)| (target.clone(), found.next_hop(&target))).collect()
     }
 
     fn new(target: &Target, paths: Result<Paths, String>, links: &HashMap<u32, Link>) -> Found {
         let paths = match paths {
             Ok(paths) if paths.routes.iter().any(|route| route.local) => {
-                return Found::Way(Way::Local);
+                return Found::NextHop(NextHop::Local);
             }
             Ok(paths) => paths,
-            Err(reason) => return Found::Way(Way::None(reason)),
+            Err(reason) => return Found::NextHop(NextHop::None(reason)),
         };
         let mut hops = Vec::new();
         for route in &paths.routes {
@@ -224,7 +224,7 @@ impl Found {
                 Some(link) => hops.push(Hop::new(target.address.ip, route, link, None)),
                 None => {
                     let reason = format!("the interface with index {} is gone", route.ifindex);
-                    return Found::Way(Way::None(reason));
+                    return Found::NextHop(NextHop::None(reason));
                 }
             }
         }
@@ -234,26 +234,26 @@ impl Found {
     fn hops(&mut self) -> &mut [Hop] {
         match self {
             Found::Paths(_, hops) => hops,
-            Found::Way(_) => &mut [],
+            Found::NextHop(_) => &mut [],
         }
     }
 
-    fn way(self, target: &Target) -> Way {
+    fn next_hop(self, target: &Target) -> NextHop {
         let (paths, mut hops) = match self {
             Found::Paths(paths, hops) => (paths, hops),
-            Found::Way(way) => return way,
+            Found::NextHop(next_hop) => return next_hop,
         };
         let alive: Vec<bool> = hops.iter().map(|hop| hop.macs != Macs::Unknown).collect();
         match choose(&paths, &target.senders, &hops, &alive) {
             // Each path of one route leads there.
             Ok(Chosen { path, leased: true }) if paths.by != Choice::Sender => {
-                Way::Hop(hops.swap_remove(path))
+                NextHop::Hop(hops.swap_remove(path))
             }
             Ok(Chosen { path, leased }) => {
                 hops.swap(0, path);
-                Way::Several { hops, by: paths.by, routed: !leased }
+                NextHop::Several { hops, by: paths.by, routed: !leased }
             }
-            Err(reason) => Way::None(reason.into()),
+            Err(reason) => NextHop::None(reason.into()),
         }
     }
 }

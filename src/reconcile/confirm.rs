@@ -21,7 +21,7 @@ use crate::datapath::state_maps::{self, Pending, StateMaps};
 use crate::error::{Failure, Result};
 use crate::net::Netlink;
 use crate::reconcile::observe::{Observed, observe};
-use crate::reconcile::{execute, next_hops, plan};
+use crate::reconcile::{execute, plan, resolve_next_hops};
 use crate::time;
 
 /// Interval at which the waiter checks that the change is still pending.
@@ -64,8 +64,8 @@ async fn undo(guard: &WriteGuard, netlink: &Netlink, observed: &Observed) -> any
     let plan = plan::rollback(observed, time::now())?;
     let restored = observed.generations.get(&plan.generation);
     let desired = restored.map(|it| it.description.desired.clone()).unwrap_or_default();
-    let ways = next_hops(netlink, &desired).await?;
-    execute::reconcile(guard, netlink, observed, &plan, &ways).await.map(drop)
+    let next_hops = resolve_next_hops(netlink, &desired).await?;
+    execute::reconcile(guard, netlink, observed, &plan, &next_hops).await.map(drop)
 }
 
 /// The process that waits for a deadline. It starts to wait when this value is dropped or its owner dies.

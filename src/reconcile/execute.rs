@@ -15,7 +15,7 @@ use crate::datapath::state_maps::{self, INCOMPLETE};
 use crate::datapath::tc::{self, Slot};
 use crate::datapath::{generation, nexthops, retired};
 use crate::net::Netlink;
-use crate::net::nexthop::Way;
+use crate::net::nexthop::NextHop;
 use crate::net::routing::Target;
 use crate::reconcile::observe::Observed;
 use crate::reconcile::plan::{Action, Plan, Refusal};
@@ -41,7 +41,7 @@ pub async fn reconcile(
     netlink: &Netlink,
     observed: &Observed,
     plan: &Plan,
-    ways: &BTreeMap<Target, Way>,
+    ways: &BTreeMap<Target, NextHop>,
 ) -> anyhow::Result<Outcome> {
     let mut executor = Executor::new(guard, netlink, observed, ways);
     executor.run(&plan.actions, &mut log).await?;
@@ -100,7 +100,7 @@ pub struct Executor<'a> {
     before: &'a Observed,
     built: Option<Generation>,
     dropped: BTreeSet<u32>,
-    ways: &'a BTreeMap<Target, Way>,
+    ways: &'a BTreeMap<Target, NextHop>,
     /// Counters start at zero: there were none, or their map had gone.
     pub counters_reset: bool,
 }
@@ -111,7 +111,7 @@ impl<'a> Executor<'a> {
         guard: &'a WriteGuard,
         netlink: &'a Netlink,
         before: &'a Observed,
-        ways: &'a BTreeMap<Target, Way>,
+        ways: &'a BTreeMap<Target, NextHop>,
     ) -> Executor<'a> {
         let (built, dropped) = (None, BTreeSet::new());
         Executor { guard, netlink, before, built, dropped, ways, counters_reset: false }

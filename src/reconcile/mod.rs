@@ -20,14 +20,14 @@ use anyhow::Context;
 
 use crate::desired::Desired;
 use crate::net::Netlink;
-use crate::net::nexthop::{self, Way};
+use crate::net::nexthop::{self, NextHop};
 use crate::net::routing::Target;
 
 /// Resolves the next hops of all upstreams, see [`nexthop::resolve`].
-pub async fn next_hops(
+pub async fn resolve_next_hops(
     netlink: &Netlink,
     desired: &Desired,
-) -> anyhow::Result<BTreeMap<Target, Way>> {
+) -> anyhow::Result<BTreeMap<Target, NextHop>> {
     let targets = desired.targets();
     nexthop::resolve(netlink, &targets, &desired.interfaces).await.context("next hops")
 }

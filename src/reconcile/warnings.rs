@@ -5,14 +5,14 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use super::sockets::{Listener, listeners, memberships};
 use crate::config::{
-    self, Action, Config, Family, KeyAddress, Message, Mode, Path, Rule, with_port,
+    self, Action, Config, Family, KeyAddress, Message, Mode, Path, RuleConfig, with_port,
 };
 use crate::datapath::kernel;
 use crate::desired::tables::takes_answers;
-use crate::desired::{self, Desired, Upstream};
+use crate::desired::{Desired, Rule, Upstream};
 use crate::net::ipsec::{self, Effect, OutgoingFlow, SecurityPolicy};
 use crate::net::link::{Link, OwnAddress, find_link};
-use crate::net::nexthop::{Hop, Macs, Way};
+use crate::net::nexthop::{Hop, Macs, NextHop};
 use crate::net::routing::{Choice, Target};
 
 /// A configuration to warn about.
@@ -21,20 +21,20 @@ pub struct Candidate<'a> {
     pub config: &'a Config,
     pub desired: &'a Desired,
     /// Next hops of all upstreams; empty where none of the warnings depends on them.
-    pub ways: &'a BTreeMap<Target, Way>,
+    pub next_hops: &'a BTreeMap<Target, NextHop>,
 }
 
 impl<'a> Candidate<'a> {
     /// Returns the upstreams with their rules and their places in the file. Both lists have the same order,
     /// but `desired` may lack some.
-    fn upstreams(self) -> impl Iterator<Item = (&'a Path, &'a desired::Rule, &'a Upstream)> {
+    fn upstreams(self) -> impl Iterator<Item = (&'a Path, &'a Rule, &'a Upstream)> {
         let by_name = self.config.rules.iter().map(|rule| (rule.name.as_str(), rule));
-        let by_name: HashMap<&str, &Rule> = by_name.collect();
+        let by_name: HashMap<&str, &RuleConfig> = by_name.collect();
         self.desired.rules.iter().flat_map(move |rule| {
             let written = by_name.get(rule.name.as_str()).copied();
-            let mut written = written.into_iter().flat_map(Rule::destinations).peekable();
+            let mut written = written.into_iter().flat_map(RuleConfig::destinations).peekable();
             rule.destinations().filter_map(move |upstream| {
-                let is_other = |it: &&config::Upstream| {
+                let is_other = |it: &&config::UpstreamConfig| {
                     (&it.address, it.port) != (&upstream.host, upstream.port)
                 };
                 while written.next_if(is_other).is_some() {}
@@ -44,11 +44,11 @@ impl<'a> Candidate<'a> {
     }
 
     /// Returns the targets of the upstreams with their places in the file and their next hops.
-    fn targets(self) -> impl Iterator<Item = (&'a Path, Target, Option<&'a Way>)> {
+    fn targets(self) -> impl Iterator<Item = (&'a Path, Target, Option<&'a NextHop>)> {
         self.upstreams().map(move |(at, rule, upstream)| {
             let target = self.desired.target(rule, upstream);
-            let way = self.ways.get(&target);
-            (at, target, way)
+            let next_hop = self.next_hops.get(&target);
+            (at, target, next_hop)
         })
     }
 
@@ -59,7 +59,7 @@ impl<'a> Candidate<'a> {
 
     /// Returns errors for upstreams that are this host itself: their packets would loop.
     pub fn own_upstreams(self) -> Vec<Message> {
-        let own = self.targets().filter(|(.., way)| *way == Some(&Way::Local));
+        let own = self.targets().filter(|(.., next_hop)| *next_hop == Some(&NextHop::Local));
         own.map(|(at, Target { address, .. }, _)| {
             let message = format!("{address} is an address of this host, which is no upstream");
             Message::about(at, message)
@@ -83,17 +83,19 @@ impl<'a> Candidate<'a> {
     /// Returns warnings about upstreams without a route, whose packets are dropped and counted, and about
     /// next hops that have not answered, each once, at its first upstream.
     pub fn missing_hops(self) -> Vec<Message> {
-        let no_route = self.targets().filter_map(|(at, target, way)| match way {
-            Some(Way::None(reason)) => {
+        let no_route = self.targets().filter_map(|(at, target, next_hop)| match next_hop {
+            Some(NextHop::None(reason)) => {
                 Some(Message::about(at, format!("no route to {}: {reason}", target.address)))
             }
             _ => None,
         });
         let mut findings: Vec<Message> = no_route.collect();
         let mut seen = BTreeSet::new();
-        for (at, target, way) in self.targets() {
-            let unknown =
-                way.map_or(&[][..], Way::hops).iter().filter(|it| it.macs == Macs::Unknown);
+        for (at, target, next_hop) in self.targets() {
+            let unknown = next_hop
+                .map_or(&[][..], NextHop::hops)
+                .iter()
+                .filter(|it| it.macs == Macs::Unknown);
             for hop in unknown.filter(|hop| seen.insert((hop.ifindex, hop.gateway))) {
                 findings.push(Message::about(at, does_not_answer(&target.address, hop)));
             }
@@ -106,7 +108,7 @@ impl<'a> Candidate<'a> {
         let mut findings = Vec::new();
         for (at, rule, upstream) in self.upstreams() {
             let target = self.desired.target(rule, upstream);
-            let hops = self.ways.get(&target).map_or(&[][..], Way::hops);
+            let hops = self.next_hops.get(&target).map_or(&[][..], NextHop::hops);
             // Without a port of its own the upstream gets the packet's.
             let port = upstream.port.or(match rule.key.ports[..] {
                 [ports] if ports.first == ports.last => Some(ports.first),
@@ -144,8 +146,8 @@ impl<'a> Candidate<'a> {
     pub fn several(self) -> Vec<Message> {
         let mut seen = BTreeSet::new();
         let mut findings = Vec::new();
-        for (at, target, way) in self.targets() {
-            let Some(Way::Several { hops, by, routed }) = way else { continue };
+        for (at, target, next_hop) in self.targets() {
+            let Some(NextHop::Several { hops, by, routed }) = next_hop else { continue };
             let first = &hops[0].gateway;
             let mut names: Vec<String> =
                 hops.iter().map(|hop| format!("{} dev {}", hop.gateway, hop.interface)).collect();
@@ -332,7 +334,8 @@ impl<'a> Candidate<'a> {
 
     /// Returns a warning if the configuration needs a feature that this kernel lacks.
     fn beyond(self, kernel: (u32, u32)) -> Option<Message> {
-        let answers = |rule: &&Rule| rule.action == Action::Block && rule.mode == Mode::Balance;
+        let answers =
+            |rule: &&RuleConfig| rule.action == Action::Block && rule.mode == Mode::Balance;
         let rule = self.config.rules.iter().find(answers).filter(|_| kernel < (5, 12))?;
         let (major, minor) = kernel;
         let message = format!(
@@ -345,7 +348,7 @@ impl<'a> Candidate<'a> {
     /// Returns a warning if a rule takes answers to this host's own sockets and the kernel does not show the program
     /// which sockets wait for some.
     fn answers_taken(self, kernel: (u32, u32)) -> Option<Message> {
-        let taken = |rule: &&desired::Rule| takes_answers(rule, self.desired.local_ports);
+        let taken = |rule: &&Rule| takes_answers(rule, self.desired.local_ports);
         let rule = self.desired.rules.iter().find(taken).filter(|_| kernel < (6, 2))?;
         let written = self.config.rules.iter().find(|it| it.name == rule.name)?;
         let (major, minor) = kernel;
@@ -427,8 +430,8 @@ mod tests {
         let config = Config::parse("test.yaml", text).expect("a good configuration");
         let mut desired = Desired::written(&config, &config.interfaces);
         let warned = |desired: &Desired, kernel| {
-            let ways = BTreeMap::new();
-            let candidate = Candidate { config: &config, desired, ways: &ways };
+            let next_hops = BTreeMap::new();
+            let candidate = Candidate { config: &config, desired, next_hops: &next_hops };
             candidate.answers_taken(kernel).is_some()
         };
         assert!(!warned(&desired, (6, 1)));

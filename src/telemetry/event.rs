@@ -189,7 +189,7 @@ impl Names {
         let time = since_1970 + Duration::from_nanos(event.0.time);
         let interface = self.interface(event.0.interface);
         let out = (event.0.out != 0).then(|| self.interface(event.0.out));
-        let hop = NextHop { interface: out, gateway: event.gateway(), mac: event.mac() };
+        let hop = NextHopRecord { interface: out, gateway: event.gateway(), mac: event.mac() };
         let rule = self.rule(event);
         let upstream = self.upstream(event);
         let is_copy = upstream.is_some_and(|(_, is_copy)| is_copy);
@@ -245,7 +245,7 @@ pub struct Selection {
 
 /// Next hop of a packet, sent or not.
 #[derive(Debug, Serialize, JsonSchema)]
-pub struct NextHop {
+pub struct NextHopRecord {
     pub interface: Option<String>,
     pub gateway: Option<IpAddr>,
     pub mac: Option<String>,
@@ -272,7 +272,7 @@ pub struct EventRecord {
     pub upstream: Option<String>,
     /// Other upstreams get the packet too.
     pub copy: bool,
-    pub next_hop: Option<NextHop>,
+    pub next_hop: Option<NextHopRecord>,
     pub sent: bool,
     pub verdict: &'static str,
     #[serde(skip)]
@@ -301,7 +301,7 @@ impl fmt::Display for EventRecord {
         if let Some(endpoint) = &self.endpoint {
             write!(f, " -> {}{endpoint}", if self.copy { "copy to " } else { "" })?;
         }
-        if let Some(NextHop { interface, gateway, mac }) = &self.next_hop {
+        if let Some(NextHopRecord { interface, gateway, mac }) = &self.next_hop {
             for (word, text) in [
                 (" via ", gateway.map(|gateway| gateway.to_string())),
                 (" dev ", interface.clone()),

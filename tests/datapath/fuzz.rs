@@ -27,7 +27,7 @@ use crate::forge::{Forged, V4};
 use crate::packet::Mac;
 use crate::program::{Context, Counted, Run, VLAN_MAC};
 use crate::random::{Target, any_packet, one_of, usually};
-use crate::reference::{Arrival, End, Host, Outcome, Table, Verdict, Way};
+use crate::reference::{Arrival, End, Host, NextHop, Outcome, Table, Verdict};
 use crate::testbed::{
     FAR, FAR_COLD, GATEWAY_MAC, NARROW, NARROW_COLD, NEAR, NEAR_COLD, NEAR_MAC, NO_ROUTE, OUT_MAC,
     OWN, OWN6, PORTS, REDIRECT, RELAY_MAC, SHOT, Testbed, UNSPEC, VIP, VLANS,
@@ -97,7 +97,7 @@ impl Scenario {
             let mac = if self.held { Some(HELD_MAC) } else { *mac };
             let macs = mac.map(|mac| (OUT_MAC, mac));
             let egress = if address.is_ipv4() { OWN.into() } else { OWN6.into() };
-            (*address, Way { mtu: *mtu, macs, verdict: "forwarded", egress: Some(egress) })
+            (*address, NextHop { mtu: *mtu, macs, verdict: "forwarded", egress: Some(egress) })
         });
         Host {
             mac: RELAY_MAC,

@@ -16,7 +16,7 @@ use udplb::bpf::{types, wire};
 use udplb::config::{Action, Key, Source, Strategy as Selection};
 use udplb::datapath::kernel;
 use udplb::desired::{Rule, Upstream};
-use udplb::net::nexthop::Way;
+use udplb::net::nexthop::NextHop;
 
 use Fate::{Answered, Cut, Dropped, Queued, Sent, Unmatched, Untouched};
 
@@ -117,8 +117,8 @@ fn stored_next_hop_is_used() {
         let table = [
             // the upstream            known                            length pass      block
             ("never asked for",        None,                                44, no_route, no_route),
-            ("without a route",        Some(Way::None("none".into())),      44, no_route, no_route),
-            ("this host itself",       Some(Way::Local),                    44, no_route, no_route),
+            ("without a route",        Some(NextHop::None("none".into())),      44, no_route, no_route),
+            ("this host itself",       Some(NextHop::Local),                    44, no_route, no_route),
             ("with MAC addresses",     hop(1500, mac),                      44, sent,     queued),
             ("without MAC addresses",  hop(1500, None),                     44, sent,     queued),
             ("never in the kernel",    silent(None),                        44, cold,     Queued("unresolved")),

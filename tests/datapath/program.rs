@@ -21,7 +21,7 @@ use udplb::datapath::spares::{self, Situation};
 use udplb::desired::key_table::{Hashing, Key4, Key6, tuning_of};
 use udplb::desired::tables::{Tables, first_upstreams};
 use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
-use udplb::net::nexthop::Way;
+use udplb::net::nexthop::NextHop;
 
 use crate::common::wire::{TYPE, Tag};
 use crate::packet::Mac;
@@ -168,7 +168,12 @@ impl<'object> Program<'object> {
 
     /// Replaces all rules by one rule behind a decoy and returns the rule's ids; the first assigned id
     /// is the one after `first_id`.
-    pub fn configure(&self, rule: &Rule, ways: &BTreeMap<Address, Way>, first_id: u32) -> RuleIds {
+    pub fn configure(
+        &self,
+        rule: &Rule,
+        ways: &BTreeMap<Address, NextHop>,
+        first_id: u32,
+    ) -> RuleIds {
         let rules = vec![decoy(), rule.clone()];
         self.configure_all(&Desired { rules, ..Desired::default() }, ways, first_id)
             .pop()
@@ -179,7 +184,7 @@ impl<'object> Program<'object> {
     pub fn configure_all(
         &self,
         desired: &Desired,
-        ways: &BTreeMap<Address, Way>,
+        ways: &BTreeMap<Address, NextHop>,
         first_id: u32,
     ) -> Vec<RuleIds> {
         let mut ids = assign_ids(desired, &[], IDS).expect("ids suffice");

@@ -39,12 +39,12 @@ pub struct Host {
     /// Maximum frame length of the interfaces. A frame may have bytes behind the IP packet.
     pub longest: usize,
     /// Paths by upstream address; no other address has a route.
-    pub ways: BTreeMap<IpAddr, Way>,
+    pub ways: BTreeMap<IpAddr, NextHop>,
     pub hashed: Hashed,
 }
 
 #[derive(Clone, Debug)]
-pub struct Way {
+pub struct NextHop {
     /// Maximum length of whole IP packets.
     pub mtu: usize,
     /// MAC addresses of this host and of the next hop; `None` if the kernel has to resolve the

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use udplb::config::{Action, Address, Hash, Key, Ports, Source};
 use udplb::desired::{Rule, RuleIds, Upstream};
-use udplb::net::nexthop::{Hop, Macs, Way};
+use udplb::net::nexthop::{Hop, Macs, NextHop};
 
 use crate::common::Namespace;
 use crate::common::wire::{Tag, Wire, stay_on_this_cpu};
@@ -177,7 +177,7 @@ pub struct Case {
     pub rule: Rule,
     pub ingress: Ingress,
     /// Next hop of the upstream as written by user space; `None` leaves the lookup to the program.
-    pub known: Option<Way>,
+    pub known: Option<NextHop>,
     pub tamper: Option<Tamper>,
     pub packet: Packet,
     /// VLAN tag in the packet's metadata instead of its bytes.
@@ -380,13 +380,13 @@ impl Testbed<'_> {
     }
 
     /// Returns the next hop of an upstream behind the gateway, as user space resolves it.
-    pub fn hop(&self, mtu: u32, mac: Option<Mac>) -> Way {
+    pub fn hop(&self, mtu: u32, mac: Option<Mac>) -> NextHop {
         self.hop_by(Ipv4Addr::new(10, 0, 2, 254).into(), mtu, mac)
     }
 
     /// Returns the next hop through another gateway.
-    pub fn hop_by(&self, gateway: IpAddr, mtu: u32, mac: Option<Mac>) -> Way {
-        Way::Hop(Hop {
+    pub fn hop_by(&self, gateway: IpAddr, mtu: u32, mac: Option<Mac>) -> NextHop {
+        NextHop::Hop(Hop {
             interface: "out0".into(),
             ifindex: self.out,
             gateway,
@@ -397,13 +397,13 @@ impl Testbed<'_> {
     }
 
     /// Returns the next hop of an upstream of either family, with this host's egress address.
-    pub fn hop_to(&self, upstream: IpAddr, mtu: u32, mac: Option<Mac>) -> Way {
+    pub fn hop_to(&self, upstream: IpAddr, mtu: u32, mac: Option<Mac>) -> NextHop {
         let (gateway, egress) = match upstream {
             IpAddr::V4(_) => (Ipv4Addr::new(10, 0, 2, 254).into(), OWN.into()),
             IpAddr::V6(_) => (Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 0xfe).into(), OWN6.into()),
         };
         match self.hop_by(gateway, mtu, mac) {
-            Way::Hop(hop) => Way::Hop(Hop { egress: Some(egress), ..hop }),
+            NextHop::Hop(hop) => NextHop::Hop(Hop { egress: Some(egress), ..hop }),
             way => way,
         }
     }

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use udplb::config::Address;
 use udplb::net::Netlink;
 use udplb::net::neighbour::NeighbourKey;
-use udplb::net::nexthop::{self, Hop, Macs, Way};
+use udplb::net::nexthop::{self, Hop, Macs, NextHop};
 use udplb::net::routing::{Senders, Target};
 
 use crate::common::Namespace;
@@ -60,7 +60,7 @@ impl Pair {
         })
     }
 
-    fn way(&self, address: &str) -> Way {
+    fn way(&self, address: &str) -> NextHop {
         let address: Address = address.parse().expect("an address");
         let target = Target { address, senders: Senders::Own };
         let ways = self.ask(async |netlink| {
@@ -73,7 +73,7 @@ impl Pair {
     #[track_caller]
     fn hop(&self, address: &str) -> Hop {
         match self.way(address) {
-            Way::Hop(hop) => hop,
+            NextHop::Hop(hop) => hop,
             way => panic!("{address}: {way:?}"),
         }
     }
@@ -186,21 +186,25 @@ fn link_local_addresses_are_resolved() {
     let hop = pair.hop("fe80::20%eth0");
     assert_eq!((hop.gateway, hop.interface.as_str()), (ip("fe80::20"), "eth0"));
     let none = |address: &str| match pair.way(address) {
-        Way::None(reason) => reason,
+        NextHop::None(reason) => reason,
         way => panic!("{address}: {way:?}"),
     };
     assert_eq!(none("fe80::20%eth7"), "there is no interface eth7");
-    assert_eq!(pair.way("fe80::1%eth0"), Way::Local);
+    assert_eq!(pair.way("fe80::1%eth0"), NextHop::Local);
 }
 
 #[test]
 fn own_and_unroutable_addresses_are_recognised() {
     let pair = Pair::new();
-    assert_eq!(pair.way("2001:db8:2::1"), Way::Local);
+    assert_eq!(pair.way("2001:db8:2::1"), NextHop::Local);
     pair.host.ip("-6 route add unreachable 2001:db8:c::/64");
     pair.host.ip("-6 route add blackhole 2001:db8:d::/64");
     for address in ["2001:db8:c::1", "2001:db8:d::1", "2001:db8:ffff::1", "10.77.0.1"] {
-        assert!(matches!(pair.way(address), Way::None(_)), "{address}: {:?}", pair.way(address));
+        assert!(
+            matches!(pair.way(address), NextHop::None(_)),
+            "{address}: {:?}",
+            pair.way(address)
+        );
     }
 }
 

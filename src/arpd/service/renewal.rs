@@ -14,7 +14,7 @@ use crate::desired::dns::Answers;
 use crate::desired::{Desired, partial};
 use crate::net::nexthop;
 use crate::reconcile::observe::observe;
-use crate::reconcile::{addresses, execute, next_hops, plan};
+use crate::reconcile::{addresses, execute, plan, resolve_next_hops};
 
 /// Pause after filters were attached again.
 const ATTACH_PAUSE: Duration = Duration::from_secs(1);
@@ -62,8 +62,8 @@ impl Service {
         let lost: Vec<String> =
             lost.iter().filter(|name| !observed.is_detached(name)).cloned().collect();
         let plan = plan::attach_again(&observed, &lost)?;
-        let ways = BTreeMap::new();
-        let mut executor = execute::Executor::new(&guard, &self.netlink, &observed, &ways);
+        let next_hops = BTreeMap::new();
+        let mut executor = execute::Executor::new(&guard, &self.netlink, &observed, &next_hops);
         executor.run(&plan.actions, &mut execute::log).await?;
         let before = self.serving.as_ref().map(|serving| &serving.interfaces);
         for name in plan.attached() {
@@ -166,8 +166,10 @@ impl Service {
     }
 
     async fn renew(&mut self, number: u32, desired: &Desired) -> anyhow::Result<Option<u32>> {
-        let ways = next_hops(&self.netlink, desired).await?;
-        if let Some((target, _)) = ways.iter().find(|(_, way)| **way == nexthop::Way::Local) {
+        let next_hops = resolve_next_hops(&self.netlink, desired).await?;
+        if let Some((target, _)) =
+            next_hops.iter().find(|(_, next_hop)| **next_hop == nexthop::NextHop::Local)
+        {
             let address = &target.address;
             bail!("{address} is an address of this host, which is no upstream");
         }
@@ -186,7 +188,8 @@ impl Service {
             bail!("generation {number} was built by another udplb: restart arpd");
         }
         let plan = plan::renew(&observed, desired, &serving.description.origin)?;
-        let outcome = execute::reconcile(&guard, &self.netlink, &observed, &plan, &ways).await?;
+        let outcome =
+            execute::reconcile(&guard, &self.netlink, &observed, &plan, &next_hops).await?;
         Ok(Some(outcome.generation))
     }
 }

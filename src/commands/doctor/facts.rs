@@ -315,8 +315,8 @@ async fn look(
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
     facts.inputs = inputs(netlink, observed, &links, serving, desired).await?;
-    let ways = nexthop::look(netlink, &desired.targets(), &desired.interfaces).await?;
-    facts.upstreams = upstreams(&ways, &links, status, desired);
+    let next_hops = nexthop::look(netlink, &desired.targets(), &desired.interfaces).await?;
+    facts.upstreams = upstreams(&next_hops, &links, status, desired);
     let hops: HashSet<(&str, IpAddr)> = facts
         .upstreams
         .iter()
@@ -330,7 +330,7 @@ async fn look(
     }
     facts.senders = senders(desired);
     facts.wants_health = desired.rules.iter().any(|rule| rule.health == Health::Neighbour);
-    facts.warnings = warnings(desired, &ways, &links, &addresses);
+    facts.warnings = warnings(desired, &next_hops, &links, &addresses);
     let own: HashSet<IpAddr> = addresses.iter().map(|own| own.address).collect();
     facts.unassigned = desired
         .rules
@@ -349,13 +349,13 @@ async fn look(
 /// Returns the warnings of `apply` for the active configuration.
 fn warnings(
     desired: &Desired,
-    ways: &BTreeMap<routing::Target, nexthop::Way>,
+    next_hops: &BTreeMap<routing::Target, nexthop::NextHop>,
     links: &[Link],
     addresses: &[OwnAddress],
 ) -> Vec<String> {
     let text = export::document(desired).to_string();
     let Ok(config) = Config::parse("what serves", &text) else { return Vec::new() };
-    let candidate = Candidate { config: &config, desired, ways };
+    let candidate = Candidate { config: &config, desired, next_hops };
     let mut findings = candidate.of_this_host(links, addresses);
     // a missing privilege is reported on its own
     findings.extend(candidate.in_clear(&ipsec::security_policies().unwrap_or_default()));
@@ -462,7 +462,7 @@ fn lro(interface: &str) -> bool {
 }
 
 fn upstreams(
-    ways: &BTreeMap<routing::Target, nexthop::Way>,
+    next_hops: &BTreeMap<routing::Target, nexthop::NextHop>,
     links: &[Link],
     status: Option<&Status>,
     desired: &Desired,
@@ -478,7 +478,7 @@ fn upstreams(
     for rule in &desired.rules {
         for upstream in rule.destinations() {
             let label = upstream.label();
-            let found = ways.get(&desired.target(rule, upstream));
+            let found = next_hops.get(&desired.target(rule, upstream));
             let hop = found.and_then(|found| found.hops().first());
             let status = known.get(&(rule.name.as_str(), label.as_str()));
             let dropped = |reason| {
@@ -502,9 +502,9 @@ fn upstreams(
 }
 
 /// Converts a next hop, or the first of several. `links` are all interfaces by index.
-fn path(way: &nexthop::Way, links: &HashMap<u32, Link>) -> PathFacts {
-    let hop = match (way, way.hops().first()) {
-        (nexthop::Way::None(reason), _) => return PathFacts::None(reason.clone()),
+fn path(next_hop: &nexthop::NextHop, links: &HashMap<u32, Link>) -> PathFacts {
+    let hop = match (next_hop, next_hop.hops().first()) {
+        (nexthop::NextHop::None(reason), _) => return PathFacts::None(reason.clone()),
         (_, Some(hop)) => hop,
         (_, None) => return PathFacts::Local,
     };
