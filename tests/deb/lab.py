@@ -1,4 +1,4 @@
-"""The machines that packages are tried on: a client, a relay and an upstream, with systemd."""
+"""Machines to try packages on: a client, a relay and an upstream, with systemd."""
 
 import shutil
 import sys
@@ -48,7 +48,7 @@ class Lab:
 
 
 def try_on(name: str, script: Callable[[Driver], None], usage: str | None) -> int:
-    """Runs the script on the machines for the package that the command line names; the exit status."""
+    """Runs the script on the machines for the package of the command line; returns the exit status."""
     if len(sys.argv) != 2:
         sys.exit(usage)
     addresses = {"client": "10.1.0.1", "relay": "10.1.0.2", "up": "10.1.0.3"}

@@ -44,7 +44,7 @@ class Block:
         return f"{self.file.relative_to(ROOT) if known else self.file.name}:{self.line}"
 
     def value(self, name: str) -> str | None:
-        """The text behind NAME= after the language."""
+        """Returns the text behind NAME= after the language."""
         return next((word.partition("=")[2] for word in self.words if word.startswith(f"{name}=")), None)
 
     @property
@@ -53,7 +53,7 @@ class Block:
 
 
 def manual(udplb: Path, folder: Path) -> Path:
-    """The examples of udplb(1) as a document, whose output is not compared."""
+    """Returns the examples of udplb(1) as a document, whose output is not compared."""
     subprocess.run([udplb, "man", folder], check=True)
     text = (folder / "udplb.1").read_text().replace("\\-", "-")
     document = ""
@@ -72,7 +72,7 @@ def documents() -> list[Path]:
 
 
 def blocks(file: Path) -> list[Block]:
-    """All fenced blocks of a document."""
+    """Returns all fenced blocks of a document."""
     found: list[Block] = []
     fence, start = "", 0
     lines: list[str] = []
@@ -93,7 +93,7 @@ def blocks(file: Path) -> list[Block]:
 
 
 def judge(block: Block, udplb: Path) -> None:
-    """What can be found wrong with a block without running it."""
+    """Returns the mistakes in a block that are found without running it."""
     if block.language not in LANGUAGES:
         raise Failed(f"`{block.language}` is no language of tests/docs/blocks.py")
     if not block.is_run:
@@ -142,14 +142,14 @@ def check_nix(text: str, nixfmt: Path) -> None:
 
 
 def anchors(file: Path) -> set[str]:
-    """GitHub's names of the headings."""
+    """Returns GitHub's names of the headings."""
     text = re.sub(r"(?ms)^```.*?^```$", "", file.read_text())
     headings = re.findall(r"(?m)^#+ +(.*?)\s*$", text)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def dead_links(file: Path) -> list[str]:
-    """Links of a document to files or headings that are not there."""
+    """Returns the links of a document to files or headings that are missing."""
     dead = []
     text = re.sub(r"(?ms)^```.*?^```$", "", file.read_text())
     for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text):
@@ -163,7 +163,7 @@ def dead_links(file: Path) -> list[str]:
 
 
 def check_pictures() -> None:
-    """Each is shown somewhere, is small, and loads nothing."""
+    """Checks that each picture is shown somewhere, is small, and loads nothing."""
     shown = set()
     for file in documents():
         shown |= set(re.findall(r"[\w/.]*contrib/pictures/([\w.-]+)", file.read_text()))
@@ -185,7 +185,7 @@ PROMPT = re.compile(r"^(?:(?P<host>client|a|b)\$|[#$]) (?P<command>.*)$")
 
 
 def steps(text: str) -> list[tuple[str, str, list[str]]]:
-    """The commands of a console block: host (empty: the relay), command, output that is shown."""
+    """Returns the commands of a console block: host (empty: the relay), command, output that is shown."""
     found: list[tuple[str, str, list[str]]] = []
     continued = False
     for line in text.splitlines():
@@ -204,7 +204,7 @@ def steps(text: str) -> list[tuple[str, str, list[str]]]:
 
 
 def masked(line: str) -> str:
-    """The line without what differs from run to run: numbers, MAC addresses, states of neighbours, bars, widths."""
+    """Returns the line without numbers, MAC addresses, states of neighbours, bars and widths, which differ."""
     line = re.sub(r"\b[0-9a-f]{2}(:[0-9a-f]{2}){5}\b", "MAC", line)
     line = re.sub(r"\b(REACHABLE|STALE|DELAY|PROBE)\b", "NUD", line)
     line = re.sub(r"\d+ms\b|\d+[smhd]\b", "AGE", line)
@@ -214,7 +214,7 @@ def masked(line: str) -> str:
 
 
 def compare(shown: list[str], said: str) -> None:
-    """Fails unless the output is what the document shows; `...` stands for any lines."""
+    """Fails unless the output equals that in the document; `...` stands for any lines."""
     pattern = "".join(
         r"(?:.*\n)*?" if line.strip() == "..." else re.escape(masked(line)) + r"\n" for line in shown
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs the console blocks of one document in the lab of ./dev demo, and says what became of each.
+"""Runs the console blocks of one document in the lab of ./dev demo, and reports the result of each.
 
 usage: tests/demo DIRECTORY-OF-THE-BUILD tests/docs/lab.py DOCUMENT
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Checks that comments begin with a verb or a noun, not with a relative clause: `tests/lint/language.py [PATH...]`.
+"""Checks that comments and docstrings begin with a verb or a noun: `tests/lint/language.py [PATH...]`.
 
-"Returns the key's length." is read once, "How long a key is." twice. At most 2 % of the comment lines may begin with
+"Returns the key's length." is read once, "How long a key is." twice. At most 2 % of these lines may begin with
 such a word; above that, each is printed. Without PATH a small tree is checked first.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 PARTS = ["src", "bpf", "tests", "benches", "dev"]
-SUFFIXES = {"", ".rs", ".c", ".h", ".sh"}
+SUFFIXES = {"", ".rs", ".c", ".h", ".sh", ".py"}
 MAX_SHARE = 0.02
-COMMENT = re.compile(r"\s*(?://[/!]|/?\*\*?|//|#:?) +(\w+)")
+COMMENT = re.compile(r'\s*(?:(?://[/!]|/?\*\*?|//|#:?) +|""")(\w+)')
 OPENINGS = set("What Whether Of How Those Whose Whom Where Who Whoever Whatever That".split())
 
 
@@ -38,17 +38,18 @@ def violations(paths: Iterable[str | Path]) -> list[str]:
 
 
 def check_the_check() -> None:
-    """A tree with one bad line in each language: all are found, and in a large file none counts."""
+    """Checks that all bad lines of a small tree are found, and that in a large file none counts."""
     with tempfile.TemporaryDirectory() as directory:
         tree = Path(directory)
         (tree / "a.rs").write_text('//! What it is.\n/// Returns it.\nlet x = "// Who";\n    /// Whether so.\n// How.\n/// Office.\n')
         (tree / "b.h").write_text("/* Of it. */\n/*\n * Those of it.\n */\nreturn 1;\n")
         (tree / "run").write_text("# Whom it runs.\n")
+        (tree / "t.py").write_text('"""Who runs it."""\nx = """Where"""\n')
         found = [text.removeprefix(f"{tree}/").split(": ")[0] for text in violations([tree])]
-        wanted = ["a.rs:1", "a.rs:4", "a.rs:5", "b.h:1", "b.h:3", "run:1", "6 of 8 comment lines begin with a relative clause; rewrite them"]
+        wanted = ["a.rs:1", "a.rs:4", "a.rs:5", "b.h:1", "b.h:3", "run:1", "t.py:1", "7 of 9 comment lines begin with a relative clause; rewrite them"]
         assert found == wanted, f"the check of a wrong tree finds: {found}"
-        (tree / "c.rs").write_text("/// Returns it.\n" * 300)
-        assert not violations([tree]), "6 of 308 lines are few"
+        (tree / "c.rs").write_text("/// Returns it.\n" * 400)
+        assert not violations([tree]), "7 of 409 lines are few"
 
 
 def main() -> bool:

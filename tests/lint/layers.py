@@ -71,7 +71,7 @@ def violations(src: Path) -> Iterator[str]:
 
 
 def check_the_check() -> None:
-    """A tree with one violation of each kind: all are found, or the check is of no use."""
+    """Checks that all violations in a small tree with one of each kind are found."""
     with tempfile.TemporaryDirectory() as directory:
         src = Path(directory)
         (src / "net").mkdir()

@@ -1,4 +1,4 @@
-"""Builds what nixos/package.nix builds, without Nix: its fileset alone, in an empty folder, offline.
+"""Builds the package of nixos/package.nix without Nix: its fileset alone, in an empty folder, offline.
 
 Paths, flags and phases are read from the .nix file. Only the profile differs: debug, for which the
 dependencies have been built already.
@@ -70,7 +70,7 @@ def read(pattern: str) -> str:
 
 
 def fileset() -> list[str]:
-    """The paths in the fileset, relative to the repository."""
+    """Returns the paths in the fileset, relative to the repository."""
     words = read(r"fileset\.unions \[(.*?)\]").split()
     if wrong := [word for word in words if not word.startswith("../")]:
         raise Wrong(f"only plain paths can be read from the fileset: {wrong}")
@@ -78,7 +78,7 @@ def fileset() -> list[str]:
 
 
 def phase(name: str) -> str:
-    """The shell text of a phase, with Nix' interpolations replaced by the folders used here."""
+    """Returns the shell text of a phase, with Nix' interpolations replaced by the folders used here."""
     text = "".join(re.findall(r"''(.*?)''", read(rf"\n  {name} =(.*?);\n"), re.DOTALL))
     text = text.replace("target/${stdenv.hostPlatform.rust.cargoShortTarget}/release", f"{BUILT}/debug")
     if found := re.search(r"\$\{.*?\}", text):
@@ -87,7 +87,7 @@ def phase(name: str) -> str:
 
 
 def copy(paths: list[str]) -> None:
-    """Puts what git knows of the paths into an empty folder. Times are kept, for cargo."""
+    """Copies the files that git knows below the paths into an empty folder. Times are kept, for cargo."""
     shutil.rmtree(SOURCE, ignore_errors=True)
     for path in paths:
         listed = run(ROOT, "git", "ls-files", "-co", "--exclude-standard", "--", path).split("\n")
@@ -115,7 +115,7 @@ def cargo(*arguments: str) -> str:
 
 
 def foreign_objects(messages: str) -> list[str]:
-    """Objects for the kernel that the product does not contain."""
+    """Returns the objects for the kernel that the product lacks."""
     lines = (json.loads(line) for line in messages.splitlines() if line.startswith("{"))
     folders = [Path(line["out_dir"]) for line in lines if line["reason"] == "build-script-executed"]
     objects = [file.name for folder in folders for file in folder.glob("*.bpf.o")]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks flake, module, package and VM tests with nothing of nixpkgs but its lib/ folder.
+"""Checks flake, module, package and VM tests with the lib/ folder of nixpkgs alone.
 
 Without lib/ or without Nix the evaluation is skipped, loudly; the fixtures that it makes
 say of which sources they are. Linters that are not installed are skipped each. The last line counts.
@@ -54,7 +54,7 @@ def lint(what: str, program: str, *args: str | Path, **kwargs: Any) -> None:
 
 
 class Nix:
-    """One attribute of eval.nix at a time."""
+    """Evaluates one attribute of eval.nix at a time."""
 
     def __init__(self, program: str, lib: Path):
         self.program, self.lib = program, lib
@@ -100,7 +100,7 @@ def check_expectation(expect: dict[str, Any], got: dict[str, Any]) -> str:
 
 
 def check_units(name: str, units: dict[str, str]) -> None:
-    """The unit files as systemd itself reads them."""
+    """Checks the unit files as systemd itself reads them."""
     if not units:
         return
     if not shutil.which("systemd-analyze"):
@@ -124,7 +124,7 @@ def check_units(name: str, units: dict[str, str]) -> None:
 
 
 def check_built(name: str, etc: dict[str, Any], udplb: str, expect: str) -> None:
-    """What the build of the system runs on the configuration file."""
+    """Runs the check of the configuration file that the build of the system runs."""
     for file, entry in etc.items():
         if not entry["check"] or entry["text"] is None:
             continue
@@ -176,7 +176,7 @@ def check_cases(nix: Nix, udplb: str) -> None:
 
 
 def words(schema: Any) -> set[str]:
-    """All property names and enum values of a JSON schema that may be used."""
+    """Returns all property names and enum values of a JSON schema."""
     found: set[str] = set()
     if isinstance(schema, dict):
         found |= {name for name, value in schema.get("properties", {}).items() if value}
@@ -190,7 +190,7 @@ def words(schema: Any) -> set[str]:
 
 
 def check_words(udplb: str) -> None:
-    """The module has the words of the program that are built, and no others."""
+    """Checks that the module has the words of the built program, and no others."""
     if not udplb:
         skip("the module has the program's words", "no --udplb")
         return
@@ -200,7 +200,7 @@ def check_words(udplb: str) -> None:
 
 
 def check_options(nix: Nix) -> None:
-    """Every option says what it is for, and how it is used."""
+    """Checks that every option has a description and an example."""
     options, error = nix.get("options")
     if options is None:
         report("options", error)
@@ -223,7 +223,7 @@ def check_package(nix: Nix, write: bool) -> None:
 
 
 def build_package() -> None:
-    """Each step needs the one before."""
+    """Checks the steps in order; each needs the one before."""
     if not shutil.which("cargo"):
         skip("the package's build", "no cargo")
         return
@@ -237,7 +237,7 @@ def build_package() -> None:
 
 
 def check_demo(udplb: str) -> None:
-    """The flake's demo has nothing on its PATH but its runtimeInputs: here the like of them from Debian."""
+    """Runs the flake's demo with only its runtimeInputs on the PATH, taken from Debian here."""
     inputs = re.search(r"runtimeInputs = \[(.*?)\]", (ROOT / "flake.nix").read_text(), re.DOTALL)
     debian = {"gnused": "sed", "util-linux": "util-linux mount"}
     packages = " ".join(debian.get(name, name) for name in re.findall(r"pkgs\.(\S+)", inputs[1] if inputs else ""))
@@ -267,7 +267,7 @@ def wrong_escapes(escaped: dict[str, str]) -> str:
 
 @functools.cache
 def sources() -> str:
-    """The digest of all that a fixture is made of."""
+    """Returns the digest of the .nix files that fixtures are made of."""
     digest = hashlib.sha256()
     for file in sorted(file for folder in ("nixos", "tests/nix", "tests/vm") for file in (ROOT / folder).glob("*.nix")):
         digest.update(f"{file.relative_to(ROOT)}\0{file.read_text()}\0".encode())
@@ -275,7 +275,7 @@ def sources() -> str:
 
 
 def fixture(test: dict[str, Any]) -> str:
-    """What the driver needs of a test. The script is not in it: the driver reads the .py itself."""
+    """Returns the data that the driver needs of a test, without the script: the driver reads the .py itself."""
 
     def files(summary: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -322,7 +322,7 @@ def check_scenarios(nix: Nix, udplb: str, write: bool) -> None:
 
 
 def check_flake(nix: Nix) -> None:
-    """Everything that the flake offers, against a nixpkgs of stand-ins."""
+    """Evaluates every output of the flake against a nixpkgs of stand-ins."""
     program = Path(shutil.which(nix.program) or nix.program).with_name("nix")
     if not program.exists() or not shutil.which("git"):
         skip("flake", f"needs {program} and git")
@@ -364,7 +364,7 @@ def lint_nix() -> None:
 
 
 def lint_scripts() -> None:
-    """The scripts as the NixOS test driver lints them, and our own Python."""
+    """Lints the scripts as the NixOS test driver does, and our own Python."""
     pyflakes = shutil.which("pyflakes") or shutil.which("pyflakes3") or "pyflakes"
     env = {**os.environ, "MYPYPATH": f"{DRIVER}:{ROOT / 'tests/deb'}:{ROOT / 'tests/docs'}"}
     own = ["nix/package.py", "nix/run.py", "vm/driver/nsdriver.py", "vm/driver/switch-to-configuration", "vm/udp.py"]
@@ -392,7 +392,7 @@ def lint_scripts() -> None:
 
 
 def directives(unit: list[str]) -> set[str]:
-    """One word a value; without what must differ: programs, devices, NixOS' own marks."""
+    """Returns a word for each value, without those that must differ: programs, devices, NixOS' own marks."""
     found = set()
     section = ""
     for line in unit:
@@ -407,14 +407,14 @@ def directives(unit: list[str]) -> set[str]:
 
 
 def check_contrib(name: str, units: dict[str, list[str]]) -> None:
-    """Debian's units say what the module's say."""
+    """Checks that Debian's units equal the module's."""
     for file in sorted((ROOT / "contrib/systemd").iterdir()):
         ours, theirs = directives(file.read_text().splitlines()), directives(units[file.name])
         report(f"contrib: {file.name} and {name} agree", "\n".join(sorted(ours ^ theirs)))
 
 
 def check_fixtures() -> None:
-    """Without Nix: the fixtures were made of the sources that are here, and Debian's units are like theirs."""
+    """Checks without Nix that the fixtures were made of these sources, and that Debian's units are like theirs."""
     for file in sorted(FIXTURES.glob("*.json")):
         stored = json.loads(file.read_text())
         report(f"{file.stem}: fixture is of these .nix files", "" if stored.get("sources") == sources() else STALE)
@@ -435,7 +435,7 @@ def arguments() -> argparse.Namespace:
 
 
 def find_lib(args: argparse.Namespace) -> Path | None:
-    """The folder that holds nixpkgs' lib/: as told, or where Nix itself finds nixpkgs."""
+    """Returns the folder of nixpkgs' lib/: the given one, or that of Nix' own search path."""
     if args.lib or not shutil.which(args.nix):
         return Path(args.lib).resolve() if args.lib else None
     found = run(args.nix, "--eval", "--json", "-E", "toString <nixpkgs>", env={**os.environ, "NIX_REMOTE": "dummy://"})

@@ -47,7 +47,7 @@ class Prometheus:
         self.rate_interval = f"{4 * scrape}s"
 
     def ask(self, target: dict[str, Any]) -> list[Series]:
-        """The series of a panel's query, with everything chosen."""
+        """Returns the series of a panel's query, with all variables set to everything."""
         query = target["expr"].replace("$__rate_interval", self.rate_interval)
         query = re.sub(r"\$(instance|rule)\b", ".*", query)
         asked = {"query": query, "start": self.begin, "end": self.end, "step": self.step}
@@ -81,7 +81,7 @@ UNITS: dict[str, Callable[..., str]] = {
 
 
 def shown(value: float, settings: dict[str, Any]) -> tuple[str, str]:
-    """Text and colour of a value."""
+    """Returns text and colour of a value."""
     for mapping in settings.get("mappings", []):
         if option := mapping["options"].get(f"{value:.0f}"):
             return option["text"], COLOURS[option["color"]]
@@ -100,7 +100,7 @@ class Panel:
     times: tuple[datetime, datetime]
 
     def axes(self, left: float = 0, below: float = 0, right: float = 0, above: float = 0) -> Any:
-        """Axes on the card, with so many inches of it around them."""
+        """Adds axes to the card, with margins in inches."""
         grid, (width, height) = self.settings["gridPos"], self.figure.get_size_inches()
         x, y = grid["x"] * WIDTH + GAP / 2 + left, height - (grid["y"] + grid["h"]) * HEIGHT + GAP / 2 + below
         w, h = grid["w"] * WIDTH - GAP - left - right, grid["h"] * HEIGHT - GAP - below - above
@@ -125,7 +125,7 @@ class Panel:
 
 
 def legend(axes: Any, entries: int, **handles: Any) -> None:
-    """Below the axes, in as many columns as there is room for."""
+    """Draws the legend below the axes, in as many columns as fit."""
     columns = 3 if entries < 4 else 2
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.1), borderpad=0.3, ncol=columns, handlelength=1, **handles)
 
@@ -153,7 +153,7 @@ def time_series(panel: Panel) -> None:
 
 
 def spans(series: Series, end: datetime) -> Iterator[tuple[float, datetime, datetime]]:
-    """Each value, since when, and until when."""
+    """Yields each value with its begin and end."""
     changes = [next(run) for _, run in groupby(zip(series.values, series.times), lambda sample: sample[0])]
     for (value, begin), (_, until) in zip(changes, [*changes[1:], (0, end)]):
         yield value, begin, until

@@ -19,13 +19,13 @@ def client(port: int, ttl: int = 64) -> socket:
 
 
 def datagrams(port: int, senders: list[socket], lengths: list[int]) -> Iterator[int]:
-    """Sends one at each step, by the senders in turn."""
+    """Sends one datagram at each step, from the senders in turn."""
     for sender, length in zip(cycle(senders), cycle(lengths)):
         yield sender.sendto(bytes(length), ("192.0.2.1", port))
 
 
 def now(mean: float, period: float) -> float:
-    """Datagrams a second: they swell and fade, and no second is like the one before."""
+    """Returns the datagrams a second, a rate that rises and falls and differs each second."""
     seconds = time.monotonic()
     noise = random.Random(f"{period} {seconds:.0f}").uniform(0.5, 1.5)
     return mean * noise * (1 + 0.3 * math.sin(2 * math.pi * seconds / period))

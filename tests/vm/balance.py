@@ -12,7 +12,7 @@ lb.succeed("systemctl reload udplb.service")
 
 
 def arrived(file, count):
-    """What each upstream got, when together they have so many."""
+    """Returns the datagrams of each upstream once their sum is `count`."""
 
     def both():
         return [upstream.succeed(f"cat {file}").splitlines() for upstream in upstreams]

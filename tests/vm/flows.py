@@ -14,7 +14,7 @@ def lines(upstream):
 
 
 def send():
-    """A datagram from each port; the ports whose datagrams each upstream got."""
+    """Sends a datagram from each port; returns the ports whose datagrams each upstream got."""
     seen = [len(lines(upstream)) for upstream in (heavy, light)]
 
     def arrived():

@@ -13,7 +13,7 @@ def switch(name=""):
 
 
 def sent(source, *to):
-    """Datagrams from this port arrive at these receivers, and at no other."""
+    """Checks that datagrams from this port arrive at these receivers only."""
     client.succeed(f"python3 /etc/udp.py send 10.1.0.2 514 --from {source}")
     for number, receiver in enumerate(receivers, 3):
         # Sent directly to the receiver: relayed datagrams were sent before.

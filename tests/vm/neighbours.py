@@ -11,7 +11,7 @@ ports = itertools.count(40000)
 
 
 def copied():
-    """Copies do not wait for a neighbour: they are sent until one arrives."""
+    """Sends until a copy arrives: copies do not wait for a neighbour."""
     port = next(ports)
     send = f"python3 /etc/udp.py send 10.1.0.2 2055 --from {port} --interval 0.1 --until /tmp/{port}"
     client.succeed(f"timeout 60 {send} >/dev/null 2>&1 &")

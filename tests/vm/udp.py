@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The UDP end points of the scenarios.
+"""UDP end points of the scenarios.
 
 listen PORT FILE                returns when the socket is bound; FILE gets a line per datagram:
                                 address port TTL payload

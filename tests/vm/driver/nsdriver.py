@@ -112,7 +112,7 @@ def retry(fn: Callable[[bool], bool], timeout_seconds: int = 900) -> None:
 
 
 def ruleset(firewall: dict[str, Any]) -> str:
-    """The input chain of NixOS' firewall, as far as UDP goes, and the tables beside it."""
+    """Returns the input chain of NixOS' firewall for UDP, and the tables beside it, for nft."""
 
     def ports(spec: int | dict[str, int]) -> str:
         return f"{spec['from']}-{spec['to']}" if isinstance(spec, dict) else str(spec)
@@ -193,7 +193,7 @@ class Machine:
                 stub.write_text(text)
 
     def inside(self, *command: str | Path) -> list[str | Path]:
-        """The command in this machine's network, with the host's files."""
+        """Returns the command to run in this machine's network, with the host's files."""
         return ["nsenter", "-t", str(self.pid), "-n", *command]
 
     # life
@@ -264,7 +264,7 @@ class Machine:
                 call(*ip, "route", "add", *route.split(), "dev", interface)
 
     def mac(self, interface: str) -> str:
-        """The same after a reboot, as of a virtual machine: others would send to the old one for a while."""
+        """Returns an interface's MAC address, the same after a reboot: others would send to the old one for a while."""
         number = zlib.crc32(f"{self.name} {interface}".encode())
         return "52:54:" + ":".join(f"{byte:02x}" for byte in number.to_bytes(4, "big"))
 
@@ -399,7 +399,7 @@ class Machine:
 
 
 def plain_machines(name: str, addresses: dict[str, str]) -> dict[str, Any]:
-    """A test whose machines have an address each on one VLAN, and nothing else."""
+    """Describes a test whose machines have one address each on one VLAN."""
     firewall = {"enable": False, "nftables": False, "tables": [], "open": {}}
     empty = {"etc": {}, "units": {}, "firewall": firewall, "networkd": {}, "packages": {}}
     empty |= {"sysctl": {}, "specialisations": {}}
@@ -465,7 +465,7 @@ class Driver:
 
 
 def play(test: dict[str, Any], udplb: Path | None, script: Callable[[Driver], None]) -> int:
-    """Runs the script on the machines of the test; the exit status."""
+    """Runs the script on the machines of the test; returns the exit status."""
 
     def end(number: int, _frame: object) -> None:
         raise Failed(f"ended by {signal.Signals(number).name}")
