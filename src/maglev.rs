@@ -298,7 +298,7 @@ mod tests {
     }
 
     /// Returns the mean and the maximum, in percent.
-    fn judge(shares: &[f64]) -> (f64, f64) {
+    fn mean_and_worst(shares: &[f64]) -> (f64, f64) {
         let mean = shares.iter().sum::<f64>() / shares.len() as f64;
         (100.0 * mean, 100.0 * shares.iter().copied().fold(0.0, f64::max))
     }
@@ -314,7 +314,7 @@ mod tests {
             goes.push(needless((&old, &before), (&new, &after)));
             comes.push(needless((&new, &after), (&old, &before)));
         }
-        [judge(&goes), judge(&comes)]
+        [mean_and_worst(&goes), mean_and_worst(&comes)]
     }
 
     fn weights(seed: u64, count: u64, most: u64) -> Vec<u32> {
@@ -351,7 +351,7 @@ mod tests {
                 new[3].1 = to;
                 shares.push(needless((&old, &table_of(&old)), (&new, &table_of(&new))));
             }
-            let (mean, worst) = judge(&shares);
+            let (mean, worst) = mean_and_worst(&shares);
             assert!(mean <= 1.0 && worst <= 2.0, "{from} -> {to}: {mean} {worst}");
         }
     }

@@ -266,8 +266,8 @@ fn neighbour_table(message: NeighbourTableMessage) -> Option<NeighbourTable> {
                 known = table.ipv6 || name == "arp_cache";
             }
             NeighbourTableAttribute::Config(config) => table.entries = config.entries,
-            NeighbourTableAttribute::Threshold2(most) => table.threshold2 = most,
-            NeighbourTableAttribute::Threshold3(most) => (table.threshold3, whole) = (most, true),
+            NeighbourTableAttribute::Threshold2(max) => table.threshold2 = max,
+            NeighbourTableAttribute::Threshold3(max) => (table.threshold3, whole) = (max, true),
             _ => {}
         }
     }

@@ -302,7 +302,7 @@ fn plan_announces_the_share_of_moved_flows() {
         let guard = guard.expect("something is applied");
         let number = lab.status()["generation"].as_u64().expect("a number") as u32;
         let generation = generation::read(&guard, number).expect("readable").expect("a generation");
-        let asker = Asker::new(&guard, &generation).expect("a twin");
+        let asker = Asker::new(&guard, &generation).expect("a dry run");
         let end = |flow: u64| {
             let question = Question {
                 source: SocketAddr::new([10, 1, (flow >> 8) as u8, flow as u8].into(), 5000),
@@ -378,7 +378,7 @@ fn get_agrees_with_where_packets_go() {
     let guard = pins::read(&lab.bpffs.pins(), crate::common::net::PATIENCE).expect("pins");
     let guard = guard.expect("something is applied");
     let generation = generation::read(&guard, 1).expect("readable").expect("a generation");
-    let asker = Asker::new(&guard, &generation).expect("a twin");
+    let asker = Asker::new(&guard, &generation).expect("a dry run");
     let (index, mac) = (lab.relay.index("eth0"), lab.relay.mac("eth0"));
 
     let mut random = Random(7);

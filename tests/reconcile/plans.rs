@@ -458,7 +458,7 @@ fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> any
             .collect();
         let ways = nexthop::resolve(&netlink, &targets, &["eth0".into()]).await?;
         let mut steps = 0;
-        let mut witness = |_: &Action| {
+        let mut observer = |_: &Action| {
             steps += 1;
             match trouble {
                 _ if steps <= stop => Ok(()),
@@ -467,7 +467,7 @@ fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> any
             }
         };
         let mut executor = Executor::new(&guard, &netlink, &observed, &ways);
-        executor.run(&plan.actions, &mut witness).await?;
+        executor.run(&plan.actions, &mut observer).await?;
         Ok(plan.actions.len())
     };
     lab.relay.enter(|| {

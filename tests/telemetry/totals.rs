@@ -338,7 +338,7 @@ fn failed_apply_keeps_the_total() {
         let observed = observe(Some(&guard), &netlink).await?;
         let plan = plan::apply(&observed, &desired, &Origin::default(), false)
             .map_err(|refusal| anyhow!("{refusal}"))?;
-        let mut witness = |action: &Action| {
+        let mut observer = |action: &Action| {
             if let Action::SetCurrent(_) = action {
                 sender.send_to(b"total", (RELAY, 5000)).expect("sent");
                 served[receive_any(receivers).0] += 1;
@@ -347,7 +347,7 @@ fn failed_apply_keeps_the_total() {
             Ok(())
         };
         let ways = BTreeMap::new();
-        Executor::new(&guard, &netlink, &observed, &ways).run(&plan.actions, &mut witness).await
+        Executor::new(&guard, &netlink, &observed, &ways).run(&plan.actions, &mut observer).await
     };
     let failed: anyhow::Result<()> = lab.relay.enter(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
