@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::Ipv6Addr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 
 use etherparse::err::packet::BuildWriteError;
@@ -13,7 +13,7 @@ use etherparse::{
     Ipv6FragmentHeader, Ipv6Header, PacketBuilder, PacketBuilderStep,
 };
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{MapCore, MapFlags, TC_INGRESS, TcHook};
+use libbpf_rs::{MapCore, MapFlags, TC_INGRESS, TcAttachPoint, TcHook};
 
 use crate::common::Namespace;
 
@@ -25,9 +25,31 @@ const BEGINNING: usize = 72;
 
 /// Loads the object, which lives as long as the process.
 pub fn load() -> FloorsSkel<'static> {
+    load_for(0)
+}
+
+/// Loads the object with floors that send to interface `out`, wherever they are attached.
+pub fn load_for(out: u32) -> FloorsSkel<'static> {
     let object = Box::leak(Box::new(MaybeUninit::uninit()));
-    let skeleton = udplb_floors::FloorsSkelBuilder::default().open(object).expect("floors.bpf.o");
-    skeleton.load().expect("the kernel takes the floors")
+    let mut skeleton =
+        udplb_floors::FloorsSkelBuilder::default().open(object).expect("floors.bpf.o");
+    skeleton.maps.rodata_data.as_deref_mut().expect("the object has constants").out = out;
+    let floors = skeleton.load().expect("the kernel takes the floors");
+    let key6: Vec<u8> = [address6(1).as_slice(), &PORT.to_be_bytes(), &[0; 2]].concat();
+    floors.maps.keys6.update(&key6, &RULE, MapFlags::ANY).expect("keys6");
+    floors
+}
+
+/// Port of the first rule, and the key of the floors for IPv6.
+pub const PORT: u16 = 2001;
+
+/// A value of the floors' maps of rules.
+const RULE: [u8; 24] = [0; 24];
+
+/// Adds a rule for a port to a map of the floors for IPv4.
+pub fn add_key(map: &impl MapCore, address: [u8; 4], port: u16) {
+    let key: Vec<u8> = [address.as_slice(), &port.to_be_bytes(), &[0; 2]].concat();
+    map.update(&key, &RULE, MapFlags::ANY).expect("keys");
 }
 
 /// A packet to `port` of 10.0.1.1 or fd00:1::1, and its context.
@@ -103,12 +125,15 @@ fn ipv4_headers(part: Part) -> IpHeaders {
     IpHeaders::Ipv4(header, Ipv4Extensions::default())
 }
 
+fn address6(host: u16) -> [u8; 16] {
+    Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, host).octets()
+}
+
 fn ipv6_headers(part: Part) -> IpHeaders {
-    let address = |host| Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, host).octets();
     let header = Ipv6Header {
         hop_limit: 64,
-        source: address(2),
-        destination: address(1),
+        source: address6(2),
+        destination: address6(1),
         ..Ipv6Header::default()
     };
     let fragment = (part != Part::Whole)
@@ -132,8 +157,10 @@ pub struct Run {
     /// Interface that floors send to.
     pub out: u32,
     pub copies: u32,
-    /// Offset of four random bytes in each packet; 0 for none.
+    /// Offset of the IPv4 sender, random in each packet; 0: it stays.
     pub random: u32,
+    /// Number of rules of which each packet is for a random one; 0: it stays.
+    pub rules: u32,
     pub repeat: i32,
 }
 
@@ -142,7 +169,7 @@ pub fn run_tc(start: BorrowedFd<'_>, packet: &Packet, run: Run) -> i32 {
     let mut context = Context([0; 48]);
     context.0[INGRESS_IFINDEX] = packet.interface;
     context.0[IFINDEX] = packet.interface;
-    let cb = [run.program, run.out, run.copies, run.random];
+    let cb = [run.program, run.out, run.copies, run.random, run.rules];
     context.0[CB..CB + cb.len()].copy_from_slice(&cb);
     test_run(start, packet, &context, run.repeat, 0).expect("a test run") as i32
 }
@@ -184,15 +211,43 @@ fn test_run<C>(
     }
 }
 
-/// Drops all packets received on an interface.
-pub fn sink(floors: &FloorsSkel<'_>, namespace: &Namespace, interface: &str) {
-    let program = floors.progs.sink.as_fd();
+/// Attaches a program to an interface by a tc filter.
+pub fn attach_filter(
+    namespace: &Namespace,
+    interface: &str,
+    point: TcAttachPoint,
+    program: BorrowedFd<'_>,
+) {
     let index = namespace.index(interface) as i32;
     namespace.enter(|| {
         let mut hook = TcHook::new(program);
-        hook.ifindex(index).attach_point(TC_INGRESS).handle(1).priority(1);
+        hook.ifindex(index).attach_point(point).handle(1).priority(1);
         hook.create().and_then(|mut hook| hook.attach()).expect("a tc filter");
     });
+}
+
+/// Attaches a program to the ingress of an interface by a tcx link, until the link is closed.
+pub fn attach_link(namespace: &Namespace, interface: &str, program: BorrowedFd<'_>) -> OwnedFd {
+    let index = namespace.index(interface) as i32;
+    namespace.enter(|| {
+        // SAFETY: plain numbers, and no options.
+        let link = unsafe {
+            libbpf_sys::bpf_link_create(
+                program.as_raw_fd(),
+                index,
+                libbpf_sys::BPF_TCX_INGRESS,
+                ptr::null(),
+            )
+        };
+        assert!(link >= 0, "tcx, from Linux 6.6 on: {}", io::Error::last_os_error());
+        // SAFETY: a new descriptor, which nobody else has.
+        unsafe { OwnedFd::from_raw_fd(link) }
+    })
+}
+
+/// Takes all packets received on an interface.
+pub fn sink(floors: &FloorsSkel<'_>, namespace: &Namespace, interface: &str) {
+    attach_filter(namespace, interface, TC_INGRESS, floors.progs.sink.as_fd());
 }
 
 /// Pins this thread to the last CPU, where the kernel then processes its packets too.

@@ -2,15 +2,14 @@
 
 use std::os::fd::AsFd;
 
-use libbpf_rs::{MapCore, MapFlags};
-
-use crate::floors::{self, Packet, Part};
-use crate::relay::{Case, Programs, REDIRECT, Relay, UNSPEC};
-use crate::{Report, least};
+use crate::floors::{self, FloorsSkel, Packet, Part, add_key};
+use crate::relay::{Case, Program, Programs, REDIRECT, Relay, UNSPEC};
+use crate::turns::{Costs, Turn, Turns};
+use crate::{Report, copies, many};
 
 const ROUNDS: usize = 200;
 
-const FORWARD: u16 = 2001;
+const FORWARD: u16 = floors::PORT;
 const CLONE: u16 = 2002;
 const NOBODYS: u16 = 2003;
 const MODULO: u16 = 2004;
@@ -43,112 +42,179 @@ const BALANCED: &str = "
 /// Offset of the sender's address.
 const SENDER: u32 = 14 + 12;
 
+/// Packets per run with clones, which must fit into a queue.
+const CLONES: i32 = 800;
+
 pub fn measure(report: &mut Report) {
+    measure_alone(report);
+    many::measure(report);
+    copies::measure_alone(report);
+}
+
+/// Relays with the same rules, without and with a lease, and one whose rules are plain.
+struct Relays {
+    free: Relay,
+    leased: Relay,
+    plain: Relay,
+}
+
+impl Relays {
+    fn new(floors: &FloorsSkel<'_>) -> Relays {
+        let rules =
+            format!("{PLAIN}{MORE}{}{}", balanced(MODULO, "modulo"), balanced(MAGLEV, "maglev"));
+        Relays {
+            free: Relay::new(floors, &rules),
+            leased: Relay::new(floors, &rules).leased(),
+            plain: Relay::new(floors, PLAIN).leased(),
+        }
+    }
+
+    fn forwarded_everything(&self) {
+        for relay in [&self.free, &self.leased, &self.plain] {
+            relay.forwarded_everything();
+        }
+    }
+}
+
+fn balanced(port: u16, hash: &str) -> String {
+    let upstreams: Vec<String> =
+        (2..12).map(|host| format!("{{ address: 10.0.2.{host} }}")).collect();
+    BALANCED
+        .replace("PORT", &port.to_string())
+        .replace("HASH", hash)
+        .replace("UPSTREAMS", &upstreams.join(", "))
+}
+
+/// The measurements of a part.
+struct Bench<'a> {
+    programs: &'a Programs<'a>,
+    turns: Turns<'a>,
+}
+
+impl<'a> Bench<'a> {
+    fn add(&mut self, relay: &'a Relay, program: Program, packet: Packet, case: Case) -> Turn {
+        let programs = self.programs;
+        let case = Case { out: relay.namespace.index("out0"), ..case };
+        self.turns.add(move || programs.run(relay, program, &packet, case))
+    }
+}
+
+fn measure_alone(report: &mut Report) {
     let floors = floors::load();
-    let plain = Relay::new(&floors, PLAIN);
-    let balanced = |port: u16, hash| {
-        let upstreams: Vec<String> =
-            (2..12).map(|host| format!("{{ address: 10.0.2.{host} }}")).collect();
-        BALANCED
-            .replace("PORT", &port.to_string())
-            .replace("HASH", hash)
-            .replace("UPSTREAMS", &upstreams.join(", "))
-    };
-    let rules =
-        format!("{PLAIN}{MORE}{}{}", balanced(MODULO, "modulo"), balanced(MAGLEV, "maglev"));
-    let relay = Relay::new(&floors, &rules);
+    let relays = Relays::new(&floors);
     for port in [FORWARD, CLONE] {
-        let mut key = [10, 0, 1, 1, 0, 0, 0, 0];
-        key[4..6].copy_from_slice(&port.to_be_bytes());
-        floors.maps.keys.update(&key, &[0; 24], MapFlags::ANY).expect("keys");
+        add_key(&floors.maps.keys, [10, 0, 1, 1], port);
     }
     let mut programs = Programs::new(&floors);
     let at_once = programs.add(floors.progs.at_once.as_fd());
     let look_up = programs.add(floors.progs.look_up.as_fd());
-    let route = programs.add(floors.progs.route.as_fd());
-    let clone_alone = programs.add(floors.progs.clone.as_fd());
-    let plainly = programs.add(plain.program());
-    let udplb = programs.add(relay.program());
+    let look_up6 = programs.add(floors.progs.look_up6.as_fd());
+    let clone = programs.add(floors.progs.clone.as_fd());
+    let [free, leased, plain] =
+        [&relays.free, &relays.leased, &relays.plain].map(|relay| programs.add(relay.program()));
 
-    let to = |port| Packet::udp(&relay.namespace, port);
-    let (udp, pass, tcp) = (to(FORWARD), to(CLONE), Packet::tcp(&relay.namespace, FORWARD));
-    let ipv6 = Packet::part(&relay.namespace, true, Part::Whole, FORWARD);
-    let (nobodys, modulo, maglev) = (to(NOBODYS), to(MODULO), to(MAGLEV));
-    let plain_packets = [FORWARD, NOBODYS].map(|port| Packet::udp(&plain.namespace, port));
-    let up = Case { out: relay.namespace.index("out0"), ..Case::new(UNSPEC) };
-    let away = Case { out: up.out, ..Case::new(REDIRECT) };
-    let random = Case { random: SENDER, ..away.leased() };
-    let unsent = Case { random: SENDER, ..up };
-    let cases = [
-        (&relay, at_once, &udp, up),
-        (&relay, look_up, &udp, away),
-        (&relay, udplb, &udp, away),
-        (&relay, udplb, &udp, away.leased()),
-        (&relay, udplb, &ipv6, away),
-        (&relay, udplb, &ipv6, away.leased()),
-        (&relay, route, &udp, up),
-        (&relay, route, &ipv6, up),
-        (&relay, clone_alone, &pass, up),
-        (&relay, udplb, &pass, up),
-        (&relay, udplb, &pass, up.leased()),
-        (&relay, at_once, &tcp, up),
-        (&relay, udplb, &tcp, up),
-        (&relay, udplb, &nobodys, up),
-        (&plain, plainly, &plain_packets[0], away.leased()),
-        (&plain, plainly, &plain_packets[1], up),
-        (&relay, at_once, &modulo, unsent),
-        (&relay, udplb, &modulo, random),
-        (&relay, udplb, &maglev, random),
-    ];
-    let alone = floors.progs.at_once.as_fd();
-    let [loop_alone, figures @ ..]: [f64; 20] = least(ROUNDS, |index| match index {
-        0 => programs.run_alone(&relay, alone, &udp),
-        _ => {
-            let (relay, program, packet, case) = cases[index - 1];
-            programs.run(relay, program, packet, case)
-        }
-    });
-    plain.forwarded_everything();
-    relay.forwarded_everything();
-    write(report, loop_alone, figures);
+    let udp = |relay: &Relay, port| Packet::udp(&relay.namespace, port);
+    let udp6 = |relay: &Relay| Packet::part(&relay.namespace, true, Part::Whole, FORWARD);
+    let [away, up] = [REDIRECT, UNSPEC].map(Case::new);
+    let cloned = Case { runs: CLONES, ..up };
+    let random = Case { random: SENDER, ..away };
+    let mut bench = Bench { programs: &programs, turns: Turns::default() };
+    let mut on = |relay, program, packet, case| bench.add(relay, program, packet, case);
+    let Relays { free: without, leased: with, plain: plainly } = &relays;
+    let turns = All {
+        harness: on(without, at_once, udp(without, FORWARD), up),
+        look_up: on(without, look_up, udp(without, FORWARD), away),
+        block: [
+            on(with, leased, udp(with, FORWARD), away),
+            on(without, free, udp(without, FORWARD), away),
+        ],
+        look_up6: on(without, look_up6, udp6(without), away),
+        block6: [on(with, leased, udp6(with), away), on(without, free, udp6(without), away)],
+        cloning: on(without, at_once, udp(without, CLONE), cloned),
+        clone: on(without, clone, udp(without, CLONE), cloned),
+        pass: on(with, leased, udp(with, CLONE), cloned),
+        returning: on(with, at_once, Packet::tcp(&with.namespace, FORWARD), up),
+        tcp: on(with, leased, Packet::tcp(&with.namespace, FORWARD), up),
+        stranger: on(with, leased, udp(with, NOBODYS), up),
+        plain: on(plainly, plain, udp(plainly, FORWARD), away),
+        plain_stranger: on(plainly, plain, udp(plainly, NOBODYS), up),
+        unsent: on(with, at_once, udp(with, MODULO), Case { random: SENDER, ..up }),
+        modulo: on(with, leased, udp(with, MODULO), random),
+        maglev: on(with, leased, udp(with, MAGLEV), random),
+    };
+    let costs = bench.turns.take(ROUNDS);
+    relays.forwarded_everything();
+    turns.write(report, &costs);
 }
 
-/// Writes the report: nanoseconds of the empty loop and of each case.
-fn write(report: &mut Report, loop_alone: f64, figures: [f64; 19]) {
-    // All figures include the loop of the test run, none includes restoring the packet.
-    let restoring = figures[0] - loop_alone;
-    let figures = figures.map(|figure| figure - restoring);
-    let [_, look_up, forward, leased, forward6, leased6, figures @ ..] = figures;
-    let [route, route6, clone_alone, clone, leased_clone, figures @ ..] = figures;
-    let [route, route6] = [route, route6].map(|figure| figure - loop_alone);
-    let [tcp_at_once, tcp, nobodys, plain, plain_nobodys, figures @ ..] = figures;
-    let [_, modulo, maglev] = figures;
-    let ns = |figure: f64| format!("{figure:.1} ns");
-    report.title("A packet in the program alone (bpf_prog_test_run), as a multiple of its floor");
-    report.floor("floor: parse, a hash look-up, bpf_redirect", look_up);
-    report.at_most("udplb block", &ns(forward), forward / look_up, " x", 3.0);
-    report.at_most("udplb block, while arpd runs", &ns(leased), leased / look_up, " x", 1.8);
-    report.floor("floor: bpf_clone_redirect", clone_alone);
-    report.at_most("udplb pass", &ns(clone), clone / clone_alone, " x", 1.3);
-    let what = "udplb pass, while arpd runs";
-    report.at_most(what, &ns(leased_clone), leased_clone / clone_alone, " x", 1.2);
-    report.floor("floor: return at once", loop_alone);
-    report.at_most("udplb, TCP: more than that", &ns(tcp), tcp - tcp_at_once, " ns", 3.0);
+/// The measurements; pairs are with and without a lease.
+struct All {
+    harness: Turn,
+    look_up: Turn,
+    block: [Turn; 2],
+    look_up6: Turn,
+    block6: [Turn; 2],
+    cloning: Turn,
+    clone: Turn,
+    pass: Turn,
+    returning: Turn,
+    tcp: Turn,
+    stranger: Turn,
+    plain: Turn,
+    plain_stranger: Turn,
+    unsent: Turn,
+    modulo: Turn,
+    maglev: Turn,
+}
 
-    report.title("IPv6, and what it costs those who do not use it");
-    report.at_most("IPv6 to IPv4, while arpd runs", &ns(leased6), leased6 / leased, " x", 1.2);
-    let routes = format!("{} {}", ns(route), ns(route6));
-    report.note("bpf_fib_lookup, IPv4 and IPv6", &routes);
-    let what = "IPv6 to IPv4, by the kernel's routes";
-    report.note(what, &format!("{}{:>11}", ns(forward6), format!("{:.2} x", forward6 / forward)));
-    let (own6, own) = (forward6 - route6, forward - route);
-    report.at_most("besides bpf_fib_lookup", &ns(own6), own6 / own, " x", 1.2);
-    let what = "a rule of IPv6 and fragments: IPv4, more";
-    report.at_most(what, &ns(leased), leased - plain, " ns", 2.0);
-    let what = "the same: UDP of nobody's, more";
-    report.at_most(what, &ns(nobodys), nobodys - plain_nobodys, " ns", 2.0);
+impl All {
+    fn write(&self, report: &mut Report, costs: &Costs) {
+        let net = |turn: Turn| costs[turn] - costs[self.harness];
+        report.title("A packet in the program alone (bpf_prog_test_run), net, times its floor");
+        report.floor("the harness: loop, restoring, tail call", costs[self.harness]);
+        for (what, look_up, block, keys, limits) in [
+            ("", self.look_up, self.block, ["block_lease_net", "block_none_net"], [0.7, 0.8]),
+            (
+                "IPv6: ",
+                self.look_up6,
+                self.block6,
+                ["block6_lease_net", "block6_none_net"],
+                [0.8, 0.9],
+            ),
+        ] {
+            let floor = net(look_up);
+            report.floor(&format!("{what}floor: parse, a hash look-up, redirect"), floor);
+            for (nth, case) in ["under the lease", "without arpd"].into_iter().enumerate() {
+                let cost = net(block[nth]);
+                report.times(&format!("{what}block, {case}"), cost, floor, limits[nth]);
+                report.record(keys[nth], (cost / floor).least);
+            }
+        }
+        let [clone, pass] = [self.clone, self.pass].map(|turn| costs[turn] - costs[self.cloning]);
+        report.floor("floor: bpf_clone_redirect", clone);
+        report.times("pass, under the lease", pass, clone, 1.1);
+        let beyond = |turn: Turn| costs[turn] - costs[self.returning];
+        report.floor("floor: return at once, with the harness", costs[self.returning]);
+        report.nanoseconds("TCP: more than that", beyond(self.tcp), 2.0);
+        report.record("tcp_ns", beyond(self.tcp).least);
+        report.nanoseconds("UDP of nobody's: more than that", beyond(self.stranger), 4.0);
+        report.record("stranger_ns", beyond(self.stranger).least);
+        self.write_others(report, costs);
+    }
 
-    report.title("Selection among ten upstreams, senders at random");
-    report.floor("modulo", modulo);
-    report.at_most("maglev: more than that", &ns(maglev), maglev - modulo, " ns", 10.0);
+    /// Writes the figures that compare parts of udplb with one another.
+    fn write_others(&self, report: &mut Report, costs: &Costs) {
+        let net = |turn: Turn| costs[turn] - costs[self.harness];
+        report.title("IPv6, and its cost to those who do not use it");
+        report.times("IPv6, to IPv4", net(self.block6[0]), net(self.block[0]), 1.3);
+        let more = costs[self.block[0]] - costs[self.plain];
+        report.nanoseconds("a rule of IPv6 and fragments: IPv4, more", more, 2.0);
+        let more = costs[self.stranger] - costs[self.plain_stranger];
+        report.nanoseconds("the same: UDP of nobody's, more", more, 2.0);
+
+        report.title("Selection among ten upstreams, senders at random");
+        report.floor("modulo, net", costs[self.modulo] - costs[self.unsent]);
+        let more = costs[self.maglev] - costs[self.modulo];
+        report.nanoseconds("maglev: more than that", more, 10.0);
+    }
 }

@@ -20,48 +20,29 @@ pub const UPSTREAMS: u8 = 16;
 pub struct Relay {
     pub namespace: Namespace,
     _upstream: Namespace,
-    bpffs: Bpffs,
+    pub bpffs: Bpffs,
     program: OwnedFd,
-    heartbeat: MapHandle,
 }
 
 impl Relay {
     /// Creates a relay with these rules. Its upstreams, from 10.0.2.2 and fd00:2::2 on, accept all packets.
     pub fn new(floors: &FloorsSkel<'_>, rules: &str) -> Relay {
-        let (namespace, upstream) = (Namespace::new(), Namespace::new());
-        for (name, peer, net) in [("in0", "in1", 1), ("out0", "out1", 2)] {
-            namespace.link(name, &upstream, peer, true);
-            namespace.ip(&format!("address add 10.0.{net}.1/24 dev {name}"));
-            namespace.ip(&format!("address add fd00:{net}::1/64 dev {name} nodad"));
-        }
-        for host in 2..2 + UPSTREAMS {
-            for address in [format!("10.0.2.{host}"), format!("fd00:2::{host:x}")] {
-                let mac = format!("02:00:00:00:00:{host:02x}");
-                namespace
-                    .ip(&format!("neighbour add {address} lladdr {mac} dev out0 nud permanent"));
-            }
-        }
-        namespace.set_forwarding("1");
+        let [namespace, upstream] = networks();
         floors::sink(floors, &upstream, "out1");
         let bpffs = Bpffs::new();
         apply(&namespace, &bpffs, rules);
-        let program =
-            libbpf_rs::Program::fd_from_pinned_path(bpffs.pins().join("generations/1/program"))
-                .expect("a program");
-        let heartbeat = open_state(&bpffs, "heartbeat");
-        Relay { namespace, _upstream: upstream, bpffs, program, heartbeat }
+        let program = open_program(&bpffs);
+        Relay { namespace, _upstream: upstream, bpffs, program }
+    }
+
+    /// Grants a lease, as held by a running arpd.
+    pub fn leased(self) -> Relay {
+        grant_lease(&self.bpffs);
+        self
     }
 
     pub fn program(&self) -> BorrowedFd<'_> {
         self.program.as_fd()
-    }
-
-    /// Grants or ends a lease, as held by a running arpd.
-    pub fn lease(&self, holds: bool) {
-        let until = if holds { u64::MAX / 2 } else { 0 };
-        let beat = types::heartbeat { until, until_ktime: 0 };
-        let key = 0_u32.to_ne_bytes();
-        self.heartbeat.update(&key, bytes_of(&beat), MapFlags::ANY).expect("the heartbeat");
     }
 
     pub fn status(&self) -> serde_json::Value {
@@ -77,6 +58,38 @@ impl Relay {
             assert_eq!(counters["forwarded"], counters["matched"], "{rule}");
         }
     }
+}
+
+/// Creates a relay's namespace, and that of a network before it and one behind it.
+pub fn networks() -> [Namespace; 2] {
+    let (relay, outside) = (Namespace::new(), Namespace::new());
+    for (here, there, net) in [("in0", "in1", 1), ("out0", "out1", 2)] {
+        relay.link(here, &outside, there, true);
+        relay.ip(&format!("address add 10.0.{net}.1/24 dev {here}"));
+        relay.ip(&format!("address add fd00:{net}::1/64 dev {here} nodad"));
+    }
+    for host in 2..2 + UPSTREAMS {
+        for address in [format!("10.0.2.{host}"), format!("fd00:2::{host:x}")] {
+            let mac = format!("02:00:00:00:00:{host:02x}");
+            relay.ip(&format!("neighbour add {address} lladdr {mac} dev out0 nud permanent"));
+        }
+    }
+    relay.ip("route add 172.16.0.0/12 via 10.0.2.2");
+    relay.set_forwarding("1");
+    [relay, outside]
+}
+
+/// Opens the program of the first generation.
+pub fn open_program(bpffs: &Bpffs) -> OwnedFd {
+    libbpf_rs::Program::fd_from_pinned_path(bpffs.pins().join("generations/1/program"))
+        .expect("a program")
+}
+
+/// Grants a lease, as held by a running arpd.
+pub fn grant_lease(bpffs: &Bpffs) {
+    let beat = types::heartbeat { until: u64::MAX / 2, until_ktime: 0 };
+    let (heartbeat, key) = (open_state(bpffs, "heartbeat"), 0_u32.to_ne_bytes());
+    heartbeat.update(&key, bytes_of(&beat), MapFlags::ANY).expect("the heartbeat");
 }
 
 pub fn apply(namespace: &Namespace, bpffs: &Bpffs, rules: &str) {
@@ -125,13 +138,13 @@ impl<'a> Programs<'a> {
     /// Measures a program; the packet is restored before each run. Returns nanoseconds per packet.
     pub fn run(&self, relay: &Relay, program: Program, packet: &Packet, case: Case) -> f64 {
         packet.choose(self.floors);
-        relay.lease(case.leased);
         let start = self.floors.progs.start.as_fd();
         let run = Run {
             program,
             out: case.out,
             copies: case.copies,
             random: case.random,
+            rules: case.rules,
             repeat: case.runs,
         };
         relay.namespace.enter(|| time(start, packet, run, case.verdict))
@@ -150,13 +163,14 @@ fn time(program: BorrowedFd<'_>, packet: &Packet, run: Run, verdict: Option<i32>
 /// A run of a program, and its result.
 #[derive(Clone, Copy)]
 pub struct Case {
-    pub leased: bool,
     /// Interface that floors send to.
     pub out: u32,
     /// Number of copies that a floor makes.
     pub copies: u32,
-    /// Offset of four random bytes in each packet; 0 for none.
+    /// Offset of the IPv4 sender, random in each packet; 0: it stays.
     pub random: u32,
+    /// Number of rules of which each packet is for a random one; 0: it stays.
+    pub rules: u32,
     pub runs: i32,
     pub verdict: Option<i32>,
 }
@@ -166,10 +180,6 @@ const RUNS: i32 = 10_000;
 
 impl Case {
     pub fn new(verdict: i32) -> Case {
-        Case { leased: false, out: 0, copies: 0, random: 0, runs: RUNS, verdict: Some(verdict) }
-    }
-
-    pub fn leased(self) -> Case {
-        Case { leased: true, ..self }
+        Case { out: 0, copies: 0, random: 0, rules: 0, runs: RUNS, verdict: Some(verdict) }
     }
 }

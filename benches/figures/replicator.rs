@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::common::Namespace;
 use crate::common::net::set;
 use crate::floors;
-use crate::veth::PORT;
+use crate::host::PORT;
 
 /// Datagrams per system call, and their maximum length.
 const BATCH: usize = 64;

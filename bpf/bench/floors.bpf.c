@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /* Programs for measurements: floors that udplb is compared with, a packet generator, and sinks. */
 #include <stdbool.h>
+#include <stddef.h>
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
 #include <linux/in.h>
 #include <linux/ip.h>
+#include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
 #include <linux/udp.h>
 #include <bpf/bpf_helpers.h>
@@ -17,41 +19,83 @@ struct frame {
 	struct udphdr udp;
 } __attribute__((packed));
 
+/* A UDP packet over IPv6 without extension headers. */
+struct frame6 {
+	struct ethhdr eth;
+	struct ipv6hdr ip;
+	struct udphdr udp;
+} __attribute__((packed));
+
+/* Length of the part of a packet that is restored. */
+#define BEGINNING 72
+
 /* First bytes of the measured packet: all that a program rewrites, up to IPv6 with a fragment header and UDP.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, __u8[72]);
+	__type(value, __u8[BEGINNING]);
 } beginning SEC(".maps");
+
+/* Interface that an attached floor sends to; 0: the one in cb[1], for test runs. */
+volatile const __u32 out = 0;
+
+static __always_inline __u32 target(const struct __sk_buff *skb)
+{
+	return out ?: skb->cb[1];
+}
 
 /* The measured programs: the floors, and udplb. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(max_entries, 16);
+	__uint(max_entries, 32);
 	__type(key, __u32);
 	__type(value, __u32);
 } measured SEC(".maps");
 
+/* Replaces four bytes of the IPv4 header, at `offset` in the frame, and corrects its checksum. */
+static __always_inline void replace(struct __sk_buff *skb, __u32 offset, __be32 new)
+{
+	const __u32 checksum = sizeof(struct ethhdr) + offsetof(struct iphdr, check);
+	__be32 old;
+
+	bpf_skb_load_bytes(skb, offset, &old, sizeof(old));
+	bpf_skb_store_bytes(skb, offset, &new, sizeof(new), 0);
+	bpf_l3_csum_replace(skb, checksum, old, new, sizeof(new));
+}
+
+/* Addresses the packet to one of `rules` rules: 256 ports from 10000 on of each address from 10.100.0.0 on.
+ */
+static __always_inline void pick_rule(struct __sk_buff *skb, __u32 rules)
+{
+	__u32 rule = (__u64)bpf_get_prandom_u32() * rules >> 32;
+	__be16 port = bpf_htons(10000 + rule % 256);
+
+	replace(skb, offsetof(struct frame, ip.daddr), bpf_htonl((10 << 24 | 100 << 16) + rule / 256));
+	bpf_skb_store_bytes(skb, offsetof(struct frame, udp.dest), &port, sizeof(port), 0);
+}
+
 /*
  * Restores the packet and runs a measured program: BPF_PROG_TEST_RUN repeats with the packet that the program
- * left. cb[0] is the program's index, cb[1] the interface for clones, cb[2] their number, and cb[3] the
- * offset of four bytes that are random in each packet (0: none).
+ * left. cb[0] is the program's index, cb[1] the interface for clones, cb[2] their number, cb[3] the offset of
+ * the IPv4 sender, which is random in each packet (0: it stays), and cb[4] the number of rules of which each
+ * packet is for a random one (0: it stays).
  */
 SEC("tc")
 int start(struct __sk_buff *skb)
 {
 	const __u32 only = 0;
 	void *original = bpf_map_lookup_elem(&beginning, &only);
-	__u32 random;
 
-	if (!original || bpf_skb_store_bytes(skb, 0, original, 72, 0))
+	if (!original || bpf_skb_store_bytes(skb, 0, original, BEGINNING, 0))
 		return TC_ACT_SHOT;
 	if (skb->cb[3]) {
-		random = bpf_get_prandom_u32();
-		bpf_skb_store_bytes(skb, skb->cb[3], &random, sizeof(random), 0);
+		/* in 11.0.0.0/8, since some networks are martian */
+		replace(skb, skb->cb[3], bpf_htonl(11 << 24 | bpf_get_prandom_u32() >> 8));
 	}
+	if (skb->cb[4])
+		pick_rule(skb, skb->cb[4]);
 	bpf_tail_call(skb, &measured, skb->cb[0]);
 	return TC_ACT_SHOT;
 }
@@ -63,27 +107,14 @@ int at_once(struct __sk_buff *skb __attribute__((unused)))
 	return TC_ACT_UNSPEC;
 }
 
-/* A flag in a map, as udplb has for tracing. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __u64);
-} asked SEC(".maps");
-
-/* The cost of testing the flag. */
-SEC("tc")
-int flag(struct __sk_buff *skb __attribute__((unused)))
-{
-	__u32 zero = 0;
-	__u64 *until = bpf_map_lookup_elem(&asked, &zero);
-
-	return until && *until ? TC_ACT_SHOT : TC_ACT_UNSPEC;
-}
-
-/* A map like udplb's `rules`. */
+/* Maps of rules by address and port: few for IPv4 and for IPv6, and many. */
 struct key {
 	__be32 address;
+	__be32 port;
+};
+
+struct key6 {
+	__be32 address[4];
 	__be32 port;
 };
 
@@ -94,9 +125,22 @@ struct {
 	__type(value, __u8[24]);
 } keys SEC(".maps");
 
-/* The cost of parsing, of a lookup, and of a redirect. */
-SEC("tc")
-int look_up(struct __sk_buff *skb)
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 2);
+	__type(key, struct key6);
+	__type(value, __u8[24]);
+} keys6 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct key);
+	__type(value, __u8[24]);
+} many SEC(".maps");
+
+/* Parses a packet over IPv4, looks its address and port up in a map, and redirects it. */
+static __always_inline int redirect_known(struct __sk_buff *skb, void *map)
 {
 	struct frame *packet = (void *)(long)skb->data;
 	struct key key = {};
@@ -107,43 +151,48 @@ int look_up(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	key.address = packet->ip.daddr;
 	key.port = packet->udp.dest;
-	if (!bpf_map_lookup_elem(&keys, &key))
+	if (!bpf_map_lookup_elem(map, &key))
 		return TC_ACT_UNSPEC;
-	return bpf_redirect(skb->cb[1], 0);
+	return bpf_redirect(target(skb), 0);
 }
 
-#define AF_INET 2
-#define AF_INET6 10
-
-/* The cost of a FIB lookup for the upstream 10.0.2.2 or fd00:2::2. */
+/* The cost of parsing, of a lookup, and of a redirect. */
 SEC("tc")
-int route(struct __sk_buff *skb)
+int look_up(struct __sk_buff *skb)
 {
-	struct bpf_fib_lookup fib = {
-		.family = AF_INET,
-		.l4_protocol = IPPROTO_UDP,
-		.tot_len = 100,
-		.ifindex = skb->ifindex,
-	};
+	return redirect_known(skb, &keys);
+}
 
-	if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
-		fib.family = AF_INET6;
-		fib.ipv6_src[0] = bpf_htonl(0xfd000001);
-		fib.ipv6_src[3] = bpf_htonl(1);
-		fib.ipv6_dst[0] = bpf_htonl(0xfd000002);
-		fib.ipv6_dst[3] = bpf_htonl(2);
-	} else {
-		fib.ipv4_src = bpf_htonl(0x0a000101);
-		fib.ipv4_dst = bpf_htonl(0x0a000202);
-	}
-	return bpf_fib_lookup(skb, &fib, sizeof(fib), 0) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+/* The same with many keys. */
+SEC("tc")
+int look_up_many(struct __sk_buff *skb)
+{
+	return redirect_known(skb, &many);
+}
+
+/* The same for IPv6. */
+SEC("tc")
+int look_up6(struct __sk_buff *skb)
+{
+	struct frame6 *packet = (void *)(long)skb->data;
+	struct key6 key = {};
+
+	if ((void *)(packet + 1) > (void *)(long)skb->data_end ||
+	    packet->eth.h_proto != bpf_htons(ETH_P_IPV6) || packet->ip.version != 6 ||
+	    packet->ip.nexthdr != IPPROTO_UDP)
+		return TC_ACT_UNSPEC;
+	__builtin_memcpy(key.address, &packet->ip.daddr, sizeof(key.address));
+	key.port = packet->udp.dest;
+	if (!bpf_map_lookup_elem(&keys6, &key))
+		return TC_ACT_UNSPEC;
+	return bpf_redirect(target(skb), 0);
 }
 
 /* The cost of a clone. */
 SEC("tc")
 int clone(struct __sk_buff *skb)
 {
-	return bpf_clone_redirect(skb, skb->cb[1], 0) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	return bpf_clone_redirect(skb, target(skb), 0) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
 /* Receiver of a copy. */
@@ -232,7 +281,7 @@ int copies(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
-#define FLOWS 16
+#define FLOWS 16 /* of a generator */
 
 /* Progress of a generator run, which ends when all wanted packets have arrived. */
 struct progress {
@@ -258,24 +307,33 @@ static __always_inline struct progress *get_progress(void)
 	return bpf_map_lookup_elem(&progress, &zero);
 }
 
-/* Turns the frame into a packet of one of 16 flows. The template's UDP checksum is 16 or more. */
+/* Makes the packet one of flow `flow`. The template's UDP checksum is 16 or more. */
+static __always_inline void set_flow(struct udphdr *udp, __u32 flow)
+{
+	udp->source = bpf_htons(bpf_ntohs(udp->source) + flow);
+	udp->check = bpf_htons(bpf_ntohs(udp->check) - flow);
+}
+
+/* Turns the frame into a packet of one of 16 flows. */
 SEC("xdp")
 int generate(struct xdp_md *context)
 {
-	struct frame *packet = (void *)(long)context->data;
+	void *packet = (void *)(long)context->data;
 	struct progress *progress = get_progress();
-	struct frame *original;
 	__u32 flow, zero = 0;
+	void *original;
 
 	original = bpf_map_lookup_elem(&beginning, &zero);
-	if (!original || !progress || (void *)(packet + 1) > (void *)(long)context->data_end)
+	if (!original || !progress || packet + BEGINNING > (void *)(long)context->data_end)
 		return XDP_ABORTED;
 	if (!progress->generated)
 		progress->started = bpf_ktime_get_ns();
 	flow = progress->generated++ % FLOWS;
-	__builtin_memcpy(packet, original, sizeof(*packet));
-	packet->udp.source = bpf_htons(bpf_ntohs(original->udp.source) + flow);
-	packet->udp.check = bpf_htons(bpf_ntohs(original->udp.check) - flow);
+	__builtin_memcpy(packet, original, BEGINNING);
+	if (((struct ethhdr *)packet)->h_proto == bpf_htons(ETH_P_IPV6))
+		set_flow(&((struct frame6 *)packet)->udp, flow);
+	else
+		set_flow(&((struct frame *)packet)->udp, flow);
 	return XDP_PASS;
 }
 
@@ -287,17 +345,23 @@ static __always_inline void arrive(struct progress *progress, __u64 *place)
 		progress->ended = bpf_ktime_get_ns();
 }
 
-/* Drops packets at the upstream and counts them. */
+static __always_inline bool is_udp(const struct frame *packet)
+{
+	if (packet->eth.h_proto == bpf_htons(ETH_P_IPV6))
+		return ((const struct frame6 *)packet)->ip.nexthdr == IPPROTO_UDP;
+	return packet->eth.h_proto == bpf_htons(ETH_P_IP) && packet->ip.protocol == IPPROTO_UDP;
+}
+
+/* Takes packets at their destination, or on their way out to it, and counts them. */
 SEC("tc")
 int sink(struct __sk_buff *skb)
 {
 	struct frame *packet = (void *)(long)skb->data;
 	struct progress *progress = get_progress();
 
-	if (progress && (void *)(packet + 1) <= (void *)(long)skb->data_end &&
-	    packet->eth.h_proto == bpf_htons(ETH_P_IP) && packet->ip.protocol == IPPROTO_UDP)
+	if (progress && (void *)(packet + 1) <= (void *)(long)skb->data_end && is_udp(packet))
 		arrive(progress, &progress->at_upstream);
-	return TC_ACT_SHOT;
+	return TC_ACT_STOLEN;
 }
 
 /* Drops packets at a socket and counts them: reading them would cost all programs the same. */
