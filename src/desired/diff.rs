@@ -75,43 +75,30 @@ impl Changes {
     /// Compares `old` (empty if nothing is applied) with `new`. `attached` are the interfaces that have the
     /// filter now.
     pub fn new(old: &Desired, new: &Desired, attached: &[String]) -> Changes {
-        let before: BTreeMap<&str, &Rule> =
-            old.rules.iter().map(|rule| (rule.name.as_str(), rule)).collect();
-        let after: BTreeMap<&str, &Rule> =
-            new.rules.iter().map(|rule| (rule.name.as_str(), rule)).collect();
+        let (before, after) = (by_name(&old.rules), by_name(&new.rules));
+        let only = |these: &[Rule], others: &BTreeMap<&str, &Rule>| {
+            let only = these.iter().filter(|rule| !others.contains_key(rule.name.as_str()));
+            only.map(summary).collect()
+        };
+        let both =
+            new.rules.iter().filter_map(|rule| Some((before.get(rule.name.as_str())?, rule)));
         Changes {
             attach: only_in(&new.interfaces, attached),
             detach: only_in(attached, &new.interfaces),
             addresses: addresses(old, new),
-            added: new
-                .rules
-                .iter()
-                .filter(|rule| !before.contains_key(rule.name.as_str()))
-                .map(summary)
-                .collect(),
-            removed: old
-                .rules
-                .iter()
-                .filter(|rule| !after.contains_key(rule.name.as_str()))
-                .map(summary)
-                .collect(),
-            altered: new
-                .rules
-                .iter()
-                .filter_map(|rule| change(before.get(rule.name.as_str())?, rule))
-                .collect(),
+            added: only(&new.rules, &before),
+            removed: only(&old.rules, &after),
+            altered: both.filter_map(|(old, new)| change(old, new)).collect(),
         }
     }
 
     /// Recomputes the share of flows that move, by the states of upstreams in `old` and `new`.
     pub fn count_moved(&mut self, old: &[Rule], new: &[Rule]) {
-        let by_name = |rules: &[Rule]| -> BTreeMap<String, usize> {
-            rules.iter().enumerate().map(|(index, rule)| (rule.name.clone(), index)).collect()
-        };
         let (before, after) = (by_name(old), by_name(new));
         for rule in &mut self.altered {
-            if let (Some(then), Some(now)) = (before.get(&rule.name), after.get(&rule.name)) {
-                rule.moved = rounded(moved_share(&old[*then], &new[*now]));
+            let name = rule.name.as_str();
+            if let (Some(then), Some(now)) = (before.get(name), after.get(name)) {
+                rule.moved = rounded(moved_share(then, now));
             }
         }
     }
@@ -119,6 +106,10 @@ impl Changes {
     pub fn is_empty(&self) -> bool {
         *self == Changes::default()
     }
+}
+
+fn by_name(rules: &[Rule]) -> BTreeMap<&str, &Rule> {
+    rules.iter().map(|rule| (rule.name.as_str(), rule)).collect()
 }
 
 fn only_in(these: &[String], others: &[String]) -> Vec<String> {
