@@ -56,6 +56,8 @@ pub struct Facts {
     pub problems: Vec<Problem>,
     /// Packets that were not sent, within a sample.
     pub growth: Vec<Growth>,
+    /// TCP segments that this host received during the sample.
+    pub tcp_segments: u64,
     /// Packets received by interfaces during the sample while the program never ran.
     pub hidden: BTreeMap<String, u64>,
     /// Descriptions of other pins that are damaged.
@@ -107,6 +109,8 @@ pub struct InputLink {
     pub mtu: u32,
     /// Name of the device, this or a lower one, with large receive offload.
     pub lro: Option<String>,
+    /// Names of the devices of a driver, this or lower ones, with generic receive offload.
+    pub gro: Vec<String>,
     /// True if the qdisc was added by another program.
     pub foreign_qdisc: bool,
     /// Programs and filters that run before.
@@ -121,6 +125,8 @@ pub struct InputLink {
     pub default_elsewhere: bool,
     /// An IPv4 rule passes packets to this host too.
     pub passes: bool,
+    /// A rule passes packets to this host too.
+    pub delivers: bool,
 }
 
 /// An upstream and the path to it.
@@ -179,9 +185,11 @@ pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Resu
         neighbours: netlink.neighbour_tables().await.context("neighbours")?,
         ..Facts::default()
     };
+    let segments = tcp_segments();
     let measured = bpf::measure_runs().inspect_err(|error| log::info!("run times: {error}"));
     let reading = match readings(store, netlink).await {
         Ok((before, links, after)) => {
+            facts.tcp_segments = tcp_segments().saturating_sub(segments);
             facts.growth = sample::growth(&before.status, &after.status);
             if measured.is_ok() {
                 facts.hidden = sample::hidden(&before, &links, &after);
@@ -376,6 +384,7 @@ async fn inputs(
     let elsewhere = elsewhere.and_then(|paths| paths.ok()?.first().copied());
     let of = |family: Family| desired.rules.iter().filter(move |rule| rule.family() == family);
     let passes = of(Family::V4).any(|rule| rule.action == Action::Pass);
+    let delivers = desired.rules.iter().any(|rule| rule.action == Action::Pass);
     let families: Vec<(&str, u16)> = [(Family::V4, "ipv4", 0x0800), (Family::V6, "ipv6", 0x86dd)]
         .into_iter()
         .filter(|(family, ..)| of(*family).next().is_some())
@@ -400,7 +409,13 @@ async fn inputs(
             name: name.clone(),
             link: Some(InputLink {
                 mtu: link.mtu,
-                lro: devices_below(link, links).find(|device| lro(device)).map(String::from),
+                lro: devices_below(link, links)
+                    .find(|device| ethtool(device, GET_FLAGS) & LRO != 0)
+                    .map(String::from),
+                gro: devices_below(link, links)
+                    .filter(|device| is_hardware(device, links) && ethtool(device, GET_GRO) != 0)
+                    .map(String::from)
+                    .collect(),
                 foreign_qdisc: qdisc.is_some()
                     && serving.is_some_and(|serving| !serving.clsact.contains(name)),
                 before: before::read(netlink, link, &protocols).await?,
@@ -414,6 +429,7 @@ async fn inputs(
                 strict: conf("all", "rp_filter").max(conf(name, "rp_filter")) == 1,
                 default_elsewhere: elsewhere.is_some_and(|route| route.ifindex != link.index),
                 passes,
+                delivers,
             }),
         });
     }
@@ -441,12 +457,21 @@ fn next_below<'a>(link: &'a Link, links: &'a [Link]) -> Vec<&'a Link> {
     if next.is_empty() { vec![link] } else { next }
 }
 
-/// Returns true if large receive offload is on.
-fn lro(interface: &str) -> bool {
-    const GET_FLAGS: u32 = 0x25;
-    const LRO: u32 = 1 << 15;
-    let Ok(socket) = std::net::UdpSocket::bind("127.0.0.1:0") else { return false };
-    let mut value = [GET_FLAGS, 0];
+/// Returns true for a device of a driver. Most others, such as veth, hand packets over one by one, whatever
+/// their flag of generic receive offload says.
+fn is_hardware(name: &str, links: &[Link]) -> bool {
+    links.iter().any(|link| link.name == name && link.kind.is_empty())
+}
+
+/// Commands of `linux/ethtool.h` that read one number, and a flag of the first.
+const GET_FLAGS: u32 = 0x25;
+const LRO: u32 = 1 << 15;
+const GET_GRO: u32 = 0x2b;
+
+/// Reads a number of a device by an ethtool command; 0 if the device has none.
+fn ethtool(interface: &str, command: u32) -> u32 {
+    let Ok(socket) = std::net::UdpSocket::bind("127.0.0.1:0") else { return 0 };
+    let mut value = [command, 0];
     // SAFETY: all zeroes are an ifreq, whose name keeps its final zero; the kernel reads it and
     // writes an ethtool_value, two words, both of which outlive the call.
     let result = unsafe {
@@ -458,7 +483,16 @@ fn lro(interface: &str) -> bool {
         request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
         libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &mut request)
     };
-    result == 0 && value[1] & LRO != 0
+    if result == 0 { value[1] } else { 0 }
+}
+
+/// Returns the number of TCP segments that this network namespace has received.
+fn tcp_segments() -> u64 {
+    let table = fs::read_to_string("/proc/thread-self/net/snmp").unwrap_or_default();
+    let mut lines = table.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+    let (Some(names), Some(values)) = (lines.next(), lines.next()) else { return 0 };
+    let mut pairs = names.split(' ').zip(values.split(' '));
+    pairs.find(|(name, _)| *name == "InSegs").and_then(|(_, value)| value.parse().ok()).unwrap_or(0)
 }
 
 fn upstreams(
@@ -557,4 +591,20 @@ fn senders(desired: &Desired) -> Vec<Sender> {
         }
     }
     senders
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{GET_GRO, ethtool, tcp_segments};
+
+    #[test]
+    fn offload_and_segments_are_read() {
+        // every namespace's lo has it, and it cannot be switched off there
+        assert_eq!((ethtool("lo", GET_GRO), ethtool("nosuch0", GET_GRO)), (1, 0));
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let before = tcp_segments();
+        let address = listener.local_addr().expect("an address");
+        let _connection = std::net::TcpStream::connect(address).expect("a connection");
+        assert!(tcp_segments() > before);
+    }
 }

@@ -88,6 +88,7 @@ mod tests {
                 link: Some(InputLink {
                     mtu: 1500,
                     lro: None,
+                    gro: Vec::new(),
                     foreign_qdisc: false,
                     before: Vec::new(),
                     not_forwarding: Vec::new(),
@@ -95,6 +96,7 @@ mod tests {
                     strict: false,
                     default_elsewhere: false,
                     passes: true,
+                    delivers: true,
                 }),
             }],
             upstreams: vec![UpstreamFacts {
@@ -245,6 +247,17 @@ mod tests {
             |facts| link(facts).lro = Some("port1".into()),
             &["problem: eth0: large receive offload is on at port1 | ethtool -K port1 lro off"],
         );
+        let gro = |facts: &mut Facts| {
+            (link(facts).gro, link(facts).delivers) = (vec!["port1".into(), "port2".into()], false);
+        };
+        check(
+            gro,
+            &["note: eth0: generic receive offload is on at port1, port2 | ethtool -K port1 gro off; \
+               ethtool -K port2 gro off, unless"],
+        );
+        // where it saves more than it costs
+        check(|facts| (gro(facts), facts.tcp_segments = 5000).1, &[]);
+        check(|facts| (gro(facts), link(facts).delivers = true).1, &[]);
         check(
             |facts| link(facts).foreign_qdisc = true,
             &["note: eth0: its ingress qdisc was made by another program | udplb apply"],
