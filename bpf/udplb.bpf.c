@@ -16,6 +16,7 @@
 #include "vlan.h"
 #include "fragmentation.h"
 #include "recirculate.h"
+#include "handover.h"
 #include "xmit.h"
 #include "icmp.h"
 #include "admit.h"

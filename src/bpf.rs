@@ -1,6 +1,8 @@
 //! The compiled program and its types, as libbpf-cargo generates them from bpf/, and the few
 //! system calls about programs and maps that libbpf-rs 0.27 lacks: information about and runs of a
-//! program that is known by its descriptor alone, run time statistics, tcx queries.
+//! program that is known by its descriptor alone, run time statistics, tcx.
+
+pub mod tcx;
 
 use std::ffi::CStr;
 use std::io;
@@ -121,6 +123,15 @@ pub fn from_bytes<T: Pod>(bytes: &[u8]) -> Option<T> {
     // SAFETY: the length is right, any bytes are a value, and the read may be unaligned.
     (bytes.len() == size_of::<T>())
         .then(|| unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) })
+}
+
+/// Restricts the programs that are loaded to these.
+pub fn load_only(skeleton: &mut OpenUdplbSkel<'_>, wanted: &[&str]) {
+    use libbpf_rs::skel::OpenSkel;
+    for mut program in skeleton.open_object_mut().progs_mut() {
+        let is_wanted = wanted.iter().any(|wanted| program.name() == *wanted);
+        program.set_autoload(is_wanted);
+    }
 }
 
 /// Restricts the maps that loading creates to these and the constants.
@@ -254,33 +265,6 @@ pub fn measure_runs() -> io::Result<OwnedFd> {
             error => Err(io::Error::from_raw_os_error(-error)),
         }
     }
-}
-
-/// Returns the ids of the programs on the tcx hook of an interface's ingress, in their order. Empty
-/// before Linux 6.6, which has no such hook.
-pub fn tcx_programs(ifindex: u32) -> Vec<u32> {
-    const MAX_PROGRAMS: usize = 64;
-    let mut ids = vec![0_u32; MAX_PROGRAMS];
-    let mut options = libbpf_sys::bpf_prog_query_opts {
-        sz: size_of::<libbpf_sys::bpf_prog_query_opts>() as libbpf_sys::size_t,
-        prog_ids: ids.as_mut_ptr(),
-        ..Default::default()
-    };
-    options.__bindgen_anon_1.count = MAX_PROGRAMS as u32;
-    // SAFETY: the kernel writes at most `count` ids, and everything outlives the call; the union is
-    // one of two names of the same number.
-    let found = unsafe {
-        match libbpf_sys::bpf_prog_query_opts(
-            ifindex as i32,
-            libbpf_sys::BPF_TCX_INGRESS,
-            &mut options,
-        ) {
-            0 => options.__bindgen_anon_1.count as usize,
-            _ => 0,
-        }
-    };
-    ids.truncate(found);
-    ids
 }
 
 /// Runs a tc program on 64 zero bytes with this `skb->cb`; returns its result.

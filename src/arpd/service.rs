@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use sd_notify::NotifyState;
-use serving::{Filter, Serving, filters_of};
+use serving::{Filter, Serving, filters_of, tcx_programs};
 
 use super::Options;
 use super::dns::HostNames;
@@ -244,6 +244,7 @@ impl Service {
         self.ticked = true;
         if instant >= self.beat_due {
             self.beat_due = instant + (self.options.lease / 4).min(Duration::from_secs(1));
+            self.look_at_tcx();
             let serving = self.serving.as_ref().filter(|_| self.failed_vitals.is_empty());
             let beat = serving.map_or(Ok(()), |serving| serving.heartbeat.beat());
             self.report("lease", beat);
@@ -269,6 +270,16 @@ impl Service {
             let _ = sd_notify::notify(&[NotifyState::Watchdog]);
         }
         Ok(())
+    }
+
+    /// Marks the interfaces stale if the tcx programs of one have changed: of these there are no events.
+    fn look_at_tcx(&mut self) {
+        let Some(serving) = &mut self.serving else { return };
+        let programs = tcx_programs(&serving.interfaces);
+        if programs != serving.tcx {
+            serving.tcx = programs;
+            self.stale.interfaces = true;
+        }
     }
 
     /// Rolls back a change that was not confirmed in time.
@@ -433,6 +444,7 @@ impl Service {
         self.serving = match (found, maps) {
             (Some(generation), Some(maps)) => Some(Serving {
                 interfaces: filters_of(generation, &observed),
+                tcx: BTreeMap::new(),
                 generation: generation.clone(),
                 heartbeat: Heartbeat::load(&maps.heartbeat, self.options.lease)?,
                 maps,

@@ -9,11 +9,11 @@ use serde::Serialize;
 use super::{carry_out, complete, netlink};
 use crate::cli::Global;
 use crate::cli::output::{report, report_done};
-use crate::datapath::{capabilities, pin_search, pins, tc};
+use crate::datapath::{capabilities, hook, pin_search, pins};
 use crate::error::{Failure, Result};
 use crate::net::Netlink;
 use crate::net::neighbour::{NeighbourKey, OUR_PROTOCOL};
-use crate::reconcile::observe::{Observed, observe};
+use crate::reconcile::observe::{Observed, Orphan, observe};
 use crate::reconcile::plan::{self, Action};
 
 /// Interfaces to detach from.
@@ -110,13 +110,13 @@ async fn forget_neighbours(netlink: &Netlink) -> Result<bool> {
 fn refuse_orphans(observed: &Observed, interfaces: &[String]) -> Result<()> {
     let named = |name: &str| interfaces.is_empty() || interfaces.iter().any(|it| it == name);
     let mut orphans = observed.orphans();
-    let orphan = orphans.find(|(name, _, home)| home.is_none() && named(name));
-    orphan.map_or(Ok(()), |(name, filter, _)| {
+    let orphan = orphans.find(|it| it.home.is_none() && named(it.interface));
+    orphan.map_or(Ok(()), |Orphan { interface, filter, link, .. }| {
         Err(Failure::Failed(anyhow!(
-            "{name}: a filter of udplb whose pins are not in this pin directory stays on ingress: \
-             {filter}; {}, remove it with: tc filter del dev {name} ingress pref {}",
+            "{interface}: a filter of udplb whose pins are not in this pin directory stays on \
+             ingress: {filter}; {}, remove it with: {}",
             pin_search::HOW_TO_FIND,
-            tc::PRIORITY
+            hook::removal(interface, link)
         )))
     })
 }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bpf;
 use crate::config::Mode;
+use crate::datapath::hook::Known;
 use crate::desired::{Desired, RuleIds};
 use crate::net::link::Layer;
 
@@ -91,6 +92,12 @@ impl Generation {
     /// Returns the rules and their ids.
     pub fn hosts(&self) -> (&Desired, &[RuleIds]) {
         (&self.description.desired, &self.description.ids)
+    }
+
+    /// Returns the programs by their recorded names.
+    pub fn programs(&self) -> impl Iterator<Item = Known> {
+        let names = self.description.programs().map(|(_, name)| name.clone());
+        names.map(|name| Known { generation: self.number, name, handover: false })
     }
 
     /// Returns all ids in use.

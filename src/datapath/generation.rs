@@ -17,9 +17,10 @@ use crate::bpf::{
     map_id, types,
 };
 use crate::datapath::description::{Description, Generation, Origin, ProgramName, all};
+use crate::datapath::hook::Known;
 use crate::datapath::pins::{ReadGuard, WriteGuard, remove_pins};
 use crate::datapath::state_maps::{self, INCOMPLETE, StateMaps, random};
-use crate::datapath::{kernel, lease, lines, retired, spares};
+use crate::datapath::{handover, kernel, lease, lines, retired, spares};
 use crate::desired::key_table::KeyTables;
 use crate::desired::tables::Tables;
 use crate::desired::{Desired, RuleIds, assign_ids};
@@ -183,9 +184,10 @@ fn keep_log(_: PrintLevel, line: String) {
 fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenUdplbSkel<'_>> {
     libbpf_rs::set_print(Some((PrintLevel::Warn, keep_log)));
     let mut skeleton = catch(|| UdplbSkelBuilder::default().open(object))??;
-    skeleton.progs.udplb_heartbeat.set_autoload(false);
+    bpf::load_only(&mut skeleton, &["udplb", "udplb_l3"]);
     skeleton.maps.counters_chunk.set_autocreate(false)?;
     skeleton.maps.nexthops_chunk.set_autocreate(false)?;
+    skeleton.maps.handover.set_autocreate(false)?;
     skeleton.maps.held.set_autocreate(false)?;
     skeleton.maps.pending.set_autocreate(false)?;
     skeleton.maps.marks.set_autocreate(false)?;
@@ -460,15 +462,19 @@ fn read_description(directory: &Path) -> anyhow::Result<Description> {
     serde_json::from_slice(&json[..end]).context("its description")
 }
 
-/// Returns the names of the pinned programs.
-pub fn pinned_programs(directory: &Path) -> anyhow::Result<Vec<ProgramName>> {
-    let mut names = Vec::new();
+/// Returns the programs of a generation, by their pins.
+pub fn pinned_programs(guard: &ReadGuard, number: u32) -> anyhow::Result<Vec<Known>> {
+    let directory = &guard.generation(number);
+    let mut known = Vec::new();
     for layer in [Layer::Ethernet, Layer::Ip] {
         let name = open_program(directory, layer)
             .and_then(|program| Ok(ProgramName::of(program.as_fd())?));
-        names.extend(unless_damaged(name)?);
+        let name = unless_damaged(name)?.into_iter();
+        known.extend(name.map(|name| Known { generation: number, name, handover: false }));
     }
-    Ok(names)
+    let pair = unless_damaged(handover::pinned_programs(directory))?.into_iter().flatten();
+    known.extend(pair.map(|name| Known { generation: number, name, handover: true }));
+    Ok(known)
 }
 
 /// Returns the configuration of a generation, if it is intact and has this digest.

@@ -29,8 +29,7 @@ impl Heartbeat {
     fn load_for(map: &MapHandle, lease: Duration) -> anyhow::Result<Heartbeat> {
         let mut object = MaybeUninit::uninit();
         let mut skeleton = UdplbSkelBuilder::default().open(&mut object)?;
-        skeleton.progs.udplb.set_autoload(false);
-        skeleton.progs.udplb_l3.set_autoload(false);
+        bpf::load_only(&mut skeleton, &["udplb_heartbeat"]);
         bpf::create_only(&mut skeleton, &["heartbeat"])?;
         skeleton.maps.heartbeat.reuse_fd(map.as_fd())?;
         let skeleton = skeleton.load().context("the kernel refuses the heartbeat")?;

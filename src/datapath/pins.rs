@@ -6,6 +6,7 @@
 //!   generations/                flock: whoever traces
 //!     42/                       program, rules, table, upstreams, config …
 //!   building-43/                under construction; bpffs refuses names with a dot
+//!   links/                      by index of an interface: its tcx link
 //!   queue/                      flock: a writer that waits for readers to end, and readers that come after it
 //!   state-5/                    counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held, retired …
 //!                               flock: arpd
@@ -34,6 +35,9 @@ const BPFFS: &str = "/sys/fs/bpf";
 
 /// The directory that a writer locks while it waits, so that readers queue behind it.
 const QUEUE: &str = "queue";
+
+/// The directory of links.
+const LINKS: &str = "links";
 
 /// Directory of the state that outlives generations. Each layout of it has a directory of its own, whose
 /// name begins with `STATES`.
@@ -103,7 +107,7 @@ pub fn write(path: &Path, wait: Duration) -> Result<WriteGuard> {
         }
         if is_at(path, &lock) {
             let guard = WriteGuard { guard: ReadGuard { path: path.into(), _lock: lock }, mounted };
-            for directory in [guard.generations(), guard.state()] {
+            for directory in [guard.generations(), guard.links_directory(), guard.state()] {
                 fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
             }
             return Ok(guard);
@@ -265,6 +269,20 @@ impl ReadGuard {
         self.path.join(STATE)
     }
 
+    fn links_directory(&self) -> PathBuf {
+        self.path.join(LINKS)
+    }
+
+    /// Returns the pin of the tcx link of an interface, by its index.
+    pub fn link(&self, ifindex: u32) -> PathBuf {
+        self.links_directory().join(ifindex.to_string())
+    }
+
+    /// Returns the indices of the interfaces with a pinned link.
+    pub fn links(&self) -> anyhow::Result<Vec<u32>> {
+        Ok(names(&self.links_directory())?.iter().filter_map(|name| name.parse().ok()).collect())
+    }
+
     /// Returns the generation that `current` points at, whether or not it exists.
     pub fn current(&self) -> Option<u32> {
         fs::read_link(self.path.join("current")).ok()?.file_name()?.to_str()?.parse().ok()
@@ -354,6 +372,7 @@ impl WriteGuard {
         for name in names(&self.path)?.iter().filter(|name| name.starts_with(STATES)) {
             remove_pins(&self.path.join(name))?;
         }
+        remove_pins(&self.links_directory())?;
         for name in ["generations", QUEUE] {
             fs::remove_dir(self.path.join(name)).context(name)?;
         }

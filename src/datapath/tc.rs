@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 
 use crate::bpf;
 use crate::datapath::description::ProgramName;
-use crate::datapath::pin_search::Place;
+use crate::datapath::hook::{Known, Slot};
 use crate::datapath::pins::WriteGuard;
 use crate::net::Netlink;
 use crate::net::qdisc::{Direction, ETH_P_ALL, Filter, Qdisc};
@@ -17,64 +17,68 @@ use crate::net::qdisc::{Direction, ETH_P_ALL, Filter, Qdisc};
 pub const PRIORITY: u16 = 100;
 /// One of our own, so that other programs of the same priority have theirs.
 pub const HANDLE: u32 = 0x7564;
-const NAME: &str = "udplb";
+/// Beginning of the names of our programs.
+pub const NAME: &str = "udplb";
 
-/// Filter at udplb's priority and handle.
+/// The filters of an interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Slot {
-    Empty,
-    /// A generation's program.
-    Generation(u32),
-    /// A filter with our name whose generation is not here; the program still runs.
-    Orphan {
-        program: u32,
-        filter: String,
-        /// The pin directory that has it; `None`: there is none that can be seen from here.
-        home: Option<Place>,
-    },
-    /// Somebody else's.
-    Foreign(String),
-}
-
-/// The ingress hook of an interface.
-#[derive(Clone, Debug)]
-pub struct Hook {
-    pub qdisc: Option<Qdisc>,
+pub struct Filters {
+    /// Our place.
     pub slot: Slot,
-    /// Other filters hang on the same qdisc.
+    /// There are others on the same qdisc.
     pub shared: bool,
+    /// No other filter runs before our priority on ingress.
+    pub is_first: bool,
+    /// In our place is a program of an interrupted handover.
+    pub handover: bool,
 }
 
-/// Judges what is on a hook. `programs` are those of the generations that exist, by either of
-/// two witnesses: the pinned program itself, or the name recorded in the description.
-pub fn judge(
+/// Reads the filters of an interface.
+pub async fn read(
+    netlink: &Netlink,
+    ifindex: u32,
     qdisc: Option<Qdisc>,
-    ingress: &[Filter],
-    egress: &[Filter],
-    programs: &[(u32, ProgramName)],
-) -> Hook {
-    let mut hook = Hook { qdisc, slot: Slot::Empty, shared: !egress.is_empty() };
+    known: &[Known],
+) -> anyhow::Result<Filters> {
+    if qdisc.is_none() {
+        return Ok(judge(&[], &[], known));
+    }
+    let ingress = netlink.filters(ifindex, Direction::Ingress).await?;
+    let egress = match qdisc {
+        Some(Qdisc::Clsact) => netlink.filters(ifindex, Direction::Egress).await?,
+        _ => Vec::new(),
+    };
+    Ok(judge(&ingress, &egress, known))
+}
+
+/// Judges the filters of an interface.
+fn judge(ingress: &[Filter], egress: &[Filter], known: &[Known]) -> Filters {
+    let mut found =
+        Filters { slot: Slot::Empty, shared: !egress.is_empty(), is_first: true, handover: false };
     for filter in ingress {
         if !is_in_our_place(filter) {
-            hook.shared = true;
-            if takes_priority(filter) && hook.slot == Slot::Empty {
-                hook.slot = Slot::Foreign(describe(filter));
+            found.shared = true;
+            found.is_first &= (filter.chain, filter.priority < PRIORITY) != (0, true);
+            if takes_priority(filter) && found.slot == Slot::Empty {
+                found.slot = Slot::Foreign(describe(filter));
             }
             continue;
         }
         let own = filter.program.as_ref().and_then(|program| {
             let name = ProgramName::new(program.id, program.tag);
-            programs.iter().find(|(_, known)| *known == name).map(|(number, _)| *number)
+            known.iter().find(|known| known.name == name)
         });
-        hook.slot = match (own, &filter.program) {
-            (Some(number), _) => Slot::Generation(number),
+        found.handover = own.is_some_and(|own| own.handover);
+        found.slot = match (own, &filter.program) {
+            (Some(own), _) => Slot::Generation(own.generation),
             (None, Some(program)) if program.name == NAME => {
-                Slot::Orphan { program: program.id, filter: describe(filter), home: None }
+                let (program, filter) = (program.id, describe(filter));
+                Slot::Orphan { program, filter, link: None, home: None }
             }
             _ => Slot::Foreign(describe(filter)),
         };
     }
-    hook
+    found
 }
 
 /// A priority belongs to one kind of filter and one protocol.
@@ -92,24 +96,6 @@ pub fn describe(filter: &Filter) -> String {
         }
         None => format!("{} {place}", filter.kind),
     }
-}
-
-/// The hook of an interface as it is now.
-pub async fn hook(
-    netlink: &Netlink,
-    ifindex: u32,
-    qdisc: Option<Qdisc>,
-    programs: &[(u32, ProgramName)],
-) -> anyhow::Result<Hook> {
-    if qdisc.is_none() {
-        return Ok(judge(None, &[], &[], programs));
-    }
-    let ingress = netlink.filters(ifindex, Direction::Ingress).await?;
-    let egress = match qdisc {
-        Some(Qdisc::Clsact) => netlink.filters(ifindex, Direction::Egress).await?,
-        _ => Vec::new(),
-    };
-    Ok(judge(qdisc, &ingress, &egress, programs))
 }
 
 /// Puts the program on the interface, in place of our filter there where `replace` says so.
@@ -209,9 +195,10 @@ pub async fn delete_unused_clsact(
 
 #[cfg(test)]
 mod tests {
-    use super::{HANDLE, NAME, PRIORITY, Slot, judge};
+    use super::{Filters, HANDLE, NAME, PRIORITY, judge};
     use crate::datapath::description::ProgramName;
-    use crate::net::qdisc::{ETH_P_ALL, Filter, FilterProgram, Qdisc};
+    use crate::datapath::hook::{Known, Slot};
+    use crate::net::qdisc::{ETH_P_ALL, Filter, FilterProgram};
 
     /// Ours, of the program with this id.
     fn filter(id: u32) -> Filter {
@@ -227,10 +214,18 @@ mod tests {
         }
     }
 
+    fn found(filters: &[Filter]) -> Filters {
+        let known = [(41, 1), (42, 2)].map(|(generation, id)| Known {
+            generation,
+            name: ProgramName::new(id, [id as u8; 8]),
+            handover: id == 2,
+        });
+        judge(filters, &[], &known)
+    }
+
     fn slot(filters: &[Filter]) -> (Slot, bool) {
-        let programs = [(41, ProgramName::new(1, [1; 8])), (42, ProgramName::new(2, [2; 8]))];
-        let hook = judge(Some(Qdisc::Clsact), filters, &[], &programs);
-        (hook.slot, hook.shared)
+        let found = found(filters);
+        (found.slot, found.shared)
     }
 
     #[test]
@@ -238,7 +233,7 @@ mod tests {
         assert_eq!(slot(&[]), (Slot::Empty, false));
         assert_eq!(slot(&[filter(2)]), (Slot::Generation(42), false));
         let text = "bpf pref 100 handle 0x7564 udplb (program 3)";
-        let orphan = Slot::Orphan { program: 3, filter: text.into(), home: None };
+        let orphan = Slot::Orphan { program: 3, filter: text.into(), link: None, home: None };
         assert_eq!(slot(&[filter(3)]), (orphan, false));
         // an id that was given to another program
         let mut reused = filter(1);
@@ -276,8 +271,18 @@ mod tests {
     }
 
     #[test]
+    fn filters_before_ours_are_seen() {
+        let first = |other: Filter| found(&[filter(2), other]).is_first;
+        assert!(found(&[]).is_first);
+        assert!(!first(Filter { priority: 99, ..filter(9) }));
+        assert!(first(Filter { priority: 99, chain: 5, ..filter(9) }));
+        assert!(first(Filter { priority: 101, ..filter(9) }));
+        assert!(first(Filter { handle: 1, ..filter(9) }));
+        assert_eq!([filter(1), filter(2)].map(|it| found(&[it]).handover), [false, true]);
+    }
+
+    #[test]
     fn egress_is_on_the_same_qdisc() {
-        let hook = judge(Some(Qdisc::Clsact), &[filter(1)], &[filter(9)], &[]);
-        assert!(hook.shared);
+        assert!(judge(&[filter(1)], &[filter(9)], &[]).shared);
     }
 }

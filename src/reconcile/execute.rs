@@ -1,19 +1,19 @@
 //! Executes plans: the only place where udplb changes the kernel.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, anyhow};
 
 use crate::config::State;
 use crate::datapath::description::{Generation, Origin};
 use crate::datapath::environment::Environment;
+use crate::datapath::hook::{self, Attachment, Slot};
 use crate::datapath::marks::Mark;
 use crate::datapath::pins::WriteGuard;
 use crate::datapath::spares::{self, Situation};
 use crate::datapath::state_maps::{self, INCOMPLETE};
-use crate::datapath::tc::{self, Slot};
-use crate::datapath::{generation, nexthops, retired};
+use crate::datapath::{generation, handover, nexthops, retired, tc, tcx};
 use crate::net::Netlink;
 use crate::net::nexthop::NextHop;
 use crate::net::routing::Target;
@@ -127,10 +127,7 @@ impl<'a> Executor<'a> {
     /// # Errors
     /// The first action that failed; those before it were undone, in reverse.
     pub async fn run(&mut self, actions: &[Action], observer: Observer<'_>) -> anyhow::Result<()> {
-        let committed = actions
-            .iter()
-            .position(|action| matches!(action, Action::Drop(_)))
-            .unwrap_or(actions.len());
+        let committed = actions.iter().position(Action::is_clean_up).unwrap_or(actions.len());
         let (change, clean_up) = actions.split_at(committed);
         let mut undo = Vec::new();
         for action in change {
@@ -170,6 +167,9 @@ impl<'a> Executor<'a> {
                 let built = generation::build(self.guard, draft, &others)?;
                 self.counters_reset = built.counters_reset && !others.is_empty();
                 self.built = Some(built.generation);
+                if let Err(error) = tcx::sweep(self.guard) {
+                    log::warn!("{error:#}");
+                }
                 Ok(Some(Undo::Drop(draft.number)))
             }
             Action::WriteNextHops(number) => {
@@ -185,8 +185,12 @@ impl<'a> Executor<'a> {
                 tc::delete_unused_clsact(self.guard, self.netlink, index).await?;
                 Ok(None)
             }
-            Action::Attach { interface, generation, replaces } => {
-                self.attach(interface, *generation, replaces).await.map(Some)
+            Action::EndHandover(interface) => {
+                handover::end(self.guard, self.netlink, self.index(interface)?).await?;
+                Ok(None)
+            }
+            Action::Attach { interface, generation, attachment, replaces } => {
+                self.attach(interface, *generation, *attachment, replaces).await.map(Some)
             }
             Action::Detach { interface, generation, clsact } => {
                 self.detach(interface, *generation, *clsact).await
@@ -213,6 +217,10 @@ impl<'a> Executor<'a> {
                 self.set_override(*id, *state)?;
                 Ok(Some(Undo::Override(*id)))
             }
+            Action::HandOver { interface, generation, from, to } => {
+                self.hand_over(interface, *generation, (*from, *to)).await?;
+                Ok(None)
+            }
             Action::Drop(number) => {
                 self.drop(*number)?;
                 self.dropped.insert(*number);
@@ -225,19 +233,38 @@ impl<'a> Executor<'a> {
         &self,
         interface: &str,
         generation: u32,
+        attachment: Attachment,
         replaces: &Slot,
     ) -> anyhow::Result<Undo> {
-        let undo = self.undo_attach(interface, replaces);
+        let before = self.replaced(interface, replaces);
         let program = self.program(interface, generation)?;
-        let replace = *replaces != Slot::Empty;
         let index = self.index(interface)?;
         // First, so that arpd attaches if this process dies between the two.
         self.mark(interface, |mark| mark.detached = false)?;
-        let done = tc::attach(self.guard, self.netlink, index, program.as_fd(), replace).await;
+        // One of a handover is another program than the generation's.
+        let is_handover = self.before.interfaces[interface].hook.handover;
+        let old = before.as_ref().filter(|_| !is_handover).map(OwnedFd::as_fd);
+        let place = (*replaces != Slot::Empty, old);
+        let done = self.put(self.netlink, index, attachment, program.as_fd(), place).await;
         if done.is_err() {
             self.restore_mark(interface)?;
         }
-        done.map(|()| undo)
+        let interface = interface.to_string();
+        done.map(|()| match before {
+            Some(program) => Undo::Attach { interface, attachment, program, replaces: true },
+            None => Undo::Detach { interface, attachment, program },
+        })
+    }
+
+    async fn put(
+        &self,
+        netlink: &Netlink,
+        index: u32,
+        attachment: Attachment,
+        program: BorrowedFd<'_>,
+        place: (bool, Option<BorrowedFd<'_>>),
+    ) -> anyhow::Result<()> {
+        hook::attach(self.guard, netlink, index, attachment, program, place).await
     }
 
     async fn detach(
@@ -248,26 +275,42 @@ impl<'a> Executor<'a> {
     ) -> anyhow::Result<Option<Undo>> {
         let program = self.program(interface, generation).ok();
         let index = self.index(interface)?;
+        let hook = &self.before.interfaces[interface].hook;
+        let attachment = hook.present().context("nothing is attached")?;
         // First, so that arpd never finds a missing filter without the mark.
         self.mark(interface, |mark| *mark = Mark { index, detached: true, clsact, ..*mark })?;
-        let done = tc::detach(self.guard, self.netlink, index).await;
+        if hook.is_double() {
+            handover::end(self.guard, self.netlink, index).await?;
+        }
+        let there = program.as_ref().map(OwnedFd::as_fd);
+        let done = hook::detach(self.guard, self.netlink, index, attachment, there).await;
         if done.is_err() {
             self.restore_mark(interface)?;
         }
         let interface = interface.into();
-        done.map(|()| program.map(|program| Undo::Attach { interface, program, replace: false }))
+        done.map(|()| {
+            program.map(|program| Undo::Attach { interface, attachment, program, replaces: false })
+        })
     }
 
-    fn undo_attach(&self, interface: &str, replaces: &Slot) -> Undo {
-        let before = match replaces {
+    async fn hand_over(
+        &self,
+        interface: &str,
+        number: u32,
+        ends: (Attachment, Attachment),
+    ) -> anyhow::Result<()> {
+        let program = self.program(interface, number)?;
+        let index = self.index(interface)?;
+        let (directory, program) = (self.guard.generation(number), program.as_fd());
+        handover::hand_over(self.guard, self.netlink, index, (&directory, program), ends).await
+    }
+
+    /// Opens the program that an attachment replaces.
+    fn replaced(&self, interface: &str, replaces: &Slot) -> Option<OwnedFd> {
+        match replaces {
             Slot::Generation(number) => self.program(interface, *number).ok(),
             Slot::Orphan { program, .. } => libbpf_rs::Program::fd_from_id(*program).ok(),
             _ => None,
-        };
-        let interface = interface.to_string();
-        match before {
-            Some(program) => Undo::Attach { interface, program, replace: true },
-            None => Undo::Detach(interface),
         }
     }
 
@@ -378,13 +421,15 @@ impl<'a> Executor<'a> {
             Undo::DeleteClsact(interface) => {
                 tc::delete_unused_clsact(self.guard, netlink, self.index(interface)?).await
             }
-            Undo::Detach(interface) => {
-                tc::detach(self.guard, netlink, self.index(interface)?).await?;
+            Undo::Detach { interface, attachment, program } => {
+                let (index, program) = (self.index(interface)?, Some(program.as_fd()));
+                hook::detach(self.guard, netlink, index, *attachment, program).await?;
                 self.restore_mark(interface)
             }
-            Undo::Attach { interface, program, replace } => {
+            Undo::Attach { interface, attachment, program, replaces } => {
                 let index = self.index(interface)?;
-                tc::attach(self.guard, netlink, index, program.as_fd(), *replace).await?;
+                let place = (*replaces, None);
+                self.put(netlink, index, *attachment, program.as_fd(), place).await?;
                 self.restore_mark(interface)
             }
             Undo::SetHeld => {
@@ -407,8 +452,19 @@ impl<'a> Executor<'a> {
 enum Undo {
     Drop(u32),
     DeleteClsact(String),
-    Detach(String),
-    Attach { interface: String, program: OwnedFd, replace: bool },
+    /// Detaches the program.
+    Detach {
+        interface: String,
+        attachment: Attachment,
+        program: OwnedFd,
+    },
+    /// Attaches the program that was there before.
+    Attach {
+        interface: String,
+        attachment: Attachment,
+        program: OwnedFd,
+        replaces: bool,
+    },
     SetHeld,
     SetPending,
     RestoreMark(String),
@@ -424,6 +480,13 @@ pub fn describe(action: &Action) -> String {
         Action::WriteNextHops(number) => format!("next hops of generation {number}"),
         Action::AddClsact(interface) => format!("adding a clsact qdisc to {interface}"),
         Action::DeleteClsact(interface) => format!("removing the clsact qdisc of {interface}"),
+        Action::EndHandover(interface) => {
+            format!("removing the filter of {interface} beside its link")
+        }
+        Action::HandOver { interface, to, .. } => match to {
+            Attachment::Filter => format!("moving {interface} to a tc filter"),
+            Attachment::Link => format!("moving {interface} to a tcx link"),
+        },
         Action::Attach { interface, generation, .. } => {
             format!("attaching generation {generation} to {interface}")
         }

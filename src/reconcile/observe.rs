@@ -7,12 +7,12 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::Context;
 
 use crate::config::State;
-use crate::datapath::description::{Generation, ProgramName};
+use crate::datapath::description::Generation;
+use crate::datapath::hook::{self, Hook, Known, Slot};
 use crate::datapath::marks::Mark;
 use crate::datapath::pin_search::{self, Place};
 use crate::datapath::pins::ReadGuard;
 use crate::datapath::state_maps::{self, Held, Pending, StateMaps};
-use crate::datapath::tc::{self, Hook, Slot};
 use crate::datapath::{generation, retired};
 use crate::net::Netlink;
 use crate::net::link::{Layer, Link, is_called};
@@ -40,6 +40,17 @@ pub struct Observed {
     pub interfaces: BTreeMap<String, Interface>,
 }
 
+/// A filter of udplb that belongs to no generation here.
+#[derive(Clone, Copy, Debug)]
+pub struct Orphan<'a> {
+    pub interface: &'a str,
+    /// In words.
+    pub filter: &'a str,
+    /// Id of the tcx link; `None`: a tc filter.
+    pub link: Option<u32>,
+    pub home: Option<&'a Place>,
+}
+
 /// An interface and its ingress hook.
 #[derive(Clone, Debug)]
 pub struct Interface {
@@ -61,8 +72,8 @@ impl Observed {
     pub fn serving(&self) -> Option<u32> {
         let mut filters: BTreeMap<u32, usize> = BTreeMap::new();
         for interface in self.interfaces.values() {
-            if let Slot::Generation(number) = interface.hook.slot {
-                *filters.entry(number).or_default() += 1;
+            if let Slot::Generation(number) = interface.hook.slot() {
+                *filters.entry(*number).or_default() += 1;
             }
         }
         filters
@@ -86,8 +97,8 @@ impl Observed {
 
     /// Returns the interfaces whose filter runs a generation's program, with its number.
     pub fn attached(&self) -> impl Iterator<Item = (&str, u32)> {
-        self.interfaces.iter().filter_map(|(name, interface)| match interface.hook.slot {
-            Slot::Generation(number) => Some((name.as_str(), number)),
+        self.interfaces.iter().filter_map(|(name, interface)| match interface.hook.slot() {
+            Slot::Generation(number) => Some((name.as_str(), *number)),
             _ => None,
         })
     }
@@ -104,11 +115,12 @@ impl Observed {
     }
 
     /// Returns the interfaces with a filter of udplb that belongs to no generation here and still forwards
-    /// packets; with the filter's description and its pin directory.
-    pub fn orphans(&self) -> impl Iterator<Item = (&str, &str, Option<&Place>)> {
-        self.interfaces.iter().filter_map(|(name, interface)| match &interface.hook.slot {
-            Slot::Orphan { filter, home, .. } => {
-                Some((name.as_str(), filter.as_str(), home.as_ref()))
+    /// packets.
+    pub fn orphans(&self) -> impl Iterator<Item = Orphan<'_>> {
+        self.interfaces.iter().filter_map(|(name, interface)| match interface.hook.slot() {
+            Slot::Orphan { filter, link, home, .. } => {
+                let (interface, home) = (name.as_str(), home.as_ref());
+                Some(Orphan { interface, filter, link: *link, home })
             }
             _ => None,
         })
@@ -145,7 +157,7 @@ pub fn namespace() -> anyhow::Result<u64> {
 /// Reads the whole state. Without a guard there are no pins, and only interfaces are read.
 pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Result<Observed> {
     let mut observed = Observed { namespace: namespace()?, ..Observed::default() };
-    let mut programs = Vec::new();
+    let mut known = Vec::new();
     if let Some(guard) = guard {
         observed.current = guard.current();
         observed.unfinished = guard.unfinished()?;
@@ -156,12 +168,10 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
             maps.as_ref().map(|maps| maps.marks.read()).transpose()?.unwrap_or_default();
         let retired = retired::read(guard)?;
         for number in guard.numbers()? {
-            let pinned = generation::pinned_programs(&guard.generation(number))?;
-            programs.extend(pinned.into_iter().map(|name| (number, name)));
+            known.extend(generation::pinned_programs(guard, number)?);
             match generation::read(guard, number)? {
                 Some(generation) => {
-                    let names = generation.description.programs();
-                    programs.extend(names.map(|(_, name)| (number, name.clone())));
+                    known.extend(generation.programs());
                     if retired.has(&generation) {
                         observed.unfinished.push(ReadGuard::name_of(number));
                     } else {
@@ -183,11 +193,13 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
             observed.overrides.retain(|id, _| held.contains(id));
         }
     }
-    observed.interfaces = interfaces(netlink, &programs).await?;
+    observed.interfaces = interfaces(netlink, &known).await?;
     observed.forget_marks();
     for interface in observed.interfaces.values_mut() {
-        if let Slot::Orphan { program, home, .. } = &mut interface.hook.slot {
-            *home = pin_search::find(*program);
+        for slot in [&mut interface.hook.filter, &mut interface.hook.link] {
+            if let Slot::Orphan { program, home, .. } = slot {
+                *home = pin_search::find(*program);
+            }
         }
     }
     Ok(observed)
@@ -195,13 +207,13 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
 
 async fn interfaces(
     netlink: &Netlink,
-    programs: &[(u32, ProgramName)],
+    known: &[Known],
 ) -> anyhow::Result<BTreeMap<String, Interface>> {
     let qdiscs: BTreeMap<u32, _> = netlink.qdiscs().await?.into_iter().collect();
     let mut interfaces = BTreeMap::new();
     for link in netlink.links().await? {
         let qdisc = qdiscs.get(&link.index).copied();
-        let hook = tc::hook(netlink, link.index, qdisc, programs).await;
+        let hook = hook::read(netlink, link.index, qdisc, known).await;
         let hook = hook.with_context(|| format!("{}: its filters", link.name))?;
         let Link { index, layer, up, carrier, received, altnames, .. } = link;
         let interface = Interface { index, altnames, layer, up, carrier, received, hook };

@@ -300,7 +300,11 @@ fn reattached(lab: &Lab, interface: &str) -> u64 {
 
 #[test]
 fn removed_filter_is_put_back() {
-    let (lab, arpd) = lab();
+    let mut lab = Lab::new();
+    lab.hide_tcx(true);
+    lab.apply(&both_actions("10.2.0.20"));
+    let arpd = Arpd::start(&lab, "");
+    lab.await_health("10.2.0.20", "up");
     // reattached on events, long before the next periodic check
     for (count, words) in [
         (1, "qdisc del dev eth0 clsact"),

@@ -60,7 +60,8 @@ fn healthy_and_empty_hosts_have_no_findings() {
 
 #[test]
 fn filter_without_pins_is_found() {
-    let lab = Lab::new();
+    let mut lab = Lab::new();
+    lab.hide_tcx(true);
     lab.apply(&to_port(7001));
     fs::remove_file(lab.bpffs.pins().join("current/config")).expect("a pin");
     let found = examine(&lab, 3);
@@ -133,7 +134,8 @@ fn attach(lab: &Lab, priority: u16, returned: i32) {
 
 #[test]
 fn filter_that_hides_packets_is_found() {
-    let lab = Lab::new();
+    let mut lab = Lab::new();
+    lab.hide_tcx(true);
     lab.apply(&to_port(7001));
     // after udplb's filter
     attach(&lab, 101, 0);
@@ -160,7 +162,6 @@ fn filter_that_hides_packets_is_found() {
 #[test]
 fn earlier_programs_are_found() {
     let lab = Lab::new();
-    lab.apply(&to_port(7001));
     let index = lab.relay.index("eth0") as i32;
     let xdp = program(libbpf_sys::BPF_PROG_TYPE_XDP, c"other_xdp", 2);
     let tcx = program(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, c"other_tcx", -1);
@@ -174,6 +175,7 @@ fn earlier_programs_are_found() {
         };
         assert_eq!((by_xdp, by_tcx), (0, 0));
     });
+    lab.apply(&to_port(7001));
     let found = examine(&lab, 0);
     for name in ["XDP program ", "other_xdp runs first", "tcx program ", "other_tcx runs first"] {
         assert!(found.contains(name), "{name}: {found}");
@@ -181,6 +183,28 @@ fn earlier_programs_are_found() {
     assert!(found.contains("fix:  ip link set dev eth0 xdp"), "{found}");
     fix(&lab, "other_xdp");
     assert!(!examine(&lab, 0).contains("other_xdp"));
+}
+
+/// Where the program belongs follows from the filters of others.
+#[test]
+fn program_in_another_place_is_found() {
+    let mut lab = Lab::new();
+    if !lab.has_links() {
+        return;
+    }
+    lab.hide_tcx(true);
+    lab.apply(&to_port(7001));
+    lab.hide_tcx(false);
+    let still = "note: eth0: udplb is attached by a tc filter, and could be by a tcx link\n";
+    assert!(examine(&lab, 0).starts_with(still), "{}", examine(&lab, 0));
+    fix(&lab, "could be by a tcx link");
+    assert_eq!(examine(&lab, 0), "all is well\n");
+    attach(&lab, 50, -1);
+    let later = "note: eth0: a tc filter of a lower priority than udplb's runs after it\n";
+    assert!(examine(&lab, 0).starts_with(later), "{}", examine(&lab, 0));
+    fix(&lab, "runs after it");
+    let found = examine(&lab, 0);
+    assert!(found.contains("foreign") && found.contains("runs first"), "{found}");
 }
 
 #[test]

@@ -10,10 +10,14 @@
 use std::fs;
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use libbpf_rs::{Program, ProgramHandle};
 use serde_json::{Value, json};
+use udplb::bpf::tcx;
 
 use super::{Bpffs, Namespace, run, udplb, unique};
 
@@ -80,7 +84,10 @@ pub fn upstream(address: impl Into<IpAddr>, port: u16) -> Value {
     json!({ "name": address, "address": address, "port": port })
 }
 
+/// Senders, a relay and its upstreams, with udplb on the relay.
 pub struct Lab {
+    /// To udplb the kernel seems to have no tcx.
+    hides_tcx: bool,
     pub client: Namespace,
     pub relay: Namespace,
     pub upstream: Namespace,
@@ -92,6 +99,43 @@ impl Lab {
     /// Creates a lab with checksum offload, veth's default.
     pub fn new() -> Lab {
         Lab::with_offload(true, true)
+    }
+
+    /// Creates one lab after the other: where udplb attaches by a tcx link, if the kernel has tcx, and by a
+    /// tc filter.
+    pub fn for_each_attachment() -> impl Iterator<Item = Lab> {
+        let has_tcx = tcx::query(1).is_ok_and(|programs| programs.is_some());
+        let hides = if has_tcx { &[false, true][..] } else { &[true] };
+        hides.iter().map(|hides_tcx| Lab { hides_tcx: *hides_tcx, ..Lab::new() })
+    }
+
+    /// Hides tcx from udplb, or no longer.
+    pub fn hide_tcx(&mut self, hides: bool) {
+        self.hides_tcx = hides;
+    }
+
+    /// Returns true if udplb attaches by tcx links.
+    pub fn has_links(&self) -> bool {
+        !self.hides_tcx && tcx::query(1).is_ok_and(|programs| programs.is_some())
+    }
+
+    /// Has a command see of tcx what the lab's udplb sees.
+    pub fn seeing(&self, mut command: Command) -> Command {
+        if self.hides_tcx {
+            // SAFETY: the closure makes one system call, with arguments that outlive it.
+            unsafe { command.pre_exec(super::hide_tcx) };
+        }
+        command
+    }
+
+    /// Runs a closure on a thread in the relay's namespace, which sees of tcx what udplb sees.
+    pub fn enter_relay<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
+        self.relay.enter(|| {
+            if self.hides_tcx {
+                super::hide_tcx().expect("a seccomp filter");
+            }
+            inside()
+        })
     }
 
     /// Creates a lab with or without checksum offload between client and relay, and between relay and
@@ -106,6 +150,7 @@ impl Lab {
     /// Creates a lab with IPv4 addresses on the interfaces that `link` creates.
     pub fn with_links(link: impl FnOnce(&Lab)) -> Lab {
         let lab = Lab {
+            hides_tcx: false,
             client: Namespace::new(),
             relay: Namespace::new(),
             upstream: Namespace::new(),
@@ -152,7 +197,7 @@ impl Lab {
 
     /// Returns a udplb command on the relay; `words` are its arguments, separated by spaces.
     pub fn udplb(&self, words: &str) -> Command {
-        let mut command = udplb(&self.relay, &self.bpffs);
+        let mut command = self.seeing(udplb(&self.relay, &self.bpffs));
         command.args(words.split_whitespace());
         command
     }
@@ -203,10 +248,50 @@ impl Lab {
         packets(&by(&rule["upstreams"], "upstream", upstream)["counters"], verdict)
     }
 
-    /// Returns the ingress filters of an interface of the relay. Identical text means that nothing was
-    /// written.
+    /// Returns the ingress filters and tcx programs of an interface of the relay. Identical text means that
+    /// nothing was written.
     pub fn filters(&self, interface: &str) -> String {
-        self.relay.tc(&format!("filter show dev {interface} ingress"))
+        let filters = self.relay.tc(&format!("filter show dev {interface} ingress"));
+        let links = self.links(interface).into_iter();
+        filters + &links.map(|it| format!("tcx {it}\n")).collect::<String>()
+    }
+
+    /// Returns the tcx programs of an interface of the relay, in their order: name, id and link.
+    pub fn links(&self, interface: &str) -> Vec<String> {
+        let index = self.relay.index(interface);
+        let programs = self.relay.enter(|| tcx::query(index)).expect("an answer");
+        let text = |it: tcx::Attached| {
+            let program = ProgramHandle::from_prog_id(it.program).expect("a program");
+            format!("{} id {} link {}", program.name().to_string_lossy(), it.program, it.link)
+        };
+        programs.unwrap_or_default().into_iter().map(text).collect()
+    }
+
+    /// Has udplb's filter or link on an interface of the relay run a pinned program.
+    pub fn replace_program(&self, interface: &str, program: &Path) {
+        if !self.has_links() {
+            let place = format!("{interface} ingress pref 100 handle 0x7564 protocol all");
+            let program = program.display();
+            self.relay.tc(&format!("filter replace dev {place} bpf da object-pinned {program}"));
+            return;
+        }
+        let link = self.bpffs.pins().join(format!("links/{}", self.relay.index(interface)));
+        let link = tcx::open(&link).expect("a link");
+        let program = Program::fd_from_pinned_path(program).expect("a program");
+        tcx::replace(link.as_fd(), program.as_fd(), None).expect("replaced");
+    }
+
+    /// Removes udplb's filter or link from an interface of the relay, as somebody else might.
+    pub fn take_off(&self, interface: &str) {
+        let links = self.links(interface);
+        let ours = links.iter().find(|link| link.starts_with("udplb"));
+        match ours.and_then(|link| link.rsplit(' ').next()) {
+            Some(id) => {
+                let link = tcx::open_id(id.parse().expect("an id")).expect("a link");
+                tcx::detach(link.as_fd()).expect("detached");
+            }
+            None => _ = self.relay.tc(&format!("filter del dev {interface} ingress pref 100")),
+        }
     }
 }
 

@@ -10,9 +10,9 @@ pub mod tun;
 pub mod verifier;
 pub mod wire;
 
-use std::ffi::{CString, OsStr};
+use std::ffi::{CStr, CString, OsStr};
 use std::fs::{self, File};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -199,6 +199,53 @@ pub fn lock_any_memory(command: &mut Command) {
             Ok(())
         });
     }
+}
+
+/// Loads a tc program with this name that returns a constant.
+pub fn returning(name: &CStr, value: i32) -> OwnedFd {
+    let instructions = [
+        libbpf_sys::bpf_insn { code: 0xb4, imm: value, ..Default::default() },
+        libbpf_sys::bpf_insn { code: 0x95, ..Default::default() },
+    ];
+    // SAFETY: C strings and instructions outlive the call; the returned descriptor is owned here alone.
+    unsafe {
+        let program = libbpf_sys::bpf_prog_load(
+            libbpf_sys::BPF_PROG_TYPE_SCHED_CLS,
+            name.as_ptr(),
+            c"GPL".as_ptr(),
+            instructions.as_ptr(),
+            instructions.len() as libbpf_sys::size_t,
+            std::ptr::null_mut(),
+        );
+        assert!(program >= 0, "{program}");
+        OwnedFd::from_raw_fd(program)
+    }
+}
+
+/// Makes the kernel answer this thread as one without tcx: `BPF_PROG_QUERY`, which udplb uses for tcx alone, is
+/// an unknown command. There is no way back.
+pub fn hide_tcx() -> std::io::Result<()> {
+    const PROG_QUERY: u32 = 16;
+    const NUMBER: u32 = 0;
+    const FIRST_ARGUMENT: u32 = 16;
+    let load = |offset| (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, offset);
+    let unless = |value, skip| (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, skip, value);
+    let answer = |value| (libc::BPF_RET | libc::BPF_K, 0, value);
+    let code = [
+        load(NUMBER),
+        unless(libc::SYS_bpf as u32, 3),
+        load(FIRST_ARGUMENT),
+        unless(PROG_QUERY, 1),
+        answer(libc::SECCOMP_RET_ERRNO | libc::EINVAL as u32),
+        answer(libc::SECCOMP_RET_ALLOW),
+    ];
+    let mut code = code.map(|(code, jf, k)| libc::sock_filter { code: code as u16, jt: 0, jf, k });
+    let program = libc::sock_fprog { len: code.len() as u16, filter: code.as_mut_ptr() };
+    // SAFETY: the kernel copies the filter, which outlives the call.
+    let result = unsafe {
+        libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, std::ptr::from_ref(&program))
+    };
+    if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 /// Runs a command and returns its exit code, standard output and standard error.

@@ -20,7 +20,7 @@ fn on_both(mut config: Value) -> Value {
 /// call.
 fn with_failure(lab: &Lab, call: &str, error: &str, nth: usize, words: &str) -> (Outcome, bool) {
     let log: PathBuf = lab.directory.path().join("strace");
-    let mut command = lab.relay.command("strace");
+    let mut command = lab.seeing(lab.relay.command("strace"));
     command.args(["-f", "-qq", "-o"]).arg(&log).args(["-e", &format!("trace={call}"), "-e"]);
     command.arg(format!("inject={call}:error={error}:when={nth}"));
     command.args([env!("CARGO_BIN_EXE_udplb"), "--pin-dir"]).arg(lab.bpffs.pins());
@@ -64,31 +64,67 @@ fn apply_second(lab: &Lab) -> String {
     format!("apply {}", lab.directory.path().join("b.yaml").display())
 }
 
-/// Runs a command repeatedly, losing each of its netlink messages in turn.
+/// Runs a command repeatedly, losing each of its netlink messages in turn. Filters are swapped by netlink.
 fn lose_netlink(prepare: fn(&Lab), words: fn(&Lab) -> String) {
-    let lab = Lab::new();
+    let mut lab = Lab::new();
+    lab.hide_tcx(true);
+    let failed = fail_each(&lab, ("sendto", "ENOBUFS", 1), prepare, words);
+    assert!(failed > 3, "only {failed} failed");
+}
+
+/// Runs a command repeatedly with every `step`th of its calls of one kind failing in turn; returns the number of
+/// failures that the command reported.
+fn fail_each(
+    lab: &Lab,
+    (call, error, step): (&str, &str, usize),
+    prepare: fn(&Lab),
+    words: fn(&Lab) -> String,
+) -> usize {
     let mut failed = 0;
-    for nth in 1.. {
-        prepare(&lab);
-        let before = programs(&lab);
-        let (outcome, injected) = with_failure(&lab, "sendto", "ENOBUFS", nth, &words(&lab));
-        let after = programs(&lab);
+    for nth in (1..).step_by(step) {
+        prepare(lab);
+        let before = programs(lab);
+        let (outcome, injected) = with_failure(lab, call, error, nth, &words(lab));
+        let after = programs(lab);
         if outcome.code == Some(0) {
             assert!(
                 after.iter().zip(&before).all(|(after, before)| after != before),
                 "{outcome:?}"
             );
         } else {
-            assert_eq!(outcome.code, Some(1), "sendto {nth}: {outcome:?}");
-            assert_eq!(after, before, "sendto {nth}: {outcome:?}");
+            assert_eq!(outcome.code, Some(1), "{call} {nth}: {outcome:?}");
+            assert_eq!(after, before, "{call} {nth}: {outcome:?}");
             failed += 1;
         }
-        assert!(unfinished(&lab).is_empty(), "sendto {nth}: {:?}", unfinished(&lab));
+        assert!(unfinished(lab).is_empty(), "{call} {nth}: {:?}", unfinished(lab));
         if !injected {
             break;
         }
     }
-    assert!(failed > 3, "only {failed} failed");
+    failed
+}
+
+/// Links are swapped by the BPF system call.
+#[test]
+fn detach_of_links_with_failing_calls_reports_the_truth() {
+    let lab = Lab::new();
+    if lab.has_links() {
+        let failed = fail_each(&lab, ("bpf", "ENOMEM", 9), serve_first, |_| "detach".into());
+        assert!(failed > 3, "only {failed} failed");
+    }
+}
+
+#[test]
+fn rollback_of_links_with_failing_calls_reports_the_truth() {
+    let prepare = |lab: &Lab| {
+        serve_first(lab);
+        lab.run(&format!("{} --force", apply_second(lab))).expect(0);
+    };
+    let lab = Lab::new();
+    if lab.has_links() {
+        let failed = fail_each(&lab, ("bpf", "ENOMEM", 19), prepare, |_| "rollback".into());
+        assert!(failed > 3, "only {failed} failed");
+    }
 }
 
 #[test]

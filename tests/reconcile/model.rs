@@ -6,8 +6,8 @@ use std::time::Duration;
 use udplb::bpf::OBJECT_SHA256;
 use udplb::datapath::description::{Description, Generation, Origin, ProgramName};
 use udplb::datapath::generation::Draft;
+use udplb::datapath::hook::{Attachment, Hook, Slot};
 use udplb::datapath::marks::Mark;
-use udplb::datapath::tc::{Hook, Slot};
 use udplb::desired::{Desired, RuleIds, assign_ids};
 use udplb::net::qdisc::Qdisc;
 use udplb::reconcile::observe::{Interface, Observed};
@@ -20,14 +20,16 @@ pub enum Owner {
     Other,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Kernel {
     pub observed: Observed,
     pub clsacts: BTreeMap<String, Owner>,
+    /// How a program is attached where no foreign filter comes first.
+    attachment: Attachment,
 }
 
 impl Kernel {
-    pub fn new(interfaces: &[&str]) -> Kernel {
+    pub fn new(interfaces: &[&str], attachment: Attachment) -> Kernel {
         let empty = |index: usize| Interface {
             altnames: Vec::new(),
             index: index as u32 + 1,
@@ -35,13 +37,13 @@ impl Kernel {
             up: true,
             carrier: true,
             received: 0,
-            hook: Hook { qdisc: None, slot: Slot::Empty, shared: false },
+            hook: Hook::empty(attachment),
         };
         let interfaces =
             interfaces.iter().enumerate().map(|(index, name)| (name.to_string(), empty(index)));
         let observed =
             Observed { namespace: 7, interfaces: interfaces.collect(), ..Observed::default() };
-        Kernel { observed, clsacts: BTreeMap::new() }
+        Kernel { observed, clsacts: BTreeMap::new(), attachment }
     }
 
     /// Adds a foreign clsact where there is none. Skipped if a generation or mark records a clsact of
@@ -64,6 +66,15 @@ impl Kernel {
         self.add_foreign_clsact(interface);
         let hook = self.hook(interface);
         hook.shared = shared && hook.qdisc.is_some();
+    }
+
+    /// Adds or removes a foreign filter that runs before udplb's priority.
+    pub fn precede(&mut self, interface: &str, first: bool) {
+        self.share(interface, first);
+        let attachment = self.attachment;
+        let hook = self.hook(interface);
+        let precedes = first && hook.shared;
+        hook.attachment = if precedes { Attachment::Filter } else { attachment };
     }
 
     /// Plans an `apply` and carries out its first `steps` actions.
@@ -109,8 +120,17 @@ impl Kernel {
             self.act(action);
         }
         // a crash in the middle of the next action
-        if let Some(Action::Build(draft)) = actions.get(steps) {
-            self.observed.unfinished.push(format!("building-{}", draft.number));
+        match actions.get(steps) {
+            Some(Action::Build(draft)) => {
+                self.observed.unfinished.push(format!("building-{}", draft.number));
+            }
+            Some(Action::HandOver { interface, generation, from, to }) if from != to => {
+                let hook = self.hook(interface);
+                hook.filter = Slot::Generation(*generation);
+                hook.link = Slot::Generation(*generation);
+                hook.handover = true;
+            }
+            _ => {}
         }
     }
 
@@ -124,25 +144,41 @@ impl Kernel {
                 assert_eq!(hook.qdisc.replace(Qdisc::Clsact), None, "a clsact is there already");
                 self.clsacts.insert(interface.clone(), Owner::Udplb);
             }
-            Action::Attach { interface, generation, replaces } => {
+            Action::EndHandover(interface) => {
+                let hook = self.hook(interface);
+                assert!(hook.is_double(), "no handover on {interface}");
+                hook.filter = Slot::Empty;
+            }
+            Action::Attach { interface, generation, attachment, replaces } => {
                 assert!(self.generation(*generation).intact);
                 let hook = self.hook(interface);
-                assert!(hook.qdisc.is_some(), "no qdisc on {interface}");
-                assert_eq!(hook.slot, *replaces);
-                hook.slot = Slot::Generation(*generation);
+                assert!(!hook.is_double(), "packets would meet two generations");
+                assert_eq!(hook.present().unwrap_or(*attachment), *attachment);
+                assert_eq!(hook.slot(), replaces);
+                put(hook, *attachment, Slot::Generation(*generation));
+                hook.handover = false;
                 self.observed.marks.entry(interface.clone()).or_default().detached = false;
+            }
+            Action::HandOver { interface, generation, from, to } => {
+                let hook = self.hook(interface);
+                assert!(!hook.is_double(), "packets would meet the program twice");
+                assert_eq!((hook.present(), hook.attachment), (Some(*from), *to));
+                assert_eq!(hook.slot(), &Slot::Generation(*generation));
+                put(hook, *from, Slot::Empty);
+                put(hook, *to, Slot::Generation(*generation));
+                hook.handover = false;
             }
             Action::Detach { interface, generation, clsact } => {
                 let hook = self.hook(interface);
-                assert_eq!(hook.slot, Slot::Generation(*generation));
-                hook.slot = Slot::Empty;
+                assert_eq!(hook.slot(), &Slot::Generation(*generation));
+                (hook.filter, hook.link, hook.handover) = (Slot::Empty, Slot::Empty, false);
                 let mark = Mark { detached: true, clsact: *clsact, ..Mark::default() };
                 self.observed.marks.insert(interface.clone(), mark);
             }
             Action::DeleteClsact(interface) => {
                 let hook = self.hook(interface);
                 assert!(!hook.shared, "others hang on it");
-                assert_eq!(hook.slot, Slot::Empty);
+                assert_eq!(hook.filter, Slot::Empty);
                 hook.qdisc = None;
                 assert_eq!(self.clsacts.remove(interface), Some(Owner::Udplb));
             }
@@ -201,5 +237,15 @@ impl Kernel {
 
     fn hook(&mut self, interface: &str) -> &mut Hook {
         &mut self.observed.interfaces.get_mut(interface).expect("an interface").hook
+    }
+}
+
+fn put(hook: &mut Hook, attachment: Attachment, slot: Slot) {
+    match attachment {
+        Attachment::Filter => {
+            assert!(slot == Slot::Empty || hook.qdisc.is_some(), "no qdisc");
+            hook.filter = slot;
+        }
+        Attachment::Link => hook.link = slot,
     }
 }

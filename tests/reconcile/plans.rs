@@ -12,8 +12,8 @@ use proptest::sample::{select, subsequence};
 use serde_json::{Value, json};
 use udplb::config::{Action as TcAction, Config, Hash, Key, Ports, Strategy as Selection};
 use udplb::datapath::description::Origin;
+use udplb::datapath::hook::{Attachment, Slot};
 use udplb::datapath::pins;
-use udplb::datapath::tc::Slot;
 use udplb::desired::{Desired, Rule, Upstream};
 use udplb::net::routing::{Senders, Target};
 use udplb::net::{Netlink, nexthop};
@@ -65,6 +65,7 @@ enum Event {
     Detach(Vec<String>, bool, usize),
     ForeignClsact(&'static str),
     Share(&'static str, bool),
+    Precede(&'static str, bool),
     LosePin(usize),
     LoseDescription(usize),
 }
@@ -85,6 +86,7 @@ fn event() -> impl Strategy<Value = Event> {
             .prop_map(|(names, purge, steps)| Event::Detach(names, purge, steps)),
         1 => interface().prop_map(Event::ForeignClsact),
         1 => (interface(), any::<bool>()).prop_map(|(name, shared)| Event::Share(name, shared)),
+        2 => (interface(), any::<bool>()).prop_map(|(name, first)| Event::Precede(name, first)),
         1 => (0..3_usize).prop_map(Event::LosePin),
         1 => (0..3_usize).prop_map(Event::LoseDescription),
     ]
@@ -104,6 +106,7 @@ fn happen(kernel: &mut Kernel, event: &Event) {
         Event::Detach(names, purge, steps) => kernel.detach(names, *purge, *steps),
         Event::ForeignClsact(name) => kernel.add_foreign_clsact(name),
         Event::Share(name, shared) => kernel.share(name, *shared),
+        Event::Precede(name, first) => kernel.precede(name, *first),
         Event::LosePin(index) => {
             if let Some(number) = nth(kernel, *index) {
                 kernel.observed.generations.get_mut(&number).expect("it is there").intact = false;
@@ -118,10 +121,14 @@ fn happen(kernel: &mut Kernel, event: &Event) {
     }
 }
 
+fn attachment() -> impl Strategy<Value = Attachment> {
+    select(vec![Attachment::Filter, Attachment::Link])
+}
+
 /// Generates a machine with random past events.
 fn kernel() -> impl Strategy<Value = Kernel> {
-    vec(event(), 0..8).prop_map(|events| {
-        let mut kernel = Kernel::new(&INTERFACES);
+    (attachment(), vec(event(), 0..8)).prop_map(|(attachment, events)| {
+        let mut kernel = Kernel::new(&INTERFACES, attachment);
         for event in &events {
             happen(&mut kernel, event);
             check_ids(&kernel);
@@ -200,10 +207,10 @@ proptest! {
 
     #[test]
     fn hold_ends_with_the_next_apply(
-        old in desired(), left in desired(), new in desired(), steps in 0..16_usize,
+        attachment in attachment(), old in desired(), left in desired(), new in desired(), steps in 0..16_usize,
     ) {
         prop_assume!(left != old && new != left && new != old);
-        let mut kernel = Kernel::new(&INTERFACES);
+        let mut kernel = Kernel::new(&INTERFACES, attachment);
         kernel.apply(&old, false, ALL).expect("no refusal");
         kernel.apply(&left, false, ALL).expect("no refusal");
         kernel.rollback(ALL).expect("there is one before");
@@ -223,10 +230,10 @@ proptest! {
 
     #[test]
     fn second_rollback_undoes_the_first(
-        old in desired(), new in desired(), steps in 0..16_usize,
+        attachment in attachment(), old in desired(), new in desired(), steps in 0..16_usize,
     ) {
         prop_assume!(old != new);
-        let mut kernel = Kernel::new(&INTERFACES);
+        let mut kernel = Kernel::new(&INTERFACES, attachment);
         kernel.apply(&old, false, ALL).expect("no refusal");
         let there = kernel.apply(&new, false, ALL).expect("no refusal").generation;
         let both = configurations(&kernel);
@@ -244,10 +251,10 @@ proptest! {
 
     #[test]
     fn crashed_rollback_can_go_either_way(
-        old in desired(), new in desired(), steps in 0..16_usize, forward in any::<bool>(),
+        attachment in attachment(), old in desired(), new in desired(), steps in 0..16_usize, forward in any::<bool>(),
     ) {
         prop_assume!(old != new);
-        let mut kernel = Kernel::new(&INTERFACES);
+        let mut kernel = Kernel::new(&INTERFACES, attachment);
         kernel.apply(&old, false, ALL).expect("no refusal");
         kernel.apply(&new, false, ALL).expect("no refusal");
         kernel.rollback(steps).expect("there is one before");
@@ -258,10 +265,10 @@ proptest! {
 
     #[test]
     fn rollback_with_begun_swaps_is_not_undone_by_cron(
-        old in desired(), new in desired(), steps in 0..16_usize,
+        attachment in attachment(), old in desired(), new in desired(), steps in 0..16_usize,
     ) {
         prop_assume!(old != new);
-        let mut kernel = Kernel::new(&INTERFACES);
+        let mut kernel = Kernel::new(&INTERFACES, attachment);
         kernel.apply(&old, false, ALL).expect("no refusal");
         let left = kernel.apply(&new, false, ALL).expect("no refusal").generation;
         kernel.rollback(steps).expect("there is one before");
@@ -281,9 +288,9 @@ proptest! {
 
     #[test]
     fn unconfirmed_change_is_undone_after_any_crash(
-        old in desired(), news in vec(desired(), 1..4), steps in 0..16_usize, back in 0..16_usize,
+        attachment in attachment(), old in desired(), news in vec(desired(), 1..4), steps in 0..16_usize, back in 0..16_usize,
     ) {
-        let mut kernel = Kernel::new(&INTERFACES);
+        let mut kernel = Kernel::new(&INTERFACES, attachment);
         kernel.apply(&old, false, ALL).expect("no refusal");
         for new in &news {
             let result = kernel.apply_pending(new, false, steps);
@@ -306,9 +313,9 @@ proptest! {
 
     #[test]
     fn unconfirmed_first_apply_is_undone_after_any_crash(
-        new in desired(), steps in 0..16_usize, back in 0..16_usize,
+        attachment in attachment(), new in desired(), steps in 0..16_usize, back in 0..16_usize,
     ) {
-        let mut kernel = Kernel::new(&INTERFACES);
+        let mut kernel = Kernel::new(&INTERFACES, attachment);
         kernel.apply_pending(&new, false, steps).expect("no refusal");
         for steps in [back, ALL] {
             if kernel.observed.pending.is_some() {
@@ -321,10 +328,10 @@ proptest! {
 
     #[test]
     fn confirmed_change_stays_and_can_be_rolled_back(
-        old in desired(), first in desired(), second in desired(),
+        attachment in attachment(), old in desired(), first in desired(), second in desired(),
     ) {
         prop_assume!(old != first && old != second);
-        let mut kernel = Kernel::new(&INTERFACES);
+        let mut kernel = Kernel::new(&INTERFACES, attachment);
         kernel.apply(&old, false, ALL).expect("no refusal");
         kernel.apply_pending(&first, false, ALL).expect("no refusal");
         kernel.apply_pending(&second, false, ALL).expect("no refusal");
@@ -355,8 +362,8 @@ proptest! {
     }
 
     #[test]
-    fn apply_and_detach_leave_no_clsact(configurations in vec(desired(), 1..5), back in any::<bool>()) {
-        let mut kernel = Kernel::new(&INTERFACES);
+    fn apply_and_detach_leave_no_clsact(attachment in attachment(), configurations in vec(desired(), 1..5), back in any::<bool>()) {
+        let mut kernel = Kernel::new(&INTERFACES, attachment);
         for desired in &configurations {
             kernel.apply(desired, false, ALL).expect("no refusal");
         }
@@ -371,7 +378,7 @@ proptest! {
 
 #[test]
 fn never_attached_generation_is_no_rollback_target() {
-    let mut kernel = Kernel::new(&INTERFACES);
+    let mut kernel = Kernel::new(&INTERFACES, Attachment::Filter);
     assert!(matches!(kernel.rollback(ALL), Err(Refusal::NothingBefore)));
     let one = Desired { interfaces: vec!["a".into()], ..Desired::default() };
     kernel.apply(&one, false, ALL).expect("no refusal");
@@ -386,7 +393,7 @@ fn never_attached_generation_is_no_rollback_target() {
 #[test]
 fn changed_program_is_another_generation() {
     let one = Desired { interfaces: vec!["a".into()], ..Desired::default() };
-    let mut kernel = Kernel::new(&INTERFACES);
+    let mut kernel = Kernel::new(&INTERFACES, Attachment::Filter);
     kernel.apply(&one, false, ALL).expect("no refusal");
     let object =
         &mut kernel.observed.generations.get_mut(&1).expect("it is there").description.object;
@@ -402,7 +409,7 @@ fn changed_program_is_another_generation() {
 #[test]
 fn foreign_objects_are_refused() {
     let one = Desired { interfaces: vec!["a".into()], ..Desired::default() };
-    let kernel = Kernel::new(&INTERFACES);
+    let kernel = Kernel::new(&INTERFACES, Attachment::Filter);
     let refusal = |change: &dyn Fn(&mut Kernel)| {
         let mut kernel = kernel.clone();
         change(&mut kernel);
@@ -411,13 +418,13 @@ fn foreign_objects_are_refused() {
     let interface = |kernel: &mut Kernel| kernel.observed.interfaces.remove("a").expect("a");
     let put = |kernel: &mut Kernel, slot: Slot| {
         let mut it = interface(kernel);
-        it.hook.slot = slot;
+        it.hook.filter = slot;
         kernel.observed.interfaces.insert("a".into(), it);
     };
     assert_eq!(refusal(&|kernel| drop(interface(kernel))), Refusal::NoInterface("a".into()));
     let foreign = refusal(&|kernel| put(kernel, Slot::Foreign("theirs".into())));
     assert!(matches!(foreign, Refusal::Foreign { filter, .. } if filter == "theirs"));
-    let ours = |home| Slot::Orphan { program: 1, filter: "ours".into(), home };
+    let ours = |home| Slot::Orphan { program: 1, filter: "ours".into(), link: None, home };
     let orphan = refusal(&|kernel| put(kernel, ours(None)));
     assert!(matches!(orphan, Refusal::Orphan { filter, .. } if filter == "ours"));
     let place = udplb::datapath::pin_search::Place { process: None, pin_dir: "/there".into() };
@@ -470,7 +477,7 @@ fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> any
         executor.run(&plan.actions, &mut observer).await?;
         Ok(plan.actions.len())
     };
-    lab.relay.enter(|| {
+    lab.enter_relay(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(inside())
     })
@@ -481,10 +488,14 @@ fn wanted(config: &Value) -> Desired {
     Desired::written(&config, &config.interfaces)
 }
 
-/// Returns the state that a failed apply must not change: filters with their programs, qdiscs,
-/// generations, `current` and held generations.
+/// Returns the state that a failed apply must not change: filters and links with their programs, qdiscs,
+/// generations, `current` and held generations. A link that was taken off and put back has another id.
 fn snapshot(lab: &Lab) -> String {
-    let mut text = lab.relay.tc("qdisc show") + &lab.filters("eth0") + &lab.filters("up0");
+    let mut text = lab.relay.tc("qdisc show");
+    for line in (lab.filters("eth0") + &lab.filters("up0")).lines() {
+        text += line.split(" link ").next().unwrap_or_default();
+        text += "\n";
+    }
     let mut pins = vec![String::new()];
     while let Some(directory) = pins.pop() {
         let path = lab.bpffs.pins().join(&directory);
@@ -537,30 +548,32 @@ fn with_interfaces(config: Value, interfaces: &[&str]) -> Value {
 
 #[test]
 fn failing_first_apply_leaves_nothing() {
-    let lab = Lab::new();
-    let desired = wanted(&with_interfaces(to_port(7001), &["eth0", "up0"]));
-    fail_everywhere(&lab, None, &|observed| {
-        plan::apply(observed, &desired, &Origin::default(), false)
-    });
-    expect_way(&lab, 7001);
+    for lab in Lab::for_each_attachment() {
+        let desired = wanted(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+        fail_everywhere(&lab, None, &|observed| {
+            plan::apply(observed, &desired, &Origin::default(), false)
+        });
+        expect_way(&lab, 7001);
+    }
 }
 
 #[test]
 fn failing_apply_keeps_the_old_generation() {
-    let lab = Lab::new();
-    // from two interfaces to one: detaches, with the clsact that udplb created
-    lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
-    let desired = wanted(&to_port(7002));
-    fail_everywhere(&lab, Some(7001), &|observed| {
-        plan::apply(observed, &desired, &Origin::default(), false)
-    });
-    expect_way(&lab, 7002);
-    // back to two, with a generation to remove
-    let desired = wanted(&with_interfaces(to_port(7003), &["eth0", "up0"]));
-    fail_everywhere(&lab, Some(7002), &|observed| {
-        plan::apply(observed, &desired, &Origin::default(), false)
-    });
-    expect_way(&lab, 7003);
+    for lab in Lab::for_each_attachment() {
+        // from two interfaces to one: detaches, with the clsact that udplb created
+        lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+        let desired = wanted(&to_port(7002));
+        fail_everywhere(&lab, Some(7001), &|observed| {
+            plan::apply(observed, &desired, &Origin::default(), false)
+        });
+        expect_way(&lab, 7002);
+        // back to two, with a generation to remove
+        let desired = wanted(&with_interfaces(to_port(7003), &["eth0", "up0"]));
+        fail_everywhere(&lab, Some(7002), &|observed| {
+            plan::apply(observed, &desired, &Origin::default(), false)
+        });
+        expect_way(&lab, 7003);
+    }
 }
 
 #[test]
@@ -645,30 +658,31 @@ fn failing_take_over_leaves_the_orphan_serving() {
 
 #[test]
 fn crash_at_any_executed_action_is_healed() {
-    let lab = Lab::new();
-    lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
-    // to one interface and back to two: all kinds of actions except those of a rollback
-    let configurations = [to_port(7002), with_interfaces(to_port(7001), &["eth0", "up0"])]
-        .map(|it| (wanted(&it), it));
-    let mut stop = 0;
-    'all: loop {
-        for (desired, config) in &configurations {
-            let plan =
-                |observed: &Observed| plan::apply(observed, desired, &Origin::default(), false);
-            let crash =
-                std::panic::AssertUnwindSafe(|| carry_out(&lab, &plan, stop, Trouble::Crash));
-            if let Ok(done) = std::panic::catch_unwind(crash) {
-                done.expect("no failure");
-                break 'all;
+    for lab in Lab::for_each_attachment() {
+        lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+        // to one interface and back to two: all kinds of actions except those of a rollback
+        let configurations = [to_port(7002), with_interfaces(to_port(7001), &["eth0", "up0"])]
+            .map(|it| (wanted(&it), it));
+        let mut stop = 0;
+        'all: loop {
+            for (desired, config) in &configurations {
+                let plan =
+                    |observed: &Observed| plan::apply(observed, desired, &Origin::default(), false);
+                let crash =
+                    std::panic::AssertUnwindSafe(|| carry_out(&lab, &plan, stop, Trouble::Crash));
+                if let Ok(done) = std::panic::catch_unwind(crash) {
+                    done.expect("no failure");
+                    break 'all;
+                }
+                check_serving(&lab);
+                lab.apply(config);
+                lab.run("status").expect(0);
+                assert_eq!(lab.apply(config)["changed"], false, "after a crash at action {stop}");
             }
-            check_serving(&lab);
-            lab.apply(config);
-            lab.run("status").expect(0);
-            assert_eq!(lab.apply(config)["changed"], false, "after a crash at action {stop}");
+            stop += 1;
         }
-        stop += 1;
+        assert!(stop > 4, "only {stop} actions could crash");
     }
-    assert!(stop > 4, "only {stop} actions could crash");
 }
 
 #[test]

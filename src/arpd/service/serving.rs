@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, HashSet};
 
 use crate::arpd::neighbours::NextHopEntry;
+use crate::bpf::tcx::{self, Attached};
 use crate::bpf::types;
-use crate::datapath::description::{Generation, ProgramName};
+use crate::datapath::description::Generation;
+use crate::datapath::hook::{self, Known, Slot};
 use crate::datapath::lease::Heartbeat;
 use crate::datapath::pins::ReadGuard;
 use crate::datapath::spares::{self, Situation};
 use crate::datapath::state_maps::StateMaps;
-use crate::datapath::tc::{self, Slot};
 use crate::net::Netlink;
 use crate::net::link::{Link, find_link};
 use crate::reconcile::observe::Observed;
@@ -21,6 +22,8 @@ pub(super) struct Serving {
     pub(super) heartbeat: Heartbeat,
     /// State of the filter by interface name, as last read.
     pub(super) interfaces: BTreeMap<String, Filter>,
+    /// The tcx programs of those interfaces by index, as last read. The kernel does not notify of changes.
+    pub(super) tcx: BTreeMap<u32, Vec<Attached>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +94,7 @@ pub(super) fn filters_of(generation: &Generation, observed: &Observed) -> BTreeM
         .map(|name| {
             let seen = match observed.interfaces.get(name) {
                 None => Filter::Missing,
-                Some(interface) => match interface.hook.slot {
+                Some(interface) => match interface.hook.slot() {
                     Slot::Empty if observed.is_detached(name) => Filter::Detached(interface.index),
                     Slot::Empty => Filter::Lost(interface.index),
                     _ => Filter::Attached(interface.index),
@@ -108,9 +111,7 @@ pub(super) async fn filters(
     serving: &Serving,
 ) -> anyhow::Result<BTreeMap<String, Filter>> {
     let generation = &serving.generation;
-    let names = generation.description.programs();
-    let programs: Vec<(u32, ProgramName)> =
-        names.map(|(_, name)| (generation.number, name.clone())).collect();
+    let known: Vec<Known> = generation.programs().collect();
     let links: Vec<Link> = netlink.links().await?;
     let qdiscs: BTreeMap<u32, _> = netlink.qdiscs().await?.into_iter().collect();
     let mut found = BTreeMap::new();
@@ -120,7 +121,7 @@ pub(super) async fn filters(
             Some(link) => {
                 let qdisc = qdiscs.get(&link.index).copied();
                 let mark = serving.maps.marks.get(name)?.filter(|mark| mark.is_of(link.index));
-                match tc::hook(netlink, link.index, qdisc, &programs).await?.slot {
+                match hook::read(netlink, link.index, qdisc, &known).await?.slot() {
                     Slot::Empty if mark.is_some_and(|mark| mark.detached) => {
                         Filter::Detached(link.index)
                     }
@@ -132,6 +133,15 @@ pub(super) async fn filters(
         found.insert(name.clone(), seen);
     }
     Ok(found)
+}
+
+/// Reads the tcx programs of interfaces.
+pub(super) fn tcx_programs(interfaces: &BTreeMap<String, Filter>) -> BTreeMap<u32, Vec<Attached>> {
+    let attached = interfaces.values().filter_map(|seen| match seen {
+        Filter::Attached(index) => Some(*index),
+        _ => None,
+    });
+    attached.map(|index| (index, tcx::query(index).ok().flatten().unwrap_or_default())).collect()
 }
 
 pub(super) fn is_attached(seen: &Filter) -> bool {

@@ -3,7 +3,8 @@
 use anyhow::Context;
 use libbpf_rs::ProgramHandle;
 
-use crate::bpf;
+use crate::bpf::tcx::Attached;
+use crate::datapath::hook::{Attachment, Hook};
 use crate::datapath::tc;
 use crate::error::Result;
 use crate::net::Netlink;
@@ -22,9 +23,17 @@ pub struct Before {
 }
 
 /// Returns them in the order in which they run.
-pub async fn read(netlink: &Netlink, link: &Link, protocols: &[u16]) -> Result<Vec<Before>> {
+pub async fn read(
+    netlink: &Netlink,
+    link: &Link,
+    hook: &Hook,
+    protocols: &[u16],
+) -> Result<Vec<Before>> {
     let mut before: Vec<Before> = xdp(link).collect();
-    before.extend(tcx(link));
+    before.extend(hook.earlier.iter().map(|program| tcx(link, program)));
+    if hook.present() == Some(Attachment::Link) {
+        return Ok(before);
+    }
     let mut filters = netlink.filters(link.index, Direction::Ingress).await.context("filters")?;
     filters.sort_by_key(|filter| (filter.priority, filter.handle));
     let is_first = |filter: &&Filter| {
@@ -56,13 +65,16 @@ fn xdp(link: &Link) -> impl Iterator<Item = Before> {
     })
 }
 
-/// Returns tcx programs (Linux 6.6), which run before all filters.
-fn tcx(link: &Link) -> impl Iterator<Item = Before> {
-    bpf::tcx_programs(link.index).into_iter().map(|id| Before {
-        name: format!("tcx program {}", name(id)),
-        remove: format!("bpftool net detach tcx_ingress dev {}", link.name),
+/// A tcx program runs before all filters.
+fn tcx(link: &Link, attached: &Attached) -> Before {
+    Before {
+        name: format!("tcx program {}", name(attached.program)),
+        remove: match attached.link {
+            0 => format!("bpftool net detach tcx_ingress dev {}", link.name),
+            id => format!("bpftool link detach id {id}"),
+        },
         takes_all: false,
-    })
+    }
 }
 
 /// Returns id and name of a program; the name needs CAP_SYS_ADMIN.

@@ -13,6 +13,7 @@ use super::sample::{self, Growth};
 use crate::bpf;
 use crate::config::{Action, Config, Family, Health, Key, KeyAddress, Message, Source, with_port};
 use crate::datapath::description::Description;
+use crate::datapath::hook::Attachment;
 use crate::datapath::pins::Store;
 use crate::datapath::{capabilities, kernel};
 use crate::desired::{Desired, Rule, export, tables};
@@ -115,6 +116,8 @@ pub struct InputLink {
     pub foreign_qdisc: bool,
     /// Programs and filters that run before.
     pub before: Vec<Before>,
+    /// How the next apply attaches the program, if that is not how it is attached.
+    pub moves_to: Option<Attachment>,
     /// Sysctls that disable forwarding there, of the families in use.
     pub not_forwarding: Vec<String>,
     /// Sysctl that disables IPv6 there, if a rule needs IPv6.
@@ -417,8 +420,11 @@ async fn inputs(
                     .map(String::from)
                     .collect(),
                 foreign_qdisc: qdisc.is_some()
+                    && seen.hook.present() == Some(Attachment::Filter)
                     && serving.is_some_and(|serving| !serving.clsact.contains(name)),
-                before: before::read(netlink, link, &protocols).await?,
+                moves_to: Some(seen.hook.attachment)
+                    .filter(|to| seen.hook.present().is_some_and(|present| present != *to)),
+                before: before::read(netlink, link, &seen.hook, &protocols).await?,
                 not_forwarding: families
                     .iter()
                     .map(|(family, _)| format!("net.{family}.conf.{name}.forwarding"))

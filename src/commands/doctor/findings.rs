@@ -91,6 +91,7 @@ mod tests {
                     gro: Vec::new(),
                     foreign_qdisc: false,
                     before: Vec::new(),
+                    moves_to: None,
                     not_forwarding: Vec::new(),
                     no_ipv6: None,
                     strict: false,
@@ -252,8 +253,10 @@ mod tests {
         };
         check(
             gro,
-            &["note: eth0: generic receive offload is on at port1, port2 | ethtool -K port1 gro off; \
-               ethtool -K port2 gro off, unless"],
+            &[
+                "note: eth0: generic receive offload is on at port1, port2 | ethtool -K port1 gro off; \
+               ethtool -K port2 gro off, unless",
+            ],
         );
         // where it saves more than it costs
         check(|facts| (gro(facts), facts.tcp_segments = 5000).1, &[]);

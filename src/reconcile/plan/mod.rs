@@ -9,8 +9,8 @@ use crate::bpf::OBJECT_SHA256;
 use crate::config::State;
 use crate::datapath::description::{Generation, Origin};
 use crate::datapath::generation::Draft;
+use crate::datapath::hook::{Attachment, Hook, Slot};
 use crate::datapath::state_maps::{Held, Pending};
-use crate::datapath::tc::Slot;
 use crate::desired::Desired;
 use crate::net::link::Layer;
 use crate::net::qdisc::Qdisc;
@@ -30,10 +30,13 @@ pub enum Action {
     /// Writes the next hops of the generation's upstreams.
     WriteNextHops(u32),
     AddClsact(String),
+    /// Removes the tc filter that an interrupted handover has left beside the tcx link.
+    EndHandover(String),
     /// The commit point of an interface.
     Attach {
         interface: String,
         generation: u32,
+        attachment: Attachment,
         replaces: Slot,
     },
     Detach {
@@ -60,8 +63,23 @@ pub enum Action {
         id: u32,
         state: Option<State>,
     },
+    /// Moves the active generation's program from a tc filter to a tcx link or back. If both are the same, completes
+    /// an interrupted handover.
+    HandOver {
+        interface: String,
+        generation: u32,
+        from: Attachment,
+        to: Attachment,
+    },
     /// Removes a generation that is not used.
     Drop(u32),
+}
+
+impl Action {
+    /// Returns true for the actions behind the commit points: if one fails, the next apply makes up for it.
+    pub fn is_clean_up(&self) -> bool {
+        matches!(self, Action::HandOver { .. } | Action::Drop(_))
+    }
 }
 
 /// A sequence of actions and the generation that is active afterwards.
@@ -139,17 +157,10 @@ pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, 
         let there = observed.generations.get(&number);
         let mut programs = there.into_iter().flat_map(|it| it.description.programs());
         let has_program = programs.any(|(layer, _)| Some(layer) == interface.layer);
-        if !has_program || interface.hook.slot != Slot::Empty {
+        if !has_program || *interface.hook.slot() != Slot::Empty {
             continue;
         }
-        if interface.hook.qdisc.is_none() {
-            actions.push(Action::AddClsact(name.clone()));
-        }
-        actions.push(Action::Attach {
-            interface: name.clone(),
-            generation: number,
-            replaces: Slot::Empty,
-        });
+        attach(name, &interface.hook, number, &mut actions);
     }
     Ok(Plan { generation: number, actions })
 }
@@ -325,7 +336,7 @@ fn appeared(observed: &Observed, desired: &Desired) -> Vec<String> {
     let lacked = serving.map_or(&[][..], |it| &it.description.desired.incomplete.interfaces);
     let is_empty = |name: &String| {
         let interface = observed.interfaces.get(name);
-        interface.is_some_and(|interface| interface.hook.slot == Slot::Empty)
+        interface.is_some_and(|interface| *interface.hook.slot() == Slot::Empty)
     };
     let lacked = lacked.iter().filter(|name| !desired.incomplete.interfaces.contains(name));
     lacked.map(|name| observed.canonical(name)).filter(is_empty).collect()
@@ -437,15 +448,20 @@ fn unfinished(observed: &Observed) -> Vec<Action> {
 fn clsact_after(observed: &Observed, desired: &Desired) -> Vec<String> {
     let ours = |name: &&String| {
         let interface = observed.interfaces.get(*name);
-        interface.is_some_and(|it| it.hook.qdisc.is_none()) || made_clsact(observed, name)
+        interface.is_some_and(|it| lacks_clsact(&it.hook)) || made_clsact(observed, name)
     };
     desired.interfaces.iter().filter(ours).cloned().collect()
+}
+
+/// Returns true if our program needs a clsact that is not there.
+fn lacks_clsact(hook: &Hook) -> bool {
+    hook.attachment == Attachment::Filter && hook.qdisc.is_none()
 }
 
 /// Returns true if the clsact is udplb's, by the generation that is attached there or by the mark of its
 /// detachment.
 fn made_clsact(observed: &Observed, interface: &str) -> bool {
-    let slot = observed.interfaces.get(interface).map(|interface| &interface.hook.slot);
+    let slot = observed.interfaces.get(interface).map(|interface| interface.hook.slot());
     let Some(Slot::Generation(number)) = slot else {
         return observed.marks.get(interface).is_some_and(|mark| mark.clsact);
     };
@@ -461,35 +477,17 @@ fn switch(
     force: bool,
     actions: &mut Vec<Action>,
 ) -> Result<(), Refusal> {
-    let mut attachments = Vec::new();
+    let (mut attachments, mut handovers) = (Vec::new(), Vec::new());
     for name in interfaces {
         let interface =
             observed.interfaces.get(name).ok_or_else(|| Refusal::NoInterface(name.clone()))?;
         if interface.layer.is_none() {
             return Err(Refusal::UnknownLayer(name.clone()));
         }
-        match &interface.hook.slot {
-            Slot::Generation(attached) if *attached == number => continue,
-            Slot::Foreign(filter) => {
-                return Err(Refusal::Foreign { interface: name.clone(), filter: filter.clone() });
-            }
-            Slot::Orphan { filter, home: Some(home), .. } => {
-                let (interface, filter, home) = (name.clone(), filter.clone(), home.clone());
-                return Err(Refusal::Elsewhere { interface, filter, home });
-            }
-            Slot::Orphan { filter, .. } if !force => {
-                return Err(Refusal::Orphan { interface: name.clone(), filter: filter.clone() });
-            }
-            _ => {}
-        }
-        if interface.hook.qdisc.is_none() {
-            attachments.push(Action::AddClsact(name.clone()));
-        }
-        attachments.push(Action::Attach {
-            interface: name.clone(),
-            generation: number,
-            replaces: interface.hook.slot.clone(),
-        });
+        let hook = &interface.hook;
+        refuse_taken(name, hook.slot(), force)?;
+        attach(name, hook, number, &mut attachments);
+        handovers.extend(handover(name, hook, number));
     }
     let detachments = observed
         .attached()
@@ -503,7 +501,46 @@ fn switch(
     if observed.current != Some(number) {
         actions.push(Action::SetCurrent(Some(number)));
     }
+    actions.append(&mut handovers);
     Ok(())
+}
+
+/// Refuses an interface on which a program that is not ours has our place.
+fn refuse_taken(name: &str, slot: &Slot, force: bool) -> Result<(), Refusal> {
+    let interface = name.to_string();
+    match slot.clone() {
+        Slot::Foreign(filter) => Err(Refusal::Foreign { interface, filter }),
+        Slot::Orphan { filter, home: Some(home), .. } => {
+            Err(Refusal::Elsewhere { interface, filter, home })
+        }
+        Slot::Orphan { filter, .. } if !force => Err(Refusal::Orphan { interface, filter }),
+        _ => Ok(()),
+    }
+}
+
+/// Attaches a generation, as what is there is attached now; a handover comes later.
+fn attach(name: &str, hook: &Hook, number: u32, actions: &mut Vec<Action>) {
+    let interface = name.to_string();
+    if lacks_clsact(hook) {
+        actions.push(Action::AddClsact(interface.clone()));
+    }
+    if hook.is_double() {
+        actions.push(Action::EndHandover(interface.clone()));
+    }
+    if *hook.slot() != Slot::Generation(number) {
+        let (generation, replaces) = (number, hook.slot().clone());
+        let attachment = hook.present().unwrap_or(hook.attachment);
+        actions.push(Action::Attach { interface, generation, attachment, replaces });
+    }
+}
+
+/// Moves the program to where it belongs, once a generation serves; `None`: it is there already.
+fn handover(name: &str, hook: &Hook, number: u32) -> Option<Action> {
+    let to = hook.attachment;
+    let from = hook.present().unwrap_or(to);
+    let is_left = hook.handover && *hook.slot() == Slot::Generation(number);
+    let (interface, generation) = (name.into(), number);
+    (from != to || is_left).then_some(Action::HandOver { interface, generation, from, to })
 }
 
 fn detachment(observed: &Observed, interface: &str, generation: u32) -> Action {
@@ -517,7 +554,7 @@ fn detachment(observed: &Observed, interface: &str, generation: u32) -> Action {
 fn insert_before_current(actions: &mut Vec<Action>, action: Action) {
     let at = actions
         .iter()
-        .position(|action| matches!(action, Action::SetCurrent(_)))
+        .position(|action| matches!(action, Action::SetCurrent(_)) || action.is_clean_up())
         .unwrap_or(actions.len());
     actions.insert(at, action);
 }

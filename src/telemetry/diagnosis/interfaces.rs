@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use super::upstreams::Unreached;
 use super::{Facts, few};
 use crate::datapath::description::Generation;
-use crate::datapath::pin_search::{self, Place};
-use crate::datapath::tc::{self, Slot};
-use crate::reconcile::observe::Interface;
-use crate::telemetry::problem::{Problem, problem};
+use crate::datapath::hook::{Hook, Slot};
+use crate::datapath::pin_search;
+use crate::datapath::tc;
+use crate::reconcile::observe::{Interface, Orphan};
+use crate::telemetry::problem::{Problem, note, problem};
 use crate::telemetry::status::{RuleStatus, UpstreamStatus};
 
 /// Reports problems of configured, attached and egress interfaces.
@@ -36,7 +37,7 @@ pub(super) fn problems(
         };
         let behind = behind.remove(name.as_str()).unwrap_or_default();
         problems.extend(link(facts, name, interface, true, &behind));
-        problems.extend(slot(facts, serving.number, name, &interface.hook.slot));
+        problems.extend(slot(facts, serving.number, name, &interface.hook));
     }
     for (name, behind) in behind {
         let Some(interface) = facts.observed.interfaces.get(name) else { continue };
@@ -81,11 +82,15 @@ fn link(
     Some(problem.why(why).since(since))
 }
 
-fn slot(facts: &Facts<'_>, number: u32, name: &str, slot: &Slot) -> Option<Problem> {
+fn slot(facts: &Facts<'_>, number: u32, name: &str, hook: &Hook) -> Option<Problem> {
     let why = "its packets do not meet the rules";
     let apply = facts.source.apply();
-    match slot {
-        Slot::Generation(attached) if *attached == number => None,
+    match hook.slot() {
+        Slot::Generation(attached) if *attached == number => hook.handover.then(|| {
+            note("handover", name, "a move between tc filter and tcx link was interrupted")
+                .why("each packet costs one call more; none is lost")
+                .fix(apply)
+        }),
         Slot::Generation(attached) => Some(
             problem("other-generation", name, format!("generation {attached} still serves here"))
                 .why("its packets meet the rules of before")
@@ -94,7 +99,10 @@ fn slot(facts: &Facts<'_>, number: u32, name: &str, slot: &Slot) -> Option<Probl
         Slot::Empty => {
             Some(problem("not-attached", name, "udplb is not attached").why(why).fix(apply))
         }
-        Slot::Orphan { filter, home, .. } => Some(orphan(facts, name, filter, home.as_ref())),
+        Slot::Orphan { filter, link, home, .. } => {
+            let (interface, home) = (name, home.as_ref());
+            Some(orphan(facts, &Orphan { interface, filter, link: *link, home }))
+        }
         Slot::Foreign(filter) => Some(
             problem("place-taken", name, format!("another filter has udplb's place: {filter}"))
                 .why(why)
@@ -104,12 +112,8 @@ fn slot(facts: &Facts<'_>, number: u32, name: &str, slot: &Slot) -> Option<Probl
 }
 
 /// Reports a filter of another udplb, or one whose pins are missing.
-pub(super) fn orphan(
-    facts: &Facts<'_>,
-    interface: &str,
-    filter: &str,
-    home: Option<&Place>,
-) -> Problem {
+pub(super) fn orphan(facts: &Facts<'_>, orphan: &Orphan<'_>) -> Problem {
+    let Orphan { interface, filter, home, .. } = *orphan;
     match home {
         Some(home) => {
             let what =

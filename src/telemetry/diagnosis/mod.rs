@@ -121,9 +121,7 @@ fn overdue(observed: &Observed) -> Option<Problem> {
 /// Reports the problems without a described active generation.
 fn nothing(facts: &Facts<'_>) -> Vec<Problem> {
     let orphans = facts.observed.orphans();
-    let orphans: Vec<Problem> = orphans
-        .map(|(interface, filter, home)| interfaces::orphan(facts, interface, filter, home))
-        .collect();
+    let orphans: Vec<Problem> = orphans.map(|orphan| interfaces::orphan(facts, &orphan)).collect();
     if let Some(number) = facts.observed.serving() {
         let what = format!("the description of generation {number} is gone");
         let why = "its program still runs, and nobody can tell what it does";
@@ -179,7 +177,7 @@ mod tests {
     use crate::config::{Action, Key, Mode, Ports};
     use crate::datapath::counters::Counts;
     use crate::datapath::description::{Description, Origin, ProgramName};
-    use crate::datapath::tc::{Hook, Slot};
+    use crate::datapath::hook::{Attachment, Hook, Slot};
     use crate::desired::{Desired, Rule, Upstream};
     use crate::telemetry::problem::Level;
 
@@ -211,7 +209,7 @@ mod tests {
     }
 
     fn interface(slot: Slot) -> Interface {
-        let hook = Hook { qdisc: None, slot, shared: false };
+        let hook = Hook { filter: slot, ..Hook::empty(Attachment::Filter) };
         Interface {
             index: 1,
             altnames: Vec::new(),
@@ -273,7 +271,8 @@ mod tests {
         assert_eq!(ids(Slot::Empty), ["not-attached"]);
         assert_eq!(ids(Slot::Generation(1)), ["other-generation"]);
         assert_eq!(ids(Slot::Foreign("flower".into())), ["place-taken"]);
-        assert_eq!(ids(Slot::Orphan { program: 1, filter: "bpf".into(), home: None }), ["orphan"]);
+        let (filter, link, home) = ("bpf".into(), None, None);
+        assert_eq!(ids(Slot::Orphan { program: 1, filter, link, home }), ["orphan"]);
     }
 
     #[test]
