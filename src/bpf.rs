@@ -10,6 +10,7 @@ use std::mem::{MaybeUninit, size_of};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, bail};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapType, OpenMap};
@@ -341,6 +342,37 @@ pub fn fill_mapped(map: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
         mm::munmap(memory, length)?;
     }
     Ok(())
+}
+
+/// Passes the first values of an array that is made to be mapped to `each`, in order, while programs may write
+/// them: each word of eight bytes is whole. The size of `T` is that of a value, a multiple of 8.
+pub fn read_mapped<T: Pod>(
+    map: BorrowedFd<'_>,
+    values: usize,
+    mut each: impl FnMut(&T),
+) -> io::Result<()> {
+    let width = size_of::<T>() / size_of::<u64>();
+    let length = (values * size_of::<T>()).next_multiple_of(rustix::param::page_size());
+    if length == 0 {
+        return Ok(());
+    }
+    // SAFETY: the kernel chooses the address. The mapping is of whole pages that hold the values, is read as
+    // atomic words only, and ends after the last use of `words`.
+    unsafe {
+        let null = std::ptr::null_mut();
+        let memory = mm::mmap(null, length, ProtFlags::READ, Mapping::SHARED, map, 0)?;
+        let words: &[AtomicU64] = std::slice::from_raw_parts(memory.cast(), values * width);
+        for words in words.chunks_exact(width) {
+            let mut value = T::default();
+            let target: *mut u64 = ptr::from_mut(&mut value).cast();
+            for (index, word) in words.iter().enumerate() {
+                target.add(index).write_unaligned(word.load(Ordering::Relaxed));
+            }
+            each(&value);
+        }
+        mm::munmap(memory, length)
+    }
+    .map_err(Into::into)
 }
 
 /// Creates a map outside an object, as the object defines it.

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::{AddAssign, Sub};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::bpf::{
-    NOTES, OpenUdplbSkel, VERDICTS, bytes_of, from_bytes, is_forwarded, read_array, read_entry,
+    NOTES, OpenUdplbSkel, VERDICTS, bytes_of, from_bytes, is_forwarded, read_entry, read_mapped,
     types,
 };
 use crate::datapath::chunked_map::Chunks;
@@ -289,16 +290,23 @@ impl Counters {
         Ok(())
     }
 
-    /// Returns the counters of each id up to `most`; zero for ids without counters.
-    pub fn read(&self, most: u32) -> anyhow::Result<Vec<Counts>> {
-        let ids = most as usize + 1;
-        let mut all = Vec::with_capacity(ids);
-        for (_, chunk) in self.0.iter() {
-            let left = ids.saturating_sub(all.len()).min(chunk.max_entries() as usize);
-            read_array(chunk, left as u32, |value| all.push(counts(value)))?;
+    /// Returns the counters of the ids up to `most` that are not zero.
+    pub fn read(&self, most: u32) -> anyhow::Result<BTreeMap<u32, Counts>> {
+        let mut all = Vec::new();
+        for (first, chunk) in self.0.iter().take_while(|(first, _)| *first <= most) {
+            let ids = (most - first + 1).min(chunk.max_entries());
+            let mut id = first;
+            read_mapped(chunk.as_fd(), ids as usize, |value: &types::counters| {
+                if bytes_of(value).iter().any(|byte| *byte != 0) {
+                    let mut counts = Counts::default();
+                    counts += value;
+                    all.push((id, counts));
+                }
+                id += 1;
+            })
+            .with_context(|| format!("counters from id {first}"))?;
         }
-        all.resize(ids, Some(Counts::default()));
-        all.into_iter().collect::<Option<_>>().context(OTHER)
+        Ok(all.into_iter().collect())
     }
 
     /// Returns the counters of one id.

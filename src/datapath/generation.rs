@@ -455,9 +455,7 @@ fn read_description(directory: &Path) -> anyhow::Result<Description> {
     let config = directory.join("config");
     let map = MapHandle::from_pinned_path(&config).with_context(|| config.display().to_string())?;
     let mut json = Vec::new();
-    for chunk in 0..map.max_entries() {
-        json.extend(map.lookup(&chunk.to_ne_bytes(), MapFlags::ANY)?.unwrap_or_default());
-    }
+    bpf::read_array(&map, map.max_entries(), |chunk| json.extend_from_slice(chunk))?;
     let end = json.iter().position(|byte| *byte == 0).unwrap_or(json.len());
     serde_json::from_slice(&json[..end]).context("its description")
 }

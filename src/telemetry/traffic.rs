@@ -15,9 +15,10 @@ use crate::datapath::{lines, retired};
 /// All counters at one moment, or how much they grew between two.
 #[derive(Clone, Debug)]
 pub struct Traffic {
-    by_id: Vec<Counts>,
-    /// By the rule's id, in order.
-    rules: Vec<(u32, Counts)>,
+    /// By id of a rule or an upstream, without those that are zero.
+    by_id: BTreeMap<u32, Counts>,
+    /// By the rule's id, without those that are zero.
+    rules: BTreeMap<u32, Counts>,
     taken: Instant,
     /// Seconds; `None`: since the counters began.
     over: Option<f64>,
@@ -43,58 +44,46 @@ impl Traffic {
         let mut by_id = maps.counters.read(max)?;
         for generation in generations.values() {
             for (id, count) in lines::read(guard, generation)? {
-                by_id[id as usize].add_sent(count);
+                if count.packets > 0 {
+                    by_id.entry(id).or_default().add_sent(count);
+                }
             }
         }
-        let mut counting = Vec::new();
+        // the rule that an id counts for; 0: none
+        let mut owners = vec![0; max as usize + 1];
         for (rule, upstreams) in generations.values().flat_map(Generation::counting) {
-            counting.push((rule, rule));
-            counting.extend(upstreams.iter().map(|id| (rule, *id)));
-        }
-        // merge sort: the list consists of sorted runs
-        counting.sort();
-        // generations share ids
-        counting.dedup();
-        let retired = retired::read(guard)?;
-        for (id, sum) in retired.sums() {
-            let is_rule = counting.binary_search(&(id, id)).is_ok();
-            if let Some(counts) = by_id.get_mut(id as usize).filter(|_| !is_rule) {
-                *counts += sum;
+            for id in upstreams.iter().chain([&rule]) {
+                owners[*id as usize] = rule;
             }
         }
-        let mut rules: Vec<(u32, Counts)> = Vec::new();
-        for (rule, id) in counting {
-            if rules.last().is_none_or(|(last, _)| *last != rule) {
-                rules.push((rule, retired.of(rule)));
-            }
-            if let Some((_, counts)) = rules.last_mut() {
-                *counts += by_id[id as usize];
-            }
+        let mut rules: BTreeMap<u32, Counts> = BTreeMap::new();
+        for (id, sum) in retired::read(guard)?.sums().filter(|(id, _)| *id <= max) {
+            let is_rule = owners[id as usize] == id;
+            *if is_rule { &mut rules } else { &mut by_id }.entry(id).or_default() += sum;
+        }
+        for (id, counts) in by_id.iter().filter(|(id, _)| owners[**id as usize] != 0) {
+            *rules.entry(owners[*id as usize]).or_default() += *counts;
         }
         Ok(Traffic { by_id, rules, taken: Instant::now(), over: None })
     }
 
     /// Returns the growth since an earlier reading. Rules and upstreams keep their ids over an apply.
     pub fn since(&self, earlier: &Traffic) -> Traffic {
-        let none = Counts::default();
-        let earlier_counts = earlier.by_id.iter().chain(std::iter::repeat(&none));
-        let by_id = self.by_id.iter().zip(earlier_counts).map(|(now, then)| *now - *then).collect();
+        let by_id = self.by_id.iter().map(|(id, now)| (*id, *now - earlier.of(*id))).collect();
         // from the totals: after an apply a rule may have other upstreams
-        let rules = self.rules.iter();
-        let rules = rules.map(|(id, now)| (*id, *now - earlier.of_rule(*id))).collect();
+        let rules = self.rules.iter().map(|(id, now)| (*id, *now - earlier.of_rule(*id))).collect();
         let over = self.taken.duration_since(earlier.taken).as_secs_f64();
         Traffic { by_id, rules, taken: self.taken, over: Some(over.max(1e-3)) }
     }
 
     /// Returns the counters of one id: an upstream, a mirror, or 0 for packets of no rule.
     pub fn of(&self, id: u32) -> Counts {
-        self.by_id.get(id as usize).copied().unwrap_or_default()
+        self.by_id.get(&id).copied().unwrap_or_default()
     }
 
     /// Returns the counters of a rule by its id: each packet once, also those of upstreams that it has lost.
     pub fn of_rule(&self, rule: u32) -> Counts {
-        let found = self.rules.binary_search_by_key(&rule, |(id, _)| *id);
-        found.map_or_else(|_| Counts::default(), |place| self.rules[place].1)
+        self.rules.get(&rule).copied().unwrap_or_default()
     }
 
     /// Returns the rate of a count; `None` if this is a total.
