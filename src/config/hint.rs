@@ -17,6 +17,8 @@ fn lookalike(c: char) -> Option<(&'static str, &'static str)> {
         '\u{2010}'..='\u{2015}' | '\u{2212}' => ("a typographic dash", "`-`"),
         '\u{ff0c}' => ("a wide comma", "`,`"),
         '\u{ff1a}' => ("a wide colon", "`:`"),
+        '\u{ff0e}' => ("a wide full stop", "`.`"),
+        '\u{ff10}'..='\u{ff19}' => ("a wide digit", "a plain one"),
         _ => return None,
     })
 }
@@ -86,6 +88,7 @@ mod tests {
             ("a: 10.0.0.1\u{200b}", "column 12 has U+200B (zero-width space): write nothing"),
             ("port: \u{201c}1-2\u{201d}", "column 7 has U+201C (a typographic quotation mark)"),
             ("port: 1\u{2013}2", "column 8 has U+2013 (a typographic dash): write `-`"),
+            ("port: \u{ff12}055", "column 7 has U+FF12 (a wide digit): write a plain one"),
             ("address: {{ vip }}", "`{{ … }}` belongs to a template"),
             ("address: ${VIP}", "`${ … }` belongs to a template"),
         ] {

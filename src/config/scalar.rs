@@ -26,6 +26,9 @@ pub(super) fn expected<T>(what: &str, found: &Node<'_>) -> Result<T> {
 pub(super) fn list<T>(what: &str, found: &Node<'_>) -> Result<T> {
     let help = match &found.content {
         Content::Text(text) if what == INTERFACES => format!("write a list: `[{}]`", shorten(text)),
+        Content::Text(text) if what.ends_with("(a map)") => {
+            format!("write `[{{ address: {} }}]`", shorten(text))
+        }
         Content::Map(_) => "write it as a list: `- ` before its first field".into(),
         _ => return expected(what, found),
     };
