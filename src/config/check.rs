@@ -13,10 +13,13 @@ use super::{
 use crate::maglev;
 
 /// Maximum number of ports of all keys, counted once for each network of senders.
-pub const KEY_ENTRIES: usize = 100_000;
+pub const KEY_ENTRIES: usize = 1_000_000;
 
 /// Maximum number of upstreams and mirrors of all rules.
-pub const UPSTREAMS: usize = 65_535;
+pub const UPSTREAMS: usize = 200_000;
+
+/// Maximum number of upstreams of one rule.
+pub const UPSTREAMS_OF_RULE: usize = 65_535;
 
 /// Maximum number of hosts that get one packet: the upstreams of a rule that replicates, or the mirrors.
 pub const RECEIVERS: usize = 64;
@@ -40,6 +43,7 @@ pub(super) fn check(decoded: &mut Decoded) {
             endpoints(rule, &rule.mirrors, &mut diagnostics);
         }
         receivers(rule, &mut diagnostics);
+        upstreams(rule, &mut diagnostics);
         weights(rule, &mut diagnostics);
     }
     decoded.warnings.extend(large_tables(rules));
@@ -221,6 +225,14 @@ fn weights(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
 fn slots(rule: &RuleConfig) -> Result<u32, maglev::TooUneven> {
     let weights: Vec<u32> = rule.upstreams.iter().map(|it| it.weight.unwrap_or(1)).collect();
     maglev::size(&weights)
+}
+
+fn upstreams(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
+    let count = rule.upstreams.len();
+    if count > UPSTREAMS_OF_RULE {
+        let message = format!("{count} upstreams, and at most {UPSTREAMS_OF_RULE} fit into a rule");
+        diagnostics.push(Message::about(&rule.at.field(words::UPSTREAM.name), message));
+    }
 }
 
 /// Warns of weights so uneven that their tables take much memory.

@@ -18,7 +18,7 @@ use super::quote::shorten;
 
 /// Maximum number of values of a file once its aliases are followed. The largest configuration that
 /// fits into the maps has about half as many.
-const VALUES: usize = 2_000_000;
+const VALUES: usize = 10_000_000;
 
 /// Maximum number of fields of a map: more than any has, and few enough to compare all with all.
 pub(super) const FIELDS: usize = 64;

@@ -21,7 +21,7 @@ use crate::reconcile::addresses;
 use crate::reconcile::observe::Observed;
 
 /// The longest text of a configuration, in bytes.
-pub const LONGEST: u64 = 16 << 20;
+pub const LONGEST: u64 = 64 << 20;
 
 /// The name that stands for standard input.
 pub const STANDARD_INPUT: &str = "-";
@@ -63,7 +63,7 @@ impl Text {
         };
         read.map_err(|error| unreadable(error.to_string()))?;
         if bytes.len() as u64 > LONGEST {
-            return Err(unreadable("longer than 16 MiB, the limit for configurations".into()));
+            return Err(unreadable("longer than 64 MiB, the limit for configurations".into()));
         }
         let text = String::from_utf8(bytes).map_err(|error| {
             let valid = error.utf8_error().valid_up_to();

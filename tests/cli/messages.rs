@@ -90,9 +90,9 @@ fn files_that_are_no_text_or_too_long_are_unreadable() {
     fs::write(&path, b"version: 1\n# caf\xe9\n").expect("a file");
     check(&path.display().to_string()).expect(66).says(&["not UTF-8 in line 2: byte 0xe9"]);
     let long = directory.path().join("long.yaml");
-    File::create(&long).and_then(|file| file.set_len((16 << 20) + 1)).expect("a file");
-    check(&long.display().to_string()).expect(66).says(&["longer than 16 MiB"]);
-    check("/dev/zero").expect(66).says(&["longer than 16 MiB"]);
+    File::create(&long).and_then(|file| file.set_len((64 << 20) + 1)).expect("a file");
+    check(&long.display().to_string()).expect(66).says(&["longer than 64 MiB"]);
+    check("/dev/zero").expect(66).says(&["longer than 64 MiB"]);
 }
 
 /// Runs udplb in its own mount namespace after a preparing command.

@@ -139,30 +139,38 @@ fn twenty_errors_are_shown_and_the_rest_is_counted() {
 
 #[test]
 fn key_entries_and_upstreams_are_limited() {
-    let rules = |ports: &str, upstreams: usize| {
+    let rules = |ports: &str, upstreams: &[usize]| {
         let upstream = |nth| {
             let (a, b, c) = (nth / 10_000, nth / 100 % 100, nth % 100);
-            format!("{{ address: 10.1{a}.{b}.{c} }}")
+            format!("{{ \"address\": \"10.1{a}.{b}.{c}\" }}")
         };
-        let upstreams: Vec<_> = (0..upstreams).map(upstream).collect();
-        format!(
-            "{}- key: {{ address: 10.0.0.6, port: 1-50000 }}\n  upstream: [{{ address: a }}]\n",
-            rule(
-                &format!("address: 10.0.0.5, port: {ports}"),
-                "hash: modulo",
-                &upstreams.join(", ")
+        let rule = |(nth, count): (usize, &usize)| {
+            let upstreams: Vec<_> = (0..*count).map(upstream).collect();
+            let ports = if nth == 0 { ports } else { "1-50000" };
+            format!(
+                "{{ \"key\": {{ \"address\": \"10.0.0.{nth}\", \"port\": \"{ports}\" }}, \"options\": \
+                 {{ \"hash\": \"modulo\" }}, \"upstream\": [{}] }}",
+                upstreams.join(", ")
             )
-        )
+        };
+        let rules: Vec<_> = upstreams.iter().enumerate().map(rule).collect();
+        format!("{{ \"version\": 1, \"rules\": [{}] }}", rules.join(", "))
     };
-    accept("f", &rules("1-50000", 65_534));
-    let errors = refuse("f", &rules("1-50001", 65_535));
+    let messages = |text: &str| -> Vec<String> {
+        refuse("f", text).into_iter().map(|error| error.message.to_string()).collect()
+    };
+    accept("f", &rules("1-50000", &[65_535]));
+    let mut upstreams = [1; 20];
+    upstreams[..4].copy_from_slice(&[65_535, 65_535, 65_535, 3380]);
     assert_eq!(
-        errors.iter().map(|error| &error.message[..]).collect::<Vec<_>>(),
+        messages(&rules("1-50001", &upstreams)),
         [
-            "100001 key entries (each port of a range is one, for each network of senders), and at most 100000 fit",
-            "65536 upstreams in all rules, and at most 65535 fit",
+            "1000001 key entries (each port of a range is one, for each network of senders), and at most 1000000 fit",
+            "200001 upstreams in all rules, and at most 200000 fit",
         ]
     );
+    let message = "65536 upstreams, and at most 65535 fit into a rule";
+    assert_eq!(messages(&rules("1", &[65_536])), [message]);
 }
 
 #[test]

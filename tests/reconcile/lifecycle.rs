@@ -1062,3 +1062,22 @@ fn lost_counter_chunk_is_healed() {
         lab.apply(&many(7001));
     }
 }
+
+#[test]
+fn a_hundred_thousand_rules_have_an_upstream_each() {
+    let lab = Lab::new();
+    let blocked = |key: Value, port: usize| {
+        let upstream = json!({ "address": UPSTREAMS[0], "port": port });
+        json!({ "key": key, "options": { "tc_action": "block" }, "upstream": [upstream] })
+    };
+    let mut rules: Vec<Value> = (0..100_000_usize)
+        .map(|nth| {
+            let (address, port) = (nth / 50_000 + 1, nth % 50_000 + 1);
+            blocked(json!({ "address": format!("10.9.0.{address}"), "port": port }), port)
+        })
+        .collect();
+    rules.push(blocked(json!({ "address": RELAY, "port": 5000 }), 7001));
+    let applied = lab.apply(&config(&rules));
+    assert_eq!(applied["upstream_count"], 100_001);
+    expect_way(&lab, 7001);
+}
