@@ -1,6 +1,7 @@
 //! rtnetlink, in the project's own types. Only this folder uses the netlink crates, whose interfaces
 //! change often.
 
+mod batch;
 pub mod events;
 pub mod ipsec;
 pub mod link;
@@ -13,6 +14,7 @@ pub mod routing;
 
 use std::io;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -20,6 +22,8 @@ use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use batch::Batches;
 
 /// Number of concurrent requests: their answers fit into the socket's receive buffer.
 const WINDOW: usize = 64;
@@ -38,6 +42,7 @@ fn lost(what: &str) -> io::Error {
 #[derive(Clone)]
 pub struct Netlink {
     handle: rtnetlink::Handle,
+    batches: Arc<Batches>,
 }
 
 impl Netlink {
@@ -48,7 +53,7 @@ impl Netlink {
         connection.set_forward_ack(true);
         connection.set_forward_done(true);
         tokio::spawn(connection);
-        Ok(Netlink { handle })
+        Ok(Netlink { handle, batches: Arc::new(Batches::open()?) })
     }
 
     /// Requests a dump and converts its messages; those that `convert` returns `None` for are left out.
@@ -135,7 +140,9 @@ fn mac(bytes: &[u8]) -> Option<[u8; 6]> {
 
 #[cfg(test)]
 mod tests {
-    use super::Netlink;
+    use std::sync::Arc;
+
+    use super::{Batches, Netlink};
 
     /// Drops the connection while a request waits for its answer.
     #[test]
@@ -143,7 +150,8 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let found = runtime.expect("a runtime").block_on(async {
             let (connection, handle, _) = rtnetlink::new_connection().expect("a socket");
-            let netlink = Netlink { handle };
+            let batches = Arc::new(Batches::open().expect("another socket"));
+            let netlink = Netlink { handle, batches };
             let died = async {
                 tokio::task::yield_now().await;
                 drop(connection);

@@ -4,17 +4,17 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use futures_util::{StreamExt, TryStreamExt, stream};
+pub(super) use netlink_packet_route::route::RouteFlags;
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteNextHopFlags,
-    RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteNextHopFlags, RouteType, RouteVia,
 };
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use netlink_packet_route::{IpProtocol, RouteNetlinkMessage};
 
+use super::batch::Answer;
 use super::link::{Link, find_link};
 use super::neighbour::NeighbourKey;
-use super::{Netlink, WINDOW, family, family_of};
+use super::{Netlink, family, family_of};
 use crate::config::{Address, Network};
 use crate::net::policy::{Match, PolicyAction, PolicyRule, TableRoute};
 
@@ -80,84 +80,92 @@ impl Netlink {
     ///
     /// # Errors
     /// The request failed; the paths are unknown.
-    pub async fn paths(
+    pub fn paths(
         &self,
         addresses: &[Address],
         links: &HashMap<u32, Link>,
     ) -> io::Result<Vec<Result<Vec<Route>, String>>> {
-        // Collected: a stream that borrows from a closure's argument is not Send.
-        let paths: Vec<_> = addresses.iter().map(|address| self.paths_to(address, links)).collect();
-        let mut all: Vec<_> = stream::iter(paths).buffered(WINDOW).try_collect().await?;
+        let routed = addresses.iter().filter(|address| address.scope.is_none());
+        let asked: Vec<_> = routed.map(|address| (address.ip, 0, RouteFlags::FibMatch)).collect();
+        let mut routes = self.routes(&asked)?.into_iter();
+        let path_of = |address: &Address| match &address.scope {
+            Some(interface) => Some(on_link(address.ip, interface, links).map(|path| vec![path])),
+            None => routes.next(),
+        };
+        let mut all: Vec<_> = addresses.iter().filter_map(path_of).collect();
         let mut unsourced: Vec<(IpAddr, &mut Route)> = addresses
             .iter()
             .zip(&mut all)
             .flat_map(|(address, paths)| paths.iter_mut().flatten().map(|path| (address.ip, path)))
             .collect();
-        self.add_sources(&mut unsourced).await?;
+        self.add_sources(&mut unsourced)?;
         Ok(all)
     }
 
     /// Sets the source address of paths to these addresses, if the route has none.
-    pub async fn add_sources(&self, paths: &mut [(IpAddr, &mut Route)]) -> io::Result<()> {
+    pub fn add_sources(&self, paths: &mut [(IpAddr, &mut Route)]) -> io::Result<()> {
         let is_unsourced = |path: &Route| !path.local && path.egress.is_none();
         let asked: HashMap<_, _> = paths
             .iter()
             .filter(|(_, path)| is_unsourced(path))
             .map(|(address, path)| (source_key(*address, path), *address))
             .collect();
-        let sources = stream::iter(asked).map(|(key, address)| async move {
-            // The kernel would choose one of several paths, but each has its own source address.
-            let found = self.route(address, key.0, RouteFlags::empty()).await?;
-            Ok::<_, io::Error>((key, found.ok().and_then(|found| found.first().copied())))
-        });
-        let sources: HashMap<_, _> = sources.buffer_unordered(WINDOW).try_collect().await?;
+        // The kernel would choose one of several paths, but each has its own source address.
+        let requests = asked.iter().map(|(key, address)| (*address, key.0, RouteFlags::empty()));
+        let found = self.routes(&requests.collect::<Vec<_>>())?;
+        let sources: HashMap<_, _> = asked.keys().zip(found).collect();
         for (address, path) in paths.iter_mut().filter(|(_, path)| is_unsourced(path)) {
-            if let Some(Some(found)) = sources.get(&source_key(*address, path)) {
+            if let Some(Ok(found)) = sources.get(&source_key(*address, path))
+                && let [found, ..] = found[..]
+            {
                 (path.egress, path.local) = (found.egress, found.local);
             }
         }
         Ok(())
     }
 
-    async fn paths_to(
+    /// Looks up routes of local senders, each by address, index of the interface that the sender is bound to,
+    /// or 0, and flags. An inner error is the kernel's reason why there is no path.
+    fn routes(
         &self,
-        address: &Address,
-        links: &HashMap<u32, Link>,
-    ) -> io::Result<Result<Vec<Route>, String>> {
-        match &address.scope {
-            Some(interface) => Ok(on_link(address.ip, interface, links).map(|path| vec![path])),
-            None => self.route(address.ip, 0, RouteFlags::FibMatch).await,
-        }
+        asked: &[(IpAddr, u32, RouteFlags)],
+    ) -> io::Result<Vec<Result<Vec<Route>, String>>> {
+        let request = |(address, output, flags): &_| route_request(*address, *output, *flags);
+        let answers = self.batches.request(asked.iter().map(request).collect())?;
+        asked
+            .iter()
+            .zip(answers)
+            .map(|((address, ..), answer)| routes_of(*address, answer))
+            .collect()
     }
+}
 
-    /// Looks up the route of a local sender, bound to an interface if its index is not 0. With an input
-    /// interface the kernel refuses to answer while forwarding is off. The inner error is the kernel's
-    /// reason why there is no path.
-    async fn route(
-        &self,
-        address: IpAddr,
-        output: u32,
-        flags: RouteFlags,
-    ) -> io::Result<Result<Vec<Route>, String>> {
-        let mut message = RouteMessage::default();
-        message.header.address_family = family(address);
-        message.header.destination_prefix_length = if address.is_ipv4() { 32 } else { 128 };
-        message.header.flags = flags;
-        message.attributes.push(RouteAttribute::Destination(address.into()));
-        if output != 0 {
-            message.attributes.push(RouteAttribute::Oif(output));
-        }
-        let replies = match self.request(RouteNetlinkMessage::GetRoute(message), 0).await {
-            Ok(replies) => replies,
-            Err(error) => return no_route(&error).map_or(Err(error), |reason| Ok(Err(reason))),
-        };
-        let mut routes = replies.into_iter().filter_map(|reply| match reply {
-            RouteNetlinkMessage::NewRoute(message) => Some(route(address, &message)),
-            _ => None,
-        });
-        let routes = routes.next().unwrap_or_default();
-        Ok(if routes.is_empty() { Err("no unicast route".into()) } else { Ok(routes) })
+/// Returns the request for the route of a local sender, bound to an interface if its index is not 0. With an
+/// input interface the kernel refuses to answer while forwarding is off.
+pub(super) fn route_request(
+    address: IpAddr,
+    output: u32,
+    flags: RouteFlags,
+) -> RouteNetlinkMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(address);
+    message.header.destination_prefix_length = if address.is_ipv4() { 32 } else { 128 };
+    message.header.flags = flags;
+    message.attributes.push(RouteAttribute::Destination(address.into()));
+    if output != 0 {
+        message.attributes.push(RouteAttribute::Oif(output));
     }
+    RouteNetlinkMessage::GetRoute(message)
+}
+
+/// Returns the paths of an answer. The inner error is the kernel's reason why there is none.
+fn routes_of(address: IpAddr, answer: Answer) -> io::Result<Result<Vec<Route>, String>> {
+    let routes = match answer {
+        Ok(RouteNetlinkMessage::NewRoute(message)) => route(address, &message),
+        Ok(_) => Vec::new(),
+        Err(error) => return no_route(&error).map_or(Err(error), |reason| Ok(Err(reason))),
+    };
+    Ok(if routes.is_empty() { Err("no unicast route".into()) } else { Ok(routes) })
 }
 
 /// Returns the key of a local sender's address: the interface, and the destination or, on IPv4,

@@ -81,7 +81,7 @@ pub async fn paths(
     let plain: BTreeSet<&Address> = targets.iter().map(|target| &target.address).collect();
     let plain: Vec<Address> =
         plain.into_iter().filter(|address| policy_of(address).is_none()).cloned().collect();
-    let found = netlink.paths(&plain, links).await?;
+    let found = netlink.paths(&plain, links)?;
     let found: HashMap<&Address, RouteOutcome> = plain.iter().zip(found).collect();
     let mut all = Vec::with_capacity(targets.len());
     for target in targets {
@@ -101,14 +101,14 @@ pub async fn paths(
             unsourced.extend(routes.map(|route| (target.address.ip, route)));
         }
     }
-    netlink.add_sources(&mut unsourced).await?;
+    netlink.add_sources(&mut unsourced)?;
     for (target, paths) in targets.iter().zip(&mut all) {
         let (Some(policy), Senders::Own) = (policy_of(&target.address), &target.senders) else {
             continue;
         };
         if let Some(mut other) = policy.paths_from_own(target, paths, &inputs, links) {
             let routes = other.routes.iter_mut().map(|route| (target.address.ip, route));
-            netlink.add_sources(&mut routes.collect::<Vec<_>>()).await?;
+            netlink.add_sources(&mut routes.collect::<Vec<_>>())?;
             *paths = Ok(other);
         }
     }

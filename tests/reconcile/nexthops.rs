@@ -168,7 +168,7 @@ fn egress_address_is_of_the_path() {
         let paths = pair.ask(async |netlink| {
             let links = netlink.links().await.expect("links");
             let links = links.into_iter().map(|link| (link.index, link)).collect();
-            netlink.paths(&[address.parse().expect("an address")], &links).await.expect("answers")
+            netlink.paths(&[address.parse().expect("an address")], &links).expect("answers")
         });
         let paths = paths.into_iter().next().expect("an answer").expect("paths");
         let egress: Vec<_> = paths.iter().filter_map(|path| path.egress).collect();

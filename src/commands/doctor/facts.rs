@@ -382,7 +382,7 @@ async fn inputs(
     serving: Option<&Description>,
     desired: &Desired,
 ) -> Result<Vec<Input>> {
-    let elsewhere = netlink.paths(&[ELSEWHERE.into()], &HashMap::new()).await;
+    let elsewhere = netlink.paths(&[ELSEWHERE.into()], &HashMap::new());
     let elsewhere = elsewhere.context("routes")?.pop();
     let elsewhere = elsewhere.and_then(|paths| paths.ok()?.first().copied());
     let of = |family: Family| desired.rules.iter().filter(move |rule| rule.family() == family);
