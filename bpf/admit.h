@@ -6,7 +6,8 @@
 #ifndef UDPLB_ADMIT_H
 #define UDPLB_ADMIT_H
 
-#define LOOPBACK_IFINDEX 1 /* include/net/net_namespace.h */
+#define LOOPBACK_IFINDEX 1		  /* include/net/net_namespace.h */
+#define SUSPECT_FACTOR 0x9e3779b97f4a7c15 /* golden section */
 
 /* Checks the checksum of an IPv4 header; `sum` is that of its options. */
 static __always_inline bool is_ipv4_checksum_valid(const struct iphdr *ip, __u64 sum)
@@ -143,21 +144,18 @@ static __always_inline bool is_martian(const struct pkt *pkt, bool to_group)
 	       is_martian_ipv6(pkt->ip6);
 }
 
-/* Looks up the source in the Bloom filter `suspects`; src/datapath/environment.rs has the same arithmetic. */
-static __always_inline bool is_suspect(const struct pkt *pkt)
+/* Looks up the source in the Bloom filter `suspects`; src/datapath/gate.rs has the same arithmetic. */
+static __always_inline bool is_suspect(const struct pkt *pkt, const struct gate *gate)
 {
 	const __be32 *source6 = pkt->ip6->saddr.in6_u.u6_addr32;
-	__u32 index, hash;
-	const __u64 *word;
+	__u64 high = 0, low = pkt->ip->saddr, hash;
 
-	if (pkt->is_ipv6)
-		hash = source6[0] ^ source6[1] ^ source6[2] ^ source6[3];
-	else
-		hash = pkt->ip->saddr;
-	hash = bpf_ntohl(hash) * 0x9e3779b1 >> 16;
-	index = hash / 64 % SUSPECT_WORDS;
-	word = bpf_map_lookup_elem(&suspects, &index);
-	return word && *word >> hash % 64 & 1;
+	if (pkt->is_ipv6) {
+		high = (__u64)source6[0] << 32 | source6[1];
+		low = (__u64)source6[2] << 32 | source6[3];
+	}
+	hash = (high * SUSPECT_FACTOR ^ low) * SUSPECT_FACTOR >> (64 - SUSPECT_BITS);
+	return gate->suspects[hash / 64] >> hash % 64 & 1;
 }
 
 /* Checks a packet of a rule whose source may be in `own` or `answers`; returns as admit(). */
@@ -193,11 +191,12 @@ static __always_inline __u32 check_source(struct __sk_buff *skb, const struct pk
 					  __u32 flags)
 {
 	bool allow_martians = flags & RULE_MARTIANS;
+	const struct gate *gate = get_gate();
 	__u32 verdict;
 
 	if (!allow_martians && skb->ifindex != LOOPBACK_IFINDEX && is_martian(pkt, flags & RULE_OF_GROUP))
 		return VERDICT_MARTIAN;
-	if (!is_suspect(pkt))
+	if (gate && !is_suspect(pkt, gate))
 		return VERDICT_FORWARDED;
 	verdict = check_suspect(skb, pkt->packed, rule_id);
 	return allow_martians && verdict == VERDICT_MARTIAN ? VERDICT_FORWARDED : verdict;

@@ -20,6 +20,9 @@ struct hop {
  */
 struct xmit {
 	__u32 upstream;	    /* id */
+	__u32 index;	    /* of the upstream */
+	__u32 epoch;	    /* read before the decision that leads here */
+	bool leased;	    /* the next hop is that of the lease */
 	bool egress_source; /* the source is this host's address, which user space resolved with the next hop
 			     */
 	struct rewrite rewrite;
@@ -473,6 +476,7 @@ static __always_inline enum verdict resolve_nexthop(struct __sk_buff *skb, const
 	enum verdict verdict = VERDICT_FORWARDED;
 	struct hop *hop = &xmit->hop;
 
+	xmit->leased = lease_state == LEASE_VALID;
 	if (lease_state == LEASE_DOWN)
 		return VERDICT_NO_NEIGHBOUR;
 	if (lease_state == LEASE_UNUSABLE || (is_large && hop->check_pmtu))

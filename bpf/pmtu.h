@@ -27,12 +27,16 @@ static __always_inline void update_pmtu(const struct key_address *destination, _
 	struct path_mtu update = {.mtu = mtu, .until = bpf_jiffies64() + seconds * features.ticks_per_second};
 	const struct path_mtu *recorded = bpf_map_lookup_elem(&path_mtus, destination);
 	struct sequences *sequences = get_sequences();
+	bool is_known;
 
 	if (!sequences || (recorded && recorded->mtu < mtu && is_future(recorded->until)))
 		return;
+	is_known = recorded && recorded->mtu == mtu && is_future(recorded->until);
 	if (update.until > sequences->path_mtus_until)
 		sequences->path_mtus_until = update.until;
 	bpf_map_update_elem(&path_mtus, destination, &update, BPF_ANY);
+	if (!is_known)
+		next_epoch();
 }
 
 /* Returns true while any path MTU is recorded. */

@@ -6,6 +6,7 @@
 #include "match.h"
 #include "rewrite.h"
 #include "ipfrag.h"
+#include "epoch.h"
 #include "pmtu.h"
 #include "lease.h"
 #include "nexthop.h"
@@ -17,12 +18,14 @@
 #include "fragmentation.h"
 #include "recirculate.h"
 #include "handover.h"
+#include "line.h"
 #include "xmit.h"
 #include "icmp.h"
 #include "admit.h"
 #include "deliver.h"
 #include "slowpath.h"
 #include "pmtu_discovery.h"
+#include "fast.h"
 
 /* Processes a whole datagram of a rule, behind an Ethernet header without VLAN tags. */
 static __always_inline int process(struct __sk_buff *skb, struct pkt *pkt, const struct rule *rule)
@@ -39,13 +42,18 @@ static __always_inline int process(struct __sk_buff *skb, struct pkt *pkt, const
 	return deliver(skb, pkt, rule, &selection);
 }
 
-/* `l2` is the length in bytes of the link-layer header: Ethernet's, or 0. */
+/* Processes any packet; `l2` is the length in bytes of the link-layer header: Ethernet's, or 0. */
 static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 {
+	const struct gate *gate = get_gate();
+	struct xmit *xmit = get_xmit();
 	const struct rule *rule;
 	struct pkt pkt;
 	int action;
 
+	if (!xmit || !gate)
+		return TC_ACT_UNSPEC;
+	xmit->epoch = current_epoch(gate);
 	if (skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC && (action = resume_recirculated(skb, l2)) != ACTION_NONE)
 		return action;
 	switch (parse(skb, l2, &pkt)) {
@@ -80,10 +88,34 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	return action == ACTION_REFLECT ? bpf_redirect(skb->ifindex, 0) : action;
 }
 
+/* The slow path: the truth about every packet. */
+SEC("tc")
+int udplb_slow(struct __sk_buff *skb)
+{
+	return run(skb, sizeof(struct ethhdr));
+}
+
+/*
+ * Generation: udplb_slow, behind a tail call: so it has the whole stack. The kernel empties the map when its
+ * pin goes.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} slow SEC(".maps");
+
 SEC("tc")
 int udplb(struct __sk_buff *skb)
 {
-	return run(skb, sizeof(struct ethhdr));
+	int action = fast(skb);
+
+	if (action != ACTION_SLOW)
+		return action;
+	bpf_tail_call(skb, &slow, 0);
+	/* the pins of the generation are gone */
+	return TC_ACT_UNSPEC;
 }
 
 /* For interfaces without a link-layer header, such as tun devices. */

@@ -170,6 +170,8 @@ static __always_inline enum verdict xmit_to_nexthop(struct __sk_buff *skb, struc
 	}
 	if (!is_sent(verdict))
 		return verdict;
+	if (verdict == VERDICT_FORWARDED && !xmit->fragments)
+		fill_line(ip_length(skb, pkt), pkt->is_ipv6);
 	return transmit(skb, pkt, xmit, verdict, action);
 }
 
@@ -188,6 +190,7 @@ __noinline __u32 xmit_upstream(struct __sk_buff *skb, __u32 index, __u32 packed,
 
 	if (!upstream || !xmit)
 		return xmit_result(VERDICT_NO_UPSTREAM, action, 0);
+	xmit->index = index;
 	if (!pkt_pull(skb, &pkt)) {
 		verdict = VERDICT_CLONE_FAILED;
 	} else if (is_ttl_expired(&pkt)) {

@@ -96,6 +96,7 @@ pod!(
     nexthop,
     nexthop_slot,
     heartbeat,
+    gate,
     held,
     origin,
     pending,

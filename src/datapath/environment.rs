@@ -12,10 +12,9 @@ use crate::desired::Desired;
 use crate::net::Netlink;
 use crate::net::link::{Link, OwnAddress};
 
-/// `enum own` and the size of `suspects` of udplb.h, which the skeleton has not: no map is of that type.
+/// `enum own` of udplb.h, which the skeleton has not: no map is of that type.
 const OWN_ADDRESS: u32 = 1;
 const OWN_BROADCAST: u32 = 2;
-const SUSPECT_WORDS: usize = 1024;
 
 /// Entries of a map, key by key.
 type Entries = BTreeMap<Vec<u8>, Vec<u8>>;
@@ -51,8 +50,7 @@ impl Environment {
             (words_of(*address).flat_map(u32::to_ne_bytes).collect(), kind.to_ne_bytes().to_vec())
         });
         let answering = all.flat_map(Desired::upstreams).map(|upstream| upstream.address.ip);
-        let suspects = suspects(self.own.keys().copied().chain(answering));
-        write_suspects(&maps.suspects, &suspects, keep).context("state/suspects")?;
+        maps.gate.suspect(self.own.keys().copied().chain(answering), keep);
         replace(&maps.own, &own.collect()).context("state/own")?;
         replace(&maps.vlans, &self.vlans).context("state/vlans")
     }
@@ -80,34 +78,6 @@ fn vlans<'a>(link: &'a Link, links: &'a [Link]) -> impl Iterator<Item = (Vec<u8>
         entry(key, controller)
     });
     vlan.into_iter().chain(all)
-}
-
-/// The Bloom filter of one hash: is_suspect() in bpf/admit.h has the same arithmetic.
-pub fn suspects(addresses: impl Iterator<Item = IpAddr>) -> Vec<u64> {
-    let mut words = vec![0_u64; SUSPECT_WORDS];
-    for address in addresses {
-        let folded = words_of(address).fold(0, |folded, word| folded ^ u32::from_be(word));
-        let hash = folded.wrapping_mul(0x9e37_79b1) >> 16;
-        words[hash as usize / 64] |= 1 << (hash % 64);
-    }
-    words
-}
-
-fn write_suspects(map: &MapHandle, words: &[u64], keep: bool) -> anyhow::Result<()> {
-    let keys: Vec<u8> = (0..words.len() as u32).flat_map(u32::to_ne_bytes).collect();
-    let mut old = Vec::with_capacity(words.len());
-    for (_, word) in map.lookup_batch(words.len() as u32, MapFlags::ANY, MapFlags::ANY)? {
-        old.push(u64::from_ne_bytes(word.as_slice().try_into().context("other values")?));
-    }
-    anyhow::ensure!(old.len() == words.len(), "it cannot be read");
-    let kept = |(new, old): (&u64, &u64)| if keep { new | old } else { *new };
-    let new: Vec<u64> = words.iter().zip(&old).map(kept).collect();
-    if new == old {
-        return Ok(());
-    }
-    let values: Vec<u8> = new.iter().flat_map(|word| word.to_ne_bytes()).collect();
-    let (any, count) = (MapFlags::ANY, words.len() as u32);
-    Ok(map.update_batch(&keys, &values, count, any, any)?)
 }
 
 /// Makes a hash hold these entries, and leaves alone those that are the same.

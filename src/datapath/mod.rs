@@ -5,6 +5,7 @@ pub mod chunked_map;
 pub mod counters;
 pub mod description;
 pub mod environment;
+pub mod gate;
 pub mod generation;
 pub mod handover;
 pub mod hook;

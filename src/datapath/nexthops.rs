@@ -9,17 +9,18 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types, unwire, wire};
 use crate::datapath::chunked_map::Chunks;
+use crate::datapath::gate::Gate;
 use crate::desired::{Desired, RuleIds};
 use crate::net::nexthop::{Macs, NextHop};
 use crate::net::routing::Target;
 
 /// The program's table of next hops, by upstream id.
-pub struct NextHops(Chunks);
+pub struct NextHops(Chunks, Gate);
 
 impl NextHops {
     /// See [`Chunks::open`].
-    pub fn open(outer: MapHandle, state: &Path) -> anyhow::Result<NextHops> {
-        Ok(NextHops(Chunks::open(outer, state, "nexthops")?))
+    pub fn open(outer: MapHandle, state: &Path, gate: Gate) -> anyhow::Result<NextHops> {
+        Ok(NextHops(Chunks::open(outer, state, "nexthops")?, gate))
     }
 
     /// See [`Chunks::is_whole`].
@@ -73,6 +74,7 @@ impl NextHops {
         let (chunk, key, mut slot) = self.slot(id)?;
         if change(&mut slot, entry) {
             turn(chunk, &mut [(key, slot)])?;
+            self.1.advance();
         }
         Ok(())
     }
@@ -101,6 +103,7 @@ impl NextHops {
             }
             turn(chunk, &mut changed)?;
         }
+        self.1.advance();
         Ok(())
     }
 }
@@ -167,19 +170,17 @@ pub fn entry(address: IpAddr, way: Option<&NextHop>) -> types::nexthop {
         IpAddr::V6(_) => libc::AF_INET6 as u16,
     };
     entry.egress = hop.egress.map(wire).unwrap_or_default();
+    let routed = matches!(way, Some(NextHop::Several { routed: true, .. }));
+    entry.by_packet = routed.into();
     match hop.macs {
-        Macs::None if !matches!(way, Some(NextHop::Several { routed: true, .. })) => {
-            entry.macs = types::macs::MACS_NONE;
-        }
+        Macs::None if !routed => entry.macs = types::macs::MACS_NONE,
         Macs::None => {}
         Macs::Unknown => {}
         Macs::Known { own, neighbour } => {
             (entry.source, entry.destination) = (own, neighbour);
-            entry.macs = match way {
-                // the kernel selects the hop of each packet
-                Some(NextHop::Several { routed: true, .. }) => types::macs::MACS_KNOWN,
-                _ => types::macs::MACS_FRESH,
-            };
+            // the kernel selects the hop of each packet
+            let (known, fresh) = (types::macs::MACS_KNOWN, types::macs::MACS_FRESH);
+            entry.macs = if routed { known } else { fresh };
         }
     }
     entry

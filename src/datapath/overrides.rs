@@ -7,6 +7,7 @@ use anyhow::Context;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::config::State;
+use crate::datapath::gate::Gate;
 use crate::datapath::pins::WriteGuard;
 
 /// `enum override` of udplb.h. No map or function has that type, so that the skeleton lacks it.
@@ -17,11 +18,11 @@ const MASK: u64 = (1 << BITS) - 1;
 const PER_WORD: u32 = u64::BITS / BITS;
 
 /// The table of overrides. Only the holder of the write guard writes to it.
-pub struct Overrides(MapHandle);
+pub struct Overrides(MapHandle, Gate);
 
 impl Overrides {
-    pub fn new(map: MapHandle) -> Overrides {
-        Overrides(map)
+    pub fn new(map: MapHandle, gate: Gate) -> Overrides {
+        Overrides(map, gate)
     }
 
     /// Returns the map that the program looks up.
@@ -55,7 +56,9 @@ impl Overrides {
         let key = (id / PER_WORD).to_ne_bytes();
         let word = self.0.lookup(&key, MapFlags::ANY)?.context("an id beyond all upstreams")?;
         let word = put(number(&word)?, id % PER_WORD, state);
-        Ok(self.0.update(&key, &word.to_ne_bytes(), MapFlags::ANY)?)
+        self.0.update(&key, &word.to_ne_bytes(), MapFlags::ANY)?;
+        self.1.advance();
+        Ok(())
     }
 
     /// Removes the overrides of ids that are not `held`: such an id may be assigned to another upstream.

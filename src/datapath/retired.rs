@@ -1,6 +1,6 @@
 //! Retired counters: what removed generations have counted, as far as others have the rule.
 //!
-//! Before a generation is removed, its [lines](crate::datapath::lines) are added to the sums of their upstreams,
+//! Before a generation is removed, its [lines] are added to the sums of their upstreams,
 //! and everything of upstreams that no other generation has to the sums of their rules: a rule's total keeps the
 //! packets of upstreams that it has lost.
 //!

@@ -10,6 +10,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::bpf::{bytes_of, types};
 use crate::config::{Health, Mode, State};
+use crate::datapath::gate::Gate;
 use crate::datapath::lease;
 use crate::datapath::pins::ReadGuard;
 use crate::datapath::state_maps::StateMaps;
@@ -49,6 +50,7 @@ pub fn write(
     (desired, ids): (&Desired, &[RuleIds]),
     situations: &[&Situation],
     changed: Option<&HashSet<u32>>,
+    gate: &Gate,
 ) -> anyhow::Result<()> {
     let path = guard.generation(number).join(PIN);
     // built by an earlier udplb
@@ -62,6 +64,7 @@ pub fn write(
             update(&map, first, &table(first, rule, ids, situations))?;
         }
     }
+    gate.advance();
     Ok(())
 }
 

@@ -14,6 +14,7 @@ use crate::bpf::{OpenUdplbSkel, bytes_of, create, from_bytes, types};
 use crate::datapath::chunked_map::Chunks;
 use crate::datapath::counters::Counters;
 use crate::datapath::description::Origin;
+use crate::datapath::gate::Gate;
 use crate::datapath::marks::Marks;
 use crate::datapath::nexthops::NextHops;
 use crate::datapath::overrides::Overrides;
@@ -87,20 +88,21 @@ fn collect(
             }
         };
     }
+    let gate = Gate::open(required!("gate"))?;
     Ok(Some(StateMaps {
         counters: Counters::open(required!("counters"), state)?,
-        nexthops: NextHops::open(required!("nexthops"), state)?,
+        nexthops: NextHops::open(required!("nexthops"), state, gate.clone())?,
         heartbeat: required!("heartbeat"),
+        gate: gate.clone(),
         held: required!("held"),
         pending: map("pending")?,
         marks: Marks::new(map("marks")?),
         origin: map("origin")?,
-        overrides: Overrides::new(required!("overrides")),
+        overrides: Overrides::new(required!("overrides"), gate.clone()),
         fragments: required!("fragments"),
         fragment_ring: required!("fragment_ring"),
         path_mtus: required!("path_mtus"),
         own: required!("own"),
-        suspects: required!("suspects"),
         vlans: required!("vlans"),
         tracing: required!("tracing"),
         events: required!("events"),
@@ -179,6 +181,7 @@ fn ensure_map(
 pub struct StateMaps {
     pub counters: Counters,
     pub nexthops: NextHops,
+    pub gate: Gate,
     /// The lease of the next hops.
     pub heartbeat: MapHandle,
     pub overrides: Overrides,
@@ -188,7 +191,6 @@ pub struct StateMaps {
     pub path_mtus: MapHandle,
     /// See [`Environment`](crate::datapath::environment::Environment).
     pub own: MapHandle,
-    pub suspects: MapHandle,
     pub vlans: MapHandle,
     /// Filter of the packets that are traced, and the ring buffer of their event records.
     pub tracing: MapHandle,

@@ -138,7 +138,7 @@ impl Tables {
                 }
             };
             let index = variants.index(&mut self.rules, first, group, senders);
-            let entry = types::entry::ENTRY_RULE.0 | index;
+            let entry = self.entry(index);
             match address {
                 IpAddr::V4(address) => self.keys.push((Key4 { address, port }, entry)),
                 IpAddr::V6(address) => self.keys6.push((Key6 { address, port }, entry)),
@@ -149,6 +149,34 @@ impl Tables {
             .keys()
             .map(|address| (types::key_address { words: wire(*address) }, 1))
             .collect();
+    }
+}
+
+impl Tables {
+    /// Returns the entry of a key that leads to a rule: its kind tells the fast path how to send.
+    fn entry(&self, index: u32) -> u32 {
+        use types::entry as entries;
+        use types::strategy as by;
+        let rule = &self.rules[index as usize];
+        let slow = flags::RULE_OF_GROUP.0 | flags::RULE_SOCKETS.0;
+        let receivers = self.upstreams.iter().skip(rule.first_receiver as usize);
+        let sampled = receivers.take(rule.receivers.into()).any(|receiver| receiver.sample > 1);
+        let fast = match rule.action {
+            types::action::ACTION_BLOCK => entries::ENTRY_BLOCK,
+            _ => entries::ENTRY_PASS,
+        };
+        let (kind, index) = match (rule.receivers, rule.upstreams) {
+            _ if rule.senders != 0 || rule.flags.0 & slow != 0 => (entries::ENTRY_RULE, index),
+            (1.., _) if rule.flags.0 & flags::RULE_REPLICATES.0 != 0 && !sampled => {
+                (entries::ENTRY_REPLICATE, index)
+            }
+            (0, 1) => (fast, rule.first_upstream),
+            (0, 2..) if !matches!(rule.strategy, by::STRATEGY_PAYLOAD | by::STRATEGY_STATSD) => {
+                (entries::ENTRY_BALANCE, index)
+            }
+            _ => (entries::ENTRY_RULE, index),
+        };
+        kind.0 | index
     }
 }
 

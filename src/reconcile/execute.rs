@@ -354,7 +354,7 @@ impl<'a> Executor<'a> {
         let (desired, ids) = generation.hosts();
         nexthops::write(&maps.nexthops, desired, ids, self.ways).context("next hops")?;
         let situation = Situation::read(&maps, generation.ids().max().unwrap_or(0))?;
-        spares::write(self.guard, number, (desired, ids), &[&situation], None)?;
+        spares::write(self.guard, number, (desired, ids), &[&situation], None, &maps.gate)?;
         let environment = Environment::read(self.netlink).await.context("addresses")?;
         environment.write(&maps, self.generations().map(|it| it.hosts().0), false)
     }
@@ -373,7 +373,7 @@ impl<'a> Executor<'a> {
         let write = |situations: &[&Situation]| {
             let changed = Some(&HashSet::from([id]));
             self.generations().try_for_each(|it| {
-                spares::write(self.guard, it.number, it.hosts(), situations, changed)
+                spares::write(self.guard, it.number, it.hosts(), situations, changed, &maps.gate)
             })
         };
         write(&[&before, &after])?;

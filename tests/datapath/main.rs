@@ -21,6 +21,7 @@ mod fragments;
 mod fuzz;
 mod headers;
 mod health;
+mod lines;
 mod links;
 mod packets;
 mod paths;

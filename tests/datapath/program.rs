@@ -14,7 +14,7 @@ use udplb::bpf::{
     NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types, wire,
 };
 use udplb::config::{Action, Address, Hash, Key, Mode, Ports, Source, State, Strategy};
-use udplb::datapath::environment::suspects;
+use udplb::datapath::gate::suspects;
 use udplb::datapath::lease::ticks_per_second;
 use udplb::datapath::nexthops;
 use udplb::datapath::spares::{self, Situation};
@@ -122,6 +122,8 @@ impl<'object> Program<'object> {
         }
         let chunk = skeleton.maps.nexthops_chunk.as_fd().as_raw_fd();
         write(&skeleton.maps.nexthops, 0, &chunk.to_ne_bytes());
+        let slow = skeleton.progs.udplb_slow.as_fd().as_raw_fd();
+        write(&skeleton.maps.slow, 0, &slow.to_ne_bytes());
         let prelude = Prelude::new(skeleton.progs.udplb.as_fd());
         let preludes = RefCell::default();
         let (own, configured) = (RefCell::default(), RefCell::default());
@@ -154,6 +156,19 @@ impl<'object> Program<'object> {
             let vlan = types::vlan { ifindex: place(path), mac: VLAN_MAC, unused: 0 };
             write_pairs(&self.skeleton.maps.vlans, &[(key, vlan)]);
         }
+    }
+
+    /// Invalidates all lines, as each writer of what the slow path reads does.
+    pub fn advance(&self) {
+        self.change_gate(|gate| gate.epoch += 1);
+    }
+
+    fn change_gate(&self, change: impl FnOnce(&mut types::gate)) {
+        let map = &self.skeleton.maps.gate;
+        let bytes = map.lookup(&[0; 4], MapFlags::ANY).expect("a lookup");
+        let mut gate: types::gate = bytes.and_then(|bytes| from_bytes(&bytes)).expect("a gate");
+        change(&mut gate);
+        write(map, 0, bytes_of(&gate));
     }
 
     fn write_spares(&self, situation: &Situation) {
@@ -218,8 +233,7 @@ impl<'object> Program<'object> {
         write_pairs(&maps.answers, &tables.answers);
         let answering = desired.upstreams().map(|upstream| upstream.address.ip);
         let suspects = suspects(self.own.borrow().iter().copied().chain(answering));
-        let suspects: Vec<u8> = suspects.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        write_bytes(&maps.suspects, size_of::<u64>(), &suspects);
+        self.change_gate(|gate| gate.suspects.copy_from_slice(&suspects));
         *self.configured.borrow_mut() = (desired.clone(), ids.clone());
         self.write_spares(&Situation::default());
         write_all(&maps.slots, &tables.slots);
@@ -231,6 +245,7 @@ impl<'object> Program<'object> {
                 write(&maps.nexthops_chunk, id, bytes_of(&slot));
             }
         }
+        self.advance();
         ids
     }
 
@@ -277,6 +292,7 @@ impl<'object> Program<'object> {
         let overrides = [(id, said)].into();
         self.write_spares(&Situation { overrides, ..Situation::default() });
         write(&self.skeleton.maps.overrides, index, &(state << shift).to_ne_bytes());
+        self.advance();
     }
 
     /// Spends the budgets of ICMP errors. Their fill time lies in the future, as if another CPU had
@@ -357,10 +373,17 @@ impl<'object> Program<'object> {
     pub fn lose_upstreams(&self) {
         let line = types::slot_line { upstream: [ENTRIES as u16; _] };
         write_all(&self.skeleton.maps.slots, &[line; SLOT_LINES as usize]);
+        self.advance();
     }
 
     /// Changes an upstream's next hop as written by user space.
     pub fn change_nexthop(&self, id: u32, change: impl FnOnce(&mut types::nexthop)) {
+        self.change_nexthop_quietly(id, change);
+        self.advance();
+    }
+
+    /// Changes it without a step of the epoch.
+    pub fn change_nexthop_quietly(&self, id: u32, change: impl FnOnce(&mut types::nexthop)) {
         let map = &self.skeleton.maps.nexthops_chunk;
         let bytes = map.lookup(&id.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
         let mut slot: types::nexthop_slot =
@@ -372,11 +395,25 @@ impl<'object> Program<'object> {
         write(map, id, bytes_of(&slot));
     }
 
+    /// Returns true if this CPU has a line of the current epoch.
+    pub fn remembers(&self) -> bool {
+        let mut epoch = 0;
+        self.change_gate(|gate| epoch = gate.epoch);
+        let lines = &self.skeleton.maps.lines;
+        let is_valid =
+            |line: &[u8]| from_bytes(line).is_some_and(|it: types::line| it.epoch == epoch);
+        lines.keys().any(|key| {
+            let values = lines.lookup_percpu(&key, MapFlags::ANY).expect("a lookup");
+            values.into_iter().flatten().any(|line| is_valid(&line))
+        })
+    }
+
     /// Grants or ends arpd's lease.
     pub fn lease(&self, holds: bool) {
         let until = if holds { u64::MAX / 2 } else { 0 };
         let beat = types::heartbeat { until, until_ktime: 0 };
         write(&self.skeleton.maps.heartbeat, 0, bytes_of(&beat));
+        self.advance();
     }
 
     /// # Panics

@@ -297,16 +297,28 @@ impl Host {
                 self.balance(outcome, rule, chosen, &packet, arrival)
             }
             Mode::Replicate => {
+                // the last one gets the packet itself, if it is not delivered here
+                let copied = upstreams.len() - usize::from(rule.action == Action::Block);
+                let mut outcome = self.copies(&upstreams[..copied], &packet);
+                outcome.end = Outcome::unsent(rule).end;
+                let verdicts: Vec<Verdict> = (0..)
+                    .zip(&upstreams)
+                    .map(|(place, to)| self.verdict(*to, &packet, place < copied))
+                    .collect();
+                for last in &upstreams[copied..] {
+                    let verdict = self.send(*last, &packet, false).map(|(gone, verdict)| {
+                        outcome.leave(rule, gone);
+                        verdict
+                    });
+                    let verdict = verdict.unwrap_or_else(|verdict| verdict);
+                    outcome = outcome.counted(last.id, verdict, count);
+                }
                 // the rule counts each packet once
-                let outcome = self.copies(&upstreams, &packet);
-                let verdicts: Vec<Verdict> =
-                    upstreams.iter().map(|to| self.verdict(*to, &packet, true)).collect();
                 let verdict = match verdicts.contains(&"forwarded") {
                     true => "forwarded",
                     false => verdicts.last().expect("an upstream"),
                 };
-                let end = Outcome::unsent(rule).end;
-                Outcome { end, ..outcome }.counted(ids.rule, verdict, count)
+                outcome.counted(ids.rule, verdict, count)
             }
         }
     }
@@ -328,14 +340,8 @@ impl Host {
     ) -> Outcome {
         let copy = rule.action == Action::Pass;
         let verdict = match self.send(to, packet, copy) {
-            Ok((mut gone, verdict)) => {
-                match gone.pop_if(|gone| !copy && !gone.is_piece) {
-                    Some(gone) => outcome.end = End::Away(gone),
-                    None => {
-                        outcome.end = Outcome::unsent(rule).end;
-                        outcome.copies.append(&mut gone);
-                    }
-                }
+            Ok((gone, verdict)) => {
+                outcome.leave(rule, gone);
                 verdict
             }
             Err(verdict) => {
@@ -887,6 +893,17 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
 }
 
 impl Outcome {
+    /// Adds frames of one receiver; a whole one is the packet itself unless that is delivered here.
+    fn leave(&mut self, rule: &Rule, mut gone: Vec<Gone>) {
+        match gone.pop_if(|gone| rule.action == Action::Block && !gone.is_piece) {
+            Some(gone) => self.end = End::Away(gone),
+            None => {
+                self.end = Outcome::unsent(rule).end;
+                self.copies.append(&mut gone);
+            }
+        }
+    }
+
     /// Returns the outcome of an unsent packet: delivered locally with `pass`, dropped with `block`.
     fn unsent(rule: &Rule) -> Outcome {
         let end = if rule.action == Action::Pass { End::Up } else { End::Dropped };

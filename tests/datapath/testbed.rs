@@ -422,16 +422,21 @@ impl Testbed<'_> {
         if let Some(tamper) = case.tamper {
             tamper(&self.program, &ids);
         }
+        before(&self.program);
+        (ids, self.send(case))
+    }
+
+    /// Runs the packet of a case with the configured program.
+    pub fn send(&self, case: &Case) -> Outcome {
         let ifindex = match case.ingress {
             Ingress::Routing => self.routing,
             Ingress::Closed => self.closed,
         };
-        before(&self.program);
         let (gso_size, gso_segs) = case.gso;
         let (tag, length) = (case.tag, case.length);
         let context = Context { ifindex, gso_size, gso_segs, tag, length };
         let run = self.program.run(&case.frame(), context);
-        (ids, Outcome { run, copies: self.wire.drain(), counted: self.program.take_counted() })
+        Outcome { run, copies: self.wire.drain(), counted: self.program.take_counted() }
     }
 
     /// Runs a case; the error contains the expected and the actual outcome.
@@ -457,6 +462,11 @@ impl Testbed<'_> {
             _ => None,
         };
         let wanted = case.expected(&ids, identification);
+        // the slow path has filled lines, if the packet is one for the fast path
+        if got == wanted && matches!(case.fate, Fate::Sent(..)) {
+            got = self.send(case);
+            got.copies.extend(self.wire.drain_at_least(copies.saturating_sub(got.copies.len())));
+        }
         if got == wanted {
             return Ok(());
         }

@@ -83,7 +83,14 @@ impl Serving {
         changed: Option<&HashSet<u32>>,
     ) -> anyhow::Result<()> {
         let Generation { number, .. } = self.generation;
-        spares::write(guard, number, self.generation.hosts(), &[situation], changed)
+        spares::write(
+            guard,
+            number,
+            self.generation.hosts(),
+            &[situation],
+            changed,
+            &self.maps.gate,
+        )
     }
 }
 

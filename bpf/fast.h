@@ -1,0 +1,348 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The fast path: plain datagrams to upstreams that this CPU remembers. It sends a packet, or leaves it as it
+ * arrived to the slow path, which decides about everything else and fills the lines.
+ */
+#ifndef UDPLB_FAST_H
+#define UDPLB_FAST_H
+
+/* Result of the fast path for a packet that the slow path processes. */
+#define ACTION_SLOW 102
+
+/*
+ * Points `pkt` at the headers of a datagram without IPv4 options or IPv6 extension headers. Returns false if
+ * they do not lie in the skb's linear part.
+ */
+static __always_inline bool locate_plain(struct __sk_buff *skb, struct pkt *pkt, const bool ipv6)
+{
+	pkt->eth = (void *)(long)skb->data;
+	pkt->ip = (void *)(pkt->eth + 1);
+	pkt->is_ipv6 = ipv6;
+	pkt->has_udp = true;
+	if (ipv6) {
+		pkt->packed = pkt_pack(PKT_F_IPV6, 0, sizeof(struct ethhdr) + sizeof(struct ipv6hdr));
+		pkt->udp = (void *)(pkt->ip6 + 1);
+	} else {
+		pkt->packed = pkt_pack(0, 0, sizeof(struct ethhdr) + sizeof(struct iphdr));
+		pkt->udp = (void *)(pkt->ip + 1);
+	}
+	return (void *)(pkt->udp + 1) <= data_end(skb);
+}
+
+/* Returns the length of the IP packet in bytes, from its header. */
+static __always_inline __u32 plain_length(const struct pkt *pkt, const bool ipv6)
+{
+	return ipv6 ? sizeof(struct ipv6hdr) + bpf_ntohs(pkt->ip6->payload_len) : bpf_ntohs(pkt->ip->tot_len);
+}
+
+/*
+ * Returns true for source addresses that need none of the checks of check_source(): all that are not martian,
+ * and some that are not either but rare.
+ */
+static __always_inline bool is_usual_source4(const struct iphdr *ip)
+{
+	__u32 source = bpf_ntohl(ip->saddr);
+
+	return source - 0x01000000 < 0xdf000000 && source >> 24 != 127 && source >> 16 != 0xa9fe &&
+	       ip->saddr != ip->daddr;
+}
+
+static __always_inline bool is_usual_source6(const struct ipv6hdr *ip6)
+{
+	const __be32 *source = ip6->saddr.in6_u.u6_addr32;
+
+	return (source[0] & bpf_htonl(0xff000000)) != bpf_htonl(0xff000000) && source[0] | source[1] &&
+	       !is_link_local(source) && !is_same_address(source, ip6->daddr.in6_u.u6_addr32);
+}
+
+/*
+ * Returns true if admit() would admit the packet whatever its rule says, and its TTL lasts. The opposite says
+ * nothing: the slow path decides.
+ */
+static __always_inline bool is_plain(struct __sk_buff *skb, const struct pkt *pkt, const struct gate *gate,
+				     const bool ipv6)
+{
+	if (skb->pkt_type != PACKET_HOST || skb->gso_size || is_ttl_expired(pkt) ||
+	    !has_valid_lengths(skb, pkt) || is_suspect(pkt, gate) ||
+	    (skb->vlan_present && !is_for_us_tagged(skb, 0)))
+		return false;
+	if (ipv6)
+		return pkt->udp->check && is_usual_source6(pkt->ip6);
+	return is_ipv4_checksum_valid(pkt->ip, 0) && is_usual_source4(pkt->ip);
+}
+
+/*
+ * Stores the new headers for the upstream of a line. Returns false if only the slow path can tell whether
+ * they are those of a packet that no router forwards.
+ */
+static __always_inline bool fill_plain_rewrite(const struct pkt *pkt, const struct line *line, __u32 index,
+					       const bool ipv6, struct rewrite *rw)
+{
+	const struct upstream *upstream;
+	const __be32 *source;
+
+	rw->port = line->port;
+	rw->identification = 0;
+	if (!ipv6) {
+		rw->destination[0] = line->destination;
+		rw->source[0] = line->source4;
+		if (line->source == SOURCE_PRESERVE)
+			rw->source[0] = pkt->ip->saddr;
+		else if (line->source == SOURCE_VIP)
+			rw->source[0] = pkt->ip->daddr;
+		return rw->source[0] != rw->destination[0];
+	}
+	upstream = bpf_map_lookup_elem(&upstreams, &index);
+	if (!upstream)
+		return false;
+	source = line->source6;
+	if (line->source == SOURCE_PRESERVE)
+		source = pkt->ip6->saddr.in6_u.u6_addr32;
+	else if (line->source == SOURCE_VIP)
+		source = pkt->ip6->daddr.in6_u.u6_addr32;
+	__builtin_memcpy(rw->source, source, sizeof(rw->source));
+	__builtin_memcpy(rw->destination, upstream->address, sizeof(rw->destination));
+	return !is_same_address(rw->source, rw->destination);
+}
+
+/*
+ * Returns the line of an upstream, and stores the new headers; NULL unless the line is valid for the packet.
+ * With `checked` it has just been.
+ */
+static __always_inline struct line *line_for(const struct pkt *pkt, __u32 index, const struct gate *gate,
+					     bool checked, const bool ipv6, struct rewrite *rw)
+{
+	struct line *line = bpf_map_lookup_elem(&lines, &index);
+
+	if (!line || (!checked && (!is_line_valid(line, gate) || plain_length(pkt, ipv6) > line->mtu)) ||
+	    !fill_plain_rewrite(pkt, line, index, ipv6, rw))
+		return NULL;
+	return line;
+}
+
+/* Sends the packet itself with new headers. */
+static __always_inline int send_plain(struct __sk_buff *skb, struct pkt *pkt, struct line *line,
+				      const struct rewrite *rw)
+{
+	enum checksum checksum = checksum_state(skb, pkt);
+	__u32 delta;
+
+	copy_macs(pkt->eth, line->macs);
+	delta = rewrite_headers(skb, pkt, checksum, rw);
+	if (checksum == CSUM_COMPLETE)
+		bpf_csum_update(skb, delta);
+	count_sent(line, 1, skb->len);
+	return bpf_redirect(line->ifindex, 0);
+}
+
+/*
+ * Sends a clone to an upstream whose line has just been valid, and restores the packet. Returns false if it
+ * cannot be restored.
+ */
+static __always_inline bool copy_plain(struct __sk_buff *skb, __u32 index, const bool ipv6)
+{
+	struct line *line = bpf_map_lookup_elem(&lines, &index);
+	const struct upstream *upstream;
+	struct headers saved;
+	enum checksum checksum;
+	struct rewrite rw;
+	struct pkt pkt;
+	__u32 delta;
+
+	if (!line || !locate_plain(skb, &pkt, ipv6) || !fill_plain_rewrite(&pkt, line, index, ipv6, &rw))
+		return false;
+	checksum = checksum_state(skb, &pkt);
+	save_headers(skb, &pkt, &saved);
+	copy_macs(pkt.eth, line->macs);
+	delta = rewrite_headers(skb, &pkt, checksum, &rw);
+	if (checksum == CSUM_COMPLETE)
+		bpf_csum_update(skb, delta);
+	if (!bpf_clone_redirect(skb, line->ifindex, 0))
+		count_sent(line, 1, skb->len);
+	else if ((upstream = bpf_map_lookup_elem(&upstreams, &index)))
+		count_pkt(skb, &pkt, upstream->id, VERDICT_CLONE_FAILED);
+	if (checksum == CSUM_COMPLETE)
+		bpf_csum_update(skb, ~delta);
+	if (!locate_plain(skb, &pkt, ipv6))
+		return false;
+	restore_headers(skb, &pkt, &saved);
+	return true;
+}
+
+/* Global functions, which the verifier explores once and not in each round of a loop. */
+__noinline __u32 copy_plain4(struct __sk_buff *skb, __u32 index)
+{
+	return copy_plain(skb, index, false);
+}
+
+__noinline __u32 copy_plain6(struct __sk_buff *skb, __u32 index)
+{
+	return features.ipv6 && copy_plain(skb, index, true);
+}
+
+/* Returns true if the lines of all receivers are valid for the packet. */
+__noinline __u32 has_valid_lines(struct __sk_buff *skb, __u32 first, __u32 receivers, __u32 ipv6)
+{
+	const struct gate *gate = get_gate();
+	struct rewrite rw;
+	struct pkt pkt;
+	__u32 i;
+
+	if (!gate || !locate_plain(skb, &pkt, features.ipv6 && ipv6))
+		return false;
+	for (i = 0; i < MAX_RECEIVERS && i < receivers; i++)
+		if (features.ipv6 && ipv6 ? !line_for(&pkt, first + i, gate, false, true, &rw)
+					  : !line_for(&pkt, first + i, gate, false, false, &rw))
+			return false;
+	return true;
+}
+
+/* Result of copy_to_all() for a packet that is left to send to the last receiver. */
+#define ACTION_LAST 103
+
+enum copy_flags {
+	COPY_IPV6 = 1 << 0,
+	COPY_BLOCK = 1 << 1, /* the last receiver gets the packet itself */
+};
+
+/*
+ * Sends clones of a plain packet to all upstreams from `first` on, to all or to none: the slow path would
+ * send to all again. Counts the packet under the id of its rule (0: not). Returns the action of the program,
+ * ACTION_SLOW, or ACTION_LAST.
+ */
+__noinline int copy_to_all(struct __sk_buff *skb, __u32 first, __u32 receivers, __u32 rule_id, __u32 flags)
+{
+	bool tagged = skb->vlan_present, block = flags & COPY_BLOCK;
+	__be16 protocol = skb->vlan_proto;
+	__u16 control = skb->vlan_tci;
+	__u32 i;
+
+	if (!has_valid_lines(skb, first, receivers, flags & COPY_IPV6))
+		return ACTION_SLOW;
+	if (rule_id)
+		count_verdict(skb, PKT_UNKNOWN, 0, rule_id, VERDICT_FORWARDED);
+	if (tagged && bpf_skb_vlan_pop(skb))
+		return TC_ACT_SHOT;
+	for (i = 0; i < MAX_RECEIVERS && i + block < receivers; i++) {
+		if (!(flags & COPY_IPV6 ? copy_plain6(skb, first + i) : copy_plain4(skb, first + i)))
+			return TC_ACT_SHOT;
+	}
+	if (block)
+		return ACTION_LAST;
+	return tagged && bpf_skb_vlan_push(skb, protocol, control) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+}
+
+/*
+ * Pops the tag that the skb holds, if it holds one, and points `pkt` at the headers again. Returns false if
+ * the packet can no longer be processed.
+ */
+static __always_inline bool pop_plain(struct __sk_buff *skb, struct pkt *pkt, const bool ipv6)
+{
+	return !skb->vlan_present || (!bpf_skb_vlan_pop(skb) && locate_plain(skb, pkt, ipv6));
+}
+
+/* Returns the index of the upstream that the sender selects, or that chance does; ~0 without one. */
+static __always_inline __u32 balance_plain(const struct pkt *pkt, const struct rule *rule)
+{
+	__u32 key = rule->strategy == STRATEGY_RANDOM
+			    ? bpf_get_prandom_u32()
+			    : sender_key(pkt, rule->strategy, rule->flags & RULE_HASHES);
+
+	return slot_index(rule->first_slot + key % rule->slots, rule->first_upstream);
+}
+
+/* Processes a plain datagram of a key's entry. */
+static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt, __u32 entry, const bool ipv6)
+{
+	__u32 index = entry & ENTRY_INDEX, kind = entry & ~ENTRY_INDEX, flags = ipv6 ? COPY_IPV6 : 0;
+	const struct gate *gate = get_gate();
+	const struct rule *rule;
+	bool is_last = false;
+	struct rewrite rw;
+	struct line *line;
+	int action;
+
+	if (kind == ENTRY_RULE || !gate || !is_plain(skb, pkt, gate, ipv6))
+		return ACTION_SLOW;
+	if (kind == ENTRY_BALANCE || kind == ENTRY_REPLICATE) {
+		rule = bpf_map_lookup_elem(&rules, &index);
+		if (!rule)
+			return ACTION_SLOW;
+		flags |= rule->action == ACTION_BLOCK ? COPY_BLOCK : 0;
+		if (features.receivers && kind == ENTRY_REPLICATE) {
+			action = copy_to_all(skb, rule->first_receiver, rule->receivers, rule->id, flags);
+			if (action != ACTION_LAST)
+				return action;
+			if (!locate_plain(skb, pkt, ipv6))
+				return TC_ACT_SHOT;
+			index = rule->first_receiver + rule->receivers - 1;
+			is_last = true;
+		} else {
+			index = balance_plain(pkt, rule);
+		}
+		kind = flags & COPY_BLOCK ? ENTRY_BLOCK : ENTRY_PASS;
+	}
+	if (kind == ENTRY_PASS)
+		return copy_to_all(skb, index, 1, 0, flags);
+	line = line_for(pkt, index, gate, is_last, ipv6, &rw);
+	if (!line)
+		return is_last ? TC_ACT_SHOT : ACTION_SLOW;
+	return pop_plain(skb, pkt, ipv6) ? send_plain(skb, pkt, line, &rw) : TC_ACT_SHOT;
+}
+
+/* Returns the action for a datagram without a rule: the slow path reports it while somebody listens. */
+static __always_inline int leave_stranger(void)
+{
+	const struct trace *trace = get_trace();
+
+	return features.any_port || (trace && trace->until) ? ACTION_SLOW : TC_ACT_UNSPEC;
+}
+
+static __always_inline int fast_ipv4(struct __sk_buff *skb, struct pkt *pkt)
+{
+	const struct iphdr *ip = pkt->ip;
+	__u32 entry;
+
+	if (ip->protocol != IPPROTO_UDP)
+		return ip->protocol == IPPROTO_ICMP ? ACTION_SLOW : TC_ACT_UNSPEC;
+	if (*(const __u8 *)ip != 0x45 || ip->frag_off & bpf_htons(IP_OFFSET | IP_MF) ||
+	    skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC)
+		return ACTION_SLOW;
+	entry = find_entry(bpf_ntohl(ip->daddr), bpf_ntohs(pkt->udp->dest));
+	return entry ? deliver_plain(skb, pkt, entry, false) : leave_stranger();
+}
+
+static __always_inline int fast_ipv6(struct __sk_buff *skb, struct pkt *pkt)
+{
+	const struct ipv6hdr *ip6;
+	__u32 entry;
+
+	if (!locate_plain(skb, pkt, true))
+		return ACTION_SLOW;
+	ip6 = pkt->ip6;
+	if (ip6->nexthdr != IPPROTO_UDP)
+		return ip6->nexthdr == IPPROTO_ICMPV6 || is_extension_header(ip6->nexthdr) ? ACTION_SLOW
+											   : TC_ACT_UNSPEC;
+	if (ip6->version != 6 || skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC)
+		return ACTION_SLOW;
+	entry = find_entry6(ip6->daddr.in6_u.u6_addr32, pkt->udp->dest);
+	return entry ? deliver_plain(skb, pkt, entry, true) : leave_stranger();
+}
+
+/* Processes a packet behind an Ethernet header. Returns the action of the program, or ACTION_SLOW. */
+static __always_inline int fast(struct __sk_buff *skb)
+{
+	struct pkt pkt;
+	__be16 protocol;
+
+	if (!locate_plain(skb, &pkt, false))
+		return ACTION_SLOW;
+	protocol = *(const __be16 *)&pkt.eth->h_proto;
+	if (protocol == bpf_htons(ETH_P_IP))
+		return fast_ipv4(skb, &pkt);
+	if (features.ipv6 && protocol == bpf_htons(ETH_P_IPV6))
+		return fast_ipv6(skb, &pkt);
+	return is_vlan_ethertype(protocol) ? ACTION_SLOW : TC_ACT_UNSPEC;
+}
+
+#endif

@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * Lines: the next hop that this CPU remembers of an upstream. The slow path fills them with the epoch that it
+ * read before it decided, so that a change in between invalidates them. Only one CPU reads and writes a line.
+ */
+#ifndef UDPLB_LINE_H
+#define UDPLB_LINE_H
+
+#define LINES_PER_SECOND 10 /* how often a next hop is asked for without the lease */
+
+/* Returns true while a line may be used. */
+static __always_inline bool is_line_valid(const struct line *line, const struct gate *gate)
+{
+	return line->epoch == current_epoch(gate) && (__s32)(line->until - (__u32)bpf_jiffies64()) > 0;
+}
+
+/*
+ * Returns until when a next hop may be remembered, in jiffies; 0: not at all. Under the lease it is asked for
+ * again each second, because of path MTUs. Without it, ten times a second, and only if it serves all packets.
+ */
+static __always_inline __u64 line_expiry(const struct xmit *xmit)
+{
+	const struct nexthop_slot *slot = nexthop_slot(xmit->upstream);
+	__u64 now = bpf_jiffies64(), until = now + features.ticks_per_second;
+	const struct nexthop *cached;
+	const struct heartbeat *last;
+	const __u32 only = 0;
+
+	if (xmit->leased) {
+		last = bpf_map_lookup_elem(&heartbeat, &only);
+		return !last ? 0 : last->until < until ? last->until : until;
+	}
+	if (!slot)
+		return 0;
+	cached = cached_nexthop(slot, sequence_of(slot), xmit->rewrite.destination);
+	if (!cached || !cached->ifindex || cached->by_packet)
+		return 0;
+	return now + features.ticks_per_second / LINES_PER_SECOND;
+}
+
+/*
+ * Remembers the next hop in xmit->hop of an upstream, for packets like the current one: an IP packet of
+ * `length` bytes. Not while anybody traces, so that the slow path sees all packets.
+ */
+__noinline __u32 fill_line(__u32 length, __u32 ipv6)
+{
+	struct xmit *xmit = get_xmit();
+	const struct upstream *upstream;
+	struct line *line;
+	__u64 until;
+	__u32 index;
+
+	if (!xmit || !xmit->hop.resolved || features.dry_run || is_tracing())
+		return 0;
+	index = xmit->index;
+	line = bpf_map_lookup_elem(&lines, &index);
+	upstream = bpf_map_lookup_elem(&upstreams, &index);
+	until = line_expiry(xmit);
+	if (!line || !upstream || !until)
+		return 0;
+	line->until = until;
+	line->ifindex = xmit->hop.ifindex;
+	line->mtu = xmit->hop.mtu ?: 0xffff;
+	/* path MTUs are looked up for larger packets only */
+	if (length <= min_pmtu(ipv6) && line->mtu > min_pmtu(ipv6))
+		line->mtu = min_pmtu(ipv6);
+	line->port = upstream->port;
+	line->source = upstream->source;
+	copy_macs(line->macs, xmit->hop.macs);
+	if (features.ipv6 && ipv6) {
+		__builtin_memcpy(line->source6, xmit->rewrite.source, sizeof(line->source6));
+	} else {
+		line->destination = upstream->address[0];
+		line->source4 = xmit->rewrite.source[0];
+	}
+	line->epoch = xmit->epoch;
+	return 0;
+}
+
+#endif
