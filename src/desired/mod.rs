@@ -52,7 +52,7 @@ pub struct Rule {
     pub name: String,
     pub key: Key,
     pub action: Action,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub mode: Mode,
     pub strategy: Strategy,
     /// Present if and only if the strategy is `payload`.
@@ -61,9 +61,9 @@ pub struct Rule {
     pub hash: Hash,
     /// Default for upstreams and mirrors without a `source` of their own.
     pub source: Source,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub health: Health,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub fragments: Fragments,
     /// UDP over IPv6 without a checksum.
     #[serde(default, skip_serializing_if = "Admission::is_denied")]
@@ -95,7 +95,7 @@ pub struct Upstream {
     /// Share of the flows, relative to the other upstreams.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub weight: u32,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub state: State,
     /// `None` for the rule's, see [`Rule::source_of`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -109,8 +109,8 @@ fn one() -> u32 {
     1
 }
 
-fn is_default(addresses: &Addresses) -> bool {
-    *addresses == Addresses::default()
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 fn is_one(number: &u32) -> bool {
