@@ -250,7 +250,8 @@ pub fn sink(floors: &FloorsSkel<'_>, namespace: &Namespace, interface: &str) {
     attach_filter(namespace, interface, TC_INGRESS, floors.progs.sink.as_fd());
 }
 
-/// Pins this thread to the last CPU, where the kernel then processes its packets too.
+/// Pins this thread to the last CPU, where the kernel then processes its packets too, and has it run before
+/// other processes where that is permitted.
 pub fn stay_on_one_cpu() {
     let online = fs::read_to_string("/sys/devices/system/cpu/online").expect("CPUs");
     let last = online.trim().rsplit([',', '-']).next().and_then(|cpu| cpu.parse().ok());
@@ -261,4 +262,7 @@ pub fn stay_on_one_cpu() {
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
     };
     assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    let priority = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the parameter outlives the call.
+    let _ = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const priority) };
 }

@@ -26,17 +26,33 @@ struct frame6 {
 	struct udphdr udp;
 } __attribute__((packed));
 
-/* Length of the part of a packet that is restored. */
-#define BEGINNING 72
-
 /* First bytes of the measured packet: all that a program rewrites, up to IPv6 with a fragment header and UDP.
  */
+struct beginning {
+	__u64 words[9];
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, __u8[BEGINNING]);
+	__type(value, struct beginning);
 } beginning SEC(".maps");
+
+/* Restores the first bytes of a packet by wide stores. Returns false if it is too short. */
+static __always_inline bool restore(struct beginning *packet, const void *end)
+{
+	const __u32 only = 0;
+	const struct beginning *original = bpf_map_lookup_elem(&beginning, &only);
+	__u32 i;
+
+	if (!original || (const void *)(packet + 1) > end)
+		return false;
+#pragma unroll
+	for (i = 0; i < sizeof(packet->words) / sizeof(packet->words[0]); i++)
+		packet->words[i] = original->words[i];
+	return true;
+}
 
 /* Interface that an attached floor sends to; 0: the one in cb[1], for test runs. */
 volatile const __u32 out = 0;
@@ -85,10 +101,7 @@ static __always_inline void pick_rule(struct __sk_buff *skb, __u32 rules)
 SEC("tc")
 int start(struct __sk_buff *skb)
 {
-	const __u32 only = 0;
-	void *original = bpf_map_lookup_elem(&beginning, &only);
-
-	if (!original || bpf_skb_store_bytes(skb, 0, original, BEGINNING, 0))
+	if (!restore((void *)(long)skb->data, (void *)(long)skb->data_end))
 		return TC_ACT_SHOT;
 	if (skb->cb[3]) {
 		/* in 11.0.0.0/8, since some networks are martian */
@@ -320,16 +333,15 @@ int generate(struct xdp_md *context)
 {
 	void *packet = (void *)(long)context->data;
 	struct progress *progress = get_progress();
-	__u32 flow, zero = 0;
-	void *original;
+	__u32 flow;
 
-	original = bpf_map_lookup_elem(&beginning, &zero);
-	if (!original || !progress || packet + BEGINNING > (void *)(long)context->data_end)
+	if (!progress)
 		return XDP_ABORTED;
 	if (!progress->generated)
 		progress->started = bpf_ktime_get_ns();
 	flow = progress->generated++ % FLOWS;
-	__builtin_memcpy(packet, original, BEGINNING);
+	if (!restore(packet, (void *)(long)context->data_end))
+		return XDP_ABORTED;
 	if (((struct ethhdr *)packet)->h_proto == bpf_htons(ETH_P_IPV6))
 		set_flow(&((struct frame6 *)packet)->udp, flow);
 	else
