@@ -135,38 +135,44 @@ static __always_inline int send_plain(struct __sk_buff *skb, struct pkt *pkt, st
 	return bpf_redirect(line->ifindex, 0);
 }
 
+/* Result of copy_plain(). */
+enum copied {
+	COPIED_BROKEN, /* the packet cannot be restored */
+	COPIED_SENT,
+	COPIED_NOT, /* no clone could be sent */
+};
+
 /*
- * Sends a clone to an upstream whose line has just been valid, and restores the packet. Returns false if it
- * cannot be restored.
+ * Sends a clone to an upstream whose line has just been valid, and restores the packet. Returns enum copied.
+ * The caller counts failures: the stack of 5.10 has no room for another call from here.
  */
-static __always_inline bool copy_plain(struct __sk_buff *skb, __u32 index, const bool ipv6)
+static __always_inline __u32 copy_plain(struct __sk_buff *skb, __u32 index, const bool ipv6)
 {
 	struct line *line = bpf_map_lookup_elem(&lines, &index);
-	const struct upstream *upstream;
 	struct headers saved;
 	enum checksum checksum;
 	struct rewrite rw;
 	struct pkt pkt;
+	bool failed;
 	__u32 delta;
 
 	if (!line || !locate_plain(skb, &pkt, ipv6) || !fill_plain_rewrite(&pkt, line, index, ipv6, &rw))
-		return false;
+		return COPIED_BROKEN;
 	checksum = checksum_state(skb, &pkt);
 	save_headers(skb, &pkt, &saved);
 	copy_macs(pkt.eth, line->macs);
 	delta = rewrite_headers(skb, &pkt, checksum, &rw);
 	if (checksum == CSUM_COMPLETE)
 		bpf_csum_update(skb, delta);
-	if (!bpf_clone_redirect(skb, line->ifindex, 0))
+	failed = bpf_clone_redirect(skb, line->ifindex, 0);
+	if (!failed)
 		count_sent(line, 1, skb->len);
-	else if ((upstream = bpf_map_lookup_elem(&upstreams, &index)))
-		count_pkt(skb, &pkt, upstream->id, VERDICT_CLONE_FAILED);
 	if (checksum == CSUM_COMPLETE)
 		bpf_csum_update(skb, ~delta);
 	if (!locate_plain(skb, &pkt, ipv6))
-		return false;
+		return COPIED_BROKEN;
 	restore_headers(skb, &pkt, &saved);
-	return true;
+	return failed ? COPIED_NOT : COPIED_SENT;
 }
 
 /* Global functions, which the verifier explores once and not in each round of a loop. */
@@ -177,7 +183,7 @@ __noinline __u32 copy_plain4(struct __sk_buff *skb, __u32 index)
 
 __noinline __u32 copy_plain6(struct __sk_buff *skb, __u32 index)
 {
-	return features.ipv6 && copy_plain(skb, index, true);
+	return features.ipv6 ? copy_plain(skb, index, true) : COPIED_BROKEN;
 }
 
 /* Returns true if the lines of all receivers are valid for the packet. */
@@ -195,6 +201,15 @@ __noinline __u32 has_valid_lines(struct __sk_buff *skb, __u32 first, __u32 recei
 					  : !line_for(&pkt, first + i, gate, false, false, &rw))
 			return false;
 	return true;
+}
+
+/* Counts a plain packet of which the upstream with this index got no clone. */
+static __always_inline void count_not_copied(struct __sk_buff *skb, __u32 index)
+{
+	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
+
+	if (upstream)
+		count_verdict(skb, PKT_UNKNOWN, 0, upstream->id, VERDICT_CLONE_FAILED);
 }
 
 /* Result of copy_to_all() for a packet that is left to send to the last receiver. */
@@ -215,7 +230,7 @@ __noinline int copy_to_all(struct __sk_buff *skb, __u32 first, __u32 receivers, 
 	bool tagged = skb->vlan_present, block = flags & COPY_BLOCK;
 	__be16 protocol = skb->vlan_proto;
 	__u16 control = skb->vlan_tci;
-	__u32 i;
+	__u32 i, copied;
 
 	if (!has_valid_lines(skb, first, receivers, flags & COPY_IPV6))
 		return ACTION_SLOW;
@@ -224,8 +239,11 @@ __noinline int copy_to_all(struct __sk_buff *skb, __u32 first, __u32 receivers, 
 	if (tagged && bpf_skb_vlan_pop(skb))
 		return TC_ACT_SHOT;
 	for (i = 0; i < MAX_RECEIVERS && i + block < receivers; i++) {
-		if (!(flags & COPY_IPV6 ? copy_plain6(skb, first + i) : copy_plain4(skb, first + i)))
+		copied = flags & COPY_IPV6 ? copy_plain6(skb, first + i) : copy_plain4(skb, first + i);
+		if (copied == COPIED_BROKEN)
 			return TC_ACT_SHOT;
+		if (copied == COPIED_NOT)
+			count_not_copied(skb, first + i);
 	}
 	if (block)
 		return ACTION_LAST;
