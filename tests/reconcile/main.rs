@@ -12,6 +12,7 @@ mod lifecycle;
 mod nexthops;
 mod partial;
 mod plans;
+mod stale;
 
 use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS};
 use common::net::{bind, receive};
