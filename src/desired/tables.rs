@@ -573,7 +573,6 @@ mod tests {
     use crate::desired::{Desired, Rule, Upstream, assign_ids};
 
     const KEY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 5);
-    const INDEX: u32 = types::entry::ENTRY_INDEX.0;
 
     fn rule(name: &str, first: u16, last: u16, upstreams: &[u8]) -> Rule {
         let upstream = |host: &u8| Upstream::new([10, 0, 9, *host], None);
@@ -602,7 +601,8 @@ mod tests {
         let tables = tables(vec![one]);
         let [(key, entry)] = tables.keys[..] else { panic!("{:?}", tables.keys) };
         assert_eq!(key, Key4 { address: KEY, port: 514 });
-        assert_eq!(entry, types::entry::ENTRY_RULE.0);
+        assert_eq!(entry, types::entry::ENTRY_BLOCK.0);
+        assert_eq!(tables.upstreams[0].rule, 0);
         let value = tables.rules[0];
         assert_eq!((value.slots, value.first_slot), (1, 0));
         let upstream = tables.upstreams[0];
@@ -616,8 +616,10 @@ mod tests {
             tables(vec![rule("range", 1000, 1099, &[1, 2]), rule("last", 65_535, 65_535, &[1])]);
         let ports: Vec<u16> = tables.keys.iter().map(|(key, _)| key.port).collect();
         assert_eq!(ports, (1000..1100).chain([65_535]).collect::<Vec<_>>());
-        let rules: Vec<u32> = tables.keys.iter().map(|(_, entry)| entry & INDEX).collect();
-        assert_eq!(rules, [[0; 100].as_slice(), &[1]].concat());
+        let entries: Vec<u32> = tables.keys.iter().map(|(_, entry)| *entry).collect();
+        // the first rule, and the upstream behind its two
+        let (balance, block) = (types::entry::ENTRY_BALANCE.0, types::entry::ENTRY_BLOCK.0 | 2);
+        assert_eq!(entries, [[balance; 100].as_slice(), &[block]].concat());
         assert_eq!([0, 1].map(|index: usize| tables.rules[index].first_slot), [0, 2]);
     }
 

@@ -143,13 +143,15 @@ mod tests {
     #[test]
     fn as_many_addresses_as_fit() {
         let mut desired = desired(&[KeyAddress::Any, KeyAddress::Is(ip("10.0.0.5"))]);
-        desired.rules[0].key.ports = vec![Ports { first: 1, last: 33_333 }];
-        desired.addresses = ["10.0.0.5", "10.0.0.9", "10.0.1.5", "2001:db8::5"].map(ip).to_vec();
-        super::fits(&desired).expect("99,999 and 1");
-        desired.rules[1].key.ports = vec![Ports { first: 1, last: 2 }];
+        desired.rules[0].key.ports = vec![Ports { first: 1, last: u16::MAX }];
+        let own = (1..=15).map(|host| IpAddr::from([10, 0, 1, host]));
+        desired.addresses = own.chain([ip("2001:db8::5")]).collect();
+        desired.rules[1].key.ports = vec![Ports { first: 1, last: 16_975 }];
+        super::fits(&desired).expect("983,025 and 16,975");
+        desired.rules[1].key.ports = vec![Ports { first: 1, last: 16_976 }];
         let error = super::fits(&desired).expect_err("one more").to_string();
         assert!(
-            error.contains("4 addresses of") && error.contains("100001 key entries"),
+            error.contains("16 addresses of") && error.contains("1000001 key entries"),
             "{error}"
         );
     }
