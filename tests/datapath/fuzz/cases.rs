@@ -423,12 +423,12 @@ fn copies() -> Vec<Case> {
     let mirrored = move |rule: &mut Rule| rule.mirrors = vec![to(NARROW), to(NO_ROUTE)];
     vec![
         // the rule's id is the lowest
-        case("one of three is dead", v4(|_, _| {}), "drop +2 forwarded forwarded unresolved forwarded").under(three),
+        case("one of three is dead", v4(|_, _| {}), "away +1 forwarded forwarded unresolved forwarded").under(three),
         case("all are dead", v4(|_, _| {}), "drop no-route unresolved no-route").under(dead),
         case("mirrored", v4(|_, _| {}), "away +1 forwarded forwarded no-route").under(mirrored),
         case("mirrored alone", v4(|_, _| {}), "drop +1 no-route forwarded no-route").by(NO_ROUTE).under(mirrored),
         cases("fragments to three", vec![first4(), later4()],
-            "drop +2 forwarded forwarded unresolved forwarded, drop +2 forwarded forwarded unresolved forwarded").under(three),
+            "away +1 forwarded forwarded unresolved forwarded, away +1 forwarded forwarded unresolved forwarded").under(three),
         case("from this host", v4(|_, _| {}), "away forwarded").under(|rule| rule.source = Source::Egress),
         case("IPv6 from this host", v6(|_, _| {}), "away forwarded").under(|rule| rule.source = Source::Egress),
     ]
