@@ -9,6 +9,9 @@
 /* Result of the fast path for a packet that the slow path processes. */
 #define ACTION_SLOW 102
 
+/* Result for a packet of which clones are sent. */
+#define ACTION_COPY 103
+
 /*
  * Points `pkt` at the headers of a datagram without IPv4 options or IPv6 extension headers. Returns false if
  * they do not lie in the skb's linear part.
@@ -212,42 +215,67 @@ static __always_inline void count_not_copied(struct __sk_buff *skb, __u32 index)
 		count_verdict(skb, PKT_UNKNOWN, 0, upstream->id, VERDICT_CLONE_FAILED);
 }
 
-/* Result of copy_to_all() for a packet that is left to send to the last receiver. */
-#define ACTION_LAST 103
+/* Sends the packet itself to the last receiver, whose line has just been valid. */
+__noinline int send_last(struct __sk_buff *skb, __u32 index, __u32 ipv6)
+{
+	const struct gate *gate = get_gate();
+	struct rewrite rw = {};
+	struct line *line;
+	struct pkt pkt;
 
-enum copy_flags {
-	COPY_IPV6 = 1 << 0,
-	COPY_BLOCK = 1 << 1, /* the last receiver gets the packet itself */
-};
+	if (!gate || !locate_plain(skb, &pkt, features.ipv6 && ipv6))
+		return TC_ACT_SHOT;
+	if (features.ipv6 && ipv6)
+		line = line_for(&pkt, index, gate, true, true, &rw);
+	else
+		line = line_for(&pkt, index, gate, true, false, &rw);
+	return line ? send_plain(skb, &pkt, line, &rw) : TC_ACT_SHOT;
+}
 
 /*
- * Sends clones of a plain packet to all upstreams from `first` on, to all or to none: the slow path would
- * send to all again. Counts the packet under the id of its rule (0: not). Returns the action of the program,
- * ACTION_SLOW, or ACTION_LAST.
+ * Sends clones of a plain packet to all upstreams of xmit->copies, to all or to none: the slow path would
+ * send to all again. Returns the action of the program, or ACTION_SLOW.
  */
-__noinline int copy_to_all(struct __sk_buff *skb, __u32 first, __u32 receivers, __u32 rule_id, __u32 flags)
+__noinline int copy_to_all(struct __sk_buff *skb)
 {
-	bool tagged = skb->vlan_present, block = flags & COPY_BLOCK;
+	__u32 tagged = skb->vlan_present, i, copied;
+	const struct xmit *xmit = get_xmit();
 	__be16 protocol = skb->vlan_proto;
 	__u16 control = skb->vlan_tci;
-	__u32 i, copied;
+	struct copies copies;
 
-	if (!has_valid_lines(skb, first, receivers, flags & COPY_IPV6))
+	if (!xmit)
 		return ACTION_SLOW;
-	if (rule_id)
-		count_verdict(skb, PKT_UNKNOWN, 0, rule_id, VERDICT_FORWARDED);
+	/* a clone that this host receives may run the program before this ends */
+	copies = xmit->copies;
+	if (!has_valid_lines(skb, copies.first, copies.receivers, copies.ipv6))
+		return ACTION_SLOW;
+	if (copies.rule)
+		count_verdict(skb, PKT_UNKNOWN, 0, copies.rule, VERDICT_FORWARDED);
 	if (tagged && bpf_skb_vlan_pop(skb))
 		return TC_ACT_SHOT;
-	for (i = 0; i < MAX_RECEIVERS && i + block < receivers; i++) {
-		copied = flags & COPY_IPV6 ? copy_plain6(skb, first + i) : copy_plain4(skb, first + i);
+	for (i = 0; i < MAX_RECEIVERS && i + copies.block < copies.receivers; i++) {
+		copied =
+			copies.ipv6 ? copy_plain6(skb, copies.first + i) : copy_plain4(skb, copies.first + i);
 		if (copied == COPIED_BROKEN)
 			return TC_ACT_SHOT;
 		if (copied == COPIED_NOT)
-			count_not_copied(skb, first + i);
+			count_not_copied(skb, copies.first + i);
 	}
-	if (block)
-		return ACTION_LAST;
+	if (copies.block)
+		return send_last(skb, copies.first + copies.receivers - 1, copies.ipv6);
 	return tagged && bpf_skb_vlan_push(skb, protocol, control) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+}
+
+/* Leaves a packet to copy_to_all(), which needs the stack of the caller. */
+static __always_inline int leave_copies(struct copies copies)
+{
+	struct xmit *xmit = get_xmit();
+
+	if (!xmit)
+		return ACTION_SLOW;
+	xmit->copies = copies;
+	return ACTION_COPY;
 }
 
 /*
@@ -272,13 +300,12 @@ static __always_inline __u32 balance_plain(const struct pkt *pkt, const struct r
 /* Processes a plain datagram of a key's entry. */
 static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt, __u32 entry, const bool ipv6)
 {
-	__u32 index = entry & ENTRY_INDEX, kind = entry & ~ENTRY_INDEX, flags = ipv6 ? COPY_IPV6 : 0;
+	__u32 index = entry & ENTRY_INDEX, kind = entry & ~ENTRY_INDEX;
+	struct copies copies = {.receivers = 1, .ipv6 = ipv6};
 	const struct gate *gate = get_gate();
 	const struct rule *rule;
-	bool is_last = false;
 	struct rewrite rw;
 	struct line *line;
-	int action;
 
 	if (kind == ENTRY_RULE || !gate || !is_plain(skb, pkt, gate, ipv6))
 		return ACTION_SLOW;
@@ -286,25 +313,23 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 		rule = bpf_map_lookup_elem(&rules, &index);
 		if (!rule)
 			return ACTION_SLOW;
-		flags |= rule->action == ACTION_BLOCK ? COPY_BLOCK : 0;
-		if (features.receivers && kind == ENTRY_REPLICATE) {
-			action = copy_to_all(skb, rule->first_receiver, rule->receivers, rule->id, flags);
-			if (action != ACTION_LAST)
-				return action;
-			if (!locate_plain(skb, pkt, ipv6))
-				return TC_ACT_SHOT;
-			index = rule->first_receiver + rule->receivers - 1;
-			is_last = true;
-		} else {
-			index = balance_plain(pkt, rule);
+		if (kind == ENTRY_REPLICATE) {
+			copies.first = rule->first_receiver;
+			copies.receivers = rule->receivers;
+			copies.rule = rule->id;
+			copies.block = rule->action == ACTION_BLOCK;
+			return leave_copies(copies);
 		}
-		kind = flags & COPY_BLOCK ? ENTRY_BLOCK : ENTRY_PASS;
+		index = balance_plain(pkt, rule);
+		kind = rule->action == ACTION_BLOCK ? ENTRY_BLOCK : ENTRY_PASS;
 	}
-	if (kind == ENTRY_PASS)
-		return copy_to_all(skb, index, 1, 0, flags);
-	line = line_for(pkt, index, gate, is_last, ipv6, &rw);
+	if (kind == ENTRY_PASS) {
+		copies.first = index;
+		return leave_copies(copies);
+	}
+	line = line_for(pkt, index, gate, false, ipv6, &rw);
 	if (!line)
-		return is_last ? TC_ACT_SHOT : ACTION_SLOW;
+		return ACTION_SLOW;
 	return pop_plain(skb, pkt, ipv6) ? send_plain(skb, pkt, line, &rw) : TC_ACT_SHOT;
 }
 
@@ -347,8 +372,11 @@ static __always_inline int fast_ipv6(struct __sk_buff *skb, struct pkt *pkt)
 	return entry ? deliver_plain(skb, pkt, entry, true) : leave_stranger();
 }
 
-/* Processes a packet behind an Ethernet header. Returns the action of the program, or ACTION_SLOW. */
-static __always_inline int fast(struct __sk_buff *skb)
+/*
+ * Processes a packet behind an Ethernet header. Returns the action of the program, ACTION_COPY or
+ * ACTION_SLOW. A global function, so that its stack is free again for the slow path.
+ */
+__noinline int fast(struct __sk_buff *skb)
 {
 	struct pkt pkt;
 	__be16 protocol;

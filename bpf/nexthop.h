@@ -19,10 +19,17 @@ struct hop {
  * State of the packet that is sent. In a map, because all functions of a call chain share 512 bytes of stack.
  */
 struct xmit {
-	__u32 upstream;	    /* id */
-	__u32 index;	    /* of the upstream */
-	__u32 epoch;	    /* read before the decision that leads here */
-	bool leased;	    /* the next hop is that of the lease */
+	__u32 upstream; /* id */
+	__u32 index;	/* of the upstream */
+	__u32 epoch;	/* read before the decision that leads here */
+	bool leased;	/* the next hop is that of the lease */
+	struct copies {
+		__u32 first; /* upstream index */
+		__u32 receivers;
+		__u32 rule;  /* id under which the packet is counted; 0: not */
+		__u32 block; /* the last receiver gets the packet itself */
+		__u32 ipv6;
+	} copies;	    /* of a packet on the fast path */
 	bool egress_source; /* the source is this host's address, which user space resolved with the next hop
 			     */
 	struct rewrite rewrite;

@@ -42,7 +42,8 @@ static __always_inline int process(struct __sk_buff *skb, struct pkt *pkt, const
 	return deliver(skb, pkt, rule, &selection);
 }
 
-/* Processes any packet; `l2` is the length in bytes of the link-layer header: Ethernet's, or 0. */
+/* The slow path. Processes any packet; `l2` is the length in bytes of the link-layer header: Ethernet's, or
+ * 0. */
 static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 {
 	const struct gate *gate = get_gate();
@@ -88,34 +89,14 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	return action == ACTION_REFLECT ? bpf_redirect(skb->ifindex, 0) : action;
 }
 
-/* The slow path: the truth about every packet. */
-SEC("tc")
-int udplb_slow(struct __sk_buff *skb)
-{
-	return run(skb, sizeof(struct ethhdr));
-}
-
-/*
- * Generation: udplb_slow, behind a tail call: so it has the whole stack. The kernel empties the map when its
- * pin goes.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __u32);
-} slow SEC(".maps");
-
 SEC("tc")
 int udplb(struct __sk_buff *skb)
 {
-	int action = fast(skb);
+	int action = features.dry_run ? ACTION_SLOW : fast(skb);
 
-	if (action != ACTION_SLOW)
-		return action;
-	bpf_tail_call(skb, &slow, 0);
-	/* the pins of the generation are gone */
-	return TC_ACT_UNSPEC;
+	if (action == ACTION_COPY)
+		action = copy_to_all(skb);
+	return action == ACTION_SLOW ? run(skb, sizeof(struct ethhdr)) : action;
 }
 
 /* For interfaces without a link-layer header, such as tun devices. */

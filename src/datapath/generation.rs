@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Mutex;
@@ -28,7 +28,7 @@ use crate::error::catch;
 use crate::net::link::Layer;
 
 /// The pins of its maps.
-const MAPS: [&str; 12] = [
+const MAPS: [&str; 11] = [
     "rules",
     "table",
     "table6",
@@ -39,7 +39,6 @@ const MAPS: [&str; 12] = [
     "upstreams",
     spares::PIN,
     lines::PIN,
-    "slow",
     "config",
 ];
 
@@ -57,13 +56,9 @@ macro_rules! own_maps {
             &mut $maps.upstreams,
             &mut $maps.spares,
             &mut $maps.lines,
-            &mut $maps.slow,
         ]
     };
 }
-
-/// The pin of the slow path, which [`Layer::Ethernet`]'s program calls.
-const SLOW_PATH: &str = "slow-path";
 
 /// Returns the name of a program's pin.
 pub fn pin_of(layer: Layer) -> &'static str {
@@ -171,8 +166,6 @@ fn build_in(
     if draft.l3 {
         description.program_l3 = Some(ProgramName::of(skeleton.progs.udplb_l3.as_fd())?);
     }
-    let slow = skeleton.progs.udplb_slow.as_fd().as_raw_fd().to_ne_bytes();
-    skeleton.maps.slow.update(&0_u32.to_ne_bytes(), &slow, MapFlags::ANY)?;
     fill(&mut skeleton, &tables, &keys, &serde_json::to_vec(&description)?)?;
     pin(&mut skeleton, directory, draft.l3)?;
     let generation = Generation { number: draft.number, description, intact: true };
@@ -191,7 +184,7 @@ fn keep_log(_: PrintLevel, line: String) {
 fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenUdplbSkel<'_>> {
     libbpf_rs::set_print(Some((PrintLevel::Warn, keep_log)));
     let mut skeleton = catch(|| UdplbSkelBuilder::default().open(object))??;
-    bpf::load_only(&mut skeleton, &["udplb", "udplb_slow", "udplb_l3"]);
+    bpf::load_only(&mut skeleton, &["udplb", "udplb_l3"]);
     skeleton.maps.counters_chunk.set_autocreate(false)?;
     skeleton.maps.nexthops_chunk.set_autocreate(false)?;
     skeleton.maps.handover.set_autocreate(false)?;
@@ -265,7 +258,6 @@ pub fn dry_run_program(
     }
     let mut object = MaybeUninit::uninit();
     let mut skeleton = open(&mut object)?;
-    skeleton.progs.udplb.set_autoload(false);
     skeleton.progs.udplb_l3.set_autoload(false);
     let tables = Tables::new(&description.desired, &description.ids);
     let keys = key_tables(&tables, description.seed)?;
@@ -294,7 +286,7 @@ pub fn dry_run_program(
     let trace = types::trace { until: u64::MAX, frames: 1, ..Default::default() };
     skeleton.maps.tracing.update(&0_u32.to_ne_bytes(), bytes_of(&trace), MapFlags::ANY)?;
     Ok(DryRunProgram {
-        program: skeleton.progs.udplb_slow.as_fd().try_clone_to_owned()?,
+        program: skeleton.progs.udplb.as_fd().try_clone_to_owned()?,
         events: MapHandle::try_from(&skeleton.maps.events)?,
         tables,
     })
@@ -410,8 +402,6 @@ fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path, l3: bool) -> anyhow::Resu
     if l3 {
         pin(&mut skeleton.progs.udplb_l3, Layer::Ip)?;
     }
-    let path = directory.join(SLOW_PATH);
-    skeleton.progs.udplb_slow.pin(&path).with_context(|| path.display().to_string())?;
     pin(&mut skeleton.progs.udplb, Layer::Ethernet)
 }
 
@@ -502,11 +492,7 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
             bail!("its {} is another one", pin_of(layer));
         }
     }
-    let used = [pin_of(Layer::Ethernet), SLOW_PATH].map(|name| {
-        let program = Program::fd_from_pinned_path(directory.join(name)).context(name)?;
-        Ok(bpf::program_info(program.as_fd())?.map_ids)
-    });
-    let used = used.into_iter().collect::<anyhow::Result<Vec<_>>>()?.concat();
+    let program = bpf::program_info(open_program(directory, Layer::Ethernet)?.as_fd())?;
     let state = state_maps::open(guard)?.context(INCOMPLETE)?;
     let mut maps = vec![
         map_id(state.counters.outer())?,
@@ -530,7 +516,7 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
             maps.push(map_id(&map)?);
         }
     }
-    match maps.iter().find(|id| !used.contains(id)) {
+    match maps.iter().find(|id| !program.map_ids.contains(id)) {
         Some(id) => bail!("its program does not use map {id}"),
         None => Ok(()),
     }

@@ -122,8 +122,6 @@ impl<'object> Program<'object> {
         }
         let chunk = skeleton.maps.nexthops_chunk.as_fd().as_raw_fd();
         write(&skeleton.maps.nexthops, 0, &chunk.to_ne_bytes());
-        let slow = skeleton.progs.udplb_slow.as_fd().as_raw_fd();
-        write(&skeleton.maps.slow, 0, &slow.to_ne_bytes());
         let prelude = Prelude::new(skeleton.progs.udplb.as_fd());
         let preludes = RefCell::default();
         let (own, configured) = (RefCell::default(), RefCell::default());

@@ -553,7 +553,11 @@ fn samples_are_exact() {
             let mut copies = vec![0; samples.len()];
             for _ in 0..PACKETS / 100 {
                 for _ in 0..100 {
-                    relay.run(&came);
+                    let run = relay.run(&came);
+                    // the last receiver of all gets the packet itself
+                    if run.action == REDIRECT && !mirrors {
+                        copies[upstream_of(&run.frame)] += 1;
+                    }
                 }
                 for copy in testbed.wire.drain() {
                     copies[upstream_of(&copy)] += 1;
@@ -608,8 +612,14 @@ fn dead_receiver_costs_the_others_nothing() {
                         Rule { action, source, mode: Mode::Replicate, ..rule(VIP, receivers) };
                     let relay = Relay::with(testbed, &[rule]);
                     let run = relay.run(&came);
-                    assert_eq!((run.action, &run.frame), (end, &came), "{dead} at {place}");
-                    let copies = testbed.wire.drain();
+                    let mut copies = testbed.wire.drain();
+                    // the last receiver gets the packet itself; the kernel may yet resolve a dead one
+                    if action == Action::Pass || (place == 3 && verdict == "no-route") {
+                        assert_eq!((run.action, &run.frame), (end, &came), "{dead} at {place}");
+                    } else {
+                        assert_eq!(run.action, REDIRECT, "{dead} at {place}");
+                        copies.extend((place != 3).then_some(run.frame));
+                    }
                     let got: Vec<usize> = copies.iter().map(|copy| upstream_of(copy)).collect();
                     let others: Vec<usize> = (0..4).filter(|other| *other != place).collect();
                     assert_eq!(got, others, "{dead} at {place}");

@@ -396,7 +396,7 @@ fn lost_pin_is_noticed_and_healed() {
     let state = growing.iter().chain(&fixed).chain(&telling);
     let state: Vec<String> = state.map(|name| format!("{STATE}/{name}")).collect();
     let keys = ["rules", "table", "table6", "senders", "addresses", "answers"];
-    let rest = ["program", "slow-path", "slow", "slots", "upstreams", "spares", "lines", "config"];
+    let rest = ["program", "slots", "upstreams", "spares", "lines", "config"];
     let generation: Vec<String> = keys.iter().chain(&rest).map(ToString::to_string).collect();
     let mut port = 7001;
     lab.apply(&to_port(port));
