@@ -189,21 +189,17 @@ __noinline __u32 copy_plain6(struct __sk_buff *skb, __u32 index)
 	return features.ipv6 ? copy_plain(skb, index, true) : COPIED_BROKEN;
 }
 
-/* Returns true if the lines of all receivers are valid for the packet. */
-__noinline __u32 has_valid_lines(struct __sk_buff *skb, __u32 first, __u32 receivers, __u32 ipv6)
+/* Returns true if the line of an upstream is valid for the packet. */
+__noinline __u32 has_valid_line(struct __sk_buff *skb, __u32 index, __u32 ipv6)
 {
 	const struct gate *gate = get_gate();
 	struct rewrite rw;
 	struct pkt pkt;
-	__u32 i;
 
 	if (!gate || !locate_plain(skb, &pkt, features.ipv6 && ipv6))
 		return false;
-	for (i = 0; i < MAX_RECEIVERS && i < receivers; i++)
-		if (features.ipv6 && ipv6 ? !line_for(&pkt, first + i, gate, false, true, &rw)
-					  : !line_for(&pkt, first + i, gate, false, false, &rw))
-			return false;
-	return true;
+	return features.ipv6 && ipv6 ? !!line_for(&pkt, index, gate, false, true, &rw)
+				     : !!line_for(&pkt, index, gate, false, false, &rw);
 }
 
 /* Counts a plain packet of which the upstream with this index got no clone. */
@@ -248,8 +244,9 @@ __noinline int copy_to_all(struct __sk_buff *skb)
 		return ACTION_SLOW;
 	/* a clone that this host receives may run the program before this ends */
 	copies = xmit->copies;
-	if (!has_valid_lines(skb, copies.first, copies.receivers, copies.ipv6))
-		return ACTION_SLOW;
+	for (i = 0; i < MAX_RECEIVERS && i < copies.receivers; i++)
+		if (!has_valid_line(skb, copies.first + i, copies.ipv6))
+			return ACTION_SLOW;
 	if (copies.rule)
 		count_verdict(skb, PKT_UNKNOWN, 0, copies.rule, VERDICT_FORWARDED);
 	if (tagged && bpf_skb_vlan_pop(skb))
