@@ -132,7 +132,7 @@ static __always_inline int send_plain(struct __sk_buff *skb, struct pkt *pkt, st
 
 	copy_macs(pkt->eth, line->macs);
 	delta = rewrite_headers(skb, pkt, checksum, rw);
-	if (checksum == CSUM_COMPLETE)
+	if (delta)
 		bpf_csum_update(skb, delta);
 	count_sent(line, 1, skb->len);
 	return bpf_redirect(line->ifindex, 0);
@@ -165,12 +165,12 @@ static __always_inline __u32 copy_plain(struct __sk_buff *skb, __u32 index, cons
 	save_headers(skb, &pkt, &saved);
 	copy_macs(pkt.eth, line->macs);
 	delta = rewrite_headers(skb, &pkt, checksum, &rw);
-	if (checksum == CSUM_COMPLETE)
+	if (delta)
 		bpf_csum_update(skb, delta);
 	failed = bpf_clone_redirect(skb, line->ifindex, 0);
 	if (!failed)
 		count_sent(line, 1, skb->len);
-	if (checksum == CSUM_COMPLETE)
+	if (delta)
 		bpf_csum_update(skb, ~delta);
 	if (!locate_plain(skb, &pkt, ipv6))
 		return COPIED_BROKEN;

@@ -1139,7 +1139,7 @@ fn program_loads_with_any_features() {
         }
         let loaded = skeleton.load().unwrap_or_else(|error| panic!("{name}: {error}"));
         let walked = walked(loaded.progs.udplb.as_fd());
-        assert!(walked < 250_000, "{name}: {walked}");
+        assert!(walked < 270_000, "{name}: {walked}");
     };
     load("none", &|_| false);
     load("all", &|_| true);
@@ -1164,7 +1164,7 @@ fn program_reads_no_kernel_memory_by_helper() {
     // the other features read no kernel memory and would lengthen the log
     let constants = skeleton.maps.rodata_data.as_deref_mut().expect("constants");
     constants.features = types::features { ticks_per_second: 250, ..types::features::default() };
-    let mut log = vec![0_u8; 64 << 20];
+    let mut log = vec![0_u8; 128 << 20];
     let program = skeleton.progs.udplb.as_libbpf_object().as_ptr();
     // SAFETY: the program is open, and the log outlives its loading.
     unsafe {
