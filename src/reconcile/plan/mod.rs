@@ -238,7 +238,8 @@ fn replace(
     }
     let stays = stays.map(|(held, _)| held);
     let kept = match pending {
-        Some(pending) => pending.previous,
+        // a damaged one cannot be restored
+        Some(pending) => pending.previous.filter(|previous| !observed.damaged.contains(previous)),
         None => fallback(observed, desired, number, request, stays),
     };
     let there = observed.generations.keys().chain(&observed.damaged);
