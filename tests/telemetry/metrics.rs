@@ -49,9 +49,9 @@ udplb_config_incomplete 0
 udplb_interface_attached{interface="eth0"} 1
 udplb_reattached_total{interface="eth0"} 0
 udplb_arpd_up 0
-udplb_map_fill_ratio{map="rules"} 0.00002
-udplb_map_fill_ratio{map="upstreams"} 0.000045777065690089268
-udplb_map_fill_ratio{map="counters"} 0.0000095367431640625
+udplb_map_fill_ratio{map="rules"} 0.000002
+udplb_map_fill_ratio{map="upstreams"} 0.000015
+udplb_map_fill_ratio{map="counters"} 0.000002384185791015625
 udplb_rule_packets_total{rule="flows"} 5
 udplb_rule_packets_total{rule="lost"} 1
 udplb_rule_bytes_total{rule="flows"} 260
