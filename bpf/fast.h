@@ -32,12 +32,6 @@ static __always_inline bool locate_plain(struct __sk_buff *skb, struct pkt *pkt,
 	return (void *)(pkt->udp + 1) <= data_end(skb);
 }
 
-/* Returns the length of the IP packet in bytes, from its header. */
-static __always_inline __u32 plain_length(const struct pkt *pkt, const bool ipv6)
-{
-	return ipv6 ? sizeof(struct ipv6hdr) + bpf_ntohs(pkt->ip6->payload_len) : bpf_ntohs(pkt->ip->tot_len);
-}
-
 /*
  * Returns true for source addresses that need none of the checks of check_source(): all that are not martian,
  * and some that are not either but rare.
@@ -117,7 +111,7 @@ static __always_inline struct line *line_for(const struct pkt *pkt, __u32 index,
 {
 	struct line *line = bpf_map_lookup_elem(&lines, &index);
 
-	if (!line || (!checked && (!is_line_valid(line, gate) || plain_length(pkt, ipv6) > line->mtu)) ||
+	if (!line || (!checked && (!is_line_valid(line, gate) || total_length(pkt) > line->mtu)) ||
 	    !fill_plain_rewrite(pkt, line, index, ipv6, rw))
 		return NULL;
 	return line;

@@ -3,13 +3,19 @@
 #ifndef UDPLB_LEASE_H
 #define UDPLB_LEASE_H
 
-/* Returns true while arpd's lease holds, that is, while a daemon invalidates stale entries. */
-static __always_inline bool lease_holds(void)
+/* Returns the end of arpd's lease in jiffies; 0 if there never was one. */
+static __always_inline __u64 lease_end(void)
 {
 	const __u32 only = 0;
 	const struct heartbeat *last = bpf_map_lookup_elem(&heartbeat, &only);
 
-	return last && (__s64)(last->until - bpf_jiffies64()) > 0;
+	return last ? last->until : 0;
+}
+
+/* Returns true while arpd's lease holds, that is, while a daemon invalidates stale entries. */
+static __always_inline bool lease_holds(void)
+{
+	return (__s64)(lease_end() - bpf_jiffies64()) > 0;
 }
 
 /*

@@ -21,14 +21,12 @@ static __always_inline bool is_line_valid(const struct line *line, const struct 
 static __always_inline __u64 line_expiry(const struct xmit *xmit)
 {
 	const struct nexthop_slot *slot = nexthop_slot(xmit->upstream);
-	__u64 now = bpf_jiffies64(), until = now + features.ticks_per_second;
+	__u64 now = bpf_jiffies64(), until = now + features.ticks_per_second, lease;
 	const struct nexthop *cached;
-	const struct heartbeat *last;
-	const __u32 only = 0;
 
 	if (xmit->leased) {
-		last = bpf_map_lookup_elem(&heartbeat, &only);
-		return !last ? 0 : last->until < until ? last->until : until;
+		lease = lease_end();
+		return lease < until ? lease : until;
 	}
 	if (!slot)
 		return 0;

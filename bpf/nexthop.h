@@ -273,9 +273,7 @@ static __always_inline __u32 ip_length(struct __sk_buff *skb, const struct pkt *
 {
 	if (skb->gso_size)
 		return segment_headers(skb, pkt->packed) - sizeof(struct ethhdr) + skb->gso_size;
-	if (pkt->is_ipv6)
-		return sizeof(struct ipv6hdr) + bpf_ntohs(pkt->ip6->payload_len);
-	return bpf_ntohs(pkt->ip->tot_len);
+	return total_length(pkt);
 }
 
 /* Fills the query of the kernel's FIB for a packet of that length. */

@@ -42,8 +42,7 @@ static __always_inline int process(struct __sk_buff *skb, struct pkt *pkt, const
 	return deliver(skb, pkt, rule, &selection);
 }
 
-/* The slow path. Processes any packet; `l2` is the length in bytes of the link-layer header: Ethernet's, or
- * 0. */
+/* The slow path, for any packet; `l2` is the length in bytes of the link-layer header: Ethernet's, or 0. */
 static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 {
 	const struct gate *gate = get_gate();
