@@ -154,7 +154,7 @@ static __always_inline __u32 copy_plain(struct __sk_buff *skb, __u32 index, cons
 	__u32 delta;
 
 	if (!line || !locate_plain(skb, &pkt, ipv6) || !fill_plain_rewrite(&pkt, line, index, ipv6, &rw))
-		return COPIED_BROKEN;
+		return COPIED_NOT;
 	checksum = checksum_state(skb, &pkt);
 	save_headers(skb, &pkt, &saved);
 	copy_macs(pkt.eth, line->macs);
@@ -180,7 +180,7 @@ __noinline __u32 copy_plain4(struct __sk_buff *skb, __u32 index)
 
 __noinline __u32 copy_plain6(struct __sk_buff *skb, __u32 index)
 {
-	return features.ipv6 ? copy_plain(skb, index, true) : COPIED_BROKEN;
+	return features.ipv6 ? copy_plain(skb, index, true) : COPIED_NOT;
 }
 
 /* Returns true if the line of an upstream is valid for the packet. */
@@ -233,6 +233,7 @@ __noinline int copy_to_all(struct __sk_buff *skb)
 	__be16 protocol = skb->vlan_proto;
 	__u16 control = skb->vlan_tci;
 	struct copies copies;
+	int action;
 
 	if (!xmit)
 		return ACTION_SLOW;
@@ -241,10 +242,10 @@ __noinline int copy_to_all(struct __sk_buff *skb)
 	for (i = 0; i < MAX_RECEIVERS && i < copies.receivers; i++)
 		if (!has_valid_line(skb, copies.first + i, copies.ipv6))
 			return ACTION_SLOW;
+	if (tagged && bpf_skb_vlan_pop(skb))
+		return ACTION_SLOW;
 	if (copies.rule)
 		count_verdict(skb, PKT_UNKNOWN, 0, copies.rule, VERDICT_FORWARDED);
-	if (tagged && bpf_skb_vlan_pop(skb))
-		return TC_ACT_SHOT;
 	for (i = 0; i < MAX_RECEIVERS && i + copies.block < copies.receivers; i++) {
 		copied =
 			copies.ipv6 ? copy_plain6(skb, copies.first + i) : copy_plain4(skb, copies.first + i);
@@ -253,8 +254,12 @@ __noinline int copy_to_all(struct __sk_buff *skb)
 		if (copied == COPIED_NOT)
 			count_not_copied(skb, copies.first + i);
 	}
-	if (copies.block)
-		return send_last(skb, copies.first + copies.receivers - 1, copies.ipv6);
+	if (copies.block) {
+		action = send_last(skb, copies.first + copies.receivers - 1, copies.ipv6);
+		if (action == TC_ACT_SHOT)
+			count_not_copied(skb, copies.first + copies.receivers - 1);
+		return action;
+	}
 	return tagged && bpf_skb_vlan_push(skb, protocol, control) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
@@ -321,7 +326,7 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 	line = line_for(pkt, index, gate, false, ipv6, &rw);
 	if (!line)
 		return ACTION_SLOW;
-	return pop_plain(skb, pkt, ipv6) ? send_plain(skb, pkt, line, &rw) : TC_ACT_SHOT;
+	return pop_plain(skb, pkt, ipv6) ? send_plain(skb, pkt, line, &rw) : ACTION_SLOW;
 }
 
 /* Returns the action for a datagram without a rule: the slow path reports it while somebody listens. */
