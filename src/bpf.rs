@@ -4,17 +4,17 @@
 
 pub mod tcx;
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::ptr;
+use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, bail};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapType, OpenMap};
-use rustix::mm::{self, MapFlags as Mapping, ProtFlags};
+use rustix::mm::{self, MapFlags as MmapFlags, ProtFlags};
 
 #[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, dead_code)]
 mod skeleton {
@@ -330,50 +330,78 @@ pub fn wire(address: IpAddr) -> [u32; 4] {
     }
 }
 
-/// Copies values to the beginning of an array that is made to be mapped (`BPF_F_MMAPABLE`): one copy instead of
-/// a system call's two. The size of a value must be a multiple of 8.
+/// The first bytes of an array that is made to be mapped (`BPF_F_MMAPABLE`), in this process' memory. Programs and
+/// other processes may read and write it at the same time.
+pub struct Mapped {
+    memory: NonNull<c_void>,
+    length: usize,
+}
+
+// SAFETY: the memory belongs to no thread, and is only accessed atomically or before anybody else has the map.
+unsafe impl Send for Mapped {}
+// SAFETY: as above.
+unsafe impl Sync for Mapped {}
+
+impl Mapped {
+    /// Maps whole pages that hold `bytes` bytes, at least one.
+    pub fn new(map: BorrowedFd<'_>, bytes: usize, access: ProtFlags) -> io::Result<Mapped> {
+        let length = bytes.max(1).next_multiple_of(rustix::param::page_size());
+        // SAFETY: a new mapping, at an address that the kernel chooses.
+        let memory =
+            unsafe { mm::mmap(ptr::null_mut(), length, access, MmapFlags::SHARED, map, 0)? };
+        let memory = NonNull::new(memory).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(Mapped { memory, length })
+    }
+
+    /// Returns the address, which is that of a page.
+    pub fn memory(&self) -> NonNull<c_void> {
+        self.memory
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this length, and nobody else has the address any more.
+        let _ = unsafe { mm::munmap(self.memory.as_ptr(), self.length) };
+    }
+}
+
+/// Copies values to the beginning of a mapped array that no program reads yet: one copy instead of a system
+/// call's two. The size of a value must be a multiple of 8.
 pub fn fill_mapped(map: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
-    let length = bytes.len().next_multiple_of(rustix::param::page_size());
-    let (protection, shared) = (ProtFlags::READ | ProtFlags::WRITE, Mapping::SHARED);
-    // SAFETY: the kernel chooses the address. The mapping is of whole pages that hold `bytes`, nothing else
-    // refers to it, and it ends here.
+    let mapped = Mapped::new(map, bytes.len(), ProtFlags::READ | ProtFlags::WRITE)?;
+    // SAFETY: the mapping holds `bytes`, and nobody else accesses it.
     unsafe {
-        let memory = mm::mmap(std::ptr::null_mut(), length, protection, shared, map, 0)?;
-        std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.cast(), bytes.len());
-        mm::munmap(memory, length)?;
+        ptr::copy_nonoverlapping(bytes.as_ptr(), mapped.memory().as_ptr().cast(), bytes.len());
     }
     Ok(())
 }
 
-/// Passes the first values of an array that is made to be mapped to `each`, in order, while programs may write
-/// them: each word of eight bytes is whole. The size of `T` is that of a value, a multiple of 8.
+/// Passes the first values of a mapped array to `each`, in order, while programs may write them: each word of
+/// eight bytes is whole. The size of `T` is that of a value, a multiple of 8.
 pub fn read_mapped<T: Pod>(
     map: BorrowedFd<'_>,
     values: usize,
     mut each: impl FnMut(&T),
 ) -> io::Result<()> {
-    let width = size_of::<T>() / size_of::<u64>();
-    let length = (values * size_of::<T>()).next_multiple_of(rustix::param::page_size());
-    if length == 0 {
+    if values == 0 {
         return Ok(());
     }
-    // SAFETY: the kernel chooses the address. The mapping is of whole pages that hold the values, is read as
-    // atomic words only, and ends after the last use of `words`.
-    unsafe {
-        let null = std::ptr::null_mut();
-        let memory = mm::mmap(null, length, ProtFlags::READ, Mapping::SHARED, map, 0)?;
-        let words: &[AtomicU64] = std::slice::from_raw_parts(memory.cast(), values * width);
-        for words in words.chunks_exact(width) {
-            let mut value = T::default();
-            let target: *mut u64 = ptr::from_mut(&mut value).cast();
-            for (index, word) in words.iter().enumerate() {
-                target.add(index).write_unaligned(word.load(Ordering::Relaxed));
-            }
-            each(&value);
+    let width = size_of::<T>() / size_of::<u64>();
+    let mapped = Mapped::new(map, values * size_of::<T>(), ProtFlags::READ)?;
+    // SAFETY: the mapping holds the values, aligned to a page, and is read as atomic words only.
+    let words: &[AtomicU64] =
+        unsafe { std::slice::from_raw_parts(mapped.memory().as_ptr().cast(), values * width) };
+    for words in words.chunks_exact(width) {
+        let mut value = T::default();
+        let target: *mut u64 = ptr::from_mut(&mut value).cast();
+        for (index, word) in words.iter().enumerate() {
+            // SAFETY: the value has `width` words, and any bytes are a value.
+            unsafe { target.add(index).write_unaligned(word.load(Ordering::Relaxed)) };
         }
-        mm::munmap(memory, length)
+        each(&value);
     }
-    .map_err(Into::into)
+    Ok(())
 }
 
 /// Creates a map outside an object, as the object defines it.

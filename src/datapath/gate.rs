@@ -1,46 +1,29 @@
-//! What the fast path asks for each packet: the epoch, and the addresses that the slow path checks.
+//! The gate: the epoch, and the addresses that only the slow path may admit. The fast path reads it for each packet.
 
+use std::mem::offset_of;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
-use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use anyhow::Context;
 use libbpf_rs::MapHandle;
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::ProtFlags;
 
-use crate::bpf::{types, wire};
+use crate::bpf::{Mapped, types, wire};
 
-/// The kernel's map, in this process' memory: programs read and write it at the same time.
+/// The kernel's map: programs read and write it at the same time.
 #[derive(Clone)]
 pub struct Gate {
     map: Arc<MapHandle>,
-    mapping: Arc<Mapping>,
-}
-
-struct Mapping(NonNull<types::gate>);
-
-// SAFETY: the memory is that of a map, whose words are only accessed atomically.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: mapped by `Gate::open` with this length, and nobody else has the pointer.
-        let _ = unsafe { munmap(self.0.as_ptr().cast(), size_of::<types::gate>()) };
-    }
+    mapped: Arc<Mapped>,
 }
 
 impl Gate {
     pub fn open(map: MapHandle) -> anyhow::Result<Gate> {
-        let (length, access) = (size_of::<types::gate>(), ProtFlags::READ | ProtFlags::WRITE);
-        // SAFETY: a new mapping, at an address that the kernel chooses.
-        let memory =
-            unsafe { mmap(ptr::null_mut(), length, access, MapFlags::SHARED, map.as_fd(), 0) };
-        let memory = NonNull::new(memory.context("state/gate")?.cast()).context("state/gate")?;
-        Ok(Gate { map: Arc::new(map), mapping: Arc::new(Mapping(memory)) })
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let mapped = Mapped::new(map.as_fd(), size_of::<types::gate>(), access);
+        Ok(Gate { map: Arc::new(map), mapped: Arc::new(mapped.context("state/gate")?) })
     }
 
     /// Returns the map that the program reads.
@@ -52,7 +35,7 @@ impl Gate {
     pub fn advance(&self) {
         // SAFETY: the pointer is to a mapped struct, aligned to a page, which lives as long as `self`; all
         // access to the number is atomic.
-        let epoch = unsafe { AtomicU32::from_ptr(&raw mut (*self.mapping.0.as_ptr()).epoch) };
+        let epoch = unsafe { AtomicU32::from_ptr(&raw mut (*self.memory()).epoch) };
         // 0 is the epoch of lines that were never filled
         if epoch.fetch_add(1, Ordering::AcqRel) == u32::MAX {
             epoch.fetch_add(1, Ordering::AcqRel);
@@ -63,8 +46,7 @@ impl Gate {
     pub fn suspect(&self, addresses: impl Iterator<Item = IpAddr>, keep: bool) {
         for (place, new) in suspects(addresses).into_iter().enumerate() {
             // SAFETY: as above; there are as many words as `suspects` returns.
-            let word =
-                unsafe { AtomicU64::from_ptr(&raw mut (*self.mapping.0.as_ptr()).suspects[place]) };
+            let word = unsafe { AtomicU64::from_ptr(&raw mut (*self.memory()).suspects[place]) };
             let old = word.load(Ordering::Relaxed);
             let new = if keep { new | old } else { new };
             if new != old {
@@ -72,12 +54,17 @@ impl Gate {
             }
         }
     }
+
+    fn memory(&self) -> *mut types::gate {
+        self.mapped.memory().as_ptr().cast()
+    }
 }
 
 /// Returns the Bloom filter of one hash: is_suspect() in bpf/admit.h has the same arithmetic.
 pub fn suspects(addresses: impl Iterator<Item = IpAddr>) -> Vec<u64> {
     const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mut filter = vec![0_u64; types::gate::default().suspects.len()];
+    const BYTES: usize = size_of::<types::gate>() - offset_of!(types::gate, suspects);
+    let mut filter = vec![0_u64; BYTES / size_of::<u64>()];
     let bits = filter.len().ilog2() + u64::BITS.ilog2();
     for address in addresses {
         let words = wire(address).map(u64::from);
