@@ -18,7 +18,7 @@ use crate::datapath::tcx;
 use crate::net::Netlink;
 use crate::net::qdisc::Qdisc;
 
-/// How our program is attached to an interface.
+/// Selects the hook of our program on an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attachment {
     /// By a tc filter.
@@ -59,7 +59,7 @@ pub struct Hook {
     pub link: Slot,
     /// The tcx programs of others that run before ours.
     pub earlier: Vec<Attached>,
-    /// How our program is to be attached.
+    /// The hook that our program belongs to, by the filters of others.
     pub attachment: Attachment,
     /// A program of an interrupted handover is attached.
     pub handover: bool,

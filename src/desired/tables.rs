@@ -16,7 +16,7 @@ use crate::maglev::{self, Member};
 /// Contents of a generation's maps for the packet path.
 #[derive(Default)]
 pub struct Tables {
-    /// Those of the configuration in their order, then variants of them for some keys.
+    /// The rules of the configuration in their order, then variants of them for some keys.
     pub rules: Vec<types::rule>,
     /// The keys with their entries.
     pub keys: Vec<(Key4, u32)>,
@@ -159,15 +159,17 @@ impl Tables {
         use types::strategy as by;
         let rule = &self.rules[index as usize];
         let slow = flags::RULE_OF_GROUP.0 | flags::RULE_SOCKETS.0;
-        let receivers = self.upstreams.iter().skip(rule.first_receiver as usize);
-        let sampled = receivers.take(rule.receivers.into()).any(|receiver| receiver.sample > 1);
+        let is_sampled = || {
+            let receivers = self.upstreams.iter().skip(rule.first_receiver as usize);
+            receivers.take(rule.receivers.into()).any(|receiver| receiver.sample > 1)
+        };
         let fast = match rule.action {
             types::action::ACTION_BLOCK => entries::ENTRY_BLOCK,
             _ => entries::ENTRY_PASS,
         };
         let (kind, index) = match (rule.receivers, rule.upstreams) {
             _ if rule.senders != 0 || rule.flags.0 & slow != 0 => (entries::ENTRY_RULE, index),
-            (1.., _) if rule.flags.0 & flags::RULE_REPLICATES.0 != 0 && !sampled => {
+            (1.., _) if rule.flags.0 & flags::RULE_REPLICATES.0 != 0 && !is_sampled() => {
                 (entries::ENTRY_REPLICATE, index)
             }
             (0, 1) => (fast, rule.first_upstream),

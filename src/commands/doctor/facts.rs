@@ -116,7 +116,7 @@ pub struct InputLink {
     pub foreign_qdisc: bool,
     /// Programs and filters that run before.
     pub before: Vec<Before>,
-    /// How the next apply attaches the program, if that is not how it is attached.
+    /// The hook to which the next apply moves the program; `None`: it stays.
     pub moves_to: Option<Attachment>,
     /// Sysctls that disable forwarding there, of the families in use.
     pub not_forwarding: Vec<String>,
