@@ -1,8 +1,7 @@
 //! `udplb doctor`: each problem is found, and its fix works.
 
-use std::ffi::CStr;
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -11,6 +10,7 @@ use udplb::net::Netlink;
 
 use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule, to_port};
 use crate::common::net::{Load, bind, receive, set};
+use crate::common::returning;
 use crate::common::service::{Arpd, until};
 
 /// Checks the exit code of `doctor` and returns its output.
@@ -95,27 +95,6 @@ fn locked_pins_are_reported() {
     lab.run("doctor --lock-timeout 0").expect(75).says(&["still locked"]);
 }
 
-/// Loads a program of this kind and name that returns a constant.
-fn program(kind: u32, name: &CStr, returned: i32) -> OwnedFd {
-    let instructions = [
-        libbpf_sys::bpf_insn { code: 0xb4, imm: returned, ..Default::default() },
-        libbpf_sys::bpf_insn { code: 0x95, ..Default::default() },
-    ];
-    // SAFETY: C strings and instructions outlive the call; the returned descriptor is owned here alone.
-    unsafe {
-        let program = libbpf_sys::bpf_prog_load(
-            kind,
-            name.as_ptr(),
-            c"GPL".as_ptr(),
-            instructions.as_ptr(),
-            instructions.len() as libbpf_sys::size_t,
-            std::ptr::null_mut(),
-        );
-        assert!(program >= 0, "{program}");
-        OwnedFd::from_raw_fd(program)
-    }
-}
-
 /// Attaches a foreign program to the relay's ingress.
 fn attach(lab: &Lab, priority: u16, returned: i32) {
     let index = lab.relay.index("eth0");
@@ -124,7 +103,7 @@ fn attach(lab: &Lab, priority: u16, returned: i32) {
             tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(async {
             let netlink = Netlink::open().expect("netlink");
-            let program = program(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, c"foreign", returned);
+            let program = returning(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, c"foreign", returned);
             let attached =
                 netlink.set_filter(index, priority, 1, "foreign", program.as_fd(), false);
             attached.await.expect("attached");
@@ -163,8 +142,8 @@ fn filter_that_hides_packets_is_found() {
 fn earlier_programs_are_found() {
     let lab = Lab::new();
     let index = lab.relay.index("eth0") as i32;
-    let xdp = program(libbpf_sys::BPF_PROG_TYPE_XDP, c"other_xdp", 2);
-    let tcx = program(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, c"other_tcx", -1);
+    let xdp = returning(libbpf_sys::BPF_PROG_TYPE_XDP, c"other_xdp", 2);
+    let tcx = returning(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, c"other_tcx", -1);
     lab.relay.enter(|| {
         // SAFETY: takes plain numbers, and options for which all zeroes are valid.
         let (by_xdp, by_tcx) = unsafe {

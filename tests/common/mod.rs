@@ -201,8 +201,8 @@ pub fn lock_any_memory(command: &mut Command) {
     }
 }
 
-/// Loads a tc program with this name that returns a constant.
-pub fn returning(name: &CStr, value: i32) -> OwnedFd {
+/// Loads a program of this kind and name that returns a constant.
+pub fn returning(kind: u32, name: &CStr, value: i32) -> OwnedFd {
     let instructions = [
         libbpf_sys::bpf_insn { code: 0xb4, imm: value, ..Default::default() },
         libbpf_sys::bpf_insn { code: 0x95, ..Default::default() },
@@ -210,7 +210,7 @@ pub fn returning(name: &CStr, value: i32) -> OwnedFd {
     // SAFETY: C strings and instructions outlive the call; the returned descriptor is owned here alone.
     unsafe {
         let program = libbpf_sys::bpf_prog_load(
-            libbpf_sys::BPF_PROG_TYPE_SCHED_CLS,
+            kind,
             name.as_ptr(),
             c"GPL".as_ptr(),
             instructions.as_ptr(),
