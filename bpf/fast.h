@@ -12,6 +12,9 @@
 /* Result for a packet of which clones are sent. */
 #define ACTION_COPY 103
 
+/* Result of run() for a packet that slowpath_run() processes. */
+#define ACTION_RARE 104
+
 /*
  * Points `pkt` at the headers of a datagram without IPv4 options or IPv6 extension headers. Returns false if
  * they do not lie in the skb's linear part.
@@ -69,63 +72,65 @@ static __always_inline bool is_plain(struct __sk_buff *skb, const struct pkt *pk
 }
 
 /*
- * Stores the new headers for the upstream of a line. Returns false if only the slow path can tell whether
- * they are those of a packet that no router forwards.
+ * Stores the new headers for the upstream of a line, and returns the new destination. Returns NULL if only
+ * the slow path can tell whether they are those of a packet that no router forwards.
  */
-static __always_inline bool fill_plain_rewrite(const struct pkt *pkt, const struct line *line, __u32 index,
-					       const bool ipv6, struct rewrite *rw)
+static __always_inline const __be32 *fill_plain_rewrite(const struct pkt *pkt, const struct line *line,
+							__u32 index, const bool ipv6, struct rewrite *rw)
 {
 	const struct upstream *upstream;
-	const __be32 *source;
 
 	rw->port = line->port;
 	rw->identification = 0;
 	if (!ipv6) {
-		rw->destination[0] = line->destination;
 		rw->source[0] = line->source4;
 		if (line->source == SOURCE_PRESERVE)
 			rw->source[0] = pkt->ip->saddr;
 		else if (line->source == SOURCE_VIP)
 			rw->source[0] = pkt->ip->daddr;
-		return rw->source[0] != rw->destination[0];
+		return rw->source[0] != line->destination ? &line->destination : NULL;
 	}
 	upstream = bpf_map_lookup_elem(&upstreams, &index);
 	if (!upstream)
-		return false;
-	source = line->source6;
+		return NULL;
 	if (line->source == SOURCE_PRESERVE)
-		source = pkt->ip6->saddr.in6_u.u6_addr32;
+		copy_address(rw->source, &pkt->ip6->saddr, true);
 	else if (line->source == SOURCE_VIP)
-		source = pkt->ip6->daddr.in6_u.u6_addr32;
-	__builtin_memcpy(rw->source, source, sizeof(rw->source));
-	__builtin_memcpy(rw->destination, upstream->address, sizeof(rw->destination));
-	return !is_same_address(rw->source, rw->destination);
+		copy_address(rw->source, &pkt->ip6->daddr, true);
+	else
+		copy_address(rw->source, line->source6, true);
+	return is_same_address(rw->source, upstream->address) ? NULL : upstream->address;
+}
+
+/* Returns true if the line of an upstream is valid for the packet. */
+static __always_inline bool serves(const struct line *line, const struct pkt *pkt, const struct gate *gate)
+{
+	return is_line_valid(line, gate) && total_length(pkt) <= line->mtu;
 }
 
 /*
- * Returns the line of an upstream, and stores the new headers; NULL unless the line is valid for the packet.
- * With `checked` it has just been.
+ * Pops the tag that the skb holds, if it holds one, and points `pkt` at the headers again. Returns false if
+ * the packet can no longer be processed.
  */
-static __always_inline struct line *line_for(const struct pkt *pkt, __u32 index, const struct gate *gate,
-					     bool checked, const bool ipv6, struct rewrite *rw)
+static __always_inline bool pop_plain(struct __sk_buff *skb, struct pkt *pkt, const bool ipv6)
 {
-	struct line *line = bpf_map_lookup_elem(&lines, &index);
-
-	if (!line || (!checked && (!is_line_valid(line, gate) || total_length(pkt) > line->mtu)) ||
-	    !fill_plain_rewrite(pkt, line, index, ipv6, rw))
-		return NULL;
-	return line;
+	return !skb->vlan_present || (!bpf_skb_vlan_pop(skb) && locate_plain(skb, pkt, ipv6));
 }
 
-/* Sends the packet itself with new headers. */
-static __always_inline int send_plain(struct __sk_buff *skb, struct pkt *pkt, struct line *line,
-				      const struct rewrite *rw)
+/* Sends the packet itself to the upstream of a valid line. Returns ACTION_SLOW if it is left as it is. */
+static __always_inline int send_plain(struct __sk_buff *skb, struct pkt *pkt, struct line *line, __u32 index,
+				      const bool ipv6)
 {
-	enum checksum checksum = checksum_state(skb, pkt);
+	enum checksum checksum;
+	struct rewrite rw;
+	const __be32 *destination = fill_plain_rewrite(pkt, line, index, ipv6, &rw);
 	__u32 delta;
 
+	if (!destination || !pop_plain(skb, pkt, ipv6))
+		return ACTION_SLOW;
+	checksum = checksum_state(skb, pkt);
 	copy_macs(pkt->eth, line->macs);
-	delta = rewrite_headers(skb, pkt, checksum, rw);
+	delta = rewrite_headers(skb, pkt, checksum, &rw, destination);
 	if (delta)
 		bpf_csum_update(skb, delta);
 	count_sent(line, 1, skb->len);
@@ -146,6 +151,7 @@ enum copied {
 static __always_inline __u32 copy_plain(struct __sk_buff *skb, __u32 index, const bool ipv6)
 {
 	struct line *line = bpf_map_lookup_elem(&lines, &index);
+	const __be32 *destination;
 	struct headers saved;
 	enum checksum checksum;
 	struct rewrite rw;
@@ -153,12 +159,13 @@ static __always_inline __u32 copy_plain(struct __sk_buff *skb, __u32 index, cons
 	bool failed;
 	__u32 delta;
 
-	if (!line || !locate_plain(skb, &pkt, ipv6) || !fill_plain_rewrite(&pkt, line, index, ipv6, &rw))
+	if (!line || !locate_plain(skb, &pkt, ipv6) ||
+	    !(destination = fill_plain_rewrite(&pkt, line, index, ipv6, &rw)))
 		return COPIED_NOT;
 	checksum = checksum_state(skb, &pkt);
 	save_headers(skb, &pkt, &saved);
 	copy_macs(pkt.eth, line->macs);
-	delta = rewrite_headers(skb, &pkt, checksum, &rw);
+	delta = rewrite_headers(skb, &pkt, checksum, &rw, destination);
 	if (delta)
 		bpf_csum_update(skb, delta);
 	failed = bpf_clone_redirect(skb, line->ifindex, 0);
@@ -183,17 +190,21 @@ __noinline __u32 copy_plain6(struct __sk_buff *skb, __u32 index)
 	return features.ipv6 ? copy_plain(skb, index, true) : COPIED_NOT;
 }
 
-/* Returns true if the line of an upstream is valid for the packet. */
-__noinline __u32 has_valid_line(struct __sk_buff *skb, __u32 index, __u32 ipv6)
+static __always_inline bool can_copy(struct __sk_buff *skb, __u32 index, const bool ipv6)
 {
+	const struct line *line = bpf_map_lookup_elem(&lines, &index);
 	const struct gate *gate = get_gate();
 	struct rewrite rw;
 	struct pkt pkt;
 
-	if (!gate || !locate_plain(skb, &pkt, features.ipv6 && ipv6))
-		return false;
-	return features.ipv6 && ipv6 ? !!line_for(&pkt, index, gate, false, true, &rw)
-				     : !!line_for(&pkt, index, gate, false, false, &rw);
+	return gate && line && locate_plain(skb, &pkt, ipv6) && serves(line, &pkt, gate) &&
+	       fill_plain_rewrite(&pkt, line, index, ipv6, &rw);
+}
+
+/* Returns true if the line of an upstream is valid for the packet. */
+__noinline __u32 has_valid_line(struct __sk_buff *skb, __u32 index, __u32 ipv6)
+{
+	return features.ipv6 && ipv6 ? can_copy(skb, index, true) : can_copy(skb, index, false);
 }
 
 /* Counts a plain packet of which the upstream with this index got no clone. */
@@ -205,21 +216,22 @@ static __always_inline void count_not_copied(struct __sk_buff *skb, __u32 index)
 		count_verdict(skb, PKT_UNKNOWN, 0, upstream->id, VERDICT_CLONE_FAILED);
 }
 
+static __always_inline int send_itself(struct __sk_buff *skb, __u32 index, const bool ipv6)
+{
+	struct line *line = bpf_map_lookup_elem(&lines, &index);
+	struct pkt pkt;
+
+	if (!line || !locate_plain(skb, &pkt, ipv6))
+		return ACTION_SLOW;
+	return send_plain(skb, &pkt, line, index, ipv6);
+}
+
 /* Sends the packet itself to the last receiver, whose line has just been valid. */
 __noinline int send_last(struct __sk_buff *skb, __u32 index, __u32 ipv6)
 {
-	const struct gate *gate = get_gate();
-	struct rewrite rw = {};
-	struct line *line;
-	struct pkt pkt;
+	int action = features.ipv6 && ipv6 ? send_itself(skb, index, true) : send_itself(skb, index, false);
 
-	if (!gate || !locate_plain(skb, &pkt, features.ipv6 && ipv6))
-		return TC_ACT_SHOT;
-	if (features.ipv6 && ipv6)
-		line = line_for(&pkt, index, gate, true, true, &rw);
-	else
-		line = line_for(&pkt, index, gate, true, false, &rw);
-	return line ? send_plain(skb, &pkt, line, &rw) : TC_ACT_SHOT;
+	return action == ACTION_SLOW ? TC_ACT_SHOT : action;
 }
 
 /*
@@ -274,15 +286,6 @@ static __always_inline int leave_copies(struct copies copies)
 	return ACTION_COPY;
 }
 
-/*
- * Pops the tag that the skb holds, if it holds one, and points `pkt` at the headers again. Returns false if
- * the packet can no longer be processed.
- */
-static __always_inline bool pop_plain(struct __sk_buff *skb, struct pkt *pkt, const bool ipv6)
-{
-	return !skb->vlan_present || (!bpf_skb_vlan_pop(skb) && locate_plain(skb, pkt, ipv6));
-}
-
 /* Returns the index of the upstream that the sender selects, or that chance does; ~0 without one. */
 static __always_inline __u32 balance_plain(const struct pkt *pkt, const struct rule *rule)
 {
@@ -300,7 +303,6 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 	struct copies copies = {.receivers = 1, .ipv6 = ipv6};
 	const struct gate *gate = get_gate();
 	const struct rule *rule;
-	struct rewrite rw;
 	struct line *line;
 
 	if (kind == ENTRY_RULE || !gate || !is_plain(skb, pkt, gate, ipv6))
@@ -323,10 +325,8 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 		copies.first = index;
 		return leave_copies(copies);
 	}
-	line = line_for(pkt, index, gate, false, ipv6, &rw);
-	if (!line)
-		return ACTION_SLOW;
-	return pop_plain(skb, pkt, ipv6) ? send_plain(skb, pkt, line, &rw) : ACTION_SLOW;
+	line = bpf_map_lookup_elem(&lines, &index);
+	return line && serves(line, pkt, gate) ? send_plain(skb, pkt, line, index, ipv6) : ACTION_SLOW;
 }
 
 /* Returns the action for a datagram without a rule: the slow path reports it while somebody listens. */
@@ -372,7 +372,7 @@ static __always_inline int fast_ipv6(struct __sk_buff *skb, struct pkt *pkt)
  * Processes a packet behind an Ethernet header. Returns the action of the program, ACTION_COPY or
  * ACTION_SLOW. A global function, so that its stack is free again for the slow path.
  */
-__noinline int fast(struct __sk_buff *skb)
+static __always_inline int fast(struct __sk_buff *skb)
 {
 	struct pkt pkt;
 	__be16 protocol;

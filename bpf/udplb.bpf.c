@@ -42,7 +42,10 @@ static __always_inline int process(struct __sk_buff *skb, struct pkt *pkt, const
 	return deliver(skb, pkt, rule, &selection);
 }
 
-/* The slow path, for any packet; `l2` is the length in bytes of the link-layer header: Ethernet's, or 0. */
+/*
+ * The slow path, for any packet; `l2` is the length in bytes of the link-layer header: Ethernet's, or 0.
+ * Returns the action of the program, or ACTION_RARE.
+ */
 static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 {
 	const struct gate *gate = get_gate();
@@ -69,7 +72,7 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 		learn_pmtu(skb, l2);
 		return TC_ACT_UNSPEC;
 	case PARSED_SLOWPATH:
-		return l2 ? slowpath_ethernet(skb) : slowpath_l3(skb);
+		return ACTION_RARE;
 	default:
 		return TC_ACT_UNSPEC;
 	}
@@ -79,13 +82,19 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 		return TC_ACT_UNSPEC;
 	}
 	if (!l2 || skb->vlan_present)
-		return l2 ? slowpath_ethernet(skb) : slowpath_l3(skb);
+		return ACTION_RARE;
 	if (!is_for_us(skb)) {
 		count_pkt(skb, &pkt, rule->id, VERDICT_NOT_FOR_US);
 		return TC_ACT_UNSPEC;
 	}
 	action = process(skb, &pkt, rule);
 	return action == ACTION_REFLECT ? bpf_redirect(skb->ifindex, 0) : action;
+}
+
+/* A global function, so that the fast path does not set up its stack frame. */
+__noinline int slow(struct __sk_buff *skb)
+{
+	return run(skb, sizeof(struct ethhdr));
 }
 
 SEC("tc")
@@ -95,14 +104,18 @@ int udplb(struct __sk_buff *skb)
 
 	if (action == ACTION_COPY)
 		action = copy_to_all(skb);
-	return action == ACTION_SLOW ? run(skb, sizeof(struct ethhdr)) : action;
+	if (action == ACTION_SLOW)
+		action = slow(skb);
+	return action == ACTION_RARE ? slowpath_ethernet(skb) : action;
 }
 
 /* For interfaces without a link-layer header, such as tun devices. */
 SEC("tc")
 int udplb_l3(struct __sk_buff *skb)
 {
-	return run(skb, 0);
+	int action = run(skb, 0);
+
+	return action == ACTION_RARE ? slowpath_l3(skb) : action;
 }
 
 const char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -70,7 +70,8 @@ static __always_inline enum verdict transmit(struct __sk_buff *skb, struct pkt *
 	if (!redirects || xmit->hop.resolved || pkt->eth->h_dest[0] & 1)
 		copy_macs(pkt->eth, xmit->hop.macs);
 	xmit->checksum = checksum_state(skb, pkt);
-	xmit->csum_delta = rewrite_headers(skb, pkt, xmit->checksum, &xmit->rewrite);
+	xmit->csum_delta =
+		rewrite_headers(skb, pkt, xmit->checksum, &xmit->rewrite, xmit->rewrite.destination);
 	if (xmit->checksum == CSUM_COMPLETE)
 		bpf_csum_update(skb, xmit->csum_delta);
 	if (pkt_has(pkt, PKT_F_TRACED))
