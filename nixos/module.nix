@@ -88,6 +88,29 @@ let
     description = "network interface name (1 to 15 characters, an alternative name up to 127)";
   };
 
+  duration = types.strMatching "[0-9]+(ms|s|m|h)" // {
+    description = "duration, like 500ms, 10s or 2m";
+  };
+  announce = words {
+    interface = mkOption {
+      type = interface;
+      example = "anycast0";
+      description = "Interface that has an address while this host serves it well; a dummy that nothing else uses.";
+    };
+    last_resort =
+      word interface "anycast1"
+        "Interface that has an address while this host is sick, announced as worse. Without it a sick host withdraws the address.";
+    hold_down =
+      word duration "30s"
+        "Time after which a host that was sick counts as well again. The program's default is 10s.";
+    settle =
+      word duration "5s"
+        "Time that a stop waits between withdrawing the addresses and removing the filter. The program's default is 2s.";
+    expire =
+      word types.bool true
+        "Whether the addresses disappear when `udplb arpd` has died. The program's default is no: packets are forwarded without it.";
+  };
+
   payloadBytes = words {
     offset = mkOption {
       type = types.ints.u16;
@@ -264,12 +287,15 @@ let
     if fromFile then
       "${configFile}"
     else
-      yaml.generate "udplb.yaml" {
-        version = 1;
-        inherit (cfg) interfaces;
-        defaults = withoutNull cfg.defaults;
-        rules = withoutNull rules;
-      };
+      yaml.generate "udplb.yaml" (
+        {
+          version = 1;
+          inherit (cfg) interfaces;
+          defaults = withoutNull cfg.defaults;
+          rules = withoutNull rules;
+        }
+        // lib.optionalAttrs (cfg.announce != null) { announce = withoutNull cfg.announce; }
+      );
   # A file outside the store changes without a rebuild: nothing can be said about it here.
   inStore = !fromFile || lib.hasPrefix builtins.storeDir written;
   # What ProtectHome and PrivateTmp hide.
@@ -460,6 +486,19 @@ in
       description = "What rules say in `options` where they do not say it themselves.";
     };
 
+    announce = mkOption {
+      type = types.nullOr announce;
+      default = null;
+      example = {
+        interface = "anycast0";
+        last_resort = "anycast1";
+      };
+      description = ''
+        Interfaces on which `udplb arpd` keeps the addresses of the keys while this host can serve
+        them, for a routing daemon to announce.
+      '';
+    };
+
     configFile = mkOption {
       type = types.nullOr types.path;
       default = null;
@@ -581,6 +620,14 @@ in
       {
         assertion = withoutNull cfg.defaults == { } || !fromFile;
         message = "services.udplb.defaults: cannot be used together with services.udplb.configFile.";
+      }
+      {
+        assertion = cfg.announce == null || !fromFile;
+        message = "services.udplb.announce: cannot be used together with services.udplb.configFile.";
+      }
+      {
+        assertion = cfg.announce == null || cfg.arpd.enable;
+        message = "services.udplb.announce: needs services.udplb.arpd.enable.";
       }
       {
         assertion = !(cfg.openFirewall && fromFile);

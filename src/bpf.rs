@@ -101,6 +101,7 @@ pod!(
     origin,
     pending,
     mark,
+    announcement_key,
     trace,
     event,
 );

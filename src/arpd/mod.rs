@@ -1,9 +1,10 @@
 //! `udplb arpd`: keeps next hops resolved and fresh, and marks dead ones for the program.
 //!
-//! [`neighbours`] is the pure state machine. `service` reads the kernel's tables, carries out the
+//! [`neighbours`] is the pure state machine, `announcer` that of announced addresses. `service` reads the kernel's tables, carries out the
 //! effects, and renews the lease as long as both succeed. Everything is read again after each
 //! interval; events only make that happen earlier.
 
+mod announcer;
 mod dns;
 mod groups;
 pub mod neighbours;

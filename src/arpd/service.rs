@@ -1,6 +1,7 @@
 //! I/O of `arpd`: reads what has changed, renews the lease, and carries out the effects of the
 //! neighbour tracker.
 
+mod announcing;
 mod renewal;
 mod serving;
 mod tables;
@@ -16,6 +17,7 @@ use sd_notify::NotifyState;
 use serving::{Filter, Serving, filters_of, tcx_programs};
 
 use super::Options;
+use super::announcer::Announcer;
 use super::dns::HostNames;
 use super::groups::Groups;
 use super::neighbours::{Effect, NeighbourTracker, NextHopEntry, Now, TrackedUpstream};
@@ -52,6 +54,11 @@ pub struct Service {
     lock: File,
     tracker: NeighbourTracker,
     groups: Groups,
+    announcer: Announcer,
+    /// Next look at the announced addresses.
+    announce_due: Instant,
+    /// Generation whose announced addresses have the lifetime of its configuration.
+    renewed_in: Option<u32>,
     pub names: HostNames,
     serving: Option<Serving>,
     /// Inode of the symlink `current` when the generation was read.
@@ -109,6 +116,9 @@ impl Service {
                 false => options.probe_interval,
             }),
             groups: Groups::default(),
+            announcer: Announcer::default(),
+            announce_due: now,
+            renewed_in: None,
             names: HostNames::new(options.resolve_interval),
             serving: None,
             current: None,
@@ -420,6 +430,11 @@ impl Service {
         if !self.unwritten.is_empty() {
             let result = self.write();
             self.report_vital("next hops", result);
+            self.announce_due = Instant::now();
+        }
+        if was_stale || Instant::now() >= self.announce_due {
+            let result = self.announce().await;
+            self.report("announcing", result);
         }
     }
 

@@ -1,5 +1,6 @@
 //! The commands: one file each, with its arguments, its text and its JSON.
 
+pub mod announce;
 pub mod apply;
 pub mod arpd;
 pub mod check;
@@ -14,11 +15,13 @@ pub mod list;
 pub mod man;
 pub mod metrics;
 pub mod plan;
+pub mod ready;
 pub mod rollback;
 pub mod schema;
 pub mod status;
 pub mod top;
 pub mod trace;
+pub mod withdraw;
 
 use std::collections::BTreeMap;
 
@@ -39,7 +42,7 @@ const DEGRADED: u8 = 3;
 /// Relays, forwards and balances UDP in the kernel's traffic control layer.
 ///
 /// Exit codes: 0 success; 1 failure, the previous configuration stays active; 2 changes pending
-/// (plan --exit-code); 3 nothing applied (all commands), degraded (status), problems found (doctor) or no rule matches (get); 4 applied in part (apply --partial); 64 usage; 65 invalid configuration; 66 unreadable file; 75 locked, or no answer from a name server; 77 missing privileges.
+/// (plan --exit-code); 3 nothing applied (all commands), degraded (status), problems found (doctor) or no rule matches (get) or not ready (ready); 4 applied in part (apply --partial); 64 usage; 65 invalid configuration; 66 unreadable file; 75 locked, or no answer from a name server; 77 missing privileges.
 #[derive(Parser)]
 #[command(version, long_version = LONG_VERSION, max_term_width = 100)]
 pub struct Cli {
@@ -102,6 +105,12 @@ pub enum Command {
     Drain(drain::Options),
     /// Send to an upstream again, whatever its state in the file.
     Enable(enable::Options),
+    /// Show the addresses that are announced, give back withdrawn ones, or print a routing daemon's part.
+    Announce(announce::Options),
+    /// Stop announcing addresses until `udplb announce`; packets that come are forwarded.
+    Withdraw(withdraw::Options),
+    /// Exit with 0 if this host serves its rules well, with 3 if not, for load balancers and VRRP.
+    Ready(ready::Options),
     /// Switch back to the previous generation; run again to undo.
     Rollback(rollback::Options),
     /// Remove the filter from interfaces.
@@ -139,6 +148,9 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         Command::List => list::run(global).await,
         Command::Drain(options) => drain::run(global, options).await,
         Command::Enable(options) => enable::run(global, options).await,
+        Command::Announce(options) => announce::run(global, options).await,
+        Command::Withdraw(options) => withdraw::run(global, options).await,
+        Command::Ready(options) => ready::run(global, options).await,
         Command::Rollback(options) => rollback::run(global, options).await,
         Command::Detach(options) => detach::run(global, options).await,
         Command::Arpd(options) => arpd::run(global, options).await,

@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde_json::Value;
 
+use super::announce::{Announced, AnnouncementChanged};
 use super::apply::Applied;
 use super::check::Checked;
 use super::confirm::Confirmed;
@@ -12,6 +13,7 @@ use super::detach::Detached;
 use super::drain::OverrideChanged;
 use super::enable::Enabled;
 use super::plan::Planned;
+use super::ready::Ready;
 use super::rollback::RollbackPlanned;
 use super::{doctor, get, top};
 use crate::cli::output::{Document, Failed, pretty, print};
@@ -36,6 +38,7 @@ pub fn run(options: &Options) -> Result<u8> {
 pub enum Subject {
     /// The configuration file, and the output of list.
     Config,
+    Announce,
     Apply,
     Check,
     Confirm,
@@ -47,11 +50,13 @@ pub enum Subject {
     Error,
     Get,
     Plan,
+    Ready,
     Rollback,
     Status,
     Top,
     /// One line of trace.
     Trace,
+    Withdraw,
 }
 
 impl Subject {
@@ -59,6 +64,7 @@ impl Subject {
     pub fn schema(self) -> Value {
         match self {
             Subject::Config => config::schema(),
+            Subject::Announce => either(schema::<Announced>(), schema::<AnnouncementChanged>()),
             Subject::Apply => either(schema::<Applied>(), schema::<Planned>()),
             Subject::Rollback => either(schema::<Applied>(), schema::<RollbackPlanned>()),
             Subject::Check => schema::<Checked>(),
@@ -70,9 +76,11 @@ impl Subject {
             Subject::Error => schema::<Failed>(),
             Subject::Get => schema::<get::Answer>(),
             Subject::Plan => schema::<Planned>(),
+            Subject::Ready => schema::<Ready>(),
             Subject::Status => schema::<Status>(),
             Subject::Top => schema::<top::View>(),
             Subject::Trace => schema::<EventRecord>(),
+            Subject::Withdraw => schema::<AnnouncementChanged>(),
         }
     }
 }

@@ -245,6 +245,9 @@ impl Status {
             None => "",
         };
         let _ = writeln!(text, "on {}{arpd}", interfaces.join(", "));
+        for announced in &self.announced {
+            let _ = writeln!(text, "announce {announced}");
+        }
         if let (Some(since), false) = (self.counted_since, amounts == Amounts::Rates) {
             let what =
                 if amounts == Amounts::Mixed { "what was not forwarded is" } else { "totals are" };

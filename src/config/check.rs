@@ -29,6 +29,7 @@ pub(super) fn check(decoded: &mut Decoded) {
     let mut diagnostics = std::mem::take(&mut decoded.diagnostics);
     let at = Path::default().field(words::INTERFACES.name);
     twice(&at, &decoded.interfaces, |name| format!("`{name}`"), &mut diagnostics);
+    announcement(decoded, &mut diagnostics);
     let rules = &decoded.rules;
     for rule in rules {
         families(rule, &mut diagnostics);
@@ -79,6 +80,31 @@ fn twice<T: hash::Hash + Eq>(
         let message = Message::new(format!("{} is named twice", text(&all[again])));
         let message = message.at(at.index(again));
         diagnostics.push(message.related(at.index(first), "named here first"));
+    }
+}
+
+/// Reports interfaces of the announcement that have another part already.
+fn announcement(decoded: &Decoded, diagnostics: &mut Diagnostics) {
+    let Some(announce) = &decoded.announce else { return };
+    let at = Path::default().field(words::ANNOUNCE.name);
+    let interface = at.field(words::ANNOUNCE_INTERFACE.name);
+    let last_resort = at.field(words::ANNOUNCE_LAST_RESORT.name);
+    if announce.last_resort.as_ref() == Some(&announce.interface) {
+        let message = "sick and well are told apart by the interface: name another one";
+        let message = Message::about(&last_resort, message);
+        diagnostics.push(message.related(interface.clone(), "the interface of the well"));
+    }
+    let places =
+        [(Some(&announce.interface), interface), (announce.last_resort.as_ref(), last_resort)];
+    for (name, place) in places {
+        let nth = decoded.interfaces.iter().position(|other| Some(other) == name);
+        let (Some(name), Some(nth)) = (name, nth) else { continue };
+        let message =
+            format!("packets come in on {name}; addresses are announced from another interface");
+        let message =
+            Message::about(&place, message).help("a dummy: `ip link add anycast0 up type dummy`");
+        let at = Path::default().field(words::INTERFACES.name).index(nth);
+        diagnostics.push(message.related(at, "named here"));
     }
 }
 

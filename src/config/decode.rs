@@ -9,14 +9,15 @@ use super::path::Trail;
 use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, STATSD, Shape, Table};
 use super::{
-    Action, Hash, Host, Key, KeyAddress, Mode, Network, Payload, Ports, RuleConfig, Strategy,
-    UpstreamConfig, scalar,
+    Action, Announce, Hash, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports,
+    RuleConfig, Strategy, UpstreamConfig, scalar,
 };
 
 /// The valid part of a file, and its diagnostics.
 pub(super) struct Decoded {
     pub root: Root,
     pub interfaces: Vec<String>,
+    pub announce: Option<Announce>,
     pub rules: Vec<RuleConfig>,
     pub diagnostics: Diagnostics,
     /// Valid but probably not intended.
@@ -32,6 +33,7 @@ pub(super) fn decode(node: &Node<'_>) -> Decoded {
         decoded: Decoded {
             root,
             interfaces: Vec::new(),
+            announce: None,
             rules: Vec::new(),
             diagnostics: Diagnostics::default(),
             warnings: Vec::new(),
@@ -187,6 +189,9 @@ impl Decoder {
         if let Some(node) = fields.get(&words::INTERFACES) {
             self.interfaces(node, &at.field(words::INTERFACES.name));
         }
+        if let Some(node) = fields.get(&words::ANNOUNCE) {
+            self.decoded.announce = self.announce(node, &at.field(words::ANNOUNCE.name));
+        }
         let defaults = self.options(fields.get(&words::DEFAULTS), &at.field(words::DEFAULTS.name));
         if let Some(node) = fields.get(&words::RULES) {
             let at = at.field(words::RULES.name);
@@ -252,6 +257,23 @@ impl Decoder {
             let interface = self.ok(&at.index(index), scalar::interface(node));
             self.decoded.interfaces.extend(interface);
         }
+    }
+
+    fn announce(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Announce> {
+        let fields = self.fields(node, &words::ANNOUNCE_MAP, at)?;
+        let hold_down = self.duration(&fields, &words::ANNOUNCE_HOLD_DOWN, at);
+        let settle = self.duration(&fields, &words::ANNOUNCE_SETTLE, at);
+        let expire = self.optional(&fields, &words::ANNOUNCE_EXPIRE, at, scalar::switch);
+        let interface = self.optional(&fields, &words::ANNOUNCE_INTERFACE, at, scalar::interface);
+        let last_resort =
+            self.optional(&fields, &words::ANNOUNCE_LAST_RESORT, at, scalar::interface);
+        Some(Announce {
+            interface: interface??,
+            last_resort: last_resort?,
+            hold_down: hold_down?,
+            settle: settle?,
+            expire: expire?.unwrap_or(false),
+        })
     }
 
     fn rules(&mut self, nodes: &[Node<'_>], defaults: &Options, at: &Trail<'_>) {
@@ -449,6 +471,20 @@ impl Decoder {
         match fields.get(field) {
             None => Some(None),
             Some(node) => self.ok(&at.field(field.name), read(node)).map(Some),
+        }
+    }
+
+    /// Reads a duration, or the field's default.
+    fn duration(
+        &mut self,
+        fields: &Fields<'_, '_>,
+        field: &'static Field,
+        at: &Trail<'_>,
+    ) -> Option<Period> {
+        let Shape::Duration(limits) = field.shape else { return None };
+        match self.optional(fields, field, at, |node| scalar::duration(node, limits))? {
+            None => field.default.parse().ok(),
+            given => given,
         }
     }
 

@@ -17,6 +17,7 @@ mod host;
 mod network;
 mod node;
 mod path;
+mod period;
 mod quote;
 mod reference;
 mod scalar;
@@ -26,6 +27,7 @@ mod types;
 mod vocabulary;
 mod yaml;
 
+use decode::Decoded;
 use diagnostic::Diagnostics;
 use document::Document;
 use node::Node;
@@ -36,11 +38,12 @@ pub use hint::nearest;
 pub use host::{Address, Family, Host, KeyAddress, upstream_refusal, with_port};
 pub use network::Network;
 pub use path::Path;
+pub use period::Period;
 pub use reference::{MARKS, manual, markdown};
 pub use schema::schema;
 pub use types::{
-    Action, Addresses, Admission, Fragments, Hash, Health, Key, Mode, Payload, Ports, RuleConfig,
-    Source, State, Strategy, UpstreamConfig,
+    Action, Addresses, Admission, Announce, Fragments, Hash, Health, Key, Mode, Payload, Ports,
+    RuleConfig, Source, State, Strategy, UpstreamConfig,
 };
 use vocabulary::INTERFACES;
 pub use vocabulary::{ANY, STATSD};
@@ -50,6 +53,7 @@ pub use vocabulary::{ANY, STATSD};
 pub struct Config {
     /// The file's own; the command line may replace them. May be empty.
     pub interfaces: Vec<String>,
+    pub announce: Option<Announce>,
     pub rules: Vec<RuleConfig>,
     /// Valid, but probably not intended.
     pub warnings: Vec<Diagnostic>,
@@ -76,8 +80,8 @@ impl Config {
         }
         let warnings = diagnose(Severity::Warning, decoded.warnings, &document, Some(&node));
         drop(node);
-        let (interfaces, rules) = (decoded.interfaces, decoded.rules);
-        Ok(Config { interfaces, rules, warnings, document })
+        let Decoded { interfaces, announce, rules, .. } = decoded;
+        Ok(Config { interfaces, announce, rules, warnings, document })
     }
 
     /// Returns the host with an index among the destinations of a rule.

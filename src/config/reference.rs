@@ -3,14 +3,15 @@
 use std::fmt::Write as _;
 
 use super::vocabulary::{
-    ANY, Field, KEY_MAP, OPTIONS_MAP, PAYLOAD_MAP, ROOT_MAP, RULE_MAP, Root, Shape, Table,
-    UPSTREAM_MAP,
+    ANNOUNCE_MAP, ANY, Field, KEY_MAP, OPTIONS_MAP, PAYLOAD_MAP, ROOT_MAP, RULE_MAP, Root, Shape,
+    Table, UPSTREAM_MAP,
 };
 
 /// The maps of a file, with what stands before the names of their fields. A mirror has the fields of an
 /// upstream.
-const SECTIONS: [(&str, &Table); 6] = [
+const SECTIONS: [(&str, &Table); 7] = [
     ("", &ROOT_MAP),
+    ("announce.", &ANNOUNCE_MAP),
     ("rules[].", &RULE_MAP),
     ("key.", &KEY_MAP),
     ("options.", &OPTIONS_MAP),
@@ -91,6 +92,7 @@ fn value(field: &Field, root: Root) -> String {
         Shape::Version => "`1`".into(),
         Shape::Name => "text of at most 64 bytes".into(),
         Shape::Interfaces => "list of interfaces".into(),
+        Shape::Interface => "interface".into(),
         Shape::Address if root == Root::List => "IP address".into(),
         Shape::Address => format!("IP address or `{ANY}`"),
         Shape::Host => "IP address or host name".into(),
@@ -99,6 +101,8 @@ fn value(field: &Field, root: Root) -> String {
         Shape::Ports => format!("port, range, list of both, or `{ANY}`"),
         Shape::Networks => "network, or list of networks".into(),
         Shape::Number(number) => format!("{} to {}", number.first, number.last),
+        Shape::Duration(limits) => format!("{} to {}", limits.first, limits.last),
+        Shape::Switch => "`true` or `false`".into(),
         Shape::Choice(choice) => {
             let words = choice.usable(root).iter().map(|word| format!("`{word}`"));
             words.collect::<Vec<_>>().join(", ")

@@ -4,8 +4,8 @@ use super::diagnostic::Message;
 use super::hint::is_invisible;
 use super::node::{Content, Node};
 use super::quote::shorten;
-use super::vocabulary::{ANY, Number};
-use super::{Host, KeyAddress, Network, Ports, host, network};
+use super::vocabulary::{ANY, Limits, Number};
+use super::{Host, KeyAddress, Network, Period, Ports, host, network, period};
 
 type Result<T> = std::result::Result<T, Message>;
 
@@ -179,5 +179,29 @@ pub(super) fn number_of(node: &Node<'_>, what: &Number) -> Result<u32> {
         Some(number) if (i64::from(*first)..=(*last).into()).contains(&number) => Ok(number as u32),
         Some(number) => Err(Message::new(format!("{number} is not {what} ({first} to {last})"))),
         None => expected(&format!("{what} ({first} to {last})"), node),
+    }
+}
+
+/// Reads a duration within its limits.
+pub(super) fn duration(node: &Node<'_>, limits: &Limits) -> Result<Period> {
+    let Limits { what, first, last } = limits;
+    let what = format!("{what} ({first} to {last})");
+    let period = match &node.content {
+        Content::Int(number) => {
+            let help = format!("write its unit: `{number}s`");
+            return expected(&what, node).map_err(|message: Message| message.help(help));
+        }
+        _ => period::period(text(node, &what)?)?,
+    };
+    match (*first..=*last).contains(&period) {
+        true => Ok(period),
+        false => Err(Message::new(format!("{period} is not {what}"))),
+    }
+}
+
+pub(super) fn switch(node: &Node<'_>) -> Result<bool> {
+    match &node.content {
+        Content::Bool(value) => Ok(*value),
+        _ => expected("`true` or `false`", node),
     }
 }

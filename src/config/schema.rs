@@ -39,6 +39,7 @@ fn property(field: &Field, root: Root) -> Value {
         Shape::Version => json!({ "const": 1 }),
         Shape::Name => json!({ "type": "string", "pattern": r"^[^\s/]{1,64}$" }),
         Shape::Interfaces => interfaces(),
+        Shape::Interface => interface(),
         Shape::Address if root == Root::List => address(),
         Shape::Address => json!({ "anyOf": [address(), { "enum": [ANY] }] }),
         Shape::Host => {
@@ -53,6 +54,8 @@ fn property(field: &Field, root: Root) -> Value {
         Shape::Number(number) => {
             json!({ "type": "integer", "minimum": number.first, "maximum": number.last })
         }
+        Shape::Duration(_) => json!({ "type": "string", "pattern": "^[0-9]+(ms|s|m|h)$" }),
+        Shape::Switch => json!({ "type": "boolean" }),
         Shape::Choice(choice) => json!({ "enum": choice.usable(root) }),
         Shape::Map(table) => map(table, root),
         Shape::Maps(table) => json!({ "type": "array", "items": map(table, root) }),
@@ -68,12 +71,11 @@ fn property(field: &Field, root: Root) -> Value {
 }
 
 fn interfaces() -> Value {
-    let name = format!(r"^[^\s/:]{{1,{INTERFACE}}}$");
-    json!({
-        "type": "array",
-        "items": { "type": "string", "pattern": name },
-        "uniqueItems": true,
-    })
+    json!({ "type": "array", "items": interface(), "uniqueItems": true })
+}
+
+fn interface() -> Value {
+    json!({ "type": "string", "pattern": format!(r"^[^\s/:]{{1,{INTERFACE}}}$") })
 }
 
 fn address() -> Value {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::host::{Family, Host, KeyAddress, with_port};
 use super::network::Network;
 use super::path::Path;
+use super::period::Period;
 use super::vocabulary::ANY;
 
 /// Treatment of the matched packet on this host, after a copy or the packet itself was sent.
@@ -136,6 +137,22 @@ pub enum Health {
     Off,
     /// Its next hop answers, which tells little about a host behind a router.
     Neighbour,
+}
+
+/// Interfaces that have the addresses of the keys, for a routing daemon to announce.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Announce {
+    /// Interface of the addresses that this host serves well.
+    pub interface: String,
+    /// Interface of the others; none: they are withdrawn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_resort: Option<String>,
+    /// Time after which a sick host is well again.
+    pub hold_down: Period,
+    /// Time that routers take to follow a withdrawal.
+    pub settle: Period,
+    /// The addresses have a lifetime, which arpd renews.
+    pub expire: bool,
 }
 
 /// UDP ports `first..=last`, host byte order, never 0.

@@ -1,6 +1,7 @@
 //! The words of a configuration file, each defined once: the decoder, suggestions, the JSON Schema,
 //! docs/configuration.md, udplb.yaml(5) and the NixOS module's check read this table.
 
+use super::Period;
 use super::diagnostic::Message;
 use super::hint::nearest;
 use super::quote::shorten;
@@ -43,6 +44,7 @@ pub enum Shape {
     /// Name of a rule or an upstream.
     Name,
     Interfaces,
+    Interface,
     /// An IP address or `any`; in a bare list an address.
     Address,
     /// An IP address or a host name.
@@ -53,6 +55,9 @@ pub enum Shape {
     /// A network or a list of them.
     Networks,
     Number(&'static Number),
+    Duration(&'static Limits),
+    /// `true` or `false`.
+    Switch,
     Choice(&'static EnumField),
     /// A word, or a map.
     WordOrMap(&'static str, &'static Table),
@@ -68,6 +73,15 @@ pub struct Number {
     pub what: &'static str,
     pub first: u32,
     pub last: u32,
+}
+
+/// A duration with its limits.
+#[derive(Debug)]
+pub struct Limits {
+    /// Name with its article: "a hold-down time".
+    pub what: &'static str,
+    pub first: Period,
+    pub last: Period,
 }
 
 /// The fields of a map.
@@ -172,6 +186,13 @@ pub static INTERFACES: Field = Field::new(
 )
 .default("none")
 .example("[ens3]");
+pub static ANNOUNCE: Field = Field::new(
+    "announce",
+    Shape::Map(&ANNOUNCE_MAP),
+    "Interfaces on which `udplb arpd` keeps the addresses of the keys while this host can serve them. A routing daemon announces the addresses of these interfaces.",
+)
+.default("none")
+.example("{ interface: anycast0, last_resort: anycast1 }");
 pub static DEFAULTS: Field = Field::new(
     "defaults",
     Shape::Map(&OPTIONS_MAP),
@@ -179,6 +200,22 @@ pub static DEFAULTS: Field = Field::new(
 )
 .example("{ source: preserve }");
 pub static RULES: Field = Field::new("rules", Shape::Maps(&RULE_MAP), "The rules.").required();
+
+pub static ANNOUNCE_INTERFACE: Field = Field::new("interface", Shape::Interface, "Interface that has an address while the host is well: the filter is attached to all `interfaces`, and each rule of the address has an upstream that is up. A dummy interface that nothing else uses.").required().example("anycast0");
+pub static ANNOUNCE_LAST_RESORT: Field = Field::new("last_resort", Shape::Interface, "Interface that has an address while the host is sick, to be announced as worse, so that the hosts serve where all are sick.").default("none: a sick host withdraws the address").example("anycast1");
+pub static ANNOUNCE_HOLD_DOWN: Field = Field::new(
+    "hold_down",
+    Shape::Duration(&HOLD_DOWN),
+    "Time without interruption after which a host that was sick counts as well again.",
+)
+.default("10s")
+.example("30s");
+pub static HOLD_DOWN: Limits =
+    Limits { what: "a hold-down time", first: Period::from_secs(0), last: Period::from_secs(3600) };
+pub static ANNOUNCE_SETTLE: Field = Field::new("settle", Shape::Duration(&SETTLE), "Time in which routers stop sending after addresses were withdrawn: `udplb detach` waits that long before it removes the filter, and `udplb withdraw --wait` before it returns.").default("2s").example("5s");
+pub static SETTLE: Limits =
+    Limits { what: "a time to settle", first: Period::from_secs(0), last: Period::from_secs(300) };
+pub static ANNOUNCE_EXPIRE: Field = Field::new("expire", Shape::Switch, "With `true` the addresses have a lifetime that `udplb arpd` renews, and disappear when it has died. With `false` they stay, and packets are forwarded without arpd.").default("false").example("true");
 
 pub static NAME: Field = Field::new("name", Shape::Name, "Name of the rule, unique in the file.")
     .default("the key, as in `10.0.0.5:2055`")
@@ -286,8 +323,20 @@ pub static UPSTREAM_SOURCE: EnumField = EnumField::new(
 pub static UPSTREAM_SAMPLE: Field = Field::new("sample", Shape::Number(&SAMPLE), "N: of N packets in turn one is sent, chosen at random. For mirrors and with `mode: replicate`.").default("1").example("10");
 pub static SAMPLE: Number = Number { what: "a sampling rate", first: 1, last: 1_000_000 };
 
-pub static ROOT_MAP: Table =
-    Table { what: "a configuration", fields: &[&VERSION, &INTERFACES, &DEFAULTS, &RULES] };
+pub static ROOT_MAP: Table = Table {
+    what: "a configuration",
+    fields: &[&VERSION, &INTERFACES, &ANNOUNCE, &DEFAULTS, &RULES],
+};
+pub static ANNOUNCE_MAP: Table = Table {
+    what: "the announcement",
+    fields: &[
+        &ANNOUNCE_INTERFACE,
+        &ANNOUNCE_LAST_RESORT,
+        &ANNOUNCE_HOLD_DOWN,
+        &ANNOUNCE_SETTLE,
+        &ANNOUNCE_EXPIRE,
+    ],
+};
 pub static RULE_MAP: Table =
     Table { what: "a rule", fields: &[&NAME, &KEY, &OPTIONS, &UPSTREAM, &MIRROR] };
 pub static KEY_MAP: Table = Table { what: "a key", fields: &[&KEY_ADDRESS, &KEY_PORT, &KEY_FROM] };
@@ -334,8 +383,16 @@ pub static MIRROR_MAP: Table = Table {
     ],
 };
 
-static TABLES: [&Table; 7] =
-    [&ROOT_MAP, &RULE_MAP, &KEY_MAP, &OPTIONS_MAP, &PAYLOAD_MAP, &UPSTREAM_MAP, &MIRROR_MAP];
+static TABLES: [&Table; 8] = [
+    &ROOT_MAP,
+    &ANNOUNCE_MAP,
+    &RULE_MAP,
+    &KEY_MAP,
+    &OPTIONS_MAP,
+    &PAYLOAD_MAP,
+    &UPSTREAM_MAP,
+    &MIRROR_MAP,
+];
 
 impl Table {
     /// The field of that name, if it can be used in such a file.

@@ -190,6 +190,7 @@ fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenU
     skeleton.maps.handover.set_autocreate(false)?;
     skeleton.maps.held.set_autocreate(false)?;
     skeleton.maps.pending.set_autocreate(false)?;
+    skeleton.maps.announcements.set_autocreate(false)?;
     skeleton.maps.marks.set_autocreate(false)?;
     skeleton.maps.origin.set_autocreate(false)?;
     skeleton.maps.retired.set_autocreate(false)?;

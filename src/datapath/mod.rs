@@ -1,5 +1,6 @@
 //! State in the kernel: pins, generations, maps and filters.
 
+pub mod announcements;
 pub mod capabilities;
 pub mod chunked_map;
 pub mod counters;

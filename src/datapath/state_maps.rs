@@ -11,6 +11,7 @@ use libbpf_rs::skel::OpenSkel;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, OpenMap};
 
 use crate::bpf::{OpenUdplbSkel, bytes_of, create, from_bytes, types};
+use crate::datapath::announcements::Announcements;
 use crate::datapath::chunked_map::Chunks;
 use crate::datapath::counters::Counters;
 use crate::datapath::description::Origin;
@@ -97,6 +98,7 @@ fn collect(
         held: required!("held"),
         pending: map("pending")?,
         marks: Marks::new(map("marks")?),
+        announcements: Announcements::new(map("announcements")?),
         origin: map("origin")?,
         overrides: Overrides::new(required!("overrides"), gate.clone()),
         fragments: required!("fragments"),
@@ -186,6 +188,7 @@ pub struct StateMaps {
     pub heartbeat: MapHandle,
     pub overrides: Overrides,
     pub marks: Marks,
+    pub announcements: Announcements,
     pub fragments: MapHandle,
     pub fragment_ring: MapHandle,
     pub path_mtus: MapHandle,

@@ -6,7 +6,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::config::{ANY, Hash, Mode, Payload, STATSD, with_port};
+use crate::config::{ANY, Announce, Hash, Mode, Payload, STATSD, with_port};
 use crate::desired::tables::moved_share;
 use crate::desired::{Desired, Rule, Upstream};
 use crate::maglev;
@@ -16,6 +16,8 @@ use crate::maglev;
 pub struct Changes {
     pub attach: Vec<String>,
     pub detach: Vec<String>,
+    /// Fields of `announce`; a field that is missing is `none`.
+    pub announce: Vec<AttributeChange>,
     /// This host's addresses that `any` matches.
     pub addresses: Difference,
     pub added: Vec<RuleSummary>,
@@ -85,6 +87,7 @@ impl Changes {
         Changes {
             attach: only_in(&new.interfaces, attached),
             detach: only_in(attached, &new.interfaces),
+            announce: differing(announce(old), announce(new)),
             addresses: addresses(old, new),
             added: only(&new.rules, &before),
             removed: only(&old.rules, &after),
@@ -173,6 +176,21 @@ fn attributes(rule: &Rule) -> Vec<(&'static str, String)> {
     ];
     attributes.extend(slots(rule).map(|slots| ("slots", slots.to_string())));
     attributes
+}
+
+/// Returns the fields of `announce` and their values.
+fn announce(desired: &Desired) -> Vec<(&'static str, String)> {
+    let text = |value: fn(&Announce) -> String| match &desired.announce {
+        Some(announce) => value(announce),
+        None => "none".into(),
+    };
+    vec![
+        ("interface", text(|it| it.interface.clone())),
+        ("last_resort", text(|it| it.last_resort.clone().unwrap_or("none".into()))),
+        ("hold_down", text(|it| it.hold_down.to_string())),
+        ("settle", text(|it| it.settle.to_string())),
+        ("expire", text(|it| it.expire.to_string())),
+    ]
 }
 
 /// Formats a share to a tenth of a percent.
@@ -290,6 +308,12 @@ impl fmt::Display for Changes {
         }
         for name in &self.detach {
             writeln!(f, "- interface {name}: detached")?;
+        }
+        if !self.announce.is_empty() {
+            writeln!(f, "~ announce")?;
+        }
+        for attribute in &self.announce {
+            writeln!(f, "    {attribute}")?;
         }
         self.addresses.lines(f, "", "address")?;
         for rule in &self.added {

@@ -9,11 +9,12 @@ use crate::desired::{Desired, Rule, Upstream};
 /// missing now are included.
 pub fn document(desired: &Desired) -> Value {
     let desired = desired.as_written();
-    json!({
-        "version": 1,
-        "interfaces": desired.interfaces,
-        "rules": desired.rules.iter().map(rule).collect::<Vec<_>>(),
-    })
+    let mut document = json!({ "version": 1, "interfaces": desired.interfaces });
+    if let Some(announce) = &desired.announce {
+        document["announce"] = json!(announce);
+    }
+    document["rules"] = desired.rules.iter().map(rule).collect();
+    document
 }
 
 fn rule(rule: &Rule) -> Value {
@@ -112,8 +113,8 @@ mod tests {
 
     use super::document;
     use crate::config::{
-        Action, Address, Admission, Config, Family, Fragments, Hash, Health, Host, Key, KeyAddress,
-        Mode, Network, Payload, Ports, Source, State, Strategy as Selection,
+        Action, Address, Admission, Announce, Config, Family, Fragments, Hash, Health, Host, Key,
+        KeyAddress, Mode, Network, Payload, Ports, Source, State, Strategy as Selection,
     };
     use crate::desired::dns::Answers;
     use crate::desired::partial::{Known, resolve};
@@ -223,6 +224,21 @@ mod tests {
         })
     }
 
+    fn announce() -> impl Strategy<Value = Announce> {
+        let period = |text: &str| text.parse().expect("a duration");
+        let hold_downs = select(["0s", "500ms", "10s", "1h"].map(period).to_vec());
+        let settles = select(["0s", "1ms", "2m"].map(period).to_vec());
+        let last_resort = option::of(Just("anycast1".to_string()));
+        let all = (last_resort, hold_downs, settles, any::<bool>());
+        all.prop_map(|(last_resort, hold_down, settle, expire)| Announce {
+            interface: "anycast0".into(),
+            last_resort,
+            hold_down,
+            settle,
+            expire,
+        })
+    }
+
     /// Generates rules with distinct keys.
     fn rule(place: u8) -> impl Strategy<Value = Rule> {
         let sources = || vec![Source::Vip, Source::Preserve, Source::Egress];
@@ -284,10 +300,11 @@ mod tests {
         fn applies_to_the_same(
             rules in (0..5_u8).prop_flat_map(|count| (1..=count).map(rule).collect::<Vec<_>>()),
             interfaces in subsequence(vec!["eth0", "no", "1e3", "wlp0s20f3"], 1..4),
+            announce in option::of(announce()),
         ) {
             let mut interfaces: Vec<String> = interfaces.into_iter().map(String::from).collect();
             interfaces.sort();
-            let desired = Desired { interfaces, rules, ..Desired::default() };
+            let desired = Desired { interfaces, announce, rules, ..Desired::default() };
             let text = serde_yaml::to_string(&document(&desired)).expect("YAML");
             for text in [text, document(&desired).to_string()] {
                 let config = Config::parse("list.yaml", &text)

@@ -16,8 +16,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    self, Action, Address, Addresses, Admission, Config, Family, Fragments, Hash, Health, Host,
-    Key, KeyAddress, Mode, Payload, Ports, Source, State, Strategy, with_port,
+    self, Action, Address, Addresses, Admission, Announce, Config, Family, Fragments, Hash, Health,
+    Host, Key, KeyAddress, Mode, Payload, Ports, Source, State, Strategy, with_port,
 };
 use crate::desired::partial::Incomplete;
 use crate::net::routing::{Senders, Target};
@@ -30,6 +30,8 @@ pub type Name = (String, Family);
 pub struct Desired {
     /// Sorted, without duplicates, including missing ones.
     pub interfaces: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub announce: Option<Announce>,
     pub rules: Vec<Rule>,
     /// The addresses of the interfaces, sorted: a key with `any` matches each. Empty if no rule has
     /// such a key.
@@ -227,7 +229,12 @@ impl Desired {
     pub fn written(config: &Config, interfaces: &[String]) -> Desired {
         let rules = config.rules.iter().map(written).collect();
         let interfaces: BTreeSet<String> = interfaces.iter().cloned().collect();
-        Desired { interfaces: interfaces.into_iter().collect(), rules, ..Desired::default() }
+        Desired {
+            interfaces: interfaces.into_iter().collect(),
+            announce: config.announce.clone(),
+            rules,
+            ..Desired::default()
+        }
     }
 
     /// Counts the keys in the map, at most [`KEY_ENTRIES`](crate::config::KEY_ENTRIES), with each
@@ -274,8 +281,10 @@ impl Desired {
     /// Returns true if a generation with this configuration can be used for `other`. Causes may differ, and
     /// interfaces that it was attached to may be missing.
     pub fn serves(&self, other: &Desired) -> bool {
-        let Desired { interfaces, rules, addresses, broadcasts, local_ports, incomplete } = self;
-        let same = (interfaces, rules) == (&other.interfaces, &other.rules)
+        let Desired { interfaces, announce, rules, addresses, broadcasts, local_ports, incomplete } =
+            self;
+        let same = (interfaces, announce, rules)
+            == (&other.interfaces, &other.announce, &other.rules)
             && (addresses, broadcasts) == (&other.addresses, &other.broadcasts)
             && *local_ports == other.local_ports
             && incomplete.lacks_the_same(&other.incomplete);
@@ -289,6 +298,27 @@ impl Desired {
             KeyAddress::Is(address) if address.is_multicast() => Some(address),
             _ => None,
         })
+    }
+
+    /// Returns the addresses of the keys that a routing daemon can announce: unicast ones that are not
+    /// bound to a link. None without `announce`.
+    pub fn announced(&self) -> BTreeSet<IpAddr> {
+        let can_be_announced = |address: &IpAddr| {
+            let is_link_local = match address {
+                IpAddr::V4(address) => address.is_link_local() || address.is_broadcast(),
+                IpAddr::V6(address) => address.is_unicast_link_local(),
+            };
+            !address.is_multicast()
+                && !address.is_loopback()
+                && !is_link_local
+                && !self.broadcasts.contains(address)
+        };
+        let rules = self.announce.iter().flat_map(|_| &self.rules);
+        let keys = rules.filter_map(|rule| match rule.key.address {
+            KeyAddress::Is(address) => Some(address),
+            KeyAddress::Any => None,
+        });
+        keys.filter(can_be_announced).collect()
     }
 
     /// Returns the destination of a rule's packets for an upstream or a mirror, and their sender.

@@ -1,6 +1,7 @@
 //! rtnetlink, in the project's own types. Only this folder uses the netlink crates, whose interfaces
 //! change often.
 
+pub mod address;
 mod batch;
 pub mod events;
 pub mod ipsec;

@@ -1,6 +1,7 @@
 //! Executes plans: the only place where udplb changes the kernel.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, anyhow};
@@ -13,7 +14,7 @@ use crate::datapath::marks::Mark;
 use crate::datapath::pins::WriteGuard;
 use crate::datapath::spares::{self, Situation};
 use crate::datapath::state_maps::{self, INCOMPLETE};
-use crate::datapath::{generation, handover, nexthops, retired, tc, tcx};
+use crate::datapath::{announcements, generation, handover, nexthops, retired, tc, tcx};
 use crate::net::Netlink;
 use crate::net::nexthop::NextHop;
 use crate::net::routing::Target;
@@ -217,6 +218,21 @@ impl<'a> Executor<'a> {
                 self.set_override(*id, *state)?;
                 Ok(Some(Undo::Override(*id)))
             }
+            Action::TakeAddress(place @ (address, ifindex)) => {
+                let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
+                self.netlink.remove_address(*ifindex, *address).await?;
+                maps.announcements.forget(self.guard, *place)?;
+                // arpd puts it back
+                Ok(None)
+            }
+            Action::SetWithdrawn { address, withdrawn } => {
+                self.set_withdrawn(*address, *withdrawn)?;
+                Ok(Some(Undo::SetWithdrawn(*address)))
+            }
+            Action::Settle(time) => {
+                tokio::time::sleep(*time).await;
+                Ok(None)
+            }
             Action::HandOver { interface, generation, from, to } => {
                 self.hand_over(interface, *generation, (*from, *to)).await?;
                 Ok(None)
@@ -291,6 +307,14 @@ impl<'a> Executor<'a> {
         done.map(|()| {
             program.map(|program| Undo::Attach { interface, attachment, program, replaces: false })
         })
+    }
+
+    fn set_withdrawn(&self, address: IpAddr, withdrawn: bool) -> anyhow::Result<()> {
+        let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
+        match withdrawn {
+            true => maps.announcements.withdraw(self.guard, address),
+            false => maps.announcements.restore(self.guard, address),
+        }
     }
 
     async fn hand_over(
@@ -443,6 +467,10 @@ impl<'a> Executor<'a> {
                 maps.set_pending(self.before.pending)
             }
             Undo::SetCurrent => self.guard.set_current(self.before.current),
+            Undo::SetWithdrawn(address) => {
+                let withdrawn = &self.before.announcements.withdrawn;
+                self.set_withdrawn(*address, withdrawn.contains_key(address))
+            }
             Undo::Override(id) => self.set_override(*id, self.before.overrides.get(id).copied()),
         }
     }
@@ -469,6 +497,7 @@ enum Undo {
     SetPending,
     RestoreMark(String),
     SetCurrent,
+    SetWithdrawn(IpAddr),
     Override(u32),
 }
 
@@ -510,6 +539,18 @@ pub fn describe(action: &Action) -> String {
             Some(State::Active) => format!("enabling {upstream}"),
             None => format!("removing the override of {upstream}"),
         },
+        Action::TakeAddress((address, _)) => format!("withdrawing {address}"),
+        Action::SetWithdrawn { address: announcements::ALL, withdrawn: true } => {
+            "withdrawing all addresses until they are announced again".into()
+        }
+        Action::SetWithdrawn { address, withdrawn: true } => {
+            format!("withdrawing {address} until it is announced again")
+        }
+        Action::SetWithdrawn { address: announcements::ALL, withdrawn: false } => {
+            "announcing all addresses again".into()
+        }
+        Action::SetWithdrawn { address, withdrawn: false } => format!("announcing {address} again"),
+        Action::Settle(time) => format!("waiting {time:?} for the routers"),
         Action::Drop(number) => format!("removing generation {number}"),
     }
 }

@@ -10,6 +10,7 @@ pub mod drift;
 pub mod execute;
 pub mod observe;
 pub mod plan;
+pub mod readiness;
 pub mod sockets;
 pub mod source;
 pub mod warnings;

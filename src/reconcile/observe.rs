@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use anyhow::Context;
 
 use crate::config::State;
+use crate::datapath::announcements::Records;
 use crate::datapath::description::Generation;
 use crate::datapath::hook::{self, Hook, Known, Slot};
 use crate::datapath::marks::Mark;
@@ -36,6 +37,8 @@ pub struct Observed {
     pub marks: BTreeMap<String, Mark>,
     /// Override states of upstreams, set by `drain` and `enable`, by the id in any generation.
     pub overrides: BTreeMap<u32, State>,
+    /// Announced addresses that arpd has placed, and those that are withdrawn by command.
+    pub announcements: Records,
     /// All interfaces of the network namespace, by name.
     pub interfaces: BTreeMap<String, Interface>,
 }
@@ -166,6 +169,8 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
         observed.pending = maps.as_ref().map(StateMaps::pending).transpose()?.flatten();
         observed.marks =
             maps.as_ref().map(|maps| maps.marks.read()).transpose()?.unwrap_or_default();
+        observed.announcements =
+            maps.as_ref().map(|maps| maps.announcements.read()).transpose()?.unwrap_or_default();
         let retired = retired::read(guard)?;
         for number in guard.numbers()? {
             known.extend(generation::pinned_programs(guard, number)?);

@@ -19,6 +19,7 @@ use crate::error::Result;
 use crate::net::Netlink;
 use crate::reconcile::drift;
 use crate::reconcile::observe::Observed;
+use crate::telemetry::announcement::State;
 use crate::telemetry::status::{self, Status, UpstreamStatus};
 
 /// Prefix of all names.
@@ -144,6 +145,15 @@ impl Metrics {
         }
         let help = "Whether arpd vouches for the next hops";
         gauge(encoder, "arpd_up", help)?.set(&[], u32::from(status.arpd == Some(true)))?;
+        let help = "1 for the state of an announced address, 0 for the others";
+        let mut announced = gauge(encoder, "announced", help)?;
+        for one in &status.announced {
+            let address = one.address.to_string();
+            for state in State::ALL {
+                let labels = [("address", address.as_str()), ("state", state.word())];
+                announced.set(&labels, u32::from(one.state == state))?;
+            }
+        }
         let help = "How full a table is, of the most that there may be in it";
         let mut fill = gauge(encoder, "map_fill_ratio", help)?;
         for (map, ratio) in &self.fill {

@@ -1,5 +1,6 @@
 //! Readings of the kernel for people and programs: data only, without colour and layout.
 
+pub mod announcement;
 mod connections;
 pub mod diagnosis;
 pub mod event;

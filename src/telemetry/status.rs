@@ -26,6 +26,7 @@ use crate::net::neighbour::{Neighbour, NeighbourKey, NudState};
 use crate::net::routing::{self, Target};
 use crate::reconcile::drain;
 use crate::reconcile::observe::{Observed, observe};
+use crate::telemetry::announcement::{AnnouncedAddress, Announcement};
 use crate::telemetry::diagnosis::{self, Answer, Facts, Now, Routes, Silence, Source};
 use crate::telemetry::problem::Problem;
 use crate::telemetry::traffic::{Rate, Traffic};
@@ -58,6 +59,9 @@ pub struct Status {
     pub pending: Option<PendingStatus>,
     /// True while arpd's lease holds; `None`: it never ran.
     pub arpd: Option<bool>,
+    /// Addresses of `announce`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub announced: Vec<AnnouncedAddress>,
     /// Filled in by [`read`]. The exit code is 3 if one of them is more than a note.
     pub problems: Vec<Problem>,
     /// Counters, for rates between two readings.
@@ -276,6 +280,10 @@ pub async fn read(
         .map(|(guard, it)| generation::program(guard, it, Layer::Ethernet));
     let runs =
         program.and_then(|program| Some(bpf::program_info(program.ok()?.as_fd()).ok()?.runs));
+    if let (Some(guard), Some(serving)) = (&guard, serving) {
+        let announcement = Announcement::read(guard, netlink, &observed, serving).await?;
+        status.announced = announcement.addresses();
+    }
     drop(guard);
     let routes = routes(netlink, &status.rules, &observed).await?;
     let mut reading = Reading { observed, status, runs, routes };
@@ -336,6 +344,7 @@ impl Status {
             held: observed.held.map(|held| held.generation),
             pending: observed.pending.as_ref().map(PendingStatus::new),
             arpd: None,
+            announced: Vec::new(),
             problems: Vec::new(),
             traffic: None,
             max_ids: 0,

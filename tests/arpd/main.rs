@@ -1,5 +1,6 @@
 //! `udplb arpd`: neighbours, host names, multicast groups.
 
+mod announce;
 #[path = "../common/mod.rs"]
 mod common;
 mod dns;

@@ -216,7 +216,12 @@ in
     i: stubs.utils.escapeSystemdPath "/sys/subsystem/net/devices/${i}"
   );
   words = words {
-    inherit (udplbOptions) defaults interfaces rules;
+    inherit (udplbOptions)
+      announce
+      defaults
+      interfaces
+      rules
+      ;
   };
   # as the manual lists them
   options = map (o: {

@@ -197,6 +197,17 @@ impl Kernel {
             Action::Override { id, state: None, .. } => {
                 self.observed.overrides.remove(id);
             }
+            Action::TakeAddress(place) => {
+                let placed = self.observed.announcements.placed.remove(place);
+                assert!(placed.is_some(), "{place:?} is not udplb's");
+            }
+            Action::SetWithdrawn { address, withdrawn: true } => {
+                self.observed.announcements.withdrawn.insert(*address, 1);
+            }
+            Action::SetWithdrawn { address, withdrawn: false } => {
+                self.observed.announcements.withdrawn.remove(address);
+            }
+            Action::Settle(_) => {}
             Action::Drop(number) => {
                 assert!(!self.observed.is_attached(*number), "{number} serves");
                 self.observed.generations.remove(number);

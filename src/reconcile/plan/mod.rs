@@ -3,10 +3,12 @@
 mod refusal;
 mod rollback;
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::bpf::OBJECT_SHA256;
 use crate::config::State;
+use crate::datapath::announcements::{self, Place};
 use crate::datapath::description::{Generation, Origin};
 use crate::datapath::generation::Draft;
 use crate::datapath::hook::{Attachment, Hook, Slot};
@@ -63,6 +65,15 @@ pub enum Action {
         id: u32,
         state: Option<State>,
     },
+    /// Removes an announced address that arpd has put on an interface.
+    TakeAddress(Place),
+    /// Withdraws an address, or all, until the command that undoes it.
+    SetWithdrawn {
+        address: IpAddr,
+        withdrawn: bool,
+    },
+    /// Waits until routers have followed a withdrawal.
+    Settle(Duration),
     /// Moves the active generation's program from a tc filter to a tcx link or back. If both are the same, completes
     /// an interrupted handover.
     HandOver {
@@ -392,11 +403,12 @@ pub fn detach(
         }
     }
     let is_named = |name: &str| interfaces.is_empty() || interfaces.iter().any(|it| it == name);
-    let mut actions: Vec<Action> = observed
-        .attached()
-        .filter(|(name, _)| is_named(name))
-        .map(|(name, generation)| detachment(observed, name, generation))
-        .collect();
+    let mut actions = match observed.attached().all(|(name, _)| is_named(name)) {
+        true => leave(observed),
+        false => Vec::new(),
+    };
+    let named = observed.attached().filter(|(name, _)| is_named(name));
+    actions.extend(named.map(|(name, generation)| detachment(observed, name, generation)));
     let serving = observed.serving().and_then(|number| observed.generations.get(&number));
     let meant = serving.map_or(&[][..], |serving| &serving.description.desired.interfaces);
     let missing = meant.iter().filter(|name| {
@@ -422,6 +434,37 @@ pub fn detach(
         actions.extend(unused.map(|(name, _)| Action::DeleteClsact(name.clone())));
     }
     Ok(actions)
+}
+
+/// Plans the end of the announcement before the filter goes: all addresses are removed, and routers get
+/// the time to send elsewhere while packets are still forwarded.
+fn leave(observed: &Observed) -> Vec<Action> {
+    let placed = observed.announcements.placed.keys();
+    let mut actions: Vec<Action> = placed.copied().map(Action::TakeAddress).collect();
+    let serving = observed.serving().and_then(|number| observed.generations.get(&number));
+    let announce = serving.and_then(|serving| serving.description.desired.announce.as_ref());
+    if let Some(announce) = announce.filter(|_| !actions.is_empty()) {
+        actions.push(Action::Settle(announce.settle.into()));
+    }
+    actions
+}
+
+/// Plans `withdraw`: removes the addresses from their interfaces, and keeps arpd from putting them back.
+pub fn withdraw(observed: &Observed, addresses: &[IpAddr]) -> Vec<Action> {
+    let records = &observed.announcements;
+    let is_named =
+        |address: &IpAddr| addresses.contains(address) || addresses.contains(&announcements::ALL);
+    let new = addresses.iter().filter(|address| !records.withdrawn.contains_key(*address));
+    let withdrawn = new.map(|address| Action::SetWithdrawn { address: *address, withdrawn: true });
+    let placed = records.placed.keys().filter(|(address, _)| is_named(address));
+    withdrawn.chain(placed.copied().map(Action::TakeAddress)).collect()
+}
+
+/// Plans `announce` with addresses: ends their withdrawal.
+pub fn restore(observed: &Observed, addresses: &[IpAddr]) -> Vec<Action> {
+    let records = &observed.announcements;
+    let known = addresses.iter().filter(|address| records.withdrawn.contains_key(*address));
+    known.map(|address| Action::SetWithdrawn { address: *address, withdrawn: false }).collect()
 }
 
 /// Refuses pins that belong to another network namespace.
