@@ -11,6 +11,8 @@ pub mod doctor;
 pub mod drain;
 pub mod enable;
 pub mod get;
+pub mod import;
+pub mod init;
 pub mod list;
 pub mod man;
 pub mod metrics;
@@ -120,6 +122,12 @@ pub enum Command {
     /// Runs in the foreground and follows every apply. SIGHUP: refresh everything now; SIGTERM: exit;
     /// traffic continues.
     Arpd(arpd::Options),
+    /// Print a commented configuration for this host, to begin with.
+    Init(init::Options),
+    /// Print samplicator's configuration as one of udplb.
+    ///
+    /// Takes samplicator's own options; comments say where the meaning differs.
+    Import(import::Options),
     /// Print the JSON Schema (draft-07) of the configuration, or of the JSON output of a command.
     Schema(schema::Options),
     /// Print a shell completion script; it completes rules, upstreams and interfaces too.
@@ -154,6 +162,8 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         Command::Rollback(options) => rollback::run(global, options).await,
         Command::Detach(options) => detach::run(global, options).await,
         Command::Arpd(options) => arpd::run(global, options).await,
+        Command::Init(options) => init::run(options).await,
+        Command::Import(options) => import::run(global, options),
         Command::Schema(options) => schema::run(options),
         Command::Completions(options) => complete::run(options),
         Command::Man(options) => man::run(options),

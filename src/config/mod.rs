@@ -20,6 +20,7 @@ mod path;
 mod period;
 mod quote;
 mod reference;
+pub mod samplicator;
 mod scalar;
 mod schema;
 mod toml;

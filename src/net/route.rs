@@ -75,6 +75,17 @@ impl Netlink {
         .await
     }
 
+    /// Returns the interface of the default route for IPv4.
+    ///
+    /// # Errors
+    /// The request failed; the route is unknown.
+    pub fn default_interface(&self) -> io::Result<Option<u32>> {
+        // an address for documentation (RFC 5737)
+        const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+        let paths = self.paths(&[ELSEWHERE.into()], &HashMap::new())?.pop();
+        Ok(paths.and_then(|paths| Some(paths.ok()?.first()?.ifindex)))
+    }
+
     /// Returns all paths to each address, at least one, in the order asked, or the kernel's reason why
     /// there is none. `links` are all interfaces, by index.
     ///

@@ -75,6 +75,10 @@ impl Text {
         Ok(Text { name, text })
     }
 
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
     pub fn parse(&self) -> Result<Config> {
         Config::parse(&self.name, &self.text).map_err(Failure::Config)
     }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::common::lab::{
     CLIENTS, Directory, Lab, Outcome, RELAY, UPSTREAMS, config, rule, to_port,
 };
-use crate::common::net::{bind, receive};
+use crate::common::net::{bind, expect, own, receive};
 use crate::common::{Namespace, lock_any_memory, run};
 
 const NOBODY: u32 = 65_534;
@@ -526,6 +526,38 @@ fn completion_offers_active_rules() {
         assert_eq!(completed(&lab, words), ["spare0"], "{words}");
     }
     assert!(completed(&lab, "roll").contains(&"rollback".into()));
+}
+
+#[test]
+fn first_configuration_is_that_of_this_host() {
+    let lab = Lab::new();
+    for purpose in ["netflow", "syslog", "statsd", "dns"] {
+        let text = lab.run(&format!("init {purpose}")).expect(0).stdout;
+        assert!(text.contains(&format!("address: '{RELAY}'")), "{text}");
+        let file = lab.directory.write("first.yaml", &text);
+        lab.run(&format!("apply {} --dry-run", file.display())).expect(0);
+    }
+}
+
+#[test]
+fn samplicator_receivers_get_their_senders_packets() {
+    let lab = Lab::new();
+    let [all, some] = UPSTREAMS;
+    let (first, second) = (bind(&lab.upstream, all, 9000), bind(&lab.upstream, some, 9001));
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    let lines = format!("# senders: receivers\n{}/255.255.255.255: {some}/9001\n", CLIENTS[0]);
+    let file = lab.directory.write("samplicator.conf", &lines);
+    let words = format!("import -i eth0 -s {RELAY} -p 7100 -S {} {all}/9000", file.display());
+    let json = lab.run(&format!("{words} -o json")).expect(0).json();
+    assert_eq!(json["rules"][0]["upstream"][1]["port"], json!(9001));
+    let rules = lab.directory.write("rules.yaml", &lab.run(&words).expect(0).stdout);
+    lab.run(&format!("apply {}", rules.display())).expect(0);
+    sender.send_to(b"flows", (RELAY, 7100)).expect("a packet");
+    for socket in [&first, &second] {
+        expect(socket, b"flows", own(&sender), 63);
+    }
+    lab.directory.write("samplicator.conf", "10.0.0.0/255.0.255.0: 10.0.0.1\n");
+    lab.run(&words).expect(65).says(&["samplicator.conf:1:1", "not that of a prefix"]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
@@ -28,9 +28,6 @@ use crate::reconcile::{drift, sockets};
 use crate::telemetry::diagnosis;
 use crate::telemetry::problem::Problem;
 use crate::telemetry::status::{self, Reading, Status};
-
-/// An address for documentation (RFC 5737), reached by the default route.
-const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 
 /// Directories of systemd units.
 const UNIT_DIRS: [&str; 5] = [
@@ -382,9 +379,7 @@ async fn inputs(
     serving: Option<&Description>,
     desired: &Desired,
 ) -> Result<Vec<Input>> {
-    let elsewhere = netlink.paths(&[ELSEWHERE.into()], &HashMap::new());
-    let elsewhere = elsewhere.context("routes")?.pop();
-    let elsewhere = elsewhere.and_then(|paths| paths.ok()?.first().copied());
+    let default = netlink.default_interface().context("routes")?;
     let of = |family: Family| desired.rules.iter().filter(move |rule| rule.family() == family);
     let passes = of(Family::V4).any(|rule| rule.action == Action::Pass);
     let delivers = desired.rules.iter().any(|rule| rule.action == Action::Pass);
@@ -433,7 +428,7 @@ async fn inputs(
                 no_ipv6: Some(no_ipv6)
                     .filter(|sysctl| of(Family::V6).next().is_some() && is(sysctl, 1)),
                 strict: conf("all", "rp_filter").max(conf(name, "rp_filter")) == 1,
-                default_elsewhere: elsewhere.is_some_and(|route| route.ifindex != link.index),
+                default_elsewhere: default.is_some_and(|ifindex| ifindex != link.index),
                 passes,
                 delivers,
             }),
