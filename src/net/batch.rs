@@ -3,7 +3,9 @@
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{
+    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
 use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{Socket, SocketAddr};
@@ -38,22 +40,49 @@ impl Batches {
         while requests.peek().is_some() {
             let window = requests.by_ref().take(WINDOW);
             let first = self.next.fetch_add(WINDOW as u32, Ordering::Relaxed);
-            let sent = self.send(first, window)?;
+            let sent = self.send(first, NLM_F_REQUEST, window)?;
             answers.extend(self.receive(first, sent)?);
         }
         Ok(answers)
+    }
+
+    /// Passes the messages of a dump to `each` until it returns false; returns true if the dump came to its end and
+    /// is consistent. Closing the socket ends a dump.
+    pub fn dump(
+        self,
+        request: RouteNetlinkMessage,
+        mut each: impl FnMut(RouteNetlinkMessage) -> bool,
+    ) -> io::Result<bool> {
+        self.send(0, NLM_F_REQUEST | NLM_F_DUMP, std::iter::once(request))?;
+        let mut bytes = vec![0; ANSWERS];
+        loop {
+            let length = self.socket.recv(&mut &mut bytes[..], 0)?;
+            let mut rest = &bytes[..length.min(ANSWERS)];
+            while !rest.is_empty() {
+                let message = NetlinkMessage::deserialize(rest).map_err(io::Error::other)?;
+                let after = (message.header.length as usize).next_multiple_of(4).min(rest.len());
+                if let NetlinkPayload::Done(done) = message.payload {
+                    return Ok(done.code == 0);
+                }
+                if message.header.flags & NLM_F_DUMP_INTR != 0 || !each(answer(message.payload)?) {
+                    return Ok(false);
+                }
+                rest = &rest[after..];
+            }
+        }
     }
 
     /// Sends requests with sequence numbers from `first` on; returns how many.
     fn send(
         &self,
         first: u32,
+        flags: u16,
         requests: impl Iterator<Item = RouteNetlinkMessage>,
     ) -> io::Result<usize> {
         let (mut bytes, mut count) = (Vec::new(), 0);
         for request in requests {
             let mut message = NetlinkMessage::from(request);
-            message.header.flags = NLM_F_REQUEST;
+            message.header.flags = flags;
             message.header.sequence_number = first.wrapping_add(count);
             message.finalize();
             let start = bytes.len();

@@ -9,14 +9,14 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteNextHopFlags, RouteType, RouteVia,
 };
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
-use netlink_packet_route::{IpProtocol, RouteNetlinkMessage};
+use netlink_packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
 
-use super::batch::Answer;
+use super::batch::{Answer, Batches};
 use super::link::{Link, find_link};
 use super::neighbour::NeighbourKey;
 use super::{Netlink, family, family_of};
 use crate::config::{Address, Network};
-use crate::net::policy::{Match, PolicyAction, PolicyRule, TableRoute};
+use crate::net::policy::{Match, PolicyAction, PolicyRule, RouteOutcome, TableRoute};
 
 /// Route of packets to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,58 @@ impl Route {
     /// Returns the neighbour that its packets go to.
     pub fn neighbour(&self) -> NeighbourKey {
         (self.ifindex, self.gateway)
+    }
+}
+
+/// The prefixes of all routes of a family.
+struct Prefixes {
+    networks: HashSet<Network>,
+    /// The lengths that occur, the longest first.
+    lengths: Vec<u8>,
+}
+
+impl Prefixes {
+    /// Number of requests that cost less than a dump.
+    const FEW: usize = 256;
+
+    /// Reads the prefixes that addresses of a family may match; `None` if to look up each address costs less.
+    fn read(asked: &[IpAddr], ipv6: bool) -> io::Result<Option<Prefixes>> {
+        let asked = asked.iter().filter(|address| address.is_ipv6() == ipv6).count();
+        if asked < Prefixes::FEW {
+            return Ok(None);
+        }
+        let mut message = RouteMessage::default();
+        message.header.address_family = family_of(ipv6);
+        let mut networks = HashSet::new();
+        let read = Batches::open()?.dump(RouteNetlinkMessage::GetRoute(message), |reply| {
+            if let RouteNetlinkMessage::NewRoute(message) = reply {
+                networks.insert(network(&message));
+            }
+            networks.len() < asked / 4
+        });
+        let mut lengths: Vec<u8> = networks.iter().map(|network| network.prefix).collect();
+        lengths.sort_unstable_by(|one, other| other.cmp(one));
+        lengths.dedup();
+        Ok(read?.then_some(Prefixes { networks, lengths }))
+    }
+
+    /// Returns the longest prefix in any table that matches an address. All addresses for which it is the same
+    /// match the same routes: every shorter prefix matches all of them or none.
+    fn longest(&self, address: IpAddr) -> Network {
+        let mut networks = self.lengths.iter().map(|length| Network::new(address, *length));
+        let longest = networks.find(|network| self.networks.contains(network));
+        longest.filter(|_| !is_special(address)).unwrap_or(address.into())
+    }
+}
+
+/// Returns true for addresses that the kernel does not only look up: of no network, to groups, broadcast or reserved,
+/// and on one link.
+fn is_special(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => matches!(address.octets()[0], 0 | 224..),
+        IpAddr::V6(address) => {
+            address.is_unspecified() || address.is_multicast() || address.is_unicast_link_local()
+        }
     }
 }
 
@@ -97,8 +149,8 @@ impl Netlink {
         links: &HashMap<u32, Link>,
     ) -> io::Result<Vec<Result<Vec<Route>, String>>> {
         let routed = addresses.iter().filter(|address| address.scope.is_none());
-        let asked: Vec<_> = routed.map(|address| (address.ip, 0, RouteFlags::FibMatch)).collect();
-        let mut routes = self.routes(&asked)?.into_iter();
+        let routed: Vec<IpAddr> = routed.map(|address| address.ip).collect();
+        let mut routes = self.matched_routes(&routed)?.into_iter();
         let path_of = |address: &Address| match &address.scope {
             Some(interface) => Some(on_link(address.ip, interface, links).map(|path| vec![path])),
             None => routes.next(),
@@ -111,6 +163,23 @@ impl Netlink {
             .collect();
         self.add_sources(&mut unsourced)?;
         Ok(all)
+    }
+
+    /// Looks up the route that each address matches, once for all addresses that match the same prefix.
+    fn matched_routes(&self, asked: &[IpAddr]) -> io::Result<Vec<RouteOutcome>> {
+        let prefixes = [Prefixes::read(asked, false)?, Prefixes::read(asked, true)?];
+        let mut groups = HashMap::new();
+        let (mut requests, mut group_of) = (Vec::new(), Vec::with_capacity(asked.len()));
+        for address in asked {
+            let prefixes = prefixes[usize::from(address.is_ipv6())].as_ref();
+            let group = prefixes.map_or((*address).into(), |prefixes| prefixes.longest(*address));
+            group_of.push(*groups.entry(group).or_insert_with(|| {
+                requests.push(route_request(*address, 0, RouteFlags::FibMatch));
+                requests.len() - 1
+            }));
+        }
+        let answers = self.batches.request(requests)?;
+        asked.iter().zip(group_of).map(|(ip, group)| routes_of(*ip, &answers[group])).collect()
     }
 
     /// Sets the source address of paths to these addresses, if the route has none.
@@ -137,15 +206,12 @@ impl Netlink {
 
     /// Looks up routes of local senders, each by address, index of the interface that the sender is bound to,
     /// or 0, and flags. An inner error is the kernel's reason why there is no path.
-    fn routes(
-        &self,
-        asked: &[(IpAddr, u32, RouteFlags)],
-    ) -> io::Result<Vec<Result<Vec<Route>, String>>> {
+    fn routes(&self, asked: &[(IpAddr, u32, RouteFlags)]) -> io::Result<Vec<RouteOutcome>> {
         let request = |(address, output, flags): &_| route_request(*address, *output, *flags);
         let answers = self.batches.request(asked.iter().map(request).collect())?;
         asked
             .iter()
-            .zip(answers)
+            .zip(&answers)
             .map(|((address, ..), answer)| routes_of(*address, answer))
             .collect()
     }
@@ -170,11 +236,17 @@ pub(super) fn route_request(
 }
 
 /// Returns the paths of an answer. The inner error is the kernel's reason why there is none.
-fn routes_of(address: IpAddr, answer: Answer) -> io::Result<Result<Vec<Route>, String>> {
+fn routes_of(address: IpAddr, answer: &Answer) -> io::Result<RouteOutcome> {
     let routes = match answer {
-        Ok(RouteNetlinkMessage::NewRoute(message)) => route(address, &message),
+        Ok(RouteNetlinkMessage::NewRoute(message)) => route(address, message),
         Ok(_) => Vec::new(),
-        Err(error) => return no_route(&error).map_or(Err(error), |reason| Ok(Err(reason))),
+        Err(error) => {
+            let failed = || match error.raw_os_error() {
+                Some(code) => io::Error::from_raw_os_error(code),
+                None => io::Error::new(error.kind(), error.to_string()),
+            };
+            return no_route(error).map(Err).ok_or_else(failed);
+        }
     };
     Ok(if routes.is_empty() { Err("no unicast route".into()) } else { Ok(routes) })
 }
@@ -246,6 +318,19 @@ fn route(address: IpAddr, message: &RouteMessage) -> Vec<Route> {
     alive.push(only);
     alive.retain(|path| path.ifindex != 0);
     alive
+}
+
+/// Returns the prefix of a route.
+fn network(message: &RouteMessage) -> Network {
+    let anywhere: IpAddr = match message.header.address_family {
+        AddressFamily::Inet6 => Ipv6Addr::UNSPECIFIED.into(),
+        _ => Ipv4Addr::UNSPECIFIED.into(),
+    };
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(address) => ip(address),
+        _ => None,
+    });
+    Network::new(address.unwrap_or(anywhere), message.header.destination_prefix_length)
 }
 
 /// Parses a route of a dump.
@@ -369,5 +454,62 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
         RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
         RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+    use super::{Netlink, Network, Prefixes, RouteFlags, RouteOutcome};
+
+    fn prefixes(networks: &[&str]) -> Prefixes {
+        let networks: Vec<Network> =
+            networks.iter().map(|network| network.parse().expect("a network")).collect();
+        let mut lengths: Vec<u8> = networks.iter().map(|network| network.prefix).collect();
+        lengths.sort_unstable_by(|one, other| other.cmp(one));
+        Prefixes { networks: networks.into_iter().collect(), lengths }
+    }
+
+    #[test]
+    fn longest_prefix_is_that_of_any_table() {
+        let prefixes = prefixes(&["10.0.0.0/8", "10.1.0.0/16", "10.1.2.3/32", "224.0.0.0/4"]);
+        for (address, longest) in [
+            ("10.9.9.9", "10.0.0.0/8"),
+            ("10.1.2.4", "10.1.0.0/16"),
+            ("10.1.2.3", "10.1.2.3/32"),
+            ("11.0.0.1", "11.0.0.1/32"),
+            ("224.0.0.1", "224.0.0.1/32"),
+        ] {
+            let found = prefixes.longest(address.parse().expect("an address"));
+            assert_eq!(found, longest.parse().expect("a network"), "{address}");
+        }
+    }
+
+    /// Half of the addresses share routes of this host's tables, and the others have any or none.
+    #[test]
+    fn shared_answers_are_those_of_each_address() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let addresses: Vec<IpAddr> = (0..1000_u32)
+            .flat_map(|nth| {
+                let random = nth.wrapping_mul(2_654_435_761);
+                [
+                    Ipv4Addr::from_bits(0x7f00_0001 + nth).into(),
+                    Ipv4Addr::from_bits(random).into(),
+                    Ipv6Addr::from_bits(u128::from(random) << 96).into(),
+                ]
+            })
+            .collect();
+        runtime.expect("a runtime").block_on(async {
+            let netlink = Netlink::open().expect("a socket");
+            let each: Vec<_> =
+                addresses.iter().map(|address| (*address, 0, RouteFlags::FibMatch)).collect();
+            let each: Vec<RouteOutcome> = netlink.routes(&each).expect("answers");
+            let shared = netlink.matched_routes(&addresses).expect("answers");
+            for ((address, each), shared) in addresses.iter().zip(each).zip(shared) {
+                assert_eq!(shared, each, "{address}");
+            }
+            assert!(Prefixes::read(&addresses, false).expect("a dump").is_some());
+        });
     }
 }
