@@ -58,11 +58,18 @@ pub fn write(
         return Ok(());
     }
     let map = MapHandle::from_pinned_path(&path).with_context(|| path.display().to_string())?;
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
     for ((rule, ids), first) in desired.rules.iter().zip(ids).zip(first_upstreams(desired)) {
         let concerns = |changed: &HashSet<u32>| ids.upstreams.iter().any(|id| changed.contains(id));
         if rule.mode == Mode::Balance && changed.is_none_or(concerns) {
-            update(&map, first, &table(first, rule, ids, situations))?;
+            let table = table(first, rule, ids, situations);
+            keys.extend((first..).take(table.len()).flat_map(u32::to_ne_bytes));
+            values.extend(table.iter().flat_map(bytes_of));
         }
+    }
+    let count = (keys.len() / size_of::<u32>()) as u32;
+    if count > 0 {
+        map.update_batch(&keys, &values, count, MapFlags::ANY, MapFlags::ANY)?;
     }
     gate.advance();
     Ok(())
@@ -70,13 +77,6 @@ pub fn write(
 
 /// Name of the map's pin in a generation's directory.
 pub const PIN: &str = "spares";
-
-fn update(map: &MapHandle, first: u32, table: &[types::spare]) -> anyhow::Result<()> {
-    let keys: Vec<u8> = (first..).take(table.len()).flat_map(u32::to_ne_bytes).collect();
-    let values: Vec<u8> = table.iter().flat_map(bytes_of).copied().collect();
-    let (any, count) = (MapFlags::ANY, table.len() as u32);
-    Ok(map.update_batch(&keys, &values, count, any, any)?)
-}
 
 /// As many entries as the rule has upstreams, the first of which has the index `first`.
 pub fn table(
