@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
-use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, types, unwire, wire};
+use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, read_array, types, unwire, wire};
 use crate::datapath::chunked_map::Chunks;
 use crate::datapath::gate::Gate;
 use crate::desired::{Desired, RuleIds};
@@ -58,14 +58,16 @@ impl NextHops {
     /// Returns the next hops of all upstreams up to this id.
     pub fn read_all(&self, most: u32) -> anyhow::Result<Vec<types::nexthop>> {
         let mut all = Vec::with_capacity(self.0.room() as usize);
+        let mut whole = true;
         for (_, chunk) in self.0.iter().take_while(|(first, _)| *first <= most) {
-            let width = chunk.max_entries();
-            for (_, slot) in chunk.lookup_batch(width, MapFlags::ANY, MapFlags::ANY)? {
-                let slot: types::nexthop_slot =
-                    from_bytes(&slot).context("next hops of another layout")?;
-                all.push(slot.copies[(slot.sequence & 1) as usize]);
-            }
+            read_array(chunk, chunk.max_entries(), |slot| match from_bytes(slot) {
+                Some(types::nexthop_slot { copies, sequence, .. }) => {
+                    all.push(copies[(sequence & 1) as usize]);
+                }
+                None => whole = false,
+            })?;
         }
+        ensure!(whole, "next hops of another layout");
         Ok(all)
     }
 
