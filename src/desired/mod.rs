@@ -270,6 +270,11 @@ impl Desired {
         desired
     }
 
+    /// Returns true if both are the same as [`Desired::as_written`].
+    pub fn is_written_as(&self, other: &Desired) -> bool {
+        self == other || self.as_written() == other.as_written()
+    }
+
     /// Records the rules as written, unless [`Desired::as_written`] can derive them.
     pub fn keep_written(&mut self, written: &[Rule]) {
         self.incomplete.rules.clear();

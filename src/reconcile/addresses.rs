@@ -23,10 +23,11 @@ pub async fn renewed(netlink: &Netlink, desired: &Desired) -> anyhow::Result<Opt
     let (addresses, broadcasts) = expand(desired, &of_interfaces(&interfaces, &links, &own));
     let local_ports = local_ports()
         .filter(|local| desired.rules.iter().any(|rule| takes_answers(rule, Some(*local))));
-    let renewed = Desired { interfaces, addresses, broadcasts, local_ports, ..desired.clone() };
-    if renewed == *desired {
+    let current = (&desired.interfaces, &desired.addresses, &desired.broadcasts);
+    if (&interfaces, &addresses, &broadcasts) == current && local_ports == desired.local_ports {
         return Ok(None);
     }
+    let renewed = Desired { interfaces, addresses, broadcasts, local_ports, ..desired.clone() };
     fits(&renewed)?;
     Ok(Some(renewed))
 }

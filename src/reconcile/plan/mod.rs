@@ -195,7 +195,7 @@ fn replace(
     let held = held(observed);
     if let Some((held, left)) = held
         && !request.force
-        && left.description.desired.as_written() == desired.as_written()
+        && left.description.desired.is_written_as(desired)
     {
         return Err(Refusal::Held(held));
     }
@@ -272,7 +272,7 @@ fn fallback(
         Some(serving)
             if request.moved
                 || (serving.description.object == OBJECT_SHA256
-                    && serving.description.desired.as_written() == desired.as_written()) =>
+                    && serving.description.desired.is_written_as(desired)) =>
         {
             // A generation that has lost pins cannot be restored.
             let same = Some(serving.number).filter(|_| serving.intact);
@@ -304,8 +304,7 @@ fn pending_after(
     }
     let Some(pending) = observed.pending else { return Ok(None) };
     let waiting = observed.generations.get(&pending.generation);
-    let is_same =
-        waiting.is_some_and(|it| it.description.desired.as_written() == desired.as_written());
+    let is_same = waiting.is_some_and(|it| it.description.desired.is_written_as(desired));
     if request.moved || is_same {
         return Ok(Some(Pending { generation: number, ..pending }));
     }
