@@ -98,7 +98,7 @@ pub fn interfaces() -> Vec<CompletionCandidate> {
 fn serving() -> Option<Desired> {
     let guard = pins::read(&pin_dir(env::args()), Duration::ZERO).ok()??;
     let generation = generation::read(&guard, guard.current()?).ok()??;
-    Some(generation.description.desired)
+    Some(generation.description.desired.clone())
 }
 
 fn pin_dir(words: impl Iterator<Item = String>) -> PathBuf {

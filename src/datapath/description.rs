@@ -1,6 +1,7 @@
 //! Description of a generation: its configuration, its ids and where it came from.
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -83,7 +84,7 @@ impl ProgramName {
 #[derive(Clone, Debug)]
 pub struct Generation {
     pub number: u32,
-    pub description: Description,
+    pub description: Arc<Description>,
     /// Every pin exists, and the program uses these maps.
     pub intact: bool,
 }

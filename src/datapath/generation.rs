@@ -1,12 +1,12 @@
 //! One generation: a configuration in the kernel, immutable once it is built.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, DirBuilder};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, anyhow, bail};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -168,6 +168,7 @@ fn build_in(
     }
     fill(&mut skeleton, &tables, &keys, &serde_json::to_vec(&description)?)?;
     pin(&mut skeleton, directory, draft.l3)?;
+    let description = Arc::new(description);
     let generation = Generation { number: draft.number, description, intact: true };
     Ok(Built { generation, counters_reset })
 }
@@ -452,13 +453,33 @@ fn is_damage(error: &anyhow::Error) -> bool {
     })
 }
 
-fn read_description(directory: &Path) -> anyhow::Result<Description> {
+/// The descriptions that were read last, by the kernel's number of the map. Such a map is frozen and numbers
+/// are not used again, so a description is decoded once for all that ask for it.
+static DESCRIPTIONS: Mutex<BTreeMap<u32, Arc<Description>>> = Mutex::new(BTreeMap::new());
+
+/// Number of descriptions that are kept: of the active generation, and of the one before it.
+const KEPT: usize = 2;
+
+fn read_description(directory: &Path) -> anyhow::Result<Arc<Description>> {
     let config = directory.join("config");
     let map = MapHandle::from_pinned_path(&config).with_context(|| config.display().to_string())?;
+    let id = map_id(&map)?;
+    let known = || DESCRIPTIONS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(description) = known().get(&id) {
+        return Ok(description.clone());
+    }
     let mut json = Vec::new();
     bpf::read_array(&map, map.max_entries(), |chunk| json.extend_from_slice(chunk))?;
     let end = json.iter().position(|byte| *byte == 0).unwrap_or(json.len());
-    serde_json::from_slice(&json[..end]).context("its description")
+    let description: Description =
+        serde_json::from_slice(&json[..end]).context("its description")?;
+    let description = Arc::new(description);
+    let mut known = known();
+    known.insert(id, description.clone());
+    while known.len() > KEPT {
+        known.pop_first();
+    }
+    Ok(description)
 }
 
 /// Returns the programs of a generation, by their pins.
@@ -484,7 +505,7 @@ pub fn made_of(guard: &ReadGuard, number: u32, digest: &str) -> Option<Desired> 
         return None;
     }
     let generation = read(guard, number).ok()?.filter(|generation| generation.intact)?;
-    Some(generation.description.desired)
+    Some(generation.description.desired.clone())
 }
 
 fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyhow::Result<()> {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
 use anyhow::Context;
 
@@ -188,8 +189,9 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
         }
         if let Some((number, origin)) = maps.as_ref().map(StateMaps::origin).transpose()?.flatten()
             && let Some(generation) = observed.generations.get_mut(&number)
+            && generation.description.origin != origin
         {
-            generation.description.origin = origin;
+            Arc::make_mut(&mut generation.description).origin = origin;
         }
         let held = observed.generations.values().flat_map(Generation::ids);
         let held: HashSet<u32> = held.collect();

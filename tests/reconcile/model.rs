@@ -237,7 +237,8 @@ impl Kernel {
             desired: draft.desired.clone(),
             ids,
         };
-        let generation = Generation { number: draft.number, description, intact: true };
+        let generation =
+            Generation { number: draft.number, description: description.into(), intact: true };
         let before = self.observed.generations.insert(draft.number, generation);
         assert!(before.is_none(), "generation {} is there already", draft.number);
     }

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use anyhow::{anyhow, bail};
 use proptest::collection::{btree_set, vec};
@@ -395,8 +396,10 @@ fn changed_program_is_another_generation() {
     let one = Desired { interfaces: vec!["a".into()], ..Desired::default() };
     let mut kernel = Kernel::new(&INTERFACES, Attachment::Filter);
     kernel.apply(&one, false, ALL).expect("no refusal");
-    let object =
-        &mut kernel.observed.generations.get_mut(&1).expect("it is there").description.object;
+    let object = &mut Arc::make_mut(
+        &mut kernel.observed.generations.get_mut(&1).expect("it is there").description,
+    )
+    .object;
     *object = "an older udplb's".into();
     assert_eq!(kernel.apply(&one, false, ALL).expect("no refusal").generation, 2);
     // rollback of a bad upgrade: the cron job must not apply it again

@@ -213,7 +213,7 @@ pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Resu
     };
     let number = status.and_then(|status| status.generation);
     let serving = number.and_then(|number| observed.generations.get(&number));
-    let serving = serving.map(|generation| &generation.description);
+    let serving = serving.map(|generation| &*generation.description);
     facts.damage = damage(observed);
     facts.held = observed.held.map(|held| held.generation);
     facts.arpd = status.and_then(|status| status.arpd);

@@ -205,7 +205,7 @@ mod tests {
             desired,
             ids: Vec::new(),
         };
-        Generation { number: 2, description, intact: true }
+        Generation { number: 2, description: description.into(), intact: true }
     }
 
     fn interface(slot: Slot) -> Interface {
