@@ -256,6 +256,18 @@ __noinline __u32 has_waiting_socket(struct __sk_buff *skb, __u32 packed)
 	return waiting;
 }
 
+/* Checks the headers of an upstream's answer; returns as admit(). */
+__noinline __u32 admit_answer(struct __sk_buff *skb, __u32 packed, __u32 flags)
+{
+	struct pkt pkt = pkt_of(packed);
+	struct xmit *xmit = get_xmit();
+
+	if (!xmit || !pkt_locate(skb, &pkt))
+		return VERDICT_MALFORMED;
+	xmit->allow_martians = false;
+	return check_headers(skb, &pkt, flags & ~RULE_MARTIANS);
+}
+
 /*
  * Checks a matched packet before upstreams are selected. Returns enum verdict; VERDICT_FORWARDED: it is
  * admitted. A global function, because its stack frame would not fit into that of its callers.

@@ -81,6 +81,7 @@ static __always_inline const __be32 *fill_plain_rewrite(const struct pkt *pkt, c
 	const struct upstream *upstream;
 
 	rw->port = line->port;
+	rw->source_port = 0;
 	rw->identification = 0;
 	if (!ipv6) {
 		rw->source[0] = line->source4;
@@ -329,12 +330,18 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 	return line && serves(line, pkt, gate) ? send_plain(skb, pkt, line, index, ipv6) : ACTION_SLOW;
 }
 
-/* Returns the action for a datagram without a rule: the slow path reports it while somebody listens. */
-static __always_inline int leave_stranger(void)
+/*
+ * Returns the action for a datagram without a rule: the slow path translates answers, and reports the others
+ * while somebody listens.
+ */
+static __always_inline int leave_stranger(const struct pkt *pkt, const bool ipv6)
 {
+	const void *source = ipv6 ? (void *)&pkt->ip6->saddr : (void *)&pkt->ip->saddr;
 	const struct trace *trace = get_trace();
 
-	return features.any_port || (trace && trace->until) ? ACTION_SLOW : TC_ACT_UNSPEC;
+	if (features.any_port || (trace && trace->until))
+		return ACTION_SLOW;
+	return features.origins && find_origin(source, pkt->udp->source, ipv6) ? ACTION_SLOW : TC_ACT_UNSPEC;
 }
 
 static __always_inline int fast_ipv4(struct __sk_buff *skb, struct pkt *pkt)
@@ -348,7 +355,7 @@ static __always_inline int fast_ipv4(struct __sk_buff *skb, struct pkt *pkt)
 	    skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC)
 		return ACTION_SLOW;
 	entry = find_entry(bpf_ntohl(ip->daddr), bpf_ntohs(pkt->udp->dest));
-	return entry ? deliver_plain(skb, pkt, entry, false) : leave_stranger();
+	return entry ? deliver_plain(skb, pkt, entry, false) : leave_stranger(pkt, false);
 }
 
 static __always_inline int fast_ipv6(struct __sk_buff *skb, struct pkt *pkt)
@@ -365,7 +372,7 @@ static __always_inline int fast_ipv6(struct __sk_buff *skb, struct pkt *pkt)
 	if (ip6->version != 6 || skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC)
 		return ACTION_SLOW;
 	entry = find_entry6(ip6->daddr.in6_u.u6_addr32, pkt->udp->dest);
-	return entry ? deliver_plain(skb, pkt, entry, true) : leave_stranger();
+	return entry ? deliver_plain(skb, pkt, entry, true) : leave_stranger(pkt, true);
 }
 
 /*

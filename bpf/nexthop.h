@@ -287,7 +287,7 @@ static __always_inline void fill_fib_query(struct __sk_buff *skb, const struct p
 	fib->tot_len = length;
 	fib->ifindex = skb->ifindex;
 	if (pkt->has_udp) {
-		fib->sport = pkt->udp->source;
+		fib->sport = features.origins && rw->source_port ? rw->source_port : pkt->udp->source;
 		fib->dport = rw->port ?: pkt->udp->dest;
 	}
 	if (pkt->is_ipv6) {

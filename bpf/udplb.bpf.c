@@ -42,6 +42,27 @@ static __always_inline int process(struct __sk_buff *skb, struct pkt *pkt, const
 	return deliver(skb, pkt, rule, &selection);
 }
 
+/* Processes a whole answer of an upstream; `index` is that of its answers in `upstreams`. */
+static __always_inline int process_answer(struct __sk_buff *skb, struct pkt *pkt, const struct rule *rule,
+					  __u32 index)
+{
+	enum verdict verdict;
+
+	trace(skb, rule->id, pkt);
+	verdict = admit_answer(skb, pkt->packed, rule->flags);
+	if (verdict != VERDICT_FORWARDED)
+		return refuse_answer(skb, pkt, index, verdict);
+	return deliver_answer(skb, pkt, rule, index, 0);
+}
+
+/* Returns the rule whose upstream answers with a packet, and stores the index of its answers; NULL: none. */
+static __always_inline const struct rule *answered_rule(const struct pkt *pkt, __u32 *index)
+{
+	if (pkt_has(pkt, PKT_F_IPV6))
+		return match_answer(&pkt->ip6->saddr, &pkt->ip6->daddr, pkt->udp->source, true, index);
+	return match_answer(&pkt->ip->saddr, &pkt->ip->daddr, pkt->udp->source, false, index);
+}
+
 /*
  * The slow path, for any packet; `l2` is the length in bytes of the link-layer header: Ethernet's, or 0.
  * Returns the action of the program, or ACTION_RARE.
@@ -50,7 +71,8 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 {
 	const struct gate *gate = get_gate();
 	struct xmit *xmit = get_xmit();
-	const struct rule *rule;
+	const struct rule *rule, *answered = NULL;
+	__u32 answers = 0;
 	struct pkt pkt;
 	int action;
 
@@ -76,7 +98,9 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	default:
 		return TC_ACT_UNSPEC;
 	}
-	if (!rule) {
+	if (!rule && features.origins)
+		answered = answered_rule(&pkt, &answers);
+	if (!rule && !answered) {
 		trace_unmatched(skb, l2, l2 - sizeof(struct ethhdr) + pkt_l4_offset(&pkt),
 				pkt_has(&pkt, PKT_F_IPV6));
 		return TC_ACT_UNSPEC;
@@ -84,10 +108,11 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	if (!l2 || skb->vlan_present)
 		return ACTION_RARE;
 	if (!is_for_us(skb)) {
-		count_pkt(skb, &pkt, rule->id, VERDICT_NOT_FOR_US);
+		if (rule)
+			count_pkt(skb, &pkt, rule->id, VERDICT_NOT_FOR_US);
 		return TC_ACT_UNSPEC;
 	}
-	action = process(skb, &pkt, rule);
+	action = rule ? process(skb, &pkt, rule) : process_answer(skb, &pkt, answered, answers);
 	return action == ACTION_REFLECT ? bpf_redirect(skb->ifindex, 0) : action;
 }
 

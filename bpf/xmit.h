@@ -116,6 +116,19 @@ static __always_inline __u32 new_identification(struct __sk_buff *skb, const str
 	return identification + upstream->duplicate * IDENTIFICATION_STEP;
 }
 
+/* Fills in the new headers of an upstream's answer: the client was told to expect it from elsewhere. */
+static __always_inline void fill_answer(const struct pkt *pkt, const struct upstream *answers,
+					struct rewrite *rw)
+{
+	__builtin_memcpy(rw->source, answers->address, sizeof(rw->source));
+	rw->source_port = answers->port;
+	rw->port = 0;
+	if (pkt->is_ipv6)
+		__builtin_memcpy(rw->destination, &pkt->ip6->daddr, sizeof(rw->destination));
+	else
+		rw->destination[0] = pkt->ip->daddr;
+}
+
 /* Fills in the new headers for an upstream. Returns false if its egress address is not known. */
 static __always_inline bool fill_rewrite(struct __sk_buff *skb, const struct pkt *pkt,
 					 const struct upstream *upstream, __u32 identification,
@@ -123,9 +136,14 @@ static __always_inline bool fill_rewrite(struct __sk_buff *skb, const struct pkt
 {
 	const bool from_vip = upstream->source == SOURCE_VIP;
 
+	rw->identification = new_identification(skb, pkt, upstream, identification);
+	if (features.origins && upstream->source == SOURCE_ORIGIN) {
+		fill_answer(pkt, upstream, rw);
+		return true;
+	}
 	__builtin_memcpy(rw->destination, upstream->address, sizeof(rw->destination));
 	rw->port = upstream->port;
-	rw->identification = new_identification(skb, pkt, upstream, identification);
+	rw->source_port = 0;
 	if (upstream->source == SOURCE_EGRESS)
 		return egress_address(upstream, rw->source);
 	if (pkt->is_ipv6)

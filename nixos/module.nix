@@ -156,6 +156,10 @@ let
     source =
       word source "preserve"
         "Sender that upstreams see: the matched destination (`vip`, the default), the original one (`preserve`) or this host's own address (`egress`).";
+    reply = word (types.enum [
+      "none"
+      "route"
+    ]) "route" "Way of the upstreams' answers; with `route` they come back through this host.";
     health =
       word
         (types.enum [

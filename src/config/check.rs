@@ -12,6 +12,8 @@ use super::{
 };
 use crate::maglev;
 
+mod reply;
+
 /// Maximum number of ports of all keys, counted once for each network of senders.
 pub const KEY_ENTRIES: usize = 1_000_000;
 
@@ -46,12 +48,14 @@ pub(super) fn check(decoded: &mut Decoded) {
         receivers(rule, &mut diagnostics);
         upstreams(rule, &mut diagnostics);
         weights(rule, &mut diagnostics);
+        reply::check(rule, &mut diagnostics);
     }
     decoded.warnings.extend(large_tables(rules));
     names(rules, &mut diagnostics);
     // More than the limit would take minutes to compare.
     if limits(rules, &mut diagnostics) {
         overlaps(rules, &mut diagnostics);
+        reply::ambiguous(rules, &mut diagnostics);
     }
     decoded.diagnostics = diagnostics;
 }
@@ -286,10 +290,7 @@ fn large_tables(rules: &[RuleConfig]) -> Option<Message> {
 
 /// Returns the port of an upstream; none where it is each packet's own.
 fn port(rule: &RuleConfig, upstream: &UpstreamConfig) -> Option<u16> {
-    match (upstream.port, &rule.key.ports[..]) {
-        (None, [only]) if only.first == only.last => Some(only.first),
-        (port, _) => port,
-    }
+    upstream.port.or(rule.key.only_port())
 }
 
 fn names(rules: &[RuleConfig], diagnostics: &mut Diagnostics) {

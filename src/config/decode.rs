@@ -9,8 +9,8 @@ use super::path::Trail;
 use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, STATSD, Shape, Table};
 use super::{
-    Action, Announce, Hash, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports,
-    RuleConfig, Strategy, UpstreamConfig, scalar,
+    Action, Announce, Hash, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports, Reply,
+    RuleConfig, Source, Strategy, UpstreamConfig, scalar,
 };
 
 /// The valid part of a file, and its diagnostics.
@@ -303,6 +303,7 @@ impl Decoder {
         let own = self.options(fields.get(&words::OPTIONS), &at_options);
         let options = own.or(defaults);
         let selection = self.selection(&own, &options, &at_options);
+        let reply = self.option(&options, &words::REPLY);
 
         let (name, key, (strategy, payload, hash)) = (name?, key?, selection?);
         let rule = RuleConfig {
@@ -313,7 +314,8 @@ impl Decoder {
             strategy,
             payload,
             hash,
-            source: self.option(&options, &words::SOURCE)?,
+            source: self.source(&options, reply?)?,
+            reply: reply?,
             health: self.option(&options, &words::HEALTH)?,
             fragments: self.option(&options, &words::FRAGMENTS)?,
             zero_checksum: self.option(&options, &words::ZERO_CHECKSUM)?,
@@ -354,7 +356,7 @@ impl Decoder {
             self.warn(at, &message);
         }
         let own_sources = rule.destinations().all(|upstream| upstream.source.is_some());
-        if options.get(&words::SOURCE).is_given() || own_sources {
+        if options.get(&words::SOURCE).is_given() || own_sources || rule.reply != Reply::None {
             return;
         }
         let telemetry = TELEMETRY
@@ -403,6 +405,14 @@ impl Decoder {
         choice: &'static EnumField,
     ) -> Option<T> {
         self.settle(options.get(choice), choice)
+    }
+
+    /// Returns the source of outgoing packets: answers that are routed need the client's own.
+    fn source(&self, options: &Options, reply: Reply) -> Option<Source> {
+        match (options.get(&words::SOURCE), reply) {
+            (Given::Missing, Reply::Route) => Some(Source::Preserve),
+            _ => self.option(options, &words::SOURCE),
+        }
     }
 
     /// Reports options that select an upstream, in a rule that replicates.
@@ -680,7 +690,7 @@ impl Decoder {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Addresses, Admission, Fragments, Health, Source, State};
+    use super::super::{Addresses, Admission, Fragments, Health, State};
     use super::*;
 
     fn has_variants<T: Deserialize<'static>>(choice: &'static EnumField) {
@@ -694,6 +704,7 @@ mod tests {
         has_variants::<Action>(&words::TC_ACTION);
         has_variants::<Mode>(&words::MODE);
         has_variants::<Source>(&words::SOURCE);
+        has_variants::<Reply>(&words::REPLY);
         has_variants::<Strategy>(&words::STRATEGY);
         has_variants::<Hash>(&words::HASH);
         has_variants::<Health>(&words::HEALTH);

@@ -44,7 +44,7 @@ pub use reference::{MARKS, manual, markdown};
 pub use schema::schema;
 pub use types::{
     Action, Addresses, Admission, Announce, Fragments, Hash, Health, Key, Mode, Payload, Ports,
-    RuleConfig, Source, State, Strategy, UpstreamConfig,
+    Reply, RuleConfig, Source, State, Strategy, UpstreamConfig,
 };
 use vocabulary::INTERFACES;
 pub use vocabulary::{ANY, STATSD};

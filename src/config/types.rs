@@ -128,6 +128,17 @@ pub enum Source {
     Egress,
 }
 
+/// Way of the upstreams' answers to the clients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reply {
+    /// Whatever the upstreams do.
+    #[default]
+    None,
+    /// They route them through this host, or another one with the same configuration.
+    Route,
+}
+
 /// Check that an upstream must pass to be selected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -187,6 +198,7 @@ pub struct RuleConfig {
     pub payload: Option<Payload>,
     pub hash: Hash,
     pub source: Source,
+    pub reply: Reply,
     pub health: Health,
     pub fragments: Fragments,
     /// UDP over IPv6 without a checksum.
@@ -257,6 +269,14 @@ impl Key {
     pub fn entries(&self) -> usize {
         let ports: usize = self.ports.iter().map(Ports::count).sum();
         ports.max(1) * self.from.len().max(1)
+    }
+
+    /// Returns the port of a key that has one alone.
+    pub fn only_port(&self) -> Option<u16> {
+        match self.ports[..] {
+            [only] if only.first == only.last => Some(only.first),
+            _ => None,
+        }
     }
 
     /// Returns true if packets match both keys and nothing decides between them.

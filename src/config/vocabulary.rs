@@ -257,6 +257,7 @@ pub static MODE: EnumField = EnumField::new(
 .example("replicate");
 const SOURCES: &[&str] = &["vip", "preserve", "egress"];
 pub static SOURCE: EnumField = EnumField::new(&SOURCE, "source", SOURCES, "Sender that the upstream sees: the address that the packet was sent to (`vip`), the packet's sender (`preserve`), or this host's address on the way to the upstream (`egress`).").default("vip").example("preserve");
+pub static REPLY: EnumField = EnumField::new(&REPLY, "reply", &["none", "route"], "Way of the upstreams' answers. `route`: the upstreams see the client and route their answers through a host with this rule, where they get the address and port as source that the client had sent to. Needs `tc_action: block`, `mode: balance` and `source: preserve`, its default then.").default("none").example("route");
 pub static STRATEGY: EnumField = EnumField::new(&STRATEGY, "strategy", &["src-port", "src-ip", "src-ip-port", "random", "payload"], "Part of the packet that selects its upstream: address or port of the sender, both, or bytes of the payload; `random` selects for each packet anew.").default("src-ip-port").in_list(&["src-port", "src-ip"], "src-port").example("src-ip");
 pub static PAYLOAD: Field = Field::new("payload", Shape::WordOrMap(STATSD, &PAYLOAD_MAP), "Bytes that the strategy `payload` selects by: the name of the first StatsD metric (`statsd`), or `offset` and `length`. A packet that is too short is selected by `src-ip-port`.").default("none").example("{ offset: 4, length: 8 }");
 pub static HASH: EnumField = EnumField::new(&HASH, "hash", &["modulo", "maglev"], "Mapping from the selecting part to an upstream. With `maglev` another upstream, or one less, moves few flows of the others; `modulo` goes by the place in the list.").default("maglev").list_default("modulo").example("modulo");
@@ -346,6 +347,7 @@ pub static OPTIONS_MAP: Table = Table {
         &TC_ACTION.field,
         &MODE.field,
         &SOURCE.field,
+        &REPLY.field,
         &STRATEGY.field,
         &PAYLOAD,
         &HASH.field,

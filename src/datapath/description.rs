@@ -106,9 +106,12 @@ impl Generation {
         all(&self.description.ids)
     }
 
-    /// Returns the ids of all upstreams and mirrors in the order of the generation's map; an id may occur twice.
+    /// Returns the ids of all upstreams and mirrors, then those of answers, in the order of the generation's map;
+    /// an id may occur twice.
     pub fn destinations(&self) -> impl Iterator<Item = u32> {
-        self.description.ids.iter().flat_map(RuleIds::destinations)
+        let rules = &self.description.ids;
+        let answers = rules.iter().flat_map(|ids| ids.answers.iter().copied());
+        rules.iter().flat_map(RuleIds::destinations).chain(answers)
     }
 
     /// Returns each rule's id and the ids of the upstreams that count packets of the rule. Receivers of a
@@ -124,5 +127,5 @@ impl Generation {
 
 /// Returns every id in use.
 pub fn all(ids: &[RuleIds]) -> impl Iterator<Item = u32> {
-    ids.iter().flat_map(|ids| std::iter::once(ids.rule).chain(ids.destinations()))
+    ids.iter().flat_map(RuleIds::all)
 }

@@ -28,13 +28,14 @@ use crate::error::catch;
 use crate::net::link::Layer;
 
 /// The pins of its maps.
-const MAPS: [&str; 11] = [
+const MAPS: [&str; 12] = [
     "rules",
     "table",
     "table6",
     "senders",
     "addresses",
     "answers",
+    "origins",
     "slots",
     "upstreams",
     spares::PIN,
@@ -52,6 +53,7 @@ macro_rules! own_maps {
             &mut $maps.senders,
             &mut $maps.addresses,
             &mut $maps.answers,
+            &mut $maps.origins,
             &mut $maps.slots,
             &mut $maps.upstreams,
             &mut $maps.spares,
@@ -219,6 +221,7 @@ fn size(
         (&mut skeleton.maps.senders, tables.senders.len()),
         (&mut skeleton.maps.addresses, tables.addresses.len()),
         (&mut skeleton.maps.answers, tables.answers.len()),
+        (&mut skeleton.maps.origins, tables.origins.len()),
         (&mut skeleton.maps.samples, tables.samples()),
         (&mut skeleton.maps.slots, tables.slots.len()),
         (&mut skeleton.maps.upstreams, tables.upstreams.len()),
@@ -337,6 +340,7 @@ fn fill(
     write_pairs(&skeleton.maps.addresses, &tables.addresses)?;
     write_pairs(&skeleton.maps.destinations, &tables.destinations)?;
     write_pairs(&skeleton.maps.answers, &tables.answers)?;
+    write_pairs(&skeleton.maps.origins, &tables.origins)?;
     write_array(&skeleton.maps.slots, bytes_of_all(&tables.slots))?;
     write_array(&skeleton.maps.upstreams, bytes_of_all(&tables.upstreams))?;
     let mut chunks = json.to_vec();

@@ -172,7 +172,7 @@ mod tests {
         let key = Key::new([10, 0, 0, 5], Vec::new());
         let rule = Rule::new("rule", key, upstreams.map(upstream).to_vec());
         let rule = Rule { health: Health::Neighbour, ..rule };
-        let ids = RuleIds { rule: 1, upstreams: vec![11, 12, 13], mirrors: Vec::new() };
+        let ids = RuleIds { rule: 1, upstreams: vec![11, 12, 13], ..RuleIds::default() };
         let left = |rule: &Rule, situations: &[&Situation]| {
             let mut left: Vec<u32> =
                 table(5, rule, &ids, situations).iter().map(|entry| entry.index).collect();

@@ -169,6 +169,7 @@ fn attributes(rule: &Rule) -> Vec<(&'static str, String)> {
         ("payload", payload(rule)),
         ("hash", word(&rule.hash)),
         ("source", word(&rule.source)),
+        ("reply", word(&rule.reply)),
         ("health", word(&rule.health)),
         ("fragments", word(&rule.fragments)),
         ("zero-checksum", word(&rule.zero_checksum)),
@@ -481,7 +482,7 @@ mod tests {
         let mut new = desired(&[ONE, TWO].concat());
         let from_nothing = Changes::new(&Desired::default(), &new, &[]);
         let attributes = "    fragments: follow\n    hash: modulo\n    health: off\n    martians: deny\n    \
-             mode: balance\n    payload: none\n    source: vip\n    strategy: src-ip-port\n    \
+             mode: balance\n    payload: none\n    reply: none\n    source: vip\n    strategy: src-ip-port\n    \
              tc_action: pass\n    zero-checksum: deny\n";
         assert_eq!(
             from_nothing.to_string(),

@@ -55,6 +55,7 @@ fn options(rule: &Rule) -> Value {
         "tc_action": rule.action,
         "mode": rule.mode,
         "source": rule.source,
+        "reply": rule.reply,
         "health": rule.health,
         "fragments": rule.fragments,
         "zero-checksum": rule.zero_checksum,

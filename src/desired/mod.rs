@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{
     self, Action, Address, Addresses, Admission, Announce, Config, Family, Fragments, Hash, Health,
-    Host, Key, KeyAddress, Mode, Payload, Ports, Source, State, Strategy, with_port,
+    Host, Key, KeyAddress, Mode, Payload, Ports, Reply, Source, State, Strategy, with_port,
 };
 use crate::desired::partial::Incomplete;
 use crate::net::routing::{Senders, Target};
@@ -63,6 +63,8 @@ pub struct Rule {
     pub hash: Hash,
     /// Default for upstreams and mirrors without a `source` of their own.
     pub source: Source,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub reply: Reply,
     #[serde(default, skip_serializing_if = "is_default")]
     pub health: Health,
     #[serde(default, skip_serializing_if = "is_default")]
@@ -131,6 +133,7 @@ impl Rule {
             payload: None,
             hash: Hash::Maglev,
             source: Source::Vip,
+            reply: Reply::None,
             health: Health::Off,
             fragments: Fragments::Follow,
             zero_checksum: Admission::Deny,
@@ -159,16 +162,22 @@ impl Rule {
     pub fn with_ids<'a>(&'a self, ids: &'a RuleIds) -> Vec<Destination<'a>> {
         let mut destinations = Vec::with_capacity(self.upstreams.len() + self.mirrors.len());
         let (mut seen, mut labels) = (HashSet::new(), HashSet::new());
+        let answers = &ids.answers;
         for (role, list, ids) in [
             (Role::Upstream, &self.upstreams, &ids.upstreams),
             (Role::Mirror, &self.mirrors, &ids.mirrors),
         ] {
-            for (upstream, id) in list.iter().zip(ids).filter(|(_, id)| seen.insert(**id)) {
+            let mut answers = answers.iter().copied().filter(|_| role == Role::Upstream);
+            for (upstream, id) in list.iter().zip(ids) {
+                let answers = answers.next();
+                if !seen.insert(*id) {
+                    continue;
+                }
                 let mut label = upstream.label();
                 while !labels.insert(label.clone()) {
                     label.push('\'');
                 }
-                destinations.push(Destination { id: *id, role, upstream, label });
+                destinations.push(Destination { id: *id, answers, role, upstream, label });
             }
         }
         destinations
@@ -380,6 +389,7 @@ fn written(rule: &config::RuleConfig) -> Rule {
         payload: rule.payload,
         hash: rule.hash,
         source: rule.source,
+        reply: rule.reply,
         health: rule.health,
         fragments: rule.fragments,
         zero_checksum: rule.zero_checksum,
@@ -401,18 +411,26 @@ fn unspecified(family: Family) -> Address {
 /// They index counters and next hops. The same rule and the same endpoint keep their ids from generation
 /// to generation. If a rule changes its mode, its endpoints get new ids: in one mode they count packets of
 /// the rule, in the other copies.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RuleIds {
     pub rule: u32,
     pub upstreams: Vec<u32>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mirrors: Vec<u32>,
+    /// Of the upstreams' answers; empty if they do not come here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub answers: Vec<u32>,
 }
 
 impl RuleIds {
     /// Returns the ids in the order of [`Rule::destinations`].
     pub fn destinations(&self) -> impl Iterator<Item = u32> {
         self.upstreams.iter().chain(&self.mirrors).copied()
+    }
+
+    /// Returns every id: the rule's, those of destinations, and those of answers.
+    pub fn all(&self) -> impl Iterator<Item = u32> {
+        [self.rule].into_iter().chain(self.destinations()).chain(self.answers.iter().copied())
     }
 }
 
@@ -427,24 +445,35 @@ pub fn assign_ids(
     known: &[(&Desired, &[RuleIds])],
     limit: u32,
 ) -> Result<Vec<RuleIds>, IdsExhausted> {
-    /// A rule, or one of its upstreams or mirrors; a host that is both has two ids.
-    type Holder<'a> = (&'a str, Option<(Role, Mode, &'a Address, Option<u16>)>);
-    fn holders<'a>(rule: &'a Rule, role: Role) -> impl Iterator<Item = Holder<'a>> {
-        let all = match role {
-            Role::Upstream => &rule.upstreams,
-            Role::Mirror => &rule.mirrors,
+    /// Packets that are counted under one id: a rule's, those to one of its upstreams or mirrors, or the
+    /// answers of an upstream.
+    type Holder<'a> = (&'a str, Option<(Packets, Mode, &'a Address, Option<u16>)>);
+    #[derive(Clone, Copy, PartialEq, Eq, Hash)]
+    enum Packets {
+        To(Role),
+        Answers,
+    }
+    fn holders(rule: &Rule, packets: Packets) -> impl Iterator<Item = Holder<'_>> {
+        let all = match packets {
+            Packets::To(Role::Upstream) => &rule.upstreams[..],
+            Packets::To(Role::Mirror) => &rule.mirrors,
+            Packets::Answers if rule.reply == Reply::None => &[],
+            Packets::Answers => &rule.upstreams,
         };
         let name = rule.name.as_str();
-        all.iter().map(move |it| (name, Some((role, rule.mode, &it.address, it.port))))
+        all.iter().map(move |it| (name, Some((packets, rule.mode, &it.address, it.port))))
     }
+    let (to_upstream, to_mirror) = (Packets::To(Role::Upstream), Packets::To(Role::Mirror));
     let mut ids: HashMap<Holder<'_>, u32> = HashMap::new();
     let mut held = BTreeSet::new();
     for (desired, given) in known {
         for (rule, given) in desired.rules.iter().zip(*given) {
-            let upstreams = holders(rule, Role::Upstream).zip(&given.upstreams);
-            let mirrors = holders(rule, Role::Mirror).zip(&given.mirrors);
+            let upstreams = holders(rule, to_upstream).zip(&given.upstreams);
+            let mirrors = holders(rule, to_mirror).zip(&given.mirrors);
+            let answers = holders(rule, Packets::Answers).zip(&given.answers);
             let rule = ((rule.name.as_str(), None), &given.rule);
-            for (holder, id) in [rule].into_iter().chain(upstreams).chain(mirrors) {
+            let hosts = upstreams.chain(mirrors).chain(answers);
+            for (holder, id) in [rule].into_iter().chain(hosts) {
                 held.insert(*id);
                 ids.entry(holder).or_insert(*id);
             }
@@ -463,13 +492,12 @@ pub fn assign_ids(
         .rules
         .iter()
         .map(|rule| {
-            Ok(RuleIds {
-                rule: id_of((rule.name.as_str(), None))?,
-                upstreams: holders(rule, Role::Upstream)
-                    .map(&mut id_of)
-                    .collect::<Result<_, _>>()?,
-                mirrors: holders(rule, Role::Mirror).map(&mut id_of).collect::<Result<_, _>>()?,
-            })
+            let id = id_of((rule.name.as_str(), None))?;
+            let mut ids_of =
+                |packets| holders(rule, packets).map(&mut id_of).collect::<Result<Vec<u32>, _>>();
+            let (upstreams, mirrors) = (ids_of(to_upstream)?, ids_of(to_mirror)?);
+            let answers = ids_of(Packets::Answers)?;
+            Ok(RuleIds { rule: id, upstreams, mirrors, answers })
         })
         .collect()
 }
@@ -478,6 +506,8 @@ pub fn assign_ids(
 #[derive(Clone, Debug)]
 pub struct Destination<'a> {
     pub id: u32,
+    /// Of an upstream's answers, if they come here.
+    pub answers: Option<u32>,
     pub role: Role,
     pub upstream: &'a Upstream,
     /// Display name, made unique in the rule: a name may equal another host's address, and a host may be
@@ -582,7 +612,9 @@ mod tests {
         // one for the rule and one for each endpoint, from 1
         assert_eq!(assign_ids(&desired, &[], 4), Err(IdsExhausted));
         let ids = assign_ids(&desired, &[], 5);
-        assert_eq!(ids, Ok(vec![RuleIds { rule: 1, upstreams: vec![2, 3, 2], mirrors: vec![4] }]));
+        let answers = Vec::new();
+        let expected = RuleIds { rule: 1, upstreams: vec![2, 3, 2], mirrors: vec![4], answers };
+        assert_eq!(ids, Ok(vec![expected]));
     }
 
     #[test]

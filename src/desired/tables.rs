@@ -25,6 +25,8 @@ pub struct Tables {
     pub senders: Vec<(types::sender_key, u32)>,
     pub addresses: Vec<(types::key_address, u32)>,
     pub answers: Vec<(types::answer_key, u32)>,
+    /// Addresses and ports that answers are routed from, with the index in `upstreams` of their entry.
+    pub origins: Vec<(types::destination_key, u32)>,
     pub slots: Vec<types::slot_line>,
     pub upstreams: Vec<types::upstream>,
     /// The upstreams by address and port.
@@ -49,8 +51,34 @@ impl Tables {
         tables.keys(desired);
         tables.destinations = by_destination(&tables.upstreams);
         tables.answers = answers(desired, ids);
+        tables.origins(desired, ids);
         tables.features = features(desired, &tables);
         tables
+    }
+
+    /// Appends an entry for the answers of each upstream of rules with `reply: route`. Where two have the same
+    /// address and port, the first one's answers are recognised.
+    fn origins(&mut self, desired: &Desired, ids: &[RuleIds]) {
+        let mut origins = BTreeMap::new();
+        for (index, (rule, ids)) in desired.rules.iter().zip(ids).enumerate() {
+            let KeyAddress::Is(vip) = rule.key.address else { continue };
+            let port = rule.key.only_port();
+            for (upstream, id) in rule.upstreams.iter().zip(&ids.answers) {
+                let address = wire(upstream.address.ip);
+                let from = upstream.port.or(port).unwrap_or(0).to_be();
+                origins.entry((address, from)).or_insert(self.upstreams.len() as u32);
+                self.upstreams.push(types::upstream {
+                    id: *id,
+                    address: wire(vip),
+                    port: port.unwrap_or(0).to_be(),
+                    source: types::source::SOURCE_ORIGIN,
+                    rule: index as u32,
+                    ..Default::default()
+                });
+            }
+        }
+        let key = |(address, port)| types::destination_key { address, port, unused: 0 };
+        self.origins = origins.into_iter().map(|(from, entry)| (key(from), entry)).collect();
     }
 
     /// Returns a rule's value for a key that is no group's and has one rule for all senders.
@@ -451,6 +479,7 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
         receivers: tables.rules_with_receivers().into(),
         errors: any(&|rule| rule.action == Action::Block && rule.mode == Mode::Balance),
         sockets: any(&|rule| takes_answers(rule, desired.local_ports)),
+        origins: (!tables.origins.is_empty()).into(),
         ..Default::default()
     }
 }

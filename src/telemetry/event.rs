@@ -1,6 +1,6 @@
 //! Events of the program about packets and copies, with the names of the configuration.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::CStr;
 use std::fmt;
 use std::mem::offset_of;
@@ -129,8 +129,10 @@ struct Words {
     generation: Generation,
     /// Index of a rule by its id.
     rules: HashMap<u32, usize>,
-    /// Indexes of a rule and its destination by the id of the destination.
+    /// Indexes of a rule and its destination by the id of the destination or of its answers.
     destinations: HashMap<u32, (usize, usize)>,
+    /// Ids of answers.
+    answers: HashSet<u32>,
 }
 
 impl Names {
@@ -138,11 +140,14 @@ impl Names {
         let (mut rules, mut destinations) = (HashMap::new(), HashMap::new());
         for (index, ids) in generation.description.ids.iter().enumerate() {
             rules.insert(ids.rule, index);
-            for (place, id) in ids.destinations().enumerate() {
+            let answers = ids.answers.iter().copied().enumerate();
+            for (place, id) in ids.destinations().enumerate().chain(answers) {
                 destinations.entry(id).or_insert((index, place));
             }
         }
-        let words = Words { generation, rules, destinations };
+        let ids = generation.description.ids.iter();
+        let answers = ids.flat_map(|ids| ids.answers.iter().copied()).collect();
+        let words = Words { generation, rules, destinations, answers };
         self.generations.insert(words.generation.number, words);
     }
 
@@ -171,6 +176,12 @@ impl Names {
         Some((rule.destinations().nth(*place)?, is_copy))
     }
 
+    /// Returns true for an upstream's answer.
+    pub fn is_answer(&self, event: &Event) -> bool {
+        let words = self.generations.get(&event.0.generation);
+        words.is_some_and(|words| words.answers.contains(&event.0.upstream))
+    }
+
     pub fn interface(&mut self, index: u32) -> String {
         self.interfaces.entry(index).or_insert_with(|| interface(index)).clone()
     }
@@ -193,7 +204,8 @@ impl Names {
         let rule = self.rule(event);
         let upstream = self.upstream(event);
         let is_copy = upstream.is_some_and(|(_, is_copy)| is_copy);
-        let selected = rule.filter(|rule| event.is_selected(rule, is_copy));
+        let answer = self.is_answer(event);
+        let selected = rule.filter(|rule| !answer && event.is_selected(rule, is_copy));
         let or_id = |name: Option<String>, id: u32| name.unwrap_or_else(|| format!("id {id}"));
         let sent_to =
             |name: Option<String>| (event.0.upstream != 0).then(|| or_id(name, event.0.upstream));
@@ -210,6 +222,7 @@ impl Names {
             selection: selected.map(|rule| event.selection(rule.strategy)),
             upstream: sent_to(upstream.map(|(upstream, _)| upstream.label())),
             copy: is_copy,
+            answer,
             next_hop: (hop.interface.is_some() || hop.gateway.is_some()).then_some(hop),
             sent: event.is_sent(),
             verdict: event.verdict(),
@@ -272,6 +285,10 @@ pub struct EventRecord {
     pub upstream: Option<String>,
     /// Other upstreams get the packet too.
     pub copy: bool,
+    /// The upstream has sent the packet.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[schemars(default)]
+    pub answer: bool,
     pub next_hop: Option<NextHopRecord>,
     pub sent: bool,
     pub verdict: &'static str,
@@ -299,7 +316,12 @@ impl fmt::Display for EventRecord {
             write!(f, " slot {slot}")?;
         }
         if let Some(endpoint) = &self.endpoint {
-            write!(f, " -> {}{endpoint}", if self.copy { "copy to " } else { "" })?;
+            let relation = match (self.answer, self.copy) {
+                (true, _) => "answer of ",
+                (_, true) => "-> copy to ",
+                _ => "-> ",
+            };
+            write!(f, " {relation}{endpoint}")?;
         }
         if let Some(NextHopRecord { interface, gateway, mac }) = &self.next_hop {
             for (word, text) in [

@@ -183,6 +183,13 @@ impl Metrics {
         for (labels, upstream) in self.upstreams() {
             bytes.set(&labels, upstream.counters.forwarded().bytes)?;
         }
+        let help = "Answers of the upstream that were sent on to their clients";
+        let mut packets = counter(encoder, "answers_packets", help)?;
+        for (labels, upstream) in self.upstreams() {
+            if let Some(answers) = &upstream.answers {
+                packets.set(&labels, answers.forwarded().packets)?;
+            }
+        }
         let help =
             "Packets and copies that were not sent on; without upstream: packets that went to none";
         let mut drops = counter(encoder, "drops", help)?;

@@ -172,6 +172,9 @@ pub struct UpstreamStatus {
     #[schemars(with = "Option<String>")]
     pub since: Option<u32>,
     pub counters: Counts,
+    /// Answers of the upstream that came through this host; none where the rule's `reply` asks for none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub answers: Option<Counts>,
     /// Rate of forwarded packets.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
@@ -492,7 +495,7 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
 
 /// Builds the row of an upstream. `shared` is the number of packets that are 100 % of its share.
 fn upstream_status(destination: &Destination<'_>, shared: u64, view: &View<'_>) -> UpstreamStatus {
-    let Destination { id, upstream, .. } = *destination;
+    let Destination { id, answers, upstream, .. } = *destination;
     let entry = view.nexthops.get(id as usize).copied().unwrap_or_default();
     let override_state = view.overrides.get(&id).copied();
     let health = view.vouched.then(|| health(&entry)).flatten();
@@ -511,6 +514,7 @@ fn upstream_status(destination: &Destination<'_>, shared: u64, view: &View<'_>) 
         since: health.map(|_| entry.since),
         silence: silence(&entry, health, view),
         counters: view.total.of(id),
+        answers: answers.map(|id| view.total.of(id)),
         rate: grown.and_then(|grown| grown.rate(forwarded)),
         losses: grown.map_or_else(BTreeMap::new, |grown| losses(grown, grown.of(id))),
         share: (shared > 0).then(|| forwarded.packets as f64 / shared as f64),

@@ -26,6 +26,7 @@ mod links;
 mod packets;
 mod paths;
 mod reassembly;
+mod replies;
 mod routes;
 mod selection;
 mod traffic;

@@ -1118,7 +1118,7 @@ fn check_unexpected(
 fn program_loads_with_any_features() {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
     use udplb::bpf::types::features;
-    const SWITCHES: [fn(&mut features) -> &mut u8; 9] = [
+    const SWITCHES: [fn(&mut features) -> &mut u8; 10] = [
         |it| &mut it.ipv6,
         |it| &mut it.any_port,
         |it| &mut it.senders,
@@ -1128,6 +1128,7 @@ fn program_loads_with_any_features() {
         |it| &mut it.errors,
         |it| &mut it.sockets,
         |it| &mut it.dry_run,
+        |it| &mut it.origins,
     ];
     let load = |name: &str, on: &dyn Fn(usize) -> bool| {
         let mut object = std::mem::MaybeUninit::uninit();

@@ -104,6 +104,7 @@ impl<'object> Program<'object> {
             (&mut maps.senders, ENTRIES),
             (&mut maps.addresses, ENTRIES),
             (&mut maps.answers, ENTRIES),
+            (&mut maps.origins, ENTRIES),
             (&mut maps.upstreams, ENTRIES),
             (&mut maps.destinations, ENTRIES),
             (&mut maps.spares, ENTRIES),
@@ -203,7 +204,8 @@ impl<'object> Program<'object> {
         let mut ids = assign_ids(desired, &[], IDS).expect("ids suffice");
         for ids in &mut ids {
             ids.rule += first_id;
-            ids.upstreams.iter_mut().chain(&mut ids.mirrors).for_each(|id| *id += first_id);
+            let hosts = ids.upstreams.iter_mut().chain(&mut ids.mirrors);
+            hosts.chain(&mut ids.answers).for_each(|id| *id += first_id);
         }
         let tables = Tables::new(desired, &ids);
         let maps = &self.skeleton.maps;
@@ -212,6 +214,7 @@ impl<'object> Program<'object> {
         clear(&maps.destinations);
         clear(&maps.path_mtus);
         clear(&maps.answers);
+        clear(&maps.origins);
         self.forget_fragments();
         // refill the error budgets; forget_fragments() moved all senders to other buckets
         for kind in 0..3 {
@@ -229,6 +232,7 @@ impl<'object> Program<'object> {
         write_pairs(&maps.addresses, &tables.addresses);
         write_pairs(&maps.destinations, &tables.destinations);
         write_pairs(&maps.answers, &tables.answers);
+        write_pairs(&maps.origins, &tables.origins);
         let answering = desired.upstreams().map(|upstream| upstream.address.ip);
         let suspects = suspects(self.own.borrow().iter().copied().chain(answering));
         self.change_gate(|gate| gate.suspects.copy_from_slice(&suspects));
@@ -460,7 +464,9 @@ impl<'object> Program<'object> {
     /// Adds what the lines of the upstreams have counted since the last call.
     fn take_lines(&self, counted: &mut Counted) {
         let (_, ids) = &*self.configured.borrow();
-        for (index, id) in (0_u32..).zip(ids.iter().flat_map(RuleIds::destinations)) {
+        let answers = ids.iter().flat_map(|ids| ids.answers.iter().copied());
+        let all = ids.iter().flat_map(RuleIds::destinations).chain(answers);
+        for (index, id) in (0_u32..).zip(all) {
             let (map, key) = (&self.skeleton.maps.lines, index.to_ne_bytes());
             let mut values = map.lookup_percpu(&key, MapFlags::ANY).expect("a lookup");
             for value in values.as_mut().expect("lines") {

@@ -1,0 +1,113 @@
+//! Checks of `reply`: whether answers can be recognised, and where they are to come from.
+
+use std::net::Ipv4Addr;
+
+use super::ALL_PORTS;
+use crate::config::diagnostic::{Diagnostics, Message};
+use crate::config::vocabulary as words;
+use crate::config::{Action, KeyAddress, Mode, Path, Ports, Reply, RuleConfig, Source};
+
+/// Reports options and keys that exclude the rule's `reply`.
+pub(super) fn check(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
+    let word = match rule.reply {
+        Reply::None => return,
+        Reply::Route => "route",
+    };
+    let at = option(rule, words::REPLY.field.name);
+    let mut refuse = |at: &Path, why: &str, help: &str| {
+        let message = Message::about(at, format!("`reply: {word}` {why}"));
+        diagnostics.push(message.help(help));
+    };
+    if rule.action != Action::Block {
+        refuse(&at, "needs `tc_action: block`: else this host answers as well", "say both");
+    }
+    if rule.mode != Mode::Balance {
+        let why = "needs `mode: balance`: a client expects one answer";
+        refuse(&at, why, "hosts whose answers nobody wants can be mirrors");
+    }
+    let keeps = "needs `source: preserve`: the upstreams answer to the client itself";
+    if rule.source != Source::Preserve {
+        refuse(&option(rule, words::SOURCE.field.name), keeps, "leave `source` out");
+    }
+    let own = rule.upstreams.iter().filter(|it| it.source.is_some_and(|it| it != Source::Preserve));
+    for upstream in own {
+        refuse(&upstream.at.field(words::UPSTREAM_SOURCE.field.name), keeps, "leave `source` out");
+    }
+    key(rule, refuse);
+}
+
+fn option(rule: &RuleConfig, name: &'static str) -> Path {
+    rule.at.field(words::OPTIONS.name).field(name)
+}
+
+/// Reports keys that do not tell which source answers are to have.
+fn key(rule: &RuleConfig, mut refuse: impl FnMut(&Path, &str, &str)) {
+    let at = rule.at.field(words::KEY.name).field(words::KEY_ADDRESS.name);
+    match rule.key.address {
+        KeyAddress::Any => {
+            let why = "needs one address, which answers come from, and `any` is several";
+            refuse(&at, why, "write a rule for each address");
+        }
+        KeyAddress::Is(address) if address.is_multicast() || address == Ipv4Addr::BROADCAST => {
+            let why = "needs the address of a host: answers cannot come from a group";
+            refuse(&at, why, "leave `reply` out");
+        }
+        KeyAddress::Is(_) => {}
+    }
+    if rule.key.only_port().is_some() {
+        return;
+    }
+    for upstream in rule.upstreams.iter().filter(|it| it.port.is_some()) {
+        let why = "needs upstreams without `port` where the key has several ports: an answer from this \
+                   port could be for any of them";
+        let help = "leave the port out, or write a rule for each port";
+        refuse(&upstream.at.field(words::UPSTREAM_PORT.name), why, help);
+    }
+}
+
+/// Ports that an upstream of a rule answers from.
+struct Answers<'a> {
+    host: String,
+    ports: Ports,
+    rule: &'a RuleConfig,
+    at: &'a Path,
+}
+
+/// Returns the answers of a rule's upstreams that come through this host.
+fn answers(rule: &RuleConfig) -> impl Iterator<Item = Answers<'_>> {
+    let upstreams = rule.upstreams.iter().filter(|_| rule.reply == Reply::Route);
+    upstreams.flat_map(move |upstream| {
+        let own = upstream.port.map(|port| Ports { first: port, last: port });
+        let asked = rule.key.ports.iter().copied().filter(move |_| own.is_none());
+        let any = (own.is_none() && rule.key.ports.is_empty()).then_some(ALL_PORTS);
+        own.into_iter().chain(asked).chain(any).map(|ports| Answers {
+            host: upstream.address.to_string().to_ascii_lowercase(),
+            ports,
+            rule,
+            at: &upstream.at,
+        })
+    })
+}
+
+/// Reports upstreams whose answers could be for several rules.
+pub(super) fn ambiguous(rules: &[RuleConfig], diagnostics: &mut Diagnostics) {
+    let mut all: Vec<Answers<'_>> = rules.iter().flat_map(answers).collect();
+    all.sort_by(|one, other| (&one.host, one.ports).cmp(&(&other.host, other.ports)));
+    // The answers before with the highest last port.
+    let mut reach: Option<&Answers<'_>> = None;
+    for other in &all {
+        let meets = |one: &&Answers<'_>| one.host == other.host && one.ports.overlaps(other.ports);
+        let met = reach.filter(meets);
+        if met.is_none_or(|one| one.ports.last < other.ports.last) {
+            reach = Some(other);
+        }
+        let Some(one) = met.filter(|one| !std::ptr::eq(one.rule, other.rule)) else { continue };
+        let message = format!(
+            "answers of {} from port {} could be for rule `{}` or for rule `{}`",
+            one.host, other.ports, one.rule.name, other.rule.name
+        );
+        let message = Message::about(other.at, message);
+        let message = message.help("give the upstream another port or address in one of them");
+        diagnostics.push(message.related(one.at.clone(), "the same upstream"));
+    }
+}

@@ -1,0 +1,374 @@
+//! Answers of upstreams: `reply: route`.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use serde_json::{Value, json};
+use udplb::config::{Action, Key, Ports, Reply, Source};
+use udplb::desired::{Desired, Rule, RuleIds, Upstream};
+
+use crate::common::lab::{Lab, Net, Outcome, V4, V6, packets};
+use crate::common::net::{TTL, UDP_SEGMENT, bind, expect, own, payload, receive, set};
+use crate::common::wire::Tag;
+use crate::common::{Bpffs, Namespace, udplb};
+use crate::ends::cuts_up_without_offload;
+use crate::forge::{Checksum, Forged, Ip, fragments};
+use crate::packet::Mac;
+use crate::program::{Context, Counted, Program, Run};
+use crate::testbed::{
+    CLIENT, FAR, GATEWAY_MAC, NARROW, OUT_MAC, REDIRECT, RELAY_MAC, SHOT, Testbed, UNSPEC, VIP,
+};
+
+/// Upstreams of the tables, on the link of the packets, and the clients, behind a gateway.
+const UPSTREAM: [IpAddr; 2] = [ip4([10, 0, 1, 9]), ip6([0xfd00, 1, 0, 0, 0, 0, 0, 9])];
+const CLIENTS: [IpAddr; 2] = [IpAddr::V4(FAR), ip6([0xfd00, 3, 0, 0, 0, 0, 0, 2])];
+const VIPS: [IpAddr; 2] = [IpAddr::V4(VIP), ip6([0xfd00, 1, 0, 0, 0, 0, 0, 1])];
+
+const fn ip4(octets: [u8; 4]) -> IpAddr {
+    IpAddr::V4(std::net::Ipv4Addr::new(octets[0], octets[1], octets[2], octets[3]))
+}
+
+const fn ip6(words: [u16; 8]) -> IpAddr {
+    let [a, b, c, d, e, f, g, h] = words;
+    IpAddr::V6(Ipv6Addr::new(a, b, c, d, e, f, g, h))
+}
+
+fn one(port: u16) -> Ports {
+    Ports { first: port, last: port }
+}
+
+/// Returns a rule of each family from port 53 to 5353 of the upstream, and one for a range of ports.
+fn rules() -> Vec<Rule> {
+    let families = (0..2).flat_map(|family| {
+        let rule = |name: &str, ports, port| {
+            let key = Key::new(VIPS[family], vec![ports]);
+            let rule = Rule::new(
+                format!("{name}{family}"),
+                key,
+                vec![Upstream::new(UPSTREAM[family], port)],
+            );
+            Rule { action: Action::Block, source: Source::Preserve, reply: Reply::Route, ..rule }
+        };
+        [rule("one", one(53), Some(5353)), rule("range", Ports { first: 2055, last: 2058 }, None)]
+    });
+    families.collect()
+}
+
+/// Returns the answer of a family's upstream from this port, as it arrives.
+fn answer(family: usize, port: u16) -> Forged {
+    let mut answer = Forged::between(RELAY_MAC, UPSTREAM[family], CLIENTS[family], 40000);
+    answer.udp.source = port;
+    answer
+}
+
+/// Returns an answer as it leaves, to a MAC address.
+fn departed(answer: &Forged, family: usize, port: u16, to: Mac) -> Forged {
+    let mut gone = Forged { to, from: OUT_MAC, tag: None, tags: Vec::new(), ..answer.clone() };
+    match (&mut gone.ip, VIPS[family]) {
+        (Ip::V4(ip), IpAddr::V4(vip)) => (ip.source, ip.ttl) = (vip, ip.ttl - 1),
+        (Ip::V6(ip), IpAddr::V6(vip)) => (ip.source, ip.hop_limit) = (vip, ip.hop_limit - 1),
+        _ => unreachable!("both are of the family"),
+    }
+    gone.udp.source = port;
+    gone
+}
+
+fn configure(program: &Program<'_>, rules: Vec<Rule>) -> Vec<RuleIds> {
+    program.configure_all(&Desired { rules, ..Desired::default() }, &BTreeMap::new(), 0)
+}
+
+fn run(testbed: &Testbed<'_>, packet: &Forged) -> (Run, Counted) {
+    let (gso_size, gso_segs) = packet.gso;
+    let (tag, length) = (packet.tag, packet.cut);
+    let context = Context { ifindex: testbed.routing, gso_size, gso_segs, tag, length };
+    (testbed.program.run(&packet.frame(), context), testbed.program.take_counted())
+}
+
+#[test]
+fn answers_come_from_the_key() {
+    Testbed::with(|testbed| {
+        let ids = configure(&testbed.program, rules());
+        for family in 0..2 {
+            for (place, from, to) in [(0, 5353, 53), (1, 2055, 2055), (1, 2058, 2058)] {
+                let id = ids[family * 2 + place].answers[0];
+                let mut kinds = vec![("plain", answer(family, from))];
+                let mut change = |name, change: &dyn Fn(&mut Forged)| {
+                    let mut changed = answer(family, from);
+                    change(&mut changed);
+                    kinds.push((name, changed));
+                };
+                change("empty", &|it| it.udp.payload = 0);
+                change("odd", &|it| it.udp.payload = 333);
+                change("wrong checksum", &|it| it.udp.checksum = Checksum::Off(7));
+                change("tag in the skb", &|it| {
+                    it.tag = Some(Tag { protocol: 0x8100, control: 7 });
+                });
+                change("tag in the frame", &|it| {
+                    it.tags = vec![Tag { protocol: 0x8100, control: 7 }];
+                });
+                change("options or extensions", &|it| match &mut it.ip {
+                    Ip::V4(ip) => ip.options = 2,
+                    Ip::V6(_) => {}
+                });
+                if family == 0 {
+                    change("no checksum", &|it| it.udp.checksum = Checksum::Is(0));
+                }
+                for (name, came) in kinds {
+                    let gone = departed(&came, family, to, GATEWAY_MAC).frame();
+                    let bytes = gone.len() as u64;
+                    let wanted = Run { action: REDIRECT, frame: gone, tag: None };
+                    let (run, counted) = run(testbed, &came);
+                    assert_eq!(run, wanted, "{name} {family} {from}");
+                    assert_eq!(counted, [((id, "forwarded"), (1, bytes))].into(), "{name}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn other_packets_are_no_answers() {
+    Testbed::with(|testbed| {
+        configure(&testbed.program, rules());
+        for family in 0..2 {
+            let from = |port| answer(family, port);
+            let stranger = match family {
+                0 => ip4([10, 0, 1, 10]),
+                _ => ip6([0xfd00, 1, 0, 0, 0, 0, 0, 10]),
+            };
+            let between = |source, destination| {
+                let mut packet = Forged::between(RELAY_MAC, source, destination, 40000);
+                packet.udp.source = 5353;
+                packet
+            };
+            let packets = [
+                ("the key's port", from(53)),
+                ("below the range", from(2054)),
+                ("above the range", from(2059)),
+                ("another host", between(stranger, CLIENTS[family])),
+                ("to this host", between(UPSTREAM[family], VIPS[family])),
+                ("another frame", Forged { to: [2, 0, 0, 0, 9, 9], ..from(5353) }),
+            ];
+            for (name, packet) in packets {
+                let wanted = Run { action: UNSPEC, frame: packet.frame(), tag: None };
+                assert_eq!(run(testbed, &packet), (wanted, Counted::new()), "{name} {family}");
+            }
+        }
+    });
+}
+
+/// A rule for some senders translates only the answers to them.
+#[test]
+fn answers_to_strangers_of_a_rule_stay() {
+    let mut rules = rules();
+    for rule in &mut rules {
+        let network = if rule.family() == udplb::config::Family::V4 {
+            "198.51.100.0/24"
+        } else {
+            "2001:db8::/32"
+        };
+        rule.key.from = vec![network.parse().expect("a network")];
+    }
+    Testbed::with(|testbed| {
+        configure(&testbed.program, rules.clone());
+        for family in 0..2 {
+            let packet = answer(family, 5353);
+            assert_eq!(run(testbed, &packet).0.action, UNSPEC);
+        }
+        // there is no route to this client
+        let mut packet = Forged::between(RELAY_MAC, UPSTREAM[0], CLIENT.into(), 40000);
+        packet.udp.source = 5353;
+        assert_eq!(run(testbed, &packet).0.action, SHOT);
+    });
+}
+
+#[test]
+fn answers_that_cannot_be_sent_are_counted() {
+    Testbed::with(|testbed| {
+        let ids = configure(&testbed.program, rules());
+        let id = ids[0].answers[0];
+        let change = |change: &dyn Fn(&mut Forged)| {
+            let mut packet = answer(0, 5353);
+            change(&mut packet);
+            packet
+        };
+        // the sender of one that is too old or too long hears of it
+        let old = change(&|it| {
+            if let Ip::V4(ip) = &mut it.ip {
+                ip.ttl = 1;
+            }
+        });
+        let long = change(&|it| {
+            it.udp.payload = 1001 - 28;
+            if let Ip::V4(ip) = &mut it.ip {
+                (ip.destination, ip.flags) = (NARROW, 2);
+            }
+        });
+        let short = change(&|it| it.udp.length = crate::forge::Length::Is(7));
+        for (verdict, packet, action, kind) in [
+            ("ttl", old, REDIRECT, Some((11, 0))),
+            ("mtu", long, REDIRECT, Some((3, 4))),
+            ("malformed", short, SHOT, None),
+        ] {
+            let (run, counted) = run(testbed, &packet);
+            assert_eq!(run.action, action, "{verdict}");
+            assert_eq!(counted.keys().collect::<Vec<_>>(), [&(id, verdict)]);
+            if let Some((kind, code)) = kind {
+                assert_eq!((run.frame[34], run.frame[35]), (kind, code));
+                // it quotes what the upstream had sent
+                assert_eq!(run.frame[42..70], packet.frame()[14..42]);
+            }
+        }
+    });
+}
+
+#[test]
+fn fragments_of_answers_follow_the_first() {
+    Testbed::with(|testbed| {
+        let ids = configure(&testbed.program, rules());
+        for family in 0..2 {
+            let mut whole = answer(family, 5353);
+            whole.udp.payload = 900;
+            let mut identifications = Vec::new();
+            for (nth, piece) in fragments(&whole.frame(), 400, 77).into_iter().enumerate() {
+                let context = Context { ifindex: testbed.routing, ..Context::default() };
+                let run = testbed.program.run(&piece, context);
+                assert_eq!(run.action, REDIRECT, "{family} {nth}");
+                let (source, identification) = match family {
+                    0 => (26..30, 18..20),
+                    _ => (22..38, 58..62),
+                };
+                let vip = match VIPS[family] {
+                    IpAddr::V4(vip) => vip.octets().to_vec(),
+                    IpAddr::V6(vip) => vip.octets().to_vec(),
+                };
+                assert_eq!(run.frame[source], vip);
+                identifications.push(run.frame[identification].to_vec());
+                let headers = if family == 0 { 34 } else { 62 };
+                let changed = if nth == 0 { headers + 8 } else { headers };
+                assert_eq!(run.frame[changed..], piece[changed..]);
+                if nth == 0 {
+                    assert_eq!(run.frame[headers..headers + 2], 53_u16.to_be_bytes());
+                }
+            }
+            identifications.dedup();
+            assert_eq!(identifications.len(), 1);
+            let counted = testbed.program.take_counted();
+            let id = ids[family * 2].answers[0];
+            assert_eq!(counted.keys().collect::<Vec<_>>(), [&(id, "forwarded")]);
+        }
+    });
+}
+
+/// Returns a configuration whose upstreams answer through the relay.
+fn routed() -> Value {
+    let rule = |net: &Net| {
+        let upstream = json!({ "name": "u1", "address": net.upstreams[0], "port": 5353 });
+        let options = json!({ "tc_action": "block", "reply": "route" });
+        net.rule(if net.is_ipv6() { "dns6" } else { "dns" }, 53, options, &[upstream])
+    };
+    json!({ "version": 1, "interfaces": ["eth0", "up0"], "rules": [rule(&V4), rule(&V6)] })
+}
+
+/// Asks from a connected socket, which takes answers from the key alone, and answers.
+fn ask(client: &std::net::UdpSocket, server: &std::net::UdpSocket, question: &[u8], answer: &[u8]) {
+    client.send(question).expect("sent");
+    let asked = receive(server);
+    assert_eq!((asked.payload.as_slice(), asked.from), (question, own(client)));
+    server.send_to(answer, asked.from).expect("sent");
+    let key: SocketAddr = client.peer_addr().expect("connected");
+    expect(client, answer, key, TTL - 1);
+}
+
+fn check_answers(client_offload: bool, upstream_offload: bool) {
+    let lab = Lab::dual(client_offload, upstream_offload);
+    lab.apply(&routed());
+    for net in [V4, V6] {
+        let client = bind(&lab.client, net.clients[0], 0);
+        client.connect((net.key, 53)).expect("connected");
+        let server = bind(&lab.upstream, net.upstreams[0], 5353);
+        let header = if net.is_ipv6() { 48 } else { 28 };
+        for size in [0, 1, 39, 1000, 1500 - header, 4000] {
+            ask(&client, &server, &payload(size), &payload(size));
+        }
+        let mut answers = 6;
+        if !net.is_ipv6() {
+            set(&server, libc::SOL_SOCKET, libc::SO_NO_CHECK, 1);
+            ask(&client, &server, b"no checksum", b"none either");
+            set(&server, libc::SOL_SOCKET, libc::SO_NO_CHECK, 0);
+            answers += 1;
+        }
+        // fragments are packets of their own
+        answers += 2;
+        if upstream_offload || cuts_up_without_offload(&lab) {
+            set(&server, libc::SOL_UDP, UDP_SEGMENT, 1000);
+            client.send(b"many").expect("sent");
+            let asked = receive(&server);
+            let long = payload(9_500);
+            server.send_to(&long, asked.from).expect("sent");
+            let key: SocketAddr = client.peer_addr().expect("connected");
+            for part in long.chunks(1000) {
+                expect(&client, part, key, TTL - 1);
+            }
+            set(&server, libc::SOL_UDP, UDP_SEGMENT, 0);
+            answers += 10;
+        }
+        let status = lab.status();
+        let rule = if net.is_ipv6() { 1 } else { 0 };
+        let upstream = &status["rules"][rule]["upstreams"][0];
+        assert_eq!(packets(&upstream["answers"], "forwarded"), answers, "{upstream:#}");
+    }
+}
+
+#[test]
+fn clients_get_answers_from_the_key() {
+    check_answers(true, true);
+}
+
+#[test]
+fn clients_get_answers_without_offload() {
+    check_answers(false, false);
+}
+
+/// Another relay with the same file translates the answers of questions that it has not seen.
+#[test]
+fn answers_go_through_any_relay() {
+    let lab = Lab::new();
+    let (relay, bpffs) = (Namespace::new(), Bpffs::new());
+    lab.client.link("eth1", &relay, "eth0", true);
+    relay.link("up0", &lab.upstream, "eth1", true);
+    relay.ip("addr add 10.1.1.1/24 dev eth0");
+    relay.ip("addr add 10.2.1.1/24 dev up0");
+    relay.ip("route add 10.1.0.20 via 10.1.1.20");
+    relay.sysctl("net.ipv4.ip_forward", "1");
+    lab.client.ip("addr add 10.1.1.20/24 dev eth1");
+    lab.upstream.ip("addr add 10.2.1.20/24 dev eth1");
+    lab.upstream.ip("route add 10.1.0.20 via 10.2.1.1");
+    for namespace in [&lab.client, &relay, &lab.upstream] {
+        namespace.sysctl("net.ipv4.conf.all.rp_filter", "0");
+    }
+    lab.client.sysctl("net.ipv4.conf.eth1.rp_filter", "0");
+    relay.sysctl("net.ipv4.conf.up0.rp_filter", "0");
+    lab.upstream.sysctl("net.ipv4.conf.eth0.rp_filter", "0");
+    let file = lab.write(&routed());
+    lab.run(&format!("apply {}", file.display())).expect(0);
+    let other = |words: &str| {
+        let mut command = udplb(&relay, &bpffs);
+        command.args(words.split_whitespace());
+        Outcome::of(&mut command)
+    };
+    other(&format!("apply {}", file.display())).expect(0);
+    let client = bind(&lab.client, V4.clients[0], 0);
+    client.connect((V4.key, 53)).expect("connected");
+    let server = bind(&lab.upstream, V4.upstreams[0], 5353);
+    for round in 0..3 {
+        ask(&client, &server, &payload(round), b"by another way");
+    }
+    let answers = |status: &Value| -> u64 {
+        let counters = &status["rules"][0]["upstreams"][0]["answers"];
+        // the first may have waited for the client's MAC address
+        ["forwarded", "unresolved"].map(|verdict| packets(counters, verdict)).iter().sum()
+    };
+    assert_eq!(answers(&lab.status()), 0);
+    assert_eq!(answers(&other("status -o json").json()), 3);
+}
