@@ -6,9 +6,9 @@ use clap_complete::engine::ArgValueCandidates;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::{carry_out, complete, lock, netlink};
+use super::{carry_out, complete, lock, look, netlink};
 use crate::cli::Global;
-use crate::cli::output::report_done;
+use crate::cli::output::{report, report_done};
 use crate::config::State;
 use crate::datapath::pins::{self, WriteGuard};
 use crate::datapath::{capabilities, state_maps};
@@ -24,6 +24,17 @@ pub struct Options {
     /// A rule and its upstream or mirror, by name or address as in status.
     #[arg(value_name = "RULE/UPSTREAM", add = ArgValueCandidates::new(complete::upstreams))]
     target: drain::UpstreamName,
+    /// Change nothing: print the upstream's lines for the file, since an override holds on this host alone.
+    #[arg(long)]
+    print: bool,
+}
+
+/// Output of `drain --print`.
+#[derive(Serialize, JsonSchema)]
+pub struct DrainedFields {
+    pub rule: String,
+    /// The upstream's fields in the file.
+    pub upstream: serde_json::Value,
 }
 
 /// Output of `drain` and of `enable` with an upstream.
@@ -36,7 +47,24 @@ pub struct OverrideChanged {
 }
 
 pub async fn run(global: &Global, options: &Options) -> Result<u8> {
-    set_override(global, &options.target, State::Drained).await
+    match options.print {
+        true => print_lines(global, &options.target).await,
+        false => set_override(global, &options.target, State::Drained).await,
+    }
+}
+
+async fn print_lines(global: &Global, target: &drain::UpstreamName) -> Result<u8> {
+    let observed = look(global, &netlink()?).await?;
+    let serving = observed.described()?.ok_or(Failure::NothingApplied)?;
+    let (desired, ids) = serving.hosts();
+    let upstream = drain::drained_fields(desired, ids, target)?;
+    let file = &serving.description.origin.file;
+    let lines = serde_yaml::to_string(&[&upstream]).context("YAML")?;
+    let text = format!(
+        "# {file}, rule {}: on all hosts in the place of this upstream\n{lines}",
+        target.rule
+    );
+    report(global, &text, DrainedFields { rule: target.rule.clone(), upstream })
 }
 
 /// Locks for writing overrides, and observes the kernel. Builds no generation.

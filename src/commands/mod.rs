@@ -98,8 +98,8 @@ pub enum Command {
     ///
     /// arpd --metrics serves the same over HTTP.
     Metrics,
-    /// Print the active configuration as a file that can be applied again.
-    List,
+    /// Print the active configuration as a file that can be applied again, or its digest.
+    List(list::Options),
     /// Stop sending to an upstream until it is enabled; others get its packets.
     ///
     /// Overrides the state in the file. The override outlasts applies and rollbacks while the rule has
@@ -153,7 +153,7 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         Command::Get(options) => get::run(global, options).await,
         Command::Doctor(options) => doctor::run(global, options).await,
         Command::Metrics => metrics::run(global).await,
-        Command::List => list::run(global).await,
+        Command::List(options) => list::run(global, options).await,
         Command::Drain(options) => drain::run(global, options).await,
         Command::Enable(options) => enable::run(global, options).await,
         Command::Announce(options) => announce::run(global, options).await,

@@ -10,8 +10,9 @@ use super::apply::Applied;
 use super::check::Checked;
 use super::confirm::Confirmed;
 use super::detach::Detached;
-use super::drain::OverrideChanged;
+use super::drain::{DrainedFields, OverrideChanged};
 use super::enable::Enabled;
+use super::list::Digests;
 use super::plan::Planned;
 use super::ready::Ready;
 use super::rollback::RollbackPlanned;
@@ -49,6 +50,8 @@ pub enum Subject {
     /// The output of any command that failed.
     Error,
     Get,
+    /// The output of list --digest.
+    List,
     Plan,
     Ready,
     Rollback,
@@ -71,10 +74,11 @@ impl Subject {
             Subject::Confirm => schema::<Confirmed>(),
             Subject::Detach => schema::<Detached>(),
             Subject::Doctor => schema::<doctor::Report>(),
-            Subject::Drain => schema::<OverrideChanged>(),
+            Subject::Drain => either(schema::<OverrideChanged>(), schema::<DrainedFields>()),
             Subject::Enable => either(schema::<OverrideChanged>(), schema::<Enabled>()),
             Subject::Error => schema::<Failed>(),
             Subject::Get => schema::<get::Answer>(),
+            Subject::List => schema::<Digests>(),
             Subject::Plan => schema::<Planned>(),
             Subject::Ready => schema::<Ready>(),
             Subject::Status => schema::<Status>(),

@@ -75,7 +75,7 @@ fn options(rule: &Rule) -> Value {
 }
 
 /// Returns the fields of an upstream or a mirror.
-fn host(upstream: &Upstream) -> Value {
+pub fn host(upstream: &Upstream) -> Value {
     let mut fields = Map::new();
     let mut say = |field: &str, value: Value| fields.insert(field.into(), value);
     if let Some(name) = &upstream.name {

@@ -1,5 +1,6 @@
 //! The desired state of the kernel: a [`Config`] with resolved names and chosen interfaces. Pure.
 
+pub mod choice;
 mod choose;
 pub mod diff;
 pub mod dns;

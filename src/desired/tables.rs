@@ -395,7 +395,7 @@ struct Slots {
 
 /// The input of a table.
 #[derive(PartialEq, Eq, std::hash::Hash)]
-enum SlotTable {
+pub(super) enum SlotTable {
     /// This number of upstreams in their order.
     InTurn(usize),
     /// Upstreams by identity and weight.
@@ -403,7 +403,7 @@ enum SlotTable {
 }
 
 impl SlotTable {
-    fn of(rule: &Rule) -> SlotTable {
+    pub(super) fn of(rule: &Rule) -> SlotTable {
         if rule.hash == Hash::Modulo || rule.upstreams.len() < 2 {
             return SlotTable::InTurn(rule.upstreams.len());
         }
@@ -412,7 +412,7 @@ impl SlotTable {
     }
 
     /// Returns the index of the rule's upstream in each slot.
-    fn slots(&self) -> Vec<u16> {
+    pub(super) fn slots(&self) -> Vec<u16> {
         match self {
             SlotTable::InTurn(count) => (0..*count as u16).collect(),
             SlotTable::Maglev(list) => {

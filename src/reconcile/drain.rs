@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::config::{State, nearest, with_port};
 use crate::desired::diff::endpoint;
+use crate::desired::export;
 use crate::desired::{Desired, Destination, Role, Rule, RuleIds, Upstream};
 use crate::reconcile::plan::Action;
 
@@ -224,6 +225,21 @@ fn find_rule<'a>(
 ) -> anyhow::Result<(&'a Rule, &'a RuleIds)> {
     let index = rule_index(desired, name)?;
     Ok((&desired.rules[index], ids.get(index).context("a rule without ids")?))
+}
+
+/// Returns the fields of an upstream in the file, drained.
+///
+/// # Errors
+/// There is no such upstream, or several.
+pub fn drained_fields(
+    desired: &Desired,
+    ids: &[RuleIds],
+    target: &UpstreamName,
+) -> anyhow::Result<serde_json::Value> {
+    let (rule, ids) = find_rule(desired, ids, &target.rule)?;
+    let destinations = rule.with_ids(ids);
+    let found = find(rule, &destinations, &target.upstream)?;
+    Ok(export::host(&Upstream { state: State::Drained, ..found.upstream.clone() }))
 }
 
 /// Finds a rule by its name.

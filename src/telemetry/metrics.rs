@@ -15,8 +15,10 @@ use crate::config::{KEY_ENTRIES, UPSTREAMS};
 use crate::datapath::counters::Counts;
 use crate::datapath::description::{self, Description, Generation};
 use crate::datapath::pins::Store;
+use crate::desired::choice::{self, ChoiceHash};
 use crate::error::Result;
 use crate::net::Netlink;
+use crate::reconcile::drain::{Overrides, effective_rules};
 use crate::reconcile::drift;
 use crate::reconcile::observe::Observed;
 use crate::telemetry::announcement::State;
@@ -30,13 +32,14 @@ pub struct Gatherer {
     store: Store,
     /// Digest of the file, number of the generation, and their drift.
     cached_drift: Option<(String, u32, bool)>,
+    choices: Choices,
     /// Length of the last text in bytes.
     length: usize,
 }
 
 impl Gatherer {
     pub fn new(store: Store) -> Gatherer {
-        Gatherer { store, cached_drift: None, length: 0 }
+        Gatherer { store, cached_drift: None, choices: Choices::default(), length: 0 }
     }
 
     /// Returns all metrics as text.
@@ -50,6 +53,7 @@ impl Gatherer {
             fill: serving
                 .map(|it| fill(&it.description, reading.status.max_ids))
                 .unwrap_or_default(),
+            choices: self.choices.of(serving, &reading.observed.overrides),
             status: reading.status,
         };
         drop(reading.observed);
@@ -78,6 +82,28 @@ impl Gatherer {
     }
 }
 
+/// The digests of the rules' choices. Large tables of slots take a while, so they are cached.
+#[derive(Default)]
+struct Choices {
+    /// Number of the generation, and the overrides.
+    known: Option<(u32, Overrides)>,
+    digests: Vec<ChoiceHash>,
+}
+
+impl Choices {
+    /// Returns the digests in the order of the rules.
+    fn of(&mut self, serving: Option<&Generation>, overrides: &Overrides) -> Vec<ChoiceHash> {
+        let Some(serving) = serving else { return Vec::new() };
+        let known = (serving.number, overrides.clone());
+        if self.known.as_ref() != Some(&known) {
+            let (desired, ids) = serving.hosts();
+            self.digests = choice::digests(&effective_rules(desired, ids, overrides));
+            self.known = Some(known);
+        }
+        self.digests.clone()
+    }
+}
+
 /// Used shares of limits, 0 to 1.
 type Fill = Vec<(&'static str, f64)>;
 
@@ -98,6 +124,7 @@ struct Metrics {
     status: Status,
     drift: Option<bool>,
     fill: Fill,
+    choices: Vec<ChoiceHash>,
 }
 
 impl Collector for Metrics {
@@ -153,6 +180,12 @@ impl Metrics {
                 let labels = [("address", address.as_str()), ("state", state.word())];
                 announced.set(&labels, u32::from(one.state == state))?;
             }
+        }
+        let help =
+            "Digest of what decides which upstream a packet goes to; equal on hosts that agree";
+        let mut choice = gauge(encoder, "choice_hash", help)?;
+        for (rule, hash) in status.rules.iter().zip(&self.choices) {
+            choice.set(&[("rule", &rule.name)], *hash)?;
         }
         let help = "How full a table is, of the most that there may be in it";
         let mut fill = gauge(encoder, "map_fill_ratio", help)?;

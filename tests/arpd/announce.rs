@@ -246,3 +246,33 @@ fn addresses_follow_the_file_and_the_interfaces() {
     await_place(&lab, VIP, &[]);
     lab.run("withdraw 10.99.0.1").expect(1).says(&["the configuration has no `announce`"]);
 }
+
+/// The digests of hosts with one file are equal, whatever their generations; a drain on one differs.
+#[test]
+fn digests_tell_hosts_that_choose_differently() {
+    let labs = [lab(), lab()];
+    let digest = |lab: &Lab| lab.run("list --digest").expect(0).stdout;
+    let balanced = |upstreams: &[Value]| {
+        let rule = rule("dns", 53, json!({ "tc_action": "block", "hash": "maglev" }), upstreams);
+        config(&[rule])
+    };
+    let both = balanced(&UPSTREAMS.map(|address| upstream(address, 6000)));
+    labs[1].apply(&balanced(&[upstream(UPSTREAMS[0], 6000)]));
+    for lab in &labs {
+        lab.apply(&both);
+    }
+    let equal = digest(&labs[0]);
+    assert_eq!(equal, digest(&labs[1]));
+    assert_eq!(equal.lines().count(), 2, "{equal}");
+    let print = labs[0].run("drain dns/10.2.0.21 --print").expect(0).stdout;
+    assert_eq!(digest(&labs[0]), equal, "it changes nothing");
+    labs[0].run("drain dns/10.2.0.21").expect(0);
+    assert_ne!(digest(&labs[0]), equal);
+    // the printed lines in the file have the same effect
+    let mut file = both.clone();
+    let lines: Vec<Value> = serde_yaml::from_str(&print).expect("YAML");
+    assert_eq!(file["rules"][0]["upstream"][1]["address"], lines[0]["address"]);
+    file["rules"][0]["upstream"][1] = lines[0].clone();
+    labs[1].apply(&file);
+    assert_eq!(digest(&labs[0]), digest(&labs[1]));
+}
