@@ -216,6 +216,9 @@ let
     hostOptions
     // {
       weight = word (types.ints.between 1 10000) 2 "Share of the flows. The program's default is 1.";
+      priority =
+        word (types.ints.between 1 255) 2
+          "Upstreams of a higher number get packets while all of the lower ones are drained or down. The program's default is 1.";
     }
   );
   mirror = words hostOptions;

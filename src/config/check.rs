@@ -49,6 +49,7 @@ pub(super) fn check(decoded: &mut Decoded) {
         upstreams(rule, &mut diagnostics);
         weights(rule, &mut diagnostics);
         reply::check(rule, &mut diagnostics);
+        priorities(rule, &mut diagnostics);
     }
     decoded.warnings.extend(large_tables(rules));
     names(rules, &mut diagnostics);
@@ -230,6 +231,19 @@ fn receivers(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
     }
 }
 
+/// Reports priorities where all upstreams get the packet.
+fn priorities(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
+    if rule.mode == Mode::Balance {
+        return;
+    }
+    for upstream in rule.upstreams.iter().filter(|it| it.priority.is_some()) {
+        let message =
+            "`priority` has no meaning with `mode: replicate`: every upstream gets each packet";
+        let at = upstream.at.field(words::UPSTREAM_PRIORITY.name);
+        diagnostics.push(Message::about(&at, message));
+    }
+}
+
 fn weights(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
     let misused = match (rule.mode, rule.hash) {
         (Mode::Replicate, _) => {
@@ -251,9 +265,12 @@ fn weights(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
     }
 }
 
-/// Returns the size of the table of a rule.
+/// Returns the size of the table of a rule, which has the upstreams of the lowest priority.
 fn slots(rule: &RuleConfig) -> Result<u32, maglev::TooUneven> {
-    let weights: Vec<u32> = rule.upstreams.iter().map(|it| it.weight.unwrap_or(1)).collect();
+    let priority = |upstream: &UpstreamConfig| upstream.priority.unwrap_or(1);
+    let lowest = rule.upstreams.iter().map(priority).min();
+    let preferred = rule.upstreams.iter().filter(|it| Some(priority(it)) == lowest);
+    let weights: Vec<u32> = preferred.map(|it| it.weight.unwrap_or(1)).collect();
     maglev::size(&weights)
 }
 

@@ -611,6 +611,8 @@ impl Decoder {
         let addresses = self.settle(addresses, &words::UPSTREAM_ADDRESSES);
         let port = self.optional(&fields, &words::UPSTREAM_PORT, at, scalar::port);
         let weight = self.optional(&fields, &words::UPSTREAM_WEIGHT, at, number(&words::WEIGHT));
+        let priority =
+            self.optional(&fields, &words::UPSTREAM_PRIORITY, at, number(&words::PRIORITY));
         let sample = self.optional(&fields, &words::UPSTREAM_SAMPLE, at, number(&words::SAMPLE));
         let state = self.choice(&fields, &words::UPSTREAM_STATE, at);
         let state = self.settle(state, &words::UPSTREAM_STATE);
@@ -624,6 +626,7 @@ impl Decoder {
             addresses: addresses?,
             port: port?,
             weight: weight?,
+            priority: priority?,
             state: state?,
             source: source?,
             sample: sample?,

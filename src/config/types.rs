@@ -225,6 +225,8 @@ pub struct UpstreamConfig {
     pub port: Option<u16>,
     /// Share of the flows beside those of the others; none: 1.
     pub weight: Option<u32>,
+    /// Packets come here while no upstream with a lower one can be selected; none: 1.
+    pub priority: Option<u32>,
     pub state: State,
     /// None: the rule's.
     pub source: Option<Source>,

@@ -233,7 +233,7 @@ pub static UPSTREAM: Field =
         .required()
         .in_list()
         .example("[{ address: 10.0.9.11 }]");
-pub static MIRROR: Field = Field::new("mirror", Shape::Maps(&MIRROR_MAP), "Hosts that get a copy of each packet of a balanced rule as well, with the words of `upstream` except `weight`.").default("none").example("[{ address: 10.0.9.13, sample: 10 }]");
+pub static MIRROR: Field = Field::new("mirror", Shape::Maps(&MIRROR_MAP), "Hosts that get a copy of each packet of a balanced rule as well, with the words of `upstream` except `weight` and `priority`.").default("none").example("[{ address: 10.0.9.13, sample: 10 }]");
 
 pub static KEY_ADDRESS: Field = Field::new("address", Shape::Address, "Destination address of the packet: an address of this host, a multicast group or a broadcast address (neither of the two with `source: vip`). `any` is each address of the interfaces except link-local ones.").required().in_list().example("10.0.0.5");
 pub static KEY_PORT: Field = Field::new(
@@ -312,6 +312,8 @@ pub static UPSTREAM_WEIGHT: Field = Field::new(
 .default("1")
 .example("2");
 pub static WEIGHT: Number = Number { what: "a weight", first: 1, last: 10_000 };
+pub static UPSTREAM_PRIORITY: Field = Field::new("priority", Shape::Number(&PRIORITY), "Upstreams of a higher number get packets only while all of the lower ones are drained or down, with `mode: balance`.").default("1").example("2");
+pub static PRIORITY: Number = Number { what: "a priority", first: 1, last: 255 };
 pub static UPSTREAM_STATE: EnumField = EnumField::new(&UPSTREAM_STATE, "state", &["active", "drained"], "A `drained` upstream keeps its place, and the others get its flows. `udplb drain` and `udplb enable` override it.").default("active").example("drained");
 pub static UPSTREAM_SOURCE: EnumField = EnumField::new(
     &UPSTREAM_SOURCE,
@@ -367,6 +369,7 @@ pub static UPSTREAM_MAP: Table = Table {
         &UPSTREAM_ADDRESSES.field,
         &UPSTREAM_PORT,
         &UPSTREAM_WEIGHT,
+        &UPSTREAM_PRIORITY,
         &UPSTREAM_STATE.field,
         &UPSTREAM_SOURCE.field,
         &UPSTREAM_SAMPLE,

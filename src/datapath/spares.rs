@@ -1,4 +1,5 @@
-//! Spares: the selectable upstreams, by weight, for flows of upstreams that cannot be selected.
+//! Spares: the selectable upstreams of the lowest priority, by weight, for flows of upstreams that cannot be
+//! selected.
 //!
 //! The program first tries a few other slots of the flow, which needs no table and moves no other flow. The
 //! table serves rules with few selectable upstreams.
@@ -97,7 +98,10 @@ pub fn table(
     let active: Vec<usize> = (0..rule.upstreams.len()).filter(is_active).collect();
     let up: Vec<usize> = active.iter().copied().filter(is_up).collect();
     // if all are down, treat all as up
-    let usable = if up.is_empty() { active } else { up };
+    let mut usable = if up.is_empty() { active } else { up };
+    let priority = |index: &usize| rule.upstreams[*index].priority;
+    let lowest = usable.iter().map(priority).min();
+    usable.retain(|index| Some(priority(index)) == lowest);
     let shares: Vec<(u32, u32)> =
         usable.iter().map(|index| (*index as u32, rule.upstreams[*index].weight)).collect();
     entries(first, &shares, rule.upstreams.len())
@@ -192,6 +196,11 @@ mod tests {
         assert_eq!(left(&rule, &[&with(&[], &[11])]), [third]);
         // all that may be selected are down
         assert_eq!(left(&rule, &[&with(&[], &[11, 13])]), [first, third]);
+        let mut ranked = rule.clone();
+        (ranked.upstreams[1].state, ranked.upstreams[2].priority) = (State::Active, 2);
+        assert_eq!(left(&ranked, &[&filed]), [first, second]);
+        assert_eq!(left(&ranked, &[&with(&[], &[11, 12])]), [third]);
+        assert_eq!(left(&ranked, &[&with(&[], &[11, 12, 13])]), [first, second]);
         let off = Rule { health: Health::Off, ..rule.clone() };
         assert_eq!(left(&off, &[&with(&[], &[11])]), [first, third]);
         let none = with(&[(11, State::Drained), (13, State::Drained)], &[]);

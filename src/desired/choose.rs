@@ -170,7 +170,7 @@ fn fits(rule: &Rule) -> bool {
         Mode::Replicate => rule.upstreams.len(),
         Mode::Balance => 0,
     };
-    let weights: Vec<u32> = rule.upstreams.iter().map(|upstream| upstream.weight).collect();
+    let weights: Vec<u32> = rule.preferred().map(|(_, upstream)| upstream.weight).collect();
     receivers.max(rule.mirrors.len()) <= RECEIVERS
         && (rule.hash == Hash::Modulo || maglev::size(&weights).is_ok())
 }

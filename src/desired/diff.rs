@@ -201,7 +201,7 @@ fn rounded(share: f64) -> f64 {
 
 /// Returns the size of a rule's table if its weights determine it. A change of size moves most flows.
 fn slots(rule: &Rule) -> Option<u32> {
-    let weights: Vec<u32> = rule.upstreams.iter().map(|upstream| upstream.weight).collect();
+    let weights: Vec<u32> = rule.preferred().map(|(_, upstream)| upstream.weight).collect();
     let weighted = rule.mode == Mode::Balance && rule.hash == Hash::Maglev;
     weighted.then(|| maglev::size(&weights).ok()).flatten()
 }
@@ -235,6 +235,7 @@ fn difference(
         let attributes = |rule: &Rule, upstream: &Upstream| {
             let mut attributes = vec![
                 ("weight", upstream.weight.to_string()),
+                ("priority", upstream.priority.to_string()),
                 ("state", word(&upstream.state)),
                 ("sample", upstream.sample.to_string()),
             ];

@@ -91,6 +91,9 @@ pub fn host(upstream: &Upstream) -> Value {
     if upstream.weight != 1 {
         say("weight", json!(upstream.weight));
     }
+    if upstream.priority != 1 {
+        say("priority", json!(upstream.priority));
+    }
     if upstream.state != State::Active {
         say("state", json!(upstream.state));
     }
@@ -264,8 +267,8 @@ mod tests {
             select(strategies.collect::<Vec<_>>()).prop_map(|strategy| (strategy, None)),
             payload.prop_map(|payload| (Selection::Payload, Some(payload))),
         ];
-        // Options of a host: weight, source and sample.
-        let own = vec((1..100_u32, option::of(select(sources())), 1..=1_000_000_u32), 10);
+        // Options of a host: weight, source, and sample or priority.
+        let own = vec((1..100_u32, option::of(select(sources())), 1..=255_u32), 10);
         let hosts = select(vec![Family::V4, Family::V6]).prop_flat_map(move |family| {
             (key(place, family), hosts(family, "u"), option::of(hosts(family, "m")))
         });
@@ -284,8 +287,10 @@ mod tests {
                 upstream.source = own.filter(|own| *own != source);
                 match (mode, hash) {
                     (Mode::Replicate, _) => upstream.sample = sample,
-                    (Mode::Balance, Hash::Maglev) => upstream.weight = weight,
-                    (Mode::Balance, Hash::Modulo) => {}
+                    (Mode::Balance, Hash::Maglev) => {
+                        (upstream.weight, upstream.priority) = (weight, sample);
+                    }
+                    (Mode::Balance, Hash::Modulo) => upstream.priority = sample,
                 }
             }
             for (mirror, (_, own, sample)) in rule.mirrors.iter_mut().zip(own) {

@@ -18,14 +18,19 @@ pub type End<'a> = Option<(&'a Address, Option<u16>)>;
 struct Chooser<'a> {
     rule: &'a Rule,
     slots: &'a [u16],
-    /// Sum of the weights of active upstreams.
+    /// The active upstreams of the lowest priority that has such.
+    spares: Vec<&'a Upstream>,
+    /// Sum of the weights of the spares.
     weights: u64,
 }
 
 impl<'a> Chooser<'a> {
     fn new(rule: &'a Rule, slots: &'a [u16]) -> Chooser<'a> {
-        let active = rule.upstreams.iter().filter(|upstream| is_active(upstream));
-        Chooser { rule, slots, weights: active.map(|it| u64::from(it.weight)).sum() }
+        let mut spares: Vec<_> = rule.upstreams.iter().filter(|it| is_active(it)).collect();
+        let lowest = spares.iter().map(|upstream| upstream.priority).min();
+        spares.retain(|upstream| Some(upstream.priority) == lowest);
+        let weights = spares.iter().map(|upstream| u64::from(upstream.weight)).sum();
+        Chooser { rule, slots, spares, weights }
     }
 
     /// Returns the destination of a key; `None` if all are drained.
@@ -48,8 +53,7 @@ impl<'a> Chooser<'a> {
 
     fn by_weight(&self, key: u32) -> Option<&'a Upstream> {
         let mut place = (u64::from(scrambled(key)) * self.weights) >> 32;
-        let mut active = self.rule.upstreams.iter().filter(|upstream| is_active(upstream));
-        active.find(|upstream| {
+        self.spares.iter().copied().find(|upstream| {
             let here = place < u64::from(upstream.weight);
             place = place.saturating_sub(upstream.weight.into());
             here

@@ -100,6 +100,9 @@ pub struct Upstream {
     /// Share of the flows, relative to the other upstreams.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub weight: u32,
+    /// Packets come here while no upstream with a lower one can be selected.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub priority: u32,
     #[serde(default, skip_serializing_if = "is_default")]
     pub state: State,
     /// `None` for the rule's, see [`Rule::source_of`].
@@ -154,6 +157,13 @@ impl Rule {
         self.upstreams.first().map_or(Family::V4, |upstream| upstream.address.ip.into())
     }
 
+    /// Returns the upstreams of the lowest priority, which slots refer to, each with its place in the list.
+    pub fn preferred(&self) -> impl Iterator<Item = (usize, &Upstream)> {
+        let lowest = self.upstreams.iter().map(|upstream| upstream.priority).min();
+        let all = self.upstreams.iter().enumerate();
+        all.filter(move |(_, upstream)| Some(upstream.priority) == lowest)
+    }
+
     /// Returns all destinations: the upstreams, then the mirrors.
     pub fn destinations(&self) -> impl Iterator<Item = &Upstream> {
         self.upstreams.iter().chain(&self.mirrors)
@@ -196,6 +206,7 @@ impl Upstream {
             addresses: Addresses::One,
             port,
             weight: 1,
+            priority: 1,
             state: State::Active,
             source: None,
             sample: 1,
@@ -376,6 +387,7 @@ fn written(rule: &config::RuleConfig) -> Rule {
         addresses: upstream.addresses,
         port: upstream.port,
         weight: upstream.weight.unwrap_or(1),
+        priority: upstream.priority.unwrap_or(1),
         state: upstream.state,
         // Equal to the default: the same configuration.
         source: upstream.source.filter(|source| *source != rule.source),

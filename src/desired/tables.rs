@@ -396,29 +396,31 @@ struct Slots {
 /// The input of a table.
 #[derive(PartialEq, Eq, std::hash::Hash)]
 pub(super) enum SlotTable {
-    /// This number of upstreams in their order.
-    InTurn(usize),
-    /// Upstreams by identity and weight.
-    Maglev(Vec<(String, u32)>),
+    /// Upstreams in their order, by place.
+    InTurn(Vec<u16>),
+    /// Upstreams by place, identity and weight.
+    Maglev(Vec<(u16, String, u32)>),
 }
 
 impl SlotTable {
     pub(super) fn of(rule: &Rule) -> SlotTable {
-        if rule.hash == Hash::Modulo || rule.upstreams.len() < 2 {
-            return SlotTable::InTurn(rule.upstreams.len());
+        // at most 65,535
+        let preferred = rule.preferred().map(|(place, upstream)| (place as u16, upstream));
+        if rule.hash == Hash::Modulo || rule.preferred().count() < 2 {
+            return SlotTable::InTurn(preferred.map(|(place, _)| place).collect());
         }
-        let member = |upstream: &Upstream| (identity(upstream), upstream.weight);
-        SlotTable::Maglev(rule.upstreams.iter().map(member).collect())
+        let member = |(place, upstream)| (place, identity(upstream), upstream.weight);
+        SlotTable::Maglev(preferred.map(member).collect())
     }
 
     /// Returns the index of the rule's upstream in each slot.
     pub(super) fn slots(&self) -> Vec<u16> {
         match self {
-            SlotTable::InTurn(count) => (0..*count as u16).collect(),
+            SlotTable::InTurn(places) => places.clone(),
             SlotTable::Maglev(list) => {
                 let members: Vec<Member<'_>> = list
                     .iter()
-                    .map(|(identity, weight)| Member {
+                    .map(|(_, identity, weight)| Member {
                         identity: identity.as_bytes(),
                         weight: *weight,
                     })
@@ -426,7 +428,8 @@ impl SlotTable {
                 let weights: Vec<u32> = members.iter().map(|member| member.weight).collect();
                 // Weights without a table are refused when a file is read.
                 let size = maglev::size(&weights).unwrap_or(maglev::LARGEST);
-                maglev::table(&members, size)
+                let slots = maglev::table(&members, size);
+                slots.into_iter().map(|member| list[usize::from(member)].0).collect()
             }
         }
     }
@@ -552,7 +555,7 @@ pub fn moved_share(old: &Rule, new: &Rule) -> f64 {
     }
     let (before, after) = (SlotTable::of(old).slots(), SlotTable::of(new).slots());
     let (old_ends, new_ends) = (ends(old), ends(new));
-    let several = before.len().max(after.len()) > 1;
+    let several = old.upstreams.len().max(new.upstreams.len()) > 1;
     let drained = |rule: &Rule| rule.upstreams.iter().any(|it| it.state == State::Drained);
     if several && (drained(old) || drained(new)) {
         let same_key = selection(old) == selection(new);
@@ -724,6 +727,29 @@ mod tests {
             (&[0], &[1], 0.5),
             (&[0, 1, 2, 3], &[0, 1, 2, 3], 0.0),
             (&[0, 1, 2], &[0, 1, 2, 3], 1.0),
+        ] {
+            let share = moved_share(&of(old), &of(new));
+            assert!((share - moved).abs() < 0.01, "{old:?} -> {new:?}: {share}");
+        }
+    }
+
+    #[test]
+    fn flows_come_to_the_next_priority_together() {
+        let of = |drained: &[usize]| {
+            let mut rule = rule("one", 1, 1, &[1, 2, 3, 4]);
+            rule.hash = Hash::Maglev;
+            rule.upstreams[2].priority = 2;
+            rule.upstreams[3].priority = 2;
+            for upstream in drained {
+                rule.upstreams[*upstream].state = State::Drained;
+            }
+            rule
+        };
+        for (old, new, moved) in [
+            (&[][..], &[2, 3][..], 0.0),
+            (&[], &[0], 0.5),
+            (&[], &[0, 1], 1.0),
+            (&[0, 1], &[0, 1, 3], 0.5),
         ] {
             let share = moved_share(&of(old), &of(new));
             assert!((share - moved).abs() < 0.01, "{old:?} -> {new:?}: {share}");

@@ -430,6 +430,42 @@ fn last_active_upstream_gets_everything() {
 }
 
 #[test]
+fn next_priority_serves_while_the_one_before_is_drained() {
+    const PRIORITIES: [u32; 5] = [2, 1, 2, 3, 1];
+    // the drained upstreams, and those that share the packets
+    let table: [(&[usize], &[usize]); 6] = [
+        (&[], &[1, 4]),
+        (&[4], &[1]),
+        (&[1, 4], &[0, 2]),
+        (&[0, 1, 4], &[2]),
+        (&[0, 1, 2, 4], &[3]),
+        (&[0, 2, 3], &[1, 4]),
+    ];
+    Testbed::with(|testbed| {
+        for hash in [Hash::Maglev, Hash::Modulo] {
+            for (rule, ipv6) in rules(PRIORITIES.len()).into_iter().zip([false, true]) {
+                let flows = flows(ipv6, Just(Vec::new()));
+                for (drained, left) in table {
+                    let mut rule = Rule { hash, ..rule.clone() };
+                    for (index, upstream) in rule.upstreams.iter_mut().enumerate() {
+                        upstream.priority = PRIORITIES[index];
+                        let is_drained = drained.contains(&index);
+                        upstream.state = if is_drained { State::Drained } else { State::Active };
+                    }
+                    let choices = Relay::with(testbed, &[rule]).choices(&flows);
+                    let got = |index: &usize| choices.iter().filter(|it| *it == index).count();
+                    let all: usize = left.iter().map(got).sum();
+                    assert_eq!(all, FLOWS, "{hash:?} {drained:?}: {choices:?}");
+                    let fair = FLOWS / left.len();
+                    let spread = 5 * (FLOWS as f64).sqrt() as usize / 2;
+                    assert!(left.iter().all(|it| got(it).abs_diff(fair) <= spread), "{drained:?}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
 fn fully_drained_rule_is_counted() {
     let drained = |upstream| Upstream { state: State::Drained, ..upstream };
     let all = || upstreams(NEAR, 3).into_iter().map(drained).collect();

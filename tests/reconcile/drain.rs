@@ -15,7 +15,7 @@ use udplb::datapath::{pins, state_maps};
 
 use crate::common::Namespace;
 use crate::common::lab::{CLIENTS, Lab, Outcome, RELAY, UPSTREAMS, config, rule};
-use crate::common::net::{bind, expect_silence, receive};
+use crate::common::net::{bind, expect_silence, expect_silence_of, receive, receive_any};
 
 fn upstream(name: &str, index: usize, port: u16) -> Value {
     json!({ "name": name, "address": UPSTREAMS[index], "port": port })
@@ -49,6 +49,31 @@ fn overrides(lab: &Lab) -> BTreeMap<u32, State> {
 fn send(lab: &Lab) {
     let sender = bind(&lab.client, CLIENTS[0], 5666);
     sender.send_to(b"where", (RELAY, 5000)).expect("sent");
+}
+
+#[test]
+fn backup_serves_while_all_others_are_drained() {
+    let lab = Lab::new();
+    let backup = json!({ "name": "c", "address": UPSTREAMS[1], "port": 7003, "priority": 2 });
+    lab.apply(&block(&[upstream("a", 0, 7001), upstream("b", 0, 7002), backup]));
+    let receivers: Vec<UdpSocket> = [(0, 7001), (0, 7002), (1, 7003)]
+        .map(|(host, port)| bind(&lab.upstream, UPSTREAMS[host], port))
+        .into();
+    let sender = bind(&lab.client, CLIENTS[0], 5666);
+    let receiver_of_one = || {
+        sender.send_to(b"where", (RELAY, 5000)).expect("sent");
+        let (index, datagram) = receive_any(&receivers);
+        assert_eq!(datagram.payload, b"where");
+        index
+    };
+    assert_ne!(receiver_of_one(), 2);
+    lab.run("drain only/a").expect(0);
+    assert_eq!(receiver_of_one(), 1);
+    lab.run("drain only/b").expect(0);
+    assert_eq!(receiver_of_one(), 2);
+    lab.run("enable only/b").expect(0);
+    assert_eq!(receiver_of_one(), 1);
+    expect_silence_of(&receivers);
 }
 
 const FLOWS: u32 = 300;
