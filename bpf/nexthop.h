@@ -168,7 +168,7 @@ static __always_inline bool is_down(const struct upstream *upstream)
 
 	if (!slot || !(cached = cached_nexthop(slot, sequence_of(slot), upstream->address)))
 		return false;
-	return cached->health == HEALTH_DOWN && lease_holds();
+	return cached->health >= HEALTH_DOWN && lease_holds();
 }
 
 /* Stores this host's source address towards an upstream. Returns false if it is not known. */

@@ -102,6 +102,7 @@ pod!(
     pending,
     mark,
     announcement_key,
+    probe,
     trace,
     event,
 );

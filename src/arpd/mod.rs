@@ -1,6 +1,7 @@
 //! `udplb arpd`: keeps next hops resolved and fresh, and marks dead ones for the program.
 //!
-//! [`neighbours`] is the pure state machine, `announcer` that of announced addresses. `service` reads the kernel's tables, carries out the
+//! [`neighbours`], [`probes`] and `announcer`, that of announced addresses, are the pure state machines. `prober` asks
+//! services the `questions`. `service` reads the kernel's tables, carries out the
 //! effects, and renews the lease as long as both succeed. Everything is read again after each
 //! interval; events only make that happen earlier.
 
@@ -8,6 +9,9 @@ mod announcer;
 mod dns;
 mod groups;
 pub mod neighbours;
+mod prober;
+pub mod probes;
+mod questions;
 mod service;
 
 use std::net::SocketAddr;
@@ -67,7 +71,12 @@ pub async fn run(store: &Store, options: &Options) -> Result<u8> {
         for address in &unreachable {
             say(format_args!("error: {address} cannot be reached; udplb doctor shows why"));
         }
-        return Ok((service.has_errors() || !unreachable.is_empty()).into());
+        let silent = service.probe_once().await;
+        for service in &silent {
+            say(format_args!("error: {service}"));
+        }
+        let is_failed = service.has_errors() || !unreachable.is_empty() || !silent.is_empty();
+        return Ok(is_failed.into());
     }
     if let Some(address) = options.metrics {
         http::serve(store, address, &options.metrics_hosts).context("the thread for metrics")?;
@@ -95,7 +104,7 @@ async fn serve(service: &mut Service) -> Result<u8> {
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     service.ready();
     loop {
-        let Service { events, names, .. } = &mut *service;
+        let Service { events, names, probes, prober, .. } = &mut *service;
         tokio::select! {
             biased;
             _ = terminate.recv() => return Ok(0),
@@ -111,6 +120,8 @@ async fn serve(service: &mut Service) -> Result<u8> {
                 service.take_events().await;
             }
             answer = names.answer() => service.take_answers(answer).await,
+            answer = prober.answer() => service.take_probe(answer),
+            () = wait_until(probes.next_start()) => service.start_probes(),
         }
         service.work().await;
     }
@@ -119,4 +130,12 @@ async fn serve(service: &mut Service) -> Result<u8> {
 /// Waits for events of the kernel. Errors are handled when events are taken.
 async fn has_events(events: &Events) {
     let _ = events.wait().await;
+}
+
+/// Waits until a time; for ever if there is none.
+async fn wait_until(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time.into()).await,
+        None => std::future::pending().await,
+    }
 }

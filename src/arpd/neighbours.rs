@@ -75,6 +75,8 @@ pub struct NeighbourTracker {
     paths: HashMap<Target, Result<Paths, String>>,
     tracked: BTreeMap<NeighbourKey, Tracked>,
     written: HashMap<u32, NextHopEntry>,
+    /// Upstreams whose service does not answer, and since when, in seconds since 1970.
+    failed: HashMap<u32, u32>,
     /// Indexes of upstreams whose entry may have changed.
     dirty: BTreeSet<usize>,
     effects: Vec<Effect>,
@@ -99,6 +101,7 @@ impl NeighbourTracker {
             paths: HashMap::new(),
             tracked: BTreeMap::new(),
             written: HashMap::new(),
+            failed: HashMap::new(),
             dirty: BTreeSet::new(),
             effects: Vec::new(),
             changes: Vec::new(),
@@ -123,6 +126,23 @@ impl NeighbourTracker {
         self.upstreams = upstreams.into_iter().map(|(upstream, _)| upstream).collect();
         let ids: BTreeSet<u32> = self.upstreams.iter().map(|upstream| upstream.id).collect();
         self.written.retain(|id, _| ids.contains(id));
+        self.failed.retain(|id, _| ids.contains(id));
+    }
+
+    /// Sets since when the service of an upstream does not answer; `None`: it does, or nobody asks.
+    pub fn set_failed(&mut self, id: u32, since: Option<u32>) {
+        let before = match since {
+            Some(since) => self.failed.insert(id, since),
+            None => self.failed.remove(&id),
+        };
+        if before != since {
+            self.dirty.extend(self.upstreams.iter().position(|upstream| upstream.id == id));
+        }
+    }
+
+    /// Returns the entry of an upstream as it is written.
+    pub fn written(&self, id: u32) -> Option<&types::nexthop> {
+        self.written.get(&id).map(|entry| &entry.0)
     }
 
     /// Returns the targets whose paths are needed.
@@ -171,7 +191,7 @@ impl NeighbourTracker {
     pub fn unreachable(&self) -> Vec<String> {
         let up = |upstream: &&TrackedUpstream| {
             let health = self.entry(upstream).health;
-            [Health::HEALTH_UP, Health::HEALTH_STALE].contains(&health)
+            [Health::HEALTH_UP, Health::HEALTH_STALE, Health::HEALTH_FAILED].contains(&health)
         };
         let dead = self.upstreams.iter().filter(|upstream| !up(upstream));
         dead.map(|upstream| upstream.target.address.to_string())
@@ -402,6 +422,11 @@ impl NeighbourTracker {
                 entry.health = Health::HEALTH_DOWN;
                 entry.since = before.map_or(self.seconds, |before| before.since);
             }
+        }
+        if let Some(since) = self.failed.get(&upstream.id)
+            && entry.health != Health::HEALTH_DOWN
+        {
+            (entry.health, entry.since) = (Health::HEALTH_FAILED, *since);
         }
         if entry.macs == types::macs::MACS_UNKNOWN {
             self.keep_last_macs(upstream.id, &mut entry);

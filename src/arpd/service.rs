@@ -2,6 +2,7 @@
 //! neighbour tracker.
 
 mod announcing;
+mod probing;
 mod renewal;
 mod serving;
 mod tables;
@@ -21,6 +22,8 @@ use super::announcer::Announcer;
 use super::dns::HostNames;
 use super::groups::Groups;
 use super::neighbours::{Effect, NeighbourTracker, NextHopEntry, Now, TrackedUpstream};
+use super::prober::Prober;
+use super::probes::ProbeTracker;
 use crate::bpf::types;
 use crate::datapath::lease::Heartbeat;
 use crate::datapath::pins::{self, Store, WriteGuard};
@@ -53,6 +56,8 @@ pub struct Service {
     /// Exclusive lock: one arpd for each pin directory.
     lock: File,
     tracker: NeighbourTracker,
+    pub probes: ProbeTracker,
+    pub prober: Prober,
     groups: Groups,
     announcer: Announcer,
     /// Next look at the announced addresses.
@@ -115,6 +120,8 @@ impl Service {
                 true => options.probe_interval.min(ONCE_PROBE_INTERVAL),
                 false => options.probe_interval,
             }),
+            probes: ProbeTracker::new(now),
+            prober: Prober::default(),
             groups: Groups::default(),
             announcer: Announcer::default(),
             announce_due: now,
@@ -189,7 +196,8 @@ impl Service {
     }
 
     fn send_status(&mut self) {
-        let down = self.tracker.count(types::health::HEALTH_DOWN);
+        let down = [types::health::HEALTH_DOWN, types::health::HEALTH_FAILED];
+        let down: usize = down.map(|health| self.tracker.count(health)).iter().sum();
         let status = match &self.serving {
             None => "nothing is applied".to_string(),
             Some(_) if !self.failed_vitals.is_empty() => {
@@ -421,6 +429,7 @@ impl Service {
         if self.ticked || was_stale {
             self.ticked = false;
             self.tracker.tick(now());
+            self.write_probes();
             self.send_status();
         }
         let effects = self.tracker.effects();
@@ -473,6 +482,7 @@ impl Service {
         self.current = symlink;
         self.unwritten.clear();
         self.track_upstreams()?;
+        self.track_services()?;
         self.stale = Stale { generation: false, ..Stale::all() };
         self.routes_not_before = Instant::now();
         self.beat_due = Instant::now();
@@ -483,9 +493,7 @@ impl Service {
     fn track_upstreams(&mut self) -> anyhow::Result<()> {
         let mut upstreams = Vec::new();
         let mut ids = HashSet::new();
-        if let Some(serving) = &self.serving
-            && !serving.interfaces.values().all(|filter| matches!(filter, Filter::Detached(_)))
-        {
+        if let Some(serving) = self.serving.as_ref().filter(|serving| serving.is_attached()) {
             let description = &serving.generation.description;
             for (rule, ids_of) in description.desired.rules.iter().zip(&description.ids) {
                 for (upstream, id) in rule.destinations().zip(ids_of.destinations()) {

@@ -464,7 +464,13 @@ impl Looked<'_> {
             true => None,
             false => {
                 let state = self.state(owner, id)?;
-                let why = if state.starts_with("drained") { state } else { "down" };
+                let row = self.rows.iter().find(|row| row.id == id);
+                let evidence = row.and_then(|row| row.evidence.as_ref());
+                let why = match (state.starts_with("drained"), evidence) {
+                    (true, _) => state.into(),
+                    (false, None) => "down".into(),
+                    (false, Some(evidence)) => format!("down ({evidence})"),
+                };
                 Some(format!("{}, which is {why}", diff::endpoint(owner)))
             }
         };

@@ -1,5 +1,7 @@
 //! Decodes the tree of a file into rules, each value checked by itself.
 
+mod probe;
+
 use serde::Deserialize;
 use serde::de::value::{Error, StrDeserializer};
 
@@ -9,8 +11,8 @@ use super::path::Trail;
 use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, STATSD, Shape, Table};
 use super::{
-    Action, Announce, Hash, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports, Reply,
-    RuleConfig, Source, Strategy, UpstreamConfig, scalar,
+    Action, Announce, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports,
+    Reply, RuleConfig, Source, Strategy, UpstreamConfig, scalar,
 };
 
 /// The valid part of a file, and its diagnostics.
@@ -120,11 +122,12 @@ impl<T> Given<T> {
 }
 
 /// The options in the file, of a rule or of `defaults`.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 struct Options {
     /// Value of each choice, at its place in [`words::OPTIONS_MAP`].
     choices: [Given<&'static str>; words::OPTIONS_MAP.fields.len()],
     payload: Given<Payload>,
+    health: Given<Health>,
 }
 
 impl Options {
@@ -133,7 +136,11 @@ impl Options {
         for (choice, default) in choices.iter_mut().zip(defaults.choices) {
             *choice = choice.or(default);
         }
-        Options { choices, payload: self.payload.or(defaults.payload) }
+        Options {
+            choices,
+            payload: self.payload.or(defaults.payload),
+            health: self.health.clone().or(defaults.health.clone()),
+        }
     }
 
     fn get(&self, choice: &EnumField) -> Given<&'static str> {
@@ -316,7 +323,12 @@ impl Decoder {
             hash,
             source: self.source(&options, reply?)?,
             reply: reply?,
-            health: self.option(&options, &words::HEALTH)?,
+            health: match &options.health {
+                Given::Missing => Health::Off,
+                Given::Invalid => return None,
+                Given::Valid(health) => health.clone(),
+            },
+            all_down: self.option(&options, &words::ALL_DOWN)?,
             fragments: self.option(&options, &words::FRAGMENTS)?,
             zero_checksum: self.option(&options, &words::ZERO_CHECKSUM)?,
             martians: self.option(&options, &words::MARTIANS)?,
@@ -324,6 +336,7 @@ impl Decoder {
             mirrors: mirrors?,
             at: at.path(),
         };
+        self.has_port_to_probe(&rule, &at_options);
         if self.decoded.root == Root::Map {
             self.unwritten(&rule, &options, &at_options);
         }
@@ -337,6 +350,23 @@ impl Decoder {
             self.warn(&at.field(words::KEY.name), message);
         }
         Some(rule)
+    }
+
+    /// Reports a probe whose port depends on the packet.
+    fn has_port_to_probe(&mut self, rule: &RuleConfig, at: &Trail<'_>) {
+        let check = rule.health.probe().map(|probe| &probe.check);
+        let Some(check) = check.filter(|check| check.has_port() && check.port().is_none()) else {
+            return;
+        };
+        let is_single = matches!(rule.key.ports[..], [ports] if ports.first == ports.last);
+        if let Some(upstream) = rule.upstreams.iter().find(|it| it.port.is_none() && !is_single) {
+            let message = format!(
+                "the {} probe needs a `port`: {} has the one that each packet came to",
+                check.name(),
+                upstream.endpoint()
+            );
+            self.error(&at.field(words::HEALTH.name), Message::new(message));
+        }
     }
 
     /// Warns of defaults that are often not intended. A bare list has no words for anything else.
@@ -651,6 +681,10 @@ impl Decoder {
             let payload = self.payload(node, &at.field(words::PAYLOAD.name));
             options.payload = payload.map_or(Given::Invalid, Given::Valid);
         }
+        if let Some(node) = fields.get(&words::HEALTH) {
+            let health = self.health(node, &at.field(words::HEALTH.name));
+            options.health = health.map_or(Given::Invalid, Given::Valid);
+        }
         options
     }
 
@@ -693,7 +727,7 @@ impl Decoder {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Addresses, Admission, Fragments, Health, State};
+    use super::super::{Addresses, Admission, AllDown, Fragments, State};
     use super::*;
 
     fn has_variants<T: Deserialize<'static>>(choice: &'static EnumField) {
@@ -710,7 +744,7 @@ mod tests {
         has_variants::<Reply>(&words::REPLY);
         has_variants::<Strategy>(&words::STRATEGY);
         has_variants::<Hash>(&words::HASH);
-        has_variants::<Health>(&words::HEALTH);
+        has_variants::<AllDown>(&words::ALL_DOWN);
         has_variants::<Fragments>(&words::FRAGMENTS);
         has_variants::<Admission>(&words::ZERO_CHECKSUM);
         has_variants::<Admission>(&words::MARTIANS);

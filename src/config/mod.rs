@@ -6,12 +6,13 @@
 //! ```
 //!
 //! `document` reads with `yaml` and `toml`; `vocabulary` holds the words, which `schema` and `reference`
-//! describe; `scalar`, `host` and `network` check single values.
+//! describe; `scalar`, `host` and `network` check single values, `health` has the probes.
 
 mod check;
 mod decode;
 mod diagnostic;
 mod document;
+pub mod health;
 mod hint;
 mod host;
 mod network;
@@ -35,6 +36,7 @@ use node::Node;
 
 pub use check::{KEY_ENTRIES, RECEIVERS, UPSTREAMS};
 pub use diagnostic::{Diagnostic, Message, Related, Severity};
+pub use health::{AllDown, Check, Health, Probe};
 pub use hint::nearest;
 pub use host::{Address, Family, Host, KeyAddress, upstream_refusal, with_port};
 pub use network::Network;
@@ -43,8 +45,8 @@ pub use period::Period;
 pub use reference::{MARKS, manual, markdown};
 pub use schema::schema;
 pub use types::{
-    Action, Addresses, Admission, Announce, Fragments, Hash, Health, Key, Mode, Payload, Ports,
-    Reply, RuleConfig, Source, State, Strategy, UpstreamConfig,
+    Action, Addresses, Admission, Announce, Fragments, Hash, Key, Mode, Payload, Ports, Reply,
+    RuleConfig, Source, State, Strategy, UpstreamConfig,
 };
 use vocabulary::INTERFACES;
 pub use vocabulary::{ANY, STATSD};

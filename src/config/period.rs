@@ -21,6 +21,10 @@ impl Period {
     pub const fn from_secs(seconds: u32) -> Period {
         Period(seconds * 1000)
     }
+
+    pub const fn from_millis(milliseconds: u32) -> Period {
+        Period(milliseconds)
+    }
 }
 
 impl From<Period> for Duration {

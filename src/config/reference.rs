@@ -3,19 +3,25 @@
 use std::fmt::Write as _;
 
 use super::vocabulary::{
-    ANNOUNCE_MAP, ANY, Field, KEY_MAP, OPTIONS_MAP, PAYLOAD_MAP, ROOT_MAP, RULE_MAP, Root, Shape,
-    Table, UPSTREAM_MAP,
+    ANNOUNCE_MAP, ANY, DNS_MAP, Field, HEALTH_MAP, HTTP_MAP, KEY_MAP, OPTIONS_MAP, PAYLOAD_MAP,
+    RADIUS_MAP, ROOT_MAP, RULE_MAP, Root, SNMP_MAP, Shape, Table, UDP_MAP, UPSTREAM_MAP,
 };
 
 /// The maps of a file, with what stands before the names of their fields. A mirror has the fields of an
 /// upstream.
-const SECTIONS: [(&str, &Table); 7] = [
+const SECTIONS: [(&str, &Table); 13] = [
     ("", &ROOT_MAP),
     ("announce.", &ANNOUNCE_MAP),
     ("rules[].", &RULE_MAP),
     ("key.", &KEY_MAP),
     ("options.", &OPTIONS_MAP),
     ("options.payload.", &PAYLOAD_MAP),
+    ("options.health.", &HEALTH_MAP),
+    ("options.health.udp.", &UDP_MAP),
+    ("options.health.http.", &HTTP_MAP),
+    ("options.health.dns.", &DNS_MAP),
+    ("options.health.snmp.", &SNMP_MAP),
+    ("options.health.radius.", &RADIUS_MAP),
     ("upstream[].", &UPSTREAM_MAP),
 ];
 
@@ -107,7 +113,11 @@ fn value(field: &Field, root: Root) -> String {
             let words = choice.usable(root).iter().map(|word| format!("`{word}`"));
             words.collect::<Vec<_>>().join(", ")
         }
-        Shape::WordOrMap(word, _) => format!("`{word}`, or map"),
+        Shape::Text => "text".into(),
+        Shape::WordsOrMap(words, _) => {
+            let words = words.iter().map(|word| format!("`{word}`, "));
+            words.collect::<String>() + "or map"
+        }
         Shape::Map(_) => "map".into(),
         Shape::Maps(_) => "list of maps".into(),
     }

@@ -124,27 +124,31 @@ fn not_a_port(text: &str) -> Message {
     Message::new(format!("`{}` is not a UDP port", shorten(text))).help(PORTS_HELP)
 }
 
+/// Reads text, which YAML may take for a number.
+pub(super) fn quoted(node: &Node<'_>, what: &str) -> Result<String> {
+    match &node.content {
+        Content::Int(_) | Content::Float(_) | Content::Bool(_) => {
+            expected(what, node).map_err(|message: Message| message.help("put it in quotes"))
+        }
+        _ => text(node, what).map(Into::into),
+    }
+}
+
 /// Reads the name of a rule or an upstream.
 pub(super) fn name(node: &Node<'_>) -> Result<String> {
-    let name = match &node.content {
-        Content::Int(_) | Content::Float(_) | Content::Bool(_) => {
-            return expected("a name", node)
-                .map_err(|message: Message| message.help("put it in quotes"));
-        }
-        _ => text(node, "a name")?,
-    };
+    let name = quoted(node, "a name")?;
     let refuse = |why: &str| {
-        let message = format!("`{}` cannot be a name: {why}", shorten(name));
+        let message = format!("`{}` cannot be a name: {why}", shorten(&name));
         Err(Message::new(message))
     };
     let forbidden = |c: char| c.is_whitespace() || c.is_control() || is_invisible(c) || c == '/';
-    match name {
+    match name.as_str() {
         "" => refuse("it is empty"),
         _ if name.len() > NAME => refuse("it is longer than 64 bytes"),
         _ if name.contains(forbidden) => {
             refuse("it has a blank, a control or invisible character or a `/`")
         }
-        _ => Ok(name.into()),
+        _ => Ok(name),
     }
 }
 

@@ -59,7 +59,10 @@ fn property(field: &Field, root: Root) -> Value {
         Shape::Choice(choice) => json!({ "enum": choice.usable(root) }),
         Shape::Map(table) => map(table, root),
         Shape::Maps(table) => json!({ "type": "array", "items": map(table, root) }),
-        Shape::WordOrMap(word, table) => json!({ "anyOf": [{ "enum": [word] }, map(table, root)] }),
+        Shape::Text => json!({ "type": "string" }),
+        Shape::WordsOrMap(words, table) => {
+            json!({ "anyOf": [{ "enum": words }, map(table, root)] })
+        }
     };
     value["description"] = field.about.into();
     if let Shape::Choice(choice) = field.shape

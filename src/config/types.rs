@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::health::{AllDown, Health};
 use super::host::{Family, Host, KeyAddress, with_port};
 use super::network::Network;
 use super::path::Path;
@@ -139,17 +140,6 @@ pub enum Reply {
     Route,
 }
 
-/// Check that an upstream must pass to be selected.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Health {
-    /// None.
-    #[default]
-    Off,
-    /// Its next hop answers, which tells little about a host behind a router.
-    Neighbour,
-}
-
 /// Interfaces that have the addresses of the keys, for a routing daemon to announce.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Announce {
@@ -200,6 +190,7 @@ pub struct RuleConfig {
     pub source: Source,
     pub reply: Reply,
     pub health: Health,
+    pub all_down: AllDown,
     pub fragments: Fragments,
     /// UDP over IPv6 without a checksum.
     pub zero_checksum: Admission,

@@ -59,8 +59,10 @@ pub enum Shape {
     /// `true` or `false`.
     Switch,
     Choice(&'static EnumField),
-    /// A word, or a map.
-    WordOrMap(&'static str, &'static Table),
+    /// Any text.
+    Text,
+    /// One of some words, or a map.
+    WordsOrMap(&'static [&'static str], &'static Table),
     Map(&'static Table),
     /// A list of maps.
     Maps(&'static Table),
@@ -259,7 +261,7 @@ const SOURCES: &[&str] = &["vip", "preserve", "egress"];
 pub static SOURCE: EnumField = EnumField::new(&SOURCE, "source", SOURCES, "Sender that the upstream sees: the address that the packet was sent to (`vip`), the packet's sender (`preserve`), or this host's address on the way to the upstream (`egress`).").default("vip").example("preserve");
 pub static REPLY: EnumField = EnumField::new(&REPLY, "reply", &["none", "route"], "Way of the upstreams' answers. `route`: the upstreams see the client and route their answers through a host with this rule, where they get the address and port as source that the client had sent to. Needs `tc_action: block`, `mode: balance` and `source: preserve`, its default then.").default("none").example("route");
 pub static STRATEGY: EnumField = EnumField::new(&STRATEGY, "strategy", &["src-port", "src-ip", "src-ip-port", "random", "payload"], "Part of the packet that selects its upstream: address or port of the sender, both, or bytes of the payload; `random` selects for each packet anew.").default("src-ip-port").in_list(&["src-port", "src-ip"], "src-port").example("src-ip");
-pub static PAYLOAD: Field = Field::new("payload", Shape::WordOrMap(STATSD, &PAYLOAD_MAP), "Bytes that the strategy `payload` selects by: the name of the first StatsD metric (`statsd`), or `offset` and `length`. A packet that is too short is selected by `src-ip-port`.").default("none").example("{ offset: 4, length: 8 }");
+pub static PAYLOAD: Field = Field::new("payload", Shape::WordsOrMap(&[STATSD], &PAYLOAD_MAP), "Bytes that the strategy `payload` selects by: the name of the first StatsD metric (`statsd`), or `offset` and `length`. A packet that is too short is selected by `src-ip-port`.").default("none").example("{ offset: 4, length: 8 }");
 pub static HASH: EnumField = EnumField::new(&HASH, "hash", &["modulo", "maglev"], "Mapping from the selecting part to an upstream. With `maglev` another upstream, or one less, moves few flows of the others; `modulo` goes by the place in the list.").default("maglev").list_default("modulo").example("modulo");
 pub static PAYLOAD_OFFSET: Field = Field::new(
     "offset",
@@ -274,14 +276,114 @@ pub static PAYLOAD_LENGTH: Field =
         .required()
         .example("8");
 pub static LENGTH: Number = Number { what: "a length", first: 1, last: 64 };
-pub static HEALTH: EnumField = EnumField::new(
-    &HEALTH,
-    "health",
-    &["off", "neighbour"],
-    "`neighbour` leaves out an upstream while its next hop does not answer `udplb arpd`.",
+pub static HEALTH: Field = Field::new("health", Shape::WordsOrMap(HEALTH_WORDS, &HEALTH_MAP), "Check by `udplb arpd` that an upstream must pass to be selected: its next hop answers (`neighbour`), or so does the service as well. A map has one check and its pace; a check that needs no words can stand alone.").default("off").example("dns");
+pub const HEALTH_WORDS: &[&str] =
+    &["off", "neighbour", "icmp", "dns", "ntp", "snmp", "sip", "syslog"];
+pub static ALL_DOWN: EnumField = EnumField::new(
+    &ALL_DOWN,
+    "all-down",
+    &["open", "drop"],
+    "While all upstreams are down, packets go to them as if all were up (`open`), or are dropped.",
 )
-.default("off")
-.example("neighbour");
+.default("open")
+.example("drop");
+static HEALTH_UDP: Field = Field::new("udp", Shape::Map(&UDP_MAP), "A datagram and its answer.")
+    .example("{ send: ping, expect: pong }");
+static HEALTH_TCP: Field =
+    Field::new("tcp", Shape::Port, "A TCP connection to this port is accepted.").example("514");
+static HEALTH_HTTP: Field =
+    Field::new("http", Shape::Map(&HTTP_MAP), "An HTTP request over TCP, without TLS.")
+        .example("{ port: 8080, path: /healthz }");
+static HEALTH_ICMP: Field =
+    Field::new("icmp", Shape::Map(&ICMP_MAP), "An ICMP echo, which tells of the host alone.")
+        .example("{}");
+static HEALTH_DNS: Field = Field::new(
+    "dns",
+    Shape::Map(&DNS_MAP),
+    "A DNS query over UDP: any answer counts but SERVFAIL, or with `name` only NOERROR.",
+)
+.example("{ name: example.org }");
+static HEALTH_NTP: Field = Field::new(
+    "ntp",
+    Shape::Map(&PORT_MAP),
+    "An NTP request; the answer must come from a clock that is synchronised.",
+)
+.example("{}");
+static HEALTH_SNMP: Field =
+    Field::new("snmp", Shape::Map(&SNMP_MAP), "An SNMPv2c request of `sysUpTime`.")
+        .example("{ community: public, port: 161 }");
+static HEALTH_SIP: Field = Field::new(
+    "sip",
+    Shape::Map(&PORT_MAP),
+    "A SIP `OPTIONS` over UDP; any answer below 500 counts.",
+)
+.example("{}");
+static HEALTH_RADIUS: Field = Field::new(
+    "radius",
+    Shape::Map(&RADIUS_MAP),
+    "A RADIUS `Status-Server` (RFC 5997), whose answer is authenticated.",
+)
+.example("{ secret: testing123 }");
+static HEALTH_SYSLOG: Field =
+    Field::new("syslog", Shape::Map(&PORT_MAP), "A TCP connection to the upstream's own port.")
+        .example("{}");
+pub static HEALTH_INTERVAL: Field = Field::new(
+    "interval",
+    Shape::Duration(&PROBE_INTERVAL),
+    "Time between two probes of an upstream.",
+)
+.default("2s")
+.example("5s");
+pub static HEALTH_TIMEOUT: Field = Field::new(
+    "timeout",
+    Shape::Duration(&PROBE_TIMEOUT),
+    "Time that an answer may take, at most `interval`.",
+)
+.default("1s")
+.example("500ms");
+pub static HEALTH_RISE: Field =
+    Field::new("rise", Shape::Number(&RISE), "Answers in a row that bring an upstream back.")
+        .default("2")
+        .example("3");
+pub static HEALTH_FALL: Field =
+    Field::new("fall", Shape::Number(&FALL), "Failures in a row that take an upstream out.")
+        .default("3")
+        .example("2");
+pub static PROBE_PORT: Field = Field::new("port", Shape::Port, "Port of the service to probe.")
+    .default("that of the upstream")
+    .example("8080");
+pub static PROBE_SEND: Field =
+    Field::new("send", Shape::Text, "The datagram: text, or hexadecimal digits after `0x`.")
+        .required()
+        .example("\"0x00 01\"");
+pub static PROBE_EXPECT: Field = Field::new(
+    "expect",
+    Shape::Text,
+    "What its answer begins with: text, or after `0x` hexadecimal digits with `?` for any digit.",
+)
+.default("any answer")
+.example("\"0x81 ?? 00\"");
+pub static PROBE_PATH: Field =
+    Field::new("path", Shape::Text, "Path of the request.").default("/").example("/healthz");
+pub static PROBE_STATUS: Field =
+    Field::new("status", Shape::Number(&STATUS), "Status of the answer.")
+        .default("200 to 399")
+        .example("204");
+pub static PROBE_NAME: Field = Field::new("name", Shape::Text, "Name that must have a record.")
+    .default("the root, which need not be known")
+    .example("example.org");
+pub static PROBE_COMMUNITY: Field = Field::new("community", Shape::Text, "Community of SNMPv2c.")
+    .default(super::health::COMMUNITY)
+    .example("public");
+pub static PROBE_SECRET: Field = Field::new("secret", Shape::Text, "Secret that the RADIUS server shares with this host. It stands in the kernel's copy of the configuration, which root alone reads.").required().example("testing123");
+pub static STATUS: Number = Number { what: "an HTTP status", first: 100, last: 599 };
+
+static PROBE_INTERVAL: Limits =
+    Limits { what: "an interval", first: Period::from_millis(100), last: Period::from_secs(3600) };
+static PROBE_TIMEOUT: Limits =
+    Limits { what: "a timeout", first: Period::from_millis(10), last: Period::from_secs(60) };
+pub static RISE: Number = Number { what: "a number of answers", first: 1, last: 100 };
+pub static FALL: Number = Number { what: "a number of failures", first: 1, last: 100 };
 pub static FRAGMENTS: EnumField = EnumField::new(&FRAGMENTS, "fragments", &["follow", "pass", "drop"], "Fragments go where the first one of their datagram goes (`follow`), are only delivered here (`pass`), or are dropped (`drop`).").default("follow").example("drop");
 const ADMISSIONS: &[&str] = &["deny", "allow"];
 pub static ZERO_CHECKSUM: EnumField = EnumField::new(&ZERO_CHECKSUM, "zero-checksum", ADMISSIONS, "UDP over IPv6 without a checksum, as tunnels send it (RFC 6935). `allow` sends it on without one.").default("deny").example("allow");
@@ -353,7 +455,8 @@ pub static OPTIONS_MAP: Table = Table {
         &STRATEGY.field,
         &PAYLOAD,
         &HASH.field,
-        &HEALTH.field,
+        &HEALTH,
+        &ALL_DOWN.field,
         &FRAGMENTS.field,
         &ZERO_CHECKSUM.field,
         &MARTIANS.field,
@@ -361,6 +464,49 @@ pub static OPTIONS_MAP: Table = Table {
 };
 pub static PAYLOAD_MAP: Table =
     Table { what: "a part of the payload", fields: &[&PAYLOAD_OFFSET, &PAYLOAD_LENGTH] };
+/// The checks of `health`, of which a map has one.
+pub static CHECKS: [&Field; 10] = [
+    &HEALTH_UDP,
+    &HEALTH_TCP,
+    &HEALTH_HTTP,
+    &HEALTH_ICMP,
+    &HEALTH_DNS,
+    &HEALTH_NTP,
+    &HEALTH_SNMP,
+    &HEALTH_SIP,
+    &HEALTH_RADIUS,
+    &HEALTH_SYSLOG,
+];
+pub static HEALTH_MAP: Table = Table {
+    what: "a health check",
+    fields: &[
+        &HEALTH_UDP,
+        &HEALTH_TCP,
+        &HEALTH_HTTP,
+        &HEALTH_ICMP,
+        &HEALTH_DNS,
+        &HEALTH_NTP,
+        &HEALTH_SNMP,
+        &HEALTH_SIP,
+        &HEALTH_RADIUS,
+        &HEALTH_SYSLOG,
+        &HEALTH_INTERVAL,
+        &HEALTH_TIMEOUT,
+        &HEALTH_RISE,
+        &HEALTH_FALL,
+    ],
+};
+pub static UDP_MAP: Table =
+    Table { what: "a UDP probe", fields: &[&PROBE_SEND, &PROBE_EXPECT, &PROBE_PORT] };
+pub static HTTP_MAP: Table =
+    Table { what: "an HTTP probe", fields: &[&PROBE_PORT, &PROBE_PATH, &PROBE_STATUS] };
+pub static ICMP_MAP: Table = Table { what: "an ICMP probe", fields: &[] };
+pub static DNS_MAP: Table = Table { what: "a DNS probe", fields: &[&PROBE_NAME, &PROBE_PORT] };
+pub static PORT_MAP: Table = Table { what: "a probe of a port", fields: &[&PROBE_PORT] };
+pub static SNMP_MAP: Table =
+    Table { what: "an SNMP probe", fields: &[&PROBE_COMMUNITY, &PROBE_PORT] };
+pub static RADIUS_MAP: Table =
+    Table { what: "a RADIUS probe", fields: &[&PROBE_SECRET, &PROBE_PORT] };
 pub static UPSTREAM_MAP: Table = Table {
     what: "an upstream",
     fields: &[
@@ -388,7 +534,7 @@ pub static MIRROR_MAP: Table = Table {
     ],
 };
 
-static TABLES: [&Table; 8] = [
+static TABLES: [&Table; 16] = [
     &ROOT_MAP,
     &ANNOUNCE_MAP,
     &RULE_MAP,
@@ -397,6 +543,14 @@ static TABLES: [&Table; 8] = [
     &PAYLOAD_MAP,
     &UPSTREAM_MAP,
     &MIRROR_MAP,
+    &HEALTH_MAP,
+    &UDP_MAP,
+    &HTTP_MAP,
+    &ICMP_MAP,
+    &DNS_MAP,
+    &PORT_MAP,
+    &SNMP_MAP,
+    &RADIUS_MAP,
 ];
 
 impl Table {
@@ -478,7 +632,7 @@ pub fn map_only(what: &str) -> Message {
 }
 
 /// `a`, `b`, `c`
-fn list(words: &[&str]) -> String {
+pub fn list(words: &[&str]) -> String {
     let words: Vec<_> = words.iter().map(|word| format!("`{word}`")).collect();
     words.join(", ")
 }

@@ -19,6 +19,7 @@ pub mod nexthops;
 pub mod overrides;
 pub mod pin_search;
 pub mod pins;
+pub mod probes;
 pub mod retired;
 pub mod spares;
 pub mod state_maps;

@@ -188,6 +188,11 @@ pub fn entry(address: IpAddr, way: Option<&NextHop>) -> types::nexthop {
     entry
 }
 
+/// Returns true if the upstream is not selected where others can be.
+pub fn is_down(entry: &types::nexthop) -> bool {
+    [types::health::HEALTH_DOWN, types::health::HEALTH_FAILED].contains(&entry.health)
+}
+
 /// Returns the neighbour that an entry's packets are sent to.
 pub fn gateway(entry: &types::nexthop) -> IpAddr {
     unwire(entry.gateway, i32::from(entry.family) == libc::AF_INET6)

@@ -10,9 +10,10 @@ use anyhow::Context;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::bpf::{bytes_of, types};
-use crate::config::{Health, Mode, State};
+use crate::config::{AllDown, Health, Mode, State};
 use crate::datapath::gate::Gate;
 use crate::datapath::lease;
+use crate::datapath::nexthops;
 use crate::datapath::pins::ReadGuard;
 use crate::datapath::state_maps::StateMaps;
 use crate::desired::tables::first_upstreams;
@@ -37,7 +38,7 @@ impl Situation {
     pub fn leased(maps: &StateMaps, most: u32) -> anyhow::Result<Situation> {
         let overrides = maps.overrides.read(most)?;
         let nexthops = (0..).zip(maps.nexthops.read_all(most)?);
-        let down = nexthops.filter(|(_, nexthop)| nexthop.health == types::health::HEALTH_DOWN);
+        let down = nexthops.filter(|(_, nexthop)| nexthops::is_down(nexthop));
         Ok(Situation { overrides, down: down.map(|(id, _)| id).collect() })
     }
 }
@@ -98,7 +99,7 @@ pub fn table(
     let active: Vec<usize> = (0..rule.upstreams.len()).filter(is_active).collect();
     let up: Vec<usize> = active.iter().copied().filter(is_up).collect();
     // if all are down, treat all as up
-    let mut usable = if up.is_empty() { active } else { up };
+    let mut usable = if up.is_empty() && rule.all_down == AllDown::Open { active } else { up };
     let priority = |index: &usize| rule.upstreams[*index].priority;
     let lowest = usable.iter().map(priority).min();
     usable.retain(|index| Some(priority(index)) == lowest);

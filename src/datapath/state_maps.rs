@@ -20,6 +20,7 @@ use crate::datapath::marks::Marks;
 use crate::datapath::nexthops::NextHops;
 use crate::datapath::overrides::Overrides;
 use crate::datapath::pins::{ReadGuard, WriteGuard, names};
+use crate::datapath::probes::Probes;
 use crate::datapath::retired;
 use crate::time;
 
@@ -99,6 +100,7 @@ fn collect(
         pending: map("pending")?,
         marks: Marks::new(map("marks")?),
         announcements: Announcements::new(map("announcements")?),
+        probes: Probes::new(map("probes")?),
         origin: map("origin")?,
         overrides: Overrides::new(required!("overrides"), gate.clone()),
         fragments: required!("fragments"),
@@ -189,6 +191,7 @@ pub struct StateMaps {
     pub overrides: Overrides,
     pub marks: Marks,
     pub announcements: Announcements,
+    pub probes: Probes,
     pub fragments: MapHandle,
     pub fragment_ring: MapHandle,
     pub path_mtus: MapHandle,

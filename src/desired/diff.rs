@@ -170,7 +170,8 @@ fn attributes(rule: &Rule) -> Vec<(&'static str, String)> {
         ("hash", word(&rule.hash)),
         ("source", word(&rule.source)),
         ("reply", word(&rule.reply)),
-        ("health", word(&rule.health)),
+        ("health", rule.health.to_string()),
+        ("all-down", word(&rule.all_down)),
         ("fragments", word(&rule.fragments)),
         ("zero-checksum", word(&rule.zero_checksum)),
         ("martians", word(&rule.martians)),
@@ -482,7 +483,7 @@ mod tests {
     fn everything() {
         let mut new = desired(&[ONE, TWO].concat());
         let from_nothing = Changes::new(&Desired::default(), &new, &[]);
-        let attributes = "    fragments: follow\n    hash: modulo\n    health: off\n    martians: deny\n    \
+        let attributes = "    all-down: open\n    fragments: follow\n    hash: modulo\n    health: off\n    martians: deny\n    \
              mode: balance\n    payload: none\n    reply: none\n    source: vip\n    strategy: src-ip-port\n    \
              tc_action: pass\n    zero-checksum: deny\n";
         assert_eq!(

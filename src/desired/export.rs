@@ -57,6 +57,7 @@ fn options(rule: &Rule) -> Value {
         "source": rule.source,
         "reply": rule.reply,
         "health": rule.health,
+        "all-down": rule.all_down,
         "fragments": rule.fragments,
         "zero-checksum": rule.zero_checksum,
         "martians": rule.martians,
@@ -117,8 +118,9 @@ mod tests {
 
     use super::document;
     use crate::config::{
-        Action, Address, Admission, Announce, Config, Family, Fragments, Hash, Health, Host, Key,
-        KeyAddress, Mode, Network, Payload, Ports, Source, State, Strategy as Selection,
+        Action, Address, Admission, AllDown, Announce, Check, Config, Family, Fragments, Hash,
+        Health, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports, Probe, Source, State,
+        Strategy as Selection,
     };
     use crate::desired::dns::Answers;
     use crate::desired::partial::{Known, resolve};
@@ -243,13 +245,39 @@ mod tests {
         })
     }
 
+    /// Generates health checks, with ports of their own.
+    fn health() -> impl Strategy<Value = (Health, AllDown)> {
+        let port = Some(5353);
+        let checks = [
+            Check::Udp { send: "0x00ff".into(), expect: Some("0x?1".into()), port },
+            Check::Udp { send: "ping\n".into(), expect: None, port },
+            Check::Tcp(514),
+            Check::Http { port, path: "/healthz".into(), status: Some(204) },
+            Check::Icmp {},
+            Check::Dns { port, name: Some("example.org".into()) },
+            Check::Ntp { port },
+            Check::Snmp { port, community: "0x".into() },
+            Check::Sip { port },
+            Check::Radius { port, secret: "1: {".into() },
+            Check::Syslog { port },
+        ];
+        let pace = (10..=60_000_u32, 60_000..=3_600_000_u32, 1..=100_u32, 1..=100_u32);
+        let probe = (select(checks.to_vec()), pace).prop_map(|(check, pace)| {
+            let (timeout, interval, rise, fall) = pace;
+            let [timeout, interval] = [timeout, interval].map(Period::from_millis);
+            Health::Probe(Box::new(Probe { check, interval, timeout, rise, fall }))
+        });
+        let words = select(vec![Health::Off, Health::Neighbour]);
+        (prop_oneof![words, probe], select(vec![AllDown::Open, AllDown::Drop]))
+    }
+
     /// Generates rules with distinct keys.
     fn rule(place: u8) -> impl Strategy<Value = Rule> {
         let sources = || vec![Source::Vip, Source::Preserve, Source::Egress];
         let words = (
             select(vec![Action::Pass, Action::Block]),
             select(sources()),
-            select(vec![Health::Off, Health::Neighbour]),
+            health(),
             select(vec![Fragments::Follow, Fragments::Pass, Fragments::Drop]),
             select(vec![Admission::Deny, Admission::Allow]),
             select(vec![Admission::Deny, Admission::Allow]),
@@ -297,7 +325,9 @@ mod tests {
                 mirror.source = own.filter(|own| *own != source);
                 mirror.sample = sample;
             }
-            Rule { action, mode, source, health, fragments, zero_checksum, martians, ..rule }
+            let (health, all_down) = health;
+            let rule = Rule { health, all_down, fragments, zero_checksum, martians, ..rule };
+            Rule { action, mode, source, ..rule }
         })
     }
 

@@ -17,8 +17,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    self, Action, Address, Addresses, Admission, Announce, Config, Family, Fragments, Hash, Health,
-    Host, Key, KeyAddress, Mode, Payload, Ports, Reply, Source, State, Strategy, with_port,
+    self, Action, Address, Addresses, Admission, AllDown, Announce, Config, Family, Fragments,
+    Hash, Health, Host, Key, KeyAddress, Mode, Payload, Ports, Reply, Source, State, Strategy,
+    with_port,
 };
 use crate::desired::partial::Incomplete;
 use crate::net::routing::{Senders, Target};
@@ -68,6 +69,8 @@ pub struct Rule {
     pub reply: Reply,
     #[serde(default, skip_serializing_if = "is_default")]
     pub health: Health,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub all_down: AllDown,
     #[serde(default, skip_serializing_if = "is_default")]
     pub fragments: Fragments,
     /// UDP over IPv6 without a checksum.
@@ -139,6 +142,7 @@ impl Rule {
             source: Source::Vip,
             reply: Reply::None,
             health: Health::Off,
+            all_down: AllDown::Open,
             fragments: Fragments::Follow,
             zero_checksum: Admission::Deny,
             martians: Admission::Deny,
@@ -403,7 +407,8 @@ fn written(rule: &config::RuleConfig) -> Rule {
         hash: rule.hash,
         source: rule.source,
         reply: rule.reply,
-        health: rule.health,
+        health: rule.health.clone(),
+        all_down: rule.all_down,
         fragments: rule.fragments,
         zero_checksum: rule.zero_checksum,
         martians: rule.martians,

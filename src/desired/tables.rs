@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use crate::bpf::types::{self, rule_flags as flags};
 use crate::bpf::wire;
 use crate::config::{
-    Action, Admission, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports, Source,
-    State, Strategy,
+    Action, Admission, AllDown, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports,
+    Source, State, Strategy,
 };
 use crate::desired::key_table::{Key4, Key6};
 use crate::desired::{Desired, Rule, RuleIds, Upstream, flow};
@@ -502,7 +502,8 @@ impl Tables {
 fn flags_of(rule: &Rule, desired: &Desired) -> flags {
     let set = [
         (flags::RULE_REPLICATES, rule.mode == Mode::Replicate),
-        (flags::RULE_SKIPS_DOWN, rule.health == Health::Neighbour),
+        (flags::RULE_SKIPS_DOWN, rule.health != Health::Off),
+        (flags::RULE_NEEDS_UP, rule.all_down == AllDown::Drop),
         (flags::RULE_HASHES, rule.hash == Hash::Maglev),
         (flags::RULE_NO_CHECKSUM, rule.zero_checksum == Admission::Allow),
         (flags::RULE_MARTIANS, rule.martians == Admission::Allow),

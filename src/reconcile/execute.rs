@@ -402,6 +402,9 @@ impl<'a> Executor<'a> {
         };
         write(&[&before, &after])?;
         maps.overrides.set(self.guard, id, state)?;
+        if state != Some(State::Drained) {
+            maps.probes.forgive(id)?;
+        }
         write(&[&after])
     }
 

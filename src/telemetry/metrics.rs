@@ -15,6 +15,7 @@ use crate::config::{KEY_ENTRIES, UPSTREAMS};
 use crate::datapath::counters::Counts;
 use crate::datapath::description::{self, Description, Generation};
 use crate::datapath::pins::Store;
+use crate::datapath::probes::{FAILURES, LATENCIES};
 use crate::desired::choice::{self, ChoiceHash};
 use crate::error::Result;
 use crate::net::Netlink;
@@ -250,7 +251,7 @@ impl Metrics {
     }
 
     fn encode_upstreams(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let help = "Whether the upstream's next hop answers, while arpd runs";
+        let help = "Whether the upstream's next hop answers and, where it is probed, its service, while arpd runs";
         let mut up = gauge(encoder, "upstream_up", help)?;
         for (labels, upstream) in self.upstreams() {
             if let Some(health) = upstream.health {
@@ -262,6 +263,30 @@ impl Metrics {
         for (labels, upstream) in self.upstreams() {
             if let Some(seconds) = upstream.next_hop.as_ref().and_then(|hop| hop.age) {
                 age.set(&labels, seconds)?;
+            }
+        }
+        self.encode_probes(encoder)
+    }
+
+    fn encode_probes(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let probed = || self.upstreams().filter_map(|(labels, it)| Some((labels, it.probe?)));
+        let help = "Time from a probe of the upstream's service to its answer";
+        let name = "upstream_probe_latency_seconds";
+        let mut latency = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+        for (labels, probe) in probed() {
+            let bounds = LATENCIES.iter().map(|bound| f64::from(*bound) / 1e6);
+            let buckets: Vec<(f64, u64)> = bounds.chain([f64::MAX]).zip(probe.latencies).collect();
+            let count = probe.latencies.iter().sum();
+            let sum = probe.latency as f64 / 1e6;
+            let mut family = latency.encode_family(&labels)?;
+            family.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
+        }
+        let help = "Probes of the upstream's service that failed, by reason";
+        let mut failures = counter(encoder, "probe_failures", help)?;
+        for ([rule, upstream], probe) in probed() {
+            for (outcome, reason) in FAILURES {
+                let labels = [rule, upstream, ("reason", reason)];
+                failures.set(&labels, probe.outcomes[outcome.0 as usize])?;
             }
         }
         Ok(())

@@ -16,7 +16,7 @@ use crate::datapath::counters::{Count, Counts};
 use crate::datapath::description::{self, Generation};
 use crate::datapath::pins::{self, ReadGuard, Store};
 use crate::datapath::state_maps::{self, Pending, StateMaps};
-use crate::datapath::{generation, lease, nexthops, overrides};
+use crate::datapath::{generation, lease, nexthops, overrides, probes};
 use crate::desired::partial::Unresolved;
 use crate::desired::{Destination, Role, Rule, RuleIds, diff};
 use crate::error::Result;
@@ -171,6 +171,12 @@ pub struct UpstreamStatus {
     #[serde(serialize_with = "time::rfc3339")]
     #[schemars(with = "Option<String>")]
     pub since: Option<u32>,
+    /// Result of the last probes of the service: `DNS probe answered`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<String>,
+    /// Record of the probes of the service.
+    #[serde(skip)]
+    pub probe: Option<types::probe>,
     pub counters: Counts,
     /// Answers of the upstream that came through this host; none where the rule's `reply` asks for none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -363,6 +369,7 @@ impl Status {
             grown: earlier.map(|earlier| total.since(earlier)),
             total,
             nexthops: maps.nexthops.read_all(max).context("next hops")?,
+            probes: maps.probes.read()?,
             vouched: status.arpd == Some(true),
             overrides: &observed.overrides,
             interfaces: observed
@@ -405,6 +412,8 @@ struct View<'a> {
     grown: Option<Traffic>,
     /// By upstream id.
     nexthops: Vec<types::nexthop>,
+    /// Records of probes by upstream id.
+    probes: BTreeMap<u32, types::probe>,
     /// True while arpd runs and its health is valid.
     vouched: bool,
     /// Names of interfaces by index.
@@ -467,7 +476,7 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
     let destinations = rule.with_ids(ids);
     let rows = |role, shared| {
         let rows = destinations.iter().filter(|destination| destination.role == role);
-        rows.map(|destination| upstream_status(destination, shared, view)).collect()
+        rows.map(|destination| upstream_status(rule, destination, shared, view)).collect()
     };
     let shared = match rule.mode {
         Mode::Balance => forwarded,
@@ -494,7 +503,12 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
 }
 
 /// Builds the row of an upstream. `shared` is the number of packets that are 100 % of its share.
-fn upstream_status(destination: &Destination<'_>, shared: u64, view: &View<'_>) -> UpstreamStatus {
+fn upstream_status(
+    rule: &Rule,
+    destination: &Destination<'_>,
+    shared: u64,
+    view: &View<'_>,
+) -> UpstreamStatus {
     let Destination { id, answers, upstream, .. } = *destination;
     let entry = view.nexthops.get(id as usize).copied().unwrap_or_default();
     let override_state = view.overrides.get(&id).copied();
@@ -512,6 +526,8 @@ fn upstream_status(destination: &Destination<'_>, shared: u64, view: &View<'_>) 
         next_hop: next_hop(&entry, view),
         health,
         since: health.map(|_| entry.since),
+        evidence: view.vouched.then(|| evidence(rule, id, &entry, view)).flatten(),
+        probe: view.probes.get(&id).copied(),
         silence: silence(&entry, health, view),
         counters: view.total.of(id),
         answers: answers.map(|id| view.total.of(id)),
@@ -556,7 +572,11 @@ fn silence(entry: &types::nexthop, health: Option<&str>, view: &View<'_>) -> Opt
     match health {
         Some("down") => {
             let since = (entry.since > 0).then_some(entry.since.into());
-            return Some(Silence { state: Answer::Down, since });
+            let state = match entry.health {
+                types::health::HEALTH_FAILED => Answer::Failing,
+                _ => Answer::Down,
+            };
+            return Some(Silence { state, since });
         }
         Some(_) => return None,
         None if entry.macs == types::macs::MACS_NONE => return None,
@@ -581,12 +601,21 @@ fn silence(entry: &types::nexthop, health: Option<&str>, view: &View<'_>) -> Opt
     }
 }
 
+/// Describes the last evidence about the service. While the next hop is down, that is the evidence.
+fn evidence(rule: &Rule, id: u32, entry: &types::nexthop, view: &View<'_>) -> Option<String> {
+    let probe = rule.health.probe()?;
+    if entry.health == types::health::HEALTH_DOWN {
+        return None;
+    }
+    probes::evidence(&probe.check, probe.fall, view.probes.get(&id)?)
+}
+
 /// Returns the name of a health.
 fn health(entry: &types::nexthop) -> Option<&'static str> {
     match entry.health {
         types::health::HEALTH_UP => Some("up"),
         types::health::HEALTH_STALE => Some("stale"),
-        types::health::HEALTH_DOWN => Some("down"),
+        types::health::HEALTH_DOWN | types::health::HEALTH_FAILED => Some("down"),
         _ => None,
     }
 }

@@ -10,3 +10,4 @@ mod groups;
 mod ipv6;
 mod names;
 mod neighbours;
+mod probes;

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub mod daemon;
 pub mod kinds;
 pub mod lab;
 pub mod net;

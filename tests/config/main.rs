@@ -323,7 +323,7 @@ rules:
             Hash::Maglev
         )
     );
-    assert_eq!((one.health, one.fragments), (Health::Neighbour, Fragments::Pass));
+    assert_eq!((&one.health, one.fragments), (&Health::Neighbour, Fragments::Pass));
     assert_eq!((one.zero_checksum, one.martians), (Admission::Allow, Admission::Deny));
     assert_eq!(one.upstreams[0].weight, Some(2));
     assert_eq!(one.upstreams[0].addresses, Addresses::All);

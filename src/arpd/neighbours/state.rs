@@ -105,7 +105,7 @@ impl State {
     /// Returns the state that stands for what an earlier arpd has written.
     pub fn from_health(health: Health) -> State {
         match health {
-            Health::HEALTH_UP => State::Up,
+            Health::HEALTH_UP | Health::HEALTH_FAILED => State::Up,
             Health::HEALTH_STALE => State::Stale,
             Health::HEALTH_DOWN => State::Down,
             _ => State::Unknown,

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, HashSet};
 
 use crate::arpd::neighbours::NextHopEntry;
 use crate::bpf::tcx::{self, Attached};
-use crate::bpf::types;
 use crate::datapath::description::Generation;
 use crate::datapath::hook::{self, Known, Slot};
 use crate::datapath::lease::Heartbeat;
+use crate::datapath::nexthops::is_down;
 use crate::datapath::pins::ReadGuard;
 use crate::datapath::spares::{self, Situation};
 use crate::datapath::state_maps::StateMaps;
@@ -39,6 +39,11 @@ pub(super) enum Filter {
 }
 
 impl Serving {
+    /// Returns true unless every filter is detached.
+    pub(super) fn is_attached(&self) -> bool {
+        !self.interfaces.values().all(|filter| matches!(filter, Filter::Detached(_)))
+    }
+
     /// Writes next hops. Spares for upstreams that go down are written before, those of upstreams that
     /// come up are removed after.
     pub(super) fn write(
@@ -47,7 +52,6 @@ impl Serving {
         entries: &[(u32, NextHopEntry)],
     ) -> anyhow::Result<()> {
         let nexthops = &self.maps.nexthops;
-        let is_down = |entry: &types::nexthop| entry.health == types::health::HEALTH_DOWN;
         let (mut gone, mut back) = (HashSet::new(), HashSet::new());
         for (id, entry) in entries {
             match (is_down(&nexthops.read(*id)?), is_down(&entry.0)) {

@@ -337,7 +337,7 @@ async fn look(
         facts.next_hops[usize::from(gateway.is_ipv6())] += 1;
     }
     facts.senders = senders(desired);
-    facts.wants_health = desired.rules.iter().any(|rule| rule.health == Health::Neighbour);
+    facts.wants_health = desired.rules.iter().any(|rule| rule.health != Health::Off);
     facts.warnings = warnings(desired, &next_hops, &links, &addresses);
     let own: HashSet<IpAddr> = addresses.iter().map(|own| own.address).collect();
     facts.unassigned = desired

@@ -44,6 +44,8 @@ pub struct Silence {
 pub enum Answer {
     /// No answer to the probes of arpd.
     Down,
+    /// The next hop answers, and the service does not.
+    Failing,
     /// State of an entry for which the kernel has no answer.
     Failed(NudState),
     /// No answer since the entry was created.
@@ -100,6 +102,13 @@ pub(super) fn unreachable(
             let why = format!("by {interface}; without forwarding or arpd it is not used");
             note("new-route", place, what).why(why).fix(apply)
         }
+        Unreached::Silent(Silence { state: Answer::Failing, since }) => {
+            let why = upstream.evidence.clone().unwrap_or_default();
+            problem("upstream-down", place, format!("{label} is down"))
+                .why(why)
+                .since(*since)
+                .fix(format!("repair the service at {label}"))
+        }
         Unreached::Silent(silence) => {
             let hop = upstream.next_hop.as_ref()?;
             let asked = if hop.gateway.is_ipv4() { "ARP" } else { "NDP" };
@@ -108,7 +117,7 @@ pub(super) fn unreachable(
                 false => format!("the gateway {}", hop.gateway),
             };
             let answer = match silence.state {
-                Answer::Down => "does not answer",
+                Answer::Down | Answer::Failing => "does not answer",
                 Answer::Failed(state) => &format!("does not answer ({state})"),
                 Answer::Never => "has never answered",
             };

@@ -103,7 +103,7 @@ fn arpd(facts: &Facts) -> Option<Problem> {
             Some(problem("arpd-ended", "", "arpd has ended").why(why).fix(fix))
         }
         None if facts.wants_health => {
-            let what = "arpd does not run, and a rule has `health: neighbour`";
+            let what = "arpd does not run, and a rule has `health`";
             let why = "nobody sees which upstreams are down";
             Some(problem("arpd-missing", "", what).why(why).fix(start_arpd(facts)))
         }
