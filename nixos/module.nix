@@ -123,6 +123,51 @@ let
       description = "Number of bytes of the key.";
     };
   };
+  probePort = word port 8080 "Port of the service to probe. The program's default is the upstream's.";
+  probe = words { port = probePort; };
+  healthCheck = words {
+    udp = word (words {
+      send = mkOption {
+        type = types.str;
+        example = "ping";
+        description = "The datagram: text, or hexadecimal digits after `0x`.";
+      };
+      expect = word types.str "0x81??" "What its answer begins with. The program's default is any answer.";
+      port = probePort;
+    }) { send = "ping"; } "A datagram and its answer.";
+    tcp = word port 514 "A TCP connection to this port is accepted.";
+    http = word (words {
+      port = probePort;
+      path = word types.str "/healthz" "Path of the request. The program's default is `/`.";
+      status =
+        word (types.ints.between 100 599) 204
+          "Status of the answer. The program's default is 200 to 399.";
+    }) { path = "/healthz"; } "An HTTP request over TCP, without TLS.";
+    icmp = word (words { }) { } "An ICMP echo.";
+    dns = word (words {
+      name = word types.str "example.org" "Name that must have a record.";
+      port = probePort;
+    }) { name = "example.org"; } "A DNS query over UDP.";
+    ntp = word probe { } "An NTP request.";
+    snmp = word (words {
+      community = word types.str "public" "Community of SNMPv2c. The program's default is `public`.";
+      port = probePort;
+    }) { port = 161; } "An SNMPv2c request of `sysUpTime`.";
+    sip = word probe { } "A SIP `OPTIONS` over UDP.";
+    radius = word (words {
+      secret = mkOption {
+        type = types.str;
+        example = "testing123";
+        description = "Secret shared with the RADIUS server; it becomes readable in the Nix store.";
+      };
+      port = probePort;
+    }) { secret = "testing123"; } "A RADIUS `Status-Server`.";
+    syslog = word probe { } "A TCP connection to the upstream's own port.";
+    interval = word duration "5s" "Time between probes. The program's default is `2s`.";
+    timeout = word duration "500ms" "Time that an answer may take. The program's default is `1s`.";
+    rise = word (types.ints.between 1 100) 3 "Answers in a row to be up again. The program's default is 2.";
+    fall = word (types.ints.between 1 100) 2 "Failures in a row to be down. The program's default is 3.";
+  };
   ruleOptions = words {
     tc_action =
       word
@@ -161,13 +206,21 @@ let
       "route"
     ]) "route" "Way of the upstreams' answers; with `route` they come back through this host.";
     health =
-      word
-        (types.enum [
-          "off"
-          "neighbour"
-        ])
+      word (types.either (types.enum [
+        "off"
         "neighbour"
-        "`neighbour` leaves out upstreams whose next hop does not answer; the default is `off`.";
+        "icmp"
+        "dns"
+        "ntp"
+        "snmp"
+        "sip"
+        "syslog"
+      ]) healthCheck) "dns"
+        "Check by the next-hop service that an upstream must pass to be selected; the default is `off`.";
+    all-down = word (types.enum [
+      "open"
+      "drop"
+    ]) "drop" "While all upstreams are down, packets go to them as if all were up (`open`, the default).";
     fragments =
       word
         (types.enum [

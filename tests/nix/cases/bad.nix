@@ -102,8 +102,21 @@ in
     config = options { hash = "md5"; };
   };
   health = {
-    expect = wrong "options\\.health" "null or one of .off., .neighbour.'";
+    expect = wrong "options\\.health" "";
     config = options { health = "ping"; };
+  };
+  health-pace = {
+    expect = wrong "options\\.health\\.interval" "duration";
+    config = options {
+      health = {
+        dns = { };
+        interval = "5";
+      };
+    };
+  };
+  health-check = {
+    expect.check = "a health check needs something to ask";
+    config = options { health.interval = "5s"; };
   };
   fragments = {
     expect = wrong "options\\.fragments" "null or one of .follow., .pass., .drop.'";

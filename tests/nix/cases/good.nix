@@ -21,7 +21,15 @@ let
       options = {
         tc_action = "pass";
         mode = "balance";
-        health = "neighbour";
+        health = {
+          udp = {
+            send = "ping";
+            expect = "0x70??";
+            port = 5353;
+          };
+          interval = "5s";
+        };
+        all-down = "drop";
         hash = "maglev";
         strategy = "payload";
         payload = {
