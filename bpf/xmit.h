@@ -209,7 +209,7 @@ __noinline __u32 xmit_upstream(struct __sk_buff *skb, __u32 index, __u32 packed,
 
 	if (!upstream || !xmit)
 		return xmit_result(VERDICT_NO_UPSTREAM, action, 0);
-	xmit->index = index;
+	xmit->index = upstream->line;
 	if (!pkt_pull(skb, &pkt)) {
 		verdict = VERDICT_CLONE_FAILED;
 	} else if (is_ttl_expired(&pkt)) {
@@ -223,7 +223,7 @@ __noinline __u32 xmit_upstream(struct __sk_buff *skb, __u32 index, __u32 packed,
 	}
 	result = xmit_result(verdict, action, verdict == VERDICT_MTU ? xmit->hop.mtu : 0);
 	if (verdict == VERDICT_FORWARDED)
-		count_forwarded(skb, pkt.packed, index, upstream->id);
+		count_forwarded(skb, pkt.packed, upstream->line, upstream->id);
 	else
 		count_pkt(skb, &pkt, upstream->id, verdict);
 	trace_verdict(&pkt, upstream->id, verdict);

@@ -263,6 +263,12 @@ let
     sample =
       word (types.ints.between 1 1000000) 10
         "N: every N-th packet is sent. The program's default is 1.";
+    from = word (types.either network (types.nonEmptyListOf network)) [
+      "10.20.0.0/16"
+    ] "Networks of senders; it gets only their packets. For mirrors and with `mode: replicate`.";
+    not-from = word (types.either network (types.nonEmptyListOf network)) [
+      "10.20.1.0/24"
+    ] "Networks of senders whose packets it does not get.";
   };
 
   upstream = words (
@@ -297,6 +303,9 @@ let
     from = word (types.either network (types.nonEmptyListOf network)) [
       "10.20.0.0/16"
     ] "Networks of senders that the rule matches. The program's default is any sender.";
+    not-from = word (types.either network (types.nonEmptyListOf network)) [
+      "10.20.1.0/24"
+    ] "Networks of senders that the rule does not match.";
   };
 
   rule = words {

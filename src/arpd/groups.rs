@@ -78,10 +78,8 @@ mod tests {
 
     #[test]
     fn memberships_are_of_the_groups_on_the_interfaces() {
-        let key = |address: &str| Key {
-            address: KeyAddress::Is(address.parse().expect("an address")),
-            ports: Vec::new(),
-            from: Vec::new(),
+        let key = |address: &str| {
+            Key::new(KeyAddress::Is(address.parse().expect("an address")), Vec::new())
         };
         let rules = ["239.1.1.1", "10.0.0.5", "ff05::5", "239.1.1.1"];
         let desired = Desired {

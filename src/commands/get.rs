@@ -25,6 +25,7 @@ use crate::datapath::overrides;
 use crate::datapath::pins::{self, ReadGuard};
 use crate::datapath::state_maps::{self, StateMaps};
 use crate::desired::miss::{self, Miss};
+use crate::desired::senders::{self, LeftOut};
 use crate::desired::tables::is_group;
 use crate::desired::{Desired, Rule, Upstream, diff};
 use crate::error::{Failure, Result};
@@ -199,6 +200,9 @@ pub struct Matched {
     pub selection: Option<Selection>,
     /// One for each receiver of the packet or a copy.
     pub outcomes: Vec<Outcome>,
+    /// Receivers that get no packets of this sender.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOut>,
     /// `sent`: the packet itself goes to the upstream; `delivered`: it is delivered here; `dropped`.
     pub packet: &'static str,
 }
@@ -293,7 +297,7 @@ async fn answer(global: &Global, options: &Options, netlink: &Netlink) -> Result
     let rows = rules.flat_map(|rule| rule.destinations().map(|(upstream, _)| upstream));
     let rows = rows.collect();
     let looked = Looked { maps: &maps, rows, neighbours, dry_run: &asker.dry_run };
-    answer.matched = Some(looked.matched(rule, &mut names, &events, action)?);
+    answer.matched = Some(looked.matched(rule, answer.source.ip(), &mut names, &events, action)?);
     Ok(Some(answer))
 }
 
@@ -370,6 +374,7 @@ impl Looked<'_> {
     fn matched(
         &self,
         rule: Rule,
+        sender: IpAddr,
         names: &mut Names,
         events: &[Event],
         action: i32,
@@ -382,6 +387,7 @@ impl Looked<'_> {
             mode: rule.mode,
             selection: self.selection(events, &rule, names)?,
             outcomes,
+            left_out: senders::left_out(&rule, sender),
             packet: match action {
                 TC_ACT_SHOT => "dropped",
                 TC_ACT_UNSPEC => "delivered",
@@ -557,6 +563,13 @@ impl fmt::Display for Answer {
         }
         for outcome in &matched.outcomes {
             outcome.lines(&mut line)?;
+        }
+        for LeftOut { upstream, not_from } in &matched.left_out {
+            let why = match not_from {
+                Some(network) => format!("no packets from {network}"),
+                None => "only packets from other senders".into(),
+            };
+            line("left out", &format!("{upstream}: it gets {why}"))?;
         }
         match (matched.packet, matched.tc_action) {
             ("delivered", _) => line("here", "delivered as it came"),

@@ -13,6 +13,7 @@ use super::{
 use crate::maglev;
 
 mod reply;
+mod senders;
 
 /// Maximum number of ports of all keys, counted once for each network of senders.
 pub const KEY_ENTRIES: usize = 1_000_000;
@@ -35,8 +36,7 @@ pub(super) fn check(decoded: &mut Decoded) {
     let rules = &decoded.rules;
     for rule in rules {
         families(rule, &mut diagnostics);
-        let at = rule.at.field(words::KEY.name).field(words::KEY_FROM.name);
-        twice(&at, &rule.key.from, Network::to_string, &mut diagnostics);
+        senders::check(rule, &mut diagnostics);
         own_key(rule, &mut diagnostics);
         groups(rule, &mut diagnostics);
         upstream_names(rule, &mut diagnostics);
@@ -126,8 +126,8 @@ fn families(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
         KeyAddress::Is(_) => Some(key.field(words::KEY_ADDRESS.name)),
         KeyAddress::Any => None,
     };
-    let from = key.field(words::KEY_FROM.name);
-    let from = (0..rule.key.from.len()).map(|nth| from.index(nth));
+    let lists = senders::lists(rule).into_iter();
+    let from = lists.flat_map(|(at, list)| (0..list.len()).map(move |nth| at.index(nth)));
     let hosts = rule.destinations().filter(|it| matches!(it.address, Host::Address(_)));
     let hosts = hosts.map(|it| it.at.field(words::UPSTREAM_ADDRESS.name));
     let places: Vec<Path> = is.into_iter().chain(from).chain(hosts).collect();
@@ -317,7 +317,7 @@ fn names(rules: &[RuleConfig], diagnostics: &mut Diagnostics) {
         let (first, again) = (&rules[first], &rules[again]);
         let none_own = !own(first) && !own(again);
         // Rules without a name share one if they share a key, which is reported at the key.
-        let from = |rule: &RuleConfig| senders(rule).collect::<HashSet<_>>();
+        let from = |rule: &RuleConfig| networks(rule).collect::<HashSet<_>>();
         if none_own && !from(first).is_disjoint(&from(again)) {
             continue;
         }
@@ -350,7 +350,7 @@ struct Claim {
 const ALL_PORTS: Ports = Ports { first: 1, last: u16::MAX };
 
 /// Returns the networks of senders of a rule: all addresses where it has no `from`.
-fn senders(rule: &RuleConfig) -> impl Iterator<Item = Network> {
+fn networks(rule: &RuleConfig) -> impl Iterator<Item = Network> {
     let address = match rule.family() {
         Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
         Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
@@ -364,7 +364,7 @@ fn claims(index: usize, rule: &RuleConfig) -> impl Iterator<Item = Claim> {
     let ports = rule.key.ports.iter().copied().chain(any_port.then_some(ALL_PORTS)).enumerate();
     ports.flat_map(move |(nth, ports)| {
         let address = rule.key.address;
-        senders(rule).map(move |from| Claim { address, from, any_port, ports, rule: index, nth })
+        networks(rule).map(move |from| Claim { address, from, any_port, ports, rule: index, nth })
     })
 }
 

@@ -540,11 +540,9 @@ impl Decoder {
             let at = at.field(words::KEY_PORT.name);
             self.ports(node, &at)
         });
-        let from = match fields.get(&words::KEY_FROM) {
-            None => Some(Vec::new()),
-            Some(node) => self.from(node, &at.field(words::KEY_FROM.name)),
-        };
-        Some(Key { address: address?, ports: ports?, from: from? })
+        let from = self.senders(&fields, &words::KEY_FROM, at);
+        let not_from = self.senders(&fields, &words::KEY_NOT_FROM, at);
+        Some(Key { address: address?, ports: ports?, from: from?, not_from: not_from? })
     }
 
     /// Reports a value that the bare list does not take, and returns None.
@@ -576,13 +574,21 @@ impl Decoder {
         self.each(nodes, at, scalar::ports)
     }
 
-    fn from(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Vec<Network>> {
+    /// Returns the networks of a field; none of them means that it is missing.
+    fn senders(
+        &mut self,
+        fields: &Fields<'_, '_>,
+        field: &'static Field,
+        at: &Trail<'_>,
+    ) -> Option<Vec<Network>> {
+        let Some(node) = fields.get(field) else { return Some(Vec::new()) };
+        let at = &at.field(field.name);
         let Content::List(nodes) = &node.content else {
             return self.ok(at, scalar::networks(node)).map(|network| vec![network]);
         };
         if nodes.is_empty() {
-            let message = Message::new("no networks: nobody could send");
-            self.error(at, message.help("leave `from` out to match any sender"));
+            let help = format!("leave `{}` out where it names nobody", field.name);
+            self.error(at, Message::new("an empty list of networks").help(help));
             return None;
         }
         self.each(nodes, at, scalar::network)
@@ -644,6 +650,8 @@ impl Decoder {
         let priority =
             self.optional(&fields, &words::UPSTREAM_PRIORITY, at, number(&words::PRIORITY));
         let sample = self.optional(&fields, &words::UPSTREAM_SAMPLE, at, number(&words::SAMPLE));
+        let from = self.senders(&fields, &words::UPSTREAM_FROM, at);
+        let not_from = self.senders(&fields, &words::UPSTREAM_NOT_FROM, at);
         let state = self.choice(&fields, &words::UPSTREAM_STATE, at);
         let state = self.settle(state, &words::UPSTREAM_STATE);
         let source = match self.choice(&fields, &words::UPSTREAM_SOURCE, at) {
@@ -660,6 +668,8 @@ impl Decoder {
             state: state?,
             source: source?,
             sample: sample?,
+            from: from?,
+            not_from: not_from?,
             at: at.path(),
         })
     }

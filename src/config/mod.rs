@@ -39,7 +39,7 @@ pub use diagnostic::{Diagnostic, Message, Related, Severity};
 pub use health::{AllDown, Check, Health, Probe};
 pub use hint::nearest;
 pub use host::{Address, Family, Host, KeyAddress, upstream_refusal, with_port};
-pub use network::Network;
+pub use network::{Network, deciding};
 pub use path::Path;
 pub use period::Period;
 pub use reference::{MARKS, manual, markdown};

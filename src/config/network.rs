@@ -31,6 +31,23 @@ impl Network {
     }
 }
 
+/// Returns true if the senders in a network are among those of `from` and `not_from`, and the network of these
+/// that decides: the one with the longest prefix. Where there is none, `from` must be empty.
+pub fn deciding(
+    from: &[Network],
+    not_from: &[Network],
+    senders: &Network,
+) -> (bool, Option<Network>) {
+    let all = from.iter().map(|it| (it, true)).chain(not_from.iter().map(|it| (it, false)));
+    let around = all.filter(|(network, _)| {
+        network.prefix <= senders.prefix && network.contains(senders.address)
+    });
+    match around.max_by_key(|(network, _)| network.prefix) {
+        Some((network, admits)) => (admits, Some(*network)),
+        None => (from.is_empty(), None),
+    }
+}
+
 /// Returns the number of bits of an address of this family.
 fn width(address: IpAddr) -> u8 {
     if address.is_ipv4() { 32 } else { 128 }

@@ -3,9 +3,8 @@
 //! The grammar is that of samplicator 1.3.8 (`read_config.c`): `SENDER[/MASK]: RECEIVER...`, where a receiver is
 //! `ADDRESS[/PORT[/FREQUENCY]][,TTL]`. IPv6 addresses stand in brackets.
 
-use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
 
 use super::diagnostic::Message;
 use super::document::Document;
@@ -171,12 +170,11 @@ impl Receiver {
     }
 }
 
-/// Returns the network of all senders of a family.
-fn everyone(family: Family) -> Network {
-    match family {
-        Family::V4 => Network::new(Ipv4Addr::UNSPECIFIED.into(), 0),
-        Family::V6 => Network::new(Ipv6Addr::UNSPECIFIED.into(), 0),
-    }
+/// The receivers of one host and port, merged.
+struct Upstream<'a> {
+    receiver: &'a Receiver,
+    /// None: it gets the packets of all senders.
+    from: Vec<Network>,
 }
 
 fn document(name: &str, lines: &[Line], command: &CommandLine) -> String {
@@ -186,83 +184,89 @@ fn document(name: &str, lines: &[Line], command: &CommandLine) -> String {
         false => format!("interfaces: [{}]", command.interfaces.join(", ")),
     };
     let mut text = format!(
-        "# From {name}. samplicator adds up all lines that match; udplb goes by the longest prefix, so\n\
-         # that a rule repeats the receivers of shorter prefixes.\n\
-         version: 1\n{interfaces}\n\
+        "# From {name}.\nversion: 1\n{interfaces}\n\
          defaults: {{ tc_action: block, mode: replicate, source: {source} }}\nrules:\n"
     );
-    for senders in networks(lines, command) {
-        rule(&mut text, senders, lines, command);
+    for family in [Family::V4, Family::V6] {
+        let is_other = match command.address {
+            KeyAddress::Is(address) => Family::from(address) != family,
+            KeyAddress::Any => false,
+        };
+        let (upstreams, notes) = upstreams(family, lines, command);
+        if is_other || upstreams.is_empty() {
+            continue;
+        }
+        let address = quoted(command.address);
+        let port = command.port;
+        // writing to a string cannot fail
+        let _ = writeln!(
+            text,
+            "  - name: samplicator-{}\n    key: {{ address: {address}, port: {port} }}\n    upstream:",
+            family.to_string().to_lowercase()
+        );
+        text.extend(upstreams.iter().map(Upstream::line));
+        text.push_str(&notes);
     }
     text
 }
 
-/// Returns the senders of each rule, long prefixes first.
-fn networks(lines: &[Line], command: &CommandLine) -> Vec<Network> {
-    let mut networks: BTreeSet<Network> = lines.iter().map(|line| line.senders).collect();
-    for family in [Family::V4, Family::V6] {
-        if command.receivers.iter().any(|receiver| receiver.is_of(family)) {
-            networks.insert(everyone(family));
+/// Returns the upstreams of a rule, and comments for the receivers that it cannot have.
+fn upstreams<'a>(
+    family: Family,
+    lines: &'a [Line],
+    command: &'a CommandLine,
+) -> (Vec<Upstream<'a>>, String) {
+    let (mut upstreams, mut notes) = (Vec::<Upstream<'_>>::new(), String::new());
+    let of_lines = lines.iter().filter(|line| Family::from(line.senders.address) == family);
+    let of_lines =
+        of_lines.flat_map(|line| line.receivers.iter().map(move |receiver| (receiver, Some(line))));
+    let of_all = command.receivers.iter().map(|receiver| (receiver, None));
+    for (receiver, line) in of_all.chain(of_lines) {
+        let senders = line.map(|line| line.senders).filter(|senders| senders.prefix > 0);
+        let place = (&receiver.host, receiver.port);
+        let known = upstreams.iter_mut().find(|it| (&it.receiver.host, it.receiver.port) == place);
+        match (known, senders) {
+            _ if !receiver.is_of(family) => {
+                if let Some(line) = line {
+                    let _ = writeln!(
+                        notes,
+                        "      # line {}: {} is left out, since all addresses of a rule are {family}",
+                        line.number, receiver.host
+                    );
+                }
+            }
+            (None, _) => upstreams.push(Upstream { receiver, from: senders.into_iter().collect() }),
+            (Some(known), Some(senders)) if !known.from.is_empty() => {
+                if !known.from.contains(&senders) {
+                    known.from.push(senders);
+                }
+            }
+            (Some(known), _) => known.from.clear(),
         }
     }
-    if let KeyAddress::Is(address) = command.address {
-        networks.retain(|network| network.address.is_ipv4() == address.is_ipv4());
-    }
-    let mut networks: Vec<Network> = networks.into_iter().collect();
-    networks.sort_by_key(|network| std::cmp::Reverse(network.prefix));
-    networks
+    (upstreams, notes)
 }
 
-/// Appends the rule of some senders.
-fn rule(text: &mut String, senders: Network, lines: &[Line], command: &CommandLine) {
-    let matching = |line: &&Line| {
-        line.senders.prefix <= senders.prefix && line.senders.contains(senders.address)
-    };
-    let own = lines.iter().find(|line| line.senders == senders);
-    let name = match (own, senders.address.is_ipv4()) {
-        (Some(line), _) => format!("line-{}", line.number),
-        (None, true) => "others".into(),
-        (None, false) => "others-ipv6".into(),
-    };
-    let mut from = String::new();
-    if senders.prefix > 0 {
-        from = format!(", from: ['{senders}']");
-    }
-    let address = quoted(command.address);
-    let key = format!("{{ address: {address}, port: {}{from} }}", command.port);
-    // writing to a string cannot fail
-    let _ = writeln!(text, "  - name: {name}\n    key: {key}\n    upstream:");
-    let mut seen = Vec::new();
-    let all = lines.iter().filter(matching).flat_map(|line| &line.receivers);
-    for receiver in command.receivers.iter().chain(all) {
-        let is_again = seen.contains(&(&receiver.host, receiver.port));
-        seen.push((&receiver.host, receiver.port));
-        text.push_str(&upstream(receiver, senders.address.into(), is_again));
-    }
-}
-
-/// Returns the line of a receiver, or a comment why there is none.
-fn upstream(receiver: &Receiver, family: Family, is_again: bool) -> String {
-    let Receiver { host, port, frequency, ttl } = receiver;
-    let (mut fields, mut notes) = (format!("address: {}, port: {port}", quoted(host)), Vec::new());
-    if *frequency > 1 {
-        let _ = write!(fields, ", sample: {frequency}");
-        notes.push(format!("one of {frequency} at random, not each {frequency}th"));
-    }
-    if let Some(ttl) = ttl {
-        notes.push(format!("not with TTL {ttl}, but with the packet's less one"));
-    }
-    if is_again {
-        return format!("      # {{ {fields} }} is left out: the rule has it already\n");
-    }
-    if !receiver.is_of(family) {
-        return format!(
-            "      # {{ {fields} }} is left out: all addresses of a rule are {family}\n"
-        );
-    }
-    match notes.is_empty() {
-        true => format!("      - {{ {fields} }}\n"),
-        false => format!("      - {{ {fields} }} # {}\n", notes.join("; ")),
+impl Upstream<'_> {
+    fn line(&self) -> String {
+        let Receiver { host, port, frequency, ttl } = self.receiver;
+        let mut fields = format!("address: {}, port: {port}", quoted(host));
+        let mut notes = Vec::new();
+        if *frequency > 1 {
+            let _ = write!(fields, ", sample: {frequency}");
+            notes.push(format!("one of {frequency} at random, not each {frequency}th"));
+        }
+        if let Some(ttl) = ttl {
+            notes.push(format!("not with TTL {ttl}, but with the packet's less one"));
+        }
+        if !self.from.is_empty() {
+            let from: Vec<String> = self.from.iter().map(quoted).collect();
+            let _ = write!(fields, ", from: [{}]", from.join(", "));
+        }
+        match notes.is_empty() {
+            true => format!("      - {{ {fields} }}\n"),
+            false => format!("      - {{ {fields} }} # {}\n", notes.join("; ")),
+        }
     }
 }
 
@@ -276,7 +280,7 @@ fn quoted(value: impl std::fmt::Display) -> String {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::{Config, KeyAddress};
+    use super::super::{Config, KeyAddress, UpstreamConfig};
     use super::{CommandLine, PORT, import};
 
     fn command(receivers: &[&str]) -> CommandLine {
@@ -289,71 +293,53 @@ mod tests {
         }
     }
 
-    /// Returns each rule of the import: its senders and its upstreams with ports and samples.
-    fn rules(text: &str, command: &CommandLine) -> Vec<(String, Vec<String>)> {
+    /// Returns the upstreams of each rule of the import: endpoint, sample and senders.
+    fn rules(text: &str, command: &CommandLine) -> Vec<Vec<String>> {
         let yaml = import("samplicator.conf", text, command).expect("a configuration");
         let config = Config::parse("import", &yaml).unwrap_or_else(|it| panic!("{yaml}\n{it:?}"));
-        let rule = |rule: &super::super::RuleConfig| {
-            let from: Vec<String> = rule.key.from.iter().map(ToString::to_string).collect();
-            let upstreams = rule.upstreams.iter();
-            let upstream = |it: &super::super::UpstreamConfig| match it.sample {
-                Some(sample) => format!("{} {sample}", it.endpoint()),
-                None => it.endpoint(),
-            };
-            (from.join(" "), upstreams.map(upstream).collect())
+        let upstream = |it: &UpstreamConfig| {
+            let from: Vec<String> = it.from.iter().map(ToString::to_string).collect();
+            format!("{} 1/{} {}", it.endpoint(), it.sample.unwrap_or(1), from.join(","))
         };
-        config.rules.iter().map(rule).collect()
+        let rules = config.rules.iter();
+        rules.map(|rule| rule.upstreams.iter().map(upstream).collect()).collect()
     }
 
     #[test]
-    fn longer_prefixes_repeat_the_receivers_of_shorter_ones() {
+    fn lines_add_up() {
         let text = "# comment\n\n10.0.0.0/255.0.0.0: 203.0.113.12/9995/10 # more\n\
                     10.20.0.0/16:203.0.113.13/9995 collector.example/9996/1,3\n\
-                    10.20.0.7: 203.0.113.14\n10.0.0.0/8: 203.0.113.15/1\n";
-        let rules = rules(text, &command(&["198.51.100.11/2055"]));
+                    10.20.0.7: 203.0.113.14\n192.0.2.0/24: 203.0.113.13/9995\n\
+                    0.0.0.0/0: 203.0.113.14\n";
         let expected = [
-            (
-                "10.20.0.7",
-                "198.51.100.11:2055 203.0.113.12:9995 10 203.0.113.13:9995 \
-                 collector.example:9996 203.0.113.14:2000 203.0.113.15:1",
-            ),
-            (
-                "10.20.0.0/16",
-                "198.51.100.11:2055 203.0.113.12:9995 10 203.0.113.13:9995 \
-                 collector.example:9996 203.0.113.15:1",
-            ),
-            ("10.0.0.0/8", "198.51.100.11:2055 203.0.113.12:9995 10 203.0.113.15:1"),
-            ("", "198.51.100.11:2055"),
+            "198.51.100.11:2055 1/1 ",
+            "203.0.113.12:9995 1/10 10.0.0.0/8",
+            "203.0.113.13:9995 1/1 10.20.0.0/16,192.0.2.0/24",
+            "collector.example:9996 1/1 10.20.0.0/16",
+            "203.0.113.14:2000 1/1 ",
         ];
-        let found: Vec<(&str, String)> =
-            rules.iter().map(|(from, upstreams)| (&from[..], upstreams.join(" "))).collect();
-        let expected = expected.map(|(from, upstreams)| (from, upstreams.to_string()));
-        assert_eq!(found, expected);
+        assert_eq!(rules(text, &command(&["198.51.100.11/2055"])), [expected]);
     }
 
     #[test]
     fn families_are_rules_of_their_own() {
         let any =
             CommandLine { address: KeyAddress::Any, ..command(&["[2001:db8::1]/9", "10.0.0.1"]) };
-        let rules =
-            rules("[2001:db8:1::]/48: [2001:db8::2]/10 10.0.0.2\n0.0.0.0/0: 10.0.0.3", &any);
-        let upstreams: Vec<String> = rules.iter().map(|(_, it)| it.join(" ")).collect();
-        let expected =
-            ["[2001:db8::1]:9 [2001:db8::2]:10", "10.0.0.1:2000 10.0.0.3:2000", "[2001:db8::1]:9"];
-        assert_eq!(upstreams, expected);
-        assert_eq!(rules[0].0, "2001:db8:1::/48");
+        let text = "[2001:db8:1::]/48: [2001:db8::2]/10 10.0.0.2\n0.0.0.0/0: 10.0.0.3";
+        let expected = [
+            ["10.0.0.1:2000 1/1 ", "10.0.0.3:2000 1/1 "],
+            ["[2001:db8::1]:9 1/1 ", "[2001:db8::2]:10 1/1 2001:db8:1::/48"],
+        ];
+        assert_eq!(rules(text, &any), expected);
+        let yaml = import("f", text, &any).expect("a configuration");
+        assert!(yaml.contains("# line 1: 10.0.0.2 is left out, since all"), "{yaml}");
     }
 
     #[test]
     fn differences_are_comments() {
-        let yaml = import("f", "10.0.0.1: 10.9.9.9/1/5,7 10.9.9.9/1", &command(&[])).expect("it");
-        assert!(
-            yaml.contains("sample: 5 } # one of 5 at random, not each 5th; not with TTL 7"),
-            "{yaml}"
-        );
-        assert!(
-            yaml.contains("# { address: 10.9.9.9, port: 1 } is left out: the rule has it already")
-        );
+        let yaml = import("f", "10.0.0.1: 10.9.9.9/1/5,7", &command(&[])).expect("it");
+        let comment = "# one of 5 at random, not each 5th; not with TTL 7, but";
+        assert!(yaml.contains(comment), "{yaml}");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::health::{AllDown, Health};
 use super::host::{Family, Host, KeyAddress, with_port};
-use super::network::Network;
+use super::network::{Network, deciding};
 use super::path::Path;
 use super::period::Period;
 use super::vocabulary::ANY;
@@ -172,6 +172,9 @@ pub struct Key {
     /// None: any sender. Where several rules have one address and port, the longest prefix decides.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub from: Vec<Network>,
+    /// Networks of other senders; the longest prefix of both lists decides.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_from: Vec<Network>,
 }
 
 /// Treatment of the packets to one key.
@@ -223,6 +226,10 @@ pub struct UpstreamConfig {
     pub source: Option<Source>,
     /// It gets every N-th packet; none: 1.
     pub sample: Option<u32>,
+    /// It gets packets of these senders; none: of any.
+    pub from: Vec<Network>,
+    /// It gets no packets of these; the longest prefix of both lists decides.
+    pub not_from: Vec<Network>,
     /// The upstream's place in the file.
     pub at: Path,
 }
@@ -255,13 +262,18 @@ impl fmt::Display for Ports {
 impl Key {
     /// Returns a key with any sender.
     pub fn new(address: impl Into<KeyAddress>, ports: Vec<Ports>) -> Key {
-        Key { address: address.into(), ports, from: Vec::new() }
+        Key { address: address.into(), ports, from: Vec::new(), not_from: Vec::new() }
+    }
+
+    /// Returns true if packets of a sender match.
+    pub fn admits(&self, sender: IpAddr) -> bool {
+        deciding(&self.from, &self.not_from, &sender.into()).0
     }
 
     /// Returns the number of ports, counted once for each network of senders; `any` counts once.
     pub fn entries(&self) -> usize {
         let ports: usize = self.ports.iter().map(Ports::count).sum();
-        ports.max(1) * self.from.len().max(1)
+        ports.max(1) * (self.from.len() + self.not_from.len()).max(1)
     }
 
     /// Returns the port of a key that has one alone.
@@ -321,7 +333,10 @@ impl RuleConfig {
             KeyAddress::Is(address) => Some(address),
             KeyAddress::Any => None,
         };
-        let from = self.key.from.iter().map(|network| network.address);
+        let senders = [(&self.key.from, &self.key.not_from)].into_iter();
+        let senders = senders.chain(self.destinations().map(|it| (&it.from, &it.not_from)));
+        let senders = senders.flat_map(|(from, not_from)| from.iter().chain(not_from));
+        let from = senders.map(|network| network.address);
         let hosts = self.destinations().filter_map(|upstream| match &upstream.address {
             Host::Address(address) => Some(address.ip),
             Host::Name(_) => None,

@@ -247,6 +247,7 @@ pub static KEY_PORT: Field = Field::new(
 .in_list()
 .example("[2055, \"6343-6350\"]");
 pub static KEY_FROM: Field = Field::new("from", Shape::Networks, "Networks of senders; only their packets match. Of several keys with one address and port the longest prefix decides.").default("any sender").example("[10.20.0.0/16]");
+pub static KEY_NOT_FROM: Field = Field::new("not-from", Shape::Networks, "Networks of senders whose packets do not match. The longest prefix of `from` and `not-from` decides.").default("none").example("[10.20.1.0/24]");
 
 pub static TC_ACTION: EnumField = EnumField::new(&TC_ACTION, "tc_action", &["pass", "block"], "`pass` sends a copy to the upstream and delivers the packet here as if udplb were not there. `block` sends the packet itself; nobody here gets it.").default("pass").in_list(&["pass", "block"], "pass").example("block");
 pub static MODE: EnumField = EnumField::new(
@@ -414,6 +415,8 @@ pub static UPSTREAM_WEIGHT: Field = Field::new(
 .default("1")
 .example("2");
 pub static WEIGHT: Number = Number { what: "a weight", first: 1, last: 10_000 };
+pub static UPSTREAM_FROM: Field = Field::new("from", Shape::Networks, "Networks of senders; it gets only their packets. For mirrors and with `mode: replicate`. Senders that nobody gets packets of match no rule.").default("any sender").example("[10.20.0.0/16]");
+pub static UPSTREAM_NOT_FROM: Field = Field::new("not-from", Shape::Networks, "Networks of senders whose packets it does not get. The longest prefix of `from` and `not-from` decides.").default("none").example("[10.20.1.0/24]");
 pub static UPSTREAM_PRIORITY: Field = Field::new("priority", Shape::Number(&PRIORITY), "Upstreams of a higher number get packets only while all of the lower ones are drained or down, with `mode: balance`.").default("1").example("2");
 pub static PRIORITY: Number = Number { what: "a priority", first: 1, last: 255 };
 pub static UPSTREAM_STATE: EnumField = EnumField::new(&UPSTREAM_STATE, "state", &["active", "drained"], "A `drained` upstream keeps its place, and the others get its flows. `udplb drain` and `udplb enable` override it.").default("active").example("drained");
@@ -444,7 +447,8 @@ pub static ANNOUNCE_MAP: Table = Table {
 };
 pub static RULE_MAP: Table =
     Table { what: "a rule", fields: &[&NAME, &KEY, &OPTIONS, &UPSTREAM, &MIRROR] };
-pub static KEY_MAP: Table = Table { what: "a key", fields: &[&KEY_ADDRESS, &KEY_PORT, &KEY_FROM] };
+pub static KEY_MAP: Table =
+    Table { what: "a key", fields: &[&KEY_ADDRESS, &KEY_PORT, &KEY_FROM, &KEY_NOT_FROM] };
 pub static OPTIONS_MAP: Table = Table {
     what: "options",
     fields: &[
@@ -519,6 +523,8 @@ pub static UPSTREAM_MAP: Table = Table {
         &UPSTREAM_STATE.field,
         &UPSTREAM_SOURCE.field,
         &UPSTREAM_SAMPLE,
+        &UPSTREAM_FROM,
+        &UPSTREAM_NOT_FROM,
     ],
 };
 pub static MIRROR_MAP: Table = Table {
@@ -531,6 +537,8 @@ pub static MIRROR_MAP: Table = Table {
         &UPSTREAM_STATE.field,
         &UPSTREAM_SOURCE.field,
         &UPSTREAM_SAMPLE,
+        &UPSTREAM_FROM,
+        &UPSTREAM_NOT_FROM,
     ],
 };
 

@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 
 use crate::config::Mode;
 use crate::desired::tables::SlotTable;
-use crate::desired::{Rule, diff};
+use crate::desired::{Rule, Upstream, diff};
 
 /// A digest of 48 bits: a number that JSON and Prometheus keep exactly.
 pub type ChoiceHash = u64;
@@ -27,7 +27,9 @@ fn digest(rule: &Rule, tables: &mut HashMap<SlotTable, Vec<u8>>) -> ChoiceHash {
     ));
     for upstream in rule.destinations() {
         let (address, port) = (&upstream.address, upstream.port);
-        digest.update(format!("{address} {port:?} {:?} {}\n", upstream.state, upstream.sample));
+        let Upstream { state, sample, priority, from, not_from, .. } = upstream;
+        digest.update(format!("{address} {port:?} {state:?} {sample} {priority} "));
+        digest.update(format!("{from:?} {not_from:?}\n"));
     }
     if rule.mode == Mode::Balance {
         let bytes =

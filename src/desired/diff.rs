@@ -6,7 +6,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::config::{ANY, Announce, Hash, Mode, Payload, STATSD, with_port};
+use crate::config::{ANY, Announce, Hash, Mode, Network, Payload, STATSD, with_port};
 use crate::desired::tables::moved_share;
 use crate::desired::{Desired, Rule, Upstream};
 use crate::maglev;
@@ -239,6 +239,8 @@ fn difference(
                 ("priority", upstream.priority.to_string()),
                 ("state", word(&upstream.state)),
                 ("sample", upstream.sample.to_string()),
+                ("from", networks(&upstream.from, "any")),
+                ("not-from", networks(&upstream.not_from, "none")),
             ];
             attributes.extend(own.then(|| ("source", word(&rule.source_of(upstream)))));
             attributes
@@ -277,12 +279,20 @@ pub fn key(rule: &Rule) -> String {
         true => ANY.into(),
         false => list(key.ports.iter().map(ToString::to_string).collect()),
     };
-    let to = with_port(key.address, ports);
-    match key.from.is_empty() {
-        true => to,
-        false => {
-            format!("{to} from {}", list(key.from.iter().map(ToString::to_string).collect()))
+    let mut text = with_port(key.address, ports);
+    for (word, list) in [("from", &key.from), ("not from", &key.not_from)] {
+        if !list.is_empty() {
+            text += &format!(" {word} {}", networks(list, ""));
         }
+    }
+    text
+}
+
+/// Lists networks; `none` stands for an empty list.
+fn networks(networks: &[Network], none: &str) -> String {
+    match networks {
+        [] => none.into(),
+        _ => networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
     }
 }
 

@@ -35,6 +35,9 @@ fn key(key: &Key) -> Value {
     if !key.from.is_empty() {
         value["from"] = json!(key.from);
     }
+    if !key.not_from.is_empty() {
+        value["not-from"] = json!(key.not_from);
+    }
     value
 }
 
@@ -103,6 +106,11 @@ pub fn host(upstream: &Upstream) -> Value {
     }
     if upstream.sample != 1 {
         say("sample", json!(upstream.sample));
+    }
+    for (field, networks) in [("from", &upstream.from), ("not-from", &upstream.not_from)] {
+        if !networks.is_empty() {
+            say(field, json!(networks));
+        }
     }
     Value::Object(fields)
 }
@@ -226,7 +234,8 @@ mod tests {
                 // Host names alone do not determine the family.
                 from.push(ip(family, 20, 1).into());
             }
-            Key { address, ports, from }
+            let not_from = if from.len() > 1 { from.split_off(1) } else { Vec::new() };
+            Key { address, ports, from, not_from }
         })
     }
 

@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::config::{Key, KeyAddress, Ports, with_port};
-use crate::desired::{Desired, Rule, diff};
+use crate::config::{Key, KeyAddress, Ports, deciding, with_port};
+use crate::desired::{Desired, Rule, diff, senders};
 
 /// Maximum number of rules in an answer.
 const SHOWN: usize = 5;
@@ -41,7 +41,7 @@ pub fn explain(
     let attached = desired.interfaces.iter().any(|name| name == interface);
     let of_family = desired.rules.iter().filter(|rule| rule.family() == source.into());
     let near = of_family.filter_map(|rule| {
-        let differs = differs(&rule.key, desired, source, destination, attached)?;
+        let differs = differs(rule, desired, source, destination, attached)?;
         Some((differs, rule))
     });
     let near: Vec<(Differs, &Rule)> = near.collect();
@@ -55,18 +55,19 @@ pub fn explain(
 
 /// Returns the part of the key that differs; `None` if more than one does, or none.
 fn differs(
-    key: &Key,
+    rule: &Rule,
     desired: &Desired,
     source: IpAddr,
     destination: SocketAddr,
     attached: bool,
 ) -> Option<Differs> {
+    let key = &rule.key;
     let address = match key.address {
         KeyAddress::Is(address) => address == destination.ip(),
         KeyAddress::Any => desired.addresses.contains(&destination.ip()),
     };
     let port = key.ports.is_empty() || key.ports.iter().any(|it| it.contains(destination.port()));
-    let sender = key.from.is_empty() || key.from.iter().any(|network| network.contains(source));
+    let sender = senders::admits(rule, source);
     match (address, port, sender) {
         (true, true, true) => (!attached).then_some(Differs::Interface),
         (true, true, false) => Some(Differs::Sender),
@@ -87,10 +88,7 @@ fn miss(
     let key = &rule.key;
     let text = match differs {
         Differs::Interface => format!("matches on {} only", list(desired.interfaces.clone())),
-        Differs::Sender => {
-            let networks = list(key.from.iter().map(ToString::to_string).collect());
-            format!("matches senders in {networks} only, and {source} is in none of them")
-        }
+        Differs::Sender => sender_missed(key, source),
         Differs::Port => {
             let ports = list(key.ports.iter().map(Ports::to_string).collect());
             format!("matches {} on port {ports} only", destination.ip())
@@ -101,6 +99,21 @@ fn miss(
         }
     };
     Miss { rule: rule.name.clone(), key: diff::key(rule), differs, text }
+}
+
+/// Says why a key does not match a sender.
+fn sender_missed(key: &Key, source: IpAddr) -> String {
+    match deciding(&key.from, &key.not_from, &source.into()) {
+        (true, _) => format!("has no upstream that gets packets of {source}"),
+        (_, Some(network)) => format!("matches no senders in {network}"),
+        (_, None) => {
+            let networks: Vec<String> = key.from.iter().map(ToString::to_string).collect();
+            format!(
+                "matches senders in {} only, and {source} is in none of them",
+                networks.join(", ")
+            )
+        }
+    }
 }
 
 impl Miss {

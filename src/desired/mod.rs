@@ -9,6 +9,7 @@ pub mod flow;
 pub mod key_table;
 pub mod miss;
 pub mod partial;
+pub mod senders;
 pub mod tables;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -18,8 +19,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{
     self, Action, Address, Addresses, Admission, AllDown, Announce, Config, Family, Fragments,
-    Hash, Health, Host, Key, KeyAddress, Mode, Payload, Ports, Reply, Source, State, Strategy,
-    with_port,
+    Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Reply, Source, State,
+    Strategy, with_port,
 };
 use crate::desired::partial::Incomplete;
 use crate::net::routing::{Senders, Target};
@@ -114,6 +115,12 @@ pub struct Upstream {
     /// N: one of N packets is sent, at random.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub sample: u32,
+    /// It gets packets of these senders; none: of any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub from: Vec<Network>,
+    /// It gets no packets of these; the longest prefix of both lists decides.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_from: Vec<Network>,
 }
 
 fn one() -> u32 {
@@ -214,6 +221,8 @@ impl Upstream {
             state: State::Active,
             source: None,
             sample: 1,
+            from: Vec::new(),
+            not_from: Vec::new(),
         }
     }
 
@@ -396,6 +405,8 @@ fn written(rule: &config::RuleConfig) -> Rule {
         // Equal to the default: the same configuration.
         source: upstream.source.filter(|source| *source != rule.source),
         sample: upstream.sample.unwrap_or(1),
+        from: upstream.from.clone(),
+        not_from: upstream.not_from.clone(),
     };
     Rule {
         name: rule.name.clone(),

@@ -10,6 +10,7 @@ use crate::config::{
     Source, State, Strategy,
 };
 use crate::desired::key_table::{Key4, Key6};
+use crate::desired::senders::{self, Share, Shares};
 use crate::desired::{Desired, Rule, RuleIds, Upstream, flow};
 use crate::maglev::{self, Member};
 
@@ -48,10 +49,11 @@ impl Tables {
             tables.rules.push(value);
         }
         tables.slots = slots.lines();
-        tables.keys(desired);
         tables.destinations = by_destination(&tables.upstreams);
         tables.answers = answers(desired, ids);
         tables.origins(desired, ids);
+        // last, since they repeat upstreams
+        tables.keys(desired);
         tables.features = features(desired, &tables);
         tables
     }
@@ -73,6 +75,7 @@ impl Tables {
                     port: port.unwrap_or(0).to_be(),
                     source: types::source::SOURCE_ORIGIN,
                     rule: index as u32,
+                    line: self.upstreams.len() as u32,
                     ..Default::default()
                 });
             }
@@ -131,15 +134,18 @@ impl Tables {
     ) -> (u32, u32) {
         let first = self.upstreams.len() as u32;
         let rule_index = self.rules.len() as u32;
-        self.upstreams.extend(list.iter().zip(ids).map(|(upstream, id)| types::upstream {
-            id: *id,
-            address: wire(upstream.address.ip),
-            port: upstream.port.unwrap_or(0).to_be(),
-            source: source(rule.source_of(upstream)),
-            drained: (upstream.state == State::Drained).into(),
-            duplicate: duplicate(upstream),
-            sample: upstream.sample,
-            rule: rule_index,
+        self.upstreams.extend((first..).zip(list.iter().zip(ids)).map(|(line, (upstream, id))| {
+            types::upstream {
+                id: *id,
+                address: wire(upstream.address.ip),
+                port: upstream.port.unwrap_or(0).to_be(),
+                source: source(rule.source_of(upstream)),
+                drained: (upstream.state == State::Drained).into(),
+                duplicate: duplicate(upstream),
+                sample: upstream.sample,
+                rule: rule_index,
+                line,
+            }
         }));
         (first, list.len() as u32)
     }
@@ -147,25 +153,31 @@ impl Tables {
     fn keys(&mut self, desired: &Desired) {
         let keys = Keys::new(desired);
         let mut variants = Variants::default();
-        let mut groups: HashMap<Vec<(Network, usize)>, u32> = HashMap::new();
+        let mut known: HashMap<(Vec<Vec<usize>>, bool), Shares> = HashMap::new();
+        let mut groups: HashMap<(Shares, bool), u32> = HashMap::new();
         for (address, port) in keys.places() {
-            let senders = keys.senders(desired, address, port);
-            let Some((_, first)) = senders.first() else { continue };
-            let (first, group) = (*first, is_group(desired, address));
-            let senders = match senders[..] {
-                [(network, _)] if network.prefix == 0 => 0,
+            let nearest = keys.nearest(address, port);
+            let shares = known.entry((nearest, address.is_ipv4()));
+            let shares = shares.or_insert_with_key(|(nearest, _)| {
+                senders::shares(&desired.rules, nearest, everybody(address))
+            });
+            let Some(first) = shares.iter().find_map(|(_, share)| *share) else { continue };
+            let group = is_group(desired, address);
+            let senders = match shares[..] {
+                [(network, Some(_))] if network.prefix == 0 => 0,
                 _ => {
                     let next = groups.len() as u32 + 1;
-                    *groups.entry(senders).or_insert_with_key(|senders| {
-                        for (network, rule) in senders {
-                            let index = variants.index(&mut self.rules, *rule, group, 0);
-                            self.senders.push((sender_key(next, *network), index));
+                    *groups.entry((shares.clone(), group)).or_insert_with(|| {
+                        for (network, share) in shares {
+                            let index = share.map(|share| variants.index(self, share, group, 0));
+                            self.senders
+                                .push((sender_key(next, *network), index.unwrap_or(NO_RULE)));
                         }
                         next
                     })
                 }
             };
-            let index = variants.index(&mut self.rules, first, group, senders);
+            let index = variants.index(self, first, group, senders);
             let entry = self.entry(index);
             match address {
                 IpAddr::V4(address) => self.keys.push((Key4 { address, port }, entry)),
@@ -178,7 +190,22 @@ impl Tables {
             .map(|address| (types::key_address { words: wire(*address) }, 1))
             .collect();
     }
+
+    /// Appends the upstreams of a rule's receivers in `chosen` once more, and returns the index of the first.
+    fn repeat_receivers(&mut self, rule: &types::rule, chosen: u64) -> u32 {
+        let first = self.upstreams.len() as u32;
+        let receivers = rule.first_receiver as usize..;
+        for (place, index) in receivers.take(rule.receivers.into()).enumerate() {
+            if chosen >> place & 1 == 1 {
+                self.upstreams.push(self.upstreams[index]);
+            }
+        }
+        first
+    }
 }
+
+/// Index in `rules` of senders that match no rule.
+const NO_RULE: u32 = u32::MAX;
 
 impl Tables {
     /// Returns the entry of a key that leads to a rule: its kind tells the fast path how to send.
@@ -187,17 +214,20 @@ impl Tables {
         use types::strategy as by;
         let rule = &self.rules[index as usize];
         let slow = flags::RULE_OF_GROUP.0 | flags::RULE_SOCKETS.0;
-        let is_sampled = || {
-            let receivers = self.upstreams.iter().skip(rule.first_receiver as usize);
-            receivers.take(rule.receivers.into()).any(|receiver| receiver.sample > 1)
+        let first = rule.first_receiver;
+        // the fast path finds lines by the index of the upstream
+        let is_slow = |(index, receiver): (u32, &types::upstream)| {
+            receiver.sample > 1 || receiver.line != index
         };
+        let receivers = || (first..).zip(self.upstreams.iter().skip(first as usize));
+        let has_slow = || receivers().take(rule.receivers.into()).any(is_slow);
         let fast = match rule.action {
             types::action::ACTION_BLOCK => entries::ENTRY_BLOCK,
             _ => entries::ENTRY_PASS,
         };
         let (kind, index) = match (rule.receivers, rule.upstreams) {
             _ if rule.senders != 0 || rule.flags.0 & slow != 0 => (entries::ENTRY_RULE, index),
-            (1.., _) if rule.flags.0 & flags::RULE_REPLICATES.0 != 0 && !is_sampled() => {
+            (1.., _) if rule.flags.0 & flags::RULE_REPLICATES.0 != 0 && !has_slow() => {
                 (entries::ENTRY_REPLICATE, index)
             }
             (0, 1) => (fast, rule.first_upstream),
@@ -210,29 +240,29 @@ impl Tables {
     }
 }
 
-/// Indices of the rules' variants: by rule, for groups, and with this group of senders.
+/// Indices of the rules' variants: with some of the receivers, for groups, and with this group of senders.
 #[derive(Default)]
-struct Variants(HashMap<(usize, bool, u32), u32>);
+struct Variants(HashMap<(Share, bool, u32), u32>);
 
 impl Variants {
     /// Returns the index of a rule's variant and adds it where it is missing.
-    fn index(
-        &mut self,
-        rules: &mut Vec<types::rule>,
-        rule: usize,
-        group: bool,
-        senders: u32,
-    ) -> u32 {
-        if !group && senders == 0 {
-            return rule as u32;
+    fn index(&mut self, tables: &mut Tables, share: Share, group: bool, senders: u32) -> u32 {
+        let rule = tables.rules[share.rule];
+        let all = share.receivers.count_ones() == u32::from(rule.receivers);
+        if all && !group && senders == 0 {
+            return share.rule as u32;
         }
-        *self.0.entry((rule, group, senders)).or_insert_with(|| {
-            let mut variant = types::rule { senders, ..rules[rule] };
+        *self.0.entry((share, group, senders)).or_insert_with(|| {
+            let mut variant = types::rule { senders, ..rule };
             if group {
                 variant.flags.0 |= flags::RULE_OF_GROUP.0;
             }
-            rules.push(variant);
-            rules.len() as u32 - 1
+            if !all {
+                variant.first_receiver = tables.repeat_receivers(&rule, share.receivers);
+                variant.receivers = share.receivers.count_ones() as u16;
+            }
+            tables.rules.push(variant);
+            tables.rules.len() as u32 - 1
         })
     }
 }
@@ -294,31 +324,19 @@ impl Keys {
             .flat_map(|(address, ports)| ports.keys().map(move |port| (*address, *port)))
     }
 
-    /// Returns the networks of senders at a place and the rule of each. Exact addresses come before
-    /// `any`, then exact ports, then the longest prefix; no network is within an earlier one.
-    fn senders(&self, desired: &Desired, address: IpAddr, port: u16) -> Vec<(Network, usize)> {
+    /// Returns the rules at a place by nearness: exact addresses come before `any`, then exact ports.
+    fn nearest(&self, address: IpAddr, port: u16) -> Vec<Vec<usize>> {
         let ports = &self.claims[&address];
-        let mut senders: Vec<(Network, usize)> = Vec::new();
+        let mut nearest = Vec::new();
         for any in [false, true] {
             for port in [Some(port), Some(0).filter(|any_port| *any_port != port)] {
                 let claims = port.and_then(|port| ports.get(&port)).into_iter().flatten();
-                let before = senders.len();
-                for (_, rule) in claims.filter(|(claims_any, _)| *claims_any == any) {
-                    let from = &desired.rules[*rule].key.from;
-                    let everybody = [everybody(address)];
-                    let from = if from.is_empty() { &everybody[..] } else { from };
-                    for network in from {
-                        if !senders[..before].iter().any(|(wider, _)| is_within(network, wider)) {
-                            senders.push((*network, *rule));
-                        }
-                    }
-                }
-                if senders.iter().any(|(network, _)| network.prefix == 0) {
-                    return senders;
-                }
+                let level = claims.filter(|(claims_any, _)| *claims_any == any);
+                nearest.push(level.map(|(_, rule)| *rule).collect());
             }
         }
-        senders
+        nearest.retain(|level: &Vec<usize>| !level.is_empty());
+        nearest
     }
 }
 
@@ -328,10 +346,6 @@ fn everybody(address: IpAddr) -> Network {
         IpAddr::V6(_) => [0_u16; 8].into(),
     };
     Network { address, prefix: 0 }
-}
-
-fn is_within(network: &Network, wider: &Network) -> bool {
-    wider.prefix <= network.prefix && wider.contains(network.address)
 }
 
 /// Returns true if a rule takes answers to this host's own sockets. A single port is assumed to
@@ -359,10 +373,9 @@ pub fn first_upstreams(desired: &Desired) -> impl Iterator<Item = u32> {
 fn answers(desired: &Desired, ids: &[RuleIds]) -> Vec<(types::answer_key, u32)> {
     let mut answers = BTreeSet::new();
     for (rule, ids) in desired.rules.iter().zip(ids) {
-        let from = &rule.key.from;
         for upstream in rule.destinations() {
             let address = upstream.address.ip;
-            if from.is_empty() || from.iter().any(|network| network.contains(address)) {
+            if rule.key.admits(address) {
                 answers.insert((wire(address), ids.rule, upstream.port.unwrap_or(0).to_be()));
             }
         }

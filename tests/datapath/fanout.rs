@@ -7,7 +7,7 @@ use std::net::{IpAddr, UdpSocket};
 use serde_json::{Value, json};
 
 use crate::common::Namespace;
-use crate::common::lab::{Lab, Net, V4, V6, config, upstream};
+use crate::common::lab::{CLIENTS, Lab, Net, RELAY, UPSTREAMS, V4, V6, config, rule, upstream};
 use crate::common::net::{
     TTL, UDP_SEGMENT, bind, expect, expect_silence, expect_silence_of, own, payload, receive,
     receive_any, set, try_receive,
@@ -36,6 +36,38 @@ fn modern(rules: &[Value]) -> Value {
     let mut config = config(rules);
     config["defaults"] = json!({ "tc_action": "block" });
     config
+}
+
+#[test]
+fn receivers_get_the_senders_they_name() {
+    let lab = Lab::new();
+    let [first, second] = CLIENTS.map(|client| bind(&lab.client, client, 0));
+    let receivers = [7001, 7002, 7003].map(|port| bind(&lab.upstream, UPSTREAMS[0], port));
+    let to = |name: &str, port: u16, field: &str, network: String| json!({ "name": name, "address": UPSTREAMS[0], "port": port, field: network });
+    let upstreams = [
+        to("all", 7001, "not-from", "203.0.113.0/24".into()),
+        to("first", 7002, "from", CLIENTS[0].to_string()),
+        to("others", 7003, "not-from", CLIENTS[0].to_string()),
+    ];
+    for action in ["block", "pass"] {
+        let options = json!({ "tc_action": action, "mode": "replicate", "source": "preserve" });
+        lab.apply(&config(&[rule("flows", 7100, options, &upstreams)]));
+        for (sender, gets) in [(&first, [0, 1]), (&second, [0, 2])] {
+            sender.send_to(b"flows", (RELAY, 7100)).expect("a packet");
+            for receiver in gets {
+                expect(&receivers[receiver], b"flows", own(sender), 63);
+            }
+        }
+        expect_silence_of(&receivers);
+    }
+    let answer = lab.run(&format!("get {} {RELAY}:7100", CLIENTS[0])).expect(0).stdout;
+    let left_out = format!("left out  others: it gets no packets from {}\n", CLIENTS[0]);
+    assert!(answer.contains(&left_out), "{answer}");
+    let few = config(&[rule("flows", 7100, json!({ "mode": "replicate" }), &upstreams[1..2])]);
+    lab.apply(&few);
+    let answer = lab.run(&format!("get {} {RELAY}:7100", CLIENTS[1])).expect(3).stdout;
+    assert!(answer.contains("rule flows has no upstream that gets packets of"), "{answer}");
+    assert_eq!(lab.packets("flows", "first", "forwarded"), 2);
 }
 
 #[test]

@@ -12,7 +12,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 
-use udplb::config::{Action, Admission, Fragments, Hash, KeyAddress, Mode, Source, Strategy};
+use udplb::config::{
+    Action, Admission, Fragments, Hash, KeyAddress, Mode, Network, Source, Strategy,
+};
 use udplb::desired::{Rule, RuleIds, Upstream};
 
 use crate::common::wire::Tag;
@@ -288,15 +290,17 @@ impl Host {
                 return outcome.counted(ids.rule, "fragment", count);
             }
         }
-        let upstreams = receivers(rule, &rule.upstreams, &ids.upstreams, &[]);
+        let mut upstreams = receivers(rule, &rule.upstreams, &ids.upstreams, &[]);
         match rule.mode {
             Mode::Balance => {
-                let mirrors = receivers(rule, &rule.mirrors, &ids.mirrors, &rule.upstreams);
+                let mut mirrors = receivers(rule, &rule.mirrors, &ids.mirrors, &rule.upstreams);
+                mirrors.retain(|receiver| takes(receiver.upstream, &packet));
                 let outcome = self.copies(&mirrors, &packet);
                 let chosen = Receiver { again: 0, ..upstreams[chosen] };
                 self.balance(outcome, rule, chosen, &packet, arrival)
             }
             Mode::Replicate => {
+                upstreams.retain(|receiver| takes(receiver.upstream, &packet));
                 // the last one gets the packet itself, if it is not delivered here
                 let copied = upstreams.len() - usize::from(rule.action == Action::Block);
                 let mut outcome = self.copies(&upstreams[..copied], &packet);
@@ -484,9 +488,8 @@ impl Host {
         let matching = self.rules.iter().enumerate().filter_map(|(index, (rule, _))| {
             let key = &rule.key;
             let port = key.ports.is_empty() || key.ports.iter().any(|ports| ports.contains(port));
-            let networks = key.from.iter().filter(|network| network.contains(packet.source));
-            let prefix = networks.map(|network| network.prefix).max();
-            let sender = key.from.is_empty() || prefix.is_some();
+            let (sender, prefix) = decide(&key.from, &key.not_from, packet.source);
+            let sender = sender && (rule.mode == Mode::Balance || has_receiver(rule, packet));
             let rank = (key.address != KeyAddress::Any, !key.ports.is_empty(), prefix);
             let matches = self.is_address(rule, packet.destination) && port && sender;
             matches.then_some((rank, index))
@@ -1030,6 +1033,24 @@ fn stays_here(source: IpAddr, destination: IpAddr) -> bool {
     let (IpAddr::V6(source), IpAddr::V6(destination)) = (source, destination) else { return false };
     let to_other_links = source.is_unicast_link_local() && !destination.is_unicast_link_local();
     source.is_unspecified() || source.is_loopback() || source.is_multicast() || to_other_links
+}
+
+/// Returns true if a sender is among those of two lists, and the prefix by which it is in the first.
+fn decide(from: &[Network], not_from: &[Network], sender: IpAddr) -> (bool, Option<u8>) {
+    let longest =
+        |list: &[Network]| list.iter().filter(|it| it.contains(sender)).map(|it| it.prefix).max();
+    match (longest(from), longest(not_from)) {
+        (None, None) => (from.is_empty(), None),
+        (yes, no) => (yes > no, yes),
+    }
+}
+
+fn takes(receiver: &Upstream, packet: &Packet) -> bool {
+    decide(&receiver.from, &receiver.not_from, packet.source).0
+}
+
+fn has_receiver(rule: &Rule, packet: &Packet) -> bool {
+    rule.upstreams.iter().any(|upstream| takes(upstream, packet))
 }
 
 fn receivers<'host>(

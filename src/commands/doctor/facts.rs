@@ -11,7 +11,7 @@ use anyhow::Context;
 use super::before::{self, Before};
 use super::sample::{self, Growth};
 use crate::bpf;
-use crate::config::{Action, Config, Family, Health, Key, KeyAddress, Message, Source, with_port};
+use crate::config::{Action, Config, Family, Health, KeyAddress, Message, Source, with_port};
 use crate::datapath::description::Description;
 use crate::datapath::hook::Attachment;
 use crate::datapath::pins::Store;
@@ -578,9 +578,9 @@ fn senders(desired: &Desired) -> Vec<Sender> {
         };
         let Some(rules) = keys.get(&to.0) else { continue };
         let rule = rules.iter().find(|rule| {
-            let Key { ports, from: networks, .. } = &rule.key;
+            let ports = &rule.key.ports;
             let port = ports.is_empty() || ports.iter().any(|it| it.contains(to.1));
-            port && (networks.is_empty() || networks.iter().any(|it| it.contains(from.0)))
+            port && rule.key.admits(from.0)
         });
         if let Some(rule) = rule {
             senders.push(Sender {

@@ -421,7 +421,22 @@ fn copies() -> Vec<Case> {
     };
     let dead = move |rule: &mut Rule| (rule.mode, rule.upstreams) = (Mode::Replicate, vec![to(FAR_COLD), to(NO_ROUTE)]);
     let mirrored = move |rule: &mut Rule| rule.mirrors = vec![to(NARROW), to(NO_ROUTE)];
+    let networks = |network: &str| vec![network.parse().expect("a network")];
+    let sender = |source: [u8; 4]| v4(|ip, _| ip.source = source.into());
+    let strangers = move || Upstream { not_from: networks("198.51.100.7"), ..to(NEAR) };
+    let some = move || Upstream { from: networks("198.51.0.0/16"), not_from: networks("198.51.7.0/24"), ..to(NARROW) };
+    let shared = move |rule: &mut Rule| (rule.mode, rule.upstreams) = (Mode::Replicate, vec![strangers(), some()]);
+    let few = move |rule: &mut Rule| (rule.mode, rule.upstreams) = (Mode::Replicate, vec![some()]);
+    let mirrored_some = move |rule: &mut Rule| rule.mirrors = vec![some()];
+    let refusing = move |rule: &mut Rule| rule.key.not_from = networks("198.51.0.0/16");
     vec![
+        cases("receivers of some senders", vec![v4(|_, _| {}), sender([198, 51, 1, 1]), sender([198, 51, 7, 7]), sender([192, 0, 2, 9])],
+            "away forwarded forwarded, away +1 forwarded forwarded forwarded, away forwarded forwarded, away forwarded forwarded").under(shared),
+        cases("a receiver of some senders", vec![v4(|_, _| {}), sender([198, 51, 7, 7]), sender([192, 0, 2, 9])],
+            "away forwarded forwarded, up, up").under(few),
+        cases("a mirror of some senders", vec![v4(|_, _| {}), sender([198, 51, 7, 7]), sender([192, 0, 2, 9])],
+            "away +1 forwarded forwarded, away forwarded, away forwarded").under(mirrored_some),
+        cases("a rule of some senders", vec![v4(|_, _| {}), sender([192, 0, 2, 9])], "up, away forwarded").under(refusing),
         // the rule's id is the lowest
         case("one of three is dead", v4(|_, _| {}), "away +1 forwarded forwarded unresolved forwarded").under(three),
         case("all are dead", v4(|_, _| {}), "drop no-route unresolved no-route").under(dead),
