@@ -398,6 +398,26 @@ let
     else
       written;
 
+  # A service that is probed by UDP is judged by ICMP errors for relayed packets too.
+  hearsErrors =
+    let
+      checks = [
+        "dns"
+        "ntp"
+        "radius"
+        "sip"
+        "snmp"
+        "udp"
+      ];
+      isUdp =
+        health:
+        if builtins.isAttrs health then
+          lib.any (check: lib.hasAttr check (withoutNull health)) checks
+        else
+          lib.elem health checks;
+    in
+    lib.any (options: isUdp options.health) ([ cfg.defaults ] ++ map (r: r.options) rules);
+
   command = args: utils.escapeSystemdExecArgs ([ (lib.getExe cfg.package) ] ++ args);
   # One late interface or unknown name must not keep the other rules out of the kernel.
   apply =
@@ -823,6 +843,8 @@ in
         StartLimitIntervalSec = 0;
       };
       serviceConfig = hardening // {
+        CapabilityBoundingSet =
+          hardening.CapabilityBoundingSet ++ lib.optional hearsErrors "CAP_NET_RAW";
         Type = "notify";
         ExecStart = command (
           [ "arpd" ]

@@ -12,6 +12,7 @@ pub mod neighbours;
 mod prober;
 pub mod probes;
 mod questions;
+mod quotes;
 mod service;
 
 use std::net::SocketAddr;
@@ -104,7 +105,7 @@ async fn serve(service: &mut Service) -> Result<u8> {
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     service.ready();
     loop {
-        let Service { events, names, probes, prober, .. } = &mut *service;
+        let Service { events, names, probes, prober, quotes, .. } = &mut *service;
         tokio::select! {
             biased;
             _ = terminate.recv() => return Ok(0),
@@ -121,6 +122,7 @@ async fn serve(service: &mut Service) -> Result<u8> {
             }
             answer = names.answer() => service.take_answers(answer).await,
             answer = prober.answer() => service.take_probe(answer),
+            () = quotes.wait() => service.take_quotes(),
             () = wait_until(probes.next_start()) => service.start_probes(),
         }
         service.work().await;

@@ -1,9 +1,10 @@
 //! Sends probes and waits for their answers, each in a task of its own.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket as StdUdpSocket};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use libc::c_int;
@@ -21,6 +22,8 @@ use crate::config::{Check, with_port};
 
 /// Longest datagram of an answer that is looked at; the rest of a longer one is cut off.
 const MAX_DATAGRAM: usize = 2048;
+/// Number of source ports that are remembered: those of the last second or more.
+const MAX_PORTS: usize = 512;
 /// Most bytes of an HTTP answer that are read for its status.
 const MAX_HEADER: usize = 8192;
 
@@ -39,15 +42,23 @@ pub struct ProbePath {
 #[derive(Default)]
 pub struct Prober {
     running: JoinSet<(Arc<Subject>, Answer)>,
+    /// Source ports of the last datagrams.
+    ports: Arc<Mutex<VecDeque<u16>>>,
 }
 
 impl Prober {
     /// Starts a probe.
     pub fn start(&mut self, subject: Arc<Subject>, path: ProbePath) {
+        let ports = Arc::clone(&self.ports);
         self.running.spawn(async move {
-            let answer = probe(&subject, &path).await;
+            let answer = probe(&subject, &path, &ports).await;
             (subject, answer)
         });
+    }
+
+    /// Returns true if one of the last datagrams left from this port.
+    pub fn has_sent_from(&self, port: u16) -> bool {
+        lock(&self.ports).contains(&port)
     }
 
     /// Waits for the next answer; for ever if no probe is under way.
@@ -62,7 +73,11 @@ impl Prober {
     }
 }
 
-async fn probe(subject: &Subject, path: &ProbePath) -> Answer {
+fn lock(ports: &Mutex<VecDeque<u16>>) -> MutexGuard<'_, VecDeque<u16>> {
+    ports.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn probe(subject: &Subject, path: &ProbePath, ports: &Mutex<VecDeque<u16>>) -> Answer {
     let started = Instant::now();
     let limit = Duration::from(subject.probe.timeout);
     let mut is_wrong = false;
@@ -70,7 +85,7 @@ async fn probe(subject: &Subject, path: &ProbePath) -> Answer {
         Check::Tcp(_) | Check::Syslog { .. } | Check::Http { .. } => {
             timeout(limit, ask_by_tcp(subject, path)).await
         }
-        _ => timeout(limit, ask_by_datagram(subject, path, &mut is_wrong)).await,
+        _ => timeout(limit, ask_by_datagram(subject, path, ports, &mut is_wrong)).await,
     };
     match result {
         Ok(Ok(())) => Answer::After(started.elapsed()),
@@ -80,10 +95,19 @@ async fn probe(subject: &Subject, path: &ProbePath) -> Answer {
     }
 }
 
+fn remember(ports: &Mutex<VecDeque<u16>>, port: u16) {
+    let mut ports = lock(ports);
+    if ports.len() == MAX_PORTS {
+        ports.pop_front();
+    }
+    ports.push_back(port);
+}
+
 /// Sends the question and waits for a right answer from the address and port that was asked.
 async fn ask_by_datagram(
     subject: &Subject,
     path: &ProbePath,
+    ports: &Mutex<VecDeque<u16>>,
     is_wrong: &mut bool,
 ) -> Result<(), Outcome> {
     let check = &subject.probe.check;
@@ -108,6 +132,7 @@ async fn ask_by_datagram(
     let socket = open().map_err(unsent)?;
     let question = questions::question(check, &nonce, to.ip());
     socket.send_to(&question, to).await.map_err(unsent)?;
+    remember(ports, socket.local_addr().map_err(unsent)?.port());
     let mut buffer = [0; MAX_DATAGRAM];
     loop {
         let (length, from) =

@@ -24,6 +24,7 @@ use super::groups::Groups;
 use super::neighbours::{Effect, NeighbourTracker, NextHopEntry, Now, TrackedUpstream};
 use super::prober::Prober;
 use super::probes::ProbeTracker;
+use super::quotes::Quotes;
 use crate::bpf::types;
 use crate::datapath::lease::Heartbeat;
 use crate::datapath::pins::{self, Store, WriteGuard};
@@ -58,6 +59,7 @@ pub struct Service {
     tracker: NeighbourTracker,
     pub probes: ProbeTracker,
     pub prober: Prober,
+    pub quotes: Quotes,
     groups: Groups,
     announcer: Announcer,
     /// Next look at the announced addresses.
@@ -122,6 +124,7 @@ impl Service {
             }),
             probes: ProbeTracker::new(now),
             prober: Prober::default(),
+            quotes: Quotes::default(),
             groups: Groups::default(),
             announcer: Announcer::default(),
             announce_due: now,

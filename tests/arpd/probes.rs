@@ -365,6 +365,30 @@ fn echo_is_sent_from_the_matched_address() {
     await_evidence(&lab, "10.2.0.20", "down", "ICMP probe not answered 2 of 2");
 }
 
+/// The kernel of an upstream answers relayed packets with ICMP errors long before the next probe is due: each
+/// counts, and has the service probed at once.
+#[test]
+fn relayed_packets_are_evidence_of_failure() {
+    let lab = Lab::new();
+    let health =
+        json!({ "udp": { "send": "ping", "expect": "pong" }, "interval": "1h", "fall": 2 });
+    let options = json!({ "tc_action": "block", "health": health });
+    lab.apply(&config(&[rule("only", PORT, options, &[upstream(UPSTREAMS[0])])]));
+    let service = Answering::start(&lab);
+    let _arpd = Arpd::start(&lab, "");
+    await_evidence(&lab, "10.2.0.20", "up", "UDP probe answered");
+    drop(service);
+    let sender = bind(&lab.client, CLIENTS[0], 0);
+    until("it is down", || {
+        sender.send_to(b"flow", (RELAY, PORT)).expect("sent");
+        lab.upstream_status("10.2.0.20")["health"] == "down"
+    });
+    let text = lab.run("metrics").expect(0).stdout;
+    assert!(text.contains(r#"upstream="10.2.0.20",reason="icmp"} 1"#), "{text}");
+    // only an answer to a probe revives, and none is due
+    assert_eq!(lab.upstream_status("10.2.0.20")["evidence"], "UDP probe refused 2 of 2");
+}
+
 #[test]
 fn metrics_have_latencies_and_reasons() {
     let lab = Lab::new();

@@ -35,6 +35,10 @@ impl Service {
             }
             serving.maps.probes.retain(&seen)?;
         }
+        let is_quoted = services.iter().any(|(_, subject, _)| subject.is_service);
+        if let Err(error) = self.quotes.listen(is_quoted) {
+            log::info!("ICMP errors for relayed packets need CAP_NET_RAW, and count not: {error}");
+        }
         self.probes.set_upstreams(services, Instant::now());
         self.take_health();
         Ok(())
@@ -54,6 +58,18 @@ impl Service {
     /// Takes the answer to a probe.
     pub fn take_probe(&mut self, (subject, answer): (Arc<Subject>, Answer)) {
         self.probes.finish(&subject, Some(answer), now());
+        if self.take_health() {
+            self.write_probes();
+        }
+    }
+
+    /// Takes ICMP errors about relayed packets; those about probes reach their own sockets.
+    pub fn take_quotes(&mut self) {
+        for quote in self.quotes.take() {
+            if !self.prober.has_sent_from(quote.source_port) {
+                self.probes.take_quote(quote.address, quote.port, now());
+            }
+        }
         if self.take_health() {
             self.write_probes();
         }
