@@ -16,6 +16,7 @@ mod many;
 mod packets;
 mod relay;
 mod replicator;
+mod scale;
 mod tables;
 mod trace;
 mod turns;
@@ -28,7 +29,7 @@ use crate::turns::Cost;
 /// A group of figures: its name and the function that measures it.
 type Part = (&'static str, fn(&mut Report));
 
-const PARTS: [Part; 9] = [
+const PARTS: [Part; 10] = [
     ("packets", packets::measure),
     ("e2e", e2e::measure),
     ("fragments", fragments::measure),
@@ -37,6 +38,7 @@ const PARTS: [Part; 9] = [
     ("apply", apply::measure),
     ("healing", healing::measure),
     ("tables", tables::measure),
+    ("scale", scale::measure),
     ("trace", trace::measure),
 ];
 

@@ -89,8 +89,9 @@ impl Announcer {
     }
 
     /// Returns the steps from the present places to the desired ones. `there` are all addresses on the
-    /// interfaces, `placed` those that udplb has put on any. An address is put on its new interface before
-    /// it is taken from the old one, so that it is announced all the time.
+    /// interfaces, `placed` those that udplb has put on any. An address is taken from its old interface first,
+    /// at once before it is put on the new one: zebra of FRR 8.4 does not notice the end of the old one where
+    /// both have it.
     pub fn steps(
         &self,
         interfaces: Interfaces,
@@ -111,7 +112,7 @@ impl Announcer {
             .collect();
         let put = wanted.difference(there).map(|place| Step::Put(*place));
         let take = placed.difference(&wanted).map(|place| Step::Take(*place));
-        put.chain(take).collect()
+        take.chain(put).collect()
     }
 }
 

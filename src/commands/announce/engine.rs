@@ -86,20 +86,19 @@ fn bird(announce: &Announce, own: u32, neighbours: &[Neighbour]) -> String {
 fn frr(announce: &Announce, own: u32, neighbours: &[Neighbour]) -> String {
     let mut text = format!(
         "! The addresses that udplb announces, for FRR's zebra, bgpd and bfdd.\n\
-         bfd\n profile udplb\n  detect-multiplier 3\n  receive-interval 100\n  transmit-interval 100\n exit\nexit\n\
-         route-map udplb permit 10\n match interface {}\n set origin igp\nexit\n",
+         route-map udplb permit 10\n match interface {}\n set origin igp\n",
         announce.interface
     );
     if let Some(last_resort) = &announce.last_resort {
         let _ = write!(
             text,
             "route-map udplb permit 20\n match interface {last_resort}\n set origin igp\n \
-             set as-path prepend {own} {own}\n set community graceful-shutdown\nexit\n"
+             set as-path prepend {own} {own}\n set community graceful-shutdown\n"
         );
     }
     let _ = write!(
         text,
-        "route-map udplb-none deny 10\nexit\nrouter bgp {own}\n no bgp default ipv4-unicast\n"
+        "route-map udplb-all permit 10\nroute-map udplb-none deny 10\nrouter bgp {own}\n no bgp default ipv4-unicast\n"
     );
     for Neighbour { address, autonomous_system } in neighbours {
         let _ = write!(
@@ -113,19 +112,21 @@ fn frr(announce: &Announce, own: u32, neighbours: &[Neighbour]) -> String {
         if of_family().next().is_none() {
             continue;
         }
-        let _ = writeln!(
+        let _ = write!(
             text,
-            " address-family {family} unicast\n  redistribute connected route-map udplb"
+            " address-family {family} unicast\n  redistribute connected route-map udplb\n"
         );
         for Neighbour { address, .. } in of_family() {
             let _ = write!(
                 text,
-                "  neighbor {address} activate\n  neighbor {address} route-map udplb-none in\n"
+                "  neighbor {address} activate\n  neighbor {address} route-map udplb-none in\n  \
+                 neighbor {address} route-map udplb-all out\n"
             );
         }
         text += " exit-address-family\n";
     }
-    text + "exit\n"
+    // last: the daemons that do not know it go on where they were
+    text + "bfd\n profile udplb\n  detect-multiplier 3\n  receive-interval 100\n  transmit-interval 100\n"
 }
 
 #[cfg(test)]
