@@ -95,7 +95,7 @@ static __always_inline __u32 check_headers(struct __sk_buff *skb, const struct p
 {
 	__u32 verdict;
 
-	if (!has_valid_lengths(skb, pkt))
+	if (!has_valid_lengths(skb->len, pkt))
 		return VERDICT_MALFORMED;
 	if (pkt->is_ipv6) {
 		if (pkt->has_udp && !pkt->udp->check && !(flags & RULE_NO_CHECKSUM))

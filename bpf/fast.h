@@ -16,12 +16,12 @@
 #define ACTION_RARE 104
 
 /*
- * Points `pkt` at the headers of a datagram without IPv4 options or IPv6 extension headers. Returns false if
- * they do not lie in the skb's linear part.
+ * Points `pkt` at the headers of a datagram without IPv4 options or IPv6 extension headers, from the first
+ * byte of its frame on. Returns false if they do not lie before `end`.
  */
-static __always_inline bool locate_plain(struct __sk_buff *skb, struct pkt *pkt, const bool ipv6)
+static __always_inline bool locate_headers(void *frame, const void *end, struct pkt *pkt, const bool ipv6)
 {
-	pkt->eth = (void *)(long)skb->data;
+	pkt->eth = frame;
 	pkt->ip = (void *)(pkt->eth + 1);
 	pkt->is_ipv6 = ipv6;
 	pkt->has_udp = true;
@@ -32,7 +32,13 @@ static __always_inline bool locate_plain(struct __sk_buff *skb, struct pkt *pkt,
 		pkt->packed = pkt_pack(0, 0, sizeof(struct ethhdr) + sizeof(struct iphdr));
 		pkt->udp = (void *)(pkt->ip + 1);
 	}
-	return (void *)(pkt->udp + 1) <= data_end(skb);
+	return (void *)(pkt->udp + 1) <= end;
+}
+
+/* Likewise, in the skb's linear part. */
+static __always_inline bool locate_plain(struct __sk_buff *skb, struct pkt *pkt, const bool ipv6)
+{
+	return locate_headers((void *)(long)skb->data, data_end(skb), pkt, ipv6);
 }
 
 /*
@@ -56,19 +62,25 @@ static __always_inline bool is_usual_source6(const struct ipv6hdr *ip6)
 }
 
 /*
- * Returns true if admit() would admit the packet whatever its rule says, and its TTL lasts. The opposite says
- * nothing: the slow path decides.
+ * Returns true if admit() would admit the packet, in a frame of `bytes` bytes for this host, whatever its
+ * rule says, and its TTL lasts. The opposite says nothing: the slow path decides.
  */
-static __always_inline bool is_plain(struct __sk_buff *skb, const struct pkt *pkt, const struct gate *gate,
+static __always_inline bool is_usual(__u32 bytes, const struct pkt *pkt, const struct gate *gate,
 				     const bool ipv6)
 {
-	if (skb->pkt_type != PACKET_HOST || skb->gso_size || is_ttl_expired(pkt) ||
-	    !has_valid_lengths(skb, pkt) || is_suspect(pkt, gate) ||
-	    (skb->vlan_present && !is_for_us_tagged(skb, 0)))
+	if (is_ttl_expired(pkt) || !has_valid_lengths(bytes, pkt) || is_suspect(pkt, gate))
 		return false;
 	if (ipv6)
 		return pkt->udp->check && is_usual_source6(pkt->ip6);
 	return is_ipv4_checksum_valid(pkt->ip, 0) && is_usual_source4(pkt->ip);
+}
+
+/* Likewise for a packet at tc. */
+static __always_inline bool is_plain(struct __sk_buff *skb, const struct pkt *pkt, const struct gate *gate,
+				     const bool ipv6)
+{
+	return skb->pkt_type == PACKET_HOST && !skb->gso_size &&
+	       (!skb->vlan_present || is_for_us_tagged(skb, 0)) && is_usual(skb->len, pkt, gate, ipv6);
 }
 
 /*

@@ -36,6 +36,14 @@ static __always_inline __u64 line_expiry(const struct xmit *xmit)
 	return now + features.ticks_per_second / LINES_PER_SECOND;
 }
 
+/* Returns true if the device with this index sends frames that XDP redirects to it. */
+static __always_inline bool takes_frames(__u32 ifindex)
+{
+	const struct device *device = features.xdp ? bpf_map_lookup_elem(&devices, &ifindex) : NULL;
+
+	return device && device->takes_frames;
+}
+
 /*
  * Remembers the next hop in xmit->hop of an upstream, for packets like the current one: an IP packet of
  * `length` bytes. Not while anybody traces, so that the slow path sees all packets.
@@ -64,6 +72,7 @@ __noinline __u32 fill_line(__u32 length, __u32 ipv6)
 		line->mtu = min_pmtu(ipv6);
 	line->port = upstream->port;
 	line->source = upstream->source;
+	line->takes_frames = takes_frames(line->ifindex);
 	copy_macs(line->macs, xmit->hop.macs);
 	if (features.ipv6 && ipv6) {
 		__builtin_memcpy(line->source6, xmit->rewrite.source, sizeof(line->source6));

@@ -26,6 +26,7 @@
 #include "slowpath.h"
 #include "pmtu_discovery.h"
 #include "fast.h"
+#include "xdp.h"
 
 /* Processes a whole datagram of a rule, behind an Ethernet header without VLAN tags. */
 static __always_inline int process(struct __sk_buff *skb, struct pkt *pkt, const struct rule *rule)
@@ -141,6 +142,13 @@ int udplb_l3(struct __sk_buff *skb)
 	int action = run(skb, 0);
 
 	return action == ACTION_RARE ? slowpath_l3(skb) : action;
+}
+
+/* Before there is an skb, on interfaces with `xdp`. */
+SEC("xdp")
+int udplb_xdp(struct xdp_md *xdp)
+{
+	return run_xdp(xdp);
 }
 
 const char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,135 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The fast path before there is an skb: plain datagrams to one upstream, of rules with ACTION_BLOCK, by the
+ * lines that the program at tc fills. All else passes on to tc as it came.
+ */
+#ifndef UDPLB_XDP_H
+#define UDPLB_XDP_H
+
+static __always_inline bool locate_frame(struct xdp_md *xdp, struct pkt *pkt, const bool ipv6)
+{
+	return locate_headers((void *)(long)xdp->data, (void *)(long)xdp->data_end, pkt, ipv6);
+}
+
+/*
+ * Returns true if the field of the UDP checksum holds the sum of the pseudo-header, as in packets of virtual
+ * senders, and in those that GRO has merged: a device is to compute the rest, and XDP cannot ask for that.
+ * One in 65,536 checksums is the same by chance.
+ */
+static __always_inline bool is_partial(const struct pkt *pkt, const bool ipv6)
+{
+	__u64 sum = (__u64)pkt->udp->len + bpf_htons(IPPROTO_UDP);
+	const __u32 *addresses = ipv6 ? (const void *)&pkt->ip6->saddr : (const void *)&pkt->ip->saddr;
+	int word;
+
+#pragma unroll
+	for (word = 0; word < (ipv6 ? 8 : 2); word++)
+		sum += addresses[word];
+	return fold16(sum) == pkt->udp->check;
+}
+
+static __always_inline void count_xdp_sent(void)
+{
+	__u32 only = 0;
+	__u64 *sent = bpf_map_lookup_elem(&xdp_sent, &only);
+
+	if (sent)
+		++*sent;
+}
+
+/* Returns true if a frame is for the device that received it. */
+static __always_inline bool is_for_device(const struct ethhdr *eth, const struct device *device)
+{
+	const __u16 *to = (const void *)eth->h_dest, *own = (const void *)device->mac;
+
+	return !((to[0] ^ own[0]) | (to[1] ^ own[1]) | (to[2] ^ own[2]));
+}
+
+/* Returns the line of the upstream of a plain datagram; NULL unless XDP may send it there. */
+static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry, const struct gate *gate,
+					     const struct device *device, __u32 *index)
+{
+	const struct rule *rule;
+	struct line *line;
+
+	*index = entry & ENTRY_INDEX;
+	switch (entry & ~ENTRY_INDEX) {
+	case ENTRY_BLOCK:
+		break;
+	case ENTRY_BALANCE:
+		rule = bpf_map_lookup_elem(&rules, index);
+		if (!rule || rule->action != ACTION_BLOCK)
+			return NULL;
+		*index = balance_plain(pkt, rule);
+		break;
+	default:
+		return NULL;
+	}
+	line = bpf_map_lookup_elem(&lines, index);
+	if (!line || !serves(line, pkt, gate) || !(device->generic || line->takes_frames))
+		return NULL;
+	return line;
+}
+
+/* Sends a datagram of a key's entry, or passes it on. */
+static __always_inline int xdp_deliver(struct xdp_md *xdp, struct pkt *pkt, __u32 entry, const bool ipv6)
+{
+	__u64 bytes = (void *)(long)xdp->data_end - (void *)(long)xdp->data;
+	__u32 ifindex = xdp->ingress_ifindex, index;
+	const struct device *device = bpf_map_lookup_elem(&devices, &ifindex);
+	const struct gate *gate = get_gate();
+	const __be32 *destination;
+	struct rewrite rw;
+	struct line *line;
+
+	if (!entry || !device || !gate || !is_for_device(pkt->eth, device) ||
+	    !is_usual(bytes, pkt, gate, ipv6) || is_partial(pkt, ipv6))
+		return XDP_PASS;
+	line = xdp_line(pkt, entry, gate, device, &index);
+	if (!line)
+		return XDP_PASS;
+	destination = fill_plain_rewrite(pkt, line, index, ipv6, &rw);
+	if (!destination)
+		return XDP_PASS;
+	copy_macs(pkt->eth, line->macs);
+	rewrite_headers(NULL, pkt, CSUM_FULL, &rw, destination);
+	count_sent(line, 1, bytes);
+	count_xdp_sent();
+	return bpf_redirect(line->ifindex, 0);
+}
+
+static __always_inline int xdp_ipv4(struct xdp_md *xdp, struct pkt *pkt)
+{
+	const struct iphdr *ip = pkt->ip;
+
+	if (ip->protocol != IPPROTO_UDP || *(const __u8 *)ip != 0x45 ||
+	    ip->frag_off & bpf_htons(IP_OFFSET | IP_MF))
+		return XDP_PASS;
+	return xdp_deliver(xdp, pkt, find_entry(bpf_ntohl(ip->daddr), bpf_ntohs(pkt->udp->dest)), false);
+}
+
+static __always_inline int xdp_ipv6(struct xdp_md *xdp, struct pkt *pkt)
+{
+	const struct ipv6hdr *ip6 = pkt->ip6;
+
+	if (!locate_frame(xdp, pkt, true) || ip6->nexthdr != IPPROTO_UDP || ip6->version != 6)
+		return XDP_PASS;
+	return xdp_deliver(xdp, pkt, find_entry6(ip6->daddr.in6_u.u6_addr32, pkt->udp->dest), true);
+}
+
+static __always_inline int run_xdp(struct xdp_md *xdp)
+{
+	struct pkt pkt;
+	__be16 protocol;
+
+	if (!locate_frame(xdp, &pkt, false))
+		return XDP_PASS;
+	protocol = *(const __be16 *)&pkt.eth->h_proto;
+	if (protocol == bpf_htons(ETH_P_IP))
+		return xdp_ipv4(xdp, &pkt);
+	if (features.ipv6 && protocol == bpf_htons(ETH_P_IPV6))
+		return xdp_ipv6(xdp, &pkt);
+	return XDP_PASS;
+}
+
+#endif
