@@ -1,8 +1,9 @@
 //! The compiled program and its types, as libbpf-cargo generates them from bpf/, and the few
 //! system calls about programs and maps that libbpf-rs 0.27 lacks: information about and runs of a
-//! program that is known by its descriptor alone, run time statistics, tcx.
+//! program that is known by its descriptor alone, run time statistics, tcx, XDP.
 
 pub mod tcx;
+pub mod xdp;
 
 use std::ffi::{CStr, c_void};
 use std::io;
@@ -88,6 +89,7 @@ pod!(
     upstream,
     spare,
     answer_key,
+    device,
     vlan_key,
     vlan,
     counters,

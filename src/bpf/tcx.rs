@@ -119,19 +119,26 @@ pub fn open_id(id: u32) -> io::Result<OwnedFd> {
 
 /// Returns id, program and interface of a link.
 pub fn info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
-    let mut info = libbpf_sys::bpf_link_info::default();
-    let mut length = size_of::<libbpf_sys::bpf_link_info>() as u32;
-    // SAFETY: the kernel writes at most `length` bytes of `info`, and both outlive the call; any bytes are
-    // two numbers, which the type of the link says that these are.
-    let (result, tcx) = unsafe {
-        let result = libbpf_sys::bpf_link_get_info_by_fd(link.as_raw_fd(), &mut info, &mut length);
-        (result, info.__bindgen_anon_1.tcx)
-    };
-    done(result)?;
-    if info.type_ != libbpf_sys::BPF_LINK_TYPE_TCX || tcx.attach_type != BPF_TCX_INGRESS {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "a link of another kind"));
+    let info = info_of(link, libbpf_sys::BPF_LINK_TYPE_TCX)?;
+    // SAFETY: any bytes are two numbers, which the type of the link says that these are.
+    let tcx = unsafe { info.__bindgen_anon_1.tcx };
+    if tcx.attach_type != BPF_TCX_INGRESS {
+        return Err(another_kind());
     }
     Ok(LinkInfo { id: info.id, program: info.prog_id, ifindex: tcx.ifindex })
+}
+
+/// Returns the kernel's information about a link of a type.
+pub(super) fn info_of(link: BorrowedFd<'_>, kind: u32) -> io::Result<libbpf_sys::bpf_link_info> {
+    let mut info = libbpf_sys::bpf_link_info::default();
+    let mut length = size_of::<libbpf_sys::bpf_link_info>() as u32;
+    // SAFETY: the kernel writes at most `length` bytes of `info`, and both outlive the call.
+    done(unsafe { libbpf_sys::bpf_link_get_info_by_fd(link.as_raw_fd(), &mut info, &mut length) })?;
+    if info.type_ == kind { Ok(info) } else { Err(another_kind()) }
+}
+
+fn another_kind() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "a link of another kind")
 }
 
 fn c_string(path: &Path) -> io::Result<CString> {
@@ -142,7 +149,7 @@ fn done(result: i32) -> io::Result<()> {
     if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) }
 }
 
-fn descriptor(result: i32) -> io::Result<OwnedFd> {
+pub(super) fn descriptor(result: i32) -> io::Result<OwnedFd> {
     done(result)?;
     // SAFETY: the kernel has just returned it, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(result) })

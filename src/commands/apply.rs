@@ -240,6 +240,7 @@ async fn advise(
         findings.extend(candidate.not_joined(&links));
     }
     findings.extend(candidate.of_this_host(&links, &addresses));
+    findings.extend(candidate.of_xdp(&links));
     Ok((config.warnings(findings), config.warnings(candidate.missing_hops())))
 }
 

@@ -18,6 +18,7 @@ use crate::cli::terminal::{self, Key, Live, Scroll, Woken};
 use crate::cli::{Global, Output, some_seconds};
 use crate::config::{Action, Mode};
 use crate::datapath::counters::{Count, Counts};
+use crate::desired::diff;
 use crate::error::Result;
 use crate::net::Netlink;
 use crate::telemetry::problem::{self, Level, Problem};
@@ -239,12 +240,14 @@ impl Status {
         }
         let interfaces: Vec<String> =
             self.interfaces.iter().map(|it| interface_text(it, self.generation)).collect();
+        let xdp = self.xdp.map(|xdp| format!("; XDP sent {:.1} %", xdp.share * 100.0));
         let arpd = match self.arpd {
             Some(true) => "; arpd keeps the next hops",
             Some(false) => "; arpd has ended, and the kernel's own table is relied on",
             None => "",
         };
-        let _ = writeln!(text, "on {}{arpd}", interfaces.join(", "));
+        let xdp = xdp.unwrap_or_default();
+        let _ = writeln!(text, "on {}{xdp}{arpd}", interfaces.join(", "));
         for announced in &self.announced {
             let _ = writeln!(text, "announce {announced}");
         }
@@ -373,7 +376,10 @@ impl UpstreamStatus {
 }
 
 fn interface_text(interface: &InterfaceStatus, serving: Option<u32>) -> String {
-    let name = &interface.name;
+    let name = match interface.xdp {
+        Some(xdp) => &format!("{} (XDP, {})", interface.name, diff::word(&xdp)),
+        None => &interface.name,
+    };
     match interface.generation {
         Some(number) if Some(number) == serving => name.clone(),
         Some(number) => format!("{name} (generation {number})"),

@@ -2,6 +2,8 @@
 
 mod probe;
 
+use std::collections::BTreeMap;
+
 use serde::Deserialize;
 use serde::de::value::{Error, StrDeserializer};
 
@@ -12,7 +14,7 @@ use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, STATSD, Shape, Table};
 use super::{
     Action, Announce, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports,
-    Reply, RuleConfig, Source, Strategy, UpstreamConfig, scalar,
+    Reply, RuleConfig, Source, Strategy, UpstreamConfig, Xdp, scalar,
 };
 
 /// The valid part of a file, and its diagnostics.
@@ -20,6 +22,7 @@ pub(super) struct Decoded {
     pub root: Root,
     pub interfaces: Vec<String>,
     pub announce: Option<Announce>,
+    pub xdp: BTreeMap<String, Xdp>,
     pub rules: Vec<RuleConfig>,
     pub diagnostics: Diagnostics,
     /// Valid but probably not intended.
@@ -36,6 +39,7 @@ pub(super) fn decode(node: &Node<'_>) -> Decoded {
             root,
             interfaces: Vec::new(),
             announce: None,
+            xdp: BTreeMap::new(),
             rules: Vec::new(),
             diagnostics: Diagnostics::default(),
             warnings: Vec::new(),
@@ -261,8 +265,7 @@ impl Decoder {
     fn interfaces(&mut self, node: &Node<'_>, at: &Trail<'_>) {
         let nodes = self.list(node, scalar::INTERFACES, at);
         for (index, node) in nodes.unwrap_or_default().iter().enumerate() {
-            let interface = self.ok(&at.index(index), scalar::interface(node));
-            self.decoded.interfaces.extend(interface);
+            self.interface(node, &at.index(index));
         }
     }
 
@@ -281,6 +284,22 @@ impl Decoder {
             settle: settle?,
             expire: expire?.unwrap_or(false),
         })
+    }
+
+    fn interface(&mut self, node: &Node<'_>, at: &Trail<'_>) {
+        if !matches!(node.content, Content::Map(_)) {
+            let name = self.ok(at, scalar::interface(node));
+            self.decoded.interfaces.extend(name);
+            return;
+        }
+        let Some(fields) = self.fields(node, &words::INTERFACE_MAP, at) else { return };
+        let name = self.optional(&fields, &words::INTERFACE_NAME, at, scalar::interface);
+        let xdp = self.choice(&fields, &words::XDP, at);
+        let (Some(Some(name)), Some(xdp)) = (name, self.settle(xdp, &words::XDP)) else { return };
+        if xdp != Xdp::Off {
+            self.decoded.xdp.insert(name.clone(), xdp);
+        }
+        self.decoded.interfaces.push(name);
     }
 
     fn rules(&mut self, nodes: &[Node<'_>], defaults: &Options, at: &Trail<'_>) {

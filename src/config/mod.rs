@@ -29,6 +29,8 @@ mod types;
 mod vocabulary;
 mod yaml;
 
+use std::collections::BTreeMap;
+
 use decode::Decoded;
 use diagnostic::Diagnostics;
 use document::Document;
@@ -46,7 +48,7 @@ pub use reference::{MARKS, manual, markdown};
 pub use schema::schema;
 pub use types::{
     Action, Addresses, Admission, Announce, Fragments, Hash, Key, Mode, Payload, Ports, Reply,
-    RuleConfig, Source, State, Strategy, UpstreamConfig,
+    RuleConfig, Source, State, Strategy, UpstreamConfig, Xdp,
 };
 use vocabulary::INTERFACES;
 pub use vocabulary::{ANY, STATSD};
@@ -57,6 +59,8 @@ pub struct Config {
     /// The file's own; the command line may replace them. May be empty.
     pub interfaces: Vec<String>,
     pub announce: Option<Announce>,
+    /// XDP modes other than `off`, by interface.
+    pub xdp: BTreeMap<String, Xdp>,
     pub rules: Vec<RuleConfig>,
     /// Valid, but probably not intended.
     pub warnings: Vec<Diagnostic>,
@@ -83,8 +87,8 @@ impl Config {
         }
         let warnings = diagnose(Severity::Warning, decoded.warnings, &document, Some(&node));
         drop(node);
-        let Decoded { interfaces, announce, rules, .. } = decoded;
-        Ok(Config { interfaces, announce, rules, warnings, document })
+        let Decoded { interfaces, xdp, announce, rules, .. } = decoded;
+        Ok(Config { interfaces, xdp, announce, rules, warnings, document })
     }
 
     /// Returns the host with an index among the destinations of a rule.

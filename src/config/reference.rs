@@ -3,14 +3,16 @@
 use std::fmt::Write as _;
 
 use super::vocabulary::{
-    ANNOUNCE_MAP, ANY, DNS_MAP, Field, HEALTH_MAP, HTTP_MAP, KEY_MAP, OPTIONS_MAP, PAYLOAD_MAP,
-    RADIUS_MAP, ROOT_MAP, RULE_MAP, Root, SNMP_MAP, Shape, Table, UDP_MAP, UPSTREAM_MAP,
+    ANNOUNCE_MAP, ANY, DNS_MAP, Field, HEALTH_MAP, HTTP_MAP, INTERFACE_MAP, KEY_MAP, OPTIONS_MAP,
+    PAYLOAD_MAP, RADIUS_MAP, ROOT_MAP, RULE_MAP, Root, SNMP_MAP, Shape, Table, UDP_MAP,
+    UPSTREAM_MAP,
 };
 
 /// The maps of a file, with what stands before the names of their fields. A mirror has the fields of an
 /// upstream.
-const SECTIONS: [(&str, &Table); 13] = [
+const SECTIONS: [(&str, &Table); 14] = [
     ("", &ROOT_MAP),
+    ("interfaces[].", &INTERFACE_MAP),
     ("announce.", &ANNOUNCE_MAP),
     ("rules[].", &RULE_MAP),
     ("key.", &KEY_MAP),
@@ -97,8 +99,8 @@ fn value(field: &Field, root: Root) -> String {
     match field.shape {
         Shape::Version => "`1`".into(),
         Shape::Name => "text of at most 64 bytes".into(),
-        Shape::Interfaces => "list of interfaces".into(),
         Shape::Interface => "interface".into(),
+        Shape::Interfaces(_) => "list of interfaces, each a name or a map".into(),
         Shape::Address if root == Root::List => "IP address".into(),
         Shape::Address => format!("IP address or `{ANY}`"),
         Shape::Host => "IP address or host name".into(),

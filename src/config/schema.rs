@@ -38,8 +38,12 @@ fn property(field: &Field, root: Root) -> Value {
     let mut value = match field.shape {
         Shape::Version => json!({ "const": 1 }),
         Shape::Name => json!({ "type": "string", "pattern": r"^[^\s/]{1,64}$" }),
-        Shape::Interfaces => interfaces(),
         Shape::Interface => interface(),
+        Shape::Interfaces(table) => json!({
+            "type": "array",
+            "items": { "anyOf": [interface(), map(table, root)] },
+            "uniqueItems": true,
+        }),
         Shape::Address if root == Root::List => address(),
         Shape::Address => json!({ "anyOf": [address(), { "enum": [ANY] }] }),
         Shape::Host => {
@@ -71,10 +75,6 @@ fn property(field: &Field, root: Root) -> Value {
         value["default"] = word.into();
     }
     value
-}
-
-fn interfaces() -> Value {
-    json!({ "type": "array", "items": interface(), "uniqueItems": true })
 }
 
 fn interface() -> Value {

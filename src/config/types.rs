@@ -96,6 +96,18 @@ impl Admission {
     }
 }
 
+/// How packets of an interface are processed before the kernel has made them an skb.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Xdp {
+    #[default]
+    Off,
+    /// By the driver.
+    Native,
+    /// By the kernel, which has made the skb: for tests, and drivers without XDP.
+    Generic,
+}
+
 /// State of an upstream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]

@@ -43,8 +43,9 @@ pub enum Shape {
     Version,
     /// Name of a rule or an upstream.
     Name,
-    Interfaces,
     Interface,
+    /// A list of interfaces, each a name or a map.
+    Interfaces(&'static Table),
     /// An IP address or `any`; in a bare list an address.
     Address,
     /// An IP address or a host name.
@@ -183,7 +184,7 @@ pub static VERSION: Field =
     Field::new("version", Shape::Version, "Version of this format: 1.").required().example("1");
 pub static INTERFACES: Field = Field::new(
     "interfaces",
-    Shape::Interfaces,
+    Shape::Interfaces(&INTERFACE_MAP),
     "Interfaces whose incoming packets the rules see. The option `-i` replaces them.",
 )
 .default("none")
@@ -195,6 +196,9 @@ pub static ANNOUNCE: Field = Field::new(
 )
 .default("none")
 .example("{ interface: anycast0, last_resort: anycast1 }");
+pub static INTERFACE_NAME: Field =
+    Field::new("name", Shape::Interface, "Name of the interface.").required().example("ens3");
+pub static XDP: EnumField = EnumField::new(&XDP, "xdp", &["off", "native", "generic"], "Sends packets of `block` rules on before the kernel has made them an skb: in the driver (`native`), or in the kernel (`generic`, which saves less). All others go on to tc. See [XDP](performance.md#xdp) for its conditions.").default("off").example("native");
 pub static DEFAULTS: Field = Field::new(
     "defaults",
     Shape::Map(&OPTIONS_MAP),
@@ -445,6 +449,8 @@ pub static ANNOUNCE_MAP: Table = Table {
         &ANNOUNCE_EXPIRE,
     ],
 };
+pub static INTERFACE_MAP: Table =
+    Table { what: "an interface", fields: &[&INTERFACE_NAME, &XDP.field] };
 pub static RULE_MAP: Table =
     Table { what: "a rule", fields: &[&NAME, &KEY, &OPTIONS, &UPSTREAM, &MIRROR] };
 pub static KEY_MAP: Table =
@@ -542,9 +548,10 @@ pub static MIRROR_MAP: Table = Table {
     ],
 };
 
-static TABLES: [&Table; 16] = [
+static TABLES: [&Table; 17] = [
     &ROOT_MAP,
     &ANNOUNCE_MAP,
+    &INTERFACE_MAP,
     &RULE_MAP,
     &KEY_MAP,
     &OPTIONS_MAP,

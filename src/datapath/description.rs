@@ -30,6 +30,9 @@ pub struct Description {
     /// The one for interfaces without, where there are any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub program_l3: Option<ProgramName>,
+    /// The one for interfaces with `xdp`, where there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub program_xdp: Option<ProgramName>,
     /// The interfaces whose clsact udplb made, so that it may take it away again.
     pub clsact: Vec<String>,
     /// The seed of its tables of keys.
@@ -41,7 +44,7 @@ pub struct Description {
 }
 
 impl Description {
-    /// The generation's programs, and what they are for.
+    /// The generation's programs at tc, and what they are for.
     pub fn programs(&self) -> impl Iterator<Item = (Layer, &ProgramName)> {
         let l3 = self.program_l3.as_ref().map(|name| (Layer::Ip, name));
         [(Layer::Ethernet, &self.program)].into_iter().chain(l3)

@@ -20,7 +20,7 @@ use crate::datapath::description::{Description, Generation, Origin, ProgramName,
 use crate::datapath::hook::Known;
 use crate::datapath::pins::{ReadGuard, WriteGuard, remove_pins};
 use crate::datapath::state_maps::{self, INCOMPLETE, StateMaps, random};
-use crate::datapath::{handover, kernel, lease, lines, retired, spares};
+use crate::datapath::{handover, kernel, lease, lines, retired, spares, xdp};
 use crate::desired::key_table::KeyTables;
 use crate::desired::tables::Tables;
 use crate::desired::{Desired, RuleIds, assign_ids};
@@ -119,6 +119,10 @@ fn build_in(
     let mut object = MaybeUninit::uninit();
     let mut skeleton = open(&mut object)?;
     skeleton.progs.udplb_l3.set_autoload(draft.l3);
+    let xdp = !draft.desired.xdp.is_empty();
+    skeleton.progs.udplb_xdp.set_autoload(xdp);
+    skeleton.maps.devices.set_autocreate(xdp)?;
+    skeleton.maps.xdp_sent.set_autocreate(xdp)?;
     let limit = skeleton.maps.counters.max_entries() * skeleton.maps.counters_chunk.max_entries();
     let known: Vec<(&Desired, &[RuleIds])> = others.iter().map(|other| other.hosts()).collect();
     let ids = assign_ids(&draft.desired, &known, limit).map_err(|_| {
@@ -144,6 +148,7 @@ fn build_in(
         // as long as the longest
         program: ProgramName::new(u32::MAX, [0; 8]),
         program_l3: draft.l3.then(|| ProgramName::new(u32::MAX, [0; 8])),
+        program_xdp: xdp.then(|| ProgramName::new(u32::MAX, [0; 8])),
         clsact: draft.clsact.clone(),
         seed,
         desired: draft.desired.clone(),
@@ -154,6 +159,7 @@ fn build_in(
     rodata.features = types::features {
         generation: draft.number,
         ticks_per_second: lease::ticks_per_second()?,
+        xdp: xdp.into(),
         ..tables.features
     };
     rodata.tuning = keys.tuning();
@@ -167,6 +173,10 @@ fn build_in(
     description.program = ProgramName::of(skeleton.progs.udplb.as_fd())?;
     if draft.l3 {
         description.program_l3 = Some(ProgramName::of(skeleton.progs.udplb_l3.as_fd())?);
+    }
+    if xdp {
+        description.program_xdp = Some(ProgramName::of(skeleton.progs.udplb_xdp.as_fd())?);
+        pin_xdp(&mut skeleton, directory)?;
     }
     fill(&mut skeleton, &tables, &keys, &serde_json::to_vec(&description)?)?;
     pin(&mut skeleton, directory, draft.l3)?;
@@ -191,6 +201,8 @@ fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenU
     skeleton.maps.counters_chunk.set_autocreate(false)?;
     skeleton.maps.nexthops_chunk.set_autocreate(false)?;
     skeleton.maps.handover.set_autocreate(false)?;
+    skeleton.maps.devices.set_autocreate(false)?;
+    skeleton.maps.xdp_sent.set_autocreate(false)?;
     skeleton.maps.held.set_autocreate(false)?;
     skeleton.maps.pending.set_autocreate(false)?;
     skeleton.maps.announcements.set_autocreate(false)?;
@@ -411,6 +423,18 @@ fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path, l3: bool) -> anyhow::Resu
     pin(&mut skeleton.progs.udplb, Layer::Ethernet)
 }
 
+/// Pins the XDP program and its maps.
+fn pin_xdp(skeleton: &mut UdplbSkel<'_>, directory: &Path) -> anyhow::Result<()> {
+    for (map, name) in
+        [(&mut skeleton.maps.devices, xdp::DEVICES), (&mut skeleton.maps.xdp_sent, xdp::SENT)]
+    {
+        let path = directory.join(name);
+        map.pin(&path).with_context(|| path.display().to_string())?;
+    }
+    let path = directory.join(xdp::PROGRAM);
+    skeleton.progs.udplb_xdp.pin(&path).with_context(|| path.display().to_string())
+}
+
 /// Reads a generation back; `None`: its description is missing or is none, and what is left of it is
 /// of no use.
 ///
@@ -518,6 +542,11 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
             bail!("its {} is another one", pin_of(layer));
         }
     }
+    if let Some(name) = &description.program_xdp
+        && ProgramName::of(open_pinned(directory, xdp::PROGRAM)?.as_fd())? != *name
+    {
+        bail!("its {} is another one", xdp::PROGRAM);
+    }
     let program = bpf::program_info(open_program(directory, Layer::Ethernet)?.as_fd())?;
     let state = state_maps::open(guard)?.context(INCOMPLETE)?;
     let mut maps = vec![
@@ -550,8 +579,17 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
 
 /// Opens a pinned program in a generation's directory.
 pub fn open_program(directory: &Path, layer: Layer) -> anyhow::Result<OwnedFd> {
-    let path = directory.join(pin_of(layer));
+    open_pinned(directory, pin_of(layer))
+}
+
+fn open_pinned(directory: &Path, pin: &str) -> anyhow::Result<OwnedFd> {
+    let path = directory.join(pin);
     Program::fd_from_pinned_path(&path).with_context(|| path.display().to_string())
+}
+
+/// Opens the XDP program of a generation.
+pub fn xdp_program(guard: &ReadGuard, number: u32) -> anyhow::Result<OwnedFd> {
+    open_pinned(&guard.generation(number), xdp::PROGRAM)
 }
 
 /// Opens the program of a generation for interfaces of a link layer.

@@ -25,3 +25,4 @@ pub mod spares;
 pub mod state_maps;
 pub mod tc;
 pub mod tcx;
+pub mod xdp;

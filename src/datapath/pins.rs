@@ -6,7 +6,7 @@
 //!   generations/                flock: whoever traces
 //!     42/                       program, rules, table, upstreams, config …
 //!   building-43/                under construction; bpffs refuses names with a dot
-//!   links/                      by index of an interface: its tcx link
+//!   links/                      by index of an interface: its tcx link, and its XDP link, as xdp-7
 //!   queue/                      flock: a writer that waits for readers to end, and readers that come after it
 //!   state-5/                    counters, counters-0 …, nexthops, nexthops-0 …, heartbeat, held, retired …
 //!                               flock: arpd
@@ -278,7 +278,12 @@ impl ReadGuard {
         self.links_directory().join(ifindex.to_string())
     }
 
-    /// Returns the indices of the interfaces with a pinned link.
+    /// Returns the pin of the XDP link of an interface, by its index.
+    pub fn xdp_link(&self, ifindex: u32) -> PathBuf {
+        self.links_directory().join(format!("xdp-{ifindex}"))
+    }
+
+    /// Returns the indices of the interfaces with a pinned tcx link.
     pub fn links(&self) -> anyhow::Result<Vec<u32>> {
         Ok(names(&self.links_directory())?.iter().filter_map(|name| name.parse().ok()).collect())
     }

@@ -18,6 +18,8 @@ pub struct Changes {
     pub detach: Vec<String>,
     /// Fields of `announce`; a field that is missing is `none`.
     pub announce: Vec<AttributeChange>,
+    /// XDP modes of interfaces.
+    pub xdp: Difference,
     /// This host's addresses that `any` matches.
     pub addresses: Difference,
     pub added: Vec<RuleSummary>,
@@ -88,6 +90,7 @@ impl Changes {
             attach: only_in(&new.interfaces, attached),
             detach: only_in(attached, &new.interfaces),
             announce: differing(announce(old), announce(new)),
+            xdp: xdp(old, new),
             addresses: addresses(old, new),
             added: only(&new.rules, &before),
             removed: only(&old.rules, &after),
@@ -118,6 +121,14 @@ fn by_name(rules: &[Rule]) -> BTreeMap<&str, &Rule> {
 fn only_in(these: &[String], others: &[String]) -> Vec<String> {
     let others: BTreeSet<&String> = others.iter().collect();
     these.iter().filter(|it| !others.contains(it)).cloned().collect()
+}
+
+fn xdp(old: &Desired, new: &Desired) -> Difference {
+    let all = |desired: &Desired| -> Vec<String> {
+        desired.xdp.iter().map(|(name, xdp)| format!("{name}: {}", word(xdp))).collect()
+    };
+    let (old, new) = (all(old), all(new));
+    Difference { added: only_in(&new, &old), removed: only_in(&old, &new), altered: Vec::new() }
 }
 
 fn addresses(old: &Desired, new: &Desired) -> Difference {
@@ -328,6 +339,7 @@ impl fmt::Display for Changes {
         for attribute in &self.announce {
             writeln!(f, "    {attribute}")?;
         }
+        self.xdp.lines(f, "", "XDP on")?;
         self.addresses.lines(f, "", "address")?;
         for rule in &self.added {
             writeln!(f, "+ rule {rule}")?;

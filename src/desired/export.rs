@@ -9,7 +9,12 @@ use crate::desired::{Desired, Rule, Upstream};
 /// missing now are included.
 pub fn document(desired: &Desired) -> Value {
     let desired = desired.as_written();
-    let mut document = json!({ "version": 1, "interfaces": desired.interfaces });
+    let interface = |name: &String| match desired.xdp.get(name) {
+        Some(xdp) => json!({ "name": name, "xdp": xdp }),
+        None => json!(name),
+    };
+    let interfaces: Vec<Value> = desired.interfaces.iter().map(interface).collect();
+    let mut document = json!({ "version": 1, "interfaces": interfaces });
     if let Some(announce) = &desired.announce {
         document["announce"] = json!(announce);
     }

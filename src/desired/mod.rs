@@ -12,7 +12,7 @@ pub mod partial;
 pub mod senders;
 pub mod tables;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{
     self, Action, Address, Addresses, Admission, AllDown, Announce, Config, Family, Fragments,
     Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Reply, Source, State,
-    Strategy, with_port,
+    Strategy, Xdp, with_port,
 };
 use crate::desired::partial::Incomplete;
 use crate::net::routing::{Senders, Target};
@@ -46,6 +46,9 @@ pub struct Desired {
     /// Range of ephemeral ports, if a rule matches such ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local_ports: Option<Ports>,
+    /// XDP modes other than `off`, by interface.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub xdp: BTreeMap<String, Xdp>,
     /// Parts of the file that this configuration lacks.
     #[serde(default, skip_serializing_if = "Incomplete::is_empty")]
     pub incomplete: Incomplete,
@@ -263,10 +266,13 @@ impl Desired {
     pub fn written(config: &Config, interfaces: &[String]) -> Desired {
         let rules = config.rules.iter().map(written).collect();
         let interfaces: BTreeSet<String> = interfaces.iter().cloned().collect();
+        let xdp = config.xdp.iter().filter(|(name, _)| interfaces.contains(*name));
+        let xdp = xdp.map(|(name, xdp)| (name.clone(), *xdp)).collect();
         Desired {
             interfaces: interfaces.into_iter().collect(),
             announce: config.announce.clone(),
             rules,
+            xdp,
             ..Desired::default()
         }
     }
@@ -320,10 +326,18 @@ impl Desired {
     /// Returns true if a generation with this configuration can be used for `other`. Causes may differ, and
     /// interfaces that it was attached to may be missing.
     pub fn serves(&self, other: &Desired) -> bool {
-        let Desired { interfaces, announce, rules, addresses, broadcasts, local_ports, incomplete } =
-            self;
-        let same = (interfaces, announce, rules)
-            == (&other.interfaces, &other.announce, &other.rules)
+        let Desired {
+            interfaces,
+            announce,
+            rules,
+            addresses,
+            broadcasts,
+            local_ports,
+            xdp,
+            incomplete,
+        } = self;
+        let same = (interfaces, announce, rules, xdp)
+            == (&other.interfaces, &other.announce, &other.rules, &other.xdp)
             && (addresses, broadcasts) == (&other.addresses, &other.broadcasts)
             && *local_ports == other.local_ports
             && incomplete.lacks_the_same(&other.incomplete);

@@ -3,6 +3,7 @@
 
 pub mod address;
 mod batch;
+pub mod ethtool;
 pub mod events;
 pub mod ipsec;
 pub mod link;

@@ -27,18 +27,22 @@ pub async fn renewed(netlink: &Netlink, desired: &Desired) -> anyhow::Result<Opt
     if (&interfaces, &addresses, &broadcasts) == current && local_ports == desired.local_ports {
         return Ok(None);
     }
-    let renewed = Desired { interfaces, addresses, broadcasts, local_ports, ..desired.clone() };
+    let xdp = desired.xdp.iter().map(|(name, xdp)| (own_name(name, &links), *xdp)).collect();
+    let renewed =
+        Desired { interfaces, addresses, broadcasts, local_ports, xdp, ..desired.clone() };
     fits(&renewed)?;
     Ok(Some(renewed))
 }
 
 /// Returns the kernel's own names of interfaces, sorted; those that are not here stay as they are.
 fn canonical(names: &[String], links: &[Link]) -> Vec<String> {
-    let own = |name: &String| {
-        let link = link::find_link(links.iter(), name);
-        link.map_or_else(|| name.clone(), |link| link.name.clone())
-    };
-    names.iter().map(own).collect::<BTreeSet<_>>().into_iter().collect()
+    let own = names.iter().map(|name| own_name(name, links));
+    own.collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+fn own_name(name: &str, links: &[Link]) -> String {
+    let link = link::find_link(links.iter(), name);
+    link.map_or_else(|| name.into(), |link| link.name.clone())
 }
 
 /// Returns this host's own addresses.

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, anyhow};
 
-use crate::config::State;
+use crate::config::{State, Xdp};
 use crate::datapath::description::{Generation, Origin};
 use crate::datapath::environment::Environment;
 use crate::datapath::hook::{self, Attachment, Slot};
@@ -14,7 +14,7 @@ use crate::datapath::marks::Mark;
 use crate::datapath::pins::WriteGuard;
 use crate::datapath::spares::{self, Situation};
 use crate::datapath::state_maps::{self, INCOMPLETE};
-use crate::datapath::{announcements, generation, handover, nexthops, retired, tc, tcx};
+use crate::datapath::{announcements, generation, handover, nexthops, retired, tc, tcx, xdp};
 use crate::net::Netlink;
 use crate::net::nexthop::NextHop;
 use crate::net::routing::Target;
@@ -196,6 +196,14 @@ impl<'a> Executor<'a> {
             Action::Detach { interface, generation, clsact } => {
                 self.detach(interface, *generation, *clsact).await
             }
+            Action::AttachXdp { interface, generation, mode, replaces } => {
+                self.attach_xdp(interface, *generation, *mode, replaces).map(Some)
+            }
+            Action::DetachXdp { interface, replaces } => {
+                let before = self.replaced_xdp(replaces);
+                xdp::detach(self.guard, self.index(interface)?)?;
+                Ok(Some(Undo::Xdp { interface: interface.clone(), before }))
+            }
             Action::SetDetached { interface, detached } => {
                 self.mark(interface, |mark| mark.detached = *detached)?;
                 Ok(Some(Undo::RestoreMark(interface.clone())))
@@ -317,6 +325,33 @@ impl<'a> Executor<'a> {
         }
     }
 
+    fn attach_xdp(
+        &self,
+        interface: &str,
+        generation: u32,
+        mode: Xdp,
+        replaces: &xdp::Slot,
+    ) -> anyhow::Result<Undo> {
+        let before = self.replaced_xdp(replaces);
+        let program = generation::xdp_program(self.guard, generation)?;
+        let there = match replaces {
+            xdp::Slot::Own { mode, .. } => Some(*mode),
+            _ => None,
+        };
+        xdp::attach(self.guard, self.index(interface)?, program.as_fd(), mode, there)?;
+        Ok(Undo::Xdp { interface: interface.into(), before })
+    }
+
+    /// Opens the XDP program that another takes the place of.
+    fn replaced_xdp(&self, replaces: &xdp::Slot) -> Option<(OwnedFd, Xdp)> {
+        match replaces {
+            xdp::Slot::Own { generation: Some(number), mode } => {
+                Some((generation::xdp_program(self.guard, *number).ok()?, *mode))
+            }
+            _ => None,
+        }
+    }
+
     async fn hand_over(
         &self,
         interface: &str,
@@ -379,6 +414,11 @@ impl<'a> Executor<'a> {
         nexthops::write(&maps.nexthops, desired, ids, self.ways).context("next hops")?;
         let situation = Situation::read(&maps, generation.ids().max().unwrap_or(0))?;
         spares::write(self.guard, number, (desired, ids), &[&situation], None, &maps.gate)?;
+        if !desired.xdp.is_empty() {
+            let links = self.netlink.links().await.context("interfaces")?;
+            let directory = self.guard.generation(number);
+            xdp::write_devices(&directory, &desired.xdp, &links, &maps.gate)?;
+        }
         let environment = Environment::read(self.netlink).await.context("addresses")?;
         environment.write(&maps, self.generations().map(|it| it.hosts().0), false)
     }
@@ -459,6 +499,15 @@ impl<'a> Executor<'a> {
                 self.put(netlink, index, *attachment, program.as_fd(), place).await?;
                 self.restore_mark(interface)
             }
+            Undo::Xdp { interface, before } => {
+                let index = self.index(interface)?;
+                match before {
+                    Some((program, mode)) => {
+                        xdp::attach(self.guard, index, program.as_fd(), *mode, None)
+                    }
+                    None => xdp::detach(self.guard, index),
+                }
+            }
             Undo::SetHeld => {
                 let maps =
                     state_maps::open(self.guard)?.ok_or_else(|| anyhow!("state/ is gone"))?;
@@ -496,6 +545,11 @@ enum Undo {
         program: OwnedFd,
         replaces: bool,
     },
+    /// Attaches the XDP program that was there before, or removes the one that is there.
+    Xdp {
+        interface: String,
+        before: Option<(OwnedFd, Xdp)>,
+    },
     SetHeld,
     SetPending,
     RestoreMark(String),
@@ -523,6 +577,10 @@ pub fn describe(action: &Action) -> String {
             format!("attaching generation {generation} to {interface}")
         }
         Action::Detach { interface, .. } => format!("detaching from {interface}"),
+        Action::AttachXdp { interface, generation, .. } => {
+            format!("attaching generation {generation} to XDP of {interface}")
+        }
+        Action::DetachXdp { interface, .. } => format!("detaching from XDP of {interface}"),
         Action::SetHeld(Some(held)) => format!("holding generation {}", held.generation),
         Action::SetHeld(None) => "releasing the held configuration".into(),
         Action::SetPending(Some(pending)) => {

@@ -15,7 +15,7 @@ use crate::datapath::marks::Mark;
 use crate::datapath::pin_search::{self, Place};
 use crate::datapath::pins::ReadGuard;
 use crate::datapath::state_maps::{self, Held, Pending, StateMaps};
-use crate::datapath::{generation, retired};
+use crate::datapath::{generation, retired, xdp};
 use crate::net::Netlink;
 use crate::net::link::{Layer, Link, is_called};
 
@@ -68,6 +68,8 @@ pub struct Interface {
     /// Number of packets received.
     pub received: u64,
     pub hook: Hook,
+    /// The program on its XDP hook.
+    pub xdp: xdp::Slot,
 }
 
 impl Observed {
@@ -200,7 +202,10 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
             observed.overrides.retain(|id, _| held.contains(id));
         }
     }
-    observed.interfaces = interfaces(netlink, &known).await?;
+    let programs = observed.generations.values().filter_map(|generation| {
+        Some((generation.description.program_xdp.as_ref()?.id, generation.number))
+    });
+    observed.interfaces = interfaces(netlink, guard, &known, &programs.collect()).await?;
     observed.forget_marks();
     for interface in observed.interfaces.values_mut() {
         for slot in [&mut interface.hook.filter, &mut interface.hook.link] {
@@ -214,7 +219,9 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
 
 async fn interfaces(
     netlink: &Netlink,
+    guard: Option<&ReadGuard>,
     known: &[Known],
+    known_xdp: &BTreeMap<u32, u32>,
 ) -> anyhow::Result<BTreeMap<String, Interface>> {
     let qdiscs: BTreeMap<u32, _> = netlink.qdiscs().await?.into_iter().collect();
     let mut interfaces = BTreeMap::new();
@@ -222,8 +229,9 @@ async fn interfaces(
         let qdisc = qdiscs.get(&link.index).copied();
         let hook = hook::read(netlink, link.index, qdisc, known).await;
         let hook = hook.with_context(|| format!("{}: its filters", link.name))?;
+        let xdp = xdp::read(guard, &link, known_xdp);
         let Link { index, layer, up, carrier, received, altnames, .. } = link;
-        let interface = Interface { index, altnames, layer, up, carrier, received, hook };
+        let interface = Interface { index, altnames, layer, up, carrier, received, hook, xdp };
         interfaces.insert(link.name, interface);
     }
     Ok(interfaces)

@@ -143,7 +143,10 @@ impl<'a> Request<'a> {
     /// Replaces alternative names of interfaces by the kernel's own.
     fn canonical(self, observed: &Observed) -> Request<'a> {
         let interfaces = self.interfaces.iter().map(|name| observed.canonical(name)).collect();
-        Request { interfaces, ..self }
+        let mut config = self.config;
+        let xdp = config.xdp.iter().map(|(name, xdp)| (observed.canonical(name), *xdp));
+        config.xdp = xdp.collect();
+        Request { interfaces, config, ..self }
     }
 }
 

@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::sockets::{Listener, listeners, memberships};
+use crate::bpf::xdp;
 use crate::config::{
-    self, Action, Config, Family, KeyAddress, Message, Mode, Path, RuleConfig, with_port,
+    self, Action, Config, Family, KeyAddress, Message, Mode, Path, RuleConfig, Xdp, with_port,
 };
 use crate::datapath::kernel;
 use crate::desired::tables::takes_answers;
 use crate::desired::{Desired, Rule, Upstream};
+use crate::net::ethtool;
 use crate::net::ipsec::{self, Effect, OutgoingFlow, SecurityPolicy};
 use crate::net::link::{Link, OwnAddress, find_link};
 use crate::net::nexthop::{Hop, Macs, NextHop};
@@ -77,6 +79,38 @@ impl<'a> Candidate<'a> {
         findings.extend(self.beyond(kernel));
         findings.extend(self.answers_taken(kernel));
         findings.extend(self.unseen(links, kernel));
+        findings
+    }
+
+    /// Returns warnings about conditions of XDP that interfaces do not meet.
+    pub fn of_xdp(self, links: &[Link]) -> Vec<Message> {
+        let hops = self.next_hops.values().flat_map(NextHop::hops);
+        let egress: BTreeMap<u32, &str> =
+            hops.map(|hop| (hop.ifindex, hop.interface.as_str())).collect();
+        let mute = egress.iter().filter(|(ifindex, _)| !xdp::takes_frames(**ifindex));
+        let mute: Vec<&str> = mute.map(|(_, name)| *name).collect();
+        let mut findings = Vec::new();
+        for (name, mode) in &self.desired.xdp {
+            let at = self.config.interface(name);
+            if *mode == Xdp::Native && !mute.is_empty() {
+                let message = format!(
+                    "XDP cannot send to {}: the driver, or Linux before 6.3, does not offer it, so these \
+                     packets go by tc (`generic` sends to all; a veth needs `ethtool -K PEER gro on` at \
+                     its other end)",
+                    mute.join(", ")
+                );
+                findings.push(Message::about(&at, message));
+            }
+            let index = find_link(links.iter(), name).map(|link| link.index);
+            let carries_vlans = links.iter().any(|link| link.vlan.is_some() && link.lower == index);
+            if carries_vlans && ethtool::get(name, ethtool::FLAGS) & ethtool::RX_VLAN != 0 {
+                let message = format!(
+                    "{name} takes the tags out of frames, so XDP cannot tell packets of VLANs that this host \
+                     is not in: ethtool -K {name} rx-vlan-offload off"
+                );
+                findings.push(Message::about(&at, message));
+            }
+        }
         findings
     }
 

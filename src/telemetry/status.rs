@@ -11,12 +11,12 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::bpf::{self, Runs, types};
-use crate::config::{Address, Mode, State};
+use crate::config::{Address, Mode, State, Xdp};
 use crate::datapath::counters::{Count, Counts};
 use crate::datapath::description::{self, Generation};
 use crate::datapath::pins::{self, ReadGuard, Store};
 use crate::datapath::state_maps::{self, Pending, StateMaps};
-use crate::datapath::{generation, lease, nexthops, overrides, probes};
+use crate::datapath::{generation, lease, lines, nexthops, overrides, probes, xdp};
 use crate::desired::partial::Unresolved;
 use crate::desired::{Destination, Role, Rule, RuleIds, diff};
 use crate::error::Result;
@@ -47,6 +47,9 @@ pub struct Status {
     #[schemars(with = "Option<String>")]
     pub counted_since: Option<u64>,
     pub interfaces: Vec<InterfaceStatus>,
+    /// Packets that XDP has sent since the generation was built; `None`: no interface has XDP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub xdp: Option<XdpStatus>,
     pub rules: Vec<RuleStatus>,
     /// Packets of no rule, by verdict.
     pub unmatched: Counts,
@@ -118,6 +121,16 @@ pub struct InterfaceStatus {
     pub generation: Option<u32>,
     /// Number of times that arpd restored a removed filter.
     pub reattached: u64,
+    /// Mode of the attached XDP program.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub xdp: Option<Xdp>,
+}
+
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
+pub struct XdpStatus {
+    pub packets: u64,
+    /// Share of all packets that the generation has forwarded, 0 to 1.
+    pub share: f64,
 }
 
 #[derive(Debug, Serialize, JsonSchema)]
@@ -283,6 +296,9 @@ pub async fn read(
     let mut status = Status::new(maps.as_ref().zip(traffic), &network, rule, earlier)?;
     status.counted_since = guard.as_ref().and_then(counted_since);
     let serving = serving.and_then(|number| observed.generations.get(&number));
+    if let Some((guard, serving)) = guard.as_ref().zip(serving) {
+        status.xdp = xdp_status(guard, serving)?;
+    }
     let program = guard
         .as_ref()
         .zip(serving)
@@ -299,6 +315,13 @@ pub async fn read(
     let file = reading.status.file.as_deref().unwrap_or("FILE");
     reading.status.problems = reading.problems(Source(file));
     Ok(reading)
+}
+
+/// Returns the share of packets that XDP has sent; `None`: no interface has XDP.
+fn xdp_status(guard: &ReadGuard, serving: &Generation) -> anyhow::Result<Option<XdpStatus>> {
+    let Some(packets) = xdp::sent(guard, serving)? else { return Ok(None) };
+    let all: u64 = lines::read(guard, serving)?.iter().map(|(_, count)| count.packets).sum();
+    Ok(Some(XdpStatus { packets, share: packets as f64 / all.max(1) as f64 }))
 }
 
 /// Looks up the routes that the diagnosis needs.
@@ -347,6 +370,7 @@ impl Status {
             version: serving.map(|generation| generation.description.version.clone()),
             counted_since: None,
             interfaces: interfaces(observed, serving),
+            xdp: None,
             rules: Vec::new(),
             unmatched: Counts::default(),
             incomplete: missing(observed, serving),
@@ -454,6 +478,10 @@ fn interfaces(observed: &Observed, serving: Option<&Generation>) -> Vec<Interfac
                 .iter()
                 .find(|(other, _)| *other == name)
                 .map(|(_, number)| *number),
+            xdp: observed.interfaces.get(name).and_then(|interface| match interface.xdp {
+                xdp::Slot::Own { mode, .. } => Some(mode),
+                _ => None,
+            }),
         })
         .collect()
 }

@@ -30,3 +30,4 @@ mod replies;
 mod routes;
 mod selection;
 mod traffic;
+mod xdp;

@@ -8,7 +8,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{
-    MapCore, MapFlags, MapHandle, MapMut, OpenMap, OpenObject, TC_INGRESS, TcHookBuilder,
+    MapCore, MapFlags, MapHandle, MapMut, OpenMap, OpenObject, ProgramInput, TC_INGRESS,
+    TcHookBuilder,
 };
 use udplb::bpf::{
     NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types, wire,
@@ -92,6 +93,7 @@ impl<'object> Program<'object> {
         let maps = &mut skeleton.maps;
         let constants = maps.rodata_data.as_deref_mut().expect("constants");
         constants.features.ticks_per_second = second;
+        constants.features.xdp = 1;
         let mut seeds = (1..).map(|number: u64| number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut seed = || seeds.next().expect("a seed");
         let hashing = Hashing::new(LINES as usize, &mut seed);
@@ -437,6 +439,30 @@ impl<'object> Program<'object> {
             }
             _ => run,
         }
+    }
+
+    /// Sets what the XDP program knows of a device.
+    pub fn set_device(&self, ifindex: u32, device: types::device) {
+        write_pairs(&self.skeleton.maps.devices, &[(ifindex, device)]);
+    }
+
+    /// Begins a trace.
+    pub fn trace(&self) {
+        let trace = types::trace { until: u64::MAX, ..Default::default() };
+        write(&self.skeleton.maps.tracing, 0, bytes_of(&trace));
+        self.advance();
+    }
+
+    /// Runs the XDP program on a frame, as if loopback had received it.
+    pub fn run_xdp(&self, frame: &[u8]) -> Run {
+        let mut room = vec![0; frame.len()];
+        let input = ProgramInput {
+            data_in: Some(frame),
+            data_out: Some(&mut room),
+            ..ProgramInput::default()
+        };
+        let output = self.skeleton.progs.udplb_xdp.test_run(input).expect("a run");
+        Run { action: output.return_value as i32, frame: room, tag: None }
     }
 
     /// Returns the counters since the last call, summed over all CPUs.

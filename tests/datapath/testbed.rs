@@ -6,6 +6,7 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use udplb::bpf::types;
 use udplb::config::{Action, Address, Hash, Key, Ports, Source};
 use udplb::desired::{Rule, RuleIds, Upstream};
 use udplb::net::nexthop::{Hop, Macs, NextHop};
@@ -19,6 +20,12 @@ use crate::reference::cut;
 pub const UNSPEC: i32 = -1;
 pub const SHOT: i32 = 2;
 pub const REDIRECT: i32 = 7;
+
+pub const XDP_PASS: i32 = 2;
+pub const XDP_REDIRECT: i32 = 4;
+
+/// Index of the interface that BPF_PROG_TEST_RUN has XDP programs see.
+pub const LOOPBACK: u32 = 1;
 
 pub const RELAY_MAC: Mac = [2, 0, 0, 0, 1, 1];
 pub const OUT_MAC: Mac = [2, 0, 0, 0, 2, 1];
@@ -347,7 +354,7 @@ pub struct Testbed<'object> {
     pub wire: Wire,
     pub routing: u32,
     pub closed: u32,
-    out: u32,
+    pub out: u32,
 }
 
 impl Testbed<'_> {
@@ -373,6 +380,8 @@ impl Testbed<'_> {
                 program.attach(ifindex);
             }
             program.set_own(&own());
+            let device = types::device { mac: RELAY_MAC, generic: 1, takes_frames: 0 };
+            program.set_device(LOOPBACK, device);
             program.set_vlans(routing, VLANS);
             program.set_vlans(closed, VLANS);
             test(&Testbed { program, wire, routing, closed, out });
@@ -468,10 +477,32 @@ impl Testbed<'_> {
             got.copies.extend(self.wire.drain_at_least(copies.saturating_sub(got.copies.len())));
         }
         if got == wanted {
+            got = self.xdp_after(case, got);
+        }
+        if got == wanted {
             return Ok(());
         }
         let name = format!("{} ({:?}, {:?})", case.name, case.rule.action, case.rule.source);
         Err(format!("{name}\n wanted: {wanted} got: {got}"))
+    }
+
+    /// Runs the XDP program on the packet of a case; returns `by_tc`, the outcome of the program at tc, if it passes
+    /// the packet on as it came, and else what it has done, in terms of tc.
+    fn xdp_after(&self, case: &Case, by_tc: Outcome) -> Outcome {
+        // XDP sees no metadata
+        if case.tag.is_some() || case.length.is_some() || case.gso != (0, 0) {
+            return by_tc;
+        }
+        let frame = case.frame();
+        let run = self.program.run_xdp(&frame);
+        let counted = self.program.take_counted();
+        match run.action {
+            XDP_PASS if run.frame == frame && counted.is_empty() => by_tc,
+            XDP_REDIRECT => {
+                Outcome { run: Run { action: REDIRECT, ..run }, copies: self.wire.drain(), counted }
+            }
+            _ => Outcome { run, copies: self.wire.drain(), counted },
+        }
     }
 
     /// Runs all cases and reports every failure.

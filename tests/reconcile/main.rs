@@ -13,6 +13,7 @@ mod nexthops;
 mod partial;
 mod plans;
 mod stale;
+mod xdp;
 
 use common::lab::{CLIENTS, Lab, RELAY, UPSTREAMS};
 use common::net::{bind, receive};

@@ -8,6 +8,7 @@ use udplb::datapath::description::{Description, Generation, Origin, ProgramName}
 use udplb::datapath::generation::Draft;
 use udplb::datapath::hook::{Attachment, Hook, Slot};
 use udplb::datapath::marks::Mark;
+use udplb::datapath::xdp;
 use udplb::desired::{Desired, RuleIds, assign_ids};
 use udplb::net::qdisc::Qdisc;
 use udplb::reconcile::observe::{Interface, Observed};
@@ -38,6 +39,7 @@ impl Kernel {
             carrier: true,
             received: 0,
             hook: Hook::empty(attachment),
+            xdp: xdp::Slot::Empty,
         };
         let interfaces =
             interfaces.iter().enumerate().map(|(index, name)| (name.to_string(), empty(index)));
@@ -208,7 +210,20 @@ impl Kernel {
                 self.observed.announcements.withdrawn.remove(address);
             }
             Action::Settle(_) => {}
+            Action::AttachXdp { interface, generation, mode, replaces } => {
+                let generation = Some(*generation);
+                let slot = &mut self.interface(interface).xdp;
+                assert_eq!(slot, replaces);
+                *slot = xdp::Slot::Own { generation, mode: *mode };
+            }
+            Action::DetachXdp { interface, replaces } => {
+                let slot = &mut self.interface(interface).xdp;
+                assert_eq!(slot, replaces);
+                *slot = xdp::Slot::Empty;
+            }
             Action::Drop(number) => {
+                let runs_there = |it: &Interface| matches!(it.xdp, xdp::Slot::Own { generation, .. } if generation == Some(*number));
+                assert!(!self.observed.interfaces.values().any(runs_there), "{number} is at XDP");
                 assert!(!self.observed.is_attached(*number), "{number} serves");
                 self.observed.generations.remove(number);
                 self.observed.damaged.retain(|it| it != number);
@@ -232,6 +247,8 @@ impl Kernel {
             namespace: draft.namespace,
             program: ProgramName::new(draft.number, [0; 8]),
             program_l3: draft.l3.then(|| ProgramName::new(draft.number, [3; 8])),
+            program_xdp: (!draft.desired.xdp.is_empty())
+                .then(|| ProgramName::new(draft.number, [4; 8])),
             clsact: draft.clsact.clone(),
             seed: 0,
             desired: draft.desired.clone(),
@@ -247,8 +264,12 @@ impl Kernel {
         &self.observed.generations[&number]
     }
 
+    fn interface(&mut self, interface: &str) -> &mut Interface {
+        self.observed.interfaces.get_mut(interface).expect("an interface")
+    }
+
     fn hook(&mut self, interface: &str) -> &mut Hook {
-        &mut self.observed.interfaces.get_mut(interface).expect("an interface").hook
+        &mut self.interface(interface).hook
     }
 }
 

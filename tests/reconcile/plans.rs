@@ -11,10 +11,10 @@ use proptest::collection::{btree_set, vec};
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use serde_json::{Value, json};
-use udplb::config::{Action as TcAction, Config, Hash, Key, Ports, Strategy as Selection};
+use udplb::config::{Action as TcAction, Config, Hash, Key, Ports, Strategy as Selection, Xdp};
 use udplb::datapath::description::Origin;
 use udplb::datapath::hook::{Attachment, Slot};
-use udplb::datapath::pins;
+use udplb::datapath::{pins, xdp};
 use udplb::desired::{Desired, Rule, Upstream};
 use udplb::net::routing::{Senders, Target};
 use udplb::net::{Netlink, nexthop};
@@ -49,10 +49,11 @@ fn desired() -> impl Strategy<Value = Desired> {
     let interfaces = subsequence(INTERFACES.to_vec(), 1..=INTERFACES.len());
     let rules = btree_set(0..5_u16, 0..4)
         .prop_flat_map(|numbers| numbers.into_iter().map(rule).collect::<Vec<_>>());
-    (interfaces, rules).prop_map(|(interfaces, rules)| Desired {
-        interfaces: interfaces.into_iter().map(String::from).collect(),
-        rules,
-        ..Desired::default()
+    let modes = vec(select(vec![Xdp::Off, Xdp::Native, Xdp::Generic]), INTERFACES.len());
+    (interfaces, rules, modes).prop_map(|(interfaces, rules, modes)| {
+        let interfaces: Vec<String> = interfaces.into_iter().map(String::from).collect();
+        let xdp = interfaces.iter().cloned().zip(modes).filter(|(_, xdp)| *xdp != Xdp::Off);
+        Desired { xdp: xdp.collect(), interfaces, rules, ..Desired::default() }
     })
 }
 
@@ -169,6 +170,10 @@ fn check_applied(kernel: &Kernel, desired: &Desired) {
     let wanted: Vec<(&str, u32)> =
         desired.interfaces.iter().map(|name| (name.as_str(), serving)).collect();
     assert_eq!(attached, wanted);
+    for (name, interface) in &observed.interfaces {
+        let own = |mode: &Xdp| xdp::Slot::Own { generation: Some(serving), mode: *mode };
+        assert_eq!(interface.xdp, desired.xdp.get(name).map_or(xdp::Slot::Empty, own), "{name}");
+    }
     assert!(observed.unfinished.is_empty(), "{:?}", observed.unfinished);
     assert!(observed.damaged.is_empty(), "{:?}", observed.damaged);
     assert!(observed.generations.len() <= 2);
@@ -495,6 +500,10 @@ fn wanted(config: &Value) -> Desired {
 /// generations, `current` and held generations. A link that was taken off and put back has another id.
 fn snapshot(lab: &Lab) -> String {
     let mut text = lab.relay.tc("qdisc show");
+    for interface in ["eth0", "up0"] {
+        let shown = lab.relay.ip(&format!("link show dev {interface}"));
+        text.extend(shown.lines().filter(|line| line.contains("prog/xdp")));
+    }
     for line in (lab.filters("eth0") + &lab.filters("up0")).lines() {
         text += line.split(" link ").next().unwrap_or_default();
         text += "\n";
@@ -544,8 +553,12 @@ fn fail_everywhere(lab: &Lab, serves: Option<u16>, plan: Planner<'_>) {
 }
 
 fn with_interfaces(config: Value, interfaces: &[&str]) -> Value {
+    on(config, json!(interfaces))
+}
+
+fn on(config: Value, interfaces: Value) -> Value {
     let mut config = config;
-    config["interfaces"] = json!(interfaces);
+    config["interfaces"] = interfaces;
     config
 }
 
@@ -564,14 +577,15 @@ fn failing_first_apply_leaves_nothing() {
 fn failing_apply_keeps_the_old_generation() {
     for lab in Lab::for_each_attachment() {
         // from two interfaces to one: detaches, with the clsact that udplb created
-        lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
+        let generic = json!({ "name": "eth0", "xdp": "generic" });
+        lab.apply(&on(to_port(7001), json!([generic, "up0"])));
         let desired = wanted(&to_port(7002));
         fail_everywhere(&lab, Some(7001), &|observed| {
             plan::apply(observed, &desired, &Origin::default(), false)
         });
         expect_way(&lab, 7002);
         // back to two, with a generation to remove
-        let desired = wanted(&with_interfaces(to_port(7003), &["eth0", "up0"]));
+        let desired = wanted(&on(to_port(7003), json!([generic, "up0"])));
         fail_everywhere(&lab, Some(7002), &|observed| {
             plan::apply(observed, &desired, &Origin::default(), false)
         });
@@ -664,8 +678,10 @@ fn crash_at_any_executed_action_is_healed() {
     for lab in Lab::for_each_attachment() {
         lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
         // to one interface and back to two: all kinds of actions except those of a rollback
-        let configurations = [to_port(7002), with_interfaces(to_port(7001), &["eth0", "up0"])]
-            .map(|it| (wanted(&it), it));
+        let native = json!({ "name": "eth0", "xdp": "native" });
+        let configurations =
+            [on(to_port(7002), json!([native])), on(to_port(7001), json!(["eth0", "up0"]))]
+                .map(|it| (wanted(&it), it));
         let mut stop = 0;
         'all: loop {
             for (desired, config) in &configurations {

@@ -10,6 +10,8 @@ use super::Service;
 use super::serving::{Filter, filters, is_attached};
 use crate::bpf::OBJECT_SHA256;
 use crate::datapath::environment::Environment;
+use crate::datapath::pins::ReadGuard;
+use crate::datapath::xdp;
 use crate::desired::dns::Answers;
 use crate::desired::{Desired, partial};
 use crate::net::nexthop;
@@ -118,6 +120,11 @@ impl Service {
             [desired].into_iter(),
             true,
         )?;
+        if !desired.xdp.is_empty() {
+            let directory = self.pin_dir.join(ReadGuard::name_of(serving.generation.number));
+            let links = self.netlink.links().await?;
+            xdp::write_devices(&directory, &desired.xdp, &links, &serving.maps.gate)?;
+        }
         let lacked = &desired.incomplete.interfaces;
         // a recreated interface gets its addresses back soon
         let mut gone = serving.interfaces.iter().filter(|(name, _)| !lacked.contains(name));

@@ -4,12 +4,14 @@ use anyhow::Context;
 use libbpf_rs::ProgramHandle;
 
 use crate::bpf::tcx::Attached;
-use crate::datapath::hook::{Attachment, Hook};
+use crate::datapath::hook::Attachment;
 use crate::datapath::tc;
+use crate::datapath::xdp::Slot;
 use crate::error::Result;
 use crate::net::Netlink;
 use crate::net::link::Link;
 use crate::net::qdisc::{Direction, ETH_P_ALL, Filter};
+use crate::reconcile::observe::Interface;
 
 /// A program or filter that runs before udplb's.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,10 +28,12 @@ pub struct Before {
 pub async fn read(
     netlink: &Netlink,
     link: &Link,
-    hook: &Hook,
+    seen: &Interface,
     protocols: &[u16],
 ) -> Result<Vec<Before>> {
-    let mut before: Vec<Before> = xdp(link).collect();
+    let hook = &seen.hook;
+    let is_other = matches!(seen.xdp, Slot::Other(_));
+    let mut before: Vec<Before> = xdp(link).filter(|_| is_other).collect();
     before.extend(hook.earlier.iter().map(|program| tcx(link, program)));
     if hook.present() == Some(Attachment::Link) {
         return Ok(before);

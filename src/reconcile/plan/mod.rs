@@ -3,20 +3,22 @@
 mod refusal;
 mod rollback;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::bpf::OBJECT_SHA256;
-use crate::config::State;
+use crate::config::{State, Xdp};
 use crate::datapath::announcements::{self, Place};
 use crate::datapath::description::{Generation, Origin};
 use crate::datapath::generation::Draft;
 use crate::datapath::hook::{Attachment, Hook, Slot};
 use crate::datapath::state_maps::{Held, Pending};
+use crate::datapath::xdp;
 use crate::desired::Desired;
 use crate::net::link::Layer;
 use crate::net::qdisc::Qdisc;
-use crate::reconcile::observe::Observed;
+use crate::reconcile::observe::{Interface, Observed};
 
 pub use refusal::Refusal;
 pub use rollback::{confirm, rollback};
@@ -46,6 +48,17 @@ pub enum Action {
         generation: u32,
         /// The clsact is udplb's, which is recorded. It stays.
         clsact: bool,
+    },
+    /// Attaches the generation's XDP program, once its program at tc is attached.
+    AttachXdp {
+        interface: String,
+        generation: u32,
+        mode: Xdp,
+        replaces: xdp::Slot,
+    },
+    DetachXdp {
+        interface: String,
+        replaces: xdp::Slot,
     },
     /// Removes a clsact of udplb's that carries nothing.
     DeleteClsact(String),
@@ -172,6 +185,8 @@ pub fn attach_again(observed: &Observed, interfaces: &[String]) -> Result<Plan, 
             continue;
         }
         attach(name, &interface.hook, number, &mut actions);
+        let xdp = there.and_then(|it| it.description.desired.xdp.get(name));
+        actions.extend(xdp.and_then(|mode| attach_xdp(name, &interface.xdp, number, *mode)));
     }
     Ok(Plan { generation: number, actions })
 }
@@ -237,7 +252,8 @@ fn replace(
         }
     };
     let mut swaps = Vec::new();
-    switch(observed, number, &interfaces, request.force, &mut swaps)?;
+    let place = (&interfaces[..], &desired.xdp);
+    switch(observed, number, place, request.force, &mut swaps)?;
     let changes = !actions.is_empty() || !swaps.is_empty();
     let pending = pending_after(observed, desired, number, request, changes)?;
     if pending.is_some() && pending != observed.pending {
@@ -407,6 +423,7 @@ pub fn detach(
         false => Vec::new(),
     };
     let named = observed.attached().filter(|(name, _)| is_named(name));
+    actions.extend(xdp_detachments(observed, |name| !is_named(name)));
     actions.extend(named.map(|(name, generation)| detachment(observed, name, generation)));
     let serving = observed.serving().and_then(|number| observed.generations.get(&number));
     let meant = serving.map_or(&[][..], |serving| &serving.description.desired.interfaces);
@@ -512,15 +529,18 @@ fn made_clsact(observed: &Observed, interface: &str) -> bool {
     generation.is_some_and(|it| it.description.clsact.iter().any(|name| name == interface))
 }
 
-/// Attaches a generation to `interfaces`, and detaches from all others.
+/// Attaches a generation to `interfaces`, and detaches from all others. `modes` are those of XDP.
 fn switch(
     observed: &Observed,
     number: u32,
-    interfaces: &[String],
+    (interfaces, modes): (&[String], &BTreeMap<String, Xdp>),
     force: bool,
     actions: &mut Vec<Action>,
 ) -> Result<(), Refusal> {
-    let (mut attachments, mut handovers) = (Vec::new(), Vec::new());
+    let keeps_xdp = |name: &str| interfaces.iter().any(|it| it == name) && modes.contains_key(name);
+    // First: a program of the generation before must not answer for this one.
+    let mut attachments: Vec<Action> = xdp_detachments(observed, keeps_xdp).collect();
+    let mut handovers = Vec::new();
     for name in interfaces {
         let interface =
             observed.interfaces.get(name).ok_or_else(|| Refusal::NoInterface(name.clone()))?;
@@ -530,6 +550,10 @@ fn switch(
         let hook = &interface.hook;
         refuse_taken(name, hook.slot(), force)?;
         attach(name, hook, number, &mut attachments);
+        if let Some(mode) = modes.get(name) {
+            refuse_xdp(name, interface)?;
+            attachments.extend(attach_xdp(name, &interface.xdp, number, *mode));
+        }
         handovers.extend(handover(name, hook, number));
     }
     let detachments = observed
@@ -575,6 +599,36 @@ fn attach(name: &str, hook: &Hook, number: u32, actions: &mut Vec<Action>) {
         let attachment = hook.present().unwrap_or(hook.attachment);
         actions.push(Action::Attach { interface, generation, attachment, replaces });
     }
+}
+
+/// Attaches the XDP program of a generation; `None`: it is there.
+fn attach_xdp(name: &str, there: &xdp::Slot, number: u32, mode: Xdp) -> Option<Action> {
+    let wanted = xdp::Slot::Own { generation: Some(number), mode };
+    let (interface, generation) = (name.into(), number);
+    let replaces = there.clone();
+    (*there != wanted).then_some(Action::AttachXdp { interface, generation, mode, replaces })
+}
+
+/// Removes our XDP programs from the interfaces that do not keep them.
+fn xdp_detachments(
+    observed: &Observed,
+    keeps: impl Fn(&str) -> bool,
+) -> impl Iterator<Item = Action> {
+    observed.interfaces.iter().filter_map(move |(name, interface)| {
+        let is_own = matches!(interface.xdp, xdp::Slot::Own { .. });
+        let (interface, replaces) = (name.clone(), interface.xdp.clone());
+        (is_own && !keeps(name)).then_some(Action::DetachXdp { interface, replaces })
+    })
+}
+
+/// Refuses XDP where another's program is, and on interfaces without an Ethernet header.
+fn refuse_xdp(name: &str, interface: &Interface) -> Result<(), Refusal> {
+    let (interface, program) = match (&interface.xdp, interface.layer) {
+        (xdp::Slot::Other(program), _) => (name.into(), program.clone()),
+        (_, Some(Layer::Ethernet)) => return Ok(()),
+        _ => return Err(Refusal::NoXdp(name.into())),
+    };
+    Err(Refusal::ForeignXdp { interface, program })
 }
 
 /// Moves the program to where it belongs, once a generation serves; `None`: it is there already.

@@ -31,6 +31,13 @@ pub enum Refusal {
     )]
     Elsewhere { interface: String, filter: String, home: Place },
     #[error(
+        "{interface}: the XDP program {program}, which is not udplb's, is attached, and there is room for \
+         one; leave `xdp` away, or remove it with: ip link set dev {interface} xdp off"
+    )]
+    ForeignXdp { interface: String, program: String },
+    #[error("{0} carries no Ethernet frames: leave `xdp` away")]
+    NoXdp(String),
+    #[error(
         "the pins belong to another network namespace (net:[{0}]); use another --pin-dir in this one"
     )]
     OtherNamespace(u64),

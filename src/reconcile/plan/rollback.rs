@@ -2,7 +2,7 @@
 
 use super::{
     Action, Plan, Refusal, await_missing, before, detachment, held, insert_before_current,
-    refuse_other_namespace, switch, to_attach, unfinished,
+    refuse_other_namespace, switch, to_attach, unfinished, xdp_detachments,
 };
 use crate::datapath::state_maps::{Held, Pending};
 use crate::reconcile::observe::Observed;
@@ -38,7 +38,8 @@ pub fn rollback(observed: &Observed, now: u64) -> Result<Plan, Refusal> {
         None => actions.push(Action::SetHeld(None)),
     }
     let interfaces = to_attach(observed, &target.description.desired);
-    switch(observed, target.number, &interfaces, false, &mut actions)?;
+    let place = (&interfaces[..], &target.description.desired.xdp);
+    switch(observed, target.number, place, false, &mut actions)?;
     Ok(Plan { generation: target.number, actions })
 }
 
@@ -54,7 +55,8 @@ fn attach_detached(observed: &Observed) -> Result<Option<Plan>, Refusal> {
     }
     let mut actions = unfinished(observed);
     actions.extend(await_missing(observed, &serving.description.desired));
-    switch(observed, serving.number, &here, false, &mut actions)?;
+    let place = (&here[..], &serving.description.desired.xdp);
+    switch(observed, serving.number, place, false, &mut actions)?;
     Ok(Some(Plan { generation: serving.number, actions }))
 }
 
@@ -75,13 +77,15 @@ fn undo_pending(observed: &Observed, pending: &Pending, now: u64) -> Result<Plan
     match pending.previous {
         Some(number) => {
             let previous = observed.generations.get(&number).filter(|it| it.intact);
-            let interfaces =
-                &previous.ok_or(Refusal::NothingBefore)?.description.desired.interfaces;
+            let desired = &previous.ok_or(Refusal::NothingBefore)?.description.desired;
             // A missing interface must not keep the others on the unconfirmed generation.
-            let here = interfaces.iter().filter(|name| observed.interfaces.contains_key(*name));
-            switch(observed, number, &Vec::from_iter(here.cloned()), false, &mut actions)?;
+            let here = desired.interfaces.iter();
+            let here = here.filter(|name| observed.interfaces.contains_key(*name)).cloned();
+            let place = (&Vec::from_iter(here)[..], &desired.xdp);
+            switch(observed, number, place, false, &mut actions)?;
         }
         None => {
+            actions.extend(xdp_detachments(observed, |_| false));
             let attached = observed.attached();
             actions.extend(attached.map(|(name, number)| detachment(observed, name, number)));
             if observed.current.is_some() {

@@ -8,6 +8,7 @@ use crate::datapath::description::Generation;
 use crate::datapath::hook::{Hook, Slot};
 use crate::datapath::pin_search;
 use crate::datapath::tc;
+use crate::datapath::xdp;
 use crate::reconcile::observe::{Interface, Orphan};
 use crate::telemetry::problem::{Problem, note, problem};
 use crate::telemetry::status::{RuleStatus, UpstreamStatus};
@@ -38,6 +39,7 @@ pub(super) fn problems(
         let behind = behind.remove(name.as_str()).unwrap_or_default();
         problems.extend(link(facts, name, interface, true, &behind));
         problems.extend(slot(facts, serving.number, name, &interface.hook));
+        problems.extend(xdp_slot(facts, serving, name, &interface.xdp));
     }
     for (name, behind) in behind {
         let Some(interface) = facts.observed.interfaces.get(name) else { continue };
@@ -109,6 +111,27 @@ fn slot(facts: &Facts<'_>, number: u32, name: &str, hook: &Hook) -> Option<Probl
                 .fix(format!("tc filter del dev {name} ingress pref {}; {apply}", tc::PRIORITY)),
         ),
     }
+}
+
+/// Reports an XDP program that is missing, or another's in its place.
+fn xdp_slot(
+    facts: &Facts<'_>,
+    serving: &Generation,
+    name: &str,
+    slot: &xdp::Slot,
+) -> Option<Problem> {
+    let mode = *serving.description.desired.xdp.get(name)?;
+    let what = match slot {
+        xdp::Slot::Own { generation, mode: there }
+            if (*generation, *there) == (Some(serving.number), mode) =>
+        {
+            return None;
+        }
+        xdp::Slot::Other(program) => format!("the XDP program {program} has the place of udplb's"),
+        _ => "its XDP program is not attached".into(),
+    };
+    let note = note("xdp", name, what).why("its packets go by tc, which costs more; none is lost");
+    Some(note.fix(facts.source.apply()))
 }
 
 /// Reports a filter of another udplb, or one whose pins are missing.

@@ -200,6 +200,7 @@ mod tests {
             namespace: 1,
             program: ProgramName::default(),
             program_l3: None,
+            program_xdp: None,
             clsact: Vec::new(),
             seed: 0,
             desired,
@@ -218,6 +219,7 @@ mod tests {
             carrier: true,
             received: 0,
             hook,
+            xdp: Default::default(),
         }
     }
 
