@@ -88,6 +88,19 @@ let
     description = "network interface name (1 to 15 characters, an alternative name up to 127)";
   };
 
+  xdpInterface = words {
+    name = mkOption {
+      type = interface;
+      example = "ens3";
+      description = "Name of the interface.";
+    };
+    xdp = word (types.enum [
+      "off"
+      "native"
+      "generic"
+    ]) "native" "Sends packets of `block` rules on before the kernel has made them an skb.";
+  };
+
   duration = types.strMatching "[0-9]+(ms|s|m|h)" // {
     description = "duration, like 500ms, 10s or 2m";
   };
@@ -343,6 +356,8 @@ let
   inherit (cfg) configFile rules;
   fromFile = configFile != null;
 
+  interfaceNames = map (i: if lib.isString i then i else i.name) cfg.interfaces;
+
   withoutNull =
     v:
     if builtins.isAttrs v then
@@ -356,14 +371,17 @@ let
     if fromFile then
       "${configFile}"
     else
-      yaml.generate "udplb.yaml" (
-        {
-          version = 1;
-          inherit (cfg) interfaces;
-          defaults = withoutNull cfg.defaults;
-          rules = withoutNull rules;
-        }
-        // lib.optionalAttrs (cfg.announce != null) { announce = withoutNull cfg.announce; }
+      # JSON is YAML, and is read faster.
+      pkgs.writeText "udplb.yaml" (
+        builtins.toJSON (
+          {
+            version = 1;
+            interfaces = withoutNull cfg.interfaces;
+            defaults = withoutNull cfg.defaults;
+            rules = withoutNull rules;
+          }
+          // lib.optionalAttrs (cfg.announce != null) { announce = withoutNull cfg.announce; }
+        )
       );
   # A file outside the store changes without a rebuild: nothing can be said about it here.
   inStore = !fromFile || lib.hasPrefix builtins.storeDir written;
@@ -432,7 +450,7 @@ let
         lib.concatMap (i: [
           "-i"
           i
-        ]) cfg.interfaces
+        ]) interfaceNames
       )
       ++ [ "${file}" ]
     );
@@ -541,12 +559,12 @@ in
         };
 
     interfaces = mkOption {
-      type = types.listOf interface;
+      type = types.listOf (types.either interface xdpInterface);
       default = [ ];
       example = [ "ens3" ];
       description = ''
-        Interfaces whose incoming packets the rules see. May be empty where
-        {option}`services.udplb.configFile` names its own, and replaces those if not.
+        Interfaces whose incoming packets the rules see, each a name, or `{ name = …; xdp = …; }`. May be
+        empty where {option}`services.udplb.configFile` names its own, and replaces those if not.
       '';
     };
 
@@ -754,7 +772,7 @@ in
     ];
 
     networking.firewall.interfaces = lib.mkIf cfg.openFirewall (
-      lib.genAttrs cfg.interfaces (_: {
+      lib.genAttrs interfaceNames (_: {
         allowedUDPPorts = lib.filter lib.isInt opened;
         allowedUDPPortRanges = map range (lib.filter lib.isString opened);
       })
@@ -770,7 +788,7 @@ in
         "network.target"
       ]
       ++ network-online
-      ++ map (i: "${utils.escapeSystemdPath "/sys/subsystem/net/devices/${i}"}.device") cfg.interfaces;
+      ++ map (i: "${utils.escapeSystemdPath "/sys/subsystem/net/devices/${i}"}.device") interfaceNames;
       unitConfig = {
         RequiresMountsFor = [ "/sys/fs/bpf" ];
         StartLimitIntervalSec = 0;
