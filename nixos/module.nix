@@ -136,6 +136,15 @@ let
       description = "Number of bytes of the key.";
     };
   };
+  payloads = [
+    "statsd"
+    "sflow-agent"
+    "netflow9-source"
+    "ipfix-domain"
+    "gtpu-teid"
+    "dns-id"
+    "radius-id"
+  ];
   probePort = word port 8080 "Port of the service to probe. The program's default is the upstream's.";
   probe = words { port = probePort; };
   healthCheck = words {
@@ -203,10 +212,10 @@ let
       "random"
       "payload"
     ]) "src-ip" "Part of a packet that selects its upstream. The program's default is `src-ip-port`.";
-    payload = word (types.either (types.enum [ "statsd" ]) payloadBytes) {
+    payload = word (types.either (types.enum payloads) payloadBytes) {
       offset = 4;
       length = 8;
-    } "Key of the strategy `payload`: bytes of the payload, or the name of a StatsD metric (`statsd`).";
+    } "Key of the strategy `payload`: bytes of the payload, a field of a known protocol, or the name of a StatsD metric (`statsd`).";
     hash = word (types.enum [
       "modulo"
       "maglev"

@@ -11,7 +11,7 @@ use super::diagnostic::{Diagnostics, Message, Part, Place};
 use super::node::{Content, Entry, Node};
 use super::path::Trail;
 use super::quote::shorten;
-use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, STATSD, Shape, Table};
+use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, Shape, Table};
 use super::{
     Action, Announce, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports,
     Reply, RuleConfig, Source, Strategy, UpstreamConfig, Xdp, scalar,
@@ -719,11 +719,17 @@ impl Decoder {
 
     fn payload(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Payload> {
         match &node.content {
-            Content::Text(text) if text == STATSD => return Some(Payload::Statsd),
+            Content::Text(text) => {
+                let known = Payload::WORDS.iter().find(|(word, _)| word == text);
+                return match known {
+                    Some((_, payload)) => Some(*payload),
+                    None => self.ok(at, Err(words::unknown_word(text, &words::PAYLOAD_WORDS))),
+                };
+            }
             Content::Map(_) => {}
             _ => {
-                let what = format!("`{STATSD}`, or a map of `offset` and `length`");
-                return self.ok(at, scalar::expected(&what, node));
+                let what = "a word such as `statsd`, or a map of `offset` and `length`";
+                return self.ok(at, scalar::expected(what, node));
             }
         }
         let fields = self.fields(node, &words::PAYLOAD_MAP, at)?;

@@ -50,8 +50,8 @@ pub use types::{
     Action, Addresses, Admission, Announce, Fragments, Hash, Key, Mode, Payload, Ports, Reply,
     RuleConfig, Source, State, Strategy, UpstreamConfig, Xdp,
 };
+pub use vocabulary::ANY;
 use vocabulary::INTERFACES;
-pub use vocabulary::{ANY, STATSD};
 
 /// A valid configuration.
 #[derive(Clone, Debug)]

@@ -58,6 +58,51 @@ pub enum Payload {
     },
     /// The name of the first metric: all up to the first `:`.
     Statsd,
+    /// The IPv4 address of an sFlow 5 agent.
+    SflowAgent,
+    /// The source id of a NetFlow 9 exporter.
+    #[serde(rename = "netflow9-source")]
+    Netflow9Source,
+    /// The observation domain id of IPFIX.
+    IpfixDomain,
+    /// The tunnel endpoint id of GTP-U.
+    GtpuTeid,
+    /// The id of a DNS message.
+    DnsId,
+    /// The identifier of a RADIUS packet.
+    RadiusId,
+}
+
+impl Payload {
+    /// The words of a file.
+    pub const WORDS: [(&str, Payload); 7] = [
+        ("statsd", Payload::Statsd),
+        ("sflow-agent", Payload::SflowAgent),
+        ("netflow9-source", Payload::Netflow9Source),
+        ("ipfix-domain", Payload::IpfixDomain),
+        ("gtpu-teid", Payload::GtpuTeid),
+        ("dns-id", Payload::DnsId),
+        ("radius-id", Payload::RadiusId),
+    ];
+
+    /// Returns the word in a file; none for bytes at an offset.
+    pub fn word(self) -> Option<&'static str> {
+        Payload::WORDS.iter().find(|(_, payload)| *payload == self).map(|(word, _)| *word)
+    }
+
+    /// Returns offset and length of the bytes, as the protocols' documents have them; none for a name.
+    pub fn bytes(self) -> Option<(u16, u8)> {
+        match self {
+            Payload::Bytes { offset, length } => Some((offset, length)),
+            Payload::Statsd => None,
+            Payload::SflowAgent => Some((8, 4)),
+            Payload::Netflow9Source => Some((16, 4)), // RFC 3954, section 5.1
+            Payload::IpfixDomain => Some((12, 4)),    // RFC 7011, section 3.1
+            Payload::GtpuTeid => Some((4, 4)),        // 3GPP TS 29.281, section 5.1
+            Payload::DnsId => Some((0, 2)),           // RFC 1035, section 4.1.1
+            Payload::RadiusId => Some((1, 1)),        // RFC 2865, section 3
+        }
+    }
 }
 
 /// Mapping from the selection key to a slot.
@@ -363,6 +408,31 @@ impl UpstreamConfig {
         match self.port {
             Some(port) => with_port(&self.address, port),
             None => self.address.to_string(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Payload;
+
+    #[test]
+    fn words_are_fields_of_their_protocols() {
+        let ff = |count| vec![0xff; count];
+        // a header of each protocol, with ff in the field
+        let headers = [
+            (Payload::SflowAgent, [vec![0, 0, 0, 5, 0, 0, 0, 1], ff(4), vec![0; 16]].concat()),
+            (Payload::Netflow9Source, [vec![0, 9, 0, 1], vec![0; 12], ff(4)].concat()),
+            (Payload::IpfixDomain, [vec![0, 10, 0, 16], vec![0; 8], ff(4)].concat()),
+            (Payload::GtpuTeid, [vec![0x30, 0x7e, 0, 4], ff(4), vec![0; 4]].concat()),
+            (Payload::DnsId, [ff(2), vec![1, 0, 0, 1, 0, 0, 0, 0, 0, 0]].concat()),
+            (Payload::RadiusId, [vec![12], ff(1), vec![0, 20], vec![0; 16]].concat()),
+        ];
+        for (payload, header) in headers {
+            let (offset, length) = payload.bytes().expect("a field");
+            let field = usize::from(offset)..usize::from(offset) + usize::from(length);
+            let is_field = |(at, byte): (usize, &u8)| field.contains(&at) == (*byte == 0xff);
+            assert!(header.iter().enumerate().all(is_field), "{payload:?}");
         }
     }
 }

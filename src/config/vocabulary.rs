@@ -1,16 +1,23 @@
 //! The words of a configuration file, each defined once: the decoder, suggestions, the JSON Schema,
 //! docs/configuration.md, udplb.yaml(5) and the NixOS module's check read this table.
 
-use super::Period;
 use super::diagnostic::Message;
 use super::hint::nearest;
 use super::quote::shorten;
+use super::{Payload, Period};
 
 /// The address or port of a key that matches all.
 pub const ANY: &str = "any";
 
-/// The payload's key that is the name of a StatsD metric.
-pub const STATSD: &str = "statsd";
+/// The words of [`Payload::WORDS`].
+pub const PAYLOAD_WORDS: [&str; Payload::WORDS.len()] = {
+    let (mut words, mut place) = ([""; Payload::WORDS.len()], 0);
+    while place < words.len() {
+        words[place] = Payload::WORDS[place].0;
+        place += 1;
+    }
+    words
+};
 
 /// The two forms of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -266,7 +273,7 @@ const SOURCES: &[&str] = &["vip", "preserve", "egress"];
 pub static SOURCE: EnumField = EnumField::new(&SOURCE, "source", SOURCES, "Sender that the upstream sees: the address that the packet was sent to (`vip`), the packet's sender (`preserve`), or this host's address on the way to the upstream (`egress`).").default("vip").example("preserve");
 pub static REPLY: EnumField = EnumField::new(&REPLY, "reply", &["none", "route"], "Way of the upstreams' answers. `route`: the upstreams see the client and route their answers through a host with this rule, where they get the address and port as source that the client had sent to. Needs `tc_action: block`, `mode: balance` and `source: preserve`, its default then.").default("none").example("route");
 pub static STRATEGY: EnumField = EnumField::new(&STRATEGY, "strategy", &["src-port", "src-ip", "src-ip-port", "random", "payload"], "Part of the packet that selects its upstream: address or port of the sender, both, or bytes of the payload; `random` selects for each packet anew.").default("src-ip-port").in_list(&["src-port", "src-ip"], "src-port").example("src-ip");
-pub static PAYLOAD: Field = Field::new("payload", Shape::WordsOrMap(&[STATSD], &PAYLOAD_MAP), "Bytes that the strategy `payload` selects by: the name of the first StatsD metric (`statsd`), or `offset` and `length`. A packet that is too short is selected by `src-ip-port`.").default("none").example("{ offset: 4, length: 8 }");
+pub static PAYLOAD: Field = Field::new("payload", Shape::WordsOrMap(&PAYLOAD_WORDS, &PAYLOAD_MAP), "Bytes that the strategy `payload` selects by: the name of the first StatsD metric (`statsd`), a field of sFlow 5 (`sflow-agent`, of IPv4), NetFlow 9 (`netflow9-source`), IPFIX (`ipfix-domain`), GTP-U (`gtpu-teid`), DNS (`dns-id`) or RADIUS (`radius-id`), or `offset` and `length`. A packet that is too short is selected by `src-ip-port`.").default("none").example("{ offset: 4, length: 8 }");
 pub static HASH: EnumField = EnumField::new(&HASH, "hash", &["modulo", "maglev"], "Mapping from the selecting part to an upstream. With `maglev` another upstream, or one less, moves few flows of the others; `modulo` goes by the place in the list.").default("maglev").list_default("modulo").example("modulo");
 pub static PAYLOAD_OFFSET: Field = Field::new(
     "offset",
@@ -614,12 +621,7 @@ impl EnumField {
     }
 
     fn unknown(&self, name: &str, root: Root) -> Message {
-        let names = self.usable(root);
-        let help = match nearest(name, names) {
-            Some(near) => format!("did you mean `{near}`?"),
-            None => format!("known here: {}", list(names)),
-        };
-        Message::new(format!("unknown word `{}`", shorten(name))).help(help)
+        unknown_word(name, self.usable(root))
     }
 
     pub fn usable(&self, root: Root) -> &'static [&'static str] {
@@ -639,6 +641,15 @@ impl EnumField {
     pub fn list(&self, root: Root) -> String {
         format!("one of {}", list(self.usable(root)))
     }
+}
+
+/// Returns the message of a word that is none of some.
+pub fn unknown_word(name: &str, words: &[&'static str]) -> Message {
+    let help = match nearest(name, words) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None => format!("known here: {}", list(words)),
+    };
+    Message::new(format!("unknown word `{}`", shorten(name))).help(help)
 }
 
 pub fn map_only(what: &str) -> Message {

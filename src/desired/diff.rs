@@ -6,7 +6,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::config::{ANY, Announce, Hash, Mode, Network, Payload, STATSD, with_port};
+use crate::config::{ANY, Announce, Hash, Mode, Network, with_port};
 use crate::desired::tables::moved_share;
 use crate::desired::{Desired, Rule, Upstream};
 use crate::maglev;
@@ -277,8 +277,10 @@ pub fn word(value: &impl Serialize) -> String {
 fn payload(rule: &Rule) -> String {
     match rule.payload {
         None => "none".into(),
-        Some(Payload::Statsd) => STATSD.into(),
-        Some(Payload::Bytes { offset, length }) => format!("{length} bytes at {offset}"),
+        Some(payload) => match (payload.word(), payload.bytes()) {
+            (None, Some((offset, length))) => format!("{length} bytes at {offset}"),
+            (word, _) => word.unwrap_or_default().into(),
+        },
     }
 }
 

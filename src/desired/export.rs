@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::config::{ANY, Addresses, Key, Mode, Payload, Ports, STATSD, State};
+use crate::config::{ANY, Addresses, Key, Mode, Ports, State};
 use crate::desired::{Desired, Rule, Upstream};
 
 /// Returns the map form of the configuration with every option. Host names stay names, and hosts that are
@@ -75,9 +75,9 @@ fn options(rule: &Rule) -> Value {
         options["hash"] = json!(rule.hash);
     }
     if let Some(payload) = rule.payload {
-        options["payload"] = match payload {
-            Payload::Statsd => json!(STATSD),
-            Payload::Bytes { offset, length } => json!({ "offset": offset, "length": length }),
+        options["payload"] = match (payload.word(), payload.bytes()) {
+            (None, Some((offset, length))) => json!({ "offset": offset, "length": length }),
+            (word, _) => json!(word),
         };
     }
     options
@@ -301,7 +301,7 @@ mod tests {
         let strategies = [Selection::SrcPort, Selection::SrcIp, Selection::SrcIpPort];
         let strategies = strategies.into_iter().chain([Selection::Random]);
         let payload = prop_oneof![
-            Just(Payload::Statsd),
+            select(Payload::WORDS.map(|(_, payload)| payload).to_vec()),
             (0..=u16::MAX, 1..=64_u8)
                 .prop_map(|(offset, length)| Payload::Bytes { offset, length }),
         ];

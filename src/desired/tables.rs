@@ -101,10 +101,8 @@ impl Tables {
             self.destinations(rule, &rule.mirrors, &ids.mirrors, |mirror| duplicate(mirror, false));
         let (first_receiver, receivers) = if replicates { upstreams } else { mirrors };
         let (first_slot, slots) = if replicates { (0, 0) } else { slots.place(rule) };
-        let (payload_offset, payload_length) = match rule.payload {
-            Some(Payload::Bytes { offset, length }) => (offset, length.into()),
-            _ => (0, 0),
-        };
+        let (payload_offset, payload_length) =
+            rule.payload.and_then(Payload::bytes).unwrap_or_default();
         types::rule {
             id: ids.rule,
             senders: 0,
@@ -120,7 +118,7 @@ impl Tables {
             receivers: receivers as u16,
             upstreams: upstreams.1 as u16,
             payload_offset,
-            payload_length,
+            payload_length: payload_length.into(),
         }
     }
 

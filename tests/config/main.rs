@@ -638,7 +638,7 @@ fn schema_has_every_word() {
     assert_eq!(options["hash"]["enum"], serde_json::json!(["modulo", "maglev"]));
     assert_eq!(options["hash"]["default"], "maglev");
     assert_eq!(options["tc_action"]["default"], "pass");
-    assert_eq!(options["payload"]["anyOf"][0]["enum"], serde_json::json!(["statsd"]));
+    assert_eq!(options["payload"]["anyOf"][0]["enum"][6], "radius-id");
     let upstream = &rule["upstream"]["items"]["properties"];
     assert_eq!(upstream["source"]["enum"], serde_json::json!(["vip", "preserve", "egress"]));
     assert_eq!(upstream["source"]["default"], serde_json::Value::Null);

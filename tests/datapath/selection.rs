@@ -155,10 +155,10 @@ fn metrics() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
 fn key_of(rule: &Rule, (source, port, payload): &Flow) -> (u32, bool) {
     let found = match rule.payload {
         None => return (flow::sender_key(rule, *source, *port), false),
-        Some(Payload::Statsd) => flow::metric_key(payload),
-        Some(Payload::Bytes { offset, length }) => {
-            flow::payload_key(payload, offset.into(), length.into())
-        }
+        Some(key) => match key.bytes() {
+            Some((offset, length)) => flow::payload_key(payload, offset.into(), length.into()),
+            None => flow::metric_key(payload),
+        },
     };
     (found.unwrap_or_else(|| flow::by_address_and_port(*source, *port)), found.is_none())
 }
@@ -185,6 +185,8 @@ fn hashes_are_those_of_user_space() {
         (Strategy::Payload, Hash::Modulo, bytes_at(20, 8)),
         (Strategy::Payload, Hash::Maglev, bytes_at(u16::MAX, 64)),
         (Strategy::Payload, Hash::Maglev, Some(Payload::Statsd)),
+        (Strategy::Payload, Hash::Maglev, Some(Payload::Netflow9Source)),
+        (Strategy::Payload, Hash::Maglev, Some(Payload::RadiusId)),
     ];
     Testbed::with(|testbed| {
         for (strategy, hash, payload) in ways {
