@@ -112,7 +112,9 @@ static __always_inline const __be32 *fill_plain_rewrite(const struct pkt *pkt, c
 		copy_address(rw->source, &pkt->ip6->daddr, true);
 	else
 		copy_address(rw->source, line->source6, true);
-	return is_same_address(rw->source, upstream->address) ? NULL : upstream->address;
+	if (is_same_address(rw->source, upstream->address))
+		return NULL;
+	return features.direct && line->via ? line->kept6 : upstream->address;
 }
 
 /* Returns true if the line of an upstream is valid for the packet. */

@@ -62,7 +62,7 @@ __noinline __u32 fill_line(__u32 length, __u32 ipv6)
 	line = bpf_map_lookup_elem(&lines, &index);
 	upstream = bpf_map_lookup_elem(&upstreams, &index);
 	until = line_expiry(xmit);
-	if (!line || !upstream || !until)
+	if (!line || !upstream || !until || is_tunnel(xmit))
 		return 0;
 	line->until = until;
 	line->ifindex = xmit->hop.ifindex;
@@ -73,11 +73,15 @@ __noinline __u32 fill_line(__u32 length, __u32 ipv6)
 	line->port = upstream->port;
 	line->source = upstream->source;
 	line->takes_frames = takes_frames(line->ifindex);
+	line->via = upstream->via;
 	copy_macs(line->macs, xmit->hop.macs);
 	if (features.ipv6 && ipv6) {
-		__builtin_memcpy(line->source6, xmit->rewrite.source, sizeof(line->source6));
+		if (is_direct(xmit))
+			__builtin_memcpy(line->kept6, xmit->kept, sizeof(line->kept6));
+		else
+			__builtin_memcpy(line->source6, xmit->rewrite.source, sizeof(line->source6));
 	} else {
-		line->destination = upstream->address[0];
+		line->destination = is_direct(xmit) ? xmit->kept[0] : upstream->address[0];
 		line->source4 = xmit->rewrite.source[0];
 	}
 	line->epoch = xmit->epoch;

@@ -33,6 +33,13 @@ struct xmit {
 	bool egress_source; /* the source is this host's address, which user space resolved with the next hop
 			     */
 	struct rewrite rewrite;
+	enum via via;	  /* with is_direct(), rewrite.destination only leads to the next hop */
+	__be32 kept[4];	  /* destination of such a packet */
+	__be32 egress[4]; /* source of the outer header */
+	union {
+		struct outer4 outer4;
+		struct outer6 outer6;
+	};
 	struct hop hop;
 	struct bpf_fib_lookup fib;
 	struct bpf_redir_neigh neighbour;
@@ -63,6 +70,18 @@ static __always_inline struct xmit *get_xmit(void)
 	const __u32 only = 0;
 
 	return bpf_map_lookup_elem(&xmit_scratch, &only);
+}
+
+/* Returns true for a packet that keeps its destination. */
+static __always_inline bool is_direct(const struct xmit *xmit)
+{
+	return features.direct && xmit->via != VIA_ADDRESS;
+}
+
+/* Returns true for a packet that is sent in outer headers. */
+static __always_inline bool is_tunnel(const struct xmit *xmit)
+{
+	return features.tunnels && xmit->via >= VIA_IPIP;
 }
 
 #include "neighbour.h"

@@ -19,6 +19,7 @@
 #include "recirculate.h"
 #include "handover.h"
 #include "line.h"
+#include "tunnel.h"
 #include "xmit.h"
 #include "icmp.h"
 #include "admit.h"

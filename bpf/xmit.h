@@ -70,10 +70,12 @@ static __always_inline enum verdict transmit(struct __sk_buff *skb, struct pkt *
 	if (!redirects || xmit->hop.resolved || pkt->eth->h_dest[0] & 1)
 		copy_macs(pkt->eth, xmit->hop.macs);
 	xmit->checksum = checksum_state(skb, pkt);
-	xmit->csum_delta =
-		rewrite_headers(skb, pkt, xmit->checksum, &xmit->rewrite, xmit->rewrite.destination);
+	xmit->csum_delta = rewrite_headers(skb, pkt, xmit->checksum, &xmit->rewrite,
+					   is_direct(xmit) ? xmit->kept : xmit->rewrite.destination);
 	if (xmit->checksum == CSUM_COMPLETE)
 		bpf_csum_update(skb, xmit->csum_delta);
+	if (is_tunnel(xmit) && (!fill_outer(skb, pkt->packed) || !push_outer(skb, pkt_has(pkt, PKT_F_IPV6))))
+		return VERDICT_CLONE_FAILED;
 	if (pkt_has(pkt, PKT_F_TRACED))
 		trace_frame(skb);
 	if (redirects) {
@@ -83,6 +85,14 @@ static __always_inline enum verdict transmit(struct __sk_buff *skb, struct pkt *
 	if (!clone_packet(skb, pkt, xmit, &verdict))
 		*action = TC_ACT_SHOT;
 	return verdict;
+}
+
+/* Returns the MTU of the next hop without outer headers, in bytes; 0: unknown. */
+static __always_inline __u32 inner_mtu(const struct xmit *xmit, bool ipv6)
+{
+	__u32 outer = outer_length(xmit, ipv6);
+
+	return xmit->hop.mtu > outer ? xmit->hop.mtu - outer : 0;
 }
 
 static __always_inline bool is_ttl_expired(const struct pkt *pkt)
@@ -179,8 +189,8 @@ static __always_inline enum verdict xmit_to_nexthop(struct __sk_buff *skb, struc
 	xmit->upstream = upstream->id;
 	xmit->egress_source = upstream->source == SOURCE_EGRESS;
 	xmit->fragments = 0;
-	verdict = resolve_nexthop(skb, pkt, ip_length(skb, pkt), xmit);
-	if (verdict == VERDICT_MTU && is_sent(xmit->hop.verdict) &&
+	verdict = resolve_nexthop(skb, pkt, ip_length(skb, pkt) + outer_length(xmit, pkt->is_ipv6), xmit);
+	if (verdict == VERDICT_MTU && is_sent(xmit->hop.verdict) && !is_direct(xmit) &&
 	    (xmit->fragments = count_fragments(skb, pkt->packed, xmit->hop.mtu))) {
 		verdict = xmit->hop.verdict;
 		if (!pkt_locate(skb, pkt))
@@ -210,18 +220,20 @@ __noinline __u32 xmit_upstream(struct __sk_buff *skb, __u32 index, __u32 packed,
 	if (!upstream || !xmit)
 		return xmit_result(VERDICT_NO_UPSTREAM, action, 0);
 	xmit->index = upstream->line;
+	xmit->via = upstream->via;
 	if (!pkt_pull(skb, &pkt)) {
 		verdict = VERDICT_CLONE_FAILED;
 	} else if (is_ttl_expired(&pkt)) {
 		verdict = VERDICT_TTL;
-	} else if (!fill_rewrite(skb, &pkt, upstream, identification, &xmit->rewrite)) {
+	} else if (!fill_rewrite(skb, &pkt, upstream, identification, &xmit->rewrite) ||
+		   (is_direct(xmit) && !keep_destination(skb, packed, index))) {
 		verdict = VERDICT_NO_ROUTE;
 	} else if (is_martian_rewrite(packed)) {
 		verdict = VERDICT_MARTIAN;
 	} else {
 		verdict = xmit_to_nexthop(skb, &pkt, upstream, xmit, &action);
 	}
-	result = xmit_result(verdict, action, verdict == VERDICT_MTU ? xmit->hop.mtu : 0);
+	result = xmit_result(verdict, action, verdict == VERDICT_MTU ? inner_mtu(xmit, pkt.is_ipv6) : 0);
 	if (verdict == VERDICT_FORWARDED)
 		count_forwarded(skb, pkt.packed, upstream->line, upstream->id);
 	else

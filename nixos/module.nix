@@ -80,6 +80,11 @@ let
     "preserve"
     "egress"
   ];
+  way = types.enum [
+    "link"
+    "ipip"
+    "gue"
+  ];
   admission = types.enum [
     "deny"
     "allow"
@@ -225,8 +230,10 @@ let
         "Sender that upstreams see: the matched destination (`vip`, the default), the original one (`preserve`) or this host's own address (`egress`).";
     reply = word (types.enum [
       "none"
+      "direct"
       "route"
-    ]) "route" "Way of the upstreams' answers; with `route` they come back through this host.";
+    ]) "route" "Way of the upstreams' answers: from the upstreams to the clients (`direct`), or back through this host (`route`).";
+    via = word way "gue" "Way to the upstreams with `reply: direct`.";
     health =
       word (types.either (types.enum [
         "off"
@@ -296,6 +303,7 @@ let
   upstream = words (
     hostOptions
     // {
+      via = word way "link" "Way to this upstream, if not the rule's `via`.";
       weight = word (types.ints.between 1 10000) 2 "Share of the flows. The program's default is 1.";
       priority =
         word (types.ints.between 1 255) 2

@@ -236,6 +236,7 @@ async fn advise(
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
     let mut findings = candidate.several();
+    findings.extend(candidate.replies(&links));
     if !arpd_runs(global) {
         findings.extend(candidate.not_joined(&links));
     }

@@ -14,7 +14,7 @@ use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, Shape, Table};
 use super::{
     Action, Announce, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports,
-    Reply, RuleConfig, Source, Strategy, UpstreamConfig, Xdp, scalar,
+    Reply, RuleConfig, Source, Strategy, UpstreamConfig, Via, Xdp, scalar,
 };
 
 /// The valid part of a file, and its diagnostics.
@@ -342,6 +342,7 @@ impl Decoder {
             hash,
             source: self.source(&options, reply?)?,
             reply: reply?,
+            via: self.via(&own, &options, reply?, &at_options),
             health: match &options.health {
                 Given::Missing => Health::Off,
                 Given::Invalid => return None,
@@ -456,10 +457,28 @@ impl Decoder {
         self.settle(options.get(choice), choice)
     }
 
+    /// Returns the way to the upstreams of a rule, and reports one that has no meaning.
+    fn via(
+        &mut self,
+        own: &Options,
+        options: &Options,
+        reply: Reply,
+        at: &Trail<'_>,
+    ) -> Option<Via> {
+        if reply == Reply::Direct {
+            return options.get(&words::VIA).value().and_then(variant);
+        }
+        if own.get(&words::VIA).is_given() {
+            let message = Message::new("`via` needs `reply: direct`");
+            self.error(&at.field(words::VIA.field.name), message);
+        }
+        None
+    }
+
     /// Returns the source of outgoing packets: answers that are routed need the client's own.
     fn source(&self, options: &Options, reply: Reply) -> Option<Source> {
         match (options.get(&words::SOURCE), reply) {
-            (Given::Missing, Reply::Route) => Some(Source::Preserve),
+            (Given::Missing, Reply::Direct | Reply::Route) => Some(Source::Preserve),
             _ => self.option(options, &words::SOURCE),
         }
     }
@@ -677,6 +696,10 @@ impl Decoder {
             Given::Missing => Some(None),
             given => given.value().and_then(variant).map(Some),
         };
+        let via = match self.choice(&fields, &words::UPSTREAM_VIA, at) {
+            Given::Missing => Some(None),
+            given => given.value().and_then(variant).map(Some),
+        };
         Some(UpstreamConfig {
             name: name?,
             address: address?,
@@ -686,6 +709,7 @@ impl Decoder {
             priority: priority?,
             state: state?,
             source: source?,
+            via: via?,
             sample: sample?,
             from: from?,
             not_from: not_from?,
@@ -777,6 +801,7 @@ mod tests {
         has_variants::<Mode>(&words::MODE);
         has_variants::<Source>(&words::SOURCE);
         has_variants::<Reply>(&words::REPLY);
+        has_variants::<Via>(&words::VIA);
         has_variants::<Strategy>(&words::STRATEGY);
         has_variants::<Hash>(&words::HASH);
         has_variants::<AllDown>(&words::ALL_DOWN);

@@ -48,7 +48,7 @@ pub use reference::{MARKS, manual, markdown};
 pub use schema::schema;
 pub use types::{
     Action, Addresses, Admission, Announce, Fragments, Hash, Key, Mode, Payload, Ports, Reply,
-    RuleConfig, Source, State, Strategy, UpstreamConfig, Xdp,
+    RuleConfig, Source, State, Strategy, UpstreamConfig, Via, Xdp,
 };
 pub use vocabulary::ANY;
 use vocabulary::INTERFACES;

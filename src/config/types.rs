@@ -193,8 +193,22 @@ pub enum Reply {
     /// Whatever the upstreams do.
     #[default]
     None,
+    /// The upstreams send them as the address that the client had asked; packets keep it.
+    Direct,
     /// They route them through this host, or another one with the same configuration.
     Route,
+}
+
+/// Way of a packet that keeps its destination to its upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Via {
+    /// By the upstream's MAC address.
+    Link,
+    /// In an IP header.
+    Ipip,
+    /// In a UDP header.
+    Gue,
 }
 
 /// Interfaces that have the addresses of the keys, for a routing daemon to announce.
@@ -249,6 +263,8 @@ pub struct RuleConfig {
     pub hash: Hash,
     pub source: Source,
     pub reply: Reply,
+    /// None unless `reply` is [`Reply::Direct`].
+    pub via: Option<Via>,
     pub health: Health,
     pub all_down: AllDown,
     pub fragments: Fragments,
@@ -281,6 +297,8 @@ pub struct UpstreamConfig {
     pub state: State,
     /// None: the rule's.
     pub source: Option<Source>,
+    /// None: the rule's.
+    pub via: Option<Via>,
     /// It gets every N-th packet; none: 1.
     pub sample: Option<u32>,
     /// It gets packets of these senders; none: of any.

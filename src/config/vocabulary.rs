@@ -271,7 +271,9 @@ pub static MODE: EnumField = EnumField::new(
 .example("replicate");
 const SOURCES: &[&str] = &["vip", "preserve", "egress"];
 pub static SOURCE: EnumField = EnumField::new(&SOURCE, "source", SOURCES, "Sender that the upstream sees: the address that the packet was sent to (`vip`), the packet's sender (`preserve`), or this host's address on the way to the upstream (`egress`).").default("vip").example("preserve");
-pub static REPLY: EnumField = EnumField::new(&REPLY, "reply", &["none", "route"], "Way of the upstreams' answers. `route`: the upstreams see the client and route their answers through a host with this rule, where they get the address and port as source that the client had sent to. Needs `tc_action: block`, `mode: balance` and `source: preserve`, its default then.").default("none").example("route");
+pub static REPLY: EnumField = EnumField::new(&REPLY, "reply", &["none", "direct", "route"], "Way of the upstreams' answers. `direct`: packets keep their destination, and the upstreams, which have that address too, answer the client themselves. `route`: the upstreams see the client and route their answers through a host with this rule, where they get the address and port as source that the client had sent to. Both need `tc_action: block`, `mode: balance` and `source: preserve`, its default then.").default("none").example("route");
+const WAYS: &[&str] = &["link", "ipip", "gue"];
+pub static VIA: EnumField = EnumField::new(&VIA, "via", WAYS, "With `reply: direct`: the packet goes to the upstream by its MAC address (`link`, in one network), in an IP header (`ipip`), or in a UDP header to port 6080 (`gue`).").inherits("none, and `reply: direct` needs one").example("gue");
 pub static STRATEGY: EnumField = EnumField::new(&STRATEGY, "strategy", &["src-port", "src-ip", "src-ip-port", "random", "payload"], "Part of the packet that selects its upstream: address or port of the sender, both, or bytes of the payload; `random` selects for each packet anew.").default("src-ip-port").in_list(&["src-port", "src-ip"], "src-port").example("src-ip");
 pub static PAYLOAD: Field = Field::new("payload", Shape::WordsOrMap(&PAYLOAD_WORDS, &PAYLOAD_MAP), "Bytes that the strategy `payload` selects by: the name of the first StatsD metric (`statsd`), a field of sFlow 5 (`sflow-agent`, of IPv4), NetFlow 9 (`netflow9-source`), IPFIX (`ipfix-domain`), GTP-U (`gtpu-teid`), DNS (`dns-id`) or RADIUS (`radius-id`), or `offset` and `length`. A packet that is too short is selected by `src-ip-port`.").default("none").example("{ offset: 4, length: 8 }");
 pub static HASH: EnumField = EnumField::new(&HASH, "hash", &["modulo", "maglev"], "Mapping from the selecting part to an upstream. With `maglev` another upstream, or one less, moves few flows of the others; `modulo` goes by the place in the list.").default("maglev").list_default("modulo").example("modulo");
@@ -439,6 +441,10 @@ pub static UPSTREAM_SOURCE: EnumField = EnumField::new(
 )
 .inherits("that of the rule")
 .example("egress");
+pub static UPSTREAM_VIA: EnumField =
+    EnumField::new(&UPSTREAM_VIA, "via", WAYS, "Way to this upstream, as in `options`.")
+        .inherits("that of the rule")
+        .example("link");
 pub static UPSTREAM_SAMPLE: Field = Field::new("sample", Shape::Number(&SAMPLE), "N: of N packets in turn one is sent, chosen at random. For mirrors and with `mode: replicate`.").default("1").example("10");
 pub static SAMPLE: Number = Number { what: "a sampling rate", first: 1, last: 1_000_000 };
 
@@ -469,6 +475,7 @@ pub static OPTIONS_MAP: Table = Table {
         &MODE.field,
         &SOURCE.field,
         &REPLY.field,
+        &VIA.field,
         &STRATEGY.field,
         &PAYLOAD,
         &HASH.field,
@@ -535,6 +542,7 @@ pub static UPSTREAM_MAP: Table = Table {
         &UPSTREAM_PRIORITY,
         &UPSTREAM_STATE.field,
         &UPSTREAM_SOURCE.field,
+        &UPSTREAM_VIA.field,
         &UPSTREAM_SAMPLE,
         &UPSTREAM_FROM,
         &UPSTREAM_NOT_FROM,

@@ -181,6 +181,7 @@ fn attributes(rule: &Rule) -> Vec<(&'static str, String)> {
         ("hash", word(&rule.hash)),
         ("source", word(&rule.source)),
         ("reply", word(&rule.reply)),
+        ("via", rule.via.map_or("none".into(), |via| word(&via))),
         ("health", rule.health.to_string()),
         ("all-down", word(&rule.all_down)),
         ("fragments", word(&rule.fragments)),
@@ -244,6 +245,7 @@ fn difference(
         let before = known.get(&endpoint)?;
         // A source that both inherit is shown at the rule.
         let own = before.source.is_some() || upstream.source.is_some();
+        let own_via = before.via.is_some() || upstream.via.is_some();
         let attributes = |rule: &Rule, upstream: &Upstream| {
             let mut attributes = vec![
                 ("weight", upstream.weight.to_string()),
@@ -254,6 +256,8 @@ fn difference(
                 ("not-from", networks(&upstream.not_from, "none")),
             ];
             attributes.extend(own.then(|| ("source", word(&rule.source_of(upstream)))));
+            let via = rule.via_of(upstream).filter(|_| own_via);
+            attributes.extend(via.map(|via| ("via", word(&via))));
             attributes
         };
         let attributes = differing(attributes(old, before), attributes(new, upstream));
@@ -509,7 +513,7 @@ mod tests {
         let from_nothing = Changes::new(&Desired::default(), &new, &[]);
         let attributes = "    all-down: open\n    fragments: follow\n    hash: modulo\n    health: off\n    martians: deny\n    \
              mode: balance\n    payload: none\n    reply: none\n    source: vip\n    strategy: src-ip-port\n    \
-             tc_action: pass\n    zero-checksum: deny\n";
+             tc_action: pass\n    via: none\n    zero-checksum: deny\n";
         assert_eq!(
             from_nothing.to_string(),
             format!(

@@ -74,6 +74,9 @@ fn options(rule: &Rule) -> Value {
         options["strategy"] = json!(rule.strategy);
         options["hash"] = json!(rule.hash);
     }
+    if let Some(via) = rule.via {
+        options["via"] = json!(via);
+    }
     if let Some(payload) = rule.payload {
         options["payload"] = match (payload.word(), payload.bytes()) {
             (None, Some((offset, length))) => json!({ "offset": offset, "length": length }),
@@ -108,6 +111,9 @@ pub fn host(upstream: &Upstream) -> Value {
     }
     if let Some(source) = upstream.source {
         say("source", json!(source));
+    }
+    if let Some(via) = upstream.via {
+        say("via", json!(via));
     }
     if upstream.sample != 1 {
         say("sample", json!(upstream.sample));

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{
     self, Action, Address, Addresses, Admission, AllDown, Announce, Config, Family, Fragments,
     Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Reply, Source, State,
-    Strategy, Xdp, with_port,
+    Strategy, Via, Xdp, with_port,
 };
 use crate::desired::partial::Incomplete;
 use crate::net::routing::{Senders, Target};
@@ -71,6 +71,9 @@ pub struct Rule {
     pub source: Source,
     #[serde(default, skip_serializing_if = "is_default")]
     pub reply: Reply,
+    /// Default for upstreams without a `via` of their own; `None` unless `reply` is `direct`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub via: Option<Via>,
     #[serde(default, skip_serializing_if = "is_default")]
     pub health: Health,
     #[serde(default, skip_serializing_if = "is_default")]
@@ -115,6 +118,9 @@ pub struct Upstream {
     /// `None` for the rule's, see [`Rule::source_of`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
+    /// `None` for the rule's, see [`Rule::via_of`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub via: Option<Via>,
     /// N: one of N packets is sent, at random.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub sample: u32,
@@ -151,6 +157,7 @@ impl Rule {
             hash: Hash::Maglev,
             source: Source::Vip,
             reply: Reply::None,
+            via: None,
             health: Health::Off,
             all_down: AllDown::Open,
             fragments: Fragments::Follow,
@@ -164,6 +171,11 @@ impl Rule {
     /// Returns the source address policy of this upstream or mirror.
     pub fn source_of(&self, upstream: &Upstream) -> Source {
         upstream.source.unwrap_or(self.source)
+    }
+
+    /// Returns the way to this upstream; `None`: to its address.
+    pub fn via_of(&self, upstream: &Upstream) -> Option<Via> {
+        upstream.via.or(self.via)
     }
 
     /// Returns the family of all addresses of the rule.
@@ -223,6 +235,7 @@ impl Upstream {
             priority: 1,
             state: State::Active,
             source: None,
+            via: None,
             sample: 1,
             from: Vec::new(),
             not_from: Vec::new(),
@@ -377,6 +390,7 @@ impl Desired {
     /// Returns the destination of a rule's packets for an upstream or a mirror, and their sender.
     pub fn target(&self, rule: &Rule, upstream: &Upstream) -> Target {
         let senders = match (rule.source_of(upstream), rule.key.address) {
+            _ if matches!(rule.via_of(upstream), Some(Via::Ipip | Via::Gue)) => Senders::Own,
             (Source::Egress, _) => Senders::Own,
             (Source::Preserve, _) => Senders::Among(rule.key.from.clone()),
             (Source::Vip, KeyAddress::Is(address)) => Senders::Among(vec![address.into()]),
@@ -418,6 +432,7 @@ fn written(rule: &config::RuleConfig) -> Rule {
         state: upstream.state,
         // Equal to the default: the same configuration.
         source: upstream.source.filter(|source| *source != rule.source),
+        via: upstream.via.filter(|via| Some(*via) != rule.via),
         sample: upstream.sample.unwrap_or(1),
         from: upstream.from.clone(),
         not_from: upstream.not_from.clone(),
@@ -432,6 +447,7 @@ fn written(rule: &config::RuleConfig) -> Rule {
         hash: rule.hash,
         source: rule.source,
         reply: rule.reply,
+        via: rule.via,
         health: rule.health.clone(),
         all_down: rule.all_down,
         fragments: rule.fragments,
@@ -500,8 +516,8 @@ pub fn assign_ids(
         let all = match packets {
             Packets::To(Role::Upstream) => &rule.upstreams[..],
             Packets::To(Role::Mirror) => &rule.mirrors,
-            Packets::Answers if rule.reply == Reply::None => &[],
-            Packets::Answers => &rule.upstreams,
+            Packets::Answers if rule.reply == Reply::Route => &rule.upstreams,
+            Packets::Answers => &[],
         };
         let name = rule.name.as_str();
         all.iter().map(move |it| (name, Some((packets, rule.mode, &it.address, it.port))))

@@ -7,7 +7,7 @@ use crate::bpf::types::{self, rule_flags as flags};
 use crate::bpf::wire;
 use crate::config::{
     Action, Admission, AllDown, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports,
-    Source, State, Strategy,
+    Reply, Source, State, Strategy, Via,
 };
 use crate::desired::key_table::{Key4, Key6};
 use crate::desired::senders::{self, Share, Shares};
@@ -138,6 +138,7 @@ impl Tables {
                 address: wire(upstream.address.ip),
                 port: upstream.port.unwrap_or(0).to_be(),
                 source: source(rule.source_of(upstream)),
+                via: via(rule.via_of(upstream)),
                 drained: (upstream.state == State::Drained).into(),
                 duplicate: duplicate(upstream),
                 sample: upstream.sample,
@@ -494,6 +495,8 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
         errors: any(&|rule| rule.action == Action::Block && rule.mode == Mode::Balance),
         sockets: any(&|rule| takes_answers(rule, desired.local_ports)),
         origins: (!tables.origins.is_empty()).into(),
+        direct: any(&|rule| rule.reply == Reply::Direct),
+        tunnels: any(&|rule| rule.upstreams.iter().any(|it| is_tunnel(rule.via_of(it)))),
         ..Default::default()
     }
 }
@@ -556,6 +559,20 @@ fn source(source: Source) -> types::source {
         Source::Vip => types::source::SOURCE_VIP,
         Source::Preserve => types::source::SOURCE_PRESERVE,
         Source::Egress => types::source::SOURCE_EGRESS,
+    }
+}
+
+/// Returns true for a way in outer headers.
+pub fn is_tunnel(via: Option<Via>) -> bool {
+    matches!(via, Some(Via::Ipip | Via::Gue))
+}
+
+fn via(via: Option<Via>) -> types::via {
+    match via {
+        None => types::via::VIA_ADDRESS,
+        Some(Via::Link) => types::via::VIA_LINK,
+        Some(Via::Ipip) => types::via::VIA_IPIP,
+        Some(Via::Gue) => types::via::VIA_GUE,
     }
 }
 

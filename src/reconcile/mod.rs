@@ -11,6 +11,7 @@ pub mod execute;
 pub mod observe;
 pub mod plan;
 pub mod readiness;
+mod reply_warnings;
 pub mod sockets;
 pub mod source;
 pub mod warnings;

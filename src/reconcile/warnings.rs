@@ -29,7 +29,7 @@ pub struct Candidate<'a> {
 impl<'a> Candidate<'a> {
     /// Returns the upstreams with their rules and their places in the file. Both lists have the same order,
     /// but `desired` may lack some.
-    fn upstreams(self) -> impl Iterator<Item = (&'a Path, &'a Rule, &'a Upstream)> {
+    pub(super) fn upstreams(self) -> impl Iterator<Item = (&'a Path, &'a Rule, &'a Upstream)> {
         let by_name = self.config.rules.iter().map(|rule| (rule.name.as_str(), rule));
         let by_name: HashMap<&str, &RuleConfig> = by_name.collect();
         self.desired.rules.iter().flat_map(move |rule| {
@@ -55,7 +55,7 @@ impl<'a> Candidate<'a> {
     }
 
     /// Returns the interfaces that the kernel has.
-    fn links(self, links: &'a [Link]) -> impl Iterator<Item = &'a Link> {
+    pub(super) fn links(self, links: &'a [Link]) -> impl Iterator<Item = &'a Link> {
         self.desired.interfaces.iter().filter_map(|name| find_link(links.iter(), name))
     }
 

@@ -1118,7 +1118,7 @@ fn check_unexpected(
 fn program_loads_with_any_features() {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
     use udplb::bpf::types::features;
-    const SWITCHES: [fn(&mut features) -> &mut u8; 10] = [
+    const SWITCHES: [fn(&mut features) -> &mut u8; 12] = [
         |it| &mut it.ipv6,
         |it| &mut it.any_port,
         |it| &mut it.senders,
@@ -1129,6 +1129,8 @@ fn program_loads_with_any_features() {
         |it| &mut it.sockets,
         |it| &mut it.dry_run,
         |it| &mut it.origins,
+        |it| &mut it.direct,
+        |it| &mut it.tunnels,
     ];
     let load = |name: &str, on: &dyn Fn(usize) -> bool| {
         let mut object = std::mem::MaybeUninit::uninit();

@@ -1,10 +1,10 @@
-//! Answers of upstreams: `reply: route`.
+//! Answers of upstreams: `reply: route` and `reply: direct`.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use serde_json::{Value, json};
-use udplb::config::{Action, Key, Ports, Reply, Source};
+use udplb::config::{Action, Key, Ports, Reply, Source, Via};
 use udplb::desired::{Desired, Rule, RuleIds, Upstream};
 
 use crate::common::lab::{Lab, Net, Outcome, V4, V6, packets};
@@ -16,7 +16,8 @@ use crate::forge::{Checksum, Forged, Ip, fragments};
 use crate::packet::Mac;
 use crate::program::{Context, Counted, Program, Run};
 use crate::testbed::{
-    CLIENT, FAR, GATEWAY_MAC, NARROW, OUT_MAC, REDIRECT, RELAY_MAC, SHOT, Testbed, UNSPEC, VIP,
+    CLIENT, FAR, GATEWAY_MAC, NARROW, NEAR, NEAR_MAC, OUT_MAC, OWN, OWN6, REDIRECT, RELAY_MAC,
+    SHOT, Testbed, UNSPEC, VIP,
 };
 
 /// Upstreams of the tables, on the link of the packets, and the clients, behind a gateway.
@@ -260,6 +261,135 @@ fn fragments_of_answers_follow_the_first() {
     });
 }
 
+/// Upstreams on the link of the clients' gateway.
+const NEAR_BY: [IpAddr; 2] = [IpAddr::V4(NEAR), ip6([0xfd00, 2, 0, 0, 0, 0, 0, 2])];
+const EGRESS: [IpAddr; 2] = [IpAddr::V4(OWN), IpAddr::V6(OWN6)];
+
+/// Returns a rule whose upstream has the key's address too.
+fn direct(family: usize, via: Via) -> Rule {
+    let key = Key::new(VIPS[family], vec![Ports { first: 2055, last: 2058 }]);
+    let rule = Rule::new("direct", key, vec![Upstream::new(NEAR_BY[family], None)]);
+    let (action, source) = (Action::Block, Source::Preserve);
+    Rule { action, source, reply: Reply::Direct, via: Some(via), ..rule }
+}
+
+/// Configures a rule, with the next hop of its upstream.
+fn configure_direct(testbed: &Testbed<'_>, rule: Rule, family: usize, mtu: u32) -> RuleIds {
+    let hop = testbed.hop_to(NEAR_BY[family], mtu, Some(NEAR_MAC));
+    let ways = [(rule.upstreams[0].address.clone(), hop)].into();
+    let desired = Desired { rules: vec![rule], ..Desired::default() };
+    testbed.program.configure_all(&desired, &ways, 0).remove(0)
+}
+
+/// Returns a client's packet, as it arrives, and as it goes to an upstream that has the key's address.
+fn question(family: usize, change: &dyn Fn(&mut Forged)) -> (Forged, Forged) {
+    let client = [ip4([198, 51, 100, 7]), ip6([0x2001, 0xdb8, 0, 0, 0, 0, 0, 7])];
+    let mut came = Forged::between(RELAY_MAC, client[family], VIPS[family], 2056);
+    change(&mut came);
+    let mut gone =
+        Forged { to: NEAR_MAC, from: OUT_MAC, tag: None, tags: Vec::new(), ..came.clone() };
+    match &mut gone.ip {
+        Ip::V4(ip) => ip.ttl -= 1,
+        Ip::V6(ip) => ip.hop_limit -= 1,
+    }
+    (came, gone)
+}
+
+#[test]
+fn direct_packets_keep_their_destination() {
+    Testbed::with(|testbed| {
+        for family in 0..2 {
+            let ids = configure_direct(testbed, direct(family, Via::Link), family, 1500);
+            for (name, change) in [
+                ("plain", (|_| {}) as fn(&mut Forged)),
+                ("wrong checksum", |it| it.udp.checksum = Checksum::Off(7)),
+                ("tag", |it| it.tags = vec![Tag { protocol: 0x8100, control: 7 }]),
+                ("full", |it| it.udp.payload = 1500 - 48),
+            ] {
+                let (came, gone) = question(family, &change);
+                let frame = gone.frame();
+                let counted = [((ids.upstreams[0], "forwarded"), (1, frame.len() as u64))].into();
+                let wanted = (Run { action: REDIRECT, frame, tag: None }, counted);
+                // by the slow path, then by what it has remembered
+                for _ in 0..2 {
+                    assert_eq!(run(testbed, &came), wanted, "{name} {family}");
+                }
+            }
+        }
+    });
+}
+
+/// Returns the outer headers' length.
+fn outer(family: usize, via: Via) -> usize {
+    [20, 40][family] + if via == Via::Gue { 8 } else { 0 }
+}
+
+#[test]
+fn tunnels_have_outer_headers() {
+    Testbed::with(|testbed| {
+        for (family, via) in [(0, Via::Ipip), (0, Via::Gue), (1, Via::Ipip), (1, Via::Gue)] {
+            let outer = outer(family, via);
+            let ids = configure_direct(testbed, direct(family, via), family, 1500);
+            for payload in [0, 16, 333, 1500 - outer - [28, 48][family]] {
+                let (came, gone) = question(family, &|it| it.udp.payload = payload);
+                let (run, counted) = run(testbed, &came);
+                assert_eq!(run.action, REDIRECT, "{family} {via:?} {payload}");
+                assert_eq!(counted.keys().collect::<Vec<_>>(), [&(ids.upstreams[0], "forwarded")]);
+                let inner = gone.frame();
+                assert_eq!(run.frame[..14], inner[..14]);
+                assert_eq!(run.frame[14 + outer..], inner[14..]);
+                check_outer(&run.frame[14..], family, via);
+            }
+        }
+    });
+}
+
+/// Checks outer headers; the packet is correct otherwise.
+fn check_outer(packet: &[u8], family: usize, via: Via) {
+    let gue = via == Via::Gue;
+    if family == 0 {
+        let ip = etherparse::Ipv4HeaderSlice::from_slice(packet).expect("an IPv4 header");
+        assert_eq!(ip.to_header().calc_header_checksum(), ip.header_checksum());
+        assert_eq!(usize::from(ip.total_len()), packet.len());
+        assert_eq!((ip.ttl(), ip.dont_fragment()), (64, true));
+        assert_eq!(ip.protocol().0, if gue { 17 } else { 4 });
+        let ends = [ip.source_addr(), ip.destination_addr()].map(IpAddr::V4);
+        assert_eq!(ends, [EGRESS[0], NEAR_BY[0]]);
+    } else {
+        let ip = etherparse::Ipv6HeaderSlice::from_slice(packet).expect("an IPv6 header");
+        assert_eq!(usize::from(ip.payload_length()) + 40, packet.len());
+        assert_eq!((ip.hop_limit(), ip.next_header().0), (64, if gue { 17 } else { 41 }));
+        assert_ne!(ip.flow_label().value(), 0);
+        let ends = [ip.source_addr(), ip.destination_addr()].map(IpAddr::V6);
+        assert_eq!(ends, [EGRESS[1], NEAR_BY[1]]);
+    }
+    if gue {
+        let header = packet.len().min([20, 40][family]);
+        let udp = etherparse::UdpHeaderSlice::from_slice(&packet[header..]).expect("UDP");
+        assert_eq!((udp.destination_port(), udp.checksum()), (6080, 0));
+        assert_eq!(usize::from(udp.length()), packet.len() - header);
+        assert!(udp.source_port() >= 0xc000);
+    }
+}
+
+/// The sender of a packet that leaves no room for outer headers hears of it, with or without DF.
+#[test]
+fn packets_too_long_for_a_tunnel_are_answered() {
+    Testbed::with(|testbed| {
+        for (family, via) in [(0, Via::Ipip), (0, Via::Gue), (1, Via::Ipip), (1, Via::Gue)] {
+            let ids = configure_direct(testbed, direct(family, via), family, 1500);
+            let most = 1500 - outer(family, via);
+            let (came, _) = question(family, &|it| it.udp.payload = most + 1 - [28, 48][family]);
+            let (run, counted) = run(testbed, &came);
+            assert_eq!(run.action, REDIRECT, "{family} {via:?}");
+            assert_eq!(counted.keys().collect::<Vec<_>>(), [&(ids.upstreams[0], "mtu")]);
+            let (kind, mtu) = if family == 0 { (34, 40..42) } else { (54, 60..62) };
+            assert_eq!(run.frame[kind], [3, 2][family]);
+            assert_eq!(run.frame[mtu], (most as u16).to_be_bytes());
+        }
+    });
+}
+
 /// Returns a configuration whose upstreams answer through the relay.
 fn routed() -> Value {
     let rule = |net: &Net| {
@@ -371,4 +501,73 @@ fn answers_go_through_any_relay() {
     };
     assert_eq!(answers(&lab.status()), 0);
     assert_eq!(answers(&other("status -o json").json()), 3);
+}
+
+/// A configuration whose upstream has the key's address too.
+fn direct_config(net: &Net, via: &str) -> Value {
+    let upstream = json!({ "name": "u1", "address": net.upstreams[0] });
+    let options = json!({ "tc_action": "block", "reply": "direct", "via": via });
+    json!({ "version": 1, "interfaces": ["eth0"], "rules": [net.rule("dns", 53, options, &[upstream])] })
+}
+
+/// Creates a lab whose upstream has the key's addresses on lo, and a way of its own to the client.
+fn direct_lab(offload: bool) -> Lab {
+    let lab = Lab::dual(offload, offload);
+    lab.client.link("eth1", &lab.upstream, "eth1", offload);
+    for namespace in [&lab.client, &lab.upstream] {
+        for interface in ["all", "eth0", "eth1"] {
+            namespace.sysctl(&format!("net.ipv4.conf.{interface}.rp_filter"), "0");
+        }
+        namespace.sysctl("net.ipv4.conf.all.arp_ignore", "1");
+        namespace.sysctl("net.ipv4.conf.all.arp_announce", "2");
+    }
+    lab.upstream.ip("addr add 10.1.0.1/32 dev lo");
+    lab.upstream.ip("addr add 2001:db8:1::1/128 dev lo nodad");
+    lab.client.ip("addr add 10.9.0.20/24 dev eth1");
+    lab.upstream.ip("addr add 10.9.0.2/24 dev eth1");
+    lab.client.ip("addr add 2001:db8:9::20/64 dev eth1 nodad");
+    lab.upstream.ip("addr add 2001:db8:9::2/64 dev eth1 nodad");
+    lab.upstream.ip("route add 10.1.0.20 via 10.9.0.20");
+    lab.upstream.ip("route add 2001:db8:1::20 via 2001:db8:9::20");
+    lab
+}
+
+/// Asks an upstream that has the key's address, and takes its answer from there.
+fn ask_directly(net: &Net, lab: &Lab, sizes: &[usize]) {
+    let client = bind(&lab.client, net.clients[0], 0);
+    client.connect((net.key, 53)).expect("connected");
+    let server = bind(&lab.upstream, net.key, 53);
+    for size in sizes {
+        client.send(&payload(*size)).expect("sent");
+        expect(&server, &payload(*size), own(&client), TTL - 1);
+        server.send_to(b"an answer", own(&client)).expect("sent");
+        expect(&client, b"an answer", client.peer_addr().expect("connected"), TTL);
+    }
+}
+
+#[test]
+fn upstreams_on_the_link_answer_themselves() {
+    for offload in [true, false] {
+        let lab = direct_lab(offload);
+        for net in [V4, V6] {
+            lab.apply(&direct_config(&net, "link"));
+            let header = if net.is_ipv6() { 48 } else { 28 };
+            ask_directly(&net, &lab, &[0, 1, 39, 1000, 1500 - header, 4000]);
+            assert_eq!(lab.packets("dns", "u1", "forwarded"), 8);
+        }
+    }
+}
+
+/// `apply` says which packets are too long for outer headers, and for `link` that there is a router between.
+#[test]
+fn apply_warns_of_direct_ways() {
+    let lab = direct_lab(true);
+    let warnings = |config: &Value| lab.try_apply(config, "").expect(0).stderr;
+    assert!(warnings(&direct_config(&V4, "gue")).contains("packets of more than 1472 bytes"));
+    lab.relay.ip("link set up0 mtu 1528");
+    assert!(!warnings(&direct_config(&V4, "gue")).contains("packets of more than"));
+    let mut far = direct_config(&V4, "link");
+    far["rules"][0]["upstream"][0]["address"] = json!("10.3.0.20");
+    lab.relay.ip("route add 10.3.0.0/24 via 10.2.0.20");
+    assert!(warnings(&far).contains("10.3.0.20 is behind 10.2.0.20"));
 }

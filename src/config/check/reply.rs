@@ -10,9 +10,16 @@ use crate::config::{Action, KeyAddress, Mode, Path, Ports, Reply, RuleConfig, So
 /// Reports options and keys that exclude the rule's `reply`.
 pub(super) fn check(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
     let word = match rule.reply {
-        Reply::None => return,
+        Reply::None => "none",
+        Reply::Direct => "direct",
         Reply::Route => "route",
     };
+    if rule.reply != Reply::Direct {
+        unused_ways(rule, diagnostics);
+    }
+    if rule.reply == Reply::None {
+        return;
+    }
     let at = option(rule, words::REPLY.field.name);
     let mut refuse = |at: &Path, why: &str, help: &str| {
         let message = Message::about(at, format!("`reply: {word}` {why}"));
@@ -33,15 +40,39 @@ pub(super) fn check(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
     for upstream in own {
         refuse(&upstream.at.field(words::UPSTREAM_SOURCE.field.name), keeps, "leave `source` out");
     }
-    key(rule, refuse);
+    key(rule, &mut refuse);
+    match rule.reply {
+        Reply::None => {}
+        Reply::Direct => direct(rule, &at, refuse),
+        Reply::Route => route(rule, refuse),
+    }
+}
+
+/// Reports ways to upstreams of rules whose packets are sent to their addresses.
+fn unused_ways(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
+    for upstream in rule.upstreams.iter().filter(|it| it.via.is_some()) {
+        let at = upstream.at.field(words::UPSTREAM_VIA.field.name);
+        diagnostics.push(Message::about(&at, "`via` needs `reply: direct`"));
+    }
+}
+
+/// Reports upstreams without a way, and those to another port.
+fn direct(rule: &RuleConfig, at: &Path, mut refuse: impl FnMut(&Path, &str, &str)) {
+    if rule.via.is_none() && rule.upstreams.iter().any(|it| it.via.is_none()) {
+        refuse(at, "needs `via`, for the rule or each upstream", "`via: link`, `ipip` or `gue`");
+    }
+    for upstream in rule.upstreams.iter().filter(|it| it.port.is_some()) {
+        let why = "needs upstreams without `port`: packets keep their destination";
+        refuse(&upstream.at.field(words::UPSTREAM_PORT.name), why, "leave the port out");
+    }
 }
 
 fn option(rule: &RuleConfig, name: &'static str) -> Path {
     rule.at.field(words::OPTIONS.name).field(name)
 }
 
-/// Reports keys that do not tell which source answers are to have.
-fn key(rule: &RuleConfig, mut refuse: impl FnMut(&Path, &str, &str)) {
+/// Reports keys of several addresses, or of a group.
+fn key(rule: &RuleConfig, refuse: &mut impl FnMut(&Path, &str, &str)) {
     let at = rule.at.field(words::KEY.name).field(words::KEY_ADDRESS.name);
     match rule.key.address {
         KeyAddress::Any => {
@@ -54,6 +85,10 @@ fn key(rule: &RuleConfig, mut refuse: impl FnMut(&Path, &str, &str)) {
         }
         KeyAddress::Is(_) => {}
     }
+}
+
+/// Reports upstreams whose answers do not tell the port that they are to come from.
+fn route(rule: &RuleConfig, mut refuse: impl FnMut(&Path, &str, &str)) {
     if rule.key.only_port().is_some() {
         return;
     }
