@@ -79,6 +79,39 @@ impl<'a> Candidate<'a> {
         findings.extend(self.beyond(kernel));
         findings.extend(self.answers_taken(kernel));
         findings.extend(self.unseen(links, kernel));
+        findings.extend(self.unannounced(links));
+        findings
+    }
+
+    /// Returns warnings about interfaces of `announce` that are missing or down, and about an announcement
+    /// without addresses.
+    fn unannounced(self, links: &[Link]) -> Vec<Message> {
+        let Some(announce) = &self.desired.announce else { return Vec::new() };
+        let at = Path::default().field("announce");
+        let named = [
+            ("interface", Some(&announce.interface)),
+            ("last_resort", announce.last_resort.as_ref()),
+        ];
+        let mut findings: Vec<Message> = named
+            .into_iter()
+            .filter_map(|(field, name)| {
+                let name = name?;
+                let link = find_link(links.iter(), name);
+                let (state, help) = match link {
+                    None => ("there is no interface", format!("ip link add {name} up type dummy")),
+                    Some(link) if link.up => return None,
+                    Some(_) => (
+                        "nothing is announced from a link that is down,",
+                        format!("ip link set {name} up"),
+                    ),
+                };
+                Some(Message::about(&at.field(field), format!("{state} {name}")).help(help))
+            })
+            .collect();
+        if self.desired.announced().is_empty() {
+            let message = "no key has an address that can be announced";
+            findings.push(Message::about(&at, message));
+        }
         findings
     }
 

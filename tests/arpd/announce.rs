@@ -201,7 +201,7 @@ fn withdrawn_addresses_stay_away_until_they_are_announced() {
 fn detach_withdraws_first_and_apply_announces_again() {
     let lab = lab();
     lab.apply(&announced(&json!({ "settle": "1s" })));
-    let _arpd = Arpd::start(&lab, "");
+    let _arpd = Arpd::start(&lab, "--interval 3600");
     await_place(&lab, VIP, &["anycast0"]);
     await_place(&lab, VIP6, &["anycast0"]);
     let mut detach = lab.udplb("detach").spawn().expect("the program runs");
@@ -212,7 +212,7 @@ fn detach_withdraws_first_and_apply_announces_again() {
     assert!(!lab.filters("eth0").contains("udplb"));
     std::thread::sleep(Duration::from_secs(2));
     assert_eq!([places(&lab, VIP), places(&lab, VIP6)], [[""; 0]; 2]);
-    lab.apply(&announced(&json!({})));
+    lab.apply(&announced(&json!({ "settle": "1s" })));
     await_place(&lab, VIP, &["anycast0"]);
     await_place(&lab, VIP6, &["anycast0"]);
     lab.run("detach --purge").expect(0);
@@ -225,10 +225,15 @@ fn addresses_follow_the_file_and_the_interfaces() {
     let lab = lab();
     lab.relay.ip("link del anycast0");
     lab.relay.ip("addr add 2001:db8:99::1/128 dev up0");
-    lab.apply(&announced(&json!({})));
+    let outcome = lab.try_apply(&announced(&json!({})), "").expect(0);
+    outcome.says(&["announce.interface: there is no interface anycast0"]);
     let arpd = Arpd::start(&lab, "");
     until("its absence is reported", || arpd.log().contains("anycast0 is missing: ip link add"));
     assert_eq!(shown(&lab, VIP).1, "there is no interface anycast0");
+    let problems = lab.status()["problems"].clone();
+    let problem =
+        problems.as_array().expect("problems").iter().find(|it| it["id"] == "announce-interface");
+    assert_eq!(problem.expect("a problem")["fix"], "ip link add anycast0 up type dummy");
     assert_eq!(shown(&lab, VIP6).1, "up0 has it");
     add_interface(&lab, "anycast0");
     await_place(&lab, VIP, &["anycast0"]);

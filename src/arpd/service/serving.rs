@@ -148,11 +148,11 @@ pub(super) async fn filters(
 
 /// Reads the tcx programs of interfaces.
 pub(super) fn tcx_programs(interfaces: &BTreeMap<String, Filter>) -> BTreeMap<u32, Vec<Attached>> {
-    let attached = interfaces.values().filter_map(|seen| match seen {
-        Filter::Attached(index) => Some(*index),
-        _ => None,
+    let present = interfaces.values().filter_map(|seen| match seen {
+        Filter::Attached(index) | Filter::Detached(index) | Filter::Lost(index) => Some(*index),
+        Filter::Missing => None,
     });
-    attached.map(|index| (index, tcx::query(index).ok().flatten().unwrap_or_default())).collect()
+    present.map(|index| (index, tcx::query(index).ok().flatten().unwrap_or_default())).collect()
 }
 
 pub(super) fn is_attached(seen: &Filter) -> bool {

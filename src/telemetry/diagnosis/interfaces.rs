@@ -50,7 +50,28 @@ pub(super) fn problems(
         let why = "its packets meet rules of a configuration that does not name it";
         problems.push(problem("other-generation", name, what).why(why).fix(facts.source.apply()));
     }
+    problems.extend(unannounced(facts, serving));
     problems
+}
+
+/// Reports interfaces of `announce` that are missing or down: no routing daemon announces their addresses.
+fn unannounced(facts: &Facts<'_>, serving: &Generation) -> Vec<Problem> {
+    let announce = serving.description.desired.announce.iter();
+    let names = announce.flat_map(|it| [Some(&it.interface), it.last_resort.as_ref()]).flatten();
+    let problems = names.filter_map(|name| {
+        let interface = facts.observed.interfaces.get(&facts.observed.canonical(name));
+        let (what, fix) = match interface {
+            None => ("there is no such interface", format!("ip link add {name} up type dummy")),
+            Some(interface) if interface.up => return None,
+            Some(_) => ("it is down", format!("ip link set {name} up")),
+        };
+        Some(
+            problem("announce-interface", name, what)
+                .why("its addresses are not announced")
+                .fix(fix),
+        )
+    });
+    problems.collect()
 }
 
 fn is_in(names: &[String], name: &str) -> bool {
