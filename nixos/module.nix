@@ -10,7 +10,7 @@ let
   cfg = config.services.udplb;
 
   yaml = pkgs.formats.yaml { };
-  # The words that are typed here, and any other that the program knows: `udplb check` judges those.
+  # The words that are typed here, and any other that the program knows: `udplb check` checks those.
   words =
     options:
     types.submodule {

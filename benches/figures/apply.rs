@@ -28,15 +28,15 @@ pub fn measure(report: &mut Report) {
     report.record("apply_10k_ms", all.wall);
     report.record("apply_10k_unchanged_ms", unchanged.wall);
     report.record("status_10k_ms", status.wall);
-    let mut judge = |what, time: Time, limit| {
+    let mut compare = |what, time: Time, limit| {
         report.at_most(what, &format!("{:.0} ms", time.cpu), time.wall, " ms", limit);
     };
-    judge("10,000 rules and upstreams, all changed", all, 160.0);
-    judge("10,000 rules and upstreams, unchanged", unchanged, 40.0);
-    judge("status of 10,000 rules", status, 60.0);
-    judge("metrics of 10,000 upstreams", lab.time_of("metrics"), 300.0);
+    compare("10,000 rules and upstreams, all changed", all, 160.0);
+    compare("10,000 rules and upstreams, unchanged", unchanged, 40.0);
+    compare("status of 10,000 rules", status, 60.0);
+    compare("metrics of 10,000 upstreams", lab.time_of("metrics"), 300.0);
     let [all, _] = lab.time(10);
-    judge("100,000 ports in 10,000 rules, all changed", all, 1500.0);
+    compare("100,000 ports in 10,000 rules, all changed", all, 1500.0);
 }
 
 /// Times in milliseconds.

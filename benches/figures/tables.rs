@@ -17,12 +17,12 @@ const ROUNDS: usize = 5;
 
 pub fn measure(report: &mut Report) {
     report.title("Maglev tables");
-    let mut judge = |what, tables, members, weight, limit| {
+    let mut compare = |what, tables, members, weight, limit| {
         let [time] = least(ROUNDS, |_| time(tables, members, weight));
         report.at_most(what, "", time, " ms", limit);
     };
-    judge("1,000 of 10 upstreams, 10,007 slots each", 1000, 10, 1, 300.0);
-    judge("one of 100 upstreams, 1,000,003 slots", 1, 100, 100, 1000.0);
+    compare("1,000 of 10 upstreams, 10,007 slots each", 1000, 10, 1, 300.0);
+    compare("one of 100 upstreams, 1,000,003 slots", 1, 100, 100, 1000.0);
     memory(report);
 }
 

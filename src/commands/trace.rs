@@ -115,7 +115,23 @@ async fn trace(
     if !global.quiet {
         say(beginning);
     }
+    show(global, options, &maps.events, &mut session, &mut printer, &mut signals).await?;
+    session.end()?;
+    if let Some(summary) = summary(global, &printer, &session) {
+        say(summary);
+    }
+    Ok(Some(printer.count))
+}
 
+/// Prints events until a signal or the number of lines.
+async fn show(
+    global: &Global,
+    options: &Options,
+    events: &MapHandle,
+    session: &mut Session,
+    printer: &mut Printer,
+    signals: &mut Signals,
+) -> Result<()> {
     let taken = RefCell::new(VecDeque::new());
     let take = |bytes: &[u8]| {
         let mut taken = taken.borrow_mut();
@@ -123,7 +139,7 @@ async fn trace(
         if taken.len() >= BATCH { FULL } else { 0 }
     };
     let mut builder = RingBufferBuilder::new();
-    builder.add(&maps.events, take).context("events")?;
+    builder.add(events, take).context("events")?;
     let ring = builder.build().context("events")?;
     let mut ended = false;
     loop {
@@ -144,7 +160,7 @@ async fn trace(
             }
         }
         if !printer.flush()? || ended || is_gone() {
-            break;
+            return Ok(());
         }
         if !more && signals.within(POLL_INTERVAL).await {
             // read the remaining events
@@ -152,11 +168,6 @@ async fn trace(
             ended = true;
         }
     }
-    session.end()?;
-    if let Some(summary) = summary(global, &printer, &session) {
-        say(summary);
-    }
-    Ok(Some(printer.count))
 }
 
 /// Returns the addresses of this host, with broadcast addresses.

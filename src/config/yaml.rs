@@ -372,7 +372,7 @@ fn help(line: &str, after: &str, error: &ErrorKind) -> Option<String> {
     Some(help.into())
 }
 
-/// Reads JSON by a parser of its own, which is ten times as fast. The YAML parser judges what that one
+/// Reads JSON by a parser of its own, which is ten times as fast. The YAML parser decides about what that one
 /// refuses, and finds positions.
 fn read_json(text: &str) -> Option<Node<'_>> {
     if !text.trim_start().starts_with(['{', '[']) {

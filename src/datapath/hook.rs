@@ -137,11 +137,11 @@ pub async fn read(
         answer => answer.context("its tcx programs")?,
     };
     let filters = tc::read(netlink, ifindex, qdisc, known).await?;
-    Ok(judge(qdisc, filters, programs.as_deref(), known, name_of))
+    Ok(classify(qdisc, filters, programs.as_deref(), known, name_of))
 }
 
 /// Judges what is on a hook; `programs` are those at tcx, if the kernel has it, and `name_of` names a program.
-fn judge(
+fn classify(
     qdisc: Option<Qdisc>,
     filters: Filters,
     programs: Option<&[Attached]>,
@@ -239,7 +239,7 @@ pub fn wait_for_packets() {
 
 #[cfg(test)]
 mod tests {
-    use super::{Attached, Attachment, Filters, Hook, Known, Slot, judge};
+    use super::{Attached, Attachment, Filters, Hook, Known, Slot, classify};
     use crate::datapath::description::ProgramName;
 
     fn hook(filters: Filters, programs: Option<&[(u32, u32)]>) -> Hook {
@@ -253,7 +253,7 @@ mod tests {
             list.iter().map(|&(program, link)| Attached { program, link }).collect::<Vec<_>>()
         };
         let name = |program| (program != 7).then(|| format!("udplb_{program}"));
-        judge(None, filters, programs.map(attached).as_deref(), &known, name)
+        classify(None, filters, programs.map(attached).as_deref(), &known, name)
     }
 
     fn filters(slot: Slot, is_first: bool) -> Filters {

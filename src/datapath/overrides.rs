@@ -93,8 +93,8 @@ fn put(word: u64, place: u32, state: Option<State>) -> u64 {
 
 /// Returns the state of an upstream for output: the override, else the configured state. `None` for an
 /// active upstream without an override.
-pub fn word(filed: State, said: Option<State>) -> Option<&'static str> {
-    match (filed, said) {
+pub fn word(in_file: State, said: Option<State>) -> Option<&'static str> {
+    match (in_file, said) {
         (State::Active, None) => None,
         (State::Drained, None) => Some("drained"),
         (_, Some(State::Drained)) => Some("drained (override)"),

@@ -88,8 +88,8 @@ pub fn table(
     situations: &[&Situation],
 ) -> Vec<types::spare> {
     let is_active = |index: &usize| {
-        let (id, filed) = (ids.upstreams[*index], rule.upstreams[*index].state);
-        let state = |it: &&Situation| *it.overrides.get(&id).unwrap_or(&filed);
+        let (id, in_file) = (ids.upstreams[*index], rule.upstreams[*index].state);
+        let state = |it: &&Situation| *it.overrides.get(&id).unwrap_or(&in_file);
         situations.iter().all(|situation| state(situation) == State::Active)
     };
     let is_up = |index: &usize| {
@@ -184,22 +184,22 @@ mod tests {
             left.dedup();
             left
         };
-        let filed = Situation::default();
+        let in_file = Situation::default();
         let with = |overrides: &[(u32, State)], down: &[u32]| Situation {
             overrides: overrides.iter().copied().collect(),
             down: down.iter().copied().collect(),
         };
         let (first, second, third) = (6, 7, 8);
-        assert_eq!(left(&rule, &[&filed]), [first, third]);
+        assert_eq!(left(&rule, &[&in_file]), [first, third]);
         let swapped = with(&[(11, State::Drained), (12, State::Active)], &[]);
         assert_eq!(left(&rule, &[&swapped]), [second, third]);
-        assert_eq!(left(&rule, &[&filed, &swapped]), [third]);
+        assert_eq!(left(&rule, &[&in_file, &swapped]), [third]);
         assert_eq!(left(&rule, &[&with(&[], &[11])]), [third]);
         // all that may be selected are down
         assert_eq!(left(&rule, &[&with(&[], &[11, 13])]), [first, third]);
         let mut ranked = rule.clone();
         (ranked.upstreams[1].state, ranked.upstreams[2].priority) = (State::Active, 2);
-        assert_eq!(left(&ranked, &[&filed]), [first, second]);
+        assert_eq!(left(&ranked, &[&in_file]), [first, second]);
         assert_eq!(left(&ranked, &[&with(&[], &[11, 12])]), [third]);
         assert_eq!(left(&ranked, &[&with(&[], &[11, 12, 13])]), [first, second]);
         let off = Rule { health: Health::Off, ..rule.clone() };

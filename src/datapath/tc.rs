@@ -41,18 +41,18 @@ pub async fn read(
     known: &[Known],
 ) -> anyhow::Result<Filters> {
     if qdisc.is_none() {
-        return Ok(judge(&[], &[], known));
+        return Ok(classify(&[], &[], known));
     }
     let ingress = netlink.filters(ifindex, Direction::Ingress).await?;
     let egress = match qdisc {
         Some(Qdisc::Clsact) => netlink.filters(ifindex, Direction::Egress).await?,
         _ => Vec::new(),
     };
-    Ok(judge(&ingress, &egress, known))
+    Ok(classify(&ingress, &egress, known))
 }
 
 /// Judges the filters of an interface.
-fn judge(ingress: &[Filter], egress: &[Filter], known: &[Known]) -> Filters {
+fn classify(ingress: &[Filter], egress: &[Filter], known: &[Known]) -> Filters {
     let mut found =
         Filters { slot: Slot::Empty, shared: !egress.is_empty(), is_first: true, handover: false };
     for filter in ingress {
@@ -195,7 +195,7 @@ pub async fn delete_unused_clsact(
 
 #[cfg(test)]
 mod tests {
-    use super::{Filters, HANDLE, NAME, PRIORITY, judge};
+    use super::{Filters, HANDLE, NAME, PRIORITY, classify};
     use crate::datapath::description::ProgramName;
     use crate::datapath::hook::{Known, Slot};
     use crate::net::qdisc::{ETH_P_ALL, Filter, FilterProgram};
@@ -220,7 +220,7 @@ mod tests {
             name: ProgramName::new(id, [id as u8; 8]),
             handover: id == 2,
         });
-        judge(filters, &[], &known)
+        classify(filters, &[], &known)
     }
 
     fn slot(filters: &[Filter]) -> (Slot, bool) {
@@ -283,6 +283,6 @@ mod tests {
 
     #[test]
     fn egress_is_on_the_same_qdisc() {
-        assert!(judge(&[filter(1)], &[filter(9)], &[]).shared);
+        assert!(classify(&[filter(1)], &[filter(9)], &[]).shared);
     }
 }

@@ -184,24 +184,7 @@ pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Resu
         neighbours: netlink.neighbour_tables().await.context("neighbours")?,
         ..Facts::default()
     };
-    let segments = tcp_segments();
-    let measured = bpf::measure_runs().inspect_err(|error| log::info!("run times: {error}"));
-    let reading = match readings(store, netlink).await {
-        Ok((before, links, after)) => {
-            facts.tcp_segments = tcp_segments().saturating_sub(segments);
-            facts.growth = sample::growth(&before.status, &after.status);
-            if measured.is_ok() {
-                facts.hidden = sample::hidden(&before, &links, &after);
-            }
-            Some(after)
-        }
-        // not a problem of the host
-        Err(failure @ Failure::Locked(_)) => return Err(failure),
-        Err(failure) => {
-            facts.unreadable = Some(failure.to_string());
-            None
-        }
-    };
+    let reading = watch(&mut facts, store, netlink).await?;
     let unread;
     let (observed, status) = match &reading {
         Some(reading) => (&reading.observed, Some(&reading.status)),
@@ -218,6 +201,47 @@ pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Resu
     facts.arpd = status.and_then(|status| status.arpd);
     facts.arpd_unit =
         UNIT_DIRS.iter().any(|dir| Path::new(dir).join("udplb-arpd.service").exists());
+    let desired = compare(&mut facts, netlink, file, observed, serving).await?;
+    if let Some(reading) = &reading {
+        facts.problems = reading.problems(diagnosis::Source(&facts.file));
+    }
+    if let Some(desired) = desired {
+        look(&mut facts, netlink, observed, status, serving, &desired).await?;
+    }
+    Ok(facts)
+}
+
+/// Fills in what grows within a sample. Returns the last reading; none if there is nothing to read.
+async fn watch(facts: &mut Facts, store: &Store, netlink: &Netlink) -> Result<Option<Reading>> {
+    let segments = tcp_segments();
+    let measured = bpf::measure_runs().inspect_err(|error| log::info!("run times: {error}"));
+    match readings(store, netlink).await {
+        Ok((before, links, after)) => {
+            facts.tcp_segments = tcp_segments().saturating_sub(segments);
+            facts.growth = sample::growth(&before.status, &after.status);
+            if measured.is_ok() {
+                facts.hidden = sample::hidden(&before, &links, &after);
+            }
+            Ok(Some(after))
+        }
+        // not a problem of the host
+        Err(failure @ Failure::Locked(_)) => Err(failure),
+        Err(failure) => {
+            facts.unreadable = Some(failure.to_string());
+            Ok(None)
+        }
+    }
+}
+
+/// Compares the file, or else the applied one, with the active configuration. Returns that, or else the
+/// configuration of the file.
+async fn compare(
+    facts: &mut Facts,
+    netlink: &Netlink,
+    file: Option<&Path>,
+    observed: &Observed,
+    serving: Option<&Description>,
+) -> Result<Option<Desired>> {
     let given = match file {
         Some(file) => {
             Some((Text::read(file)?, ConfigFile { file: file.into(), interfaces: Vec::new() }))
@@ -229,9 +253,6 @@ pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Resu
         (None, Some(description)) => description.origin.file.clone(),
         (None, None) => "FILE".into(),
     };
-    if let Some(reading) = &reading {
-        facts.problems = reading.problems(diagnosis::Source(&facts.file));
-    }
     let mut desired = serving.map(|description| description.desired.clone());
     match (given, serving) {
         (Some((text, target)), Some(description)) => {
@@ -249,10 +270,7 @@ pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Resu
         }
         (None, _) => {}
     }
-    if let Some(desired) = desired {
-        look(&mut facts, netlink, observed, status, serving, &desired).await?;
-    }
-    Ok(facts)
+    Ok(desired)
 }
 
 /// Takes two readings, one sample apart, and the links right after the first. Probes stale next hops meanwhile:
