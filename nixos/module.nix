@@ -562,6 +562,8 @@ let
   };
 in
 {
+  imports = [ ./anycast.nix ];
+
   options.services.udplb = {
     enable = lib.mkEnableOption "udplb, which relays, forwards and balances UDP in the kernel";
 

@@ -150,8 +150,8 @@ class Lab:
     def has(self, name: str, interface: str) -> bool:
         return interface in self.ip(name, f"link show {interface}", check=False)
 
-    def file(self, upstreams: list[str], announce: bool = True) -> Path:
-        rule = {
+    def file(self, upstreams: list[str], announce: bool = True, reply: str = "") -> Path:
+        rule: dict[str, Any] = {
             "name": "service",
             "key": {"address": VIP, "port": PORT},
             "options": {"tc_action": "block", "source": "preserve"},
@@ -160,11 +160,15 @@ class Lab:
         # without an upstream this rule makes a box sick that forwards well
         canary = {**rule, "name": "canary", "key": {"address": VIP, "port": 1}, "upstream": [{"address": UPSTREAMS[0]}]}
         document: dict[str, Any] = {"version": 1, "interfaces": ["f0"], "rules": [rule, canary]}
+        if reply:
+            document["interfaces"] = ["f0", "g0"]
+            rule["options"] = {"tc_action": "block", "reply": reply, **({"via": "link"} if reply == "direct" else {})}
         if announce:
             document["announce"] = {
                 "interface": ANYCAST[0],
                 "last_resort": ANYCAST[1],
-                "hold_down": "500ms",
+                # longer than it takes until all upstreams of a box that was cut off are up again
+                "hold_down": "5s",
                 "settle": "500ms",
             }
         path = self.directory / "udplb.yaml"
@@ -175,8 +179,23 @@ class Lab:
         pins = self.directory / "bpf" / f"box{number}"
         return self.inside(f"box{number}", self.program, "--pin-dir", pins, *words, check=check)
 
-    def apply(self, number: int, upstreams: list[str] = UPSTREAMS, announce: bool = True) -> None:
-        self.udplb(number, "apply", self.file(upstreams, announce))
+    def apply(self, number: int, upstreams: list[str] = UPSTREAMS, announce: bool = True, reply: str = "") -> None:
+        self.udplb(number, "apply", self.file(upstreams, announce, reply))
+
+    def answer_directly(self) -> None:
+        """Gives the upstreams the announced address, and a link to the clients."""
+        for nth in range(1, len(UPSTREAMS) + 1):
+            self.sysctl(f"up{nth}", "net.ipv4.conf.all.arp_ignore", 1)
+            self.sysctl(f"up{nth}", "net.ipv4.conf.all.arp_announce", 2)
+            self.ip(f"up{nth}", f"addr add {VIP}/32 dev lo")
+            self.link("customers", f"up{nth}", "e1", f"10.1.0.{200 + nth}/24")
+
+    def answer_by(self, boxes: list[int]) -> None:
+        """Has the upstreams send their answers through these boxes."""
+        hops = " ".join(f"nexthop via 10.2.0.{100 + number}" for number in boxes)
+        for nth in range(1, len(UPSTREAMS) + 1):
+            self.sysctl(f"up{nth}", "net.ipv4.fib_multipath_hash_policy", 1)
+            self.ip(f"up{nth}", f"route replace default {hops}")
 
     def start(self, name: str, process: str, *command: str | Path) -> None:
         """Starts a program in a namespace; its output goes to a file."""

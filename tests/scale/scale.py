@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lab import ANYCAST, PORT, UPSTREAMS, VIP, Failed, Lab, until
-from traffic import Report, during
+from traffic import Answers, Report, during
 
 ALL = [1, 2, 3, 4]
 MAX_SILENCE = 0.4  # BFD: 3 × 100 ms, and the routers' reaction
@@ -113,9 +113,13 @@ def sick(run: Run, lab: Lab) -> None:
     run.graceful("2 of 4 are sick", lambda: fall_ill(2, [3, 4]))
     run.graceful("3 of 4 are sick", lambda: fall_ill(3, [4]))
     run.graceful("4 of 4 are sick, and all serve", lambda: fall_ill(4, ALL))
-    for number, wanted in ((1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, ALL)):
+    run.graceful("all get well, and wait for the hold-down time", lambda: get_well(lab), 7)
+    lab.await_hops(ALL)
+
+
+def get_well(lab: Lab) -> None:
+    for number in ALL:
         lab.udplb(number, "enable", "--all")
-        lab.await_hops(wanted)
 
 
 def rolling(run: Run, lab: Lab) -> None:
@@ -147,6 +151,58 @@ def frr(run: Run) -> None:
         lab.udplb(2, "enable", "--all")
         lab.await_hops(ALL)
         run.dies("the box with FRR dies, BFD 100 ms × 3", lambda: (lab.die(2), gone(lab, 2)))
+
+
+ECHO = """
+import socket, sys
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
+sock.bind((sys.argv[2], int(sys.argv[3])))
+while True:
+    data, source = sock.recvfrom(2048)
+    sock.sendto(data + repr((source, sys.argv[1])).encode(), source)
+"""
+
+
+def answers(run: Run) -> None:
+    """Upstreams answer through any box or directly, with no state that a box takes along."""
+    for reply in ("route", "direct"):
+        answered(run, reply)
+
+
+def answered(run: Run, reply: str) -> None:
+    with run.lab() as lab:
+        for number in ALL:
+            lab.apply(number, reply=reply)
+        if reply == "route":
+            lab.answer_by(ALL)
+        else:
+            lab.answer_directly()
+        address = VIP if reply == "direct" else "0.0.0.0"
+        for nth in range(1, len(UPSTREAMS) + 1):
+            lab.start(f"up{nth}", f"echo{nth}", sys.executable, "-c", ECHO, f"u{nth}", address, str(PORT))
+        lab.announce()
+
+        def die() -> None:
+            lab.die(4)
+            if reply == "route":
+                # as BFD between upstreams and boxes would
+                time.sleep(0.3)
+                lab.answer_by([1, 2, 3])
+            gone(lab, 4)
+
+        for what, act, is_graceful in (
+            ("a box withdraws, and forwards on", lambda: leave(lab, 4), True),
+            ("it announces again", lambda: come(lab, 4), True),
+            ("a box dies", die, False),
+        ):
+            report = Answers().during(act)
+            changed = sum(len(seen) != 1 for seen in report.seen.values())
+            wrong = f"upstreams saw other senders, or flows changed upstreams: {changed}" if changed else ""
+            wrong = wrong or (f"answers from another address: {report.strangers}" if report.strangers else "")
+            wrong = wrong or ("unanswered" if is_graceful and report.asked != report.answered else "")
+            wrong = wrong or ("flows without an answer" if len(report.seen) != report.flows else "")
+            run.check(f"reply: {reply}, {what}: {report}", wrong)
 
 
 KEEPALIVED = """global_defs {{
@@ -212,7 +268,7 @@ def master(lab: Lab, number: int, dead: int = 0) -> None:
     until(f"box {number} is master", lambda: [it for it in masters(lab) if it != dead] == [number])
 
 
-EVENTS = {"events": events, "frr": frr, "vrrp": vrrp}
+EVENTS = {"events": events, "answers": answers, "frr": frr, "vrrp": vrrp}
 
 
 def main() -> int:

@@ -164,6 +164,66 @@ class Traffic:
         )
 
 
+@dataclass
+class Answers:
+    """Questions and their answers, which say what sender the upstream saw."""
+
+    flows: int = 100
+    rate: int = 1000
+    asked: set[tuple[int, int]] = field(default_factory=set)
+    answered: set[tuple[int, int]] = field(default_factory=set)
+    seen: dict[int, set[bytes]] = field(default_factory=lambda: defaultdict(set))
+    """By flow, the senders and upstreams in its answers."""
+    strangers: int = 0
+    """Answers from another address than the announced one."""
+
+    def during(self, act: Callable[[], object], settle: float = 1.5) -> "Answers":
+        clients = [f"client{1 + flow % 2}" for flow in range(self.flows)]
+        senders = [in_namespace(name, lambda f=flow: sender(20000 + f)) for flow, name in enumerate(clients)]
+        ends = threading.Event()
+        thread = threading.Thread(target=self.ask, args=(senders, ends))
+        thread.start()
+        try:
+            time.sleep(1)
+            act()
+            time.sleep(settle)
+        finally:
+            ends.set()
+            thread.join()
+            for sock in senders:
+                sock.close()
+        return self
+
+    def ask(self, senders: list[socket.socket], ends: threading.Event) -> None:
+        begin, sent, rounds = time.monotonic(), 0, 0
+        while not ends.is_set():
+            for flow, sock in enumerate(senders):
+                sock.sendto(HEADER.pack(flow, rounds, 0.0), (VIP, PORT))
+                self.asked.add((flow, rounds))
+                sent += 1
+                if sent % 20 == 0:
+                    self.take(senders)
+                    time.sleep(max(0.0, begin + sent / self.rate - time.monotonic()))
+            rounds += 1
+        time.sleep(0.5)
+        self.take(senders)
+
+    def take(self, senders: list[socket.socket]) -> None:
+        for sock in senders:
+            while True:
+                try:
+                    data, source = sock.recvfrom(2048, socket.MSG_DONTWAIT)
+                except OSError:
+                    break
+                flow, sequence, _ = HEADER.unpack_from(data)
+                self.answered.add((flow, sequence))
+                self.seen[flow].add(data[HEADER.size :])
+                self.strangers += source != (VIP, PORT)
+
+    def __str__(self) -> str:
+        return f"{self.flows} flows, asked {len(self.asked)}, unanswered {len(self.asked - self.answered)}"
+
+
 def during(act: Callable[[], object], settle: float, flows: int, rate: int, concerned: int = 0) -> Report:
     """Sends before, during and after an event."""
     traffic = Traffic(flows, rate).start()
