@@ -15,6 +15,9 @@
 /* Result of run() for a packet that slowpath_run() processes. */
 #define ACTION_RARE 104
 
+/* Result for an ICMP packet, where errors may be about answers of upstreams. */
+#define ACTION_ERROR 105
+
 /*
  * Points `pkt` at the headers of a datagram without IPv4 options or IPv6 extension headers, from the first
  * byte of its frame on. Returns false if they do not lie before `end`.

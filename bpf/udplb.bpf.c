@@ -26,6 +26,7 @@
 #include "deliver.h"
 #include "slowpath.h"
 #include "pmtu_discovery.h"
+#include "icmp_answers.h"
 #include "fast.h"
 #include "xdp.h"
 
@@ -94,7 +95,7 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 		break;
 	case PARSED_ICMP:
 		learn_pmtu(skb, l2);
-		return TC_ACT_UNSPEC;
+		return l2 && (features.origins || features.direct) ? ACTION_ERROR : TC_ACT_UNSPEC;
 	case PARSED_SLOWPATH:
 		return ACTION_RARE;
 	default:
@@ -133,6 +134,8 @@ int udplb(struct __sk_buff *skb)
 		action = copy_to_all(skb);
 	if (action == ACTION_SLOW)
 		action = slow(skb);
+	if ((features.origins || features.direct) && action == ACTION_ERROR)
+		action = forward_error(skb);
 	return action == ACTION_RARE ? slowpath_ethernet(skb) : action;
 }
 

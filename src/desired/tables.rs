@@ -522,6 +522,7 @@ fn flags_of(rule: &Rule, desired: &Desired) -> flags {
         (flags::RULE_NO_CHECKSUM, rule.zero_checksum == Admission::Allow),
         (flags::RULE_MARTIANS, rule.martians == Admission::Allow),
         (flags::RULE_SOCKETS, takes_answers(rule, desired.local_ports)),
+        (flags::RULE_REPLIES, matches!(rule.reply, Reply::Direct | Reply::Route)),
     ]
     .into_iter()
     .filter(|(_, is)| *is);

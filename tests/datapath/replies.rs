@@ -571,3 +571,125 @@ fn apply_warns_of_direct_ways() {
     lab.relay.ip("route add 10.3.0.0/24 via 10.2.0.20");
     assert!(warnings(&far).contains("10.3.0.20 is behind 10.2.0.20"));
 }
+
+/// Returns an ICMP error about a datagram, with the first bytes of it.
+fn icmp_error(from: IpAddr, to: IpAddr, about: &Forged, quoted: usize, ttl: u8) -> Vec<u8> {
+    let packet = &about.frame()[14..];
+    let quotation = &packet[..quoted.min(packet.len())];
+    let (ethertype, packet) = match (from, to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            let builder = etherparse::PacketBuilder::ipv4(from.octets(), to.octets(), ttl);
+            let mut packet = Vec::new();
+            let builder = builder.icmpv4_raw(3, 3, [0; 4]);
+            builder.write(&mut packet, quotation).expect("a packet");
+            (0x0800_u16, packet)
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let builder = etherparse::PacketBuilder::ipv6(from.octets(), to.octets(), ttl);
+            let mut packet = Vec::new();
+            let builder = builder.icmpv6_raw(1, 4, [0; 4]);
+            builder.write(&mut packet, quotation).expect("a packet");
+            (0x86dd, packet)
+        }
+        _ => unreachable!("both are of one family"),
+    };
+    [&RELAY_MAC[..], &[2, 0, 0, 0, 1, 2], &ethertype.to_be_bytes(), &packet].concat()
+}
+
+/// Returns a datagram from an address and port to another.
+fn between(from: (IpAddr, u16), to: (IpAddr, u16), checksum: Checksum) -> Forged {
+    let mut datagram = Forged::between([0; 6], from.0, to.0, to.1);
+    datagram.udp.source = from.1;
+    datagram.udp.payload = 600;
+    datagram.udp.checksum = checksum;
+    datagram
+}
+
+/// Runs an error and expects another one, to a MAC address.
+#[track_caller]
+fn check_error(testbed: &Testbed<'_>, came: &[u8], gone: &[u8], to: Mac) {
+    let context = Context { ifindex: testbed.routing, ..Context::default() };
+    let run = testbed.program.run(came, context);
+    let frame = [&to[..], &OUT_MAC, &gone[12..]].concat();
+    assert_eq!((run.action, run.frame), (REDIRECT, frame));
+}
+
+#[test]
+fn errors_about_questions_come_from_the_key() {
+    Testbed::with(|testbed| {
+        configure(&testbed.program, rules());
+        for family in 0..2 {
+            let client = (CLIENTS[family], 40000);
+            let checksums: &[Checksum] = match family {
+                0 => &[Checksum::Right, Checksum::Is(0)],
+                _ => &[Checksum::Right],
+            };
+            for checksum in checksums {
+                let sent = between(client, (UPSTREAM[family], 5353), *checksum);
+                let asked = between(client, (VIPS[family], 53), *checksum);
+                for quoted in [[28, 48][family], 500] {
+                    let came = icmp_error(UPSTREAM[family], client.0, &sent, quoted, 64);
+                    let gone = icmp_error(VIPS[family], client.0, &asked, quoted, 63);
+                    check_error(testbed, &came, &gone, GATEWAY_MAC);
+                }
+            }
+            // about another upstream's
+            let other = between(client, (UPSTREAM[family], 5354), Checksum::Right);
+            let came = icmp_error(UPSTREAM[family], client.0, &other, 500, 64);
+            let context = Context { ifindex: testbed.routing, ..Context::default() };
+            assert_eq!(testbed.program.run(&came, context).action, UNSPEC);
+        }
+    });
+}
+
+#[test]
+fn errors_about_answers_go_to_the_upstream() {
+    Testbed::with(|testbed| {
+        for family in 0..2 {
+            let client = (CLIENTS[family], 40000);
+            let answer = |from| between(from, client, Checksum::Right);
+            let came = icmp_error(client.0, VIPS[family], &answer((VIPS[family], 2056)), 500, 64);
+            // an upstream that has the key's address gets it as it is
+            configure_direct(testbed, direct(family, Via::Link), family, 1500);
+            let gone = icmp_error(client.0, VIPS[family], &answer((VIPS[family], 2056)), 500, 63);
+            check_error(testbed, &came, &gone, NEAR_MAC);
+            configure_direct(testbed, direct(family, Via::Ipip), family, 1500);
+            let context = Context { ifindex: testbed.routing, ..Context::default() };
+            let run = testbed.program.run(&came, context);
+            assert_eq!(
+                (run.action, &run.frame[14 + outer(family, Via::Ipip)..]),
+                (REDIRECT, &gone[14..])
+            );
+            // another one gets one about what it has sent
+            let mut rule = direct(family, Via::Link);
+            (rule.reply, rule.via) = (Reply::Route, None);
+            configure_direct(testbed, rule, family, 1500);
+            let sent = answer((NEAR_BY[family], 2056));
+            let gone = icmp_error(client.0, NEAR_BY[family], &sent, 500, 63);
+            check_error(testbed, &came, &gone, NEAR_MAC);
+        }
+    });
+}
+
+/// A socket that is connected to the other end hears that nobody is there.
+#[test]
+fn errors_reach_the_sockets_of_both_ends() {
+    let lab = Lab::dual(false, false);
+    lab.apply(&routed());
+    let refused = |socket: &std::net::UdpSocket| {
+        let error = socket.recv(&mut [0; 16]).expect_err("refused");
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+    };
+    for net in [V4, V6] {
+        let client = bind(&lab.client, net.clients[0], 0);
+        client.connect((net.key, 53)).expect("connected");
+        client.send(b"nobody is there").expect("sent");
+        refused(&client);
+        let server = bind(&lab.upstream, net.upstreams[0], 5353);
+        ask(&client, &server, b"a question", b"an answer");
+        server.connect(own(&client)).expect("connected");
+        drop(client);
+        server.send(b"the client is gone").expect("sent");
+        refused(&server);
+    }
+}
