@@ -17,7 +17,7 @@ use crate::floors::{self, FloorsSkel, Packet, Part};
 use crate::relay::{apply, grant_lease, networks, open_program};
 
 /// Few enough packets for one scheduler slice, so that some rounds are undisturbed.
-const PACKETS: u64 = 2_000;
+pub const PACKETS: u64 = 2_000;
 pub const PORT: u16 = floors::PORT;
 
 /// How a program is attached to the ingress of an interface.
@@ -139,28 +139,38 @@ impl<'a> Host<'a> {
     /// Returns nanoseconds per packet, from the first packet to the end of the last; infinite if a queue
     /// overflowed on a busy machine.
     pub fn generate(&self) -> f64 {
-        let floors = self.floors;
-        self.packet.choose(floors);
-        let program = floors.progs.generate.as_fd();
+        let program = self.floors.progs.generate.as_fd();
         let wanted = [PACKETS * self.copies, if self.socket.is_some() { PACKETS } else { 0 }];
-        let mut progress = [0; WORDS];
-        progress[WANTED] = wanted.iter().sum();
-        write(floors, progress);
-        self.relay.enter(|| {
-            floors::stay_on_one_cpu();
-            floors::run_xdp(program, &self.packet, PACKETS as i32);
-        });
-        let deadline = Instant::now() + Duration::from_secs(1);
-        while progress[ENDED] == 0 {
-            if Instant::now() > deadline {
-                return f64::INFINITY;
-            }
-            std::thread::sleep(Duration::from_micros(100));
-            progress = read(floors);
-        }
-        assert_eq!(progress[AT_UPSTREAM..=AT_SOCKET], wanted);
-        (progress[ENDED] - progress[STARTED]) as f64 / PACKETS as f64
+        generate(self.floors, program, (&self.relay, &self.packet), wanted)
     }
+}
+
+/// Generates packets on an interface of a namespace, by a program; returns nanoseconds per packet until `wanted`
+/// have arrived, at an upstream and at the socket. Infinite if a queue overflowed.
+pub fn generate(
+    floors: &FloorsSkel<'_>,
+    program: BorrowedFd<'_>,
+    (namespace, packet): (&Namespace, &Packet),
+    wanted: [u64; 2],
+) -> f64 {
+    packet.choose(floors);
+    let mut progress = [0; WORDS];
+    progress[WANTED] = wanted.iter().sum();
+    write(floors, progress);
+    namespace.enter(|| {
+        floors::stay_on_one_cpu();
+        floors::run_xdp(program, packet, PACKETS as i32);
+    });
+    let deadline = Instant::now() + Duration::from_secs(1);
+    while progress[ENDED] == 0 {
+        if Instant::now() > deadline {
+            return f64::INFINITY;
+        }
+        std::thread::sleep(Duration::from_micros(100));
+        progress = read(floors);
+    }
+    assert_eq!(progress[AT_UPSTREAM..=AT_SOCKET], wanted);
+    (progress[ENDED] - progress[STARTED]) as f64 / PACKETS as f64
 }
 
 /// The words of `struct progress`.

@@ -20,6 +20,7 @@ mod scale;
 mod tables;
 mod trace;
 mod turns;
+mod xdp;
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
@@ -29,9 +30,10 @@ use crate::turns::Cost;
 /// A group of figures: its name and the function that measures it.
 type Part = (&'static str, fn(&mut Report));
 
-const PARTS: [Part; 10] = [
+const PARTS: [Part; 11] = [
     ("packets", packets::measure),
     ("e2e", e2e::measure),
+    ("xdp", xdp::measure),
     ("fragments", fragments::measure),
     ("copies", copies::measure),
     ("load", load::measure),

@@ -152,19 +152,23 @@ struct {
 	__type(value, __u8[24]);
 } many SEC(".maps");
 
-/* Parses a packet over IPv4, looks its address and port up in a map, and redirects it. */
-static __always_inline int redirect_known(struct __sk_buff *skb, void *map)
+/* Parses a packet over IPv4, and looks its address and port up in a map. */
+static __always_inline bool is_known(struct frame *packet, const void *end, void *map)
 {
-	struct frame *packet = (void *)(long)skb->data;
 	struct key key = {};
 
-	if ((void *)(packet + 1) > (void *)(long)skb->data_end ||
-	    packet->eth.h_proto != bpf_htons(ETH_P_IP) || packet->ip.version != 4 || packet->ip.ihl != 5 ||
-	    packet->ip.protocol != IPPROTO_UDP || packet->ip.frag_off & bpf_htons(0x3fff))
-		return TC_ACT_UNSPEC;
+	if ((void *)(packet + 1) > end || packet->eth.h_proto != bpf_htons(ETH_P_IP) ||
+	    packet->ip.version != 4 || packet->ip.ihl != 5 || packet->ip.protocol != IPPROTO_UDP ||
+	    packet->ip.frag_off & bpf_htons(0x3fff))
+		return false;
 	key.address = packet->ip.daddr;
 	key.port = packet->udp.dest;
-	if (!bpf_map_lookup_elem(map, &key))
+	return bpf_map_lookup_elem(map, &key);
+}
+
+static __always_inline int redirect_known(struct __sk_buff *skb, void *map)
+{
+	if (!is_known((void *)(long)skb->data, (void *)(long)skb->data_end, map))
 		return TC_ACT_UNSPEC;
 	return bpf_redirect(target(skb), 0);
 }
@@ -174,6 +178,15 @@ SEC("tc")
 int look_up(struct __sk_buff *skb)
 {
 	return redirect_known(skb, &keys);
+}
+
+/* The same before there is an skb. */
+SEC("xdp")
+int xdp_look_up(struct xdp_md *xdp)
+{
+	if (!is_known((void *)(long)xdp->data, (void *)(long)xdp->data_end, &keys))
+		return XDP_PASS;
+	return bpf_redirect(out, 0);
 }
 
 /* The same with many keys. */
@@ -328,25 +341,37 @@ static __always_inline void set_flow(struct udphdr *udp, __u32 flow)
 }
 
 /* Turns the frame into a packet of one of 16 flows. */
-SEC("xdp")
-int generate(struct xdp_md *context)
+static __always_inline bool make_packet(struct xdp_md *context)
 {
 	void *packet = (void *)(long)context->data;
 	struct progress *progress = get_progress();
 	__u32 flow;
 
 	if (!progress)
-		return XDP_ABORTED;
+		return false;
 	if (!progress->generated)
 		progress->started = bpf_ktime_get_ns();
 	flow = progress->generated++ % FLOWS;
 	if (!restore(packet, (void *)(long)context->data_end))
-		return XDP_ABORTED;
+		return false;
 	if (((struct ethhdr *)packet)->h_proto == bpf_htons(ETH_P_IPV6))
 		set_flow(&((struct frame6 *)packet)->udp, flow);
 	else
 		set_flow(&((struct frame *)packet)->udp, flow);
-	return XDP_PASS;
+	return true;
+}
+
+SEC("xdp")
+int generate(struct xdp_md *context)
+{
+	return make_packet(context) ? XDP_PASS : XDP_ABORTED;
+}
+
+/* The same, onto the wire behind the interface. */
+SEC("xdp")
+int generate_out(struct xdp_md *context)
+{
+	return make_packet(context) ? bpf_redirect(context->ingress_ifindex, 0) : XDP_ABORTED;
 }
 
 /* Counts an arrival. */
@@ -374,6 +399,18 @@ int sink(struct __sk_buff *skb)
 	if (progress && (void *)(packet + 1) <= (void *)(long)skb->data_end && is_udp(packet))
 		arrive(progress, &progress->at_upstream);
 	return TC_ACT_STOLEN;
+}
+
+/* The same before there is an skb. */
+SEC("xdp")
+int xdp_sink(struct xdp_md *xdp)
+{
+	struct frame *packet = (void *)(long)xdp->data;
+	struct progress *progress = get_progress();
+
+	if (progress && (void *)(packet + 1) <= (void *)(long)xdp->data_end && is_udp(packet))
+		arrive(progress, &progress->at_upstream);
+	return XDP_DROP;
 }
 
 /* Drops packets at a socket and counts them: reading them would cost all programs the same. */
