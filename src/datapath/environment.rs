@@ -17,7 +17,7 @@ const OWN_ADDRESS: u32 = 1;
 const OWN_BROADCAST: u32 = 2;
 
 /// Entries of a map, key by key.
-pub(super) type Entries = BTreeMap<Vec<u8>, Vec<u8>>;
+type Entries = BTreeMap<Vec<u8>, Vec<u8>>;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Environment {
@@ -81,7 +81,7 @@ fn vlans<'a>(link: &'a Link, links: &'a [Link]) -> impl Iterator<Item = (Vec<u8>
 }
 
 /// Makes a hash hold these entries, and leaves alone those that are the same.
-pub(super) fn replace(map: &MapHandle, entries: &Entries) -> anyhow::Result<()> {
+fn replace(map: &MapHandle, entries: &Entries) -> anyhow::Result<()> {
     for (key, value) in entries.iter().take(map.max_entries() as usize) {
         if map.lookup(key, MapFlags::ANY)?.as_ref() != Some(value) {
             map.update(key, value, MapFlags::ANY)?;

@@ -11,10 +11,9 @@ use std::path::Path;
 use anyhow::Context;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, ProgramHandle};
 
-use crate::bpf::{bytes_of, tcx, types, xdp};
+use crate::bpf::{bytes_of_all, tcx, types, xdp};
 use crate::config::Xdp;
 use crate::datapath::description::Generation;
-use crate::datapath::environment::replace;
 use crate::datapath::gate::Gate;
 use crate::datapath::pins::{ReadGuard, WriteGuard};
 use crate::net::link::{Layer, Link};
@@ -116,16 +115,17 @@ pub fn write_devices(
 ) -> anyhow::Result<()> {
     let path = directory.join(DEVICES);
     let map = MapHandle::from_pinned_path(&path).with_context(|| path.display().to_string())?;
-    let ethernet = links.iter().filter(|link| link.layer == Some(Layer::Ethernet));
-    let entry = |link: &Link| {
-        let device = types::device {
-            mac: link.mac.unwrap_or_default(),
-            generic: (modes.get(&link.name) == Some(&Xdp::Generic)).into(),
-            takes_frames: xdp::takes_frames(link.index).into(),
-        };
-        (link.index.to_ne_bytes().to_vec(), bytes_of(&device).to_vec())
-    };
-    replace(&map, &ethernet.map(entry).collect()).context(DEVICES)?;
+    let mut devices = vec![types::device::default(); map.max_entries() as usize];
+    for link in links.iter().filter(|link| link.layer == Some(Layer::Ethernet)) {
+        if let Some(device) = devices.get_mut(link.index as usize) {
+            device.mac = link.mac.unwrap_or_default();
+            device.generic = (modes.get(&link.name) == Some(&Xdp::Generic)).into();
+            device.takes_frames = xdp::takes_frames(link.index).into();
+        }
+    }
+    let keys: Vec<u8> = (0..map.max_entries()).flat_map(u32::to_ne_bytes).collect();
+    let (any, count) = (MapFlags::ANY, map.max_entries());
+    map.update_batch(&keys, bytes_of_all(&devices), count, any, any).context(DEVICES)?;
     gate.advance();
     Ok(())
 }
