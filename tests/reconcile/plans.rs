@@ -11,7 +11,9 @@ use proptest::collection::{btree_set, vec};
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use serde_json::{Value, json};
-use udplb::config::{Action as TcAction, Config, Hash, Key, Ports, Strategy as Selection, Xdp};
+use udplb::config::{
+    Action as TcAction, Announce, Config, Hash, Key, Ports, Strategy as Selection, Xdp,
+};
 use udplb::datapath::description::Origin;
 use udplb::datapath::hook::{Attachment, Slot};
 use udplb::datapath::{pins, xdp};
@@ -194,6 +196,44 @@ proptest! {
         failure_persistence: None,
         ..ProptestConfig::default()
     })]
+
+    /// Routers send elsewhere before packets are no longer forwarded.
+    #[test]
+    fn addresses_are_withdrawn_before_the_last_filter_goes(
+        mut kernel in kernel(),
+        desired in desired(),
+        interfaces in subsequence(INTERFACES.to_vec(), 0..=INTERFACES.len()),
+        placed in btree_set((1..4_u8, 7..9_u32), 0..3),
+    ) {
+        let settle = "3s".parse().expect("a duration");
+        let announce = Announce {
+            interface: "anycast0".into(),
+            last_resort: None,
+            hold_down: settle,
+            settle,
+            expire: false,
+        };
+        let _ = kernel.apply(&Desired { announce: Some(announce), ..desired }, true, ALL);
+        let places = placed.into_iter().map(|(last, ifindex)| (([10, 99, 0, last].into(), ifindex), 1));
+        kernel.observed.announcements.placed = places.collect();
+        let placed: Vec<_> = kernel.observed.announcements.placed.keys().copied().collect();
+        let names: Vec<String> = interfaces.into_iter().map(String::from).collect();
+        let actions = plan::detach(&kernel.observed, &names, false).expect("they exist");
+        let taken = actions.iter().map_while(|action| match action {
+            Action::TakeAddress(place) => Some(*place),
+            _ => None,
+        });
+        let taken: Vec<_> = taken.collect();
+        kernel.detach(&names, false, ALL);
+        if kernel.observed.attached().next().is_some() {
+            prop_assert!(taken.is_empty());
+            return Ok(());
+        }
+        prop_assert_eq!(&taken, &placed);
+        let waits = matches!(actions.get(taken.len()), Some(Action::Settle(_)));
+        prop_assert_eq!(waits, !placed.is_empty(), "{:?}", actions);
+        prop_assert!(kernel.observed.announcements.placed.is_empty());
+    }
 
     #[test]
     fn apply_reaches_the_desired_state_from_any(mut kernel in kernel(), new in desired()) {
