@@ -106,7 +106,7 @@ in
     config = options { health = "ping"; };
   };
   health-pace = {
-    expect = wrong "options\\.health\\.interval" "duration";
+    expect = wrong "options\\.health\\.interval" "null or duration";
     config = options {
       health = {
         dns = { };
