@@ -371,6 +371,8 @@ static __always_inline int fast_ipv4(struct __sk_buff *skb, struct pkt *pkt)
 	if (*(const __u8 *)ip != 0x45 || ip->frag_off & bpf_htons(IP_OFFSET | IP_MF) ||
 	    skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC)
 		return ACTION_SLOW;
+	if (features.flows && is_flow_port(pkt->udp->dest))
+		return ACTION_SLOW;
 	entry = find_entry(bpf_ntohl(ip->daddr), bpf_ntohs(pkt->udp->dest));
 	return entry ? deliver_plain(skb, pkt, entry, false) : leave_stranger(pkt, false);
 }
@@ -387,6 +389,8 @@ static __always_inline int fast_ipv6(struct __sk_buff *skb, struct pkt *pkt)
 		return ip6->nexthdr == IPPROTO_ICMPV6 || is_extension_header(ip6->nexthdr) ? ACTION_SLOW
 											   : TC_ACT_UNSPEC;
 	if (ip6->version != 6 || skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC)
+		return ACTION_SLOW;
+	if (features.flows && is_flow_port(pkt->udp->dest))
 		return ACTION_SLOW;
 	entry = find_entry6(ip6->daddr.in6_u.u6_addr32, pkt->udp->dest);
 	return entry ? deliver_plain(skb, pkt, entry, true) : leave_stranger(pkt, true);

@@ -21,6 +21,7 @@ struct hop {
 struct xmit {
 	__u32 upstream; /* id */
 	__u32 index;	/* of the upstream */
+	__u64 flow;	/* handle of the packet's flow; 0: none */
 	__u32 epoch;	/* read before the decision that leads here */
 	bool leased;	/* the next hop is that of the lease */
 	struct copies {
@@ -306,7 +307,7 @@ static __always_inline void fill_fib_query(struct __sk_buff *skb, const struct p
 	fib->tot_len = length;
 	fib->ifindex = skb->ifindex;
 	if (pkt->has_udp) {
-		fib->sport = features.origins && rw->source_port ? rw->source_port : pkt->udp->source;
+		fib->sport = rewrites_source_port(rw) ? rw->source_port : pkt->udp->source;
 		fib->dport = rw->port ?: pkt->udp->dest;
 	}
 	if (pkt->is_ipv6) {

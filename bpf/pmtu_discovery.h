@@ -130,8 +130,8 @@ static __always_inline bool is_forwarded_flow(struct icmp_report *report, bool i
 		return true;
 	upstream.id = destination->upstream;
 	__builtin_memcpy(upstream.address, report->destination.address, sizeof(upstream.address));
-	return destination->sources & 1 << SOURCE_EGRESS && egress_address(&upstream, egress) &&
-	       is_same_address(egress, report->source);
+	return destination->sources & (1 << SOURCE_EGRESS | 1 << SOURCE_FLOW) &&
+	       egress_address(&upstream, egress) && is_same_address(egress, report->source);
 }
 
 /* Records the path MTU that an ICMP error reports; `offset` is that of its IP header. */

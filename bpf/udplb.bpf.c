@@ -13,6 +13,7 @@
 #include "trace.h"
 #include "count.h"
 #include "lb.h"
+#include "flow.h"
 #include "redirect.h"
 #include "vlan.h"
 #include "fragmentation.h"
@@ -38,10 +39,10 @@ static __always_inline int process(struct __sk_buff *skb, struct pkt *pkt, const
 
 	trace(skb, rule->id, pkt);
 	verdict = admit(skb, pkt->packed, rule->id, rule->flags);
+	if (verdict == VERDICT_FORWARDED)
+		verdict = select_targets(skb, pkt, rule, &selection);
 	if (verdict != VERDICT_FORWARDED)
 		return refuse(skb, pkt, rule, verdict);
-	if (!select_targets(skb, pkt, rule, &selection))
-		return refuse(skb, pkt, rule, VERDICT_CLONE_FAILED);
 	return deliver(skb, pkt, rule, &selection);
 }
 
@@ -74,7 +75,8 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 {
 	const struct gate *gate = get_gate();
 	struct xmit *xmit = get_xmit();
-	const struct rule *rule, *answered = NULL;
+	const struct rule *rule;
+	bool is_answer = false;
 	__u32 answers = 0;
 	struct pkt pkt;
 	int action;
@@ -101,9 +103,20 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	default:
 		return TC_ACT_UNSPEC;
 	}
-	if (!rule && features.origins)
-		answered = answered_rule(&pkt, &answers);
-	if (!rule && !answered) {
+	if (features.flows && is_flow_port(pkt.udp->dest)) {
+		if (!l2 || skb->vlan_present)
+			return ACTION_RARE;
+		answers = is_for_us(skb) ? find_answered_pkt(skb, pkt.packed) : 0;
+		if (answers) {
+			rule = rule_of_upstream(--answers);
+			is_answer = true;
+		}
+	}
+	if (features.origins && !rule) {
+		rule = answered_rule(&pkt, &answers);
+		is_answer = true;
+	}
+	if (!rule) {
 		trace_unmatched(skb, l2, l2 - sizeof(struct ethhdr) + pkt_l4_offset(&pkt),
 				pkt_has(&pkt, PKT_F_IPV6));
 		return TC_ACT_UNSPEC;
@@ -111,11 +124,11 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	if (!l2 || skb->vlan_present)
 		return ACTION_RARE;
 	if (!is_for_us(skb)) {
-		if (rule)
+		if (!is_answer)
 			count_pkt(skb, &pkt, rule->id, VERDICT_NOT_FOR_US);
 		return TC_ACT_UNSPEC;
 	}
-	action = rule ? process(skb, &pkt, rule) : process_answer(skb, &pkt, answered, answers);
+	action = is_answer ? process_answer(skb, &pkt, rule, answers) : process(skb, &pkt, rule);
 	return action == ACTION_REFLECT ? bpf_redirect(skb->ifindex, 0) : action;
 }
 

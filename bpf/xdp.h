@@ -103,7 +103,7 @@ static __always_inline int xdp_ipv4(struct xdp_md *xdp, struct pkt *pkt)
 	const struct iphdr *ip = pkt->ip;
 
 	if (ip->protocol != IPPROTO_UDP || *(const __u8 *)ip != 0x45 ||
-	    ip->frag_off & bpf_htons(IP_OFFSET | IP_MF))
+	    ip->frag_off & bpf_htons(IP_OFFSET | IP_MF) || (features.flows && is_flow_port(pkt->udp->dest)))
 		return XDP_PASS;
 	return xdp_deliver(xdp, pkt, find_entry(bpf_ntohl(ip->daddr), bpf_ntohs(pkt->udp->dest)), false);
 }
@@ -112,7 +112,8 @@ static __always_inline int xdp_ipv6(struct xdp_md *xdp, struct pkt *pkt)
 {
 	const struct ipv6hdr *ip6 = pkt->ip6;
 
-	if (!locate_frame(xdp, pkt, true) || ip6->nexthdr != IPPROTO_UDP || ip6->version != 6)
+	if (!locate_frame(xdp, pkt, true) || ip6->nexthdr != IPPROTO_UDP || ip6->version != 6 ||
+	    (features.flows && is_flow_port(pkt->udp->dest)))
 		return XDP_PASS;
 	return xdp_deliver(xdp, pkt, find_entry6(ip6->daddr.in6_u.u6_addr32, pkt->udp->dest), true);
 }

@@ -139,7 +139,19 @@ static __always_inline void fill_answer(const struct pkt *pkt, const struct upst
 		rw->destination[0] = pkt->ip->daddr;
 }
 
-/* Fills in the new headers for an upstream. Returns false if its egress address is not known. */
+/* Returns true if the flow has the new headers. In a dry run a new one is not made, and has none. */
+static __always_inline bool uses_flow(const struct upstream *upstream)
+{
+	const struct xmit *xmit = get_xmit();
+
+	return features.flows && upstream->source >= SOURCE_FLOW &&
+	       !(features.dry_run && xmit && !xmit->flow);
+}
+
+/*
+ * Fills in the new headers for an upstream. Returns false if its egress address is not known, or if the flow
+ * has ended.
+ */
 static __always_inline bool fill_rewrite(struct __sk_buff *skb, const struct pkt *pkt,
 					 const struct upstream *upstream, __u32 identification,
 					 struct rewrite *rw)
@@ -151,10 +163,12 @@ static __always_inline bool fill_rewrite(struct __sk_buff *skb, const struct pkt
 		fill_answer(pkt, upstream, rw);
 		return true;
 	}
+	if (uses_flow(upstream))
+		return fill_flow_rewrite(upstream->source == SOURCE_FLOW_VIP, pkt->is_ipv6);
 	__builtin_memcpy(rw->destination, upstream->address, sizeof(rw->destination));
 	rw->port = upstream->port;
 	rw->source_port = 0;
-	if (upstream->source == SOURCE_EGRESS)
+	if (upstream->source == SOURCE_EGRESS || (features.flows && upstream->source == SOURCE_FLOW))
 		return egress_address(upstream, rw->source);
 	if (pkt->is_ipv6)
 		__builtin_memcpy(rw->source, from_vip ? &pkt->ip6->daddr : &pkt->ip6->saddr,
@@ -187,7 +201,7 @@ static __always_inline enum verdict xmit_to_nexthop(struct __sk_buff *skb, struc
 	enum verdict verdict;
 
 	xmit->upstream = upstream->id;
-	xmit->egress_source = upstream->source == SOURCE_EGRESS;
+	xmit->egress_source = upstream->source == SOURCE_EGRESS || upstream->source == SOURCE_FLOW;
 	xmit->fragments = 0;
 	verdict = resolve_nexthop(skb, pkt, ip_length(skb, pkt) + outer_length(xmit, pkt->is_ipv6), xmit);
 	if (verdict == VERDICT_MTU && is_sent(xmit->hop.verdict) && !is_direct(xmit) &&
@@ -227,7 +241,7 @@ __noinline __u32 xmit_upstream(struct __sk_buff *skb, __u32 index, __u32 packed,
 		verdict = VERDICT_TTL;
 	} else if (!fill_rewrite(skb, &pkt, upstream, identification, &xmit->rewrite) ||
 		   (is_direct(xmit) && !keep_destination(skb, packed, index))) {
-		verdict = VERDICT_NO_ROUTE;
+		verdict = uses_flow(upstream) ? VERDICT_NO_FLOW : VERDICT_NO_ROUTE;
 	} else if (is_martian_rewrite(packed)) {
 		verdict = VERDICT_MARTIAN;
 	} else {

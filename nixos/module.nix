@@ -129,6 +129,17 @@ let
         "Whether the addresses disappear when `udplb arpd` has died. The program's default is no: packets are forwarded without it.";
   };
 
+  flows = words {
+    entries = word (types.ints.between 1024 4194288) 262144
+      "Number of flows of each family. The program's default is 65536.";
+    ports = word types.str "1024-65535"
+      "Ports of this host that flows get. The program's default is 1024-32767.";
+    unanswered =
+      word duration "10s"
+        "Lifetime of a flow whose client has not spoken again after an answer. The program's default is 30s.";
+    assured = word duration "1h" "Lifetime of other flows. The program's default is 2m.";
+  };
+
   payloadBytes = words {
     offset = mkOption {
       type = types.ints.u16;
@@ -232,8 +243,12 @@ let
       "none"
       "direct"
       "route"
-    ]) "route" "Way of the upstreams' answers: from the upstreams to the clients (`direct`), or back through this host (`route`).";
+      "nat"
+    ]) "route" "Way of the upstreams' answers: from the upstreams to the clients (`direct`), or back through this host (`route`, `nat`).";
     via = word way "gue" "Way to the upstreams with `reply: direct`.";
+    answers =
+      word types.ints.positive 1
+        "Number of answers that ends a flow of `reply = \"nat\"`. Without it a flow ends when it has expired.";
     health =
       word (types.either (types.enum [
         "off"
@@ -398,6 +413,7 @@ let
             rules = withoutNull rules;
           }
           // lib.optionalAttrs (cfg.announce != null) { announce = withoutNull cfg.announce; }
+          // lib.optionalAttrs (cfg.flows != null) { flows = withoutNull cfg.flows; }
         )
       );
   # A file outside the store changes without a rebuild: nothing can be said about it here.
@@ -612,6 +628,15 @@ in
       description = "What rules say in `options` where they do not say it themselves.";
     };
 
+    flows = mkOption {
+      type = types.nullOr flows;
+      default = null;
+      example = {
+        entries = 262144;
+      };
+      description = "Table of the flows of rules with `reply = \"nat\"`.";
+    };
+
     announce = mkOption {
       type = types.nullOr announce;
       default = null;
@@ -746,6 +771,10 @@ in
       {
         assertion = withoutNull cfg.defaults == { } || !fromFile;
         message = "services.udplb.defaults: cannot be used together with services.udplb.configFile.";
+      }
+      {
+        assertion = cfg.flows == null || !fromFile;
+        message = "services.udplb.flows: cannot be used together with services.udplb.configFile.";
       }
       {
         assertion = cfg.announce == null || !fromFile;

@@ -49,6 +49,7 @@ pub const VERDICTS: [(Verdict, &str); Verdict::VERDICTS.0 as usize] = [
     (Verdict::VERDICT_MARTIAN, "martian"),
     (Verdict::VERDICT_NO_CHECKSUM, "no-checksum"),
     (Verdict::VERDICT_LOCAL_SOCKET, "local-socket"),
+    (Verdict::VERDICT_NO_FLOW, "no-flow"),
 ];
 
 /// Counters of a rule besides verdicts, and their names in output.
@@ -90,6 +91,9 @@ pod!(
     spare,
     answer_key,
     device,
+    flow_bucket,
+    flow_bucket6,
+    port_line,
     vlan_key,
     vlan,
     counters,

@@ -13,8 +13,8 @@ use super::path::Trail;
 use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, Shape, Table};
 use super::{
-    Action, Announce, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports,
-    Reply, RuleConfig, Source, Strategy, UpstreamConfig, Via, Xdp, scalar,
+    Action, Announce, Flows, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Period,
+    Ports, Reply, RuleConfig, Source, Strategy, UpstreamConfig, Via, Xdp, scalar,
 };
 
 /// The valid part of a file, and its diagnostics.
@@ -23,6 +23,7 @@ pub(super) struct Decoded {
     pub interfaces: Vec<String>,
     pub announce: Option<Announce>,
     pub xdp: BTreeMap<String, Xdp>,
+    pub flows: Flows,
     pub rules: Vec<RuleConfig>,
     pub diagnostics: Diagnostics,
     /// Valid but probably not intended.
@@ -40,6 +41,7 @@ pub(super) fn decode(node: &Node<'_>) -> Decoded {
             interfaces: Vec::new(),
             announce: None,
             xdp: BTreeMap::new(),
+            flows: Flows::default(),
             rules: Vec::new(),
             diagnostics: Diagnostics::default(),
             warnings: Vec::new(),
@@ -132,6 +134,7 @@ struct Options {
     choices: [Given<&'static str>; words::OPTIONS_MAP.fields.len()],
     payload: Given<Payload>,
     health: Given<Health>,
+    answers: Given<u32>,
 }
 
 impl Options {
@@ -143,6 +146,7 @@ impl Options {
         Options {
             choices,
             payload: self.payload.or(defaults.payload),
+            answers: self.answers.or(defaults.answers),
             health: self.health.clone().or(defaults.health.clone()),
         }
     }
@@ -202,6 +206,10 @@ impl Decoder {
         }
         if let Some(node) = fields.get(&words::ANNOUNCE) {
             self.decoded.announce = self.announce(node, &at.field(words::ANNOUNCE.name));
+        }
+        if let Some(node) = fields.get(&words::FLOWS) {
+            let flows = self.flows(node, &at.field(words::FLOWS.name));
+            self.decoded.flows = flows.unwrap_or_default();
         }
         let defaults = self.options(fields.get(&words::DEFAULTS), &at.field(words::DEFAULTS.name));
         if let Some(node) = fields.get(&words::RULES) {
@@ -302,6 +310,21 @@ impl Decoder {
         self.decoded.interfaces.push(name);
     }
 
+    fn flows(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Flows> {
+        let fields = self.fields(node, &words::FLOWS_MAP, at)?;
+        let entries = self.optional(&fields, &words::FLOWS_ENTRIES, at, number(&words::FLOW_COUNT));
+        let ports = self.optional(&fields, &words::FLOWS_PORTS, at, scalar::ports);
+        let unanswered = self.duration(&fields, &words::FLOWS_UNANSWERED, at);
+        let assured = self.duration(&fields, &words::FLOWS_ASSURED, at);
+        let default = Flows::default();
+        Some(Flows {
+            entries: entries?.unwrap_or(default.entries),
+            ports: ports?.unwrap_or(default.ports),
+            unanswered: unanswered?,
+            assured: assured?,
+        })
+    }
+
     fn rules(&mut self, nodes: &[Node<'_>], defaults: &Options, at: &Trail<'_>) {
         if nodes.is_empty() {
             self.warn(at, "no rules: nothing will match");
@@ -330,6 +353,11 @@ impl Decoder {
         let options = own.or(defaults);
         let selection = self.selection(&own, &options, &at_options);
         let reply = self.option(&options, &words::REPLY);
+        if own.answers.is_given() && reply.is_some_and(|reply| reply != Reply::Nat) {
+            let message = Message::new("`answers` ends flows, which only `reply: nat` has");
+            let message = message.help("leave it out, or set `reply: nat`");
+            self.error(&at_options.field(words::ANSWERS.name), message);
+        }
 
         let (name, key, (strategy, payload, hash)) = (name?, key?, selection?);
         let rule = RuleConfig {
@@ -343,6 +371,7 @@ impl Decoder {
             source: self.source(&options, reply?)?,
             reply: reply?,
             via: self.via(&own, &options, reply?, &at_options),
+            answers: options.answers.value().filter(|_| reply == Some(Reply::Nat)),
             health: match &options.health {
                 Given::Missing => Health::Off,
                 Given::Invalid => return None,
@@ -475,10 +504,12 @@ impl Decoder {
         None
     }
 
-    /// Returns the source of outgoing packets: answers that are routed need the client's own.
+    /// Returns the source of outgoing packets: answers that are routed need the client's own, and those of
+    /// flows this host's.
     fn source(&self, options: &Options, reply: Reply) -> Option<Source> {
         match (options.get(&words::SOURCE), reply) {
             (Given::Missing, Reply::Direct | Reply::Route) => Some(Source::Preserve),
+            (Given::Missing, Reply::Nat) => Some(Source::Egress),
             _ => self.option(options, &words::SOURCE),
         }
     }
@@ -737,6 +768,11 @@ impl Decoder {
         if let Some(node) = fields.get(&words::HEALTH) {
             let health = self.health(node, &at.field(words::HEALTH.name));
             options.health = health.map_or(Given::Invalid, Given::Valid);
+        }
+        if let Some(node) = fields.get(&words::ANSWERS) {
+            let read = number(&words::ANSWER_COUNT)(node);
+            let answers = self.ok(&at.field(words::ANSWERS.name), read);
+            options.answers = answers.map_or(Given::Invalid, Given::Valid);
         }
         options
     }

@@ -47,8 +47,8 @@ pub use period::Period;
 pub use reference::{MARKS, manual, markdown};
 pub use schema::schema;
 pub use types::{
-    Action, Addresses, Admission, Announce, Fragments, Hash, Key, Mode, Payload, Ports, Reply,
-    RuleConfig, Source, State, Strategy, UpstreamConfig, Via, Xdp,
+    Action, Addresses, Admission, Announce, Flows, Fragments, Hash, Key, Mode, Payload, Ports,
+    Reply, RuleConfig, Source, State, Strategy, UpstreamConfig, Via, Xdp,
 };
 pub use vocabulary::ANY;
 use vocabulary::INTERFACES;
@@ -61,6 +61,7 @@ pub struct Config {
     pub announce: Option<Announce>,
     /// XDP modes other than `off`, by interface.
     pub xdp: BTreeMap<String, Xdp>,
+    pub flows: Flows,
     pub rules: Vec<RuleConfig>,
     /// Valid, but probably not intended.
     pub warnings: Vec<Diagnostic>,
@@ -87,8 +88,8 @@ impl Config {
         }
         let warnings = diagnose(Severity::Warning, decoded.warnings, &document, Some(&node));
         drop(node);
-        let Decoded { interfaces, xdp, announce, rules, .. } = decoded;
-        Ok(Config { interfaces, xdp, announce, rules, warnings, document })
+        let Decoded { interfaces, xdp, announce, flows, rules, .. } = decoded;
+        Ok(Config { interfaces, xdp, announce, flows, rules, warnings, document })
     }
 
     /// Returns the host with an index among the destinations of a rule.

@@ -3,17 +3,18 @@
 use std::fmt::Write as _;
 
 use super::vocabulary::{
-    ANNOUNCE_MAP, ANY, DNS_MAP, Field, HEALTH_MAP, HTTP_MAP, INTERFACE_MAP, KEY_MAP, OPTIONS_MAP,
-    PAYLOAD_MAP, RADIUS_MAP, ROOT_MAP, RULE_MAP, Root, SNMP_MAP, Shape, Table, UDP_MAP,
-    UPSTREAM_MAP,
+    ANNOUNCE_MAP, ANY, DNS_MAP, FLOWS_MAP, Field, HEALTH_MAP, HTTP_MAP, INTERFACE_MAP, KEY_MAP,
+    OPTIONS_MAP, PAYLOAD_MAP, RADIUS_MAP, ROOT_MAP, RULE_MAP, Root, SNMP_MAP, Shape, Table,
+    UDP_MAP, UPSTREAM_MAP,
 };
 
 /// The maps of a file, with what stands before the names of their fields. A mirror has the fields of an
 /// upstream.
-const SECTIONS: [(&str, &Table); 14] = [
+const SECTIONS: [(&str, &Table); 15] = [
     ("", &ROOT_MAP),
     ("interfaces[].", &INTERFACE_MAP),
     ("announce.", &ANNOUNCE_MAP),
+    ("flows.", &FLOWS_MAP),
     ("rules[].", &RULE_MAP),
     ("key.", &KEY_MAP),
     ("options.", &OPTIONS_MAP),
@@ -107,6 +108,7 @@ fn value(field: &Field, root: Root) -> String {
         Shape::Port => "1 to 65535".into(),
         Shape::Ports if root == Root::List => "one port".into(),
         Shape::Ports => format!("port, range, list of both, or `{ANY}`"),
+        Shape::PortRange => "range of ports".into(),
         Shape::Networks => "network, or list of networks".into(),
         Shape::Number(number) => format!("{} to {}", number.first, number.last),
         Shape::Duration(limits) => format!("{} to {}", limits.first, limits.last),

@@ -54,6 +54,7 @@ fn property(field: &Field, root: Root) -> Value {
         Shape::Port => port(),
         Shape::Ports if root == Root::List => port(),
         Shape::Ports => ports(),
+        Shape::PortRange => port_range(),
         Shape::Networks => networks(),
         Shape::Number(number) => {
             json!({ "type": "integer", "minimum": number.first, "maximum": number.last })
@@ -99,12 +100,16 @@ fn port() -> Value {
     })
 }
 
-fn ports() -> Value {
+fn port_range() -> Value {
     let range = json!({
         "type": "string",
         "pattern": "^[1-9][0-9]{0,4} *- *[1-9][0-9]{0,4}$",
     });
-    let one = json!({ "anyOf": [port(), range] });
+    json!({ "anyOf": [port(), range] })
+}
+
+fn ports() -> Value {
+    let one = port_range();
     let several = json!({ "type": "array", "items": one, "minItems": 1 });
     json!({ "anyOf": [one, several, { "enum": [ANY] }] })
 }

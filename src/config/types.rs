@@ -197,6 +197,32 @@ pub enum Reply {
     Direct,
     /// They route them through this host, or another one with the same configuration.
     Route,
+    /// They answer to this host, which has a flow for each client.
+    Nat,
+}
+
+/// Size of the table of flows, and how long they live.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flows {
+    /// Number of flows of each family that have room.
+    pub entries: u32,
+    /// Ports of this host that flows get.
+    pub ports: Ports,
+    /// Time after which a flow ends that is not assured, or one without answer is given to an upstream anew.
+    pub unanswered: Period,
+    /// Time without packets after which an assured flow ends.
+    pub assured: Period,
+}
+
+impl Default for Flows {
+    fn default() -> Flows {
+        Flows {
+            entries: 65_536,
+            ports: Ports { first: 1024, last: 32_767 },
+            unanswered: Period::from_secs(30),
+            assured: Period::from_secs(120),
+        }
+    }
 }
 
 /// Way of a packet that keeps its destination to its upstream.
@@ -265,6 +291,8 @@ pub struct RuleConfig {
     pub reply: Reply,
     /// None unless `reply` is [`Reply::Direct`].
     pub via: Option<Via>,
+    /// Number of answers that ends a flow; none ends it without.
+    pub answers: Option<u32>,
     pub health: Health,
     pub all_down: AllDown,
     pub fragments: Fragments,

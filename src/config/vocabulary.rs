@@ -60,6 +60,8 @@ pub enum Shape {
     Port,
     /// `any`, a port, a range, or a list of the latter two; in a bare list one port.
     Ports,
+    /// A range of ports, or one port.
+    PortRange,
     /// A network or a list of them.
     Networks,
     Number(&'static Number),
@@ -206,6 +208,31 @@ pub static ANNOUNCE: Field = Field::new(
 pub static INTERFACE_NAME: Field =
     Field::new("name", Shape::Interface, "Name of the interface.").required().example("ens3");
 pub static XDP: EnumField = EnumField::new(&XDP, "xdp", &["off", "native", "generic"], "Sends packets of `block` rules on before the kernel has made them an skb: in the driver (`native`), or in the kernel (`generic`, which saves less). All others go on to tc. See [XDP](performance.md#xdp) for its conditions.").default("off").example("native");
+pub static FLOWS: Field =
+    Field::new("flows", Shape::Map(&FLOWS_MAP), "Table of the flows of rules with `reply: nat`.")
+        .example("{ entries: 262144, ports: \"1024-65535\" }");
+pub static FLOWS_ENTRIES: Field = Field::new(
+    "entries",
+    Shape::Number(&FLOW_COUNT),
+    "Number of flows of IPv4, and as many of IPv6. With another one all flows begin anew.",
+)
+.default("65536")
+.example("262144");
+pub static FLOW_COUNT: Number = Number { what: "a number of flows", first: 1024, last: 4_194_288 };
+pub static FLOWS_PORTS: Field = Field::new("ports", Shape::PortRange, "Ports of this host that flows get, a range. A port serves one flow for each upstream, and rests for a second before another flow gets it. Ports that the host's own sockets use are left out.").default("1024-32767").example("1024-65535");
+pub static FLOWS_UNANSWERED: Field = Field::new("unanswered", Shape::Duration(&FLOW_TIMEOUT), "Time without packets after which a flow ends whose client has not spoken again two seconds after its first packet. After that time without an answer an upstream is selected anew.").default("30s").example("10s");
+pub static FLOWS_ASSURED: Field = Field::new(
+    "assured",
+    Shape::Duration(&FLOW_TIMEOUT),
+    "Time without packets after which other flows end. These are never evicted for new ones.",
+)
+.default("2m")
+.example("1h");
+pub static FLOW_TIMEOUT: Limits = Limits {
+    what: "a lifetime of flows",
+    first: Period::from_secs(1),
+    last: Period::from_secs(86_400),
+};
 pub static DEFAULTS: Field = Field::new(
     "defaults",
     Shape::Map(&OPTIONS_MAP),
@@ -271,9 +298,11 @@ pub static MODE: EnumField = EnumField::new(
 .example("replicate");
 const SOURCES: &[&str] = &["vip", "preserve", "egress"];
 pub static SOURCE: EnumField = EnumField::new(&SOURCE, "source", SOURCES, "Sender that the upstream sees: the address that the packet was sent to (`vip`), the packet's sender (`preserve`), or this host's address on the way to the upstream (`egress`).").default("vip").example("preserve");
-pub static REPLY: EnumField = EnumField::new(&REPLY, "reply", &["none", "direct", "route"], "Way of the upstreams' answers. `direct`: packets keep their destination, and the upstreams, which have that address too, answer the client themselves. `route`: the upstreams see the client and route their answers through a host with this rule, where they get the address and port as source that the client had sent to. Both need `tc_action: block`, `mode: balance` and `source: preserve`, its default then.").default("none").example("route");
+pub static REPLY: EnumField = EnumField::new(&REPLY, "reply", &["none", "direct", "route", "nat"], "Way of the upstreams' answers. `direct`: packets keep their destination, and the upstreams, which have that address too, answer the client themselves. `route`: the upstreams see the client and route their answers through a host with this rule, where they get the address and port as source that the client had sent to. `nat`: the upstreams see this host, with a port of its own for each client, and answer to it; they need nothing for that. All need `tc_action: block` and `mode: balance`; `nat` needs `source: egress`, the others `source: preserve`, their defaults then.").default("none").example("route");
 const WAYS: &[&str] = &["link", "ipip", "gue"];
 pub static VIA: EnumField = EnumField::new(&VIA, "via", WAYS, "With `reply: direct`: the packet goes to the upstream by its MAC address (`link`, in one network), in an IP header (`ipip`), or in a UDP header to port 6080 (`gue`).").inherits("none, and `reply: direct` needs one").example("gue");
+pub static ANSWERS: Field = Field::new("answers", Shape::Number(&ANSWER_COUNT), "Number of answers after which a flow of `reply: nat` ends at once, for protocols that are known to answer so often. An answer in fragments is not counted.").default("none: a flow ends when it has expired").example("1");
+pub static ANSWER_COUNT: Number = Number { what: "a number of answers", first: 1, last: 1_000_000 };
 pub static STRATEGY: EnumField = EnumField::new(&STRATEGY, "strategy", &["src-port", "src-ip", "src-ip-port", "random", "payload"], "Part of the packet that selects its upstream: address or port of the sender, both, or bytes of the payload; `random` selects for each packet anew.").default("src-ip-port").in_list(&["src-port", "src-ip"], "src-port").example("src-ip");
 pub static PAYLOAD: Field = Field::new("payload", Shape::WordsOrMap(&PAYLOAD_WORDS, &PAYLOAD_MAP), "Bytes that the strategy `payload` selects by: the name of the first StatsD metric (`statsd`), a field of sFlow 5 (`sflow-agent`, of IPv4), NetFlow 9 (`netflow9-source`), IPFIX (`ipfix-domain`), GTP-U (`gtpu-teid`), DNS (`dns-id`) or RADIUS (`radius-id`), or `offset` and `length`. A packet that is too short is selected by `src-ip-port`.").default("none").example("{ offset: 4, length: 8 }");
 pub static HASH: EnumField = EnumField::new(&HASH, "hash", &["modulo", "maglev"], "Mapping from the selecting part to an upstream. With `maglev` another upstream, or one less, moves few flows of the others; `modulo` goes by the place in the list.").default("maglev").list_default("modulo").example("modulo");
@@ -450,7 +479,7 @@ pub static SAMPLE: Number = Number { what: "a sampling rate", first: 1, last: 1_
 
 pub static ROOT_MAP: Table = Table {
     what: "a configuration",
-    fields: &[&VERSION, &INTERFACES, &ANNOUNCE, &DEFAULTS, &RULES],
+    fields: &[&VERSION, &INTERFACES, &ANNOUNCE, &FLOWS, &DEFAULTS, &RULES],
 };
 pub static ANNOUNCE_MAP: Table = Table {
     what: "the announcement",
@@ -464,6 +493,10 @@ pub static ANNOUNCE_MAP: Table = Table {
 };
 pub static INTERFACE_MAP: Table =
     Table { what: "an interface", fields: &[&INTERFACE_NAME, &XDP.field] };
+pub static FLOWS_MAP: Table = Table {
+    what: "the table of flows",
+    fields: &[&FLOWS_ENTRIES, &FLOWS_PORTS, &FLOWS_UNANSWERED, &FLOWS_ASSURED],
+};
 pub static RULE_MAP: Table =
     Table { what: "a rule", fields: &[&NAME, &KEY, &OPTIONS, &UPSTREAM, &MIRROR] };
 pub static KEY_MAP: Table =
@@ -476,6 +509,7 @@ pub static OPTIONS_MAP: Table = Table {
         &SOURCE.field,
         &REPLY.field,
         &VIA.field,
+        &ANSWERS,
         &STRATEGY.field,
         &PAYLOAD,
         &HASH.field,
@@ -563,10 +597,11 @@ pub static MIRROR_MAP: Table = Table {
     ],
 };
 
-static TABLES: [&Table; 17] = [
+static TABLES: [&Table; 18] = [
     &ROOT_MAP,
     &ANNOUNCE_MAP,
     &INTERFACE_MAP,
+    &FLOWS_MAP,
     &RULE_MAP,
     &KEY_MAP,
     &OPTIONS_MAP,

@@ -20,7 +20,8 @@ use crate::datapath::description::{Description, Generation, Origin, ProgramName,
 use crate::datapath::hook::Known;
 use crate::datapath::pins::{ReadGuard, WriteGuard, remove_pins};
 use crate::datapath::state_maps::{self, INCOMPLETE, StateMaps, random};
-use crate::datapath::{handover, kernel, lease, lines, retired, spares, xdp};
+use crate::datapath::{flows, handover, kernel, lease, lines, retired, spares, xdp};
+use crate::desired::flows::settings;
 use crate::desired::key_table::KeyTables;
 use crate::desired::tables::Tables;
 use crate::desired::{Desired, RuleIds, assign_ids};
@@ -28,7 +29,7 @@ use crate::error::catch;
 use crate::net::link::Layer;
 
 /// The pins of its maps.
-const MAPS: [&str; 12] = [
+const MAPS: [&str; 17] = [
     "rules",
     "table",
     "table6",
@@ -36,6 +37,11 @@ const MAPS: [&str; 12] = [
     "addresses",
     "answers",
     "origins",
+    "indexes",
+    "flows",
+    "flows6",
+    "ports",
+    "ports6",
     "slots",
     "upstreams",
     spares::PIN,
@@ -54,6 +60,11 @@ macro_rules! own_maps {
             &mut $maps.addresses,
             &mut $maps.answers,
             &mut $maps.origins,
+            &mut $maps.indexes,
+            &mut $maps.flows,
+            &mut $maps.flows6,
+            &mut $maps.ports,
+            &mut $maps.ports6,
             &mut $maps.slots,
             &mut $maps.upstreams,
             &mut $maps.spares,
@@ -155,6 +166,8 @@ fn build_in(
         ids,
     };
     size(&mut skeleton, &tables, &keys, serde_json::to_vec(&description)?.len())?;
+    flows::size(&mut skeleton, &draft.desired)?;
+    flows::take_over(guard, &mut skeleton, &draft.desired, others)?;
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
     rodata.features = types::features {
         generation: draft.number,
@@ -163,6 +176,7 @@ fn build_in(
         ..tables.features
     };
     rodata.tuning = keys.tuning();
+    rodata.flow_settings = flow_settings(&draft.desired, &tables)?;
     share(&mut skeleton, &state)?;
     skeleton.maps.tracing.reuse_fd(state.tracing.as_fd())?;
     skeleton.maps.events.reuse_fd(state.events.as_fd())?;
@@ -219,6 +233,10 @@ fn key_tables(tables: &Tables, seed: u64) -> anyhow::Result<KeyTables> {
         .with_context(|| format!("no table holds these {} keys", keys.len() + keys6.len()))
 }
 
+fn flow_settings(desired: &Desired, tables: &Tables) -> anyhow::Result<types::flow_settings> {
+    Ok(settings(&desired.flows, lease::ticks_per_second()?, tables.orphans))
+}
+
 fn size(
     skeleton: &mut OpenUdplbSkel<'_>,
     tables: &Tables,
@@ -234,6 +252,7 @@ fn size(
         (&mut skeleton.maps.addresses, tables.addresses.len()),
         (&mut skeleton.maps.answers, tables.answers.len()),
         (&mut skeleton.maps.origins, tables.origins.len()),
+        (&mut skeleton.maps.indexes, tables.indexes.len()),
         (&mut skeleton.maps.samples, tables.samples()),
         (&mut skeleton.maps.slots, tables.slots.len()),
         (&mut skeleton.maps.upstreams, tables.upstreams.len()),
@@ -279,6 +298,7 @@ pub fn dry_run_program(
     let tables = Tables::new(&description.desired, &description.ids);
     let keys = key_tables(&tables, description.seed)?;
     size(&mut skeleton, &tables, &keys, 1)?;
+    flows::size(&mut skeleton, &description.desired)?;
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
     rodata.features = types::features {
         dry_run: 1,
@@ -287,6 +307,7 @@ pub fn dry_run_program(
         ..tables.features
     };
     rodata.tuning = keys.tuning();
+    rodata.flow_settings = flow_settings(&description.desired, &tables)?;
     let state = state_maps::open(guard)?.context(INCOMPLETE)?;
     let directory = guard.generation(generation.number);
     let maps = &mut skeleton.maps;
@@ -353,6 +374,7 @@ fn fill(
     write_pairs(&skeleton.maps.destinations, &tables.destinations)?;
     write_pairs(&skeleton.maps.answers, &tables.answers)?;
     write_pairs(&skeleton.maps.origins, &tables.origins)?;
+    write_pairs(&skeleton.maps.indexes, &tables.indexes)?;
     write_array(&skeleton.maps.slots, bytes_of_all(&tables.slots))?;
     write_array(&skeleton.maps.upstreams, bytes_of_all(&tables.upstreams))?;
     let mut chunks = json.to_vec();

@@ -6,6 +6,7 @@ pub mod chunked_map;
 pub mod counters;
 pub mod description;
 pub mod environment;
+pub mod flows;
 pub mod gate;
 pub mod generation;
 pub mod handover;

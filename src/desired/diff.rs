@@ -20,6 +20,8 @@ pub struct Changes {
     pub announce: Vec<AttributeChange>,
     /// XDP modes of interfaces.
     pub xdp: Difference,
+    /// Fields of `flows`.
+    pub flows: Vec<AttributeChange>,
     /// This host's addresses that `any` matches.
     pub addresses: Difference,
     pub added: Vec<RuleSummary>,
@@ -91,6 +93,7 @@ impl Changes {
             detach: only_in(attached, &new.interfaces),
             announce: differing(announce(old), announce(new)),
             xdp: xdp(old, new),
+            flows: differing(flows(old), flows(new)),
             addresses: addresses(old, new),
             added: only(&new.rules, &before),
             removed: only(&old.rules, &after),
@@ -188,6 +191,7 @@ fn attributes(rule: &Rule) -> Vec<(&'static str, String)> {
         ("zero-checksum", word(&rule.zero_checksum)),
         ("martians", word(&rule.martians)),
     ];
+    attributes.extend(rule.answers.map(|answers| ("answers", answers.to_string())));
     attributes.extend(slots(rule).map(|slots| ("slots", slots.to_string())));
     attributes
 }
@@ -204,6 +208,17 @@ fn announce(desired: &Desired) -> Vec<(&'static str, String)> {
         ("hold_down", text(|it| it.hold_down.to_string())),
         ("settle", text(|it| it.settle.to_string())),
         ("expire", text(|it| it.expire.to_string())),
+    ]
+}
+
+/// Returns the fields of `flows` and their values.
+fn flows(desired: &Desired) -> Vec<(&'static str, String)> {
+    let flows = &desired.flows;
+    vec![
+        ("entries", flows.entries.to_string()),
+        ("ports", flows.ports.to_string()),
+        ("unanswered", flows.unanswered.to_string()),
+        ("assured", flows.assured.to_string()),
     ]
 }
 
@@ -346,6 +361,12 @@ impl fmt::Display for Changes {
             writeln!(f, "    {attribute}")?;
         }
         self.xdp.lines(f, "", "XDP on")?;
+        if !self.flows.is_empty() {
+            writeln!(f, "~ flows")?;
+        }
+        for attribute in &self.flows {
+            writeln!(f, "    {attribute}")?;
+        }
         self.addresses.lines(f, "", "address")?;
         for rule in &self.added {
             writeln!(f, "+ rule {rule}")?;

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::config::{ANY, Addresses, Key, Mode, Ports, State};
+use crate::config::{ANY, Addresses, Flows, Key, Mode, Ports, State};
 use crate::desired::{Desired, Rule, Upstream};
 
 /// Returns the map form of the configuration with every option. Host names stay names, and hosts that are
@@ -17,6 +17,15 @@ pub fn document(desired: &Desired) -> Value {
     let mut document = json!({ "version": 1, "interfaces": interfaces });
     if let Some(announce) = &desired.announce {
         document["announce"] = json!(announce);
+    }
+    if desired.flows != Flows::default() {
+        let flows = &desired.flows;
+        document["flows"] = json!({
+            "entries": flows.entries,
+            "ports": flows.ports.to_string(),
+            "unanswered": flows.unanswered,
+            "assured": flows.assured,
+        });
     }
     document["rules"] = desired.rules.iter().map(rule).collect();
     document
@@ -76,6 +85,9 @@ fn options(rule: &Rule) -> Value {
     }
     if let Some(via) = rule.via {
         options["via"] = json!(via);
+    }
+    if let Some(answers) = rule.answers {
+        options["answers"] = json!(answers);
     }
     if let Some(payload) = rule.payload {
         options["payload"] = match (payload.word(), payload.bytes()) {

@@ -6,6 +6,7 @@ pub mod diff;
 pub mod dns;
 pub mod export;
 pub mod flow;
+pub mod flows;
 pub mod key_table;
 pub mod miss;
 pub mod partial;
@@ -18,9 +19,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    self, Action, Address, Addresses, Admission, AllDown, Announce, Config, Family, Fragments,
-    Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Reply, Source, State,
-    Strategy, Via, Xdp, with_port,
+    self, Action, Address, Addresses, Admission, AllDown, Announce, Config, Family, Flows,
+    Fragments, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Reply, Source,
+    State, Strategy, Via, Xdp, with_port,
 };
 use crate::desired::partial::Incomplete;
 use crate::net::routing::{Senders, Target};
@@ -35,6 +36,8 @@ pub struct Desired {
     pub interfaces: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub announce: Option<Announce>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub flows: Flows,
     pub rules: Vec<Rule>,
     /// The addresses of the interfaces, sorted: a key with `any` matches each. Empty if no rule has
     /// such a key.
@@ -74,6 +77,9 @@ pub struct Rule {
     /// Default for upstreams without a `via` of their own; `None` unless `reply` is `direct`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub via: Option<Via>,
+    /// Number of answers that ends a flow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answers: Option<u32>,
     #[serde(default, skip_serializing_if = "is_default")]
     pub health: Health,
     #[serde(default, skip_serializing_if = "is_default")]
@@ -158,6 +164,7 @@ impl Rule {
             source: Source::Vip,
             reply: Reply::None,
             via: None,
+            answers: None,
             health: Health::Off,
             all_down: AllDown::Open,
             fragments: Fragments::Follow,
@@ -284,6 +291,7 @@ impl Desired {
         Desired {
             interfaces: interfaces.into_iter().collect(),
             announce: config.announce.clone(),
+            flows: config.flows.clone(),
             rules,
             xdp,
             ..Desired::default()
@@ -339,18 +347,10 @@ impl Desired {
     /// Returns true if a generation with this configuration can be used for `other`. Causes may differ, and
     /// interfaces that it was attached to may be missing.
     pub fn serves(&self, other: &Desired) -> bool {
-        let Desired {
-            interfaces,
-            announce,
-            rules,
-            addresses,
-            broadcasts,
-            local_ports,
-            xdp,
-            incomplete,
-        } = self;
-        let same = (interfaces, announce, rules, xdp)
-            == (&other.interfaces, &other.announce, &other.rules, &other.xdp)
+        let Desired { interfaces, announce, flows, rules, xdp, .. } = self;
+        let Desired { addresses, broadcasts, local_ports, incomplete, .. } = self;
+        let same = (interfaces, announce, flows, rules, xdp)
+            == (&other.interfaces, &other.announce, &other.flows, &other.rules, &other.xdp)
             && (addresses, broadcasts) == (&other.addresses, &other.broadcasts)
             && *local_ports == other.local_ports
             && incomplete.lacks_the_same(&other.incomplete);
@@ -448,6 +448,7 @@ fn written(rule: &config::RuleConfig) -> Rule {
         source: rule.source,
         reply: rule.reply,
         via: rule.via,
+        answers: rule.answers,
         health: rule.health.clone(),
         all_down: rule.all_down,
         fragments: rule.fragments,
@@ -516,7 +517,7 @@ pub fn assign_ids(
         let all = match packets {
             Packets::To(Role::Upstream) => &rule.upstreams[..],
             Packets::To(Role::Mirror) => &rule.mirrors,
-            Packets::Answers if rule.reply == Reply::Route => &rule.upstreams,
+            Packets::Answers if matches!(rule.reply, Reply::Route | Reply::Nat) => &rule.upstreams,
             Packets::Answers => &[],
         };
         let name = rule.name.as_str();

@@ -28,6 +28,10 @@ pub struct Tables {
     pub answers: Vec<(types::answer_key, u32)>,
     /// Addresses and ports that answers are routed from, with the index in `upstreams` of their entry.
     pub origins: Vec<(types::destination_key, u32)>,
+    /// Upstreams of rules with flows by id.
+    pub indexes: Vec<(u32, u32)>,
+    /// Entry of answers of flows whose upstream is not among `upstreams`.
+    pub orphans: u32,
     pub slots: Vec<types::slot_line>,
     pub upstreams: Vec<types::upstream>,
     /// The upstreams by address and port.
@@ -51,37 +55,78 @@ impl Tables {
         tables.slots = slots.lines();
         tables.destinations = by_destination(&tables.upstreams);
         tables.answers = answers(desired, ids);
-        tables.origins(desired, ids);
+        tables.answer_entries(desired, ids);
+        tables.orphans(desired);
         // last, since they repeat upstreams
         tables.keys(desired);
         tables.features = features(desired, &tables);
         tables
     }
 
-    /// Appends an entry for the answers of each upstream of rules with `reply: route`. Where two have the same
-    /// address and port, the first one's answers are recognised.
-    fn origins(&mut self, desired: &Desired, ids: &[RuleIds]) {
+    /// Appends an entry for the answers of each upstream of rules with `reply`.
+    fn answer_entries(&mut self, desired: &Desired, ids: &[RuleIds]) {
+        let firsts = Vec::from_iter(first_upstreams(desired));
         let mut origins = BTreeMap::new();
-        for (index, (rule, ids)) in desired.rules.iter().zip(ids).enumerate() {
-            let KeyAddress::Is(vip) = rule.key.address else { continue };
-            let port = rule.key.only_port();
-            for (upstream, id) in rule.upstreams.iter().zip(&ids.answers) {
-                let address = wire(upstream.address.ip);
-                let from = upstream.port.or(port).unwrap_or(0).to_be();
-                origins.entry((address, from)).or_insert(self.upstreams.len() as u32);
-                self.upstreams.push(types::upstream {
+        for (index, ((rule, ids), first)) in desired.rules.iter().zip(ids).zip(firsts).enumerate() {
+            for (place, (upstream, id)) in (first..).zip(rule.upstreams.iter().zip(&ids.answers)) {
+                let entry = self.upstreams.len() as u32;
+                let rule_index = index as u32;
+                let answers = types::upstream {
                     id: *id,
-                    address: wire(vip),
-                    port: port.unwrap_or(0).to_be(),
-                    source: types::source::SOURCE_ORIGIN,
-                    rule: index as u32,
-                    line: self.upstreams.len() as u32,
+                    rule: rule_index,
+                    line: entry,
                     ..Default::default()
-                });
+                };
+                match rule.reply {
+                    Reply::None | Reply::Direct => {}
+                    Reply::Route => self.origin(rule, upstream, answers, &mut origins),
+                    Reply::Nat => {
+                        let source = types::source::SOURCE_FLOW_VIP;
+                        self.upstreams.push(types::upstream { source, ..answers });
+                        let asked = &mut self.upstreams[place as usize];
+                        asked.answers = entry;
+                        self.indexes.push((asked.id, place));
+                    }
+                }
             }
         }
         let key = |(address, port)| types::destination_key { address, port, unused: 0 };
         self.origins = origins.into_iter().map(|(from, entry)| (key(from), entry)).collect();
+    }
+
+    /// Appends the entry of routed answers. Where two upstreams have the same address and port, the first one's
+    /// answers are recognised.
+    fn origin(
+        &mut self,
+        rule: &Rule,
+        upstream: &Upstream,
+        answers: types::upstream,
+        origins: &mut BTreeMap<([u32; 4], u16), u32>,
+    ) {
+        let KeyAddress::Is(vip) = rule.key.address else { return };
+        let port = rule.key.only_port();
+        let from = (wire(upstream.address.ip), upstream.port.or(port).unwrap_or(0).to_be());
+        origins.entry(from).or_insert(self.upstreams.len() as u32);
+        self.upstreams.push(types::upstream {
+            address: wire(vip),
+            port: port.unwrap_or(0).to_be(),
+            source: types::source::SOURCE_ORIGIN,
+            ..answers
+        });
+    }
+
+    /// Appends the entry for answers of flows whose upstream has been removed.
+    fn orphans(&mut self, desired: &Desired) {
+        let rule = desired.rules.iter().position(|rule| rule.reply == Reply::Nat);
+        let Some(rule) = rule else { return };
+        self.orphans = self.upstreams.len() as u32;
+        let source = types::source::SOURCE_FLOW_VIP;
+        self.upstreams.push(types::upstream {
+            source,
+            rule: rule as u32,
+            line: self.orphans,
+            ..Default::default()
+        });
     }
 
     /// Returns a rule's value for a key that is no group's and has one rule for all senders.
@@ -119,6 +164,7 @@ impl Tables {
             upstreams: upstreams.1 as u16,
             payload_offset,
             payload_length: payload_length.into(),
+            answers: rule.answers.unwrap_or(0),
         }
     }
 
@@ -137,12 +183,13 @@ impl Tables {
                 id: *id,
                 address: wire(upstream.address.ip),
                 port: upstream.port.unwrap_or(0).to_be(),
-                source: source(rule.source_of(upstream)),
+                source: source_for(rule, upstream, list),
                 via: via(rule.via_of(upstream)),
                 drained: (upstream.state == State::Drained).into(),
                 duplicate: duplicate(upstream),
                 sample: upstream.sample,
                 rule: rule_index,
+                answers: 0,
                 line,
             }
         }));
@@ -212,7 +259,7 @@ impl Tables {
         use types::entry as entries;
         use types::strategy as by;
         let rule = &self.rules[index as usize];
-        let slow = flags::RULE_OF_GROUP.0 | flags::RULE_SOCKETS.0;
+        let slow = flags::RULE_OF_GROUP.0 | flags::RULE_SOCKETS.0 | flags::RULE_FLOWS.0;
         let first = rule.first_receiver;
         // the fast path finds lines by the index of the upstream
         let is_slow = |(index, receiver): (u32, &types::upstream)| {
@@ -497,6 +544,7 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
         origins: (!tables.origins.is_empty()).into(),
         direct: any(&|rule| rule.reply == Reply::Direct),
         tunnels: any(&|rule| rule.upstreams.iter().any(|it| is_tunnel(rule.via_of(it)))),
+        flows: any(&|rule| rule.reply == Reply::Nat),
         ..Default::default()
     }
 }
@@ -523,6 +571,7 @@ fn flags_of(rule: &Rule, desired: &Desired) -> flags {
         (flags::RULE_MARTIANS, rule.martians == Admission::Allow),
         (flags::RULE_SOCKETS, takes_answers(rule, desired.local_ports)),
         (flags::RULE_REPLIES, matches!(rule.reply, Reply::Direct | Reply::Route)),
+        (flags::RULE_FLOWS, rule.reply == Reply::Nat),
     ]
     .into_iter()
     .filter(|(_, is)| *is);
@@ -552,6 +601,14 @@ fn fragments(fragments: Fragments) -> types::fragments {
         Fragments::Follow => types::fragments::FRAGMENTS_FOLLOW,
         Fragments::Pass => types::fragments::FRAGMENTS_PASS,
         Fragments::Drop => types::fragments::FRAGMENTS_DROP,
+    }
+}
+
+/// Returns the source of packets to a host in one of the rule's lists.
+fn source_for(rule: &Rule, upstream: &Upstream, list: &[Upstream]) -> types::source {
+    match rule.reply == Reply::Nat && std::ptr::eq(list, rule.upstreams.as_slice()) {
+        true => types::source::SOURCE_FLOW,
+        false => source(rule.source_of(upstream)),
     }
 }
 

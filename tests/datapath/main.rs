@@ -23,6 +23,7 @@ mod headers;
 mod health;
 mod lines;
 mod links;
+mod nat;
 mod packets;
 mod paths;
 mod reassembly;

@@ -14,11 +14,12 @@ use libbpf_rs::{
 use udplb::bpf::{
     NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types, wire,
 };
-use udplb::config::{Action, Address, Hash, Key, Mode, Ports, Source, State, Strategy};
+use udplb::config::{Action, Address, Flows, Hash, Key, Mode, Ports, Source, State, Strategy};
 use udplb::datapath::gate::suspects;
 use udplb::datapath::lease::ticks_per_second;
 use udplb::datapath::nexthops;
 use udplb::datapath::spares::{self, Situation};
+use udplb::desired::flows::{buckets, port_lines, settings};
 use udplb::desired::key_table::{Hashing, Key4, Key6, tuning_of};
 use udplb::desired::tables::{Tables, first_upstreams};
 use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
@@ -37,6 +38,18 @@ const CHUNKS: u32 = 2;
 /// Sizes of the maps of rules and upstreams, and of the slots.
 const ENTRIES: u32 = 256;
 const SLOT_LINES: u32 = 3200;
+
+/// Place of the entry of answers whose upstream is gone.
+const ORPHANS: u32 = ENTRIES - 1;
+
+/// Number of flows that have room, and of ports.
+pub const FLOWS: u32 = 1024;
+pub const PORTS: Ports = Ports { first: 10_000, last: 14_095 };
+
+/// Settings of the flows. The unit of time is that of the program, see [`Program::second`].
+fn flows() -> Flows {
+    Flows { entries: FLOWS, ports: PORTS, ..Flows::default() }
+}
 
 /// Number of lines of each table of keys.
 const LINES: u32 = 256;
@@ -94,6 +107,7 @@ impl<'object> Program<'object> {
         let constants = maps.rodata_data.as_deref_mut().expect("constants");
         constants.features.ticks_per_second = second;
         constants.features.xdp = 1;
+        constants.flow_settings = settings(&flows(), second, ORPHANS);
         let mut seeds = (1..).map(|number: u64| number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut seed = || seeds.next().expect("a seed");
         let hashing = Hashing::new(LINES as usize, &mut seed);
@@ -107,6 +121,11 @@ impl<'object> Program<'object> {
             (&mut maps.addresses, ENTRIES),
             (&mut maps.answers, ENTRIES),
             (&mut maps.origins, ENTRIES),
+            (&mut maps.indexes, ENTRIES),
+            (&mut maps.flows, buckets(&flows())),
+            (&mut maps.flows6, buckets(&flows())),
+            (&mut maps.ports, port_lines(&flows())),
+            (&mut maps.ports6, port_lines(&flows())),
             (&mut maps.upstreams, ENTRIES),
             (&mut maps.destinations, ENTRIES),
             (&mut maps.spares, ENTRIES),
@@ -217,6 +236,7 @@ impl<'object> Program<'object> {
         clear(&maps.path_mtus);
         clear(&maps.answers);
         clear(&maps.origins);
+        clear(&maps.indexes);
         self.forget_fragments();
         // refill the error budgets; forget_fragments() moved all senders to other buckets
         for kind in 0..3 {
@@ -235,6 +255,7 @@ impl<'object> Program<'object> {
         write_pairs(&maps.destinations, &tables.destinations);
         write_pairs(&maps.answers, &tables.answers);
         write_pairs(&maps.origins, &tables.origins);
+        write_pairs(&maps.indexes, &tables.indexes);
         let answering = desired.upstreams().map(|upstream| upstream.address.ip);
         let suspects = suspects(self.own.borrow().iter().copied().chain(answering));
         self.change_gate(|gate| gate.suspects.copy_from_slice(&suspects));
@@ -242,6 +263,9 @@ impl<'object> Program<'object> {
         self.write_spares(&Situation::default());
         write_all(&maps.slots, &tables.slots);
         write_all(&maps.upstreams, &tables.upstreams);
+        if let Some(orphans) = tables.upstreams.get(tables.orphans as usize) {
+            write(&maps.upstreams, ORPHANS, bytes_of(orphans));
+        }
         if !ways.is_empty() {
             for (id, entry) in nexthops::entries(desired, &ids, |target| ways.get(&target.address))
             {
@@ -348,6 +372,73 @@ impl<'object> Program<'object> {
     /// Returns the number of first fragments in the table.
     pub fn fragments(&self) -> usize {
         self.skeleton.maps.fragments.keys().count()
+    }
+
+    /// Makes all flows, and the uses of ports, so many seconds older.
+    pub fn age_flows(&self, seconds: u32) {
+        const HINT_BITS: u32 = 22;
+        let settings = settings(&flows(), self.second, ORPHANS);
+        let beats = (seconds * self.second) >> settings.beat_shift;
+        self.change_flows(|touched, flow| {
+            *touched = touched.wrapping_sub(beats);
+            for time in [&mut flow.created, &mut flow.touched, &mut flow.chosen] {
+                *time = time.wrapping_sub(beats);
+            }
+        });
+        let maps = &self.skeleton.maps;
+        for map in [&maps.ports, &maps.ports6] {
+            for index in 0..port_lines(&flows()) {
+                let bytes = map.lookup(&index.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
+                let mut line: types::port_line =
+                    bytes.and_then(|bytes| from_bytes(&bytes)).expect("a line");
+                for hint in line.hints.iter_mut().filter(|hint| **hint != 0) {
+                    *hint = hint.wrapping_sub(beats << HINT_BITS);
+                }
+                write(map, index, bytes_of(&line));
+            }
+        }
+    }
+
+    /// Ends all flows, and forgets the uses of ports.
+    pub fn clear_flows(&self) {
+        let maps = &self.skeleton.maps;
+        let buckets = buckets(&flows()) as usize;
+        write_all(&maps.flows, &vec![types::flow_bucket::default(); buckets]);
+        write_all(&maps.flows6, &vec![types::flow_bucket6::default(); buckets]);
+        for map in [&maps.ports, &maps.ports6] {
+            write_all(map, &vec![types::port_line::default(); port_lines(&flows()) as usize]);
+        }
+    }
+
+    /// Returns the states of all flows.
+    pub fn flow_states(&self) -> Vec<u8> {
+        let mut states = Vec::new();
+        self.change_flows(|_, flow| states.push(flow.state));
+        states.retain(|state| *state != 0);
+        states
+    }
+
+    /// Passes each flow to `change`, with its time in the bucket.
+    fn change_flows(&self, mut change: impl FnMut(&mut u32, &mut types::flow)) {
+        let maps = &self.skeleton.maps;
+        for index in 0..buckets(&flows()) {
+            let read = |map: &MapMut<'_>| {
+                map.lookup(&index.to_ne_bytes(), MapFlags::ANY)
+                    .expect("a lookup")
+                    .expect("a bucket")
+            };
+            let mut bucket: types::flow_bucket = from_bytes(&read(&maps.flows)).expect("a bucket");
+            for (touched, flow) in bucket.touched.iter_mut().zip(&mut bucket.flows) {
+                change(touched, &mut flow.flow);
+            }
+            write(&maps.flows, index, bytes_of(&bucket));
+            let mut bucket: types::flow_bucket6 =
+                from_bytes(&read(&maps.flows6)).expect("a bucket");
+            for (touched, flow) in bucket.touched.iter_mut().zip(&mut bucket.flows) {
+                change(touched, &mut flow.flow);
+            }
+            write(&maps.flows6, index, bytes_of(&bucket));
+        }
     }
 
     /// Returns the recorded path MTUs by upstream address.

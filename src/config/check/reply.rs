@@ -13,6 +13,7 @@ pub(super) fn check(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
         Reply::None => "none",
         Reply::Direct => "direct",
         Reply::Route => "route",
+        Reply::Nat => "nat",
     };
     if rule.reply != Reply::Direct {
         unused_ways(rule, diagnostics);
@@ -32,19 +33,56 @@ pub(super) fn check(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
         let why = "needs `mode: balance`: a client expects one answer";
         refuse(&at, why, "hosts whose answers nobody wants can be mirrors");
     }
-    let keeps = "needs `source: preserve`: the upstreams answer to the client itself";
-    if rule.source != Source::Preserve {
-        refuse(&option(rule, words::SOURCE.field.name), keeps, "leave `source` out");
-    }
-    let own = rule.upstreams.iter().filter(|it| it.source.is_some_and(|it| it != Source::Preserve));
-    for upstream in own {
-        refuse(&upstream.at.field(words::UPSTREAM_SOURCE.field.name), keeps, "leave `source` out");
-    }
-    key(rule, &mut refuse);
     match rule.reply {
-        Reply::None => {}
+        Reply::Nat => {
+            let why = "needs `source: egress`: the upstreams answer to this host";
+            sources(rule, Source::Egress, why, &mut refuse);
+            group(rule, &mut refuse);
+        }
+        _ => {
+            let why = "needs `source: preserve`: the upstreams answer to the client itself";
+            sources(rule, Source::Preserve, why, &mut refuse);
+            key(rule, &mut refuse);
+        }
+    }
+    match rule.reply {
+        Reply::None | Reply::Nat => {}
         Reply::Direct => direct(rule, &at, refuse),
         Reply::Route => route(rule, refuse),
+    }
+}
+
+/// Reports sources of the rule and of its upstreams other than the one that is needed.
+fn sources(
+    rule: &RuleConfig,
+    needed: Source,
+    why: &str,
+    refuse: &mut impl FnMut(&Path, &str, &str),
+) {
+    let help = match needed {
+        Source::Egress => "leave `source` out; with `reply: route` upstreams see the client",
+        _ => "leave `source` out",
+    };
+    if rule.source != needed {
+        refuse(&option(rule, words::SOURCE.field.name), why, help);
+    }
+    let own = rule.upstreams.iter().filter(|it| it.source.is_some_and(|it| it != needed));
+    for upstream in own {
+        refuse(&upstream.at.field(words::UPSTREAM_SOURCE.field.name), why, help);
+    }
+}
+
+fn key_address(rule: &RuleConfig) -> Path {
+    rule.at.field(words::KEY.name).field(words::KEY_ADDRESS.name)
+}
+
+/// Reports the address of a group, which nothing can come from.
+fn group(rule: &RuleConfig, refuse: &mut impl FnMut(&Path, &str, &str)) {
+    if let KeyAddress::Is(address) = rule.key.address
+        && (address.is_multicast() || address == Ipv4Addr::BROADCAST)
+    {
+        let why = "needs the address of a host: answers cannot come from a group";
+        refuse(&key_address(rule), why, "leave `reply` out");
     }
 }
 
@@ -73,18 +111,11 @@ fn option(rule: &RuleConfig, name: &'static str) -> Path {
 
 /// Reports keys of several addresses, or of a group.
 fn key(rule: &RuleConfig, refuse: &mut impl FnMut(&Path, &str, &str)) {
-    let at = rule.at.field(words::KEY.name).field(words::KEY_ADDRESS.name);
-    match rule.key.address {
-        KeyAddress::Any => {
-            let why = "needs one address, which answers come from, and `any` is several";
-            refuse(&at, why, "write a rule for each address");
-        }
-        KeyAddress::Is(address) if address.is_multicast() || address == Ipv4Addr::BROADCAST => {
-            let why = "needs the address of a host: answers cannot come from a group";
-            refuse(&at, why, "leave `reply` out");
-        }
-        KeyAddress::Is(_) => {}
+    if rule.key.address == KeyAddress::Any {
+        let why = "needs one address, which answers come from, and `any` is several";
+        refuse(&key_address(rule), why, "write a rule for each address");
     }
+    group(rule, refuse);
 }
 
 /// Reports upstreams whose answers do not tell the port that they are to come from.

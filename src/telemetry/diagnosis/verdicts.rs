@@ -54,6 +54,10 @@ pub fn explain(verdict: &str) -> Explanation {
             "UDP over IPv6 came without a checksum",
             "say `zero-checksum: allow`, if the upstream takes such datagrams",
         ),
+        "no-flow" => (
+            "there was no room or no port for another flow of `reply: nat`",
+            "raise `flows.entries` or widen `flows.ports`",
+        ),
         "local-socket" => (
             "a socket of this host asked for the packets, and gets them",
             "nothing is lost; leave the ephemeral ports out of the rule to spare the look-up",

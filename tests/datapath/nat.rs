@@ -1,0 +1,548 @@
+//! Flows: `reply: nat`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+
+use serde_json::{Value, json};
+use udplb::config::{Action, Key, Ports, Reply, Source};
+use udplb::desired::{Desired, Rule, RuleIds, Upstream};
+
+use crate::common::lab::{Lab, Net, V4, V6, packets};
+use crate::common::net::{TTL, UDP_SEGMENT, bind, expect, payload, receive, set};
+use crate::common::wire::Tag;
+use crate::ends::cuts_up_without_offload;
+use crate::forge::{Checksum, Forged, Ip, fragments};
+use crate::packet::Mac;
+use crate::program::{Context, Counted, FLOWS, PORTS, Run};
+use crate::testbed::{
+    FAR, GATEWAY_MAC, NEAR, NEAR_MAC, OUT_MAC, OWN, OWN6, REDIRECT, RELAY_MAC, SHOT, Testbed,
+    UNSPEC, VIP,
+};
+
+const UPSTREAM: [IpAddr; 2] = [IpAddr::V4(NEAR), ip6([0xfd00, 2, 0, 0, 0, 0, 0, 2])];
+const CLIENT: [IpAddr; 2] = [IpAddr::V4(FAR), ip6([0xfd00, 3, 0, 0, 0, 0, 0, 2])];
+const VIPS: [IpAddr; 2] = [IpAddr::V4(VIP), ip6([0xfd00, 1, 0, 0, 0, 0, 0, 1])];
+const EGRESS: [IpAddr; 2] = [IpAddr::V4(OWN), IpAddr::V6(OWN6)];
+
+/// Port of the upstreams, and of the first client.
+const SERVER: u16 = 5353;
+const FROM: u16 = 40_000;
+
+const fn ip6([a, b, c, d, e, f, g, h]: [u16; 8]) -> IpAddr {
+    IpAddr::V6(Ipv6Addr::new(a, b, c, d, e, f, g, h))
+}
+
+/// Returns a rule for port 53 with upstreams of a family.
+fn rule(family: usize, upstreams: &[IpAddr]) -> Rule {
+    let key = Key::new(VIPS[family], vec![Ports { first: 53, last: 53 }]);
+    let upstreams = upstreams.iter().map(|address| Upstream::new(*address, Some(SERVER)));
+    Rule {
+        action: Action::Block,
+        source: Source::Egress,
+        reply: Reply::Nat,
+        ..Rule::new(format!("dns{family}"), key, upstreams.collect())
+    }
+}
+
+/// Applies the rules; the next hops have egress addresses, and the kernel is asked for the way.
+fn configure(testbed: &Testbed<'_>, rules: Vec<Rule>) -> Vec<RuleIds> {
+    let hosts = rules.iter().flat_map(|rule| &rule.upstreams);
+    let ways = hosts.map(|it| (it.address.clone(), testbed.hop_to(it.address.ip, 1500, None)));
+    let ways: BTreeMap<_, _> = ways.collect();
+    testbed.program.configure_all(&Desired { rules, ..Desired::default() }, &ways, 0)
+}
+
+fn both() -> Vec<Rule> {
+    vec![rule(0, &UPSTREAM[..1]), rule(1, &UPSTREAM[1..])]
+}
+
+/// Returns a frame between two endpoints.
+fn between((source, from): (IpAddr, u16), (destination, to): (IpAddr, u16)) -> Forged {
+    let mut packet = Forged::between(RELAY_MAC, source, destination, to);
+    packet.udp.source = from;
+    packet
+}
+
+fn question(family: usize) -> Forged {
+    between((CLIENT[family], FROM), (VIPS[family], 53))
+}
+
+/// Returns the answer of a family's upstream to a port of this host.
+fn answer(family: usize, port: u16) -> Forged {
+    between((UPSTREAM[family], SERVER), (EGRESS[family], port))
+}
+
+fn run(testbed: &Testbed<'_>, packet: &Forged) -> (Run, Counted) {
+    let (gso_size, gso_segs) = packet.gso;
+    let (tag, length) = (packet.tag, packet.cut);
+    let context = Context { ifindex: testbed.routing, gso_size, gso_segs, tag, length };
+    (testbed.program.run(&packet.frame(), context), testbed.program.take_counted())
+}
+
+/// Returns source and destination of a frame without tags.
+fn ends(frame: &[u8]) -> [(IpAddr, u16); 2] {
+    let v4 = |at: usize| IpAddr::from(<[u8; 4]>::try_from(&frame[at..at + 4]).expect("four"));
+    let v6 = |at: usize| IpAddr::from(<[u8; 16]>::try_from(&frame[at..at + 16]).expect("sixteen"));
+    let ([source, destination], udp) = match frame[14] >> 4 {
+        4 => ([v4(26), v4(30)], 14 + usize::from(frame[14] & 15) * 4),
+        _ => ([v6(22), v6(38)], 54),
+    };
+    let port = |at: usize| u16::from_be_bytes([frame[at], frame[at + 1]]);
+    [(source, port(udp)), (destination, port(udp + 2))]
+}
+
+/// Sends a packet that is forwarded; returns source and destination.
+#[track_caller]
+fn send(testbed: &Testbed<'_>, packet: &Forged) -> [(IpAddr, u16); 2] {
+    let (run, counted) = run(testbed, packet);
+    assert_eq!(run.action, REDIRECT, "{counted:?}");
+    ends(&run.frame)
+}
+
+/// Sends the first question of a family's client; returns the port of its flow.
+#[track_caller]
+fn open(testbed: &Testbed<'_>, family: usize) -> u16 {
+    send(testbed, &question(family))[0].1
+}
+
+/// Returns the packet as it leaves between two endpoints, to a MAC address.
+fn departed(came: &Forged, from: (IpAddr, u16), to: (IpAddr, u16), mac: Mac) -> Forged {
+    let mut gone = Forged { to: mac, from: OUT_MAC, tag: None, tags: Vec::new(), ..came.clone() };
+    match (&mut gone.ip, from.0, to.0) {
+        (Ip::V4(ip), IpAddr::V4(source), IpAddr::V4(destination)) => {
+            (ip.source, ip.destination, ip.ttl) = (source, destination, ip.ttl - 1);
+        }
+        (Ip::V6(ip), IpAddr::V6(source), IpAddr::V6(destination)) => {
+            (ip.source, ip.destination, ip.hop_limit) = (source, destination, ip.hop_limit - 1);
+        }
+        _ => unreachable!("all are of the family"),
+    }
+    (gone.udp.source, gone.udp.destination) = (from.1, to.1);
+    gone
+}
+
+/// Returns variants of a packet that are translated alike.
+fn kinds(family: usize, packet: &Forged) -> Vec<(&'static str, Forged)> {
+    let mut kinds = vec![("plain", packet.clone())];
+    let mut change = |name, change: &dyn Fn(&mut Forged)| {
+        let mut changed = packet.clone();
+        change(&mut changed);
+        kinds.push((name, changed));
+    };
+    change("empty", &|it| it.udp.payload = 0);
+    change("odd", &|it| it.udp.payload = 333);
+    change("wrong checksum", &|it| it.udp.checksum = Checksum::Off(7));
+    change("tag in the skb", &|it| it.tag = Some(Tag { protocol: 0x8100, control: 7 }));
+    change("tag in the frame", &|it| it.tags = vec![Tag { protocol: 0x8100, control: 7 }]);
+    if family == 0 {
+        change("no checksum", &|it| it.udp.checksum = Checksum::Is(0));
+        change("options", &|it| {
+            if let Ip::V4(ip) = &mut it.ip {
+                ip.options = 2;
+            }
+        });
+    }
+    kinds
+}
+
+#[test]
+fn packets_are_translated_both_ways() {
+    Testbed::with(|testbed| {
+        let ids = configure(testbed, both());
+        for family in 0..2 {
+            let port = open(testbed, family);
+            assert!((PORTS.first..=PORTS.last).contains(&port), "{port}");
+            let (client, vip) = ((CLIENT[family], FROM), (VIPS[family], 53));
+            let (egress, server) = ((EGRESS[family], port), (UPSTREAM[family], SERVER));
+            for (id, came, from, to, mac) in [
+                (ids[family].upstreams[0], question(family), egress, server, NEAR_MAC),
+                (ids[family].answers[0], answer(family, port), vip, client, GATEWAY_MAC),
+            ] {
+                for (name, came) in kinds(family, &came) {
+                    let gone = departed(&came, from, to, mac).frame();
+                    let bytes = gone.len() as u64;
+                    let wanted = Run { action: REDIRECT, frame: gone, tag: None };
+                    let (run, counted) = run(testbed, &came);
+                    assert_eq!(run, wanted, "{name} {family}: {counted:?}");
+                    assert_eq!(counted, [((id, "forwarded"), (1, bytes))].into(), "{name}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn answers_of_strangers_go_up_the_stack() {
+    Testbed::with(|testbed| {
+        configure(testbed, both());
+        for family in 0..2 {
+            let port = open(testbed, family);
+            let stranger = match UPSTREAM[family] {
+                IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::new(10, 0, 2, 9)),
+                IpAddr::V6(_) => ip6([0xfd00, 2, 0, 0, 0, 0, 0, 9]),
+            };
+            for (name, packet) in [
+                ("another port", answer(family, port ^ 1)),
+                ("another host", between((stranger, SERVER), (EGRESS[family], port))),
+                ("from another port", between((UPSTREAM[family], 53), (EGRESS[family], port))),
+                ("another frame", Forged { to: [2, 0, 0, 0, 9, 9], ..answer(family, port) }),
+            ] {
+                let frame = packet.frame();
+                let (run, counted) = run(testbed, &packet);
+                assert_eq!((run.action, run.frame), (UNSPEC, frame), "{name}");
+                assert!(counted.is_empty(), "{name}: {counted:?}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_flow_keeps_its_port_until_it_expires() {
+    Testbed::with(|testbed| {
+        configure(testbed, both());
+        for (family, client) in CLIENT.iter().enumerate() {
+            let port = open(testbed, family);
+            for _ in 0..3 {
+                testbed.program.age_flows(20);
+                send(testbed, &answer(family, port));
+                assert_eq!(open(testbed, family), port);
+            }
+            // neither side speaks
+            testbed.program.age_flows(119);
+            assert_eq!(send(testbed, &answer(family, port))[1], (*client, FROM));
+            testbed.program.age_flows(123);
+            assert_eq!(run(testbed, &answer(family, port)).0.action, UNSPEC);
+            assert_eq!(open(testbed, family), port, "the same client gets the same port");
+        }
+    });
+}
+
+#[test]
+fn flows_are_assured_by_both_sides() {
+    const STATES: [u8; 3] = [1, 2, 3];
+    let [new, answered, assured] = STATES;
+    Testbed::with(|testbed| {
+        configure(testbed, both());
+        let states = || testbed.program.flow_states();
+        let port = open(testbed, 0);
+        testbed.program.age_flows(3);
+        open(testbed, 0);
+        assert_eq!(states(), [new], "nobody has answered");
+        send(testbed, &answer(0, port));
+        testbed.program.age_flows(3);
+        send(testbed, &answer(0, port));
+        assert_eq!(states(), [answered], "an upstream that answers assures nothing");
+        open(testbed, 0);
+        assert_eq!(states(), [assured]);
+    });
+}
+
+/// An upstream that does not answer, or is gone or down, loses the flow; a drained one keeps it.
+#[test]
+fn flows_move_from_upstreams_that_are_out() {
+    let others = [NEAR, Ipv4Addr::new(10, 0, 2, 254)].map(IpAddr::V4);
+    Testbed::with(|testbed| {
+        let two = || rule(0, &others);
+        let ids = configure(testbed, vec![two()]).remove(0);
+        let [from, server] = send(testbed, &question(0));
+        let place = others.iter().position(|it| *it == server.0).expect("one of them");
+        testbed.program.override_state(ids.upstreams[place], true);
+        assert_eq!(send(testbed, &question(0)), [from, server], "drained: the flow stays");
+        send(testbed, &between(server, from));
+        for _ in 0..2 {
+            testbed.program.age_flows(14);
+            assert_eq!(send(testbed, &question(0))[1], server, "it may still answer");
+        }
+        testbed.program.age_flows(4);
+        let moved = send(testbed, &question(0));
+        assert_ne!(moved[1], server, "it does not answer");
+        assert_eq!(run(testbed, &between(server, from)).0.action, UNSPEC, "the old flow has ended");
+        assert_eq!(send(testbed, &between(moved[1], moved[0]))[1], (CLIENT[0], FROM));
+        configure(testbed, vec![rule(0, &[server.0])]);
+        assert_eq!(send(testbed, &question(0))[1], server, "the other is gone");
+    });
+}
+
+#[test]
+fn flows_survive_other_generations() {
+    Testbed::with(|testbed| {
+        configure(testbed, both());
+        let ports = [0, 1].map(|family| open(testbed, family));
+        // the same upstream has another id and another place
+        let decoy = Rule {
+            key: Key::new(VIP, vec![Ports { first: 54, last: 54 }]),
+            ..rule(0, &UPSTREAM[..1])
+        };
+        let decoy = Rule { name: "decoy".into(), ..decoy };
+        let rules = [vec![decoy], both()].concat();
+        configure(testbed, rules);
+        for family in 0..2 {
+            let answer = answer(family, ports[family]);
+            assert_eq!(send(testbed, &answer)[1], (CLIENT[family], FROM));
+            assert_eq!(open(testbed, family), ports[family]);
+        }
+        // answers of rules that are gone still reach their clients
+        configure(testbed, vec![rule(1, &UPSTREAM[1..])]);
+        assert_eq!(send(testbed, &answer(0, ports[0]))[1], (CLIENT[0], FROM));
+    });
+}
+
+#[test]
+fn a_flow_ends_with_its_last_answer() {
+    Testbed::with(|testbed| {
+        configure(testbed, vec![Rule { answers: Some(2), ..rule(0, &UPSTREAM[..1]) }]);
+        let port = open(testbed, 0);
+        for action in [REDIRECT, REDIRECT, UNSPEC] {
+            assert_eq!(run(testbed, &answer(0, port)).0.action, action);
+        }
+        assert_ne!(open(testbed, 0), port, "the port rests");
+    });
+}
+
+/// Fragments follow the first one in both directions, with identifications of this host.
+#[test]
+fn fragments_follow_their_flow() {
+    Testbed::with(|testbed| {
+        configure(testbed, both());
+        for family in 0..2 {
+            let port = open(testbed, family);
+            for (packet, from, to) in [
+                (question(family), (EGRESS[family], port), (UPSTREAM[family], SERVER)),
+                (answer(family, port), (VIPS[family], 53), (CLIENT[family], FROM)),
+            ] {
+                let mut whole = packet;
+                whole.udp.payload = 3000;
+                let pieces = fragments(&whole.frame(), 1400, 77);
+                assert!(pieces.len() > 2);
+                let context = Context { ifindex: testbed.routing, ..Context::default() };
+                let mut sent = pieces.iter().map(|piece| {
+                    let run = testbed.program.run(piece, context);
+                    assert_eq!(run.action, REDIRECT, "{:?}", testbed.program.take_counted());
+                    run.frame
+                });
+                let first = sent.next().expect("a first one");
+                let addresses = |frame: &[u8]| match family {
+                    0 => (frame[26..34].to_vec(), frame[18..20].to_vec()),
+                    _ => (frame[22..54].to_vec(), frame[58..62].to_vec()),
+                };
+                let udp = if family == 0 { 34 } else { 62 };
+                let ports = [from.1.to_be_bytes(), to.1.to_be_bytes()].concat();
+                assert_eq!(first[udp..udp + 4], ports);
+                let first = addresses(&first);
+                let octets = |address| match address {
+                    IpAddr::V4(address) => address.octets().to_vec(),
+                    IpAddr::V6(address) => address.octets().to_vec(),
+                };
+                assert_eq!(first.0, [octets(from.0), octets(to.0)].concat());
+                assert!(sent.all(|piece| addresses(&piece) == first));
+            }
+        }
+    });
+}
+
+#[test]
+fn flows_without_room_or_port_are_refused() {
+    let client = |host: u32| IpAddr::V4(Ipv4Addr::from(0x0a00_0300 + host));
+    Testbed::with(|testbed| {
+        let ids = configure(testbed, both());
+        // assured flows are never evicted
+        let mut kept = Vec::new();
+        for number in 0..2 * FLOWS {
+            let from = (client(2), 1024 + number as u16);
+            let (gone, counted) = run(testbed, &between(from, (VIPS[0], 53)));
+            if gone.action == SHOT {
+                assert_eq!(counted.keys().next(), Some(&(ids[0].rule, "no-flow")));
+                continue;
+            }
+            kept.push((from, ends(&gone.frame)[0]));
+            send(testbed, &between((UPSTREAM[0], SERVER), ends(&gone.frame)[0]));
+            if number % 64 == 63 {
+                testbed.program.age_flows(3);
+                for (from, _) in &kept[kept.len().saturating_sub(64)..] {
+                    run(testbed, &between(*from, (VIPS[0], 53)));
+                }
+            }
+        }
+        let assured = testbed.program.flow_states().iter().filter(|state| **state == 3).count();
+        assert!(assured > FLOWS as usize * 7 / 8, "{assured}");
+        testbed.program.clear_flows();
+    });
+}
+
+/// A flow of the reference.
+#[derive(Clone, Debug)]
+struct Known {
+    server: (IpAddr, u16),
+    egress: (IpAddr, u16),
+    /// Seconds since the last packet, and since the first one.
+    idle: u32,
+    age: u32,
+    answered: bool,
+    assured: bool,
+}
+
+/// Random clients, answers, pauses and changes against a map of tuples: whatever is sent back reaches the client
+/// whose packet left through that port last, and assured flows keep port and upstream.
+#[test]
+fn no_packet_reaches_a_wrong_party() {
+    const CLIENTS: u16 = 3000;
+    let servers = [NEAR, Ipv4Addr::new(10, 0, 2, 254)].map(IpAddr::V4);
+    let mut random = 88_172_645_463_325_252_u64;
+    let mut below = |limit: u64| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random % limit
+    };
+    Testbed::with(|testbed| {
+        configure(testbed, vec![rule(0, &servers)]);
+        let mut known: HashMap<u16, Known> = HashMap::new();
+        let mut users: HashMap<[(IpAddr, u16); 2], (u16, u32)> = HashMap::new();
+        let (mut clock, mut delivered, mut moved) = (0, 0, 0);
+        for _ in 0..20_000 {
+            let client = FROM.wrapping_add(below(CLIENTS.into()) as u16);
+            match below(100) {
+                0 => {
+                    let pause = [1, 3, 40][below(3) as usize];
+                    testbed.program.age_flows(pause);
+                    clock += pause;
+                    known
+                        .values_mut()
+                        .for_each(|it| (it.idle, it.age) = (it.idle + pause, it.age + pause));
+                }
+                1..60 => {
+                    let (gone, _) = run(testbed, &between((CLIENT[0], client), (VIPS[0], 53)));
+                    if gone.action == SHOT {
+                        continue;
+                    }
+                    let [egress, server] = ends(&gone.frame);
+                    let before = known.get(&client).cloned();
+                    let same =
+                        before.as_ref().filter(|it| (it.egress, it.server) == (egress, server));
+                    if let Some(it) = before.as_ref().filter(|it| it.assured && it.idle < 118) {
+                        assert!(same.is_some(), "{it:?} became {egress:?} {server:?}");
+                    }
+                    if let Some((user, since)) = users.insert([server, egress], (client, clock)) {
+                        assert!(user == client || clock > since, "the port of {user} did not rest");
+                    }
+                    moved += u32::from(before.is_some() && same.is_none());
+                    let fresh =
+                        Known { server, egress, idle: 0, age: 0, answered: false, assured: false };
+                    let mut it = same.cloned().filter(|it| it.idle < 28).unwrap_or(fresh);
+                    it.assured |= it.answered && it.age > 2;
+                    it.idle = 0;
+                    known.insert(client, it);
+                }
+                _ => {
+                    let Some(it) = known.get_mut(&client) else { continue };
+                    let (back, _) = run(testbed, &between(it.server, it.egress));
+                    if back.action != REDIRECT {
+                        assert!(!it.assured || it.idle > 118, "{it:?} has ended");
+                        continue;
+                    }
+                    delivered += 1;
+                    let [from, to] = ends(&back.frame);
+                    let (user, _) = users[&[it.server, it.egress]];
+                    assert_eq!((from, to), ((VIPS[0], 53), (CLIENT[0], user)));
+                    if user == client {
+                        it.answered = true;
+                        it.idle = 0;
+                    }
+                }
+            }
+        }
+        assert!(delivered > 300 && moved > 100, "{delivered} {moved}");
+    });
+}
+
+/// Returns a configuration whose upstreams answer to the relay.
+fn translated() -> Value {
+    let rule = |net: &Net| {
+        let upstream = json!({ "name": "u1", "address": net.upstreams[0], "port": 5353 });
+        let options = json!({ "tc_action": "block", "reply": "nat" });
+        net.rule(if net.is_ipv6() { "dns6" } else { "dns" }, 53, options, &[upstream])
+    };
+    json!({ "version": 1, "interfaces": ["eth0", "up0"], "rules": [rule(&V4), rule(&V6)] })
+}
+
+/// Asks from a connected socket, which takes answers from the key alone, and answers; returns the sender that
+/// the upstream sees.
+fn ask(client: &UdpSocket, server: &UdpSocket, question: &[u8], answer: &[u8]) -> SocketAddr {
+    client.send(question).expect("sent");
+    let asked = receive(server);
+    assert_eq!(asked.payload, question);
+    server.send_to(answer, asked.from).expect("sent");
+    expect(client, answer, client.peer_addr().expect("connected"), TTL - 1);
+    asked.from
+}
+
+fn check_answers(client_offload: bool, upstream_offload: bool) {
+    let lab = Lab::dual(client_offload, upstream_offload);
+    lab.apply(&translated());
+    for net in [V4, V6] {
+        let client = bind(&lab.client, net.clients[0], 0);
+        client.connect((net.key, 53)).expect("connected");
+        let server = bind(&lab.upstream, net.upstreams[0], 5353);
+        let header = if net.is_ipv6() { 48 } else { 28 };
+        let seen = ask(&client, &server, b"first", b"answer");
+        assert_eq!(seen, net.seen("egress", seen), "the relay's address");
+        for size in [0, 1, 39, 1000, 1500 - header, 4000] {
+            assert_eq!(ask(&client, &server, &payload(size), &payload(size)), seen);
+        }
+        if upstream_offload || cuts_up_without_offload(&lab) {
+            set(&server, libc::SOL_UDP, UDP_SEGMENT, 1000);
+            client.send(b"many").expect("sent");
+            let asked = receive(&server);
+            let long = payload(9_500);
+            server.send_to(&long, asked.from).expect("sent");
+            for part in long.chunks(1000) {
+                expect(&client, part, client.peer_addr().expect("connected"), TTL - 1);
+            }
+            set(&server, libc::SOL_UDP, UDP_SEGMENT, 0);
+        }
+        let status = lab.status();
+        let rule = usize::from(net.is_ipv6());
+        let upstream = &status["rules"][rule]["upstreams"][0];
+        assert!(packets(&upstream["answers"], "forwarded") >= 7, "{upstream:#}");
+    }
+}
+
+#[test]
+fn clients_of_flows_get_answers() {
+    check_answers(true, true);
+}
+
+#[test]
+fn clients_of_flows_get_answers_without_offload() {
+    check_answers(false, false);
+}
+
+/// A flow keeps its port over applies, a rollback, and generations without its rule's neighbours.
+#[test]
+fn flows_survive_apply_and_rollback() {
+    let lab = Lab::dual(true, true);
+    lab.apply(&translated());
+    let sockets = [V4, V6].map(|net| {
+        let client = bind(&lab.client, net.clients[0], 0);
+        client.connect((net.key, 53)).expect("connected");
+        (client, bind(&lab.upstream, net.upstreams[0], 5353))
+    });
+    let ports = || sockets.each_ref().map(|(client, server)| ask(client, server, b"a", b"b"));
+    let seen = ports();
+    let mut other = translated();
+    for name in ["before", "more"] {
+        let rule = V4.rule(
+            name,
+            60 + name.len() as u16,
+            json!({}),
+            &[json!({ "address": V4.upstreams[1] })],
+        );
+        other["rules"].as_array_mut().expect("rules").insert(0, rule);
+        lab.apply(&other);
+        assert_eq!(ports(), seen);
+    }
+    lab.run("rollback").expect(0);
+    assert_eq!(ports(), seen);
+    lab.run("drain dns/u1").expect(0);
+    assert_eq!(ports(), seen, "drained: flows stay");
+}
