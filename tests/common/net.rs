@@ -46,6 +46,7 @@ pub fn bind_to(namespace: &Namespace, address: SocketAddr) -> UdpSocket {
 pub const TTL: i32 = 64;
 
 /// Socket option from `linux/udp.h`.
+pub const UDP_NO_CHECK6_RX: i32 = 102;
 pub const UDP_SEGMENT: i32 = 103;
 pub const UDP_GRO: i32 = 104;
 

@@ -8,7 +8,9 @@ use udplb::config::{Action, Key, Ports, Reply, Source, Via};
 use udplb::desired::{Desired, Rule, RuleIds, Upstream};
 
 use crate::common::lab::{Lab, Net, Outcome, V4, V6, packets};
-use crate::common::net::{TTL, UDP_SEGMENT, bind, expect, own, payload, receive, set};
+use crate::common::net::{
+    TTL, UDP_NO_CHECK6_RX, UDP_SEGMENT, bind, expect, own, payload, receive, set,
+};
 use crate::common::wire::Tag;
 use crate::common::{Bpffs, Namespace, udplb};
 use crate::ends::cuts_up_without_offload;
@@ -691,5 +693,37 @@ fn errors_reach_the_sockets_of_both_ends() {
         drop(client);
         server.send(b"the client is gone").expect("sent");
         refused(&server);
+    }
+}
+
+/// A receiver at the port of GUE gets the packet as it was sent, but for its TTL, whatever its size.
+#[test]
+fn tunnels_carry_packets_unchanged() {
+    let lab = Lab::dual(false, false);
+    lab.relay.ip("link set up0 mtu 1548");
+    lab.upstream.ip("link set eth0 mtu 1548");
+    for net in [V4, V6] {
+        lab.apply(&direct_config(&net, "gue"));
+        let client = bind(&lab.client, net.clients[0], 40000);
+        let tunnel = bind(&lab.upstream, net.upstreams[0], 6080);
+        // the kernel drops UDP over IPv6 without a checksum, unless a socket allows it (RFC 6936)
+        set(&tunnel, libc::SOL_UDP, UDP_NO_CHECK6_RX, 1);
+        let family = usize::from(net.is_ipv6());
+        let headers = [28, 48][family];
+        for size in [0, 1, 333, 1500 - headers] {
+            client.send_to(&payload(size), (net.key, 53)).expect("sent");
+            let received = receive(&tunnel);
+            assert_eq!(received.from.ip(), net.egress);
+            assert!(received.from.port() >= 0xc000, "{received:?}");
+            let inner = &received.payload;
+            assert_eq!(inner.len(), headers + size);
+            let mut sent = between((net.clients[0], 40000), (net.key, 53), Checksum::Right);
+            sent.udp.payload = size;
+            let ends = if net.is_ipv6() { 8..40 } else { 12..20 };
+            assert_eq!(inner[ends.clone()], sent.frame()[14..][ends]);
+            assert_eq!(inner[[8, 7][family]], TTL as u8 - 1);
+            assert_eq!(inner[headers..], payload(size));
+        }
+        assert_eq!(lab.packets("dns", "u1", "forwarded"), 4);
     }
 }

@@ -49,8 +49,8 @@ udplb_config_incomplete 0
 udplb_interface_attached{interface="eth0"} 1
 udplb_reattached_total{interface="eth0"} 0
 udplb_arpd_up 0
-udplb_choice_hash{rule="flows"} 39475404661045
-udplb_choice_hash{rule="lost"} 85513202888194
+udplb_choice_hash{rule="flows"} 3702940211069
+udplb_choice_hash{rule="lost"} 259775284170862
 udplb_map_fill_ratio{map="rules"} 0.000002
 udplb_map_fill_ratio{map="upstreams"} 0.000015
 udplb_map_fill_ratio{map="counters"} 0.000002384185791015625
