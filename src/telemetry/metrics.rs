@@ -171,6 +171,10 @@ impl Metrics {
         for interface in &status.interfaces {
             reattached.set(&[("interface", &interface.name)], interface.reattached)?;
         }
+        if let Some(xdp) = status.xdp {
+            let help = "Forwarded packets that XDP has sent since the generation was built";
+            counter(encoder, "xdp_packets", help)?.set(&[], xdp.packets)?;
+        }
         let help = "Whether arpd vouches for the next hops";
         gauge(encoder, "arpd_up", help)?.set(&[], u32::from(status.arpd == Some(true)))?;
         let help = "1 for the state of an announced address, 0 for the others";

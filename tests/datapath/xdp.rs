@@ -166,6 +166,9 @@ fn sockets_are_served_by_the_kernel_and_by_the_driver() {
             .iter()
             .sum();
         assert!(forwarded >= status["xdp"]["packets"].as_u64().expect("a number"));
+        let sent = status["xdp"]["packets"].as_u64().expect("a number");
+        let metrics = lab.run("metrics").stdout;
+        assert!(metrics.contains(&format!("udplb_xdp_packets_total {sent}\n")), "{metrics}");
         lab.run("detach").expect(0);
         assert!(!lab.relay.ip("link show dev eth0").contains("prog/xdp"), "{mode}");
     }
