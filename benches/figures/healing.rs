@@ -9,6 +9,7 @@ use crate::Report;
 use crate::common::lab::{CLIENTS, Lab, RELAY, config, rule};
 use crate::common::net::bind;
 use crate::common::service::Arpd;
+use crate::probing;
 
 const ROUNDS: usize = 20;
 /// Time limit of a recovery.
@@ -70,6 +71,8 @@ pub fn measure(report: &mut Report) {
     show(report, "upstream gone, seen", &sorted(gone), 5.0);
     show(report, "upstream back, seen", &sorted(back), 3.0);
     report.note("lost in a MAC change, 1,000 datagrams a second", &lost(&lab, new_mac()));
+    drop(lab);
+    probing::measure(report);
 }
 
 type Healed = Box<dyn Fn(&Lab) -> bool>;

@@ -14,6 +14,7 @@ mod host;
 mod load;
 mod many;
 mod packets;
+mod probing;
 mod relay;
 mod replicator;
 mod scale;
