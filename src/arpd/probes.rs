@@ -25,6 +25,8 @@ use types::{probe_outcome as Outcome, probe_state as ProbeState};
 const MAX_PROBES: u32 = 500;
 /// Maximum probes that are under way, so that descriptors last.
 const MAX_RUNNING: usize = 512;
+/// Pause after probes were started, so that many that are due share the cost of waking up.
+const BATCH_PAUSE: Duration = Duration::from_millis(20);
 /// Delay that is made up for by probes in a row.
 const BURST: Duration = Duration::from_millis(50);
 /// Part of the interval by which probes come early, at random, so that many do not stay in step.
@@ -69,6 +71,8 @@ pub struct ProbeTracker {
     running: usize,
     /// Earliest start of the next probe.
     not_before: Instant,
+    /// See [`ProbeTracker::pause`].
+    paused_until: Instant,
     /// State of a generator of random numbers.
     random: u32,
     changes: Vec<Change>,
@@ -98,6 +102,7 @@ impl ProbeTracker {
             queue: BTreeSet::new(),
             running: 0,
             not_before: now,
+            paused_until: now,
             random: 1,
             changes: Vec::new(),
             log_due: None,
@@ -158,7 +163,12 @@ impl ProbeTracker {
     /// Returns when [`ProbeTracker::start`] has something to start.
     pub fn next_start(&self) -> Option<Instant> {
         let (due, _) = self.queue.first().filter(|_| self.running < MAX_RUNNING)?;
-        Some((*due).max(self.not_before))
+        Some((*due).max(self.not_before).max(self.paused_until))
+    }
+
+    /// Makes the next probes wait a little, to be started together.
+    pub fn pause(&mut self, now: Instant) {
+        self.paused_until = now + BATCH_PAUSE;
     }
 
     /// Returns the service to probe now. [`ProbeTracker::finish`] must follow.

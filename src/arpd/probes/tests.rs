@@ -241,9 +241,13 @@ fn probes_are_spread_and_limited() {
     let mut count = 0;
     for millisecond in 0..2000 {
         world.now.instant = start + Duration::from_millis(millisecond);
+        let before = count;
         while let Some(subject) = world.tracker.start(world.now.instant) {
             count += 1;
             world.tracker.finish(&subject, Some(ANSWERED), world.now);
+        }
+        if count > before {
+            world.tracker.pause(world.now.instant);
         }
     }
     assert!((950..=1030).contains(&count), "{count} probes in two seconds");

@@ -53,6 +53,7 @@ impl Service {
                 None => self.probes.finish(&subject, None, now),
             }
         }
+        self.probes.pause(now.instant);
     }
 
     /// Takes the answer to a probe.
