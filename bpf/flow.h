@@ -44,11 +44,12 @@ struct {
 	__type(value, struct flow_scratch);
 } flow_scratch SEC(".maps");
 
+/* Without flows NULL: before 6.8 the kernel verifies also those global functions that nothing calls. */
 static __always_inline struct flow_scratch *get_flow_scratch(void)
 {
 	const __u32 only = 0;
 
-	return bpf_map_lookup_elem(&flow_scratch, &only);
+	return features.flows ? bpf_map_lookup_elem(&flow_scratch, &only) : NULL;
 }
 
 /* Returns the time in beats. They go round after years. */
@@ -70,14 +71,23 @@ static __always_inline bool is_flow_state(__u32 state)
 	return state > FLOW_FREE && state < FLOW_STATES;
 }
 
+/* Returns after how many beats flows in a state expire. */
+static __always_inline __u32 timeout_of(__u32 state)
+{
+	barrier_var(state); /* else the compiler leaves out what older verifiers need to see */
+	return flow_settings.timeouts[state & 3];
+}
+
 /* Returns true until a flow has expired, and for `grace` beats more. */
 static __always_inline bool is_alive(__u32 state, __u32 touched, __u32 now, __u32 grace)
 {
-	return is_flow_state(state) && beats_since(touched, now) <= flow_settings.timeouts[state & 3] + grace;
+	return is_flow_state(state) && beats_since(touched, now) <= timeout_of(state) + grace;
 }
 
 static __always_inline struct flow_bucket *bucket_at(__u32 index, const bool ipv6)
 {
+	if (!features.flows)
+		return NULL;
 	return ipv6 ? bpf_map_lookup_elem(&flows6, &index) : bpf_map_lookup_elem(&flows, &index);
 }
 
@@ -365,6 +375,8 @@ static __always_inline struct port_line *port_line_at(__u32 place, const bool ip
 {
 	__u32 index = place / HINTS_PER_LINE;
 
+	if (!features.flows)
+		return NULL;
 	return ipv6 ? bpf_map_lookup_elem(&ports6, &index) : bpf_map_lookup_elem(&ports, &index);
 }
 
@@ -570,7 +582,7 @@ __noinline __u32 try_port(struct __sk_buff *skb, __u32 try, __u32 ipv6)
 /* How well a flow can be spared: more for one that is older, most for none; 0: not at all. */
 static __always_inline __u32 rank_of(__u32 state, __u32 touched, __u32 now)
 {
-	__u32 age = beats_since(touched, now), timeout = flow_settings.timeouts[state & 3];
+	__u32 age = beats_since(touched, now), timeout = timeout_of(state);
 
 	if (state == FLOW_FREE)
 		return 1U << 31;

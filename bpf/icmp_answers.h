@@ -57,7 +57,7 @@ static __always_inline struct error *get_error(void)
 {
 	const __u32 only = 0;
 
-	return bpf_map_lookup_elem(&error_scratch, &only);
+	return features.origins || features.direct ? bpf_map_lookup_elem(&error_scratch, &only) : NULL;
 }
 
 /* Returns true for an ICMPv4 error about a packet. */
