@@ -515,6 +515,13 @@ __noinline __u32 end_flow(__u64 handle, __u32 ipv6)
 	return features.ipv6 && ipv6 ? end_flow_of(handle, false, true) : end_flow_of(handle, false, false);
 }
 
+/* Ends the flow whose number, version and family are in skb->cb: for `udplb forget`, never attached. */
+SEC("tc")
+int udplb_end_flow(struct __sk_buff *skb)
+{
+	return end_flow(flow_handle(skb->cb[0], skb->cb[1]), skb->cb[2]);
+}
+
 /* Returns the handle of a flow that is not assured and silent for a second, so that it can be evicted. */
 static __always_inline __u64 silent_flow(__u32 number, __u32 now, const bool ipv6)
 {

@@ -93,6 +93,8 @@ pod!(
     device,
     flow_bucket,
     flow_bucket6,
+    flow4,
+    flow6,
     port_line,
     vlan_key,
     vlan,
@@ -160,11 +162,26 @@ const BATCH: usize = 1 << 20;
 
 /// Passes the first entries of an array to `each`, in order; in a per-CPU array an entry is the values of all
 /// possible CPUs. Reads many with one system call where the kernel can (per-CPU arrays: 5.13).
-pub fn read_array(
+pub fn read_array(map: &MapHandle, entries: u32, each: impl FnMut(&[u8])) -> libbpf_rs::Result<()> {
+    read_values(map, entries, MapFlags::ANY, each)
+}
+
+/// Passes all entries of an array to `each`, in order, each copied under its spin lock.
+pub fn read_locked(map: &MapHandle, each: impl FnMut(&[u8])) -> libbpf_rs::Result<()> {
+    read_values(map, map.max_entries(), MapFlags::LOCK, each)
+}
+
+fn read_values(
     map: &MapHandle,
     entries: u32,
+    flags: MapFlags,
     mut each: impl FnMut(&[u8]),
 ) -> libbpf_rs::Result<()> {
+    let options = libbpf_sys::bpf_map_batch_opts {
+        sz: size_of::<libbpf_sys::bpf_map_batch_opts>() as libbpf_sys::size_t,
+        elem_flags: flags.bits(),
+        ..Default::default()
+    };
     let cpus = match map.map_type() {
         MapType::PercpuArray => libbpf_rs::num_possible_cpus()?,
         _ => 1,
@@ -187,14 +204,14 @@ pub fn read_array(
                 keys.as_mut_ptr().cast(),
                 values.as_mut_ptr().cast(),
                 &mut read,
-                ptr::null(),
+                &options,
             )
         };
         if result == 0 && read == wanted {
             values.chunks_exact(width).take(read as usize).for_each(&mut each);
             (place, last) = (place + read, Some(next));
         } else {
-            each(&read_entry(map, place)?);
+            each(&read_entry(map, place, flags)?);
             (place, last) = (place + 1, Some(place));
         }
     }
@@ -202,13 +219,11 @@ pub fn read_array(
 }
 
 /// Returns an entry of an array, of a per-CPU array the values of all CPUs; empty if there is none.
-pub fn read_entry(map: &MapHandle, index: u32) -> libbpf_rs::Result<Vec<u8>> {
+pub fn read_entry(map: &MapHandle, index: u32, flags: MapFlags) -> libbpf_rs::Result<Vec<u8>> {
     let key = index.to_ne_bytes();
     Ok(match map.map_type() {
-        MapType::PercpuArray => {
-            map.lookup_percpu(&key, MapFlags::ANY)?.unwrap_or_default().concat()
-        }
-        _ => map.lookup(&key, MapFlags::ANY)?.unwrap_or_default(),
+        MapType::PercpuArray => map.lookup_percpu(&key, flags)?.unwrap_or_default().concat(),
+        _ => map.lookup(&key, flags)?.unwrap_or_default(),
     })
 }
 
@@ -275,6 +290,34 @@ pub fn measure_runs() -> io::Result<OwnedFd> {
             error => Err(io::Error::from_raw_os_error(-error)),
         }
     }
+}
+
+/// Returns the program's clock: jiffies, shifted to the right. User space cannot read it.
+pub fn shifted_jiffies(shift: u32) -> io::Result<u32> {
+    const BPF_FUNC_JIFFIES64: i32 = 118;
+    let instruction = |code, imm| libbpf_sys::bpf_insn { code, imm, ..Default::default() };
+    // r0 = bpf_jiffies64(); r0 >>= shift; return r0
+    let program = [
+        instruction(0x85, BPF_FUNC_JIFFIES64),
+        instruction(0x77, shift as i32),
+        instruction(0x95, 0),
+    ];
+    // SAFETY: the kernel reads the strings and so many instructions, which outlive the call, and returns a
+    // new descriptor or a negative error.
+    let program = unsafe {
+        match libbpf_sys::bpf_prog_load(
+            libbpf_sys::BPF_PROG_TYPE_SOCKET_FILTER,
+            c"udplb_clock".as_ptr(),
+            c"GPL".as_ptr(),
+            program.as_ptr(),
+            program.len() as libbpf_sys::size_t,
+            ptr::null_mut(),
+        ) {
+            fd if fd >= 0 => OwnedFd::from_raw_fd(fd),
+            error => return Err(io::Error::from_raw_os_error(-error)),
+        }
+    };
+    run_program(program.as_fd(), [0; 5])
 }
 
 /// Runs a tc program on 64 zero bytes with this `skb->cb`; returns its result.

@@ -10,6 +10,8 @@ pub mod detach;
 pub mod doctor;
 pub mod drain;
 pub mod enable;
+pub mod flows;
+pub mod forget;
 pub mod get;
 pub mod import;
 pub mod init;
@@ -107,6 +109,12 @@ pub enum Command {
     Drain(drain::Options),
     /// Send to an upstream again, whatever its state in the file.
     Enable(enable::Options),
+    /// List the flows of rules with `reply: nat`.
+    Flows(flows::Options),
+    /// End flows: the next packet of a client selects an upstream anew.
+    ///
+    /// Drain the upstream first for its clients to go to another one.
+    Forget(forget::Options),
     /// Show the addresses that are announced, give back withdrawn ones, or print a routing daemon's part.
     Announce(announce::Options),
     /// Stop announcing addresses until `udplb announce`; packets that come are forwarded.
@@ -156,6 +164,8 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         Command::List(options) => list::run(global, options).await,
         Command::Drain(options) => drain::run(global, options).await,
         Command::Enable(options) => enable::run(global, options).await,
+        Command::Flows(options) => flows::run(global, options).await,
+        Command::Forget(options) => forget::run(global, options).await,
         Command::Announce(options) => announce::run(global, options).await,
         Command::Withdraw(options) => withdraw::run(global, options).await,
         Command::Ready(options) => ready::run(global, options).await,

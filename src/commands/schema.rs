@@ -12,6 +12,8 @@ use super::confirm::Confirmed;
 use super::detach::Detached;
 use super::drain::{DrainedFields, OverrideChanged};
 use super::enable::Enabled;
+use super::flows::Flows;
+use super::forget::Forgotten;
 use super::list::Digests;
 use super::plan::Planned;
 use super::ready::Ready;
@@ -49,6 +51,8 @@ pub enum Subject {
     Enable,
     /// The output of any command that failed.
     Error,
+    Flows,
+    Forget,
     Get,
     /// The output of list --digest.
     List,
@@ -77,6 +81,8 @@ impl Subject {
             Subject::Drain => either(schema::<OverrideChanged>(), schema::<DrainedFields>()),
             Subject::Enable => either(schema::<OverrideChanged>(), schema::<Enabled>()),
             Subject::Error => schema::<Failed>(),
+            Subject::Flows => schema::<Flows<'_>>(),
+            Subject::Forget => schema::<Forgotten>(),
             Subject::Get => schema::<get::Answer>(),
             Subject::List => schema::<Digests>(),
             Subject::Plan => schema::<Planned>(),

@@ -11,12 +11,12 @@ use clap_complete::engine::ArgValueCandidates;
 
 use super::{DEGRADED, complete, netlink};
 use crate::cli::output::{
-    BOLD, Document, GREEN, RED, TerminalStyle, YELLOW, pretty, print, terminal_style,
+    BOLD, Document, GREEN, RED, TerminalStyle, YELLOW, plural, pretty, print, terminal_style,
 };
 use crate::cli::table::{self, Column};
 use crate::cli::terminal::{self, Key, Live, Scroll, Woken};
 use crate::cli::{Global, Output, some_seconds};
-use crate::config::{Action, Mode};
+use crate::config::{Action, Mode, State};
 use crate::datapath::counters::{Count, Counts};
 use crate::desired::diff;
 use crate::error::Result;
@@ -280,7 +280,7 @@ impl Status {
                 let mirror = if is_mirror { "mirror " } else { "" };
                 let cells = amount_cells(&upstream.counters, upstream.rate, upstream.share);
                 let name = format!("{branch}{mirror}{}", upstream.endpoint);
-                let state = upstream.condition().unwrap_or_default().to_string();
+                let state = upstream.condition().unwrap_or_default();
                 let cells = [name, state].into_iter().chain(cells).collect();
                 lines.push(Line::Row { cells, style: upstream.style() });
                 let none = BTreeMap::new();
@@ -344,7 +344,7 @@ impl Status {
                     String::new(),
                     format!("{mirror}{}", upstream.endpoint),
                     hop.map_or("no route".into(), NextHopStatus::text),
-                    upstream.condition().unwrap_or_default().into(),
+                    upstream.condition().unwrap_or_default(),
                 ];
                 let rate = upstream.rate.filter(|_| amounts == Amounts::Rates);
                 row.extend(amount_cells(&upstream.counters, rate, upstream.share));
@@ -361,9 +361,16 @@ impl Status {
 }
 
 impl UpstreamStatus {
-    /// Returns the override or drained state, else the health, else a silent next hop.
-    fn condition(&self) -> Option<&str> {
-        self.drained.or(self.health).or(self.silence.map(|_| "silent"))
+    /// Returns the override or drained state with the flows that are left, else the health, else a silent next
+    /// hop.
+    fn condition(&self) -> Option<String> {
+        let left = self.flows.map(|flows| flows.all()).filter(|_| self.state == State::Drained);
+        let drained = self.drained.map(|word| match left {
+            Some(flows) => format!("{word}, {} left", plural(flows as usize, "flow")),
+            None => word.into(),
+        });
+        let other = || self.health.or(self.silence.map(|_| "silent")).map(String::from);
+        drained.or_else(other)
     }
 
     fn style(&self) -> &'static str {

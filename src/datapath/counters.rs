@@ -312,7 +312,7 @@ impl Counters {
     /// Returns the counters of one id.
     pub fn of(&self, id: u32) -> anyhow::Result<Counts> {
         let Some((chunk, key)) = self.0.place(id) else { return Ok(Counts::default()) };
-        counts(&read_entry(chunk, key)?).context(OTHER)
+        counts(&read_entry(chunk, key, MapFlags::ANY)?).context(OTHER)
     }
 
     /// See [`Chunks::settle`].

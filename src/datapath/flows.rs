@@ -1,16 +1,26 @@
 //! The tables of flows: each generation pins those that it uses, and a new one takes over those of a generation
-//! before that have the same size.
+//! before that have the same size. Flows are read under the locks of their buckets, which only packets that make
+//! or end flows take, and ended by a program, as packets do it.
+
+use std::mem::{MaybeUninit, offset_of};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::Context;
-use libbpf_rs::{MapCore, MapHandle, OpenMapMut};
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenMapMut};
 
-use std::os::fd::AsFd;
-
-use crate::bpf::OpenUdplbSkel;
+use crate::bpf::{
+    self, OpenUdplbSkel, Pod, UdplbSkelBuilder, from_bytes, shifted_jiffies, types, unwire,
+};
 use crate::config::Family;
 use crate::datapath::description::Generation;
-use crate::datapath::pins::ReadGuard;
-use crate::desired::{Desired, flows};
+use crate::datapath::lease;
+use crate::datapath::pins::{ReadGuard, WriteGuard};
+use crate::datapath::state_maps;
+use crate::desired::Desired;
+use crate::desired::flows::{self, FlowClock, WAYS};
+use crate::error::catch;
 
 /// Sets the sizes of the tables: one entry for a family without flows.
 pub fn size(skeleton: &mut OpenUdplbSkel<'_>, desired: &Desired) -> anyhow::Result<()> {
@@ -62,4 +72,174 @@ pub fn take_over(
         }
     }
     Ok(())
+}
+
+/// Names a flow until it ends: its number, its version, and whether it is in the table of IPv6.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Handle {
+    number: u32,
+    version: u32,
+    ipv6: bool,
+}
+
+/// A flow, alive or expired.
+#[derive(Clone, Copy, Debug)]
+pub struct Record {
+    pub handle: Handle,
+    pub flow: types::flow,
+    /// In the order of `enum flow_end`.
+    pub addresses: [IpAddr; 4],
+}
+
+/// Returns the clock that the times of a generation's flows are of.
+pub fn clock(generation: &Generation) -> anyhow::Result<FlowClock> {
+    let ticks = lease::ticks_per_second()?;
+    let settings = flows::settings(&generation.description.desired.flows, ticks, 0);
+    let now = shifted_jiffies(settings.beat_shift).context("the kernel's clock")?;
+    Ok(FlowClock::new(settings, ticks, now))
+}
+
+/// Passes the flows of a generation to `each`.
+pub fn read(
+    guard: &ReadGuard,
+    generation: &Generation,
+    mut each: impl FnMut(Record),
+) -> anyhow::Result<()> {
+    let directory = guard.generation(generation.number);
+    let open = |name: &str| {
+        let path = directory.join(name);
+        MapHandle::from_pinned_path(&path).with_context(|| path.display().to_string())
+    };
+    let desired = &generation.description.desired;
+    if desired.has_flows(Family::V4) {
+        read_map(&open("flows")?, |number, types::flow4 { flow, addresses }| {
+            let handle = Handle { number, version: flow.version, ipv6: false };
+            let addresses = addresses.map(|address| unwire([address, 0, 0, 0], false));
+            each(Record { handle, flow, addresses });
+        })?;
+    }
+    if desired.has_flows(Family::V6) {
+        read_map(&open("flows6")?, |number, types::flow6 { flow, addresses }| {
+            let handle = Handle { number, version: flow.version, ipv6: true };
+            each(Record { handle, flow, addresses: addresses.map(|it| unwire(it, true)) });
+        })?;
+    }
+    Ok(())
+}
+
+/// Passes number and contents of the used flows of a table to `each`. A bucket is copied under its lock, and a flow
+/// that is being written then is read again.
+fn read_map<T: Pod>(map: &MapHandle, mut each: impl FnMut(u32, T)) -> anyhow::Result<()> {
+    const TRIES: usize = 1000;
+    let number = |bucket: u32, way| bucket * WAYS + way + 1;
+    let (mut index, mut unfinished) = (0, Vec::new());
+    bpf::read_locked(map, |bucket| {
+        for way in 0..WAYS {
+            match flow_in(bucket, way) {
+                Place::Free => {}
+                Place::Writing => unfinished.push((index, way)),
+                Place::Flow(flow) => each(number(index, way), flow),
+            }
+        }
+        index += 1;
+    })
+    .context("flows")?;
+    for (index, way) in unfinished {
+        for _ in 0..TRIES {
+            match flow_in(&bpf::read_entry(map, index, MapFlags::LOCK).context("flows")?, way) {
+                Place::Free => {}
+                Place::Writing => continue,
+                Place::Flow(flow) => each(number(index, way), flow),
+            }
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// What stands in one of a bucket's places.
+#[derive(Debug)]
+enum Place<T> {
+    Free,
+    /// Between two flows.
+    Writing,
+    Flow(T),
+}
+
+fn flow_in<T: Pod>(bucket: &[u8], way: u32) -> Place<T> {
+    let states = &bucket[offset_of!(types::flow_bucket, states)..];
+    if states[way as usize] == 0 {
+        return Place::Free;
+    }
+    let end = bucket.len() - (WAYS - 1 - way) as usize * size_of::<T>();
+    let flow = &bucket[end - size_of::<T>()..end];
+    // the version is the first member, and odd while the flow is being written
+    let version = flow.first_chunk().map_or(1, |bytes| u32::from_ne_bytes(*bytes));
+    from_bytes(flow).filter(|_| version & 1 == 0).map_or(Place::Writing, Place::Flow)
+}
+
+/// Ends flows of a generation.
+pub struct Ender(OwnedFd);
+
+impl Ender {
+    /// Loads the program that ends flows.
+    pub fn load(guard: &WriteGuard, generation: &Generation) -> anyhow::Result<Ender> {
+        catch(|| Ender::load_for(guard, generation)).flatten()
+    }
+
+    fn load_for(guard: &WriteGuard, generation: &Generation) -> anyhow::Result<Ender> {
+        let mut object = MaybeUninit::uninit();
+        let mut skeleton = UdplbSkelBuilder::default().open(&mut object)?;
+        bpf::load_only(&mut skeleton, &["udplb_end_flow"]);
+        let tables = ["flows", "flows6", "ports", "ports6"];
+        bpf::create_only(&mut skeleton, &[&tables[..], &["sequences"]].concat())?;
+        let directory = guard.generation(generation.number);
+        let maps = &mut skeleton.maps;
+        for (map, name) in [&mut maps.flows, &mut maps.flows6, &mut maps.ports, &mut maps.ports6]
+            .into_iter()
+            .zip(tables)
+        {
+            let path = directory.join(name);
+            let pinned = MapHandle::from_pinned_path(&path);
+            map.reuse_fd(pinned.with_context(|| path.display().to_string())?.as_fd())?;
+        }
+        let state = state_maps::open(guard)?.context(state_maps::INCOMPLETE)?;
+        let sequences = state.sequences.context("state/sequences is missing")?;
+        maps.sequences.reuse_fd(sequences.as_fd())?;
+        let constants = maps.rodata_data.as_deref_mut().context("the object has no constants")?;
+        let ticks = lease::ticks_per_second()?;
+        constants.flow_settings = flows::settings(&generation.description.desired.flows, ticks, 0);
+        let skeleton = skeleton.load().context("the kernel refuses the program that ends flows")?;
+        Ok(Ender(skeleton.progs.udplb_end_flow.as_fd().try_clone_to_owned()?))
+    }
+
+    /// Ends a flow; false if it has ended already.
+    pub fn end(&self, handle: Handle) -> anyhow::Result<bool> {
+        let words = [handle.number, handle.version, handle.ipv6.into(), 0, 0];
+        let ended = bpf::run_program(self.0.as_fd(), words).context("the end of a flow")?;
+        Ok(ended != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Place, flow_in};
+    use crate::bpf::{bytes_of, types};
+
+    #[test]
+    fn places_of_a_bucket() {
+        let mut bucket = types::flow_bucket6::default();
+        for (way, state) in [(0, 1), (6, 4), (7, 3)] {
+            bucket.states[way] = state;
+            bucket.flows[way].flow.version = if state == 4 { 5 } else { 6 };
+            bucket.flows[way].addresses[3] = [way as u32; 4];
+        }
+        let place = |way| flow_in::<types::flow6>(bytes_of(&bucket), way);
+        assert!(matches!(place(1), Place::Free));
+        assert!(matches!(place(6), Place::Writing));
+        for way in [0, 7] {
+            let Place::Flow(flow) = place(way) else { panic!("{:?}", place(way)) };
+            assert_eq!(flow.addresses[3], [way; 4]);
+        }
+    }
 }

@@ -51,10 +51,64 @@ pub fn settings(flows: &Flows, ticks: u32, orphans: u32) -> flow_settings {
     }
 }
 
+/// A moment by the clock of a generation's flows, whose times are in beats.
+#[derive(Clone, Copy, Debug)]
+pub struct FlowClock {
+    settings: flow_settings,
+    /// Jiffies in a second.
+    ticks: u32,
+    now: u32,
+}
+
+impl FlowClock {
+    pub fn new(settings: flow_settings, ticks: u32, now: u32) -> FlowClock {
+        FlowClock { settings, ticks, now }
+    }
+
+    /// Returns the time since a moment; none if it is later, which another CPU may have stored.
+    fn beats_since(&self, moment: u32) -> u32 {
+        u32::try_from(self.now.wrapping_sub(moment) as i32).unwrap_or(0)
+    }
+
+    fn duration(&self, beats: u32) -> Duration {
+        let jiffies = u64::from(beats) << self.settings.beat_shift;
+        Duration::from_millis(jiffies * 1000 / u64::from(self.ticks.max(1)))
+    }
+
+    pub fn since(&self, moment: u32) -> Duration {
+        self.duration(self.beats_since(moment))
+    }
+
+    /// Returns how long a flow of a state lives that was touched last at a moment; `None`: it is no flow.
+    pub fn left(&self, state: u8, touched: u32) -> Option<Duration> {
+        let timeout = *self.settings.timeouts.get(usize::from(state))?;
+        let left = timeout.checked_sub(self.beats_since(touched))?;
+        (state != 0).then(|| self.duration(left))
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::settings;
+    use std::time::Duration;
+
+    use super::{FlowClock, settings};
     use crate::config::Flows;
+
+    #[test]
+    fn flows_live_until_their_timeout() {
+        // 234 beats of 128 ms, 937 assured
+        let clock = FlowClock::new(settings(&Flows::default(), 1000, 9), 1000, 100);
+        let left = |state, age| clock.left(state, 100_u32.wrapping_sub(age));
+        let beats = |beats: u64| Some(Duration::from_millis(beats * 128));
+        assert_eq!(
+            [0, 1, 2, 3, 4].map(|state| left(state, 234)),
+            [None, beats(0), beats(0), beats(703), None]
+        );
+        assert_eq!([1, 2, 3].map(|state| left(state, 235)), [None, None, beats(702)]);
+        assert_eq!(left(3, 938), None);
+        assert_eq!(clock.since(0), Duration::from_millis(12_800));
+        assert_eq!(clock.since(101), Duration::ZERO, "another CPU's clock");
+    }
 
     #[test]
     fn timeouts_are_in_beats_of_any_clock() {

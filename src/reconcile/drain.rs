@@ -1,6 +1,6 @@
 //! Overrides of upstreams' states: the target of `drain` and `enable`, and the actions. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
 use anyhow::{Context, anyhow};
@@ -34,6 +34,24 @@ impl FromStr for UpstreamName {
                 Ok(UpstreamName { rule: rule.into(), upstream: upstream.into() })
             }
             _ => Err("a rule, `/` and one of its upstreams, like flows/10.0.9.11:2055".into()),
+        }
+    }
+}
+
+/// `RULE[/UPSTREAM]` of the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RuleOrUpstream {
+    Rule(String),
+    Upstream(UpstreamName),
+}
+
+impl FromStr for RuleOrUpstream {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<RuleOrUpstream, String> {
+        match text.contains('/') {
+            true => text.parse().map(RuleOrUpstream::Upstream),
+            false => Ok(RuleOrUpstream::Rule(text.into())),
         }
     }
 }
@@ -225,6 +243,26 @@ fn find_rule<'a>(
 ) -> anyhow::Result<(&'a Rule, &'a RuleIds)> {
     let index = rule_index(desired, name)?;
     Ok((&desired.rules[index], ids.get(index).context("a rule without ids")?))
+}
+
+/// Returns the ids of a rule's upstreams, or of one of them.
+///
+/// # Errors
+/// There is no such rule or upstream, or several.
+pub fn ids_of(
+    desired: &Desired,
+    ids: &[RuleIds],
+    target: &RuleOrUpstream,
+) -> anyhow::Result<BTreeSet<u32>> {
+    let (RuleOrUpstream::Rule(name) | RuleOrUpstream::Upstream(UpstreamName { rule: name, .. })) =
+        target;
+    let (rule, ids) = find_rule(desired, ids, name)?;
+    Ok(match target {
+        RuleOrUpstream::Rule(_) => ids.destinations().collect(),
+        RuleOrUpstream::Upstream(UpstreamName { upstream, .. }) => {
+            [find(rule, &rule.with_ids(ids), upstream)?.id].into()
+        }
+    })
 }
 
 /// Returns the fields of an upstream in the file, drained.

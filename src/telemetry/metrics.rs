@@ -23,6 +23,7 @@ use crate::reconcile::drain::{Overrides, effective_rules};
 use crate::reconcile::drift;
 use crate::reconcile::observe::Observed;
 use crate::telemetry::announcement::State;
+use crate::telemetry::flows::FlowState;
 use crate::telemetry::status::{self, Status, UpstreamStatus};
 
 /// Prefix of all names.
@@ -226,6 +227,15 @@ impl Metrics {
         for (labels, upstream) in self.upstreams() {
             if let Some(answers) = &upstream.answers {
                 packets.set(&labels, answers.forwarded().packets)?;
+            }
+        }
+        let mut flows = gauge(encoder, "flows", "Flows of the rule's upstreams")?;
+        for rule in rules {
+            for (state, counts) in
+                FlowState::ALL.into_iter().filter_map(|state| Some((state, rule.flows?)))
+            {
+                let labels = [("rule", rule.name.as_str()), ("state", state.word())];
+                flows.set(&labels, counts.of(state))?;
             }
         }
         let help =

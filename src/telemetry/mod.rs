@@ -4,6 +4,7 @@ pub mod announcement;
 mod connections;
 pub mod diagnosis;
 pub mod event;
+pub mod flows;
 pub mod http;
 pub mod metrics;
 pub mod pcap;

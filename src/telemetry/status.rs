@@ -11,7 +11,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::bpf::{self, Runs, types};
-use crate::config::{Address, Mode, State, Xdp};
+use crate::config::{Address, Mode, Reply, State, Xdp};
 use crate::datapath::counters::{Count, Counts};
 use crate::datapath::description::{self, Generation};
 use crate::datapath::pins::{self, ReadGuard, Store};
@@ -28,6 +28,7 @@ use crate::reconcile::drain;
 use crate::reconcile::observe::{Observed, observe};
 use crate::telemetry::announcement::{AnnouncedAddress, Announcement};
 use crate::telemetry::diagnosis::{self, Answer, Facts, Now, Routes, Silence, Source};
+use crate::telemetry::flows::{self, FlowCounts};
 use crate::telemetry::problem::Problem;
 use crate::telemetry::traffic::{Rate, Traffic};
 use crate::time;
@@ -144,6 +145,9 @@ pub struct RuleStatus {
     /// Receivers of additional copies.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub mirrors: Vec<UpstreamStatus>,
+    /// Flows of the upstreams, with `reply: nat`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flows: Option<FlowCounts>,
     /// Each packet once, by verdict; also those of upstreams that it has lost.
     pub counters: Counts,
     /// The part of `counters` without an upstream.
@@ -194,6 +198,9 @@ pub struct UpstreamStatus {
     /// Answers of the upstream that came through this host; none where the rule's `reply` asks for none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub answers: Option<Counts>,
+    /// Flows that go to it, with `reply: nat`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flows: Option<FlowCounts>,
     /// Rate of forwarded packets.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate: Option<Rate>,
@@ -298,6 +305,7 @@ pub async fn read(
     let serving = serving.and_then(|number| observed.generations.get(&number));
     if let Some((guard, serving)) = guard.as_ref().zip(serving) {
         status.xdp = xdp_status(guard, serving)?;
+        status.count_flows(guard, serving)?;
     }
     let program = guard
         .as_ref()
@@ -423,6 +431,27 @@ impl Status {
     }
 }
 
+impl Status {
+    /// Fills in the flows of rules with `reply: nat`.
+    fn count_flows(&mut self, guard: &ReadGuard, serving: &Generation) -> anyhow::Result<()> {
+        let desired = &serving.description.desired;
+        let with_flows = desired.rules.iter().filter(|rule| rule.reply == Reply::Nat);
+        let with_flows: BTreeSet<&str> = with_flows.map(|rule| rule.name.as_str()).collect();
+        if with_flows.is_empty() {
+            return Ok(());
+        }
+        let counts = flows::count(guard, serving)?;
+        let rules = self.rules.iter_mut();
+        for rule in rules.filter(|rule| with_flows.contains(rule.name.as_str())) {
+            for upstream in &mut rule.upstreams {
+                upstream.flows = Some(counts.get(&upstream.id).copied().unwrap_or_default());
+            }
+            rule.flows = Some(rule.upstreams.iter().filter_map(|upstream| upstream.flows).sum());
+        }
+        Ok(())
+    }
+}
+
 /// Returns when the map of counters was made, in seconds since 1970.
 fn counted_since(guard: &ReadGuard) -> Option<u64> {
     let made = fs::metadata(guard.state().join("counters")).ok()?.modified().ok()?;
@@ -520,6 +549,7 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
         mode: rule.mode,
         upstreams,
         mirrors,
+        flows: None,
         counters,
         own,
         notes: own.notes().collect(),
@@ -559,6 +589,7 @@ fn upstream_status(
         silence: silence(&entry, health, view),
         counters: view.total.of(id),
         answers: answers.map(|id| view.total.of(id)),
+        flows: None,
         rate: grown.and_then(|grown| grown.rate(forwarded)),
         losses: grown.map_or_else(BTreeMap::new, |grown| losses(grown, grown.of(id))),
         share: (shared > 0).then(|| forwarded.packets as f64 / shared as f64),

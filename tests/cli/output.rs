@@ -38,11 +38,13 @@ fn busy() -> Lab {
     copies["options"]["tc_action"] = json!("block");
     let payload = json!({ "tc_action": "block", "strategy": "payload", "hash": "maglev",
                           "payload": { "offset": 8, "length": 4 } });
-    let mut all = config(&[flows, copies, rule("short", 5002, payload, &two)]);
+    let translated = json!({ "tc_action": "block", "reply": "nat" });
+    let translated = rule("translated", 5003, translated, &two);
+    let mut all = config(&[flows, copies, rule("short", 5002, payload, &two), translated]);
     all.as_object_mut().expect("a map").remove("defaults");
     lab.apply(&all);
     let sender = bind(&lab.client, CLIENTS[0], 5666);
-    for port in [5000, 5001, 5002, 5002] {
+    for port in [5003, 5000, 5001, 5002, 5002] {
         sender.send_to(b"ten bytes!", (RELAY, port)).expect("sent");
     }
     until("the last packet is counted", || {
@@ -75,6 +77,9 @@ fn outputs_follow_their_schemas() {
         ("get", &ok("get 10.1.0.20:5666 10.1.0.1:5001 -o json")),
         ("get", &ok("get 10.1.0.20:5666 10.1.0.1:9 -o json")),
         ("drain", &ok("drain flows/spy -o json")),
+        ("flows", &ok("flows -o json")),
+        ("flows", &ok("flows translated --client 10.1.0.20 --count -o json")),
+        ("forget", &ok("forget translated -o json")),
         ("enable", &ok("enable flows/spy -o json")),
         ("enable", &ok("enable --all -o json")),
         ("apply", &ok(&format!("apply {other} -o json"))),
@@ -175,6 +180,7 @@ fn one_thing_has_one_name() {
         ("top", "top --once --interval 0.2 -o json"),
         ("get", "get 10.1.0.20:5666 10.1.0.1:5000 -o json"),
         ("drain", "drain flows/spy -o json"),
+        ("flows", "flows -o json"),
     ]
     .map(|(of, words)| (of, lab.run(words).json()))
     .into();
@@ -185,7 +191,7 @@ fn one_thing_has_one_name() {
     };
     let known = of("status", "upstream");
     assert!(known.contains(&"spy".into()) && known.contains(&"10.2.0.20:7000".into()), "{known:?}");
-    for output in ["top", "get", "drain"] {
+    for output in ["top", "get", "drain", "flows"] {
         let (upstreams, rules) = (of(output, "upstream"), of(output, "rule"));
         assert!(!upstreams.is_empty() && !rules.is_empty(), "{:#}", outputs[output]);
         assert!(upstreams.iter().all(|it| known.contains(it)), "{:#}", outputs[output]);

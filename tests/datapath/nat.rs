@@ -546,3 +546,132 @@ fn flows_survive_apply_and_rollback() {
     lab.run("drain dns/u1").expect(0);
     assert_eq!(ports(), seen, "drained: flows stay");
 }
+
+/// Returns the flows that `udplb flows` lists.
+#[track_caller]
+fn listed(lab: &Lab, words: &str) -> Vec<Value> {
+    let flows = lab.run(&format!("flows {words} -o json")).expect(0).json();
+    let list = flows["flows"].as_array().expect("a list").clone();
+    assert_eq!(flows["count"], list.len());
+    let count = lab.run(&format!("flows {words} --count")).expect(0).stdout;
+    assert_eq!(count, format!("{}\n", list.len()));
+    list
+}
+
+/// Flows are listed with their parties, counted in metrics and status, and end when they are forgotten.
+#[test]
+fn flows_are_listed_and_forgotten() {
+    let lab = Lab::dual(true, true);
+    lab.run("flows").expect(3);
+    lab.run("forget dns").expect(3);
+    lab.apply(&translated());
+    assert_eq!(lab.run("flows").expect(0).stdout, "");
+    let sockets = [V4, V6].map(|net| {
+        let client = bind(&lab.client, net.clients[0], 0);
+        client.connect((net.key, 53)).expect("connected");
+        (client, bind(&lab.upstream, net.upstreams[0], 5353))
+    });
+    let ask = |family: usize| ask(&sockets[family].0, &sockets[family].1, b"a", b"b");
+    let seen = [ask(0), ask(1)];
+    ask(0);
+    let clients = sockets.each_ref().map(|(client, _)| client.local_addr().expect("bound"));
+    for (family, (rule, net, packets)) in [("dns", V4, 2), ("dns6", V6, 1)].into_iter().enumerate()
+    {
+        let client = clients[family];
+        for words in [
+            rule,
+            &format!("{rule}/u1"),
+            &format!("--client {client}"),
+            &format!("{rule} --client {}", client.ip()),
+        ] {
+            let flows = listed(&lab, words);
+            assert_eq!(flows.len(), 1, "{words}: {flows:#?}");
+            let flow = &flows[0];
+            for (field, wanted) in [
+                ("rule", json!(rule)),
+                ("upstream", json!("u1")),
+                ("client", json!(client)),
+                ("vip", json!(SocketAddr::new(net.key, 53))),
+                ("egress", json!(seen[family])),
+                ("server", json!(SocketAddr::new(net.upstreams[0], 5353))),
+                ("state", json!("answered")),
+                ("packets", json!(packets)),
+                ("answers", json!(packets)),
+            ] {
+                assert_eq!(flow[field], wanted, "{field} {words}");
+            }
+            let seconds = |field: &str| flow[field].as_f64().expect("seconds");
+            assert!(seconds("left_seconds") <= 30.0, "{flow:#}");
+            assert!(seconds("idle_seconds") <= seconds("age_seconds"), "{flow:#}");
+        }
+        let text = lab.run(&format!("flows {rule}")).expect(0).stdout;
+        let line = text.lines().nth(1).expect("a flow");
+        let start = format!(
+            "{client}  {}  {rule}/u1  {}  answered ",
+            SocketAddr::new(net.key, 53),
+            seen[family]
+        );
+        assert_eq!(
+            line.split_whitespace().collect::<Vec<_>>()[..5],
+            start.split_whitespace().collect::<Vec<_>>()[..],
+            "{text}"
+        );
+    }
+    assert_eq!(listed(&lab, "").len(), 2);
+    let mut other = clients[0];
+    other.set_port(clients[0].port() ^ 1);
+    assert!(listed(&lab, &format!("--client {other}")).is_empty());
+    assert_eq!(lab.run(&format!("forget --client {other}")).expect(0).stdout, "0 flows ended\n");
+    let metrics = lab.run("metrics").expect(0).stdout;
+    for (state, flows) in [("new", 0), ("answered", 1), ("assured", 0)] {
+        let line = format!("udplb_flows{{rule=\"dns\",state=\"{state}\"}} {flows}\n");
+        assert!(metrics.contains(&line), "{line} {metrics}");
+    }
+
+    lab.run("drain dns/u1").expect(0);
+    let status = lab.status();
+    assert_eq!(status["rules"][0]["flows"], json!({ "new": 0, "answered": 1, "assured": 0 }));
+    assert_eq!(status["rules"][0]["upstreams"][0]["flows"]["answered"], 1);
+    let text = lab.run("status").stdout;
+    assert!(text.contains("drained (override), 1 flow left"), "{text}");
+    lab.run("enable dns/u1").expect(0);
+
+    assert_eq!(lab.run("forget dns/u1").expect(0).stdout, "1 flow ended\n");
+    assert_eq!(lab.run("forget dns -o json").expect(0).json()["forgotten"], 0);
+    assert!(listed(&lab, "dns").is_empty());
+    // its port rests, and late answers reach nobody
+    sockets[0].1.send_to(b"late", seen[0]).expect("sent");
+    assert_ne!(ask(0), seen[0]);
+    assert_eq!(ask(1), seen[1], "the flow of the other rule stays");
+
+    let mut moved = translated();
+    moved["rules"][1]["upstream"][0]["address"] = json!(V6.upstreams[1]);
+    lab.apply(&moved);
+    let gone = listed(&lab, &format!("--client {}", clients[1]));
+    assert_eq!((&gone[0]["rule"], &gone[0]["upstream"]), (&Value::Null, &Value::Null));
+    assert!(lab.run("flows").expect(0).stdout.contains("  gone  "));
+    assert!(listed(&lab, "dns6").is_empty(), "that of no upstream of the rule");
+    assert_eq!(
+        lab.run(&format!("forget --client {}", clients[1])).expect(0).stdout,
+        "1 flow ended\n"
+    );
+}
+
+#[test]
+fn flows_of_what_is_not_there_are_refused() {
+    let lab = Lab::dual(true, true);
+    lab.apply(&translated());
+    for command in ["flows", "forget"] {
+        lab.run(&format!("{command} dsn"))
+            .expect(1)
+            .says(&["there is no rule `dsn`; did you mean `dns`?"]);
+        lab.run(&format!("{command} dns/u2")).expect(1).says(&["rule dns has no upstream `u2`"]);
+        lab.run(&format!("{command} dns/"))
+            .expect(64)
+            .says(&["a rule, `/` and one of its upstreams"]);
+        lab.run(&format!("{command} --client host"))
+            .expect(64)
+            .says(&["an address, with or without a port"]);
+    }
+    lab.run("forget").expect(64);
+}
