@@ -219,6 +219,7 @@ in
     inherit (udplbOptions)
       announce
       defaults
+      flows
       interfaces
       rules
       ;

@@ -436,4 +436,27 @@ in
       };
     };
   };
+
+  anycast = {
+    expect.says."udplb-anycast.service" = "ExecStart=.*/bin/ip link set anycast1 up\n";
+    config.services.udplb = {
+      enable = true;
+      interfaces = [ "ens3" ];
+      anycast.enable = true;
+      rules = [
+        {
+          key = {
+            address = "10.99.0.53";
+            port = 53;
+          };
+          options = {
+            tc_action = "block";
+            reply = "nat";
+            answers = 1;
+          };
+          upstream = [ { address = "10.2.0.11"; } ];
+        }
+      ];
+    };
+  };
 }
