@@ -130,10 +130,12 @@ let
   };
 
   flows = words {
-    entries = word (types.ints.between 1024 4194288) 262144
-      "Number of flows of each family. The program's default is 65536.";
-    ports = word types.str "1024-65535"
-      "Ports of this host that flows get. The program's default is 1024-32767.";
+    entries =
+      word (types.ints.between 1024 4194288) 262144
+        "Number of flows of each family. The program's default is 65536.";
+    ports =
+      word types.str "1024-65535"
+        "Ports of this host that flows get. The program's default is 1024-32767.";
     unanswered =
       word duration "10s"
         "Lifetime of a flow whose client has not spoken again after an answer. The program's default is 30s.";
@@ -170,7 +172,9 @@ let
         example = "ping";
         description = "The datagram: text, or hexadecimal digits after `0x`.";
       };
-      expect = word types.str "0x81??" "What its answer begins with. The program's default is any answer.";
+      expect =
+        word types.str "0x81??"
+          "What its answer begins with. The program's default is any answer.";
       port = probePort;
     }) { send = "ping"; } "A datagram and its answer.";
     tcp = word port 514 "A TCP connection to this port is accepted.";
@@ -203,8 +207,12 @@ let
     syslog = word probe { } "A TCP connection to the upstream's own port.";
     interval = word duration "5s" "Time between probes. The program's default is `2s`.";
     timeout = word duration "500ms" "Time that an answer may take. The program's default is `1s`.";
-    rise = word (types.ints.between 1 100) 3 "Answers in a row to be up again. The program's default is 2.";
-    fall = word (types.ints.between 1 100) 2 "Failures in a row to be down. The program's default is 3.";
+    rise =
+      word (types.ints.between 1 100) 3
+        "Answers in a row to be up again. The program's default is 2.";
+    fall =
+      word (types.ints.between 1 100) 2
+        "Failures in a row to be down. The program's default is 3.";
   };
   ruleOptions = words {
     tc_action =
@@ -228,10 +236,13 @@ let
       "random"
       "payload"
     ]) "src-ip" "Part of a packet that selects its upstream. The program's default is `src-ip-port`.";
-    payload = word (types.either (types.enum payloads) payloadBytes) {
-      offset = 4;
-      length = 8;
-    } "Key of the strategy `payload`: bytes of the payload, a field of a known protocol, or the name of a StatsD metric (`statsd`).";
+    payload =
+      word (types.either (types.enum payloads) payloadBytes)
+        {
+          offset = 4;
+          length = 8;
+        }
+        "Key of the strategy `payload`: bytes of the payload, a field of a known protocol, or the name of a StatsD metric (`statsd`).";
     hash = word (types.enum [
       "modulo"
       "maglev"
@@ -239,32 +250,42 @@ let
     source =
       word source "preserve"
         "Sender that upstreams see: the matched destination (`vip`, the default), the original one (`preserve`) or this host's own address (`egress`).";
-    reply = word (types.enum [
-      "none"
-      "direct"
-      "route"
-      "nat"
-    ]) "route" "Way of the upstreams' answers: from the upstreams to the clients (`direct`), or back through this host (`route`, `nat`).";
+    reply =
+      word
+        (types.enum [
+          "none"
+          "direct"
+          "route"
+          "nat"
+        ])
+        "route"
+        "Way of the upstreams' answers: from the upstreams to the clients (`direct`), or back through this host (`route`, `nat`).";
     via = word way "gue" "Way to the upstreams with `reply: direct`.";
     answers =
       word types.ints.positive 1
         "Number of answers that ends a flow of `reply = \"nat\"`. Without it a flow ends when it has expired.";
     health =
-      word (types.either (types.enum [
-        "off"
-        "neighbour"
-        "icmp"
+      word
+        (types.either (types.enum [
+          "off"
+          "neighbour"
+          "icmp"
+          "dns"
+          "ntp"
+          "snmp"
+          "sip"
+          "syslog"
+        ]) healthCheck)
         "dns"
-        "ntp"
-        "snmp"
-        "sip"
-        "syslog"
-      ]) healthCheck) "dns"
         "Check by the next-hop service that an upstream must pass to be selected; the default is `off`.";
-    all-down = word (types.enum [
-      "open"
-      "drop"
-    ]) "drop" "While all upstreams are down, packets go to them as if all were up (`open`, the default).";
+    all-down =
+      word
+        (types.enum [
+          "open"
+          "drop"
+        ])
+        "drop"
+        "While all upstreams are down, packets go to them as if all were up (`open`, the default).";
     fragments =
       word
         (types.enum [
@@ -909,8 +930,7 @@ in
         StartLimitIntervalSec = 0;
       };
       serviceConfig = hardening // {
-        CapabilityBoundingSet =
-          hardening.CapabilityBoundingSet ++ lib.optional hearsErrors "CAP_NET_RAW";
+        CapabilityBoundingSet = hardening.CapabilityBoundingSet ++ lib.optional hearsErrors "CAP_NET_RAW";
         Type = "notify";
         ExecStart = command (
           [ "arpd" ]
