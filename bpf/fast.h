@@ -38,7 +38,7 @@ static __always_inline bool locate_headers(void *frame, const void *end, struct 
 	return (void *)(pkt->udp + 1) <= end;
 }
 
-/* Likewise, in the skb's linear part. */
+/* Points `pkt` at the headers in the skb's linear part, as locate_headers(). */
 static __always_inline bool locate_plain(struct __sk_buff *skb, struct pkt *pkt, const bool ipv6)
 {
 	return locate_headers((void *)(long)skb->data, data_end(skb), pkt, ipv6);
@@ -78,7 +78,7 @@ static __always_inline bool is_usual(__u32 bytes, const struct pkt *pkt, const s
 	return is_ipv4_checksum_valid(pkt->ip, 0) && is_usual_source4(pkt->ip);
 }
 
-/* Likewise for a packet at tc. */
+/* Returns true for a usual packet at tc that is whole and for this host; the opposite says nothing either. */
 static __always_inline bool is_plain(struct __sk_buff *skb, const struct pkt *pkt, const struct gate *gate,
 				     const bool ipv6)
 {

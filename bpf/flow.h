@@ -586,7 +586,10 @@ __noinline __u32 try_port(struct __sk_buff *skb, __u32 try, __u32 ipv6)
 	return features.ipv6 && ipv6 ? take_port(skb, try, true) : take_port(skb, try, false);
 }
 
-/* How well a flow can be spared: more for one that is older, most for none; 0: not at all. */
+/*
+ * Returns the rank of a flow among those that can be spared: higher for older ones, highest for a free place;
+ * 0: it cannot.
+ */
 static __always_inline __u32 rank_of(__u32 state, __u32 touched, __u32 now)
 {
 	__u32 age = beats_since(touched, now), timeout = timeout_of(state);

@@ -25,7 +25,7 @@ pub struct Options {
 #[derive(Serialize, JsonSchema)]
 pub struct Ready {
     pub ready: bool,
-    /// Why it is not.
+    /// Reason why it is not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }

@@ -16,13 +16,13 @@ use super::{Diagnostic, Severity};
 /// The port of samplicator and of its receivers where none is given.
 pub const PORT: u16 = 2000;
 
-/// What samplicator gets on its command line.
+/// samplicator's command line.
 pub struct CommandLine {
     pub address: KeyAddress,
     pub port: u16,
     /// `-S`: receivers see the sender's address.
     pub spoofs: bool,
-    /// Of udplb; samplicator has none.
+    /// Interfaces that udplb needs; samplicator has none.
     pub interfaces: Vec<String>,
     /// They get all packets.
     pub receivers: Vec<Receiver>,

@@ -141,7 +141,7 @@ impl Admission {
     }
 }
 
-/// How packets of an interface are processed before the kernel has made them an skb.
+/// Hook that runs our program on an interface before the kernel has made packets an skb.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Xdp {
@@ -190,7 +190,7 @@ pub enum Source {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reply {
-    /// Whatever the upstreams do.
+    /// Leaves answers alone.
     #[default]
     None,
     /// The upstreams send them as the address that the client had asked; packets keep it.

@@ -157,7 +157,7 @@ fn read_map<T: Pod>(map: &MapHandle, mut each: impl FnMut(u32, T)) -> anyhow::Re
     Ok(())
 }
 
-/// What stands in one of a bucket's places.
+/// Contents of one of a bucket's places.
 #[derive(Debug)]
 enum Place<T> {
     Free,

@@ -477,7 +477,7 @@ pub struct RuleIds {
     pub upstreams: Vec<u32>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mirrors: Vec<u32>,
-    /// Of the upstreams' answers; empty if they do not come here.
+    /// Ids of the upstreams' answers; empty if these do not come here.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub answers: Vec<u32>,
 }
@@ -566,7 +566,7 @@ pub fn assign_ids(
 #[derive(Clone, Debug)]
 pub struct Destination<'a> {
     pub id: u32,
-    /// Of an upstream's answers, if they come here.
+    /// Id of the upstream's answers, if these come here.
     pub answers: Option<u32>,
     pub role: Role,
     pub upstream: &'a Upstream,

@@ -19,11 +19,11 @@ pub struct Flow<'a> {
     pub rule: Option<&'a str>,
     pub upstream: Option<&'a str>,
     pub client: SocketAddr,
-    /// What the client has sent to.
+    /// Address and port that the client has sent to.
     pub vip: SocketAddr,
-    /// What the upstream sees of this host.
+    /// This host's address and port, which the upstream sees.
     pub egress: SocketAddr,
-    /// What the upstream's packets are sent to.
+    /// Address and port of the upstream.
     pub server: SocketAddr,
     pub state: FlowState,
     #[serde(rename = "age_seconds")]

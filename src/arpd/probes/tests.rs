@@ -254,7 +254,7 @@ fn probes_are_spread_and_limited() {
 }
 
 proptest! {
-    /// Whatever comes: an upstream goes down with the third failure in a row, and comes up with the second
+    /// Checks random answers: an upstream goes down with the third failure in a row, and comes up with the second
     /// answer in a row at the earliest.
     #[test]
     fn hysteresis_holds(answers in prop::collection::vec(0..3_u8, 0..200)) {

@@ -23,7 +23,7 @@ use crate::reconcile::source::Text;
 use crate::telemetry::announcement::{AnnouncedAddress, refuse_others};
 use crate::telemetry::status;
 
-/// What to show, give back or print.
+/// The addresses to show or give back, or the part to print.
 #[derive(Args)]
 pub struct Options {
     /// Announce these addresses again that `withdraw` has withdrawn; none: show all.
