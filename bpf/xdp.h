@@ -37,14 +37,6 @@ static __always_inline void count_xdp_sent(void)
 		++*sent;
 }
 
-/* Returns true if a frame is for the device that received it. */
-static __always_inline bool is_for_device(const struct ethhdr *eth, const struct device *device)
-{
-	const __u16 *to = (const void *)eth->h_dest, *own = (const void *)device->mac;
-
-	return !((to[0] ^ own[0]) | (to[1] ^ own[1]) | (to[2] ^ own[2]));
-}
-
 /* Returns the line of the upstream of a plain datagram; NULL unless XDP may send it there. */
 static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry, const struct gate *gate,
 					     const struct device *device, __u32 *index)
@@ -82,7 +74,7 @@ static __always_inline int xdp_deliver(struct xdp_md *xdp, struct pkt *pkt, __u3
 	struct rewrite rw;
 	struct line *line;
 
-	if (!entry || !device || !gate || !is_for_device(pkt->eth, device) ||
+	if (!entry || !device || !gate || !is_same_mac(pkt->eth->h_dest, device->mac) ||
 	    !is_usual(bytes, pkt, gate, ipv6) || is_partial(pkt, ipv6))
 		return XDP_PASS;
 	line = xdp_line(pkt, entry, gate, device, &index);
