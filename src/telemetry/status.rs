@@ -306,6 +306,10 @@ pub async fn read(
     if let Some((guard, serving)) = guard.as_ref().zip(serving) {
         status.xdp = xdp_status(guard, serving)?;
         status.count_flows(guard, serving)?;
+        if serving.description.desired.announce.is_some() {
+            let announcement = Announcement::read(guard, netlink, &observed, serving).await?;
+            status.announced = announcement.addresses();
+        }
     }
     let program = guard
         .as_ref()
@@ -313,10 +317,6 @@ pub async fn read(
         .map(|(guard, it)| generation::program(guard, it, Layer::Ethernet));
     let runs =
         program.and_then(|program| Some(bpf::program_info(program.ok()?.as_fd()).ok()?.runs));
-    if let (Some(guard), Some(serving)) = (&guard, serving) {
-        let announcement = Announcement::read(guard, netlink, &observed, serving).await?;
-        status.announced = announcement.addresses();
-    }
     drop(guard);
     let routes = routes(netlink, &status.rules, &observed).await?;
     let mut reading = Reading { observed, status, runs, routes };
