@@ -407,8 +407,10 @@ impl Decoder {
         let Some(check) = check.filter(|check| check.has_port() && check.port().is_none()) else {
             return;
         };
-        let is_single = matches!(rule.key.ports[..], [ports] if ports.first == ports.last);
-        if let Some(upstream) = rule.upstreams.iter().find(|it| it.port.is_none() && !is_single) {
+        if rule.key.only_port().is_some() {
+            return;
+        }
+        if let Some(upstream) = rule.upstreams.iter().find(|it| it.port.is_none()) {
             let message = format!(
                 "the {} probe needs a `port`: {} has the one that each packet came to",
                 check.name(),

@@ -177,10 +177,7 @@ impl<'a> Candidate<'a> {
             let target = self.desired.target(rule, upstream);
             let hops = self.next_hops.get(&target).map_or(&[][..], NextHop::hops);
             // Without a port of its own the upstream gets the packet's.
-            let port = upstream.port.or(match rule.key.ports[..] {
-                [ports] if ports.first == ports.last => Some(ports.first),
-                _ => None,
-            });
+            let port = upstream.port.or(rule.key.only_port());
             let policy = hops.iter().find_map(|hop| {
                 let flow = OutgoingFlow {
                     address: target.address.ip,

@@ -141,11 +141,7 @@ impl Service {
 }
 
 fn subject(rule: &Rule, upstream: &Upstream, probe: &Probe) -> Subject {
-    let own = match (upstream.port, &rule.key.ports[..]) {
-        (Some(port), _) => Some(port),
-        (None, [ports]) if ports.first == ports.last => Some(ports.first),
-        _ => None,
-    };
+    let own = upstream.port.or(rule.key.only_port());
     let check = &probe.check;
     let port = check.port().or(own).filter(|_| check.has_port());
     Subject {
