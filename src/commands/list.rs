@@ -15,7 +15,7 @@ use crate::error::{Failure, Result};
 use crate::reconcile::drain::effective_rules;
 use crate::reconcile::observe::Observed;
 
-/// What to print.
+/// The form to print.
 #[derive(Args)]
 pub struct Options {
     /// Print a digest of what decides which upstream a packet goes to, for each rule and for all; equal on
@@ -44,9 +44,7 @@ pub async fn run(global: &Global, options: &Options) -> Result<u8> {
     if options.digest {
         return digest(global, &observed);
     }
-    let Some(serving) = observed.described()? else {
-        return Err(Failure::NothingApplied);
-    };
+    let serving = observed.described()?.ok_or(Failure::NothingApplied)?;
     let document = export::document(&serving.description.desired);
     let yaml = serde_yaml::to_string(&document).context("YAML")?;
     match global.output {

@@ -657,14 +657,10 @@ impl EnumField {
     /// Returns the word of that name, if it can be used in such a file.
     pub fn word(&'static self, name: &str, root: Root) -> Result<&'static str, Message> {
         match self.words.iter().find(|word| **word == name) {
-            None => Err(self.unknown(name, root)),
+            None => Err(unknown_word(name, self.usable(root))),
             Some(word) if !self.usable(root).contains(word) => Err(map_only(&format!("`{name}`"))),
             Some(word) => Ok(word),
         }
-    }
-
-    fn unknown(&self, name: &str, root: Root) -> Message {
-        unknown_word(name, self.usable(root))
     }
 
     pub fn usable(&self, root: Root) -> &'static [&'static str] {

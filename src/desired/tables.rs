@@ -205,7 +205,7 @@ impl Tables {
             let nearest = keys.nearest(address, port);
             let shares = known.entry((nearest, address.is_ipv4()));
             let shares = shares.or_insert_with_key(|(nearest, _)| {
-                senders::shares(&desired.rules, nearest, everybody(address))
+                senders::shares(&desired.rules, nearest, Network::new(address, 0))
             });
             let Some(first) = shares.iter().find_map(|(_, share)| *share) else { continue };
             let group = is_group(desired, address);
@@ -384,14 +384,6 @@ impl Keys {
         nearest.retain(|level: &Vec<usize>| !level.is_empty());
         nearest
     }
-}
-
-fn everybody(address: IpAddr) -> Network {
-    let address = match address {
-        IpAddr::V4(_) => [0; 4].into(),
-        IpAddr::V6(_) => [0_u16; 8].into(),
-    };
-    Network { address, prefix: 0 }
 }
 
 /// Returns true if a rule takes answers to this host's own sockets. A single port is assumed to

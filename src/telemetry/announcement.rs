@@ -12,7 +12,8 @@ use crate::datapath::description::Generation;
 use crate::datapath::hook::Slot;
 use crate::datapath::pins::ReadGuard;
 use crate::datapath::spares::Situation;
-use crate::datapath::{lease, state_maps};
+use crate::datapath::{announcements, lease, state_maps};
+use crate::desired::Rule;
 use crate::net::Netlink;
 use crate::net::link::OwnAddress;
 use crate::reconcile::drain::rule_index;
@@ -49,7 +50,7 @@ impl State {
 pub struct AnnouncedAddress {
     pub address: IpAddr,
     pub state: State,
-    /// Why it is not well.
+    /// Reason why it is not well.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// Start of that state, in seconds since 1970.
@@ -119,16 +120,15 @@ impl<'a> Announcement<'a> {
         let name = rule.map(|name| rule_index(desired, name)).transpose()?;
         let name = name.map(|index| desired.rules[index].name.as_str());
         let records = &self.observed.announcements;
-        let mut chosen = desired.rules.iter().filter(|rule| name.is_none_or(|it| it == rule.name));
-        let withdrawn = chosen.find_map(|rule| {
+        let is_chosen = |rule: &Rule| name.is_none_or(|it| it == rule.name);
+        let withdrawn = desired.rules.iter().filter(|rule| is_chosen(rule)).find_map(|rule| {
             let address = match rule.key.address {
                 KeyAddress::Is(address) => address,
-                KeyAddress::Any => crate::datapath::announcements::ALL,
+                KeyAddress::Any => announcements::ALL,
             };
             records.withdrawal(address)?;
             Some(format!("{} is withdrawn by command", rule.key.address))
         });
-        let is_chosen = |rule: &crate::desired::Rule| name.is_none_or(|it| it == rule.name);
         Ok(withdrawn.or_else(|| self.readiness().trouble(is_chosen)))
     }
 
