@@ -14,6 +14,7 @@ mod reference;
 mod testbed;
 
 mod admission;
+mod answers;
 mod devices;
 mod errors;
 mod fanout;

@@ -1,36 +1,28 @@
 //! Flows: `reply: nat`.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use serde_json::{Value, json};
 use udplb::config::{Action, Key, Ports, Reply, Source};
 use udplb::desired::{Desired, Rule, RuleIds, Upstream};
 
-use crate::common::lab::{Lab, Net, V4, V6, packets};
-use crate::common::net::{TTL, UDP_SEGMENT, bind, expect, payload, receive, set};
-use crate::common::wire::Tag;
+use crate::answers::{CLIENTS, VIPS, ask, ask_for_many, check_kinds, ip6, replying, run};
+use crate::common::lab::{Lab, V4, V6, packets};
+use crate::common::net::{bind, payload};
 use crate::ends::cuts_up_without_offload;
-use crate::forge::{Checksum, Forged, Ip, fragments};
-use crate::packet::Mac;
-use crate::program::{Context, Counted, FLOWS, PORTS, Run};
+use crate::forge::{Forged, fragments};
+use crate::program::{Context, FLOWS, PORTS};
 use crate::testbed::{
-    FAR, GATEWAY_MAC, NEAR, NEAR_MAC, OUT_MAC, OWN, OWN6, REDIRECT, RELAY_MAC, SHOT, Testbed,
-    UNSPEC, VIP,
+    GATEWAY_MAC, NEAR, NEAR_MAC, OWN, OWN6, REDIRECT, RELAY_MAC, SHOT, Testbed, UNSPEC, VIP,
 };
 
 const UPSTREAM: [IpAddr; 2] = [IpAddr::V4(NEAR), ip6([0xfd00, 2, 0, 0, 0, 0, 0, 2])];
-const CLIENT: [IpAddr; 2] = [IpAddr::V4(FAR), ip6([0xfd00, 3, 0, 0, 0, 0, 0, 2])];
-const VIPS: [IpAddr; 2] = [IpAddr::V4(VIP), ip6([0xfd00, 1, 0, 0, 0, 0, 0, 1])];
 const EGRESS: [IpAddr; 2] = [IpAddr::V4(OWN), IpAddr::V6(OWN6)];
 
 /// Port of the upstreams, and of the first client.
 const SERVER: u16 = 5353;
 const FROM: u16 = 40_000;
-
-const fn ip6([a, b, c, d, e, f, g, h]: [u16; 8]) -> IpAddr {
-    IpAddr::V6(Ipv6Addr::new(a, b, c, d, e, f, g, h))
-}
 
 /// Returns a rule for port 53 with upstreams of a family.
 fn rule(family: usize, upstreams: &[IpAddr]) -> Rule {
@@ -64,19 +56,12 @@ fn between((source, from): (IpAddr, u16), (destination, to): (IpAddr, u16)) -> F
 }
 
 fn question(family: usize) -> Forged {
-    between((CLIENT[family], FROM), (VIPS[family], 53))
+    between((CLIENTS[family], FROM), (VIPS[family], 53))
 }
 
 /// Returns the answer of a family's upstream to a port of this host.
 fn answer(family: usize, port: u16) -> Forged {
     between((UPSTREAM[family], SERVER), (EGRESS[family], port))
-}
-
-fn run(testbed: &Testbed<'_>, packet: &Forged) -> (Run, Counted) {
-    let (gso_size, gso_segs) = packet.gso;
-    let (tag, length) = (packet.tag, packet.cut);
-    let context = Context { ifindex: testbed.routing, gso_size, gso_segs, tag, length };
-    (testbed.program.run(&packet.frame(), context), testbed.program.take_counted())
 }
 
 /// Returns source and destination of a frame without tags.
@@ -105,46 +90,6 @@ fn open(testbed: &Testbed<'_>, family: usize) -> u16 {
     send(testbed, &question(family))[0].1
 }
 
-/// Returns the packet as it leaves between two endpoints, to a MAC address.
-fn departed(came: &Forged, from: (IpAddr, u16), to: (IpAddr, u16), mac: Mac) -> Forged {
-    let mut gone = Forged { to: mac, from: OUT_MAC, tag: None, tags: Vec::new(), ..came.clone() };
-    match (&mut gone.ip, from.0, to.0) {
-        (Ip::V4(ip), IpAddr::V4(source), IpAddr::V4(destination)) => {
-            (ip.source, ip.destination, ip.ttl) = (source, destination, ip.ttl - 1);
-        }
-        (Ip::V6(ip), IpAddr::V6(source), IpAddr::V6(destination)) => {
-            (ip.source, ip.destination, ip.hop_limit) = (source, destination, ip.hop_limit - 1);
-        }
-        _ => unreachable!("all are of the family"),
-    }
-    (gone.udp.source, gone.udp.destination) = (from.1, to.1);
-    gone
-}
-
-/// Returns variants of a packet that are translated alike.
-fn kinds(family: usize, packet: &Forged) -> Vec<(&'static str, Forged)> {
-    let mut kinds = vec![("plain", packet.clone())];
-    let mut change = |name, change: &dyn Fn(&mut Forged)| {
-        let mut changed = packet.clone();
-        change(&mut changed);
-        kinds.push((name, changed));
-    };
-    change("empty", &|it| it.udp.payload = 0);
-    change("odd", &|it| it.udp.payload = 333);
-    change("wrong checksum", &|it| it.udp.checksum = Checksum::Off(7));
-    change("tag in the skb", &|it| it.tag = Some(Tag { protocol: 0x8100, control: 7 }));
-    change("tag in the frame", &|it| it.tags = vec![Tag { protocol: 0x8100, control: 7 }]);
-    if family == 0 {
-        change("no checksum", &|it| it.udp.checksum = Checksum::Is(0));
-        change("options", &|it| {
-            if let Ip::V4(ip) = &mut it.ip {
-                ip.options = 2;
-            }
-        });
-    }
-    kinds
-}
-
 #[test]
 fn packets_are_translated_both_ways() {
     Testbed::with(|testbed| {
@@ -152,20 +97,13 @@ fn packets_are_translated_both_ways() {
         for family in 0..2 {
             let port = open(testbed, family);
             assert!((PORTS.first..=PORTS.last).contains(&port), "{port}");
-            let (client, vip) = ((CLIENT[family], FROM), (VIPS[family], 53));
+            let (client, vip) = ((CLIENTS[family], FROM), (VIPS[family], 53));
             let (egress, server) = ((EGRESS[family], port), (UPSTREAM[family], SERVER));
             for (id, came, from, to, mac) in [
                 (ids[family].upstreams[0], question(family), egress, server, NEAR_MAC),
                 (ids[family].answers[0], answer(family, port), vip, client, GATEWAY_MAC),
             ] {
-                for (name, came) in kinds(family, &came) {
-                    let gone = departed(&came, from, to, mac).frame();
-                    let bytes = gone.len() as u64;
-                    let wanted = Run { action: REDIRECT, frame: gone, tag: None };
-                    let (run, counted) = run(testbed, &came);
-                    assert_eq!(run, wanted, "{name} {family}: {counted:?}");
-                    assert_eq!(counted, [((id, "forwarded"), (1, bytes))].into(), "{name}");
-                }
+                check_kinds(testbed, &came, (from, to, mac), id);
             }
         }
     });
@@ -200,7 +138,7 @@ fn answers_of_strangers_go_up_the_stack() {
 fn a_flow_keeps_its_port_until_it_expires() {
     Testbed::with(|testbed| {
         configure(testbed, both());
-        for (family, client) in CLIENT.iter().enumerate() {
+        for (family, client) in CLIENTS.iter().enumerate() {
             let port = open(testbed, family);
             for _ in 0..3 {
                 testbed.program.age_flows(20);
@@ -257,7 +195,7 @@ fn flows_move_from_upstreams_that_are_out() {
         let moved = send(testbed, &question(0));
         assert_ne!(moved[1], server, "it does not answer");
         assert_eq!(run(testbed, &between(server, from)).0.action, UNSPEC, "the old flow has ended");
-        assert_eq!(send(testbed, &between(moved[1], moved[0]))[1], (CLIENT[0], FROM));
+        assert_eq!(send(testbed, &between(moved[1], moved[0]))[1], (CLIENTS[0], FROM));
         configure(testbed, vec![rule(0, &[server.0])]);
         assert_eq!(send(testbed, &question(0))[1], server, "the other is gone");
     });
@@ -278,12 +216,12 @@ fn flows_survive_other_generations() {
         configure(testbed, rules);
         for family in 0..2 {
             let answer = answer(family, ports[family]);
-            assert_eq!(send(testbed, &answer)[1], (CLIENT[family], FROM));
+            assert_eq!(send(testbed, &answer)[1], (CLIENTS[family], FROM));
             assert_eq!(open(testbed, family), ports[family]);
         }
         // answers of rules that are gone still reach their clients
         configure(testbed, vec![rule(1, &UPSTREAM[1..])]);
-        assert_eq!(send(testbed, &answer(0, ports[0]))[1], (CLIENT[0], FROM));
+        assert_eq!(send(testbed, &answer(0, ports[0]))[1], (CLIENTS[0], FROM));
     });
 }
 
@@ -308,7 +246,7 @@ fn fragments_follow_their_flow() {
             let port = open(testbed, family);
             for (packet, from, to) in [
                 (question(family), (EGRESS[family], port), (UPSTREAM[family], SERVER)),
-                (answer(family, port), (VIPS[family], 53), (CLIENT[family], FROM)),
+                (answer(family, port), (VIPS[family], 53), (CLIENTS[family], FROM)),
             ] {
                 let mut whole = packet;
                 whole.udp.payload = 3000;
@@ -385,7 +323,7 @@ struct Known {
 /// whose packet left through that port last, and assured flows keep port and upstream.
 #[test]
 fn no_packet_reaches_a_wrong_party() {
-    const CLIENTS: u16 = 3000;
+    const PORTS_OF_CLIENTS: u16 = 3000;
     let servers = [NEAR, Ipv4Addr::new(10, 0, 2, 254)].map(IpAddr::V4);
     let mut random = 88_172_645_463_325_252_u64;
     let mut below = |limit: u64| {
@@ -400,7 +338,7 @@ fn no_packet_reaches_a_wrong_party() {
         let mut users: HashMap<[(IpAddr, u16); 2], (u16, u32)> = HashMap::new();
         let (mut clock, mut delivered, mut moved) = (0, 0, 0);
         for _ in 0..20_000 {
-            let client = FROM.wrapping_add(below(CLIENTS.into()) as u16);
+            let client = FROM.wrapping_add(below(PORTS_OF_CLIENTS.into()) as u16);
             match below(100) {
                 0 => {
                     let pause = [1, 3, 40][below(3) as usize];
@@ -411,7 +349,7 @@ fn no_packet_reaches_a_wrong_party() {
                         .for_each(|it| (it.idle, it.age) = (it.idle + pause, it.age + pause));
                 }
                 1..60 => {
-                    let (gone, _) = run(testbed, &between((CLIENT[0], client), (VIPS[0], 53)));
+                    let (gone, _) = run(testbed, &between((CLIENTS[0], client), (VIPS[0], 53)));
                     if gone.action == SHOT {
                         continue;
                     }
@@ -443,7 +381,7 @@ fn no_packet_reaches_a_wrong_party() {
                     delivered += 1;
                     let [from, to] = ends(&back.frame);
                     let (user, _) = users[&[it.server, it.egress]];
-                    assert_eq!((from, to), ((VIPS[0], 53), (CLIENT[0], user)));
+                    assert_eq!((from, to), ((VIPS[0], 53), (CLIENTS[0], user)));
                     if user == client {
                         it.answered = true;
                         it.idle = 0;
@@ -455,30 +393,9 @@ fn no_packet_reaches_a_wrong_party() {
     });
 }
 
-/// Returns a configuration whose upstreams answer to the relay.
-fn translated() -> Value {
-    let rule = |net: &Net| {
-        let upstream = json!({ "name": "u1", "address": net.upstreams[0], "port": 5353 });
-        let options = json!({ "tc_action": "block", "reply": "nat" });
-        net.rule(if net.is_ipv6() { "dns6" } else { "dns" }, 53, options, &[upstream])
-    };
-    json!({ "version": 1, "interfaces": ["eth0", "up0"], "rules": [rule(&V4), rule(&V6)] })
-}
-
-/// Asks from a connected socket, which takes answers from the key alone, and answers; returns the sender that
-/// the upstream sees.
-fn ask(client: &UdpSocket, server: &UdpSocket, question: &[u8], answer: &[u8]) -> SocketAddr {
-    client.send(question).expect("sent");
-    let asked = receive(server);
-    assert_eq!(asked.payload, question);
-    server.send_to(answer, asked.from).expect("sent");
-    expect(client, answer, client.peer_addr().expect("connected"), TTL - 1);
-    asked.from
-}
-
 fn check_answers(client_offload: bool, upstream_offload: bool) {
     let lab = Lab::dual(client_offload, upstream_offload);
-    lab.apply(&translated());
+    lab.apply(&replying("nat"));
     for net in [V4, V6] {
         let client = bind(&lab.client, net.clients[0], 0);
         client.connect((net.key, 53)).expect("connected");
@@ -490,15 +407,7 @@ fn check_answers(client_offload: bool, upstream_offload: bool) {
             assert_eq!(ask(&client, &server, &payload(size), &payload(size)), seen);
         }
         if upstream_offload || cuts_up_without_offload(&lab) {
-            set(&server, libc::SOL_UDP, UDP_SEGMENT, 1000);
-            client.send(b"many").expect("sent");
-            let asked = receive(&server);
-            let long = payload(9_500);
-            server.send_to(&long, asked.from).expect("sent");
-            for part in long.chunks(1000) {
-                expect(&client, part, client.peer_addr().expect("connected"), TTL - 1);
-            }
-            set(&server, libc::SOL_UDP, UDP_SEGMENT, 0);
+            ask_for_many(&client, &server);
         }
         let status = lab.status();
         let rule = usize::from(net.is_ipv6());
@@ -521,7 +430,7 @@ fn clients_of_flows_get_answers_without_offload() {
 #[test]
 fn flows_survive_apply_and_rollback() {
     let lab = Lab::dual(true, true);
-    lab.apply(&translated());
+    lab.apply(&replying("nat"));
     let sockets = [V4, V6].map(|net| {
         let client = bind(&lab.client, net.clients[0], 0);
         client.connect((net.key, 53)).expect("connected");
@@ -529,7 +438,7 @@ fn flows_survive_apply_and_rollback() {
     });
     let ports = || sockets.each_ref().map(|(client, server)| ask(client, server, b"a", b"b"));
     let seen = ports();
-    let mut other = translated();
+    let mut other = replying("nat");
     for name in ["before", "more"] {
         let rule = V4.rule(
             name,
@@ -564,7 +473,7 @@ fn flows_are_listed_and_forgotten() {
     let lab = Lab::dual(true, true);
     lab.run("flows").expect(3);
     lab.run("forget dns").expect(3);
-    lab.apply(&translated());
+    lab.apply(&replying("nat"));
     assert_eq!(lab.run("flows").expect(0).stdout, "");
     let sockets = [V4, V6].map(|net| {
         let client = bind(&lab.client, net.clients[0], 0);
@@ -644,7 +553,7 @@ fn flows_are_listed_and_forgotten() {
     assert_ne!(ask(0), seen[0]);
     assert_eq!(ask(1), seen[1], "the flow of the other rule stays");
 
-    let mut moved = translated();
+    let mut moved = replying("nat");
     moved["rules"][1]["upstream"][0]["address"] = json!(V6.upstreams[1]);
     lab.apply(&moved);
     let gone = listed(&lab, &format!("--client {}", clients[1]));
@@ -660,7 +569,7 @@ fn flows_are_listed_and_forgotten() {
 #[test]
 fn flows_of_what_is_not_there_are_refused() {
     let lab = Lab::dual(true, true);
-    lab.apply(&translated());
+    lab.apply(&replying("nat"));
     for command in ["flows", "forget"] {
         lab.run(&format!("{command} dsn"))
             .expect(1)

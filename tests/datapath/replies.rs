@@ -1,16 +1,15 @@
 //! Answers of upstreams: `reply: route` and `reply: direct`.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::IpAddr;
 
 use serde_json::{Value, json};
 use udplb::config::{Action, Key, Ports, Reply, Source, Via};
 use udplb::desired::{Desired, Rule, RuleIds, Upstream};
 
+use crate::answers::{CLIENTS, VIPS, ask, ask_for_many, check_kinds, ip6, replying, run};
 use crate::common::lab::{Lab, Net, Outcome, V4, V6, packets};
-use crate::common::net::{
-    TTL, UDP_NO_CHECK6_RX, UDP_SEGMENT, bind, expect, own, payload, receive, set,
-};
+use crate::common::net::{TTL, UDP_NO_CHECK6_RX, bind, expect, own, payload, receive, set};
 use crate::common::wire::Tag;
 use crate::common::{Bpffs, Namespace, udplb};
 use crate::ends::cuts_up_without_offload;
@@ -18,22 +17,15 @@ use crate::forge::{Checksum, Forged, Ip, fragments};
 use crate::packet::Mac;
 use crate::program::{Context, Counted, Program, Run};
 use crate::testbed::{
-    CLIENT, FAR, GATEWAY_MAC, NARROW, NEAR, NEAR_MAC, OUT_MAC, OWN, OWN6, REDIRECT, RELAY_MAC,
-    SHOT, Testbed, UNSPEC, VIP,
+    CLIENT, GATEWAY_MAC, NARROW, NEAR, NEAR_MAC, OUT_MAC, OWN, OWN6, REDIRECT, RELAY_MAC, SHOT,
+    Testbed, UNSPEC,
 };
 
-/// Upstreams of the tables, on the link of the packets, and the clients, behind a gateway.
+/// Upstreams of the tables, on the link of the packets.
 const UPSTREAM: [IpAddr; 2] = [ip4([10, 0, 1, 9]), ip6([0xfd00, 1, 0, 0, 0, 0, 0, 9])];
-const CLIENTS: [IpAddr; 2] = [IpAddr::V4(FAR), ip6([0xfd00, 3, 0, 0, 0, 0, 0, 2])];
-const VIPS: [IpAddr; 2] = [IpAddr::V4(VIP), ip6([0xfd00, 1, 0, 0, 0, 0, 0, 1])];
 
 const fn ip4(octets: [u8; 4]) -> IpAddr {
     IpAddr::V4(std::net::Ipv4Addr::new(octets[0], octets[1], octets[2], octets[3]))
-}
-
-const fn ip6(words: [u16; 8]) -> IpAddr {
-    let [a, b, c, d, e, f, g, h] = words;
-    IpAddr::V6(Ipv6Addr::new(a, b, c, d, e, f, g, h))
 }
 
 fn one(port: u16) -> Ports {
@@ -64,27 +56,8 @@ fn answer(family: usize, port: u16) -> Forged {
     answer
 }
 
-/// Returns an answer as it leaves, to a MAC address.
-fn departed(answer: &Forged, family: usize, port: u16, to: Mac) -> Forged {
-    let mut gone = Forged { to, from: OUT_MAC, tag: None, tags: Vec::new(), ..answer.clone() };
-    match (&mut gone.ip, VIPS[family]) {
-        (Ip::V4(ip), IpAddr::V4(vip)) => (ip.source, ip.ttl) = (vip, ip.ttl - 1),
-        (Ip::V6(ip), IpAddr::V6(vip)) => (ip.source, ip.hop_limit) = (vip, ip.hop_limit - 1),
-        _ => unreachable!("both are of the family"),
-    }
-    gone.udp.source = port;
-    gone
-}
-
 fn configure(program: &Program<'_>, rules: Vec<Rule>) -> Vec<RuleIds> {
     program.configure_all(&Desired { rules, ..Desired::default() }, &BTreeMap::new(), 0)
-}
-
-fn run(testbed: &Testbed<'_>, packet: &Forged) -> (Run, Counted) {
-    let (gso_size, gso_segs) = packet.gso;
-    let (tag, length) = (packet.tag, packet.cut);
-    let context = Context { ifindex: testbed.routing, gso_size, gso_segs, tag, length };
-    (testbed.program.run(&packet.frame(), context), testbed.program.take_counted())
 }
 
 #[test]
@@ -94,36 +67,8 @@ fn answers_come_from_the_key() {
         for family in 0..2 {
             for (place, from, to) in [(0, 5353, 53), (1, 2055, 2055), (1, 2058, 2058)] {
                 let id = ids[family * 2 + place].answers[0];
-                let mut kinds = vec![("plain", answer(family, from))];
-                let mut change = |name, change: &dyn Fn(&mut Forged)| {
-                    let mut changed = answer(family, from);
-                    change(&mut changed);
-                    kinds.push((name, changed));
-                };
-                change("empty", &|it| it.udp.payload = 0);
-                change("odd", &|it| it.udp.payload = 333);
-                change("wrong checksum", &|it| it.udp.checksum = Checksum::Off(7));
-                change("tag in the skb", &|it| {
-                    it.tag = Some(Tag { protocol: 0x8100, control: 7 });
-                });
-                change("tag in the frame", &|it| {
-                    it.tags = vec![Tag { protocol: 0x8100, control: 7 }];
-                });
-                change("options or extensions", &|it| match &mut it.ip {
-                    Ip::V4(ip) => ip.options = 2,
-                    Ip::V6(_) => {}
-                });
-                if family == 0 {
-                    change("no checksum", &|it| it.udp.checksum = Checksum::Is(0));
-                }
-                for (name, came) in kinds {
-                    let gone = departed(&came, family, to, GATEWAY_MAC).frame();
-                    let bytes = gone.len() as u64;
-                    let wanted = Run { action: REDIRECT, frame: gone, tag: None };
-                    let (run, counted) = run(testbed, &came);
-                    assert_eq!(run, wanted, "{name} {family} {from}");
-                    assert_eq!(counted, [((id, "forwarded"), (1, bytes))].into(), "{name}");
-                }
+                let ends = ((VIPS[family], to), (CLIENTS[family], 40000), GATEWAY_MAC);
+                check_kinds(testbed, &answer(family, from), ends, id);
             }
         }
     });
@@ -393,56 +338,28 @@ fn packets_too_long_for_a_tunnel_are_answered() {
 }
 
 /// Returns a configuration whose upstreams answer through the relay.
-fn routed() -> Value {
-    let rule = |net: &Net| {
-        let upstream = json!({ "name": "u1", "address": net.upstreams[0], "port": 5353 });
-        let options = json!({ "tc_action": "block", "reply": "route" });
-        net.rule(if net.is_ipv6() { "dns6" } else { "dns" }, 53, options, &[upstream])
-    };
-    json!({ "version": 1, "interfaces": ["eth0", "up0"], "rules": [rule(&V4), rule(&V6)] })
-}
-
-/// Asks from a connected socket, which takes answers from the key alone, and answers.
-fn ask(client: &std::net::UdpSocket, server: &std::net::UdpSocket, question: &[u8], answer: &[u8]) {
-    client.send(question).expect("sent");
-    let asked = receive(server);
-    assert_eq!((asked.payload.as_slice(), asked.from), (question, own(client)));
-    server.send_to(answer, asked.from).expect("sent");
-    let key: SocketAddr = client.peer_addr().expect("connected");
-    expect(client, answer, key, TTL - 1);
-}
-
 fn check_answers(client_offload: bool, upstream_offload: bool) {
     let lab = Lab::dual(client_offload, upstream_offload);
-    lab.apply(&routed());
+    lab.apply(&replying("route"));
     for net in [V4, V6] {
         let client = bind(&lab.client, net.clients[0], 0);
         client.connect((net.key, 53)).expect("connected");
         let server = bind(&lab.upstream, net.upstreams[0], 5353);
         let header = if net.is_ipv6() { 48 } else { 28 };
         for size in [0, 1, 39, 1000, 1500 - header, 4000] {
-            ask(&client, &server, &payload(size), &payload(size));
+            assert_eq!(ask(&client, &server, &payload(size), &payload(size)), own(&client));
         }
         let mut answers = 6;
         if !net.is_ipv6() {
             set(&server, libc::SOL_SOCKET, libc::SO_NO_CHECK, 1);
-            ask(&client, &server, b"no checksum", b"none either");
+            assert_eq!(ask(&client, &server, b"no checksum", b"none either"), own(&client));
             set(&server, libc::SOL_SOCKET, libc::SO_NO_CHECK, 0);
             answers += 1;
         }
         // fragments are packets of their own
         answers += 2;
         if upstream_offload || cuts_up_without_offload(&lab) {
-            set(&server, libc::SOL_UDP, UDP_SEGMENT, 1000);
-            client.send(b"many").expect("sent");
-            let asked = receive(&server);
-            let long = payload(9_500);
-            server.send_to(&long, asked.from).expect("sent");
-            let key: SocketAddr = client.peer_addr().expect("connected");
-            for part in long.chunks(1000) {
-                expect(&client, part, key, TTL - 1);
-            }
-            set(&server, libc::SOL_UDP, UDP_SEGMENT, 0);
+            ask_for_many(&client, &server);
             answers += 10;
         }
         let status = lab.status();
@@ -482,7 +399,7 @@ fn answers_go_through_any_relay() {
     lab.client.sysctl("net.ipv4.conf.eth1.rp_filter", "0");
     relay.sysctl("net.ipv4.conf.up0.rp_filter", "0");
     lab.upstream.sysctl("net.ipv4.conf.eth0.rp_filter", "0");
-    let file = lab.write(&routed());
+    let file = lab.write(&replying("route"));
     lab.run(&format!("apply {}", file.display())).expect(0);
     let other = |words: &str| {
         let mut command = udplb(&relay, &bpffs);
@@ -494,7 +411,7 @@ fn answers_go_through_any_relay() {
     client.connect((V4.key, 53)).expect("connected");
     let server = bind(&lab.upstream, V4.upstreams[0], 5353);
     for round in 0..3 {
-        ask(&client, &server, &payload(round), b"by another way");
+        assert_eq!(ask(&client, &server, &payload(round), b"by another way"), own(&client));
     }
     let answers = |status: &Value| -> u64 {
         let counters = &status["rules"][0]["upstreams"][0]["answers"];
@@ -677,7 +594,7 @@ fn errors_about_answers_go_to_the_upstream() {
 #[test]
 fn errors_reach_the_sockets_of_both_ends() {
     let lab = Lab::dual(false, false);
-    lab.apply(&routed());
+    lab.apply(&replying("route"));
     let refused = |socket: &std::net::UdpSocket| {
         let error = socket.recv(&mut [0; 16]).expect_err("refused");
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
@@ -688,7 +605,7 @@ fn errors_reach_the_sockets_of_both_ends() {
         client.send(b"nobody is there").expect("sent");
         refused(&client);
         let server = bind(&lab.upstream, net.upstreams[0], 5353);
-        ask(&client, &server, b"a question", b"an answer");
+        assert_eq!(ask(&client, &server, b"a question", b"an answer"), own(&client));
         server.connect(own(&client)).expect("connected");
         drop(client);
         server.send(b"the client is gone").expect("sent");
