@@ -122,7 +122,7 @@ in
           description = "interfaces of addresses that udplb announces";
           wantedBy = [ "multi-user.target" ];
           before = [ "udplb-arpd.service" ];
-          serviceConfig = {
+          serviceConfig = import ./hardening.nix // {
             Type = "oneshot";
             RemainAfterExit = true;
             # "-": the interface may be there already.
@@ -132,27 +132,9 @@ in
             ]) interfaces;
             ExecStop = map (i: "-${ip} link delete ${i}") interfaces;
             CapabilityBoundingSet = [ "CAP_NET_ADMIN" ];
-            LockPersonality = true;
-            MemoryDenyWriteExecute = true;
-            NoNewPrivileges = true;
-            PrivateDevices = true;
-            PrivateTmp = true;
-            ProtectClock = true;
-            ProtectControlGroups = true;
-            ProtectHome = true;
-            ProtectHostname = true;
-            ProtectKernelLogs = true;
-            ProtectKernelModules = true;
             ProtectKernelTunables = true;
-            ProtectProc = "invisible";
-            ProtectSystem = "strict";
             RestrictAddressFamilies = [ "AF_NETLINK" ];
-            RestrictNamespaces = true;
-            RestrictRealtime = true;
-            RestrictSUIDSGID = true;
-            SystemCallArchitectures = "native";
             SystemCallFilter = [ "@system-service" ];
-            UMask = "0077";
           };
         };
 

@@ -550,7 +550,7 @@ let
   metricsHost =
     if lib.hasInfix ":" cfg.metrics.address then "[${cfg.metrics.address}]" else cfg.metrics.address;
 
-  hardening = {
+  hardening = import ./hardening.nix // {
     CapabilityBoundingSet = [
       "CAP_BPF"
       "CAP_NET_ADMIN"
@@ -558,19 +558,6 @@ let
     ];
     # Before Linux 5.11 BPF maps count as locked memory.
     LimitMEMLOCK = "infinity";
-    LockPersonality = true;
-    MemoryDenyWriteExecute = true;
-    NoNewPrivileges = true;
-    PrivateDevices = true;
-    PrivateTmp = true;
-    ProtectClock = true;
-    ProtectControlGroups = true;
-    ProtectHome = true;
-    ProtectHostname = true;
-    ProtectKernelLogs = true;
-    ProtectKernelModules = true;
-    ProtectProc = "invisible";
-    ProtectSystem = "strict";
     # ProtectKernelTunables would make /sys/fs/bpf read-only whatever ReadWritePaths says.
     ReadOnlyPaths = [
       "/proc/sys"
@@ -585,17 +572,12 @@ let
       "AF_NETLINK"
       "AF_UNIX"
     ];
-    RestrictNamespaces = true;
-    RestrictRealtime = true;
-    RestrictSUIDSGID = true;
-    SystemCallArchitectures = "native";
     # A refused call is to end in a message, not in SIGSYS.
     SystemCallErrorNumber = "EPERM";
     SystemCallFilter = [
       "@system-service"
       "bpf"
     ];
-    UMask = "0077";
   };
 in
 {
