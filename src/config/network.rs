@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::diagnostic::Message;
@@ -50,22 +51,12 @@ pub fn deciding(
 
 /// Returns the number of bits of an address of this family.
 fn width(address: IpAddr) -> u8 {
-    if address.is_ipv4() { 32 } else { 128 }
+    IpNet::from(address).max_prefix_len()
 }
 
-/// Returns the address with zeros behind the prefix.
+/// Returns the address with zeros behind the prefix, which is at most [`width`] bits long.
 fn masked(address: IpAddr, prefix: u8) -> IpAddr {
-    let behind = u32::from(width(address) - prefix);
-    match address {
-        IpAddr::V4(address) => {
-            let mask = u32::MAX.checked_shl(behind).unwrap_or(0);
-            IpAddr::V4((address.to_bits() & mask).into())
-        }
-        IpAddr::V6(address) => {
-            let mask = u128::MAX.checked_shl(behind).unwrap_or(0);
-            IpAddr::V6((address.to_bits() & mask).into())
-        }
-    }
+    IpNet::new(address, prefix).map_or(address, |network| network.network())
 }
 
 impl From<IpAddr> for Network {

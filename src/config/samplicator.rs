@@ -114,18 +114,14 @@ fn prefix(mask: &str, ipv4: bool) -> Result<u8, Message> {
     {
         return Ok(length);
     }
-    let bits = match mask.parse::<Ipv4Addr>() {
-        Ok(mask) if ipv4 => mask.to_bits(),
+    let mask = match mask.parse::<Ipv4Addr>() {
+        Ok(mask) if ipv4 => mask,
         _ => return Err(Message::new(format!("`{}` is not a mask", shorten(mask)))),
     };
-    let ones = bits.leading_ones();
-    if ones != bits.count_ones() {
-        let message = format!("the mask {mask} is not that of a prefix");
-        return Err(
-            Message::new(message).help("udplb selects senders by prefix: list the networks")
-        );
-    }
-    Ok(ones as u8)
+    ipnet::ipv4_mask_to_prefix(mask).map_err(|_| {
+        let message = Message::new(format!("the mask {mask} is not that of a prefix"));
+        message.help("udplb selects senders by prefix: list the networks")
+    })
 }
 
 impl std::str::FromStr for Receiver {

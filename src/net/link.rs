@@ -1,8 +1,9 @@
 //! Interfaces and their addresses.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 
+use ipnet::Ipv4Net;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
@@ -264,7 +265,7 @@ fn address(message: &AddressMessage) -> Option<OwnAddress> {
         (broadcast, plain, message.header.prefix_len)
     {
         // Without a broadcast address the kernel's local table still has the network's last one.
-        broadcast = Some(Ipv4Addr::from_bits(network.to_bits() | u32::MAX >> prefix).into());
+        broadcast = Ipv4Net::new(network, prefix).ok().map(|network| network.broadcast().into());
     }
     // On a point-to-point link IFA_ADDRESS is the peer's.
     let tentative = flags.contains(AddressFlags::Tentative)
