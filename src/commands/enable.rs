@@ -5,7 +5,7 @@ use clap_complete::engine::ArgValueCandidates;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::drain::{lock_overrides, set_override};
+use super::drain::{OverrideChanged, lock_overrides, set_override};
 use super::{carry_out, complete, netlink};
 use crate::cli::Global;
 use crate::cli::output::report_done;
@@ -37,7 +37,11 @@ pub struct Enabled {
 
 pub async fn run(global: &Global, options: &Options) -> Result<u8> {
     match &options.target {
-        Some(target) => set_override(global, target, State::Active).await,
+        Some(target) => {
+            let (guard, _, change) = set_override(global, target, State::Active).await?;
+            drop(guard);
+            report_done(global, &(change.text() + "\n"), OverrideChanged::new(&change))
+        }
         None => enable_all(global).await,
     }
 }

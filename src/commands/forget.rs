@@ -11,10 +11,12 @@ use super::{complete, netlink};
 use crate::cli::Global;
 use crate::cli::output::{plural, report_done};
 use crate::datapath::capabilities;
+use crate::datapath::description::Generation;
 use crate::datapath::flows::Ender;
+use crate::datapath::pins::WriteGuard;
 use crate::error::{Failure, Result};
 use crate::reconcile::drain::RuleOrUpstream;
-use crate::telemetry::flows::{self, Client, Names};
+use crate::telemetry::flows::{self, Client, Names, Selection};
 
 /// The flows to end.
 #[derive(Args)]
@@ -43,17 +45,27 @@ pub async fn run(global: &Global, options: &Options) -> Result<u8> {
     let (guard, observed) = lock_overrides(global, &netlink()?).await?;
     let serving = observed.described()?.ok_or(Failure::NothingApplied)?;
     let selection = selection(serving, options.target.as_ref(), options.client)?;
-    let names = Names::new(serving.hosts());
-    let mut handles = Vec::new();
-    flows::read(&guard, serving, &names, &selection, |flow| handles.push(flow.handle))?;
-    let mut forgotten = 0;
-    if !handles.is_empty() {
-        let ender = Ender::load(&guard, serving)?;
-        for handle in handles {
-            forgotten += usize::from(ender.end(handle)?);
-        }
-    }
+    let forgotten = end_flows(&guard, serving, &selection)?;
     drop(guard);
     let text = format!("{} ended\n", plural(forgotten, "flow"));
     report_done(global, &text, Forgotten { forgotten })
+}
+
+/// Ends the selected flows of a generation; returns their number.
+pub(super) fn end_flows(
+    guard: &WriteGuard,
+    generation: &Generation,
+    selection: &Selection,
+) -> Result<usize> {
+    let names = Names::new(generation.hosts());
+    let mut handles = Vec::new();
+    flows::read(guard, generation, &names, selection, |flow| handles.push(flow.handle))?;
+    if handles.is_empty() {
+        return Ok(0);
+    }
+    let (ender, mut ended) = (Ender::load(guard, generation)?, 0);
+    for handle in handles {
+        ended += usize::from(ender.end(handle)?);
+    }
+    Ok(ended)
 }

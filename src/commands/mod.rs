@@ -46,7 +46,7 @@ const DEGRADED: u8 = 3;
 /// Relays, forwards and balances UDP in the kernel's traffic control layer.
 ///
 /// Exit codes: 0 success; 1 failure, the previous configuration stays active; 2 changes pending
-/// (plan --exit-code); 3 nothing applied (all commands), degraded (status), problems found (doctor) or no rule matches (get) or not ready (ready); 4 applied in part (apply --partial); 64 usage; 65 invalid configuration; 66 unreadable file; 75 locked, or no answer from a name server; 77 missing privileges.
+/// (plan --exit-code); 3 nothing applied (all commands), degraded (status), problems found (doctor) or no rule matches (get) or not ready (ready); 4 applied in part (apply --partial); 64 usage; 65 invalid configuration; 66 unreadable file; 75 locked, no answer from a name server, or flows are left (drain --wait); 77 missing privileges.
 #[derive(Parser)]
 #[command(version, long_version = LONG_VERSION, max_term_width = 100)]
 pub struct Cli {
@@ -113,7 +113,7 @@ pub enum Command {
     Flows(flows::Options),
     /// End flows: the next packet of a client selects an upstream anew.
     ///
-    /// Drain the upstream first for its clients to go to another one.
+    /// `drain --now` has the clients of an upstream go to another one.
     Forget(forget::Options),
     /// Show the addresses that are announced, give back withdrawn ones, or print a routing daemon's part.
     Announce(announce::Options),

@@ -10,7 +10,7 @@ use super::apply::Applied;
 use super::check::Checked;
 use super::confirm::Confirmed;
 use super::detach::Detached;
-use super::drain::{DrainedFields, OverrideChanged};
+use super::drain::{Drained, DrainedFields, OverrideChanged};
 use super::enable::Enabled;
 use super::flows::Flows;
 use super::forget::Forgotten;
@@ -78,7 +78,7 @@ impl Subject {
             Subject::Confirm => schema::<Confirmed>(),
             Subject::Detach => schema::<Detached>(),
             Subject::Doctor => schema::<doctor::Report>(),
-            Subject::Drain => either(schema::<OverrideChanged>(), schema::<DrainedFields>()),
+            Subject::Drain => either(schema::<Drained>(), schema::<DrainedFields>()),
             Subject::Enable => either(schema::<OverrideChanged>(), schema::<Enabled>()),
             Subject::Error => schema::<Failed>(),
             Subject::Flows => schema::<Flows<'_>>(),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::bpf::types::flow_settings;
 use crate::config::{Family, Flows, Period, Reply};
-use crate::desired::Desired;
+use crate::desired::{Desired, Rule};
 
 /// Flows in a bucket, and hints in a line, of bpf/udplb.h.
 pub const WAYS: u32 = 8;
@@ -13,10 +13,17 @@ const HINTS: u32 = 15;
 /// Beats in a second, at least.
 const BEATS: u32 = 4;
 
+impl Rule {
+    /// Returns true if the rule's packets make flows.
+    pub fn has_flows(&self) -> bool {
+        self.reply == Reply::Nat
+    }
+}
+
 impl Desired {
     /// Returns true if rules of a family have flows.
     pub fn has_flows(&self, family: Family) -> bool {
-        self.rules.iter().any(|rule| rule.reply == Reply::Nat && rule.family() == family)
+        self.rules.iter().any(|rule| rule.has_flows() && rule.family() == family)
     }
 }
 

@@ -69,6 +69,10 @@ pub struct UpstreamState {
     /// State from the configuration; `None` if the upstream is listed twice with different states.
     #[serde(skip)]
     configured: Option<State>,
+    #[serde(skip)]
+    role: Role,
+    #[serde(skip)]
+    rule_has_flows: bool,
 }
 
 impl UpstreamState {
@@ -90,6 +94,17 @@ impl UpstreamState {
             override_state,
             id,
             configured,
+            role: destination.role,
+            rule_has_flows: rule.has_flows(),
+        }
+    }
+
+    /// Returns why the upstream can have no flows; `None`: it can.
+    pub fn why_no_flows(&self) -> Option<String> {
+        match (self.rule_has_flows, self.role) {
+            (false, _) => Some(format!("rule {} has no `reply: nat`", self.rule)),
+            (true, Role::Mirror) => Some("mirrors get copies only".into()),
+            (true, Role::Upstream) => None,
         }
     }
 

@@ -25,6 +25,7 @@ mod health;
 mod lines;
 mod links;
 mod nat;
+mod nat_changes;
 mod packets;
 mod paths;
 mod reassembly;
