@@ -792,7 +792,7 @@ static __always_inline __u32 answers_of(const struct upstream *upstream)
 	return upstream && upstream->answers ? upstream->answers : flow_settings.orphans;
 }
 
-static __always_inline __u32 flow_of_answer(const bool ipv6)
+static __always_inline __u32 flow_of_answer(bool is_packet, const bool ipv6)
 {
 	struct flow_scratch *packet = get_flow_scratch();
 	__u32 now = beats(), place, number, version, way, index;
@@ -820,7 +820,7 @@ static __always_inline __u32 flow_of_answer(const bool ipv6)
 		return 0;
 	packet->handle = flow_handle(number, version);
 	packet->answers_left = flow->answers_left;
-	if (!features.dry_run) {
+	if (is_packet && !features.dry_run) {
 		touch_flow(bucket, way, flow, now);
 		flow->answers++;
 		flow->chosen = now;
@@ -835,11 +835,32 @@ static __always_inline __u32 flow_of_answer(const bool ipv6)
 
 /*
  * Returns the index plus one in `upstreams` of answers like the packet; 0: it belongs to no flow. Stores the
- * flow's handle.
+ * flow's handle, and unless it `is_packet`, nothing in the flow.
  */
-__noinline __u32 find_answered_flow(__u32 ipv6)
+__noinline __u32 find_answered_flow(__u32 ipv6, __u32 is_packet)
 {
-	return features.ipv6 && ipv6 ? flow_of_answer(true) : flow_of_answer(false);
+	return features.ipv6 && ipv6 ? flow_of_answer(is_packet, true) : flow_of_answer(is_packet, false);
+}
+
+static __always_inline __u64 handle_of_client(const bool ipv6)
+{
+	struct flow_scratch *packet = get_flow_scratch();
+	__u32 number = packet ? find_flow(packet, ipv6) : 0, version;
+	const struct flow *flow = number ? flow_at(number, ipv6) : NULL;
+
+	if (!flow)
+		return 0;
+	version = version_of(flow);
+	if (version & 1 || flow->ports[FLOW_CLIENT] != packet->from_port ||
+	    !is_end(end_address(flow, FLOW_CLIENT, ipv6), packet->from, ipv6))
+		return 0;
+	return flow_handle(number, version);
+}
+
+/* Returns the handle of the flow of the client's packet, and changes nothing in the flow; 0: it has none. */
+__noinline __u64 find_asking_flow(__u32 ipv6)
+{
+	return features.ipv6 && ipv6 ? handle_of_client(true) : handle_of_client(false);
 }
 
 static __always_inline __u32 flow_target(__u64 handle, bool is_answer, const bool ipv6)
@@ -895,7 +916,7 @@ __noinline __u32 find_answered_pkt(struct __sk_buff *skb, __u32 packed)
 
 	if (!packet || !xmit || !describe_pkt(skb, packed))
 		return 0;
-	target = find_answered_flow(packed & PKT_F_IPV6);
+	target = find_answered_flow(packed & PKT_F_IPV6, true);
 	xmit->flow = packet->handle;
 	return target;
 }
@@ -923,7 +944,7 @@ static __always_inline const struct rule *match_flow(const void *source, const v
 	if (!packet)
 		return NULL;
 	describe_packet(packet, source, destination, from_port, to_port, ipv6);
-	target = find_answered_flow(ipv6);
+	target = find_answered_flow(ipv6, true);
 	if (!target)
 		return NULL;
 	set_flow(packet->handle);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
  * Forwards ICMP errors where upstreams answer clients: those about what went to an upstream come from where
- * the client had sent to, and those about an answer go to the upstream that the client's packets go to.
+ * the client had sent to, and those about an answer go to the upstream that the client's packets go to. Those
+ * about a flow go to its other end, as from this host's address there.
  */
 #ifndef UDPLB_ICMP_ANSWERS_H
 #define UDPLB_ICMP_ANSWERS_H
@@ -13,7 +14,16 @@
 #define FORWARDED_ERRORS_PER_SECOND 1000
 #define FORWARDED_ERRORS_BURST 50
 
-/* An ICMP error without IPv4 options or IPv6 extension headers, and the beginning of what it quotes. */
+/* Returns true if ICMP errors may be about answers of upstreams, or about flows. */
+static __always_inline bool forwards_errors(void)
+{
+	return features.origins || features.direct || features.flows;
+}
+
+/*
+ * An ICMP error without IPv6 extension headers, and the beginning of what it quotes. IPv4 options and the
+ * quoted fragment header of IPv6, which lie between, are not read.
+ */
 struct quoted4 {
 	struct iphdr ip;
 	struct icmp icmp;
@@ -42,7 +52,9 @@ struct error {
 	/* the error's own ends, as it leaves */
 	__be32 source[4];
 	__be32 destination[4];
-	__u32 index; /* in `upstreams` */
+	__u32 index;	   /* in `upstreams` */
+	__u32 icmp_offset; /* in the frame, in bytes */
+	__u32 udp_offset;  /* of the quoted header */
 };
 
 /* Per CPU, see xmit_scratch. */
@@ -57,7 +69,7 @@ static __always_inline struct error *get_error(void)
 {
 	const __u32 only = 0;
 
-	return features.origins || features.direct ? bpf_map_lookup_elem(&error_scratch, &only) : NULL;
+	return forwards_errors() ? bpf_map_lookup_elem(&error_scratch, &only) : NULL;
 }
 
 /* Returns true for an ICMPv4 error about a packet. */
@@ -66,28 +78,74 @@ static __always_inline bool is_error4(__u8 type)
 	return type == ICMP_DEST_UNREACH || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETER_PROBLEM;
 }
 
+/* Returns true unless the options of an error are malformed or lead it elsewhere. */
+static __always_inline bool has_plain_options(struct __sk_buff *skb, const struct error *error)
+{
+	__u32 packed = pkt_pack(PKT_F_LATER_FRAGMENT, 0, error->icmp_offset);
+
+	return !has_options(&error->v4.ip) ||
+	       (pull(skb, error->icmp_offset) && check_options(skb, packed) == VERDICT_FORWARDED);
+}
+
+/* Loads an IPv4 error and the quoted IPv4 header. Returns false for other packets. */
+static __always_inline bool load_headers4(struct __sk_buff *skb, struct error *error)
+{
+	struct quoted4 *quoted = &error->v4;
+
+	if (bpf_skb_load_bytes(skb, sizeof(struct ethhdr), &quoted->ip, sizeof(quoted->ip)) ||
+	    quoted->ip.version != 4 || quoted->ip.ihl < 5 ||
+	    quoted->ip.frag_off & bpf_htons(IP_OFFSET | IP_MF))
+		return false;
+	error->icmp_offset = sizeof(struct ethhdr) + quoted->ip.ihl * 4;
+	if (bpf_skb_load_bytes(skb, error->icmp_offset, &quoted->icmp,
+			       sizeof(quoted->icmp) + sizeof(quoted->inner)) ||
+	    quoted->inner.version != 4 || quoted->inner.ihl < 5)
+		return false;
+	error->udp_offset = error->icmp_offset + sizeof(quoted->icmp) + quoted->inner.ihl * 4;
+	return true;
+}
+
 /* Loads an IPv4 error about a datagram that its receiver has sent. Returns false for other packets. */
 static __always_inline bool load_error4(struct __sk_buff *skb, struct error *error)
 {
 	struct quoted4 *quoted = &error->v4;
 
-	return !bpf_skb_load_bytes(skb, sizeof(struct ethhdr), quoted, sizeof(*quoted)) &&
-	       *(__u8 *)&quoted->ip == 0x45 && !(quoted->ip.frag_off & bpf_htons(IP_OFFSET | IP_MF)) &&
-	       *(__u8 *)&quoted->inner == 0x45 && !(quoted->inner.frag_off & bpf_htons(IP_OFFSET)) &&
-	       quoted->inner.protocol == IPPROTO_UDP && is_error4(quoted->icmp.type) && quoted->ip.ttl > 1 &&
-	       quoted->ip.daddr == quoted->inner.saddr;
+	return load_headers4(skb, error) &&
+	       !bpf_skb_load_bytes(skb, error->udp_offset, &quoted->udp, sizeof(quoted->udp)) &&
+	       !(quoted->inner.frag_off & bpf_htons(IP_OFFSET)) && quoted->inner.protocol == IPPROTO_UDP &&
+	       is_error4(quoted->icmp.type) && quoted->ip.ttl > 1 &&
+	       quoted->ip.daddr == quoted->inner.saddr && has_plain_options(skb, error);
 }
 
-/* Likewise for IPv6. */
+/* Stores the offset of the quoted UDP header; a first fragment has one. Returns false if there is none. */
+static __always_inline bool find_quoted_udp6(struct __sk_buff *skb, struct error *error)
+{
+	__u8 next = error->v6.inner.nexthdr;
+	struct extension extension;
+
+	error->icmp_offset = sizeof(struct ethhdr) + sizeof(struct ipv6hdr);
+	error->udp_offset = sizeof(struct ethhdr) + offsetof(struct quoted6, udp);
+	if (next == NEXTHDR_FRAGMENT) {
+		if (bpf_skb_load_bytes(skb, error->udp_offset, &extension, sizeof(extension)) ||
+		    extension.fragment_offset & bpf_htons(0xfff8))
+			return false;
+		next = extension.next;
+		error->udp_offset += sizeof(extension);
+	}
+	return next == IPPROTO_UDP &&
+	       !bpf_skb_load_bytes(skb, error->udp_offset, &error->v6.udp, sizeof(error->v6.udp));
+}
+
+/* Loads an IPv6 error as load_error4() does. */
 static __always_inline bool load_error6(struct __sk_buff *skb, struct error *error)
 {
 	struct quoted6 *quoted = &error->v6;
 
-	return !bpf_skb_load_bytes(skb, sizeof(struct ethhdr), quoted, sizeof(*quoted)) &&
-	       quoted->ip.nexthdr == IPPROTO_ICMPV6 && quoted->inner.nexthdr == IPPROTO_UDP &&
-	       quoted->icmp.type >= ICMPV6_DEST_UNREACH && quoted->icmp.type <= ICMPV6_PARAMETER_PROBLEM &&
-	       quoted->ip.hop_limit > 1 &&
-	       is_same_address(quoted->ip.daddr.in6_u.u6_addr32, quoted->inner.saddr.in6_u.u6_addr32);
+	return !bpf_skb_load_bytes(skb, sizeof(struct ethhdr), quoted, offsetof(struct quoted6, udp)) &&
+	       quoted->ip.nexthdr == IPPROTO_ICMPV6 && quoted->icmp.type >= ICMPV6_DEST_UNREACH &&
+	       quoted->icmp.type <= ICMPV6_PARAMETER_PROBLEM && quoted->ip.hop_limit > 1 &&
+	       is_same_address(quoted->ip.daddr.in6_u.u6_addr32, quoted->inner.saddr.in6_u.u6_addr32) &&
+	       find_quoted_udp6(skb, error);
 }
 
 /* Stores both ends of the error and of the quoted datagram. */
@@ -166,6 +224,52 @@ static __always_inline bool aim_at_upstream(struct error *error, bool ipv6)
 	return true;
 }
 
+/* Stores where an error goes that is about a packet of a flow. Returns false if the flow has ended. */
+static __always_inline bool aim_by_flow(struct error *error, __u64 handle, const bool to_client,
+					const bool ipv6)
+{
+	/* the quoted datagram's sender gets the error, from where it had sent to */
+	const enum flow_end from = to_client ? FLOW_CLIENT : FLOW_SERVER;
+	const enum flow_end to = to_client ? FLOW_VIP : FLOW_EGRESS;
+	__u32 target = handle ? find_flow_target(handle, to_client, ipv6) : 0;
+	const struct flow *flow = target ? flow_at(handle, ipv6) : NULL;
+
+	if (!flow)
+		return false;
+	error->index = target - 1;
+	copy_address(error->from, end_address(flow, from, ipv6), ipv6);
+	copy_address(error->to, end_address(flow, to, ipv6), ipv6);
+	copy_address(error->source, end_address(flow, to, ipv6), ipv6);
+	copy_address(error->destination, end_address(flow, from, ipv6), ipv6);
+	error->from_port = flow->ports[from];
+	error->to_port = flow->ports[to];
+	return version_of(flow) == handle >> 32;
+}
+
+static __always_inline bool is_about_flow(struct error *error, const bool ipv6)
+{
+	struct flow_scratch *packet = get_flow_scratch();
+
+	if (!packet)
+		return false;
+	/* what came back would be an answer, or a packet of the client */
+	describe_packet(packet, error->to, error->from, error->to_port, error->from_port, ipv6);
+	packet->handle = 0;
+	if (is_flow_port(error->from_port) && find_answered_flow(ipv6, false))
+		return aim_by_flow(error, packet->handle, true, ipv6);
+	return aim_by_flow(error, find_asking_flow(ipv6), false, ipv6);
+}
+
+/* Recognises an error about a packet of a flow, either way. */
+__noinline __u32 aim_at_flow(__u32 ipv6)
+{
+	struct error *error = get_error();
+
+	if (!features.flows || !error)
+		return false;
+	return features.ipv6 && ipv6 ? is_about_flow(error, true) : is_about_flow(error, false);
+}
+
 /* Loads an error and finds out whom it is for. Returns false for packets that are left to the stack. */
 __noinline __u32 aim_error(struct __sk_buff *skb, __u32 ipv6)
 {
@@ -177,7 +281,8 @@ __noinline __u32 aim_error(struct __sk_buff *skb, __u32 ipv6)
 	if (!(features.ipv6 && ipv6 ? load_error6(skb, error) : load_error4(skb, error)))
 		return false;
 	store_ends(error, features.ipv6 && ipv6);
-	return aim_at_client(error, features.ipv6 && ipv6) || aim_at_upstream(error, features.ipv6 && ipv6);
+	return aim_at_flow(ipv6) || aim_at_client(error, features.ipv6 && ipv6) ||
+	       aim_at_upstream(error, features.ipv6 && ipv6);
 }
 
 /* Replaces a word or half of one; returns what this adds to a sum. */
@@ -249,20 +354,41 @@ static __always_inline void rewrite_error6(struct error *error)
 	quoted->ip.hop_limit--;
 }
 
+static __always_inline bool store_error4(struct __sk_buff *skb, const struct error *error)
+{
+	const struct quoted4 *quoted = &error->v4;
+
+	return !bpf_skb_store_bytes(skb, sizeof(struct ethhdr), &quoted->ip, sizeof(quoted->ip),
+				    BPF_F_RECOMPUTE_CSUM) &&
+	       !bpf_skb_store_bytes(skb, error->icmp_offset, &quoted->icmp,
+				    sizeof(quoted->icmp) + sizeof(quoted->inner), BPF_F_RECOMPUTE_CSUM) &&
+	       !bpf_skb_store_bytes(skb, error->udp_offset, &quoted->udp, sizeof(quoted->udp),
+				    BPF_F_RECOMPUTE_CSUM);
+}
+
+static __always_inline bool store_error6(struct __sk_buff *skb, const struct error *error)
+{
+	const struct quoted6 *quoted = &error->v6;
+
+	return !bpf_skb_store_bytes(skb, sizeof(struct ethhdr), quoted, offsetof(struct quoted6, udp),
+				    BPF_F_RECOMPUTE_CSUM) &&
+	       !bpf_skb_store_bytes(skb, error->udp_offset, &quoted->udp, sizeof(quoted->udp),
+				    BPF_F_RECOMPUTE_CSUM);
+}
+
 /* Rewrites an error in place. Returns false on failure. */
 __noinline __u32 rewrite_error(struct __sk_buff *skb, __u32 ipv6)
 {
-	const __u32 offset = sizeof(struct ethhdr);
 	struct error *error = get_error();
 
 	if (!error)
 		return false;
 	if (features.ipv6 && ipv6) {
 		rewrite_error6(error);
-		return !bpf_skb_store_bytes(skb, offset, &error->v6, sizeof(error->v6), BPF_F_RECOMPUTE_CSUM);
+		return store_error6(skb, error);
 	}
 	rewrite_error4(error);
-	return !bpf_skb_store_bytes(skb, offset, &error->v4, sizeof(error->v4), BPF_F_RECOMPUTE_CSUM);
+	return store_error4(skb, error);
 }
 
 /* Stores in the scratch where an error goes. Returns false if the upstream is gone. */
@@ -273,7 +399,7 @@ static __always_inline bool address_error(const struct error *error, struct xmit
 	if (!upstream)
 		return false;
 	xmit->upstream = upstream->id;
-	xmit->egress_source = false;
+	xmit->egress_source = features.flows && upstream->source == SOURCE_FLOW;
 	xmit->via = upstream->via;
 	xmit->rewrite.port = 0;
 	xmit->rewrite.source_port = 0;
@@ -287,15 +413,15 @@ static __always_inline bool address_error(const struct error *error, struct xmit
 /* Sends a packet on that aim_error() has recognised. Returns the action of the program. */
 __noinline int send_error(struct __sk_buff *skb, __u32 ipv6)
 {
-	__u32 packed = PKT_F_LATER_FRAGMENT | (sizeof(struct ethhdr) + sizeof(struct iphdr));
+	__u32 flags = features.ipv6 && ipv6 ? PKT_F_IPV6 | PKT_F_LATER_FRAGMENT : PKT_F_LATER_FRAGMENT;
 	const struct error *error = get_error();
 	struct xmit *xmit = get_xmit();
 	struct pkt pkt;
 
-	if (features.ipv6 && ipv6)
-		packed = PKT_F_IPV6 | PKT_F_LATER_FRAGMENT | (sizeof(struct ethhdr) + sizeof(struct ipv6hdr));
-	pkt = pkt_of(packed);
-	if (!error || !xmit || (skb->vlan_present && bpf_skb_vlan_pop(skb)) || !pkt_pull(skb, &pkt) ||
+	if (!error || !xmit)
+		return TC_ACT_SHOT;
+	pkt = pkt_of(pkt_pack(flags, 0, error->icmp_offset));
+	if ((skb->vlan_present && bpf_skb_vlan_pop(skb)) || !pkt_pull(skb, &pkt) ||
 	    !address_error(error, xmit) ||
 	    !is_sent(
 		    resolve_nexthop(skb, &pkt, total_length(&pkt) + outer_length(xmit, pkt.is_ipv6), xmit)) ||
@@ -303,7 +429,7 @@ __noinline int send_error(struct __sk_buff *skb, __u32 ipv6)
 		return TC_ACT_SHOT;
 	copy_macs(pkt.eth, xmit->hop.macs);
 	xmit->checksum = checksum_state(skb, &pkt);
-	if (is_tunnel(xmit) && (!fill_outer(skb, packed) || !push_outer(skb, ipv6)))
+	if (is_tunnel(xmit) && (!fill_outer(skb, pkt.packed) || !push_outer(skb, ipv6)))
 		return TC_ACT_SHOT;
 	return redirect(skb, xmit);
 }

@@ -97,7 +97,7 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 		break;
 	case PARSED_ICMP:
 		learn_pmtu(skb, l2);
-		return l2 && (features.origins || features.direct) ? ACTION_ERROR : TC_ACT_UNSPEC;
+		return l2 && forwards_errors() ? ACTION_ERROR : TC_ACT_UNSPEC;
 	case PARSED_SLOWPATH:
 		return ACTION_RARE;
 	default:
@@ -147,7 +147,7 @@ int udplb(struct __sk_buff *skb)
 		action = copy_to_all(skb);
 	if (action == ACTION_SLOW)
 		action = slow(skb);
-	if ((features.origins || features.direct) && action == ACTION_ERROR)
+	if (forwards_errors() && action == ACTION_ERROR)
 		action = forward_error(skb);
 	return action == ACTION_RARE ? slowpath_ethernet(skb) : action;
 }

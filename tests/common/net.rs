@@ -60,6 +60,18 @@ pub fn set(socket: &UdpSocket, level: i32, option: i32, value: i32) {
     set_bytes(socket, level, option, &value.to_ne_bytes());
 }
 
+/// Returns an integer socket option.
+pub fn get(socket: &UdpSocket, level: i32, option: i32) -> i32 {
+    let (mut value, mut length) = (0_i32, size_of::<i32>() as libc::socklen_t);
+    // SAFETY: the value and its length outlive the call.
+    let result = unsafe {
+        let value = (&raw mut value).cast();
+        libc::getsockopt(socket.as_raw_fd(), level, option, value, &raw mut length)
+    };
+    assert_eq!(result, 0, "getsockopt {level} {option}: {}", io::Error::last_os_error());
+    value
+}
+
 /// Sets a socket option.
 pub fn set_bytes(socket: &UdpSocket, level: i32, option: i32, value: &[u8]) {
     let length = value.len() as libc::socklen_t;

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket};
 
+use etherparse::PacketBuilder;
 use serde_json::{Value, json};
 
 use crate::common::lab::{Net, V4, V6};
@@ -10,7 +11,7 @@ use crate::common::wire::Tag;
 use crate::forge::{Checksum, Forged, Ip};
 use crate::packet::Mac;
 use crate::program::{Context, Counted, Run};
-use crate::testbed::{FAR, OUT_MAC, REDIRECT, Testbed, VIP};
+use crate::testbed::{FAR, OUT_MAC, REDIRECT, RELAY_MAC, Testbed, VIP};
 
 /// Clients behind a gateway, and the addresses of keys, of each family.
 pub const CLIENTS: [IpAddr; 2] = [IpAddr::V4(FAR), ip6([0xfd00, 3, 0, 0, 0, 0, 0, 2])];
@@ -82,6 +83,82 @@ fn kinds(packet: &Forged) -> Vec<(&'static str, Forged)> {
         });
     }
     kinds
+}
+
+/// Returns a datagram of 600 bytes between two endpoints.
+pub fn datagram(from: (IpAddr, u16), to: (IpAddr, u16), checksum: Checksum) -> Forged {
+    let mut datagram = Forged::between([0; 6], from.0, to.0, to.1);
+    datagram.udp.source = from.1;
+    datagram.udp.payload = 600;
+    datagram.udp.checksum = checksum;
+    datagram
+}
+
+/// Type, code and the four bytes behind the checksum of an ICMP error.
+pub type IcmpKind = (u8, u8, [u8; 4]);
+
+/// Port unreachable, by family.
+pub const REFUSED: [IcmpKind; 2] = [(3, 3, [0; 4]), (1, 4, [0; 4])];
+
+/// Returns an ICMP error between two addresses, with the first bytes of the packet that it is about.
+pub fn icmp_error(
+    kind: IcmpKind,
+    (from, to): (IpAddr, IpAddr),
+    about: &[u8],
+    quoted: usize,
+    ttl: u8,
+) -> Vec<u8> {
+    icmp_error_with(kind, (from, to), about, quoted, ttl, 0)
+}
+
+/// Returns an ICMP error like [`icmp_error`], with words of options in its IPv4 header.
+pub fn icmp_error_with(
+    (kind, code, rest): IcmpKind,
+    ends: (IpAddr, IpAddr),
+    about: &[u8],
+    quoted: usize,
+    ttl: u8,
+    options: usize,
+) -> Vec<u8> {
+    const NO_OPERATION: u8 = 1;
+    let quotation = &about[14..][..quoted.min(about.len() - 14)];
+    let mut packet = Vec::new();
+    let ethertype = match ends {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            let (protocol, length) = (etherparse::IpNumber::ICMP, 8 + quotation.len() as u16);
+            let ip = etherparse::Ipv4Header::new(length, ttl, protocol, from.octets(), to.octets());
+            let mut ip = ip.expect("it fits");
+            ip.options = [NO_OPERATION; 8][..options * 4].try_into().expect("options");
+            let ip = etherparse::IpHeaders::Ipv4(ip, etherparse::Ipv4Extensions::default());
+            let builder = PacketBuilder::ip(ip).icmpv4_raw(kind, code, rest);
+            builder.write(&mut packet, quotation).expect("a packet");
+            0x0800_u16
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            let builder = PacketBuilder::ipv6(from.octets(), to.octets(), ttl);
+            let builder = builder.icmpv6_raw(kind, code, rest);
+            builder.write(&mut packet, quotation).expect("a packet");
+            0x86dd
+        }
+        _ => unreachable!("both are of one family"),
+    };
+    [&RELAY_MAC[..], &[2, 0, 0, 0, 1, 2], &ethertype.to_be_bytes(), &packet].concat()
+}
+
+/// Runs an error and expects another one, to a MAC address.
+#[track_caller]
+pub fn check_error(testbed: &Testbed<'_>, came: &[u8], gone: &[u8], to: Mac) {
+    let context = Context { ifindex: testbed.routing, ..Context::default() };
+    let run = testbed.program.run(came, context);
+    let frame = [&to[..], &OUT_MAC, &gone[12..]].concat();
+    assert_eq!((run.action, run.frame), (REDIRECT, frame));
+}
+
+/// Expects a connected socket to hear that nobody is there.
+#[track_caller]
+pub fn expect_refused(socket: &UdpSocket) {
+    let error = socket.recv(&mut [0; 16]).expect_err("refused");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
 }
 
 /// Returns a configuration whose upstreams answer clients by way of the relay.

@@ -1,17 +1,23 @@
 //! Flows: `reply: nat`.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::thread;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use udplb::config::{Action, Key, Ports, Reply, Source};
 use udplb::desired::{Desired, Rule, RuleIds, Upstream};
 
-use crate::answers::{CLIENTS, VIPS, ask, ask_for_many, check_kinds, ip6, replying, run};
+use crate::answers::{
+    CLIENTS, IcmpKind, REFUSED, VIPS, ask, ask_for_many, check_error, check_kinds, datagram,
+    icmp_error, icmp_error_with, ip6, replying, run,
+};
+use crate::common::Namespace;
 use crate::common::lab::{Lab, V4, V6, packets};
-use crate::common::net::{bind, payload};
+use crate::common::net::{PATIENCE, SILENCE, bind, get, own, payload, receive, set};
 use crate::ends::cuts_up_without_offload;
-use crate::forge::{Forged, fragments};
+use crate::forge::{Checksum, Forged, Ip, fragments};
 use crate::program::{Context, FLOWS, PORTS};
 use crate::testbed::{
     GATEWAY_MAC, NEAR, NEAR_MAC, OWN, OWN6, REDIRECT, RELAY_MAC, SHOT, Testbed, UNSPEC, VIP,
@@ -278,6 +284,136 @@ fn fragments_follow_their_flow() {
     });
 }
 
+/// Returns what an error of each kind says, by family.
+fn errors(family: usize) -> &'static [IcmpKind] {
+    const MTU: [u8; 4] = [0, 0, 5, 0x78];
+    match family {
+        0 => &[REFUSED[0], (3, 4, MTU), (11, 0, [0; 4]), (12, 0, [20, 0, 0, 0])],
+        _ => &[REFUSED[1], (2, 0, MTU), (3, 0, [0; 4]), (4, 1, [0, 0, 0, 6])],
+    }
+}
+
+/// Returns the headers' lengths and variants of a datagram between two endpoints.
+fn variants(family: usize, from: (IpAddr, u16), to: (IpAddr, u16)) -> Vec<(usize, Forged)> {
+    let plain = datagram(from, to, Checksum::Right);
+    let mut optional = plain.clone();
+    match &mut optional.ip {
+        Ip::V4(ip) => ip.options = 2,
+        Ip::V6(_) => return vec![(48, plain)],
+    }
+    let unchecked = datagram(from, to, Checksum::Is(0));
+    assert_eq!(family, 0);
+    vec![(28, plain), (28, unchecked), (36, optional)]
+}
+
+/// Errors about packets of a flow go to the other end, whoever reports them, and come from this host's address.
+#[test]
+fn errors_about_flows_go_to_the_other_end() {
+    let routers = [IpAddr::V4(Ipv4Addr::new(10, 0, 9, 9)), ip6([0xfd00, 9, 0, 0, 0, 0, 0, 9])];
+    Testbed::with(|testbed| {
+        for (family, to_client) in [(0, true), (0, false), (1, true), (1, false)] {
+            configure(testbed, both());
+            let port = open(testbed, family);
+            let states = testbed.program.flow_states();
+            let (client, vip) = ((CLIENTS[family], FROM), (VIPS[family], 53));
+            let (egress, server) = ((EGRESS[family], port), (UPSTREAM[family], SERVER));
+            // the quoted packet's ends as it came and as its sender knows them
+            let (from, to, new_from, new_to, mac) = match to_client {
+                true => (egress, server, client, vip, GATEWAY_MAC),
+                false => (vip, client, server, egress, NEAR_MAC),
+            };
+            let quoted = variants(family, from, to).into_iter();
+            let quoted = quoted.zip(variants(family, new_from, new_to));
+            for ((headers, came), (_, gone)) in quoted {
+                let (came, gone) = (came.frame(), gone.frame());
+                for (kind, reporter) in errors(family).iter().zip([to.0, routers[family]].repeat(2))
+                {
+                    for length in [headers, 500] {
+                        let error = icmp_error(*kind, (reporter, from.0), &came, length, 64);
+                        let wanted = icmp_error(*kind, (new_to.0, new_from.0), &gone, length, 63);
+                        check_error(testbed, &error, &wanted, mac);
+                    }
+                }
+            }
+            assert_eq!(testbed.program.flow_states(), states, "an error is no answer");
+        }
+    });
+}
+
+/// An IPv4 error may have options, and an IPv6 one may quote a first fragment.
+#[test]
+fn errors_are_read_behind_other_headers() {
+    Testbed::with(|testbed| {
+        configure(testbed, both());
+        for family in 0..2 {
+            let port = open(testbed, family);
+            let (client, vip) = ((CLIENTS[family], FROM), (VIPS[family], 53));
+            let (egress, server) = ((EGRESS[family], port), (UPSTREAM[family], SERVER));
+            let came = datagram(egress, server, Checksum::Right).frame();
+            let gone = datagram(client, vip, Checksum::Right).frame();
+            let first = |frame: &[u8]| fragments(frame, 400, 77).remove(0);
+            let words = [2, 0][family];
+            let error = |ends, about: &[u8], ttl| {
+                icmp_error_with(REFUSED[family], ends, about, 500, ttl, words)
+            };
+            for (came, gone) in [(came.clone(), gone.clone()), (first(&came), first(&gone))] {
+                let error =
+                    (error((server.0, egress.0), &came, 64), error((vip.0, client.0), &gone, 63));
+                check_error(testbed, &error.0, &error.1, GATEWAY_MAC);
+            }
+        }
+    });
+}
+
+/// The stack gets errors about later fragments, about packets of no flow, and what is no error, as they came.
+#[test]
+fn errors_about_no_flow_go_up_the_stack() {
+    Testbed::with(|testbed| {
+        configure(testbed, both());
+        for family in 0..2 {
+            let port = open(testbed, family);
+            let (client, vip) = ((CLIENTS[family], FROM), (VIPS[family], 53));
+            let (egress, server) = ((EGRESS[family], port), (UPSTREAM[family], SERVER));
+            let quoted = |from, to| datagram(from, to, Checksum::Right).frame();
+            let sent = quoted(egress, server);
+            let later = fragments(&sent, 400, 77).remove(1);
+            let other = |(address, port): (IpAddr, u16)| (address, port ^ 1);
+            let error =
+                |kind, about: &[u8], from: IpAddr, to| icmp_error(kind, (from, to), about, 500, 64);
+            let refused = REFUSED[family];
+            let expired = icmp_error(refused, (server.0, egress.0), &sent, 500, 1);
+            for (name, came) in [
+                ("later fragment", error(refused, &later, server.0, egress.0)),
+                ("other port", error(refused, &quoted(other(egress), server), server.0, egress.0)),
+                (
+                    "other server",
+                    error(refused, &quoted(egress, other(server)), server.0, egress.0),
+                ),
+                ("other client", error(refused, &quoted(vip, other(client)), client.0, vip.0)),
+                ("other key", error(refused, &quoted(other(vip), client), client.0, vip.0)),
+                ("to another host", error(refused, &sent, server.0, client.0)),
+                (
+                    "no error",
+                    error([(8, 0, [0; 4]), (128, 0, [0; 4])][family], &sent, server.0, egress.0),
+                ),
+                (
+                    "redirect",
+                    error([(5, 0, [0; 4]), (137, 0, [0; 4])][family], &sent, server.0, egress.0),
+                ),
+                ("too old", expired),
+            ] {
+                let context = Context { ifindex: testbed.routing, ..Context::default() };
+                let run = testbed.program.run(&came, context);
+                assert_eq!((run.action, run.frame), (UNSPEC, came), "{name} {family}");
+            }
+            testbed.program.age_flows(40);
+            let context = Context { ifindex: testbed.routing, ..Context::default() };
+            let came = error(refused, &sent, server.0, egress.0);
+            assert_eq!(testbed.program.run(&came, context).action, UNSPEC, "the flow has ended");
+        }
+    });
+}
+
 #[test]
 fn flows_without_room_or_port_are_refused() {
     let client = |host: u32| IpAddr::V4(Ipv4Addr::from(0x0a00_0300 + host));
@@ -391,6 +527,84 @@ fn no_packet_reaches_a_wrong_party() {
         }
         assert!(delivered > 300 && moved > 100, "{delivered} {moved}");
     });
+}
+
+/// Adds a network behind a namespace, with a host in it, and this MTU on the way there.
+fn add_behind(
+    lab: &Lab,
+    router: &Namespace,
+    (v4, v6): (&str, &str),
+    net: u16,
+    mtu: u16,
+) -> Namespace {
+    let host = Namespace::new();
+    router.link("behind", &host, "eth0", false);
+    router.set_forwarding("1");
+    for (namespace, interface, at) in [(router, "behind", 1), (&host, "eth0", 20)] {
+        namespace.ip(&format!("addr add 10.{net}.0.{at}/24 dev {interface}"));
+        namespace.ip(&format!("addr add 2001:db8:{net}::{at}/64 dev {interface} nodad"));
+        namespace.ip(&format!("link set {interface} mtu {mtu}"));
+    }
+    host.ip(&format!("route add default via 10.{net}.0.1"));
+    host.ip(&format!("-6 route add default via 2001:db8:{net}::1"));
+    lab.relay.ip(&format!("route add 10.{net}.0.0/24 via {v4}"));
+    lab.relay.ip(&format!("-6 route add 2001:db8:{net}::/64 via {v6}"));
+    host
+}
+
+/// Sends datagrams of this IP length to the other end until the socket knows a smaller path MTU; returns that.
+fn learned_mtu(socket: &UdpSocket, length: usize) -> i32 {
+    let is_ipv6 = own(socket).is_ipv6();
+    let (level, option, discover, headers) = match is_ipv6 {
+        true => (libc::IPPROTO_IPV6, libc::IPV6_MTU, libc::IPV6_MTU_DISCOVER, 48),
+        false => (libc::IPPROTO_IP, libc::IP_MTU, libc::IP_MTU_DISCOVER, 28),
+    };
+    set(socket, level, discover, libc::IP_PMTUDISC_DO);
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let sent = socket.send(&payload(length - headers));
+        let mtu = get(socket, level, option);
+        if mtu < length as i32 || Instant::now() > end {
+            socket.take_error().expect("the error that came with it");
+            return mtu;
+        }
+        sent.expect("sent");
+        thread::sleep(SILENCE / 10);
+    }
+}
+
+/// The sockets of both ends learn the MTU of a way behind the other end's router.
+#[test]
+fn path_mtus_are_learned_both_ways() {
+    let lab = Lab::dual(false, false);
+    let far = add_behind(&lab, &lab.upstream, ("10.2.0.20", "2001:db8:2::20"), 3, 1400);
+    let guest = add_behind(&lab, &lab.client, ("10.1.0.20", "2001:db8:1::20"), 4, 1300);
+    let mut config = replying("nat");
+    let addresses: [[IpAddr; 2]; 2] =
+        [["10.3.0.20", "10.4.0.20"], ["2001:db8:3::20", "2001:db8:4::20"]]
+            .map(|both| both.map(|address| address.parse().expect("an address")));
+    for (rule, net) in [V4, V6].into_iter().enumerate() {
+        let mut to_far = config["rules"][rule].clone();
+        (to_far["name"], to_far["key"]["port"]) = (json!(format!("far{rule}")), json!(54));
+        to_far["upstream"] = json!([{ "address": addresses[rule][0], "port": 5353 }]);
+        config["rules"].as_array_mut().expect("rules").push(to_far);
+        assert_eq!(config["rules"][rule]["key"]["address"], json!(net.key));
+    }
+    lab.apply(&config);
+    for (net, [far_address, guest_address]) in [V4, V6].into_iter().zip(addresses) {
+        let client = bind(&lab.client, net.clients[0], 0);
+        client.connect((net.key, 54)).expect("connected");
+        assert_eq!(learned_mtu(&client, 1500), 1400);
+        let server = bind(&far, far_address, 5353);
+        client.send(&payload(1300)).expect("sent");
+        assert_eq!(receive(&server).payload, payload(1300));
+        let client = bind(&guest, guest_address, 0);
+        client.connect((net.key, 53)).expect("connected");
+        let server = bind(&lab.upstream, net.upstreams[0], 5353);
+        client.send(b"a question").expect("sent");
+        server.connect(receive(&server).from).expect("connected");
+        assert_eq!(learned_mtu(&server, 1500), 1300);
+    }
 }
 
 fn check_answers(client_offload: bool, upstream_offload: bool) {

@@ -239,7 +239,7 @@ impl<'object> Program<'object> {
         clear(&maps.indexes);
         self.forget_fragments();
         // refill the error budgets; forget_fragments() moved all senders to other buckets
-        for kind in 0..3 {
+        for kind in 0..4 {
             write(&maps.budget, kind, &[0; size_of::<types::budget>()]);
         }
         let sampled = size_of::<types::sampled>();

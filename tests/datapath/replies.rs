@@ -7,14 +7,16 @@ use serde_json::{Value, json};
 use udplb::config::{Action, Key, Ports, Reply, Source, Via};
 use udplb::desired::{Desired, Rule, RuleIds, Upstream};
 
-use crate::answers::{CLIENTS, VIPS, ask, ask_for_many, check_kinds, ip6, replying, run};
+use crate::answers::{
+    CLIENTS, REFUSED, VIPS, ask, ask_for_many, check_error, check_kinds, datagram, expect_refused,
+    icmp_error, ip6, replying, run,
+};
 use crate::common::lab::{Lab, Net, Outcome, V4, V6, packets};
 use crate::common::net::{TTL, UDP_NO_CHECK6_RX, bind, expect, own, payload, receive, set};
 use crate::common::wire::Tag;
 use crate::common::{Bpffs, Namespace, udplb};
 use crate::ends::cuts_up_without_offload;
 use crate::forge::{Checksum, Forged, Ip, fragments};
-use crate::packet::Mac;
 use crate::program::{Context, Counted, Program, Run};
 use crate::testbed::{
     CLIENT, GATEWAY_MAC, NARROW, NEAR, NEAR_MAC, OUT_MAC, OWN, OWN6, REDIRECT, RELAY_MAC, SHOT,
@@ -491,48 +493,6 @@ fn apply_warns_of_direct_ways() {
     assert!(warnings(&far).contains("10.3.0.20 is behind 10.2.0.20"));
 }
 
-/// Returns an ICMP error about a datagram, with the first bytes of it.
-fn icmp_error(from: IpAddr, to: IpAddr, about: &Forged, quoted: usize, ttl: u8) -> Vec<u8> {
-    let packet = &about.frame()[14..];
-    let quotation = &packet[..quoted.min(packet.len())];
-    let (ethertype, packet) = match (from, to) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => {
-            let builder = etherparse::PacketBuilder::ipv4(from.octets(), to.octets(), ttl);
-            let mut packet = Vec::new();
-            let builder = builder.icmpv4_raw(3, 3, [0; 4]);
-            builder.write(&mut packet, quotation).expect("a packet");
-            (0x0800_u16, packet)
-        }
-        (IpAddr::V6(from), IpAddr::V6(to)) => {
-            let builder = etherparse::PacketBuilder::ipv6(from.octets(), to.octets(), ttl);
-            let mut packet = Vec::new();
-            let builder = builder.icmpv6_raw(1, 4, [0; 4]);
-            builder.write(&mut packet, quotation).expect("a packet");
-            (0x86dd, packet)
-        }
-        _ => unreachable!("both are of one family"),
-    };
-    [&RELAY_MAC[..], &[2, 0, 0, 0, 1, 2], &ethertype.to_be_bytes(), &packet].concat()
-}
-
-/// Returns a datagram from an address and port to another.
-fn between(from: (IpAddr, u16), to: (IpAddr, u16), checksum: Checksum) -> Forged {
-    let mut datagram = Forged::between([0; 6], from.0, to.0, to.1);
-    datagram.udp.source = from.1;
-    datagram.udp.payload = 600;
-    datagram.udp.checksum = checksum;
-    datagram
-}
-
-/// Runs an error and expects another one, to a MAC address.
-#[track_caller]
-fn check_error(testbed: &Testbed<'_>, came: &[u8], gone: &[u8], to: Mac) {
-    let context = Context { ifindex: testbed.routing, ..Context::default() };
-    let run = testbed.program.run(came, context);
-    let frame = [&to[..], &OUT_MAC, &gone[12..]].concat();
-    assert_eq!((run.action, run.frame), (REDIRECT, frame));
-}
-
 #[test]
 fn errors_about_questions_come_from_the_key() {
     Testbed::with(|testbed| {
@@ -544,17 +504,20 @@ fn errors_about_questions_come_from_the_key() {
                 _ => &[Checksum::Right],
             };
             for checksum in checksums {
-                let sent = between(client, (UPSTREAM[family], 5353), *checksum);
-                let asked = between(client, (VIPS[family], 53), *checksum);
+                let sent = datagram(client, (UPSTREAM[family], 5353), *checksum).frame();
+                let asked = datagram(client, (VIPS[family], 53), *checksum).frame();
                 for quoted in [[28, 48][family], 500] {
-                    let came = icmp_error(UPSTREAM[family], client.0, &sent, quoted, 64);
-                    let gone = icmp_error(VIPS[family], client.0, &asked, quoted, 63);
+                    let error = |from, about, ttl| {
+                        icmp_error(REFUSED[family], (from, client.0), about, quoted, ttl)
+                    };
+                    let came = error(UPSTREAM[family], &sent, 64);
+                    let gone = error(VIPS[family], &asked, 63);
                     check_error(testbed, &came, &gone, GATEWAY_MAC);
                 }
             }
             // about another upstream's
-            let other = between(client, (UPSTREAM[family], 5354), Checksum::Right);
-            let came = icmp_error(UPSTREAM[family], client.0, &other, 500, 64);
+            let other = datagram(client, (UPSTREAM[family], 5354), Checksum::Right).frame();
+            let came = icmp_error(REFUSED[family], (UPSTREAM[family], client.0), &other, 500, 64);
             let context = Context { ifindex: testbed.routing, ..Context::default() };
             assert_eq!(testbed.program.run(&came, context).action, UNSPEC);
         }
@@ -566,11 +529,14 @@ fn errors_about_answers_go_to_the_upstream() {
     Testbed::with(|testbed| {
         for family in 0..2 {
             let client = (CLIENTS[family], 40000);
-            let answer = |from| between(from, client, Checksum::Right);
-            let came = icmp_error(client.0, VIPS[family], &answer((VIPS[family], 2056)), 500, 64);
+            let error = |from: (IpAddr, u16), ttl| {
+                let answer = datagram(from, client, Checksum::Right).frame();
+                icmp_error(REFUSED[family], (client.0, from.0), &answer, 500, ttl)
+            };
+            let came = error((VIPS[family], 2056), 64);
             // an upstream that has the key's address gets it as it is
             configure_direct(testbed, direct(family, Via::Link), family, 1500);
-            let gone = icmp_error(client.0, VIPS[family], &answer((VIPS[family], 2056)), 500, 63);
+            let gone = error((VIPS[family], 2056), 63);
             check_error(testbed, &came, &gone, NEAR_MAC);
             configure_direct(testbed, direct(family, Via::Ipip), family, 1500);
             let context = Context { ifindex: testbed.routing, ..Context::default() };
@@ -583,8 +549,7 @@ fn errors_about_answers_go_to_the_upstream() {
             let mut rule = direct(family, Via::Link);
             (rule.reply, rule.via) = (Reply::Route, None);
             configure_direct(testbed, rule, family, 1500);
-            let sent = answer((NEAR_BY[family], 2056));
-            let gone = icmp_error(client.0, NEAR_BY[family], &sent, 500, 63);
+            let gone = error((NEAR_BY[family], 2056), 63);
             check_error(testbed, &came, &gone, NEAR_MAC);
         }
     });
@@ -594,22 +559,20 @@ fn errors_about_answers_go_to_the_upstream() {
 #[test]
 fn errors_reach_the_sockets_of_both_ends() {
     let lab = Lab::dual(false, false);
-    lab.apply(&replying("route"));
-    let refused = |socket: &std::net::UdpSocket| {
-        let error = socket.recv(&mut [0; 16]).expect_err("refused");
-        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
-    };
-    for net in [V4, V6] {
-        let client = bind(&lab.client, net.clients[0], 0);
-        client.connect((net.key, 53)).expect("connected");
-        client.send(b"nobody is there").expect("sent");
-        refused(&client);
-        let server = bind(&lab.upstream, net.upstreams[0], 5353);
-        assert_eq!(ask(&client, &server, b"a question", b"an answer"), own(&client));
-        server.connect(own(&client)).expect("connected");
-        drop(client);
-        server.send(b"the client is gone").expect("sent");
-        refused(&server);
+    for reply in ["route", "nat"] {
+        lab.apply(&replying(reply));
+        for net in [V4, V6] {
+            let client = bind(&lab.client, net.clients[0], 0);
+            client.connect((net.key, 53)).expect("connected");
+            client.send(b"nobody is there").expect("sent");
+            expect_refused(&client);
+            let server = bind(&lab.upstream, net.upstreams[0], 5353);
+            let seen = ask(&client, &server, b"a question", b"an answer");
+            server.connect(seen).expect("connected");
+            drop(client);
+            server.send(b"the client is gone").expect("sent");
+            expect_refused(&server);
+        }
     }
 }
 
@@ -634,7 +597,7 @@ fn tunnels_carry_packets_unchanged() {
             assert!(received.from.port() >= 0xc000, "{received:?}");
             let inner = &received.payload;
             assert_eq!(inner.len(), headers + size);
-            let mut sent = between((net.clients[0], 40000), (net.key, 53), Checksum::Right);
+            let mut sent = datagram((net.clients[0], 40000), (net.key, 53), Checksum::Right);
             sent.udp.payload = size;
             let ends = if net.is_ipv6() { 8..40 } else { 12..20 };
             assert_eq!(inner[ends.clone()], sent.frame()[14..][ends]);
