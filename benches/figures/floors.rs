@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use std::net::Ipv6Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use etherparse::err::packet::BuildWriteError;
 use etherparse::{
@@ -56,7 +57,21 @@ pub fn add_key(map: &impl MapCore, address: [u8; 4], port: u16) {
 pub struct Packet {
     pub bytes: Vec<u8>,
     pub interface: u32,
+    pub flows: Flows,
+    /// Number of packets generated.
+    pub generated: AtomicU64,
 }
+
+/// The flows of a generator: each packet is of the next one.
+#[derive(Clone, Copy)]
+pub struct Flows {
+    pub number: u32,
+    /// Number of clients that share them; their addresses follow that of the packet.
+    pub clients: u32,
+}
+
+/// The flows of one client, unless others are set.
+const FLOWS: Flows = Flows { number: 16, clients: 1 };
 
 /// The part of a datagram in a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -86,6 +101,21 @@ impl Packet {
         })
     }
 
+    /// Returns a datagram with a payload, from a host whose other addresses and ports are other clients'.
+    pub fn datagram(relay: &Namespace, (source, from): ([u8; 4], u16), payload: &[u8]) -> Packet {
+        let mut header = ipv4_header(Part::Whole);
+        header.source = source;
+        let headers = IpHeaders::Ipv4(header, Ipv4Extensions::default());
+        Packet::new(relay, |builder, bytes| {
+            builder.ip(headers).udp(from, PORT).write(bytes, payload)
+        })
+    }
+
+    /// Has a generator send packets of these flows.
+    pub fn of(self, flows: Flows) -> Packet {
+        Packet { flows, ..self }
+    }
+
     fn new(
         relay: &Namespace,
         build: impl FnOnce(
@@ -96,14 +126,19 @@ impl Packet {
         let mut bytes = Vec::new();
         let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], relay.mac("in0"));
         build(builder, &mut bytes).expect("a packet");
-        Packet { bytes, interface: relay.index("in0") }
+        Packet { bytes, interface: relay.index("in0"), flows: FLOWS, generated: AtomicU64::new(0) }
     }
 
     /// Selects this packet for the programs to restore or send.
     pub fn choose(&self, floors: &FloorsSkel<'_>) {
-        let beginning = &self.bytes[..BEGINNING];
+        let beginning = [
+            &self.bytes[..BEGINNING],
+            &self.flows.number.to_ne_bytes(),
+            &self.flows.clients.to_ne_bytes(),
+            &self.generated.load(Ordering::Relaxed).to_ne_bytes(),
+        ];
         let key = 0_u32.to_ne_bytes();
-        floors.maps.beginning.update(&key, beginning, MapFlags::ANY).expect("beginning");
+        floors.maps.beginning.update(&key, &beginning.concat(), MapFlags::ANY).expect("beginning");
     }
 }
 
@@ -115,6 +150,10 @@ fn offset(part: Part) -> IpFragOffset {
 }
 
 fn ipv4_headers(part: Part) -> IpHeaders {
+    IpHeaders::Ipv4(ipv4_header(part), Ipv4Extensions::default())
+}
+
+fn ipv4_header(part: Part) -> Ipv4Header {
     let addresses = [[10, 0, 1, 2], [10, 0, 1, 1]];
     let mut header =
         Ipv4Header::new(0, 64, IpNumber::UDP, addresses[0], addresses[1]).expect("a short packet");
@@ -122,7 +161,7 @@ fn ipv4_headers(part: Part) -> IpHeaders {
     header.dont_fragment = part == Part::Whole;
     header.more_fragments = part == Part::First;
     header.fragment_offset = offset(part);
-    IpHeaders::Ipv4(header, Ipv4Extensions::default())
+    header
 }
 
 fn address6(host: u16) -> [u8; 16] {
@@ -183,6 +222,7 @@ pub fn run_xdp(program: BorrowedFd<'_>, packet: &Packet, repeat: i32) {
     };
     let live = libbpf_sys::BPF_F_TEST_XDP_LIVE_FRAMES;
     test_run(program, packet, &context, repeat, live).expect("live frames, from Linux 5.18 on");
+    packet.generated.fetch_add(repeat as u64, Ordering::Relaxed);
 }
 
 fn test_run<C>(
@@ -253,6 +293,11 @@ pub fn sink(floors: &FloorsSkel<'_>, namespace: &Namespace, interface: &str) {
 /// Pins this thread to the last CPU, where the kernel then processes its packets too, and has it run before
 /// other processes where that is permitted.
 pub fn stay_on_one_cpu() {
+    stay_with_priority(1);
+}
+
+/// The same before threads with a lower number.
+pub fn stay_with_priority(sched_priority: i32) {
     let online = fs::read_to_string("/sys/devices/system/cpu/online").expect("CPUs");
     let last = online.trim().rsplit([',', '-']).next().and_then(|cpu| cpu.parse().ok());
     // SAFETY: all zeroes are an empty set, and the set outlives the calls.
@@ -262,7 +307,7 @@ pub fn stay_on_one_cpu() {
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set)
     };
     assert_eq!(result, 0, "{}", io::Error::last_os_error());
-    let priority = libc::sched_param { sched_priority: 1 };
+    let priority = libc::sched_param { sched_priority };
     // SAFETY: the parameter outlives the call.
     let _ = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const priority) };
 }

@@ -150,7 +150,18 @@ impl<'a> Host<'a> {
 pub fn generate(
     floors: &FloorsSkel<'_>,
     program: BorrowedFd<'_>,
+    from: (&Namespace, &Packet),
+    wanted: [u64; 2],
+) -> f64 {
+    generate_some(floors, program, from, PACKETS, wanted)
+}
+
+/// The same for another number of packets.
+pub fn generate_some(
+    floors: &FloorsSkel<'_>,
+    program: BorrowedFd<'_>,
     (namespace, packet): (&Namespace, &Packet),
+    packets: u64,
     wanted: [u64; 2],
 ) -> f64 {
     packet.choose(floors);
@@ -159,7 +170,7 @@ pub fn generate(
     write(floors, progress);
     namespace.enter(|| {
         floors::stay_on_one_cpu();
-        floors::run_xdp(program, packet, PACKETS as i32);
+        floors::run_xdp(program, packet, packets as i32);
     });
     let deadline = Instant::now() + Duration::from_secs(1);
     while progress[ENDED] == 0 {
@@ -170,7 +181,7 @@ pub fn generate(
         progress = read(floors);
     }
     assert_eq!(progress[AT_UPSTREAM..=AT_SOCKET], wanted);
-    (progress[ENDED] - progress[STARTED]) as f64 / PACKETS as f64
+    (progress[ENDED] - progress[STARTED]) as f64 / packets as f64
 }
 
 /// The words of `struct progress`.

@@ -8,6 +8,7 @@ mod apply;
 mod copies;
 mod e2e;
 mod floors;
+mod flows;
 mod fragments;
 mod healing;
 mod host;
@@ -20,6 +21,7 @@ mod replicator;
 mod scale;
 mod tables;
 mod trace;
+mod trip;
 mod turns;
 mod xdp;
 
@@ -31,10 +33,11 @@ use crate::turns::Cost;
 /// A group of figures: its name and the function that measures it.
 type Part = (&'static str, fn(&mut Report));
 
-const PARTS: [Part; 11] = [
+const PARTS: [Part; 12] = [
     ("packets", packets::measure),
     ("e2e", e2e::measure),
     ("xdp", xdp::measure),
+    ("flows", flows::measure),
     ("fragments", fragments::measure),
     ("copies", copies::measure),
     ("load", load::measure),

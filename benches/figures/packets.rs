@@ -40,7 +40,7 @@ const BALANCED: &str = "
 ";
 
 /// Offset of the sender's address.
-const SENDER: u32 = 14 + 12;
+pub const SENDER: u32 = 14 + 12;
 
 /// Packets per run with clones, which must fit into a queue.
 const CLONES: i32 = 800;

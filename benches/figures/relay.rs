@@ -46,9 +46,7 @@ impl Relay {
     }
 
     pub fn status(&self) -> serde_json::Value {
-        let command = &mut udplb(&self.namespace, &self.bpffs);
-        let (_, text, errors) = outcome(command.args(["-o", "json", "status"]));
-        serde_json::from_str(&text).unwrap_or_else(|_| panic!("no JSON: {text}{errors}"))
+        status(&self.namespace, &self.bpffs)
     }
 
     /// Asserts that no packet was dropped: figures of dropped packets are meaningless.
@@ -58,6 +56,12 @@ impl Relay {
             assert_eq!(counters["forwarded"], counters["matched"], "{rule}");
         }
     }
+}
+
+pub fn status(namespace: &Namespace, bpffs: &Bpffs) -> serde_json::Value {
+    let command = &mut udplb(namespace, bpffs);
+    let (_, text, errors) = outcome(command.args(["-o", "json", "status"]));
+    serde_json::from_str(&text).unwrap_or_else(|_| panic!("no JSON: {text}{errors}"))
 }
 
 /// Creates a relay's namespace, and that of a network before it and one behind it.
@@ -98,6 +102,11 @@ pub fn apply(namespace: &Namespace, bpffs: &Bpffs, rules: &str) {
     let (code, _, errors) = outcome(udplb(namespace, bpffs).args(["apply", "-q"]).arg(&file));
     fs::remove_file(&file).expect("the file was there");
     assert_eq!(code, Some(0), "{errors}");
+}
+
+/// Opens a map of the first generation.
+pub fn open_map(bpffs: &Bpffs, name: &str) -> MapHandle {
+    MapHandle::from_pinned_path(bpffs.pins().join("generations/1").join(name)).expect("a map")
 }
 
 /// Opens a map that outlives generations.

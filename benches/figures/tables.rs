@@ -74,15 +74,17 @@ fn inner(outer: &MapHandle) -> Vec<MapHandle> {
     ids.map(|id| MapHandle::from_map_id(id).expect("a map")).collect()
 }
 
-/// Returns the memory of maps in megabytes, as the kernel accounts for it.
+/// Returns the memory of maps in megabytes.
 fn megabytes(maps: impl IntoIterator<Item = MapHandle>) -> f64 {
-    let bytes = |map: MapHandle| {
-        let info = format!("/proc/self/fdinfo/{}", map.as_fd().as_raw_fd());
-        let info = fs::read_to_string(info).expect("what the kernel says of a map");
-        let locked = info.lines().find_map(|line| line.strip_prefix("memlock:"));
-        locked.expect("a size").trim().parse::<f64>().expect("a number")
-    };
-    maps.into_iter().map(bytes).sum::<f64>() / 1e6
+    maps.into_iter().map(|map| bytes(&map)).sum::<f64>() / 1e6
+}
+
+/// Returns the memory of a map in bytes, as the kernel accounts for it.
+pub fn bytes(map: &MapHandle) -> f64 {
+    let info = format!("/proc/self/fdinfo/{}", map.as_fd().as_raw_fd());
+    let info = fs::read_to_string(info).expect("what the kernel says of a map");
+    let locked = info.lines().find_map(|line| line.strip_prefix("memlock:"));
+    locked.expect("a size").trim().parse().expect("a number")
 }
 
 /// Returns the milliseconds to make `tables` tables of `members` members. All but the first of each have

@@ -30,6 +30,10 @@ struct frame6 {
  */
 struct beginning {
 	__u64 words[9];
+	/* of a generator; the tc programs do not read them */
+	__u32 flows;
+	__u32 clients; /* that share the flows: addresses of IPv4 */
+	__u64 first;   /* number of packets generated before */
 };
 
 struct {
@@ -39,19 +43,20 @@ struct {
 	__type(value, struct beginning);
 } beginning SEC(".maps");
 
-/* Restores the first bytes of a packet by wide stores. Returns false if it is too short. */
-static __always_inline bool restore(struct beginning *packet, const void *end)
+/* Restores the first bytes of a packet by wide stores. Returns what they come from; NULL if it is too short.
+ */
+static __always_inline const struct beginning *restore(__u64 *packet, const void *end)
 {
 	const __u32 only = 0;
 	const struct beginning *original = bpf_map_lookup_elem(&beginning, &only);
 	__u32 i;
 
-	if (!original || (const void *)(packet + 1) > end)
-		return false;
+	if (!original || (const void *)packet + sizeof(original->words) > end)
+		return NULL;
 #pragma unroll
-	for (i = 0; i < sizeof(packet->words) / sizeof(packet->words[0]); i++)
-		packet->words[i] = original->words[i];
-	return true;
+	for (i = 0; i < sizeof(original->words) / sizeof(original->words[0]); i++)
+		packet[i] = original->words[i];
+	return original;
 }
 
 /* Interface that an attached floor sends to; 0: the one in cb[1], for test runs. */
@@ -170,6 +175,13 @@ static __always_inline int redirect_known(struct __sk_buff *skb, void *map)
 {
 	if (!is_known((void *)(long)skb->data, (void *)(long)skb->data_end, map))
 		return TC_ACT_UNSPEC;
+	return bpf_redirect(target(skb), 0);
+}
+
+/* The cost of a redirect. */
+SEC("tc")
+int redirect(struct __sk_buff *skb)
+{
 	return bpf_redirect(target(skb), 0);
 }
 
@@ -307,8 +319,6 @@ int copies(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
-#define FLOWS 16 /* of a generator */
-
 /* Progress of a generator run, which ends when all wanted packets have arrived. */
 struct progress {
 	__u64 generated;
@@ -333,31 +343,51 @@ static __always_inline struct progress *get_progress(void)
 	return bpf_map_lookup_elem(&progress, &zero);
 }
 
-/* Makes the packet one of flow `flow`. The template's UDP checksum is 16 or more. */
-static __always_inline void set_flow(struct udphdr *udp, __u32 flow)
+/* Order of the flows: a prime, so that neighbours in time are not neighbours in number. */
+#define STRIDE 7919
+
+/* Adds to the source port of a datagram. */
+static __always_inline void add_to_port(void *header, __u32 more)
 {
-	udp->source = bpf_htons(bpf_ntohs(udp->source) + flow);
-	udp->check = bpf_htons(bpf_ntohs(udp->check) - flow);
+	struct udphdr *udp = header;
+	__be16 old = udp->source;
+
+	udp->source = bpf_htons(bpf_ntohs(old) + more);
+	udp->check = ~fold((__u64)(__u16)~udp->check + (__u16)~old + udp->source);
 }
 
-/* Turns the frame into a packet of one of 16 flows. */
+/* Makes the packet one of a flow: of a client, and of its port. */
+static __always_inline void set_flow(struct frame *packet, __u32 client, __u32 port)
+{
+	__be32 old = packet->ip.saddr, new = bpf_htonl(bpf_ntohl(old) + client);
+
+	packet->ip.saddr = new;
+	packet->ip.check = ~fold((__u64)(__u16)~packet->ip.check + (__u32)~old + new);
+	packet->udp.check = ~fold((__u64)(__u16)~packet->udp.check + (__u32)~old + new);
+	add_to_port(&packet->udp, port);
+}
+
+/* Turns the frame into a packet of the next flow. */
 static __always_inline bool make_packet(struct xdp_md *context)
 {
 	void *packet = (void *)(long)context->data;
 	struct progress *progress = get_progress();
+	const struct beginning *original;
+	struct frame6 *packet6 = packet;
 	__u32 flow;
 
 	if (!progress)
 		return false;
 	if (!progress->generated)
 		progress->started = bpf_ktime_get_ns();
-	flow = progress->generated++ % FLOWS;
-	if (!restore(packet, (void *)(long)context->data_end))
+	original = restore(packet, (void *)(long)context->data_end);
+	if (!original)
 		return false;
-	if (((struct ethhdr *)packet)->h_proto == bpf_htons(ETH_P_IPV6))
-		set_flow(&((struct frame6 *)packet)->udp, flow);
+	flow = (original->first + progress->generated++) * STRIDE % (original->flows ?: 1);
+	if (packet6->eth.h_proto == bpf_htons(ETH_P_IPV6))
+		add_to_port(&packet6->udp, flow);
 	else
-		set_flow(&((struct frame *)packet)->udp, flow);
+		set_flow(packet, flow % (original->clients ?: 1), flow / (original->clients ?: 1));
 	return true;
 }
 
@@ -382,11 +412,42 @@ static __always_inline void arrive(struct progress *progress, __u64 *place)
 		progress->ended = bpf_ktime_get_ns();
 }
 
+/* Returns true for a packet of a generator; one in a tunnel may have an IP header as its payload. */
 static __always_inline bool is_udp(const struct frame *packet)
 {
 	if (packet->eth.h_proto == bpf_htons(ETH_P_IPV6))
 		return ((const struct frame6 *)packet)->ip.nexthdr == IPPROTO_UDP;
-	return packet->eth.h_proto == bpf_htons(ETH_P_IP) && packet->ip.protocol == IPPROTO_UDP;
+	return packet->eth.h_proto == bpf_htons(ETH_P_IP) &&
+	       (packet->ip.protocol == IPPROTO_UDP || packet->ip.protocol == IPPROTO_IPIP);
+}
+
+/* An upstream of DNS: sends a question back as its answer, or any other datagram as it is but for this bit.
+ */
+SEC("tc")
+int echo(struct __sk_buff *skb)
+{
+	struct frame *packet = (void *)(long)skb->data;
+	__u16 *flags = (void *)(packet + 1) + 2, old;
+	struct ethhdr eth;
+	__be32 address;
+	__be16 port;
+
+	if ((void *)(flags + 1) > (void *)(long)skb->data_end || !is_udp(packet))
+		return TC_ACT_UNSPEC;
+	eth = packet->eth;
+	__builtin_memcpy(packet->eth.h_dest, eth.h_source, ETH_ALEN);
+	__builtin_memcpy(packet->eth.h_source, eth.h_dest, ETH_ALEN);
+	address = packet->ip.saddr;
+	packet->ip.saddr = packet->ip.daddr;
+	packet->ip.daddr = address;
+	port = packet->udp.source;
+	packet->udp.source = packet->udp.dest;
+	packet->udp.dest = port;
+	old = *flags;
+	*flags |= bpf_htons(0x8000);
+	if (packet->udp.check)
+		packet->udp.check = ~fold((__u64)(__u16)~packet->udp.check + (__u16)~old + *flags);
+	return bpf_redirect(skb->ifindex, 0);
 }
 
 /* Takes packets at their destination, or on their way out to it, and counts them. */
