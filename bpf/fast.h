@@ -304,12 +304,10 @@ static __always_inline int leave_copies(struct copies copies)
 	return ACTION_COPY;
 }
 
-/* Returns the index of the upstream that the sender selects, or that chance does; ~0 without one. */
+/* Returns the index of the upstream that headers or chance select; ~0 without one. */
 static __always_inline __u32 balance_plain(const struct pkt *pkt, const struct rule *rule)
 {
-	__u32 key = rule->strategy == STRATEGY_RANDOM
-			    ? bpf_get_prandom_u32()
-			    : sender_key(pkt, rule->strategy, rule->flags & RULE_HASHES);
+	__u32 key = rule->strategy == STRATEGY_RANDOM ? bpf_get_prandom_u32() : header_key(pkt, rule);
 
 	return slot_index(rule->first_slot + key % rule->slots, rule->first_upstream);
 }

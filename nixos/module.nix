@@ -229,20 +229,37 @@ let
         "replicate"
       ]
     ) "replicate" "One upstream for each packet (`balance`, the default) or all of them (`replicate`).";
-    strategy = word (types.enum [
-      "src-port"
-      "src-ip"
-      "src-ip-port"
-      "random"
-      "payload"
-    ]) "src-ip" "Part of a packet that selects its upstream. The program's default is `src-ip-port`.";
+    strategy =
+      word
+        (types.either
+          (types.enum [
+            "src-port"
+            "src-ip"
+            "src-ip-port"
+            "dst-port"
+            "random"
+            "payload"
+          ])
+          (
+            types.listOf (
+              types.enum [
+                "src-ip"
+                "src-port"
+                "dst-port"
+                "payload"
+              ]
+            )
+          )
+        )
+        "src-ip"
+        "Part of a packet that selects its upstream, or a list of parts that select together. The program's default is `src-ip-port`.";
     payload =
       word (types.either (types.enum payloads) payloadBytes)
         {
           offset = 4;
           length = 8;
         }
-        "Key of the strategy `payload`: bytes of the payload, a field of a known protocol, or the name of a StatsD metric (`statsd`).";
+        "Key of the strategy `payload`, or of a list with it: bytes of the payload, a field of a known protocol, or the name of a StatsD metric (`statsd`).";
     hash = word (types.enum [
       "modulo"
       "maglev"

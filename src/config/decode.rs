@@ -14,7 +14,8 @@ use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, Shape, Table};
 use super::{
     Action, Announce, Flows, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Period,
-    Ports, Reply, RuleConfig, Source, Strategy, UpstreamConfig, Via, Xdp, scalar,
+    Ports, Reply, RuleConfig, Source, Strategy, StrategyPart, StrategyParts, UpstreamConfig, Via,
+    Xdp, scalar,
 };
 
 /// The valid part of a file, and its diagnostics.
@@ -132,6 +133,7 @@ impl<T> Given<T> {
 struct Options {
     /// Value of each choice, at its place in [`words::OPTIONS_MAP`].
     choices: [Given<&'static str>; words::OPTIONS_MAP.fields.len()],
+    strategy: Given<Strategy>,
     payload: Given<Payload>,
     health: Given<Health>,
     answers: Given<u32>,
@@ -145,6 +147,7 @@ impl Options {
         }
         Options {
             choices,
+            strategy: self.strategy.or(defaults.strategy),
             payload: self.payload.or(defaults.payload),
             answers: self.answers.or(defaults.answers),
             health: self.health.clone().or(defaults.health.clone()),
@@ -386,6 +389,7 @@ impl Decoder {
             at: at.path(),
         };
         self.has_port_to_probe(&rule, &at_options);
+        self.has_ports_to_select(&rule, &own, &at_options);
         if self.decoded.root == Root::Map {
             self.unwritten(&rule, &options, &at_options);
         }
@@ -420,6 +424,19 @@ impl Decoder {
         }
     }
 
+    /// Reports a destination port that selects and is always the same. In a list from the file's defaults it
+    /// is for other rules.
+    fn has_ports_to_select(&mut self, rule: &RuleConfig, own: &Options, at: &Trail<'_>) {
+        let is_meant = own.strategy.is_given() || rule.strategy == Strategy::DstPort;
+        let Some(port) = rule.key.only_port() else { return };
+        if is_meant && rule.strategy.reads_dst_port() {
+            let message = format!("`dst-port` selects nothing: the key has port {port} alone");
+            let help = "select by another part, or give the key several ports";
+            let at = at.field(words::STRATEGY.field.name);
+            self.error(&at, Message::new(message).help(help));
+        }
+    }
+
     /// Warns of defaults that are often not intended. A bare list has no words for anything else.
     fn unwritten(&mut self, rule: &RuleConfig, options: &Options, at: &Trail<'_>) {
         let all = rule.upstreams.len();
@@ -427,8 +444,7 @@ impl Decoder {
         let balances = options.get(&words::HASH).is_given()
             || rule.upstreams.iter().any(|it| it.weight.is_some());
         let chosen =
-            [&words::MODE, &words::STRATEGY].map(|it| options.get(it).is_given()).contains(&true)
-                || balances;
+            options.get(&words::MODE).is_given() || options.strategy.is_given() || balances;
         if all > 1 && !chosen {
             let message = format!(
                 "each packet goes to one of the {all} upstreams (`mode: balance`, the default): say \
@@ -464,7 +480,7 @@ impl Decoder {
         options: &Options,
         at: &Trail<'_>,
     ) -> Option<(Strategy, Option<Payload>, Hash)> {
-        let strategy = self.option(options, &words::STRATEGY);
+        let strategy = self.strategy_of(options);
         let hash = self.option(options, &words::HASH);
         match self.option(options, &words::MODE)? {
             Mode::Balance => {
@@ -476,6 +492,14 @@ impl Decoder {
                 // Defaults for selecting are for rules that balance.
                 Some((Strategy::SrcIpPort, None, Hash::Maglev))
             }
+        }
+    }
+
+    /// Returns the strategy after all defaults; none if it is invalid.
+    fn strategy_of(&self, options: &Options) -> Option<Strategy> {
+        match options.strategy {
+            Given::Missing => self.settle(Given::Missing, &words::STRATEGY),
+            given => given.value(),
         }
     }
 
@@ -519,7 +543,7 @@ impl Decoder {
     /// Reports options that select an upstream, in a rule that replicates.
     fn needs_balance(&mut self, own: &Options, at: &Trail<'_>) {
         let given = [
-            (&words::STRATEGY.field, own.get(&words::STRATEGY).is_given()),
+            (&words::STRATEGY.field, own.strategy.is_given()),
             (&words::PAYLOAD, own.payload.is_given()),
             (&words::HASH.field, own.get(&words::HASH).is_given()),
         ];
@@ -542,16 +566,16 @@ impl Decoder {
         at: &Trail<'_>,
     ) -> Option<Option<Payload>> {
         match (strategy?, options.payload) {
-            (Strategy::Payload, Given::Missing) => {
+            (strategy, Given::Missing) if strategy.reads_payload() => {
                 let message = "the strategy `payload` needs the option `payload`";
                 let help = "`payload: statsd`, or `payload: { offset: 0, length: 8 }`";
                 let at = at.field(words::STRATEGY.field.name);
                 self.error(&at, Message::new(message).help(help));
                 None
             }
-            (Strategy::Payload, payload) => payload.value().map(Some),
+            (strategy, payload) if strategy.reads_payload() => payload.value().map(Some),
             _ if own.payload.is_given() => {
-                let message = "`payload` needs `strategy: payload`";
+                let message = "`payload` needs `strategy: payload`, or a list with `payload`";
                 self.error(&at.field(words::PAYLOAD.name), Message::new(message));
                 None
             }
@@ -763,6 +787,7 @@ impl Decoder {
                 *value = self.choice(&fields, choice, at);
             }
         }
+        options.strategy = self.strategy(&fields, at);
         if let Some(node) = fields.get(&words::PAYLOAD) {
             let payload = self.payload(node, &at.field(words::PAYLOAD.name));
             options.payload = payload.map_or(Given::Invalid, Given::Valid);
@@ -777,6 +802,46 @@ impl Decoder {
             options.answers = answers.map_or(Given::Invalid, Given::Valid);
         }
         options
+    }
+
+    fn strategy(&mut self, fields: &Fields<'_, '_>, at: &Trail<'_>) -> Given<Strategy> {
+        let strategy = match fields.get(&words::STRATEGY.field).map(|node| &node.content) {
+            Some(Content::List(nodes)) => {
+                self.parts(nodes, &at.field(words::STRATEGY.field.name)).map(Strategy::Parts)
+            }
+            _ => match self.choice(fields, &words::STRATEGY, at) {
+                Given::Missing => return Given::Missing,
+                given => given.value().and_then(variant),
+            },
+        };
+        strategy.map_or(Given::Invalid, Given::Valid)
+    }
+
+    /// Returns the parts of a packet that select together. A single word has no second spelling as a list.
+    fn parts(&mut self, nodes: &[Node<'_>], at: &Trail<'_>) -> Option<StrategyParts> {
+        self.unless_list(at, "a list of parts", true)?;
+        let parts = self.each(nodes, at, scalar::part)?;
+        let mut distinct = parts.iter().enumerate();
+        if let Some((twice, _)) = distinct.find(|(index, part)| parts[..*index].contains(part)) {
+            self.error(&at.index(twice), Message::new("this part is already in the list"));
+            return None;
+        }
+        let help = match parts[..] {
+            [] => "leave it out for the default".into(),
+            [part] => format!("write `{}: {}`", words::STRATEGY.field.name, part.word()),
+            [StrategyPart::SrcIp, StrategyPart::SrcPort]
+            | [StrategyPart::SrcPort, StrategyPart::SrcIp] => {
+                format!("write `{}: src-ip-port`", words::STRATEGY.field.name)
+            }
+            _ => return Some(parts.into()),
+        };
+        let message = match parts.len() {
+            0 => "an empty list of parts",
+            1 => "a list needs two parts at least",
+            _ => "these parts together are a word of their own",
+        };
+        self.error(at, Message::new(message).help(help));
+        None
     }
 
     fn payload(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Payload> {

@@ -48,7 +48,8 @@ pub use reference::{MARKS, manual, markdown};
 pub use schema::schema;
 pub use types::{
     Action, Addresses, Admission, Announce, Flows, Fragments, Hash, Key, Mode, Payload, Ports,
-    Reply, RuleConfig, Source, State, Strategy, UpstreamConfig, Via, Xdp,
+    Reply, RuleConfig, Source, State, Strategy, StrategyPart, StrategyParts, UpstreamConfig, Via,
+    Xdp,
 };
 pub use vocabulary::ANY;
 use vocabulary::INTERFACES;

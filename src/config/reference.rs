@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use super::vocabulary::{
     ANNOUNCE_MAP, ANY, DNS_MAP, FLOWS_MAP, Field, HEALTH_MAP, HTTP_MAP, INTERFACE_MAP, KEY_MAP,
     OPTIONS_MAP, PAYLOAD_MAP, RADIUS_MAP, ROOT_MAP, RULE_MAP, Root, SNMP_MAP, Shape, Table,
-    UDP_MAP, UPSTREAM_MAP,
+    UDP_MAP, UPSTREAM_MAP, list,
 };
 
 /// The maps of a file, with what stands before the names of their fields. A mirror has the fields of an
@@ -113,9 +113,10 @@ fn value(field: &Field, root: Root) -> String {
         Shape::Number(number) => format!("{} to {}", number.first, number.last),
         Shape::Duration(limits) => format!("{} to {}", limits.first, limits.last),
         Shape::Switch => "`true` or `false`".into(),
-        Shape::Choice(choice) => {
-            let words = choice.usable(root).iter().map(|word| format!("`{word}`"));
-            words.collect::<Vec<_>>().join(", ")
+        Shape::Choice(choice) => list(choice.usable(root)),
+        Shape::ChoiceOrList(choice, _) if root == Root::List => list(choice.usable(root)),
+        Shape::ChoiceOrList(choice, parts) => {
+            format!("{}, or list of {}", list(choice.words), list(parts))
         }
         Shape::Text => "text".into(),
         Shape::WordsOrMap(words, _) => {
@@ -130,7 +131,7 @@ fn value(field: &Field, root: Root) -> String {
 /// Describes what holds where a field is missing.
 fn default(field: &Field, root: Root) -> String {
     let word = match field.shape {
-        Shape::Choice(choice) => choice.default_word(root),
+        Shape::Choice(choice) | Shape::ChoiceOrList(choice, _) => choice.default_word(root),
         _ => None,
     };
     match (word, field.default) {

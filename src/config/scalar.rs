@@ -4,8 +4,8 @@ use super::diagnostic::Message;
 use super::hint::is_invisible;
 use super::node::{Content, Node};
 use super::quote::shorten;
-use super::vocabulary::{ANY, Limits, Number};
-use super::{Host, KeyAddress, Network, Period, Ports, host, network, period};
+use super::vocabulary::{ANY, Limits, Number, PART_WORDS, list as list_of, unknown_word};
+use super::{Host, KeyAddress, Network, Period, Ports, StrategyPart, host, network, period};
 
 type Result<T> = std::result::Result<T, Message>;
 
@@ -52,6 +52,20 @@ pub(super) fn version(node: &Node<'_>) -> Result<()> {
             .map_err(|message: Message| message.help("write `version: 1`, without quotes")),
         _ => expected("the number 1", node),
     }
+}
+
+/// Reads a part of a list of parts that select together.
+pub(super) fn part(node: &Node<'_>) -> Result<StrategyPart> {
+    let word = text(node, &format!("one of {}", list_of(&PART_WORDS)))?;
+    if let Some((_, part)) = StrategyPart::WORDS.iter().find(|(known, _)| *known == word) {
+        return Ok(*part);
+    }
+    let help = match word {
+        "random" => "`random` selects by no part: write `strategy: random`",
+        "src-ip-port" => "in a list these are two parts: `src-ip, src-port`",
+        _ => return Err(unknown_word(word, &PART_WORDS)),
+    };
+    Err(Message::new(format!("`{word}` is no part of a list")).help(help))
 }
 
 pub(super) fn key_address(node: &Node<'_>) -> Result<KeyAddress> {

@@ -62,6 +62,13 @@ fn property(field: &Field, root: Root) -> Value {
         Shape::Duration(_) => json!({ "type": "string", "pattern": "^[0-9]+(ms|s|m|h)$" }),
         Shape::Switch => json!({ "type": "boolean" }),
         Shape::Choice(choice) => json!({ "enum": choice.usable(root) }),
+        Shape::ChoiceOrList(choice, _) if root == Root::List => {
+            json!({ "enum": choice.usable(root) })
+        }
+        Shape::ChoiceOrList(choice, words) => json!({ "anyOf": [
+            { "enum": choice.words },
+            { "type": "array", "items": { "enum": words }, "minItems": 2, "uniqueItems": true },
+        ] }),
         Shape::Map(table) => map(table, root),
         Shape::Maps(table) => json!({ "type": "array", "items": map(table, root) }),
         Shape::Text => json!({ "type": "string" }),
@@ -70,7 +77,7 @@ fn property(field: &Field, root: Root) -> Value {
         }
     };
     value["description"] = field.about.into();
-    if let Shape::Choice(choice) = field.shape
+    if let Shape::Choice(choice) | Shape::ChoiceOrList(choice, _) = field.shape
         && let Some(word) = choice.default_word(root)
     {
         value["default"] = word.into();

@@ -41,10 +41,86 @@ pub enum Strategy {
     SrcPort,
     SrcIp,
     SrcIpPort,
+    DstPort,
     /// None: each packet by chance.
     Random,
     /// See [`Payload`].
     Payload,
+    #[serde(untagged)]
+    Parts(StrategyParts),
+}
+
+impl Strategy {
+    /// Returns true if bytes of the payload select, alone or with other parts.
+    pub fn reads_payload(self) -> bool {
+        match self {
+            Strategy::Parts(parts) => parts.has(StrategyPart::Payload),
+            _ => self == Strategy::Payload,
+        }
+    }
+
+    /// Returns true if the destination port selects, alone or with other parts.
+    pub fn reads_dst_port(self) -> bool {
+        match self {
+            Strategy::Parts(parts) => parts.has(StrategyPart::DstPort),
+            _ => self == Strategy::DstPort,
+        }
+    }
+}
+
+/// A part of a packet that selects its upstream together with others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StrategyPart {
+    SrcIp,
+    SrcPort,
+    DstPort,
+    Payload,
+}
+
+impl StrategyPart {
+    /// The words of a file, in the order in which the parts are hashed.
+    pub const WORDS: [(&str, StrategyPart); 4] = [
+        ("src-ip", StrategyPart::SrcIp),
+        ("src-port", StrategyPart::SrcPort),
+        ("dst-port", StrategyPart::DstPort),
+        ("payload", StrategyPart::Payload),
+    ];
+
+    /// Returns the word in a file.
+    pub fn word(self) -> &'static str {
+        StrategyPart::WORDS[self as usize].0
+    }
+}
+
+/// Several parts of a packet that select its upstream together, in no order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(from = "Vec<StrategyPart>", into = "Vec<StrategyPart>")]
+pub struct StrategyParts {
+    /// A bit for each part, by its number.
+    mask: u8,
+}
+
+impl StrategyParts {
+    pub fn has(self, part: StrategyPart) -> bool {
+        self.mask & 1 << part as u8 != 0
+    }
+
+    pub fn iter(self) -> impl Iterator<Item = StrategyPart> {
+        StrategyPart::WORDS.into_iter().map(|(_, part)| part).filter(move |part| self.has(*part))
+    }
+}
+
+impl From<Vec<StrategyPart>> for StrategyParts {
+    fn from(parts: Vec<StrategyPart>) -> StrategyParts {
+        StrategyParts { mask: parts.into_iter().fold(0, |mask, part| mask | 1 << part as u8) }
+    }
+}
+
+impl From<StrategyParts> for Vec<StrategyPart> {
+    fn from(parts: StrategyParts) -> Vec<StrategyPart> {
+        parts.iter().collect()
+    }
 }
 
 /// Part of the payload that selects the upstream.
@@ -284,7 +360,7 @@ pub struct RuleConfig {
     pub action: Action,
     pub mode: Mode,
     pub strategy: Strategy,
-    /// Present if and only if the strategy is [`Strategy::Payload`].
+    /// Present if and only if [`Strategy::reads_payload`] is true.
     pub payload: Option<Payload>,
     pub hash: Hash,
     pub source: Source,

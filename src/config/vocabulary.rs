@@ -4,20 +4,25 @@
 use super::diagnostic::Message;
 use super::hint::nearest;
 use super::quote::shorten;
-use super::{Payload, Period};
+use super::{Payload, Period, StrategyPart};
 
 /// The address or port of a key that matches all.
 pub const ANY: &str = "any";
 
-/// The words of [`Payload::WORDS`].
-pub const PAYLOAD_WORDS: [&str; Payload::WORDS.len()] = {
-    let (mut words, mut place) = ([""; Payload::WORDS.len()], 0);
-    while place < words.len() {
-        words[place] = Payload::WORDS[place].0;
+/// Returns the words of a table.
+const fn words_of<T: Copy, const COUNT: usize>(
+    table: &[(&'static str, T); COUNT],
+) -> [&'static str; COUNT] {
+    let (mut words, mut place) = ([""; COUNT], 0);
+    while place < COUNT {
+        words[place] = table[place].0;
         place += 1;
     }
     words
-};
+}
+
+pub const PAYLOAD_WORDS: [&str; Payload::WORDS.len()] = words_of(&Payload::WORDS);
+pub const PART_WORDS: [&str; StrategyPart::WORDS.len()] = words_of(&StrategyPart::WORDS);
 
 /// The two forms of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +74,8 @@ pub enum Shape {
     /// `true` or `false`.
     Switch,
     Choice(&'static EnumField),
+    /// One of some words, or a list of these; in a bare list a word.
+    ChoiceOrList(&'static EnumField, &'static [&'static str]),
     /// Any text.
     Text,
     /// One of some words, or a map.
@@ -156,6 +163,11 @@ impl EnumField {
 
     const fn default(self, default: &'static str) -> EnumField {
         EnumField { defaults: Some((default, default)), ..self }
+    }
+
+    /// A list of some words may stand in place of a word; `this` is the static that is being defined.
+    const fn or_list(self, this: &'static EnumField, words: &'static [&'static str]) -> EnumField {
+        EnumField { field: Field { shape: Shape::ChoiceOrList(this, words), ..self.field }, ..self }
     }
 
     /// The bare list has the field too, with these words and this default.
@@ -303,8 +315,8 @@ const WAYS: &[&str] = &["link", "ipip", "gue"];
 pub static VIA: EnumField = EnumField::new(&VIA, "via", WAYS, "With `reply: direct`: the packet goes to the upstream by its MAC address (`link`, in one network), in an IP header (`ipip`), or in a UDP header to port 6080 (`gue`).").inherits("none, and `reply: direct` needs one").example("gue");
 pub static ANSWERS: Field = Field::new("answers", Shape::Number(&ANSWER_COUNT), "Number of answers after which a flow of `reply: nat` ends at once, for protocols that are known to answer so often. An answer in fragments is not counted.").default("none: a flow ends when it has expired").example("1");
 pub static ANSWER_COUNT: Number = Number { what: "a number of answers", first: 1, last: 1_000_000 };
-pub static STRATEGY: EnumField = EnumField::new(&STRATEGY, "strategy", &["src-port", "src-ip", "src-ip-port", "random", "payload"], "Part of the packet that selects its upstream: address or port of the sender, both, or bytes of the payload; `random` selects for each packet anew.").default("src-ip-port").in_list(&["src-port", "src-ip"], "src-port").example("src-ip");
-pub static PAYLOAD: Field = Field::new("payload", Shape::WordsOrMap(&PAYLOAD_WORDS, &PAYLOAD_MAP), "Bytes that the strategy `payload` selects by: the name of the first StatsD metric (`statsd`), a field of sFlow 5 (`sflow-agent`, of IPv4), NetFlow 9 (`netflow9-source`), IPFIX (`ipfix-domain`), GTP-U (`gtpu-teid`), DNS (`dns-id`) or RADIUS (`radius-id`), or `offset` and `length`. A packet that is too short is selected by `src-ip-port`.").default("none").example("{ offset: 4, length: 8 }");
+pub static STRATEGY: EnumField = EnumField::new(&STRATEGY, "strategy", &["src-port", "src-ip", "src-ip-port", "dst-port", "random", "payload"], "Part of the packet that selects its upstream: address or port of the sender, both, the port that the packet was sent to, or bytes of the payload; `random` selects for each packet anew. A list selects by several parts together, in any order, as in `[src-ip, payload]`.").or_list(&STRATEGY, &PART_WORDS).default("src-ip-port").in_list(&["src-port", "src-ip"], "src-port").example("src-ip");
+pub static PAYLOAD: Field = Field::new("payload", Shape::WordsOrMap(&PAYLOAD_WORDS, &PAYLOAD_MAP), "Bytes that the `strategy` `payload` selects by: the name of the first StatsD metric (`statsd`), a field of sFlow 5 (`sflow-agent`, of IPv4), NetFlow 9 (`netflow9-source`), IPFIX (`ipfix-domain`), GTP-U (`gtpu-teid`), DNS (`dns-id`) or RADIUS (`radius-id`), or `offset` and `length`. A packet that is too short is selected by `src-ip-port`.").default("none").example("{ offset: 4, length: 8 }");
 pub static HASH: EnumField = EnumField::new(&HASH, "hash", &["modulo", "maglev"], "Mapping from the selecting part to an upstream. With `maglev` another upstream, or one less, moves few flows of the others; `modulo` goes by the place in the list.").default("maglev").list_default("modulo").example("modulo");
 pub static PAYLOAD_OFFSET: Field = Field::new(
     "offset",

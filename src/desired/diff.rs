@@ -285,10 +285,13 @@ fn difference(
     }
 }
 
-/// Returns a value's word in the file.
+/// Returns a value's word in the file, or its list of words.
 pub fn word(value: &impl Serialize) -> String {
     match serde_json::to_value(value) {
         Ok(serde_json::Value::String(word)) => word,
+        Ok(serde_json::Value::Array(list)) => {
+            format!("[{}]", list.iter().map(word).collect::<Vec<_>>().join(", "))
+        }
         other => format!("{other:?}"),
     }
 }

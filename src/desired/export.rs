@@ -151,7 +151,7 @@ mod tests {
     use crate::config::{
         Action, Address, Admission, AllDown, Announce, Check, Config, Family, Fragments, Hash,
         Health, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports, Probe, Source, State,
-        Strategy as Selection,
+        Strategy as Selection, StrategyPart,
     };
     use crate::desired::dns::Answers;
     use crate::desired::partial::{Known, resolve};
@@ -316,16 +316,28 @@ mod tests {
             select(vec![Mode::Balance, Mode::Replicate]),
             select(vec![Hash::Modulo, Hash::Maglev]),
         );
-        let strategies = [Selection::SrcPort, Selection::SrcIp, Selection::SrcIpPort];
-        let strategies = strategies.into_iter().chain([Selection::Random]);
+        let list = |parts: &[StrategyPart]| Selection::Parts(parts.to_vec().into());
+        let strategies = vec![
+            Selection::SrcPort,
+            Selection::SrcIp,
+            Selection::SrcIpPort,
+            Selection::DstPort,
+            Selection::Random,
+            list(&[StrategyPart::SrcIp, StrategyPart::DstPort]),
+        ];
+        let with_payload = vec![
+            Selection::Payload,
+            list(&[StrategyPart::SrcIp, StrategyPart::Payload]),
+            list(&[StrategyPart::SrcIp, StrategyPart::SrcPort, StrategyPart::Payload]),
+        ];
         let payload = prop_oneof![
             select(Payload::WORDS.map(|(_, payload)| payload).to_vec()),
             (0..=u16::MAX, 1..=64_u8)
                 .prop_map(|(offset, length)| Payload::Bytes { offset, length }),
         ];
         let selection = prop_oneof![
-            select(strategies.collect::<Vec<_>>()).prop_map(|strategy| (strategy, None)),
-            payload.prop_map(|payload| (Selection::Payload, Some(payload))),
+            select(strategies).prop_map(|strategy| (strategy, None)),
+            (select(with_payload), payload.prop_map(Some)),
         ];
         // Options of a host: weight, source, and sample or priority.
         let own = vec((1..100_u32, option::of(select(sources())), 1..=255_u32), 10);
@@ -335,7 +347,11 @@ mod tests {
         (words, selection, hosts, own).prop_map(move |(words, selection, hosts, own)| {
             let (key, upstreams, mirrors) = hosts;
             let (action, source, health, fragments, zero_checksum, martians, mode, hash) = words;
-            let (strategy, payload) = selection;
+            let (strategy, payload) = match (selection, key.only_port()) {
+                // refused
+                ((strategy, _), Some(_)) if strategy.reads_dst_port() => (Selection::SrcIp, None),
+                (selection, _) => selection,
+            };
             let mirrors = mirrors.unwrap_or_default();
             let rule = Rule::new(format!("r{place}"), key, upstreams);
             let mut rule = match mode {

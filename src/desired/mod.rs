@@ -66,7 +66,7 @@ pub struct Rule {
     #[serde(default, skip_serializing_if = "is_default")]
     pub mode: Mode,
     pub strategy: Strategy,
-    /// Present if and only if the strategy is `payload`.
+    /// Present if and only if the strategy reads the payload.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub payload: Option<Payload>,
     pub hash: Hash,

@@ -7,7 +7,7 @@ use crate::bpf::types::{self, rule_flags as flags};
 use crate::bpf::wire;
 use crate::config::{
     Action, Admission, AllDown, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports,
-    Reply, Source, State, Strategy, Via,
+    Reply, Source, State, Strategy, StrategyPart, Via,
 };
 use crate::desired::key_table::{Key4, Key6};
 use crate::desired::senders::{self, Share, Shares};
@@ -154,6 +154,7 @@ impl Tables {
             flags: flags(0),
             action: action(rule.action),
             strategy: strategy(rule),
+            parts: parts(rule),
             fragments: fragments(rule.fragments),
             first_slot,
             slots,
@@ -257,7 +258,6 @@ impl Tables {
     /// Returns the entry of a key that leads to a rule: its kind tells the fast path how to send.
     fn entry(&self, index: u32) -> u32 {
         use types::entry as entries;
-        use types::strategy as by;
         let rule = &self.rules[index as usize];
         let slow = flags::RULE_OF_GROUP.0 | flags::RULE_SOCKETS.0 | flags::RULE_FLOWS.0;
         let first = rule.first_receiver;
@@ -277,13 +277,17 @@ impl Tables {
                 (entries::ENTRY_REPLICATE, index)
             }
             (0, 1) => (fast, rule.first_upstream),
-            (0, 2..) if !matches!(rule.strategy, by::STRATEGY_PAYLOAD | by::STRATEGY_STATSD) => {
-                (entries::ENTRY_BALANCE, index)
-            }
+            (0, 2..) if !reads_payload(rule) => (entries::ENTRY_BALANCE, index),
             _ => (entries::ENTRY_RULE, index),
         };
         kind.0 | index
     }
+}
+
+fn reads_payload(rule: &types::rule) -> bool {
+    use types::strategy as by;
+    let parts = types::parts::PART_PAYLOAD.0 | types::parts::PART_METRIC.0;
+    matches!(rule.strategy, by::STRATEGY_PAYLOAD | by::STRATEGY_STATSD) || rule.parts.0 & parts != 0
 }
 
 /// Indices of the rules' variants: with some of the receivers, for groups, and with this group of senders.
@@ -529,7 +533,8 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
         any_port: any(&|rule| rule.key.ports.is_empty()),
         senders: (!tables.senders.is_empty()).into(),
         fragments: any(&|rule| rule.fragments != Fragments::Pass),
-        payload: any(&|rule| rule.strategy == Strategy::Payload),
+        payload: any(&|rule| rule.strategy.reads_payload()),
+        parts: any(&|rule| strategy(rule) == types::strategy::STRATEGY_PARTS),
         receivers: tables.rules_with_receivers().into(),
         errors: any(&|rule| rule.action == Action::Block && rule.mode == Mode::Balance),
         sockets: any(&|rule| takes_answers(rule, desired.local_ports)),
@@ -558,7 +563,7 @@ fn flags_of(rule: &Rule, desired: &Desired) -> flags {
         (flags::RULE_REPLICATES, rule.mode == Mode::Replicate),
         (flags::RULE_SKIPS_DOWN, rule.health != Health::Off),
         (flags::RULE_NEEDS_UP, rule.all_down == AllDown::Drop),
-        (flags::RULE_HASHES, rule.hash == Hash::Maglev),
+        (flags::RULE_HASHES, is_hashed(rule)),
         (flags::RULE_NO_CHECKSUM, rule.zero_checksum == Admission::Allow),
         (flags::RULE_MARTIANS, rule.martians == Admission::Allow),
         (flags::RULE_SOCKETS, takes_answers(rule, desired.local_ports)),
@@ -568,6 +573,11 @@ fn flags_of(rule: &Rule, desired: &Desired) -> flags {
     .into_iter()
     .filter(|(_, is)| *is);
     flags(set.fold(0, |all, (flag, _)| all | flag.0))
+}
+
+/// Returns true if the selection key is a hash: where several parts select together, there is no number.
+fn is_hashed(rule: &Rule) -> bool {
+    rule.hash == Hash::Maglev || matches!(rule.strategy, Strategy::Parts(_))
 }
 
 fn action(action: Action) -> types::action {
@@ -585,7 +595,24 @@ fn strategy(rule: &Rule) -> types::strategy {
         (Strategy::Random, _) => types::strategy::STRATEGY_RANDOM,
         (Strategy::Payload, Some(Payload::Statsd)) => types::strategy::STRATEGY_STATSD,
         (Strategy::Payload, _) => types::strategy::STRATEGY_PAYLOAD,
+        (Strategy::DstPort | Strategy::Parts(_), _) => types::strategy::STRATEGY_PARTS,
     }
+}
+
+/// Returns the parts of STRATEGY_PARTS.
+fn parts(rule: &Rule) -> types::parts {
+    let bit = |part| match (part, rule.payload) {
+        (StrategyPart::SrcIp, _) => types::parts::PART_SRC_IP,
+        (StrategyPart::SrcPort, _) => types::parts::PART_SRC_PORT,
+        (StrategyPart::DstPort, _) => types::parts::PART_DST_PORT,
+        (StrategyPart::Payload, Some(Payload::Statsd)) => types::parts::PART_METRIC,
+        (StrategyPart::Payload, _) => types::parts::PART_PAYLOAD,
+    };
+    types::parts(match rule.strategy {
+        Strategy::DstPort => bit(StrategyPart::DstPort).0,
+        Strategy::Parts(parts) => parts.iter().fold(0, |all, part| all | bit(part).0),
+        _ => 0,
+    })
 }
 
 fn fragments(fragments: Fragments) -> types::fragments {

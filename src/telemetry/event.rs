@@ -11,7 +11,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::bpf::{VERDICTS, from_bytes, is_forwarded, types, unwire};
-use crate::config::{Mode, Strategy, with_port};
+use crate::config::{Mode, Strategy, StrategyPart, with_port};
 use crate::datapath::description::Generation;
 use crate::desired::miss::{self, Miss};
 use crate::desired::{Rule, Upstream, diff};
@@ -110,7 +110,17 @@ impl Event {
             Strategy::SrcPort => Some(u16::from_be(self.0.source_port).to_string()),
             Strategy::SrcIp => Some(self.source().to_string()),
             Strategy::SrcIpPort => Some(self.endpoint(self.source(), self.0.source_port)),
+            Strategy::DstPort => Some(u16::from_be(self.0.port).to_string()),
             Strategy::Random | Strategy::Payload => None,
+            Strategy::Parts(parts) => {
+                let values = parts.iter().map(|part| match part {
+                    StrategyPart::SrcIp => self.key(Strategy::SrcIp),
+                    StrategyPart::SrcPort => self.key(Strategy::SrcPort),
+                    StrategyPart::DstPort => self.key(Strategy::DstPort),
+                    StrategyPart::Payload => None,
+                });
+                values.collect::<Option<Vec<_>>>().map(|values| values.join(", "))
+            }
         }
     }
 }

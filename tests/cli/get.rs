@@ -25,11 +25,15 @@ fn rules() -> Value {
         json!({ "name": "old", "address": UPSTREAMS[0], "port": 7000, "state": "drained" }),
         json!({ "name": "new", "address": UPSTREAMS[1], "port": 7000 }),
     ];
+    let by_parts = json!({ "tc_action": "block", "strategy": ["dst-port", "src-ip"] });
+    let mut listed = rule("listed", 5004, by_parts, &two);
+    listed["key"]["port"] = json!("5004-5005");
     config(&[
         rule("flows", 5000, json!({ "tc_action": "block" }), &two),
         mirrored,
         rule("drained", 5002, json!({ "tc_action": "block" }), &drained),
         rule("lost", 5003, json!({}), &[json!({ "name": "nowhere", "address": "192.0.2.1" })]),
+        listed,
     ])
 }
 
@@ -102,6 +106,8 @@ fn text_output_explains_the_verdict() {
             "here      delivered as it came",
         ]
     );
+    let key = &get("10.1.0.20:5666 10.1.0.1:5005")[2];
+    assert!(key.starts_with("key       [src-ip, dst-port] 10.1.0.20, 5005, as a number "), "{key}");
 
     lab.run("drain flows/10.2.0.21:7000").expect(0);
     let lines = get("10.1.0.20:60256 10.1.0.1:5000");
@@ -241,6 +247,8 @@ fn balancing() -> Value {
     let maglev = json!({ "tc_action": "block" });
     let modulo = json!({ "tc_action": "block", "strategy": "src-ip", "hash": "modulo" });
     let port = json!({ "tc_action": "block", "strategy": "src-port" });
+    let listed =
+        json!({ "tc_action": "block", "strategy": ["src-ip", "payload"], "payload": "dns-id" });
     let payload = json!({ "tc_action": "block", "strategy": "payload", "payload": "statsd" });
     json!({
         "version": 1,
@@ -250,9 +258,10 @@ fn balancing() -> Value {
             rule("modulo", &relay, 5001, modulo, plain(weighted(v4(), 7010))),
             rule("port", &relay, 5002, port.clone(), weighted(v4(), 7020)),
             rule("payload", &relay, 5003, payload.clone(), weighted(v4(), 7030)),
-            rule("maglev6", RELAY6, 5000, maglev, weighted(v6(), 7040)),
-            rule("port6", RELAY6, 5002, port, weighted(v6(), 7050)),
-            rule("payload6", RELAY6, 5003, payload, weighted(v6(), 7060)),
+            rule("listed", &relay, 5004, listed, weighted(v4(), 7040)),
+            rule("maglev6", RELAY6, 5000, maglev, weighted(v6(), 7050)),
+            rule("port6", RELAY6, 5002, port, weighted(v6(), 7060)),
+            rule("payload6", RELAY6, 5003, payload, weighted(v6(), 7070)),
         ],
     })
 }
@@ -363,13 +372,13 @@ fn get_agrees_with_where_packets_go() {
     lab.apply(&balancing());
 
     let mut receivers = BTreeMap::new();
-    for port in 7000..7040 {
+    for port in 7000..7050 {
         for address in UPSTREAMS {
             let address = SocketAddr::new(address.into(), port);
             receivers.insert(address, socket(&lab.upstream, address));
         }
     }
-    for port in 7040..7070 {
+    for port in 7050..7080 {
         for address in UPSTREAMS6 {
             let address = SocketAddr::new(address.parse().expect("an address"), port);
             receivers.insert(address, socket(&lab.upstream, address));
@@ -392,8 +401,8 @@ fn get_agrees_with_where_packets_go() {
         };
         let source = SocketAddr::new(from, 1024 + random.below(60_000) as u16);
         let to: IpAddr = if v6 { RELAY6.parse().expect("an address") } else { RELAY.into() };
-        let port = [5000, 5001, 5002, 5003][random.below(4) as usize];
-        let port = if v6 && port == 5001 { 5000 } else { port };
+        let port = 5000 + random.below(5) as u16;
+        let port = if v6 && [5001, 5004].contains(&port) { 5000 } else { port };
         // some payloads contain no metric
         let payload = match random.below(5) {
             0 => format!("{number}"),
@@ -435,6 +444,6 @@ fn get_agrees_with_where_packets_go() {
         assert_eq!(got, Some(said), "{question:?}: {event:?}");
         *went.entry(said).or_default() += 1;
     }
-    // the test covered three upstreams of each of seven rules
-    assert_eq!(went.len(), 21, "{went:?}");
+    // the test covered three upstreams of each of eight rules
+    assert_eq!(went.len(), 24, "{went:?}");
 }

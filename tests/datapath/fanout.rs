@@ -485,6 +485,27 @@ fn payload_bytes_select_the_upstream() {
 }
 
 #[test]
+fn listed_parts_select_together() {
+    let lab = Lab::dual(true, false);
+    for net in [V4, V6] {
+        let options = json!({ "strategy": ["src-ip", "payload"], "payload": "ipfix-domain" });
+        lab.apply(&modern(&[balanced(&net, options, &[7000, 7001, 7002, 7003])]));
+        let receivers = sockets(&lab, &net, 4);
+        // two sockets of one sender, and another sender
+        let senders = [0, 0, 1].map(|client| bind(&lab.client, net.clients[client], 0));
+        let mut differ = 0;
+        for domain in 0..24_u32 {
+            let message = [&[0, 10, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0][..], &domain.to_be_bytes()];
+            let targets = [0, 1, 2]
+                .map(|sender: usize| target(&senders[sender], &net, &message.concat(), &receivers));
+            assert_eq!(targets[0], targets[1], "domain {domain}");
+            differ += u32::from(targets[0] != targets[2]);
+        }
+        assert!(differ > 0, "the sender does not matter");
+    }
+}
+
+#[test]
 fn random_strategy_uses_every_upstream() {
     let lab = Lab::new();
     let options = json!({ "strategy": "random" });

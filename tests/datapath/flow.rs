@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use udplb::config::{Hash, Strategy};
+use udplb::config::{Hash, Strategy, StrategyPart};
 use udplb::desired::Rule;
 use udplb::desired::tables::Tables;
 
@@ -33,14 +33,41 @@ fn fold(address: IpAddr) -> u64 {
     }
 }
 
-/// Returns the sender's key according to the rule's strategy.
-pub fn sender_key(rule: &Rule, source: IpAddr, port: u16) -> u32 {
+/// What the headers of a packet select by: the sender's address, source port and destination port.
+pub type Headers = (IpAddr, u16, u16);
+
+/// Returns the key of the headers according to the rule's strategy.
+pub fn header_key(rule: &Rule, headers: Headers) -> u32 {
+    let (source, port, to_port) = headers;
     let number = match rule.strategy {
         Strategy::SrcPort => port.swap_bytes().into(),
         Strategy::SrcIp => fold(source),
+        Strategy::DstPort => to_port.into(),
+        Strategy::Parts(_) => return mix(combined(rule, headers, None)) as u32,
         _ => return by_address_and_port(source, port),
     };
     if rule.hash == Hash::Maglev { mix(number) as u32 } else { number as u32 }
+}
+
+/// Returns the key of a strategy that has the payload's key; `None` stands for a payload without one.
+pub fn key_with_payload(rule: &Rule, headers: Headers, payload: Option<u32>) -> u32 {
+    match (rule.strategy, payload) {
+        (_, None) => by_address_and_port(headers.0, headers.1),
+        (Strategy::Parts(_), payload) => mix(combined(rule, headers, payload)) as u32,
+        (_, Some(payload)) => payload,
+    }
+}
+
+/// Hashes the parts of a list in their order, all but the last one.
+fn combined(rule: &Rule, (source, port, to_port): Headers, payload: Option<u32>) -> u64 {
+    let Strategy::Parts(parts) = rule.strategy else { panic!("no list: {:?}", rule.strategy) };
+    let values = parts.iter().map(|part| match part {
+        StrategyPart::SrcIp => fold(source),
+        StrategyPart::SrcPort => port.into(),
+        StrategyPart::DstPort => to_port.into(),
+        StrategyPart::Payload => payload.expect("a payload").into(),
+    });
+    values.reduce(|key, value| mix(key) ^ value).expect("parts")
 }
 
 /// Returns the key for payloads without a key.

@@ -17,7 +17,7 @@ use proptest::collection::vec;
 use proptest::prelude::{Just, Strategy, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use udplb::config::{
-    self, Action, Admission, Fragments, Hash, Key, KeyAddress, Mode, Ports, Source,
+    self, Action, Admission, Fragments, Hash, Key, KeyAddress, Mode, Ports, Source, StrategyPart,
 };
 use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
 
@@ -110,9 +110,7 @@ impl Scenario {
             // MTU, Ethernet header and room for one tag, with or without a tag
             longest: 1500 + 14 + 4,
             ways: ways.collect(),
-            hashed: |rule, source, port| {
-                flow::sender_key(rule, source, port) as usize % rule.upstreams.len()
-            },
+            hashed: |rule, headers| flow::header_key(rule, headers) as usize % rule.upstreams.len(),
         }
     }
 }
@@ -487,7 +485,13 @@ fn any_scenario(target: Target) -> impl Strategy<Value = Scenario> {
     ]);
     let mode = one_of([Mode::Balance, Mode::Replicate]);
     let fragments = usually(Fragments::Follow, one_of([Fragments::Pass, Fragments::Drop]));
-    let strategy = one_of([config::Strategy::SrcPort, config::Strategy::SrcIp]);
+    let list = vec![StrategyPart::SrcIp, StrategyPart::DstPort];
+    let strategy = one_of([
+        config::Strategy::SrcPort,
+        config::Strategy::SrcIp,
+        config::Strategy::DstPort,
+        config::Strategy::Parts(list.into()),
+    ]);
     let admissions = usually(Admission::Deny, Just(Admission::Allow));
     let admissions = (admissions.clone(), admissions);
     let upstreams = vec(any_upstream(target), 1..=4);

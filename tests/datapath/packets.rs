@@ -1118,7 +1118,7 @@ fn check_unexpected(
 fn program_loads_with_any_features() {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
     use udplb::bpf::types::features;
-    const SWITCHES: [fn(&mut features) -> &mut u8; 13] = [
+    const SWITCHES: [fn(&mut features) -> &mut u8; 14] = [
         |it| &mut it.ipv6,
         |it| &mut it.any_port,
         |it| &mut it.senders,
@@ -1132,6 +1132,7 @@ fn program_loads_with_any_features() {
         |it| &mut it.direct,
         |it| &mut it.tunnels,
         |it| &mut it.flows,
+        |it| &mut it.parts,
     ];
     let load = |name: &str, on: &dyn Fn(usize) -> bool| {
         let mut object = std::mem::MaybeUninit::uninit();

@@ -18,6 +18,7 @@ use udplb::config::{
 use udplb::desired::{Rule, RuleIds, Upstream};
 
 use crate::common::wire::Tag;
+use crate::flow::Headers;
 use crate::packet::Mac;
 use crate::program::Counted;
 
@@ -58,9 +59,9 @@ pub struct NextHop {
     pub egress: Option<IpAddr>,
 }
 
-/// Selects a rule's upstream from the sender's address and port. The hashes are not specified here;
-/// another test checks that user space and the program compute the same.
-pub type Hashed = fn(&Rule, IpAddr, u16) -> usize;
+/// Selects a rule's upstream from the headers. The hashes are not specified here; another test checks that user
+/// space and the program compute the same.
+pub type Hashed = fn(&Rule, Headers) -> usize;
 
 /// An upstream or mirror that receives packets, and the id of its counters.
 #[derive(Clone, Copy)]
@@ -514,12 +515,14 @@ impl Host {
     fn choose(&self, rule: &Rule, packet: &Packet) -> usize {
         let count = rule.upstreams.len();
         let port = word(&packet.bytes, packet.body).unwrap_or_default();
+        let to_port = word(&packet.bytes, packet.body + 2).unwrap_or_default();
         match (rule.hash, rule.strategy, packet.source) {
+            (Hash::Modulo, Strategy::DstPort, _) => usize::from(to_port) % count,
             (Hash::Modulo, Strategy::SrcPort, _) => usize::from(port.swap_bytes()) % count,
             (Hash::Modulo, Strategy::SrcIp, IpAddr::V4(address)) => {
                 address.to_bits() as usize % count
             }
-            (_, _, source) => (self.hashed)(rule, source, port),
+            (_, _, source) => (self.hashed)(rule, (source, port, to_port)),
         }
     }
 

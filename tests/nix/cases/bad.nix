@@ -90,7 +90,7 @@ in
     config = options { mode = "copy"; };
   };
   strategy = {
-    expect = wrong "options\\.strategy" "null or one of .src-port., .src-ip., .src-ip-port., .random., .payload.'";
+    expect = wrong "options\\.strategy" "null or one of .src-port., .src-ip., .src-ip-port., .dst-port., .random., .payload. or list of .*one of .*'";
     config = options { strategy = "round-robin"; };
   };
   source = {
@@ -138,6 +138,10 @@ in
         length = 65;
       };
     };
+  };
+  strategy-list = {
+    expect.check = "a list needs two parts at least";
+    config = options { strategy = [ "src-ip" ]; };
   };
   payload-without-strategy = {
     expect.check = "`payload` needs `strategy: payload`";
