@@ -145,7 +145,7 @@ static __always_inline bool is_martian(const struct pkt *pkt, bool to_group)
 }
 
 /* Looks up the source in the Bloom filter `suspects`; src/datapath/gate.rs has the same arithmetic. */
-static __always_inline bool is_suspect(const struct pkt *pkt, const struct gate *gate)
+static __always_inline bool is_suspect(const struct pkt *pkt)
 {
 	const __be32 *source6 = pkt->ip6->saddr.in6_u.u6_addr32;
 	__u64 high = 0, low = pkt->ip->saddr, hash;
@@ -155,7 +155,7 @@ static __always_inline bool is_suspect(const struct pkt *pkt, const struct gate 
 		low = (__u64)source6[2] << 32 | source6[3];
 	}
 	hash = (high * SUSPECT_FACTOR ^ low) * SUSPECT_FACTOR >> (64 - SUSPECT_BITS);
-	return gate->suspects[hash / 64] >> hash % 64 & 1;
+	return gate.suspects[hash / 64] >> hash % 64 & 1;
 }
 
 /* Checks a packet of a rule whose source may be in `own` or `answers`; returns as admit(). */
@@ -191,12 +191,11 @@ static __always_inline __u32 check_source(struct __sk_buff *skb, const struct pk
 					  __u32 flags)
 {
 	bool allow_martians = flags & RULE_MARTIANS;
-	const struct gate *gate = get_gate();
 	__u32 verdict;
 
 	if (!allow_martians && skb->ifindex != LOOPBACK_IFINDEX && is_martian(pkt, flags & RULE_OF_GROUP))
 		return VERDICT_MARTIAN;
-	if (gate && !is_suspect(pkt, gate))
+	if (!is_suspect(pkt))
 		return VERDICT_FORWARDED;
 	verdict = check_suspect(skb, pkt->packed, rule_id);
 	return allow_martians && verdict == VERDICT_MARTIAN ? VERDICT_FORWARDED : verdict;

@@ -3,26 +3,16 @@
 #ifndef UDPLB_EPOCH_H
 #define UDPLB_EPOCH_H
 
-static __always_inline struct gate *get_gate(void)
-{
-	const __u32 only = 0;
-
-	return bpf_map_lookup_elem(&gate, &only);
-}
-
 /* Reads the epoch from memory each time. */
-static __always_inline __u32 current_epoch(const struct gate *gate)
+static __always_inline __u32 current_epoch(void)
 {
-	return *(const volatile __u32 *)&gate->epoch;
+	return *(const volatile __u32 *)&gate.epoch;
 }
 
 /* Invalidates all lines. Called after a change of what the slow path reads. */
 static __always_inline void next_epoch(void)
 {
-	struct gate *gate = get_gate();
-
-	if (gate)
-		__sync_fetch_and_add(&gate->epoch, 1);
+	__sync_fetch_and_add(&gate.epoch, 1);
 }
 
 #endif

@@ -68,10 +68,9 @@ static __always_inline bool is_usual_source6(const struct ipv6hdr *ip6)
  * Returns true if admit() would admit the packet, in a frame of `bytes` bytes for this host, whatever its
  * rule says, and its TTL lasts. The opposite says nothing: the slow path decides.
  */
-static __always_inline bool is_usual(__u32 bytes, const struct pkt *pkt, const struct gate *gate,
-				     const bool ipv6)
+static __always_inline bool is_usual(__u32 bytes, const struct pkt *pkt, const bool ipv6)
 {
-	if (is_ttl_expired(pkt) || !has_valid_lengths(bytes, pkt) || is_suspect(pkt, gate))
+	if (is_ttl_expired(pkt) || !has_valid_lengths(bytes, pkt) || is_suspect(pkt))
 		return false;
 	if (ipv6)
 		return pkt->udp->check && is_usual_source6(pkt->ip6);
@@ -79,11 +78,10 @@ static __always_inline bool is_usual(__u32 bytes, const struct pkt *pkt, const s
 }
 
 /* Returns true for a usual packet at tc that is whole and for this host; the opposite says nothing either. */
-static __always_inline bool is_plain(struct __sk_buff *skb, const struct pkt *pkt, const struct gate *gate,
-				     const bool ipv6)
+static __always_inline bool is_plain(struct __sk_buff *skb, const struct pkt *pkt, const bool ipv6)
 {
 	return skb->pkt_type == PACKET_HOST && !skb->gso_size &&
-	       (!skb->vlan_present || is_for_us_tagged(skb, 0)) && is_usual(skb->len, pkt, gate, ipv6);
+	       (!skb->vlan_present || is_for_us_tagged(skb, 0)) && is_usual(skb->len, pkt, ipv6);
 }
 
 /*
@@ -121,9 +119,9 @@ static __always_inline const __be32 *fill_plain_rewrite(const struct pkt *pkt, c
 }
 
 /* Returns true if the line of an upstream is valid for the packet. */
-static __always_inline bool serves(const struct line *line, const struct pkt *pkt, const struct gate *gate)
+static __always_inline bool serves(const struct line *line, const struct pkt *pkt)
 {
-	return is_line_valid(line, gate) && total_length(pkt) <= line->mtu;
+	return is_line_valid(line) && total_length(pkt) <= line->mtu;
 }
 
 /*
@@ -211,11 +209,10 @@ __noinline __u32 copy_plain6(struct __sk_buff *skb, __u32 index)
 static __always_inline bool can_copy(struct __sk_buff *skb, __u32 index, const bool ipv6)
 {
 	const struct line *line = bpf_map_lookup_elem(&lines, &index);
-	const struct gate *gate = get_gate();
 	struct rewrite rw;
 	struct pkt pkt;
 
-	return gate && line && locate_plain(skb, &pkt, ipv6) && serves(line, &pkt, gate) &&
+	return line && locate_plain(skb, &pkt, ipv6) && serves(line, &pkt) &&
 	       fill_plain_rewrite(&pkt, line, index, ipv6, &rw);
 }
 
@@ -317,11 +314,10 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 {
 	__u32 index = entry & ENTRY_INDEX, kind = entry & ~ENTRY_INDEX;
 	struct copies copies = {.receivers = 1, .ipv6 = ipv6};
-	const struct gate *gate = get_gate();
 	const struct rule *rule;
 	struct line *line;
 
-	if (kind == ENTRY_RULE || !gate || !is_plain(skb, pkt, gate, ipv6))
+	if (kind == ENTRY_RULE || !is_plain(skb, pkt, ipv6))
 		return ACTION_SLOW;
 	if (kind == ENTRY_BALANCE || kind == ENTRY_REPLICATE) {
 		rule = bpf_map_lookup_elem(&rules, &index);
@@ -342,7 +338,7 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 		return leave_copies(copies);
 	}
 	line = bpf_map_lookup_elem(&lines, &index);
-	return line && serves(line, pkt, gate) ? send_plain(skb, pkt, line, index, ipv6) : ACTION_SLOW;
+	return line && serves(line, pkt) ? send_plain(skb, pkt, line, index, ipv6) : ACTION_SLOW;
 }
 
 /*
@@ -352,9 +348,8 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 static __always_inline int leave_stranger(const struct pkt *pkt, const bool ipv6)
 {
 	const void *source = ipv6 ? (void *)&pkt->ip6->saddr : (void *)&pkt->ip->saddr;
-	const struct trace *trace = get_trace();
 
-	if (features.any_port || (trace && trace->until))
+	if (features.any_port || tracing.until)
 		return ACTION_SLOW;
 	return features.origins && find_origin(source, pkt->udp->source, ipv6) ? ACTION_SLOW : TC_ACT_UNSPEC;
 }
@@ -405,7 +400,7 @@ static __always_inline int fast(struct __sk_buff *skb)
 
 	if (!locate_plain(skb, &pkt, false))
 		return ACTION_SLOW;
-	protocol = *(const __be16 *)&pkt.eth->h_proto;
+	protocol = ((const __be16 *)pkt.ip)[-1]; /* of the Ethernet header, as one word */
 	if (protocol == bpf_htons(ETH_P_IP))
 		return fast_ipv4(skb, &pkt);
 	if (features.ipv6 && protocol == bpf_htons(ETH_P_IPV6))

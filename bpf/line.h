@@ -9,9 +9,9 @@
 #define LINES_PER_SECOND 10 /* how often a next hop is asked for without the lease */
 
 /* Returns true while a line may be used. */
-static __always_inline bool is_line_valid(const struct line *line, const struct gate *gate)
+static __always_inline bool is_line_valid(const struct line *line)
 {
-	return line->epoch == current_epoch(gate) && (__s32)(line->until - (__u32)bpf_jiffies64()) > 0;
+	return line->epoch == current_epoch() && (__s32)(line->until - (__u32)bpf_jiffies64()) > 0;
 }
 
 /*

@@ -73,7 +73,6 @@ static __always_inline const struct rule *answered_rule(const struct pkt *pkt, _
  */
 static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 {
-	const struct gate *gate = get_gate();
 	struct xmit *xmit = get_xmit();
 	const struct rule *rule;
 	bool is_answer = false;
@@ -81,9 +80,9 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	struct pkt pkt;
 	int action;
 
-	if (!xmit || !gate)
+	if (!xmit)
 		return TC_ACT_UNSPEC;
-	xmit->epoch = current_epoch(gate);
+	xmit->epoch = current_epoch();
 	if (skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC && (action = resume_recirculated(skb, l2)) != ACTION_NONE)
 		return action;
 	switch (parse(skb, l2, &pkt)) {
@@ -141,13 +140,16 @@ __noinline int slow(struct __sk_buff *skb)
 SEC("tc")
 int udplb(struct __sk_buff *skb)
 {
-	int action = features.dry_run ? ACTION_SLOW : fast(skb);
+	int action = fast(skb);
 
+	/* all actions of the kernel are smaller */
+	if (action < ACTION_SLOW)
+		return action;
 	if (action == ACTION_COPY)
 		action = copy_to_all(skb);
 	if (action == ACTION_SLOW)
 		action = slow(skb);
-	if (forwards_errors() && action == ACTION_ERROR)
+	if (action == ACTION_ERROR && forwards_errors())
 		action = forward_error(skb);
 	return action == ACTION_RARE ? slowpath_ethernet(skb) : action;
 }

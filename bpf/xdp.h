@@ -38,8 +38,8 @@ static __always_inline void count_xdp_sent(void)
 }
 
 /* Returns the line of the upstream of a plain datagram; NULL unless XDP may send it there. */
-static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry, const struct gate *gate,
-					     const struct device *device, __u32 *index)
+static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry, const struct device *device,
+					     __u32 *index)
 {
 	const struct rule *rule;
 	struct line *line;
@@ -58,7 +58,7 @@ static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry,
 		return NULL;
 	}
 	line = bpf_map_lookup_elem(&lines, index);
-	if (!line || !serves(line, pkt, gate) || !(device->generic || line->takes_frames))
+	if (!line || !serves(line, pkt) || !(device->generic || line->takes_frames))
 		return NULL;
 	return line;
 }
@@ -69,15 +69,14 @@ static __always_inline int xdp_deliver(struct xdp_md *xdp, struct pkt *pkt, __u3
 	__u64 bytes = (void *)(long)xdp->data_end - (void *)(long)xdp->data;
 	__u32 ifindex = xdp->ingress_ifindex, index;
 	const struct device *device = bpf_map_lookup_elem(&devices, &ifindex);
-	const struct gate *gate = get_gate();
 	const __be32 *destination;
 	struct rewrite rw;
 	struct line *line;
 
-	if (!entry || !device || !gate || !is_same_mac(pkt->eth->h_dest, device->mac) ||
-	    !is_usual(bytes, pkt, gate, ipv6) || is_partial(pkt, ipv6))
+	if (!entry || !device || !is_same_mac(pkt->eth->h_dest, device->mac) || !is_usual(bytes, pkt, ipv6) ||
+	    is_partial(pkt, ipv6))
 		return XDP_PASS;
-	line = xdp_line(pkt, entry, gate, device, &index);
+	line = xdp_line(pkt, entry, device, &index);
 	if (!line)
 		return XDP_PASS;
 	destination = fill_plain_rewrite(pkt, line, index, ipv6, &rw);

@@ -178,7 +178,7 @@ fn build_in(
     rodata.tuning = keys.tuning();
     rodata.flow_settings = flow_settings(&draft.desired, &tables)?;
     share(&mut skeleton, &state)?;
-    skeleton.maps.tracing.reuse_fd(state.tracing.as_fd())?;
+    skeleton.maps.bss_tracing.reuse_fd(state.tracing.as_fd())?;
     skeleton.maps.events.reuse_fd(state.events.as_fd())?;
     let mut skeleton = load(skeleton)?;
     if state.sequences.is_none() {
@@ -322,7 +322,7 @@ pub fn dry_run_program(
     share(&mut skeleton, &state)?;
     let skeleton = load(skeleton)?;
     let trace = types::trace { until: u64::MAX, frames: 1, ..Default::default() };
-    skeleton.maps.tracing.update(&0_u32.to_ne_bytes(), bytes_of(&trace), MapFlags::ANY)?;
+    skeleton.maps.bss_tracing.update(&0_u32.to_ne_bytes(), bytes_of(&trace), MapFlags::ANY)?;
     Ok(DryRunProgram {
         program: skeleton.progs.udplb.as_fd().try_clone_to_owned()?,
         events: MapHandle::try_from(&skeleton.maps.events)?,
@@ -335,7 +335,7 @@ fn share(skeleton: &mut OpenUdplbSkel<'_>, state: &StateMaps) -> anyhow::Result<
     skeleton.maps.counters.reuse_fd(state.counters.outer().as_fd())?;
     skeleton.maps.nexthops.reuse_fd(state.nexthops.outer().as_fd())?;
     skeleton.maps.heartbeat.reuse_fd(state.heartbeat.as_fd())?;
-    skeleton.maps.gate.reuse_fd(state.gate.map().as_fd())?;
+    skeleton.maps.bss_gate.reuse_fd(state.gate.map().as_fd())?;
     skeleton.maps.overrides.reuse_fd(state.overrides.map().as_fd())?;
     skeleton.maps.fragments.reuse_fd(state.fragments.as_fd())?;
     skeleton.maps.fragment_ring.reuse_fd(state.fragment_ring.as_fd())?;

@@ -61,7 +61,9 @@ pub fn ensure(
             _ => None,
         };
         let mut definitions = skeleton.open_object().maps();
-        let definition = definitions.find(|map| map.name() == name);
+        // a section's name ends in the name of its variable: `.bss.gate`
+        let definition = definitions
+            .find(|map| map.name().to_str().and_then(|it| it.rsplit('.').next()) == Some(name));
         let definition = definition.with_context(|| format!("the object has no map {name}"))?;
         ensure_map(&state, name, &definition, chunk.as_ref().map(AsFd::as_fd)).map(Some)
     });

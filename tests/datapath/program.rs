@@ -184,7 +184,7 @@ impl<'object> Program<'object> {
     }
 
     fn change_gate(&self, change: impl FnOnce(&mut types::gate)) {
-        let map = &self.skeleton.maps.gate;
+        let map = &self.skeleton.maps.bss_gate;
         let bytes = map.lookup(&[0; 4], MapFlags::ANY).expect("a lookup");
         let mut gate: types::gate = bytes.and_then(|bytes| from_bytes(&bytes)).expect("a gate");
         change(&mut gate);
@@ -540,7 +540,7 @@ impl<'object> Program<'object> {
     /// Begins a trace.
     pub fn trace(&self) {
         let trace = types::trace { until: u64::MAX, ..Default::default() };
-        write(&self.skeleton.maps.tracing, 0, bytes_of(&trace));
+        write(&self.skeleton.maps.bss_tracing, 0, bytes_of(&trace));
         self.advance();
     }
 
