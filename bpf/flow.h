@@ -789,7 +789,7 @@ static __always_inline bool is_flow_port(__be16 port)
 /* Returns the index of the answers of an upstream, or of those of none. */
 static __always_inline __u32 answers_of(const struct upstream *upstream)
 {
-	return upstream && upstream->answers ? upstream->answers : flow_settings.orphans;
+	return upstream && upstream->linked ? upstream->linked : flow_settings.orphans;
 }
 
 static __always_inline __u32 flow_of_answer(bool is_packet, const bool ipv6)

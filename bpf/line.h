@@ -62,7 +62,8 @@ __noinline __u32 fill_line(__u32 length, __u32 ipv6)
 	line = bpf_map_lookup_elem(&lines, &index);
 	upstream = bpf_map_lookup_elem(&upstreams, &index);
 	until = line_expiry(xmit);
-	if (!line || !upstream || !until || is_tunnel(xmit))
+	/* the fast path replaces no source port */
+	if (!line || !upstream || !until || is_tunnel(xmit) || xmit->rewrite.source_port)
 		return 0;
 	line->until = until;
 	line->ifindex = xmit->hop.ifindex;

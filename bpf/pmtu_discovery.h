@@ -105,6 +105,14 @@ static __always_inline bool is_key_of_rule(const __be32 *address, __be16 port, b
 	return lookup_rule(address, port, ipv6) || (features.any_port && lookup_rule(address, 0, ipv6));
 }
 
+/* Returns true for an address of this host. */
+static __always_inline bool is_own_address(const __be32 *address)
+{
+	const __u32 *kind = bpf_map_lookup_elem(&own, address);
+
+	return kind && *kind == OWN_ADDRESS;
+}
+
 /*
  * Returns true if the quoted packet is one that a rule sends: from one of its addresses to one of its
  * upstreams.
@@ -127,6 +135,8 @@ static __always_inline bool is_forwarded_flow(struct icmp_report *report, bool i
 	if (!destination)
 		return false;
 	if (destination->sources & 1 << SOURCE_VIP && is_vip)
+		return true;
+	if (features.sources && destination->sources & 1 << SOURCE_FIXED && is_own_address(report->source))
 		return true;
 	upstream.id = destination->upstream;
 	__builtin_memcpy(upstream.address, report->destination.address, sizeof(upstream.address));

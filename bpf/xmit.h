@@ -139,6 +139,19 @@ static __always_inline void fill_answer(const struct pkt *pkt, const struct upst
 		rw->destination[0] = pkt->ip->daddr;
 }
 
+/* Fills in the source that the configuration names. Returns false if it is missing. */
+static __always_inline bool fill_fixed_source(const struct upstream *upstream, struct rewrite *rw)
+{
+	__u32 index = upstream->linked;
+	const struct upstream *source = bpf_map_lookup_elem(&upstreams, &index);
+
+	if (!source)
+		return false;
+	__builtin_memcpy(rw->source, source->address, sizeof(rw->source));
+	rw->source_port = source->port;
+	return true;
+}
+
 /* Returns true if the flow has the new headers. In a dry run a new one is not made, and has none. */
 static __always_inline bool uses_flow(const struct upstream *upstream)
 {
@@ -168,6 +181,8 @@ static __always_inline bool fill_rewrite(struct __sk_buff *skb, const struct pkt
 	__builtin_memcpy(rw->destination, upstream->address, sizeof(rw->destination));
 	rw->port = upstream->port;
 	rw->source_port = 0;
+	if (features.sources && upstream->source == SOURCE_FIXED)
+		return fill_fixed_source(upstream, rw);
 	if (upstream->source == SOURCE_EGRESS || (features.flows && upstream->source == SOURCE_FLOW))
 		return egress_address(upstream, rw->source);
 	if (pkt->is_ipv6)

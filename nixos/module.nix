@@ -75,11 +75,18 @@ let
       description = ''port range "first-last"'';
     }
   );
-  source = types.enum [
-    "vip"
-    "preserve"
-    "egress"
-  ];
+  # Which address and port it is, `udplb check` finds.
+  source =
+    types.either
+      (types.enum [
+        "vip"
+        "preserve"
+        "egress"
+      ])
+      (types.strMatching "[[:xdigit:].:]*[.:][[:xdigit:].:]*|\\[[[:xdigit:].:]+]:[0-9]{1,5}")
+    // {
+      description = "one of \"vip\", \"preserve\", \"egress\", an IP address, or ADDRESS:PORT";
+    };
   way = types.enum [
     "link"
     "ipip"
@@ -266,7 +273,7 @@ let
     ]) "modulo" "Mapping from the strategy's key to an upstream. The program's default is `maglev`.";
     source =
       word source "preserve"
-        "Sender that upstreams see: the matched destination (`vip`, the default), the original one (`preserve`) or this host's own address (`egress`).";
+        "Sender that upstreams see: the matched destination (`vip`, the default), the original one (`preserve`), this host's own address (`egress`), or this address, with a port if it is to be another one than the sender's.";
     reply =
       word
         (types.enum [

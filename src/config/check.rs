@@ -39,6 +39,7 @@ pub(super) fn check(decoded: &mut Decoded) {
         senders::check(rule, &mut diagnostics);
         own_key(rule, &mut diagnostics);
         groups(rule, &mut diagnostics);
+        own_source(rule, &mut diagnostics);
         upstream_names(rule, &mut diagnostics);
         // People list an upstream twice as a weight, and the bare list has no other.
         if decoded.root == Root::Map {
@@ -130,7 +131,8 @@ fn families(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
     let from = lists.flat_map(|(at, list)| (0..list.len()).map(move |nth| at.index(nth)));
     let hosts = rule.destinations().filter(|it| matches!(it.address, Host::Address(_)));
     let hosts = hosts.map(|it| it.at.field(words::UPSTREAM_ADDRESS.name));
-    let places: Vec<Path> = is.into_iter().chain(from).chain(hosts).collect();
+    let sources = rule.sources().map(|(at, _)| at);
+    let places: Vec<Path> = is.into_iter().chain(from).chain(hosts).chain(sources).collect();
     for (address, place) in rule.addresses().zip(&places) {
         let other = Family::from(address);
         if other != family {
@@ -168,6 +170,22 @@ fn groups(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
         let message = format!("with `source: vip` the sender would be {address}, which is no host");
         let help = "say `source: preserve` or `source: egress`";
         diagnostics.push(Message::about(&at, message).help(help));
+    }
+}
+
+/// Reports upstreams whose packets would come from their own address: they drop those.
+fn own_source(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
+    for upstream in rule.destinations() {
+        let (Host::Address(address), Some(source)) =
+            (&upstream.address, upstream.source.unwrap_or(rule.source).fixed())
+        else {
+            continue;
+        };
+        if address.ip == source {
+            let message = format!("the source of its packets would be {source}, its own address");
+            let at = upstream.at.field(words::UPSTREAM_ADDRESS.name);
+            diagnostics.push(Message::about(&at, message));
+        }
     }
 }
 

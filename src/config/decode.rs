@@ -15,7 +15,7 @@ use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, Shap
 use super::{
     Action, Announce, Flows, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Period,
     Ports, Reply, RuleConfig, Source, Strategy, StrategyPart, StrategyParts, UpstreamConfig, Via,
-    Xdp, scalar,
+    Xdp, host, scalar,
 };
 
 /// The valid part of a file, and its diagnostics.
@@ -134,6 +134,7 @@ struct Options {
     /// Value of each choice, at its place in [`words::OPTIONS_MAP`].
     choices: [Given<&'static str>; words::OPTIONS_MAP.fields.len()],
     strategy: Given<Strategy>,
+    source: Given<Source>,
     payload: Given<Payload>,
     health: Given<Health>,
     answers: Given<u32>,
@@ -148,6 +149,7 @@ impl Options {
         Options {
             choices,
             strategy: self.strategy.or(defaults.strategy),
+            source: self.source.or(defaults.source),
             payload: self.payload.or(defaults.payload),
             answers: self.answers.or(defaults.answers),
             health: self.health.clone().or(defaults.health.clone()),
@@ -453,7 +455,7 @@ impl Decoder {
             self.warn(at, &message);
         }
         let own_sources = rule.destinations().all(|upstream| upstream.source.is_some());
-        if options.get(&words::SOURCE).is_given() || own_sources || rule.reply != Reply::None {
+        if options.source.is_given() || own_sources || rule.reply != Reply::None {
             return;
         }
         let telemetry = TELEMETRY
@@ -533,10 +535,13 @@ impl Decoder {
     /// Returns the source of outgoing packets: answers that are routed need the client's own, and those of
     /// flows this host's.
     fn source(&self, options: &Options, reply: Reply) -> Option<Source> {
-        match (options.get(&words::SOURCE), reply) {
+        match (options.source, reply) {
             (Given::Missing, Reply::Direct | Reply::Route) => Some(Source::Preserve),
             (Given::Missing, Reply::Nat) => Some(Source::Egress),
-            _ => self.option(options, &words::SOURCE),
+            (Given::Missing, Reply::None) => {
+                variant(words::SOURCE.default_word(self.decoded.root)?)
+            }
+            (given, _) => given.value(),
         }
     }
 
@@ -749,9 +754,9 @@ impl Decoder {
         let not_from = self.senders(&fields, &words::UPSTREAM_NOT_FROM, at);
         let state = self.choice(&fields, &words::UPSTREAM_STATE, at);
         let state = self.settle(state, &words::UPSTREAM_STATE);
-        let source = match self.choice(&fields, &words::UPSTREAM_SOURCE, at) {
+        let source = match self.sender(&fields, &words::UPSTREAM_SOURCE, at) {
             Given::Missing => Some(None),
-            given => given.value().and_then(variant).map(Some),
+            given => given.value().map(Some),
         };
         let via = match self.choice(&fields, &words::UPSTREAM_VIA, at) {
             Given::Missing => Some(None),
@@ -788,6 +793,7 @@ impl Decoder {
             }
         }
         options.strategy = self.strategy(&fields, at);
+        options.source = self.sender(&fields, &words::SOURCE, at);
         if let Some(node) = fields.get(&words::PAYLOAD) {
             let payload = self.payload(node, &at.field(words::PAYLOAD.name));
             options.payload = payload.map_or(Given::Invalid, Given::Valid);
@@ -866,6 +872,23 @@ impl Decoder {
             offset: offset??.try_into().ok()?,
             length: length??.try_into().ok()?,
         })
+    }
+
+    /// Returns the source of outgoing packets: one of the choice's words, or an address.
+    fn sender(
+        &mut self,
+        fields: &Fields<'_, '_>,
+        choice: &'static EnumField,
+        at: &Trail<'_>,
+    ) -> Given<Source> {
+        let Some(node) = fields.get(&choice.field) else { return Given::Missing };
+        let root = self.decoded.root;
+        let source = match &node.content {
+            Content::Text(text) if host::resembles_address(text) => host::source(text),
+            Content::Text(name) => choice.word(name, root).and_then(host::source),
+            _ => scalar::expected(&format!("{}, or an address", choice.list(root)), node),
+        };
+        self.ok(&at.field(choice.field.name), source).map_or(Given::Invalid, Given::Valid)
     }
 
     /// Returns the word of a choice.

@@ -1,7 +1,7 @@
 //! Addresses and host names.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use schemars::JsonSchema;
@@ -11,6 +11,7 @@ use super::diagnostic::Message;
 use super::hint::is_invisible;
 use super::network::Network;
 use super::quote::shorten;
+use super::types::Source;
 use super::vocabulary::ANY;
 
 /// The longest name that `ip link` takes for an interface, in bytes: that of an alternative name,
@@ -162,7 +163,7 @@ macro_rules! as_text {
     )+};
 }
 
-as_text!(Address, KeyAddress, Host, Network);
+as_text!(Address, KeyAddress, Host, Network, Source);
 
 macro_rules! from_ip {
     ($make:expr => $name:ident: $($ip:ty),+) => {$(
@@ -264,6 +265,41 @@ pub(super) fn upstream(text: &str) -> Result<Host, Message> {
         Some(why) => Err(Message::new(why)),
         None => Ok(Host::Address(address)),
     }
+}
+
+/// Parses a word for the source of packets, or its address, with or without a port.
+pub(super) fn source(text: &str) -> Result<Source, Message> {
+    if let Some((_, source)) = Source::WORDS.iter().find(|(word, _)| *word == text) {
+        return Ok(*source);
+    }
+    let endpoint = match (text.parse::<IpAddr>(), text.parse::<SocketAddr>()) {
+        (Ok(address), _) => Some((address, None)),
+        (_, Ok(endpoint)) => Some((endpoint.ip(), Some(endpoint.port()))),
+        _ => None,
+    };
+    let Some((address, port)) = endpoint else {
+        let message = format!("`{}` is neither a word for a source nor an address", shorten(text));
+        let help = "an address is `10.0.0.9`, one with a port `\"10.0.0.9:9995\"` or \
+                    `\"[2001:db8::9]:9995\"`";
+        return Err(Message::new(message).help(help));
+    };
+    let why = match address {
+        _ if port == Some(0) => Some("0 is not a port (1 to 65535)".into()),
+        IpAddr::V6(address) if address.is_unicast_link_local() => {
+            Some(format!("{address} is a link-local address, which no router forwards"))
+        }
+        _ => upstream_refusal(&address.into())
+            .map(|_| format!("{address} cannot be a source: it is not the address of one host")),
+    };
+    match why {
+        Some(why) => Err(Message::new(why)),
+        None => Ok(Source::Fixed { address, port }),
+    }
+}
+
+/// Returns true for text that is meant as an address rather than a word.
+pub(super) fn resembles_address(text: &str) -> bool {
+    text.contains(['.', ':']) || text.starts_with(|first: char| first.is_ascii_digit())
 }
 
 fn is_link_local(address: &IpAddr) -> bool {

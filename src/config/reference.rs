@@ -118,6 +118,9 @@ fn value(field: &Field, root: Root) -> String {
         Shape::ChoiceOrList(choice, parts) => {
             format!("{}, or list of {}", list(choice.words), list(parts))
         }
+        Shape::ChoiceOrEndpoint(choice) => {
+            format!("{}, IP address, or `ADDRESS:PORT`", list(choice.usable(root)))
+        }
         Shape::Text => "text".into(),
         Shape::WordsOrMap(words, _) => {
             let words = words.iter().map(|word| format!("`{word}`, "));
@@ -131,7 +134,9 @@ fn value(field: &Field, root: Root) -> String {
 /// Describes what holds where a field is missing.
 fn default(field: &Field, root: Root) -> String {
     let word = match field.shape {
-        Shape::Choice(choice) | Shape::ChoiceOrList(choice, _) => choice.default_word(root),
+        Shape::Choice(choice)
+        | Shape::ChoiceOrList(choice, _)
+        | Shape::ChoiceOrEndpoint(choice) => choice.default_word(root),
         _ => None,
     };
     match (word, field.default) {

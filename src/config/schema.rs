@@ -69,6 +69,11 @@ fn property(field: &Field, root: Root) -> Value {
             { "enum": choice.words },
             { "type": "array", "items": { "enum": words }, "minItems": 2, "uniqueItems": true },
         ] }),
+        Shape::ChoiceOrEndpoint(choice) => {
+            let with_port = r"^(\[[0-9a-fA-F.:]+\]|[0-9.]+):[0-9]{1,5}$";
+            let with_port = json!({ "type": "string", "pattern": with_port });
+            json!({ "anyOf": [{ "enum": choice.usable(root) }, address(), with_port] })
+        }
         Shape::Map(table) => map(table, root),
         Shape::Maps(table) => json!({ "type": "array", "items": map(table, root) }),
         Shape::Text => json!({ "type": "string" }),
@@ -77,7 +82,8 @@ fn property(field: &Field, root: Root) -> Value {
         }
     };
     value["description"] = field.about.into();
-    if let Shape::Choice(choice) | Shape::ChoiceOrList(choice, _) = field.shape
+    if let Shape::Choice(choice) | Shape::ChoiceOrList(choice, _) | Shape::ChoiceOrEndpoint(choice) =
+        field.shape
         && let Some(word) = choice.default_word(root)
     {
         value["default"] = word.into();

@@ -2,16 +2,17 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::str::FromStr;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::health::{AllDown, Health};
-use super::host::{Family, Host, KeyAddress, with_port};
+use super::host::{self, Family, Host, KeyAddress, with_port};
 use super::network::{Network, deciding};
 use super::path::Path;
 use super::period::Period;
-use super::vocabulary::ANY;
+use super::vocabulary::{self as words, ANY};
 
 /// Treatment of the matched packet on this host, after a copy or the packet itself was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -252,7 +253,7 @@ pub enum Addresses {
 
 /// Source address of packets to the upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(into = "String", try_from = "String")]
 pub enum Source {
     /// The destination address that the packet matched.
     Vip,
@@ -260,6 +261,44 @@ pub enum Source {
     Preserve,
     /// This host's, on the way to the upstream.
     Egress,
+    /// An address of the configuration. The port is in host byte order; none: the sender's own.
+    Fixed { address: IpAddr, port: Option<u16> },
+}
+
+impl Source {
+    /// The words of a file.
+    pub const WORDS: [(&str, Source); 3] =
+        [("vip", Source::Vip), ("preserve", Source::Preserve), ("egress", Source::Egress)];
+
+    /// Returns the address of the configuration.
+    pub fn fixed(self) -> Option<IpAddr> {
+        match self {
+            Source::Fixed { address, .. } => Some(address),
+            Source::Vip | Source::Preserve | Source::Egress => None,
+        }
+    }
+}
+
+/// `vip`, `10.0.0.9` or `10.0.0.9:9995`
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Source::Fixed { address, port: Some(port) } => f.write_str(&with_port(address, port)),
+            Source::Fixed { address, port: None } => address.fmt(f),
+            word => {
+                let word = Source::WORDS.iter().find(|(_, source)| source == word);
+                f.write_str(word.map_or("", |(word, _)| word))
+            }
+        }
+    }
+}
+
+impl FromStr for Source {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Source, String> {
+        host::source(text).map_err(|message| message.text)
+    }
 }
 
 /// Way of the upstreams' answers to the clients.
@@ -520,7 +559,20 @@ impl RuleConfig {
             Host::Address(address) => Some(address.ip),
             Host::Name(_) => None,
         });
-        key.into_iter().chain(from).chain(hosts)
+        let sources = self.sources().map(|(_, address)| address);
+        key.into_iter().chain(from).chain(hosts).chain(sources)
+    }
+
+    /// Returns the sources that are addresses: the rule's and those of its destinations, with their places.
+    pub fn sources(&self) -> impl Iterator<Item = (Path, IpAddr)> {
+        let of_rule = self.source.fixed().map(|address| {
+            (self.at.field(words::OPTIONS.name).field(words::SOURCE.field.name), address)
+        });
+        let own = self.destinations().filter_map(|upstream| {
+            let address = upstream.source?.fixed()?;
+            Some((upstream.at.field(words::UPSTREAM_SOURCE.field.name), address))
+        });
+        of_rule.into_iter().chain(own)
     }
 }
 

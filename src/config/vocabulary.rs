@@ -4,7 +4,7 @@
 use super::diagnostic::Message;
 use super::hint::nearest;
 use super::quote::shorten;
-use super::{Payload, Period, StrategyPart};
+use super::{Payload, Period, Source, StrategyPart};
 
 /// The address or port of a key that matches all.
 pub const ANY: &str = "any";
@@ -76,6 +76,8 @@ pub enum Shape {
     Choice(&'static EnumField),
     /// One of some words, or a list of these; in a bare list a word.
     ChoiceOrList(&'static EnumField, &'static [&'static str]),
+    /// One of the words, or an IP address with or without a port.
+    ChoiceOrEndpoint(&'static EnumField),
     /// Any text.
     Text,
     /// One of some words, or a map.
@@ -189,6 +191,11 @@ impl EnumField {
         let in_list = self.field.in_list;
         let choice = self.in_list(&[], default);
         EnumField { field: Field { in_list, ..choice.field }, ..choice }
+    }
+
+    /// `this` is the static that is being defined. Its value can be an address too.
+    const fn or_endpoint(self, this: &'static EnumField) -> EnumField {
+        EnumField { field: Field { shape: Shape::ChoiceOrEndpoint(this), ..self.field }, ..self }
     }
 
     /// Another field's value holds where this one is missing.
@@ -308,8 +315,8 @@ pub static MODE: EnumField = EnumField::new(
 )
 .default("balance")
 .example("replicate");
-const SOURCES: &[&str] = &["vip", "preserve", "egress"];
-pub static SOURCE: EnumField = EnumField::new(&SOURCE, "source", SOURCES, "Sender that the upstream sees: the address that the packet was sent to (`vip`), the packet's sender (`preserve`), or this host's address on the way to the upstream (`egress`).").default("vip").example("preserve");
+const SOURCES: &[&str] = &[Source::WORDS[0].0, Source::WORDS[1].0, Source::WORDS[2].0];
+pub static SOURCE: EnumField = EnumField::new(&SOURCE, "source", SOURCES, "Sender that the upstream sees: the address that the packet was sent to (`vip`), the packet's sender (`preserve`), this host's address on the way to the upstream (`egress`), or an address of your own, with a port if the sender's is to be replaced too.").or_endpoint(&SOURCE).default("vip").example("preserve");
 pub static REPLY: EnumField = EnumField::new(&REPLY, "reply", &["none", "direct", "route", "nat"], "Way of the upstreams' answers. `direct`: packets keep their destination, and the upstreams, which have that address too, answer the client themselves. `route`: the upstreams see the client and route their answers through a host with this rule, where they get the address and port as source that the client had sent to. `nat`: the upstreams see this host, with a port of its own for each client, and answer to it; they need nothing for that. All need `tc_action: block` and `mode: balance`; `nat` needs `source: egress`, the others `source: preserve`, their defaults then.").default("none").example("route");
 const WAYS: &[&str] = &["link", "ipip", "gue"];
 pub static VIA: EnumField = EnumField::new(&VIA, "via", WAYS, "With `reply: direct`: the packet goes to the upstream by its MAC address (`link`, in one network), in an IP header (`ipip`), or in a UDP header to port 6080 (`gue`).").inherits("none, and `reply: direct` needs one").example("gue");
@@ -480,6 +487,7 @@ pub static UPSTREAM_SOURCE: EnumField = EnumField::new(
     SOURCES,
     "Sender that this upstream sees, as in `options`.",
 )
+.or_endpoint(&UPSTREAM_SOURCE)
 .inherits("that of the rule")
 .example("egress");
 pub static UPSTREAM_VIA: EnumField =

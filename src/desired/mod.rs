@@ -392,6 +392,7 @@ impl Desired {
         let senders = match (rule.source_of(upstream), rule.key.address) {
             _ if matches!(rule.via_of(upstream), Some(Via::Ipip | Via::Gue)) => Senders::Own,
             (Source::Egress, _) => Senders::Own,
+            (Source::Fixed { address, .. }, _) => Senders::Among(vec![address.into()]),
             (Source::Preserve, _) => Senders::Among(rule.key.from.clone()),
             (Source::Vip, KeyAddress::Is(address)) => Senders::Among(vec![address.into()]),
             (Source::Vip, KeyAddress::Any) => {

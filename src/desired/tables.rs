@@ -57,6 +57,7 @@ impl Tables {
         tables.answers = answers(desired, ids);
         tables.answer_entries(desired, ids);
         tables.orphans(desired);
+        tables.source_entries(desired);
         // last, since they repeat upstreams
         tables.keys(desired);
         tables.features = features(desired, &tables);
@@ -84,7 +85,7 @@ impl Tables {
                         let source = types::source::SOURCE_FLOW_VIP;
                         self.upstreams.push(types::upstream { source, ..answers });
                         let asked = &mut self.upstreams[place as usize];
-                        asked.answers = entry;
+                        asked.linked = entry;
                         self.indexes.push((asked.id, place));
                     }
                 }
@@ -127,6 +128,25 @@ impl Tables {
             line: self.orphans,
             ..Default::default()
         });
+    }
+
+    /// Appends an entry for each source that is an address, and links the upstreams that have it.
+    fn source_entries(&mut self, desired: &Desired) {
+        let mut entries = HashMap::new();
+        let hosts = desired
+            .rules
+            .iter()
+            .flat_map(|rule| rule.destinations().map(move |upstream| rule.source_of(upstream)));
+        for (place, source) in hosts.enumerate() {
+            let Source::Fixed { address, port } = source else { continue };
+            self.upstreams[place].linked = *entries.entry(source).or_insert_with(|| {
+                let line = self.upstreams.len() as u32;
+                let port = port.unwrap_or(0).to_be();
+                let address = wire(address);
+                self.upstreams.push(types::upstream { address, port, line, ..Default::default() });
+                line
+            });
+        }
     }
 
     /// Returns a rule's value for a key that is no group's and has one rule for all senders.
@@ -190,7 +210,7 @@ impl Tables {
                 duplicate: duplicate(upstream),
                 sample: upstream.sample,
                 rule: rule_index,
-                answers: 0,
+                linked: 0,
                 line,
             }
         }));
@@ -261,9 +281,14 @@ impl Tables {
         let rule = &self.rules[index as usize];
         let slow = flags::RULE_OF_GROUP.0 | flags::RULE_SOCKETS.0 | flags::RULE_FLOWS.0;
         let first = rule.first_receiver;
-        // the fast path finds lines by the index of the upstream
+        // the fast path finds lines by the index of the upstream, and replaces no source port
         let is_slow = |(index, receiver): (u32, &types::upstream)| {
-            receiver.sample > 1 || receiver.line != index
+            receiver.sample > 1 || receiver.line != index || self.has_source_port(receiver)
+        };
+        let is_only_slow = || {
+            self.upstreams
+                .get(rule.first_upstream as usize)
+                .is_some_and(|it| self.has_source_port(it))
         };
         let receivers = || (first..).zip(self.upstreams.iter().skip(first as usize));
         let has_slow = || receivers().take(rule.receivers.into()).any(is_slow);
@@ -276,11 +301,17 @@ impl Tables {
             (1.., _) if rule.flags.0 & flags::RULE_REPLICATES.0 != 0 && !has_slow() => {
                 (entries::ENTRY_REPLICATE, index)
             }
-            (0, 1) => (fast, rule.first_upstream),
+            (0, 1) if !is_only_slow() => (fast, rule.first_upstream),
             (0, 2..) if !reads_payload(rule) => (entries::ENTRY_BALANCE, index),
             _ => (entries::ENTRY_RULE, index),
         };
         kind.0 | index
+    }
+
+    /// Returns true if packets to an upstream leave from a port that the configuration names.
+    fn has_source_port(&self, upstream: &types::upstream) -> bool {
+        upstream.source == types::source::SOURCE_FIXED
+            && self.upstreams[upstream.linked as usize].port != 0
     }
 }
 
@@ -541,6 +572,7 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
         origins: (!tables.origins.is_empty()).into(),
         direct: any(&|rule| rule.reply == Reply::Direct),
         tunnels: any(&|rule| rule.upstreams.iter().any(|it| is_tunnel(rule.via_of(it)))),
+        sources: any(&|rule| rule.destinations().any(|it| rule.source_of(it).fixed().is_some())),
         flows: any(&|rule| rule.reply == Reply::Nat),
         ..Default::default()
     }
@@ -636,6 +668,7 @@ fn source(source: Source) -> types::source {
         Source::Vip => types::source::SOURCE_VIP,
         Source::Preserve => types::source::SOURCE_PRESERVE,
         Source::Egress => types::source::SOURCE_EGRESS,
+        Source::Fixed { .. } => types::source::SOURCE_FIXED,
     }
 }
 

@@ -80,7 +80,24 @@ impl<'a> Candidate<'a> {
         findings.extend(self.answers_taken(kernel));
         findings.extend(self.unseen(links, kernel));
         findings.extend(self.unannounced(links));
+        findings.extend(self.foreign_sources(addresses));
         findings
+    }
+
+    /// Returns warnings about sources that are no addresses of this host, each once.
+    fn foreign_sources(self, addresses: &[OwnAddress]) -> Vec<Message> {
+        let mut seen: BTreeSet<IpAddr> = addresses.iter().map(|own| own.address).collect();
+        let sources = self.config.rules.iter().flat_map(RuleConfig::sources);
+        let foreign = sources.filter(|(_, address)| seen.insert(*address));
+        foreign
+            .map(|(at, address)| {
+                let message = format!(
+                    "{address} is no address of this host: routers that check the way back (uRPF) drop packets \
+                     from it, and ICMP errors about them go elsewhere"
+                );
+                Message::about(&at, message).help(format!("ip addr add {address} dev IFACE"))
+            })
+            .collect()
     }
 
     /// Returns warnings about interfaces of `announce` that are missing or down, and about an announcement

@@ -177,6 +177,24 @@ fn missing_listener_is_a_conditional_warning() {
 }
 
 #[test]
+fn source_of_another_host_is_named_by_plan_apply_and_doctor() {
+    let lab = Lab::new();
+    let blocking = json!({ "tc_action": "block", "source": "10.2.0.9:9995" });
+    let relay = rule("relay", 5000, blocking, &[json!({ "address": UPSTREAMS[0] })]);
+    let file = lab.write(&config(&[relay])).display().to_string();
+    let foreign = "10.2.0.9 is no address of this host";
+    for command in ["plan", "apply --dry-run", "apply"] {
+        let answer = lab.run(&format!("{command} {file}")).expect(0);
+        answer.says(&["rules[0].options.source", foreign, "uRPF"]);
+    }
+    let report = lab.run("doctor").stdout;
+    assert!(report.contains(foreign), "{report}");
+    lab.relay.ip("addr add 10.2.0.9/32 dev up0");
+    let report = lab.run("doctor").stdout;
+    assert!(!report.contains(foreign), "{report}");
+}
+
+#[test]
 fn blocked_listener_is_named_by_plan_apply_and_doctor() {
     let lab = Lab::new();
     let _listener = bind(&lab.relay, RELAY, 5000);

@@ -640,7 +640,9 @@ fn schema_has_every_word() {
     assert_eq!(options["tc_action"]["default"], "pass");
     assert_eq!(options["payload"]["anyOf"][0]["enum"][6], "radius-id");
     let upstream = &rule["upstream"]["items"]["properties"];
-    assert_eq!(upstream["source"]["enum"], serde_json::json!(["vip", "preserve", "egress"]));
+    let sources = &upstream["source"]["anyOf"];
+    assert_eq!(sources[0]["enum"], serde_json::json!(["vip", "preserve", "egress"]));
+    assert!(sources[2]["pattern"].is_string(), "an address with a port");
     assert_eq!(upstream["source"]["default"], serde_json::Value::Null);
     assert_eq!(upstream["weight"]["maximum"], 10_000);
     assert_eq!(rule["mirror"]["items"]["properties"]["weight"], serde_json::Value::Null);

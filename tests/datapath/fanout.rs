@@ -2,7 +2,7 @@
 //! to socket.
 
 use std::collections::HashSet;
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use serde_json::{Value, json};
 
@@ -238,6 +238,61 @@ fn mirrors_get_copies_beside_upstream_and_host() {
             expect_silence_of([&balanced[0], &balanced[1], &all, &sampled, &egress, &here]);
         }
     }
+}
+
+/// The address is another one than the way's, and belongs to this host. Two receivers on one host tell the copies
+/// apart by their ports; arpd leaves the source alone.
+#[test]
+fn named_sources_are_seen() {
+    let lab = Lab::dual(false, false);
+    let named = [(V4, "10.9.0.9", 32), (V6, "2001:db8:9::9", 128)];
+    for (_, address, prefix) in named {
+        lab.relay.ip(&format!("addr add {address}/{prefix} dev up0"));
+        let family = if address.contains(':') { "-6" } else { "-4" };
+        lab.upstream.ip(&format!("{family} route add {address} dev eth0"));
+    }
+    let rules = named.map(|(net, address, _)| {
+        let address: IpAddr = address.parse().expect("an address");
+        let with_port = SocketAddr::new(address, 9995).to_string();
+        replicate(
+            &net,
+            &[
+                receiver("address", net.upstreams[0], 7000, &address.to_string()),
+                receiver("port", net.upstreams[0], 7001, &with_port),
+                receiver("last", net.upstreams[1], 7000, &with_port),
+            ],
+        )
+    });
+    lab.apply(&config(&rules.concat()));
+    let check = |lengths: [usize; 2]| {
+        for (net, address, _) in named {
+            let sender = bind(&lab.client, net.clients[0], 0);
+            let receivers = [(0, 7000), (0, 7001), (1, 7000)]
+                .map(|(host, port)| bind(&lab.upstream, net.upstreams[host], port));
+            let address: IpAddr = address.parse().expect("an address");
+            let ports = [own(&sender).port(), 9995, 9995];
+            for (port, action) in ACTIONS {
+                let here = bind(&lab.relay, net.key, port);
+                // the longer one comes in fragments; the second packet takes the fast path
+                for length in lengths.into_iter().chain(lengths) {
+                    let payload = payload(length);
+                    sender.send_to(&payload, (net.key, port)).expect("sent");
+                    for (receiver, port) in receivers.iter().zip(ports) {
+                        expect(receiver, &payload, SocketAddr::new(address, port), TTL - 1);
+                    }
+                    if action == "pass" {
+                        expect(&here, &payload, own(&sender), TTL);
+                    }
+                }
+            }
+            expect_silence_of(&receivers);
+        }
+    };
+    check([100, 4000]);
+    lab.run("arpd --once").expect(0);
+    check([101, 4001]);
+    let answer = lab.run(&format!("get {}:5666 {RELAY}:5001", CLIENTS[0])).expect(0).stdout;
+    assert!(answer.contains("10.9.0.9:9995"), "{answer}");
 }
 
 #[test]

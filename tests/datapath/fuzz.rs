@@ -245,7 +245,7 @@ fn program_sends_to_64_receivers() {
                 IpAddr::V4(_) => WAYS.iter().map(|way| way.0).chain([NO_ROUTE.into()]).collect(),
                 IpAddr::V6(_) => WAYS6.iter().map(|way| way.0).chain([NO_ROUTE6]).collect(),
             };
-            let sources = [Source::Vip, Source::Preserve, Source::Egress];
+            let sources = [Source::Vip, Source::Preserve, Source::Egress, named(target, 5)];
             let receivers: Vec<Upstream> = (0..64)
                 .map(|number: u16| {
                     let at = usize::from(number);
@@ -482,6 +482,8 @@ fn any_scenario(target: Target) -> impl Strategy<Value = Scenario> {
         if group { Source::Preserve } else { Source::Vip },
         Source::Preserve,
         Source::Egress,
+        named(target, None),
+        named(target, 9995),
     ]);
     let mode = one_of([Mode::Balance, Mode::Replicate]);
     let fragments = usually(Fragments::Follow, one_of([Fragments::Pass, Fragments::Drop]));
@@ -507,6 +509,15 @@ fn any_scenario(target: Target) -> impl Strategy<Value = Scenario> {
             },
         );
     (rule, usually(false, Just(true))).prop_map(|(rule, held)| Scenario { rule, held })
+}
+
+/// Returns a source that the configuration names, with or without a port.
+fn named(target: Target, port: impl Into<Option<u16>>) -> Source {
+    let address = match target.address {
+        IpAddr::V4(_) => [10, 0, 2, 9].into(),
+        IpAddr::V6(_) => Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 9).into(),
+    };
+    Source::Fixed { address, port: port.into() }
 }
 
 fn any_upstream(target: Target) -> impl Strategy<Value = Upstream> {

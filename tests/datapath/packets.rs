@@ -99,6 +99,29 @@ fn kernel_route_is_used() {
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
+/// The source is an address of the configuration, with the sender's port or one of its own.
+#[test]
+fn named_source_replaces_the_sender() {
+    let sent = |mac| Sent("forwarded", mac);
+    let named = |port| Source::Fixed { address: OWN.into(), port };
+    let zero = Datagram { checksum: Checksum::Zero, ..datagram() };
+    let own = Source::Fixed { address: NEAR.into(), port: Some(5) };
+    #[rustfmt::skip]
+    let table = [
+        // the source              upstream   packet           fate
+        ("an address",             named(None),      NEAR,      datagram(),      sent(NEAR_MAC)),
+        ("address and port",       named(Some(162)), NEAR,      datagram(),      sent(NEAR_MAC)),
+        ("behind a gateway",       named(Some(162)), FAR,       datagram(),      sent(GATEWAY_MAC)),
+        ("without checksum",       named(Some(162)), NEAR,      zero,            sent(NEAR_MAC)),
+        ("in pieces",              named(Some(162)), NEAR,      of_length(1501), cut_at(NEAR_MAC, 1500)),
+        ("the upstream's own",     own,              NEAR,      datagram(),      Dropped("martian", Under::Upstream)),
+    ];
+    let cases = table.into_iter().flat_map(|(name, source, upstream, packet, fate)| {
+        ACTIONS.map(|action| Case::new(name, rule(action, source, upstream), packet.clone(), fate))
+    });
+    Testbed::with(|testbed| testbed.check_all(cases));
+}
+
 /// Forwarding is off on the ingress interface: user space's next hop is used, and the MAC address comes
 /// from the kernel's neighbour table, which has the gateway but not the silent one.
 #[test]
@@ -500,6 +523,8 @@ fn path_mtu_is_learned_for_each_kind_of_upstream() {
     Testbed::with(|testbed| {
         let context = Context { ifindex: testbed.routing, ..Context::default() };
         let own = |packet| Datagram { source: endpoint(OWN, 5666), ..packet };
+        let named = |address: Ipv4Addr| Source::Fixed { address: address.into(), port: None };
+        let gone_from = |address| Datagram { source: endpoint(address, 5666), ..gone() };
         let key_port = |port| Datagram { destination: endpoint(NEAR, port), ..gone() };
         #[rustfmt::skip]
         let table = [
@@ -510,6 +535,8 @@ fn path_mtu_is_learned_for_each_kind_of_upstream() {
             (Source::Egress,   Some(9995), gone(),                      false),
             (Source::Egress,   None,       own(key_port(PORTS.first)),  true),
             (Source::Preserve, Some(9995), gone(),                      false),
+            (named(OWN),       Some(9995), own(gone()),                 true),
+            (named(OWN),       Some(9995), gone_from(FAR),              false),
         ];
         for (source, port, packet, learned) in table {
             let mut rule = rule(Action::Block, source, NEAR);
@@ -1118,7 +1145,7 @@ fn check_unexpected(
 fn program_loads_with_any_features() {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
     use udplb::bpf::types::features;
-    const SWITCHES: [fn(&mut features) -> &mut u8; 14] = [
+    const SWITCHES: [fn(&mut features) -> &mut u8; 15] = [
         |it| &mut it.ipv6,
         |it| &mut it.any_port,
         |it| &mut it.senders,
@@ -1133,6 +1160,7 @@ fn program_loads_with_any_features() {
         |it| &mut it.tunnels,
         |it| &mut it.flows,
         |it| &mut it.parts,
+        |it| &mut it.sources,
     ];
     let load = |name: &str, on: &dyn Fn(usize) -> bool| {
         let mut object = std::mem::MaybeUninit::uninit();

@@ -389,6 +389,11 @@ impl Host {
             Source::Vip => packet.destination,
             Source::Preserve => packet.source,
             Source::Egress => way.and_then(|way| way.egress).ok_or("no-route")?,
+            Source::Fixed { address, .. } => address,
+        };
+        let source_port = match to.source {
+            Source::Fixed { port, .. } => port,
+            Source::Vip | Source::Preserve | Source::Egress => None,
         };
         let receiver = to.upstream.address.ip;
         // the receiver would get a packet from its own address
@@ -404,7 +409,7 @@ impl Host {
         if (copy || is_cut) && way.macs.is_none() {
             return Ok((Vec::new(), verdict));
         }
-        let frame = packet.rewritten(way.macs, source, to.upstream);
+        let frame = packet.rewritten(way.macs, (source, source_port), to.upstream);
         if copy && !is_cut && frame.len() > self.longest {
             return Err("clone-failed");
         }
@@ -726,8 +731,14 @@ impl Packet {
         (segments as u64, (bytes + (segments - 1) * headers) as u64)
     }
 
-    /// Rewrites the packet for an upstream. All other bytes stay unchanged.
-    fn rewritten(&self, macs: Option<(Mac, Mac)>, source: IpAddr, to: &Upstream) -> Vec<u8> {
+    /// Rewrites the packet for an upstream. All other bytes stay unchanged, and the source port without another
+    /// one.
+    fn rewritten(
+        &self,
+        macs: Option<(Mac, Mac)>,
+        (source, source_port): (IpAddr, Option<u16>),
+        to: &Upstream,
+    ) -> Vec<u8> {
         let mut bytes = self.bytes.clone();
         match macs {
             Some((from, to)) => bytes[..12].copy_from_slice(&[to, from].concat()),
@@ -754,15 +765,19 @@ impl Packet {
         if self.is_later() {
             return bytes;
         }
-        let old_port = word(&self.bytes, self.body + 2).expect("a UDP header");
-        let new_port = to.port.unwrap_or(old_port);
-        bytes[self.body + 2..self.body + 4].copy_from_slice(&new_port.to_be_bytes());
+        let ports = self.body..self.body + 4;
+        let old_ports = &self.bytes[ports.clone()];
+        for (place, port) in [(0, source_port), (2, to.port)] {
+            if let Some(port) = port {
+                bytes[self.body + place..][..2].copy_from_slice(&port.to_be_bytes());
+            }
+        }
+        let new_ports = bytes[ports].to_vec();
         let checksum = word(&self.bytes, self.body + 6).expect("a UDP header");
         // RFC 768: zero means no checksum; a computed zero is sent as all ones
         if checksum != 0 {
-            let ports = [old_port, new_port].map(|port| port.to_be_bytes().to_vec());
-            let old = [octets(self.source), octets(self.destination), ports[0].clone()].concat();
-            let new = [addresses, ports[1].clone()].concat();
+            let old = [&octets(self.source), &octets(self.destination), old_ports].concat();
+            let new = [addresses, new_ports].concat();
             let checksum = match updated(checksum, &old, &new) {
                 0 => u16::MAX,
                 checksum => checksum,

@@ -281,16 +281,20 @@ impl Case {
             _ => return None,
         };
         let upstream = &self.rule.upstreams[self.chosen];
+        let sender = came.source.port();
         let source = match self.rule.source_of(upstream) {
-            Source::Vip => *came.destination.ip(),
-            Source::Preserve => *came.source.ip(),
+            Source::Vip => endpoint(*came.destination.ip(), sender),
+            Source::Preserve => came.source,
             Source::Egress => unimplemented!("no case has it yet"),
+            Source::Fixed { address, port } => {
+                endpoint(ipv4(&address.into()), port.unwrap_or(sender))
+            }
         };
         let port = upstream.port.unwrap_or(came.destination.port());
         let gone = Datagram {
             to,
             from,
-            source: endpoint(source, came.source.port()),
+            source,
             destination: endpoint(ipv4(&upstream.address), port),
             ttl: came.ttl - 1,
             identification: identification.unwrap_or(came.identification),

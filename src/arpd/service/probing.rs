@@ -148,7 +148,9 @@ fn subject(rule: &Rule, upstream: &Upstream, probe: &Probe) -> Subject {
         address: upstream.address.clone(),
         port: port.unwrap_or(0),
         source: match (rule.source_of(upstream), rule.key.address) {
-            (Source::Vip, KeyAddress::Is(address)) => Some(address),
+            (Source::Vip, KeyAddress::Is(address)) | (Source::Fixed { address, .. }, _) => {
+                Some(address)
+            }
             _ => None,
         },
         probe: probe.clone(),

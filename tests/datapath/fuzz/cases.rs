@@ -446,6 +446,12 @@ fn copies() -> Vec<Case> {
             "away +1 forwarded forwarded unresolved forwarded, away +1 forwarded forwarded unresolved forwarded").under(three),
         case("from this host", v4(|_, _| {}), "away forwarded").under(|rule| rule.source = Source::Egress),
         case("IPv6 from this host", v6(|_, _| {}), "away forwarded").under(|rule| rule.source = Source::Egress),
+        cases("fragments from a named address and port", vec![first4(), later4()], "away forwarded, away forwarded")
+            .under(|rule| rule.source = "10.0.2.9:5".parse().expect("a source")),
+        cases("IPv6 fragments from a named address and port", vec![first6(), later6()], "away forwarded, away forwarded")
+            .under(|rule| rule.source = "[fd00:2::9]:5".parse().expect("a source")),
+        case("no checksum, from a named address and port", v4(|_, udp| udp.checksum = Checksum::Is(0)), "away forwarded")
+            .under(|rule| rule.source = "10.0.2.9:5".parse().expect("a source")),
     ]
 }
 

@@ -94,7 +94,7 @@ in
     config = options { strategy = "round-robin"; };
   };
   source = {
-    expect = wrong "options\\.source" "null or one of .vip., .preserve., .egress.'";
+    expect = wrong "options\\.source" "null or one of .vip., .preserve., .egress., an IP address, or ADDRESS:PORT";
     config = options { source = "own"; };
   };
   hash = {

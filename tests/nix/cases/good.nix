@@ -57,6 +57,7 @@ let
         {
           address = "10.0.9.13";
           sample = 10;
+          source = "10.0.0.9:9995";
         }
       ];
     }
@@ -72,7 +73,14 @@ let
       };
       upstream = [
         { address = "fe80::1%br-lan"; }
-        { address = "2001:db8::12"; }
+        {
+          address = "2001:db8::12";
+          source = "[2001:db8::9]:514";
+        }
+        {
+          address = "2001:db8::13";
+          source = "2001:db8::9";
+        }
       ];
     }
     {
