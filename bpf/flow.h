@@ -7,6 +7,8 @@
  * A writer makes the version odd under the bucket's lock, writes, and makes it even again. A reader remembers
  * number and version of the flow that it has found in a handle, and reads the flow by it later: what has
  * changed since is not used.
+ *
+ * src/desired/flow_copy.rs repeats hashes and places, and src/desired/flows.rs the times.
  */
 #ifndef UDPLB_FLOW_H
 #define UDPLB_FLOW_H

@@ -218,6 +218,25 @@ fn read_values(
     Ok(())
 }
 
+/// Writes values to an array, from its first entry on, many with one system call. Leaves out spin locks.
+pub fn write_array(
+    map: &MapHandle,
+    mut values: impl Iterator<Item = Vec<u8>>,
+) -> libbpf_rs::Result<()> {
+    let width = map.value_size() as usize;
+    let mut first = 0_u32;
+    loop {
+        let bytes: Vec<u8> = values.by_ref().take((BATCH / width).max(1)).flatten().collect();
+        let next = first + (bytes.len() / width) as u32;
+        if next == first {
+            return Ok(());
+        }
+        let keys: Vec<u8> = (first..next).flat_map(u32::to_ne_bytes).collect();
+        map.update_batch(&keys, &bytes, next - first, MapFlags::ANY, MapFlags::ANY)?;
+        first = next;
+    }
+}
+
 /// Returns an entry of an array, of a per-CPU array the values of all CPUs; empty if there is none.
 pub fn read_entry(map: &MapHandle, index: u32, flags: MapFlags) -> libbpf_rs::Result<Vec<u8>> {
     let key = index.to_ne_bytes();

@@ -187,7 +187,8 @@ fn hash(bytes: &[u8]) -> u64 {
     mix(hash)
 }
 
-fn mix(mut hash: u64) -> u64 {
+/// Returns a 64-bit hash of a word: the finalizer of MurmurHash3, as in bpf/lb.h.
+pub fn mix(mut hash: u64) -> u64 {
     hash ^= hash >> 33;
     hash = hash.wrapping_mul(0xff51_afd7_ed55_8ccd);
     hash ^= hash >> 33;

@@ -233,7 +233,7 @@ pub static FLOWS: Field =
 pub static FLOWS_ENTRIES: Field = Field::new(
     "entries",
     Shape::Number(&FLOW_COUNT),
-    "Number of flows of IPv4, and as many of IPv6. With another one all flows begin anew.",
+    "Number of flows of IPv4, and as many of IPv6. Flows go on in a table of another size.",
 )
 .default("65536")
 .example("262144");

@@ -1,5 +1,5 @@
-//! The tables of flows: each generation pins those that it uses, and a new one takes over those of a generation
-//! before that have the same size. Flows are read under the locks of their buckets, which only packets that make
+//! The tables of flows: each generation pins those that it uses, and a new one takes over those of the active
+//! generation, or gets their flows if its own have another size. Flows are read under the locks of their buckets, which only packets that make
 //! or end flows take, and ended by a program, as packets do it.
 
 use std::mem::{MaybeUninit, offset_of};
@@ -11,15 +11,16 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, OpenMapMut};
 
 use crate::bpf::{
-    self, OpenUdplbSkel, Pod, UdplbSkelBuilder, from_bytes, shifted_jiffies, types, unwire,
+    self, OpenUdplbSkel, Pod, UdplbSkelBuilder, bytes_of, from_bytes, map_id, shifted_jiffies,
+    types, unwire,
 };
 use crate::config::Family;
 use crate::datapath::description::Generation;
-use crate::datapath::lease;
 use crate::datapath::pins::{ReadGuard, WriteGuard};
-use crate::datapath::state_maps;
+use crate::datapath::{lease, state_maps};
 use crate::desired::Desired;
-use crate::desired::flows::{self, FlowClock, WAYS};
+use crate::desired::flow_copy::{self, New, Old, Placed, Sizes};
+use crate::desired::flows::{self, FlowClock, HINTS, WAYS};
 use crate::error::catch;
 
 /// Sets the sizes of the tables: one entry for a family without flows.
@@ -38,40 +39,163 @@ pub fn size(skeleton: &mut OpenUdplbSkel<'_>, desired: &Desired) -> anyhow::Resu
     Ok(())
 }
 
-/// Takes over the tables of the latest of other generations that has them in the same size, with all flows.
+/// Takes over the tables of the active generation, or else of the latest that has flows, if they have the same size.
 pub fn take_over(
     guard: &ReadGuard,
     skeleton: &mut OpenUdplbSkel<'_>,
     desired: &Desired,
-    others: &[&Generation],
+    (others, active): (&[&Generation], Option<u32>),
 ) -> anyhow::Result<()> {
-    let mut numbers: Vec<u32> = others.iter().map(|other| other.number).collect();
-    numbers.sort_unstable_by(|one, other| other.cmp(one));
     let maps = &mut skeleton.maps;
     for (family, mut pair) in [
         (Family::V4, [&mut maps.flows, &mut maps.ports]),
         (Family::V6, [&mut maps.flows6, &mut maps.ports6]),
     ] {
-        if !desired.has_flows(family) {
-            continue;
-        }
-        let same = |number: &u32| {
-            let pinned = |map: &OpenMapMut<'_>| {
-                let path = guard.generation(*number).join(map.name());
-                let pinned = MapHandle::from_pinned_path(path).ok()?;
-                let same = pinned.max_entries() == map.max_entries()
-                    && pinned.value_size() == map.value_size()
-                    && pinned.map_type() == map.map_type();
-                same.then_some(pinned)
-            };
-            Some([pinned(pair[0])?, pinned(pair[1])?])
+        let with_flows = others.iter().filter(|other| other.description.desired.has_flows(family));
+        let latest = with_flows.max_by_key(|other| (Some(other.number) == active, other.number));
+        let (Some(latest), true) = (latest, desired.has_flows(family)) else { continue };
+        let same = |map: &OpenMapMut<'_>| {
+            let path = guard.generation(latest.number).join(map.name());
+            let pinned = MapHandle::from_pinned_path(path).ok()?;
+            let same = pinned.max_entries() == map.max_entries()
+                && pinned.value_size() == map.value_size()
+                && pinned.map_type() == map.map_type();
+            same.then_some(pinned)
         };
-        let Some(pinned) = numbers.iter().find_map(same) else { continue };
-        for (map, pinned) in pair.iter_mut().zip(pinned) {
+        let Some(pinned) = same(pair[0]).zip(same(pair[1])) else { continue };
+        for (map, pinned) in pair.iter_mut().zip([pinned.0, pinned.1]) {
             map.reuse_fd(pinned.as_fd()).with_context(|| map.name().display().to_string())?;
         }
     }
     Ok(())
+}
+
+/// The pinned tables of a generation for one family.
+struct Tables {
+    flows: MapHandle,
+    ports: MapHandle,
+}
+
+impl Tables {
+    fn open(guard: &ReadGuard, number: u32, family: Family) -> anyhow::Result<Tables> {
+        let open = |name: &str| {
+            let path = guard.generation(number).join(name);
+            MapHandle::from_pinned_path(&path).with_context(|| path.display().to_string())
+        };
+        Ok(match family {
+            Family::V4 => Tables { flows: open("flows")?, ports: open("ports")? },
+            Family::V6 => Tables { flows: open("flows6")?, ports: open("ports6")? },
+        })
+    }
+
+    /// Reads all flows and hints.
+    fn read(&self, family: Family) -> anyhow::Result<Old> {
+        let (mut flows, mut hints) = (Vec::new(), Vec::new());
+        match family {
+            Family::V4 => read_map(&self.flows, |_, types::flow4 { flow, addresses }| {
+                let addresses = addresses.map(|address| [address, 0, 0, 0]);
+                flows.push(types::flow6 { flow, addresses });
+            })?,
+            Family::V6 => read_map(&self.flows, |_, flow| flows.push(flow))?,
+        }
+        bpf::read_locked(&self.ports, |line| {
+            hints.extend(from_bytes(line).map_or([0; _], |line: types::port_line| line.hints));
+        })
+        .context("ports")?;
+        Ok(Old { flows, hints })
+    }
+
+    /// Writes all buckets and hints. Also free places get `version`: no handle of a flow that was there before, like
+    /// that of a first fragment, is one of these flows'.
+    fn write(&self, family: Family, old: &Old, new: &New, version: u32) -> anyhow::Result<()> {
+        let flow = |placed: &Option<Placed>| {
+            let flow = placed.map_or_else(Default::default, |it| old.flows[it.flow as usize]);
+            types::flow6 { flow: types::flow { version, ..flow.flow }, ..flow }
+        };
+        let buckets = new.buckets.iter().map(|bucket| {
+            let flows = bucket.each_ref().map(flow);
+            let tags = bucket.map(|placed| placed.map_or(0, |placed| placed.tag));
+            let (states, touched) =
+                (flows.map(|it| it.flow.state), flows.map(|it| it.flow.touched));
+            match family {
+                Family::V4 => {
+                    let flows = flows.map(|types::flow6 { flow, addresses }| types::flow4 {
+                        flow,
+                        addresses: addresses.map(|words| words[0]),
+                    });
+                    let bucket =
+                        types::flow_bucket { tags, states, touched, flows, ..Default::default() };
+                    bytes_of(&bucket).to_vec()
+                }
+                Family::V6 => {
+                    let bucket =
+                        types::flow_bucket6 { tags, states, touched, flows, ..Default::default() };
+                    bytes_of(&bucket).to_vec()
+                }
+            }
+        });
+        bpf::write_array(&self.flows, buckets).context("flows")?;
+        let lines = new.hints.chunks_exact(HINTS as usize).map(|hints| {
+            let mut line = types::port_line::default();
+            line.hints.copy_from_slice(hints);
+            bytes_of(&line).to_vec()
+        });
+        bpf::write_array(&self.ports, lines).context("ports")
+    }
+}
+
+/// Number of flows that were copied, and of those that found no place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Copied {
+    pub flows: usize,
+    pub lost: usize,
+}
+
+/// Copies the flows of a generation to the tables of another one that no packet looks at yet, unless both have the same
+/// tables.
+pub fn copy(guard: &WriteGuard, from: &Generation, to: &Generation) -> anyhow::Result<Copied> {
+    let (clock, mut copied) = (clock(from)?, Copied::default());
+    for family in [Family::V4, Family::V6] {
+        let have = |it: &&Generation| it.description.desired.has_flows(family);
+        if ![from, to].iter().all(have) {
+            continue;
+        }
+        let [source, target] = [from, to].map(|it| Tables::open(guard, it.number, family));
+        let (source, target) = (source?, target?);
+        if map_id(&source.flows)? == map_id(&target.flows)? {
+            continue;
+        }
+        if source.flows.value_size() != target.flows.value_size() {
+            log::warn!("flows have another layout now: they begin anew");
+            continue;
+        }
+        let old = source.read(family)?;
+        let sizes = Sizes {
+            buckets: target.flows.max_entries(),
+            port_lines: target.ports.max_entries(),
+            secret: secret(guard)?,
+            ipv6: family == Family::V6,
+        };
+        let new = flow_copy::place(&sizes, &clock, &old);
+        // even: no flow is being written
+        target.write(family, &old, &new, state_maps::random()? as u32 & !1)?;
+        let placed = new.buckets.as_flattened().iter().flatten().count();
+        copied = Copied { flows: copied.flows + placed, lost: copied.lost + new.lost };
+    }
+    Ok(copied)
+}
+
+/// Returns the secret of the places of flows.
+fn secret(guard: &ReadGuard) -> anyhow::Result<u64> {
+    let sequences = open_sequences(guard)?;
+    let value = bpf::read_entry(&sequences, 0, MapFlags::LOCK)?;
+    let value: types::sequences = from_bytes(&value).context("state/sequences has another size")?;
+    Ok(value.secret[1])
+}
+
+fn open_sequences(guard: &ReadGuard) -> anyhow::Result<MapHandle> {
+    let state = state_maps::open(guard)?.context(state_maps::INCOMPLETE)?;
+    state.sequences.context("state/sequences is missing")
 }
 
 /// Names a flow until it ends: its number, its version, and whether it is in the table of IPv6.
@@ -203,12 +327,13 @@ impl Ender {
             let pinned = MapHandle::from_pinned_path(&path);
             map.reuse_fd(pinned.with_context(|| path.display().to_string())?.as_fd())?;
         }
-        let state = state_maps::open(guard)?.context(state_maps::INCOMPLETE)?;
-        let sequences = state.sequences.context("state/sequences is missing")?;
-        maps.sequences.reuse_fd(sequences.as_fd())?;
-        let constants = maps.rodata_data.as_deref_mut().context("the object has no constants")?;
+        maps.sequences.reuse_fd(open_sequences(guard)?.as_fd())?;
         let ticks = lease::ticks_per_second()?;
-        constants.flow_settings = flows::settings(&generation.description.desired.flows, ticks, 0);
+        let settings = flows::settings(&generation.description.desired.flows, ticks, 0);
+        // another udplb may have made them of another size
+        let port_lines = maps.ports.max_entries().max(maps.ports6.max_entries());
+        let constants = maps.rodata_data.as_deref_mut().context("the object has no constants")?;
+        constants.flow_settings = types::flow_settings { port_lines, ..settings };
         let skeleton = skeleton.load().context("the kernel refuses the program that ends flows")?;
         Ok(Ender(skeleton.progs.udplb_end_flow.as_fd().try_clone_to_owned()?))
     }

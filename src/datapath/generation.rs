@@ -100,9 +100,13 @@ pub struct Built {
     pub counters_reset: bool,
 }
 
-/// Builds a generation aside and moves it into place; `others` are those that exist. Nothing of
-/// it is left behind where that fails.
-pub fn build(guard: &WriteGuard, draft: &Draft, others: &[&Generation]) -> anyhow::Result<Built> {
+/// Builds a generation aside and moves it into place; `others` are those that exist, with the number of the active
+/// one. Nothing of it is left behind where that fails.
+pub fn build(
+    guard: &WriteGuard,
+    draft: &Draft,
+    others: (&[&Generation], Option<u32>),
+) -> anyhow::Result<Built> {
     let directory = guard.building(draft.number);
     DirBuilder::new()
         .mode(0o700)
@@ -125,7 +129,7 @@ fn build_in(
     guard: &WriteGuard,
     directory: &Path,
     draft: &Draft,
-    others: &[&Generation],
+    (others, active): (&[&Generation], Option<u32>),
 ) -> anyhow::Result<Built> {
     let mut object = MaybeUninit::uninit();
     let mut skeleton = open(&mut object)?;
@@ -167,7 +171,7 @@ fn build_in(
     };
     size(&mut skeleton, &tables, &keys, serde_json::to_vec(&description)?.len())?;
     flows::size(&mut skeleton, &draft.desired)?;
-    flows::take_over(guard, &mut skeleton, &draft.desired, others)?;
+    flows::take_over(guard, &mut skeleton, &draft.desired, (others, active))?;
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
     rodata.features = types::features {
         generation: draft.number,

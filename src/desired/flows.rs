@@ -8,7 +8,13 @@ use crate::desired::{Desired, Rule};
 
 /// Flows in a bucket, and hints in a line, of bpf/udplb.h.
 pub const WAYS: u32 = 8;
-const HINTS: u32 = 15;
+pub const HINTS: u32 = 15;
+
+/// Bits of a hint for the number of a flow; the others are for its time.
+const HINT_TIME_SHIFT: u32 = 22;
+
+/// Time from the end of a flow until another takes its place, in seconds.
+const GRACE: u32 = 2;
 
 /// Beats in a second, at least.
 const BEATS: u32 = 4;
@@ -32,9 +38,10 @@ pub fn buckets(flows: &Flows) -> u32 {
     flows.entries.div_ceil(WAYS)
 }
 
-/// Returns the number of lines of hints: two places for each flow.
+/// Returns the number of lines of hints: at least two places for each flow. A power of two: places of a smaller table
+/// are then divided in a larger one, where no two flows come to the same place.
 pub fn port_lines(flows: &Flows) -> u32 {
-    (2 * flows.entries).div_ceil(HINTS)
+    (2 * flows.entries).div_ceil(HINTS).next_power_of_two()
 }
 
 /// Returns the settings for a clock of `ticks` jiffies per second; `orphans` is the entry of answers whose
@@ -84,6 +91,29 @@ impl FlowClock {
 
     pub fn since(&self, moment: u32) -> Duration {
         self.duration(self.beats_since(moment))
+    }
+
+    pub fn now(&self) -> u32 {
+        self.now
+    }
+
+    /// Returns true until a flow has expired; with `grace`, until another may take its place.
+    pub fn is_alive(&self, state: u8, touched: u32, grace: bool) -> bool {
+        let timeout = self.settings.timeouts.get(usize::from(state)).filter(|_| state != 0);
+        let grace = if grace { GRACE * self.settings.second } else { 0 };
+        timeout.is_some_and(|timeout| self.beats_since(touched) <= timeout + grace)
+    }
+
+    /// Returns the hint for the flow of a number, 0 for none, since a moment.
+    pub fn hint(&self, number: u32, since: u32) -> u32 {
+        number | since << HINT_TIME_SHIFT
+    }
+
+    /// Returns true for a hint of a port that no flow has, and that rests.
+    pub fn is_resting(&self, hint: u32) -> bool {
+        let is_nobodys = hint & ((1 << HINT_TIME_SHIFT) - 1) == 0;
+        let age = (self.now << HINT_TIME_SHIFT).wrapping_sub(hint) >> HINT_TIME_SHIFT;
+        hint != 0 && is_nobodys && age <= self.settings.second
     }
 
     /// Returns how long a flow of a state lives that was touched last at a moment; `None`: it is no flow.

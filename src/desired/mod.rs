@@ -6,6 +6,7 @@ pub mod diff;
 pub mod dns;
 pub mod export;
 pub mod flow;
+pub mod flow_copy;
 pub mod flows;
 pub mod key_table;
 pub mod miss;

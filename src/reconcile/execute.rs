@@ -9,6 +9,7 @@ use anyhow::{Context, anyhow};
 use crate::config::{State, Xdp};
 use crate::datapath::description::{Generation, Origin};
 use crate::datapath::environment::Environment;
+use crate::datapath::flows::{self, Copied};
 use crate::datapath::hook::{self, Attachment, Slot};
 use crate::datapath::marks::Mark;
 use crate::datapath::pins::WriteGuard;
@@ -165,8 +166,9 @@ impl<'a> Executor<'a> {
             }
             Action::Build(draft) => {
                 let others: Vec<&Generation> = self.before.generations.values().collect();
-                let built = generation::build(self.guard, draft, &others)?;
-                self.counters_reset = built.counters_reset && !others.is_empty();
+                let others = (&others[..], self.before.serving());
+                let built = generation::build(self.guard, draft, others)?;
+                self.counters_reset = built.counters_reset && !others.0.is_empty();
                 self.built = Some(built.generation);
                 if let Err(error) = tcx::sweep(self.guard) {
                     log::warn!("{error:#}");
@@ -175,6 +177,11 @@ impl<'a> Executor<'a> {
             }
             Action::WriteNextHops(number) => {
                 self.refresh(*number).await?;
+                Ok(None)
+            }
+            Action::CopyFlows { from, to } => {
+                self.copy_flows(*from, *to)?;
+                // nothing reads them
                 Ok(None)
             }
             Action::AddClsact(interface) => {
@@ -251,6 +258,17 @@ impl<'a> Executor<'a> {
                 Ok(None)
             }
         }
+    }
+
+    /// Copies flows to the tables of a generation that is not attached yet.
+    fn copy_flows(&self, from: u32, to: u32) -> anyhow::Result<()> {
+        let generation = |number| self.generation(number).context("no such generation");
+        let Copied { flows, lost } = flows::copy(self.guard, generation(from)?, generation(to)?)?;
+        log::info!("{flows} flows copied");
+        if lost > 0 {
+            log::warn!("{lost} of {} flows have no room in the new table: they end", flows + lost);
+        }
+        Ok(())
     }
 
     async fn attach(
@@ -564,6 +582,9 @@ pub fn describe(action: &Action) -> String {
         Action::RemoveUnfinished(name) => format!("removing the unfinished {name}"),
         Action::Build(draft) => format!("building generation {}", draft.number),
         Action::WriteNextHops(number) => format!("next hops of generation {number}"),
+        Action::CopyFlows { from, to } => {
+            format!("copying the flows of generation {from} to generation {to}")
+        }
         Action::AddClsact(interface) => format!("adding a clsact qdisc to {interface}"),
         Action::DeleteClsact(interface) => format!("removing the clsact qdisc of {interface}"),
         Action::EndHandover(interface) => {

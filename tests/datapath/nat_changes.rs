@@ -1,14 +1,17 @@
 //! Flows of `reply: nat` under commands: drained upstreams and other tables.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Barrier, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::answers::replying;
+use crate::answers::{ask, replying};
 use crate::common::lab::{Lab, V4, V6};
-use crate::common::net::{TTL, bind, expect, expect_silence, receive_any};
+use crate::common::net::{TTL, bind, expect, expect_silence, receive, receive_any};
 
 /// Returns a configuration with two upstreams for each family.
 fn two_upstreams(lifetime: &str) -> Value {
@@ -112,4 +115,177 @@ fn drain_says_why_there_are_no_flows() {
     lab.run("drain dns/u1 --now --wait").expect(64);
     lab.run("drain dns/u1 --print --now").expect(64);
     lab.run("drain dns/u1 --wait soon").expect(64).says(&["a number of seconds"]);
+}
+
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Upstreams' view of each client, by family and number.
+type Seen = BTreeMap<(usize, u32), BTreeSet<SocketAddr>>;
+
+/// Has clients of both families ask one after the other, without pause, while `change` runs. Each question must be
+/// answered; returns which ports the upstreams have seen of each client.
+fn under_traffic(lab: &Lab, clients: u32, change: impl FnOnce()) -> Seen {
+    let (stop, asking) = (AtomicBool::new(false), AtomicU32::new(2));
+    let (begun, seen) = (Barrier::new(3), Mutex::new(Seen::new()));
+    let ask_all = |sockets: &[UdpSocket]| {
+        for (number, socket) in (0_u32..).zip(sockets) {
+            socket.send(&number.to_be_bytes()).expect("sent");
+            let mut answer = [0; 4];
+            socket.recv(&mut answer).unwrap_or_else(|error| panic!("{number}: {error}"));
+            assert_eq!(answer, number.to_be_bytes());
+            thread::sleep(Duration::from_micros(500));
+        }
+    };
+    thread::scope(|scope| {
+        for (family, net) in [V4, V6].iter().enumerate() {
+            let server = bind(&lab.upstream, net.upstreams[0], 5353);
+            server.set_read_timeout(Some(Duration::from_millis(100))).expect("a timeout");
+            let sockets = (0..clients).map(|_| {
+                let socket = bind(&lab.client, net.clients[0], 0);
+                socket.connect((net.key, 53)).expect("connected");
+                socket
+            });
+            let sockets: Vec<UdpSocket> = sockets.collect();
+            let (stop, asking, seen, begun) = (&stop, &asking, &seen, &begun);
+            scope.spawn(move || {
+                ask_all(&sockets);
+                begun.wait();
+                while !stop.load(Ordering::SeqCst) {
+                    ask_all(&sockets);
+                }
+                asking.fetch_sub(1, Ordering::SeqCst);
+            });
+            scope.spawn(move || {
+                let mut question = [0; 4];
+                while asking.load(Ordering::SeqCst) > 0 {
+                    let Ok((_, from)) = server.recv_from(&mut question) else { continue };
+                    let client = (family, u32::from_be_bytes(question));
+                    seen.lock().expect("no panic").entry(client).or_default().insert(from);
+                    server.send_to(&question, from).expect("sent");
+                }
+            });
+        }
+        begun.wait();
+        // also where it panics: the scope waits for the threads
+        let _ends = SetOnDrop(&stop);
+        change();
+    });
+    seen.into_inner().expect("no panic")
+}
+
+/// Checks that there are 100 flows, and that none has begun later than this.
+#[track_caller]
+fn expect_old_flows(lab: &Lab, begun: Instant) {
+    let since = begun.elapsed().as_secs_f64();
+    let flows = lab.run("flows -o json").expect(0).json();
+    let flows = flows["flows"].as_array().expect("a list").clone();
+    assert_eq!(flows.len(), 100);
+    for flow in flows {
+        assert!(flow["age_seconds"].as_f64().expect("an age") >= since - 0.5, "{flow:#}");
+    }
+}
+
+/// Returns a configuration with so many flows.
+fn with_entries(entries: u32) -> Value {
+    let mut config = replying("nat");
+    config["flows"] = json!({ "entries": entries });
+    config
+}
+
+#[test]
+fn flows_keep_their_ports_in_tables_of_any_size() {
+    let lab = Lab::dual(true, true);
+    lab.apply(&with_entries(1024));
+    let seen = under_traffic(&lab, 50, || {
+        let begun = Instant::now();
+        for entries in [4096, 100_000, 1024] {
+            lab.apply(&with_entries(entries));
+            expect_old_flows(&lab, begun);
+        }
+        for _ in 0..2 {
+            lab.run("rollback").expect(0);
+            expect_old_flows(&lab, begun);
+        }
+    });
+    assert_eq!(seen.len(), 100);
+    let moved: Vec<_> = seen.iter().filter(|(_, ports)| ports.len() != 1).collect();
+    assert!(moved.is_empty(), "{moved:?}");
+}
+
+#[test]
+fn smaller_table_keeps_assured_flows() {
+    let lab = Lab::dual(true, true);
+    lab.apply(&with_entries(4096));
+    let server = bind(&lab.upstream, V4.upstreams[0], 5353);
+    let clients: Vec<UdpSocket> = (0..20).map(|_| client(&lab)).collect();
+    let ask_all = || -> Vec<SocketAddr> {
+        clients.iter().map(|client| ask(client, &server, b"a", b"b")).collect()
+    };
+    let seen = ask_all();
+    thread::sleep(Duration::from_millis(2500));
+    assert_eq!(ask_all(), seen);
+    for port in 2000..3500 {
+        let stranger = bind(&lab.client, V4.clients[1], port);
+        stranger.send_to(b"one", (V4.key, 53)).expect("sent");
+        receive(&server);
+    }
+    let count = |rest: &str| -> usize {
+        let count = lab.run(&format!("flows --count {rest}")).expect(0).stdout;
+        count.trim().parse().expect("a number")
+    };
+    assert_eq!(count(""), 1520);
+    let outcome = lab.try_apply(&with_entries(1024), "").expect(0);
+    let left = count("");
+    assert!((950..=1024).contains(&left), "{left}");
+    outcome.says(&[&format!("{} of 1520 flows have no room", 1520 - left)]);
+    assert_eq!(count(&format!("--client {}", V4.clients[0])), 20);
+    assert_eq!(ask_all(), seen);
+}
+
+/// New programs and old ones that come back, a rule more or less: no flow notices.
+#[test]
+fn flows_go_on_through_25_generations() {
+    let lab = Lab::dual(true, true);
+    let mut other = replying("nat");
+    lab.apply(&other);
+    other["rules"]
+        .as_array_mut()
+        .expect("rules")
+        .insert(0, V4.rule("more", 60, json!({}), &[json!({ "address": V4.upstreams[1] })]));
+    let seen = under_traffic(&lab, 50, || {
+        let begun = Instant::now();
+        for _ in 0..5 {
+            lab.try_apply(&other, "--force").expect(0);
+            (0..3).for_each(|_| _ = lab.run("rollback").expect(0));
+            lab.try_apply(&replying("nat"), "--force").expect(0);
+        }
+        expect_old_flows(&lab, begun);
+    });
+    let moved: Vec<_> = seen.iter().filter(|(_, ports)| ports.len() != 1).collect();
+    assert!(seen.len() == 100 && moved.is_empty(), "{moved:?}");
+}
+
+#[test]
+fn purge_ends_all_flows() {
+    let lab = Lab::dual(true, true);
+    lab.apply(&replying("nat"));
+    let (client, server) = (client(&lab), bind(&lab.upstream, V4.upstreams[0], 5353));
+    let seen = ask(&client, &server, b"a", b"b");
+    lab.run("detach").expect(0);
+    server.send_to(b"late", seen).expect("sent");
+    expect_silence(&client);
+    lab.run("rollback").expect(0);
+    assert_eq!(ask(&client, &server, b"a", b"b"), seen, "detached: flows stay");
+    lab.run("detach --purge").expect(0);
+    lab.apply(&replying("nat"));
+    assert_eq!(lab.run("flows --count").expect(0).stdout, "0\n");
+    server.send_to(b"late", seen).expect("sent");
+    expect_silence(&client);
+    ask(&client, &server, b"a", b"b");
 }

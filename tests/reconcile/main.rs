@@ -7,6 +7,7 @@ mod model;
 mod confirm;
 mod drain;
 mod faults;
+mod flows;
 mod hooks;
 mod lifecycle;
 mod nexthops;

@@ -141,6 +141,10 @@ impl Kernel {
             Action::RemoveUnfinished(name) => self.observed.unfinished.retain(|it| it != name),
             Action::Build(draft) => self.build(draft),
             Action::WriteNextHops(number) => assert!(self.generation(*number).intact),
+            Action::CopyFlows { from, to } => {
+                assert!(self.observed.generations.contains_key(from));
+                assert!(!self.observed.is_attached(*to), "its tables are in use");
+            }
             Action::AddClsact(interface) => {
                 let hook = self.hook(interface);
                 assert_eq!(hook.qdisc.replace(Qdisc::Clsact), None, "a clsact is there already");

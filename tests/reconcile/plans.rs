@@ -485,11 +485,11 @@ fn foreign_objects_are_refused() {
     assert_eq!(other, Refusal::OtherNamespace(7));
 }
 
-type Planner<'a> = &'a (dyn Fn(&Observed) -> Result<Plan, Refusal> + Sync);
+pub type Planner<'a> = &'a (dyn Fn(&Observed) -> Result<Plan, Refusal> + Sync);
 
 /// A fault at an action.
 #[derive(Clone, Copy)]
-enum Trouble {
+pub enum Trouble {
     Failure,
     /// The process ends without undoing anything.
     Crash,
@@ -497,20 +497,28 @@ enum Trouble {
 
 /// Observes the kernel, plans and carries the plan out in this process up to the fault at action
 /// `stop`. Returns the number of actions.
-fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> anyhow::Result<usize> {
+pub fn carry_out(
+    lab: &Lab,
+    plan: Planner<'_>,
+    stop: usize,
+    trouble: Trouble,
+) -> anyhow::Result<usize> {
     let inside = async || {
         let netlink = Netlink::open()?;
         let guard = pins::write(&lab.bpffs.pins(), std::time::Duration::ZERO)
             .map_err(|failure| anyhow!("{failure}"))?;
         let observed = observe(Some(&guard), &netlink).await?;
         let plan = plan(&observed).map_err(|refusal| anyhow!("{refusal}"))?;
-        let targets: BTreeSet<Target> = UPSTREAMS
+        let mut targets: BTreeSet<Target> = UPSTREAMS
             .into_iter()
             .map(|upstream| Target {
                 address: upstream.into(),
                 senders: Senders::Among(vec![IpAddr::from(RELAY).into()]),
             })
             .collect();
+        for generation in observed.generations.values() {
+            targets.extend(generation.description.desired.targets());
+        }
         let ways = nexthop::resolve(&netlink, &targets, &["eth0".into()]).await?;
         let mut steps = 0;
         let mut observer = |_: &Action| {
@@ -531,7 +539,7 @@ fn carry_out(lab: &Lab, plan: Planner<'_>, stop: usize, trouble: Trouble) -> any
     })
 }
 
-fn wanted(config: &Value) -> Desired {
+pub fn wanted(config: &Value) -> Desired {
     let config = Config::parse("udplb.yaml", &config.to_string()).expect("a good configuration");
     Desired::written(&config, &config.interfaces)
 }

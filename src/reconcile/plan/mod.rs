@@ -3,12 +3,11 @@
 mod refusal;
 mod rollback;
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::bpf::OBJECT_SHA256;
-use crate::config::{State, Xdp};
+use crate::config::{Family, State, Xdp};
 use crate::datapath::announcements::{self, Place};
 use crate::datapath::description::{Generation, Origin};
 use crate::datapath::generation::Draft;
@@ -33,6 +32,11 @@ pub enum Action {
     Build(Box<Draft>),
     /// Writes the next hops of the generation's upstreams.
     WriteNextHops(u32),
+    /// Copies the flows of the active generation to the tables of one that is not attached yet.
+    CopyFlows {
+        from: u32,
+        to: u32,
+    },
     AddClsact(String),
     /// Removes the tc filter that an interrupted handover has left beside the tcx link.
     EndHandover(String),
@@ -252,8 +256,7 @@ fn replace(
         }
     };
     let mut swaps = Vec::new();
-    let place = (&interfaces[..], &desired.xdp);
-    switch(observed, number, place, request.force, &mut swaps)?;
+    switch(observed, number, (&interfaces, desired), request.force, &mut swaps)?;
     let changes = !actions.is_empty() || !swaps.is_empty();
     let pending = pending_after(observed, desired, number, request, changes)?;
     if pending.is_some() && pending != observed.pending {
@@ -529,15 +532,16 @@ fn made_clsact(observed: &Observed, interface: &str) -> bool {
     generation.is_some_and(|it| it.description.clsact.iter().any(|name| name == interface))
 }
 
-/// Attaches a generation to `interfaces`, and detaches from all others. `modes` are those of XDP.
+/// Attaches a generation, which `desired` is or becomes, to `interfaces`, and detaches from all others.
 fn switch(
     observed: &Observed,
     number: u32,
-    (interfaces, modes): (&[String], &BTreeMap<String, Xdp>),
+    (interfaces, desired): (&[String], &Desired),
     force: bool,
     actions: &mut Vec<Action>,
 ) -> Result<(), Refusal> {
-    let keeps_xdp = |name: &str| interfaces.iter().any(|it| it == name) && modes.contains_key(name);
+    let keeps_xdp =
+        |name: &str| interfaces.iter().any(|it| it == name) && desired.xdp.contains_key(name);
     // First: a program of the generation before must not answer for this one.
     let mut attachments: Vec<Action> = xdp_detachments(observed, keeps_xdp).collect();
     let mut handovers = Vec::new();
@@ -550,7 +554,7 @@ fn switch(
         let hook = &interface.hook;
         refuse_taken(name, hook.slot(), force)?;
         attach(name, hook, number, &mut attachments);
-        if let Some(mode) = modes.get(name) {
+        if let Some(mode) = desired.xdp.get(name) {
             refuse_xdp(name, interface)?;
             attachments.extend(attach_xdp(name, &interface.xdp, number, *mode));
         }
@@ -563,6 +567,7 @@ fn switch(
     attachments.extend(detachments);
     if !attachments.is_empty() {
         actions.push(Action::WriteNextHops(number));
+        actions.extend(copy_flows(observed, number, desired));
         actions.append(&mut attachments);
     }
     if observed.current != Some(number) {
@@ -570,6 +575,22 @@ fn switch(
     }
     actions.append(&mut handovers);
     Ok(())
+}
+
+/// Copies flows where the tables have another size, or may have another layout; `None`: they are the same, or there is
+/// nothing to copy.
+fn copy_flows(observed: &Observed, number: u32, desired: &Desired) -> Option<Action> {
+    let from = observed.serving().filter(|from| *from != number)?;
+    let (serving, there) = (observed.generations.get(&from)?, observed.generations.get(&number));
+    let before = &serving.description.desired;
+    let object = there.map_or(OBJECT_SHA256, |it| &it.description.object);
+    let is_same =
+        before.flows.entries == desired.flows.entries && serving.description.object == object;
+    let both = |family| before.has_flows(family) && desired.has_flows(family);
+    let has_flows = both(Family::V4) || both(Family::V6);
+    // where the generation is attached, its tables are in use
+    let copies = has_flows && !is_same && !observed.is_attached(number);
+    copies.then_some(Action::CopyFlows { from, to: number })
 }
 
 /// Refuses an interface on which a program that is not ours has our place.
