@@ -28,6 +28,7 @@
 #include "slowpath.h"
 #include "pmtu_discovery.h"
 #include "icmp_answers.h"
+#include "decap.h"
 #include "fast.h"
 #include "xdp.h"
 
@@ -140,8 +141,11 @@ __noinline int slow(struct __sk_buff *skb)
 SEC("tc")
 int udplb(struct __sk_buff *skb)
 {
-	int action = fast(skb);
+	int action;
 
+	if (features.decap && may_have_outer(skb, sizeof(struct ethhdr)) && decap(skb, sizeof(struct ethhdr)))
+		return TC_ACT_UNSPEC;
+	action = fast(skb);
 	/* all actions of the kernel are smaller */
 	if (action < ACTION_SLOW)
 		return action;
@@ -158,8 +162,11 @@ int udplb(struct __sk_buff *skb)
 SEC("tc")
 int udplb_l3(struct __sk_buff *skb)
 {
-	int action = run(skb, 0);
+	int action;
 
+	if (features.decap && may_have_outer(skb, 0) && decap(skb, 0))
+		return TC_ACT_UNSPEC;
+	action = run(skb, 0);
 	return action == ACTION_RARE ? slowpath_l3(skb) : action;
 }
 

@@ -89,12 +89,19 @@ static __always_inline int xdp_deliver(struct xdp_md *xdp, struct pkt *pkt, __u3
 	return bpf_redirect(line->ifindex, 0);
 }
 
+/* Returns true for packets to a port that the program at tc has to look at before rules. */
+static __always_inline bool is_for_tc(__be16 port)
+{
+	return (features.flows && is_flow_port(port)) ||
+	       (features.decap && decap_settings.gue && port == bpf_htons(GUE_PORT));
+}
+
 static __always_inline int xdp_ipv4(struct xdp_md *xdp, struct pkt *pkt)
 {
 	const struct iphdr *ip = pkt->ip;
 
 	if (ip->protocol != IPPROTO_UDP || *(const __u8 *)ip != 0x45 ||
-	    ip->frag_off & bpf_htons(IP_OFFSET | IP_MF) || (features.flows && is_flow_port(pkt->udp->dest)))
+	    ip->frag_off & bpf_htons(IP_OFFSET | IP_MF) || is_for_tc(pkt->udp->dest))
 		return XDP_PASS;
 	return xdp_deliver(xdp, pkt, find_entry(bpf_ntohl(ip->daddr), bpf_ntohs(pkt->udp->dest)), false);
 }
@@ -104,7 +111,7 @@ static __always_inline int xdp_ipv6(struct xdp_md *xdp, struct pkt *pkt)
 	const struct ipv6hdr *ip6 = pkt->ip6;
 
 	if (!locate_frame(xdp, pkt, true) || ip6->nexthdr != IPPROTO_UDP || ip6->version != 6 ||
-	    (features.flows && is_flow_port(pkt->udp->dest)))
+	    is_for_tc(pkt->udp->dest))
 		return XDP_PASS;
 	return xdp_deliver(xdp, pkt, find_entry6(ip6->daddr.in6_u.u6_addr32, pkt->udp->dest), true);
 }

@@ -149,6 +149,27 @@ let
     assured = word duration "1h" "Lifetime of other flows. The program's default is 2m.";
   };
 
+  decap = words {
+    from = mkOption {
+      type = types.either network (types.listOf network);
+      example = [ "10.2.0.0/24" ];
+      description = "Networks of the balancers, by the source address of outer headers.";
+    };
+    via = mkOption {
+      type = types.listOf (
+        types.enum [
+          "ipip"
+          "gue"
+        ]
+      );
+      example = [
+        "ipip"
+        "gue"
+      ];
+      description = "Outer headers that are taken off: those of an IP header, or of UDP to port 6080.";
+    };
+  };
+
   payloadBytes = words {
     offset = mkOption {
       type = types.ints.u16;
@@ -459,6 +480,7 @@ let
           }
           // lib.optionalAttrs (cfg.announce != null) { announce = withoutNull cfg.announce; }
           // lib.optionalAttrs (cfg.flows != null) { flows = withoutNull cfg.flows; }
+          // lib.optionalAttrs (cfg.decap != null) { decap = withoutNull cfg.decap; }
         )
       );
   # A file outside the store changes without a rebuild: nothing can be said about it here.
@@ -664,6 +686,19 @@ in
       description = "Table of the flows of rules with `reply = \"nat\"`.";
     };
 
+    decap = mkOption {
+      type = types.nullOr decap;
+      default = null;
+      example = {
+        from = [ "10.2.0.0/24" ];
+        via = [ "gue" ];
+      };
+      description = ''
+        Outer headers that are taken off packets to this host, an upstream of rules with
+        `reply = "direct"` on balancers. The firewall must let the packets in them pass.
+      '';
+    };
+
     announce = mkOption {
       type = types.nullOr announce;
       default = null;
@@ -804,6 +839,10 @@ in
         message = "services.udplb.flows: cannot be used together with services.udplb.configFile.";
       }
       {
+        assertion = cfg.decap == null || !fromFile;
+        message = "services.udplb.decap: cannot be used together with services.udplb.configFile.";
+      }
+      {
         assertion = cfg.announce == null || !fromFile;
         message = "services.udplb.announce: cannot be used together with services.udplb.configFile.";
       }
@@ -829,7 +868,9 @@ in
       message = "services.udplb.rules.[${toString (lib.last uses).rule}].key: ${key} is the key of rules.[${toString (lib.head uses).rule}] already.";
     }) doubled;
 
-    warnings = lib.optional (rules == [ ] && !fromFile) "services.udplb is enabled without rules.";
+    warnings = lib.optional (
+      rules == [ ] && cfg.decap == null && !fromFile
+    ) "services.udplb is enabled without rules.";
 
     environment.systemPackages = [ cfg.package ];
     environment.etc = lib.mkIf inStore { ${fileName}.source = file; };

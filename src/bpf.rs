@@ -52,8 +52,12 @@ pub const VERDICTS: [(Verdict, &str); Verdict::VERDICTS.0 as usize] = [
     (Verdict::VERDICT_NO_FLOW, "no-flow"),
 ];
 
-/// Counters of a rule besides verdicts, and their names in output.
-pub const NOTES: [(Verdict, &str); 2] = [
+/// Note of packets of no rule whose outer headers were taken off.
+pub const DECAPSULATED: &str = "decapsulated";
+
+/// Counters besides verdicts, and their names in output.
+pub const NOTES: [(Verdict, &str); 3] = [
+    (Verdict::NOTE_DECAPSULATED, DECAPSULATED),
     (Verdict::NOTE_SHORT_PAYLOAD, "short-payload"),
     (Verdict::NOTE_SEVERAL_METRICS, "several-metrics"),
 ];

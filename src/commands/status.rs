@@ -251,6 +251,14 @@ impl Status {
         for announced in &self.announced {
             let _ = writeln!(text, "announce {announced}");
         }
+        if let Some(decap) = &self.decap {
+            let (via, from) = (decap.via.join(", "), decap.from.join(", "));
+            let _ = writeln!(
+                text,
+                "decap {via} from {from}: {}",
+                plural(decap.count.packets as usize, "packet")
+            );
+        }
         if let (Some(since), false) = (self.counted_since, amounts == Amounts::Rates) {
             let what =
                 if amounts == Amounts::Mixed { "what was not forwarded is" } else { "totals are" };

@@ -9,6 +9,7 @@ use super::diagnostic::{Diagnostics, Message};
 use super::vocabulary::{self as words, Root};
 use super::{
     Family, Hash, Host, KeyAddress, Mode, Network, Path, Ports, RuleConfig, Source, UpstreamConfig,
+    Via,
 };
 use crate::maglev;
 
@@ -33,6 +34,7 @@ pub(super) fn check(decoded: &mut Decoded) {
     let at = Path::default().field(words::INTERFACES.name);
     twice(&at, &decoded.interfaces, |name| format!("`{name}`"), &mut diagnostics);
     announcement(decoded, &mut diagnostics);
+    decap(decoded, &mut diagnostics);
     let rules = &decoded.rules;
     for rule in rules {
         families(rule, &mut diagnostics);
@@ -111,6 +113,22 @@ fn announcement(decoded: &Decoded, diagnostics: &mut Diagnostics) {
             Message::about(&place, message).help("a dummy: `ip link add anycast0 up type dummy`");
         let at = Path::default().field(words::INTERFACES.name).index(nth);
         diagnostics.push(message.related(at, "named here"));
+    }
+}
+
+/// Reports networks and ways of `decap` that are named twice, and warns of one that anybody is in.
+fn decap(decoded: &mut Decoded, diagnostics: &mut Diagnostics) {
+    let Some(decap) = &decoded.decap else { return };
+    let at = Path::default().field(words::DECAP.name);
+    let (from, via) = (at.field(words::DECAP_FROM.name), at.field(words::DECAP_VIA.name));
+    twice(&from, &decap.from, ToString::to_string, diagnostics);
+    let word = |nth: usize| words::TUNNELS[usize::from(decap.via[nth] == Via::Gue)];
+    let ways = Vec::from_iter((0..decap.via.len()).map(word));
+    twice(&via, &ways, |word| format!("`{word}`"), diagnostics);
+    if let Some(all) = decap.from.iter().find(|network| network.prefix == 0) {
+        let message = format!("{all} has anybody put packets into this host, past its filters");
+        let message = Message::about(&from, message);
+        decoded.warnings.push(message.help("name the networks of the balancers"));
     }
 }
 

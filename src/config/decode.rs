@@ -13,9 +13,9 @@ use super::path::Trail;
 use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, Shape, Table};
 use super::{
-    Action, Announce, Flows, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Period,
-    Ports, Reply, RuleConfig, Source, Strategy, StrategyPart, StrategyParts, UpstreamConfig, Via,
-    Xdp, host, scalar,
+    Action, Announce, Decap, Flows, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload,
+    Period, Ports, Reply, RuleConfig, Source, Strategy, StrategyPart, StrategyParts,
+    UpstreamConfig, Via, Xdp, host, scalar,
 };
 
 /// The valid part of a file, and its diagnostics.
@@ -25,6 +25,7 @@ pub(super) struct Decoded {
     pub announce: Option<Announce>,
     pub xdp: BTreeMap<String, Xdp>,
     pub flows: Flows,
+    pub decap: Option<Decap>,
     pub rules: Vec<RuleConfig>,
     pub diagnostics: Diagnostics,
     /// Valid but probably not intended.
@@ -43,13 +44,14 @@ pub(super) fn decode(node: &Node<'_>) -> Decoded {
             announce: None,
             xdp: BTreeMap::new(),
             flows: Flows::default(),
+            decap: None,
             rules: Vec::new(),
             diagnostics: Diagnostics::default(),
             warnings: Vec::new(),
         },
     };
     match &node.content {
-        Content::List(rules) => decoder.rules(rules, &Options::default(), &Trail::ROOT),
+        Content::List(rules) => decoder.bare(rules),
         Content::Map(_) => decoder.map(node),
         _ => decoder.no_root(node),
     }
@@ -197,6 +199,18 @@ impl Decoder {
         self.error(&Trail::ROOT, Message::new(message).help(help));
     }
 
+    /// Reads the bare list of rules.
+    fn bare(&mut self, rules: &[Node<'_>]) {
+        self.warn_of_no_rules(rules, &Trail::ROOT);
+        self.rules(rules, &Options::default(), &Trail::ROOT);
+    }
+
+    fn warn_of_no_rules(&mut self, rules: &[Node<'_>], at: &Trail<'_>) {
+        if rules.is_empty() {
+            self.warn(at, "no rules: nothing will match");
+        }
+    }
+
     fn map(&mut self, node: &Node<'_>) {
         let at = &Trail::ROOT;
         // Another version has words that are unknown here.
@@ -216,12 +230,22 @@ impl Decoder {
             let flows = self.flows(node, &at.field(words::FLOWS.name));
             self.decoded.flows = flows.unwrap_or_default();
         }
+        let decap = fields.get(&words::DECAP);
+        if let Some(node) = decap {
+            self.decoded.decap = self.decap(node, &at.field(words::DECAP.name));
+        }
         let defaults = self.options(fields.get(&words::DEFAULTS), &at.field(words::DEFAULTS.name));
-        if let Some(node) = fields.get(&words::RULES) {
-            let at = at.field(words::RULES.name);
-            if let Some(rules) = self.list(node, "a list of rules", &at) {
+        match fields.get(&words::RULES) {
+            Some(node) => {
+                let at = at.field(words::RULES.name);
+                let rules = self.list(node, "a list of rules", &at).unwrap_or_default();
+                if decap.is_none() {
+                    self.warn_of_no_rules(rules, &at);
+                }
                 self.rules(rules, &defaults, &at);
             }
+            None if decap.is_none() => self.missing(&fields, &words::RULES, &words::ROOT_MAP, at),
+            None => {}
         }
     }
 
@@ -252,15 +276,26 @@ impl Decoder {
         }
         let fields = Fields { entries, root };
         for field in table.fields.iter().filter(|field| field.required) {
-            // A misspelt field has been reported.
-            let misspelt = |entry: &Entry<'_>| table.nearest(&entry.name, root) == Some(field.name);
-            let missing = field.is_usable(root) && fields.get(field).is_none();
-            if missing && !entries.iter().any(misspelt) {
-                let message = format!("`{}` is missing", field.name);
-                self.error(at, Message::new(message).help(field.about));
+            if field.is_usable(root) && fields.get(field).is_none() {
+                self.missing(&fields, field, table, at);
             }
         }
         Some(fields)
+    }
+
+    /// Reports a field that a map lacks, unless it is there under a misspelt name, which has been reported.
+    fn missing(
+        &mut self,
+        fields: &Fields<'_, '_>,
+        field: &'static Field,
+        table: &'static Table,
+        at: &Trail<'_>,
+    ) {
+        let nearest = |entry: &Entry<'_>| table.nearest(&entry.name, fields.root);
+        if fields.entries.iter().all(|entry| nearest(entry) != Some(field.name)) {
+            let message = format!("`{}` is missing", field.name);
+            self.error(at, Message::new(message).help(field.about));
+        }
     }
 
     fn list<'n, 't>(
@@ -330,10 +365,29 @@ impl Decoder {
         })
     }
 
-    fn rules(&mut self, nodes: &[Node<'_>], defaults: &Options, at: &Trail<'_>) {
-        if nodes.is_empty() {
-            self.warn(at, "no rules: nothing will match");
+    fn decap(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Decap> {
+        let fields = self.fields(node, &words::DECAP_MAP, at)?;
+        let from = self.senders(&fields, &words::DECAP_FROM, at);
+        let via = fields.get(&words::DECAP_VIA);
+        let at = at.field(words::DECAP_VIA.name);
+        let via = via.and_then(|node| self.tunnels(node, &at));
+        Some(Decap { from: from?, via: via? })
+    }
+
+    /// Returns the kind or kinds of outer headers, at least one.
+    fn tunnels(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Vec<Via>> {
+        match &node.content {
+            Content::List(nodes) if nodes.is_empty() => {
+                let help = format!("write one of {}, or several", words::list(words::TUNNELS));
+                self.error(at, Message::new("an empty list").help(help));
+                None
+            }
+            Content::List(nodes) => self.each(nodes, at, scalar::tunnel),
+            _ => self.ok(at, scalar::tunnel(node)).map(|via| vec![via]),
         }
+    }
+
+    fn rules(&mut self, nodes: &[Node<'_>], defaults: &Options, at: &Trail<'_>) {
         for (index, node) in nodes.iter().enumerate() {
             let rule = self.rule(node, defaults, &at.index(index));
             self.decoded.rules.extend(rule);
@@ -687,7 +741,10 @@ impl Decoder {
             return self.ok(at, scalar::networks(node)).map(|network| vec![network]);
         };
         if nodes.is_empty() {
-            let help = format!("leave `{}` out where it names nobody", field.name);
+            let help = match field.required {
+                true => "name at least one".into(),
+                false => format!("leave `{}` out where it names nobody", field.name),
+            };
             self.error(at, Message::new("an empty list of networks").help(help));
             return None;
         }

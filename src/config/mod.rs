@@ -47,9 +47,9 @@ pub use period::Period;
 pub use reference::{MARKS, manual, markdown};
 pub use schema::schema;
 pub use types::{
-    Action, Addresses, Admission, Announce, Flows, Fragments, Hash, Key, Mode, Payload, Ports,
-    Reply, RuleConfig, Source, State, Strategy, StrategyPart, StrategyParts, UpstreamConfig, Via,
-    Xdp,
+    Action, Addresses, Admission, Announce, Decap, Flows, Fragments, Hash, Key, Mode, Payload,
+    Ports, Reply, RuleConfig, Source, State, Strategy, StrategyPart, StrategyParts, UpstreamConfig,
+    Via, Xdp,
 };
 pub use vocabulary::ANY;
 use vocabulary::INTERFACES;
@@ -63,6 +63,7 @@ pub struct Config {
     /// XDP modes other than `off`, by interface.
     pub xdp: BTreeMap<String, Xdp>,
     pub flows: Flows,
+    pub decap: Option<Decap>,
     pub rules: Vec<RuleConfig>,
     /// Valid, but probably not intended.
     pub warnings: Vec<Diagnostic>,
@@ -89,8 +90,8 @@ impl Config {
         }
         let warnings = diagnose(Severity::Warning, decoded.warnings, &document, Some(&node));
         drop(node);
-        let Decoded { interfaces, xdp, announce, flows, rules, .. } = decoded;
-        Ok(Config { interfaces, xdp, announce, flows, rules, warnings, document })
+        let Decoded { interfaces, xdp, announce, flows, decap, rules, .. } = decoded;
+        Ok(Config { interfaces, xdp, announce, flows, decap, rules, warnings, document })
     }
 
     /// Returns the host with an index among the destinations of a rule.

@@ -3,18 +3,19 @@
 use std::fmt::Write as _;
 
 use super::vocabulary::{
-    ANNOUNCE_MAP, ANY, DNS_MAP, FLOWS_MAP, Field, HEALTH_MAP, HTTP_MAP, INTERFACE_MAP, KEY_MAP,
-    OPTIONS_MAP, PAYLOAD_MAP, RADIUS_MAP, ROOT_MAP, RULE_MAP, Root, SNMP_MAP, Shape, Table,
-    UDP_MAP, UPSTREAM_MAP, list,
+    ANNOUNCE_MAP, ANY, DECAP_MAP, DNS_MAP, FLOWS_MAP, Field, HEALTH_MAP, HTTP_MAP, INTERFACE_MAP,
+    KEY_MAP, OPTIONS_MAP, PAYLOAD_MAP, RADIUS_MAP, ROOT_MAP, RULE_MAP, Root, SNMP_MAP, Shape,
+    Table, UDP_MAP, UPSTREAM_MAP, list,
 };
 
 /// The maps of a file, with what stands before the names of their fields. A mirror has the fields of an
 /// upstream.
-const SECTIONS: [(&str, &Table); 15] = [
+const SECTIONS: [(&str, &Table); 16] = [
     ("", &ROOT_MAP),
     ("interfaces[].", &INTERFACE_MAP),
     ("announce.", &ANNOUNCE_MAP),
     ("flows.", &FLOWS_MAP),
+    ("decap.", &DECAP_MAP),
     ("rules[].", &RULE_MAP),
     ("key.", &KEY_MAP),
     ("options.", &OPTIONS_MAP),
@@ -121,6 +122,7 @@ fn value(field: &Field, root: Root) -> String {
         Shape::ChoiceOrEndpoint(choice) => {
             format!("{}, IP address, or `ADDRESS:PORT`", list(choice.usable(root)))
         }
+        Shape::Words(words) => format!("{}, or list of them", list(words)),
         Shape::Text => "text".into(),
         Shape::WordsOrMap(words, _) => {
             let words = words.iter().map(|word| format!("`{word}`, "));

@@ -4,8 +4,8 @@ use super::diagnostic::Message;
 use super::hint::is_invisible;
 use super::node::{Content, Node};
 use super::quote::shorten;
-use super::vocabulary::{ANY, Limits, Number, PART_WORDS, list as list_of, unknown_word};
-use super::{Host, KeyAddress, Network, Period, Ports, StrategyPart, host, network, period};
+use super::vocabulary::{ANY, Limits, Number, PART_WORDS, TUNNELS, list as list_of, unknown_word};
+use super::{Host, KeyAddress, Network, Period, Ports, StrategyPart, Via, host, network, period};
 
 type Result<T> = std::result::Result<T, Message>;
 
@@ -66,6 +66,15 @@ pub(super) fn part(node: &Node<'_>) -> Result<StrategyPart> {
         _ => return Err(unknown_word(word, &PART_WORDS)),
     };
     Err(Message::new(format!("`{word}` is no part of a list")).help(help))
+}
+
+/// Reads a kind of outer headers.
+pub(super) fn tunnel(node: &Node<'_>) -> Result<Via> {
+    match text(node, &format!("one of {}", list_of(TUNNELS)))? {
+        "ipip" => Ok(Via::Ipip),
+        "gue" => Ok(Via::Gue),
+        other => Err(unknown_word(other, TUNNELS)),
+    }
 }
 
 pub(super) fn key_address(node: &Node<'_>) -> Result<KeyAddress> {

@@ -3,16 +3,19 @@
 use serde_json::{Map, Value, json};
 
 use super::host::INTERFACE;
-use super::vocabulary::{ANY, Field, ROOT_MAP, RULE_MAP, Root, Shape, Table};
+use super::vocabulary::{ANY, DECAP, Field, ROOT_MAP, RULE_MAP, RULES, Root, Shape, Table};
 
 /// JSON Schema (draft-07) of both forms of a file.
 pub fn schema() -> Value {
+    let mut document = map(&ROOT_MAP, Root::Map);
+    let needs = |field: &Field| json!({ "required": [field.name] });
+    document["anyOf"] = json!([needs(&RULES), needs(&DECAP)]);
     let mut list = rules(Root::List);
     list["description"] = "The bare list of rules.".into();
     json!({
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "udplb configuration",
-        "oneOf": [map(&ROOT_MAP, Root::Map), list],
+        "oneOf": [document, list],
     })
 }
 
@@ -73,6 +76,10 @@ fn property(field: &Field, root: Root) -> Value {
             let with_port = r"^(\[[0-9a-fA-F.:]+\]|[0-9.]+):[0-9]{1,5}$";
             let with_port = json!({ "type": "string", "pattern": with_port });
             json!({ "anyOf": [{ "enum": choice.usable(root) }, address(), with_port] })
+        }
+        Shape::Words(words) => {
+            let several = json!({ "type": "array", "items": { "enum": words }, "minItems": 1 });
+            json!({ "anyOf": [{ "enum": words }, several] })
         }
         Shape::Map(table) => map(table, root),
         Shape::Maps(table) => json!({ "type": "array", "items": map(table, root) }),

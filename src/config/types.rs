@@ -352,6 +352,15 @@ pub enum Via {
     Gue,
 }
 
+/// Outer headers that are taken off packets to this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Decap {
+    /// Networks of the hosts that put packets into them; at least one.
+    pub from: Vec<Network>,
+    /// [`Via::Ipip`], [`Via::Gue`] or both.
+    pub via: Vec<Via>,
+}
+
 /// Interfaces that have the addresses of the keys, for a routing daemon to announce.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Announce {

@@ -78,6 +78,8 @@ pub enum Shape {
     ChoiceOrList(&'static EnumField, &'static [&'static str]),
     /// One of the words, or an IP address with or without a port.
     ChoiceOrEndpoint(&'static EnumField),
+    /// One of some words, or a list of them.
+    Words(&'static [&'static str]),
     /// Any text.
     Text,
     /// One of some words, or a map.
@@ -252,13 +254,19 @@ pub static FLOW_TIMEOUT: Limits = Limits {
     first: Period::from_secs(1),
     last: Period::from_secs(86_400),
 };
+pub static DECAP: Field = Field::new("decap", Shape::Map(&DECAP_MAP), "Outer headers that are taken off packets to this host, an upstream of rules with `reply: direct` elsewhere. What is in them goes up the stack, past the rules.").default("none").example("{ from: [10.2.0.0/24], via: [ipip, gue] }");
+pub static DECAP_FROM: Field = Field::new("from", Shape::Networks, "Networks of the balancers, by the source address of outer headers. Packets of others stay as they are.").required().example("[10.2.0.0/24, \"2001:db8:2::/64\"]");
+pub static DECAP_VIA: Field = Field::new("via", Shape::Words(TUNNELS), "Outer headers: an IP header (`ipip`: IPv4 in IPv4, IPv6 in IPv6), or a UDP header to port 6080 (`gue`, variant 1).").required().example("[ipip, gue]");
+pub const TUNNELS: &[&str] = &["ipip", "gue"];
 pub static DEFAULTS: Field = Field::new(
     "defaults",
     Shape::Map(&OPTIONS_MAP),
     "Any of `options`, for the rules that do not set them.",
 )
 .example("{ source: preserve }");
-pub static RULES: Field = Field::new("rules", Shape::Maps(&RULE_MAP), "The rules.").required();
+pub static RULES: Field =
+    Field::new("rules", Shape::Maps(&RULE_MAP), "The rules. A file with `decap` may have none.")
+        .default("required, but with `decap`");
 
 pub static ANNOUNCE_INTERFACE: Field = Field::new("interface", Shape::Interface, "Interface that has an address while the host is well: the filter is attached to all `interfaces`, and each rule of the address has an upstream that is up. A dummy interface that nothing else uses.").required().example("anycast0");
 pub static ANNOUNCE_LAST_RESORT: Field = Field::new("last_resort", Shape::Interface, "Interface that has an address while the host is sick, to be announced as worse, so that the hosts serve where all are sick.").default("none: a sick host withdraws the address").example("anycast1");
@@ -499,8 +507,10 @@ pub static SAMPLE: Number = Number { what: "a sampling rate", first: 1, last: 1_
 
 pub static ROOT_MAP: Table = Table {
     what: "a configuration",
-    fields: &[&VERSION, &INTERFACES, &ANNOUNCE, &FLOWS, &DEFAULTS, &RULES],
+    fields: &[&VERSION, &INTERFACES, &ANNOUNCE, &FLOWS, &DECAP, &DEFAULTS, &RULES],
 };
+pub static DECAP_MAP: Table =
+    Table { what: "the outer headers to take off", fields: &[&DECAP_FROM, &DECAP_VIA] };
 pub static ANNOUNCE_MAP: Table = Table {
     what: "the announcement",
     fields: &[

@@ -180,6 +180,7 @@ fn build_in(
         ..tables.features
     };
     rodata.tuning = keys.tuning();
+    rodata.decap_settings = tables.decap;
     rodata.flow_settings = flow_settings(&draft.desired, &tables)?;
     share(&mut skeleton, &state)?;
     skeleton.maps.bss_tracing.reuse_fd(state.tracing.as_fd())?;
@@ -311,6 +312,7 @@ pub fn dry_run_program(
         ..tables.features
     };
     rodata.tuning = keys.tuning();
+    rodata.decap_settings = tables.decap;
     rodata.flow_settings = flow_settings(&description.desired, &tables)?;
     let state = state_maps::open(guard)?.context(INCOMPLETE)?;
     let directory = guard.generation(generation.number);

@@ -6,7 +6,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::config::{ANY, Announce, Hash, Mode, Network, with_port};
+use crate::config::{ANY, Announce, Decap, Hash, Mode, Network, with_port};
 use crate::desired::tables::moved_share;
 use crate::desired::{Desired, Rule, Upstream};
 use crate::maglev;
@@ -22,6 +22,8 @@ pub struct Changes {
     pub xdp: Difference,
     /// Fields of `flows`.
     pub flows: Vec<AttributeChange>,
+    /// Fields of `decap`; a field that is missing is `none`.
+    pub decap: Vec<AttributeChange>,
     /// This host's addresses that `any` matches.
     pub addresses: Difference,
     pub added: Vec<RuleSummary>,
@@ -94,6 +96,7 @@ impl Changes {
             announce: differing(announce(old), announce(new)),
             xdp: xdp(old, new),
             flows: differing(flows(old), flows(new)),
+            decap: differing(decap(old), decap(new)),
             addresses: addresses(old, new),
             added: only(&new.rules, &before),
             removed: only(&old.rules, &after),
@@ -219,6 +222,15 @@ fn flows(desired: &Desired) -> Vec<(&'static str, String)> {
         ("ports", flows.ports.to_string()),
         ("unanswered", flows.unanswered.to_string()),
         ("assured", flows.assured.to_string()),
+    ]
+}
+
+/// Returns the fields of `decap` and their values.
+fn decap(desired: &Desired) -> Vec<(&'static str, String)> {
+    let text = |value: fn(&Decap) -> String| desired.decap.as_ref().map_or("none".into(), value);
+    vec![
+        ("from", text(|it| networks(&it.from, ""))),
+        ("via", text(|it| it.via.iter().map(word).collect::<Vec<_>>().join(","))),
     ]
 }
 
@@ -368,6 +380,12 @@ impl fmt::Display for Changes {
             writeln!(f, "~ flows")?;
         }
         for attribute in &self.flows {
+            writeln!(f, "    {attribute}")?;
+        }
+        if !self.decap.is_empty() {
+            writeln!(f, "~ decap")?;
+        }
+        for attribute in &self.decap {
             writeln!(f, "    {attribute}")?;
         }
         self.addresses.lines(f, "", "address")?;

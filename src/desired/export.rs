@@ -27,6 +27,9 @@ pub fn document(desired: &Desired) -> Value {
             "assured": flows.assured,
         });
     }
+    if let Some(decap) = &desired.decap {
+        document["decap"] = json!(decap);
+    }
     document["rules"] = desired.rules.iter().map(rule).collect();
     document
 }

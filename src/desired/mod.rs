@@ -20,7 +20,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
-    self, Action, Address, Addresses, Admission, AllDown, Announce, Config, Family, Flows,
+    self, Action, Address, Addresses, Admission, AllDown, Announce, Config, Decap, Family, Flows,
     Fragments, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Reply, Source,
     State, Strategy, Via, Xdp, with_port,
 };
@@ -39,6 +39,8 @@ pub struct Desired {
     pub announce: Option<Announce>,
     #[serde(default, skip_serializing_if = "is_default")]
     pub flows: Flows,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decap: Option<Decap>,
     pub rules: Vec<Rule>,
     /// The addresses of the interfaces, sorted: a key with `any` matches each. Empty if no rule has
     /// such a key.
@@ -293,6 +295,7 @@ impl Desired {
             interfaces: interfaces.into_iter().collect(),
             announce: config.announce.clone(),
             flows: config.flows.clone(),
+            decap: config.decap.clone(),
             rules,
             xdp,
             ..Desired::default()
@@ -348,10 +351,11 @@ impl Desired {
     /// Returns true if a generation with this configuration can be used for `other`. Causes may differ, and
     /// interfaces that it was attached to may be missing.
     pub fn serves(&self, other: &Desired) -> bool {
-        let Desired { interfaces, announce, flows, rules, xdp, .. } = self;
+        let Desired { interfaces, announce, flows, decap, rules, xdp, .. } = self;
         let Desired { addresses, broadcasts, local_ports, incomplete, .. } = self;
         let same = (interfaces, announce, flows, rules, xdp)
             == (&other.interfaces, &other.announce, &other.flows, &other.rules, &other.xdp)
+            && *decap == other.decap
             && (addresses, broadcasts) == (&other.addresses, &other.broadcasts)
             && *local_ports == other.local_ports
             && incomplete.lacks_the_same(&other.incomplete);

@@ -36,6 +36,7 @@ pub struct Tables {
     pub upstreams: Vec<types::upstream>,
     /// The upstreams by address and port.
     pub destinations: Vec<(types::destination_key, types::destination)>,
+    pub decap: types::decap_settings,
     /// Features of the packet path in use; its number and the kernel's clock are set later.
     pub features: types::features,
 }
@@ -61,7 +62,26 @@ impl Tables {
         // last, since they repeat upstreams
         tables.keys(desired);
         tables.features = features(desired, &tables);
+        tables.decap(desired);
         tables
+    }
+
+    /// Adds the networks whose outer headers are taken off, as a group of senders for each family.
+    fn decap(&mut self, desired: &Desired) {
+        let Some(decap) = &desired.decap else { return };
+        let [senders, senders6] = DECAP_SENDERS;
+        for network in &decap.from {
+            let group = if network.address.is_ipv6() { senders6 } else { senders };
+            self.senders.push((sender_key(group, *network), NO_RULE));
+        }
+        let takes = |via| decap.via.contains(&via).into();
+        self.decap = types::decap_settings {
+            senders,
+            senders6,
+            ipip: takes(Via::Ipip),
+            gue: takes(Via::Gue),
+            ..Default::default()
+        };
     }
 
     /// Appends an entry for the answers of each upstream of rules with `reply`.
@@ -270,6 +290,9 @@ impl Tables {
         first
     }
 }
+
+/// Groups in `senders` of `decap`, of IPv4 and of IPv6; those of rules are counted from 1.
+const DECAP_SENDERS: [u32; 2] = [u32::MAX - 1, u32::MAX];
 
 /// Index in `rules` of senders that match no rule.
 const NO_RULE: u32 = u32::MAX;
@@ -574,6 +597,7 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
         tunnels: any(&|rule| rule.upstreams.iter().any(|it| is_tunnel(rule.via_of(it)))),
         sources: any(&|rule| rule.destinations().any(|it| rule.source_of(it).fixed().is_some())),
         flows: any(&|rule| rule.reply == Reply::Nat),
+        decap: desired.decap.is_some().into(),
         ..Default::default()
     }
 }

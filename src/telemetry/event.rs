@@ -10,7 +10,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::bpf::{VERDICTS, from_bytes, is_forwarded, types, unwire};
+use crate::bpf::{NOTES, VERDICTS, from_bytes, is_forwarded, types, unwire};
 use crate::config::{Mode, Strategy, StrategyPart, with_port};
 use crate::datapath::description::Generation;
 use crate::desired::miss::{self, Miss};
@@ -66,7 +66,8 @@ impl Event {
         if self.0.verdict == types::verdict::VERDICT_UNMATCHED {
             return UNMATCHED;
         }
-        let name = VERDICTS.iter().find(|(verdict, _)| *verdict == self.0.verdict);
+        let mut names = VERDICTS.iter().chain(&NOTES);
+        let name = names.find(|(verdict, _)| *verdict == self.0.verdict);
         name.map_or("unknown", |(_, name)| *name)
     }
 
@@ -199,7 +200,7 @@ impl Names {
     /// Returns the rules that come nearest to an unmatched packet.
     fn misses(&self, event: &Event, interface: &str) -> Vec<Miss> {
         let words = self.generations.get(&event.0.generation);
-        let Some(words) = words.filter(|_| event.0.rule == 0) else { return Vec::new() };
+        let Some(words) = words.filter(|_| event.verdict() == UNMATCHED) else { return Vec::new() };
         let destination = SocketAddr::new(event.destination(), u16::from_be(event.0.port));
         let desired = &words.generation.description.desired;
         miss::explain(desired, event.source(), destination, interface)

@@ -229,6 +229,12 @@ impl Metrics {
                 packets.set(&labels, answers.forwarded().packets)?;
             }
         }
+        if let Some(decap) = &self.status.decap {
+            let help = "Packets to this host whose outer headers were taken off";
+            counter(encoder, "decapsulated_packets", help)?.set(&[], decap.count.packets)?;
+            let help = "Bytes of these packets, without the outer headers";
+            counter(encoder, "decapsulated_bytes", help)?.set(&[], decap.count.bytes)?;
+        }
         let mut flows = gauge(encoder, "flows", "Flows of the rule's upstreams")?;
         for rule in rules {
             for (state, counts) in

@@ -10,8 +10,8 @@ use anyhow::Context;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::bpf::{self, Runs, types};
-use crate::config::{Address, Mode, Reply, State, Xdp};
+use crate::bpf::{self, DECAPSULATED, Runs, types};
+use crate::config::{Address, Decap, Mode, Reply, State, Xdp};
 use crate::datapath::counters::{Count, Counts};
 use crate::datapath::description::{self, Generation};
 use crate::datapath::pins::{self, ReadGuard, Store};
@@ -54,6 +54,9 @@ pub struct Status {
     pub rules: Vec<RuleStatus>,
     /// Packets of no rule, by verdict.
     pub unmatched: Counts,
+    /// Outer headers that are taken off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decap: Option<DecapStatus>,
     /// Parts of the file that the generation lacks.
     pub incomplete: Missing,
     /// The generation that a rollback left.
@@ -381,6 +384,7 @@ impl Status {
             xdp: None,
             rules: Vec::new(),
             unmatched: Counts::default(),
+            decap: None,
             incomplete: missing(observed, serving),
             held: observed.held.map(|held| held.generation),
             pending: observed.pending.as_ref().map(PendingStatus::new),
@@ -415,6 +419,8 @@ impl Status {
                 .collect(),
         };
         status.unmatched = view.total.of(0);
+        let decap = description.desired.decap.as_ref();
+        status.decap = decap.map(|decap| DecapStatus::new(decap, &status.unmatched));
         if rule.is_none() {
             status.rules.reserve_exact(ids.len());
         }
@@ -428,6 +434,29 @@ impl Status {
             drain::rule_index(&description.desired, name)?;
         }
         Ok(status)
+    }
+}
+
+/// Outer headers that are taken off packets to this host, and of how many they were.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct DecapStatus {
+    /// Networks of senders.
+    pub from: Vec<String>,
+    /// Kinds of outer headers.
+    pub via: Vec<String>,
+    /// Packets that went up the stack, without the outer headers.
+    #[serde(flatten)]
+    pub count: Count,
+}
+
+impl DecapStatus {
+    fn new(decap: &Decap, unmatched: &Counts) -> DecapStatus {
+        let count = unmatched.notes().find(|(note, _)| *note == DECAPSULATED);
+        DecapStatus {
+            from: decap.from.iter().map(ToString::to_string).collect(),
+            via: decap.via.iter().map(diff::word).collect(),
+            count: count.map_or_else(Count::default, |(_, count)| count),
+        }
     }
 }
 

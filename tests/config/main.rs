@@ -6,8 +6,8 @@ use std::path::Path as FilePath;
 use proptest::prelude::*;
 use udplb::config::{
     Action, Addresses, Admission, Config, Diagnostic, Family, Fragments, Hash, Health, Host,
-    KeyAddress, MARKS, Message, Mode, Payload, Ports, Severity, Source, State, Strategy, manual,
-    markdown, schema,
+    KeyAddress, MARKS, Message, Mode, Payload, Ports, Severity, Source, State, Strategy, Via,
+    manual, markdown, schema,
 };
 
 const SEED: &str = include_str!("../../examples/seed.yaml");
@@ -337,6 +337,25 @@ rules:
 }
 
 #[test]
+fn decap_needs_no_rules() {
+    let file = |from: &str| {
+        let text = format!("version: 1\ninterfaces: [ens3]\ndecap: {{ from: {from}, via: gue }}\n");
+        accept("f", &text)
+    };
+    let config = file("10.2.0.0/24");
+    assert!(config.warnings.is_empty() && config.rules.is_empty(), "{config:?}");
+    let decap = config.decap.expect("it is there");
+    assert_eq!((decap.from.len(), &decap.via[..]), (1, &[Via::Gue][..]));
+    assert!(
+        accept("f", "version: 1\nrules: []\ndecap: { from: \"::1\", via: [ipip] }\n")
+            .warnings
+            .is_empty()
+    );
+    let all = file("[10.2.0.1, \"::/0\"]");
+    assert!(all.warnings[0].message.contains("::/0 has anybody put packets"), "{all:?}");
+}
+
+#[test]
 fn addresses_of_both_families_are_accepted() {
     let text = "
 - key: { address: 2001:DB8::5, port: 53 }
@@ -646,7 +665,9 @@ fn schema_has_every_word() {
     assert_eq!(upstream["source"]["default"], serde_json::Value::Null);
     assert_eq!(upstream["weight"]["maximum"], 10_000);
     assert_eq!(rule["mirror"]["items"]["properties"]["weight"], serde_json::Value::Null);
-    assert_eq!(map["required"], serde_json::json!(["version", "rules"]));
+    assert_eq!(map["required"], serde_json::json!(["version"]));
+    let either = serde_json::json!([{ "required": ["rules"] }, { "required": ["decap"] }]);
+    assert_eq!(map["anyOf"], either);
     assert_eq!(map["additionalProperties"], false);
 
     let seed = &list["items"]["properties"];

@@ -15,6 +15,7 @@ mod testbed;
 
 mod admission;
 mod answers;
+mod decap;
 mod devices;
 mod errors;
 mod fanout;

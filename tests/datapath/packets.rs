@@ -1145,7 +1145,7 @@ fn check_unexpected(
 fn program_loads_with_any_features() {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
     use udplb::bpf::types::features;
-    const SWITCHES: [fn(&mut features) -> &mut u8; 15] = [
+    const SWITCHES: [fn(&mut features) -> &mut u8; 16] = [
         |it| &mut it.ipv6,
         |it| &mut it.any_port,
         |it| &mut it.senders,
@@ -1158,6 +1158,7 @@ fn program_loads_with_any_features() {
         |it| &mut it.origins,
         |it| &mut it.direct,
         |it| &mut it.tunnels,
+        |it| &mut it.decap,
         |it| &mut it.flows,
         |it| &mut it.parts,
         |it| &mut it.sources,

@@ -14,7 +14,9 @@ use libbpf_rs::{
 use udplb::bpf::{
     NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types, wire,
 };
-use udplb::config::{Action, Address, Flows, Hash, Key, Mode, Ports, Source, State, Strategy};
+use udplb::config::{
+    Action, Address, Decap, Flows, Hash, Key, Mode, Ports, Source, State, Strategy, Via,
+};
 use udplb::datapath::gate::suspects;
 use udplb::datapath::lease::ticks_per_second;
 use udplb::datapath::nexthops;
@@ -49,6 +51,12 @@ pub const PORTS: Ports = Ports { first: 10_000, last: 14_095 };
 /// Settings of the flows. The unit of time is that of the program, see [`Program::second`].
 fn flows() -> Flows {
     Flows { entries: FLOWS, ports: PORTS, ..Flows::default() }
+}
+
+/// Returns the tables of a configuration that takes off outer headers of all kinds.
+fn all_tunnels() -> Tables {
+    let decap = Some(Decap { from: Vec::new(), via: vec![Via::Ipip, Via::Gue] });
+    Tables::new(&Desired { decap, ..Desired::default() }, &[])
 }
 
 /// Number of lines of each table of keys.
@@ -108,6 +116,7 @@ impl<'object> Program<'object> {
         constants.features.ticks_per_second = second;
         constants.features.xdp = 1;
         constants.flow_settings = settings(&flows(), second, ORPHANS);
+        constants.decap_settings = all_tunnels().decap;
         let mut seeds = (1..).map(|number: u64| number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut seed = || seeds.next().expect("a seed");
         let hashing = Hashing::new(LINES as usize, &mut seed);

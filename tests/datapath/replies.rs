@@ -425,14 +425,14 @@ fn answers_go_through_any_relay() {
 }
 
 /// A configuration whose upstream has the key's address too.
-fn direct_config(net: &Net, via: &str) -> Value {
+pub fn direct_config(net: &Net, via: &str) -> Value {
     let upstream = json!({ "name": "u1", "address": net.upstreams[0] });
     let options = json!({ "tc_action": "block", "reply": "direct", "via": via });
     json!({ "version": 1, "interfaces": ["eth0"], "rules": [net.rule("dns", 53, options, &[upstream])] })
 }
 
 /// Creates a lab whose upstream has the key's addresses on lo, and a way of its own to the client.
-fn direct_lab(offload: bool) -> Lab {
+pub fn direct_lab(offload: bool) -> Lab {
     let lab = Lab::dual(offload, offload);
     lab.client.link("eth1", &lab.upstream, "eth1", offload);
     for namespace in [&lab.client, &lab.upstream] {
@@ -454,7 +454,7 @@ fn direct_lab(offload: bool) -> Lab {
 }
 
 /// Asks an upstream that has the key's address, and takes its answer from there.
-fn ask_directly(net: &Net, lab: &Lab, sizes: &[usize]) {
+pub fn ask_directly(net: &Net, lab: &Lab, sizes: &[usize]) {
     let client = bind(&lab.client, net.clients[0], 0);
     client.connect((net.key, 53)).expect("connected");
     let server = bind(&lab.upstream, net.key, 53);

@@ -218,6 +218,7 @@ in
   words = words {
     inherit (udplbOptions)
       announce
+      decap
       defaults
       flows
       interfaces

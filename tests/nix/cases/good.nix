@@ -467,4 +467,26 @@ in
       ];
     };
   };
+
+  # An upstream has no rules.
+  decap = {
+    expect.file = {
+      version = 1;
+      interfaces = [ "ens3" ];
+      defaults = { };
+      rules = [ ];
+      decap = {
+        from = [ "10.2.0.0/24" ];
+        via = [ "gue" ];
+      };
+    };
+    config.services.udplb = {
+      enable = true;
+      interfaces = [ "ens3" ];
+      decap = {
+        from = [ "10.2.0.0/24" ];
+        via = [ "gue" ];
+      };
+    };
+  };
 }
