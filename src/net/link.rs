@@ -14,6 +14,9 @@ use netlink_packet_route::link::{
 use super::{Netlink, mac};
 use crate::config::Network;
 
+/// Index of the loopback interface of a network namespace.
+pub const LOOPBACK: u32 = 1;
+
 /// A network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Link {

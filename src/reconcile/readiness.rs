@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use crate::config::{KeyAddress, State};
 use crate::datapath::spares::Situation;
 use crate::desired::{Desired, Rule, RuleIds};
-use crate::net::link::OwnAddress;
+use crate::net::link::{LOOPBACK, OwnAddress};
 
 /// The active configuration and its state.
 pub struct Readiness<'a> {
@@ -56,7 +56,6 @@ impl Readiness<'_> {
 /// Returns the index of an interface that has an address besides those that announce it: the address
 /// is this host's own, and not to be announced. Loopback interfaces do not count.
 pub fn owner(address: IpAddr, own: &[OwnAddress], besides: &[u32]) -> Option<u32> {
-    const LOOPBACK: u32 = 1;
     let elsewhere = |it: &&OwnAddress| it.ifindex != LOOPBACK && !besides.contains(&it.ifindex);
     own.iter().filter(elsewhere).find(|it| it.address == address).map(|it| it.ifindex)
 }

@@ -333,6 +333,73 @@ fn forwarding_and_reverse_path_filters_are_found() {
     assert_eq!(examine(&lab, 0), "all is well\n");
 }
 
+/// Without a file, and with one that has nothing but `decap`.
+#[test]
+fn upstreams_of_direct_rules_are_examined() {
+    let lab = Lab::dual(true, true);
+    for name in ["all", "default", "eth0", "up0"] {
+        lab.relay.sysctl(&format!("net.ipv4.conf.{name}.rp_filter"), "0");
+    }
+    // in the network of the clients, elsewhere, and of IPv6
+    let examine_named = |code: i32, wanted: &[&str]| {
+        let named = "doctor --upstream 10.1.0.9,10.99.0.1,2001:db8:99::1";
+        let found = lab.run(named).expect(code).stdout;
+        for wanted in wanted {
+            assert!(found.contains(wanted), "{wanted}: {found}");
+        }
+    };
+    let no_tunnel = "note: no tunnel device is up, and no `decap` is applied\n";
+    examine_named(
+        3,
+        &[
+            "problem: 10.1.0.9 is no address of this host\n",
+            "problem: 10.99.0.1 is no address of this host\n",
+            "fix:  ip address add 2001:db8:99::1/128 dev lo\n",
+            no_tunnel,
+            "\n3 problems, 3 notes\n",
+        ],
+    );
+    lab.relay.ip("address add 10.1.0.9/24 dev eth0");
+    lab.relay.ip("address add 10.99.0.1/32 dev lo");
+    lab.relay.ip("-6 route add local 2001:db8:99::/64 dev lo");
+    examine_named(
+        3,
+        &[
+            "problem: eth0: 10.1.0.9 is on this interface, and not on lo\n",
+            "fix:  ip address del 10.1.0.9/24 dev eth0; ip address add 10.1.0.9/32 dev lo\n",
+            "\n1 problem, 3 notes\n",
+        ],
+    );
+    lab.relay.ip("address del 10.1.0.9/24 dev eth0");
+    lab.relay.ip("address add 10.1.0.9/32 dev lo");
+    examine_named(
+        3,
+        &[
+            "problem: eth0: arp_ignore is 0 there, arp_announce 0\n",
+            "note: up0: arp_ignore is 0 there, arp_announce 0\n",
+            "\n1 problem, 2 notes\n",
+        ],
+    );
+    for (name, value) in [("arp_ignore", "1"), ("arp_announce", "2")] {
+        lab.relay.sysctl(&format!("net.ipv4.conf.all.{name}"), value);
+    }
+    examine_named(0, &[no_tunnel, "\nno problems, 1 note\n"]);
+
+    let decap = json!({ "from": "10.1.0.20", "via": ["ipip", "gue"] });
+    lab.apply(&json!({ "version": 1, "interfaces": ["eth0"], "decap": decap }));
+    assert_eq!(examine(&lab, 0), "all is well\n");
+    lab.relay.sysctl("net.ipv4.conf.eth0.rp_filter", "1");
+    lab.relay.ip("route add default via 10.2.0.20");
+    let found = examine(&lab, 3);
+    assert!(found.starts_with("problem: eth0: rp_filter is strict there"), "{found}");
+    fix(&lab, "rp_filter is strict");
+    assert_eq!(examine(&lab, 0), "all is well\n");
+    lab.relay.ip("address del 10.1.0.9/32 dev lo");
+    lab.relay.ip("address del 10.99.0.1/32 dev lo");
+    let found = examine(&lab, 3);
+    assert!(found.starts_with("problem: neither lo nor a dummy has the address"), "{found}");
+}
+
 #[test]
 fn mtu_losses_and_routed_senders_are_found() {
     let lab = Lab::new();

@@ -9,6 +9,7 @@ use anyhow::Context;
 
 use super::before::{self, Before};
 use super::sample::{self, Growth};
+use super::server::{self, ServerFacts};
 use crate::bpf;
 use crate::config::{Action, Config, Family, Health, KeyAddress, Message, Source, with_port};
 use crate::datapath::description::Description;
@@ -78,6 +79,10 @@ pub struct Facts {
     pub neighbours: Vec<NeighbourTable>,
     /// Numbers of next hops of IPv4 and IPv6.
     pub next_hops: [usize; 2],
+    /// Present if this host is an upstream of `reply: direct`.
+    pub server: Option<ServerFacts>,
+    /// True if nothing is applied, no file is named, and the host is an upstream: it needs none.
+    pub needs_nothing: bool,
 }
 
 /// Features of the kernel.
@@ -173,11 +178,17 @@ pub struct Sender {
     pub uid: u32,
 }
 
-/// Reads the facts. `file` is compared with the active configuration; default: the applied file.
+/// Reads the facts. `file` is compared with the active configuration; default: the applied file. `served` are the
+/// addresses that the host must have as an upstream of `reply: direct`.
 ///
 /// # Errors
 /// The given file cannot be read, the kernel returns an error, or another udplb holds the lock.
-pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Result<Facts> {
+pub async fn read(
+    store: &Store,
+    netlink: &Netlink,
+    file: Option<&Path>,
+    served: &[IpAddr],
+) -> Result<Facts> {
     let mut facts = Facts {
         kernel: abilities(),
         missing_capabilities: capabilities::missing_now(),
@@ -205,9 +216,13 @@ pub async fn read(store: &Store, netlink: &Netlink, file: Option<&Path>) -> Resu
     if let Some(reading) = &reading {
         facts.problems = reading.problems(diagnosis::Source(&facts.file));
     }
-    if let Some(desired) = desired {
-        look(&mut facts, netlink, observed, status, serving, &desired).await?;
+    if let Some(desired) = &desired {
+        look(&mut facts, netlink, observed, status, serving, desired).await?;
     }
+    if !served.is_empty() || desired.as_ref().is_some_and(|desired| desired.decap.is_some()) {
+        facts.server = Some(server::read(netlink, served, desired.as_ref()).await?);
+    }
+    facts.needs_nothing = !served.is_empty() && desired.is_none() && file.is_none();
     Ok(facts)
 }
 
@@ -313,7 +328,7 @@ fn abilities() -> Kernel {
     }
 }
 
-fn sysctl(name: &str) -> Option<i64> {
+pub(super) fn sysctl(name: &str) -> Option<i64> {
     fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?.trim().parse().ok()
 }
 

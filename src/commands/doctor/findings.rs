@@ -2,6 +2,7 @@
 
 mod host;
 mod interfaces;
+mod server;
 mod upstreams;
 
 use std::collections::BTreeMap;
@@ -13,6 +14,14 @@ use crate::telemetry::problem::{Level, Problem};
 
 /// Derives all findings, problems first.
 pub fn diagnose(facts: &Facts) -> Vec<Problem> {
+    let mut findings = if facts.needs_nothing { Vec::new() } else { of_balancer(facts) };
+    findings.extend(facts.server.iter().flat_map(server::server));
+    findings.sort_by_key(|finding| finding.level);
+    findings
+}
+
+/// Derives the findings about a host with rules or `decap`.
+fn of_balancer(facts: &Facts) -> Vec<Problem> {
     let mut findings = facts.problems.clone();
     // `growth` has exact numbers
     findings.retain(|problem| {
@@ -25,7 +34,6 @@ pub fn diagnose(facts: &Facts) -> Vec<Problem> {
     findings.extend(upstreams::paths(facts));
     findings.extend(upstreams::loops(facts));
     findings.extend(facts.senders.iter().map(upstreams::sender));
-    findings.sort_by_key(|finding| finding.level);
     findings
 }
 

@@ -5,7 +5,9 @@ mod before;
 mod facts;
 mod findings;
 mod sample;
+mod server;
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -24,6 +26,9 @@ pub struct Options {
     /// Compare this file with the active configuration, instead of the file that was applied.
     #[arg(value_name = "FILE")]
     file: Option<PathBuf>,
+    /// Check this host as an upstream of rules with `reply: direct` to these addresses; no file is needed.
+    #[arg(long, value_name = "ADDRESS", value_delimiter = ',')]
+    upstream: Vec<IpAddr>,
 }
 
 /// Output of `doctor`.
@@ -36,7 +41,9 @@ pub struct Report {
 }
 
 pub async fn run(global: &Global, options: &Options) -> Result<u8> {
-    let facts = facts::read(&global.store(), &netlink()?, options.file.as_deref()).await?;
+    let facts =
+        facts::read(&global.store(), &netlink()?, options.file.as_deref(), &options.upstream)
+            .await?;
     let findings = findings::diagnose(&facts);
     let problems = problem::any(&findings);
     match (global.output, global.quiet && !problems) {
