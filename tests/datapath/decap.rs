@@ -1,7 +1,7 @@
 //! Packets in outer headers that come to this host: `decap`.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::net::IpAddr;
 use std::process::Stdio;
 
@@ -430,6 +430,41 @@ fn ask_for_much(net: &Net, lab: &Lab, via: &str) -> u64 {
         expect(&server, part, own(&client), TTL - 1);
     }
     if is_cut_up { 10 } else { 1 }
+}
+
+/// The kernel's own devices take off what `direct` puts on. Modules that the kernel lacks are reported on standard
+/// error and skipped; `./dev kernels` has them.
+#[test]
+fn kernels_own_devices_take_tunnels_off() {
+    let lab = tunnel_lab(false);
+    for (net, via) in [(V4, "ipip"), (V4, "gue"), (V6, "ipip"), (V6, "gue")] {
+        let device = if net.is_ipv6() { ("ip6_tunnel", "ip6tnl0") } else { ("ipip", "tunl0") };
+        let modules = [Some(device.0), (via == "gue").then_some("fou")];
+        if modules.into_iter().flatten().any(|module| !has_module(module)) {
+            continue;
+        }
+        lab.upstream.ip(&format!("link set {} up", device.1));
+        if via == "gue" {
+            let family = if net.is_ipv6() { "-6" } else { "-4" };
+            lab.upstream.ip(&format!("{family} fou add port 6080 gue"));
+        }
+        if !net.is_ipv6() {
+            lab.upstream.sysctl("net.ipv4.conf.tunl0.rp_filter", "0");
+        }
+        lab.apply(&direct_config(&net, via));
+        let header = if net.is_ipv6() { 48 } else { 28 };
+        ask_directly(&net, &lab, &[0, 1, 39, 1000, 1500 - header, 4000]);
+    }
+}
+
+/// Returns true if the kernel has a module, loaded now or built in.
+fn has_module(name: &str) -> bool {
+    let loaded = Outcome::of(std::process::Command::new("modprobe").arg(name));
+    if loaded.code != Some(0) {
+        // past the harness, which hides what a test that passes prints
+        let _ = writeln!(std::io::stderr(), "SKIPPED: no {name} here: {}", loaded.stderr.trim());
+    }
+    loaded.code == Some(0)
 }
 
 #[test]
