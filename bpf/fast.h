@@ -18,6 +18,14 @@
 /* Result for an ICMP packet, where errors may be about answers of upstreams. */
 #define ACTION_ERROR 105
 
+/* Returns offsets and flags of a datagram without IPv4 options or IPv6 extension headers. */
+static __always_inline __u32 plain_packed(bool ipv6)
+{
+	if (ipv6)
+		return pkt_pack(PKT_F_IPV6, 0, sizeof(struct ethhdr) + sizeof(struct ipv6hdr));
+	return pkt_pack(0, 0, sizeof(struct ethhdr) + sizeof(struct iphdr));
+}
+
 /*
  * Points `pkt` at the headers of a datagram without IPv4 options or IPv6 extension headers, from the first
  * byte of its frame on. Returns false if they do not lie before `end`.
@@ -28,13 +36,8 @@ static __always_inline bool locate_headers(void *frame, const void *end, struct 
 	pkt->ip = (void *)(pkt->eth + 1);
 	pkt->is_ipv6 = ipv6;
 	pkt->has_udp = true;
-	if (ipv6) {
-		pkt->packed = pkt_pack(PKT_F_IPV6, 0, sizeof(struct ethhdr) + sizeof(struct ipv6hdr));
-		pkt->udp = (void *)(pkt->ip6 + 1);
-	} else {
-		pkt->packed = pkt_pack(0, 0, sizeof(struct ethhdr) + sizeof(struct iphdr));
-		pkt->udp = (void *)(pkt->ip + 1);
-	}
+	pkt->packed = plain_packed(ipv6);
+	pkt->udp = ipv6 ? (void *)(pkt->ip6 + 1) : (void *)(pkt->ip + 1);
 	return (void *)(pkt->udp + 1) <= end;
 }
 
@@ -133,9 +136,12 @@ static __always_inline bool pop_plain(struct __sk_buff *skb, struct pkt *pkt, co
 	return !skb->vlan_present || (!bpf_skb_vlan_pop(skb) && locate_plain(skb, pkt, ipv6));
 }
 
-/* Sends the packet itself to the upstream of a valid line. Returns ACTION_SLOW if it is left as it is. */
+/*
+ * Sends the packet itself to the upstream of a valid line, and counts its sender in a table, if it has one.
+ * Returns ACTION_SLOW if the packet is left as it is.
+ */
 static __always_inline int send_plain(struct __sk_buff *skb, struct pkt *pkt, struct line *line, __u32 index,
-				      const bool ipv6)
+				      __u32 sender_table, const bool ipv6)
 {
 	enum checksum checksum;
 	struct rewrite rw;
@@ -144,6 +150,7 @@ static __always_inline int send_plain(struct __sk_buff *skb, struct pkt *pkt, st
 
 	if (!destination || !pop_plain(skb, pkt, ipv6))
 		return ACTION_SLOW;
+	count_plain_sender(pkt, sender_table, skb->len);
 	checksum = checksum_state(skb, pkt);
 	copy_macs(pkt->eth, line->macs);
 	delta = rewrite_headers(skb, pkt, checksum, &rw, destination);
@@ -238,7 +245,7 @@ static __always_inline int send_itself(struct __sk_buff *skb, __u32 index, const
 
 	if (!line || !locate_plain(skb, &pkt, ipv6))
 		return ACTION_SLOW;
-	return send_plain(skb, &pkt, line, index, ipv6);
+	return send_plain(skb, &pkt, line, index, 0, ipv6);
 }
 
 /* Sends the packet itself to the last receiver, whose line has just been valid. */
@@ -271,6 +278,8 @@ __noinline int copy_to_all(struct __sk_buff *skb)
 			return ACTION_SLOW;
 	if (tagged && bpf_skb_vlan_pop(skb))
 		return ACTION_SLOW;
+	if (features.sender_tables && copies.sender_table)
+		count_rule_sender(skb, plain_packed(copies.ipv6), copies.sender_table);
 	if (copies.rule)
 		count_verdict(skb, PKT_UNKNOWN, 0, copies.rule, VERDICT_FORWARDED);
 	for (i = 0; i < MAX_RECEIVERS && i + copies.block < copies.receivers; i++) {
@@ -323,6 +332,7 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 		rule = bpf_map_lookup_elem(&rules, &index);
 		if (!rule)
 			return ACTION_SLOW;
+		copies.sender_table = rule->sender_table;
 		if (kind == ENTRY_REPLICATE) {
 			copies.first = rule->first_receiver;
 			copies.receivers = rule->receivers;
@@ -338,7 +348,8 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 		return leave_copies(copies);
 	}
 	line = bpf_map_lookup_elem(&lines, &index);
-	return line && serves(line, pkt) ? send_plain(skb, pkt, line, index, ipv6) : ACTION_SLOW;
+	return line && serves(line, pkt) ? send_plain(skb, pkt, line, index, copies.sender_table, ipv6)
+					 : ACTION_SLOW;
 }
 
 /*

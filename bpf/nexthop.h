@@ -30,7 +30,8 @@ struct xmit {
 		__u32 rule;  /* id under which the packet is counted; 0: not */
 		__u32 block; /* the last receiver gets the packet itself */
 		__u32 ipv6;
-	} copies;	    /* of a packet on the fast path */
+		__u32 sender_table; /* of the rule */
+	} copies;		    /* of a packet on the fast path */
 	bool egress_source; /* the source is this host's address, which user space resolved with the next hop
 			     */
 	struct rewrite rewrite;

@@ -14,6 +14,7 @@
 #include "count.h"
 #include "lb.h"
 #include "flow.h"
+#include "senders.h"
 #include "redirect.h"
 #include "vlan.h"
 #include "fragmentation.h"
@@ -40,6 +41,8 @@ static __always_inline int process(struct __sk_buff *skb, struct pkt *pkt, const
 
 	trace(skb, rule->id, pkt);
 	verdict = admit(skb, pkt->packed, rule->id, rule->flags);
+	if (verdict == VERDICT_FORWARDED && features.sender_tables && rule->sender_table)
+		count_rule_sender(skb, pkt->packed, rule->sender_table);
 	if (verdict == VERDICT_FORWARDED)
 		verdict = select_targets(skb, pkt, rule, &selection);
 	if (verdict != VERDICT_FORWARDED)
@@ -117,7 +120,7 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 		is_answer = true;
 	}
 	if (!rule) {
-		trace_unmatched(skb, l2, l2 - sizeof(struct ethhdr) + pkt_l4_offset(&pkt),
+		leave_unmatched(skb, l2, l2, l2 - sizeof(struct ethhdr) + pkt_l4_offset(&pkt),
 				pkt_has(&pkt, PKT_F_IPV6));
 		return TC_ACT_UNSPEC;
 	}

@@ -37,14 +37,18 @@ static __always_inline void count_xdp_sent(void)
 		++*sent;
 }
 
-/* Returns the line of the upstream of a plain datagram; NULL unless XDP may send it there. */
+/*
+ * Returns the line of the upstream of a plain datagram, and stores the table of its sender; NULL unless XDP
+ * may send it there.
+ */
 static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry, const struct device *device,
-					     __u32 *index)
+					     __u32 *index, __u32 *sender_table)
 {
 	const struct rule *rule;
 	struct line *line;
 
 	*index = entry & ENTRY_INDEX;
+	*sender_table = 0;
 	switch (entry & ~ENTRY_INDEX) {
 	case ENTRY_BLOCK:
 		break;
@@ -53,6 +57,7 @@ static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry,
 		if (!rule || rule->action != ACTION_BLOCK)
 			return NULL;
 		*index = balance_plain(pkt, rule);
+		*sender_table = rule->sender_table;
 		break;
 	default:
 		return NULL;
@@ -67,7 +72,7 @@ static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry,
 static __always_inline int xdp_deliver(struct xdp_md *xdp, struct pkt *pkt, __u32 entry, const bool ipv6)
 {
 	__u64 bytes = (void *)(long)xdp->data_end - (void *)(long)xdp->data;
-	__u32 ifindex = xdp->ingress_ifindex, index;
+	__u32 ifindex = xdp->ingress_ifindex, index, sender_table;
 	const struct device *device = bpf_map_lookup_elem(&devices, &ifindex);
 	const __be32 *destination;
 	struct rewrite rw;
@@ -76,12 +81,13 @@ static __always_inline int xdp_deliver(struct xdp_md *xdp, struct pkt *pkt, __u3
 	if (!entry || !device || !is_same_mac(pkt->eth->h_dest, device->mac) || !is_usual(bytes, pkt, ipv6) ||
 	    is_partial(pkt, ipv6))
 		return XDP_PASS;
-	line = xdp_line(pkt, entry, device, &index);
+	line = xdp_line(pkt, entry, device, &index, &sender_table);
 	if (!line)
 		return XDP_PASS;
 	destination = fill_plain_rewrite(pkt, line, index, ipv6, &rw);
 	if (!destination)
 		return XDP_PASS;
+	count_plain_sender(pkt, sender_table, bytes);
 	copy_macs(pkt->eth, line->macs);
 	rewrite_headers(NULL, pkt, CSUM_FULL, &rw, destination);
 	count_sent(line, 1, bytes);

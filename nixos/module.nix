@@ -346,6 +346,9 @@ let
     martians =
       word admission "allow"
         "Whether packets are sent on whose source address no router forwards. The program's default is `deny`.";
+    senders =
+      word (types.ints.between 16 262144) 4096
+        "Number of senders that have room in a table of the rule, for `udplb senders` and metrics. Without it they are not counted.";
   };
 
   # Of upstreams and mirrors.

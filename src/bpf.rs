@@ -87,6 +87,8 @@ pod!(
     table_line6,
     sender_key,
     key_address,
+    sender,
+    sender_bucket,
     sequences,
     destination_key,
     destination,

@@ -140,6 +140,7 @@ struct Options {
     payload: Given<Payload>,
     health: Given<Health>,
     answers: Given<u32>,
+    senders: Given<u32>,
 }
 
 impl Options {
@@ -154,6 +155,7 @@ impl Options {
             source: self.source.or(defaults.source),
             payload: self.payload.or(defaults.payload),
             answers: self.answers.or(defaults.answers),
+            senders: self.senders.or(defaults.senders),
             health: self.health.clone().or(defaults.health.clone()),
         }
     }
@@ -440,6 +442,7 @@ impl Decoder {
             fragments: self.option(&options, &words::FRAGMENTS)?,
             zero_checksum: self.option(&options, &words::ZERO_CHECKSUM)?,
             martians: self.option(&options, &words::MARTIANS)?,
+            senders: options.senders.value(),
             upstreams: upstreams?,
             mirrors: mirrors?,
             at: at.path(),
@@ -668,6 +671,21 @@ impl Decoder {
         }
     }
 
+    /// Reads a number of an option.
+    fn count(
+        &mut self,
+        fields: &Fields<'_, '_>,
+        field: &'static Field,
+        limits: &'static Number,
+        at: &Trail<'_>,
+    ) -> Given<u32> {
+        match self.optional(fields, field, at, number(limits)) {
+            None => Given::Invalid,
+            Some(None) => Given::Missing,
+            Some(Some(count)) => Given::Valid(count),
+        }
+    }
+
     /// Reads a duration, or the field's default.
     fn duration(
         &mut self,
@@ -859,11 +877,8 @@ impl Decoder {
             let health = self.health(node, &at.field(words::HEALTH.name));
             options.health = health.map_or(Given::Invalid, Given::Valid);
         }
-        if let Some(node) = fields.get(&words::ANSWERS) {
-            let read = number(&words::ANSWER_COUNT)(node);
-            let answers = self.ok(&at.field(words::ANSWERS.name), read);
-            options.answers = answers.map_or(Given::Invalid, Given::Valid);
-        }
+        options.answers = self.count(&fields, &words::ANSWERS, &words::ANSWER_COUNT, at);
+        options.senders = self.count(&fields, &words::SENDERS, &words::SENDER_COUNT, at);
         options
     }
 

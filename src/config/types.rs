@@ -424,6 +424,8 @@ pub struct RuleConfig {
     pub zero_checksum: Admission,
     /// Packets with a source address that no router forwards.
     pub martians: Admission,
+    /// Number of senders that have room in the rule's table; none: they are not counted.
+    pub senders: Option<u32>,
     /// At least one.
     pub upstreams: Vec<UpstreamConfig>,
     /// Hosts that get a copy of each packet as well.

@@ -465,6 +465,8 @@ pub static MARTIANS: EnumField = EnumField::new(
 )
 .default("deny")
 .example("allow");
+pub static SENDERS: Field = Field::new("senders", Shape::Number(&SENDER_COUNT), "Number of senders that have room in a table of the rule, with packets, bytes, and when each was first and last heard, for `udplb senders` and metrics.").default("none").example("4096");
+pub static SENDER_COUNT: Number = Number { what: "a number of senders", first: 16, last: 262_144 };
 
 pub static UPSTREAM_NAME: Field =
     Field::new("name", Shape::Name, "Name of the host in output, unique in the rule.")
@@ -548,6 +550,7 @@ pub static OPTIONS_MAP: Table = Table {
         &FRAGMENTS.field,
         &ZERO_CHECKSUM.field,
         &MARTIANS.field,
+        &SENDERS,
     ],
 };
 pub static PAYLOAD_MAP: Table =

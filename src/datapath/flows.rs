@@ -185,8 +185,8 @@ pub fn copy(guard: &WriteGuard, from: &Generation, to: &Generation) -> anyhow::R
     Ok(copied)
 }
 
-/// Returns the secret of the places of flows.
-fn secret(guard: &ReadGuard) -> anyhow::Result<u64> {
+/// Returns the secret of the places of flows and senders.
+pub fn secret(guard: &ReadGuard) -> anyhow::Result<u64> {
     let sequences = open_sequences(guard)?;
     let value = bpf::read_entry(&sequences, 0, MapFlags::LOCK)?;
     let value: types::sequences = from_bytes(&value).context("state/sequences has another size")?;

@@ -20,9 +20,10 @@ use crate::datapath::description::{Description, Generation, Origin, ProgramName,
 use crate::datapath::hook::Known;
 use crate::datapath::pins::{ReadGuard, WriteGuard, remove_pins};
 use crate::datapath::state_maps::{self, INCOMPLETE, StateMaps, random};
-use crate::datapath::{flows, handover, kernel, lease, lines, retired, spares, xdp};
+use crate::datapath::{flows, handover, kernel, lease, lines, retired, senders, spares, xdp};
 use crate::desired::flows::settings;
 use crate::desired::key_table::KeyTables;
+use crate::desired::sender_tables;
 use crate::desired::tables::Tables;
 use crate::desired::{Desired, RuleIds, assign_ids};
 use crate::error::catch;
@@ -172,6 +173,7 @@ fn build_in(
     size(&mut skeleton, &tables, &keys, serde_json::to_vec(&description)?.len())?;
     flows::size(&mut skeleton, &draft.desired)?;
     flows::take_over(guard, &mut skeleton, &draft.desired, (others, active))?;
+    senders::prepare(guard, &mut skeleton, directory, &tables.sender_tables, others)?;
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
     rodata.features = types::features {
         generation: draft.number,
@@ -182,6 +184,7 @@ fn build_in(
     rodata.tuning = keys.tuning();
     rodata.decap_settings = tables.decap;
     rodata.flow_settings = flow_settings(&draft.desired, &tables)?;
+    rodata.sender_settings = sender_tables::settings(lease::ticks_per_second()?);
     share(&mut skeleton, &state)?;
     skeleton.maps.bss_tracing.reuse_fd(state.tracing.as_fd())?;
     skeleton.maps.events.reuse_fd(state.events.as_fd())?;
@@ -228,6 +231,7 @@ fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenU
     skeleton.maps.marks.set_autocreate(false)?;
     skeleton.maps.origin.set_autocreate(false)?;
     skeleton.maps.retired.set_autocreate(false)?;
+    skeleton.maps.sender_buckets.set_autocreate(false)?;
     Ok(skeleton)
 }
 
@@ -300,6 +304,7 @@ pub fn dry_run_program(
     let mut object = MaybeUninit::uninit();
     let mut skeleton = open(&mut object)?;
     skeleton.progs.udplb_l3.set_autoload(false);
+    skeleton.maps.sender_tables.set_autocreate(false)?;
     let tables = Tables::new(&description.desired, &description.ids);
     let keys = key_tables(&tables, description.seed)?;
     size(&mut skeleton, &tables, &keys, 1)?;
@@ -307,6 +312,7 @@ pub fn dry_run_program(
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
     rodata.features = types::features {
         dry_run: 1,
+        sender_tables: 0,
         generation: generation.number,
         ticks_per_second: lease::ticks_per_second()?,
         ..tables.features
@@ -599,6 +605,8 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
             maps.push(map_id(&map)?);
         }
     }
+    let (desired, ids) = (&description.desired, &description.ids);
+    senders::check(directory, &desired.rules, ids)?;
     match maps.iter().find(|id| !program.map_ids.contains(id)) {
         Some(id) => bail!("its program does not use map {id}"),
         None => Ok(()),

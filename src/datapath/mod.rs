@@ -22,6 +22,7 @@ pub mod pin_search;
 pub mod pins;
 pub mod probes;
 pub mod retired;
+pub mod senders;
 pub mod spares;
 pub mod state_maps;
 pub mod tc;

@@ -193,6 +193,7 @@ fn attributes(rule: &Rule) -> Vec<(&'static str, String)> {
         ("fragments", word(&rule.fragments)),
         ("zero-checksum", word(&rule.zero_checksum)),
         ("martians", word(&rule.martians)),
+        ("senders", rule.senders.map_or("none".into(), |senders| senders.to_string())),
     ];
     attributes.extend(rule.answers.map(|answers| ("answers", answers.to_string())));
     attributes.extend(slots(rule).map(|slots| ("slots", slots.to_string())));
@@ -554,7 +555,7 @@ mod tests {
         let mut new = desired(&[ONE, TWO].concat());
         let from_nothing = Changes::new(&Desired::default(), &new, &[]);
         let attributes = "    all-down: open\n    fragments: follow\n    hash: modulo\n    health: off\n    martians: deny\n    \
-             mode: balance\n    payload: none\n    reply: none\n    source: vip\n    strategy: src-ip-port\n    \
+             mode: balance\n    payload: none\n    reply: none\n    senders: none\n    source: vip\n    strategy: src-ip-port\n    \
              tc_action: pass\n    via: none\n    zero-checksum: deny\n";
         assert_eq!(
             from_nothing.to_string(),

@@ -89,6 +89,9 @@ fn options(rule: &Rule) -> Value {
     if let Some(via) = rule.via {
         options["via"] = json!(via);
     }
+    if let Some(senders) = rule.senders {
+        options["senders"] = json!(senders);
+    }
     if let Some(answers) = rule.answers {
         options["answers"] = json!(answers);
     }
@@ -318,6 +321,7 @@ mod tests {
             select(vec![Admission::Deny, Admission::Allow]),
             select(vec![Mode::Balance, Mode::Replicate]),
             select(vec![Hash::Modulo, Hash::Maglev]),
+            option::of(16..=262_144_u32),
         );
         let list = |parts: &[StrategyPart]| Selection::Parts(parts.to_vec().into());
         let strategies = vec![
@@ -349,7 +353,8 @@ mod tests {
         });
         (words, selection, hosts, own).prop_map(move |(words, selection, hosts, own)| {
             let (key, upstreams, mirrors) = hosts;
-            let (action, source, health, fragments, zero_checksum, martians, mode, hash) = words;
+            let (action, source, health, fragments, zero_checksum, martians, mode, hash, senders) =
+                words;
             let (strategy, payload) = match (selection, key.only_port()) {
                 // refused
                 ((strategy, _), Some(_)) if strategy.reads_dst_port() => (Selection::SrcIp, None),
@@ -378,7 +383,7 @@ mod tests {
             }
             let (health, all_down) = health;
             let rule = Rule { health, all_down, fragments, zero_checksum, martians, ..rule };
-            Rule { action, mode, source, ..rule }
+            Rule { action, mode, source, senders, ..rule }
         })
     }
 

@@ -44,15 +44,21 @@ pub fn port_lines(flows: &Flows) -> u32 {
     (2 * flows.entries).div_ceil(HINTS).next_power_of_two()
 }
 
+fn beat_shift(ticks: u32) -> u32 {
+    (ticks / BEATS).max(1).ilog2()
+}
+
+/// Returns a time in beats, at least one, by a clock of `ticks` jiffies per second.
+pub(super) fn beats(period: Period, ticks: u32) -> u32 {
+    let jiffies = Duration::from(period).as_millis() as u64 * u64::from(ticks) / 1000;
+    (jiffies >> beat_shift(ticks)).max(1) as u32
+}
+
 /// Returns the settings for a clock of `ticks` jiffies per second; `orphans` is the entry of answers whose
 /// upstream is gone.
 pub fn settings(flows: &Flows, ticks: u32, orphans: u32) -> flow_settings {
-    let beat_shift = (ticks / BEATS).max(1).ilog2();
-    let beats = |period: Period| {
-        let jiffies = Duration::from(period).as_millis() as u64 * u64::from(ticks) / 1000;
-        (jiffies >> beat_shift).max(1) as u32
-    };
-    let (unanswered, assured) = (beats(flows.unanswered), beats(flows.assured));
+    let beat_shift = beat_shift(ticks);
+    let (unanswered, assured) = (beats(flows.unanswered, ticks), beats(flows.assured, ticks));
     flow_settings {
         buckets: buckets(flows),
         port_lines: port_lines(flows),
@@ -65,7 +71,7 @@ pub fn settings(flows: &Flows, ticks: u32, orphans: u32) -> flow_settings {
     }
 }
 
-/// A moment by the clock of a generation's flows, whose times are in beats.
+/// A moment by the clock of a generation's flows and senders, whose times are in beats.
 #[derive(Clone, Copy, Debug)]
 pub struct FlowClock {
     settings: flow_settings,
@@ -80,7 +86,7 @@ impl FlowClock {
     }
 
     /// Returns the time since a moment; none if it is later, which another CPU may have stored.
-    fn beats_since(&self, moment: u32) -> u32 {
+    pub(super) fn beats_since(&self, moment: u32) -> u32 {
         u32::try_from(self.now.wrapping_sub(moment) as i32).unwrap_or(0)
     }
 

@@ -11,6 +11,7 @@ pub mod flows;
 pub mod key_table;
 pub mod miss;
 pub mod partial;
+pub mod sender_tables;
 pub mod senders;
 pub mod tables;
 
@@ -95,6 +96,9 @@ pub struct Rule {
     /// Packets whose source no router forwards.
     #[serde(default, skip_serializing_if = "Admission::is_denied")]
     pub martians: Admission,
+    /// Number of senders that have room in the rule's table; `None`: they are not counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub senders: Option<u32>,
     /// Never empty; in the order of the file, which `modulo` depends on.
     pub upstreams: Vec<Upstream>,
     /// Hosts that get a copy of each packet in addition.
@@ -173,6 +177,7 @@ impl Rule {
             fragments: Fragments::Follow,
             zero_checksum: Admission::Deny,
             martians: Admission::Deny,
+            senders: None,
             upstreams,
             mirrors: Vec::new(),
         }
@@ -460,6 +465,7 @@ fn written(rule: &config::RuleConfig) -> Rule {
         fragments: rule.fragments,
         zero_checksum: rule.zero_checksum,
         martians: rule.martians,
+        senders: rule.senders,
         upstreams: rule.upstreams.iter().map(upstream).collect(),
         mirrors: rule.mirrors.iter().map(upstream).collect(),
     }

@@ -10,6 +10,7 @@ use crate::config::{
     Reply, Source, State, Strategy, StrategyPart, Via,
 };
 use crate::desired::key_table::{Key4, Key6};
+use crate::desired::sender_tables::SenderTable;
 use crate::desired::senders::{self, Share, Shares};
 use crate::desired::{Desired, Rule, RuleIds, Upstream, flow};
 use crate::maglev::{self, Member};
@@ -32,6 +33,8 @@ pub struct Tables {
     pub indexes: Vec<(u32, u32)>,
     /// Entry of answers of flows whose upstream is not among `upstreams`.
     pub orphans: u32,
+    /// Tables of the rules that count their senders.
+    pub sender_tables: Vec<SenderTable>,
     pub slots: Vec<types::slot_line>,
     pub upstreams: Vec<types::upstream>,
     /// The upstreams by address and port.
@@ -206,7 +209,27 @@ impl Tables {
             payload_offset,
             payload_length: payload_length.into(),
             answers: rule.answers.unwrap_or(0),
+            sender_table: self.sender_table(rule, ids),
+            refused_table: NO_TABLE,
         }
+    }
+
+    /// Appends the table of a rule's senders, if it counts them, and returns its number.
+    fn sender_table(&mut self, rule: &Rule, ids: &RuleIds) -> types::sender_table {
+        let Some(senders) = rule.senders else { return NO_TABLE };
+        let table = SenderTable::new(ids.rule, senders);
+        self.sender_tables.push(table);
+        table.number(self.sender_tables.len() - 1)
+    }
+
+    /// Returns the table of senders that no rule of a key takes: that of the key's first rule that has one.
+    fn refused_table(&self, shares: &Shares) -> types::sender_table {
+        let rules = shares.iter().filter_map(|(_, share)| Some(share.as_ref()?.rule));
+        let counting = rules.filter(|rule| self.rules[*rule].sender_table != NO_TABLE);
+        counting.min().map_or(NO_TABLE, |rule| {
+            let refused = types::sender_table::TABLE_REFUSED.0;
+            types::sender_table(self.rules[rule].sender_table.0 | refused)
+        })
     }
 
     /// Appends upstreams or mirrors of a rule; returns the index of the first and their number.
@@ -245,7 +268,7 @@ impl Tables {
         for (address, port) in keys.places() {
             let nearest = keys.nearest(address, port);
             let shares = known.entry((nearest, address.is_ipv4()));
-            let shares = shares.or_insert_with_key(|(nearest, _)| {
+            let shares: &Shares = shares.or_insert_with_key(|(nearest, _)| {
                 senders::shares(&desired.rules, nearest, Network::new(address, 0))
             });
             let Some(first) = shares.iter().find_map(|(_, share)| *share) else { continue };
@@ -265,6 +288,9 @@ impl Tables {
                 }
             };
             let index = variants.index(self, first, group, senders);
+            if senders != 0 {
+                self.rules[index as usize].refused_table = self.refused_table(shares);
+            }
             let entry = self.entry(index);
             match address {
                 IpAddr::V4(address) => self.keys.push((Key4 { address, port }, entry)),
@@ -297,6 +323,9 @@ const DECAP_SENDERS: [u32; 2] = [u32::MAX - 1, u32::MAX];
 /// Index in `rules` of senders that match no rule.
 const NO_RULE: u32 = u32::MAX;
 
+/// Table of senders that are not counted.
+const NO_TABLE: types::sender_table = types::sender_table(0);
+
 impl Tables {
     /// Returns the entry of a key that leads to a rule: its kind tells the fast path how to send.
     fn entry(&self, index: u32) -> u32 {
@@ -324,7 +353,10 @@ impl Tables {
             (1.., _) if rule.flags.0 & flags::RULE_REPLICATES.0 != 0 && !has_slow() => {
                 (entries::ENTRY_REPLICATE, index)
             }
-            (0, 1) if !is_only_slow() => (fast, rule.first_upstream),
+            (0, 1) if is_only_slow() => (entries::ENTRY_RULE, index),
+            (0, 1) if rule.sender_table == NO_TABLE => (fast, rule.first_upstream),
+            // the rule has the table
+            (0, 1) => (entries::ENTRY_BALANCE, index),
             (0, 2..) if !reads_payload(rule) => (entries::ENTRY_BALANCE, index),
             _ => (entries::ENTRY_RULE, index),
         };
@@ -598,6 +630,7 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
         sources: any(&|rule| rule.destinations().any(|it| rule.source_of(it).fixed().is_some())),
         flows: any(&|rule| rule.reply == Reply::Nat),
         decap: desired.decap.is_some().into(),
+        sender_tables: (!tables.sender_tables.is_empty()).into(),
         ..Default::default()
     }
 }

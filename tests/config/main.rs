@@ -274,7 +274,7 @@ defaults: { strategy: payload, payload: statsd, hash: modulo, fragments: drop, m
 rules:
 - name: all
   key: { address: 10.0.0.5, port: any, from: [10.20.0.0/16, 192.0.2.1] }
-  options: { tc_action: block, mode: replicate, source: preserve }
+  options: { tc_action: block, mode: replicate, source: preserve, senders: 4096 }
   upstream:
   - { address: 10.0.9.1, sample: 10 }
   - { address: 10.0.9.2, source: egress, state: drained }
@@ -306,6 +306,7 @@ rules:
     );
     assert_eq!((all.source, all.fragments), (Source::Preserve, Fragments::Drop));
     assert_eq!((all.zero_checksum, all.martians), (Admission::Deny, Admission::Allow));
+    assert_eq!((all.senders, one.senders), (Some(4096), None));
     let [sampled, drained] = &all.upstreams[..] else { panic!("two upstreams") };
     assert_eq!((sampled.sample, sampled.source, sampled.state), (Some(10), None, State::Active));
     assert_eq!(

@@ -62,7 +62,8 @@ pub fn check_kinds(
     }
 }
 
-fn kinds(packet: &Forged) -> Vec<(&'static str, Forged)> {
+/// Returns variants of a packet.
+pub fn kinds(packet: &Forged) -> Vec<(&'static str, Forged)> {
     let mut kinds = vec![("plain", packet.clone())];
     let mut change = |name, change: &dyn Fn(&mut Forged)| {
         let mut changed = packet.clone();

@@ -33,5 +33,6 @@ mod reassembly;
 mod replies;
 mod routes;
 mod selection;
+mod senders;
 mod traffic;
 mod xdp;

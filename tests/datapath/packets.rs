@@ -1145,7 +1145,7 @@ fn check_unexpected(
 fn program_loads_with_any_features() {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
     use udplb::bpf::types::features;
-    const SWITCHES: [fn(&mut features) -> &mut u8; 16] = [
+    const SWITCHES: [fn(&mut features) -> &mut u8; 17] = [
         |it| &mut it.ipv6,
         |it| &mut it.any_port,
         |it| &mut it.senders,
@@ -1162,6 +1162,7 @@ fn program_loads_with_any_features() {
         |it| &mut it.flows,
         |it| &mut it.parts,
         |it| &mut it.sources,
+        |it| &mut it.sender_tables,
     ];
     let load = |name: &str, on: &dyn Fn(usize) -> bool| {
         let mut object = std::mem::MaybeUninit::uninit();

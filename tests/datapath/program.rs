@@ -8,11 +8,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{
-    MapCore, MapFlags, MapHandle, MapMut, OpenMap, OpenObject, ProgramInput, TC_INGRESS,
+    MapCore, MapFlags, MapHandle, MapMut, MapType, OpenMap, OpenObject, ProgramInput, TC_INGRESS,
     TcHookBuilder,
 };
 use udplb::bpf::{
-    NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, from_bytes, types, wire,
+    NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, create, from_bytes, types, wire,
 };
 use udplb::config::{
     Action, Address, Decap, Flows, Hash, Key, Mode, Ports, Source, State, Strategy, Via,
@@ -20,9 +20,11 @@ use udplb::config::{
 use udplb::datapath::gate::suspects;
 use udplb::datapath::lease::ticks_per_second;
 use udplb::datapath::nexthops;
+use udplb::datapath::senders::{Record, read_table};
 use udplb::datapath::spares::{self, Situation};
 use udplb::desired::flows::{buckets, port_lines, settings};
 use udplb::desired::key_table::{Hashing, Key4, Key6, tuning_of};
+use udplb::desired::sender_tables::{self, SenderTable};
 use udplb::desired::tables::{Tables, first_upstreams};
 use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
 use udplb::net::nexthop::NextHop;
@@ -58,6 +60,8 @@ fn all_tunnels() -> Tables {
     let decap = Some(Decap { from: Vec::new(), via: vec![Via::Ipip, Via::Gue] });
     Tables::new(&Desired { decap, ..Desired::default() }, &[])
 }
+/// Number of rules that can count their senders.
+const SENDER_TABLES: u32 = 8;
 
 /// Number of lines of each table of keys.
 const LINES: u32 = 256;
@@ -95,6 +99,8 @@ pub type Counted = BTreeMap<(u32, &'static str), (u64, u64)>;
 pub struct Program<'object> {
     skeleton: UdplbSkel<'object>,
     chunks: [MapHandle; CHUNKS as usize],
+    /// Tables of the rules that count their senders.
+    sender_tables: RefCell<Vec<MapHandle>>,
     prelude: Prelude,
     /// Preludes loaded so far.
     preludes: RefCell<HashMap<Change, OwnedFd>>,
@@ -117,6 +123,7 @@ impl<'object> Program<'object> {
         constants.features.xdp = 1;
         constants.flow_settings = settings(&flows(), second, ORPHANS);
         constants.decap_settings = all_tunnels().decap;
+        constants.sender_settings = sender_tables::settings(second);
         let mut seeds = (1..).map(|number: u64| number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut seed = || seeds.next().expect("a seed");
         let hashing = Hashing::new(LINES as usize, &mut seed);
@@ -147,6 +154,9 @@ impl<'object> Program<'object> {
         let chunks = [0; CHUNKS as usize].map(|_| counters_chunk(&maps.counters_chunk));
         // before kernel 6.2, an inner map with type information differs from one without
         maps.counters.set_inner_map_fd(chunks[0].as_fd()).expect("a model of the chunks");
+        maps.sender_tables.set_max_entries(SENDER_TABLES).expect("the size of a map");
+        let model = create(&maps.sender_buckets, None).expect("a table of senders");
+        maps.sender_tables.set_inner_map_fd(model.as_fd()).expect("a model of the tables");
         let skeleton = skeleton.load().expect("the program loads");
         for (index, chunk) in (0..).zip(&chunks) {
             write(&skeleton.maps.counters, index, &chunk.as_fd().as_raw_fd().to_ne_bytes());
@@ -156,7 +166,65 @@ impl<'object> Program<'object> {
         let prelude = Prelude::new(skeleton.progs.udplb.as_fd());
         let preludes = RefCell::default();
         let (own, configured) = (RefCell::default(), RefCell::default());
-        Program { skeleton, chunks, prelude, preludes, hashing, hashing6, own, configured, second }
+        let sender_tables = RefCell::default();
+        Program {
+            skeleton,
+            chunks,
+            sender_tables,
+            prelude,
+            preludes,
+            hashing,
+            hashing6,
+            own,
+            configured,
+            second,
+        }
+    }
+
+    /// Creates empty tables of senders.
+    fn write_sender_tables(&self, tables: &[SenderTable]) {
+        let maps = &self.skeleton.maps;
+        let flags = libbpf_sys::BPF_F_MMAPABLE | libbpf_sys::BPF_F_INNER_MAP;
+        let options = libbpf_sys::bpf_map_create_opts {
+            sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
+            map_flags: flags,
+            ..Default::default()
+        };
+        let value = size_of::<types::sender_bucket>() as u32;
+        let table = |table: &SenderTable| {
+            let name = Some("senders");
+            MapHandle::create(MapType::Array, name, 4, value, table.buckets(), &options)
+                .expect("a table of senders")
+        };
+        let all: Vec<MapHandle> = tables.iter().map(table).collect();
+        for (index, table) in (0..).zip(&all) {
+            write(&maps.sender_tables, index, &table.as_fd().as_raw_fd().to_ne_bytes());
+        }
+        *self.sender_tables.borrow_mut() = all;
+    }
+
+    /// Returns the senders in a table of a family, by address; refused ones last.
+    pub fn senders(&self, table: usize, ipv6: bool) -> Vec<Record> {
+        let mut senders = Vec::new();
+        let tables = self.sender_tables.borrow();
+        read_table(&tables[table], self.secret()[1], ipv6, |it| senders.push(it)).expect("senders");
+        senders.sort_by_key(|it| (it.refused, it.address));
+        senders
+    }
+
+    /// Makes all senders in a table so many seconds older.
+    pub fn age_senders(&self, table: usize, seconds: u32) {
+        let beats = (seconds * self.second) >> settings(&flows(), self.second, 0).beat_shift;
+        let table = &self.sender_tables.borrow()[table];
+        for index in 0..table.max_entries() {
+            let key = index.to_ne_bytes();
+            let bytes = table.lookup(&key, MapFlags::ANY).expect("a lookup").expect("a bucket");
+            let mut bucket: types::sender_bucket = from_bytes(&bytes).expect("a bucket");
+            for time in bucket.first.iter_mut().chain(&mut bucket.last) {
+                *time = time.wrapping_sub(beats);
+            }
+            table.update(&key, bytes_of(&bucket), MapFlags::ANY).expect("an update");
+        }
     }
 
     /// Writes this host's addresses, each with true for a broadcast address.
@@ -265,6 +333,7 @@ impl<'object> Program<'object> {
         write_pairs(&maps.answers, &tables.answers);
         write_pairs(&maps.origins, &tables.origins);
         write_pairs(&maps.indexes, &tables.indexes);
+        self.write_sender_tables(&tables.sender_tables);
         let answering = desired.upstreams().map(|upstream| upstream.address.ip);
         let suspects = suspects(self.own.borrow().iter().copied().chain(answering));
         self.change_gate(|gate| gate.suspects.copy_from_slice(&suspects));

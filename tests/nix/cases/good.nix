@@ -39,6 +39,7 @@ let
         fragments = "pass";
         zero-checksum = "allow";
         martians = "deny";
+        senders = 4096;
       };
       upstream = [
         {
