@@ -36,8 +36,8 @@ impl Candidate<'_> {
 
     /// Warns of interfaces without forwarding: the kernel tells no next hop for answers that come in there.
     fn not_forwarding(self, links: &[Link]) -> Vec<Message> {
-        let Some((at, rule, _)) = self.upstreams().find(|(_, it, _)| it.reply == Reply::Route)
-        else {
+        let comes_back = |rule: &Rule| matches!(rule.reply, Reply::Route | Reply::Nat);
+        let Some((at, rule, _)) = self.upstreams().find(|(_, it, _)| comes_back(it)) else {
             return Vec::new();
         };
         let version = match rule.family() {

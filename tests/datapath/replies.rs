@@ -479,6 +479,24 @@ fn upstreams_on_the_link_answer_themselves() {
     }
 }
 
+/// The kernel tells no next hop for answers that come in where it does not forward.
+#[test]
+fn apply_warns_of_answers_that_are_not_forwarded() {
+    let lab = Lab::new();
+    let mut config = replying("route");
+    config["rules"].as_array_mut().expect("rules").truncate(1);
+    lab.relay.sysctl("net.ipv4.conf.up0.forwarding", "0");
+    for reply in ["route", "nat"] {
+        config["rules"][0]["options"]["reply"] = json!(reply);
+        let warned = "answers that come in on up0 are dropped: it does not forward";
+        lab.try_apply(&config, "").expect(0).says(&[warned]);
+    }
+    lab.relay.sysctl("net.ipv4.conf.up0.forwarding", "1");
+    config["rules"][0]["options"]["reply"] = json!("route");
+    let silent = lab.try_apply(&config, "").expect(0);
+    assert!(!silent.stderr.contains("forward"), "{silent:?}");
+}
+
 /// `apply` says which packets are too long for outer headers, and for `link` that there is a router between.
 #[test]
 fn apply_warns_of_direct_ways() {
