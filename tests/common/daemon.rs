@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use super::Namespace;
 use super::lab::Lab;
@@ -23,6 +23,17 @@ pub enum Kind {
     Rsyslog,
 }
 
+/// Returns true if a program is installed; says so loudly if it is not. CI installs all: there it is an error.
+pub fn is_there(program: &str) -> bool {
+    let is_there = fs::exists(program).is_ok_and(|is| is);
+    if !is_there {
+        assert!(std::env::var_os("CI").is_none(), "{program} is missing");
+        // past the harness, which hides what a test that passes prints
+        let _ = writeln!(std::io::stderr(), "SKIPPED: {program} is missing");
+    }
+    is_there
+}
+
 impl Kind {
     pub const ALL: [Kind; 6] =
         [Kind::Dnsmasq, Kind::Chrony, Kind::Snmpd, Kind::Freeradius, Kind::Nginx, Kind::Rsyslog];
@@ -38,15 +49,9 @@ impl Kind {
         }
     }
 
-    /// Returns true if it is installed; says so loudly if it is not. CI installs all: there it is an error.
+    /// Returns true if it is installed.
     pub fn is_installed(self) -> bool {
-        let is_there = fs::exists(self.program()).is_ok_and(|is| is);
-        if !is_there {
-            assert!(std::env::var_os("CI").is_none(), "{} is missing", self.program());
-            // past the harness, which hides what a test that passes prints
-            let _ = writeln!(std::io::stderr(), "SKIPPED: {} is missing", self.program());
-        }
-        is_there
+        is_there(self.program())
     }
 
     pub fn port(self) -> u16 {
@@ -121,12 +126,17 @@ impl Kind {
         fs::write(directory.join("dictionary"), dictionary).expect("a file");
         let mut command = namespace.command(self.program());
         command.args(words.split_whitespace()).env("SNMP_PERSISTENT_DIR", &dir);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        Daemon { child: command.spawn().expect("the service starts") }
+        Daemon::spawn(command)
     }
 }
 
 impl Daemon {
+    /// Starts a service by its command.
+    pub fn spawn(mut command: Command) -> Daemon {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Daemon { child: command.spawn().expect("the service starts") }
+    }
+
     pub fn signal(&self, signal: i32) {
         // SAFETY: the process is a child that was not waited for.
         let sent = unsafe { libc::kill(self.child.id() as i32, signal) };

@@ -29,6 +29,7 @@ mod nat;
 mod nat_changes;
 mod packets;
 mod paths;
+mod programs;
 mod reassembly;
 mod replies;
 mod routes;
