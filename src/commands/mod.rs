@@ -22,6 +22,7 @@ pub mod plan;
 pub mod ready;
 pub mod rollback;
 pub mod schema;
+pub mod senders;
 pub mod status;
 pub mod top;
 pub mod trace;
@@ -115,6 +116,8 @@ pub enum Command {
     ///
     /// `drain --now` has the clients of an upstream go to another one.
     Forget(forget::Options),
+    /// List the senders of rules with `senders`, and those that have fallen silent.
+    Senders(senders::Options),
     /// Show the addresses that are announced, give back withdrawn ones, or print a routing daemon's part.
     Announce(announce::Options),
     /// Stop announcing addresses until `udplb announce`; packets that come are forwarded.
@@ -166,6 +169,7 @@ pub async fn run(cli: &Cli) -> Result<u8> {
         Command::Enable(options) => enable::run(global, options).await,
         Command::Flows(options) => flows::run(global, options).await,
         Command::Forget(options) => forget::run(global, options).await,
+        Command::Senders(options) => senders::run(global, options).await,
         Command::Announce(options) => announce::run(global, options).await,
         Command::Withdraw(options) => withdraw::run(global, options).await,
         Command::Ready(options) => ready::run(global, options).await,

@@ -18,6 +18,7 @@ use super::list::Digests;
 use super::plan::Planned;
 use super::ready::Ready;
 use super::rollback::RollbackPlanned;
+use super::senders::Senders;
 use super::{doctor, get, top};
 use crate::cli::output::{Document, Failed, pretty, print};
 use crate::config;
@@ -59,6 +60,7 @@ pub enum Subject {
     Plan,
     Ready,
     Rollback,
+    Senders,
     Status,
     Top,
     /// One line of trace.
@@ -87,6 +89,7 @@ impl Subject {
             Subject::List => schema::<Digests>(),
             Subject::Plan => schema::<Planned>(),
             Subject::Ready => schema::<Ready>(),
+            Subject::Senders => schema::<Senders<'_>>(),
             Subject::Status => schema::<Status>(),
             Subject::Top => schema::<top::View>(),
             Subject::Trace => schema::<EventRecord>(),

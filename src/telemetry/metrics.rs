@@ -24,6 +24,7 @@ use crate::reconcile::drift;
 use crate::reconcile::observe::Observed;
 use crate::telemetry::announcement::State;
 use crate::telemetry::flows::FlowState;
+use crate::telemetry::senders::SenderState;
 use crate::telemetry::status::{self, Status, UpstreamStatus};
 
 /// Prefix of all names.
@@ -133,6 +134,7 @@ impl Collector for Metrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         self.encode_configuration(&mut encoder)?;
         self.encode_traffic(&mut encoder)?;
+        self.encode_senders(&mut encoder)?;
         self.encode_upstreams(&mut encoder)
     }
 }
@@ -265,6 +267,27 @@ impl Metrics {
         for rule in rules {
             for (note, count) in &rule.notes {
                 notes.set(&[("rule", &rule.name), ("note", note)], count.packets)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn encode_senders(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let counting = || {
+            let rules = self.status.rules.iter();
+            rules.filter_map(|rule| Some((("rule", rule.name.as_str()), rule.senders?)))
+        };
+        let mut senders = gauge(encoder, "senders", "Senders of the rule, by state")?;
+        for (rule, counts) in counting() {
+            for state in SenderState::ALL {
+                senders.set(&[rule, ("state", state.word())], counts.of(state))?;
+            }
+        }
+        let help = "Since the last packet of the known sender that has been silent for longest";
+        let mut silence = gauge(encoder, "sender_silence_seconds", help)?;
+        for (rule, counts) in counting() {
+            if let Some(seconds) = counts.silence {
+                silence.set(&[rule], seconds)?;
             }
         }
         Ok(())

@@ -9,5 +9,6 @@ pub mod http;
 pub mod metrics;
 pub mod pcap;
 pub mod problem;
+pub mod senders;
 pub mod status;
 pub mod traffic;

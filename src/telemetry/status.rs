@@ -30,6 +30,7 @@ use crate::telemetry::announcement::{AnnouncedAddress, Announcement};
 use crate::telemetry::diagnosis::{self, Answer, Facts, Now, Routes, Silence, Source};
 use crate::telemetry::flows::{self, FlowCounts};
 use crate::telemetry::problem::Problem;
+use crate::telemetry::senders::{self, SenderCounts};
 use crate::telemetry::traffic::{Rate, Traffic};
 use crate::time;
 
@@ -151,6 +152,9 @@ pub struct RuleStatus {
     /// Flows of the upstreams, with `reply: nat`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flows: Option<FlowCounts>,
+    /// Senders, of a rule that counts them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub senders: Option<SenderCounts>,
     /// Each packet once, by verdict; also those of upstreams that it has lost.
     pub counters: Counts,
     /// The part of `counters` without an upstream.
@@ -309,6 +313,7 @@ pub async fn read(
     if let Some((guard, serving)) = guard.as_ref().zip(serving) {
         status.xdp = xdp_status(guard, serving)?;
         status.count_flows(guard, serving)?;
+        status.count_senders(guard, serving)?;
         if serving.description.desired.announce.is_some() {
             let announcement = Announcement::read(guard, netlink, &observed, serving).await?;
             status.announced = announcement.addresses();
@@ -461,6 +466,15 @@ impl DecapStatus {
 }
 
 impl Status {
+    /// Fills in the senders of rules that count them.
+    fn count_senders(&mut self, guard: &ReadGuard, serving: &Generation) -> anyhow::Result<()> {
+        let counts = senders::count(guard, serving)?;
+        for rule in &mut self.rules {
+            rule.senders = counts.get(rule.name.as_str()).copied();
+        }
+        Ok(())
+    }
+
     /// Fills in the flows of rules with `reply: nat`.
     fn count_flows(&mut self, guard: &ReadGuard, serving: &Generation) -> anyhow::Result<()> {
         let desired = &serving.description.desired;
@@ -579,6 +593,7 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
         upstreams,
         mirrors,
         flows: None,
+        senders: None,
         counters,
         own,
         notes: own.notes().collect(),

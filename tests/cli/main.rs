@@ -10,3 +10,4 @@ mod get;
 mod messages;
 mod output;
 mod problems;
+mod senders;

@@ -30,7 +30,7 @@ fn expect_valid(of: &str, output: &Value) {
 fn busy() -> Lab {
     let lab = Lab::new();
     let two = UPSTREAMS.map(|address| json!({ "address": address, "port": 7000 }));
-    let mut flows = rule("flows", 5000, json!({ "tc_action": "block" }), &two);
+    let mut flows = rule("flows", 5000, json!({ "tc_action": "block", "senders": 64 }), &two);
     flows["mirror"] = json!([{ "name": "spy", "address": UPSTREAMS[0], "port": 7001 }]);
     let copies = [json!({ "name": "nowhere", "address": "192.0.2.1" }), two[0].clone()];
     let options = json!({ "mode": "replicate", "source": "preserve" });
@@ -80,6 +80,7 @@ fn outputs_follow_their_schemas() {
         ("flows", &ok("flows -o json")),
         ("flows", &ok("flows translated --client 10.1.0.20 --count -o json")),
         ("forget", &ok("forget translated -o json")),
+        ("senders", &ok("senders flows -o json")),
         ("enable", &ok("enable flows/spy -o json")),
         ("enable", &ok("enable --all -o json")),
         ("apply", &ok(&format!("apply {other} -o json"))),

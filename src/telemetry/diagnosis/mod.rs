@@ -233,6 +233,7 @@ mod tests {
             upstreams: Vec::new(),
             mirrors: Vec::new(),
             flows: None,
+            senders: None,
             counters: last.map_or_else(Counts::default, |last| {
                 // the clock of BUILT is one second after the start
                 Counts::forwarded_at(Duration::from_secs(last + 1))
