@@ -155,9 +155,9 @@ mod tests {
 
     use super::document;
     use crate::config::{
-        Action, Address, Admission, AllDown, Announce, Check, Config, Family, Fragments, Hash,
-        Health, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports, Probe, Source, State,
-        Strategy as Selection, StrategyPart,
+        Action, Address, Admission, AllDown, Announce, Check, Config, Decap, Family, Fragments,
+        Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports, Probe, Source,
+        State, Strategy as Selection, StrategyPart, Via,
     };
     use crate::desired::dns::Answers;
     use crate::desired::partial::{Known, resolve};
@@ -387,16 +387,24 @@ mod tests {
         })
     }
 
+    fn decap() -> impl Strategy<Value = Decap> {
+        let network = |text: &str| text.parse().expect("a network");
+        let networks = ["10.2.0.0/24", "10.3.0.1", "2001:db8::/32"].map(network).to_vec();
+        let all = (subsequence(networks, 1..=3), subsequence(vec![Via::Ipip, Via::Gue], 1..=2));
+        all.prop_map(|(from, via)| Decap { from, via })
+    }
+
     proptest! {
         #[test]
         fn applies_to_the_same(
             rules in (0..5_u8).prop_flat_map(|count| (1..=count).map(rule).collect::<Vec<_>>()),
             interfaces in subsequence(vec!["eth0", "no", "1e3", "wlp0s20f3"], 1..4),
             announce in option::of(announce()),
+            decap in option::of(decap()),
         ) {
             let mut interfaces: Vec<String> = interfaces.into_iter().map(String::from).collect();
             interfaces.sort();
-            let desired = Desired { interfaces, announce, rules, ..Desired::default() };
+            let desired = Desired { interfaces, announce, decap, rules, ..Desired::default() };
             let text = serde_yaml::to_string(&document(&desired)).expect("YAML");
             for text in [text, document(&desired).to_string()] {
                 let config = Config::parse("list.yaml", &text)
