@@ -14,13 +14,16 @@
 enum cb_word {
 	CB_MAGIC,
 	CB_SECRET,   /* proves that the program has set the other words */
-	CB_UPSTREAM, /* id, and CB_EGRESS_SOURCE */
+	CB_UPSTREAM, /* id, and CB_EGRESS_SOURCE or CB_HERE */
 	CB_PACKET,   /* packed, see struct pkt */
 	CB_FRAGMENT, /* number in the upper half, MTU in the lower one; MTU 0: the packet is sent whole */
 };
 
 /* xmit->egress_source. Ids are smaller. */
 #define CB_EGRESS_SOURCE (1U << 31)
+
+/* The clone is for this host, as it is. */
+#define CB_HERE (1U << 30)
 
 /* Result of resume_recirculated() for a packet that is not recirculated. */
 #define ACTION_NONE 101
@@ -36,8 +39,8 @@ static __always_inline void copy_words(__u32 *to, const __u32 *from)
 }
 
 /*
- * Recirculates one clone, or with `mtu` one clone for each fragment. Returns false if the kernel refused one.
- * Restores skb->cb.
+ * Recirculates one clone, or with `mtu` one clone for each fragment; `upstream` is for CB_UPSTREAM. Returns
+ * false if the kernel refused one. Restores skb->cb.
  */
 __noinline __u32 recirculate(struct __sk_buff *skb, __u32 packed, __u32 upstream, __u32 mtu, __u32 fragments)
 {
@@ -51,7 +54,7 @@ __noinline __u32 recirculate(struct __sk_buff *skb, __u32 packed, __u32 upstream
 	copy_words(xmit->cb, skb->cb);
 	skb->cb[CB_MAGIC] = RECIRCULATE_MAGIC;
 	skb->cb[CB_SECRET] = sequences->secret[0];
-	skb->cb[CB_UPSTREAM] = xmit->egress_source ? upstream | CB_EGRESS_SOURCE : upstream;
+	skb->cb[CB_UPSTREAM] = upstream;
 	skb->cb[CB_PACKET] = packed;
 	for (number = 0; cloned && number < MAX_FRAGMENTS && number < fragments; number++) {
 		skb->cb[CB_FRAGMENT] = number << 16 | mtu;
@@ -117,6 +120,9 @@ __noinline int resume_recirculated(struct __sk_buff *skb, __u32 l2)
 
 	if (!is_recirculated(skb))
 		return ACTION_NONE;
+	/* with the magic number, so that interfaces above pass it on too */
+	if (upstream & CB_HERE)
+		return TC_ACT_UNSPEC;
 	skb->cb[CB_MAGIC] = 0;
 	if ((l2 || push_ethernet(skb)) && (!mtu || make_fragment(skb, packed, number, mtu)))
 		verdict = xmit_recirculated(skb, &pkt, upstream, &action);

@@ -23,6 +23,7 @@
 #include "line.h"
 #include "tunnel.h"
 #include "xmit.h"
+#include "here.h"
 #include "icmp.h"
 #include "admit.h"
 #include "deliver.h"

@@ -34,12 +34,13 @@ static __always_inline __u32 xmit_mtu(__u32 result)
 static __always_inline bool clone_packet(struct __sk_buff *skb, struct pkt *pkt, const struct xmit *xmit,
 					 enum verdict *verdict)
 {
+	__u32 upstream = xmit->egress_source ? xmit->upstream | CB_EGRESS_SOURCE : xmit->upstream;
 	bool sent;
 
 	if (xmit->fragments)
-		sent = recirculate(skb, pkt->packed, xmit->upstream, xmit->hop.mtu, xmit->fragments);
+		sent = recirculate(skb, pkt->packed, upstream, xmit->hop.mtu, xmit->fragments);
 	else if (!xmit->hop.resolved)
-		sent = recirculate(skb, pkt->packed, xmit->upstream, 0, 1);
+		sent = recirculate(skb, pkt->packed, upstream, 0, 1);
 	else
 		sent = features.dry_run || !bpf_clone_redirect(skb, xmit->hop.ifindex, 0);
 	if (!sent)

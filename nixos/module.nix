@@ -64,6 +64,7 @@ let
       ipv4Pattern
       ipv6Pattern
       linkLocalPattern
+      "local"
     ];
   network = types.strMatching "[[:xdigit:].:]+(/[0-9]{1,3})?" // {
     description = "network, like 10.20.0.0/16";
@@ -357,7 +358,7 @@ let
     address = mkOption {
       type = host;
       example = "10.0.9.11";
-      description = "Address or host name.";
+      description = "Address or host name, or `local` for a receiver on this host.";
     };
     port = word port 9995 "UDP port. The program's default is the port that the packet came to.";
     addresses =

@@ -500,7 +500,7 @@ impl Service {
             let description = &serving.generation.description;
             for (rule, ids_of) in description.desired.rules.iter().zip(&description.ids) {
                 for (upstream, id) in rule.destinations().zip(ids_of.destinations()) {
-                    if ids.insert(id) {
+                    if !upstream.is_local() && ids.insert(id) {
                         let known = serving.maps.nexthops.read(id)?;
                         let target = description.desired.target(rule, upstream);
                         upstreams.push((TrackedUpstream { id, target }, known));

@@ -220,6 +220,9 @@ pub struct Selection {
 pub struct Outcome {
     /// `None`: no upstream was selected.
     pub upstream: Option<String>,
+    /// The upstream is this host.
+    #[serde(skip)]
+    here: bool,
     /// Other upstreams get the packet too.
     pub copy: bool,
     /// Only every N-th packet is sent to it.
@@ -416,6 +419,7 @@ impl Looked<'_> {
             None => None,
         };
         Ok(Outcome {
+            here: upstream.as_ref().is_some_and(|(upstream, _)| upstream.is_local()),
             upstream: upstream.as_ref().map(|(upstream, _)| upstream.label()),
             endpoint: upstream.as_ref().map(|(upstream, _)| diff::endpoint(upstream)),
             copy,
@@ -571,7 +575,9 @@ impl fmt::Display for Answer {
             };
             line("left out", &format!("{upstream}: it gets {why}"))?;
         }
+        let is_here = matched.outcomes.iter().any(|outcome| outcome.here);
         match (matched.packet, matched.tc_action) {
+            ("delivered", Action::Block) if is_here => Ok(()),
             ("delivered", _) => line("here", "delivered as it came"),
             ("dropped", _) => line("here", "not delivered"),
             _ => Ok(()),
@@ -602,7 +608,10 @@ impl Outcome {
             line("next hop", &text)?;
         }
         if let (Some(source), Some(destination)) = (self.source, self.destination) {
-            line("leaves as", &format!("{source} > {destination}"))?;
+            line(
+                if self.here { "here" } else { "leaves as" },
+                &format!("{source} > {destination}"),
+            )?;
         }
         line("verdict", self.verdict)
     }

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::maglev;
 
+mod local;
 mod reply;
 mod senders;
 
@@ -52,6 +53,7 @@ pub(super) fn check(decoded: &mut Decoded) {
         upstreams(rule, &mut diagnostics);
         weights(rule, &mut diagnostics);
         reply::check(rule, &mut diagnostics);
+        local::check(rule, &mut diagnostics);
         priorities(rule, &mut diagnostics);
     }
     decoded.warnings.extend(large_tables(rules));
@@ -60,6 +62,7 @@ pub(super) fn check(decoded: &mut Decoded) {
     if limits(rules, &mut diagnostics) {
         overlaps(rules, &mut diagnostics);
         reply::ambiguous(rules, &mut diagnostics);
+        local::matched(rules, &mut diagnostics);
     }
     decoded.diagnostics = diagnostics;
 }
@@ -180,7 +183,8 @@ fn groups(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
     if !address.is_multicast() && address != Ipv4Addr::BROADCAST {
         return;
     }
-    let of_rule = rule.source == Source::Vip && rule.destinations().any(|it| it.source.is_none());
+    let of_rule = rule.source == Source::Vip
+        && rule.destinations().any(|it| it.source.is_none() && it.address != Host::Local);
     let at = of_rule.then(|| rule.at.field(words::OPTIONS.name).field(words::SOURCE.field.name));
     let own = rule.destinations().filter(|it| it.source == Some(Source::Vip));
     let own = own.map(|it| it.at.field(words::UPSTREAM_SOURCE.field.name));
@@ -232,6 +236,7 @@ fn endpoints(rule: &RuleConfig, hosts: &[UpstreamConfig], diagnostics: &mut Diag
     let endpoint = |upstream: &UpstreamConfig| match &upstream.address {
         Host::Address(address) => (Host::Address(address.clone()), port(rule, upstream)),
         Host::Name(name) => (Host::Name(name.to_ascii_lowercase()), port(rule, upstream)),
+        Host::Local => (Host::Local, port(rule, upstream)),
     };
     let all = hosts.iter().map(endpoint).enumerate();
     for (first, again) in repeated(all) {

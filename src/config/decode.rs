@@ -473,7 +473,9 @@ impl Decoder {
         if rule.key.only_port().is_some() {
             return;
         }
-        if let Some(upstream) = rule.upstreams.iter().find(|it| it.port.is_none()) {
+        if let Some(upstream) =
+            rule.upstreams.iter().find(|it| it.port.is_none() && it.address != Host::Local)
+        {
             let message = format!(
                 "the {} probe needs a `port`: {} has the one that each packet came to",
                 check.name(),
@@ -511,7 +513,8 @@ impl Decoder {
             );
             self.warn(at, &message);
         }
-        let own_sources = rule.destinations().all(|upstream| upstream.source.is_some());
+        let has_source = |it: &UpstreamConfig| it.source.is_some() || it.address == Host::Local;
+        let own_sources = rule.destinations().all(has_source);
         if options.source.is_given() || own_sources || rule.reply != Reply::None {
             return;
         }
@@ -812,10 +815,12 @@ impl Decoder {
         let name = self.optional(&fields, &words::UPSTREAM_NAME, at, scalar::name);
         let address = fields.get(&words::UPSTREAM_ADDRESS).and_then(|node| {
             let at = at.field(words::UPSTREAM_ADDRESS.name);
-            self.ok(&at, scalar::upstream_address(node))
+            let host = self.ok(&at, scalar::upstream_address(node))?;
+            self.unless_list(&at, "`local`", host == Host::Local)?;
+            Some(host)
         });
         let addresses = self.choice(&fields, &words::UPSTREAM_ADDRESSES, at);
-        if let (Some(Host::Address(_)), true) = (&address, addresses.is_given()) {
+        if let (Some(Host::Address(_) | Host::Local), true) = (&address, addresses.is_given()) {
             let message = Message::new("`addresses` needs a host name, and this is an address");
             self.error(&at.field(words::UPSTREAM_ADDRESSES.field.name), message);
         }

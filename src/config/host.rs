@@ -12,7 +12,7 @@ use super::hint::is_invisible;
 use super::network::Network;
 use super::quote::shorten;
 use super::types::Source;
-use super::vocabulary::ANY;
+use super::vocabulary::{ANY, LOCAL};
 
 /// The longest name that `ip link` takes for an interface, in bytes: that of an alternative name,
 /// ALTIFNAMSIZ less the final zero.
@@ -124,6 +124,8 @@ pub enum Host {
     Address(Address),
     /// A valid host name, as it was written.
     Name(String),
+    /// This host, at the address that a packet came to.
+    Local,
 }
 
 impl fmt::Display for Host {
@@ -131,6 +133,7 @@ impl fmt::Display for Host {
         match self {
             Host::Address(address) => address.fmt(f),
             Host::Name(name) => name.fmt(f),
+            Host::Local => f.write_str(LOCAL),
         }
     }
 }
@@ -182,7 +185,7 @@ from_ip!(KeyAddress::Is => KeyAddress: IpAddr, Ipv4Addr, [u8; 4]);
 pub fn upstream_refusal(address: &Address) -> Option<String> {
     let ip = address.ip;
     if ip.is_loopback() {
-        let why = "a redirected packet cannot reach a loopback address";
+        let why = "a redirected packet cannot reach a loopback address; a receiver on this host is `local`";
         return Some(format!("{ip} cannot be an upstream: {why}"));
     }
     let why = match ip {
@@ -254,6 +257,9 @@ pub(super) fn key(text: &str) -> Result<KeyAddress, Message> {
 pub(super) fn upstream(text: &str) -> Result<Host, Message> {
     if text == ANY {
         return Err(Message::new(format!("`{ANY}` is no host: only a key's address can be that")));
+    }
+    if text == LOCAL {
+        return Ok(Host::Local);
     }
     let Some(address) = address(text)? else {
         return host_name(text).map(|name| Host::Name(name.into()));

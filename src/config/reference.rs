@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use super::vocabulary::{
     ANNOUNCE_MAP, ANY, DECAP_MAP, DNS_MAP, FLOWS_MAP, Field, HEALTH_MAP, HTTP_MAP, INTERFACE_MAP,
-    KEY_MAP, OPTIONS_MAP, PAYLOAD_MAP, RADIUS_MAP, ROOT_MAP, RULE_MAP, Root, SNMP_MAP, Shape,
-    Table, UDP_MAP, UPSTREAM_MAP, list,
+    KEY_MAP, LOCAL, OPTIONS_MAP, PAYLOAD_MAP, RADIUS_MAP, ROOT_MAP, RULE_MAP, Root, SNMP_MAP,
+    Shape, Table, UDP_MAP, UPSTREAM_MAP, list,
 };
 
 /// The maps of a file, with what stands before the names of their fields. A mirror has the fields of an
@@ -105,7 +105,8 @@ fn value(field: &Field, root: Root) -> String {
         Shape::Interfaces(_) => "list of interfaces, each a name or a map".into(),
         Shape::Address if root == Root::List => "IP address".into(),
         Shape::Address => format!("IP address or `{ANY}`"),
-        Shape::Host => "IP address or host name".into(),
+        Shape::Host if root == Root::List => "IP address or host name".into(),
+        Shape::Host => format!("IP address, host name or `{LOCAL}`"),
         Shape::Port => "1 to 65535".into(),
         Shape::Ports if root == Root::List => "one port".into(),
         Shape::Ports => format!("port, range, list of both, or `{ANY}`"),

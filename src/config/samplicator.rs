@@ -161,7 +161,7 @@ impl Receiver {
     fn is_of(&self, family: Family) -> bool {
         match &self.host {
             Host::Address(address) => Family::from(address.ip) == family,
-            Host::Name(_) => true,
+            Host::Name(_) | Host::Local => true,
         }
     }
 }

@@ -568,7 +568,7 @@ impl RuleConfig {
         let from = senders.map(|network| network.address);
         let hosts = self.destinations().filter_map(|upstream| match &upstream.address {
             Host::Address(address) => Some(address.ip),
-            Host::Name(_) => None,
+            Host::Name(_) | Host::Local => None,
         });
         let sources = self.sources().map(|(_, address)| address);
         key.into_iter().chain(from).chain(hosts).chain(sources)

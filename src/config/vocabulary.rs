@@ -9,6 +9,9 @@ use super::{Payload, Period, Source, StrategyPart};
 /// The address or port of a key that matches all.
 pub const ANY: &str = "any";
 
+/// The address of an upstream that is this host.
+pub const LOCAL: &str = "local";
+
 /// Returns the words of a table.
 const fn words_of<T: Copy, const COUNT: usize>(
     table: &[(&'static str, T); COUNT],
@@ -60,7 +63,7 @@ pub enum Shape {
     Interfaces(&'static Table),
     /// An IP address or `any`; in a bare list an address.
     Address,
-    /// An IP address or a host name.
+    /// An IP address, a host name or `local`; in a bare list not the latter.
     Host,
     Port,
     /// `any`, a port, a range, or a list of the latter two; in a bare list one port.
@@ -472,7 +475,7 @@ pub static UPSTREAM_NAME: Field =
     Field::new("name", Shape::Name, "Name of the host in output, unique in the rule.")
         .default("address and port")
         .example("nfcapd");
-pub static UPSTREAM_ADDRESS: Field = Field::new("address", Shape::Host, "IP address of the upstream, a link-local one with its interface (`fe80::1%ens3`), or a host name, which `apply` resolves.").required().in_list().example("10.0.9.11");
+pub static UPSTREAM_ADDRESS: Field = Field::new("address", Shape::Host, "IP address of the upstream, a link-local one with its interface (`fe80::1%ens3`), or a host name, which `apply` resolves. `local` is this host: a receiver on it gets the packet, or a copy, with sender and destination address as they came, at `port`.").required().in_list().example("10.0.9.11");
 pub static UPSTREAM_ADDRESSES: EnumField = EnumField::new(&UPSTREAM_ADDRESSES, "addresses", &["one", "all"], "Addresses of a host name that are used: `one`, or `all` of the rule's family, each as an upstream of its own called `NAME@ADDRESS`, up to 64.").default("one").example("all");
 pub static UPSTREAM_PORT: Field = Field::new("port", Shape::Port, "Port of the upstream.")
     .in_list()

@@ -351,7 +351,7 @@ pub fn endpoint(upstream: &Upstream) -> String {
         None => String::new(),
     };
     let host = upstream.host.to_string();
-    let address = upstream.address.to_string();
+    let address = if upstream.is_local() { host.clone() } else { upstream.address.to_string() };
     if host != address {
         text += &format!("{host} ");
     }

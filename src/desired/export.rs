@@ -231,6 +231,7 @@ mod tests {
                             Ok(found) => (*found.first().expect("an address")).into(),
                             Err(no) => panic!("{}", no.cause),
                         },
+                        Host::Local => unreachable!("it is not generated"),
                     };
                     let name = named.then(|| format!("{prefix}{name}"));
                     Upstream { name, host, state, ..Upstream::new(address, port) }

@@ -112,7 +112,7 @@ pub struct Upstream {
     pub name: Option<String>,
     /// Host as written in the file.
     pub host: Host,
-    /// The address that `host` was resolved to.
+    /// The address that `host` was resolved to; for this host the key's, or unspecified.
     pub address: Address,
     /// With `all` several upstreams may have the same host.
     #[serde(default, skip_serializing_if = "is_default")]
@@ -185,7 +185,10 @@ impl Rule {
 
     /// Returns the source address policy of this upstream or mirror.
     pub fn source_of(&self, upstream: &Upstream) -> Source {
-        upstream.source.unwrap_or(self.source)
+        match upstream.host {
+            Host::Local => Source::Preserve,
+            _ => upstream.source.unwrap_or(self.source),
+        }
     }
 
     /// Returns the way to this upstream; `None`: to its address.
@@ -257,12 +260,22 @@ impl Upstream {
         }
     }
 
+    /// Returns an upstream on this host, for packets to an address.
+    pub fn local(address: impl Into<Address>, port: Option<u16>) -> Upstream {
+        Upstream { host: Host::Local, ..Upstream::new(address, port) }
+    }
+
     /// Returns the host name, if it has one.
     pub fn named(&self) -> Option<Name> {
         match &self.host {
             Host::Name(name) => Some((name.clone(), self.address.ip.into())),
-            Host::Address(_) => None,
+            Host::Address(_) | Host::Local => None,
         }
+    }
+
+    /// Returns true for this host.
+    pub fn is_local(&self) -> bool {
+        self.host == Host::Local
     }
 
     /// Returns the display name: the name, or host and port. A host name that is used with all its
@@ -414,11 +427,14 @@ impl Desired {
         Target { address: upstream.address.clone(), senders }
     }
 
-    /// Returns the targets of all upstreams and mirrors, each once.
+    /// Returns the targets of all upstreams and mirrors on other hosts, each once.
     pub fn targets(&self) -> BTreeSet<Target> {
         let rules = self.rules.iter();
         rules
-            .flat_map(|rule| rule.destinations().map(move |upstream| self.target(rule, upstream)))
+            .flat_map(|rule| {
+                let remote = rule.destinations().filter(|upstream| !upstream.is_local());
+                remote.map(move |upstream| self.target(rule, upstream))
+            })
             .collect()
     }
 
@@ -435,6 +451,10 @@ fn written(rule: &config::RuleConfig) -> Rule {
         address: match &upstream.address {
             Host::Address(address) => address.clone(),
             Host::Name(_) => unspecified(rule.family()),
+            Host::Local => match rule.key.address {
+                KeyAddress::Is(address) => address.into(),
+                KeyAddress::Any => unspecified(rule.family()),
+            },
         },
         addresses: upstream.addresses,
         port: upstream.port,
@@ -442,7 +462,9 @@ fn written(rule: &config::RuleConfig) -> Rule {
         priority: upstream.priority.unwrap_or(1),
         state: upstream.state,
         // Equal to the default: the same configuration.
-        source: upstream.source.filter(|source| *source != rule.source),
+        source: upstream
+            .source
+            .filter(|source| *source != rule.source && upstream.address != Host::Local),
         via: upstream.via.filter(|via| Some(*via) != rule.via),
         sample: upstream.sample.unwrap_or(1),
         from: upstream.from.clone(),

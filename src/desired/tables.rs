@@ -177,8 +177,10 @@ impl Tables {
         let replicates = rule.mode == Mode::Replicate;
         let mut twins = HashMap::new();
         let mut duplicate = |upstream: &Upstream, balanced: bool| {
-            let next = twins.entry(upstream.address.ip).or_insert(0_u8);
-            let before = if balanced { 0 } else { *next };
+            // on this host the packet itself may be received too
+            let least = u8::from(upstream.is_local());
+            let next = twins.entry(upstream.address.ip).or_insert(least);
+            let before = if balanced { least } else { *next };
             *next = before.saturating_add(1);
             before
         };
@@ -248,7 +250,11 @@ impl Tables {
                 address: wire(upstream.address.ip),
                 port: upstream.port.unwrap_or(0).to_be(),
                 source: source_for(rule, upstream, list),
-                via: via(rule.via_of(upstream)),
+                via: if upstream.is_local() {
+                    types::via::VIA_HERE
+                } else {
+                    via(rule.via_of(upstream))
+                },
                 drained: (upstream.state == State::Drained).into(),
                 duplicate: duplicate(upstream),
                 sample: upstream.sample,
@@ -333,14 +339,12 @@ impl Tables {
         let rule = &self.rules[index as usize];
         let slow = flags::RULE_OF_GROUP.0 | flags::RULE_SOCKETS.0 | flags::RULE_FLOWS.0;
         let first = rule.first_receiver;
-        // the fast path finds lines by the index of the upstream, and replaces no source port
+        // the fast path finds lines by the index of the upstream
         let is_slow = |(index, receiver): (u32, &types::upstream)| {
-            receiver.sample > 1 || receiver.line != index || self.has_source_port(receiver)
+            receiver.sample > 1 || receiver.line != index || self.has_no_line(receiver)
         };
         let is_only_slow = || {
-            self.upstreams
-                .get(rule.first_upstream as usize)
-                .is_some_and(|it| self.has_source_port(it))
+            self.upstreams.get(rule.first_upstream as usize).is_some_and(|it| self.has_no_line(it))
         };
         let receivers = || (first..).zip(self.upstreams.iter().skip(first as usize));
         let has_slow = || receivers().take(rule.receivers.into()).any(is_slow);
@@ -363,10 +367,12 @@ impl Tables {
         kind.0 | index
     }
 
-    /// Returns true if packets to an upstream leave from a port that the configuration names.
-    fn has_source_port(&self, upstream: &types::upstream) -> bool {
-        upstream.source == types::source::SOURCE_FIXED
-            && self.upstreams[upstream.linked as usize].port != 0
+    /// Returns true for an upstream that the slow path fills no line for: one on this host, or a source with a
+    /// port.
+    fn has_no_line(&self, upstream: &types::upstream) -> bool {
+        let is_fixed = upstream.source == types::source::SOURCE_FIXED;
+        let has_port = || self.upstreams[upstream.linked as usize].port != 0;
+        upstream.via == types::via::VIA_HERE || is_fixed && has_port()
     }
 }
 
@@ -408,7 +414,7 @@ fn by_destination(
     upstreams: &[types::upstream],
 ) -> Vec<(types::destination_key, types::destination)> {
     let mut destinations = BTreeMap::new();
-    for upstream in upstreams {
+    for upstream in upstreams.iter().filter(|it| it.via != types::via::VIA_HERE) {
         let destination = destinations.entry((upstream.address, upstream.port));
         let new = types::destination { upstream: upstream.id, sources: 0 };
         destination.or_insert(new).sources |= 1 << upstream.source.0;
@@ -503,7 +509,7 @@ fn answers(desired: &Desired, ids: &[RuleIds]) -> Vec<(types::answer_key, u32)> 
     for (rule, ids) in desired.rules.iter().zip(ids) {
         for upstream in rule.destinations() {
             let address = upstream.address.ip;
-            if rule.key.admits(address) {
+            if rule.key.admits(address) && !upstream.is_local() {
                 answers.insert((wire(address), ids.rule, upstream.port.unwrap_or(0).to_be()));
             }
         }
@@ -627,6 +633,7 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
         origins: (!tables.origins.is_empty()).into(),
         direct: any(&|rule| rule.reply == Reply::Direct),
         tunnels: any(&|rule| rule.upstreams.iter().any(|it| is_tunnel(rule.via_of(it)))),
+        here: any(&|rule| rule.destinations().any(Upstream::is_local)),
         sources: any(&|rule| rule.destinations().any(|it| rule.source_of(it).fixed().is_some())),
         flows: any(&|rule| rule.reply == Reply::Nat),
         decap: desired.decap.is_some().into(),

@@ -73,6 +73,7 @@ impl<'a> Candidate<'a> {
     pub fn of_this_host(self, links: &[Link], addresses: &[OwnAddress]) -> Vec<Message> {
         let (listeners, kernel) = (listeners(), kernel::version());
         let mut findings = self.unheard(&listeners);
+        findings.extend(self.unheard_here(&listeners));
         findings.extend(self.robbed(&listeners));
         findings.extend(self.stacked(links, addresses));
         findings.extend(self.met_twice(links));
@@ -351,6 +352,26 @@ impl<'a> Candidate<'a> {
                         with_port(address, first)
                     ),
                 ))
+            })
+            .collect()
+    }
+
+    /// Returns the upstreams on this host at whose port nobody listens.
+    fn unheard_here(self, listeners: &[Listener]) -> Vec<Message> {
+        let local = self.upstreams().filter(|(_, _, upstream)| upstream.is_local());
+        local
+            .filter_map(|(at, rule, upstream)| {
+                let KeyAddress::Is(address) = rule.key.address else { return None };
+                let port = upstream.port.or(rule.key.only_port())?;
+                let hears = |it: &Listener| it.port == port && it.hears(address);
+                if address.is_multicast() || listeners.iter().any(hears) {
+                    return None;
+                }
+                let message = format!(
+                    "nobody listens on {}, where packets are delivered, unless a firewall translates them (DNAT)",
+                    with_port(address, port)
+                );
+                Some(Message::about(at, message))
             })
             .collect()
     }

@@ -295,6 +295,102 @@ fn named_sources_are_seen() {
     assert!(answer.contains("10.9.0.9:9995"), "{answer}");
 }
 
+/// Receivers on this host get packets as they came but for the port, beside upstreams elsewhere, whole and in
+/// fragments; none matches again.
+#[test]
+fn local_receivers_get_packets_as_they_came() {
+    for offload in [true, false] {
+        let lab = Lab::dual(offload, offload);
+        let rules = [V4, V6].map(|net| local_rules(&net));
+        lab.apply(&config(&rules.concat()));
+        check_local(&lab, 0);
+        lab.run("arpd --once").expect(0);
+        check_local(&lab, 1);
+        for family in [4, 6] {
+            for (rule, upstream) in
+                [("block", "here-6000"), ("both", "here-6002"), ("copies", "here-6005")]
+            {
+                let rule = format!("{rule}-{family}");
+                // two datagrams, one of three fragments, and one of five segments, twice
+                assert_eq!(lab.packets(&rule, upstream, "forwarded"), 20, "{rule}");
+                assert_eq!(lab.packets(&rule, upstream, "matched"), 20, "{rule}");
+            }
+        }
+        let status = lab.run("status").expect(0).stdout;
+        assert!(status.contains("here-6000 local:6000"), "{status}");
+        let answer = lab.run(&format!("get {}:5666 {RELAY}:5000", CLIENTS[0])).expect(0).stdout;
+        let here = format!("here      {}:5666 > {RELAY}:6000\n", CLIENTS[0]);
+        assert!(answer.contains("upstream  here-6000 local:6000"), "{answer}");
+        assert!(answer.contains(&here) && !answer.contains("as it came"), "{answer}");
+        lab.run("drain both-4/here-6002").expect(0);
+        let sender = bind(&lab.client, V4.clients[0], 0);
+        let [drained, other] = [6002, 6012].map(|port| bind(&lab.relay, V4.key, port));
+        sender.send_to(b"drained", (V4.key, 5002)).expect("sent");
+        expect(&other, b"drained", own(&sender), TTL);
+        expect_silence(&drained);
+    }
+}
+
+/// Returns a rule for each way to a receiver on this host.
+fn local_rules(net: &Net) -> Vec<Value> {
+    let local = |port| json!({ "name": format!("here-{port}"), "address": "local", "port": port });
+    let far = receiver("far", net.upstreams[0], 7000, "preserve");
+    let rule = |name: &str, port, (action, mode), upstreams: &[Value]| {
+        let family = if net.is_ipv6() { 6 } else { 4 };
+        let options = json!({ "tc_action": action, "mode": mode, "source": "vip" });
+        net.rule(&format!("{name}-{family}"), port, options, upstreams)
+    };
+    let mut mirrored = rule("mirrored", 5003, ("pass", "balance"), std::slice::from_ref(&far));
+    mirrored["mirror"] = json!([local(6003)]);
+    vec![
+        rule("block", 5000, ("block", "balance"), &[local(6000)]),
+        rule("same", 5001, ("block", "balance"), &[json!({ "address": "local" })]),
+        rule("both", 5002, ("block", "replicate"), &[local(6002), far.clone(), local(6012)]),
+        mirrored,
+        rule("pass", 5004, ("pass", "balance"), &[local(6004)]),
+        rule("copies", 5005, ("pass", "replicate"), &[local(6005), far]),
+    ]
+}
+
+/// Sends datagrams by all of [`local_rules`]; `more` makes them differ from earlier ones.
+fn check_local(lab: &Lab, more: usize) {
+    for net in [V4, V6] {
+        let sender = bind(&lab.client, net.clients[0], 0);
+        let far = bind(&lab.upstream, net.upstreams[0], 7000);
+        let own = own(&sender);
+        for (port, here, sends) in [
+            (5000, &[6000][..], false),
+            (5001, &[5001], false),
+            (5002, &[6002, 6012], true),
+            (5003, &[6003, 5003], true),
+            (5004, &[6004, 5004], false),
+            (5005, &[6005, 5005], true),
+        ] {
+            let here: Vec<UdpSocket> =
+                here.iter().map(|port| bind(&lab.relay, net.key, *port)).collect();
+            // the third comes in fragments, the last one as a GSO packet
+            for (length, segment) in
+                [(0, 0), (100 + more, 0), (4000 + more, 0), (4500 + more, 1000)]
+            {
+                set(&sender, libc::SOL_UDP, UDP_SEGMENT, segment);
+                let payload = payload(length);
+                let datagrams: Vec<&[u8]> = match segment {
+                    0 => vec![&payload],
+                    _ => payload.chunks(segment as usize).collect(),
+                };
+                sender.send_to(&payload, (net.key, port)).expect("sent");
+                for datagram in datagrams {
+                    here.iter().for_each(|socket| expect(socket, datagram, own, TTL));
+                    if sends {
+                        expect(&far, datagram, own, TTL - 1);
+                    }
+                }
+            }
+            expect_silence_of(here.iter().chain([&far]));
+        }
+    }
+}
+
 #[test]
 fn samples_are_exact() {
     let lab = Lab::new();

@@ -126,6 +126,7 @@ fn fate(outcome: &Outcome) -> String {
     let mut fate = String::from(match outcome.end {
         End::Up => "up",
         End::Dropped => "drop",
+        End::Here(_) => "here",
         End::Away(_) => "away",
         End::Answered(_) => "answer",
     });
@@ -371,6 +372,11 @@ fn is_as(
     let right = match &wanted.end {
         End::Up => run.action == UNSPEC && stayed,
         End::Dropped => run.action == SHOT,
+        End::Here(bytes) => {
+            let tags = 12..12 + came.frame.len() - bytes.len();
+            let frame = [&bytes[..12], &came.frame[tags], &bytes[12..]].concat();
+            run.action == UNSPEC && run.tag == came.tag && run.frame == frame
+        }
         End::Away(gone) => {
             run.action == REDIRECT && run.tag.is_none() && table.admit(gone, &run.frame)
         }
@@ -389,6 +395,7 @@ fn difference(wanted: &Outcome, run: &Run, copies: &[Vec<u8>]) -> String {
     let end = match &wanted.end {
         End::Up => "up the stack".into(),
         End::Dropped => "dropped".into(),
+        End::Here(bytes) => format!("here as {}", hex(bytes)),
         End::Away(gone) => format!("away as {}", hex(&gone.frame)),
         End::Answered(answer) => format!("dropped or answered: {answer:?}"),
     };
@@ -527,5 +534,8 @@ fn any_upstream(target: Target) -> impl Strategy<Value = Upstream> {
     };
     let address = prop_oneof![6 => one_of(ways.map(|(address, ..)| address)), 1 => Just(nowhere)];
     let port = prop_oneof![Just(None), (1..=u16::MAX).prop_map(Some)];
-    (address, port).prop_map(|(address, port)| Upstream::new(address, port))
+    let elsewhere = (address, port).prop_map(|(address, port)| Upstream::new(address, port));
+    // no port of a target
+    let here = Just(Upstream::local(target.address, Some(1162)));
+    prop_oneof![6 => elsewhere, 1 => here]
 }

@@ -31,8 +31,8 @@ use crate::program::{Context, Run, SECONDS};
 use crate::testbed::{
     BLACKHOLE, BY_IPV6_GATEWAY, BY_IPV6_GATEWAY_COLD, CLIENT, Case, FAR, FAR_COLD, Fate,
     GATEWAY_MAC, Ingress, NARROW, NARROW_COLD, NEAR, NEAR_COLD, NEAR_MAC, NO_ROUTE, OWN, PORTS,
-    Packet, REDIRECT, RELAY_MAC, SHOT, Tamper, Testbed, UNREACHABLE, UNSPEC, Under, VIP, datagram,
-    rule, to,
+    Packet, REDIRECT, RELAY_MAC, SHOT, Tamper, Testbed, UNREACHABLE, UNSPEC, Under, VIP, VLANS,
+    datagram, rule, to,
 };
 
 /// MAC address in user space's next hop where the kernel's neighbour entry differs.
@@ -119,6 +119,45 @@ fn named_source_replaces_the_sender() {
     let cases = table.into_iter().flat_map(|(name, source, upstream, packet, fate)| {
         ACTIONS.map(|action| Case::new(name, rule(action, source, upstream), packet.clone(), fate))
     });
+    Testbed::with(|testbed| testbed.check_all(cases));
+}
+
+/// A receiver on this host gets the packet as it came, but for its port; with `pass` it gets a copy, which the
+/// program does not count or send again.
+#[test]
+fn local_upstream_is_this_host() {
+    let zero = Datagram { checksum: Checksum::Zero, ..datagram() };
+    let wrong = Datagram { checksum: Checksum::Wrong(1), ..datagram() };
+    let options = Datagram { options: vec![1; 8], ..datagram() };
+    let first = Datagram { more_fragments: true, payload: payload(24), ..datagram() };
+    let old = Datagram { ttl: 1, ..datagram() };
+    #[rustfmt::skip]
+    let table = [
+        ("plain",            datagram(),      Fate::Here),
+        ("without checksum", zero,            Fate::Here),
+        ("a wrong checksum", wrong,           Fate::Here),
+        ("with options",     options,         Fate::Here),
+        ("a first fragment", first,           Fate::Here),
+        ("of TTL 1",         old,             Fate::Here),
+        ("a long one",       of_length(1501), Fate::Here),
+    ];
+    let local = |port| vec![Upstream::local(IpAddr::V4(VIP), port)];
+    let mut cases = Vec::new();
+    for (name, packet, fate) in table {
+        for tags in [&[][..], VLANS[0], VLANS[2]] {
+            let tags = tags
+                .iter()
+                .map(|(protocol, control)| Tag { protocol: *protocol, control: *control });
+            let tags: Vec<Tag> = tags.collect();
+            for (action, port) in
+                [(Action::Pass, Some(1162)), (Action::Block, Some(1162)), (Action::Block, None)]
+            {
+                let rule = Rule { upstreams: local(port), ..rule(action, Source::Vip, NEAR) };
+                let case = Case::new(name, rule, packet.clone(), fate);
+                cases.push(Case { tags: tags.clone(), ..case });
+            }
+        }
+    }
     Testbed::with(|testbed| testbed.check_all(cases));
 }
 
@@ -1145,7 +1184,7 @@ fn check_unexpected(
 fn program_loads_with_any_features() {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
     use udplb::bpf::types::features;
-    const SWITCHES: [fn(&mut features) -> &mut u8; 17] = [
+    const SWITCHES: [fn(&mut features) -> &mut u8; 18] = [
         |it| &mut it.ipv6,
         |it| &mut it.any_port,
         |it| &mut it.senders,
@@ -1163,6 +1202,7 @@ fn program_loads_with_any_features() {
         |it| &mut it.parts,
         |it| &mut it.sources,
         |it| &mut it.sender_tables,
+        |it| &mut it.here,
     ];
     let load = |name: &str, on: &dyn Fn(usize) -> bool| {
         let mut object = std::mem::MaybeUninit::uninit();

@@ -101,6 +101,8 @@ pub enum End {
     #[default]
     Up,
     Dropped,
+    /// Delivered to a receiver on this host, and the packet without its tags.
+    Here(Vec<u8>),
     /// Redirected out of an interface, untagged.
     Away(Gone),
     /// Dropped; an ICMP error may be sent to the sender.
@@ -302,6 +304,8 @@ impl Host {
             }
             Mode::Replicate => {
                 upstreams.retain(|receiver| takes(receiver.upstream, &packet));
+                // stable: those elsewhere stay in their order
+                upstreams.sort_by_key(|receiver| receiver.upstream.is_local());
                 // the last one gets the packet itself, if it is not delivered here
                 let copied = upstreams.len() - usize::from(rule.action == Action::Block);
                 let mut outcome = self.copies(&upstreams[..copied], &packet);
@@ -312,7 +316,7 @@ impl Host {
                     .collect();
                 for last in &upstreams[copied..] {
                     let verdict = self.send(*last, &packet, false).map(|(gone, verdict)| {
-                        outcome.leave(rule, gone);
+                        outcome.leave(rule, *last, &packet, gone);
                         verdict
                     });
                     let verdict = verdict.unwrap_or_else(|verdict| verdict);
@@ -346,7 +350,7 @@ impl Host {
         let copy = rule.action == Action::Pass;
         let verdict = match self.send(to, packet, copy) {
             Ok((gone, verdict)) => {
-                outcome.leave(rule, gone);
+                outcome.leave(rule, to, packet, gone);
                 verdict
             }
             Err(verdict) => {
@@ -380,6 +384,10 @@ impl Host {
         packet: &Packet,
         copy: bool,
     ) -> Result<(Vec<Gone>, Verdict), Verdict> {
+        // a copy arrives again, and leaves by no interface
+        if to.upstream.is_local() {
+            return Ok((Vec::new(), "forwarded"));
+        }
         // RFC 791 section 3.2, RFC 8200 section 3: the decremented TTL would be zero
         if packet.ttl <= 1 {
             return Err("ttl");
@@ -762,12 +770,28 @@ impl Packet {
             }
             mixed => panic!("two families: {mixed:?}"),
         };
+        self.with_ports(bytes, addresses, [source_port, to.port])
+    }
+
+    /// Rewrites the packet for a receiver on this host, which has a port of its own.
+    fn arrived(&self, to: &Upstream) -> Vec<u8> {
+        let addresses = [octets(self.source), octets(self.destination)].concat();
+        self.with_ports(self.bytes.clone(), addresses, [None, to.port])
+    }
+
+    /// Replaces source and destination port, and the checksum by them and the new addresses.
+    fn with_ports(
+        &self,
+        mut bytes: Vec<u8>,
+        addresses: Vec<u8>,
+        [source_port, port]: [Option<u16>; 2],
+    ) -> Vec<u8> {
         if self.is_later() {
             return bytes;
         }
         let ports = self.body..self.body + 4;
         let old_ports = &self.bytes[ports.clone()];
-        for (place, port) in [(0, source_port), (2, to.port)] {
+        for (place, port) in [(0, source_port), (2, port)] {
             if let Some(port) = port {
                 bytes[self.body + place..][..2].copy_from_slice(&port.to_be_bytes());
             }
@@ -915,7 +939,11 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
 
 impl Outcome {
     /// Adds frames of one receiver; a whole one is the packet itself unless that is delivered here.
-    fn leave(&mut self, rule: &Rule, mut gone: Vec<Gone>) {
+    fn leave(&mut self, rule: &Rule, to: Receiver<'_>, packet: &Packet, mut gone: Vec<Gone>) {
+        if to.upstream.is_local() && rule.action == Action::Block {
+            self.end = End::Here(packet.arrived(to.upstream));
+            return;
+        }
         match gone.pop_if(|gone| rule.action == Action::Block && !gone.is_piece) {
             Some(gone) => self.end = End::Away(gone),
             None => {

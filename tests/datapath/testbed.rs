@@ -5,14 +5,16 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsFd;
 
+use libbpf_rs::{TC_INGRESS, TcHookBuilder};
 use udplb::bpf::types;
 use udplb::config::{Action, Address, Hash, Key, Ports, Source};
 use udplb::desired::{Rule, RuleIds, Upstream};
 use udplb::net::nexthop::{Hop, Macs, NextHop};
 
-use crate::common::Namespace;
 use crate::common::wire::{Tag, Wire, stay_on_this_cpu};
+use crate::common::{Namespace, returning};
 use crate::packet::{Datagram, Mac, endpoint};
 use crate::program::{Context, Counted, Program, Run};
 use crate::reference::cut;
@@ -136,6 +138,8 @@ pub enum Fate {
     /// Dropped; if the packet itself was to be sent, its sender gets an ICMP error: "packet too big"
     /// with this MTU, or "time exceeded" for `None`.
     Answered(&'static str, Option<u16>),
+    /// The packet is delivered to the local stack at the upstream's port; a copy of it with `pass`.
+    Here,
     /// The packet is delivered to the local stack, whatever the rule's action.
     Untouched(&'static str, Under),
     Unmatched,
@@ -243,6 +247,7 @@ impl Case {
         let stays = |action, frame| Run { action, frame: self.tagged(frame), tag: self.tag };
         let action = if pass { UNSPEC } else { SHOT };
         let (run, copies) = match (self.fate, self.departed(identification)) {
+            (Fate::Here, None) if !pass => (stays(UNSPEC, self.arrived()), Vec::new()),
             (Fate::Cut(_, _, mtu), Some(gone)) => (stays(action, frame), cut(&gone, mtu)),
             (_, Some(gone)) if pass => (stays(UNSPEC, frame), vec![gone]),
             // redirected frames have no tag
@@ -260,6 +265,7 @@ impl Case {
         let (verdict, under) = match self.fate {
             Fate::Sent(verdict, _) | Fate::Queued(verdict) => (verdict, Under::Upstream),
             Fate::Cut(verdict, ..) => (verdict, Under::Upstream),
+            Fate::Here => ("forwarded", Under::Upstream),
             Fate::Answered(verdict, _) => (verdict, Under::Upstream),
             Fate::Dropped(verdict, under) | Fate::Untouched(verdict, under) => (verdict, under),
             Fate::Unmatched => return None,
@@ -270,6 +276,14 @@ impl Case {
             Under::Zero => 0,
         };
         Some((id, verdict))
+    }
+
+    /// Builds the frame that a receiver on this host gets from scratch.
+    fn arrived(&self) -> Vec<u8> {
+        let came = self.packet.datagram();
+        let port = self.rule.upstreams[self.chosen].port.unwrap_or(came.destination.port());
+        let destination = endpoint(*came.destination.ip(), port);
+        Datagram { destination, ..came.clone() }.frame()
     }
 
     /// Builds the expected outgoing frame from scratch.
@@ -380,8 +394,13 @@ impl Testbed<'_> {
             let mut object = MaybeUninit::uninit();
             let program = Program::load(&mut object);
             // copies pass the program again at ingress
+            // the kernel would answer those to this host
+            let drop = returning(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, c"drop", SHOT);
             for ifindex in [routing, closed] {
                 program.attach(ifindex);
+                let mut hook = TcHookBuilder::new(drop.as_fd());
+                let mut hook = hook.ifindex(ifindex as i32).handle(1).priority(2).hook(TC_INGRESS);
+                hook.attach().expect("a filter behind the program");
             }
             program.set_own(&own());
             let device = types::device { mac: RELAY_MAC, generic: 1, takes_frames: 0 };

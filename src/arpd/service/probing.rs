@@ -28,7 +28,7 @@ impl Service {
             for (rule, ids) in description.desired.rules.iter().zip(&description.ids) {
                 let Some(probe) = rule.health.probe() else { continue };
                 for (upstream, id) in rule.upstreams.iter().zip(&ids.upstreams) {
-                    if seen.insert(*id) {
+                    if !upstream.is_local() && seen.insert(*id) {
                         services.push((*id, subject(rule, upstream, probe), records.remove(id)));
                     }
                 }

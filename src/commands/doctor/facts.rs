@@ -522,7 +522,7 @@ fn upstreams(
     }
     let mut upstreams = Vec::new();
     for rule in &desired.rules {
-        for upstream in rule.destinations() {
+        for upstream in rule.destinations().filter(|it| !it.is_local()) {
             let label = upstream.label();
             let found = next_hops.get(&desired.target(rule, upstream));
             let hop = found.and_then(|found| found.hops().first());

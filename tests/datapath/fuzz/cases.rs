@@ -426,6 +426,9 @@ fn copies() -> Vec<Case> {
     let strangers = move || Upstream { not_from: networks("198.51.100.7"), ..to(NEAR) };
     let some = move || Upstream { from: networks("198.51.0.0/16"), not_from: networks("198.51.7.0/24"), ..to(NARROW) };
     let shared = move |rule: &mut Rule| (rule.mode, rule.upstreams) = (Mode::Replicate, vec![strangers(), some()]);
+    let local = || Upstream::local(UNICAST.address, Some(1162));
+    let here = move |rule: &mut Rule| rule.upstreams = vec![local()];
+    let both = move |rule: &mut Rule| (rule.mode, rule.upstreams) = (Mode::Replicate, vec![local(), to(NEAR)]);
     let few = move |rule: &mut Rule| (rule.mode, rule.upstreams) = (Mode::Replicate, vec![some()]);
     let mirrored_some = move |rule: &mut Rule| rule.mirrors = vec![some()];
     let refusing = move |rule: &mut Rule| rule.key.not_from = networks("198.51.0.0/16");
@@ -446,6 +449,11 @@ fn copies() -> Vec<Case> {
             "away +1 forwarded forwarded unresolved forwarded, away +1 forwarded forwarded unresolved forwarded").under(three),
         case("from this host", v4(|_, _| {}), "away forwarded").under(|rule| rule.source = Source::Egress),
         case("IPv6 from this host", v6(|_, _| {}), "away forwarded").under(|rule| rule.source = Source::Egress),
+        cases("fragments to a receiver here", vec![first4(), later4()], "here forwarded, here forwarded").under(here),
+        cases("fragments to one here and one elsewhere", vec![first4(), later4()],
+            "here +1 forwarded forwarded forwarded, here +1 forwarded forwarded forwarded").under(both),
+        case("a copy to a receiver here", v4(|_, _| {}), "up forwarded").under(here).under(|rule| rule.action = Action::Pass),
+        case("no more TTL to a receiver here", v4(|ip, _| ip.ttl = 1), "here forwarded").under(here),
         cases("fragments from a named address and port", vec![first4(), later4()], "away forwarded, away forwarded")
             .under(|rule| rule.source = "10.0.2.9:5".parse().expect("a source")),
         cases("IPv6 fragments from a named address and port", vec![first6(), later6()], "away forwarded, away forwarded")

@@ -60,6 +60,10 @@ let
           sample = 10;
           source = "10.0.0.9:9995";
         }
+        {
+          address = "local";
+          port = 9999;
+        }
       ];
     }
     {
