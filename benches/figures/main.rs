@@ -19,6 +19,7 @@ mod probing;
 mod relay;
 mod replicator;
 mod scale;
+mod senders;
 mod tables;
 mod trace;
 mod trip;
@@ -33,8 +34,9 @@ use crate::turns::Cost;
 /// A group of figures: its name and the function that measures it.
 type Part = (&'static str, fn(&mut Report));
 
-const PARTS: [Part; 12] = [
+const PARTS: [Part; 13] = [
     ("packets", packets::measure),
+    ("senders", senders::measure),
     ("e2e", e2e::measure),
     ("xdp", xdp::measure),
     ("flows", flows::measure),
