@@ -101,14 +101,17 @@ impl Packet {
         })
     }
 
-    /// Returns a datagram with a payload, from a host whose other addresses and ports are other clients'.
-    pub fn datagram(relay: &Namespace, (source, from): ([u8; 4], u16), payload: &[u8]) -> Packet {
+    /// Returns a datagram from an address and port, which those of all flows follow, to a port.
+    pub fn datagram(
+        relay: &Namespace,
+        (source, from): ([u8; 4], u16),
+        to: u16,
+        payload: &[u8],
+    ) -> Packet {
         let mut header = ipv4_header(Part::Whole);
         header.source = source;
         let headers = IpHeaders::Ipv4(header, Ipv4Extensions::default());
-        Packet::new(relay, |builder, bytes| {
-            builder.ip(headers).udp(from, PORT).write(bytes, payload)
-        })
+        Packet::new(relay, |builder, bytes| builder.ip(headers).udp(from, to).write(bytes, payload))
     }
 
     /// Has a generator send packets of these flows.

@@ -14,16 +14,18 @@ use crate::host::{Hook, Host};
 use crate::packets::SENDER;
 use crate::relay::{Case, Programs, REDIRECT, Relay, UNSPEC, apply, networks, open_map};
 use crate::tables::bytes;
-use crate::trip::{SERVER, Trip};
+use crate::trip::{ASKED, SERVER, Trip};
 use crate::turns::{Cost, Turns};
 
 const ROUNDS: usize = 100;
 
-/// Questions of a round.
-const PACKETS: u64 = 2_000;
+/// Rounds of round trips, and their questions: so many that what is remembered for a tenth of a second counts as it
+/// does where packets never stop.
+const TRIPS: usize = 15;
+const PACKETS: u64 = 60_000;
 
 /// Questions of a round beside programs in user space.
-const QUESTIONS: u64 = 500;
+const QUESTIONS: u64 = 5_000;
 
 const FEW: Flows = Flows { number: 256, clients: 256 };
 const MANY: Flows = Flows { number: 30_000, clients: 256 };
@@ -54,17 +56,17 @@ fn upstreams(number: u16) -> String {
     list.collect::<Vec<_>>().join(", ")
 }
 
-fn rules(interfaces: &str, upstreams: &str) -> String {
+fn rules(interfaces: &str, port: u16, upstreams: &str) -> String {
     format!(
         "version: 1\ninterfaces: [{interfaces}]\nrules:\n  \
-         - key: {{ address: 10.0.1.1, port: 2001 }}\n    \
+         - key: {{ address: 10.0.1.1, port: {port} }}\n    \
          options: {{ tc_action: block, reply: nat }}\n    upstream: [{upstreams}]\n"
     )
 }
 
 /// Returns the rules for a round trip.
 fn both_ways() -> String {
-    rules("in0, out0", &upstreams(UPSTREAMS))
+    rules("in0, out0", ASKED, &upstreams(UPSTREAMS))
 }
 
 /// Returns rules for nftables that do the same.
@@ -77,7 +79,7 @@ fn masquerade() -> String {
         "table ip relay {{
             chain before {{
                 type nat hook prerouting priority dstnat
-                ip daddr 10.0.1.1 udp dport 2001 \\
+                ip daddr 10.0.1.1 udp dport {ASKED} \\
                     dnat ip to jhash ip saddr . udp sport mod {UPSTREAMS} seed 1 map {{ {map} }}
             }}
             chain after {{
@@ -100,7 +102,7 @@ fn measure_trips(report: &mut Report, flows: Flows, name: &str, key: &str, limit
     ];
     let mut turns = Turns::default();
     let indices = trips.each_ref().map(|trip| turns.add(|| trip.generate()));
-    let costs = turns.take(ROUNDS);
+    let costs = turns.take(TRIPS);
     trips[2].forwarded_everything();
     trips[3].forwarded_everything();
     let arrival = costs[indices[0]];
@@ -135,17 +137,18 @@ fn measure_ipvs(report: &mut Report, floors: &FloorsSkel<'static>, flows: Flows)
     if !is_installed("ipvsadm") {
         return report.note(what, "ipvsadm is not installed");
     }
-    let service = ["-A", "-u", "10.0.1.1:2001", "-s", "sh"];
-    let mut trip = Trip::new(floors, flows, PACKETS).command("ipvsadm", &service);
+    let service = format!("10.0.1.1:{ASKED}");
+    let mut trip =
+        Trip::new(floors, flows, PACKETS).command("ipvsadm", &["-A", "-u", &service, "-s", "sh"]);
     for host in 2..2 + UPSTREAMS {
         let server = format!("10.0.2.{host}:{SERVER}");
-        trip = trip.command("ipvsadm", &["-a", "-u", "10.0.1.1:2001", "-r", &server, "-m"]);
+        trip = trip.command("ipvsadm", &["-a", "-u", &service, "-r", &server, "-m"]);
     }
     let trip = trip.warm();
     let arrival = Trip::new(floors, flows, PACKETS).arrival();
     let mut turns = Turns::default();
     let indices = [&arrival, &trip].map(|trip| turns.add(|| trip.generate()));
-    let costs = turns.take(ROUNDS);
+    let costs = turns.take(TRIPS);
     report.floor(what, costs[indices[1]] - costs[indices[0]]);
 }
 
@@ -159,7 +162,7 @@ fn is_installed(program: &str) -> bool {
 /// Measures packets of which each makes a flow, in an empty table.
 fn measure_new(report: &mut Report) {
     let floors = floors::load();
-    let relay = Relay::new(&floors, &rules("in0", &upstreams(16))).leased();
+    let relay = Relay::new(&floors, &rules("in0", floors::PORT, &upstreams(16))).leased();
     let mut programs = Programs::new(&floors);
     let at_once = programs.add(floors.progs.at_once.as_fd());
     let udplb = programs.add(relay.program());
@@ -192,7 +195,7 @@ fn measure_memory(report: &mut Report) {
     let [relay, _outside] = networks();
     let bpffs = Bpffs::new();
     let upstream6 = "{ address: 'fd00:2::2' }";
-    let rules = rules("in0", "{ address: 10.0.2.2 }")
+    let rules = rules("in0", ASKED, "{ address: 10.0.2.2 }")
         + &format!(
             "  - key: {{ address: 'fd00:1::1', port: 2001 }}\n    \
              options: {{ tc_action: block, reply: nat }}\n    upstream: [{upstream6}]\n"
@@ -254,7 +257,7 @@ fn measure_dns(report: &mut Report) {
         .iter()
         .map(|(_, _, trip)| trip.as_ref().ok().map(|trip| turns.add(|| trip.generate())))
         .collect();
-    let costs = turns.take(ROUNDS);
+    let costs = turns.take(TRIPS);
     let udplb = costs[udplb] - costs[arrival];
     report.title("A question of DNS and its answer, net of the arrival");
     report.floor("reply: nat, under the lease", udplb);
@@ -289,7 +292,7 @@ fn nginx<'a>(trip: impl FnOnce() -> Trip<'a>) -> Proxied<'a> {
          events {{ worker_connections 4096; }}
          stream {{
              upstream servers {{ hash $remote_addr$remote_port consistent; {servers} }}
-             server {{ listen 10.0.1.1:2001 udp; proxy_pass servers; proxy_timeout 60s; }}
+             server {{ listen 10.0.1.1:{ASKED} udp; proxy_pass servers; proxy_timeout 60s; }}
          }}"
     );
     let command = |file: &str| {
@@ -305,7 +308,7 @@ fn dnsdist<'a>(trip: impl FnOnce() -> Trip<'a>) -> Proxied<'a> {
         return Err("not installed: dnsdist".into());
     }
     let mut configuration = String::from(
-        "setLocal('10.0.1.1:2001')\nsetACL('0.0.0.0/0')\nsetServerPolicy(chashed)\n\
+        "setLocal('10.0.1.1:53')\nsetACL('0.0.0.0/0')\nsetServerPolicy(chashed)\n\
          setSecurityPollSuffix('')\n",
     );
     for host in 2..2 + UPSTREAMS {

@@ -17,6 +17,9 @@ use crate::floors::{self, FloorsSkel, Flows, Packet};
 use crate::host::generate_some;
 use crate::relay::{apply, grant_lease, networks, status};
 
+/// Port of the questions; those of flows are above.
+pub const ASKED: u16 = 53;
+
 /// Port of the upstreams.
 pub const SERVER: u16 = 2000;
 
@@ -60,7 +63,7 @@ impl<'a> Trip<'a> {
         relay.ip("neighbour add 10.0.1.2 lladdr 02:00:00:00:01:02 dev in0 nud permanent");
         floors::attach_filter(&outside, "out1", TC_INGRESS, floors.progs.echo.as_fd());
         floors::sink(floors, &outside, "in1");
-        let packet = Packet::datagram(&relay, (CLIENT, 1024), QUESTION).of(flows);
+        let packet = Packet::datagram(&relay, (CLIENT, 1024), ASKED, QUESTION).of(flows);
         let (bpffs, links) = (Bpffs::new(), Vec::new());
         Trip { relay, _outside: outside, bpffs, floors, packet, packets, links, proxy: None }
     }
