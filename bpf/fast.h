@@ -68,23 +68,33 @@ static __always_inline bool is_usual_source6(const struct ipv6hdr *ip6)
 }
 
 /*
- * Returns true if admit() would admit the packet, in a frame of `bytes` bytes for this host, whatever its
- * rule says, and its TTL lasts. The opposite says nothing: the slow path decides.
+ * Returns true if the headers of a packet, in a frame of `bytes` bytes, are those of one that is forwarded,
+ * whatever its rule says. The opposite says nothing, here and below: the slow path decides.
  */
-static __always_inline bool is_usual(__u32 bytes, const struct pkt *pkt, const bool ipv6)
+static __always_inline bool is_sound(__u32 bytes, const struct pkt *pkt, const bool ipv6)
 {
-	if (is_ttl_expired(pkt) || !has_valid_lengths(bytes, pkt) || is_suspect(pkt))
-		return false;
-	if (ipv6)
-		return pkt->udp->check && is_usual_source6(pkt->ip6);
-	return is_ipv4_checksum_valid(pkt->ip, 0) && is_usual_source4(pkt->ip);
+	return !is_ttl_expired(pkt) && has_valid_lengths(bytes, pkt) &&
+	       (ipv6 ? pkt->udp->check : is_ipv4_checksum_valid(pkt->ip, 0));
 }
 
-/* Returns true for a usual packet at tc that is whole and for this host; the opposite says nothing either. */
-static __always_inline bool is_plain(struct __sk_buff *skb, const struct pkt *pkt, const bool ipv6)
+/* Returns true if admit() would admit the packet, in a frame for this host, and its TTL lasts. */
+static __always_inline bool is_usual(__u32 bytes, const struct pkt *pkt, const bool ipv6)
+{
+	return is_sound(bytes, pkt, ipv6) && !is_suspect(pkt) &&
+	       (ipv6 ? is_usual_source6(pkt->ip6) : is_usual_source4(pkt->ip));
+}
+
+/* Returns true for a packet at tc that is whole and for this host. */
+static __always_inline bool is_whole(struct __sk_buff *skb)
 {
 	return skb->pkt_type == PACKET_HOST && !skb->gso_size &&
-	       (!skb->vlan_present || is_for_us_tagged(skb, 0)) && is_usual(skb->len, pkt, ipv6);
+	       (!skb->vlan_present || is_for_us_tagged(skb, 0));
+}
+
+/* Returns true for a usual packet that is whole and for this host. */
+static __always_inline bool is_plain(struct __sk_buff *skb, const struct pkt *pkt, const bool ipv6)
+{
+	return is_whole(skb) && is_usual(skb->len, pkt, ipv6);
 }
 
 /*
@@ -135,6 +145,8 @@ static __always_inline bool pop_plain(struct __sk_buff *skb, struct pkt *pkt, co
 {
 	return !skb->vlan_present || (!bpf_skb_vlan_pop(skb) && locate_plain(skb, pkt, ipv6));
 }
+
+#include "flow_fast.h"
 
 /*
  * Sends the packet itself to the upstream of a valid line, and counts its sender in a table, if it has one.
@@ -326,6 +338,8 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 	const struct rule *rule;
 	struct line *line;
 
+	if (features.flows && kind == ENTRY_FLOW)
+		return ipv6 ? send_question6(skb, index) : send_question4(skb, index);
 	if (kind == ENTRY_RULE || !is_plain(skb, pkt, ipv6))
 		return ACTION_SLOW;
 	if (kind == ENTRY_BALANCE || kind == ENTRY_REPLICATE) {
@@ -369,14 +383,21 @@ static __always_inline int fast_ipv4(struct __sk_buff *skb, struct pkt *pkt)
 {
 	const struct iphdr *ip = pkt->ip;
 	__u32 entry;
+	int action;
 
 	if (ip->protocol != IPPROTO_UDP)
 		return ip->protocol == IPPROTO_ICMP ? ACTION_SLOW : TC_ACT_UNSPEC;
 	if (*(const __u8 *)ip != 0x45 || ip->frag_off & bpf_htons(IP_OFFSET | IP_MF) ||
 	    skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC)
 		return ACTION_SLOW;
-	if (features.flows && is_flow_port(pkt->udp->dest))
-		return ACTION_SLOW;
+	if (features.flows && is_flow_port(pkt->udp->dest)) {
+		action = send_answer4(skb);
+		if (action != ACTION_NO_ANSWER)
+			return action;
+		if (!locate_plain(skb, pkt, false))
+			return ACTION_SLOW;
+		ip = pkt->ip;
+	}
 	entry = find_entry(bpf_ntohl(ip->daddr), bpf_ntohs(pkt->udp->dest));
 	return entry ? deliver_plain(skb, pkt, entry, false) : leave_stranger(pkt, false);
 }
@@ -385,6 +406,7 @@ static __always_inline int fast_ipv6(struct __sk_buff *skb, struct pkt *pkt)
 {
 	const struct ipv6hdr *ip6;
 	__u32 entry;
+	int action;
 
 	if (!locate_plain(skb, pkt, true))
 		return ACTION_SLOW;
@@ -394,8 +416,14 @@ static __always_inline int fast_ipv6(struct __sk_buff *skb, struct pkt *pkt)
 											   : TC_ACT_UNSPEC;
 	if (ip6->version != 6 || skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC)
 		return ACTION_SLOW;
-	if (features.flows && is_flow_port(pkt->udp->dest))
-		return ACTION_SLOW;
+	if (features.flows && is_flow_port(pkt->udp->dest)) {
+		action = send_answer6(skb);
+		if (action != ACTION_NO_ANSWER)
+			return action;
+		if (!locate_plain(skb, pkt, true))
+			return ACTION_SLOW;
+		ip6 = pkt->ip6;
+	}
 	entry = find_entry6(ip6->daddr.in6_u.u6_addr32, pkt->udp->dest);
 	return entry ? deliver_plain(skb, pkt, entry, true) : leave_stranger(pkt, true);
 }

@@ -298,6 +298,13 @@ static __always_inline bool keeps_upstream(struct flow *flow, __u32 first, __u32
 	return beats_since(flow->chosen, now) <= flow_settings.timeouts[FLOW_NEW];
 }
 
+/* Returns true for an answered flow whose client speaks again late enough, so that it is assured. */
+static __always_inline bool is_assured_now(const struct flow *flow, __u32 now)
+{
+	return flow->state == FLOW_ANSWERED &&
+	       beats_since(flow->created, now) > FLOW_ASSURE_SECONDS * flow_settings.second;
+}
+
 static __always_inline __u32 flow_of_client(__u32 first, __u32 count, bool skips_down, const bool ipv6)
 {
 	struct flow_scratch *packet = get_flow_scratch();
@@ -321,8 +328,7 @@ static __always_inline __u32 flow_of_client(__u32 first, __u32 count, bool skips
 	if (!features.dry_run) {
 		touch_flow(bucket, way, flow, now);
 		flow->packets++;
-		if (flow->state == FLOW_ANSWERED &&
-		    beats_since(flow->created, now) > FLOW_ASSURE_SECONDS * flow_settings.second)
+		if (is_assured_now(flow, now))
 			set_flow_state(bucket, way, flow, version, FLOW_ASSURED);
 	}
 	return keeps_upstream(flow, first, count, skips_down, now, &index, ipv6) ? index + 1 : 0;
@@ -666,7 +672,8 @@ static __always_inline bool choose_in_buckets(const bool ipv6)
 	second = second_bucket(draft);
 	one = spare_way(at, ipv6);
 	other = spare_way(second, ipv6);
-	if (other >> 8 > one >> 8) {
+	/* packets look into the first one first: it may fill by half before they have to look further */
+	if (other >> 8 > one >> 8 && one >> 8 < (1U << 31) + FLOW_WAYS / 2) {
 		at = second;
 		one = other;
 	}
@@ -794,6 +801,16 @@ static __always_inline __u32 answers_of(const struct upstream *upstream)
 	return upstream && upstream->linked ? upstream->linked : flow_settings.orphans;
 }
 
+/* Notes an answer of a flow. */
+static __always_inline void note_answer(struct flow_bucket *bucket, __u32 way, struct flow *flow, __u32 now)
+{
+	touch_flow(bucket, way, flow, now);
+	flow->answers++;
+	flow->chosen = now;
+	if (flow->answers_left > 1)
+		flow->answers_left--;
+}
+
 static __always_inline __u32 flow_of_answer(bool is_packet, const bool ipv6)
 {
 	struct flow_scratch *packet = get_flow_scratch();
@@ -823,13 +840,9 @@ static __always_inline __u32 flow_of_answer(bool is_packet, const bool ipv6)
 	packet->handle = flow_handle(number, version);
 	packet->answers_left = flow->answers_left;
 	if (is_packet && !features.dry_run) {
-		touch_flow(bucket, way, flow, now);
-		flow->answers++;
-		flow->chosen = now;
+		note_answer(bucket, way, flow, now);
 		if (flow->state == FLOW_NEW)
 			set_flow_state(bucket, way, flow, version, FLOW_ANSWERED);
-		if (packet->answers_left > 1)
-			flow->answers_left--;
 	}
 	upstream = flow_upstream(flow, &index, ipv6);
 	return answers_of(upstream) + 1;

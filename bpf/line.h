@@ -36,6 +36,15 @@ static __always_inline __u64 line_expiry(const struct xmit *xmit)
 	return now + features.ticks_per_second / LINES_PER_SECOND;
 }
 
+/* Returns the MTU of xmit->hop that may be remembered for packets like one of `length` bytes. */
+static __always_inline __u16 remembered_mtu(const struct xmit *xmit, __u32 length, bool ipv6)
+{
+	__u16 mtu = xmit->hop.mtu ?: 0xffff;
+
+	/* path MTUs are looked up for larger packets only */
+	return length <= min_pmtu(ipv6) && mtu > min_pmtu(ipv6) ? min_pmtu(ipv6) : mtu;
+}
+
 /* Returns true if the device with this index sends frames that XDP redirects to it. */
 static __always_inline bool takes_frames(__u32 ifindex)
 {
@@ -62,19 +71,19 @@ __noinline __u32 fill_line(__u32 length, __u32 ipv6)
 	line = bpf_map_lookup_elem(&lines, &index);
 	upstream = bpf_map_lookup_elem(&upstreams, &index);
 	until = line_expiry(xmit);
-	/* the fast path replaces no source port */
-	if (!line || !upstream || !until || is_tunnel(xmit) || xmit->rewrite.source_port)
+	if (!line || !upstream || !until || is_tunnel(xmit))
+		return 0;
+	/* the fast path replaces the source ports of flows alone */
+	if (xmit->rewrite.source_port && upstream->source != SOURCE_FLOW)
 		return 0;
 	line->until = until;
 	line->ifindex = xmit->hop.ifindex;
-	line->mtu = xmit->hop.mtu ?: 0xffff;
-	/* path MTUs are looked up for larger packets only */
-	if (length <= min_pmtu(ipv6) && line->mtu > min_pmtu(ipv6))
-		line->mtu = min_pmtu(ipv6);
+	line->mtu = remembered_mtu(xmit, length, ipv6);
 	line->port = upstream->port;
 	line->source = upstream->source;
 	line->takes_frames = takes_frames(line->ifindex);
 	line->via = upstream->via;
+	line->down = features.flows && is_down(upstream);
 	copy_macs(line->macs, xmit->hop.macs);
 	if (features.ipv6 && ipv6) {
 		if (is_direct(xmit))

@@ -21,6 +21,7 @@
 #include "recirculate.h"
 #include "handover.h"
 #include "line.h"
+#include "return_line.h"
 #include "tunnel.h"
 #include "xmit.h"
 #include "here.h"

@@ -229,8 +229,12 @@ static __always_inline enum verdict xmit_to_nexthop(struct __sk_buff *skb, struc
 	}
 	if (!is_sent(verdict))
 		return verdict;
-	if (verdict == VERDICT_FORWARDED && !xmit->fragments)
-		fill_line(ip_length(skb, pkt), pkt->is_ipv6);
+	if (verdict == VERDICT_FORWARDED && !xmit->fragments) {
+		if (features.flows && upstream->source == SOURCE_FLOW_VIP)
+			fill_return_line(skb, pkt->packed, ip_length(skb, pkt));
+		else
+			fill_line(ip_length(skb, pkt), pkt->is_ipv6);
+	}
 	return transmit(skb, pkt, xmit, verdict, action);
 }
 

@@ -272,6 +272,9 @@ fn size(
     ] {
         map.set_max_entries(u32::try_from(entries.max(1))?)?;
     }
+    if tables.features.flows == 0 {
+        skeleton.maps.returns.set_max_entries(1)?;
+    }
     Ok(())
 }
 

@@ -337,7 +337,8 @@ impl Tables {
     fn entry(&self, index: u32) -> u32 {
         use types::entry as entries;
         let rule = &self.rules[index as usize];
-        let slow = flags::RULE_OF_GROUP.0 | flags::RULE_SOCKETS.0 | flags::RULE_FLOWS.0;
+        let slow = flags::RULE_OF_GROUP.0 | flags::RULE_SOCKETS.0;
+        let has_flows = rule.flags.0 & flags::RULE_FLOWS.0 != 0;
         let first = rule.first_receiver;
         // the fast path finds lines by the index of the upstream
         let is_slow = |(index, receiver): (u32, &types::upstream)| {
@@ -354,6 +355,9 @@ impl Tables {
         };
         let (kind, index) = match (rule.receivers, rule.upstreams) {
             _ if rule.senders != 0 || rule.flags.0 & slow != 0 => (entries::ENTRY_RULE, index),
+            // the fast path of flows has no stack left to count senders
+            (0, _) if has_flows && rule.sender_table == NO_TABLE => (entries::ENTRY_FLOW, index),
+            _ if has_flows => (entries::ENTRY_RULE, index),
             (1.., _) if rule.flags.0 & flags::RULE_REPLICATES.0 != 0 && !has_slow() => {
                 (entries::ENTRY_REPLICATE, index)
             }
@@ -806,7 +810,7 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::{Key4, Tables, moved_share, types, wire};
-    use crate::config::{Action, Hash, Key, Ports, State, Strategy};
+    use crate::config::{Action, Hash, Key, Ports, Reply, State, Strategy};
     use crate::desired::{Desired, Rule, Upstream, assign_ids};
 
     const KEY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 5);
@@ -858,6 +862,17 @@ mod tests {
         let (balance, block) = (types::entry::ENTRY_BALANCE.0, types::entry::ENTRY_BLOCK.0 | 2);
         assert_eq!(entries, [[balance; 100].as_slice(), &[block]].concat());
         assert_eq!([0, 1].map(|index: usize| tables.rules[index].first_slot), [0, 2]);
+    }
+
+    #[test]
+    fn the_fast_path_knows_rules_with_flows() {
+        let flows = Rule { reply: Reply::Nat, ..rule("flows", 53, 53, &[1]) };
+        let mirrored = Rule { mirrors: vec![Upstream::new([10, 0, 9, 2], None)], ..flows.clone() };
+        for (rule, kind) in
+            [(flows, types::entry::ENTRY_FLOW), (mirrored, types::entry::ENTRY_RULE)]
+        {
+            assert_eq!(tables(vec![rule]).keys[0].1, kind.0);
+        }
     }
 
     #[test]

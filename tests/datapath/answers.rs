@@ -56,9 +56,12 @@ pub fn check_kinds(
         let gone = departed(&came, from, to, mac).frame();
         let bytes = gone.len() as u64;
         let wanted = Run { action: REDIRECT, frame: gone, tag: None };
-        let (run, counted) = run(testbed, &came);
-        assert_eq!(run, wanted, "{name} {from:?}: {counted:?}");
-        assert_eq!(counted, [((id, "forwarded"), (1, bytes))].into(), "{name}");
+        testbed.program.advance();
+        for path in ["slow", "as remembered"] {
+            let (run, counted) = run(testbed, &came);
+            assert_eq!(run, wanted, "{name} {path} {from:?}: {counted:?}");
+            assert_eq!(counted, [((id, "forwarded"), (1, bytes))].into(), "{name} {path}");
+        }
     }
 }
 

@@ -27,6 +27,7 @@ mod lines;
 mod links;
 mod nat;
 mod nat_changes;
+mod nat_fast;
 mod packets;
 mod paths;
 mod programs;

@@ -18,20 +18,20 @@ use crate::common::lab::{Lab, V4, V6, packets};
 use crate::common::net::{PATIENCE, SILENCE, bind, get, own, payload, receive, set};
 use crate::ends::cuts_up_without_offload;
 use crate::forge::{Checksum, Forged, Ip, fragments};
-use crate::program::{Context, FLOWS, PORTS};
+use crate::program::{Context, FLOWS, PORTS, Program};
 use crate::testbed::{
     GATEWAY_MAC, NEAR, NEAR_MAC, OWN, OWN6, REDIRECT, RELAY_MAC, SHOT, Testbed, UNSPEC, VIP,
 };
 
-const UPSTREAM: [IpAddr; 2] = [IpAddr::V4(NEAR), ip6([0xfd00, 2, 0, 0, 0, 0, 0, 2])];
+pub const UPSTREAM: [IpAddr; 2] = [IpAddr::V4(NEAR), ip6([0xfd00, 2, 0, 0, 0, 0, 0, 2])];
 const EGRESS: [IpAddr; 2] = [IpAddr::V4(OWN), IpAddr::V6(OWN6)];
 
 /// Port of the upstreams, and of the first client.
 const SERVER: u16 = 5353;
-const FROM: u16 = 40_000;
+pub const FROM: u16 = 40_000;
 
 /// Returns a rule for port 53 with upstreams of a family.
-fn rule(family: usize, upstreams: &[IpAddr]) -> Rule {
+pub fn rule(family: usize, upstreams: &[IpAddr]) -> Rule {
     let key = Key::new(VIPS[family], vec![Ports { first: 53, last: 53 }]);
     let upstreams = upstreams.iter().map(|address| Upstream::new(*address, Some(SERVER)));
     Rule {
@@ -43,30 +43,30 @@ fn rule(family: usize, upstreams: &[IpAddr]) -> Rule {
 }
 
 /// Applies the rules; the next hops have egress addresses, and the kernel is asked for the way.
-fn configure(testbed: &Testbed<'_>, rules: Vec<Rule>) -> Vec<RuleIds> {
+pub fn configure(testbed: &Testbed<'_>, rules: Vec<Rule>) -> Vec<RuleIds> {
     let hosts = rules.iter().flat_map(|rule| &rule.upstreams);
     let ways = hosts.map(|it| (it.address.clone(), testbed.hop_to(it.address.ip, 1500, None)));
     let ways: BTreeMap<_, _> = ways.collect();
     testbed.program.configure_all(&Desired { rules, ..Desired::default() }, &ways, 0)
 }
 
-fn both() -> Vec<Rule> {
+pub fn both() -> Vec<Rule> {
     vec![rule(0, &UPSTREAM[..1]), rule(1, &UPSTREAM[1..])]
 }
 
 /// Returns a frame between two endpoints.
-fn between((source, from): (IpAddr, u16), (destination, to): (IpAddr, u16)) -> Forged {
+pub fn between((source, from): (IpAddr, u16), (destination, to): (IpAddr, u16)) -> Forged {
     let mut packet = Forged::between(RELAY_MAC, source, destination, to);
     packet.udp.source = from;
     packet
 }
 
-fn question(family: usize) -> Forged {
+pub fn question(family: usize) -> Forged {
     between((CLIENTS[family], FROM), (VIPS[family], 53))
 }
 
 /// Returns the answer of a family's upstream to a port of this host.
-fn answer(family: usize, port: u16) -> Forged {
+pub fn answer(family: usize, port: u16) -> Forged {
     between((UPSTREAM[family], SERVER), (EGRESS[family], port))
 }
 
@@ -84,7 +84,7 @@ fn ends(frame: &[u8]) -> [(IpAddr, u16); 2] {
 
 /// Sends a packet that is forwarded; returns source and destination.
 #[track_caller]
-fn send(testbed: &Testbed<'_>, packet: &Forged) -> [(IpAddr, u16); 2] {
+pub fn send(testbed: &Testbed<'_>, packet: &Forged) -> [(IpAddr, u16); 2] {
     let (run, counted) = run(testbed, packet);
     assert_eq!(run.action, REDIRECT, "{counted:?}");
     ends(&run.frame)
@@ -92,7 +92,7 @@ fn send(testbed: &Testbed<'_>, packet: &Forged) -> [(IpAddr, u16); 2] {
 
 /// Sends the first question of a family's client; returns the port of its flow.
 #[track_caller]
-fn open(testbed: &Testbed<'_>, family: usize) -> u16 {
+pub fn open(testbed: &Testbed<'_>, family: usize) -> u16 {
     send(testbed, &question(family))[0].1
 }
 
@@ -459,6 +459,16 @@ struct Known {
 /// whose packet left through that port last, and assured flows keep port and upstream.
 #[test]
 fn no_packet_reaches_a_wrong_party() {
+    check_parties(|_| {});
+}
+
+#[test]
+fn no_packet_reaches_a_wrong_party_by_the_slow_path() {
+    check_parties(|program| program.advance());
+}
+
+/// Checks them; `before` runs before each packet.
+fn check_parties(before: fn(&Program<'_>)) {
     const PORTS_OF_CLIENTS: u16 = 3000;
     let servers = [NEAR, Ipv4Addr::new(10, 0, 2, 254)].map(IpAddr::V4);
     let mut random = 88_172_645_463_325_252_u64;
@@ -470,10 +480,14 @@ fn no_packet_reaches_a_wrong_party() {
     };
     Testbed::with(|testbed| {
         configure(testbed, vec![rule(0, &servers)]);
+        let run = |packet: &Forged| {
+            before(&testbed.program);
+            run(testbed, packet)
+        };
         let mut known: HashMap<u16, Known> = HashMap::new();
         let mut users: HashMap<[(IpAddr, u16); 2], (u16, u32)> = HashMap::new();
         let (mut clock, mut delivered, mut moved) = (0, 0, 0);
-        for _ in 0..20_000 {
+        for _ in 0..10_000 {
             let client = FROM.wrapping_add(below(PORTS_OF_CLIENTS.into()) as u16);
             match below(100) {
                 0 => {
@@ -485,7 +499,7 @@ fn no_packet_reaches_a_wrong_party() {
                         .for_each(|it| (it.idle, it.age) = (it.idle + pause, it.age + pause));
                 }
                 1..60 => {
-                    let (gone, _) = run(testbed, &between((CLIENTS[0], client), (VIPS[0], 53)));
+                    let (gone, _) = run(&between((CLIENTS[0], client), (VIPS[0], 53)));
                     if gone.action == SHOT {
                         continue;
                     }
@@ -509,7 +523,7 @@ fn no_packet_reaches_a_wrong_party() {
                 }
                 _ => {
                     let Some(it) = known.get_mut(&client) else { continue };
-                    let (back, _) = run(testbed, &between(it.server, it.egress));
+                    let (back, _) = run(&between(it.server, it.egress));
                     if back.action != REDIRECT {
                         assert!(!it.assured || it.idle > 118, "{it:?} has ended");
                         continue;
@@ -525,7 +539,7 @@ fn no_packet_reaches_a_wrong_party() {
                 }
             }
         }
-        assert!(delivered > 300 && moved > 100, "{delivered} {moved}");
+        assert!(delivered > 150 && moved > 50, "{delivered} {moved}");
     });
 }
 

@@ -581,6 +581,15 @@ impl<'object> Program<'object> {
         })
     }
 
+    /// Returns true if the slow path has counted a packet since the counters were taken: it notes the time of each
+    /// packet that it forwards.
+    pub fn took_slow_path(&self) -> bool {
+        self.counters().any(|(_, chunk, index)| {
+            let value = chunk.lookup(&index.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
+            value.expect("counters").iter().any(|byte| *byte != 0)
+        })
+    }
+
     /// Grants or ends arpd's lease.
     pub fn lease(&self, holds: bool) {
         let until = if holds { u64::MAX / 2 } else { 0 };
@@ -619,6 +628,11 @@ impl<'object> Program<'object> {
     pub fn trace(&self) {
         let trace = types::trace { until: u64::MAX, ..Default::default() };
         write(&self.skeleton.maps.bss_tracing, 0, bytes_of(&trace));
+        self.advance();
+    }
+
+    pub fn end_trace(&self) {
+        write(&self.skeleton.maps.bss_tracing, 0, bytes_of(&types::trace::default()));
         self.advance();
     }
 
