@@ -544,6 +544,21 @@ static __always_inline __u64 silent_flow(__u32 number, __u32 now, const bool ipv
 	return flow_handle(number, version);
 }
 
+/* Stores an egress address of the new flow: one of several, or that of the next hop, which is there already.
+ */
+static __always_inline void choose_egress(struct flow_scratch *draft, __u32 index, const bool ipv6)
+{
+	if (!flow_egresses.count[ipv6])
+		return;
+	index &= MAX_EGRESSES - 1;
+	barrier_var(index);
+	index &= MAX_EGRESSES - 1;
+	draft->egress[0] = flow_egresses.addresses[ipv6][index][0];
+	draft->egress[1] = flow_egresses.addresses[ipv6][index][1];
+	draft->egress[2] = flow_egresses.addresses[ipv6][index][2];
+	draft->egress[3] = flow_egresses.addresses[ipv6][index][3];
+}
+
 static __always_inline bool take_port(struct __sk_buff *skb, __u32 try, const bool ipv6)
 {
 	struct flow_scratch *draft = get_flow_scratch();
@@ -555,10 +570,13 @@ static __always_inline bool take_port(struct __sk_buff *skb, __u32 try, const bo
 
 	if (!draft)
 		return 0;
-	/* double hashing: with neighbours, ports in use would form clusters */
+	/* double hashing: with neighbours, ports in use would form clusters; the ports of all addresses are
+	 * one range */
 	step = (__u32)(draft->hash >> 8) | 1;
-	offset = ((__u32)draft->hash + try % PORT_TRIES * step) % flow_settings.ports;
-	port = bpf_htons(flow_settings.first_port + offset);
+	offset = ((__u32)draft->hash + try % PORT_TRIES * step) %
+		 (flow_settings.ports * (flow_egresses.count[ipv6] ?: 1));
+	choose_egress(draft, offset / flow_settings.ports, ipv6);
+	port = bpf_htons(flow_settings.first_port + offset % flow_settings.ports);
 	place = port_place(draft->server, draft->egress, draft->server_port, port, ipv6);
 	line = port_line_at(place, ipv6);
 	if (!line)
@@ -759,6 +777,8 @@ static __always_inline __u32 draft_flow(__u32 index, const bool ipv6)
 	draft->handle = 0;
 	copy_address(draft->server, upstream->address, ipv6);
 	draft->server_port = upstream->port ?: draft->to_port;
+	if (flow_egresses.count[ipv6])
+		return VERDICTS;
 	return egress_address(upstream, draft->egress) ? VERDICTS : VERDICT_NO_ROUTE;
 }
 

@@ -144,6 +144,9 @@ let
     ports =
       word types.str "1024-65535"
         "Ports of this host that flows get. The program's default is 1024-32767.";
+    addresses =
+      word (types.listOf types.str) [ "10.2.0.254" ]
+        "Addresses of this host that new flows are spread over, each with all of the ports. The program's default is its address towards the upstream.";
     unanswered =
       word duration "10s"
         "Lifetime of a flow whose client has not spoken again after an answer. The program's default is 30s.";

@@ -232,6 +232,7 @@ async fn advise(
     };
     let candidate = Candidate { config, desired, next_hops };
     refuse(candidate, candidate.own_upstreams())?;
+    refuse(candidate, candidate.flow_ports_taken())?;
     refuse(candidate, candidate.in_clear(&policies))?;
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;

@@ -8,8 +8,8 @@ use super::decode::Decoded;
 use super::diagnostic::{Diagnostics, Message};
 use super::vocabulary::{self as words, Root};
 use super::{
-    Family, Hash, Host, KeyAddress, Mode, Network, Path, Ports, RuleConfig, Source, UpstreamConfig,
-    Via,
+    Family, Flows, Hash, Host, KeyAddress, Mode, Network, Path, Ports, RuleConfig, Source,
+    UpstreamConfig, Via,
 };
 use crate::maglev;
 
@@ -26,6 +26,9 @@ pub const UPSTREAMS: usize = 200_000;
 /// Maximum number of upstreams of one rule.
 pub const UPSTREAMS_OF_RULE: usize = 65_535;
 
+/// Maximum number of addresses of a family that flows get, see bpf/udplb.h.
+pub const EGRESSES: usize = 16;
+
 /// Maximum number of hosts that get one packet: the upstreams of a rule that replicates, or the mirrors.
 pub const RECEIVERS: usize = 64;
 
@@ -36,6 +39,7 @@ pub(super) fn check(decoded: &mut Decoded) {
     twice(&at, &decoded.interfaces, |name| format!("`{name}`"), &mut diagnostics);
     announcement(decoded, &mut diagnostics);
     decap(decoded, &mut diagnostics);
+    egresses(decoded, &mut diagnostics);
     let rules = &decoded.rules;
     for rule in rules {
         families(rule, &mut diagnostics);
@@ -91,6 +95,33 @@ fn twice<T: hash::Hash + Eq>(
         let message = Message::new(format!("{} is named twice", text(&all[again])));
         let message = message.at(at.index(again));
         diagnostics.push(message.related(at.index(first), "named here first"));
+    }
+}
+
+/// Reports addresses of flows that are too many, and rules that match packets to their ports.
+fn egresses(decoded: &Decoded, diagnostics: &mut Diagnostics) {
+    let at = Path::default().field(words::FLOWS.name).field(words::FLOWS_ADDRESSES.name);
+    let Flows { addresses, ports, .. } = &decoded.flows;
+    twice(&at, addresses, ToString::to_string, diagnostics);
+    for family in [false, true] {
+        let of_family = addresses.iter().enumerate().filter(|(_, it)| it.is_ipv6() == family);
+        if let Some((index, _)) = of_family.skip(EGRESSES).next() {
+            let message = format!("at most {EGRESSES} addresses of a family are used");
+            diagnostics.push(Message::new(message).at(at.index(index)));
+        }
+    }
+    for rule in &decoded.rules {
+        let key = &rule.key;
+        let Some(index) = addresses.iter().position(|it| key.address == KeyAddress::Is(*it)) else {
+            continue;
+        };
+        if key.ports.is_empty() || key.ports.iter().any(|it| it.overlaps(*ports)) {
+            let message =
+                format!("{} has ports of {ports}, at which flows get answers", addresses[index]);
+            let help = "give the rule another port or address, or `flows` other `ports`";
+            let message = Message::about(&rule.at.field(words::KEY.name), message).help(help);
+            diagnostics.push(message.related(at.index(index), "an address of flows"));
+        }
     }
 }
 

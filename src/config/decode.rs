@@ -3,6 +3,7 @@
 mod probe;
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use serde::Deserialize;
 use serde::de::value::{Error, StrDeserializer};
@@ -356,12 +357,14 @@ impl Decoder {
         let fields = self.fields(node, &words::FLOWS_MAP, at)?;
         let entries = self.optional(&fields, &words::FLOWS_ENTRIES, at, number(&words::FLOW_COUNT));
         let ports = self.optional(&fields, &words::FLOWS_PORTS, at, scalar::ports);
+        let addresses = self.own_addresses(&fields, &words::FLOWS_ADDRESSES, at);
         let unanswered = self.duration(&fields, &words::FLOWS_UNANSWERED, at);
         let assured = self.duration(&fields, &words::FLOWS_ASSURED, at);
         let default = Flows::default();
         Some(Flows {
             entries: entries?.unwrap_or(default.entries),
             ports: ports?.unwrap_or(default.ports),
+            addresses: addresses?,
             unanswered: unanswered?,
             assured: assured?,
         })
@@ -770,6 +773,24 @@ impl Decoder {
             return None;
         }
         self.each(nodes, at, scalar::network)
+    }
+
+    /// Returns the addresses of a list, which may be left out.
+    fn own_addresses(
+        &mut self,
+        fields: &Fields<'_, '_>,
+        field: &'static Field,
+        at: &Trail<'_>,
+    ) -> Option<Vec<IpAddr>> {
+        let Some(node) = fields.get(field) else { return Some(Vec::new()) };
+        let at = &at.field(field.name);
+        let nodes = self.list(node, "a list of addresses of this host", at)?;
+        if nodes.is_empty() {
+            let help = format!("leave `{}` out for the address towards each upstream", field.name);
+            self.error(at, Message::new("an empty list of addresses").help(help));
+            return None;
+        }
+        self.each(nodes, at, scalar::own_address)
     }
 
     /// Returns all values of a list, or None if one is invalid.

@@ -112,6 +112,7 @@ fn value(field: &Field, root: Root) -> String {
         Shape::Ports => format!("port, range, list of both, or `{ANY}`"),
         Shape::PortRange => "range of ports".into(),
         Shape::Networks => "network, or list of networks".into(),
+        Shape::Addresses => "list of addresses".into(),
         Shape::Number(number) => format!("{} to {}", number.first, number.last),
         Shape::Duration(limits) => format!("{} to {}", limits.first, limits.last),
         Shape::Switch => "`true` or `false`".into(),

@@ -1,5 +1,7 @@
 //! Single values: ports, names, interfaces.
 
+use std::net::IpAddr;
+
 use super::diagnostic::Message;
 use super::hint::is_invisible;
 use super::node::{Content, Node};
@@ -79,6 +81,15 @@ pub(super) fn tunnel(node: &Node<'_>) -> Result<Via> {
 
 pub(super) fn key_address(node: &Node<'_>) -> Result<KeyAddress> {
     host::key(text(node, "an IP address")?)
+}
+
+/// Reads an address that packets of this host can come from.
+pub(super) fn own_address(node: &Node<'_>) -> Result<IpAddr> {
+    let text = text(node, "an IP address")?;
+    match text.parse() {
+        Ok(address) => host::source(text).map(|_| address),
+        Err(_) => Err(Message::new(format!("`{}` is not an IP address", shorten(text)))),
+    }
 }
 
 pub(super) fn upstream_address(node: &Node<'_>) -> Result<Host> {

@@ -59,6 +59,7 @@ fn property(field: &Field, root: Root) -> Value {
         Shape::Ports => ports(),
         Shape::PortRange => port_range(),
         Shape::Networks => networks(),
+        Shape::Addresses => json!({ "type": "array", "items": address(), "minItems": 1 }),
         Shape::Number(number) => {
             json!({ "type": "integer", "minimum": number.first, "maximum": number.last })
         }

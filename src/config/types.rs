@@ -323,6 +323,9 @@ pub struct Flows {
     pub entries: u32,
     /// Ports of this host that flows get.
     pub ports: Ports,
+    /// Addresses of this host that flows get; without one of a family those towards the upstreams.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
     /// Time after which a flow ends that is not assured, or one without answer is given to an upstream anew.
     pub unanswered: Period,
     /// Time without packets after which an assured flow ends.
@@ -334,6 +337,7 @@ impl Default for Flows {
         Flows {
             entries: 65_536,
             ports: Ports { first: 1024, last: 32_767 },
+            addresses: Vec::new(),
             unanswered: Period::from_secs(30),
             assured: Period::from_secs(120),
         }
@@ -469,7 +473,7 @@ impl Ports {
         usize::from(self.last).saturating_sub(self.first.into()) + 1
     }
 
-    pub(super) fn overlaps(self, other: Ports) -> bool {
+    pub fn overlaps(self, other: Ports) -> bool {
         self.first <= other.last && other.first <= self.last
     }
 

@@ -72,6 +72,8 @@ pub enum Shape {
     PortRange,
     /// A network or a list of them.
     Networks,
+    /// A list of addresses of this host.
+    Addresses,
     Number(&'static Number),
     Duration(&'static Limits),
     /// `true` or `false`.
@@ -244,6 +246,7 @@ pub static FLOWS_ENTRIES: Field = Field::new(
 .example("262144");
 pub static FLOW_COUNT: Number = Number { what: "a number of flows", first: 1024, last: 4_194_288 };
 pub static FLOWS_PORTS: Field = Field::new("ports", Shape::PortRange, "Ports of this host that flows get, a range. A port serves one flow for each upstream, and rests for a second before another flow gets it. Ports that the host's own sockets use are left out.").default("1024-32767").example("1024-65535");
+pub static FLOWS_ADDRESSES: Field = Field::new("addresses", Shape::Addresses, "Addresses of this host that new flows are spread over, at most 16 of a family, each with all of `ports`. Flows of one that is left out later go on.").default("this host's address towards the upstream").example("[10.2.0.254, 10.2.0.253]");
 pub static FLOWS_UNANSWERED: Field = Field::new("unanswered", Shape::Duration(&FLOW_TIMEOUT), "Time without packets after which a flow ends whose client has not spoken again two seconds after its first packet. After that time without an answer an upstream is selected anew.").default("30s").example("10s");
 pub static FLOWS_ASSURED: Field = Field::new(
     "assured",
@@ -530,7 +533,7 @@ pub static INTERFACE_MAP: Table =
     Table { what: "an interface", fields: &[&INTERFACE_NAME, &XDP.field] };
 pub static FLOWS_MAP: Table = Table {
     what: "the table of flows",
-    fields: &[&FLOWS_ENTRIES, &FLOWS_PORTS, &FLOWS_UNANSWERED, &FLOWS_ASSURED],
+    fields: &[&FLOWS_ENTRIES, &FLOWS_PORTS, &FLOWS_ADDRESSES, &FLOWS_UNANSWERED, &FLOWS_ASSURED],
 };
 pub static RULE_MAP: Table =
     Table { what: "a rule", fields: &[&NAME, &KEY, &OPTIONS, &UPSTREAM, &MIRROR] };

@@ -21,7 +21,7 @@ use crate::datapath::hook::Known;
 use crate::datapath::pins::{ReadGuard, WriteGuard, remove_pins};
 use crate::datapath::state_maps::{self, INCOMPLETE, StateMaps, random};
 use crate::datapath::{flows, handover, kernel, lease, lines, retired, senders, spares, xdp};
-use crate::desired::flows::settings;
+use crate::desired::flows::{egresses, settings};
 use crate::desired::key_table::KeyTables;
 use crate::desired::sender_tables;
 use crate::desired::tables::Tables;
@@ -185,6 +185,7 @@ fn build_in(
     rodata.decap_settings = tables.decap;
     rodata.flow_settings = flow_settings(&draft.desired, &tables)?;
     rodata.sender_settings = sender_tables::settings(lease::ticks_per_second()?);
+    rodata.flow_egresses = egresses(&draft.desired.flows);
     share(&mut skeleton, &state)?;
     skeleton.maps.bss_tracing.reuse_fd(state.tracing.as_fd())?;
     skeleton.maps.events.reuse_fd(state.events.as_fd())?;

@@ -218,9 +218,12 @@ fn announce(desired: &Desired) -> Vec<(&'static str, String)> {
 /// Returns the fields of `flows` and their values.
 fn flows(desired: &Desired) -> Vec<(&'static str, String)> {
     let flows = &desired.flows;
+    let addresses = flows.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let addresses = if addresses.is_empty() { "none".into() } else { addresses };
     vec![
         ("entries", flows.entries.to_string()),
         ("ports", flows.ports.to_string()),
+        ("addresses", addresses),
         ("unanswered", flows.unanswered.to_string()),
         ("assured", flows.assured.to_string()),
     ]

@@ -26,6 +26,9 @@ pub fn document(desired: &Desired) -> Value {
             "unanswered": flows.unanswered,
             "assured": flows.assured,
         });
+        if !flows.addresses.is_empty() {
+            document["flows"]["addresses"] = json!(flows.addresses);
+        }
     }
     if let Some(decap) = &desired.decap {
         document["decap"] = json!(decap);

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use crate::bpf::types::flow_settings;
+use crate::bpf::types::{flow_egresses, flow_settings};
+use crate::bpf::wire;
 use crate::config::{Family, Flows, Period, Reply};
 use crate::desired::{Desired, Rule};
 
@@ -52,6 +53,19 @@ fn beat_shift(ticks: u32) -> u32 {
 pub(super) fn beats(period: Period, ticks: u32) -> u32 {
     let jiffies = Duration::from(period).as_millis() as u64 * u64::from(ticks) / 1000;
     (jiffies >> beat_shift(ticks)).max(1) as u32
+}
+
+/// Returns the addresses that flows get.
+pub fn egresses(flows: &Flows) -> flow_egresses {
+    let mut egresses = flow_egresses::default();
+    for (family, ipv6) in [false, true].into_iter().enumerate() {
+        let addresses = flows.addresses.iter().filter(|it| it.is_ipv6() == ipv6);
+        for (place, address) in egresses.addresses[family].iter_mut().zip(addresses) {
+            *place = wire(*address);
+            egresses.count[family] += 1;
+        }
+    }
+    egresses
 }
 
 /// Returns the settings for a clock of `ticks` jiffies per second; `orphans` is the entry of answers whose

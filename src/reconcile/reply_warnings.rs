@@ -3,10 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::net::IpAddr;
 use std::path::Path;
 
 use super::warnings::Candidate;
-use crate::config::{Family, Message, Reply, Via};
+use crate::config::{Family, KeyAddress, Message, Reply, Via};
 use crate::desired::{Rule, Upstream};
 use crate::net::link::Link;
 use crate::net::nexthop::{Hop, NextHop};
@@ -114,6 +115,28 @@ impl Candidate<'_> {
                 let address = &upstream.address;
                 let message = format!("answers of {address} are taken for those of rule `{first}`");
                 findings.push(Message::about(at, message));
+            }
+        }
+        findings
+    }
+
+    /// Returns errors for rules that match packets to the ports of flows at this host's address towards an upstream.
+    pub fn flow_ports_taken(self) -> Vec<Message> {
+        let ports = self.desired.flows.ports;
+        let with_flows = self.upstreams().filter(|(_, rule, _)| rule.has_flows());
+        let hops = with_flows.flat_map(|(_, rule, upstream)| self.hops(rule, upstream));
+        let egresses: BTreeSet<IpAddr> = hops.filter_map(|hop| hop.egress).collect();
+        let chosen = |it: &&IpAddr| {
+            self.desired.flows.addresses.iter().any(|own| own.is_ipv4() == it.is_ipv4())
+        };
+        let mut findings = Vec::new();
+        for rule in &self.config.rules {
+            let is_key = |it: &&IpAddr| rule.key.address == KeyAddress::Is(**it) && !chosen(it);
+            let Some(egress) = egresses.iter().find(is_key) else { continue };
+            if rule.key.ports.is_empty() || rule.key.ports.iter().any(|it| it.overlaps(ports)) {
+                let message = format!("{egress} has ports of {ports}, at which flows get answers");
+                let help = "give the rule another port, or `flows` other `ports` or `addresses`";
+                findings.push(Message::about(&rule.at.field("key"), message).help(help));
             }
         }
         findings

@@ -81,6 +81,7 @@ impl<'a> Candidate<'a> {
         findings.extend(self.answers_taken(kernel));
         findings.extend(self.unseen(links, kernel));
         findings.extend(self.unannounced(links));
+        findings.extend(self.not_owned(addresses));
         findings.extend(self.foreign_sources(addresses));
         findings
     }
@@ -99,6 +100,19 @@ impl<'a> Candidate<'a> {
                 Message::about(&at, message).help(format!("ip addr add {address} dev IFACE"))
             })
             .collect()
+    }
+
+    /// Returns warnings about addresses of flows that this host does not have.
+    fn not_owned(self, own: &[OwnAddress]) -> Vec<Message> {
+        let at = Path::default().field("flows").field("addresses");
+        let missing = self.desired.flows.addresses.iter().enumerate();
+        let missing = missing.filter(|(_, address)| own.iter().all(|own| own.address != **address));
+        let message = |(index, address): (usize, &IpAddr)| {
+            let message =
+                format!("{address} is no address of this host: answers to its flows are lost");
+            Message::about(&at.index(index), message).help(format!("ip addr add {address} dev IF"))
+        };
+        missing.map(message).collect()
     }
 
     /// Returns warnings about interfaces of `announce` that are missing or down, and about an announcement

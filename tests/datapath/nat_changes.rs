@@ -1,7 +1,7 @@
 //! Flows of `reply: nat` under commands: drained upstreams and other tables.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Barrier, Mutex};
 use std::thread;
@@ -10,8 +10,10 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::answers::{ask, replying};
-use crate::common::lab::{Lab, V4, V6};
-use crate::common::net::{TTL, bind, expect, expect_silence, receive, receive_any};
+use crate::common::lab::{Lab, Net, V4, V6, packets};
+use crate::common::net::{
+    PATIENCE, TTL, bind, expect, expect_silence, receive, receive_any, try_receive,
+};
 
 /// Returns a configuration with two upstreams for each family.
 fn two_upstreams(lifetime: &str) -> Value {
@@ -288,4 +290,126 @@ fn purge_ends_all_flows() {
     server.send_to(b"late", seen).expect("sent");
     expect_silence(&client);
     ask(&client, &server, b"a", b"b");
+}
+
+/// Returns a configuration whose flows have four ports at these addresses, at the next hop's where there are none.
+fn with_addresses(addresses: &[&str]) -> Value {
+    let mut config = replying("nat");
+    config["flows"] = json!({ "ports": "20000-20003" });
+    if !addresses.is_empty() {
+        config["flows"]["addresses"] = json!(addresses);
+    }
+    config
+}
+
+/// Asks from so many new clients; returns what the upstream has seen of those whose flow was not refused.
+fn ask_from_new(
+    lab: &Lab,
+    net: &Net,
+    server: &UdpSocket,
+    clients: usize,
+) -> Vec<(UdpSocket, SocketAddr)> {
+    let mut seen = Vec::new();
+    for _ in 0..clients {
+        let client = bind(&lab.client, net.clients[0], 0);
+        client.connect((net.key, 53)).expect("connected");
+        client.send(b"one").expect("sent");
+        server.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout");
+        if let Ok(asked) = try_receive(server) {
+            server.send_to(b"two", asked.from).expect("sent");
+            expect(&client, b"two", (net.key, 53), TTL - 1);
+            seen.push((client, asked.from));
+        }
+    }
+    seen
+}
+
+/// Asks again when flows can be assured, so that no other takes their ports.
+fn assure(server: &UdpSocket, flows: &[(UdpSocket, SocketAddr)]) {
+    thread::sleep(Duration::from_millis(2500));
+    server.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    for (client, seen) in flows {
+        assert_eq!(ask(client, server, b"a", b"b"), *seen);
+    }
+}
+
+/// Each address has all ports; flows go on when their address is taken out of the file.
+#[test]
+fn flows_are_spread_over_addresses() {
+    let lab = Lab::dual(true, true);
+    lab.relay.ip("addr add 10.2.0.5/24 dev up0");
+    lab.relay.ip("addr add 2001:db8:2::5/64 dev up0 nodad");
+    let of = |net: &Net| {
+        if net.is_ipv6() { ["2001:db8:2::1", "2001:db8:2::5"] } else { ["10.2.0.1", "10.2.0.5"] }
+    };
+    let addresses = [of(&V4), of(&V6)].concat();
+    for net in [V4, V6] {
+        lab.apply(&with_addresses(&addresses));
+        let server = bind(&lab.upstream, net.upstreams[0], 5353);
+        let seen = ask_from_new(&lab, &net, &server, 8);
+        let distinct: BTreeSet<SocketAddr> = seen.iter().map(|(_, seen)| *seen).collect();
+        assert_eq!(distinct.len(), 8, "{distinct:?}");
+        for address in of(&net) {
+            let address: IpAddr = address.parse().expect("an address");
+            assert_eq!(distinct.iter().filter(|seen| seen.ip() == address).count(), 4);
+        }
+        assert!(distinct.iter().all(|seen| (20_000..=20_003).contains(&seen.port())));
+        assure(&server, &seen);
+        assert!(ask_from_new(&lab, &net, &server, 1).is_empty(), "no port is left");
+        // the other family keeps its own
+        lab.apply(&with_addresses(&[of(&net)[1]]));
+        for (client, seen) in &seen {
+            assert_eq!(ask(client, &server, b"a", b"b"), *seen);
+        }
+    }
+}
+
+#[test]
+fn flows_without_port_are_refused_until_an_address_is_added() {
+    let lab = Lab::dual(true, true);
+    lab.relay.ip("addr add 10.2.0.5/24 dev up0");
+    lab.apply(&with_addresses(&[]));
+    // a socket of this host, as a name server has it
+    let own = bind(&lab.relay, V4.egress, 20_001);
+    let server = bind(&lab.upstream, V4.upstreams[0], 5353);
+    let seen = ask_from_new(&lab, &V4, &server, 3);
+    assure(&server, &seen);
+    assert!(ask_from_new(&lab, &V4, &server, 2).is_empty(), "no port is left");
+    let mut ports: Vec<u16> = seen.iter().map(|(_, seen)| seen.port()).collect();
+    ports.sort_unstable();
+    assert_eq!(ports, [20_000, 20_002, 20_003]);
+    let refused = packets(&lab.status()["rules"][0]["counters"], "no-flow");
+    assert_eq!(refused, 2);
+    server.send_to(b"own", (V4.egress, 20_001)).expect("sent");
+    assert_eq!(receive(&own).payload, b"own");
+    lab.apply(&with_addresses(&["10.2.0.1", "10.2.0.5"]));
+    let more = ask_from_new(&lab, &V4, &server, 4);
+    let second: IpAddr = "10.2.0.5".parse().expect("an address");
+    assert!(more.len() == 4 && more.iter().all(|(_, seen)| seen.ip() == second), "{more:?}");
+    for (client, seen) in seen.iter().chain(&more) {
+        assert_eq!(ask(client, &server, b"a", b"b"), *seen);
+    }
+}
+
+#[test]
+fn addresses_of_flows_are_this_hosts_and_have_no_rules() {
+    let lab = Lab::dual(true, true);
+    let foreign = lab.try_apply(&with_addresses(&["10.2.0.9"]), "").expect(0);
+    foreign.says(&["10.2.0.9 is no address of this host"]);
+    let on_egress = |flows: Value| {
+        let mut config = replying("nat");
+        config["flows"] = flows;
+        let mut rule = V4.rule("own", 20_002, json!({}), &[json!({ "address": V4.upstreams[1] })]);
+        rule["key"]["address"] = json!(V4.egress);
+        config["rules"].as_array_mut().expect("rules").push(rule);
+        config
+    };
+    let taken = "10.2.0.1 has ports of 20000-20003, at which flows get answers";
+    let ports = json!({ "ports": "20000-20003" });
+    lab.try_apply(&on_egress(ports), "").expect(65).says(&[taken]);
+    let named = json!({ "ports": "20000-20003", "addresses": ["10.2.0.1"] });
+    lab.try_apply(&on_egress(named), "").expect(65).says(&[taken]);
+    lab.apply(&on_egress(json!({ "ports": "20003-20009" })));
+    let elsewhere = json!({ "ports": "20000-20003", "addresses": ["10.1.0.1"] });
+    lab.apply(&on_egress(elsewhere));
 }
