@@ -31,8 +31,9 @@ struct flow_scratch {
 	__be32 egress[4];
 	__u64 hash;
 	__u64 handle; /* of the flow that was found or made; 0: none */
-	__u32 number; /* and version of the flow that the new one replaces */
+	__u32 number; /* version and rank of the flow that the new one replaces */
 	__u32 version;
+	__u32 rank;
 	__u32 place;	    /* of the new flow's port */
 	__u32 answers_left; /* of the flow that an answer belongs to */
 	struct bpf_sock_tuple tuple;
@@ -409,12 +410,15 @@ static __always_inline __u32 hint_of(__u32 number, __u32 now)
 
 /*
  * Returns true for a second after a port was taken or given back: answers to its flow before may be on their
- * way. The time goes round: a port that nobody had for long may seem to rest.
+ * way. Another CPU may have stored a later time than `now`. The time goes round: a port that nobody had for
+ * long may seem to rest.
  */
 static __always_inline bool is_resting(__u32 hint, __u32 now)
 {
-	return hint && ((now << HINT_TIME_SHIFT) - (hint & ~((1U << HINT_TIME_SHIFT) - 1))) >>
-			       HINT_TIME_SHIFT <= flow_settings.second;
+	__u32 since = hint & ~((1U << HINT_TIME_SHIFT) - 1);
+	__u32 age = ((now + flow_settings.second) << HINT_TIME_SHIFT) - since;
+
+	return hint && age >> HINT_TIME_SHIFT <= 2 * flow_settings.second;
 }
 
 static __always_inline bool is_hint_valid(__u32 hint, __u32 place, __u32 now, const bool ipv6)
@@ -562,7 +566,7 @@ static __always_inline void choose_egress(struct flow_scratch *draft, __u32 inde
 static __always_inline bool take_port(struct __sk_buff *skb, __u32 try, const bool ipv6)
 {
 	struct flow_scratch *draft = get_flow_scratch();
-	__u32 now = beats(), place, hint, step, offset;
+	__u32 place, hint, step, offset, now;
 	struct port_line *line;
 	__u64 index, silent;
 	bool taken = false;
@@ -583,6 +587,7 @@ static __always_inline bool take_port(struct __sk_buff *skb, __u32 try, const bo
 		return 0;
 	index = hint_index(place);
 	hint = *(volatile __u32 *)&line->hints[index];
+	now = beats(); /* not before: a port that was just taken would seem to be free for long */
 	if (is_resting(hint, now))
 		return 0;
 	if (is_socket_port(skb, draft, port, ipv6))
@@ -700,6 +705,7 @@ static __always_inline bool choose_in_buckets(const bool ipv6)
 	if (!flow)
 		return false;
 	draft->version = version_of(flow);
+	draft->rank = one >> 8;
 	return true;
 }
 
@@ -716,15 +722,16 @@ static __always_inline bool store_flow(__u32 index, __u32 answers, const bool ip
 	struct flow_bucket *bucket;
 	struct flow *flow;
 	bool was_used;
-	__u32 way, old;
+	__u32 way, old, rank;
 
 	if (!draft || !upstream || !(bucket = bucket_at(bucket_of(draft->number), ipv6)))
 		return false;
 	way = way_of(draft->number);
 	flow = flow_in(bucket, way, ipv6);
 	was_used = is_flow_state(bucket->states[way]);
-	if (!rank_of(bucket->states[way], bucket->touched[way], beats()) ||
-	    !claim_flow(bucket, way, flow, draft->version))
+	/* between its choice and the look at its version another CPU may have made a flow there */
+	rank = rank_of(bucket->states[way], bucket->touched[way], beats());
+	if (!rank || rank + FLOW_WAYS < draft->rank || !claim_flow(bucket, way, flow, draft->version))
 		return false;
 	old = place_of_flow(flow, ipv6);
 	if (was_used && old != draft->place)

@@ -132,8 +132,10 @@ impl FlowClock {
     /// Returns true for a hint of a port that no flow has, and that rests.
     pub fn is_resting(&self, hint: u32) -> bool {
         let is_nobodys = hint & ((1 << HINT_TIME_SHIFT) - 1) == 0;
-        let age = (self.now << HINT_TIME_SHIFT).wrapping_sub(hint) >> HINT_TIME_SHIFT;
-        hint != 0 && is_nobodys && age <= self.settings.second
+        // as the program does it: the time may be later than this clock's
+        let later = self.now.wrapping_add(self.settings.second);
+        let age = (later << HINT_TIME_SHIFT).wrapping_sub(hint) >> HINT_TIME_SHIFT;
+        hint != 0 && is_nobodys && age <= 2 * self.settings.second
     }
 
     /// Returns how long a flow of a state lives that was touched last at a moment; `None`: it is no flow.

@@ -28,6 +28,7 @@ mod links;
 mod nat;
 mod nat_changes;
 mod nat_fast;
+mod nat_races;
 mod packets;
 mod paths;
 mod programs;

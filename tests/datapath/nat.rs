@@ -71,7 +71,7 @@ pub fn answer(family: usize, port: u16) -> Forged {
 }
 
 /// Returns source and destination of a frame without tags.
-fn ends(frame: &[u8]) -> [(IpAddr, u16); 2] {
+pub fn ends(frame: &[u8]) -> [(IpAddr, u16); 2] {
     let v4 = |at: usize| IpAddr::from(<[u8; 4]>::try_from(&frame[at..at + 4]).expect("four"));
     let v6 = |at: usize| IpAddr::from(<[u8; 16]>::try_from(&frame[at..at + 16]).expect("sixteen"));
     let ([source, destination], udp) = match frame[14] >> 4 {

@@ -50,8 +50,8 @@ const ORPHANS: u32 = ENTRIES - 1;
 pub const FLOWS: u32 = 1024;
 pub const PORTS: Ports = Ports { first: 10_000, last: 14_095 };
 
-/// Settings of the flows. The unit of time is that of the program, see [`Program::second`].
-fn flows() -> Flows {
+/// Returns the usual settings of the flows. The unit of time is that of the program, see [`Program::second`].
+pub fn flows() -> Flows {
     Flows { entries: FLOWS, ports: PORTS, ..Flows::default() }
 }
 
@@ -109,19 +109,25 @@ pub struct Program<'object> {
     /// Addresses of this host.
     own: RefCell<Vec<IpAddr>>,
     configured: RefCell<(Desired, Vec<RuleIds>)>,
+    flows: Flows,
     /// One second of the program in units of [`Program::jiffies`].
     pub second: u32,
 }
 
 impl<'object> Program<'object> {
-    pub fn load(object: &'object mut MaybeUninit<OpenObject>) -> Program<'object> {
+    /// Loads the program with settings of the flows; a second of its clock takes so many seconds.
+    pub fn load(
+        object: &'object mut MaybeUninit<OpenObject>,
+        flows: Flows,
+        seconds: u32,
+    ) -> Program<'object> {
         let mut skeleton = UdplbSkelBuilder::default().open(object).expect("the object opens");
-        let second = SECONDS * ticks_per_second().expect("the kernel's clock");
+        let second = seconds * ticks_per_second().expect("the kernel's clock");
         let maps = &mut skeleton.maps;
         let constants = maps.rodata_data.as_deref_mut().expect("constants");
         constants.features.ticks_per_second = second;
         constants.features.xdp = 1;
-        constants.flow_settings = settings(&flows(), second, ORPHANS);
+        constants.flow_settings = settings(&flows, second, ORPHANS);
         constants.decap_settings = all_tunnels().decap;
         constants.sender_settings = sender_tables::settings(second);
         let mut seeds = (1..).map(|number: u64| number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -138,10 +144,10 @@ impl<'object> Program<'object> {
             (&mut maps.answers, ENTRIES),
             (&mut maps.origins, ENTRIES),
             (&mut maps.indexes, ENTRIES),
-            (&mut maps.flows, buckets(&flows())),
-            (&mut maps.flows6, buckets(&flows())),
-            (&mut maps.ports, port_lines(&flows())),
-            (&mut maps.ports6, port_lines(&flows())),
+            (&mut maps.flows, buckets(&flows)),
+            (&mut maps.flows6, buckets(&flows)),
+            (&mut maps.ports, port_lines(&flows)),
+            (&mut maps.ports6, port_lines(&flows)),
             (&mut maps.upstreams, ENTRIES),
             (&mut maps.destinations, ENTRIES),
             (&mut maps.spares, ENTRIES),
@@ -177,6 +183,7 @@ impl<'object> Program<'object> {
             hashing6,
             own,
             configured,
+            flows,
             second,
         }
     }
@@ -214,7 +221,7 @@ impl<'object> Program<'object> {
 
     /// Makes all senders in a table so many seconds older.
     pub fn age_senders(&self, table: usize, seconds: u32) {
-        let beats = (seconds * self.second) >> settings(&flows(), self.second, 0).beat_shift;
+        let beats = (seconds * self.second) >> settings(&self.flows, self.second, 0).beat_shift;
         let table = &self.sender_tables.borrow()[table];
         for index in 0..table.max_entries() {
             let key = index.to_ne_bytes();
@@ -454,9 +461,13 @@ impl<'object> Program<'object> {
 
     /// Makes all flows, and the uses of ports, so many seconds older.
     pub fn age_flows(&self, seconds: u32) {
+        let settings = settings(&self.flows, self.second, ORPHANS);
+        self.age_flows_by((seconds * self.second) >> settings.beat_shift);
+    }
+
+    /// Does the same by so many beats of the program's clock, which goes round.
+    pub fn age_flows_by(&self, beats: u32) {
         const HINT_BITS: u32 = 22;
-        let settings = settings(&flows(), self.second, ORPHANS);
-        let beats = (seconds * self.second) >> settings.beat_shift;
         self.change_flows(|touched, flow| {
             *touched = touched.wrapping_sub(beats);
             for time in [&mut flow.created, &mut flow.touched, &mut flow.chosen] {
@@ -465,7 +476,7 @@ impl<'object> Program<'object> {
         });
         let maps = &self.skeleton.maps;
         for map in [&maps.ports, &maps.ports6] {
-            for index in 0..port_lines(&flows()) {
+            for index in 0..port_lines(&self.flows) {
                 let bytes = map.lookup(&index.to_ne_bytes(), MapFlags::ANY).expect("a lookup");
                 let mut line: types::port_line =
                     bytes.and_then(|bytes| from_bytes(&bytes)).expect("a line");
@@ -477,14 +488,26 @@ impl<'object> Program<'object> {
         }
     }
 
+    /// Returns the sum of the versions of all flows of IPv4.
+    pub fn flow_versions(&self) -> u64 {
+        let mut sum = 0;
+        for index in 0..buckets(&self.flows) {
+            let bytes = self.skeleton.maps.flows.lookup(&index.to_ne_bytes(), MapFlags::ANY);
+            let bytes = bytes.expect("a lookup").expect("a bucket");
+            let bucket: types::flow_bucket = from_bytes(&bytes).expect("a bucket");
+            sum += bucket.flows.iter().map(|it| u64::from(it.flow.version)).sum::<u64>();
+        }
+        sum
+    }
+
     /// Ends all flows, and forgets the uses of ports.
     pub fn clear_flows(&self) {
         let maps = &self.skeleton.maps;
-        let buckets = buckets(&flows()) as usize;
+        let buckets = buckets(&self.flows) as usize;
         write_all(&maps.flows, &vec![types::flow_bucket::default(); buckets]);
         write_all(&maps.flows6, &vec![types::flow_bucket6::default(); buckets]);
         for map in [&maps.ports, &maps.ports6] {
-            write_all(map, &vec![types::port_line::default(); port_lines(&flows()) as usize]);
+            write_all(map, &vec![types::port_line::default(); port_lines(&self.flows) as usize]);
         }
     }
 
@@ -499,7 +522,7 @@ impl<'object> Program<'object> {
     /// Passes each flow to `change`, with its time in the bucket.
     fn change_flows(&self, mut change: impl FnMut(&mut u32, &mut types::flow)) {
         let maps = &self.skeleton.maps;
-        for index in 0..buckets(&flows()) {
+        for index in 0..buckets(&self.flows) {
             let read = |map: &MapMut<'_>| {
                 map.lookup(&index.to_ne_bytes(), MapFlags::ANY)
                     .expect("a lookup")
@@ -722,7 +745,8 @@ fn decoy() -> Rule {
     }
 }
 
-fn test_run(program: BorrowedFd<'_>, frame: &[u8], context: Context) -> Run {
+/// Runs a program on a frame.
+pub fn test_run(program: BorrowedFd<'_>, frame: &[u8], context: Context) -> Run {
     // built in place: the kernel refuses nonzero bytes in the other fields, padding included
     let mut came = MaybeUninit::<types::__sk_buff>::zeroed();
     let mut gone = MaybeUninit::<types::__sk_buff>::zeroed();

@@ -9,14 +9,14 @@ use std::os::fd::AsFd;
 
 use libbpf_rs::{TC_INGRESS, TcHookBuilder};
 use udplb::bpf::types;
-use udplb::config::{Action, Address, Hash, Key, Ports, Source};
+use udplb::config::{Action, Address, Flows, Hash, Key, Ports, Source};
 use udplb::desired::{Rule, RuleIds, Upstream};
 use udplb::net::nexthop::{Hop, Macs, NextHop};
 
 use crate::common::wire::{Tag, Wire, stay_on_this_cpu};
 use crate::common::{Namespace, returning};
 use crate::packet::{Datagram, Mac, endpoint};
-use crate::program::{Context, Counted, Program, Run};
+use crate::program::{Context, Counted, Program, Run, SECONDS, flows};
 use crate::reference::cut;
 
 pub const UNSPEC: i32 = -1;
@@ -378,6 +378,11 @@ pub struct Testbed<'object> {
 impl Testbed<'_> {
     /// Creates a testbed, runs the test in it and removes it.
     pub fn with(test: impl FnOnce(&Testbed<'_>) + Send) {
+        Testbed::with_flows(flows(), SECONDS, test);
+    }
+
+    /// Does the same with other settings of the flows, and a clock whose seconds take so many.
+    pub fn with_flows(flows: Flows, seconds: u32, test: impl FnOnce(&Testbed<'_>) + Send) {
         let (relay, upstreams) = (Namespace::new(), Namespace::new());
         relay.link("out0", &upstreams, "relay0", true);
         for command in ADDRESSES {
@@ -392,7 +397,7 @@ impl Testbed<'_> {
             // `Wire::drain` relies on frames of one CPU staying in order
             stay_on_this_cpu();
             let mut object = MaybeUninit::uninit();
-            let program = Program::load(&mut object);
+            let program = Program::load(&mut object, flows, seconds);
             // copies pass the program again at ingress
             // the kernel would answer those to this host
             let drop = returning(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, c"drop", SHOT);
