@@ -54,31 +54,32 @@ __noinline __u32 check_options(struct __sk_buff *skb, __u32 packed)
 	__u32 length = options_length(&pkt), at, i;
 	struct xmit *xmit = get_xmit();
 	__u64 sum = sum_options(skb, packed);
+	__u64 is_nop, is_route, bytes;
 	const __u8 *option;
-	bool is_route;
 
 	if (!xmit || !pkt_locate(skb, &pkt) || !is_ipv4_checksum_valid(pkt.ip, sum))
 		return VERDICT_MALFORMED;
 	xmit->option_offset = 0;
-	xmit->option_verdict = VERDICT_FORWARDED;
+	xmit->option_malformed = 0;
+	xmit->option_unfinished = 0;
 	for (i = 0; i < MAX_IPOPTLEN; i++) {
 		at = xmit->option_offset & (MAX_IPOPTLEN | 0x1f);
 		option = (void *)(pkt.ip + 1) + at;
 		if (at >= length || (void *)(option + 3) > data_end(skb) || option[0] == IPOPT_END)
 			break;
-		if (option[0] == IPOPT_NOP) {
-			xmit->option_offset = at + 1;
-			continue;
-		}
-		is_route = option[0] == IPOPT_LSRR || option[0] == IPOPT_SSRR;
-		if (option[1] < (is_route ? 3 : 2) || at + option[1] > length)
-			return VERDICT_MALFORMED;
+		/* no branches: the verifier would explore each of them 40 times */
+		is_nop = is_equal(option[0], IPOPT_NOP);
+		is_route = is_equal(option[0], IPOPT_LSRR) | is_equal(option[0], IPOPT_SSRR);
+		bytes = is_nop + (1 - is_nop) * option[1];
+		xmit->option_malformed |=
+			less_than(bytes, 2 + is_route - is_nop) | less_than(length, at + bytes);
 		/* the third byte points at the next address, counted from 1 */
-		if (is_route && option[2] <= option[1])
-			xmit->option_verdict = VERDICT_MARTIAN;
-		xmit->option_offset = at + option[1];
+		xmit->option_unfinished |= is_route & less_than(option[2], bytes + 1);
+		xmit->option_offset = at + bytes;
 	}
-	return xmit->option_verdict;
+	if (xmit->option_malformed)
+		return VERDICT_MALFORMED;
+	return xmit->option_unfinished ? VERDICT_MARTIAN : VERDICT_FORWARDED;
 }
 
 /*

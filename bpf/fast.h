@@ -285,9 +285,12 @@ __noinline int copy_to_all(struct __sk_buff *skb)
 		return ACTION_SLOW;
 	/* a clone that this host receives may run the program before this ends */
 	copies = xmit->copies;
-	for (i = 0; i < MAX_RECEIVERS && i < copies.receivers; i++)
+	for (i = 0; i < MAX_RECEIVERS && i < copies.receivers; i++) {
 		if (!has_valid_line(skb, copies.first + i, copies.ipv6))
 			return ACTION_SLOW;
+		if (!features.receivers)
+			break; /* there is only one */
+	}
 	if (tagged && bpf_skb_vlan_pop(skb))
 		return ACTION_SLOW;
 	if (features.sender_tables && copies.sender_table)
@@ -301,6 +304,8 @@ __noinline int copy_to_all(struct __sk_buff *skb)
 			return TC_ACT_SHOT;
 		if (copied == COPIED_NOT)
 			count_not_copied(skb, copies.first + i);
+		if (!features.receivers)
+			break;
 	}
 	if (copies.block) {
 		action = send_last(skb, copies.first + copies.receivers - 1, copies.ipv6);
@@ -316,7 +321,7 @@ static __always_inline int leave_copies(struct copies copies)
 {
 	struct xmit *xmit = get_xmit();
 
-	if (!xmit)
+	if (!features.copies || !xmit)
 		return ACTION_SLOW;
 	xmit->copies = copies;
 	return ACTION_COPY;

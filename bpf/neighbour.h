@@ -167,8 +167,11 @@ static __always_inline __u64 lookup_table(__u64 device, bool ipv6)
 	return read_pointer(FIELD_AT(read_pointer(FIELD_AT(parms, neigh_parms, tbl)), neigh_table, nht));
 }
 
-/* Returns the state of the gateway in xmit->hop in the kernel's neighbour table. */
-static __always_inline enum neighbour_state gateway_state(struct __sk_buff *skb)
+/*
+ * Returns the state of the gateway in xmit->hop in the kernel's neighbour table: enum neighbour_state. A
+ * global function, since it has two callers and loops that the verifier unrolls.
+ */
+__noinline __u32 gateway_state(struct __sk_buff *skb)
 {
 	bool listed = bpf_core_field_exists(struct neigh_hash_table, hash_heads);
 	struct xmit *xmit = get_xmit();

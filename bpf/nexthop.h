@@ -54,8 +54,8 @@ struct xmit {
 	__u8 shifted[SHIFTED_BYTES];
 	volatile enum checksum checksum; /* volatile: else the verifier explores the rest for each value */
 	__u32 csum_delta;		 /* added to skb->csum */
-	/* of check_options(): offset and verdict; volatile for the same reason */
-	volatile __u32 option_offset, option_verdict;
+	/* of check_options(); volatile for the same reason */
+	volatile __u32 option_offset, option_malformed, option_unfinished;
 	__u32 allow_martians; /* the packet's rule forwards any source */
 };
 

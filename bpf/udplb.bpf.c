@@ -154,7 +154,7 @@ int udplb(struct __sk_buff *skb)
 	/* all actions of the kernel are smaller */
 	if (action < ACTION_SLOW)
 		return action;
-	if (action == ACTION_COPY)
+	if (features.copies && action == ACTION_COPY)
 		action = copy_to_all(skb);
 	if (action == ACTION_SLOW)
 		action = slow(skb);

@@ -632,6 +632,7 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
         payload: any(&|rule| rule.strategy.reads_payload()),
         parts: any(&|rule| strategy(rule) == types::strategy::STRATEGY_PARTS),
         receivers: tables.rules_with_receivers().into(),
+        copies: any(&|rule| rule.action == Action::Pass || rule.mode == Mode::Replicate),
         errors: any(&|rule| rule.action == Action::Block && rule.mode == Mode::Balance),
         sockets: any(&|rule| takes_answers(rule, desired.local_ports)),
         origins: (!tables.origins.is_empty()).into(),

@@ -1184,13 +1184,14 @@ fn check_unexpected(
 fn program_loads_with_any_features() {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
     use udplb::bpf::types::features;
-    const SWITCHES: [fn(&mut features) -> &mut u8; 18] = [
+    const SWITCHES: [fn(&mut features) -> &mut u8; 19] = [
         |it| &mut it.ipv6,
         |it| &mut it.any_port,
         |it| &mut it.senders,
         |it| &mut it.fragments,
         |it| &mut it.payload,
         |it| &mut it.receivers,
+        |it| &mut it.copies,
         |it| &mut it.errors,
         |it| &mut it.sockets,
         |it| &mut it.dry_run,
