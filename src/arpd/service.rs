@@ -515,7 +515,7 @@ impl Service {
     /// Joins the multicast groups of the active configuration on its attached interfaces.
     fn follow_groups(&mut self) -> anyhow::Result<()> {
         let serving = self.serving.as_ref();
-        let desired = serving.map(|serving| &serving.generation.description.desired);
+        let desired = serving.map(|serving| serving.generation.description.desired.as_ref());
         let links = self.tracker.links();
         let is_here = |(_, filter): &(&String, &Filter)| !matches!(filter, Filter::Detached(_));
         let here =

@@ -3,6 +3,7 @@
 
 use std::ffi::CStr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use std::{env, io};
 
@@ -52,7 +53,7 @@ fn script(shell: Shell) -> io::Result<String> {
 /// Returns the names of the active rules.
 pub fn rules() -> Vec<CompletionCandidate> {
     let desired = serving().unwrap_or_default();
-    desired.rules.into_iter().map(|rule| CompletionCandidate::new(rule.name)).collect()
+    desired.rules.iter().map(|rule| CompletionCandidate::new(&rule.name)).collect()
 }
 
 /// Returns the active upstreams and mirrors as arguments of `drain`. Shells break words at colons, so an
@@ -95,7 +96,7 @@ pub fn interfaces() -> Vec<CompletionCandidate> {
 }
 
 /// Reads the active configuration from the pin directory named on the command line.
-fn serving() -> Option<Desired> {
+fn serving() -> Option<Arc<Desired>> {
     let guard = pins::read(&pin_dir(env::args()), Duration::ZERO).ok()??;
     let generation = generation::read(&guard, guard.current()?).ok()??;
     Some(generation.description.desired.clone())

@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::fmt::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
 use clap::Args;
@@ -94,7 +95,7 @@ pub struct Question {
 /// Dry run of one generation.
 pub struct Asker {
     dry_run: DryRunProgram,
-    desired: Desired,
+    desired: Arc<Desired>,
 }
 
 impl Asker {

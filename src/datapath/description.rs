@@ -3,15 +3,17 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use anyhow::bail;
 use serde::{Deserialize, Serialize};
 
 use crate::bpf;
 use crate::config::Mode;
 use crate::datapath::hook::Known;
+use crate::datapath::packed;
 use crate::desired::{Desired, RuleIds};
 use crate::net::link::Layer;
 
-/// Description of a generation, stored as JSON in its map `config`.
+/// Description of a generation, stored in its map `config`: JSON, a zero, and rules and ids [packed](packed).
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Description {
     // first, so that it stands in the first chunk: see `made_of`
@@ -38,12 +40,65 @@ pub struct Description {
     /// The seed of its tables of keys.
     #[serde(default)]
     pub seed: u64,
-    pub desired: Desired,
-    /// In the order of the rules.
+    #[serde(with = "shared")]
+    pub desired: Arc<Desired>,
+    /// In the order of the rules. Earlier versions wrote them here.
+    #[serde(default, skip_serializing)]
     pub ids: Vec<RuleIds>,
 }
 
+/// Reads and writes a value that is shared in memory.
+mod shared {
+    use std::sync::Arc;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<T: Serialize, S: Serializer>(
+        value: &Arc<T>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        value.as_ref().serialize(serializer)
+    }
+
+    pub fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Arc<T>, D::Error> {
+        T::deserialize(deserializer).map(Arc::new)
+    }
+}
+
+/// First byte of packed rules; other layouts need another one. Zero: none, since the rules are in the JSON.
+const PACKED: u8 = 1;
+
 impl Description {
+    /// Returns the description as it is stored; `packed` are its rules and ids.
+    pub fn bytes(&self, packed: &[u8]) -> anyhow::Result<Vec<u8>> {
+        let mut bytes = serde_json::to_vec(self)?;
+        bytes.extend([0, PACKED]);
+        bytes.extend(packed);
+        Ok(bytes)
+    }
+
+    /// Reads a description as it is stored, with zeros behind it.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn read(bytes: &[u8]) -> anyhow::Result<Description> {
+        let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+        let mut description: Description = serde_json::from_slice(&bytes[..end])?;
+        match bytes[end..] {
+            // an earlier version's
+            [] | [_] | [_, 0, ..] => {}
+            [_, PACKED, ref packed @ ..] => {
+                let (rules, ids) = packed::unpack(packed)?;
+                Arc::make_mut(&mut description.desired).rules = rules;
+                description.ids = ids;
+            }
+            [_, layout, ..] => bail!("a later udplb packed its rules, in layout {layout}"),
+        }
+        Ok(description)
+    }
+
     /// The generation's programs at tc, and what they are for.
     pub fn programs(&self) -> impl Iterator<Item = (Layer, &ProgramName)> {
         let l3 = self.program_l3.as_ref().map(|name| (Layer::Ip, name));
@@ -131,4 +186,50 @@ impl Generation {
 /// Returns every id in use.
 pub fn all(ids: &[RuleIds]) -> impl Iterator<Item = u32> {
     ids.iter().flat_map(RuleIds::all)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::{Description, packed};
+    use crate::config::Key;
+    use crate::desired::{Desired, Rule, RuleIds, Upstream};
+
+    fn described() -> Description {
+        let host = Upstream::new([10, 0, 9, 1], Some(53));
+        let rule = Rule::new("dns", Key::new([10, 0, 0, 5], Vec::new()), vec![host]);
+        let text = json!({
+            "digest": "d", "file": "/etc/udplb.yaml", "version": "v", "object": "o", "built": 7,
+            "namespace": 1, "program": { "id": 2, "tag": "" }, "clsact": [],
+            "desired": { "interfaces": ["eth0"], "rules": [rule] },
+            "ids": [{ "rule": 3, "upstreams": [4] }],
+        });
+        Description::read(text.to_string().as_bytes()).expect("a description")
+    }
+
+    #[test]
+    fn earlier_descriptions_have_rules_in_json() {
+        let Description { desired, ids, .. } = described();
+        let Desired { rules, interfaces, .. } = &*desired;
+        assert_eq!((rules[0].name.as_str(), interfaces[0].as_str()), ("dns", "eth0"));
+        assert_eq!(ids, [RuleIds { rule: 3, upstreams: vec![4], ..RuleIds::default() }]);
+    }
+
+    #[test]
+    fn descriptions_are_read_as_they_were() {
+        let description = described();
+        let packed = packed::pack(&description.desired.rules, &description.ids);
+        let mut bytes = description.bytes(&packed.expect("packed rules")).expect("bytes");
+        let start = r#"{"digest":"d""#;
+        assert!(bytes.starts_with(start.as_bytes()), "made_of() looks for it there");
+        bytes.resize(4096, 0);
+        let read = Description::read(&bytes).expect("a description");
+        assert_eq!((&read.desired, &read.ids), (&description.desired, &description.ids));
+        assert_eq!(read.origin, description.origin);
+        let end = bytes.iter().position(|byte| *byte == 0).expect("an end");
+        bytes[end + 1] = 9;
+        let error = Description::read(&bytes).expect_err("another layout").to_string();
+        assert!(error.contains("later udplb") && error.contains("layout 9"), "{error}");
+    }
 }

@@ -20,7 +20,9 @@ use crate::datapath::description::{Description, Generation, Origin, ProgramName,
 use crate::datapath::hook::Known;
 use crate::datapath::pins::{ReadGuard, WriteGuard, remove_pins};
 use crate::datapath::state_maps::{self, INCOMPLETE, StateMaps, random};
-use crate::datapath::{flows, handover, kernel, lease, lines, retired, senders, spares, xdp};
+use crate::datapath::{
+    flows, handover, kernel, lease, lines, packed, retired, senders, spares, xdp,
+};
 use crate::desired::flows::{egresses, settings};
 use crate::desired::key_table::KeyTables;
 use crate::desired::sender_tables;
@@ -91,7 +93,7 @@ pub struct Draft {
     pub clsact: Vec<String>,
     /// Some interface has no Ethernet header.
     pub l3: bool,
-    pub desired: Desired,
+    pub desired: Arc<Desired>,
 }
 
 /// A generation just built, and the remarks to log about it.
@@ -170,7 +172,8 @@ fn build_in(
         desired: draft.desired.clone(),
         ids,
     };
-    size(&mut skeleton, &tables, &keys, serde_json::to_vec(&description)?.len())?;
+    let packed = packed::pack(&description.desired.rules, &description.ids)?;
+    size(&mut skeleton, &tables, &keys, description.bytes(&packed)?.len())?;
     flows::size(&mut skeleton, &draft.desired)?;
     flows::take_over(guard, &mut skeleton, &draft.desired, (others, active))?;
     senders::prepare(guard, &mut skeleton, directory, &tables.sender_tables, others)?;
@@ -201,7 +204,7 @@ fn build_in(
         description.program_xdp = Some(ProgramName::of(skeleton.progs.udplb_xdp.as_fd())?);
         pin_xdp(&mut skeleton, directory)?;
     }
-    fill(&mut skeleton, &tables, &keys, &serde_json::to_vec(&description)?)?;
+    fill(&mut skeleton, &tables, &keys, description.bytes(&packed)?)?;
     pin(&mut skeleton, directory, draft.l3)?;
     let description = Arc::new(description);
     let generation = Generation { number: draft.number, description, intact: true };
@@ -251,9 +254,9 @@ fn size(
     skeleton: &mut OpenUdplbSkel<'_>,
     tables: &Tables,
     keys: &KeyTables,
-    json: usize,
+    description: usize,
 ) -> anyhow::Result<()> {
-    let chunks = json.div_ceil(size_of::<types::config_chunk>());
+    let chunks = description.div_ceil(size_of::<types::config_chunk>());
     for (map, entries) in [
         (&mut skeleton.maps.rules, tables.rules.len()),
         (&mut skeleton.maps.table, keys.table.lines.len()),
@@ -380,7 +383,7 @@ fn fill(
     skeleton: &mut UdplbSkel<'_>,
     tables: &Tables,
     keys: &KeyTables,
-    json: &[u8],
+    mut description: Vec<u8>,
 ) -> anyhow::Result<()> {
     write_array(&skeleton.maps.rules, bytes_of_all(&tables.rules))?;
     write_mapped(&skeleton.maps.table, bytes_of_all(&keys.table.lines))?;
@@ -393,9 +396,9 @@ fn fill(
     write_pairs(&skeleton.maps.indexes, &tables.indexes)?;
     write_array(&skeleton.maps.slots, bytes_of_all(&tables.slots))?;
     write_array(&skeleton.maps.upstreams, bytes_of_all(&tables.upstreams))?;
-    let mut chunks = json.to_vec();
-    chunks.resize(json.len().next_multiple_of(size_of::<types::config_chunk>()), 0);
-    write_array(&skeleton.maps.description, &chunks)
+    let whole = description.len().next_multiple_of(size_of::<types::config_chunk>());
+    description.resize(whole, 0);
+    write_array(&skeleton.maps.description, &description)
 }
 
 fn write_pairs<K: Pod, V: Pod>(map: &MapMut<'_>, pairs: &[(K, V)]) -> anyhow::Result<()> {
@@ -534,12 +537,9 @@ fn read_description(directory: &Path) -> anyhow::Result<Arc<Description>> {
     if let Some(description) = known().get(&id) {
         return Ok(description.clone());
     }
-    let mut json = Vec::new();
-    bpf::read_array(&map, map.max_entries(), |chunk| json.extend_from_slice(chunk))?;
-    let end = json.iter().position(|byte| *byte == 0).unwrap_or(json.len());
-    let description: Description =
-        serde_json::from_slice(&json[..end]).context("its description")?;
-    let description = Arc::new(description);
+    let mut bytes = Vec::new();
+    bpf::read_array(&map, map.max_entries(), |chunk| bytes.extend_from_slice(chunk))?;
+    let description = Arc::new(Description::read(&bytes).context("its description")?);
     let mut known = known();
     known.insert(id, description.clone());
     while known.len() > KEPT {
@@ -564,7 +564,7 @@ pub fn pinned_programs(guard: &ReadGuard, number: u32) -> anyhow::Result<Vec<Kno
 }
 
 /// Returns the configuration of a generation, if it is intact and has this digest.
-pub fn made_of(guard: &ReadGuard, number: u32, digest: &str) -> Option<Desired> {
+pub fn made_of(guard: &ReadGuard, number: u32, digest: &str) -> Option<Arc<Desired>> {
     let config = MapHandle::from_pinned_path(guard.generation(number).join("config")).ok()?;
     let start = config.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).ok()??;
     if !start.starts_with(format!("{{\"digest\":\"{digest}\"").as_bytes()) {

@@ -18,6 +18,7 @@ pub mod lock;
 pub mod marks;
 pub mod nexthops;
 pub mod overrides;
+mod packed;
 pub mod pin_search;
 pub mod pins;
 pub mod probes;

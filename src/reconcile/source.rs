@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{self, Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::anyhow;
@@ -131,7 +132,7 @@ impl<'a> Request<'a> {
     /// Resolves the host names.
     async fn resolve(&self, observed: &Observed, netlink: &Netlink) -> Result<Resolved> {
         let serving = observed.serving().and_then(|number| observed.generations.get(&number));
-        let serving = serving.map(|generation| &generation.description.desired);
+        let serving = serving.map(|generation| generation.description.desired.as_ref());
         let written = Desired::written(&self.config, &self.interfaces);
         let answers = dns::ask(dns::names(&written), self.timeout).await;
         let own = addresses::own(netlink).await?;
@@ -155,7 +156,7 @@ pub struct Loaded {
     pub origin: Origin,
     /// `None` if the text was applied before and is not validated again.
     pub config: Option<Config>,
-    pub desired: Desired,
+    pub desired: Arc<Desired>,
     pub warnings: Vec<Diagnostic>,
     /// Parts of the file that `desired` lacks.
     pub missing: Vec<Diagnostic>,
@@ -166,14 +167,14 @@ impl Loaded {
         let mut warnings = config.warnings.clone();
         warnings.extend(config.warnings(notes(&config, &resolved)));
         let origin = text.origin(target, text.digest(target));
-        let desired = resolved.desired;
+        let desired = Arc::new(resolved.desired);
         Loaded { origin, config: Some(config), desired, warnings, missing: Vec::new() }
     }
 
     /// Sets the parts that depend on the current addresses of the interfaces.
     pub async fn expand(&mut self, netlink: &Netlink) -> Result<()> {
         if let Some(renewed) = addresses::renewed(netlink, &self.desired).await? {
-            self.desired = renewed;
+            self.desired = Arc::new(renewed);
         }
         Ok(())
     }

@@ -236,12 +236,8 @@ impl Kernel {
     }
 
     fn build(&mut self, draft: &Draft) {
-        let known: Vec<(&Desired, &[RuleIds])> = self
-            .observed
-            .generations
-            .values()
-            .map(|it| (&it.description.desired, it.description.ids.as_slice()))
-            .collect();
+        let known: Vec<(&Desired, &[RuleIds])> =
+            self.observed.generations.values().map(Generation::hosts).collect();
         let ids = assign_ids(&draft.desired, &known, 1 << 19).expect("ids enough");
         let description = Description {
             version: "test".into(),

@@ -165,7 +165,7 @@ fn check_ids(kernel: &Kernel) {
 fn check_applied(kernel: &Kernel, desired: &Desired) {
     let observed = &kernel.observed;
     let serving = observed.serving().expect("something serves");
-    assert_eq!(observed.generations[&serving].description.desired, *desired);
+    assert_eq!(*observed.generations[&serving].description.desired, *desired);
     assert!(observed.generations[&serving].intact);
     assert_eq!(observed.current, Some(serving));
     let attached: Vec<(&str, u32)> = observed.attached().collect();
@@ -353,7 +353,7 @@ proptest! {
         let attached: Vec<(&str, u32)> = kernel.observed.attached().collect();
         prop_assert!(!attached.is_empty());
         for (_, number) in attached {
-            prop_assert_eq!(&kernel.observed.generations[&number].description.desired, &old);
+            prop_assert_eq!(&*kernel.observed.generations[&number].description.desired, &old);
         }
     }
 

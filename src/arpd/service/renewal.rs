@@ -34,7 +34,7 @@ impl Service {
         let (appeared, lost): (Vec<String>, Vec<String>) =
             lost.map(|(name, _)| name.clone()).partition(lacked);
         if !appeared.is_empty() {
-            let mut desired = desired.clone();
+            let mut desired = Desired::clone(desired);
             desired.incomplete.interfaces.retain(|name| !appeared.contains(name));
             return self.attach_new(desired, &appeared).await;
         }
@@ -117,7 +117,7 @@ impl Service {
         let desired = &serving.generation.description.desired;
         Environment::read(&self.netlink).await?.write(
             &serving.maps,
-            [desired].into_iter(),
+            [desired.as_ref()].into_iter(),
             true,
         )?;
         if !desired.xdp.is_empty() {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::net::IpAddr;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Context;
 
@@ -220,7 +221,7 @@ pub async fn read(
         look(&mut facts, netlink, observed, status, serving, desired).await?;
     }
     if !served.is_empty() || desired.as_ref().is_some_and(|desired| desired.decap.is_some()) {
-        facts.server = Some(server::read(netlink, served, desired.as_ref()).await?);
+        facts.server = Some(server::read(netlink, served, desired.as_deref()).await?);
     }
     facts.needs_nothing = !served.is_empty() && desired.is_none() && file.is_none();
     Ok(facts)
@@ -256,7 +257,7 @@ async fn compare(
     file: Option<&Path>,
     observed: &Observed,
     serving: Option<&Description>,
-) -> Result<Option<Desired>> {
+) -> Result<Option<Arc<Desired>>> {
     let given = match file {
         Some(file) => {
             Some((Text::read(file)?, ConfigFile { file: file.into(), interfaces: Vec::new() }))

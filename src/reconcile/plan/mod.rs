@@ -4,6 +4,7 @@ mod refusal;
 mod rollback;
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::bpf::OBJECT_SHA256;
@@ -234,7 +235,7 @@ fn replace(
             namespace: observed.namespace,
             clsact,
             l3,
-            desired: desired.clone(),
+            desired: Arc::new(desired.clone()),
         })));
     }
     if !request.moved {

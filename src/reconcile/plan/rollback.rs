@@ -38,7 +38,7 @@ pub fn rollback(observed: &Observed, now: u64) -> Result<Plan, Refusal> {
         None => actions.push(Action::SetHeld(None)),
     }
     let interfaces = to_attach(observed, &target.description.desired);
-    let place = (&interfaces[..], &target.description.desired);
+    let place = (&interfaces[..], &*target.description.desired);
     switch(observed, target.number, place, false, &mut actions)?;
     Ok(Plan { generation: target.number, actions })
 }
@@ -55,7 +55,7 @@ fn attach_detached(observed: &Observed) -> Result<Option<Plan>, Refusal> {
     }
     let mut actions = unfinished(observed);
     actions.extend(await_missing(observed, &serving.description.desired));
-    let place = (&here[..], &serving.description.desired);
+    let place = (&here[..], &*serving.description.desired);
     switch(observed, serving.number, place, false, &mut actions)?;
     Ok(Some(Plan { generation: serving.number, actions }))
 }
@@ -81,7 +81,7 @@ fn undo_pending(observed: &Observed, pending: &Pending, now: u64) -> Result<Plan
             // A missing interface must not keep the others on the unconfirmed generation.
             let here = desired.interfaces.iter();
             let here = here.filter(|name| observed.interfaces.contains_key(*name)).cloned();
-            let place = (&Vec::from_iter(here)[..], desired);
+            let place = (&Vec::from_iter(here)[..], desired.as_ref());
             switch(observed, number, place, false, &mut actions)?;
         }
         None => {

@@ -203,7 +203,7 @@ mod tests {
             program_xdp: None,
             clsact: Vec::new(),
             seed: 0,
-            desired,
+            desired: desired.into(),
             ids: Vec::new(),
         };
         Generation { number: 2, description: description.into(), intact: true }
