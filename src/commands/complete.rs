@@ -15,8 +15,8 @@ use clap_complete::env::{CompleteEnv, Shells};
 
 use super::Cli;
 use crate::cli::output::print;
-use crate::datapath::generation;
 use crate::datapath::pins::{self, PIN_DIR};
+use crate::datapath::{generation, state_maps};
 use crate::desired::Desired;
 use crate::error::Result;
 
@@ -98,7 +98,8 @@ pub fn interfaces() -> Vec<CompletionCandidate> {
 /// Reads the active configuration from the pin directory named on the command line.
 fn serving() -> Option<Arc<Desired>> {
     let guard = pins::read(&pin_dir(env::args()), Duration::ZERO).ok()??;
-    let generation = generation::read(&guard, guard.current()?).ok()??;
+    let maps = state_maps::open(&guard).ok()?;
+    let generation = generation::read(&guard, maps.as_ref(), guard.current()?).ok()??;
     Some(generation.description.desired.clone())
 }
 

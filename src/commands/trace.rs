@@ -253,7 +253,8 @@ fn look(ring: &RingBuffer<'_>) -> anyhow::Result<bool> {
 fn learn(global: &Global, names: &mut Names, number: u32) {
     // tried again with the next event if an apply holds the lock
     let Ok(Some(guard)) = pins::read(&global.pin_dir, LOCK_TIMEOUT) else { return };
-    match generation::read(&guard, number) {
+    let maps = state_maps::open(&guard).unwrap_or_default();
+    match generation::read(&guard, maps.as_ref(), number) {
         Ok(Some(generation)) => names.add(generation),
         Ok(None) | Err(_) => names.give_up(number),
     }

@@ -476,16 +476,20 @@ fn pin_xdp(skeleton: &mut UdplbSkel<'_>, directory: &Path) -> anyhow::Result<()>
     skeleton.progs.udplb_xdp.pin(&path).with_context(|| path.display().to_string())
 }
 
-/// Reads a generation back; `None`: its description is missing or is none, and what is left of it is
-/// of no use.
+/// Reads a generation back; `maps` are those that outlive it, `None` if one is missing. Returns `None` if its
+/// description is missing or is none, and what is left of it is of no use.
 ///
 /// # Errors
 /// It cannot be read now, which says nothing about it.
-pub fn read(guard: &ReadGuard, number: u32) -> anyhow::Result<Option<Generation>> {
+pub fn read(
+    guard: &ReadGuard,
+    maps: Option<&StateMaps>,
+    number: u32,
+) -> anyhow::Result<Option<Generation>> {
     let directory = guard.generation(number);
     let damage = match read_description(&directory) {
         Ok(description) => {
-            let intact = unless_damaged(check(guard, &directory, &description))?;
+            let intact = unless_damaged(check(maps, &directory, &description))?;
             if let Err(error) = &intact {
                 log::debug!("generation {number}: {error:#}");
             }
@@ -570,11 +574,17 @@ pub fn made_of(guard: &ReadGuard, number: u32, digest: &str) -> Option<Arc<Desir
     if !start.starts_with(format!("{{\"digest\":\"{digest}\"").as_bytes()) {
         return None;
     }
-    let generation = read(guard, number).ok()?.filter(|generation| generation.intact)?;
+    let maps = state_maps::open(guard).ok()?;
+    let generation =
+        read(guard, maps.as_ref(), number).ok()?.filter(|generation| generation.intact)?;
     Some(generation.description.desired.clone())
 }
 
-fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyhow::Result<()> {
+fn check(
+    maps: Option<&StateMaps>,
+    directory: &Path,
+    description: &Description,
+) -> anyhow::Result<()> {
     for (layer, name) in description.programs() {
         if ProgramName::of(open_program(directory, layer)?.as_fd())? != *name {
             bail!("its {} is another one", pin_of(layer));
@@ -586,7 +596,7 @@ fn check(guard: &ReadGuard, directory: &Path, description: &Description) -> anyh
         bail!("its {} is another one", xdp::PROGRAM);
     }
     let program = bpf::program_info(open_program(directory, Layer::Ethernet)?.as_fd())?;
-    let state = state_maps::open(guard)?.context(INCOMPLETE)?;
+    let state = maps.context(INCOMPLETE)?;
     let mut maps = vec![
         map_id(state.counters.outer())?,
         map_id(state.nexthops.outer())?,

@@ -84,16 +84,16 @@ impl NextHops {
     /// Writes many entries; keeps the health of each upstream.
     pub fn write_all(&self, entries: &BTreeMap<u32, types::nexthop>) -> anyhow::Result<()> {
         for (first, chunk) in self.0.iter() {
-            let width = chunk.max_entries();
-            if entries.range(first..first + width).next().is_none() {
-                continue;
-            }
+            let here = || entries.range(first..first + chunk.max_entries());
+            let Some((last, _)) = here().next_back() else { continue };
+            let mut slots = Vec::with_capacity(chunk.max_entries() as usize);
+            read_array(chunk, last - first + 1, |slot| {
+                slots.extend(from_bytes::<types::nexthop_slot>(slot));
+            })?;
             let mut changed = Vec::new();
-            for (key, slot) in chunk.lookup_batch(width, MapFlags::ANY, MapFlags::ANY)? {
-                let key = u32::from_ne_bytes(key.as_slice().try_into()?);
-                let Some(entry) = entries.get(&(first + key)) else { continue };
-                let mut slot: types::nexthop_slot =
-                    from_bytes(&slot).context("next hops of another layout")?;
+            for (id, entry) in here() {
+                let key = id - first;
+                let mut slot = *slots.get(key as usize).context("next hops of another layout")?;
                 let old = slot.copies[(slot.sequence & 1) as usize];
                 let mut new = *entry;
                 if old.address == new.address {

@@ -29,9 +29,10 @@ pub struct Situation {
 impl Situation {
     /// Reads it for ids up to `most`. Without a lease no upstream counts as down.
     pub fn read(maps: &StateMaps, most: u32) -> anyhow::Result<Situation> {
-        let situation = Situation::leased(maps, most)?;
-        let holds = lease::remaining(&maps.heartbeat)?.is_some_and(|left| !left.is_zero());
-        Ok(if holds { situation } else { Situation { down: HashSet::new(), ..situation } })
+        match lease::remaining(&maps.heartbeat)?.is_some_and(|left| !left.is_zero()) {
+            true => Situation::leased(maps, most),
+            false => Ok(Situation { overrides: maps.overrides.read(most)?, down: HashSet::new() }),
+        }
     }
 
     /// Like the above for arpd, whose lease holds or is about to.

@@ -563,8 +563,9 @@ pub fn assign_ids(
         all.iter().map(move |it| (name, Some((packets, rule.mode, &it.address, it.port))))
     }
     let (to_upstream, to_mirror) = (Packets::To(Role::Upstream), Packets::To(Role::Mirror));
-    let mut ids: HashMap<Holder<'_>, u32> = HashMap::new();
-    let mut held = BTreeSet::new();
+    let held: HashSet<u32> =
+        known.iter().flat_map(|(_, given)| *given).flat_map(RuleIds::all).collect();
+    let mut ids: HashMap<Holder<'_>, u32> = HashMap::with_capacity(held.len());
     for (desired, given) in known {
         for (rule, given) in desired.rules.iter().zip(*given) {
             let upstreams = holders(rule, to_upstream).zip(&given.upstreams);
@@ -573,7 +574,6 @@ pub fn assign_ids(
             let rule = ((rule.name.as_str(), None), &given.rule);
             let hosts = upstreams.chain(mirrors).chain(answers);
             for (holder, id) in [rule].into_iter().chain(hosts) {
-                held.insert(*id);
                 ids.entry(holder).or_insert(*id);
             }
         }

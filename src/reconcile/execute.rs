@@ -83,10 +83,10 @@ pub fn record_origin(
     origin: &Origin,
 ) -> anyhow::Result<()> {
     let known = observed.generations.get(&number).map(|it| &it.description.origin);
-    match (known, state_maps::open(guard)?) {
-        (Some(known), Some(maps)) if known != origin => maps.set_origin(number, origin),
-        _ => Ok(()),
+    if known.is_none_or(|known| known == origin) {
+        return Ok(());
     }
+    state_maps::open(guard)?.map_or(Ok(()), |maps| maps.set_origin(number, origin))
 }
 
 /// An observer that logs each action.

@@ -177,7 +177,7 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
         let retired = retired::read(guard)?;
         for number in guard.numbers()? {
             known.extend(generation::pinned_programs(guard, number)?);
-            match generation::read(guard, number)? {
+            match generation::read(guard, maps.as_ref(), number)? {
                 Some(generation) => {
                     known.extend(generation.programs());
                     if retired.has(&generation) {

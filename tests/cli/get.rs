@@ -310,7 +310,8 @@ fn plan_announces_the_share_of_moved_flows() {
         let guard = pins::read(&lab.bpffs.pins(), crate::common::net::PATIENCE).expect("pins");
         let guard = guard.expect("something is applied");
         let number = lab.status()["generation"].as_u64().expect("a number") as u32;
-        let generation = generation::read(&guard, number).expect("readable").expect("a generation");
+        let generation =
+            generation::read(&guard, None, number).expect("readable").expect("a generation");
         let asker = Asker::new(&guard, &generation).expect("a dry run");
         let end = |flow: u64| {
             let question = Question {
@@ -386,7 +387,7 @@ fn get_agrees_with_where_packets_go() {
     }
     let guard = pins::read(&lab.bpffs.pins(), crate::common::net::PATIENCE).expect("pins");
     let guard = guard.expect("something is applied");
-    let generation = generation::read(&guard, 1).expect("readable").expect("a generation");
+    let generation = generation::read(&guard, None, 1).expect("readable").expect("a generation");
     let asker = Asker::new(&guard, &generation).expect("a dry run");
     let (index, mac) = (lab.relay.index("eth0"), lab.relay.mac("eth0"));
 

@@ -141,7 +141,7 @@ impl Flows<'_> {
     fn ids(&self) -> Vec<u32> {
         let pins = pins::read(&self.lab.bpffs.pins(), Duration::ZERO).expect("the lock");
         let pins = pins.expect("something is applied");
-        let serving: Generation = generation::read(&pins, pins.current().expect("current"))
+        let serving: Generation = generation::read(&pins, None, pins.current().expect("current"))
             .expect("readable")
             .expect("a generation");
         serving.description.ids[0].upstreams.clone()
