@@ -27,12 +27,16 @@ impl Column {
 
 /// Returns the lines of a table, the header first. With `width`, in characters, lines are cut to it. Columns
 /// without content are left out.
-pub fn lines(columns: &[Column], rows: &[Vec<String>], width: Option<usize>) -> Vec<String> {
+pub fn lines(
+    columns: &[Column],
+    rows: &[Vec<impl AsRef<str>>],
+    width: Option<usize>,
+) -> Vec<String> {
     let length = |cell: &str| cell.chars().count();
     let mut widths = vec![0; columns.len()];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
-            *width = length(cell).max(*width);
+            *width = length(cell.as_ref()).max(*width);
         }
     }
     for (column, width) in columns.iter().zip(&mut widths) {
@@ -43,10 +47,9 @@ pub fn lines(columns: &[Column], rows: &[Vec<String>], width: Option<usize>) -> 
     if let Some(max) = width {
         shrink(columns, &mut widths, max);
     }
-    let titles: Vec<String> = columns.iter().map(|column| column.title.into()).collect();
-    let line = |row: &Vec<String>| {
+    let line = |cells: &mut dyn Iterator<Item = &str>| {
         let mut line = String::with_capacity(widths.iter().sum::<usize>() + 2 * widths.len());
-        let cells = columns.iter().zip(row).zip(&widths);
+        let cells = columns.iter().zip(cells).zip(&widths);
         for ((column, cell), width) in cells.filter(|(_, width)| **width > 0) {
             let cell = cut(cell, *width);
             let blanks = width - length(&cell);
@@ -65,7 +68,10 @@ pub fn lines(columns: &[Column], rows: &[Vec<String>], width: Option<usize>) -> 
             None => line,
         }
     };
-    std::iter::once(&titles).chain(rows).map(line).collect()
+    let mut lines = Vec::with_capacity(rows.len() + 1);
+    lines.push(line(&mut columns.iter().map(|column| column.title)));
+    lines.extend(rows.iter().map(|row| line(&mut row.iter().map(AsRef::as_ref))));
+    lines
 }
 
 /// Narrows the widest column that can be cut, by one character at a time, until the table fits.
@@ -105,7 +111,8 @@ pub fn wrapped(text: &str, width: usize, indent: &str) -> Vec<String> {
 
 /// Cuts text to a width, with an ellipsis at the end.
 pub fn cut(text: &str, width: usize) -> Cow<'_, str> {
-    if text.chars().count() <= width {
+    // a character is a byte at least
+    if text.len() <= width || text.chars().count() <= width {
         return text.into();
     }
     text.chars().take(width.saturating_sub(1)).chain(['…']).take(width).collect()

@@ -1,6 +1,7 @@
 //! `udplb status`: shows the active configuration, next hops and counters; as a tree on a terminal, else as a
 //! table with all details for scripts.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::Duration;
@@ -181,7 +182,7 @@ const WIDE: [Column; 9] = [
 
 /// A line of the tree: cells, or text below a row.
 enum Line {
-    Row { cells: Vec<String>, style: &'static str },
+    Row { cells: Vec<Cow<'static, str>>, style: &'static str },
     Remark(String),
 }
 
@@ -278,7 +279,7 @@ impl Status {
         for rule in &self.rules {
             let cells = amount_cells(&rule.counters, rule.rate, None);
             let name = format!("{} {}", rule.name, treatment(rule));
-            let cells = [name, String::new()].into_iter().chain(cells).collect();
+            let cells = [name.into(), "".into()].into_iter().chain(cells).collect();
             lines.push(Line::Row { cells, style: BOLD });
             lines.extend(remark(&rule.own, &rule.notes, &rule.own_losses, amounts, "  "));
             let last = rule.destinations().count() - 1;
@@ -289,7 +290,7 @@ impl Status {
                 let cells = amount_cells(&upstream.counters, upstream.rate, upstream.share);
                 let name = format!("{branch}{mirror}{}", upstream.endpoint);
                 let state = upstream.condition().unwrap_or_default();
-                let cells = [name, state].into_iter().chain(cells).collect();
+                let cells = [name.into(), state.into()].into_iter().chain(cells).collect();
                 lines.push(Line::Row { cells, style: upstream.style() });
                 let none = BTreeMap::new();
                 lines.extend(remark(&upstream.counters, &none, &upstream.losses, amounts, stem));
@@ -299,7 +300,7 @@ impl Status {
             Line::Row { cells, .. } => Some(cells.clone()),
             Line::Remark(_) => None,
         };
-        let rows: Vec<Vec<String>> = lines.iter().filter_map(cells).collect();
+        let rows: Vec<Vec<Cow<'_, str>>> = lines.iter().filter_map(cells).collect();
         let mut titles = TREE;
         if amounts != Amounts::Totals {
             (titles[2].title, titles[3].title) = ("PPS", "MBIT/S");
@@ -333,31 +334,33 @@ impl Status {
         }
     }
 
-    fn rows(&self, terminal: TerminalStyle, amounts: Amounts) -> Vec<Vec<String>> {
+    fn rows(&self, terminal: TerminalStyle, amounts: Amounts) -> Vec<Vec<Cow<'_, str>>> {
         let filler = if terminal.width.is_some() { "" } else { "-" };
         let mut rows = Vec::new();
         for rule in &self.rules {
-            let mut row = vec![rule.name.clone(), treatment(rule)];
-            row.extend(vec![String::new(); 3]);
+            let mut row: Vec<Cow<'_, str>> = Vec::with_capacity(WIDE.len());
+            row.extend([rule.name.as_str().into(), treatment(rule).into()]);
+            row.extend([const { Cow::Borrowed("") }; 3]);
             let rate = rule.rate.filter(|_| amounts == Amounts::Rates);
             row.extend(amount_cells(&rule.counters, rate, None));
-            row.push(losses(&rule.counters, &rule.notes, &rule.losses, amounts));
+            row.push(losses(&rule.counters, &rule.notes, &rule.losses, amounts).into());
             rows.push(row);
             for (upstream, is_mirror) in rule.destinations() {
                 let name = if terminal.width.is_some() { "" } else { &rule.name };
                 let mirror = if is_mirror { "mirror " } else { "" };
                 let hop = upstream.next_hop.as_ref();
-                let mut row = vec![
+                let mut row: Vec<Cow<'_, str>> = Vec::with_capacity(WIDE.len());
+                row.extend([
                     name.into(),
-                    String::new(),
-                    format!("{mirror}{}", upstream.endpoint),
-                    hop.map_or("no route".into(), NextHopStatus::text),
-                    upstream.condition().unwrap_or_default(),
-                ];
+                    "".into(),
+                    format!("{mirror}{}", upstream.endpoint).into(),
+                    hop.map_or("no route".into(), |hop| hop.text().into()),
+                    upstream.condition().unwrap_or_default().into(),
+                ]);
                 let rate = upstream.rate.filter(|_| amounts == Amounts::Rates);
                 row.extend(amount_cells(&upstream.counters, rate, upstream.share));
                 let none = BTreeMap::new();
-                row.push(losses(&upstream.counters, &none, &upstream.losses, amounts));
+                row.push(losses(&upstream.counters, &none, &upstream.losses, amounts).into());
                 rows.push(row);
             }
         }
@@ -423,23 +426,25 @@ fn treatment(rule: &RuleStatus) -> String {
 }
 
 /// Returns cells with forwarded packets and bytes, or their rate, and the share.
-fn amount_cells(counts: &Counts, rate: Option<Rate>, share: Option<f64>) -> [String; 3] {
+fn amount_cells(counts: &Counts, rate: Option<Rate>, share: Option<f64>) -> [Cow<'static, str>; 3] {
     const STALE: &str = "stale-neighbour";
     let forwarded = counts.forwarded();
     let stale = counts.by_verdict().find(|(name, count)| *name == STALE && count.packets > 0);
     let stale = stale.map(|(_, count)| format!(" ({} stale)", count.packets));
     let [packets, bytes] = match rate {
         Some(rate) => [
-            format!("{:.0}", rate.packets_per_second),
-            format!("{:.2}", rate.bits_per_second / 1e6),
+            format!("{:.0}", rate.packets_per_second).into(),
+            format!("{:.2}", rate.bits_per_second / 1e6).into(),
         ],
+        // most are
+        None if forwarded == Count::default() => ["0".into(), "0".into()],
         None => [
-            forwarded.packets.to_string() + &stale.unwrap_or_default(),
-            forwarded.bytes.to_string(),
+            (forwarded.packets.to_string() + &stale.unwrap_or_default()).into(),
+            forwarded.bytes.to_string().into(),
         ],
     };
     let share = share.map(|share| format!("{:.1}%", share * 100.0));
-    [packets, bytes, share.unwrap_or_default()]
+    [packets, bytes, share.unwrap_or_default().into()]
 }
 
 /// Describes packets that were not forwarded by reason, and notes; rates only for [`Amounts::Rates`].

@@ -575,8 +575,11 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
     let [matched, forwarded] = [recent.matched(), recent.forwarded()].map(|count| count.packets);
     let destinations = rule.with_ids(ids);
     let rows = |role, shared| {
-        let rows = destinations.iter().filter(|destination| destination.role == role);
-        rows.map(|destination| upstream_status(rule, destination, shared, view)).collect()
+        let all = || destinations.iter().filter(|destination| destination.role == role);
+        // a vector that grows has room for four, of a kilobyte each
+        let mut rows = Vec::with_capacity(all().count());
+        rows.extend(all().map(|destination| upstream_status(rule, destination, shared, view)));
+        rows
     };
     let shared = match rule.mode {
         Mode::Balance => forwarded,
@@ -658,7 +661,8 @@ fn next_hop(entry: &types::nexthop, view: &View<'_>) -> Option<NextHopStatus> {
         interface: (*interface).into(),
         gateway,
         egress: nexthops::egress(entry),
-        mac: mac.map(|mac| mac.map(|byte| format!("{byte:02x}")).join(":")),
+        mac: mac
+            .map(|[a, b, c, d, e, f]| format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")),
         unresolved: mac.is_none() && neighbour.is_none() && entry.macs != types::macs::MACS_NONE,
         state: neighbour.map(|neighbour| neighbour.state.to_string()),
         mtu: (entry.mtu != 0).then_some(entry.mtu),
