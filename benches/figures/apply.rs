@@ -3,14 +3,17 @@
 use std::fmt::Write;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
-use std::time::Instant;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
-use crate::Report;
+use serde_json::json;
+
+use crate::common::service::until;
 use crate::common::{Bpffs, Namespace, outcome, udplb};
+use crate::{Report, probing};
 
 const ROUNDS: usize = 10;
-const RULES: u16 = 10_000;
+const RULES: u32 = 10_000;
 
 pub fn measure(report: &mut Report) {
     let (relay, upstream) = (Namespace::new(), Namespace::new());
@@ -18,25 +21,41 @@ pub fn measure(report: &mut Report) {
     relay.link("out0", &upstream, "out1", true);
     relay.ip("address add 10.0.1.1/24 dev in0");
     relay.ip("address add 10.0.2.1/24 dev out0");
-    relay.ip("route add 10.1.0.0/16 via 10.0.2.2");
+    relay.ip("route add 10.4.0.0/14 via 10.0.2.2");
     relay.ip("neighbour add 10.0.2.2 lladdr 02:00:00:00:00:02 dev out0 nud permanent");
 
-    report.title("udplb apply and what reads as much, from start to end; of that, CPU time");
+    report.title(
+        "udplb apply and what reads as much, from start to end; of that, CPU time, and as a multiple of `udplb check`",
+    );
     let lab = Lab { relay, bpffs: Bpffs::new() };
-    let [all, unchanged] = lab.time(1);
+    let [all, unchanged, check] = lab.time(RULES, 1, "yaml");
+    let [json, _, _] = lab.time(RULES, 1, "json");
     let status = lab.time_of("status");
     report.record("apply_10k_ms", all.wall);
     report.record("apply_10k_unchanged_ms", unchanged.wall);
+    report.record("apply_10k_json_ms", json.wall);
     report.record("status_10k_ms", status.wall);
     let mut compare = |what, time: Time, limit| {
-        report.at_most(what, &format!("{:.0} ms", time.cpu), time.wall, " ms", limit);
+        let figure = format!("{:.0} ms, {:.1} x", time.cpu, time.cpu / check.cpu);
+        report.at_most(what, &figure, time.wall, " ms", limit);
     };
     compare("10,000 rules and upstreams, all changed", all, 160.0);
+    compare("the same from JSON", json, 120.0);
     compare("10,000 rules and upstreams, unchanged", unchanged, 40.0);
     compare("status of 10,000 rules", status, 60.0);
     compare("metrics of 10,000 upstreams", lab.time_of("metrics"), 300.0);
-    let [all, _] = lab.time(10);
-    compare("100,000 ports in 10,000 rules, all changed", all, 1500.0);
+    let memory = lab.memory_of_arpd();
+    report.record("arpd_10k_mb", memory);
+    report.at_most("memory of arpd with 10,000 upstreams", "", memory, " MB", 20.0);
+    let mut compare = |key, what, [all, _, check]: [Time; 3], limit| {
+        report.record(key, all.wall);
+        let figure = format!("{:.0} ms, {:.1} x", all.cpu, all.cpu / check.cpu);
+        report.at_most(what, &figure, all.wall, " ms", limit);
+    };
+    let ports = lab.time(RULES, 10, "yaml");
+    compare("apply_100k_ports_ms", "100,000 ports in 10,000 rules, all changed", ports, 1500.0);
+    let rules = lab.time(10 * RULES, 1, "json");
+    compare("apply_100k_ms", "100,000 rules and upstreams, all changed", rules, 1000.0);
 }
 
 /// Times in milliseconds.
@@ -58,18 +77,23 @@ struct Lab {
 }
 
 impl Lab {
-    /// Measures replacing all rules, and applying them unchanged.
-    fn time(&self, ports: u16) -> [Time; 2] {
+    /// Measures replacing all rules, applying them unchanged, and reading the file alone.
+    fn time(&self, rules: u32, ports: u16, format: &str) -> [Time; 3] {
         let files = [8000, 9000].map(|port| {
-            let file = self.bpffs.path.with_extension(format!("{port}.yaml"));
-            fs::write(&file, configuration(ports, port)).expect("a file");
+            let file = self.bpffs.path.with_extension(format!("{port}.{format}"));
+            let text = match format {
+                "json" => json(rules, ports, port),
+                _ => yaml(rules, ports, port),
+            };
+            fs::write(&file, text).expect("a file");
             file
         });
         let rounds = (0..ROUNDS).map(|round| {
             let file = &files[round % 2];
-            [self.apply(file, true), self.apply(file, false)]
+            let (check, _) = run(udplb(&self.relay, &self.bpffs).args(["check", "-q"]).arg(file));
+            [self.apply(file, true), self.apply(file, false), check]
         });
-        let times = rounds.reduce(|one, other| [0, 1].map(|nth| one[nth].least(other[nth])));
+        let times = rounds.reduce(|one, other| [0, 1, 2].map(|nth| one[nth].least(other[nth])));
         files.iter().for_each(|file| fs::remove_file(file).expect("the file was there"));
         times.expect("there are rounds")
     }
@@ -86,6 +110,19 @@ impl Lab {
     fn time_of(&self, command: &str) -> Time {
         let times = (0..ROUNDS).map(|_| run(udplb(&self.relay, &self.bpffs).arg(command)).0);
         times.reduce(Time::least).expect("there are rounds")
+    }
+
+    /// Returns the memory of arpd in megabytes, once it has looked at everything and serves metrics.
+    fn memory_of_arpd(&self) -> f64 {
+        let mut command = udplb(&self.relay, &self.bpffs);
+        let mut arpd = command.arg("arpd").stderr(Stdio::null()).spawn().expect("arpd starts");
+        let runs = || run(udplb(&self.relay, &self.bpffs).args(["status", "-o", "json"])).1;
+        until("arpd keeps the next hops", || runs().contains("\"arpd\": true"));
+        std::thread::sleep(Duration::from_secs(5));
+        let memory = probing::memory(arpd.id());
+        arpd.kill().expect("arpd runs");
+        arpd.wait().expect("arpd has ended");
+        memory
     }
 }
 
@@ -111,19 +148,40 @@ fn cpu_of_children() -> f64 {
     milliseconds(usage.ru_utime) + milliseconds(usage.ru_stime)
 }
 
-/// Returns a configuration whose rules each have one upstream at `port`, all behind one gateway.
-fn configuration(ports: u16, port: u16) -> String {
-    let mut text = String::from("version: 1\ninterfaces: [in0]\nrules:\n");
-    for rule in 0..RULES {
-        let (address, nth) = (rule / 5000 + 1, rule % 5000);
+/// A rule's name, address of its key, first and last port, and address of its upstream.
+type Row = (String, String, u16, u16, String);
+
+/// Returns rules that each have one upstream, all behind one gateway.
+fn rows(rules: u32, ports: u16) -> impl Iterator<Item = Row> {
+    (0..rules).map(move |rule| {
+        let (address, nth) = (rule / 5000 + 1, (rule % 5000) as u16);
         let first = 10_000 + nth * ports;
-        let last = first + ports - 1;
-        let [high, low] = rule.to_be_bytes();
+        let [_, net, high, low] = rule.to_be_bytes();
+        let upstream = format!("10.{}.{high}.{low}", 4 + net);
+        (format!("rule-{rule}"), format!("10.0.1.{address}"), first, first + ports - 1, upstream)
+    })
+}
+
+fn yaml(rules: u32, ports: u16, port: u16) -> String {
+    let mut text = String::from("version: 1\ninterfaces: [in0]\nrules:\n");
+    for (name, address, first, last, upstream) in rows(rules, ports) {
         let _ = writeln!(
             text,
-            "  - name: rule-{rule}\n    key: {{ address: 10.0.1.{address}, port: {first}-{last} }}\n    \
-             options: {{ tc_action: block }}\n    upstream: [{{ address: 10.1.{high}.{low}, port: {port} }}]"
+            "  - name: {name}\n    key: {{ address: {address}, port: {first}-{last} }}\n    \
+             options: {{ tc_action: block }}\n    upstream: [{{ address: {upstream}, port: {port} }}]"
         );
     }
     text
+}
+
+fn json(rules: u32, ports: u16, port: u16) -> String {
+    let rules = rows(rules, ports).map(|(name, address, first, last, upstream)| {
+        json!({
+            "name": name,
+            "key": { "address": address, "port": format!("{first}-{last}") },
+            "options": { "tc_action": "block" },
+            "upstream": [{ "address": upstream, "port": port }],
+        })
+    });
+    json!({ "version": 1, "interfaces": ["in0"], "rules": Vec::from_iter(rules) }).to_string()
 }

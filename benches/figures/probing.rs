@@ -143,7 +143,7 @@ fn processor_time(pid: u32) -> Duration {
 }
 
 /// Returns the resident memory of a process in megabytes.
-fn memory(pid: u32) -> f64 {
+pub fn memory(pid: u32) -> f64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a size");
     let kibibytes: f64 =
