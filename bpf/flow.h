@@ -253,6 +253,18 @@ static __always_inline void set_flow_state(struct flow_bucket *bucket, __u32 way
 	bpf_spin_unlock(&bucket->lock);
 }
 
+/* Returns true for a flow whose upstream answers to this host. */
+static __always_inline bool has_port(const struct flow *flow)
+{
+	return flow->ports[FLOW_EGRESS];
+}
+
+/* Returns true if a flow is one of a rule with these flags, which may have had others when it was made. */
+static __always_inline bool is_flow_for(const struct flow *flow, __u32 flags)
+{
+	return has_port(flow) != !!(flags & RULE_STICKY);
+}
+
 /* Returns true if an upstream is the one that the flow goes to. */
 static __always_inline bool is_server(const struct flow *flow, const struct upstream *upstream,
 				      const bool ipv6)
@@ -287,26 +299,32 @@ static __always_inline const struct upstream *flow_upstream(struct flow *flow, _
 	return is_server(flow, upstream, ipv6) ? upstream : NULL;
 }
 
-/* Returns true if a flow goes on with its upstream, at `index`; `first` and `count` are those of its rule. */
-static __always_inline bool keeps_upstream(struct flow *flow, __u32 first, __u32 count, bool skips_down,
+/*
+ * Returns true if a flow goes on with its upstream, at `index`; `first`, `count` and `flags` are those of its
+ * rule.
+ */
+static __always_inline bool keeps_upstream(struct flow *flow, __u32 first, __u32 count, __u32 flags,
 					   __u32 now, __u32 *index, const bool ipv6)
 {
 	const struct upstream *upstream = flow_upstream(flow, index, ipv6);
 
-	if (!upstream || *index - first >= count || (skips_down && is_down(upstream)))
+	if (!upstream || *index - first >= count || (flags & RULE_SKIPS_DOWN && is_down(upstream)) ||
+	    !is_flow_for(flow, flags))
 		return false;
 	/* a client cannot hold a flow to an upstream that does not answer by talking */
-	return beats_since(flow->chosen, now) <= flow_settings.timeouts[FLOW_NEW];
+	return flags & RULE_STICKY || beats_since(flow->chosen, now) <= flow_settings.timeouts[FLOW_NEW];
 }
 
-/* Returns true for an answered flow whose client speaks again late enough, so that it is assured. */
+/*
+ * Returns true for a flow that is assured when its client speaks again: nobody sees answers to a sticky one.
+ */
 static __always_inline bool is_assured_now(const struct flow *flow, __u32 now)
 {
-	return flow->state == FLOW_ANSWERED &&
+	return flow->state == (has_port(flow) ? FLOW_ANSWERED : FLOW_NEW) &&
 	       beats_since(flow->created, now) > FLOW_ASSURE_SECONDS * flow_settings.second;
 }
 
-static __always_inline __u32 flow_of_client(__u32 first, __u32 count, bool skips_down, const bool ipv6)
+static __always_inline __u32 flow_of_client(__u32 first, __u32 count, __u32 flags, const bool ipv6)
 {
 	struct flow_scratch *packet = get_flow_scratch();
 	__u32 now = beats(), number, way, version, index;
@@ -332,7 +350,7 @@ static __always_inline __u32 flow_of_client(__u32 first, __u32 count, bool skips
 		if (is_assured_now(flow, now))
 			set_flow_state(bucket, way, flow, version, FLOW_ASSURED);
 	}
-	return keeps_upstream(flow, first, count, skips_down, now, &index, ipv6) ? index + 1 : 0;
+	return keeps_upstream(flow, first, count, flags, now, &index, ipv6) ? index + 1 : 0;
 }
 
 /* Describes a packet behind an Ethernet header without tags. Returns false if it has no UDP header. */
@@ -354,15 +372,14 @@ __noinline __u32 describe_pkt(struct __sk_buff *skb, __u32 packed)
 
 /*
  * Returns the index plus one of the upstream that the flow of a client's packet goes on with; 0: one is
- * selected. Stores the flow's handle.
+ * selected. Stores the flow's handle. `first`, `count` and `flags` are those of the rule.
  */
-__noinline __u32 find_client_flow(struct __sk_buff *skb, __u32 packed, __u32 first, __u32 count,
-				  __u32 skips_down)
+__noinline __u32 find_client_flow(struct __sk_buff *skb, __u32 packed, __u32 first, __u32 count, __u32 flags)
 {
 	if (!describe_pkt(skb, packed))
 		return 0;
-	return features.ipv6 && packed & PKT_F_IPV6 ? flow_of_client(first, count, skips_down, true)
-						    : flow_of_client(first, count, skips_down, false);
+	return features.ipv6 && packed & PKT_F_IPV6 ? flow_of_client(first, count, flags, true)
+						    : flow_of_client(first, count, flags, false);
 }
 
 /* Returns the place of a hint in `ports`. */
@@ -594,17 +611,19 @@ static __always_inline bool take_port(struct __sk_buff *skb, __u32 try, const bo
 		return 0;
 	if (is_hint_valid(hint, place, now, ipv6)) {
 		silent = try < PORT_TRIES ? 0 : silent_flow(hinted_flow(hint), now, ipv6);
-		if (!silent || !end_flow_of(silent, true, ipv6))
+		if (!silent || (!features.dry_run && !end_flow_of(silent, true, ipv6)))
 			return 0;
 	}
+	draft->place = place;
+	draft->port = port;
+	if (features.dry_run)
+		return true;
 	bpf_spin_lock(&line->lock);
 	if (line->hints[index] == hint) {
 		line->hints[index] = hint_of(draft->number, now);
 		taken = true;
 	}
 	bpf_spin_unlock(&line->lock);
-	draft->place = place;
-	draft->port = port;
 	return taken;
 }
 
@@ -764,7 +783,7 @@ __noinline __u32 find_port(struct __sk_buff *skb, __u32 ipv6)
 }
 
 /* Fills in server and egress address of the packet's new flow, whose flow before has ended. */
-static __always_inline __u32 draft_flow(__u32 index, const bool ipv6)
+static __always_inline __u32 draft_flow(__u32 index, __u32 flags, const bool ipv6)
 {
 	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
 	struct flow_scratch *draft = get_flow_scratch();
@@ -773,46 +792,55 @@ static __always_inline __u32 draft_flow(__u32 index, const bool ipv6)
 	if (!draft || !upstream)
 		return VERDICT_NO_UPSTREAM;
 	flow = draft->handle ? flow_at(draft->handle, ipv6) : NULL;
-	if (flow && is_server(flow, upstream, ipv6)) {
-		flow->upstream = upstream->id;
-		flow->index = index;
-		flow->chosen = beats();
+	if (flow && is_server(flow, upstream, ipv6) && is_flow_for(flow, flags)) {
+		if (!features.dry_run) {
+			flow->upstream = upstream->id;
+			flow->index = index;
+			flow->chosen = beats();
+		}
 		return VERDICT_FORWARDED;
 	}
-	if (draft->handle)
+	if (draft->handle && !features.dry_run)
 		end_flow(draft->handle, ipv6);
 	draft->handle = 0;
 	copy_address(draft->server, upstream->address, ipv6);
 	draft->server_port = upstream->port ?: draft->to_port;
-	if (flow_egresses.count[ipv6])
-		return VERDICTS;
-	return egress_address(upstream, draft->egress) ? VERDICTS : VERDICT_NO_ROUTE;
+	if (!(flags & RULE_STICKY)) {
+		if (flow_egresses.count[ipv6])
+			return VERDICTS;
+		return egress_address(upstream, draft->egress) ? VERDICTS : VERDICT_NO_ROUTE;
+	}
+	__builtin_memset(draft->egress, 0, sizeof(draft->egress));
+	draft->port = 0;
+	draft->place = ~0U; /* none */
+	return VERDICTS;
 }
 
 /* Returns FORWARDED if the packet's flow goes on, VERDICTS if one is to be made, or else why there is none.
  */
-__noinline __u32 move_flow(__u32 index, __u32 ipv6)
+__noinline __u32 move_flow(__u32 index, __u32 flags, __u32 ipv6)
 {
-	return features.ipv6 && ipv6 ? draft_flow(index, true) : draft_flow(index, false);
+	return features.ipv6 && ipv6 ? draft_flow(index, flags, true) : draft_flow(index, flags, false);
 }
 
 /*
  * Gives the packet's flow to the upstream at an index: the flow goes on if it goes there already, else it
- * ends, and a new one is made. `answers` is the number of answers that end it; 0: none do. Stores the flow's
- * handle. Returns enum verdict.
+ * ends, and a new one is made. `answers` is the number of answers that end it; 0: none do. `flags` are those
+ * of the rule. Stores the flow's handle; in a dry run, in which none is made, 0 and its port. Returns enum
+ * verdict.
  */
-__noinline __u32 assign_flow(struct __sk_buff *skb, __u32 index, __u32 answers, __u32 ipv6)
+__noinline __u32 assign_flow(struct __sk_buff *skb, __u32 index, __u32 answers, __u32 flags, __u32 ipv6)
 {
-	__u32 verdict, try;
+	__u32 verdict = move_flow(index, flags, ipv6), try;
 
-	if (features.dry_run)
-		return VERDICT_FORWARDED;
-	verdict = move_flow(index, ipv6);
 	if (verdict != VERDICTS)
 		return verdict;
-	for (try = 0; try < FLOW_TRIES && choose_flow(ipv6) && find_port(skb, ipv6); try++)
-		if (replace_flow(index, answers, ipv6))
+	for (try = 0; try < FLOW_TRIES && choose_flow(ipv6); try++) {
+		if (!(flags & RULE_STICKY) && !find_port(skb, ipv6))
+			break;
+		if (features.dry_run || replace_flow(index, answers, ipv6))
 			return VERDICT_FORWARDED;
+	}
 	return VERDICT_NO_FLOW;
 }
 
@@ -905,6 +933,32 @@ __noinline __u64 find_asking_flow(__u32 ipv6)
 	return features.ipv6 && ipv6 ? handle_of_client(true) : handle_of_client(false);
 }
 
+static __always_inline void expire(__u64 handle, const bool ipv6)
+{
+	struct flow_bucket *bucket = bucket_at(bucket_of(handle), ipv6);
+	__u32 way = way_of(handle);
+	struct flow *flow;
+
+	if (!bucket)
+		return;
+	flow = flow_in(bucket, way, ipv6);
+	if (version_of(flow) == handle >> 32)
+		touch_flow(bucket, way, flow, beats() - timeout_of(flow->state) - 1);
+}
+
+/*
+ * Lets a flow expire now. Packets no longer find it, but by its handle it is found for FLOW_GRACE_SECONDS
+ * more, and its port is kept.
+ */
+__noinline __u32 expire_flow(__u64 handle, __u32 ipv6)
+{
+	if (features.ipv6 && ipv6)
+		expire(handle, true);
+	else
+		expire(handle, false);
+	return 0;
+}
+
 static __always_inline __u32 flow_target(__u64 handle, bool is_answer, const bool ipv6)
 {
 	struct flow *flow = flow_at(handle, ipv6);
@@ -939,6 +993,20 @@ static __always_inline const struct rule *rule_of_upstream(__u32 index)
 		return NULL;
 	rule = upstream->rule;
 	return bpf_map_lookup_elem(&rules, &rule);
+}
+
+/* Returns true if a rule keeps flows. */
+static __always_inline bool has_flows(const struct rule *rule)
+{
+	return features.flows && rule->flags & (RULE_FLOWS | RULE_STICKY);
+}
+
+/* Returns the port that the packet's new flow would get, after a dry run of assign_flow(). */
+static __always_inline __be16 drafted_port(void)
+{
+	const struct flow_scratch *draft = get_flow_scratch();
+
+	return draft ? draft->port : 0;
 }
 
 /* Returns the handle that set_flow() has set. */

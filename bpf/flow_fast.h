@@ -113,7 +113,7 @@ static __always_inline const struct upstream *known_upstream_of(const struct flo
 
 	*index = flow->index;
 	upstream = bpf_map_lookup_elem(&upstreams, index);
-	if (!upstream || upstream->id != flow->upstream || upstream->source != SOURCE_FLOW)
+	if (!upstream || upstream->id != flow->upstream || upstream->source != SOURCE_FLOW || !has_port(flow))
 		return NULL;
 	return is_server(flow, upstream, ipv6) ? upstream : NULL;
 }

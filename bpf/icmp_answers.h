@@ -53,6 +53,7 @@ struct error {
 	__be32 source[4];
 	__be32 destination[4];
 	__u32 index;	   /* in `upstreams` */
+	__u32 sticky;	   /* index plus one of the upstream that the client's flow is stuck to; 0: none */
 	__u32 icmp_offset; /* in the frame, in bytes */
 	__u32 udp_offset;  /* of the quoted header */
 };
@@ -204,11 +205,12 @@ static __always_inline bool aim_at_upstream(struct error *error, bool ipv6)
 {
 	const struct rule *rule = match(error->to, error->from, error->from_port, ipv6);
 	const struct upstream *upstream;
-	__u32 selected;
+	__u32 selected = error->sticky;
 
-	if (!rule || !(rule->flags & RULE_REPLIES) || rule->strategy > STRATEGY_SRC_IP_PORT)
+	if (!rule || !(rule->flags & RULE_REPLIES))
 		return false;
-	selected = select_upstream(rule, rule->slots > 1 ? client_key(error, rule, ipv6) : 0);
+	if (!selected && rule->strategy <= STRATEGY_SRC_IP_PORT)
+		selected = select_upstream(rule, rule->slots > 1 ? client_key(error, rule, ipv6) : 0);
 	if (!selected)
 		return false;
 	error->index = selected - 1;
@@ -236,6 +238,10 @@ static __always_inline bool aim_by_flow(struct error *error, __u64 handle, const
 
 	if (!flow)
 		return false;
+	if (!has_port(flow)) {
+		error->sticky = target;
+		return false;
+	}
 	error->index = target - 1;
 	copy_address(error->from, end_address(flow, from, ipv6), ipv6);
 	copy_address(error->to, end_address(flow, to, ipv6), ipv6);

@@ -153,7 +153,7 @@ static __always_inline bool fill_fixed_source(const struct upstream *upstream, s
 	return true;
 }
 
-/* Returns true if the flow has the new headers. In a dry run a new one is not made, and has none. */
+/* Returns true if the flow has the new headers. In a dry run a new one is not made, and only drafted. */
 static __always_inline bool uses_flow(const struct upstream *upstream)
 {
 	const struct xmit *xmit = get_xmit();
@@ -184,6 +184,8 @@ static __always_inline bool fill_rewrite(struct __sk_buff *skb, const struct pkt
 	rw->source_port = 0;
 	if (features.sources && upstream->source == SOURCE_FIXED)
 		return fill_fixed_source(upstream, rw);
+	if (features.flows && features.dry_run && upstream->source == SOURCE_FLOW)
+		rw->source_port = drafted_port();
 	if (upstream->source == SOURCE_EGRESS || (features.flows && upstream->source == SOURCE_FLOW))
 		return egress_address(upstream, rw->source);
 	if (pkt->is_ipv6)

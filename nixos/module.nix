@@ -313,6 +313,9 @@ let
     answers =
       word types.ints.positive 1
         "Number of answers that ends a flow of `reply = \"nat\"`. Without it a flow ends when it has expired.";
+    sticky =
+      word types.bool true
+        "Senders keep their upstream when the list of upstreams changes, by a flow each. The program's default is `false`.";
     health =
       word
         (types.either (types.enum [

@@ -1,4 +1,4 @@
-//! `udplb flows`: lists the flows of rules with `reply: nat`.
+//! `udplb flows`: lists the flows of rules with `reply: nat` or `sticky`.
 
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
@@ -93,7 +93,7 @@ fn text(flows: &[Flow<'_>], width: Option<usize>) -> String {
             flow.client.to_string(),
             flow.vip.to_string(),
             upstream.map_or("gone".into(), |(rule, upstream)| format!("{rule}/{upstream}")),
-            flow.egress.to_string(),
+            flow.egress.map_or("-".into(), |egress| egress.to_string()),
             flow.state.word().into(),
             age(flow.age),
             age(flow.idle),

@@ -1,4 +1,4 @@
-//! `udplb forget`: ends flows of rules with `reply: nat`.
+//! `udplb forget`: ends flows of rules with `reply: nat` or `sticky`.
 
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;

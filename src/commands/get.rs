@@ -34,7 +34,9 @@ use crate::net::Netlink;
 use crate::net::neighbour::{Neighbour, NudState};
 use crate::reconcile::observe::{Observed, observe};
 use crate::telemetry::event::{self, Event, Names};
+use crate::telemetry::flows::{self, Flow, FlowState};
 use crate::telemetry::status::{self, UpstreamStatus};
+use crate::time;
 
 /// Default source port.
 const PORT: u16 = 1024;
@@ -238,12 +240,24 @@ pub struct Outcome {
     /// Source of the packet as it is sent.
     pub source: Option<SocketAddr>,
     pub destination: Option<SocketAddr>,
+    /// Flow that the packet belongs to, or that it would make.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flow: Option<PacketFlow>,
     pub verdict: &'static str,
     #[serde(skip)]
     endpoint: Option<String>,
     /// State and override in words.
     #[serde(skip)]
     condition: Option<&'static str>,
+}
+
+/// Flow of a packet.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct PacketFlow {
+    /// `None`: there is none yet. Its port is the one that it would get now.
+    pub state: Option<FlowState>,
+    /// Time since the last packet of either side.
+    pub idle_seconds: Option<f64>,
 }
 
 /// Next hop of a packet.
@@ -277,6 +291,8 @@ async fn answer(global: &Global, options: &Options, netlink: &Netlink) -> Result
         false => (Vec::new(), TC_ACT_UNSPEC),
     };
     let maps = state_maps::open(&guard)?.context(state_maps::INCOMPLETE)?;
+    let flow_names = flows::Names::new(serving.hosts());
+    let flow = flow_of(&guard, serving, &flow_names, &question)?;
     drop(guard);
 
     let mut answer = Answer {
@@ -300,9 +316,27 @@ async fn answer(global: &Global, options: &Options, netlink: &Netlink) -> Result
     let rules = reading.status.rules.iter();
     let rows = rules.flat_map(|rule| rule.destinations().map(|(upstream, _)| upstream));
     let rows = rows.collect();
-    let looked = Looked { maps: &maps, rows, neighbours, dry_run: &asker.dry_run };
+    let looked = Looked { maps: &maps, rows, neighbours, dry_run: &asker.dry_run, flow };
     answer.matched = Some(looked.matched(rule, answer.source.ip(), &mut names, &events, action)?);
     Ok(Some(answer))
+}
+
+/// Returns the flow that a client's packet finds.
+fn flow_of<'a>(
+    guard: &ReadGuard,
+    serving: &Generation,
+    names: &'a flows::Names<'_>,
+    question: &Question,
+) -> anyhow::Result<Option<Flow<'a>>> {
+    let client = Some(question.source.into());
+    let selection = flows::Selection { client, ..flows::Selection::default() };
+    let mut found = None;
+    flows::read(guard, serving, names, &selection, |flow| {
+        if flow.vip == question.destination {
+            found = Some(flow);
+        }
+    })?;
+    Ok(found)
 }
 
 // linux/pkt_cls.h
@@ -371,6 +405,8 @@ struct Looked<'a> {
     rows: Vec<&'a UpstreamStatus>,
     neighbours: Vec<Neighbour>,
     dry_run: &'a DryRunProgram,
+    /// Flow of packets with the same ends.
+    flow: Option<Flow<'a>>,
 }
 
 impl Looked<'_> {
@@ -384,7 +420,10 @@ impl Looked<'_> {
         action: i32,
     ) -> anyhow::Result<Matched> {
         let outcomes = events.iter().map(|event| self.outcome(event, names));
-        let outcomes = outcomes.collect::<anyhow::Result<Vec<Outcome>>>()?;
+        let mut outcomes = outcomes.collect::<anyhow::Result<Vec<Outcome>>>()?;
+        for outcome in outcomes.iter_mut().filter(|it| rule.has_flows() && !it.copy) {
+            outcome.flow = self.flow_to(outcome);
+        }
         Ok(Matched {
             key: diff::key(&rule),
             tc_action: rule.action,
@@ -438,7 +477,20 @@ impl Looked<'_> {
             }),
             source: left.map(|(source, _)| source),
             destination: left.map(|(_, destination)| destination),
+            flow: None,
             verdict: event.verdict(),
+        })
+    }
+
+    /// Returns the flow of a packet that is sent; one to elsewhere makes room for a new one.
+    fn flow_to(&self, outcome: &Outcome) -> Option<PacketFlow> {
+        let (source, destination) = (outcome.source?, outcome.destination?);
+        let known = self.flow.as_ref().filter(|flow| {
+            flow.server == destination && flow.egress.is_none_or(|egress| egress == source)
+        });
+        Some(PacketFlow {
+            state: known.map(|flow| flow.state),
+            idle_seconds: known.map(|flow| flow.idle),
         })
     }
 
@@ -613,6 +665,14 @@ impl Outcome {
                 if self.here { "here" } else { "leaves as" },
                 &format!("{source} > {destination}"),
             )?;
+        }
+        match &self.flow {
+            Some(PacketFlow { state: Some(state), idle_seconds }) => {
+                let idle = time::age(idle_seconds.unwrap_or(0.0) as u64);
+                line("flow", &format!("{}, idle for {idle}", state.word()))?;
+            }
+            Some(_) => line("flow", "new, with the port that it would get now")?,
+            None => {}
         }
         line("verdict", self.verdict)
     }

@@ -110,7 +110,7 @@ pub enum Command {
     Drain(drain::Options),
     /// Send to an upstream again, whatever its state in the file.
     Enable(enable::Options),
-    /// List the flows of rules with `reply: nat`.
+    /// List the flows of rules with `reply: nat` or `sticky`.
     Flows(flows::Options),
     /// End flows: the next packet of a client selects an upstream anew.
     ///

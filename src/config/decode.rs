@@ -142,6 +142,7 @@ struct Options {
     health: Given<Health>,
     answers: Given<u32>,
     senders: Given<u32>,
+    sticky: Given<bool>,
 }
 
 impl Options {
@@ -157,6 +158,7 @@ impl Options {
             payload: self.payload.or(defaults.payload),
             answers: self.answers.or(defaults.answers),
             senders: self.senders.or(defaults.senders),
+            sticky: self.sticky.or(defaults.sticky),
             health: self.health.clone().or(defaults.health.clone()),
         }
     }
@@ -422,6 +424,7 @@ impl Decoder {
             let message = message.help("leave it out, or set `reply: nat`");
             self.error(&at_options.field(words::ANSWERS.name), message);
         }
+        let sticky = self.sticky(&own, &options, reply, &at_options);
 
         let (name, key, (strategy, payload, hash)) = (name?, key?, selection?);
         let rule = RuleConfig {
@@ -436,6 +439,7 @@ impl Decoder {
             reply: reply?,
             via: self.via(&own, &options, reply?, &at_options),
             answers: options.answers.value().filter(|_| reply == Some(Reply::Nat)),
+            sticky,
             health: match &options.health {
                 Given::Missing => Health::Off,
                 Given::Invalid => return None,
@@ -593,6 +597,30 @@ impl Decoder {
             self.error(&at.field(words::VIA.field.name), message);
         }
         None
+    }
+
+    /// Returns true if senders keep their upstream, and reports where this has no meaning.
+    fn sticky(
+        &mut self,
+        own: &Options,
+        options: &Options,
+        reply: Option<Reply>,
+        at: &Trail<'_>,
+    ) -> bool {
+        let message = match (self.option(options, &words::MODE), reply) {
+            (Some(Mode::Replicate), _) => {
+                "`sticky` needs `mode: balance`: with `mode: replicate` every upstream gets each packet"
+            }
+            (_, Some(Reply::Nat)) => {
+                "with `reply: nat` senders keep their upstream anyway, by the flow of their answers"
+            }
+            _ => return options.sticky.value().unwrap_or(false),
+        };
+        if own.sticky.value() == Some(true) {
+            let message = Message::new(message).help("leave `sticky` out");
+            self.error(&at.field(words::STICKY.name), message);
+        }
+        false
     }
 
     /// Returns the source of outgoing packets: answers that are routed need the client's own, and those of
@@ -905,6 +933,10 @@ impl Decoder {
         }
         options.answers = self.count(&fields, &words::ANSWERS, &words::ANSWER_COUNT, at);
         options.senders = self.count(&fields, &words::SENDERS, &words::SENDER_COUNT, at);
+        if let Some(node) = fields.get(&words::STICKY) {
+            let sticky = self.ok(&at.field(words::STICKY.name), scalar::switch(node));
+            options.sticky = sticky.map_or(Given::Invalid, Given::Valid);
+        }
         options
     }
 

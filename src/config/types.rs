@@ -421,6 +421,8 @@ pub struct RuleConfig {
     pub via: Option<Via>,
     /// Number of answers that ends a flow; none ends it without.
     pub answers: Option<u32>,
+    /// Senders keep their upstream.
+    pub sticky: bool,
     pub health: Health,
     pub all_down: AllDown,
     pub fragments: Fragments,

@@ -234,9 +234,12 @@ pub static ANNOUNCE: Field = Field::new(
 pub static INTERFACE_NAME: Field =
     Field::new("name", Shape::Interface, "Name of the interface.").required().example("ens3");
 pub static XDP: EnumField = EnumField::new(&XDP, "xdp", &["off", "native", "generic"], "Sends packets of `block` rules on before the kernel has made them an skb: in the driver (`native`), or in the kernel (`generic`, which saves less). All others go on to tc. See [XDP](performance.md#xdp) for its conditions.").default("off").example("native");
-pub static FLOWS: Field =
-    Field::new("flows", Shape::Map(&FLOWS_MAP), "Table of the flows of rules with `reply: nat`.")
-        .example("{ entries: 262144, ports: \"1024-65535\" }");
+pub static FLOWS: Field = Field::new(
+    "flows",
+    Shape::Map(&FLOWS_MAP),
+    "Table of the flows of rules with `reply: nat` or `sticky`.",
+)
+.example("{ entries: 262144, ports: \"1024-65535\" }");
 pub static FLOWS_ENTRIES: Field = Field::new(
     "entries",
     Shape::Number(&FLOW_COUNT),
@@ -334,8 +337,9 @@ pub static SOURCE: EnumField = EnumField::new(&SOURCE, "source", SOURCES, "Sende
 pub static REPLY: EnumField = EnumField::new(&REPLY, "reply", &["none", "direct", "route", "nat"], "Way of the upstreams' answers. `direct`: packets keep their destination, and the upstreams, which have that address too, answer the client themselves. `route`: the upstreams see the client and route their answers through a host with this rule, where they get the address and port as source that the client had sent to. `nat`: the upstreams see this host, with a port of its own for each client, and answer to it; they need nothing for that. All need `tc_action: block` and `mode: balance`; `nat` needs `source: egress`, the others `source: preserve`, their defaults then.").default("none").example("route");
 const WAYS: &[&str] = &["link", "ipip", "gue"];
 pub static VIA: EnumField = EnumField::new(&VIA, "via", WAYS, "With `reply: direct`: the packet goes to the upstream by its MAC address (`link`, in one network), in an IP header (`ipip`), or in a UDP header to port 6080 (`gue`).").inherits("none, and `reply: direct` needs one").example("gue");
-pub static ANSWERS: Field = Field::new("answers", Shape::Number(&ANSWER_COUNT), "Number of answers after which a flow of `reply: nat` ends at once, for protocols that are known to answer so often. An answer in fragments is not counted.").default("none: a flow ends when it has expired").example("1");
+pub static ANSWERS: Field = Field::new("answers", Shape::Number(&ANSWER_COUNT), "Number of answers after which a flow of `reply: nat` ends at once, for protocols that are known to answer so often. An answer in fragments is one.").default("none: a flow ends when it has expired").example("1");
 pub static ANSWER_COUNT: Number = Number { what: "a number of answers", first: 1, last: 1_000_000 };
+pub static STICKY: Field = Field::new("sticky", Shape::Switch, "With `true` a sender keeps its upstream when others are added, drained ones come back or weights change: its address and port have a flow in the table of `flows`. It moves when the upstream is removed, or down with `health`. A drained one keeps it. With `reply: nat` senders have flows anyway.").default("false").example("true");
 pub static STRATEGY: EnumField = EnumField::new(&STRATEGY, "strategy", &["src-port", "src-ip", "src-ip-port", "dst-port", "random", "payload"], "Part of the packet that selects its upstream: address or port of the sender, both, the port that the packet was sent to, or bytes of the payload; `random` selects for each packet anew. A list selects by several parts together, in any order, as in `[src-ip, payload]`.").or_list(&STRATEGY, &PART_WORDS).default("src-ip-port").in_list(&["src-port", "src-ip"], "src-port").example("src-ip");
 pub static PAYLOAD: Field = Field::new("payload", Shape::WordsOrMap(&PAYLOAD_WORDS, &PAYLOAD_MAP), "Bytes that the `strategy` `payload` selects by: the name of the first StatsD metric (`statsd`), a field of sFlow 5 (`sflow-agent`, of IPv4), NetFlow 9 (`netflow9-source`), IPFIX (`ipfix-domain`), GTP-U (`gtpu-teid`), DNS (`dns-id`) or RADIUS (`radius-id`), or `offset` and `length`. A packet that is too short is selected by `src-ip-port`.").default("none").example("{ offset: 4, length: 8 }");
 pub static HASH: EnumField = EnumField::new(&HASH, "hash", &["modulo", "maglev"], "Mapping from the selecting part to an upstream. With `maglev` another upstream, or one less, moves few flows of the others; `modulo` goes by the place in the list.").default("maglev").list_default("modulo").example("modulo");
@@ -548,6 +552,7 @@ pub static OPTIONS_MAP: Table = Table {
         &REPLY.field,
         &VIA.field,
         &ANSWERS,
+        &STICKY,
         &STRATEGY.field,
         &PAYLOAD,
         &HASH.field,

@@ -16,6 +16,7 @@ use crate::bpf::{
     self, OBJECT_SHA256, OpenUdplbSkel, Pod, UdplbSkel, UdplbSkelBuilder, bytes_of, bytes_of_all,
     map_id, types,
 };
+use crate::config::Reply;
 use crate::datapath::description::{Description, Generation, Origin, ProgramName, all};
 use crate::datapath::hook::Known;
 use crate::datapath::pins::{ReadGuard, WriteGuard, remove_pins};
@@ -247,7 +248,10 @@ fn key_tables(tables: &Tables, seed: u64) -> anyhow::Result<KeyTables> {
 }
 
 fn flow_settings(desired: &Desired, tables: &Tables) -> anyhow::Result<types::flow_settings> {
-    Ok(settings(&desired.flows, lease::ticks_per_second()?, tables.orphans))
+    let settings = settings(&desired.flows, lease::ticks_per_second()?, tables.orphans);
+    let any_nat = desired.rules.iter().any(|rule| rule.reply == Reply::Nat);
+    // without ports, no packet is looked up as an answer
+    Ok(types::flow_settings { ports: if any_nat { settings.ports } else { 0 }, ..settings })
 }
 
 fn size(

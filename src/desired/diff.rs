@@ -187,6 +187,8 @@ fn attributes(rule: &Rule) -> Vec<(&'static str, String)> {
         ("hash", word(&rule.hash)),
         ("source", word(&rule.source)),
         ("reply", word(&rule.reply)),
+        ("answers", rule.answers.map_or("none".into(), |answers| answers.to_string())),
+        ("sticky", rule.sticky.to_string()),
         ("via", rule.via.map_or("none".into(), |via| word(&via))),
         ("health", rule.health.to_string()),
         ("all-down", word(&rule.all_down)),
@@ -195,7 +197,6 @@ fn attributes(rule: &Rule) -> Vec<(&'static str, String)> {
         ("martians", word(&rule.martians)),
         ("senders", rule.senders.map_or("none".into(), |senders| senders.to_string())),
     ];
-    attributes.extend(rule.answers.map(|answers| ("answers", answers.to_string())));
     attributes.extend(slots(rule).map(|slots| ("slots", slots.to_string())));
     attributes
 }
@@ -557,9 +558,9 @@ mod tests {
     fn everything() {
         let mut new = desired(&[ONE, TWO].concat());
         let from_nothing = Changes::new(&Desired::default(), &new, &[]);
-        let attributes = "    all-down: open\n    fragments: follow\n    hash: modulo\n    health: off\n    martians: deny\n    \
-             mode: balance\n    payload: none\n    reply: none\n    senders: none\n    source: vip\n    strategy: src-ip-port\n    \
-             tc_action: pass\n    via: none\n    zero-checksum: deny\n";
+        let attributes = "    all-down: open\n    answers: none\n    fragments: follow\n    hash: modulo\n    health: off\n    \
+             martians: deny\n    mode: balance\n    payload: none\n    reply: none\n    senders: none\n    source: vip\n    \
+             sticky: false\n    strategy: src-ip-port\n    tc_action: pass\n    via: none\n    zero-checksum: deny\n";
         assert_eq!(
             from_nothing.to_string(),
             format!(

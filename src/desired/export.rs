@@ -98,6 +98,9 @@ fn options(rule: &Rule) -> Value {
     if let Some(answers) = rule.answers {
         options["answers"] = json!(answers);
     }
+    if rule.sticky {
+        options["sticky"] = json!(true);
+    }
     if let Some(payload) = rule.payload {
         options["payload"] = match (payload.word(), payload.bytes()) {
             (None, Some((offset, length))) => json!({ "offset": offset, "length": length }),

@@ -42,9 +42,10 @@ impl Sizes {
         self.port_lines * HINTS
     }
 
-    /// Repeats `place_of_flow()`.
-    fn port_place(&self, flow: &types::flow6) -> usize {
-        scale(self.hash(flow, SERVER, EGRESS) as u32, self.places()) as usize
+    /// Repeats `place_of_flow()`; `None` for a flow without a port, of a sticky sender.
+    fn port_place(&self, flow: &types::flow6) -> Option<usize> {
+        let place = || scale(self.hash(flow, SERVER, EGRESS) as u32, self.places()) as usize;
+        (flow.flow.ports[EGRESS] != 0).then(place)
     }
 
     /// Repeats `first_bucket()` and `second_bucket()`.
@@ -103,20 +104,23 @@ pub fn place(sizes: &Sizes, clock: &FlowClock, old: &Old) -> New {
     let mut lost = 0;
     for index in alive {
         let place = sizes.port_place(&old.flows[index as usize]);
-        // a mark, until its number is known
-        if hints[place] == 0 && table.insert(index) {
-            hints[place] = u32::MAX;
-        } else {
+        let is_free = place.is_none_or(|place| hints[place] == 0);
+        if !is_free || !table.insert(index) {
             lost += 1;
+        } else if let Some(place) = place {
+            // a mark, until its number is known
+            hints[place] = u32::MAX;
         }
     }
     let numbered = (1..).zip(table.buckets.as_flattened());
     for (number, placed) in numbered.filter_map(|(number, it)| Some((number, (*it)?))) {
         let flow = &old.flows[placed.flow as usize];
-        hints[sizes.port_place(flow)] = clock.hint(number, flow.flow.created);
+        if let Some(place) = sizes.port_place(flow) {
+            hints[place] = clock.hint(number, flow.flow.created);
+        }
     }
     let unplaced = old.flows.iter().filter(|it| is_alive(&it.flow, true));
-    let resting = unplaced.map(|flow| sizes.port_place(flow));
+    let resting = unplaced.filter_map(|flow| sizes.port_place(flow));
     let resting: Vec<usize> = resting.chain(resting_places(sizes, clock, &old.hints)).collect();
     for place in resting.into_iter().filter(|place| hints[*place] == 0).collect::<Vec<_>>() {
         hints[place] = clock.hint(0, clock.now());
@@ -255,7 +259,7 @@ mod tests {
             let hash = sizes.hash(flow, super::CLIENT, super::VIP);
             assert!(sizes.buckets(hash).contains(&((number - 1) / 8)));
             assert_eq!(placed.tag, (hash >> 16) as u16);
-            let hint = new.hints[sizes.port_place(flow)];
+            let hint = new.hints[sizes.port_place(flow).expect("a port")];
             assert_eq!((hint & 0x3f_ffff, hint >> 22), (number, NOW - 100), "of its creation");
             found.push(placed.flow);
         }
@@ -275,6 +279,18 @@ mod tests {
             assert_eq!(new.lost, 0, "{entries}");
             assert_eq!(check(&sizes, &old, &new).len(), old.flows.len());
         }
+    }
+
+    #[test]
+    fn flows_without_port_need_no_hint() {
+        let mut old = full(4096);
+        for flow in &mut old.flows {
+            flow.flow.ports[super::EGRESS] = 0;
+        }
+        let new = place(&sizes(8192), &clock(), &old);
+        assert_eq!(new.lost, 0);
+        assert_eq!(new.buckets.as_flattened().iter().flatten().count(), old.flows.len());
+        assert!(new.hints.iter().all(|hint| *hint == 0));
     }
 
     #[test]
@@ -308,7 +324,7 @@ mod tests {
             let old = Old { flows: vec![state(2, age)], hints: vec![0] };
             let new = place(&sizes, &clock(), &old);
             assert_eq!((check(&sizes, &old, &new).len(), new.lost), (placed, 0), "{age}");
-            let hint = new.hints[sizes.port_place(&old.flows[0])];
+            let hint = new.hints[sizes.port_place(&old.flows[0]).expect("a port")];
             assert_eq!(hint == clock().hint(0, NOW), rests, "{age}");
         }
         let free = Old { flows: vec![state(0, 0), state(4, 0)], hints: vec![0] };

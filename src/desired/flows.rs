@@ -23,7 +23,7 @@ const BEATS: u32 = 4;
 impl Rule {
     /// Returns true if the rule's packets make flows.
     pub fn has_flows(&self) -> bool {
-        self.reply == Reply::Nat
+        self.reply == Reply::Nat || self.sticky
     }
 }
 

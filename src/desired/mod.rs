@@ -86,6 +86,9 @@ pub struct Rule {
     /// Number of answers that ends a flow.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answers: Option<u32>,
+    /// Senders keep their upstream, by a flow each.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub sticky: bool,
     #[serde(default, skip_serializing_if = "is_default")]
     pub health: Health,
     #[serde(default, skip_serializing_if = "is_default")]
@@ -174,6 +177,7 @@ impl Rule {
             reply: Reply::None,
             via: None,
             answers: None,
+            sticky: false,
             health: Health::Off,
             all_down: AllDown::Open,
             fragments: Fragments::Follow,
@@ -487,6 +491,7 @@ fn written(rule: &config::RuleConfig) -> Rule {
         reply: rule.reply,
         via: rule.via,
         answers: rule.answers,
+        sticky: rule.sticky,
         health: rule.health.clone(),
         all_down: rule.all_down,
         fragments: rule.fragments,

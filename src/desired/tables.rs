@@ -59,6 +59,7 @@ impl Tables {
         tables.slots = slots.lines();
         tables.destinations = by_destination(&tables.upstreams);
         tables.answers = answers(desired, ids);
+        tables.indexes = indexes(desired, ids);
         tables.answer_entries(desired, ids);
         tables.orphans(desired);
         tables.source_entries(desired);
@@ -107,9 +108,7 @@ impl Tables {
                     Reply::Nat => {
                         let source = types::source::SOURCE_FLOW_VIP;
                         self.upstreams.push(types::upstream { source, ..answers });
-                        let asked = &mut self.upstreams[place as usize];
-                        asked.linked = entry;
-                        self.indexes.push((asked.id, place));
+                        self.upstreams[place as usize].linked = entry;
                     }
                 }
             }
@@ -337,7 +336,7 @@ impl Tables {
     fn entry(&self, index: u32) -> u32 {
         use types::entry as entries;
         let rule = &self.rules[index as usize];
-        let slow = flags::RULE_OF_GROUP.0 | flags::RULE_SOCKETS.0;
+        let slow = flags::RULE_OF_GROUP.0 | flags::RULE_SOCKETS.0 | flags::RULE_STICKY.0;
         let has_flows = rule.flags.0 & flags::RULE_FLOWS.0 != 0;
         let first = rule.first_receiver;
         // the fast path finds lines by the index of the upstream
@@ -507,6 +506,13 @@ pub fn first_upstreams(desired: &Desired) -> impl Iterator<Item = u32> {
     })
 }
 
+/// Returns the places of upstreams that have flows, by id.
+fn indexes(desired: &Desired, ids: &[RuleIds]) -> Vec<(u32, u32)> {
+    let rules = desired.rules.iter().zip(ids).zip(first_upstreams(desired));
+    let with_flows = rules.filter(|((rule, _), _)| rule.has_flows());
+    with_flows.flat_map(|((_, ids), first)| ids.upstreams.iter().copied().zip(first..)).collect()
+}
+
 /// Returns the sources of upstreams' answers. A host that is no sender of a rule never looks them up.
 fn answers(desired: &Desired, ids: &[RuleIds]) -> Vec<(types::answer_key, u32)> {
     let mut answers = BTreeSet::new();
@@ -640,7 +646,7 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
         tunnels: any(&|rule| rule.upstreams.iter().any(|it| is_tunnel(rule.via_of(it)))),
         here: any(&|rule| rule.destinations().any(Upstream::is_local)),
         sources: any(&|rule| rule.destinations().any(|it| rule.source_of(it).fixed().is_some())),
-        flows: any(&|rule| rule.reply == Reply::Nat),
+        flows: any(&Rule::has_flows),
         decap: desired.decap.is_some().into(),
         sender_tables: (!tables.sender_tables.is_empty()).into(),
         ..Default::default()
@@ -670,6 +676,7 @@ fn flags_of(rule: &Rule, desired: &Desired) -> flags {
         (flags::RULE_SOCKETS, takes_answers(rule, desired.local_ports)),
         (flags::RULE_REPLIES, matches!(rule.reply, Reply::Direct | Reply::Route)),
         (flags::RULE_FLOWS, rule.reply == Reply::Nat),
+        (flags::RULE_STICKY, rule.sticky),
     ]
     .into_iter()
     .filter(|(_, is)| *is);

@@ -102,7 +102,7 @@ impl UpstreamState {
     /// Returns why the upstream can have no flows; `None`: it can.
     pub fn why_no_flows(&self) -> Option<String> {
         match (self.rule_has_flows, self.role) {
-            (false, _) => Some(format!("rule {} has no `reply: nat`", self.rule)),
+            (false, _) => Some(format!("rule {} has no `reply: nat` or `sticky`", self.rule)),
             (true, Role::Mirror) => Some("mirrors get copies only".into()),
             (true, Role::Upstream) => None,
         }

@@ -76,11 +76,12 @@ impl Event {
         is_forwarded(self.0.verdict)
     }
 
-    /// Returns true if the upstream was selected by a key.
+    /// Returns true if the upstream was selected by a key, and not by a flow.
     pub fn is_selected(&self, rule: &Rule, is_copy: bool) -> bool {
+        const NO_SLOT: u32 = u32::MAX;
         let found = self.0.upstream != 0 || self.verdict() == "no-upstream";
         let several = rule.mode == Mode::Balance && rule.upstreams.len() > 1;
-        several && found && !is_copy && self.0.fragment == 0
+        several && found && !is_copy && self.0.fragment == 0 && self.0.slot != NO_SLOT
     }
 
     fn is_ipv6(&self) -> bool {

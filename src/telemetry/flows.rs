@@ -21,8 +21,8 @@ pub struct Flow<'a> {
     pub client: SocketAddr,
     /// Address and port that the client has sent to.
     pub vip: SocketAddr,
-    /// This host's address and port, which the upstream sees.
-    pub egress: SocketAddr,
+    /// This host's address and port, which the upstream sees; `None` with `sticky`.
+    pub egress: Option<SocketAddr>,
     /// Address and port of the upstream.
     pub server: SocketAddr,
     pub state: FlowState,
@@ -87,6 +87,12 @@ pub struct Client {
     port: Option<u16>,
 }
 
+impl From<SocketAddr> for Client {
+    fn from(client: SocketAddr) -> Client {
+        Client { address: client.ip(), port: Some(client.port()) }
+    }
+}
+
 impl std::str::FromStr for Client {
     type Err = String;
 
@@ -143,7 +149,7 @@ impl<'a> Names<'a> {
             upstream: known.map(|(_, label, _)| label.as_str()),
             client,
             vip,
-            egress,
+            egress: (egress.port() != 0).then_some(egress),
             server,
             state,
             age: clock.since(flow.created).as_secs_f64(),
@@ -279,7 +285,7 @@ mod tests {
         assert_eq!(flow.client, "10.0.3.2:40000".parse().unwrap());
         assert_eq!(flow.vip, "10.0.1.1:53".parse().unwrap());
         assert_eq!(flow.server, "10.0.2.2:5353".parse().unwrap());
-        assert_eq!(flow.egress, "10.0.2.1:1024".parse().unwrap());
+        assert_eq!(flow.egress, "10.0.2.1:1024".parse().ok());
         assert_eq!((flow.state, flow.packets, flow.answers), (FlowState::Answered, 3, 1));
         assert_eq!((flow.age, flow.idle, flow.left), (12.8, 1.024, 226.0 * 0.128));
         assert_eq!(names.flow(&record(0), &clock()), None);

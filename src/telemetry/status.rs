@@ -11,7 +11,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::bpf::{self, DECAPSULATED, Runs, types};
-use crate::config::{Address, Decap, Mode, Reply, State, Xdp};
+use crate::config::{Address, Decap, Mode, State, Xdp};
 use crate::datapath::counters::{Count, Counts};
 use crate::datapath::description::{self, Generation};
 use crate::datapath::pins::{self, ReadGuard, Store};
@@ -149,7 +149,7 @@ pub struct RuleStatus {
     /// Receivers of additional copies.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub mirrors: Vec<UpstreamStatus>,
-    /// Flows of the upstreams, with `reply: nat`.
+    /// Flows of the upstreams, with `reply: nat` or `sticky`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flows: Option<FlowCounts>,
     /// Senders, of a rule that counts them.
@@ -205,7 +205,7 @@ pub struct UpstreamStatus {
     /// Answers of the upstream that came through this host; none where the rule's `reply` asks for none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub answers: Option<Counts>,
-    /// Flows that go to it, with `reply: nat`.
+    /// Flows that go to it, with `reply: nat` or `sticky`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flows: Option<FlowCounts>,
     /// Rate of forwarded packets.
@@ -475,10 +475,10 @@ impl Status {
         Ok(())
     }
 
-    /// Fills in the flows of rules with `reply: nat`.
+    /// Fills in the flows of rules that have them.
     fn count_flows(&mut self, guard: &ReadGuard, serving: &Generation) -> anyhow::Result<()> {
         let desired = &serving.description.desired;
-        let with_flows = desired.rules.iter().filter(|rule| rule.reply == Reply::Nat);
+        let with_flows = desired.rules.iter().filter(|rule| rule.has_flows());
         let with_flows: BTreeSet<&str> = with_flows.map(|rule| rule.name.as_str()).collect();
         if with_flows.is_empty() {
             return Ok(());

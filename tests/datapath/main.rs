@@ -11,6 +11,7 @@ mod prelude;
 mod program;
 mod random;
 mod reference;
+mod sticky;
 mod testbed;
 
 mod admission;

@@ -243,6 +243,27 @@ fn a_flow_ends_with_its_last_answer() {
     });
 }
 
+/// An answer in fragments is one answer: all of them reach the client, and the flow has ended with the first.
+#[test]
+fn a_flow_ends_with_a_fragmented_answer() {
+    Testbed::with(|testbed| {
+        let all = both().into_iter().map(|rule| Rule { answers: Some(1), ..rule });
+        configure(testbed, all.collect());
+        for family in 0..2 {
+            let port = open(testbed, family);
+            let mut whole = answer(family, port);
+            whole.udp.payload = 3000;
+            let context = Context { ifindex: testbed.routing, ..Context::default() };
+            for piece in fragments(&whole.frame(), 1400, 77) {
+                assert_eq!(testbed.program.run(&piece, context).action, REDIRECT);
+                // nobody else finds the flow between the fragments
+                assert_eq!(run(testbed, &answer(family, port)).0.action, UNSPEC);
+            }
+            assert_ne!(open(testbed, family), port, "its port is not free yet");
+        }
+    });
+}
+
 /// Fragments follow the first one in both directions, with identifications of this host.
 #[test]
 fn fragments_follow_their_flow() {
@@ -682,6 +703,39 @@ fn flows_survive_apply_and_rollback() {
     assert_eq!(ports(), seen);
     lab.run("drain dns/u1").expect(0);
     assert_eq!(ports(), seen, "drained: flows stay");
+}
+
+/// `get` shows the port that a flow would get, and then the flow itself, and changes nothing.
+#[test]
+fn a_dry_run_shows_the_flow() {
+    let lab = Lab::dual(true, true);
+    lab.apply(&replying("nat"));
+    for net in [V4, V6] {
+        let client = SocketAddr::new(net.clients[0], 40_000);
+        let get = |options: &str| {
+            let key = SocketAddr::new(net.key, 53);
+            lab.run(&format!("get {client} {key} -i eth0 {options}")).expect(0)
+        };
+        let outcome = || get("-o json").json()["outcomes"][0].clone();
+        let before = outcome();
+        let port: SocketAddr = before["source"].as_str().expect("a source").parse().expect("one");
+        assert_eq!(port.ip(), net.egress);
+        assert!((1024..=32_767).contains(&port.port()), "{port}");
+        assert_eq!(before["flow"], json!({ "state": null, "idle_seconds": null }));
+        assert!(get("").stdout.contains("flow      new, with the port that it would get now\n"));
+        assert_eq!(outcome(), before);
+        assert!(listed(&lab, &format!("--client {client}")).is_empty());
+
+        let socket = bind(&lab.client, client.ip(), client.port());
+        socket.connect((net.key, 53)).expect("connected");
+        let server = bind(&lab.upstream, net.upstreams[0], 5353);
+        assert_eq!(ask(&socket, &server, b"a", b"b"), port);
+        let after = outcome();
+        assert_eq!((&after["source"], &after["flow"]["state"]), (&json!(port), &json!("answered")));
+        assert!(get("").stdout.contains("flow      answered, idle for "));
+        let flow = &listed(&lab, &format!("--client {client}"))[0];
+        assert_eq!((&flow["packets"], &flow["answers"]), (&json!(1), &json!(1)));
+    }
 }
 
 /// Returns the flows that `udplb flows` lists.

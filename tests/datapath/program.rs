@@ -312,6 +312,26 @@ impl<'object> Program<'object> {
             let hosts = ids.upstreams.iter_mut().chain(&mut ids.mirrors);
             hosts.chain(&mut ids.answers).for_each(|id| *id += first_id);
         }
+        self.configure_with(desired, ways, ids)
+    }
+
+    /// Replaces all rules, as `apply` does: what was configured before keeps its ids. Returns the ids.
+    pub fn reconfigure(
+        &self,
+        desired: &Desired,
+        ways: &BTreeMap<Address, NextHop>,
+    ) -> Vec<RuleIds> {
+        let (before, known) = self.configured.borrow().clone();
+        let ids = assign_ids(desired, &[(&before, &known)], IDS).expect("ids suffice");
+        self.configure_with(desired, ways, ids)
+    }
+
+    fn configure_with(
+        &self,
+        desired: &Desired,
+        ways: &BTreeMap<Address, NextHop>,
+        ids: Vec<RuleIds>,
+    ) -> Vec<RuleIds> {
         let tables = Tables::new(desired, &ids);
         let maps = &self.skeleton.maps;
         clear(&maps.senders);

@@ -469,6 +469,17 @@ in
           };
           upstream = [ { address = "10.2.0.11"; } ];
         }
+        {
+          key = {
+            address = "10.99.0.53";
+            port = 514;
+          };
+          options = {
+            tc_action = "block";
+            sticky = true;
+          };
+          upstream = [ { address = "10.2.0.11"; } ];
+        }
       ];
     };
   };
