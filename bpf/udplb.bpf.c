@@ -13,6 +13,7 @@
 #include "trace.h"
 #include "count.h"
 #include "lb.h"
+#include "quic.h"
 #include "flow.h"
 #include "senders.h"
 #include "redirect.h"

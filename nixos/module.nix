@@ -186,6 +186,16 @@ let
       description = "Number of bytes of the key.";
     };
   };
+  serverId = words {
+    offset =
+      word (types.ints.between 0 19) 1
+        "Offset of the id in the connection id, in bytes. The program's default is 1.";
+    length = mkOption {
+      type = types.ints.between 1 8;
+      example = 2;
+      description = "Length of the id in bytes.";
+    };
+  };
   payloads = [
     "statsd"
     "sflow-agent"
@@ -271,6 +281,7 @@ let
             "dst-port"
             "random"
             "payload"
+            "quic-cid"
           ])
           (
             types.listOf (
@@ -292,6 +303,10 @@ let
           length = 8;
         }
         "Key of the strategy `payload`, or of a list with it: bytes of the payload, a field of a known protocol, or the name of a StatsD metric (`statsd`).";
+    server-id = word serverId {
+      offset = 1;
+      length = 2;
+    } "Place of the server's id in the connection ids of QUIC, with `strategy = \"quic-cid\"`.";
     hash = word (types.enum [
       "modulo"
       "maglev"
@@ -396,6 +411,9 @@ let
     // {
       via = word way "link" "Way to this upstream, if not the rule's `via`.";
       weight = word (types.ints.between 1 10000) 2 "Share of the flows. The program's default is 1.";
+      server-id =
+        word (types.strMatching "([0-9a-fA-F]{2}){1,8}") "0a01"
+          "Id that this upstream puts into its connection ids, with `strategy = \"quic-cid\"`.";
       priority =
         word (types.ints.between 1 255) 2
           "Upstreams of a higher number get packets while all of the lower ones are drained or down. The program's default is 1.";

@@ -96,6 +96,7 @@ pod!(
     upstream,
     spare,
     answer_key,
+    server_key,
     device,
     flow_bucket,
     flow_bucket6,

@@ -19,13 +19,14 @@ use super::{DEGRADED, complete, netlink};
 use crate::bpf::{self, types};
 use crate::cli::Global;
 use crate::cli::output::report;
-use crate::config::{Action, KeyAddress, Mode, State, with_port};
+use crate::config::{Action, KeyAddress, Mode, State, health, with_port};
 use crate::datapath::description::Generation;
 use crate::datapath::generation::{self, DryRunProgram};
 use crate::datapath::overrides;
 use crate::datapath::pins::{self, ReadGuard};
 use crate::datapath::state_maps::{self, StateMaps};
 use crate::desired::miss::{self, Miss};
+use crate::desired::quic;
 use crate::desired::senders::{self, LeftOut};
 use crate::desired::tables::is_group;
 use crate::desired::{Desired, Rule, Upstream, diff};
@@ -50,9 +51,9 @@ pub struct Options {
     /// Destination; the port is optional if the rules have only one for the address.
     #[arg(value_name = "DST[:PORT]")]
     destination: Endpoint,
-    /// Content of the datagram.
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    payload: String,
+    /// Content of the datagram: text, or hexadecimal digits after `0x`.
+    #[arg(long, value_name = "TEXT", default_value = "", value_parser = payload)]
+    payload: Payload,
     /// Receiving interface, required if there are several.
     #[arg(short, long, value_name = "IF", add = ArgValueCandidates::new(complete::interfaces))]
     interface: Option<String>,
@@ -78,6 +79,14 @@ impl std::str::FromStr for Endpoint {
             Err(_) => Err("an address, `10.0.0.9:5000` or `[2001:db8::9]:5000`".into()),
         }
     }
+}
+
+/// Bytes of a datagram.
+#[derive(Clone, Debug)]
+struct Payload(Vec<u8>);
+
+fn payload(text: &str) -> std::result::Result<Payload, String> {
+    health::payload(text).map(Payload)
 }
 
 pub async fn run(global: &Global, options: &Options) -> Result<u8> {
@@ -201,6 +210,9 @@ pub struct Matched {
     pub mode: Mode,
     /// Selection of the upstream, if there are several.
     pub selection: Option<Selection>,
+    /// With `strategy: quic-cid`: the bytes at the place of the server's id, if there are any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub server_id: Option<String>,
     /// One for each receiver of the packet or a copy.
     pub outcomes: Vec<Outcome>,
     /// Receivers that get no packets of this sender.
@@ -317,7 +329,7 @@ async fn answer(global: &Global, options: &Options, netlink: &Netlink) -> Result
     let rows = rules.flat_map(|rule| rule.destinations().map(|(upstream, _)| upstream));
     let rows = rows.collect();
     let looked = Looked { maps: &maps, rows, neighbours, dry_run: &asker.dry_run, flow };
-    answer.matched = Some(looked.matched(rule, answer.source.ip(), &mut names, &events, action)?);
+    answer.matched = Some(looked.matched(rule, &question, &mut names, &events, action)?);
     Ok(Some(answer))
 }
 
@@ -349,7 +361,7 @@ fn question(desired: &Desired, options: &Options) -> Result<Question> {
     if address.is_ipv4() != to.address.is_ipv4() {
         return Err(Failure::Usage("both addresses must be IPv4 or both IPv6".into()));
     }
-    let length = options.payload.len();
+    let length = options.payload.0.len();
     if length > 60_000 {
         return Err(Failure::Usage("the payload has at most 60000 bytes".into()));
     }
@@ -358,7 +370,7 @@ fn question(desired: &Desired, options: &Options) -> Result<Question> {
     Ok(Question {
         source: SocketAddr::new(address, port),
         destination: SocketAddr::new(to.address, to_port),
-        payload: options.payload.clone().into_bytes(),
+        payload: options.payload.0.clone(),
     })
 }
 
@@ -414,7 +426,7 @@ impl Looked<'_> {
     fn matched(
         &self,
         rule: Rule,
-        sender: IpAddr,
+        question: &Question,
         names: &mut Names,
         events: &[Event],
         action: i32,
@@ -430,7 +442,10 @@ impl Looked<'_> {
             mode: rule.mode,
             selection: self.selection(events, &rule, names)?,
             outcomes,
-            left_out: senders::left_out(&rule, sender),
+            server_id: rule.server_id.and_then(|place| {
+                quic::server_id(&question.payload, place).map(|id| id.to_string())
+            }),
+            left_out: senders::left_out(&rule, question.source.ip()),
             packet: match action {
                 TC_ACT_SHOT => "dropped",
                 TC_ACT_UNSPEC => "delivered",
@@ -617,6 +632,9 @@ impl fmt::Display for Answer {
             line("key", &format!("{strategy}{key}, as a number {number}"))?;
             let instead = instead_of.as_ref().map(|of| format!(", of {of}"));
             line("slot", &format!("{slot} of {slots}{}", instead.unwrap_or_default()))?;
+        }
+        if let Some(id) = &matched.server_id {
+            line("server id", id)?;
         }
         for outcome in &matched.outcomes {
             outcome.lines(&mut line)?;

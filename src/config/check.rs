@@ -14,6 +14,7 @@ use super::{
 use crate::maglev;
 
 mod local;
+mod quic;
 mod reply;
 mod senders;
 
@@ -58,6 +59,7 @@ pub(super) fn check(decoded: &mut Decoded) {
         weights(rule, &mut diagnostics);
         reply::check(rule, &mut diagnostics);
         local::check(rule, &mut diagnostics);
+        quic::check(rule, &mut diagnostics);
         priorities(rule, &mut diagnostics);
     }
     decoded.warnings.extend(large_tables(rules));

@@ -15,7 +15,7 @@ use super::quote::shorten;
 use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, Shape, Table};
 use super::{
     Action, Announce, Decap, Flows, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload,
-    Period, Ports, Reply, RuleConfig, Source, Strategy, StrategyPart, StrategyParts,
+    Period, Ports, Reply, RuleConfig, ServerIdPlace, Source, Strategy, StrategyPart, StrategyParts,
     UpstreamConfig, Via, Xdp, host, scalar,
 };
 
@@ -139,6 +139,7 @@ struct Options {
     strategy: Given<Strategy>,
     source: Given<Source>,
     payload: Given<Payload>,
+    server_id: Given<ServerIdPlace>,
     health: Given<Health>,
     answers: Given<u32>,
     senders: Given<u32>,
@@ -156,6 +157,7 @@ impl Options {
             strategy: self.strategy.or(defaults.strategy),
             source: self.source.or(defaults.source),
             payload: self.payload.or(defaults.payload),
+            server_id: self.server_id.or(defaults.server_id),
             answers: self.answers.or(defaults.answers),
             senders: self.senders.or(defaults.senders),
             sticky: self.sticky.or(defaults.sticky),
@@ -427,6 +429,7 @@ impl Decoder {
         let sticky = self.sticky(&own, &options, reply, &at_options);
 
         let (name, key, (strategy, payload, hash)) = (name?, key?, selection?);
+        let server_id = self.server_id_of(&own, &options, strategy, &at_options)?;
         let rule = RuleConfig {
             name: name.unwrap_or_else(|| key.to_string()),
             key,
@@ -434,6 +437,7 @@ impl Decoder {
             mode: self.option(&options, &words::MODE)?,
             strategy,
             payload,
+            server_id,
             hash,
             source: self.source(&options, reply?)?,
             reply: reply?,
@@ -641,6 +645,7 @@ impl Decoder {
         let given = [
             (&words::STRATEGY.field, own.strategy.is_given()),
             (&words::PAYLOAD, own.payload.is_given()),
+            (&words::SERVER_ID, own.server_id.is_given()),
             (&words::HASH.field, own.get(&words::HASH).is_given()),
         ];
         for (field, _) in given.iter().filter(|(_, given)| *given) {
@@ -673,6 +678,35 @@ impl Decoder {
             _ if own.payload.is_given() => {
                 let message = "`payload` needs `strategy: payload`, or a list with `payload`";
                 self.error(&at.field(words::PAYLOAD.name), Message::new(message));
+                None
+            }
+            _ => Some(None),
+        }
+    }
+
+    /// Returns the place of server ids of the strategy; the outer none is an error.
+    fn server_id_of(
+        &mut self,
+        own: &Options,
+        options: &Options,
+        strategy: Strategy,
+        at: &Trail<'_>,
+    ) -> Option<Option<ServerIdPlace>> {
+        match (strategy, options.server_id) {
+            (Strategy::QuicCid, Given::Missing) => {
+                let message = "the strategy `quic-cid` needs the option `server-id`";
+                let help =
+                    "the place of the id in connection ids: `server-id: { offset: 1, length: 2 }`";
+                let at = at.field(words::STRATEGY.field.name);
+                self.error(&at, Message::new(message).help(help));
+                None
+            }
+            (Strategy::QuicCid, place) => place.value().map(Some),
+            _ if own.server_id.is_given()
+                && self.option(options, &words::MODE) == Some(Mode::Balance) =>
+            {
+                let message = "`server-id` needs `strategy: quic-cid`";
+                self.error(&at.field(words::SERVER_ID.name), Message::new(message));
                 None
             }
             _ => Some(None),
@@ -879,6 +913,7 @@ impl Decoder {
         let priority =
             self.optional(&fields, &words::UPSTREAM_PRIORITY, at, number(&words::PRIORITY));
         let sample = self.optional(&fields, &words::UPSTREAM_SAMPLE, at, number(&words::SAMPLE));
+        let server_id = self.optional(&fields, &words::UPSTREAM_SERVER_ID, at, scalar::server_id);
         let from = self.senders(&fields, &words::UPSTREAM_FROM, at);
         let not_from = self.senders(&fields, &words::UPSTREAM_NOT_FROM, at);
         let state = self.choice(&fields, &words::UPSTREAM_STATE, at);
@@ -902,6 +937,7 @@ impl Decoder {
             source: source?,
             via: via?,
             sample: sample?,
+            server_id: server_id?,
             from: from?,
             not_from: not_from?,
             at: at.path(),
@@ -926,6 +962,10 @@ impl Decoder {
         if let Some(node) = fields.get(&words::PAYLOAD) {
             let payload = self.payload(node, &at.field(words::PAYLOAD.name));
             options.payload = payload.map_or(Given::Invalid, Given::Valid);
+        }
+        if let Some(node) = fields.get(&words::SERVER_ID) {
+            let place = self.server_id_place(node, &at.field(words::SERVER_ID.name));
+            options.server_id = place.map_or(Given::Invalid, Given::Valid);
         }
         if let Some(node) = fields.get(&words::HEALTH) {
             let health = self.health(node, &at.field(words::HEALTH.name));
@@ -978,6 +1018,26 @@ impl Decoder {
         };
         self.error(at, Message::new(message).help(help));
         None
+    }
+
+    fn server_id_place(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<ServerIdPlace> {
+        /// Maximum length of a connection id (RFC 9000, section 17.2).
+        const CONNECTION_ID: u32 = 20;
+        let fields = self.fields(node, &words::SERVER_ID_MAP, at)?;
+        let offset =
+            self.optional(&fields, &words::SERVER_ID_OFFSET, at, number(&words::SERVER_ID_OFFSETS));
+        let length =
+            self.optional(&fields, &words::SERVER_ID_LENGTH, at, number(&words::SERVER_ID_LENGTHS));
+        let (offset, length) = (offset?.unwrap_or(1), length??);
+        if offset + length > CONNECTION_ID {
+            let message = format!(
+                "{length} bytes at {offset} end beyond a connection id, which has at most \
+                 {CONNECTION_ID} bytes"
+            );
+            self.error(at, Message::new(message));
+            return None;
+        }
+        Some(ServerIdPlace { offset: offset as u8, length: length as u8 })
     }
 
     fn payload(&mut self, node: &Node<'_>, at: &Trail<'_>) -> Option<Payload> {

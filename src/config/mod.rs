@@ -48,8 +48,8 @@ pub use reference::{MARKS, manual, markdown};
 pub use schema::schema;
 pub use types::{
     Action, Addresses, Admission, Announce, Decap, Flows, Fragments, Hash, Key, Mode, Payload,
-    Ports, Reply, RuleConfig, Source, State, Strategy, StrategyPart, StrategyParts, UpstreamConfig,
-    Via, Xdp,
+    Ports, Reply, RuleConfig, ServerId, ServerIdPlace, Source, State, Strategy, StrategyPart,
+    StrategyParts, UpstreamConfig, Via, Xdp,
 };
 pub use vocabulary::ANY;
 use vocabulary::INTERFACES;

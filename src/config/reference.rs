@@ -4,13 +4,13 @@ use std::fmt::Write as _;
 
 use super::vocabulary::{
     ANNOUNCE_MAP, ANY, DECAP_MAP, DNS_MAP, FLOWS_MAP, Field, HEALTH_MAP, HTTP_MAP, INTERFACE_MAP,
-    KEY_MAP, LOCAL, OPTIONS_MAP, PAYLOAD_MAP, RADIUS_MAP, ROOT_MAP, RULE_MAP, Root, SNMP_MAP,
-    Shape, Table, UDP_MAP, UPSTREAM_MAP, list,
+    KEY_MAP, LOCAL, OPTIONS_MAP, PAYLOAD_MAP, RADIUS_MAP, ROOT_MAP, RULE_MAP, Root, SERVER_ID_MAP,
+    SNMP_MAP, Shape, Table, UDP_MAP, UPSTREAM_MAP, list,
 };
 
 /// The maps of a file, with what stands before the names of their fields. A mirror has the fields of an
 /// upstream.
-const SECTIONS: [(&str, &Table); 16] = [
+const SECTIONS: [(&str, &Table); 17] = [
     ("", &ROOT_MAP),
     ("interfaces[].", &INTERFACE_MAP),
     ("announce.", &ANNOUNCE_MAP),
@@ -20,6 +20,7 @@ const SECTIONS: [(&str, &Table); 16] = [
     ("key.", &KEY_MAP),
     ("options.", &OPTIONS_MAP),
     ("options.payload.", &PAYLOAD_MAP),
+    ("options.server-id.", &SERVER_ID_MAP),
     ("options.health.", &HEALTH_MAP),
     ("options.health.udp.", &UDP_MAP),
     ("options.health.http.", &HTTP_MAP),
@@ -126,6 +127,7 @@ fn value(field: &Field, root: Root) -> String {
         }
         Shape::Words(words) => format!("{}, or list of them", list(words)),
         Shape::Text => "text".into(),
+        Shape::HexDigits => "hexadecimal digits".into(),
         Shape::WordsOrMap(words, _) => {
             let words = words.iter().map(|word| format!("`{word}`, "));
             words.collect::<String>() + "or map"

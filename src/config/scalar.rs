@@ -7,7 +7,9 @@ use super::hint::is_invisible;
 use super::node::{Content, Node};
 use super::quote::shorten;
 use super::vocabulary::{ANY, Limits, Number, PART_WORDS, TUNNELS, list as list_of, unknown_word};
-use super::{Host, KeyAddress, Network, Period, Ports, StrategyPart, Via, host, network, period};
+use super::{
+    Host, KeyAddress, Network, Period, Ports, ServerId, StrategyPart, Via, host, network, period,
+};
 
 type Result<T> = std::result::Result<T, Message>;
 
@@ -77,6 +79,14 @@ pub(super) fn tunnel(node: &Node<'_>) -> Result<Via> {
         "gue" => Ok(Via::Gue),
         other => Err(unknown_word(other, TUNNELS)),
     }
+}
+
+/// Reads a server's id. YAML takes digits without quotes for a number.
+pub(super) fn server_id(node: &Node<'_>) -> Result<ServerId> {
+    const WHAT: &str = "hexadecimal digits in quotes, like `\"0a01\"`";
+    let text = text(node, WHAT)?;
+    ServerId::try_from(text.to_string())
+        .map_err(|why| Message::new(format!("`{}` is no server id: {why}", shorten(text))))
 }
 
 pub(super) fn key_address(node: &Node<'_>) -> Result<KeyAddress> {

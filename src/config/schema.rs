@@ -85,6 +85,7 @@ fn property(field: &Field, root: Root) -> Value {
         Shape::Map(table) => map(table, root),
         Shape::Maps(table) => json!({ "type": "array", "items": map(table, root) }),
         Shape::Text => json!({ "type": "string" }),
+        Shape::HexDigits => json!({ "type": "string", "pattern": "^([0-9a-fA-F]{2}){1,8}$" }),
         Shape::WordsOrMap(words, table) => {
             json!({ "anyOf": [{ "enum": words }, map(table, root)] })
         }

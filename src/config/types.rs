@@ -47,6 +47,8 @@ pub enum Strategy {
     Random,
     /// See [`Payload`].
     Payload,
+    /// The server's id in the connection id of QUIC; else [`Strategy::SrcIpPort`].
+    QuicCid,
     #[serde(untagged)]
     Parts(StrategyParts),
 }
@@ -179,6 +181,64 @@ impl Payload {
             Payload::DnsId => Some((0, 2)),           // RFC 1035, section 4.1.1
             Payload::RadiusId => Some((1, 1)),        // RFC 2865, section 3
         }
+    }
+}
+
+/// Place of the server's id in the connection ids of QUIC, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ServerIdPlace {
+    pub offset: u8,
+    /// 1 to 8.
+    pub length: u8,
+}
+
+/// Id of a server in connection ids, as hexadecimal digits.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ServerId(Vec<u8>);
+
+impl ServerId {
+    /// Maximum length in bytes.
+    pub const MAX: usize = 8;
+
+    /// Returns the length in bytes.
+    pub fn length(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Returns the id as a number, its first byte highest.
+    pub fn number(&self) -> u64 {
+        self.0.iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
+    }
+}
+
+impl From<&[u8]> for ServerId {
+    fn from(bytes: &[u8]) -> ServerId {
+        ServerId(bytes.to_vec())
+    }
+}
+
+impl TryFrom<String> for ServerId {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<ServerId, String> {
+        let bytes = super::health::payload(&format!("0x{text}"))?;
+        match bytes.len() {
+            1..=ServerId::MAX => Ok(ServerId(bytes)),
+            length => Err(format!("an id of {length} bytes (1 to {})", ServerId::MAX)),
+        }
+    }
+}
+
+impl From<ServerId> for String {
+    fn from(id: ServerId) -> String {
+        id.to_string()
+    }
+}
+
+impl fmt::Display for ServerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 
@@ -414,6 +474,8 @@ pub struct RuleConfig {
     pub strategy: Strategy,
     /// Present if and only if [`Strategy::reads_payload`] is true.
     pub payload: Option<Payload>,
+    /// Present if and only if the strategy is [`Strategy::QuicCid`].
+    pub server_id: Option<ServerIdPlace>,
     pub hash: Hash,
     pub source: Source,
     pub reply: Reply,
@@ -461,6 +523,8 @@ pub struct UpstreamConfig {
     pub via: Option<Via>,
     /// It gets every N-th packet; none: 1.
     pub sample: Option<u32>,
+    /// Id in connection ids, with [`Strategy::QuicCid`].
+    pub server_id: Option<ServerId>,
     /// It gets packets of these senders; none: of any.
     pub from: Vec<Network>,
     /// It gets no packets of these; the longest prefix of both lists decides.

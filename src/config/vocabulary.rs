@@ -87,6 +87,8 @@ pub enum Shape {
     Words(&'static [&'static str]),
     /// Any text.
     Text,
+    /// Bytes as hexadecimal digits.
+    HexDigits,
     /// One of some words, or a map.
     WordsOrMap(&'static [&'static str], &'static Table),
     Map(&'static Table),
@@ -309,7 +311,7 @@ pub static UPSTREAM: Field =
         .required()
         .in_list()
         .example("[{ address: 10.0.9.11 }]");
-pub static MIRROR: Field = Field::new("mirror", Shape::Maps(&MIRROR_MAP), "Hosts that get a copy of each packet of a balanced rule as well, with the words of `upstream` except `weight` and `priority`.").default("none").example("[{ address: 10.0.9.13, sample: 10 }]");
+pub static MIRROR: Field = Field::new("mirror", Shape::Maps(&MIRROR_MAP), "Hosts that get a copy of each packet of a balanced rule as well, with the words of `upstream` except `weight`, `priority` and `server-id`.").default("none").example("[{ address: 10.0.9.13, sample: 10 }]");
 
 pub static KEY_ADDRESS: Field = Field::new("address", Shape::Address, "Destination address of the packet: an address of this host, a multicast group or a broadcast address (neither of the two with `source: vip`). `any` is each address of the interfaces except link-local ones.").required().in_list().example("10.0.0.5");
 pub static KEY_PORT: Field = Field::new(
@@ -340,8 +342,17 @@ pub static VIA: EnumField = EnumField::new(&VIA, "via", WAYS, "With `reply: dire
 pub static ANSWERS: Field = Field::new("answers", Shape::Number(&ANSWER_COUNT), "Number of answers after which a flow of `reply: nat` ends at once, for protocols that are known to answer so often. An answer in fragments is one.").default("none: a flow ends when it has expired").example("1");
 pub static ANSWER_COUNT: Number = Number { what: "a number of answers", first: 1, last: 1_000_000 };
 pub static STICKY: Field = Field::new("sticky", Shape::Switch, "With `true` a sender keeps its upstream when others are added, drained ones come back or weights change: its address and port have a flow in the table of `flows`. It moves when the upstream is removed, or down with `health`. A drained one keeps it. With `reply: nat` senders have flows anyway.").default("false").example("true");
-pub static STRATEGY: EnumField = EnumField::new(&STRATEGY, "strategy", &["src-port", "src-ip", "src-ip-port", "dst-port", "random", "payload"], "Part of the packet that selects its upstream: address or port of the sender, both, the port that the packet was sent to, or bytes of the payload; `random` selects for each packet anew. A list selects by several parts together, in any order, as in `[src-ip, payload]`.").or_list(&STRATEGY, &PART_WORDS).default("src-ip-port").in_list(&["src-port", "src-ip"], "src-port").example("src-ip");
+pub static STRATEGY: EnumField = EnumField::new(&STRATEGY, "strategy", &["src-port", "src-ip", "src-ip-port", "dst-port", "random", "payload", "quic-cid"], "Part of the packet that selects its upstream: address or port of the sender, both, the port that the packet was sent to, or bytes of the payload; `random` selects for each packet anew; `quic-cid` by the id that the servers of QUIC have put into the connection id, see `server-id`, and other packets by `src-ip-port`. A list selects by several parts together, in any order, as in `[src-ip, payload]`.").or_list(&STRATEGY, &PART_WORDS).default("src-ip-port").in_list(&["src-port", "src-ip"], "src-port").example("src-ip");
 pub static PAYLOAD: Field = Field::new("payload", Shape::WordsOrMap(&PAYLOAD_WORDS, &PAYLOAD_MAP), "Bytes that the `strategy` `payload` selects by: the name of the first StatsD metric (`statsd`), a field of sFlow 5 (`sflow-agent`, of IPv4), NetFlow 9 (`netflow9-source`), IPFIX (`ipfix-domain`), GTP-U (`gtpu-teid`), DNS (`dns-id`) or RADIUS (`radius-id`), or `offset` and `length`. A packet that is too short is selected by `src-ip-port`.").default("none").example("{ offset: 4, length: 8 }");
+pub static SERVER_ID: Field = Field::new("server-id", Shape::Map(&SERVER_ID_MAP), "Place of the server's id in connection ids, with `strategy: quic-cid` (the plaintext form of QUIC-LB). Each upstream has its `server-id`.").default("none").example("{ offset: 1, length: 2 }");
+pub static SERVER_ID_OFFSET: Field = Field::new("offset", Shape::Number(&SERVER_ID_OFFSETS), "Offset of the id in the connection id, in bytes; the byte before it holds the rotation of QUIC-LB.").default("1").example("1");
+pub static SERVER_ID_OFFSETS: Number =
+    Number { what: "an offset in a connection id", first: 0, last: 19 };
+pub static SERVER_ID_LENGTH: Field =
+    Field::new("length", Shape::Number(&SERVER_ID_LENGTHS), "Length of the id in bytes. A client's first packets have a random connection id: with two bytes and more it seldom names an upstream by chance.")
+        .required()
+        .example("2");
+pub static SERVER_ID_LENGTHS: Number = Number { what: "a length of server ids", first: 1, last: 8 };
 pub static HASH: EnumField = EnumField::new(&HASH, "hash", &["modulo", "maglev"], "Mapping from the selecting part to an upstream. With `maglev` another upstream, or one less, moves few flows of the others; `modulo` goes by the place in the list.").default("maglev").list_default("modulo").example("modulo");
 pub static PAYLOAD_OFFSET: Field = Field::new(
     "offset",
@@ -514,6 +525,7 @@ pub static UPSTREAM_VIA: EnumField =
     EnumField::new(&UPSTREAM_VIA, "via", WAYS, "Way to this upstream, as in `options`.")
         .inherits("that of the rule")
         .example("link");
+pub static UPSTREAM_SERVER_ID: Field = Field::new("server-id", Shape::HexDigits, "With `strategy: quic-cid`: the id that this upstream puts into its connection ids, as hexadecimal digits in quotes, unique in the rule.").default("none, and `strategy: quic-cid` needs one").example("\"0a01\"");
 pub static UPSTREAM_SAMPLE: Field = Field::new("sample", Shape::Number(&SAMPLE), "N: of N packets in turn one is sent, chosen at random. For mirrors and with `mode: replicate`.").default("1").example("10");
 pub static SAMPLE: Number = Number { what: "a sampling rate", first: 1, last: 1_000_000 };
 
@@ -555,6 +567,7 @@ pub static OPTIONS_MAP: Table = Table {
         &STICKY,
         &STRATEGY.field,
         &PAYLOAD,
+        &SERVER_ID,
         &HASH.field,
         &HEALTH,
         &ALL_DOWN.field,
@@ -566,6 +579,8 @@ pub static OPTIONS_MAP: Table = Table {
 };
 pub static PAYLOAD_MAP: Table =
     Table { what: "a part of the payload", fields: &[&PAYLOAD_OFFSET, &PAYLOAD_LENGTH] };
+pub static SERVER_ID_MAP: Table =
+    Table { what: "a place of server ids", fields: &[&SERVER_ID_OFFSET, &SERVER_ID_LENGTH] };
 /// The checks of `health`, of which a map has one.
 pub static CHECKS: [&Field; 10] = [
     &HEALTH_UDP,
@@ -621,6 +636,7 @@ pub static UPSTREAM_MAP: Table = Table {
         &UPSTREAM_STATE.field,
         &UPSTREAM_SOURCE.field,
         &UPSTREAM_VIA.field,
+        &UPSTREAM_SERVER_ID,
         &UPSTREAM_SAMPLE,
         &UPSTREAM_FROM,
         &UPSTREAM_NOT_FROM,
@@ -641,7 +657,7 @@ pub static MIRROR_MAP: Table = Table {
     ],
 };
 
-static TABLES: [&Table; 18] = [
+static TABLES: [&Table; 19] = [
     &ROOT_MAP,
     &ANNOUNCE_MAP,
     &INTERFACE_MAP,
@@ -650,6 +666,7 @@ static TABLES: [&Table; 18] = [
     &KEY_MAP,
     &OPTIONS_MAP,
     &PAYLOAD_MAP,
+    &SERVER_ID_MAP,
     &UPSTREAM_MAP,
     &MIRROR_MAP,
     &HEALTH_MAP,

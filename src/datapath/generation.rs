@@ -33,7 +33,7 @@ use crate::error::catch;
 use crate::net::link::Layer;
 
 /// The pins of its maps.
-const MAPS: [&str; 17] = [
+const MAPS: [&str; 18] = [
     "rules",
     "table",
     "table6",
@@ -42,6 +42,7 @@ const MAPS: [&str; 17] = [
     "answers",
     "origins",
     "indexes",
+    "servers",
     "flows",
     "flows6",
     "ports",
@@ -65,6 +66,7 @@ macro_rules! own_maps {
             &mut $maps.answers,
             &mut $maps.origins,
             &mut $maps.indexes,
+            &mut $maps.servers,
             &mut $maps.flows,
             &mut $maps.flows6,
             &mut $maps.ports,
@@ -270,6 +272,7 @@ fn size(
         (&mut skeleton.maps.answers, tables.answers.len()),
         (&mut skeleton.maps.origins, tables.origins.len()),
         (&mut skeleton.maps.indexes, tables.indexes.len()),
+        (&mut skeleton.maps.servers, tables.servers.len()),
         (&mut skeleton.maps.samples, tables.samples()),
         (&mut skeleton.maps.slots, tables.slots.len()),
         (&mut skeleton.maps.upstreams, tables.upstreams.len()),
@@ -398,6 +401,7 @@ fn fill(
     write_pairs(&skeleton.maps.answers, &tables.answers)?;
     write_pairs(&skeleton.maps.origins, &tables.origins)?;
     write_pairs(&skeleton.maps.indexes, &tables.indexes)?;
+    write_pairs(&skeleton.maps.servers, &tables.servers)?;
     write_array(&skeleton.maps.slots, bytes_of_all(&tables.slots))?;
     write_array(&skeleton.maps.upstreams, bytes_of_all(&tables.upstreams))?;
     let whole = description.len().next_multiple_of(size_of::<types::config_chunk>());

@@ -25,11 +25,17 @@ fn digest(rule: &Rule, tables: &mut HashMap<SlotTable, Vec<u8>>) -> ChoiceHash {
         "{:?} {:?} {:?} {:?}\n",
         rule.mode, rule.strategy, rule.payload, rule.hash
     ));
+    if let Some(place) = rule.server_id {
+        digest.update(format!("{place:?}\n"));
+    }
     for upstream in rule.destinations() {
         let (address, port) = (&upstream.address, upstream.port);
         let Upstream { state, sample, priority, from, not_from, .. } = upstream;
         digest.update(format!("{address} {port:?} {state:?} {sample} {priority} "));
         digest.update(format!("{from:?} {not_from:?}\n"));
+        if let Some(id) = &upstream.server_id {
+            digest.update(format!("{id}\n"));
+        }
     }
     if rule.mode == Mode::Balance {
         let bytes =

@@ -184,6 +184,7 @@ fn attributes(rule: &Rule) -> Vec<(&'static str, String)> {
         ("mode", word(&rule.mode)),
         ("strategy", word(&rule.strategy)),
         ("payload", payload(rule)),
+        ("server-id", rule.server_id.map_or("none".into(), |it| bytes_at(it.length, it.offset))),
         ("hash", word(&rule.hash)),
         ("source", word(&rule.source)),
         ("reply", word(&rule.reply)),
@@ -284,6 +285,10 @@ fn difference(
                 ("priority", upstream.priority.to_string()),
                 ("state", word(&upstream.state)),
                 ("sample", upstream.sample.to_string()),
+                (
+                    "server-id",
+                    upstream.server_id.as_ref().map_or("none".into(), ToString::to_string),
+                ),
                 ("from", networks(&upstream.from, "any")),
                 ("not-from", networks(&upstream.not_from, "none")),
             ];
@@ -313,11 +318,15 @@ pub fn word(value: &impl Serialize) -> String {
     }
 }
 
+fn bytes_at(length: u8, offset: impl fmt::Display) -> String {
+    format!("{length} bytes at {offset}")
+}
+
 fn payload(rule: &Rule) -> String {
     match rule.payload {
         None => "none".into(),
         Some(payload) => match (payload.word(), payload.bytes()) {
-            (None, Some((offset, length))) => format!("{length} bytes at {offset}"),
+            (None, Some((offset, length))) => bytes_at(length, offset),
             (word, _) => word.unwrap_or_default().into(),
         },
     }
@@ -559,8 +568,8 @@ mod tests {
         let mut new = desired(&[ONE, TWO].concat());
         let from_nothing = Changes::new(&Desired::default(), &new, &[]);
         let attributes = "    all-down: open\n    answers: none\n    fragments: follow\n    hash: modulo\n    health: off\n    \
-             martians: deny\n    mode: balance\n    payload: none\n    reply: none\n    senders: none\n    source: vip\n    \
-             sticky: false\n    strategy: src-ip-port\n    tc_action: pass\n    via: none\n    zero-checksum: deny\n";
+             martians: deny\n    mode: balance\n    payload: none\n    reply: none\n    senders: none\n    server-id: none\n    \
+             source: vip\n    sticky: false\n    strategy: src-ip-port\n    tc_action: pass\n    via: none\n    zero-checksum: deny\n";
         assert_eq!(
             from_nothing.to_string(),
             format!(

@@ -98,6 +98,9 @@ fn options(rule: &Rule) -> Value {
     if let Some(answers) = rule.answers {
         options["answers"] = json!(answers);
     }
+    if let Some(place) = rule.server_id {
+        options["server-id"] = json!(place);
+    }
     if rule.sticky {
         options["sticky"] = json!(true);
     }
@@ -138,6 +141,9 @@ pub fn host(upstream: &Upstream) -> Value {
     }
     if let Some(via) = upstream.via {
         say("via", json!(via));
+    }
+    if let Some(id) = &upstream.server_id {
+        say("server-id", json!(id));
     }
     if upstream.sample != 1 {
         say("sample", json!(upstream.sample));

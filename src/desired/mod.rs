@@ -11,6 +11,7 @@ pub mod flows;
 pub mod key_table;
 pub mod miss;
 pub mod partial;
+pub mod quic;
 pub mod sender_tables;
 pub mod senders;
 pub mod tables;
@@ -22,8 +23,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{
     self, Action, Address, Addresses, Admission, AllDown, Announce, Config, Decap, Family, Flows,
-    Fragments, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Reply, Source,
-    State, Strategy, Via, Xdp, with_port,
+    Fragments, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Reply, ServerId,
+    ServerIdPlace, Source, State, Strategy, Via, Xdp, with_port,
 };
 use crate::desired::partial::Incomplete;
 use crate::net::routing::{Senders, Target};
@@ -75,6 +76,9 @@ pub struct Rule {
     /// Present if and only if the strategy reads the payload.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub payload: Option<Payload>,
+    /// Present if and only if the strategy is `quic-cid`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server_id: Option<ServerIdPlace>,
     pub hash: Hash,
     /// Default for upstreams and mirrors without a `source` of their own.
     pub source: Source,
@@ -142,6 +146,9 @@ pub struct Upstream {
     /// N: one of N packets is sent, at random.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub sample: u32,
+    /// Id in the connection ids of QUIC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server_id: Option<ServerId>,
     /// It gets packets of these senders; none: of any.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub from: Vec<Network>,
@@ -172,6 +179,7 @@ impl Rule {
             mode: Mode::Balance,
             strategy: Strategy::SrcIpPort,
             payload: None,
+            server_id: None,
             hash: Hash::Maglev,
             source: Source::Vip,
             reply: Reply::None,
@@ -261,6 +269,7 @@ impl Upstream {
             source: None,
             via: None,
             sample: 1,
+            server_id: None,
             from: Vec::new(),
             not_from: Vec::new(),
         }
@@ -476,6 +485,7 @@ fn written(rule: &config::RuleConfig) -> Rule {
             .filter(|source| *source != rule.source && upstream.address != Host::Local),
         via: upstream.via.filter(|via| Some(*via) != rule.via),
         sample: upstream.sample.unwrap_or(1),
+        server_id: upstream.server_id.clone(),
         from: upstream.from.clone(),
         not_from: upstream.not_from.clone(),
     };
@@ -486,6 +496,7 @@ fn written(rule: &config::RuleConfig) -> Rule {
         mode: rule.mode,
         strategy: rule.strategy,
         payload: rule.payload,
+        server_id: rule.server_id,
         hash: rule.hash,
         source: rule.source,
         reply: rule.reply,

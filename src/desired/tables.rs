@@ -7,7 +7,7 @@ use crate::bpf::types::{self, rule_flags as flags};
 use crate::bpf::wire;
 use crate::config::{
     Action, Admission, AllDown, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports,
-    Reply, Source, State, Strategy, StrategyPart, Via,
+    Reply, ServerIdPlace, Source, State, Strategy, StrategyPart, Via,
 };
 use crate::desired::key_table::{Key4, Key6};
 use crate::desired::sender_tables::SenderTable;
@@ -31,6 +31,8 @@ pub struct Tables {
     pub origins: Vec<(types::destination_key, u32)>,
     /// Upstreams of rules with flows by id.
     pub indexes: Vec<(u32, u32)>,
+    /// Upstreams by their ids in connection ids.
+    pub servers: Vec<(types::server_key, u32)>,
     /// Entry of answers of flows whose upstream is not among `upstreams`.
     pub orphans: u32,
     /// Tables of the rules that count their senders.
@@ -60,6 +62,7 @@ impl Tables {
         tables.destinations = by_destination(&tables.upstreams);
         tables.answers = answers(desired, ids);
         tables.indexes = indexes(desired, ids);
+        tables.servers = servers(desired, ids);
         tables.answer_entries(desired, ids);
         tables.orphans(desired);
         tables.source_entries(desired);
@@ -190,8 +193,9 @@ impl Tables {
             self.destinations(rule, &rule.mirrors, &ids.mirrors, |mirror| duplicate(mirror, false));
         let (first_receiver, receivers) = if replicates { upstreams } else { mirrors };
         let (first_slot, slots) = if replicates { (0, 0) } else { slots.place(rule) };
+        let server_id = rule.server_id.map(|place| (place.offset.into(), place.length));
         let (payload_offset, payload_length) =
-            rule.payload.and_then(Payload::bytes).unwrap_or_default();
+            rule.payload.and_then(Payload::bytes).or(server_id).unwrap_or_default();
         types::rule {
             id: ids.rule,
             senders: 0,
@@ -355,6 +359,10 @@ impl Tables {
         let (kind, index) = match (rule.receivers, rule.upstreams) {
             _ if rule.senders != 0 || rule.flags.0 & slow != 0 => (entries::ENTRY_RULE, index),
             // the fast path of flows has no stack left to count senders
+            // a connection id comes before the flow
+            _ if has_flows && rule.strategy == types::strategy::STRATEGY_QUIC_CID => {
+                (entries::ENTRY_RULE, index)
+            }
             (0, _) if has_flows && rule.sender_table == NO_TABLE => (entries::ENTRY_FLOW, index),
             _ if has_flows => (entries::ENTRY_RULE, index),
             (1.., _) if rule.flags.0 & flags::RULE_REPLICATES.0 != 0 && !has_slow() => {
@@ -382,7 +390,8 @@ impl Tables {
 fn reads_payload(rule: &types::rule) -> bool {
     use types::strategy as by;
     let parts = types::parts::PART_PAYLOAD.0 | types::parts::PART_METRIC.0;
-    matches!(rule.strategy, by::STRATEGY_PAYLOAD | by::STRATEGY_STATSD) || rule.parts.0 & parts != 0
+    let whole = [by::STRATEGY_PAYLOAD, by::STRATEGY_STATSD, by::STRATEGY_QUIC_CID];
+    whole.contains(&rule.strategy) || rule.parts.0 & parts != 0
 }
 
 /// Indices of the rules' variants: with some of the receivers, for groups, and with this group of senders.
@@ -511,6 +520,18 @@ fn indexes(desired: &Desired, ids: &[RuleIds]) -> Vec<(u32, u32)> {
     let rules = desired.rules.iter().zip(ids).zip(first_upstreams(desired));
     let with_flows = rules.filter(|((rule, _), _)| rule.has_flows());
     with_flows.flat_map(|((_, ids), first)| ids.upstreams.iter().copied().zip(first..)).collect()
+}
+
+/// Returns the places of upstreams that connection ids name.
+fn servers(desired: &Desired, ids: &[RuleIds]) -> Vec<(types::server_key, u32)> {
+    let rules = desired.rules.iter().zip(ids).zip(first_upstreams(desired));
+    let all = rules.flat_map(|((rule, ids), first)| {
+        (first..).zip(&rule.upstreams).filter_map(|(index, upstream)| {
+            let server = upstream.server_id.as_ref()?.number();
+            Some((types::server_key { server, rule: ids.rule, unused: 0 }, index))
+        })
+    });
+    all.collect()
 }
 
 /// Returns the sources of upstreams' answers. A host that is no sender of a rule never looks them up.
@@ -647,6 +668,7 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
         here: any(&|rule| rule.destinations().any(Upstream::is_local)),
         sources: any(&|rule| rule.destinations().any(|it| rule.source_of(it).fixed().is_some())),
         flows: any(&Rule::has_flows),
+        quic: (!tables.servers.is_empty()).into(),
         decap: desired.decap.is_some().into(),
         sender_tables: (!tables.sender_tables.is_empty()).into(),
         ..Default::default()
@@ -704,6 +726,7 @@ fn strategy(rule: &Rule) -> types::strategy {
         (Strategy::Payload, Some(Payload::Statsd)) => types::strategy::STRATEGY_STATSD,
         (Strategy::Payload, _) => types::strategy::STRATEGY_PAYLOAD,
         (Strategy::DstPort | Strategy::Parts(_), _) => types::strategy::STRATEGY_PARTS,
+        (Strategy::QuicCid, _) => types::strategy::STRATEGY_QUIC_CID,
     }
 }
 
@@ -783,8 +806,8 @@ pub fn moved_share(old: &Rule, new: &Rule) -> f64 {
 }
 
 /// Returns the options that select a flow's slot, besides the table.
-fn selection(rule: &Rule) -> (Strategy, Option<Payload>, Hash) {
-    (rule.strategy, rule.payload, rule.hash)
+fn selection(rule: &Rule) -> (Strategy, Option<Payload>, Option<ServerIdPlace>, Hash) {
+    (rule.strategy, rule.payload, rule.server_id, rule.hash)
 }
 
 fn ends(rule: &Rule) -> Vec<flow::End<'_>> {

@@ -111,7 +111,10 @@ impl Event {
         match strategy {
             Strategy::SrcPort => Some(u16::from_be(self.0.source_port).to_string()),
             Strategy::SrcIp => Some(self.source().to_string()),
-            Strategy::SrcIpPort => Some(self.endpoint(self.source(), self.0.source_port)),
+            // packets that name a server have no key
+            Strategy::SrcIpPort | Strategy::QuicCid => {
+                Some(self.endpoint(self.source(), self.0.source_port))
+            }
             Strategy::DstPort => Some(u16::from_be(self.0.port).to_string()),
             Strategy::Random | Strategy::Payload => None,
             Strategy::Parts(parts) => {

@@ -149,6 +149,14 @@ pub fn icmp_error_with(
     [&RELAY_MAC[..], &[2, 0, 0, 0, 1, 2], &ethertype.to_be_bytes(), &packet].concat()
 }
 
+/// Returns the destination of a sent frame.
+pub fn destination(frame: &[u8]) -> IpAddr {
+    match frame[14] >> 4 {
+        4 => <[u8; 4]>::try_from(&frame[30..34]).expect("four").into(),
+        _ => <[u8; 16]>::try_from(&frame[38..54]).expect("sixteen").into(),
+    }
+}
+
 /// Runs an error and expects another one, to a MAC address.
 #[track_caller]
 pub fn check_error(testbed: &Testbed<'_>, came: &[u8], gone: &[u8], to: Mac) {

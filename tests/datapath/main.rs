@@ -9,6 +9,7 @@ mod kernel;
 mod packet;
 mod prelude;
 mod program;
+mod quic;
 mod random;
 mod reference;
 mod sticky;

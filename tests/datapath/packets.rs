@@ -1184,7 +1184,7 @@ fn check_unexpected(
 fn program_loads_with_any_features() {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
     use udplb::bpf::types::features;
-    const SWITCHES: [fn(&mut features) -> &mut u8; 19] = [
+    const SWITCHES: [fn(&mut features) -> &mut u8; 20] = [
         |it| &mut it.ipv6,
         |it| &mut it.any_port,
         |it| &mut it.senders,
@@ -1200,6 +1200,7 @@ fn program_loads_with_any_features() {
         |it| &mut it.tunnels,
         |it| &mut it.decap,
         |it| &mut it.flows,
+        |it| &mut it.quic,
         |it| &mut it.parts,
         |it| &mut it.sources,
         |it| &mut it.sender_tables,

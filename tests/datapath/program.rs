@@ -144,6 +144,7 @@ impl<'object> Program<'object> {
             (&mut maps.answers, ENTRIES),
             (&mut maps.origins, ENTRIES),
             (&mut maps.indexes, ENTRIES),
+            (&mut maps.servers, ENTRIES),
             (&mut maps.flows, buckets(&flows)),
             (&mut maps.flows6, buckets(&flows)),
             (&mut maps.ports, port_lines(&flows)),
@@ -341,6 +342,7 @@ impl<'object> Program<'object> {
         clear(&maps.answers);
         clear(&maps.origins);
         clear(&maps.indexes);
+        clear(&maps.servers);
         self.forget_fragments();
         // refill the error budgets; forget_fragments() moved all senders to other buckets
         for kind in 0..4 {
@@ -360,6 +362,7 @@ impl<'object> Program<'object> {
         write_pairs(&maps.answers, &tables.answers);
         write_pairs(&maps.origins, &tables.origins);
         write_pairs(&maps.indexes, &tables.indexes);
+        write_pairs(&maps.servers, &tables.servers);
         self.write_sender_tables(&tables.sender_tables);
         let answering = desired.upstreams().map(|upstream| upstream.address.ip);
         let suspects = suspects(self.own.borrow().iter().copied().chain(answering));

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use udplb::config::{Action, Hash, Key, Ports, Reply, Source, Strategy};
 use udplb::desired::{Desired, Rule, RuleIds, Upstream};
 
-use crate::answers::{CLIENTS, REFUSED, VIPS, datagram, icmp_error, ip6, run};
+use crate::answers::{CLIENTS, REFUSED, VIPS, datagram, destination, icmp_error, ip6, run};
 use crate::common::lab::{Lab, V4, V6};
 use crate::common::net::{bind, receive_any};
 use crate::forge::{Checksum, Forged, fragments};
@@ -51,14 +51,6 @@ fn packet(family: usize, from: u16) -> Forged {
     let mut packet = Forged::between(RELAY_MAC, CLIENTS[family], VIPS[family], 53);
     packet.udp.source = from;
     packet
-}
-
-/// Returns the destination of a sent frame.
-fn destination(frame: &[u8]) -> IpAddr {
-    match frame[14] >> 4 {
-        4 => <[u8; 4]>::try_from(&frame[30..34]).expect("four").into(),
-        _ => <[u8; 16]>::try_from(&frame[38..54]).expect("sixteen").into(),
-    }
 }
 
 /// Sends a packet of each of some senders; returns the upstreams that they reach, by their places.

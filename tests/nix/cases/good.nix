@@ -477,8 +477,15 @@ in
           options = {
             tc_action = "block";
             sticky = true;
+            strategy = "quic-cid";
+            server-id.length = 2;
           };
-          upstream = [ { address = "10.2.0.11"; } ];
+          upstream = [
+            {
+              address = "10.2.0.11";
+              server-id = "0a01";
+            }
+          ];
         }
       ];
     };
