@@ -114,4 +114,19 @@ static __always_inline void count_pkt(struct __sk_buff *skb, const struct pkt *p
 	count_verdict(skb, pkt->packed, 0, id, verdict);
 }
 
+/*
+ * Counts a packet to an upstream; a clone of templates that was sent has a note and no verdict, since its
+ * packet is counted where it was selected to go.
+ */
+static __always_inline void count_xmit(struct __sk_buff *skb, const struct pkt *pkt,
+				       const struct upstream *upstream, enum verdict verdict)
+{
+	if (features.templates && pkt_has(pkt, PKT_F_TEMPLATES) && is_sent(verdict))
+		count_pkt(skb, pkt, upstream->id, NOTE_TEMPLATES);
+	else if (verdict == VERDICT_FORWARDED)
+		count_forwarded(skb, pkt->packed, upstream->line, upstream->id);
+	else
+		count_pkt(skb, pkt, upstream->id, verdict);
+}
+
 #endif

@@ -359,6 +359,9 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 			copies.block = rule->action == ACTION_BLOCK;
 			return leave_copies(copies);
 		}
+		if (features.templates && rule->flags & RULE_TEMPLATES &&
+		    has_templates(skb, pkt->packed, bpf_ntohs(pkt->udp->len)))
+			return ACTION_SLOW;
 		index = balance_plain(pkt, rule);
 		kind = rule->action == ACTION_BLOCK ? ENTRY_BLOCK : ENTRY_PASS;
 	}

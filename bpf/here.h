@@ -123,10 +123,7 @@ __noinline __u32 xmit_here(struct __sk_buff *skb, __u32 index, __u32 packed)
 		if (pkt_has(&pkt, PKT_F_TRACED))
 			trace_frame(skb);
 	}
-	if (verdict == VERDICT_FORWARDED)
-		count_forwarded(skb, pkt.packed, upstream->line, upstream->id);
-	else
-		count_pkt(skb, &pkt, upstream->id, verdict);
+	count_xmit(skb, &pkt, upstream, verdict);
 	trace_verdict(&pkt, upstream->id, verdict);
 	return xmit_result(verdict, action, 0);
 }

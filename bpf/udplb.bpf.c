@@ -14,6 +14,7 @@
 #include "count.h"
 #include "lb.h"
 #include "quic.h"
+#include "templates.h"
 #include "flow.h"
 #include "senders.h"
 #include "redirect.h"

@@ -54,7 +54,8 @@ static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry,
 		break;
 	case ENTRY_BALANCE:
 		rule = bpf_map_lookup_elem(&rules, index);
-		if (!rule || rule->action != ACTION_BLOCK)
+		if (!rule || rule->action != ACTION_BLOCK ||
+		    (features.templates && rule->flags & RULE_TEMPLATES))
 			return NULL;
 		*index = balance_plain(pkt, rule);
 		*sender_table = rule->sender_table;

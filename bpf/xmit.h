@@ -270,10 +270,7 @@ __noinline __u32 xmit_upstream(struct __sk_buff *skb, __u32 index, __u32 packed,
 		verdict = xmit_to_nexthop(skb, &pkt, upstream, xmit, &action);
 	}
 	result = xmit_result(verdict, action, verdict == VERDICT_MTU ? inner_mtu(xmit, pkt.is_ipv6) : 0);
-	if (verdict == VERDICT_FORWARDED)
-		count_forwarded(skb, pkt.packed, upstream->line, upstream->id);
-	else
-		count_pkt(skb, &pkt, upstream->id, verdict);
+	count_xmit(skb, &pkt, upstream, verdict);
 	trace_verdict(&pkt, upstream->id, verdict);
 	return result;
 }

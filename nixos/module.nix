@@ -311,6 +311,10 @@ let
       "modulo"
       "maglev"
     ]) "modulo" "Mapping from the strategy's key to an upstream. The program's default is `maglev`.";
+    templates = word (types.enum [
+      "one"
+      "all"
+    ]) "all" "With `all`, NetFlow 9 and IPFIX datagrams with templates go to all upstreams. The program's default is `one`.";
     source =
       word source "preserve"
         "Sender that upstreams see: the matched destination (`vip`, the default), the original one (`preserve`), this host's own address (`egress`), or this address, with a port if it is to be another one than the sender's.";

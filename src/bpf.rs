@@ -56,10 +56,11 @@ pub const VERDICTS: [(Verdict, &str); Verdict::VERDICTS.0 as usize] = [
 pub const DECAPSULATED: &str = "decapsulated";
 
 /// Counters besides verdicts, and their names in output.
-pub const NOTES: [(Verdict, &str); 3] = [
+pub const NOTES: [(Verdict, &str); 4] = [
     (Verdict::NOTE_DECAPSULATED, DECAPSULATED),
     (Verdict::NOTE_SHORT_PAYLOAD, "short-payload"),
     (Verdict::NOTE_SEVERAL_METRICS, "several-metrics"),
+    (Verdict::NOTE_TEMPLATES, "templates"),
 ];
 
 /// Returns true if packets with this verdict went to the upstream.

@@ -86,6 +86,15 @@ impl Packet {
         Packet::part(relay, false, Part::Whole, port)
     }
 
+    /// Returns a datagram of NetFlow 9 with one set of data.
+    pub fn netflow(relay: &Namespace, port: u16) -> Packet {
+        let payload = [&[0, 9, 0, 1][..], &[0; 16], &[1, 0, 0, 64], &[0; 60]].concat();
+        Packet::new(relay, |builder, bytes| {
+            let headers = ipv4_headers(Part::Whole);
+            builder.ip(headers).udp(40000, port).write(bytes, &payload)
+        })
+    }
+
     /// Returns a part of a datagram. In a later fragment the port's bytes are payload.
     pub fn part(relay: &Namespace, ipv6: bool, part: Part, port: u16) -> Packet {
         let headers = if ipv6 { ipv6_headers(part) } else { ipv4_headers(part) };

@@ -14,6 +14,7 @@ const CLONE: u16 = 2002;
 const NOBODYS: u16 = 2003;
 const MODULO: u16 = 2004;
 const MAGLEV: u16 = 2005;
+const TEMPLATES: u16 = 2006;
 
 /// Rules without IPv6, and without following fragments.
 const PLAIN: &str = "
@@ -35,7 +36,7 @@ const MORE: &str = "
 ";
 const BALANCED: &str = "
   - key: { address: 10.0.1.1, port: PORT }
-    options: { tc_action: block, hash: HASH }
+    options: { tc_action: block, OPTIONS }
     upstream: [UPSTREAMS]
 ";
 
@@ -60,8 +61,13 @@ struct Relays {
 
 impl Relays {
     fn new(floors: &FloorsSkel<'_>) -> Relays {
-        let rules =
-            format!("{PLAIN}{MORE}{}{}", balanced(MODULO, "modulo"), balanced(MAGLEV, "maglev"));
+        let balanced: String = [
+            balanced(MODULO, "hash: modulo"),
+            balanced(MAGLEV, "hash: maglev"),
+            balanced(TEMPLATES, "hash: maglev, templates: all"),
+        ]
+        .concat();
+        let rules = format!("{PLAIN}{MORE}{balanced}");
         Relays {
             free: Relay::new(floors, &rules),
             leased: Relay::new(floors, &rules).leased(),
@@ -76,12 +82,12 @@ impl Relays {
     }
 }
 
-fn balanced(port: u16, hash: &str) -> String {
+fn balanced(port: u16, options: &str) -> String {
     let upstreams: Vec<String> =
         (2..12).map(|host| format!("{{ address: 10.0.2.{host} }}")).collect();
     BALANCED
         .replace("PORT", &port.to_string())
-        .replace("HASH", hash)
+        .replace("OPTIONS", options)
         .replace("UPSTREAMS", &upstreams.join(", "))
 }
 
@@ -141,6 +147,8 @@ fn measure_alone(report: &mut Report) {
         unsent: on(with, at_once, udp(with, MODULO), Case { random: SENDER, ..up }),
         modulo: on(with, leased, udp(with, MODULO), random),
         maglev: on(with, leased, udp(with, MAGLEV), random),
+        data: [MAGLEV, TEMPLATES]
+            .map(|port| on(with, leased, Packet::netflow(&with.namespace, port), random)),
     };
     let costs = bench.turns.take(ROUNDS);
     relays.forwarded_everything();
@@ -165,6 +173,8 @@ struct All {
     unsent: Turn,
     modulo: Turn,
     maglev: Turn,
+    /// Data of NetFlow without and with `templates: all`.
+    data: [Turn; 2],
 }
 
 impl All {
@@ -216,5 +226,8 @@ impl All {
         report.floor("modulo, net", costs[self.modulo] - costs[self.unsent]);
         let more = costs[self.maglev] - costs[self.modulo];
         report.nanoseconds("maglev: more than that", more, 10.0);
+        let more = costs[self.data[1]] - costs[self.data[0]];
+        report.nanoseconds("NetFlow data with `templates: all`: more", more, 30.0);
+        report.record("templates_ns", more.least);
     }
 }

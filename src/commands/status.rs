@@ -183,7 +183,7 @@ const WIDE: [Column; 9] = [
 /// A line of the tree: cells, or text below a row.
 enum Line {
     Row { cells: Vec<Cow<'static, str>>, style: &'static str },
-    Remark(String),
+    Remark { text: String, style: &'static str },
 }
 
 impl Status {
@@ -298,7 +298,7 @@ impl Status {
         }
         let cells = |line: &Line| match line {
             Line::Row { cells, .. } => Some(cells.clone()),
-            Line::Remark(_) => None,
+            Line::Remark { .. } => None,
         };
         let rows: Vec<Vec<Cow<'_, str>>> = lines.iter().filter_map(cells).collect();
         let mut titles = TREE;
@@ -313,9 +313,9 @@ impl Status {
                 Line::Row { style, .. } => {
                     writeln!(text, "{}", terminal.painted(style, &table.next().unwrap_or_default()))
                 }
-                Line::Remark(remark) => {
+                Line::Remark { text: remark, style } => {
                     let remark = table::cut(remark, terminal.width.unwrap_or(usize::MAX));
-                    writeln!(text, "{}", terminal.painted(RED, &remark))
+                    writeln!(text, "{}", terminal.painted(style, &remark))
                 }
             };
         }
@@ -473,8 +473,13 @@ fn remark(
     stem: &str,
 ) -> Option<Line> {
     let losses = losses(counts, notes, rates, amounts);
-    let what = if amounts == Amounts::Rates { "not forwarded/s" } else { "not forwarded" };
-    (!losses.is_empty()).then(|| Line::Remark(format!("{stem}{what}: {losses}")))
+    let (what, style) = match amounts {
+        Amounts::Rates => ("not forwarded/s", RED),
+        _ if counts.drops().next().is_none() => ("noted", ""),
+        _ => ("not forwarded", RED),
+    };
+    let text = || format!("{stem}{what}: {losses}");
+    (!losses.is_empty()).then(|| Line::Remark { text: text(), style })
 }
 
 impl NextHopStatus {

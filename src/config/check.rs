@@ -9,7 +9,7 @@ use super::diagnostic::{Diagnostics, Message};
 use super::vocabulary::{self as words, Root};
 use super::{
     Family, Flows, Hash, Host, KeyAddress, Mode, Network, Path, Ports, RuleConfig, Source,
-    UpstreamConfig, Via,
+    Templates, UpstreamConfig, Via,
 };
 use crate::maglev;
 
@@ -288,8 +288,9 @@ fn receivers(rule: &RuleConfig, diagnostics: &mut Diagnostics) {
         diagnostics.push(Message::about(&mirrors, message).help("make the mirrors upstreams"));
     }
     let upstreams = rule.at.field(words::UPSTREAM.name);
+    let to_all = replicate || rule.templates == Templates::All;
     for (at, hosts, all_of_them) in
-        [(upstreams, &rule.upstreams, replicate), (mirrors, &rule.mirrors, true)]
+        [(upstreams, &rule.upstreams, to_all), (mirrors, &rule.mirrors, true)]
     {
         if all_of_them && hosts.len() > RECEIVERS {
             let message =

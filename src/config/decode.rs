@@ -16,7 +16,7 @@ use super::vocabulary::{self as words, ANY, EnumField, Field, Number, Root, Shap
 use super::{
     Action, Announce, Decap, Flows, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload,
     Period, Ports, Reply, RuleConfig, ServerIdPlace, Source, Strategy, StrategyPart, StrategyParts,
-    UpstreamConfig, Via, Xdp, host, scalar,
+    Templates, UpstreamConfig, Via, Xdp, host, scalar,
 };
 
 /// The valid part of a file, and its diagnostics.
@@ -430,7 +430,7 @@ impl Decoder {
 
         let (name, key, (strategy, payload, hash)) = (name?, key?, selection?);
         let server_id = self.server_id_of(&own, &options, strategy, &at_options)?;
-        let rule = RuleConfig {
+        let mut rule = RuleConfig {
             name: name.unwrap_or_else(|| key.to_string()),
             key,
             action: self.option(&options, &words::TC_ACTION)?,
@@ -439,6 +439,7 @@ impl Decoder {
             payload,
             server_id,
             hash,
+            templates: self.option(&options, &words::TEMPLATES)?,
             source: self.source(&options, reply?)?,
             reply: reply?,
             via: self.via(&own, &options, reply?, &at_options),
@@ -460,6 +461,7 @@ impl Decoder {
         };
         self.has_port_to_probe(&rule, &at_options);
         self.has_ports_to_select(&rule, &own, &at_options);
+        self.check_templates(&mut rule, &own, &at_options);
         if self.decoded.root == Root::Map {
             self.unwritten(&rule, &options, &at_options);
         }
@@ -505,6 +507,28 @@ impl Decoder {
             let message = format!("`dst-port` selects nothing: the key has port {port} alone");
             let help = "select by another part, or give the key several ports";
             let at = at.field(words::STRATEGY.field.name);
+            self.error(&at, Message::new(message).help(help));
+        }
+    }
+
+    /// Reports `templates: all` in a rule where it means nothing; there the file's default does not hold.
+    fn check_templates(&mut self, rule: &mut RuleConfig, own: &Options, at: &Trail<'_>) {
+        let samples = rule.upstreams.iter().any(|it| it.sample.is_some());
+        let (message, help) = match (rule.mode, rule.reply) {
+            _ if rule.templates == Templates::One => return,
+            (_, Reply::Nat) => (
+                "with `reply: nat` a packet has one upstream, which answers it",
+                "collectors do not answer: leave `reply` out",
+            ),
+            (Mode::Replicate, _) if !samples => (
+                "with `mode: replicate` all upstreams get every packet, templates too",
+                "leave it out: it is for `mode: balance`, and for upstreams with `sample`",
+            ),
+            _ => return,
+        };
+        rule.templates = Templates::One;
+        if own.get(&words::TEMPLATES).is_given() {
+            let at = at.field(words::TEMPLATES.field.name);
             self.error(&at, Message::new(message).help(help));
         }
     }
@@ -1121,6 +1145,7 @@ mod tests {
         has_variants::<Strategy>(&words::STRATEGY);
         has_variants::<Hash>(&words::HASH);
         has_variants::<AllDown>(&words::ALL_DOWN);
+        has_variants::<Templates>(&words::TEMPLATES);
         has_variants::<Fragments>(&words::FRAGMENTS);
         has_variants::<Admission>(&words::ZERO_CHECKSUM);
         has_variants::<Admission>(&words::MARTIANS);

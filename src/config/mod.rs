@@ -49,7 +49,7 @@ pub use schema::schema;
 pub use types::{
     Action, Addresses, Admission, Announce, Decap, Flows, Fragments, Hash, Key, Mode, Payload,
     Ports, Reply, RuleConfig, ServerId, ServerIdPlace, Source, State, Strategy, StrategyPart,
-    StrategyParts, UpstreamConfig, Via, Xdp,
+    StrategyParts, Templates, UpstreamConfig, Via, Xdp,
 };
 pub use vocabulary::ANY;
 use vocabulary::INTERFACES;

@@ -250,6 +250,17 @@ pub enum Hash {
     Maglev,
 }
 
+/// Number of upstreams that get a datagram with templates of NetFlow 9 or IPFIX.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Templates {
+    /// As many as get any other.
+    #[default]
+    One,
+    /// All of them, and all mirrors and samplers.
+    All,
+}
+
 /// Treatment of the fragments of a datagram.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -477,6 +488,8 @@ pub struct RuleConfig {
     /// Present if and only if the strategy is [`Strategy::QuicCid`].
     pub server_id: Option<ServerIdPlace>,
     pub hash: Hash,
+    /// [`Templates::One`] where all upstreams get everything.
+    pub templates: Templates,
     pub source: Source,
     pub reply: Reply,
     /// None unless `reply` is [`Reply::Direct`].

@@ -354,6 +354,7 @@ pub static SERVER_ID_LENGTH: Field =
         .example("2");
 pub static SERVER_ID_LENGTHS: Number = Number { what: "a length of server ids", first: 1, last: 8 };
 pub static HASH: EnumField = EnumField::new(&HASH, "hash", &["modulo", "maglev"], "Mapping from the selecting part to an upstream. With `maglev` another upstream, or one less, moves few flows of the others; `modulo` goes by the place in the list.").default("maglev").list_default("modulo").example("modulo");
+pub static TEMPLATES: EnumField = EnumField::new(&TEMPLATES, "templates", &["one", "all"], "With `all`, datagrams of NetFlow 9 and IPFIX that have templates or options templates go to all upstreams that are not drained, down or not, and to each mirror whatever its `sample`; flows in them then go to all as well. Others are balanced. With `mode: replicate` it is for upstreams with `sample`.").default("one").example("all");
 pub static PAYLOAD_OFFSET: Field = Field::new(
     "offset",
     Shape::Number(&OFFSET),
@@ -569,6 +570,7 @@ pub static OPTIONS_MAP: Table = Table {
         &PAYLOAD,
         &SERVER_ID,
         &HASH.field,
+        &TEMPLATES.field,
         &HEALTH,
         &ALL_DOWN.field,
         &FRAGMENTS.field,

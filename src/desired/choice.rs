@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use sha2::{Digest, Sha256};
 
-use crate::config::Mode;
+use crate::config::{Mode, Templates};
 use crate::desired::tables::SlotTable;
 use crate::desired::{Rule, Upstream, diff};
 
@@ -27,6 +27,9 @@ fn digest(rule: &Rule, tables: &mut HashMap<SlotTable, Vec<u8>>) -> ChoiceHash {
     ));
     if let Some(place) = rule.server_id {
         digest.update(format!("{place:?}\n"));
+    }
+    if rule.templates == Templates::All {
+        digest.update("templates\n");
     }
     for upstream in rule.destinations() {
         let (address, port) = (&upstream.address, upstream.port);
@@ -62,7 +65,7 @@ fn short(digest: Sha256) -> ChoiceHash {
 #[cfg(test)]
 mod tests {
     use super::{digests, total};
-    use crate::config::{Hash, Key, Ports, State};
+    use crate::config::{Hash, Key, Ports, State, Templates};
     use crate::desired::{Rule, Upstream};
 
     fn rule() -> Rule {
@@ -80,12 +83,13 @@ mod tests {
 
     #[test]
     fn what_moves_flows_changes_the_digest() {
-        let mut changed = vec![rule(); 6];
+        let mut changed = vec![rule(); 7];
         changed[1].upstreams[2].state = State::Drained;
         changed[2].upstreams[2].weight = 2;
         changed[3].upstreams.pop();
         changed[4].hash = Hash::Modulo;
         changed[5].upstreams[0] = Upstream::new([10, 2, 0, 14], Some(53));
+        changed[6].templates = Templates::All;
         let all = digests(&changed);
         let distinct: std::collections::BTreeSet<_> = all.iter().collect();
         assert_eq!(distinct.len(), changed.len(), "{all:x?}");

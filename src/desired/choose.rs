@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use crate::config::{Address, Addresses, Hash, Mode, RECEIVERS, upstream_refusal};
+use crate::config::{Address, Addresses, Hash, Mode, RECEIVERS, Templates, upstream_refusal};
 use crate::desired::dns::NoAnswer;
 use crate::desired::partial::{Effect, Gap, Known, Spot, Unresolved};
 use crate::desired::{Desired, Name, Rule, Upstream};
@@ -166,9 +166,9 @@ impl<'a> RuleResolver<'a> {
 
 /// Returns true if a rule has no more hosts than it may.
 fn fits(rule: &Rule) -> bool {
-    let receivers = match rule.mode {
-        Mode::Replicate => rule.upstreams.len(),
-        Mode::Balance => 0,
+    let receivers = match (rule.mode, rule.templates) {
+        (Mode::Balance, Templates::One) => 0,
+        _ => rule.upstreams.len(),
     };
     let weights: Vec<u32> = rule.preferred().map(|(_, upstream)| upstream.weight).collect();
     receivers.max(rule.mirrors.len()) <= RECEIVERS

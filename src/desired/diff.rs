@@ -186,6 +186,7 @@ fn attributes(rule: &Rule) -> Vec<(&'static str, String)> {
         ("payload", payload(rule)),
         ("server-id", rule.server_id.map_or("none".into(), |it| bytes_at(it.length, it.offset))),
         ("hash", word(&rule.hash)),
+        ("templates", word(&rule.templates)),
         ("source", word(&rule.source)),
         ("reply", word(&rule.reply)),
         ("answers", rule.answers.map_or("none".into(), |answers| answers.to_string())),
@@ -512,7 +513,7 @@ mod tests {
             "
 - name: one
   key: { address: 10.0.0.5, port: 53, from: [10.0.0.0/8, 192.0.2.1] }
-  options: { strategy: payload, payload: { offset: 4, length: 2 }, fragments: drop }
+  options: { strategy: [src-ip, payload], payload: { offset: 4, length: 2 }, templates: all, fragments: drop }
   upstream: [{ address: 10.0.9.1, weight: 2, state: drained }, { address: 10.0.9.2 }]
   mirror: [{ address: 10.0.9.3, source: egress, sample: 9 }]
 ",
@@ -524,8 +525,8 @@ mod tests {
         assert_eq!(
             rest,
             "    key: any:any from 10.0.0.0/8 -> 10.0.0.5:53 from 10.0.0.0/8,192.0.2.1\n    \
-             strategy: src-ip-port -> payload\n    payload: none -> 2 bytes at 4\n    \
-             hash: modulo -> maglev\n    source: preserve -> vip\n    \
+             strategy: src-ip-port -> [src-ip, payload]\n    payload: none -> 2 bytes at 4\n    \
+             hash: modulo -> maglev\n    templates: one -> all\n    source: preserve -> vip\n    \
              fragments: follow -> drop\n    \
              ~ upstream 10.0.9.1: weight: 1 -> 2, state: active -> drained\n    \
              - mirror 10.0.9.4:1\n    \
@@ -569,7 +570,7 @@ mod tests {
         let from_nothing = Changes::new(&Desired::default(), &new, &[]);
         let attributes = "    all-down: open\n    answers: none\n    fragments: follow\n    hash: modulo\n    health: off\n    \
              martians: deny\n    mode: balance\n    payload: none\n    reply: none\n    senders: none\n    server-id: none\n    \
-             source: vip\n    sticky: false\n    strategy: src-ip-port\n    tc_action: pass\n    via: none\n    zero-checksum: deny\n";
+             source: vip\n    sticky: false\n    strategy: src-ip-port\n    tc_action: pass\n    templates: one\n    via: none\n    zero-checksum: deny\n";
         assert_eq!(
             from_nothing.to_string(),
             format!(

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::config::{ANY, Addresses, Flows, Key, Mode, Ports, State};
+use crate::config::{ANY, Addresses, Flows, Key, Mode, Ports, State, Templates};
 use crate::desired::{Desired, Rule, Upstream};
 
 /// Returns the map form of the configuration with every option. Host names stay names, and hosts that are
@@ -85,6 +85,9 @@ fn options(rule: &Rule) -> Value {
         "zero-checksum": rule.zero_checksum,
         "martians": rule.martians,
     });
+    if rule.templates != Templates::One {
+        options["templates"] = json!(rule.templates);
+    }
     if rule.mode == Mode::Balance {
         options["strategy"] = json!(rule.strategy);
         options["hash"] = json!(rule.hash);
@@ -169,7 +172,7 @@ mod tests {
     use crate::config::{
         Action, Address, Admission, AllDown, Announce, Check, Config, Decap, Family, Fragments,
         Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Period, Ports, Probe, Source,
-        State, Strategy as Selection, StrategyPart, Via,
+        State, Strategy as Selection, StrategyPart, Templates, Via,
     };
     use crate::desired::dns::Answers;
     use crate::desired::partial::{Known, resolve};
@@ -332,7 +335,11 @@ mod tests {
             select(vec![Fragments::Follow, Fragments::Pass, Fragments::Drop]),
             select(vec![Admission::Deny, Admission::Allow]),
             select(vec![Admission::Deny, Admission::Allow]),
-            select(vec![Mode::Balance, Mode::Replicate]),
+            select(vec![
+                (Mode::Balance, Templates::One),
+                (Mode::Balance, Templates::All),
+                (Mode::Replicate, Templates::One),
+            ]),
             select(vec![Hash::Modulo, Hash::Maglev]),
             option::of(16..=262_144_u32),
         );
@@ -368,6 +375,7 @@ mod tests {
             let (key, upstreams, mirrors) = hosts;
             let (action, source, health, fragments, zero_checksum, martians, mode, hash, senders) =
                 words;
+            let (mode, templates) = mode;
             let (strategy, payload) = match (selection, key.only_port()) {
                 // refused
                 ((strategy, _), Some(_)) if strategy.reads_dst_port() => (Selection::SrcIp, None),
@@ -376,7 +384,7 @@ mod tests {
             let mirrors = mirrors.unwrap_or_default();
             let rule = Rule::new(format!("r{place}"), key, upstreams);
             let mut rule = match mode {
-                Mode::Balance => Rule { strategy, payload, hash, mirrors, ..rule },
+                Mode::Balance => Rule { strategy, payload, hash, templates, mirrors, ..rule },
                 Mode::Replicate => rule,
             };
             let mut own = own.into_iter();

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{
     self, Action, Address, Addresses, Admission, AllDown, Announce, Config, Decap, Family, Flows,
     Fragments, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Reply, ServerId,
-    ServerIdPlace, Source, State, Strategy, Via, Xdp, with_port,
+    ServerIdPlace, Source, State, Strategy, Templates, Via, Xdp, with_port,
 };
 use crate::desired::partial::Incomplete;
 use crate::net::routing::{Senders, Target};
@@ -80,6 +80,8 @@ pub struct Rule {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server_id: Option<ServerIdPlace>,
     pub hash: Hash,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub templates: Templates,
     /// Default for upstreams and mirrors without a `source` of their own.
     pub source: Source,
     #[serde(default, skip_serializing_if = "is_default")]
@@ -181,6 +183,7 @@ impl Rule {
             payload: None,
             server_id: None,
             hash: Hash::Maglev,
+            templates: Templates::One,
             source: Source::Vip,
             reply: Reply::None,
             via: None,
@@ -498,6 +501,7 @@ fn written(rule: &config::RuleConfig) -> Rule {
         payload: rule.payload,
         server_id: rule.server_id,
         hash: rule.hash,
+        templates: rule.templates,
         source: rule.source,
         reply: rule.reply,
         via: rule.via,

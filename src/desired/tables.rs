@@ -7,7 +7,7 @@ use crate::bpf::types::{self, rule_flags as flags};
 use crate::bpf::wire;
 use crate::config::{
     Action, Admission, AllDown, Fragments, Hash, Health, KeyAddress, Mode, Network, Payload, Ports,
-    Reply, ServerIdPlace, Source, State, Strategy, StrategyPart, Via,
+    Reply, ServerIdPlace, Source, State, Strategy, StrategyPart, Templates, Via,
 };
 use crate::desired::key_table::{Key4, Key6};
 use crate::desired::sender_tables::SenderTable;
@@ -186,8 +186,9 @@ impl Tables {
             *next = before.saturating_add(1);
             before
         };
+        let to_one = !replicates && !copies_templates(rule);
         let upstreams = self.destinations(rule, &rule.upstreams, &ids.upstreams, |upstream| {
-            duplicate(upstream, !replicates)
+            duplicate(upstream, to_one)
         });
         let mirrors =
             self.destinations(rule, &rule.mirrors, &ids.mirrors, |mirror| duplicate(mirror, false));
@@ -671,6 +672,7 @@ fn features(desired: &Desired, tables: &Tables) -> types::features {
         quic: (!tables.servers.is_empty()).into(),
         decap: desired.decap.is_some().into(),
         sender_tables: (!tables.sender_tables.is_empty()).into(),
+        templates: any(&copies_templates),
         ..Default::default()
     }
 }
@@ -699,10 +701,17 @@ fn flags_of(rule: &Rule, desired: &Desired) -> flags {
         (flags::RULE_REPLIES, matches!(rule.reply, Reply::Direct | Reply::Route)),
         (flags::RULE_FLOWS, rule.reply == Reply::Nat),
         (flags::RULE_STICKY, rule.sticky),
+        (flags::RULE_TEMPLATES, copies_templates(rule)),
     ]
     .into_iter()
     .filter(|(_, is)| *is);
     flags(set.fold(0, |all, (flag, _)| all | flag.0))
+}
+
+/// Returns true if there are hosts that get datagrams with templates and not all others.
+fn copies_templates(rule: &Rule) -> bool {
+    let several = rule.mode == Mode::Balance && rule.upstreams.len() > 1;
+    rule.templates == Templates::All && (several || rule.destinations().any(|it| it.sample > 1))
 }
 
 /// Returns true if the selection key is a hash: where several parts select together, there is no number.

@@ -187,7 +187,8 @@ impl Names {
         let words = self.generations.get(&event.0.generation)?;
         let (rule, place) = words.destinations.get(&event.0.upstream)?;
         let rule = words.generation.description.desired.rules.get(*rule)?;
-        let is_copy = rule.mode == Mode::Replicate || *place >= rule.upstreams.len();
+        let is_receiver = rule.mode == Mode::Replicate || *place >= rule.upstreams.len();
+        let is_copy = is_receiver || event.0.copy != 0;
         Some((rule.destinations().nth(*place)?, is_copy))
     }
 

@@ -262,7 +262,7 @@ impl Metrics {
                 add(&rule.name, &upstream.label, &upstream.counters)?;
             }
         }
-        let help = "Packets that were not selected by what was asked for, by why";
+        let help = "Packets that were not selected by what was asked for, and copies of templates, by note";
         let mut notes = counter(encoder, "rule_notes", help)?;
         for rule in rules {
             for (note, count) in &rule.notes {

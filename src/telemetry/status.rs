@@ -202,6 +202,10 @@ pub struct UpstreamStatus {
     #[serde(skip)]
     pub probe: Option<types::probe>,
     pub counters: Counts,
+    /// Counters besides verdicts, unless 0.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(default)]
+    pub notes: BTreeMap<&'static str, Count>,
     /// Answers of the upstream that came through this host; none where the rule's `reply` asks for none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub answers: Option<Counts>,
@@ -599,7 +603,7 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
         senders: None,
         counters,
         own,
-        notes: own.notes().collect(),
+        notes: view.total.of_rule(ids.rule).notes().collect(),
         rate: grown.and_then(|(grown, counts)| grown.rate(counts.matched())),
         losses: grown.map_or_else(BTreeMap::new, |(grown, counts)| losses(grown, counts)),
         own_losses: grown
@@ -635,6 +639,7 @@ fn upstream_status(
         probe: view.probes.get(&id).copied(),
         silence: silence(&entry, health, view),
         counters: view.total.of(id),
+        notes: view.total.of(id).notes().collect(),
         answers: answers.map(|id| view.total.of(id)),
         flows: None,
         rate: grown.and_then(|grown| grown.rate(forwarded)),

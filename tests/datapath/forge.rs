@@ -135,6 +135,8 @@ pub struct Udp {
     /// Length of the payload; `first` is its first two bytes.
     pub payload: usize,
     pub first: u16,
+    /// Bytes at the beginning of the payload, as far as it goes.
+    pub message: Vec<u8>,
     /// Number of bytes of the IP packet behind the datagram.
     pub trailer: usize,
     /// Length to which datagram and trailer are truncated.
@@ -168,6 +170,7 @@ impl Forged {
                 checksum: Checksum::Right,
                 payload: 16,
                 first: 0,
+                message: Vec::new(),
                 trailer: 0,
                 cut: None,
             },
@@ -376,6 +379,9 @@ impl Udp {
         bytes.extend((0..self.payload).map(|index| (index * 7 + 3) as u8));
         for (byte, first) in bytes[8..].iter_mut().zip(self.first.to_be_bytes()) {
             *byte = first;
+        }
+        for (byte, message) in bytes[8..].iter_mut().zip(&self.message) {
+            *byte = *message;
         }
         let pseudo_header = pseudo_header(source, destination, length);
         let right = match !sum(&[&pseudo_header, &bytes[..]].concat()) {

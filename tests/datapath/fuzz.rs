@@ -18,6 +18,7 @@ use proptest::prelude::{Just, Strategy, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use udplb::config::{
     self, Action, Admission, Fragments, Hash, Key, KeyAddress, Mode, Ports, Source, StrategyPart,
+    Templates,
 };
 use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
 
@@ -454,6 +455,7 @@ const VERDICTS: &[Verdict] = &[
     "no-checksum",
     "no-route",
     "not-for-us",
+    "templates",
     "ttl",
     "unresolved",
 ];
@@ -503,16 +505,21 @@ fn any_scenario(target: Target) -> impl Strategy<Value = Scenario> {
     ]);
     let admissions = usually(Admission::Deny, Just(Admission::Allow));
     let admissions = (admissions.clone(), admissions);
+    let mode = (mode, one_of([Templates::One, Templates::All]));
     let upstreams = vec(any_upstream(target), 1..=4);
     let mirrors = vec(any_upstream(target), 0..=2);
     let rule = (action, source, mode, fragments, admissions, strategy, upstreams, mirrors)
         .prop_map(
             move |(action, source, mode, fragments, admissions, strategy, upstreams, mirrors)| {
                 let (zero_checksum, martians) = admissions;
+                let (mode, templates) = match mode {
+                    (Mode::Replicate, _) => (Mode::Replicate, Templates::One),
+                    balance => balance,
+                };
                 let mirrors = if mode == Mode::Balance { mirrors } else { Vec::new() };
                 let rule = rule_for(target, upstreams);
                 let rule = Rule { action, source, mode, fragments, strategy, mirrors, ..rule };
-                Rule { zero_checksum, martians, ..rule }
+                Rule { zero_checksum, martians, templates, ..rule }
             },
         );
     (rule, usually(false, Just(true))).prop_map(|(rule, held)| Scenario { rule, held })

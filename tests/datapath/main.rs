@@ -39,5 +39,6 @@ mod replies;
 mod routes;
 mod selection;
 mod senders;
+mod templates;
 mod traffic;
 mod xdp;

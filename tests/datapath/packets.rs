@@ -1184,7 +1184,7 @@ fn check_unexpected(
 fn program_loads_with_any_features() {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
     use udplb::bpf::types::features;
-    const SWITCHES: [fn(&mut features) -> &mut u8; 20] = [
+    const SWITCHES: [fn(&mut features) -> &mut u8; 21] = [
         |it| &mut it.ipv6,
         |it| &mut it.any_port,
         |it| &mut it.senders,
@@ -1205,6 +1205,7 @@ fn program_loads_with_any_features() {
         |it| &mut it.sources,
         |it| &mut it.sender_tables,
         |it| &mut it.here,
+        |it| &mut it.templates,
     ];
     let load = |name: &str, on: &dyn Fn(usize) -> bool| {
         let mut object = std::mem::MaybeUninit::uninit();

@@ -234,16 +234,48 @@ fn any_udp(first_port: u16) -> impl Strategy<Value = Udp> {
     let trailer = usually(0, 1..16_usize);
     let cut = usually(None, (0..40_usize).prop_map(Some));
     let source = prop_oneof![3 => any::<u16>(), 1 => first_port..first_port + 4];
-    (source, port, any_length(), checksum, (payload, any::<u16>()), trailer, cut).prop_map(
-        |(source, destination, length, checksum, (payload, first), trailer, cut)| Udp {
+    let payload = prop_oneof![
+        2 => (payload, any::<u16>()).prop_map(|(payload, first)| (payload, first, Vec::new())),
+        // whole, or cut off
+        1 => (any_export(), usually(usize::MAX, 0..100_usize))
+            .prop_map(|(message, most)| (message.len().min(most), 0, message)),
+    ];
+    (source, port, any_length(), checksum, payload, trailer, cut).prop_map(
+        |(source, destination, length, checksum, (payload, first, message), trailer, cut)| Udp {
             source,
             destination,
             length,
             checksum,
             payload,
             first,
+            message,
             trailer,
             cut,
         },
     )
+}
+
+/// Generates messages of NetFlow 9 and IPFIX, and some of other versions; they end in up to three bytes of
+/// padding.
+pub fn any_export() -> impl Strategy<Value = Vec<u8>> {
+    let id = prop_oneof![4 => 256..300_u16, 1 => 0..4_u16];
+    let length = |real: usize| {
+        let wrong = prop_oneof![Just(0), 1..4_u16, Just(real as u16 + 4), any::<u16>()];
+        usually(real as u16, wrong)
+    };
+    let set = (id, 0..40_usize).prop_flat_map(move |(id, body)| {
+        length(4 + body).prop_map(move |length| {
+            [&id.to_be_bytes()[..], &length.to_be_bytes(), &vec![0x11; body]].concat()
+        })
+    });
+    let sets = (vec(set, 0..=10), 0..4_usize);
+    let sets = sets.prop_map(|(sets, padding)| [sets.concat(), vec![0; padding]].concat());
+    let version = usually(9, one_of([5, 10, 10, 10, 0x0900]));
+    (version, usually(0, 1..9_u16), sets).prop_map(|(version, error, sets)| {
+        let rest = if version == 10 { 12 } else { 16 };
+        let length = (4 + rest + sets.len()) as u16;
+        let length = if version == 10 { length.wrapping_add(error) } else { 3 };
+        let start: [[u8; 2]; 2] = [u16::to_be_bytes(version), length.to_be_bytes()];
+        [start.concat(), vec![0x22; rest], sets].concat()
+    })
 }

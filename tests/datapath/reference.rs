@@ -13,7 +13,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 
 use udplb::config::{
-    Action, Admission, Fragments, Hash, KeyAddress, Mode, Network, Source, Strategy,
+    Action, Admission, Fragments, Hash, KeyAddress, Mode, Network, Source, Strategy, Templates,
 };
 use udplb::desired::{Rule, RuleIds, Upstream};
 
@@ -157,13 +157,22 @@ type Place = (u32, usize);
 /// The table of first fragments.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
-    /// Indices of the rule and its upstream; `None` if a newer datagram that matches no rule uses the
-    /// identification.
-    followed: HashMap<Datagram, Option<(usize, usize)>>,
+    /// `None` if a newer datagram that matches no rule uses the identification.
+    followed: HashMap<Datagram, Option<Followed>>,
     /// Receiving host and new identification, by datagram and receiver.
     fresh: HashMap<(Datagram, Place), (IpAddr, Vec<u8>)>,
     /// Number of packets received.
     packets: u64,
+}
+
+/// Selection of a datagram.
+#[derive(Clone, Copy, Debug)]
+struct Followed {
+    /// Index of the rule.
+    rule: usize,
+    /// Index of the upstream in the rule.
+    chosen: usize,
+    templates: bool,
 }
 
 const ETHERNET: usize = 14;
@@ -253,12 +262,13 @@ impl Host {
                 Some(None) => return Outcome::default(),
                 followed => followed.copied().flatten(),
             },
-            false => self.rule_for(&packet).map(|rule| {
-                let chosen = self.choose(&self.rules[rule].0, &packet);
-                (rule, chosen)
+            false => self.rule_for(&packet).map(|index| {
+                let rule = &self.rules[index].0;
+                let templates = rule.templates == Templates::All && packet.has_templates();
+                Followed { rule: index, chosen: self.choose(rule, &packet), templates }
             }),
         };
-        let Some((index, chosen)) = found else {
+        let Some(followed) = found else {
             if packet.is_first() {
                 table.correct(packet.datagram());
             }
@@ -270,7 +280,7 @@ impl Host {
                 false => Outcome::default(),
             };
         };
-        let (rule, ids) = &self.rules[index];
+        let (rule, ids) = &self.rules[followed.rule];
         if !self.is_for_us(&packet, arrival) {
             return Outcome::default().counted(ids.rule, "not-for-us", count);
         }
@@ -282,7 +292,7 @@ impl Host {
         }
         if packet.fragment.is_some() {
             if packet.is_first() {
-                table.remember(packet.datagram(), (index, chosen));
+                table.remember(packet.datagram(), followed);
             }
             let outcome = match rule.fragments {
                 Fragments::Follow => None,
@@ -298,8 +308,14 @@ impl Host {
             Mode::Balance => {
                 let mut mirrors = receivers(rule, &rule.mirrors, &ids.mirrors, &rule.upstreams);
                 mirrors.retain(|receiver| takes(receiver.upstream, &packet));
-                let outcome = self.copies(&mirrors, &packet);
-                let chosen = Receiver { again: 0, ..upstreams[chosen] };
+                let mut outcome = self.copies(&mirrors, &packet);
+                let mut chosen = upstreams.remove(followed.chosen);
+                if rule.templates == Templates::One {
+                    chosen.again = 0;
+                }
+                if followed.templates {
+                    outcome = self.template_copies(outcome, &upstreams, &packet);
+                }
                 self.balance(outcome, rule, chosen, &packet, arrival)
             }
             Mode::Replicate => {
@@ -359,6 +375,26 @@ impl Host {
             }
         };
         outcome.counted(to.id, verdict, packet.count())
+    }
+
+    /// Sends templates to the upstreams that were not chosen: a copy that is sent has no verdict, but a note.
+    fn template_copies(
+        &self,
+        mut outcome: Outcome,
+        others: &[Receiver<'_>],
+        packet: &Packet,
+    ) -> Outcome {
+        for other in others {
+            let note = match self.send(*other, packet, true) {
+                Ok((mut gone, _)) => {
+                    outcome.copies.append(&mut gone);
+                    "templates"
+                }
+                Err(verdict) => verdict,
+            };
+            outcome = outcome.counted(other.id, note, packet.count());
+        }
+        outcome
     }
 
     fn copies(&self, receivers: &[Receiver<'_>], packet: &Packet) -> Outcome {
@@ -969,8 +1005,8 @@ impl Outcome {
 impl Table {
     /// Records a first fragment. A new datagram uses the identification, so earlier entries are
     /// removed.
-    fn remember(&mut self, datagram: Datagram, rule_and_upstream: (usize, usize)) {
-        self.followed.insert(datagram, Some(rule_and_upstream));
+    fn remember(&mut self, datagram: Datagram, followed: Followed) {
+        self.followed.insert(datagram, Some(followed));
         self.fresh.retain(|(known, _), _| *known != datagram);
     }
 
@@ -1097,6 +1133,46 @@ fn takes(receiver: &Upstream, packet: &Packet) -> bool {
 
 fn has_receiver(rule: &Rule, packet: &Packet) -> bool {
     rule.upstreams.iter().any(|upstream| takes(upstream, packet))
+}
+
+/// Maximum number of sets of a message that are looked at.
+const SETS: usize = 8;
+
+impl Packet {
+    /// Returns true if one of its datagrams has templates; a GSO packet has several.
+    fn has_templates(&self) -> bool {
+        let Some(length) = word(&self.bytes, self.body + 4) else { return false };
+        let start = self.body + 8;
+        let end = start + usize::from(length).saturating_sub(8);
+        let step = if self.gso_size == 0 { usize::MAX } else { self.gso_size };
+        (start..end)
+            .step_by(step)
+            .any(|start| has_template_set(&self.bytes, start..end.min(start.saturating_add(step))))
+    }
+}
+
+/// Returns true if a message of NetFlow 9 (RFC 3954 section 5) or IPFIX (RFC 7011 section 3) has templates or
+/// options templates. In a first fragment the message is longer than the bytes.
+fn has_template_set(bytes: &[u8], message: Range<usize>) -> bool {
+    let said = word(bytes, message.start + 2).map(usize::from);
+    let (mut at, end, ids) = match (word(bytes, message.start), said) {
+        (Some(9), Some(_)) => (message.start + 20, message.end, [0, 1]),
+        (Some(10), Some(said)) if said <= message.len() => {
+            (message.start + 16, message.start + said, [2, 3])
+        }
+        _ => return false,
+    };
+    for _ in 0..SETS {
+        let (Some(id), Some(length)) = (word(bytes, at), word(bytes, at + 2)) else { return false };
+        if at + 4 > end || length < 4 || at + usize::from(length) > end {
+            return false;
+        }
+        if ids.contains(&id) {
+            return true;
+        }
+        at += usize::from(length);
+    }
+    false
 }
 
 fn receivers<'host>(

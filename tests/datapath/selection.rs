@@ -41,7 +41,7 @@ fn upstream_of(frame: &[u8]) -> usize {
 }
 
 /// A sender's address, port and payload.
-type Flow = (IpAddr, u16, Vec<u8>);
+pub type Flow = (IpAddr, u16, Vec<u8>);
 
 fn frame_to((source, port, payload): &Flow, to: IpAddr, to_port: u16) -> Vec<u8> {
     let ip = match (source, to) {
@@ -63,7 +63,7 @@ fn to_port(flow: &Flow) -> u16 {
 }
 
 /// Returns a flow's frame to the rules' address.
-fn frame(flow: &Flow) -> Vec<u8> {
+pub fn frame(flow: &Flow) -> Vec<u8> {
     let to = if flow.0.is_ipv4() { VIP.into() } else { VIP6.into() };
     frame_to(flow, to, to_port(flow))
 }
@@ -81,18 +81,18 @@ fn rule(key: impl Into<IpAddr>, upstreams: Vec<Upstream>) -> Rule {
 }
 
 /// Returns a rule for each family.
-fn rules(count: usize) -> [Rule; 2] {
+pub fn rules(count: usize) -> [Rule; 2] {
     [rule(VIP, upstreams(NEAR, count)), rule(VIP6, upstreams(NEAR6, count))]
 }
 
-struct Relay<'test> {
+pub struct Relay<'test> {
     testbed: &'test Testbed<'test>,
-    ids: Vec<RuleIds>,
+    pub ids: Vec<RuleIds>,
     tables: Tables,
 }
 
 impl Relay<'_> {
-    fn with<'test>(testbed: &'test Testbed<'test>, rules: &[Rule]) -> Relay<'test> {
+    pub fn with<'test>(testbed: &'test Testbed<'test>, rules: &[Rule]) -> Relay<'test> {
         let rules = rules.to_vec();
         let addresses = vec![VIP.into(), Ipv4Addr::new(10, 0, 2, 1).into()];
         let desired = Desired { rules, addresses, ..Desired::default() };
@@ -102,13 +102,13 @@ impl Relay<'_> {
         Relay { testbed, ids, tables }
     }
 
-    fn run(&self, frame: &[u8]) -> Run {
+    pub fn run(&self, frame: &[u8]) -> Run {
         let context = Context { ifindex: self.testbed.routing, ..Context::default() };
         self.testbed.program.run(frame, context)
     }
 
     /// Returns the upstream that the program selects for a packet.
-    fn choice(&self, frame: &[u8]) -> usize {
+    pub fn choice(&self, frame: &[u8]) -> usize {
         let run = self.run(frame);
         assert_eq!(run.action, REDIRECT);
         upstream_of(&run.frame)
@@ -118,7 +118,7 @@ impl Relay<'_> {
         flows.iter().map(|flow| self.choice(&frame(flow))).collect()
     }
 
-    fn counted(&self) -> Counted {
+    pub fn counted(&self) -> Counted {
         self.testbed.program.take_counted()
     }
 }

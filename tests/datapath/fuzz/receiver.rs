@@ -150,7 +150,7 @@ fn fragments_reassemble_to_the_datagram() {
             }
         };
         // more than one fragment
-        let udp = Udp { payload: units * 8 + payload, ..packet.udp };
+        let udp = Udp { payload: units * 8 + payload, ..packet.udp.clone() };
         let source = if keep { Source::Preserve } else { Source::Vip };
         let Case { rule, .. } = case("", packet.clone(), "");
         let host = Scenario { rule: Rule { source, ..rule }, held: false };

@@ -139,6 +139,10 @@ in
       };
     };
   };
+  templates = {
+    expect = wrong "options\\.templates" "null or one of .one., .all.'";
+    config = options { templates = "two"; };
+  };
   strategy-list = {
     expect.check = "a list needs two parts at least";
     config = options { strategy = [ "src-ip" ]; };

@@ -31,7 +31,11 @@ let
         };
         all-down = "drop";
         hash = "maglev";
-        strategy = "payload";
+        templates = "all";
+        strategy = [
+          "src-ip"
+          "payload"
+        ];
         payload = {
           offset = 4;
           length = 8;
