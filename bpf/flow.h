@@ -1001,12 +1001,16 @@ static __always_inline bool has_flows(const struct rule *rule)
 	return features.flows && rule->flags & (RULE_FLOWS | RULE_STICKY);
 }
 
-/* Returns the port that the packet's new flow would get, after a dry run of assign_flow(). */
-static __always_inline __be16 drafted_port(void)
+/* Fills in the source that the packet's new flow would get, after a dry run of assign_flow(). */
+static __always_inline bool fill_drafted_source(struct rewrite *rw)
 {
 	const struct flow_scratch *draft = get_flow_scratch();
 
-	return draft ? draft->port : 0;
+	if (!draft)
+		return false;
+	__builtin_memcpy(rw->source, draft->egress, sizeof(rw->source));
+	rw->source_port = draft->port;
+	return true;
 }
 
 /* Returns the handle that set_flow() has set. */

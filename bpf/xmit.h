@@ -185,7 +185,7 @@ static __always_inline bool fill_rewrite(struct __sk_buff *skb, const struct pkt
 	if (features.sources && upstream->source == SOURCE_FIXED)
 		return fill_fixed_source(upstream, rw);
 	if (features.flows && features.dry_run && upstream->source == SOURCE_FLOW)
-		rw->source_port = drafted_port();
+		return fill_drafted_source(rw);
 	if (upstream->source == SOURCE_EGRESS || (features.flows && upstream->source == SOURCE_FLOW))
 		return egress_address(upstream, rw->source);
 	if (pkt->is_ipv6)
