@@ -175,7 +175,7 @@ __noinline __u32 gateway_state(struct __sk_buff *skb)
 {
 	bool listed = bpf_core_field_exists(struct neigh_hash_table, hash_heads);
 	struct xmit *xmit = get_xmit();
-	__u64 device, table, neighbour, next;
+	__u64 device, table, neighbour;
 	bool ipv6;
 	int i;
 
@@ -195,9 +195,8 @@ __noinline __u32 gateway_state(struct __sk_buff *skb)
 			return read_word(FIELD_AT(neighbour, neighbour, nud_state)) & NUD_VALID
 				       ? NEIGHBOUR_VALID
 				       : NEIGHBOUR_INVALID;
-		next = listed ? read_pointer(FIELD_AT(neighbour, neighbour, hash))
-			      : read_pointer(FIELD_AT(neighbour, neighbour___before_6_13, next));
-		neighbour = next;
+		neighbour = listed ? read_pointer(FIELD_AT(neighbour, neighbour, hash))
+				   : read_pointer(FIELD_AT(neighbour, neighbour___before_6_13, next));
 	}
 	return NEIGHBOUR_INVALID;
 }

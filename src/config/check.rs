@@ -106,8 +106,8 @@ fn egresses(decoded: &Decoded, diagnostics: &mut Diagnostics) {
     let Flows { addresses, ports, .. } = &decoded.flows;
     twice(&at, addresses, ToString::to_string, diagnostics);
     for family in [false, true] {
-        let of_family = addresses.iter().enumerate().filter(|(_, it)| it.is_ipv6() == family);
-        if let Some((index, _)) = of_family.skip(EGRESSES).next() {
+        let mut of_family = addresses.iter().enumerate().filter(|(_, it)| it.is_ipv6() == family);
+        if let Some((index, _)) = of_family.nth(EGRESSES) {
             let message = format!("at most {EGRESSES} addresses of a family are used");
             diagnostics.push(Message::new(message).at(at.index(index)));
         }
