@@ -171,8 +171,8 @@ mod tests {
         assert_eq!(text(&[], None), "");
         assert_eq!(
             text(&senders()[..2], None),
-            "RULE    SENDER    STATE   PACKETS  BYTES  FIRST   LAST\n\
-             syslog  10.0.0.1  active        5    900   1m0s     3s\n\
+            "RULE    SENDER    STATE   PACKETS  BYTES  FIRST  LAST\n\
+             syslog  10.0.0.1  active        5    900     1m    3s\n\
              syslog  10.0.0.2  active        9    100  1m30s  1h6m\n"
         );
     }
