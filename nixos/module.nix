@@ -78,13 +78,11 @@ let
   );
   # Which address and port it is, `udplb check` finds.
   source =
-    types.either
-      (types.enum [
-        "vip"
-        "preserve"
-        "egress"
-      ])
-      (types.strMatching "[[:xdigit:].:]*[.:][[:xdigit:].:]*|\\[[[:xdigit:].:]+]:[0-9]{1,5}")
+    types.either (types.enum [
+      "vip"
+      "preserve"
+      "egress"
+    ]) (types.strMatching "[[:xdigit:].:]*[.:][[:xdigit:].:]*|\\[[[:xdigit:].:]+]:[0-9]{1,5}")
     // {
       description = "one of \"vip\", \"preserve\", \"egress\", an IP address, or ADDRESS:PORT";
     };
@@ -311,10 +309,14 @@ let
       "modulo"
       "maglev"
     ]) "modulo" "Mapping from the strategy's key to an upstream. The program's default is `maglev`.";
-    templates = word (types.enum [
-      "one"
-      "all"
-    ]) "all" "With `all`, NetFlow 9 and IPFIX datagrams with templates go to all upstreams. The program's default is `one`.";
+    templates =
+      word
+        (types.enum [
+          "one"
+          "all"
+        ])
+        "all"
+        "With `all`, NetFlow 9 and IPFIX datagrams with templates go to all upstreams. The program's default is `one`.";
     source =
       word source "preserve"
         "Sender that upstreams see: the matched destination (`vip`, the default), the original one (`preserve`), this host's own address (`egress`), or this address, with a port if it is to be another one than the sender's.";

@@ -104,9 +104,10 @@ fn drain_says_why_there_are_no_flows() {
         json!([{ "name": "tap", "address": V4.upstreams[1], "port": 9 }]);
     config["rules"][1] = replying("route")["rules"][1].take();
     lab.apply(&config);
-    for (name, why) in
-        [("dns/tap", "mirrors get copies only"), ("dns6/u1", "rule dns6 has no `reply: nat`")]
-    {
+    for (name, why) in [
+        ("dns/tap", "mirrors get copies only"),
+        ("dns6/u1", "rule dns6 has no `reply: nat` or `sticky`"),
+    ] {
         for option in ["--now", "--wait", "--wait 5"] {
             let text = lab.run(&format!("drain {name} {option}")).expect(0).stdout;
             assert!(text.ends_with(&format!("{name} has no flows: {why}\n")), "{text}");

@@ -90,7 +90,7 @@ in
     config = options { mode = "copy"; };
   };
   strategy = {
-    expect = wrong "options\\.strategy" "null or one of .src-port., .src-ip., .src-ip-port., .dst-port., .random., .payload. or list of .*one of .*'";
+    expect = wrong "options\\.strategy" "null or one of .src-port., .src-ip., .src-ip-port., .dst-port., .random., .payload., .quic-cid. or list of .*one of .*'";
     config = options { strategy = "round-robin"; };
   };
   source = {

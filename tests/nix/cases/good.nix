@@ -64,10 +64,6 @@ let
           sample = 10;
           source = "10.0.0.9:9995";
         }
-        {
-          address = "local";
-          port = 9999;
-        }
       ];
     }
     {
@@ -214,6 +210,12 @@ in
             port = 514;
           };
           upstream = [ { address = "10.0.9.12"; } ];
+          mirror = [
+            {
+              address = "local";
+              port = 1514;
+            }
+          ];
         }
       ];
     };
