@@ -270,10 +270,12 @@ fn floods_replace_strangers_only() {
             let after = counted(testbed, family, false);
             assert!(before.iter().all(|it| after.contains(it)), "{before:?} {after:?}");
             assert!(after.len() <= PLACES, "{}", after.len());
-            // the last ones of the flood are those that are left
+            // senders of the same time replace each other in any order; the last one is there
             let strangers = after.iter().filter(|it| !before.contains(it));
             assert!(strangers.clone().count() > 4, "{after:?}");
-            assert!(strangers.clone().all(|it| it.1 == 1 && it.0 > network(family, 5_000)));
+            assert!(strangers.clone().all(|it| it.1 == 1), "{after:?}");
+            let last = network(family, 5_999);
+            assert!(strangers.clone().any(|it| it.0 == last), "{after:?}");
         }
     });
 }
