@@ -13,7 +13,7 @@ use crate::datapath::packed;
 use crate::desired::{Desired, RuleIds};
 use crate::net::link::Layer;
 
-/// Description of a generation, stored in its map `config`: JSON, a zero, and rules and ids [packed](packed).
+/// Description of a generation, stored in its map `config`: JSON, a zero, and packed rules and ids.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Description {
     // first, so that it stands in the first chunk: see `made_of`
