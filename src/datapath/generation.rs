@@ -180,18 +180,8 @@ fn build_in(
     flows::size(&mut skeleton, &draft.desired)?;
     flows::take_over(guard, &mut skeleton, &draft.desired, (others, active))?;
     senders::prepare(guard, &mut skeleton, directory, &tables.sender_tables, others)?;
-    let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
-    rodata.features = types::features {
-        generation: draft.number,
-        ticks_per_second: lease::ticks_per_second()?,
-        xdp: xdp.into(),
-        ..tables.features
-    };
-    rodata.tuning = keys.tuning();
-    rodata.decap_settings = tables.decap;
-    rodata.flow_settings = flow_settings(&draft.desired, &tables)?;
-    rodata.sender_settings = sender_tables::settings(lease::ticks_per_second()?);
-    rodata.flow_egresses = egresses(&draft.desired.flows);
+    let features = types::features { generation: draft.number, xdp: xdp.into(), ..tables.features };
+    set_constants(&mut skeleton, &draft.desired, &tables, &keys, features)?;
     share(&mut skeleton, &state)?;
     skeleton.maps.bss_tracing.reuse_fd(state.tracing.as_fd())?;
     skeleton.maps.events.reuse_fd(state.events.as_fd())?;
@@ -249,11 +239,30 @@ fn key_tables(tables: &Tables, seed: u64) -> anyhow::Result<KeyTables> {
         .with_context(|| format!("no table holds these {} keys", keys.len() + keys6.len()))
 }
 
-fn flow_settings(desired: &Desired, tables: &Tables) -> anyhow::Result<types::flow_settings> {
-    let settings = settings(&desired.flows, lease::ticks_per_second()?, tables.orphans);
+/// Sets the constants of the programs; the time is that of the kernel's clock.
+fn set_constants(
+    skeleton: &mut OpenUdplbSkel<'_>,
+    desired: &Desired,
+    tables: &Tables,
+    keys: &KeyTables,
+    features: types::features,
+) -> anyhow::Result<()> {
+    let ticks = lease::ticks_per_second()?;
+    let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
+    rodata.features = types::features { ticks_per_second: ticks, ..features };
+    rodata.tuning = keys.tuning();
+    rodata.decap_settings = tables.decap;
+    rodata.flow_settings = flow_settings(desired, tables, ticks);
+    rodata.flow_egresses = egresses(&desired.flows);
+    rodata.sender_settings = sender_tables::settings(ticks);
+    Ok(())
+}
+
+fn flow_settings(desired: &Desired, tables: &Tables, ticks: u32) -> types::flow_settings {
+    let settings = settings(&desired.flows, ticks, tables.orphans);
     let any_nat = desired.rules.iter().any(|rule| rule.reply == Reply::Nat);
     // without ports, no packet is looked up as an answer
-    Ok(types::flow_settings { ports: if any_nat { settings.ports } else { 0 }, ..settings })
+    types::flow_settings { ports: if any_nat { settings.ports } else { 0 }, ..settings }
 }
 
 fn size(
@@ -323,17 +332,13 @@ pub fn dry_run_program(
     let keys = key_tables(&tables, description.seed)?;
     size(&mut skeleton, &tables, &keys, 1)?;
     flows::size(&mut skeleton, &description.desired)?;
-    let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
-    rodata.features = types::features {
+    let features = types::features {
         dry_run: 1,
         sender_tables: 0,
         generation: generation.number,
-        ticks_per_second: lease::ticks_per_second()?,
         ..tables.features
     };
-    rodata.tuning = keys.tuning();
-    rodata.decap_settings = tables.decap;
-    rodata.flow_settings = flow_settings(&description.desired, &tables)?;
+    set_constants(&mut skeleton, &description.desired, &tables, &keys, features)?;
     let state = state_maps::open(guard)?.context(INCOMPLETE)?;
     let directory = guard.generation(generation.number);
     let maps = &mut skeleton.maps;

@@ -365,6 +365,20 @@ fn flows_are_spread_over_addresses() {
     }
 }
 
+/// `get` shows the address and port that a new flow would get.
+#[test]
+fn a_dry_run_shows_the_address_of_new_flows() {
+    let lab = Lab::dual(true, true);
+    lab.relay.ip("addr add 10.2.0.5/24 dev up0");
+    lab.apply(&with_addresses(&["10.2.0.5"]));
+    let (client, key) = (V4.clients[0], V4.key);
+    let get = lab.run(&format!("get {client}:40000 {key}:53 -i eth0 -o json")).expect(0).json();
+    let source: SocketAddr =
+        get["outcomes"][0]["source"].as_str().expect("a source").parse().expect("one");
+    assert_eq!(source.ip().to_string(), "10.2.0.5");
+    assert!((20_000..=20_003).contains(&source.port()), "{source}");
+}
+
 #[test]
 fn flows_without_port_are_refused_until_an_address_is_added() {
     let lab = Lab::dual(true, true);
