@@ -159,6 +159,14 @@ static __always_inline bool is_suspect(const struct pkt *pkt)
 	return gate.suspects[hash / 64] >> hash % 64 & 1;
 }
 
+/* Returns true for an address of this host. */
+static __always_inline bool is_own_address(const __be32 *address)
+{
+	const __u32 *kind = bpf_map_lookup_elem(&own, address);
+
+	return kind && *kind == OWN_ADDRESS;
+}
+
 /* Checks a packet of a rule whose source may be in `own` or `answers`; returns as admit(). */
 __noinline __u32 check_suspect(struct __sk_buff *skb, __u32 packed, __u32 rule_id)
 {

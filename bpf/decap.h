@@ -94,9 +94,7 @@ static __always_inline bool read_outer_udp(struct __sk_buff *skb, __u32 at, stru
 /* Returns true for outer headers from one of the senders to an address of this host. */
 static __always_inline bool is_trusted(const struct outer *outer)
 {
-	const __u32 *own_kind = bpf_map_lookup_elem(&own, &outer->destination);
-
-	return own_kind && *own_kind == OWN_ADDRESS && bpf_map_lookup_elem(&senders, &outer->sender);
+	return is_own_address(outer->destination.words) && bpf_map_lookup_elem(&senders, &outer->sender);
 }
 
 /* Returns true if an inner packet of this length, with this ECN field, is whole and can take the outer one.
@@ -121,7 +119,7 @@ static __always_inline bool read_inner4(struct __sk_buff *skb, __u32 at, struct 
 	return length >= ip.ihl * 4 && fits_into(outer, length, ip.tos & ECN_MASK);
 }
 
-/* Likewise of IPv6. */
+/* Reads the inner header of IPv6, as read_inner4(). */
 static __always_inline bool read_inner6(struct __sk_buff *skb, __u32 at, struct outer *outer)
 {
 	struct ipv6hdr ip6;
@@ -145,12 +143,6 @@ static __always_inline bool strip(struct __sk_buff *skb, const struct outer *out
 	return true;
 }
 
-/* Returns true for a packet to this host, in VLANs that it is in. */
-static __always_inline bool is_received(struct __sk_buff *skb)
-{
-	return skb->vlan_present ? is_for_us_tagged(skb, 0) : is_for_us(skb);
-}
-
 /*
  * Takes the outer headers off a packet behind a link-layer header of `l2` bytes, if it has come to this host
  * from one of the senders. Returns false for a packet that stays as it is; one that contradicts itself is
@@ -162,7 +154,7 @@ __noinline __u32 decap(struct __sk_buff *skb, __u32 l2)
 	bool ipv6 = skb->protocol == bpf_htons(ETH_P_IPV6);
 	__u32 verdict = NOTE_DECAPSULATED, at;
 
-	if (!features.decap || !is_received(skb) ||
+	if (!features.decap || !is_for_us_tagged(skb, 0) ||
 	    !(ipv6 ? read_outer6(skb, l2, &outer) : read_outer4(skb, l2, &outer)) ||
 	    !read_outer_udp(skb, l2, &outer) || !is_trusted(&outer))
 		return false;

@@ -99,20 +99,6 @@ static __always_inline bool read_error6(struct __sk_buff *skb, __u32 offset, str
 	return ip6.nexthdr == IPPROTO_UDP && read_ports(skb, offset, report);
 }
 
-/* Returns true if the address, with the port or with any port, is a rule's key. */
-static __always_inline bool is_key_of_rule(const __be32 *address, __be16 port, bool ipv6)
-{
-	return lookup_rule(address, port, ipv6) || (features.any_port && lookup_rule(address, 0, ipv6));
-}
-
-/* Returns true for an address of this host. */
-static __always_inline bool is_own_address(const __be32 *address)
-{
-	const __u32 *kind = bpf_map_lookup_elem(&own, address);
-
-	return kind && *kind == OWN_ADDRESS;
-}
-
 /*
  * Returns true if the quoted packet is one that a rule sends: from one of its addresses to one of its
  * upstreams.
@@ -128,7 +114,7 @@ static __always_inline bool is_forwarded_flow(struct icmp_report *report, bool i
 		is_vip = bpf_map_lookup_elem(&addresses, report->source);
 	} else {
 		/* an upstream without a port gets packets at the port that they were sent to */
-		is_vip = is_key_of_rule(report->source, report->destination.port, ipv6);
+		is_vip = key_rule(report->source, report->destination.port, ipv6);
 		report->destination.port = 0;
 		destination = bpf_map_lookup_elem(&destinations, &report->destination);
 	}
