@@ -7,7 +7,7 @@
 #ifndef UDPLB_SENDERS_H
 #define UDPLB_SENDERS_H
 
-/* What a place may be used for, from the least to the most willingly. */
+/* Willingness to give a place to another sender, from the least to the most. */
 enum sender_claim {
 	CLAIM_NEVER,
 	CLAIM_SILENT, /* known, and silent for longer than it was heard */
@@ -182,17 +182,24 @@ __noinline __u32 count_sender(__u32 table, __u64 high, __u64 low, __u64 size)
 	return insert_sender(table, hash, high, low, size);
 }
 
+/* Counts packets of a sender by its address in a header. */
+static __always_inline void count_address(__u32 table, const __be32 *words, __u64 size, const bool ipv6)
+{
+	if (ipv6)
+		count_sender(table, address_word(words), address_word(words + 2), size);
+	else
+		count_sender(table, 0, words[0], size);
+}
+
 /* Counts a packet of the sender in its headers; without a table (0) it is not counted. */
 static __always_inline void count_sender_of(const struct pkt *pkt, __u32 table, __u64 size)
 {
-	const __be32 *words = pkt->ip6->saddr.in6_u.u6_addr32;
-
 	if (!features.sender_tables || !table)
 		return;
 	if (pkt->is_ipv6)
-		count_sender(table, address_word(words), address_word(words + 2), size);
+		count_address(table, pkt->ip6->saddr.in6_u.u6_addr32, size, true);
 	else
-		count_sender(table, 0, pkt->ip->saddr, size);
+		count_address(table, &pkt->ip->saddr, size, false);
 }
 
 /* Counts a plain packet in a frame of so many bytes, see count_sender_of(). */
@@ -228,13 +235,8 @@ static __always_inline void count_refused_by(struct __sk_buff *skb, __u32 ip, __
 	    bpf_skb_load_bytes(skb, udp + offsetof(struct udphdr, dest), &port, sizeof(port)))
 		return;
 	rule = key_rule(destination, port, ipv6);
-	if (!rule || !rule->refused_table)
-		return;
-	if (ipv6)
-		count_sender(rule->refused_table, address_word(source), address_word(source + 2),
-			     sender_size(size));
-	else
-		count_sender(rule->refused_table, 0, source[0], sender_size(size));
+	if (rule && rule->refused_table)
+		count_address(rule->refused_table, source, sender_size(size), ipv6);
 }
 
 /*
