@@ -571,8 +571,7 @@ static __always_inline void choose_egress(struct flow_scratch *draft, __u32 inde
 {
 	if (!flow_egresses.count[ipv6])
 		return;
-	index &= MAX_EGRESSES - 1;
-	barrier_var(index);
+	barrier_var(index); /* else the compiler knows the bound, and leaves the mask out */
 	index &= MAX_EGRESSES - 1;
 	draft->egress[0] = flow_egresses.addresses[ipv6][index][0];
 	draft->egress[1] = flow_egresses.addresses[ipv6][index][1];

@@ -162,20 +162,6 @@ static __always_inline bool fill_known_rewrite(const struct known_flow *known, c
 	       !(ipv6 && is_link_local(rw->source));
 }
 
-/* Rewrites the packet and sends it by a next hop. */
-static __always_inline int send_known(struct __sk_buff *skb, const struct pkt *pkt, const struct rewrite *rw,
-				      const void *macs, __u32 ifindex)
-{
-	enum checksum checksum = checksum_state(skb, pkt);
-	__u32 delta;
-
-	copy_macs(pkt->eth, macs);
-	delta = rewrite_headers(skb, pkt, checksum, rw, rw->destination);
-	if (delta)
-		bpf_csum_update(skb, delta);
-	return bpf_redirect(ifindex, 0);
-}
-
 static __always_inline int question_fast(struct __sk_buff *skb, __u32 index, const bool ipv6)
 {
 	const struct rule *rule = bpf_map_lookup_elem(&rules, &index);
@@ -195,7 +181,8 @@ static __always_inline int question_fast(struct __sk_buff *skb, __u32 index, con
 	touch_flow(known.bucket, known.way, known.flow, now);
 	known.flow->packets++;
 	count_sent(line, 1, skb->len);
-	return send_known(skb, &pkt, &rw, line->macs, line->ifindex);
+	rewrite_plain(skb, &pkt, &rw, rw.destination, line->macs);
+	return bpf_redirect(line->ifindex, 0);
 }
 
 /* Returns true for the whole answer of an upstream, to this host, that admit_answer() would admit. */
@@ -217,7 +204,7 @@ valid_return_line(struct __sk_buff *skb, const struct pkt *pkt, const struct rew
 		if (line && !is_return_line_of(line, skb, pkt, rw, ipv6))
 			return NULL;
 	}
-	return line && is_return_line_valid(line) && total_length(pkt) <= line->mtu ? line : NULL;
+	return line && is_fresh(line->epoch, line->until) && total_length(pkt) <= line->mtu ? line : NULL;
 }
 
 static __always_inline int answer_fast(struct __sk_buff *skb, const bool ipv6)
@@ -242,7 +229,8 @@ static __always_inline int answer_fast(struct __sk_buff *skb, const bool ipv6)
 		return ACTION_SLOW;
 	note_answer(known.bucket, known.way, known.flow, now);
 	count_sent(line, 1, skb->len);
-	return send_known(skb, &pkt, &rw, way->macs, way->ifindex);
+	rewrite_plain(skb, &pkt, &rw, rw.destination, way->macs);
+	return bpf_redirect(way->ifindex, 0);
 }
 
 /* Global functions, so that the stack of the fast path stays that of packets without flows. */

@@ -7,14 +7,7 @@
 #ifndef UDPLB_HERE_H
 #define UDPLB_HERE_H
 
-/* Result of clone_here(). */
-enum cloned {
-	CLONED_BROKEN, /* the packet cannot be restored */
-	CLONED_SENT,
-	CLONED_NOT, /* the kernel refused the clone */
-};
-
-/* Recirculates a clone of the rewritten packet with the packet's tags. Returns enum cloned. */
+/* Recirculates a clone of the rewritten packet with the packet's tags. Returns enum copied. */
 __noinline __u32 clone_here(struct __sk_buff *skb, __u32 packed, __u32 upstream);
 
 /* Returns true if the upstream at an index is this host. A global function, for the stack of its callers. */
@@ -35,23 +28,16 @@ static __always_inline bool is_here(__u32 index)
 static __always_inline __u64 rewrite_identification(struct __sk_buff *skb, const struct pkt *pkt,
 						    __u32 identification)
 {
-	__be32 *fragment;
 	__u64 sum;
 
 	if (!identification)
 		return 0;
-	if (!pkt->is_ipv6) {
-		sum = CSUM_REPLACE(__u16, pkt->ip->id, bpf_htons(identification));
-		pkt->ip->id = bpf_htons(identification);
-		pkt->ip->check = ~fold16((__u16)~pkt->ip->check + sum);
-		return 0; /* the header checksum makes up for it */
-	}
-	fragment = ipv6_fragment_id(skb, pkt);
-	if (!fragment)
-		return 0;
-	sum = CSUM_REPLACE(__u32, *fragment, bpf_htonl(identification));
-	*fragment = bpf_htonl(identification);
-	return sum;
+	if (pkt->is_ipv6)
+		return rewrite_ipv6_id(skb, pkt, identification);
+	sum = CSUM_REPLACE(__u16, pkt->ip->id, bpf_htons(identification));
+	pkt->ip->id = bpf_htons(identification);
+	pkt->ip->check = ~fold16((__u16)~pkt->ip->check + sum);
+	return 0; /* the header checksum makes up for it */
 }
 
 /*
@@ -82,7 +68,7 @@ static __always_inline enum verdict copy_here(struct __sk_buff *skb, struct pkt 
 					      const struct upstream *upstream, int *action)
 {
 	struct xmit *xmit = get_xmit();
-	__u32 delta, cloned;
+	__u32 delta, copied;
 
 	if (!xmit)
 		return VERDICT_CLONE_FAILED;
@@ -90,15 +76,15 @@ static __always_inline enum verdict copy_here(struct __sk_buff *skb, struct pkt 
 	delta = rewrite_for_here(skb, pkt, upstream->port, new_identification(skb, pkt, upstream, 0));
 	if (pkt_has(pkt, PKT_F_TRACED))
 		trace_frame(skb);
-	cloned = clone_here(skb, pkt->packed, upstream->id);
+	copied = clone_here(skb, pkt->packed, upstream->id);
 	if (delta)
 		bpf_csum_update(skb, ~delta);
-	if (cloned == CLONED_BROKEN || !pkt_locate(skb, pkt)) {
+	if (copied == COPIED_BROKEN || !pkt_locate(skb, pkt)) {
 		*action = TC_ACT_SHOT;
 		return VERDICT_CLONE_FAILED;
 	}
 	restore_headers(skb, pkt, &xmit->saved);
-	return cloned == CLONED_SENT ? VERDICT_FORWARDED : VERDICT_CLONE_FAILED;
+	return copied == COPIED_SENT ? VERDICT_FORWARDED : VERDICT_CLONE_FAILED;
 }
 
 /*

@@ -11,7 +11,7 @@
 /* Returns true while a line may be used. */
 static __always_inline bool is_line_valid(const struct line *line)
 {
-	return line->epoch == current_epoch() && (__s32)(line->until - (__u32)bpf_jiffies64()) > 0;
+	return is_fresh(line->epoch, line->until);
 }
 
 /*

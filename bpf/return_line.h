@@ -89,11 +89,6 @@ static __always_inline bool is_return_line_of(const struct return_line *line, st
 	       is_end(line->client, rw->destination, ipv6) && is_end(line->vip, rw->source, ipv6);
 }
 
-static __always_inline bool is_return_line_valid(const struct return_line *line)
-{
-	return line->epoch == current_epoch() && (__s32)(line->until - (__u32)bpf_jiffies64()) > 0;
-}
-
 /* Remembers a next hop in the line that is the packet's, or else in the older one. */
 static __always_inline struct return_line *write_return_line(struct __sk_buff *skb, const struct pkt *pkt,
 							     const struct xmit *xmit, const bool ipv6)

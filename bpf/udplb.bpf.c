@@ -34,6 +34,8 @@
 #include "pmtu_discovery.h"
 #include "icmp_answers.h"
 #include "decap.h"
+#include "plain.h"
+#include "flow_fast.h"
 #include "fast.h"
 #include "xdp.h"
 

@@ -3,6 +3,13 @@
 #ifndef UDPLB_XMIT_H
 #define UDPLB_XMIT_H
 
+/* Result of sending a clone of a packet and restoring the packet. */
+enum copied {
+	COPIED_BROKEN, /* the packet cannot be restored */
+	COPIED_SENT,
+	COPIED_NOT, /* no clone could be sent */
+};
+
 /*
  * Result of sending a packet: the verdict, the action that the program returns, and with VERDICT_MTU the MTU
  * that the packet exceeds (0: unknown). In one word, because a global function returns a scalar.
