@@ -117,7 +117,7 @@ fn egresses(decoded: &Decoded, diagnostics: &mut Diagnostics) {
         let Some(index) = addresses.iter().position(|it| key.address == KeyAddress::Is(*it)) else {
             continue;
         };
-        if key.ports.is_empty() || key.ports.iter().any(|it| it.overlaps(*ports)) {
+        if key.has_port_in(*ports) {
             let message =
                 format!("{} has ports of {ports}, at which flows get answers", addresses[index]);
             let help = "give the rule another port or address, or `flows` other `ports`";

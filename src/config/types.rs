@@ -596,6 +596,16 @@ impl Key {
         }
     }
 
+    /// Returns true if packets to a port match.
+    pub fn has_port(&self, port: u16) -> bool {
+        self.ports.is_empty() || self.ports.iter().any(|ports| ports.contains(port))
+    }
+
+    /// Returns true if packets to one of these ports match.
+    pub fn has_port_in(&self, ports: Ports) -> bool {
+        self.ports.is_empty() || self.ports.iter().any(|own| own.overlaps(ports))
+    }
+
     /// Returns true if packets match both keys and nothing decides between them.
     pub fn overlaps(&self, other: &Key) -> bool {
         let ports = match (&self.ports[..], &other.ports[..]) {
@@ -612,8 +622,7 @@ impl Key {
     /// Returns true if packets to this port of this address match; no port means the one that a
     /// packet of the key came to.
     pub fn is(&self, address: IpAddr, port: Option<u16>) -> bool {
-        let has = |port| self.ports.iter().any(|ports| ports.contains(port));
-        self.address == KeyAddress::Is(address) && (self.ports.is_empty() || port.is_none_or(has))
+        self.address == KeyAddress::Is(address) && port.is_none_or(|port| self.has_port(port))
     }
 }
 

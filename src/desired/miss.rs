@@ -66,7 +66,7 @@ fn differs(
         KeyAddress::Is(address) => address == destination.ip(),
         KeyAddress::Any => desired.addresses.contains(&destination.ip()),
     };
-    let port = key.ports.is_empty() || key.ports.iter().any(|it| it.contains(destination.port()));
+    let port = key.has_port(destination.port());
     let sender = senders::admits(rule, source);
     match (address, port, sender) {
         (true, true, true) => (!attached).then_some(Differs::Interface),

@@ -133,7 +133,7 @@ impl Candidate<'_> {
         for rule in &self.config.rules {
             let is_key = |it: &&IpAddr| rule.key.address == KeyAddress::Is(**it) && !chosen(it);
             let Some(egress) = egresses.iter().find(is_key) else { continue };
-            if rule.key.ports.is_empty() || rule.key.ports.iter().any(|it| it.overlaps(ports)) {
+            if rule.key.has_port_in(ports) {
                 let message = format!("{egress} has ports of {ports}, at which flows get answers");
                 let help = "give the rule another port, or `flows` other `ports` or `addresses`";
                 findings.push(Message::about(&rule.at.field("key"), message).help(help));

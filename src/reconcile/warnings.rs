@@ -307,13 +307,10 @@ impl<'a> Candidate<'a> {
             };
             let of_family =
                 addresses.into_iter().filter(|address| Family::from(*address) == rule.family());
-            let takes = |port: u16| {
-                rule.key.ports.is_empty() || rule.key.ports.iter().any(|ports| ports.contains(port))
-            };
             let mut taken: Vec<String> = of_family
                 .flat_map(|address| {
                     let heard = listeners.iter().filter(move |it| it.hears(address));
-                    heard.filter(|it| takes(it.port)).map(move |it| with_port(address, it.port))
+                    heard.filter(|it| rule.key.has_port(it.port)).map(move |it| with_port(address, it.port))
                 })
                 .collect();
             taken.sort_unstable();

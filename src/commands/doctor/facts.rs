@@ -589,11 +589,7 @@ fn senders(desired: &Desired) -> Vec<Sender> {
             continue;
         };
         let Some(rules) = keys.get(&to.0) else { continue };
-        let rule = rules.iter().find(|rule| {
-            let ports = &rule.key.ports;
-            let port = ports.is_empty() || ports.iter().any(|it| it.contains(to.1));
-            port && rule.key.admits(from.0)
-        });
+        let rule = rules.iter().find(|rule| rule.key.has_port(to.1) && rule.key.admits(from.0));
         if let Some(rule) = rule {
             senders.push(Sender {
                 rule: rule.name.clone(),

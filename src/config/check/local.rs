@@ -53,17 +53,13 @@ pub(super) fn matched(rules: &[RuleConfig], diagnostics: &mut Diagnostics) {
                     both.filter_map(|address| keys.get(&address)).flatten().collect()
                 }
             };
-            let meets_key = |it: &&&RuleConfig| it.family() == rule.family() && has_port(it, port);
+            let meets_key =
+                |it: &&&RuleConfig| it.family() == rule.family() && it.key.has_port(port);
             if let Some(other) = others.into_iter().find(meets_key) {
                 diagnostics.push(meets(rule, upstream, other, port));
             }
         }
     }
-}
-
-fn has_port(rule: &RuleConfig, port: u16) -> bool {
-    let ports = &rule.key.ports;
-    ports.is_empty() || ports.iter().any(|ports| ports.contains(port))
 }
 
 fn meets(rule: &RuleConfig, upstream: &UpstreamConfig, other: &RuleConfig, port: u16) -> Message {
