@@ -10,11 +10,12 @@ use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, bail};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapType, OpenMap};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapType, OpenMap, OpenMapMut};
 use rustix::mm::{self, MapFlags as MmapFlags, ProtFlags};
 
 #[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, dead_code)]
@@ -163,6 +164,15 @@ pub fn create_only(skeleton: &mut OpenUdplbSkel<'_>, wanted: &[&str]) -> libbpf_
         let name = map.name();
         map.set_autocreate(name == constants || wanted.iter().any(|wanted| name == *wanted))
     })
+}
+
+/// Opens a pinned map that has type, sizes and entries of a definition; `None` if there is none.
+pub fn pinned_alike(path: &Path, definition: &OpenMapMut<'_>) -> Option<MapHandle> {
+    let pinned = MapHandle::from_pinned_path(path).ok()?;
+    let alike = pinned.max_entries() == definition.max_entries()
+        && pinned.value_size() == definition.value_size()
+        && pinned.map_type() == definition.map_type();
+    alike.then_some(pinned)
 }
 
 /// Bytes that one system call reads at most.

@@ -54,14 +54,8 @@ pub fn take_over(
         let with_flows = others.iter().filter(|other| other.description.desired.has_flows(family));
         let latest = with_flows.max_by_key(|other| (Some(other.number) == active, other.number));
         let (Some(latest), true) = (latest, desired.has_flows(family)) else { continue };
-        let same = |map: &OpenMapMut<'_>| {
-            let path = guard.generation(latest.number).join(map.name());
-            let pinned = MapHandle::from_pinned_path(path).ok()?;
-            let same = pinned.max_entries() == map.max_entries()
-                && pinned.value_size() == map.value_size()
-                && pinned.map_type() == map.map_type();
-            same.then_some(pinned)
-        };
+        let directory = guard.generation(latest.number);
+        let same = |map: &OpenMapMut<'_>| bpf::pinned_alike(&directory.join(map.name()), map);
         let Some(pinned) = same(pair[0]).zip(same(pair[1])) else { continue };
         for (map, pinned) in pair.iter_mut().zip([pinned.0, pinned.1]) {
             map.reuse_fd(pinned.as_fd()).with_context(|| map.name().display().to_string())?;

@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
-use crate::bpf::{OpenUdplbSkel, create, read_mapped, types, types::sender_tag as tags, unwire};
+use crate::bpf::{
+    self, OpenUdplbSkel, create, read_mapped, types, types::sender_tag as tags, unwire,
+};
 use crate::config::Family;
 use crate::datapath::description::Generation;
 use crate::datapath::pins::ReadGuard;
@@ -34,11 +36,7 @@ pub fn prepare(
         maps.sender_buckets.set_max_entries(table.buckets())?;
         let same = |number: &u32| {
             let path = pin(&guard.generation(*number), table.rule);
-            let pinned = MapHandle::from_pinned_path(path).ok()?;
-            let same = pinned.max_entries() == table.buckets()
-                && pinned.value_size() == maps.sender_buckets.value_size()
-                && pinned.map_type() == maps.sender_buckets.map_type();
-            same.then_some(pinned)
+            bpf::pinned_alike(&path, &maps.sender_buckets)
         };
         let mut map = match numbers.iter().find_map(same) {
             Some(pinned) => pinned,
