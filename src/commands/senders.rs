@@ -31,7 +31,7 @@ pub struct Options {
     /// Only senders that were heard for long, and not for this time, like 5m.
     #[arg(long, value_name = "TIME")]
     silent: Option<Period>,
-    /// What to sort by.
+    /// Order of the list.
     #[arg(long, value_enum, default_value = "address")]
     sort: Order,
 }
@@ -44,9 +44,9 @@ enum Order {
     Packets,
     /// Most bytes first.
     Bytes,
-    /// Those first that were heard first.
+    /// Longest known first.
     First,
-    /// Those first whose last packet is longest ago.
+    /// Longest silent first.
     Last,
 }
 

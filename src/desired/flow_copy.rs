@@ -121,9 +121,10 @@ pub fn place(sizes: &Sizes, clock: &FlowClock, old: &Old) -> New {
     }
     let unplaced = old.flows.iter().filter(|it| is_alive(&it.flow, true));
     let resting = unplaced.filter_map(|flow| sizes.port_place(flow));
-    let resting: Vec<usize> = resting.chain(resting_places(sizes, clock, &old.hints)).collect();
-    for place in resting.into_iter().filter(|place| hints[*place] == 0).collect::<Vec<_>>() {
-        hints[place] = clock.hint(0, clock.now());
+    for place in resting.chain(resting_places(sizes, clock, &old.hints)) {
+        if hints[place] == 0 {
+            hints[place] = clock.hint(0, clock.now());
+        }
     }
     New { buckets: table.buckets, hints, lost }
 }
