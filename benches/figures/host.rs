@@ -4,7 +4,6 @@
 //! interface that they leave by, or in a socket. All work from the first packet to the end of the last happens
 //! on one busy CPU, so that the time is CPU time.
 
-use std::fs;
 use std::io;
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -14,7 +13,7 @@ use libbpf_rs::{MapCore, MapFlags, TC_EGRESS, TC_INGRESS};
 
 use crate::common::{Bpffs, Namespace};
 use crate::floors::{self, FloorsSkel, Packet, Part};
-use crate::relay::{apply, grant_lease, networks, open_program};
+use crate::relay::{apply, grant_lease, load_nftables, networks, open_program};
 
 /// Few enough packets for one scheduler slice, so that some rounds are undisturbed.
 pub const PACKETS: u64 = 2_000;
@@ -109,11 +108,7 @@ impl<'a> Host<'a> {
     }
 
     pub fn nftables(self, rules: &str) -> Host<'a> {
-        let file = self.bpffs.path.with_extension("nft");
-        fs::write(&file, rules).expect("a file in the temporary directory");
-        let status = self.relay.command("nft").arg("-f").arg(&file).status();
-        fs::remove_file(&file).expect("the file was there");
-        assert!(status.expect("nft").success(), "{rules}");
+        load_nftables(&self.relay, &self.bpffs, rules);
         self
     }
 

@@ -96,6 +96,15 @@ pub fn grant_lease(bpffs: &Bpffs) {
     heartbeat.update(&key, bytes_of(&beat), MapFlags::ANY).expect("the heartbeat");
 }
 
+/// Loads rules of nftables.
+pub fn load_nftables(namespace: &Namespace, bpffs: &Bpffs, rules: &str) {
+    let file = bpffs.path.with_extension("nft");
+    fs::write(&file, rules).expect("a file in the temporary directory");
+    let status = namespace.command("nft").arg("-f").arg(&file).status();
+    fs::remove_file(&file).expect("the file was there");
+    assert!(status.expect("nft").success(), "{rules}");
+}
+
 pub fn apply(namespace: &Namespace, bpffs: &Bpffs, rules: &str) {
     let file = bpffs.path.with_extension("yaml");
     fs::write(&file, rules).expect("a file for the rules");

@@ -15,7 +15,7 @@ use libbpf_rs::TC_INGRESS;
 use crate::common::{Bpffs, Namespace};
 use crate::floors::{self, FloorsSkel, Flows, Packet};
 use crate::host::generate_some;
-use crate::relay::{apply, grant_lease, networks, status};
+use crate::relay::{apply, grant_lease, load_nftables, networks, status};
 
 /// Port of the questions; those of flows are above.
 pub const ASKED: u16 = 53;
@@ -96,11 +96,7 @@ impl<'a> Trip<'a> {
     }
 
     pub fn nftables(self, rules: &str) -> Trip<'a> {
-        let file = self.bpffs.path.with_extension("nft");
-        fs::write(&file, rules).expect("a file in the temporary directory");
-        let status = self.relay.command("nft").arg("-f").arg(&file).status();
-        fs::remove_file(&file).expect("the file was there");
-        assert!(status.expect("nft").success(), "{rules}");
+        load_nftables(&self.relay, &self.bpffs, rules);
         self
     }
 
