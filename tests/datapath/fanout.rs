@@ -38,6 +38,22 @@ fn modern(rules: &[Value]) -> Value {
     config
 }
 
+/// Sends a payload, with GSO in segments of so many bytes (0: without); returns the datagrams that arrive.
+fn send_segmented(
+    sender: &UdpSocket,
+    to: (IpAddr, u16),
+    length: usize,
+    segment: i32,
+) -> Vec<Vec<u8>> {
+    set(sender, libc::SOL_UDP, UDP_SEGMENT, segment);
+    let payload = payload(length);
+    sender.send_to(&payload, to).expect("sent");
+    match segment {
+        0 => vec![payload],
+        _ => payload.chunks(segment as usize).map(<[u8]>::to_vec).collect(),
+    }
+}
+
 #[test]
 fn receivers_get_the_senders_they_name() {
     let lab = Lab::new();
@@ -94,14 +110,7 @@ fn all_64_receivers_get_a_copy() {
             let here = bind(&lab.relay, net.key, port);
             // the last one comes in seven fragments
             for (length, segment) in [(0, 0), (1, 0), (1452, 0), (4500, 1000), (9000, 0)] {
-                set(&sender, libc::SOL_UDP, UDP_SEGMENT, segment);
-                let payload = payload(length);
-                let datagrams: Vec<&[u8]> = match segment {
-                    0 => vec![&payload],
-                    _ => payload.chunks(segment as usize).collect(),
-                };
-                sender.send_to(&payload, (net.key, port)).expect("sent");
-                for datagram in datagrams {
+                for datagram in &send_segmented(&sender, (net.key, port), length, segment) {
                     for (number, receiver) in receivers.iter().enumerate() {
                         let from = net.seen(source(number as u16), own(&sender));
                         expect(receiver, datagram, from, TTL - 1);
@@ -372,14 +381,7 @@ fn check_local(lab: &Lab, more: usize) {
             for (length, segment) in
                 [(0, 0), (100 + more, 0), (4000 + more, 0), (4500 + more, 1000)]
             {
-                set(&sender, libc::SOL_UDP, UDP_SEGMENT, segment);
-                let payload = payload(length);
-                let datagrams: Vec<&[u8]> = match segment {
-                    0 => vec![&payload],
-                    _ => payload.chunks(segment as usize).collect(),
-                };
-                sender.send_to(&payload, (net.key, port)).expect("sent");
-                for datagram in datagrams {
+                for datagram in &send_segmented(&sender, (net.key, port), length, segment) {
                     here.iter().for_each(|socket| expect(socket, datagram, own, TTL));
                     if sends {
                         expect(&far, datagram, own, TTL - 1);

@@ -61,6 +61,16 @@ pub fn between((source, from): (IpAddr, u16), (destination, to): (IpAddr, u16)) 
     packet
 }
 
+/// Returns client, VIP, egress and server of a flow of a family whose port is this one.
+fn ends_of(family: usize, port: u16) -> [(IpAddr, u16); 4] {
+    [
+        (CLIENTS[family], FROM),
+        (VIPS[family], 53),
+        (EGRESS[family], port),
+        (UPSTREAM[family], SERVER),
+    ]
+}
+
 pub fn question(family: usize) -> Forged {
     between((CLIENTS[family], FROM), (VIPS[family], 53))
 }
@@ -100,14 +110,13 @@ pub fn open(testbed: &Testbed<'_>, family: usize) -> u16 {
 fn packets_are_translated_both_ways() {
     Testbed::with(|testbed| {
         let ids = configure(testbed, both());
-        for family in 0..2 {
+        for (family, ids) in ids.iter().enumerate() {
             let port = open(testbed, family);
             assert!((PORTS.first..=PORTS.last).contains(&port), "{port}");
-            let (client, vip) = ((CLIENTS[family], FROM), (VIPS[family], 53));
-            let (egress, server) = ((EGRESS[family], port), (UPSTREAM[family], SERVER));
+            let [client, vip, egress, server] = ends_of(family, port);
             for (id, came, from, to, mac) in [
-                (ids[family].upstreams[0], question(family), egress, server, NEAR_MAC),
-                (ids[family].answers[0], answer(family, port), vip, client, GATEWAY_MAC),
+                (ids.upstreams[0], question(family), egress, server, NEAR_MAC),
+                (ids.answers[0], answer(family, port), vip, client, GATEWAY_MAC),
             ] {
                 check_kinds(testbed, &came, (from, to, mac), id);
             }
@@ -336,8 +345,7 @@ fn errors_about_flows_go_to_the_other_end() {
             configure(testbed, both());
             let port = open(testbed, family);
             let states = testbed.program.flow_states();
-            let (client, vip) = ((CLIENTS[family], FROM), (VIPS[family], 53));
-            let (egress, server) = ((EGRESS[family], port), (UPSTREAM[family], SERVER));
+            let [client, vip, egress, server] = ends_of(family, port);
             // the quoted packet's ends as it came and as its sender knows them
             let (from, to, new_from, new_to, mac) = match to_client {
                 true => (egress, server, client, vip, GATEWAY_MAC),
@@ -368,8 +376,7 @@ fn errors_are_read_behind_other_headers() {
         configure(testbed, both());
         for family in 0..2 {
             let port = open(testbed, family);
-            let (client, vip) = ((CLIENTS[family], FROM), (VIPS[family], 53));
-            let (egress, server) = ((EGRESS[family], port), (UPSTREAM[family], SERVER));
+            let [client, vip, egress, server] = ends_of(family, port);
             let came = datagram(egress, server, Checksum::Right).frame();
             let gone = datagram(client, vip, Checksum::Right).frame();
             let first = |frame: &[u8]| fragments(frame, 400, 77).remove(0);
@@ -393,8 +400,7 @@ fn errors_about_no_flow_go_up_the_stack() {
         configure(testbed, both());
         for family in 0..2 {
             let port = open(testbed, family);
-            let (client, vip) = ((CLIENTS[family], FROM), (VIPS[family], 53));
-            let (egress, server) = ((EGRESS[family], port), (UPSTREAM[family], SERVER));
+            let [client, vip, egress, server] = ends_of(family, port);
             let quoted = |from, to| datagram(from, to, Checksum::Right).frame();
             let sent = quoted(egress, server);
             let later = fragments(&sent, 400, 77).remove(1);

@@ -101,8 +101,8 @@ fn known_flows_take_the_fast_path() {
     });
 }
 
-/// Whatever changes a flow, or its way, is seen by the next packet, or after a tenth of a second where only the
-/// kernel knows.
+/// The next packet sees what changes a flow, or its way; after a tenth of a second where only the kernel knows
+/// of it.
 #[test]
 fn fast_path_sees_changes_of_flows_and_ways() {
     const OTHER_MAC: Mac = [2, 0, 0, 0, 7, 7];

@@ -123,7 +123,7 @@ fn connections_follow_their_server() {
     });
 }
 
-/// Whatever names no server goes where the sender's address and port select.
+/// Packets that name no server go where the sender's address and port select.
 #[test]
 fn other_packets_go_by_their_sender() {
     let unknown = naming(&[0x0a, 0x77], PLACE);
