@@ -36,6 +36,7 @@ HYBRID = Path("/sys/fs/cgroup/unified")
 CGROUP = HYBRID if HYBRID.is_dir() else Path("/sys/fs/cgroup")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PR_SET_PDEATHSIG = 1
+REASON_LENGTH = 400
 
 # Units that systemd needs besides the units of the test.
 PASSIVE = "sysinit network network-pre network-online sockets timers paths slices umount final".split()
@@ -417,6 +418,7 @@ class Driver:
         self.shared = self.dir / "shared"
         self.shared.mkdir()
         self.machines: list[Machine] = []
+        self.failed: str | None = None
         nodes = test["nodes"]
         self.hosts = "127.0.0.1 localhost\n::1 localhost\n" + "".join(
             f"{address.split('/')[0]} {name}\n"
@@ -458,10 +460,20 @@ class Driver:
         try:
             yield
         except BaseException:
+            self.failed = name
             self.log(f"FAIL  {name}")
             raise
         self.log(f"ok    {name} ({time.monotonic() - start:.1f} s)")
 
+    def reason(self, error: Exception) -> str:
+        """Returns the subtest, the error and the place in the scenario, in one line."""
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        if len(text) > REASON_LENGTH:
+            text = f"{text[:REASON_LENGTH]}…"
+        here = str(HERE)
+        places = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(here)]
+        place = f"{Path(places[-1].filename).name}:{places[-1].lineno}: {places[-1].line}" if places else "driver"
+        return f"{self.failed or 'before the first subtest'}: {place}: {text}"
 
 
 def play(test: dict[str, Any], udplb: Path | None, script: Callable[[Driver], None]) -> int:
@@ -477,11 +489,11 @@ def play(test: dict[str, Any], udplb: Path | None, script: Callable[[Driver], No
     driver = Driver(test, udplb)
     try:
         script(driver)
-    except Exception:
+    except Exception as error:
         for machine in driver.machines:
             driver.log(f"--- console of {machine.name}\n{machine.console}")
         traceback.print_exc()
-        print(f"FAIL  {test['name']} ({time.monotonic() - start:.1f} s)", flush=True)
+        print(f"FAIL  {test['name']} ({time.monotonic() - start:.1f} s): {driver.reason(error)}", flush=True)
         return 1
     finally:
         signal.alarm(0)
