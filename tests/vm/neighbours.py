@@ -54,6 +54,8 @@ with subtest("the upstream comes back"):
 with subtest("neighbours flushed by hand are known again"):
     relay.succeed("ip neigh flush all")
     copied()
+    # A copy may have gone by what arpd knew before.
+    relay.wait_until_succeeds("ip neighbour show 10.1.0.3 | grep -q lladdr && udplb status >/dev/null", timeout=60)
 
 with subtest("a restart of arpd leaves copies warm"):
     relay.succeed("systemctl restart udplb-arpd.service")

@@ -15,6 +15,14 @@ def sent(machine, address, port, source):
     up.wait_until_succeeds(f"grep -q '{source}-0' /tmp/{port}", timeout=60)
 
 
+def relayed(machine, address, source):
+    """Sends until a datagram arrives: networkd configures interfaces after its start has succeeded."""
+    send = f"python3 /etc/udp.py send {address} 514 --from {source} --interval 0.1 --until /tmp/{source}"
+    machine.succeed(f"timeout 60 {send} >/dev/null 2>&1 &")
+    up.wait_until_succeeds(f"grep -q ' {source}-' /tmp/514", timeout=60)
+    machine.succeed(f"touch /tmp/{source}")
+
+
 with subtest("nftables: what is sent on has not met it, the copy for this host has"):
     sent(client, "10.1.0.2", 514, 40000)
     sent(client, "10.1.0.2", 515, 40001)
@@ -35,10 +43,10 @@ with subtest("a restart of networkd and a reload of nftables lose no packet"):
 with subtest("one rebuild makes a bridge and relays what comes in on it"):
     relay.succeed("/run/booted-system/specialisation/bridged/bin/switch-to-configuration test >&2")
     relay.wait_until_succeeds("udplb status >/dev/null", timeout=120)
-    sent(guest, "10.2.0.2", 514, 40010)
-    sent(client, "10.1.0.2", 514, 40011)
+    relayed(guest, "10.2.0.2", 40010)
+    relayed(client, "10.1.0.2", 40011)
 
 with subtest("the bridge is made anew: arpd attaches again"):
     relay.succeed("ip link delete br0", "systemctl restart systemd-networkd.service")
     relay.wait_until_succeeds("udplb status >/dev/null", timeout=120)
-    sent(guest, "10.2.0.2", 514, 40012)
+    relayed(guest, "10.2.0.2", 40012)

@@ -5,6 +5,8 @@ for machine in (collector, exporter):
 for port in (2055, 163, 514, 9999):
     relay.succeed(f"python3 /etc/udp.py listen {port} /tmp/{port}")
     collector.succeed(f"python3 /etc/udp.py listen {port} /tmp/{port}")
+# Copies do not wait for a neighbour.
+relay.wait_until_succeeds("udplb status >/dev/null", timeout=120)
 
 
 def arrived(machine, file):

@@ -37,6 +37,8 @@ CGROUP = HYBRID if HYBRID.is_dir() else Path("/sys/fs/cgroup")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PR_SET_PDEATHSIG = 1
 REASON_LENGTH = 400
+# Seconds that a start, or an end, may take on a machine with other work to do.
+START_TIMEOUT = 120
 
 # Units that systemd needs besides the units of the test.
 PASSIVE = "sysinit network network-pre network-online sockets timers paths slices umount final".split()
@@ -217,11 +219,11 @@ class Machine:
         )
         threading.Thread(target=self.read_console, args=(master, slave), daemon=True).start()
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        wait(lambda: self.find_init(children), 20, f"{self.name} starts")
+        wait(lambda: self.find_init(children), START_TIMEOUT, f"{self.name} starts")
         self.connect()
         assert self.process.stdin
         self.process.stdin.close()
-        wait(lambda: self.run("test -S /run/systemd/private", 5)[0] == 0, 30, f"{self.name} boots: {self.console}")
+        wait(lambda: self.run("test -S /run/systemd/private", 5)[0] == 0, START_TIMEOUT, f"{self.name} boots")
         for out, script in self.packages.items():
             self.succeed(f"mkdir -p {out}; out={out}; {script}")
 
@@ -248,7 +250,6 @@ class Machine:
                 raise Failed(f"nft: {nft.stderr}")
         self.cables = []
         for interface, link in self.node["links"].items():
-            # Interfaces of a machine that was just stopped may still exist.
             cable = f"cable{next(numbers)}"
             switch = self.driver.switch("ip")
             peer = f"peer name {interface} address {self.mac(interface)} netns {self.pid}"
@@ -283,7 +284,11 @@ class Machine:
         self.process.kill()
         self.process.wait()
         self.process, self.pid = None, 0
-        wait(self.remove_cgroup, 10, f"{self.name}: processes end")
+        # The kernel removes a namespace some time after its last process, and until then its bridge sends there.
+        for cable in self.cables:
+            subprocess.run(self.driver.switch("ip", "link", "delete", cable), capture_output=True)
+        self.cables = []
+        wait(self.remove_cgroup, START_TIMEOUT, f"{self.name}: processes end")
 
     def remove_cgroup(self) -> bool:
         for folder, _, _ in sorted(os.walk(self.cgroup), reverse=True):
@@ -300,7 +305,7 @@ class Machine:
 
     def wait_for_shutdown(self) -> None:
         if self.process:
-            self.process.wait(60)
+            self.process.wait(START_TIMEOUT)
             self.crash()
 
     def block(self) -> None:
@@ -431,7 +436,7 @@ class Driver:
         )
         host = os.stat("/proc/self/ns/net").st_ino
         switch = f"/proc/{self.switch_process.pid}/ns/net"
-        wait(lambda: os.stat(switch).st_ino != host, 10, "a network namespace for the VLANs")
+        wait(lambda: os.stat(switch).st_ino != host, START_TIMEOUT, "a network namespace for the VLANs")
         for vlan in sorted({link["vlan"] for node in nodes.values() for link in node["links"].values()}):
             call(*self.switch("ip"), *f"link add vlan{vlan} up type bridge mcast_snooping 0".split())
         self.machines = [Machine(self, name, node) for name, node in nodes.items()]
