@@ -977,11 +977,14 @@ in
     systemd.services.udplb-repair = lib.mkIf (cfg.repairInterval != null) {
       description = "udplb rules, applied again";
       documentation = [ "man:udplb(1)" ];
+      # A stop ends a repair before it detaches: what the repair applied later would stay.
+      partOf = [ "udplb.service" ];
       after = [ "udplb.service" ];
+      unitConfig.StartLimitIntervalSec = 0;
       serviceConfig = hardening // {
         Type = "oneshot";
         ExecStart = apply [ "-q" ];
-        SuccessExitStatus = 4;
+        SuccessExitStatus = "4 SIGTERM";
         TimeoutStartSec = 120;
       };
     };
@@ -993,6 +996,8 @@ in
         "udplb.service"
       ];
       partOf = [ "udplb.service" ];
+      # It comes as often as the rules do.
+      unitConfig.StartLimitIntervalSec = 0;
       timerConfig = {
         OnActiveSec = cfg.repairInterval;
         OnUnitInactiveSec = cfg.repairInterval;

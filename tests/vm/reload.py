@@ -122,6 +122,12 @@ with subtest("repairInterval: what somebody removed comes back, but not after a 
     sent_to(up1, 40044)
     relay.succeed("systemctl stop udplb.service", "sleep 5")
     not_relayed(40045)
+    # a repair that has just begun does not outlive the stop
+    for _ in range(5):
+        relay.succeed("systemctl start udplb.service")
+        relay.succeed("systemctl start --no-block udplb-repair.service", "systemctl stop udplb.service")
+        relay.wait_until_succeeds("systemctl show -P ActiveState udplb-repair.service | grep -qx inactive", timeout=60)
+        not_relayed(40047)
     relay.succeed("systemctl start udplb.service")
     relay.require_unit_state("udplb-repair.timer", "active")
     switch()

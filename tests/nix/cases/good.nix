@@ -125,7 +125,8 @@ in
       ];
       says."udplb-repair.timer" =
         "PartOf=udplb.service\n(?s:.*)OnActiveSec=5min\nOnUnitInactiveSec=5min\n(?s:.*)WantedBy=timers.target udplb.service";
-      says."udplb-repair.service" = "ExecStart=.*\"apply\" \"--partial\" \"-q\" \"/stub/";
+      says."udplb-repair.service" =
+        "PartOf=udplb.service\n(?s:.*)ExecStart=.*\"apply\" \"--partial\" \"-q\" \"/stub/";
       says."udplb.service" =
         "ExecReload=.*\"apply\" \"--partial\" \"--confirm\" \"60\" \"/stub/[^\n]*\nExecStart=.*\"--partial\" \"/stub/";
       units = [
