@@ -36,6 +36,8 @@ struct flow_scratch {
 	__u32 rank;
 	__u32 place;	    /* of the new flow's port */
 	__u32 answers_left; /* of the flow that an answer belongs to */
+	/* of rank_bucket(); volatile: else the verifier explores the rest for each value */
+	volatile __u64 best;
 	struct bpf_sock_tuple tuple;
 };
 
@@ -656,17 +658,21 @@ static __always_inline __u32 rank_of(__u32 state, __u32 touched, __u32 now)
 static __always_inline __u64 rank_bucket(__u32 index, const bool ipv6)
 {
 	const struct flow_bucket *bucket = bucket_at(index, ipv6);
+	struct flow_scratch *draft = get_flow_scratch();
 	__u32 now = beats(), way, free = 0;
-	__u64 best = 0, rank;
+	__u64 rank;
 
-	if (!bucket)
+	if (!bucket || !draft)
 		return 0;
+	draft->best = 0;
 	for (way = 0; way < FLOW_WAYS; way++) {
-		free += bucket->states[way] == FLOW_FREE;
+		free += is_equal(bucket->states[way], FLOW_FREE);
 		rank = (__u64)rank_of(bucket->states[way], bucket->touched[way], now) << 8 | way;
-		best = rank > best ? rank : best;
+		if (rank > draft->best)
+			draft->best = rank;
 	}
-	return best >> 8 ? best + ((__u64)free << 8) : 0; /* of two, the emptier bucket */
+	rank = draft->best;
+	return rank >> 8 ? rank + ((__u64)free << 8) : 0; /* of two, the emptier bucket */
 }
 
 /* Returns the rank of the flow in a bucket that can be spared best, above its way in 8 bits; 0: none can. */
