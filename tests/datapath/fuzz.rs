@@ -312,7 +312,9 @@ fn check_each(
     packets: &[Forged],
 ) -> Result<(Counted, u64), String> {
     let (rule, _) = &host.rules[0];
-    let copied = rule.action == Action::Pass || rule.mode == Mode::Replicate;
+    let copied = rule.action == Action::Pass
+        || rule.mode == Mode::Replicate
+        || rule.templates == Templates::All;
     let mut table = Table::default();
     let (mut counted, mut by_xdp) = (Counted::new(), 0);
     for (number, packet) in packets.iter().enumerate() {
