@@ -81,15 +81,6 @@ __noinline __u32 has_valid_line(struct __sk_buff *skb, __u32 index, __u32 ipv6)
 	return features.ipv6 && ipv6 ? can_copy(skb, index, true) : can_copy(skb, index, false);
 }
 
-/* Counts a plain packet of which the upstream with this index got no clone. */
-static __always_inline void count_not_copied(struct __sk_buff *skb, __u32 index)
-{
-	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
-
-	if (upstream)
-		count_verdict(skb, PKT_UNKNOWN, 0, upstream->id, VERDICT_CLONE_FAILED);
-}
-
 static __always_inline int send_itself(struct __sk_buff *skb, __u32 index, const bool ipv6)
 {
 	struct line *line = bpf_map_lookup_elem(&lines, &index);
@@ -210,8 +201,12 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 		return leave_copies(copies);
 	}
 	line = bpf_map_lookup_elem(&lines, &index);
-	return line && serves(line, pkt) ? send_plain(skb, pkt, line, index, copies.sender_table, ipv6)
-					 : ACTION_SLOW;
+	if (!line || !serves(line, pkt))
+		return ACTION_SLOW;
+	if (features.direct && line->via)
+		return ipv6 ? send_direct6(skb, index, copies.sender_table)
+			    : send_direct4(skb, index, copies.sender_table);
+	return send_plain(skb, pkt, line, index, copies.sender_table, ipv6);
 }
 
 /*

@@ -61,9 +61,10 @@ __noinline __u32 fill_line(__u32 length, __u32 ipv6)
 {
 	struct xmit *xmit = get_xmit();
 	const struct upstream *upstream;
+	const __be32 *source;
+	__u32 index, outer;
 	struct line *line;
 	__u64 until;
-	__u32 index;
 
 	if (!xmit || !xmit->hop.resolved || features.dry_run || is_tracing())
 		return 0;
@@ -71,28 +72,27 @@ __noinline __u32 fill_line(__u32 length, __u32 ipv6)
 	line = bpf_map_lookup_elem(&lines, &index);
 	upstream = bpf_map_lookup_elem(&upstreams, &index);
 	until = line_expiry(xmit);
-	if (!line || !upstream || !until || is_tunnel(xmit))
+	if (!line || !upstream || !until)
 		return 0;
 	/* the fast path replaces the source ports of flows alone */
 	if (xmit->rewrite.source_port && upstream->source != SOURCE_FLOW)
 		return 0;
+	outer = outer_length(xmit, ipv6);
 	line->until = until;
 	line->ifindex = xmit->hop.ifindex;
-	line->mtu = remembered_mtu(xmit, length, ipv6);
+	line->mtu = remembered_mtu(xmit, length + outer, ipv6) - outer;
 	line->port = upstream->port;
 	line->source = upstream->source;
 	line->takes_frames = takes_frames(line->ifindex);
 	line->via = upstream->via;
 	line->down = features.flows && is_down(upstream);
 	copy_macs(line->macs, xmit->hop.macs);
+	source = outer ? xmit->egress : xmit->rewrite.source;
 	if (features.ipv6 && ipv6) {
-		if (is_direct(xmit))
-			__builtin_memcpy(line->kept6, xmit->kept, sizeof(line->kept6));
-		else
-			__builtin_memcpy(line->source6, xmit->rewrite.source, sizeof(line->source6));
+		__builtin_memcpy(line->source6, source, sizeof(line->source6));
 	} else {
-		line->destination = is_direct(xmit) ? xmit->kept[0] : upstream->address[0];
-		line->source4 = xmit->rewrite.source[0];
+		line->destination = upstream->address[0];
+		line->source4 = source[0];
 	}
 	line->epoch = xmit->epoch;
 	return 0;

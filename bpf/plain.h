@@ -123,9 +123,7 @@ static __always_inline const __be32 *fill_plain_rewrite(const struct pkt *pkt, c
 		copy_address(rw->source, &pkt->ip6->daddr, true);
 	else
 		copy_address(rw->source, line->source6, true);
-	if (is_same_address(rw->source, upstream->address))
-		return NULL;
-	return features.direct && line->via ? line->kept6 : upstream->address;
+	return is_same_address(rw->source, upstream->address) ? NULL : upstream->address;
 }
 
 /* Returns true if the line of an upstream is valid for the packet. */
@@ -156,6 +154,15 @@ static __always_inline __u32 rewrite_plain(struct __sk_buff *skb, const struct p
 	if (delta)
 		bpf_csum_update(skb, delta);
 	return delta;
+}
+
+/* Counts a plain packet of which the upstream with this index got neither a clone nor the packet. */
+static __always_inline void count_not_copied(struct __sk_buff *skb, __u32 index)
+{
+	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
+
+	if (upstream)
+		count_verdict(skb, PKT_UNKNOWN, 0, upstream->id, VERDICT_CLONE_FAILED);
 }
 
 #endif

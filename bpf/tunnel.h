@@ -8,13 +8,16 @@
 #define OUTER_TTL 64
 #define GUE_SOURCE_PORT 0xc000 /* the lowest; 14 bits of a hash are added */
 
+/* Returns the length in bytes of the outer headers of a tunnel. */
+static __always_inline __u32 tunnel_length(bool gue, bool ipv6)
+{
+	return (ipv6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)) + (gue ? sizeof(struct udphdr) : 0);
+}
+
 /* Returns the length in bytes of the outer headers of a packet. */
 static __always_inline __u32 outer_length(const struct xmit *xmit, bool ipv6)
 {
-	if (!is_tunnel(xmit))
-		return 0;
-	return (ipv6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)) +
-	       (xmit->via == VIA_GUE ? sizeof(struct udphdr) : 0);
+	return is_tunnel(xmit) ? tunnel_length(xmit->via == VIA_GUE, ipv6) : 0;
 }
 
 /* Returns a hash of a packet's flow; the fragments of a datagram, which have no ports, have the same one. */
@@ -54,30 +57,30 @@ static __always_inline void fill_outer_udp(struct udphdr *udp, __u32 hash, __u32
 }
 
 /* Fills in the outer headers of an IPv4 packet. */
-static __always_inline void fill_outer4(struct outer4 *outer, const struct pkt *pkt, const struct xmit *xmit)
+static __always_inline void fill_outer4(struct outer4 *outer, const struct pkt *pkt, bool gue, __be32 source,
+					__be32 destination)
 {
 	__u32 length = total_length(pkt);
-	bool gue = xmit->via == VIA_GUE;
 
 	__builtin_memset(outer, 0, sizeof(*outer));
 	outer->ip.version = 4;
 	outer->ip.ihl = 5;
 	outer->ip.tos = pkt->ip->tos;
-	outer->ip.tot_len = bpf_htons(outer_length(xmit, false) + length);
+	outer->ip.tot_len = bpf_htons(tunnel_length(gue, false) + length);
 	outer->ip.frag_off = bpf_htons(IP_DF);
 	outer->ip.ttl = OUTER_TTL;
 	outer->ip.protocol = gue ? IPPROTO_UDP : IPPROTO_IPIP;
-	outer->ip.saddr = xmit->egress[0];
-	outer->ip.daddr = xmit->rewrite.destination[0];
+	outer->ip.saddr = source;
+	outer->ip.daddr = destination;
 	outer->ip.check = ~fold16(sum_words(&outer->ip, sizeof(outer->ip)));
 	fill_outer_udp(&outer->udp, flow_hash(pkt), length);
 }
 
 /* Fills in the outer headers of an IPv6 packet. */
-static __always_inline void fill_outer6(struct outer6 *outer, const struct pkt *pkt, const struct xmit *xmit)
+static __always_inline void fill_outer6(struct outer6 *outer, const struct pkt *pkt, bool gue,
+					const __be32 *source, const __be32 *destination)
 {
 	__u32 length = total_length(pkt), hash = flow_hash(pkt);
-	bool gue = xmit->via == VIA_GUE;
 
 	outer->udp.check = 0;
 	/* version and traffic class are the packet's; the label is of the flow (RFC 6438) */
@@ -86,8 +89,8 @@ static __always_inline void fill_outer6(struct outer6 *outer, const struct pkt *
 	outer->ip.payload_len = bpf_htons(length + (gue ? sizeof(struct udphdr) : 0));
 	outer->ip.nexthdr = gue ? IPPROTO_UDP : IPPROTO_IPV6;
 	outer->ip.hop_limit = OUTER_TTL;
-	__builtin_memcpy(&outer->ip.saddr, xmit->egress, sizeof(outer->ip.saddr));
-	__builtin_memcpy(&outer->ip.daddr, xmit->rewrite.destination, sizeof(outer->ip.daddr));
+	__builtin_memcpy(&outer->ip.saddr, source, sizeof(outer->ip.saddr));
+	__builtin_memcpy(&outer->ip.daddr, destination, sizeof(outer->ip.daddr));
 	fill_outer_udp(&outer->udp, hash, length);
 }
 
@@ -96,43 +99,51 @@ __noinline __u32 fill_outer(struct __sk_buff *skb, __u32 packed)
 {
 	struct pkt pkt = pkt_of(packed);
 	struct xmit *xmit = get_xmit();
+	bool gue;
 
 	if (!features.tunnels || !xmit || !pkt_locate(skb, &pkt))
 		return false;
+	gue = xmit->via == VIA_GUE;
 	if (features.ipv6 && pkt.is_ipv6)
-		fill_outer6(&xmit->outer6, &pkt, xmit);
+		fill_outer6(&xmit->outer6, &pkt, gue, xmit->egress, xmit->rewrite.destination);
 	else
-		fill_outer4(&xmit->outer4, &pkt, xmit);
+		fill_outer4(&xmit->outer4, &pkt, gue, xmit->egress[0], xmit->rewrite.destination[0]);
 	return true;
 }
 
-/* Makes room behind the Ethernet header and stores outer headers there. Returns false on failure. */
-static __always_inline bool insert_outer(struct __sk_buff *skb, const void *outer, const __u32 length,
-					 __u64 flags)
+/* Makes room for outer headers behind the Ethernet header. Returns false on failure. */
+static __always_inline bool make_room(struct __sk_buff *skb, bool gue, bool ipv6)
 {
+	__u64 flags = ipv6 ? BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 : BPF_F_ADJ_ROOM_ENCAP_L3_IPV4;
+
+	if (gue)
+		flags |= BPF_F_ADJ_ROOM_ENCAP_L4_UDP;
 	/* without FIXED_GSO the kernel refuses GSO packets */
-	return !bpf_skb_adjust_room(skb, length, BPF_ADJ_ROOM_MAC, flags | BPF_F_ADJ_ROOM_FIXED_GSO) &&
-	       !bpf_skb_store_bytes(skb, sizeof(struct ethhdr), outer, length, BPF_F_RECOMPUTE_CSUM);
+	return !bpf_skb_adjust_room(skb, tunnel_length(gue, ipv6), BPF_ADJ_ROOM_MAC,
+				    flags | BPF_F_ADJ_ROOM_FIXED_GSO);
+}
+
+static __always_inline bool store_outer(struct __sk_buff *skb, const void *outer, const __u32 length)
+{
+	return !bpf_skb_store_bytes(skb, sizeof(struct ethhdr), outer, length, BPF_F_RECOMPUTE_CSUM);
 }
 
 /* Puts a packet into xmit->outer4 or outer6. Returns false on failure. */
 __noinline __u32 push_outer(struct __sk_buff *skb, __u32 ipv6)
 {
 	struct xmit *xmit = get_xmit();
-	__u64 flags = 0;
 	bool gue;
 
 	if (!features.tunnels || !xmit)
 		return false;
 	gue = xmit->via == VIA_GUE;
-	if (gue)
-		flags = BPF_F_ADJ_ROOM_ENCAP_L4_UDP;
-	flags |= features.ipv6 && ipv6 ? BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 : BPF_F_ADJ_ROOM_ENCAP_L3_IPV4;
+	if (!make_room(skb, gue, features.ipv6 && ipv6))
+		return false;
 	if (features.ipv6 && ipv6)
-		return gue ? insert_outer(skb, &xmit->outer6, sizeof(xmit->outer6), flags)
-			   : insert_outer(skb, &xmit->outer6, sizeof(xmit->outer6.ip), flags);
-	return gue ? insert_outer(skb, &xmit->outer4, sizeof(xmit->outer4), flags)
-		   : insert_outer(skb, &xmit->outer4, sizeof(xmit->outer4.ip), flags);
+		return gue ? store_outer(skb, &xmit->outer6, sizeof(xmit->outer6))
+			   : store_outer(skb, &xmit->outer6, sizeof(xmit->outer6.ip));
+	return gue ? store_outer(skb, &xmit->outer4, sizeof(xmit->outer4))
+		   : store_outer(skb, &xmit->outer4, sizeof(xmit->outer4.ip));
 }
 
 #endif

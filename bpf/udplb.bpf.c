@@ -22,9 +22,9 @@
 #include "fragmentation.h"
 #include "recirculate.h"
 #include "handover.h"
+#include "tunnel.h"
 #include "line.h"
 #include "return_line.h"
-#include "tunnel.h"
 #include "xmit.h"
 #include "here.h"
 #include "icmp.h"
@@ -36,6 +36,7 @@
 #include "decap.h"
 #include "plain.h"
 #include "flow_fast.h"
+#include "direct.h"
 #include "fast.h"
 #include "xdp.h"
 

@@ -64,9 +64,34 @@ static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry,
 		return NULL;
 	}
 	line = bpf_map_lookup_elem(&lines, index);
-	if (!line || !serves(line, pkt) || !(device->generic || line->takes_frames))
+	if (!line || !serves(line, pkt) || !(device->generic || line->takes_frames) ||
+	    (features.direct && line->via > VIA_LINK))
 		return NULL;
 	return line;
+}
+
+/* Rewrites a datagram for the upstream of a line, and counts its sender. Returns false if it stays as it is.
+ */
+static __always_inline bool rewrite_frame(struct pkt *pkt, const struct line *line, __u32 index,
+					  __u32 sender_table, __u64 bytes, const bool ipv6)
+{
+	const __be32 *destination;
+	struct rewrite rw;
+
+	if (features.direct && line->via) {
+		if (!is_from_another(pkt, line_address(line, index, ipv6), ipv6))
+			return false;
+		count_plain_sender(pkt, sender_table, bytes);
+		lower_ttl(pkt, ipv6);
+	} else {
+		destination = fill_plain_rewrite(pkt, line, index, ipv6, &rw);
+		if (!destination)
+			return false;
+		count_plain_sender(pkt, sender_table, bytes);
+		rewrite_headers(NULL, pkt, CSUM_FULL, &rw, destination);
+	}
+	copy_macs(pkt->eth, line->macs);
+	return true;
 }
 
 /* Sends a datagram of a key's entry, or passes it on. */
@@ -75,22 +100,14 @@ static __always_inline int xdp_deliver(struct xdp_md *xdp, struct pkt *pkt, __u3
 	__u64 bytes = (void *)(long)xdp->data_end - (void *)(long)xdp->data;
 	__u32 ifindex = xdp->ingress_ifindex, index, sender_table;
 	const struct device *device = bpf_map_lookup_elem(&devices, &ifindex);
-	const __be32 *destination;
-	struct rewrite rw;
 	struct line *line;
 
 	if (!entry || !device || !is_same_mac(pkt->eth->h_dest, device->mac) || !is_usual(bytes, pkt, ipv6) ||
 	    is_partial(pkt, ipv6))
 		return XDP_PASS;
 	line = xdp_line(pkt, entry, device, &index, &sender_table);
-	if (!line)
+	if (!line || !rewrite_frame(pkt, line, index, sender_table, bytes, ipv6))
 		return XDP_PASS;
-	destination = fill_plain_rewrite(pkt, line, index, ipv6, &rw);
-	if (!destination)
-		return XDP_PASS;
-	count_plain_sender(pkt, sender_table, bytes);
-	copy_macs(pkt->eth, line->macs);
-	rewrite_headers(NULL, pkt, CSUM_FULL, &rw, destination);
 	count_sent(line, 1, bytes);
 	count_xdp_sent();
 	return bpf_redirect(line->ifindex, 0);

@@ -19,6 +19,7 @@ mod admission;
 mod answers;
 mod decap;
 mod devices;
+mod direct_fast;
 mod errors;
 mod fanout;
 mod fragments;

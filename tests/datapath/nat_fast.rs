@@ -20,7 +20,7 @@ use crate::testbed::{GATEWAY_MAC, NEAR, REDIRECT, Testbed, UNSPEC, VIP};
 /// Sends a packet by the slow path, and again by what it has remembered; returns true if it was sent alike then, by
 /// the fast path.
 #[track_caller]
-fn is_fast(testbed: &Testbed<'_>, packet: &Forged) -> bool {
+pub fn is_fast(testbed: &Testbed<'_>, packet: &Forged) -> bool {
     let (gso_size, gso_segs) = packet.gso;
     let (tag, length) = (packet.tag, packet.cut);
     let context = Context { ifindex: testbed.routing, gso_size, gso_segs, tag, length };
@@ -45,7 +45,7 @@ fn changed(packet: &Forged, change: impl Fn(&mut Forged)) -> Forged {
     packet
 }
 
-fn set_ttl(packet: &mut Forged, ttl: u8) {
+pub fn set_ttl(packet: &mut Forged, ttl: u8) {
     match &mut packet.ip {
         Ip::V4(ip) => ip.ttl = ttl,
         Ip::V6(ip) => ip.hop_limit = ttl,

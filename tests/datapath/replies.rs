@@ -211,11 +211,11 @@ fn fragments_of_answers_follow_the_first() {
 }
 
 /// Upstreams on the link of the clients' gateway.
-const NEAR_BY: [IpAddr; 2] = [IpAddr::V4(NEAR), ip6([0xfd00, 2, 0, 0, 0, 0, 0, 2])];
+pub const NEAR_BY: [IpAddr; 2] = [IpAddr::V4(NEAR), ip6([0xfd00, 2, 0, 0, 0, 0, 0, 2])];
 const EGRESS: [IpAddr; 2] = [IpAddr::V4(OWN), IpAddr::V6(OWN6)];
 
 /// Returns a rule whose upstream has the key's address too.
-fn direct(family: usize, via: Via) -> Rule {
+pub fn direct(family: usize, via: Via) -> Rule {
     let key = Key::new(VIPS[family], vec![Ports { first: 2055, last: 2058 }]);
     let rule = Rule::new("direct", key, vec![Upstream::new(NEAR_BY[family], None)]);
     let (action, source) = (Action::Block, Source::Preserve);
@@ -223,7 +223,7 @@ fn direct(family: usize, via: Via) -> Rule {
 }
 
 /// Configures a rule, with the next hop of its upstream.
-fn configure_direct(testbed: &Testbed<'_>, rule: Rule, family: usize, mtu: u32) -> RuleIds {
+pub fn configure_direct(testbed: &Testbed<'_>, rule: Rule, family: usize, mtu: u32) -> RuleIds {
     let hop = testbed.hop_to(NEAR_BY[family], mtu, Some(NEAR_MAC));
     let ways = [(rule.upstreams[0].address.clone(), hop)].into();
     let desired = Desired { rules: vec![rule], ..Desired::default() };
@@ -231,7 +231,7 @@ fn configure_direct(testbed: &Testbed<'_>, rule: Rule, family: usize, mtu: u32) 
 }
 
 /// Returns a client's packet, as it arrives, and as it goes to an upstream that has the key's address.
-fn question(family: usize, change: &dyn Fn(&mut Forged)) -> (Forged, Forged) {
+pub fn question(family: usize, change: &dyn Fn(&mut Forged)) -> (Forged, Forged) {
     let client = [ip4([198, 51, 100, 7]), ip6([0x2001, 0xdb8, 0, 0, 0, 0, 0, 7])];
     let mut came = Forged::between(RELAY_MAC, client[family], VIPS[family], 2056);
     change(&mut came);
@@ -269,7 +269,7 @@ fn direct_packets_keep_their_destination() {
 }
 
 /// Returns the outer headers' length.
-fn outer(family: usize, via: Via) -> usize {
+pub fn outer(family: usize, via: Via) -> usize {
     [20, 40][family] + if via == Via::Gue { 8 } else { 0 }
 }
 
