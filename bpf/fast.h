@@ -191,7 +191,8 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 			return leave_copies(copies);
 		}
 		if (features.templates && rule->flags & RULE_TEMPLATES &&
-		    has_templates(skb, pkt->packed, bpf_ntohs(pkt->udp->len)))
+		    has_template_set(skb, pkt_l4_offset(pkt) + sizeof(struct udphdr),
+				     bpf_ntohs(pkt->udp->len) - sizeof(struct udphdr)))
 			return ACTION_SLOW;
 		index = balance_plain(pkt, rule);
 		kind = rule->action == ACTION_BLOCK ? ENTRY_BLOCK : ENTRY_PASS;

@@ -15,17 +15,28 @@
 #define MAX_SETS 8	/* of a datagram that are looked at */
 #define MAX_SEGMENTS 64 /* of a GSO packet: UDP_MAX_SEGMENTS */
 
-/* Beginning of the header of a message. */
+/* Beginning of the header of a message, or of a set of records, which NetFlow calls a FlowSet. */
 struct export_header {
-	__be16 version;
-	__be16 length; /* with IPFIX: of the message, in bytes */
+	__be16 id;     /* of a message: its version */
+	__be16 length; /* in bytes, with this header; of a message: with IPFIX alone */
 };
 
-/* Beginning of a set of records, which NetFlow calls a FlowSet. */
-struct export_set {
-	__be16 id;
-	__be16 length; /* in bytes, with this header */
-};
+#define MAX_DIRECT 0x3fff /* offset from which bytes are loaded by a helper */
+
+/* Reads a header at an offset of the frame. Returns false if the frame ends before. */
+static __always_inline bool read_header(struct __sk_buff *skb, __u32 offset, struct export_header *header)
+{
+	const struct export_header *direct;
+
+	barrier_var(offset); /* else the verifier does not see the bound of what is added */
+	if (offset > MAX_DIRECT)
+		return !bpf_skb_load_bytes(skb, offset, header, sizeof(*header));
+	direct = (void *)(long)skb->data + offset;
+	if ((void *)(direct + 1) > data_end(skb))
+		return !bpf_skb_load_bytes(skb, offset, header, sizeof(*header));
+	*header = *direct;
+	return true;
+}
 
 /*
  * Returns true if one of the first sets of the datagram whose payload is at `offset` of the frame has
@@ -36,26 +47,25 @@ __noinline __u32 has_template_set(struct __sk_buff *skb, __u32 offset, __u32 len
 {
 	__u32 end = offset + length, templates = IPFIX_TEMPLATES, i;
 	struct export_header header;
-	struct export_set set;
 
-	if (bpf_skb_load_bytes(skb, offset, &header, sizeof(header)))
+	if (!read_header(skb, offset, &header))
 		return false;
-	if (header.version == bpf_htons(NETFLOW9_VERSION)) {
+	if (header.id == bpf_htons(NETFLOW9_VERSION)) {
 		templates = NETFLOW9_TEMPLATES;
 		offset += NETFLOW9_HEADER;
-	} else if (header.version == bpf_htons(IPFIX_VERSION) && bpf_ntohs(header.length) <= length) {
+	} else if (header.id == bpf_htons(IPFIX_VERSION) && bpf_ntohs(header.length) <= length) {
 		end = offset + bpf_ntohs(header.length);
 		offset += IPFIX_HEADER;
 	} else {
 		return false;
 	}
-	for (i = 0; i < MAX_SETS && offset + sizeof(set) <= end; i++) {
-		if (bpf_skb_load_bytes(skb, offset, &set, sizeof(set)))
+	for (i = 0; i < MAX_SETS && offset + sizeof(header) <= end; i++) {
+		if (!read_header(skb, offset, &header))
 			return false;
-		offset += bpf_ntohs(set.length);
-		if (bpf_ntohs(set.length) < sizeof(set) || offset > end)
+		offset += bpf_ntohs(header.length);
+		if (bpf_ntohs(header.length) < sizeof(header) || offset > end)
 			return false;
-		if ((bpf_ntohs(set.id) & ~1) == templates)
+		if ((bpf_ntohs(header.id) & ~1) == templates)
 			return true;
 	}
 	return false;
