@@ -7,8 +7,8 @@
 #define UDPLB_FAST_H
 
 /*
- * Sends the packet itself to the upstream of a valid line, and counts its sender in a table, if it has one.
- * Returns ACTION_SLOW if the packet is left as it is.
+ * Sends the packet itself, which has no tag, to the upstream of a valid line, and counts its sender in a
+ * table, if it has one. Returns ACTION_SLOW if the packet is left as it is.
  */
 static __always_inline int send_plain(struct __sk_buff *skb, struct pkt *pkt, struct line *line, __u32 index,
 				      __u32 sender_table, const bool ipv6)
@@ -16,42 +16,50 @@ static __always_inline int send_plain(struct __sk_buff *skb, struct pkt *pkt, st
 	struct rewrite rw;
 	const __be32 *destination = fill_plain_rewrite(pkt, line, index, ipv6, &rw);
 
-	if (!destination || !pop_plain(skb, pkt, ipv6))
+	if (unlikely(!destination))
 		return ACTION_SLOW;
 	count_plain_sender(pkt, sender_table, skb->len);
 	rewrite_plain(skb, pkt, &rw, destination, line->macs);
 	count_sent(line, 1, skb->len);
-	return bpf_redirect(line->ifindex, 0);
+	return redirect_plain(line->ifindex);
 }
 
 /*
- * Sends a clone to an upstream whose line has just been valid, and restores the packet. Returns enum copied.
- * The caller counts failures: the stack of 5.10 has no room for another call from here.
+ * Sends a clone of a plain packet by a line, and restores the packet. Returns enum copied. The caller counts
+ * failures: the stack of 5.10 has no room for another call from here.
  */
-static __always_inline __u32 copy_plain(struct __sk_buff *skb, __u32 index, const bool ipv6)
+static __always_inline __u32 clone_plain(struct __sk_buff *skb, struct pkt *pkt, struct line *line,
+					 const struct rewrite *rw, const __be32 *destination, const bool ipv6)
 {
-	struct line *line = bpf_map_lookup_elem(&lines, &index);
-	const __be32 *destination;
 	struct headers saved;
-	struct rewrite rw;
-	struct pkt pkt;
 	bool failed;
 	__u32 delta;
 
-	if (!line || !locate_plain(skb, &pkt, ipv6) ||
-	    !(destination = fill_plain_rewrite(&pkt, line, index, ipv6, &rw)))
-		return COPIED_NOT;
-	save_headers(skb, &pkt, &saved);
-	delta = rewrite_plain(skb, &pkt, &rw, destination, line->macs);
+	save_headers(skb, pkt, &saved);
+	delta = rewrite_plain(skb, pkt, rw, destination, line->macs);
 	failed = bpf_clone_redirect(skb, line->ifindex, 0);
 	if (!failed)
 		count_sent(line, 1, skb->len);
 	if (delta)
 		bpf_csum_update(skb, ~delta);
-	if (!locate_plain(skb, &pkt, ipv6))
+	if (!locate_plain(skb, pkt, ipv6))
 		return COPIED_BROKEN;
-	restore_headers(skb, &pkt, &saved);
+	restore_headers(skb, pkt, &saved);
 	return failed ? COPIED_NOT : COPIED_SENT;
+}
+
+/* Sends a clone to an upstream whose line has just been valid. Returns as clone_plain(). */
+static __always_inline __u32 copy_plain(struct __sk_buff *skb, __u32 index, const bool ipv6)
+{
+	struct line *line = bpf_map_lookup_elem(&lines, &index);
+	const __be32 *destination;
+	struct rewrite rw;
+	struct pkt pkt;
+
+	if (!line || !locate_plain(skb, &pkt, ipv6) ||
+	    !(destination = fill_plain_rewrite(&pkt, line, index, ipv6, &rw)))
+		return COPIED_NOT;
+	return clone_plain(skb, &pkt, line, &rw, destination, ipv6);
 }
 
 /* Global functions, which the verifier explores once and not in each round of a loop. */
@@ -65,20 +73,89 @@ __noinline __u32 copy_plain6(struct __sk_buff *skb, __u32 index)
 	return features.ipv6 ? copy_plain(skb, index, true) : COPIED_NOT;
 }
 
-static __always_inline bool can_copy(struct __sk_buff *skb, __u32 index, const bool ipv6)
+static __always_inline bool can_copy(const struct pkt *pkt, __u32 index, const bool ipv6)
 {
 	const struct line *line = bpf_map_lookup_elem(&lines, &index);
 	struct rewrite rw;
-	struct pkt pkt;
 
-	return line && locate_plain(skb, &pkt, ipv6) && serves(line, &pkt) &&
-	       fill_plain_rewrite(&pkt, line, index, ipv6, &rw);
+	return line && serves(line, pkt) && fill_plain_rewrite(pkt, line, index, ipv6, &rw);
 }
 
-/* Returns true if the line of an upstream is valid for the packet. */
-__noinline __u32 has_valid_line(struct __sk_buff *skb, __u32 index, __u32 ipv6)
+/* Returns true if the line of an upstream is valid for an IPv6 packet. */
+__noinline __u32 has_valid_line6(struct __sk_buff *skb, __u32 index)
 {
-	return features.ipv6 && ipv6 ? can_copy(skb, index, true) : can_copy(skb, index, false);
+	struct pkt pkt;
+
+	return features.ipv6 && locate_plain(skb, &pkt, true) && can_copy(&pkt, index, true);
+}
+
+/* Returns true if the lines of so many adjacent upstreams are valid for an IPv4 packet. */
+static __always_inline bool have_valid_lines4(struct __sk_buff *skb, __u32 first, __u32 receivers)
+{
+	struct pkt pkt;
+	__u32 i;
+
+	if (!locate_plain(skb, &pkt, false))
+		return false;
+	for (i = 0; i < MAX_RECEIVERS && i < receivers; i++) {
+		if (!can_copy(&pkt, first + i, false))
+			return false;
+		if (!features.receivers)
+			break; /* there is only one */
+	}
+	return true;
+}
+
+/* As have_valid_lines4(), with a call for each upstream: the verifier would explore a loop for long. */
+static __always_inline bool have_valid_lines6(struct __sk_buff *skb, __u32 first, __u32 receivers)
+{
+	__u32 i;
+
+	for (i = 0; i < MAX_RECEIVERS && i < receivers; i++) {
+		if (!has_valid_line6(skb, first + i))
+			return false;
+		if (!features.receivers)
+			break;
+	}
+	return true;
+}
+
+/* Returns true if the lines of so many adjacent upstreams are valid for the packet. */
+static __always_inline __u32 have_valid_lines(struct __sk_buff *skb, __u32 first, __u32 receivers, __u32 ipv6)
+{
+	return features.ipv6 && ipv6 ? have_valid_lines6(skb, first, receivers)
+				     : have_valid_lines4(skb, first, receivers);
+}
+
+/*
+ * Sends a clone of a plain packet without a tag to an upstream. Returns the action of the program, or
+ * ACTION_SLOW.
+ */
+static __always_inline int pass_plain(struct __sk_buff *skb, __u32 index, const bool ipv6)
+{
+	struct line *line = bpf_map_lookup_elem(&lines, &index);
+	const __be32 *destination;
+	struct rewrite rw;
+	struct pkt pkt;
+	__u32 copied;
+
+	if (!line || !locate_plain(skb, &pkt, ipv6) || !serves(line, &pkt) ||
+	    !(destination = fill_plain_rewrite(&pkt, line, index, ipv6, &rw)))
+		return ACTION_SLOW;
+	copied = clone_plain(skb, &pkt, line, &rw, destination, ipv6);
+	if (copied == COPIED_NOT)
+		count_not_copied(skb, index);
+	return copied == COPIED_BROKEN ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+}
+
+__noinline int pass_plain4(struct __sk_buff *skb, __u32 index)
+{
+	return features.copies ? pass_plain(skb, index, false) : ACTION_SLOW;
+}
+
+__noinline int pass_plain6(struct __sk_buff *skb, __u32 index)
+{
+	return features.copies && features.ipv6 ? pass_plain(skb, index, true) : ACTION_SLOW;
 }
 
 static __always_inline int send_itself(struct __sk_buff *skb, __u32 index, const bool ipv6)
@@ -99,6 +176,27 @@ __noinline int send_last(struct __sk_buff *skb, __u32 index, __u32 ipv6)
 	return action == ACTION_SLOW ? TC_ACT_SHOT : action;
 }
 
+/* Pops the tag that the skb holds, if this host is in its VLAN. */
+static __always_inline bool pop_own_tag(struct __sk_buff *skb)
+{
+	return is_for_us_tagged(skb, 0) && !bpf_skb_vlan_pop(skb);
+}
+
+/* Sends the packet itself to an upstream as send_plain(), without the tag that the skb holds. */
+__noinline int send_tagged(struct __sk_buff *skb, __u32 index, __u32 sender_table, __u32 ipv6)
+{
+	int action;
+
+	if (!have_valid_lines(skb, index, 1, ipv6) || !pop_own_tag(skb))
+		return ACTION_SLOW;
+	if (sender_table && features.sender_tables)
+		count_rule_sender(skb, plain_packed(ipv6), sender_table);
+	action = send_last(skb, index, ipv6);
+	if (action == TC_ACT_SHOT)
+		count_not_copied(skb, index);
+	return action;
+}
+
 /*
  * Sends clones of a plain packet to all upstreams of xmit->copies, to all or to none: the slow path would
  * send to all again. Returns the action of the program, or ACTION_SLOW.
@@ -116,13 +214,8 @@ __noinline int copy_to_all(struct __sk_buff *skb)
 		return ACTION_SLOW;
 	/* a clone that this host receives may run the program before this ends */
 	copies = xmit->copies;
-	for (i = 0; i < MAX_RECEIVERS && i < copies.receivers; i++) {
-		if (!has_valid_line(skb, copies.first + i, copies.ipv6))
-			return ACTION_SLOW;
-		if (!features.receivers)
-			break; /* there is only one */
-	}
-	if (tagged && bpf_skb_vlan_pop(skb))
+	if (!have_valid_lines(skb, copies.first, copies.receivers, copies.ipv6) ||
+	    (tagged && !pop_own_tag(skb)))
 		return ACTION_SLOW;
 	if (features.sender_tables && copies.sender_table)
 		count_rule_sender(skb, plain_packed(copies.ipv6), copies.sender_table);
@@ -166,48 +259,81 @@ static __always_inline __u32 balance_plain(const struct pkt *pkt, const struct r
 	return slot_index(rule->first_slot + key % rule->slots, rule->first_upstream);
 }
 
+/* Leaves the clones of a plain packet to all receivers of a rule to copy_to_all(). */
+static __always_inline int leave_replication(const struct rule *rule, const bool ipv6)
+{
+	struct copies copies = {
+		.first = rule->first_receiver,
+		.receivers = rule->receivers,
+		.rule = rule->id,
+		.block = rule->action == ACTION_BLOCK,
+		.ipv6 = ipv6,
+		.sender_table = rule->sender_table,
+	};
+
+	return leave_copies(copies);
+}
+
+/* Sends a clone of a plain packet to an upstream. */
+static __always_inline int deliver_pass(struct __sk_buff *skb, __u32 index, __u32 sender_table,
+					const bool ipv6)
+{
+	struct copies copies = {
+		.first = index,
+		.receivers = 1,
+		.ipv6 = ipv6,
+		.sender_table = sender_table,
+	};
+
+	if (skb->vlan_present || sender_table)
+		return leave_copies(copies);
+	return ipv6 ? pass_plain6(skb, index) : pass_plain4(skb, index);
+}
+
+/* Sends a plain packet to an upstream that gets it by its MAC address or in a tunnel. */
+static __always_inline int deliver_direct(struct __sk_buff *skb, __u32 index, __u32 sender_table,
+					  const bool ipv6)
+{
+	if (skb->vlan_present && !is_for_us_tagged(skb, 0))
+		return ACTION_SLOW;
+	return ipv6 ? send_direct6(skb, index, sender_table) : send_direct4(skb, index, sender_table);
+}
+
 /* Processes a plain datagram of a key's entry. */
 static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt, __u32 entry, const bool ipv6)
 {
-	__u32 index = entry & ENTRY_INDEX, kind = entry & ~ENTRY_INDEX;
-	struct copies copies = {.receivers = 1, .ipv6 = ipv6};
+	__u32 index = entry & ENTRY_INDEX, kind = entry & ~ENTRY_INDEX, sender_table = 0;
 	const struct rule *rule;
 	struct line *line;
 
-	if (features.flows && kind == ENTRY_FLOW)
+	if (unlikely(kind == ENTRY_FLOW && features.flows))
 		return ipv6 ? send_question6(skb, index) : send_question4(skb, index);
-	if (kind == ENTRY_RULE || !is_plain(skb, pkt, ipv6))
+	if (kind == ENTRY_RULE || kind == ENTRY_FLOW || unlikely(!is_plain_in_vlan(skb, pkt, ipv6)))
 		return ACTION_SLOW;
-	if (kind == ENTRY_BALANCE || kind == ENTRY_REPLICATE) {
+	if (unlikely(kind == ENTRY_BALANCE || kind == ENTRY_REPLICATE)) {
 		rule = bpf_map_lookup_elem(&rules, &index);
 		if (!rule)
 			return ACTION_SLOW;
-		copies.sender_table = rule->sender_table;
-		if (kind == ENTRY_REPLICATE) {
-			copies.first = rule->first_receiver;
-			copies.receivers = rule->receivers;
-			copies.rule = rule->id;
-			copies.block = rule->action == ACTION_BLOCK;
-			return leave_copies(copies);
-		}
+		if (kind == ENTRY_REPLICATE)
+			return leave_replication(rule, ipv6);
 		if (features.templates && rule->flags & RULE_TEMPLATES &&
 		    has_template_set(skb, pkt_l4_offset(pkt) + sizeof(struct udphdr),
 				     bpf_ntohs(pkt->udp->len) - sizeof(struct udphdr)))
 			return ACTION_SLOW;
 		index = balance_plain(pkt, rule);
+		sender_table = rule->sender_table;
 		kind = rule->action == ACTION_BLOCK ? ENTRY_BLOCK : ENTRY_PASS;
 	}
-	if (kind == ENTRY_PASS) {
-		copies.first = index;
-		return leave_copies(copies);
-	}
+	if (unlikely(kind == ENTRY_PASS))
+		return deliver_pass(skb, index, sender_table, ipv6);
 	line = bpf_map_lookup_elem(&lines, &index);
-	if (!line || !serves(line, pkt))
+	if (unlikely(!line || !serves(line, pkt)))
 		return ACTION_SLOW;
-	if (features.direct && line->via)
-		return ipv6 ? send_direct6(skb, index, copies.sender_table)
-			    : send_direct4(skb, index, copies.sender_table);
-	return send_plain(skb, pkt, line, index, copies.sender_table, ipv6);
+	if (unlikely(line->via && features.direct))
+		return deliver_direct(skb, index, sender_table, ipv6);
+	if (unlikely(skb->vlan_present))
+		return send_tagged(skb, index, sender_table, ipv6);
+	return send_plain(skb, pkt, line, index, sender_table, ipv6);
 }
 
 /*
@@ -229,10 +355,10 @@ static __always_inline int fast_ipv4(struct __sk_buff *skb, struct pkt *pkt)
 	__u32 entry;
 	int action;
 
-	if (ip->protocol != IPPROTO_UDP)
+	if (unlikely(ip->protocol != IPPROTO_UDP))
 		return ip->protocol == IPPROTO_ICMP ? ACTION_SLOW : TC_ACT_UNSPEC;
-	if (*(const __u8 *)ip != 0x45 || ip->frag_off & bpf_htons(IP_OFFSET | IP_MF) ||
-	    skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC)
+	if (unlikely(*(const __u8 *)ip != 0x45 || ip->frag_off & bpf_htons(IP_OFFSET | IP_MF) ||
+		     skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC))
 		return ACTION_SLOW;
 	if (features.flows && is_flow_port(pkt->udp->dest)) {
 		action = send_answer4(skb);
@@ -243,7 +369,7 @@ static __always_inline int fast_ipv4(struct __sk_buff *skb, struct pkt *pkt)
 		ip = pkt->ip;
 	}
 	entry = find_entry(bpf_ntohl(ip->daddr), bpf_ntohs(pkt->udp->dest));
-	return entry ? deliver_plain(skb, pkt, entry, false) : leave_stranger(pkt, false);
+	return likely(entry) ? deliver_plain(skb, pkt, entry, false) : leave_stranger(pkt, false);
 }
 
 static __always_inline int fast_ipv6(struct __sk_buff *skb, struct pkt *pkt)
@@ -269,22 +395,20 @@ static __always_inline int fast_ipv6(struct __sk_buff *skb, struct pkt *pkt)
 		ip6 = pkt->ip6;
 	}
 	entry = find_entry6(ip6->daddr.in6_u.u6_addr32, pkt->udp->dest);
-	return entry ? deliver_plain(skb, pkt, entry, true) : leave_stranger(pkt, true);
+	return likely(entry) ? deliver_plain(skb, pkt, entry, true) : leave_stranger(pkt, true);
 }
 
-/*
- * Processes a packet behind an Ethernet header. Returns the action of the program, ACTION_COPY or
- * ACTION_SLOW. A global function, so that its stack is free again for the slow path.
- */
+/* Processes a packet behind an Ethernet header. Returns the action of the program, ACTION_COPY or
+ * ACTION_SLOW. */
 static __always_inline int fast(struct __sk_buff *skb)
 {
 	struct pkt pkt;
 	__be16 protocol;
 
-	if (!locate_plain(skb, &pkt, false))
+	if (unlikely(!locate_plain(skb, &pkt, false)))
 		return ACTION_SLOW;
 	protocol = ((const __be16 *)pkt.ip)[-1]; /* of the Ethernet header, as one word */
-	if (protocol == bpf_htons(ETH_P_IP))
+	if (likely(protocol == bpf_htons(ETH_P_IP)))
 		return fast_ipv4(skb, &pkt);
 	if (features.ipv6 && protocol == bpf_htons(ETH_P_IPV6))
 		return fast_ipv6(skb, &pkt);

@@ -81,11 +81,22 @@ static __always_inline bool is_usual(__u32 bytes, const struct pkt *pkt, const b
 	       (ipv6 ? is_usual_source6(pkt->ip6) : is_usual_source4(pkt->ip));
 }
 
+/* Returns true for a packet at tc that is whole and for this host, if that is in the VLAN of its tag. */
+static __always_inline bool is_whole_in_vlan(struct __sk_buff *skb)
+{
+	return skb->pkt_type == PACKET_HOST && !skb->gso_size;
+}
+
 /* Returns true for a packet at tc that is whole and for this host. */
 static __always_inline bool is_whole(struct __sk_buff *skb)
 {
-	return skb->pkt_type == PACKET_HOST && !skb->gso_size &&
-	       (!skb->vlan_present || is_for_us_tagged(skb, 0));
+	return is_whole_in_vlan(skb) && (!skb->vlan_present || is_for_us_tagged(skb, 0));
+}
+
+/* Returns true for a usual packet that is whole and for this host, if that is in the VLAN of its tag. */
+static __always_inline bool is_plain_in_vlan(struct __sk_buff *skb, const struct pkt *pkt, const bool ipv6)
+{
+	return is_whole_in_vlan(skb) && is_usual(skb->len, pkt, ipv6);
 }
 
 /* Returns true for a usual packet that is whole and for this host. */
@@ -141,16 +152,28 @@ static __always_inline bool pop_plain(struct __sk_buff *skb, struct pkt *pkt, co
 	return !skb->vlan_present || (!bpf_skb_vlan_pop(skb) && locate_plain(skb, pkt, ipv6));
 }
 
+/* Redirects a packet by bpf_redirect(); the compiler is told that its action is none of ours. */
+static __always_inline int redirect_plain(__u32 ifindex)
+{
+	int action = bpf_redirect(ifindex, 0);
+
+	__builtin_assume(action < ACTION_SLOW);
+	return action;
+}
+
 /* Rewrites a packet for a next hop. Returns what was added to skb->csum. */
 static __always_inline __u32 rewrite_plain(struct __sk_buff *skb, const struct pkt *pkt,
 					   const struct rewrite *rw, const __be32 *destination,
 					   const void *macs)
 {
-	enum checksum checksum = checksum_state(skb, pkt);
 	__u32 delta;
 
 	copy_macs(pkt->eth, macs);
-	delta = rewrite_headers(skb, pkt, checksum, rw, destination);
+	if (likely(!has_csum_offload(skb))) {
+		rewrite_headers(skb, pkt, CSUM_FULL, rw, destination);
+		return 0;
+	}
+	delta = rewrite_headers(skb, pkt, checksum_state(skb, pkt), rw, destination);
 	if (delta)
 		bpf_csum_update(skb, delta);
 	return delta;

@@ -25,7 +25,7 @@ static __always_inline bool is_partial(const struct pkt *pkt, const bool ipv6)
 #pragma unroll
 	for (word = 0; word < (ipv6 ? 8 : 2); word++)
 		sum += addresses[word];
-	return fold16(sum) == pkt->udp->check;
+	return fold16_short(fold21(sum)) == pkt->udp->check;
 }
 
 static __always_inline void count_xdp_sent(void)
@@ -65,7 +65,7 @@ static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry,
 	}
 	line = bpf_map_lookup_elem(&lines, index);
 	if (!line || !serves(line, pkt) || !(device->generic || line->takes_frames) ||
-	    (features.direct && line->via > VIA_LINK))
+	    (line->via > VIA_LINK && features.direct))
 		return NULL;
 	return line;
 }
@@ -78,14 +78,14 @@ static __always_inline bool rewrite_frame(struct pkt *pkt, const struct line *li
 	const __be32 *destination;
 	struct rewrite rw;
 
-	if (features.direct && line->via) {
+	if (unlikely(line->via && features.direct)) {
 		if (!is_from_another(pkt, line_address(line, index, ipv6), ipv6))
 			return false;
 		count_plain_sender(pkt, sender_table, bytes);
 		lower_ttl(pkt, ipv6);
 	} else {
 		destination = fill_plain_rewrite(pkt, line, index, ipv6, &rw);
-		if (!destination)
+		if (unlikely(!destination))
 			return false;
 		count_plain_sender(pkt, sender_table, bytes);
 		rewrite_headers(NULL, pkt, CSUM_FULL, &rw, destination);
@@ -102,11 +102,11 @@ static __always_inline int xdp_deliver(struct xdp_md *xdp, struct pkt *pkt, __u3
 	const struct device *device = bpf_map_lookup_elem(&devices, &ifindex);
 	struct line *line;
 
-	if (!entry || !device || !is_same_mac(pkt->eth->h_dest, device->mac) || !is_usual(bytes, pkt, ipv6) ||
-	    is_partial(pkt, ipv6))
+	if (unlikely(!entry || !device || !is_same_mac(pkt->eth->h_dest, device->mac) ||
+		     !is_usual(bytes, pkt, ipv6) || is_partial(pkt, ipv6)))
 		return XDP_PASS;
 	line = xdp_line(pkt, entry, device, &index, &sender_table);
-	if (!line || !rewrite_frame(pkt, line, index, sender_table, bytes, ipv6))
+	if (unlikely(!line) || !rewrite_frame(pkt, line, index, sender_table, bytes, ipv6))
 		return XDP_PASS;
 	count_sent(line, 1, bytes);
 	count_xdp_sent();
@@ -117,7 +117,7 @@ static __always_inline int xdp_deliver(struct xdp_md *xdp, struct pkt *pkt, __u3
 static __always_inline bool is_for_tc(__be16 port)
 {
 	return (features.flows && is_flow_port(port)) ||
-	       (features.decap && decap_settings.gue && port == bpf_htons(GUE_PORT));
+	       (port == bpf_htons(GUE_PORT) && features.decap && decap_settings.gue);
 }
 
 static __always_inline int xdp_ipv4(struct xdp_md *xdp, struct pkt *pkt)
@@ -148,7 +148,7 @@ static __always_inline int run_xdp(struct xdp_md *xdp)
 	if (!locate_frame(xdp, &pkt, false))
 		return XDP_PASS;
 	protocol = *(const __be16 *)&pkt.eth->h_proto;
-	if (protocol == bpf_htons(ETH_P_IP))
+	if (likely(protocol == bpf_htons(ETH_P_IP)))
 		return xdp_ipv4(xdp, &pkt);
 	if (features.ipv6 && protocol == bpf_htons(ETH_P_IPV6))
 		return xdp_ipv6(xdp, &pkt);
