@@ -34,6 +34,12 @@ static __always_inline __u32 xmit_mtu(__u32 result)
 	return result >> 16;
 }
 
+/* Returns the action of the program for a packet that is not redirected. */
+static __always_inline int unsent_action(__u32 packed)
+{
+	return packed & PKT_F_REDIRECT ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+}
+
 /*
  * Sends a clone of the rewritten packet, or a clone for each of xmit->fragments, and restores the packet:
  * every byte, and skb->csum. Returns false if the packet cannot be restored.
@@ -61,38 +67,42 @@ static __always_inline bool clone_packet(struct __sk_buff *skb, struct pkt *pkt,
 }
 
 /*
- * Rewrites the packet for xmit->hop and sends it or a clone of it. Stores the action that the program
- * returns: TC_ACT_SHOT for a packet that was cloned and cannot be restored.
+ * Rewrites the packet for xmit->hop and sends it (PKT_F_REDIRECT) or a clone of it; `verdict` is the one of
+ * its next hop. Returns xmit_result(): TC_ACT_SHOT for a packet that was cloned and cannot be restored. A
+ * global function so that the paths to the next hop do not multiply those that the verifier explores here.
  */
-static __always_inline enum verdict transmit(struct __sk_buff *skb, struct pkt *pkt, struct xmit *xmit,
-					     enum verdict verdict, int *action)
+__noinline __u32 transmit(struct __sk_buff *skb, __u32 packed, __u32 found)
 {
-	bool redirects = pkt_has(pkt, PKT_F_REDIRECT) && !xmit->fragments;
+	struct pkt pkt = pkt_of(packed);
+	enum verdict verdict = found;
+	struct xmit *xmit = get_xmit();
+	bool redirects;
 
+	if (!xmit || !pkt_locate(skb, &pkt))
+		return xmit_result(VERDICT_CLONE_FAILED, unsent_action(packed), 0);
+	redirects = pkt_has(&pkt, PKT_F_REDIRECT) && !xmit->fragments;
 	if (!redirects)
-		save_headers(skb, pkt, &xmit->saved);
+		save_headers(skb, &pkt, &xmit->saved);
 	/*
 	 * bpf_redirect_neigh() drops frames to a group's MAC address; before it resolves one, hop.macs is
 	 * zero
 	 */
-	if (!redirects || xmit->hop.resolved || pkt->eth->h_dest[0] & 1)
-		copy_macs(pkt->eth, xmit->hop.macs);
-	xmit->checksum = checksum_state(skb, pkt);
-	xmit->csum_delta = rewrite_headers(skb, pkt, xmit->checksum, &xmit->rewrite,
+	if (!redirects || xmit->hop.resolved || pkt.eth->h_dest[0] & 1)
+		copy_macs(pkt.eth, xmit->hop.macs);
+	xmit->checksum = checksum_state(skb, &pkt);
+	xmit->csum_delta = rewrite_headers(skb, &pkt, xmit->checksum, &xmit->rewrite,
 					   is_direct(xmit) ? xmit->kept : xmit->rewrite.destination);
 	if (xmit->checksum == CSUM_COMPLETE)
 		bpf_csum_update(skb, xmit->csum_delta);
-	if (is_tunnel(xmit) && (!fill_outer(skb, pkt->packed) || !push_outer(skb, pkt_has(pkt, PKT_F_IPV6))))
-		return VERDICT_CLONE_FAILED;
-	if (pkt_has(pkt, PKT_F_TRACED))
+	if (is_tunnel(xmit) && (!fill_outer(skb, packed) || !push_outer(skb, pkt_has(&pkt, PKT_F_IPV6))))
+		return xmit_result(VERDICT_CLONE_FAILED, unsent_action(packed), 0);
+	if (pkt_has(&pkt, PKT_F_TRACED))
 		trace_frame(skb);
-	if (redirects) {
-		*action = redirect(skb, xmit);
-		return verdict;
-	}
-	if (!clone_packet(skb, pkt, xmit, &verdict))
-		*action = TC_ACT_SHOT;
-	return verdict;
+	if (redirects)
+		return xmit_result(verdict, redirect(skb, xmit), 0);
+	if (!clone_packet(skb, &pkt, xmit, &verdict))
+		return xmit_result(verdict, TC_ACT_SHOT, 0);
+	return xmit_result(verdict, unsent_action(packed), 0);
 }
 
 /* Returns the MTU of the next hop without outer headers, in bytes; 0: unknown. */
@@ -216,12 +226,9 @@ static __always_inline void identify_fragments(struct __sk_buff *skb, const stru
 		skb, &first, upstream, upstream->source == SOURCE_PRESERVE ? 0 : next_identification());
 }
 
-/*
- * Resolves the next hop and sends the packet or a clone of it, in fragments if it exceeds the MTU and may be.
- */
-static __always_inline enum verdict xmit_to_nexthop(struct __sk_buff *skb, struct pkt *pkt,
-						    const struct upstream *upstream, struct xmit *xmit,
-						    int *action)
+/* Resolves the next hop of a packet with new headers, and sets xmit->fragments. Returns the verdict. */
+static __always_inline enum verdict prepare_nexthop(struct __sk_buff *skb, struct pkt *pkt,
+						    const struct upstream *upstream, struct xmit *xmit)
 {
 	enum verdict verdict;
 
@@ -236,15 +243,35 @@ static __always_inline enum verdict xmit_to_nexthop(struct __sk_buff *skb, struc
 			return VERDICT_CLONE_FAILED;
 		identify_fragments(skb, pkt, upstream, &xmit->rewrite);
 	}
-	if (!is_sent(verdict))
-		return verdict;
 	if (verdict == VERDICT_FORWARDED && !xmit->fragments) {
 		if (features.flows && upstream->source == SOURCE_FLOW_VIP)
 			fill_return_line(skb, pkt->packed, ip_length(skb, pkt));
 		else
 			fill_line(ip_length(skb, pkt), pkt->is_ipv6);
 	}
-	return transmit(skb, pkt, xmit, verdict, action);
+	return verdict;
+}
+
+/*
+ * Fills in new headers and next hop of a packet to the upstream at an index. Returns the verdict. A global
+ * function for the same reason as transmit().
+ */
+__noinline __u32 prepare_xmit(struct __sk_buff *skb, __u32 index, __u32 packed, __u32 identification)
+{
+	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
+	struct pkt pkt = pkt_of(packed);
+	struct xmit *xmit = get_xmit();
+
+	if (!upstream || !xmit || !pkt_pull(skb, &pkt))
+		return VERDICT_CLONE_FAILED;
+	if (is_ttl_expired(&pkt))
+		return VERDICT_TTL;
+	if (!fill_rewrite(skb, &pkt, upstream, identification, &xmit->rewrite) ||
+	    (is_direct(xmit) && !keep_destination(skb, packed, index)))
+		return uses_flow(upstream) ? VERDICT_NO_FLOW : VERDICT_NO_ROUTE;
+	if (is_martian_rewrite(packed))
+		return VERDICT_MARTIAN;
+	return prepare_nexthop(skb, &pkt, upstream, xmit);
 }
 
 /*
@@ -254,31 +281,22 @@ static __always_inline enum verdict xmit_to_nexthop(struct __sk_buff *skb, struc
 __noinline __u32 xmit_upstream(struct __sk_buff *skb, __u32 index, __u32 packed, __u32 identification)
 {
 	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
-	struct pkt pkt = pkt_of(packed);
-	int action = pkt_has(&pkt, PKT_F_REDIRECT) ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+	const struct pkt pkt = pkt_of(packed);
 	struct xmit *xmit = get_xmit();
-	enum verdict verdict;
-	__u32 result;
+	__u32 verdict, result;
 
 	if (!upstream || !xmit)
-		return xmit_result(VERDICT_NO_UPSTREAM, action, 0);
+		return xmit_result(VERDICT_NO_UPSTREAM, unsent_action(packed), 0);
 	xmit->index = upstream->line;
 	xmit->via = upstream->via;
-	if (!pkt_pull(skb, &pkt)) {
-		verdict = VERDICT_CLONE_FAILED;
-	} else if (is_ttl_expired(&pkt)) {
-		verdict = VERDICT_TTL;
-	} else if (!fill_rewrite(skb, &pkt, upstream, identification, &xmit->rewrite) ||
-		   (is_direct(xmit) && !keep_destination(skb, packed, index))) {
-		verdict = uses_flow(upstream) ? VERDICT_NO_FLOW : VERDICT_NO_ROUTE;
-	} else if (is_martian_rewrite(packed)) {
-		verdict = VERDICT_MARTIAN;
-	} else {
-		verdict = xmit_to_nexthop(skb, &pkt, upstream, xmit, &action);
-	}
-	result = xmit_result(verdict, action, verdict == VERDICT_MTU ? inner_mtu(xmit, pkt.is_ipv6) : 0);
-	count_xmit(skb, &pkt, upstream, verdict);
-	trace_verdict(&pkt, upstream->id, verdict);
+	verdict = prepare_xmit(skb, index, packed, identification);
+	if (is_sent(verdict))
+		result = transmit(skb, packed, verdict);
+	else
+		result = xmit_result(verdict, unsent_action(packed),
+				     verdict == VERDICT_MTU ? inner_mtu(xmit, pkt_has(&pkt, PKT_F_IPV6)) : 0);
+	count_xmit(skb, &pkt, upstream, xmit_verdict(result));
+	trace_verdict(&pkt, upstream->id, xmit_verdict(result));
 	return result;
 }
 
