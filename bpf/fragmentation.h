@@ -125,16 +125,14 @@ __noinline __u32 complete_checksum(struct __sk_buff *skb, __u32 packed)
 /* Removes bytes behind the Ethernet header. Returns false on failure. */
 __noinline __u32 remove_bytes(struct __sk_buff *skb, __u32 bytes)
 {
-	__s32 part;
 	int i;
 
-	for (i = 0; i < 17 && bytes; i++) {
-		part = bytes < MAX_ADJUST ? bytes : MAX_ADJUST;
-		if (bpf_skb_adjust_room(skb, -part, BPF_ADJ_ROOM_MAC, 0))
+	for (i = 0; i < 16 && bytes > MAX_ADJUST; i++) {
+		if (bpf_skb_adjust_room(skb, -MAX_ADJUST, BPF_ADJ_ROOM_MAC, 0))
 			return false;
-		bytes -= part;
+		bytes -= MAX_ADJUST;
 	}
-	return true;
+	return !bytes || !bpf_skb_adjust_room(skb, -(__s32)bytes, BPF_ADJ_ROOM_MAC, 0);
 }
 
 /*

@@ -134,26 +134,40 @@ static __always_inline __u64 lookup_device(struct __sk_buff *skb, __u32 ifindex)
 	return 0;
 }
 
-/* Returns the bucket of an address, as arp_hashfn() and ndisc_hashfn() compute it. */
-static __always_inline __u32 neighbour_hash(__u64 table, __u64 device, const __be32 *address, bool ipv6)
+/*
+ * Returns the bucket of an address, as arp_hashfn() and ndisc_hashfn() compute it. `words` masks all words
+ * but the first: 0 for IPv4. Branch-free, else the verifier would explore all that follows for each family.
+ */
+static __always_inline __u32 neighbour_hash(__u64 table, __u64 device, const __be32 *address, __u32 words)
 {
 	__u32 hash = (address[0] ^ (__u32)(device ^ device >> 32)) *
 		     read_word(FIELD_AT(table, neigh_hash_table, hash_rnd));
 	int word;
 
 #pragma unroll
-	for (word = 1; ipv6 && word < 4; word++)
-		hash += address[word] * read_word(FIELD_AT(table, neigh_hash_table, hash_rnd) + word * 4);
+	for (word = 1; word < 4; word++) {
+		hash += address[word] * read_word(FIELD_AT(table, neigh_hash_table, hash_rnd) + word * 4) &
+			words;
+		barrier_var(hash); /* else the compiler spills all words to the stack */
+	}
 	return hash >> (32 - read_word(FIELD_AT(table, neigh_hash_table, hash_shift)));
 }
 
-static __always_inline bool is_neighbour(__u64 neighbour, __u64 device, const __be32 *address, bool ipv6)
+/* Returns true for the neighbour with an address on a device; `words` as for neighbour_hash(). */
+static __always_inline bool is_neighbour(__u64 neighbour, __u64 device, const volatile __be32 *address,
+					 __u32 words)
 {
 	const void *key = FIELD_AT(neighbour, neighbour, primary_key);
+	__u32 different = 0;
+	int word;
 
-	return read_pointer(FIELD_AT(neighbour, neighbour, dev)) == device && read_word(key) == address[0] &&
-	       (!ipv6 || (read_word(key + 4) == address[1] && read_word(key + 8) == address[2] &&
-			  read_word(key + 12) == address[3]));
+#pragma unroll
+	for (word = 3; word > 0; word--) {
+		different = (different | (read_word(key + word * 4) ^ address[word])) & words;
+		barrier_var(different); /* as above */
+	}
+	return !(different | (read_word(key) ^ address[0])) &&
+	       read_pointer(FIELD_AT(neighbour, neighbour, dev)) == device;
 }
 
 /* Returns the address of the hash table of the device's ARP or NDISC entries; 0: none. */
@@ -176,22 +190,22 @@ __noinline __u32 gateway_state(struct __sk_buff *skb)
 	bool listed = bpf_core_field_exists(struct neigh_hash_table, hash_heads);
 	struct xmit *xmit = get_xmit();
 	__u64 device, table, neighbour;
-	bool ipv6;
+	__u32 words;
 	int i;
 
 	if (!xmit || !(device = lookup_device(skb, xmit->hop.ifindex)))
 		return NEIGHBOUR_UNREADABLE;
-	ipv6 = xmit->hop.family == AF_INET6;
-	if (!(table = lookup_table(device, ipv6)))
+	words = -(__u32)is_equal(xmit->hop.family, AF_INET6);
+	if (!(table = lookup_table(device, xmit->hop.family == AF_INET6)))
 		return NEIGHBOUR_UNREADABLE;
 	neighbour = listed ? read_pointer(FIELD_AT(table, neigh_hash_table, hash_heads))
 			   : read_pointer(FIELD_AT(table, neigh_hash_table___before_6_13, hash_buckets));
-	neighbour += neighbour_hash(table, device, xmit->hop.gateway, ipv6) * sizeof(void *);
+	neighbour += neighbour_hash(table, device, xmit->hop.gateway, words) * sizeof(void *);
 	neighbour = read_pointer((void *)neighbour);
 	for (i = 0; neighbour && i < MAX_BUCKET_ENTRIES; i++) {
 		if (listed)
 			neighbour -= bpf_core_field_offset(struct neighbour, hash);
-		if (is_neighbour(neighbour, device, xmit->hop.gateway, ipv6))
+		if (is_neighbour(neighbour, device, xmit->hop.gateway, words))
 			return read_word(FIELD_AT(neighbour, neighbour, nud_state)) & NUD_VALID
 				       ? NEIGHBOUR_VALID
 				       : NEIGHBOUR_INVALID;
