@@ -272,6 +272,11 @@ impl Counters {
         self.0.outer().max_entries() * width
     }
 
+    /// Returns the number of ids that have counters.
+    pub fn room(&self) -> u32 {
+        self.0.room()
+    }
+
     /// Makes room for `ids`, and sets to zero those of them that are `new`: whoever had them
     /// before is gone.
     pub fn prepare(

@@ -157,7 +157,7 @@ fn build_in(
     let fresh = all(&ids).filter(|id| !held.contains(id));
     state.counters.prepare(&skeleton, all(&ids), fresh)?;
     retired::retain(guard, &held)?;
-    state.overrides.retain(guard, &held)?;
+    state.overrides.retain(guard, &held, state.counters.room())?;
     state.nexthops.prepare(&skeleton, all(&ids))?;
 
     let mut description = Description {

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashSet};
 use anyhow::Context;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
+use crate::bpf::read_array;
 use crate::config::State;
 use crate::datapath::gate::Gate;
 use crate::datapath::pins::WriteGuard;
@@ -33,12 +34,11 @@ impl Overrides {
     /// Returns the overrides of ids up to `most`.
     pub fn read(&self, most: u32) -> anyhow::Result<BTreeMap<u32, State>> {
         let words = (most / PER_WORD).saturating_add(1).min(self.0.max_entries());
-        let batch = self.0.lookup_batch(words, MapFlags::ANY, MapFlags::ANY)?;
+        let mut read = Vec::with_capacity(words as usize);
+        read_array(&self.0, words, |word| read.push(number(word)))?;
         let mut all = BTreeMap::new();
-        let mut seen = 0;
-        for (index, (_, word)) in (0..words).zip(batch) {
-            seen += 1;
-            let word = number(&word)?;
+        for (index, word) in (0..).zip(read) {
+            let word = word?;
             // most words are zero
             if word == 0 {
                 continue;
@@ -46,7 +46,6 @@ impl Overrides {
             let ids = (0..PER_WORD).filter_map(|place| Some((place, get(word, place)?)));
             all.extend(ids.map(|(place, state)| (index * PER_WORD + place, state)));
         }
-        anyhow::ensure!(seen == words, "state/overrides cannot be read");
         all.retain(|id, _| *id <= most);
         Ok(all)
     }
@@ -61,9 +60,10 @@ impl Overrides {
         Ok(())
     }
 
-    /// Removes the overrides of ids that are not `held`: such an id may be assigned to another upstream.
-    pub fn retain(&self, guard: &WriteGuard, held: &HashSet<u32>) -> anyhow::Result<()> {
-        let mut all = self.read(u32::MAX)?.into_keys();
+    /// Removes the overrides of ids up to `most` that are not `held`: such an id may be assigned to another
+    /// upstream.
+    pub fn retain(&self, guard: &WriteGuard, held: &HashSet<u32>, most: u32) -> anyhow::Result<()> {
+        let mut all = self.read(most)?.into_keys();
         all.try_for_each(|id| if held.contains(&id) { Ok(()) } else { self.set(guard, id, None) })
     }
 }
