@@ -237,19 +237,27 @@ impl Pending {
     }
 }
 
+/// Returns the change that waits for confirmation, without a look at the other maps.
+pub fn pending(guard: &ReadGuard) -> anyhow::Result<Option<Pending>> {
+    open_map(&guard.state(), "pending")?.map_or(Ok(None), |map| read_pending(&map))
+}
+
+fn read_pending(map: &MapHandle) -> anyhow::Result<Option<Pending>> {
+    let bytes = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY)?;
+    let pending: types::pending = bytes
+        .and_then(|bytes| from_bytes(&bytes))
+        .context("state/pending is no map of pending changes")?;
+    Ok((pending.deadline != 0).then_some(Pending {
+        deadline: Duration::from_nanos(pending.deadline),
+        generation: pending.generation,
+        previous: (pending.previous != 0).then_some(pending.previous),
+    }))
+}
+
 impl StateMaps {
     /// Returns the change that waits for confirmation.
     pub fn pending(&self) -> anyhow::Result<Option<Pending>> {
-        let Some(map) = &self.pending else { return Ok(None) };
-        let bytes = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY)?;
-        let pending: types::pending = bytes
-            .and_then(|bytes| from_bytes(&bytes))
-            .context("state/pending is no map of pending changes")?;
-        Ok((pending.deadline != 0).then_some(Pending {
-            deadline: Duration::from_nanos(pending.deadline),
-            generation: pending.generation,
-            previous: (pending.previous != 0).then_some(pending.previous),
-        }))
+        self.pending.as_ref().map_or(Ok(None), read_pending)
     }
 
     /// Returns the generation whose configuration was applied again from elsewhere, and from where.

@@ -31,6 +31,10 @@ pub const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Returns the pending change.
 fn pending(guard: &ReadGuard) -> anyhow::Result<Option<Pending>> {
+    // mostly there is none, and one map is opened faster than all
+    if state_maps::pending(guard)?.is_none() {
+        return Ok(None);
+    }
     state_maps::open(guard)?.as_ref().map(StateMaps::pending).transpose().map(Option::flatten)
 }
 
