@@ -12,7 +12,7 @@
 //! desired     configuration -> desired state -> contents of maps; pure
 //! net         rtnetlink in the project's own types, next-hop resolution
 //! config      text -> configuration or diagnostics
-//! bpf.rs      the compiled program and its types; error, journal, maglev and time import next to nothing
+//! bpf.rs      the compiled program and its types; error, heap, journal, maglev and time import next to nothing
 //! ```
 //!
 //! Applying a file:
@@ -44,6 +44,7 @@ pub mod config;
 pub mod datapath;
 pub mod desired;
 pub mod error;
+pub mod heap;
 pub mod journal;
 pub mod maglev;
 pub mod net;

@@ -10,7 +10,7 @@ use udplb::cli::output::{ErrorReport, print};
 use udplb::commands::{self, Cli, Command, complete};
 use udplb::desired::dns;
 use udplb::error::{Failure, catch, say};
-use udplb::journal;
+use udplb::{heap, journal};
 
 fn main() -> ExitCode {
     if std::env::args_os().next().is_some_and(|name| name == dns::PROCESS) {
@@ -29,6 +29,9 @@ fn main() -> ExitCode {
         }
     };
     log_to_stderr(&cli);
+    if !is_service(&cli) {
+        heap::use_huge_pages();
+    }
     std::panic::set_hook(Box::new(|info| log::debug!("{info}")));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = match runtime {
@@ -58,12 +61,16 @@ fn wants_json(words: impl Iterator<Item = String>) -> bool {
     words.iter().any(|word| alone.contains(&&**word)) || words.windows(2).any(pair)
 }
 
+/// Returns true for the command that runs for days.
+fn is_service(cli: &Cli) -> bool {
+    matches!(cli.command, Some(Command::Arpd(_)))
+}
+
 fn log_to_stderr(cli: &Cli) {
     // the daemon logs every change, commands only warnings
-    let serves = matches!(cli.command, Some(Command::Arpd(_)));
     let level = match (cli.global.quiet, cli.global.verbose) {
         (true, _) => log::LevelFilter::Error,
-        (false, 0) if serves => log::LevelFilter::Info,
+        (false, 0) if is_service(cli) => log::LevelFilter::Info,
         (false, 0) => log::LevelFilter::Warn,
         (false, 1) => log::LevelFilter::Info,
         (false, _) => log::LevelFilter::Debug,

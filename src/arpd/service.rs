@@ -30,6 +30,7 @@ use crate::datapath::lease::Heartbeat;
 use crate::datapath::pins::{self, Store, WriteGuard};
 use crate::datapath::{lock, state_maps};
 use crate::error::{Failure, Result};
+use crate::heap;
 use crate::net::Netlink;
 use crate::net::events::{Event, Events};
 use crate::net::link::find_link;
@@ -389,6 +390,7 @@ impl Service {
     /// Reads what is stale and does what is due.
     pub async fn work(&mut self) {
         let was_stale = self.stale.any();
+        let reads_much = self.stale.generation || self.stale.routes;
         if self.failed_vitals.contains("events") {
             self.listen_again();
         }
@@ -447,6 +449,9 @@ impl Service {
         if was_stale || Instant::now() >= self.announce_due {
             let result = self.announce().await;
             self.report("announcing", result);
+        }
+        if reads_much {
+            heap::trim();
         }
     }
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ALLOWED = {
-    "main": "cli commands desired error journal",
+    "main": "cli commands desired error heap journal",
     "commands": "arpd cli telemetry reconcile datapath desired net config bpf error time",
-    "arpd": "telemetry reconcile datapath desired net config bpf error time",
+    "arpd": "telemetry reconcile datapath desired net config bpf error heap time",
     "cli": "datapath config error",
     "telemetry": "reconcile datapath desired net config bpf error time",
     "reconcile": "datapath desired net config bpf error time",
@@ -24,6 +24,7 @@ ALLOWED = {
     "bpf": "",
     "error": "config journal",
     "config": "maglev",
+    "heap": "",
     "journal": "",
     "maglev": "",
     "time": "",
