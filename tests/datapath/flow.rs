@@ -33,7 +33,7 @@ fn fold(address: IpAddr) -> u64 {
     }
 }
 
-/// What the headers of a packet select by: the sender's address, source port and destination port.
+/// The sender's address, source port and destination port of a packet.
 pub type Headers = (IpAddr, u16, u16);
 
 /// Returns the key of the headers according to the rule's strategy.
@@ -68,6 +68,25 @@ fn combined(rule: &Rule, (source, port, to_port): Headers, payload: Option<u32>)
         StrategyPart::Payload => payload.expect("a payload").into(),
     });
     values.reduce(|key, value| mix(key) ^ value).expect("parts")
+}
+
+/// Maximum number of further slots that are tried for a key.
+const REHASHES: u32 = 8;
+
+/// Returns the upstream of a key among `count` with a slot and a weight of one each: that of its own slot, of
+/// further slots, or one by the table of spares, whichever is the first that is active.
+pub fn select(key: u32, count: usize, is_active: impl Fn(&usize) -> bool) -> Option<usize> {
+    let slot = |key: u32| key as usize % count;
+    let mut further = key;
+    let further = (0..REHASHES).map(|attempt| {
+        further = (further ^ further >> 15).wrapping_mul(0x9e37_79b1).wrapping_add(attempt);
+        slot(further)
+    });
+    let active: Vec<usize> = (0..count).filter(&is_active).collect();
+    std::iter::once(slot(key)).chain(further).find(&is_active).or_else(|| {
+        let share = u64::from(mix(u64::from(key) + 1) as u32) * active.len() as u64 >> 32;
+        active.get(share as usize).copied()
+    })
 }
 
 /// Returns the key for payloads without a key.

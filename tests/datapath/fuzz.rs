@@ -1,5 +1,6 @@
 //! Compares the packet path with its specification in `reference.rs` on sequences of packets of every
-//! kind, since earlier packets decide about fragments. The number of packets is UDPLB_FUZZ_PACKETS, by
+//! kind, since earlier packets decide about fragments; between them leases come and go, upstreams are drained, and
+//! lines become invalid. The number of packets is UDPLB_FUZZ_PACKETS, by
 //! default 20,000.
 //!
 //! Differences are printed minimized; add them to the table of cases.
@@ -8,7 +9,7 @@ mod cases;
 mod receiver;
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -28,7 +29,7 @@ use crate::forge::{Forged, V4};
 use crate::packet::Mac;
 use crate::program::{Context, Counted, Run, VLAN_MAC};
 use crate::random::{Target, any_packet, one_of, usually};
-use crate::reference::{Arrival, End, Host, NextHop, Outcome, Table, Verdict};
+use crate::reference::{Arrival, End, Hashing, Host, NextHop, Outcome, Table, Verdict};
 use crate::testbed::{
     FAR, FAR_COLD, GATEWAY_MAC, NARROW, NARROW_COLD, NEAR, NEAR_COLD, NEAR_MAC, NO_ROUTE, OUT_MAC,
     OWN, OWN6, PORTS, REDIRECT, RELAY_MAC, SHOT, Testbed, UNSPEC, VIP, VLANS, XDP_PASS,
@@ -89,18 +90,72 @@ fn rule_for(target: Target, upstreams: Vec<Upstream>) -> Rule {
 #[derive(Clone, Debug)]
 struct Scenario {
     rule: Rule,
-    /// True if a lease holds, so that user space's next hops are used.
+    /// True if a lease holds at the beginning, so that user space's next hops are used.
     held: bool,
+}
+
+/// A packet, and what happens before it.
+#[derive(Clone, Debug)]
+struct Step {
+    before: Option<Event>,
+    packet: Forged,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    /// All lines become invalid.
+    Epoch,
+    /// arpd's lease is granted, or ends.
+    Lease(bool),
+    /// One of the rule's upstreams and mirrors is drained, and the others no longer.
+    Drain(usize),
+    /// None of them is drained any longer.
+    Enable,
+}
+
+impl From<Forged> for Step {
+    fn from(packet: Forged) -> Step {
+        Step { before: None, packet }
+    }
+}
+
+/// Returns the paths of the host's upstreams while the lease holds or not.
+fn ways(held: bool) -> BTreeMap<IpAddr, NextHop> {
+    let ways = WAYS.iter().chain(&WAYS6).map(|(address, mtu, mac)| {
+        let mac = if held { Some(HELD_MAC) } else { *mac };
+        let macs = mac.map(|mac| (OUT_MAC, mac));
+        let egress = if address.is_ipv4() { OWN.into() } else { OWN6.into() };
+        (*address, NextHop { mtu: *mtu, macs, verdict: "forwarded", egress: Some(egress) })
+    });
+    ways.collect()
+}
+
+impl Event {
+    /// Has it happen to the program and to the host of the specification.
+    fn happen(self, testbed: &Testbed<'_>, host: &mut Host) {
+        let (_, ids) = &host.rules[0];
+        match self {
+            Event::Epoch => testbed.program.advance(),
+            Event::Lease(holds) => {
+                testbed.program.lease(holds);
+                host.ways = ways(holds);
+            }
+            Event::Drain(number) => {
+                let all: Vec<u32> = ids.upstreams.iter().chain(&ids.mirrors).copied().collect();
+                let id = all[number % all.len()];
+                testbed.program.override_state(id, true);
+                host.drained = [id].into();
+            }
+            Event::Enable => {
+                testbed.program.override_state(ids.upstreams[0], false);
+                host.drained.clear();
+            }
+        }
+    }
 }
 
 impl Scenario {
     fn host(&self, ids: RuleIds) -> Host {
-        let ways = WAYS.iter().chain(&WAYS6).map(|(address, mtu, mac)| {
-            let mac = if self.held { Some(HELD_MAC) } else { *mac };
-            let macs = mac.map(|mac| (OUT_MAC, mac));
-            let egress = if address.is_ipv4() { OWN.into() } else { OWN6.into() };
-            (*address, NextHop { mtu: *mtu, macs, verdict: "forwarded", egress: Some(egress) })
-        });
         Host {
             mac: RELAY_MAC,
             rules: vec![(self.rule.clone(), ids)],
@@ -110,8 +165,12 @@ impl Scenario {
             vlan_mac: VLAN_MAC,
             // MTU, Ethernet header and room for one tag, with or without a tag
             longest: 1500 + 14 + 4,
-            ways: ways.collect(),
-            hashed: |rule, headers| flow::header_key(rule, headers) as usize % rule.upstreams.len(),
+            ways: ways(self.held),
+            drained: HashSet::new(),
+            hashing: Hashing {
+                key: flow::header_key,
+                select: |key, active| flow::select(key, active.len(), |index| active[*index]),
+            },
         }
     }
 }
@@ -218,7 +277,8 @@ fn program_passes_the_cases() {
         let results =
             cases::all().into_iter().filter_map(|Case { name, rule, packets, .. }| {
                 let scenario = Scenario { rule, held: false };
-                let result = check(testbed, &scenario, &packets, &mut BTreeMap::new());
+                let steps: Vec<Step> = packets.into_iter().map(Step::from).collect();
+                let result = check(testbed, &scenario, &steps, &mut BTreeMap::new());
                 Some(format!("{name}: {}", result.err()?))
             });
         let wrong: Vec<_> = results.collect();
@@ -265,7 +325,8 @@ fn program_sends_to_64_receivers() {
                     for held in [false, true] {
                         let rule = Rule { action, ..rule.clone() };
                         let scenario = Scenario { rule, held };
-                        let result = check(testbed, &scenario, packets, &mut BTreeMap::new());
+                        let steps: Vec<Step> = packets.iter().cloned().map(Step::from).collect();
+                        let result = check(testbed, &scenario, &steps, &mut BTreeMap::new());
                         result.unwrap_or_else(|wrong| panic!("{action:?}: {wrong}"));
                     }
                 }
@@ -278,19 +339,17 @@ fn program_sends_to_64_receivers() {
 fn check(
     testbed: &Testbed<'_>,
     scenario: &Scenario,
-    packets: &[Forged],
+    steps: &[Step],
     tally: &mut BTreeMap<Verdict, u64>,
 ) -> Result<(), String> {
-    let ways = WAYS.iter().chain(&WAYS6).map(|(address, mtu, mac)| {
-        let mac = if scenario.held { Some(HELD_MAC) } else { *mac };
-        ((*address).into(), testbed.hop_to(*address, *mtu as u32, mac))
+    let ways = WAYS.iter().chain(&WAYS6).map(|(address, mtu, _)| {
+        ((*address).into(), testbed.hop_to(*address, *mtu as u32, Some(HELD_MAC)))
     });
     let broadcasts = vec![BROADCAST.into()];
     let desired = Desired { rules: vec![scenario.rule.clone()], broadcasts, ..Desired::default() };
     let ids = testbed.program.configure_all(&desired, &ways.collect(), 0).remove(0);
     testbed.program.lease(scenario.held);
-    let host = scenario.host(ids);
-    let wanted = check_each(testbed, &host, packets);
+    let wanted = check_each(testbed, scenario.host(ids), steps);
     // also after a failure, to reset the counters for the next sequence
     let got = testbed.program.take_counted();
     let (wanted, by_xdp) = wanted?;
@@ -308,16 +367,19 @@ fn check(
 /// that XDP has sent.
 fn check_each(
     testbed: &Testbed<'_>,
-    host: &Host,
-    packets: &[Forged],
+    mut host: Host,
+    steps: &[Step],
 ) -> Result<(Counted, u64), String> {
-    let (rule, _) = &host.rules[0];
+    let rule = host.rules[0].0.clone();
     let copied = rule.action == Action::Pass
         || rule.mode == Mode::Replicate
         || rule.templates == Templates::All;
     let mut table = Table::default();
     let (mut counted, mut by_xdp) = (Counted::new(), 0);
-    for (number, packet) in packets.iter().enumerate() {
+    for (number, Step { before, packet }) in steps.iter().enumerate() {
+        if let Some(event) = before {
+            event.happen(testbed, &mut host);
+        }
         let mut frame = packet.frame();
         let came = packet.cut.unwrap_or(frame.len()).min(frame.len());
         // the kernel runs no program on shorter frames
@@ -456,6 +518,7 @@ const VERDICTS: &[Verdict] = &[
     "mtu",
     "no-checksum",
     "no-route",
+    "no-upstream",
     "not-for-us",
     "templates",
     "ttl",
@@ -469,19 +532,27 @@ fn fuzz(
     tally: &RefCell<BTreeMap<Verdict, u64>>,
 ) {
     let config = Config { cases, failure_persistence: None, ..Config::default() };
-    let sequences = (any_scenario(target), vec(any_packet(target), 1..=SEQUENCE as usize));
-    let result = TestRunner::new(config).run(&sequences, |(scenario, packets)| {
-        let result = check(testbed, &scenario, &packets, &mut tally.borrow_mut());
+    let step = (usually(None, any_event().prop_map(Some)), any_packet(target))
+        .prop_map(|(before, packet)| Step { before, packet });
+    let sequences = (any_scenario(target), vec(step, 1..=SEQUENCE as usize));
+    let result = TestRunner::new(config).run(&sequences, |(scenario, steps)| {
+        let result = check(testbed, &scenario, &steps, &mut tally.borrow_mut());
         result.map_err(TestCaseError::fail)
     });
     match result {
-        Err(TestError::Fail(reason, (scenario, packets))) => {
-            let packets: Vec<_> = packets.iter().map(|packet| format!("{packet:?}")).collect();
-            panic!("{reason}\n{scenario:?}\n{}", packets.join("\n"))
+        Err(TestError::Fail(reason, (scenario, steps))) => {
+            let steps: Vec<_> = steps.iter().map(|step| format!("{step:?}")).collect();
+            panic!("{reason}\n{scenario:?}\n{}", steps.join("\n"))
         }
         Err(TestError::Abort(reason)) => panic!("{reason}"),
         Ok(()) => {}
     }
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    let drain = (0..6_usize).prop_map(Event::Drain);
+    let lease = one_of([true, false]).prop_map(Event::Lease);
+    prop_oneof![Just(Event::Epoch), lease, drain, Just(Event::Enable)]
 }
 
 /// Returns rules for the target with every option of such a rule.

@@ -8,7 +8,7 @@
 //!
 //! Each packet gets one counted verdict. [`Host::judge`] implements these steps in this order.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 
@@ -43,7 +43,9 @@ pub struct Host {
     pub longest: usize,
     /// Paths by upstream address; no other address has a route.
     pub ways: BTreeMap<IpAddr, NextHop>,
-    pub hashed: Hashed,
+    /// Ids of upstreams and mirrors that are drained.
+    pub drained: HashSet<u32>,
+    pub hashing: Hashing,
 }
 
 #[derive(Clone, Debug)]
@@ -59,9 +61,15 @@ pub struct NextHop {
     pub egress: Option<IpAddr>,
 }
 
-/// Selects a rule's upstream from the headers. The hashes are not specified here; another test checks that user
-/// space and the program compute the same.
-pub type Hashed = fn(&Rule, Headers) -> usize;
+/// The hashes, which are not specified here; another test checks that user space and the program compute the
+/// same.
+#[derive(Clone, Copy, Debug)]
+pub struct Hashing {
+    /// Returns the key that the headers have by the rule's strategy.
+    pub key: fn(&Rule, Headers) -> u32,
+    /// Returns the upstream of a key among those that are active.
+    pub select: fn(u32, &[bool]) -> Option<usize>,
+}
 
 /// An upstream or mirror that receives packets, and the id of its counters.
 #[derive(Clone, Copy)]
@@ -166,12 +174,14 @@ pub struct Table {
 }
 
 /// Selection of a datagram.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Followed {
     /// Index of the rule.
     rule: usize,
-    /// Index of the upstream in the rule.
-    chosen: usize,
+    /// Index of the upstream in the rule; `None` if all were drained.
+    chosen: Option<usize>,
+    /// Ids of upstreams and mirrors that get no copy.
+    drained: HashSet<u32>,
     templates: bool,
 }
 
@@ -260,12 +270,13 @@ impl Host {
         let found = match packet.is_later() {
             true => match table.followed.get(&packet.datagram()) {
                 Some(None) => return Outcome::default(),
-                followed => followed.copied().flatten(),
+                followed => followed.cloned().flatten(),
             },
             false => self.rule_for(&packet).map(|index| {
-                let rule = &self.rules[index].0;
+                let (rule, ids) = &self.rules[index];
                 let templates = rule.templates == Templates::All && packet.has_templates();
-                Followed { rule: index, chosen: self.choose(rule, &packet), templates }
+                let chosen = self.choose(rule, ids, &packet);
+                Followed { rule: index, chosen, drained: self.drained.clone(), templates }
             }),
         };
         let Some(followed) = found else {
@@ -292,7 +303,7 @@ impl Host {
         }
         if packet.fragment.is_some() {
             if packet.is_first() {
-                table.remember(packet.datagram(), followed);
+                table.remember(packet.datagram(), followed.clone());
             }
             let outcome = match rule.fragments {
                 Fragments::Follow => None,
@@ -308,18 +319,28 @@ impl Host {
             Mode::Balance => {
                 let mut mirrors = receivers(rule, &rule.mirrors, &ids.mirrors, &rule.upstreams);
                 mirrors.retain(|receiver| takes(receiver.upstream, &packet));
+                mirrors.retain(|receiver| !followed.drained.contains(&receiver.id));
                 let mut outcome = self.copies(&mirrors, &packet);
-                let mut chosen = upstreams.remove(followed.chosen);
+                let Some(chosen) = followed.chosen else {
+                    outcome.end = Outcome::unsent(rule).end;
+                    return outcome.counted(ids.rule, "no-upstream", count);
+                };
+                let mut chosen = upstreams.remove(chosen);
                 if rule.templates == Templates::One {
                     chosen.again = 0;
                 }
                 if followed.templates {
+                    upstreams.retain(|receiver| !self.drained.contains(&receiver.id));
                     outcome = self.template_copies(outcome, &upstreams, &packet);
                 }
                 self.balance(outcome, rule, chosen, &packet, arrival)
             }
             Mode::Replicate => {
                 upstreams.retain(|receiver| takes(receiver.upstream, &packet));
+                upstreams.retain(|receiver| !followed.drained.contains(&receiver.id));
+                if upstreams.is_empty() {
+                    return Outcome::unsent(rule).counted(ids.rule, "no-upstream", count);
+                }
                 // stable: those elsewhere stay in their order
                 upstreams.sort_by_key(|receiver| receiver.upstream.is_local());
                 // the last one gets the packet itself, if it is not delivered here
@@ -559,19 +580,26 @@ impl Host {
         self.rules.iter().any(|(rule, _)| self.is_address(rule, address))
     }
 
-    /// Selects the upstream. With `modulo`, as in udplb's first version: the port's two bytes read as
-    /// little-endian, or the IPv4 address as a number, modulo the number of upstreams.
-    fn choose(&self, rule: &Rule, packet: &Packet) -> usize {
-        let count = rule.upstreams.len();
+    /// Selects the upstream; `None` if all are drained.
+    fn choose(&self, rule: &Rule, ids: &RuleIds, packet: &Packet) -> Option<usize> {
+        let key = self.key(rule, packet);
+        let active: Vec<bool> = ids.upstreams.iter().map(|id| !self.drained.contains(id)).collect();
+        match (rule.hash, key as usize % active.len()) {
+            (Hash::Modulo, own) if active[own] => Some(own),
+            _ => (self.hashing.select)(key, &active),
+        }
+    }
+
+    /// Returns the key of a packet. With `modulo`, as in udplb's first version: the port's two bytes read as
+    /// little-endian, or the IPv4 address as a number.
+    fn key(&self, rule: &Rule, packet: &Packet) -> u32 {
         let port = word(&packet.bytes, packet.body).unwrap_or_default();
         let to_port = word(&packet.bytes, packet.body + 2).unwrap_or_default();
         match (rule.hash, rule.strategy, packet.source) {
-            (Hash::Modulo, Strategy::DstPort, _) => usize::from(to_port) % count,
-            (Hash::Modulo, Strategy::SrcPort, _) => usize::from(port.swap_bytes()) % count,
-            (Hash::Modulo, Strategy::SrcIp, IpAddr::V4(address)) => {
-                address.to_bits() as usize % count
-            }
-            (_, _, source) => (self.hashed)(rule, (source, port, to_port)),
+            (Hash::Modulo, Strategy::DstPort, _) => to_port.into(),
+            (Hash::Modulo, Strategy::SrcPort, _) => port.swap_bytes().into(),
+            (Hash::Modulo, Strategy::SrcIp, IpAddr::V4(address)) => address.to_bits(),
+            (_, _, source) => (self.hashing.key)(rule, (source, port, to_port)),
         }
     }
 
