@@ -40,7 +40,7 @@ fn programs(lab: &Lab) -> Vec<String> {
 }
 
 /// Returns the names of unfinished pins that a failure left.
-fn unfinished(lab: &Lab) -> Vec<String> {
+pub fn unfinished(lab: &Lab) -> Vec<String> {
     let entries = fs::read_dir(lab.bpffs.pins()).into_iter().flatten().flatten();
     let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
     names.filter(|name| name.starts_with("building") || name == "current-next").collect()

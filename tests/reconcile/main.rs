@@ -9,6 +9,7 @@ mod drain;
 mod faults;
 mod flows;
 mod hooks;
+mod kills;
 mod lifecycle;
 mod nexthops;
 mod partial;
