@@ -32,6 +32,8 @@ pub struct CommandLine {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Receiver {
     host: Host,
+    /// Family of the loopback address that is `local` now.
+    loopback: Option<Family>,
     port: u16,
     /// N: each N-th packet is sent.
     frequency: u32,
@@ -152,7 +154,12 @@ impl std::str::FromStr for Receiver {
             return wrong("a port", port);
         };
         let Some(frequency) = number(frequency, 1) else { return wrong("a frequency", frequency) };
-        Ok(Receiver { host: host.parse()?, port: port_number, frequency, ttl })
+        let (host, loopback) = match host.parse::<IpAddr>() {
+            Ok(ip) if ip.is_loopback() => (Host::Local, Some(Family::from(ip))),
+            _ if host.eq_ignore_ascii_case("localhost") => (Host::Local, None),
+            _ => (host.parse()?, None),
+        };
+        Ok(Receiver { host, loopback, port: port_number, frequency, ttl })
     }
 }
 
@@ -161,7 +168,7 @@ impl Receiver {
     fn is_of(&self, family: Family) -> bool {
         match &self.host {
             Host::Address(address) => Family::from(address.ip) == family,
-            Host::Name(_) | Host::Local => true,
+            Host::Name(_) | Host::Local => self.loopback.is_none_or(|it| it == family),
         }
     }
 }
@@ -222,6 +229,15 @@ fn upstreams<'a>(
         let place = (&receiver.host, receiver.port);
         let known = upstreams.iter_mut().find(|it| (&it.receiver.host, it.receiver.port) == place);
         match (known, senders) {
+            _ if receiver.host == Host::Local && receiver.port == command.port => {
+                let origin =
+                    line.map_or("a receiver".into(), |line| format!("line {}", line.number));
+                let _ = writeln!(
+                    notes,
+                    "      # {origin}: port {} of this host is the rule's own: `tc_action: pass` delivers there",
+                    receiver.port
+                );
+            }
             _ if !receiver.is_of(family) => {
                 if let Some(line) = line {
                     let _ = writeln!(
@@ -245,14 +261,18 @@ fn upstreams<'a>(
 
 impl Upstream<'_> {
     fn line(&self) -> String {
-        let Receiver { host, port, frequency, ttl } = self.receiver;
+        let Receiver { host, port, frequency, ttl, .. } = self.receiver;
         let mut fields = format!("address: {}, port: {port}", quoted(host));
         let mut notes = Vec::new();
         if *frequency > 1 {
             let _ = write!(fields, ", sample: {frequency}");
             notes.push(format!("one of {frequency} at random, not each {frequency}th"));
         }
-        if let Some(ttl) = ttl {
+        if *host == Host::Local {
+            notes.push(
+                "not to 127.0.0.1 or ::1, but to the address that the packet was sent to".into(),
+            );
+        } else if let Some(ttl) = ttl {
             notes.push(format!("not with TTL {ttl}, but with the packet's less one"));
         }
         if !self.from.is_empty() {
@@ -336,6 +356,27 @@ mod tests {
         let yaml = import("f", "10.0.0.1: 10.9.9.9/1/5,7", &command(&[])).expect("it");
         let comment = "# one of 5 at random, not each 5th; not with TTL 7, but";
         assert!(yaml.contains(comment), "{yaml}");
+    }
+
+    #[test]
+    fn loopback_is_this_host() {
+        let text = "10.0.0.1: 127.0.0.1/1162 127.0.0.2/1162 LocalHost/1163 [::1]/1164 127.0.0.1/2055\n\
+                    [2001:db8::7]: [::1]/1162,9\n";
+        let any = CommandLine { address: KeyAddress::Any, ..command(&[]) };
+        let expected = [
+            &["local:1162 1/1 10.0.0.1", "local:1163 1/1 10.0.0.1"][..],
+            &["local:1162 1/1 2001:db8::7"],
+        ];
+        assert_eq!(rules(text, &any), expected);
+        let yaml = import("f", text, &any).expect("a configuration");
+        for comment in [
+            "address: local, port: 1162, from: [10.0.0.1] } # not to 127.0.0.1 or ::1, but to the",
+            "# line 1: local is left out, since all addresses of a rule are IPv4",
+            "# line 1: port 2055 of this host is the rule's own: `tc_action: pass`",
+        ] {
+            assert!(yaml.contains(comment), "{comment}: {yaml}");
+        }
+        assert!(!yaml.contains("TTL"), "{yaml}");
     }
 
     #[test]

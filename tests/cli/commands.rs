@@ -556,6 +556,12 @@ fn samplicator_receivers_get_their_senders_packets() {
     for socket in [&first, &second] {
         expect(socket, b"flows", own(&sender), 63);
     }
+    let here = bind(&lab.relay, RELAY, 9002);
+    lab.directory.write("samplicator.conf", &format!("{}: 127.0.0.1/9002\n", CLIENTS[0]));
+    let rules = lab.directory.write("rules.yaml", &lab.run(&words).expect(0).stdout);
+    lab.run(&format!("apply {}", rules.display())).expect(0);
+    sender.send_to(b"more", (RELAY, 7100)).expect("a packet");
+    expect(&here, b"more", own(&sender), 64);
     lab.directory.write("samplicator.conf", "10.0.0.0/255.0.255.0: 10.0.0.1\n");
     lab.run(&words).expect(65).says(&["samplicator.conf:1:1", "not that of a prefix"]);
 }
