@@ -243,7 +243,8 @@ static __always_inline enum verdict prepare_nexthop(struct __sk_buff *skb, struc
 			return VERDICT_CLONE_FAILED;
 		identify_fragments(skb, pkt, upstream, &xmit->rewrite);
 	}
-	if (verdict == VERDICT_FORWARDED && !xmit->fragments) {
+	/* a later fragment follows the first one, though the upstream has been drained since */
+	if (verdict == VERDICT_FORWARDED && !xmit->fragments && !pkt_has(pkt, PKT_F_LATER_FRAGMENT)) {
 		if (features.flows && upstream->source == SOURCE_FLOW_VIP)
 			fill_return_line(skb, pkt->packed, ip_length(skb, pkt));
 		else

@@ -87,7 +87,7 @@ impl Wire {
     /// ksoftirqd processes copies at ingress, after the run that made them.
     pub fn drain_at_least(&self, count: usize) -> Vec<Vec<u8>> {
         let mut frames = self.drain();
-        let end = Instant::now() + Duration::from_secs(5);
+        let end = Instant::now() + Duration::from_millis(500);
         while frames.len() < count && Instant::now() < end {
             sleep(Duration::from_millis(1));
             frames.extend(self.drain());

@@ -6,7 +6,7 @@ use udplb::config::{Action, Mode, Source};
 use udplb::desired::Rule;
 
 use crate::common::wire::Tag;
-use crate::packet::Mac;
+use crate::packet::{Datagram, Mac};
 use crate::testbed::{
     Case, FAR, Fate, GATEWAY_MAC, NEAR, NEAR_MAC, REDIRECT, SHOT, Testbed, datagram, rule, to,
 };
@@ -53,6 +53,44 @@ fn drained_upstream_gets_nothing_more() {
         assert_eq!(testbed.send(&case).run.action, SHOT);
         testbed.program.override_state(ids.upstreams[0], false);
         assert_eq!(leaves(testbed, &case), Some(NEAR_MAC));
+    });
+}
+
+/// A later fragment still goes where the first one went, and leads no other packet there.
+#[test]
+fn fragment_to_a_drained_upstream_fills_no_line() {
+    Testbed::with(|testbed| {
+        let known = Some(testbed.hop_by(NEAR.into(), 1500, Some(NEAR_MAC)));
+        let case = Case { known, ..block(NEAR) };
+        let fragment = |fragment_offset, more_fragments| {
+            let datagram = Datagram { fragment_offset, more_fragments, ..datagram() };
+            Case { packet: datagram.into(), ..case.clone() }
+        };
+        let (ids, _) = testbed.run(&fragment(0, true));
+        testbed.program.override_state(ids.upstreams[0], true);
+        assert_eq!(leaves(testbed, &fragment(1, false)), Some(NEAR_MAC));
+        assert!(!testbed.program.remembers());
+        assert_eq!(testbed.send(&case).run.action, SHOT);
+    });
+}
+
+/// A later fragment of a datagram that no receiver got is not forwarded, though receivers are active again.
+#[test]
+fn fragment_without_receivers_is_not_forwarded() {
+    Testbed::with(|testbed| {
+        let replicating = Rule { mode: Mode::Replicate, ..block(NEAR).rule };
+        let case = Case { rule: replicating, ..block(NEAR) };
+        let (ids, _) = testbed.run(&case);
+        let unsent = |fragment_offset, more_fragments| {
+            let datagram = Datagram { fragment_offset, more_fragments, ..datagram() };
+            let outcome = testbed.send(&Case { packet: datagram.into(), ..case.clone() });
+            assert_eq!(outcome.run.action, SHOT);
+            assert_eq!(outcome.counted.keys().collect::<Vec<_>>(), [&(ids.rule, "no-upstream")]);
+        };
+        testbed.program.override_state(ids.upstreams[0], true);
+        unsent(0, true);
+        testbed.program.override_state(ids.upstreams[0], false);
+        unsent(1, false);
     });
 }
 
