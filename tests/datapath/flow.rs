@@ -84,7 +84,7 @@ pub fn select(key: u32, count: usize, is_active: impl Fn(&usize) -> bool) -> Opt
     });
     let active: Vec<usize> = (0..count).filter(&is_active).collect();
     std::iter::once(slot(key)).chain(further).find(&is_active).or_else(|| {
-        let share = u64::from(mix(u64::from(key) + 1) as u32) * active.len() as u64 >> 32;
+        let share = (u64::from(mix(u64::from(key) + 1) as u32) * active.len() as u64) >> 32;
         active.get(share as usize).copied()
     })
 }
