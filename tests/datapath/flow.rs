@@ -89,6 +89,11 @@ pub fn select(key: u32, count: usize, is_active: impl Fn(&usize) -> bool) -> Opt
     })
 }
 
+/// Returns the hash that spreads the outer headers of a sender, with the port of a whole datagram.
+pub fn outer_hash(source: IpAddr, port: Option<u16>) -> u32 {
+    mix(fold(source) << 16 ^ u64::from(port.unwrap_or_default().swap_bytes())) as u32
+}
+
 /// Returns the key for payloads without a key.
 pub fn by_address_and_port(source: IpAddr, port: u16) -> u32 {
     mix(fold(source) << 16 ^ u64::from(port)) as u32

@@ -18,8 +18,8 @@ use proptest::collection::vec;
 use proptest::prelude::{Just, Strategy, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use udplb::config::{
-    self, Action, Admission, Fragments, Hash, Key, KeyAddress, Mode, Ports, Source, StrategyPart,
-    Templates,
+    self, Action, Admission, Family, Fragments, Hash, Key, KeyAddress, Mode, Ports, Reply, Source,
+    StrategyPart, Templates, Via,
 };
 use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
 
@@ -170,6 +170,7 @@ impl Scenario {
             hashing: Hashing {
                 key: flow::header_key,
                 select: |key, active| flow::select(key, active.len(), |index| active[*index]),
+                outer: flow::outer_hash,
             },
         }
     }
@@ -390,7 +391,7 @@ fn check_each(
         // the kernel neither truncates nor clones GSO packets of a test run
         // they have no GSO type either, without which it puts no second tag back
         let retagged = has_local && packet.tags.len() + usize::from(packet.tag.is_some()) > 1;
-        let plain = length.is_some() || copied || retagged;
+        let plain = length.is_some() || copied || retagged || rule.reply == Reply::Direct;
         let (gso_size, gso_segs) = if plain { (0, 0) } else { packet.gso };
         let arrival = Arrival {
             frame: &frame[..came],
@@ -601,7 +602,47 @@ fn any_scenario(target: Target) -> impl Strategy<Value = Scenario> {
                 Rule { zero_checksum, martians, templates, ..rule }
             },
         );
+    let shape = prop_oneof![
+        4 => Just(Shape::Any),
+        1 => Just(Shape::Simple),
+        2 => one_of([Via::Link, Via::Ipip, Via::Gue]).prop_map(Shape::Direct),
+    ];
+    let rule = (rule, shape).prop_map(move |(rule, shape)| match shape {
+        Shape::Simple if !group => simple(rule),
+        Shape::Direct(via) if !group => direct(simple(rule), via),
+        _ => rule,
+    });
     (rule, usually(false, Just(true))).prop_map(|(rule, held)| Scenario { rule, held })
+}
+
+/// Changes of a rule, so that more packets take the fast path.
+#[derive(Clone, Copy, Debug)]
+enum Shape {
+    Any,
+    Simple,
+    Direct(Via),
+}
+
+/// Makes a rule send each packet itself to one upstream.
+fn simple(rule: Rule) -> Rule {
+    Rule { action: Action::Block, mode: Mode::Balance, mirrors: Vec::new(), ..rule }
+}
+
+/// Makes the packets of a simple rule keep their destination: the upstreams have it, too, and answer themselves.
+fn direct(rule: Rule, via: Via) -> Rule {
+    let elsewhere = |upstream: &Upstream| !upstream.is_local();
+    let mut upstreams: Vec<Upstream> =
+        rule.upstreams.iter().filter(|it| elsewhere(it)).cloned().collect();
+    if upstreams.is_empty() {
+        let address = if rule.family() == Family::V6 { WAYS6[0].0 } else { WAYS[0].0 };
+        upstreams.push(Upstream::new(address, None));
+    }
+    let own = [None, Some(Via::Gue), Some(Via::Link), Some(Via::Ipip)];
+    for (upstream, via) in upstreams.iter_mut().zip(own) {
+        (upstream.port, upstream.via) = (None, via);
+    }
+    let (reply, via, templates) = (Reply::Direct, Some(via), Templates::One);
+    Rule { reply, via, templates, source: Source::Preserve, upstreams, ..rule }
 }
 
 /// Returns a source that the configuration names, with or without a port.

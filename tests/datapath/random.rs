@@ -87,7 +87,7 @@ pub fn any_packet(target: Target) -> impl Strategy<Value = Forged> {
         usually(None, (14..120_usize).prop_map(Some)),
         usually((0, 0), (1..1500_u32, 0..5_u32)),
     );
-    frame.prop_map(|(to, tag, tags, ethertype, ip, udp, padding, cut, gso)| Forged {
+    let packet = frame.prop_map(|(to, tag, tags, ethertype, ip, udp, padding, cut, gso)| Forged {
         to,
         from: [2, 0, 0, 0, 1, 2],
         tag,
@@ -98,7 +98,54 @@ pub fn any_packet(target: Target) -> impl Strategy<Value = Forged> {
         padding,
         cut,
         gso,
-    })
+    });
+    (packet, prop_oneof![2 => Just(false), 1 => Just(true)])
+        .prop_map(move |(packet, is_plain)| if is_plain { plain(packet, target) } else { packet })
+}
+
+/// Makes a packet one that the fast path takes, but for its source and its length.
+fn plain(packet: Forged, target: Target) -> Forged {
+    let Forged { from, ip, udp, .. } = packet;
+    let ip = match (ip, target.address) {
+        (Ip::V4(ip), IpAddr::V4(destination)) => Ip::V4(V4 {
+            version: 4,
+            words: None,
+            total_length: Length::Right,
+            flags: ip.flags & 2,
+            fragment_offset: 0,
+            ttl: 64,
+            protocol: 17,
+            checksum_error: 0,
+            destination,
+            options: 0,
+            source_route: None,
+            ..ip
+        }),
+        (Ip::V6(ip), IpAddr::V6(destination)) => Ip::V6(V6 {
+            version: 6,
+            payload_length: Length::Right,
+            hop_limit: 64,
+            destination,
+            extensions: Vec::new(),
+            protocol: 17,
+            ..ip
+        }),
+        (other, _) => other,
+    };
+    let udp =
+        Udp { length: Length::Right, checksum: Checksum::Right, trailer: 0, cut: None, ..udp };
+    Forged {
+        to: target.mac,
+        from,
+        tag: None,
+        tags: Vec::new(),
+        ethertype: None,
+        ip,
+        udp,
+        padding: 0,
+        cut: None,
+        gso: (0, 0),
+    }
 }
 
 fn any_tag() -> impl Strategy<Value = Tag> {

@@ -13,7 +13,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 
 use udplb::config::{
-    Action, Admission, Fragments, Hash, KeyAddress, Mode, Network, Source, Strategy, Templates,
+    Action, Admission, Fragments, Hash, KeyAddress, Mode, Network, Reply, Source, Strategy,
+    Templates, Via,
 };
 use udplb::desired::{Rule, RuleIds, Upstream};
 
@@ -69,6 +70,8 @@ pub struct Hashing {
     pub key: fn(&Rule, Headers) -> u32,
     /// Returns the upstream of a key among those that are active.
     pub select: fn(u32, &[bool]) -> Option<usize>,
+    /// Returns the hash in outer headers, of a sender and the port of a whole datagram.
+    pub outer: fn(IpAddr, Option<u16>) -> u32,
 }
 
 /// An upstream or mirror that receives packets, and the id of its counters.
@@ -77,6 +80,8 @@ struct Receiver<'host> {
     upstream: &'host Upstream,
     id: u32,
     source: Source,
+    /// Way of packets that keep their destination.
+    via: Option<Via>,
     /// Maximum number of earlier copies to the same host.
     again: usize,
     /// True if packets are sent whatever their source address.
@@ -385,9 +390,12 @@ impl Host {
         arrival: Arrival<'_>,
     ) -> Outcome {
         let copy = rule.action == Action::Pass;
+        let (packets, mut bytes) = packet.count();
         let verdict = match self.send(to, packet, copy) {
             Ok((gone, verdict)) => {
                 outcome.leave(rule, to, packet, gone);
+                // as it leaves
+                bytes += outer_length(to.via, to.upstream.address.ip) as u64;
                 verdict
             }
             Err(verdict) => {
@@ -395,7 +403,7 @@ impl Host {
                 verdict
             }
         };
-        outcome.counted(to.id, verdict, packet.count())
+        outcome.counted(to.id, verdict, (packets, bytes))
     }
 
     /// Sends templates to the upstreams that were not chosen: a copy that is sent has no verdict, but a note.
@@ -450,10 +458,14 @@ impl Host {
             return Err("ttl");
         }
         let way = self.ways.get(&to.upstream.address.ip);
+        let egress = way.and_then(|way| way.egress).ok_or("no-route");
+        if outer_length(to.via, to.upstream.address.ip) > 0 {
+            egress?;
+        }
         let source = match to.source {
             Source::Vip => packet.destination,
             Source::Preserve => packet.source,
-            Source::Egress => way.and_then(|way| way.egress).ok_or("no-route")?,
+            Source::Egress => egress?,
             Source::Fixed { address, .. } => address,
         };
         let source_port = match to.source {
@@ -466,15 +478,18 @@ impl Host {
             return Err("martian");
         }
         let way = way.ok_or("no-route")?;
-        let is_cut = packet.length() > way.mtu;
-        if is_cut && !packet.may_be_cut() {
+        let is_cut = packet.length() + outer_length(to.via, receiver) > way.mtu;
+        if is_cut && (to.via.is_some() || !packet.may_be_cut()) {
             return Err("mtu");
         }
         let verdict = if way.macs.is_some() { way.verdict } else { "unresolved" };
         if (copy || is_cut) && way.macs.is_none() {
             return Ok((Vec::new(), verdict));
         }
-        let frame = packet.rewritten(way.macs, (source, source_port), to.upstream);
+        let frame = match to.via {
+            None => packet.rewritten(way.macs, (source, source_port), to.upstream),
+            Some(via) => packet.kept(way.macs, via, (egress?, receiver), self.hashing.outer),
+        };
         if copy && !is_cut && frame.len() > self.longest {
             return Err("clone-failed");
         }
@@ -505,10 +520,11 @@ impl Host {
         arrival: Arrival<'_>,
         verdict: Verdict,
     ) -> End {
-        let mtu = self.ways.get(&to.upstream.address.ip).map(|way| way.mtu);
+        let outer = outer_length(to.via, to.upstream.address.ip);
+        let mtu = self.ways.get(&to.upstream.address.ip).map(|way| way.mtu - outer);
         let mtu = match verdict {
             "ttl" => None,
-            "mtu" if packet.dont_fragment => mtu,
+            "mtu" if packet.dont_fragment || to.via.is_some() => mtu,
             _ => return Outcome::unsent(rule).end,
         };
         let (to, from) = packet.macs();
@@ -811,13 +827,7 @@ impl Packet {
         (source, source_port): (IpAddr, Option<u16>),
         to: &Upstream,
     ) -> Vec<u8> {
-        let mut bytes = self.bytes.clone();
-        match macs {
-            Some((from, to)) => bytes[..12].copy_from_slice(&[to, from].concat()),
-            // the kernel sets no neighbour's address on frames to a group address
-            None if bytes[0] & 1 == 1 => bytes[..12].fill(0),
-            None => {}
-        }
+        let mut bytes = self.addressed(macs);
         let addresses = match (source, to.address.ip) {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
                 bytes[ETHERNET + 8] -= 1;
@@ -835,6 +845,62 @@ impl Packet {
             mixed => panic!("two families: {mixed:?}"),
         };
         self.with_ports(bytes, addresses, [source_port, to.port])
+    }
+
+    /// Returns the packet with the MAC addresses of its next hop, as far as known.
+    fn addressed(&self, macs: Option<(Mac, Mac)>) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        match macs {
+            Some((from, to)) => bytes[..12].copy_from_slice(&[to, from].concat()),
+            // the kernel sets no neighbour's address on frames to a group address
+            None if bytes[0] & 1 == 1 => bytes[..12].fill(0),
+            None => {}
+        }
+        bytes
+    }
+
+    /// Returns the packet for an upstream that has its destination address, too: only the TTL changes. Outer headers
+    /// have this host's address and the upstream's: RFC 2003, RFC 2473, draft-ietf-intarea-gue variant 1.
+    fn kept(
+        &self,
+        macs: Option<(Mac, Mac)>,
+        via: Via,
+        ends: (IpAddr, IpAddr),
+        hash: fn(IpAddr, Option<u16>) -> u32,
+    ) -> Vec<u8> {
+        let mut bytes = self.addressed(macs);
+        let ttl = ETHERNET + if self.source.is_ipv4() { 8 } else { 7 };
+        bytes[ttl] -= 1;
+        if self.source.is_ipv4() {
+            update_ipv4_checksum(&self.bytes, &mut bytes);
+        }
+        let port = self.fragment.is_none().then(|| self.udp_field(0));
+        let outer = self.outer(via, ends, hash(self.source, port));
+        [&bytes[..ETHERNET], &outer, &bytes[ETHERNET..]].concat()
+    }
+
+    fn outer(&self, via: Via, (from, to): (IpAddr, IpAddr), hash: u32) -> Vec<u8> {
+        let (first, inner) = (&self.bytes[ETHERNET..], (self.end - ETHERNET) as u16);
+        let udp = match via {
+            Via::Link => return Vec::new(),
+            Via::Ipip => Vec::new(),
+            Via::Gue => {
+                [0xc000 | (hash & 0x3fff) as u16, 6080, 8 + inner, 0].map(u16::to_be_bytes).concat()
+            }
+        };
+        let ends = [octets(from), octets(to)].concat();
+        let payload = (udp.len() as u16 + inner).to_be_bytes();
+        if from.is_ipv6() {
+            let label = hash.to_be_bytes();
+            let start = [first[0], first[1] & 0xf0 | label[1] & 0x0f, label[2], label[3]];
+            let rest = [if udp.is_empty() { 41 } else { 17 }, 64];
+            return [&start[..], &payload, &rest, &ends, &udp].concat();
+        }
+        let length = (20 + udp.len() as u16 + inner).to_be_bytes();
+        let protocol = if udp.is_empty() { 4 } else { 17 };
+        let start = [0x45, first[1], length[0], length[1], 0, 0, 0x40, 0, 64, protocol];
+        let checksum = (!sum(&[&start[..], &ends].concat())).to_be_bytes();
+        [&start[..], &checksum, &ends, &udp].concat()
     }
 
     /// Rewrites the packet for a receiver on this host, which has a port of its own.
@@ -1214,6 +1280,7 @@ fn receivers<'host>(
         upstream,
         id: *id,
         source: rule.source_of(upstream),
+        via: (rule.reply == Reply::Direct).then(|| rule.via_of(upstream).unwrap_or(Via::Link)),
         martians: rule.martians == Admission::Allow,
         again: others
             .iter()
@@ -1222,6 +1289,16 @@ fn receivers<'host>(
             .count(),
     };
     upstreams.iter().zip(ids).enumerate().map(receiver).collect()
+}
+
+/// Returns the length of the headers in front of a packet to an upstream.
+fn outer_length(via: Option<Via>, upstream: IpAddr) -> usize {
+    let ip = if upstream.is_ipv4() { 20 } else { 40 };
+    match via {
+        None | Some(Via::Link) => 0,
+        Some(Via::Ipip) => ip,
+        Some(Via::Gue) => ip + 8,
+    }
 }
 
 fn octets(address: IpAddr) -> Vec<u8> {
