@@ -360,8 +360,8 @@ impl Tables {
         let (kind, index) = match (rule.receivers, rule.upstreams) {
             _ if rule.senders != 0 || rule.flags.0 & slow != 0 => (entries::ENTRY_RULE, index),
             // the fast path of flows has no stack left to count senders
-            // a connection id comes before the flow
-            _ if has_flows && rule.strategy == types::strategy::STRATEGY_QUIC_CID => {
+            // a connection id comes before the flow, and leads to an upstream that is drained for others
+            _ if rule.strategy == types::strategy::STRATEGY_QUIC_CID => {
                 (entries::ENTRY_RULE, index)
             }
             (0, _) if has_flows && rule.sender_table == NO_TABLE => (entries::ENTRY_FLOW, index),
@@ -850,7 +850,7 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::{Key4, Tables, moved_share, types, wire};
-    use crate::config::{Action, Hash, Key, Ports, Reply, State, Strategy};
+    use crate::config::{Action, Hash, Key, Ports, Reply, ServerIdPlace, State, Strategy};
     use crate::desired::{Desired, Rule, Upstream, assign_ids};
 
     const KEY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 5);
@@ -902,6 +902,16 @@ mod tests {
         let (balance, block) = (types::entry::ENTRY_BALANCE.0, types::entry::ENTRY_BLOCK.0 | 2);
         assert_eq!(entries, [[balance; 100].as_slice(), &[block]].concat());
         assert_eq!([0, 1].map(|index: usize| tables.rules[index].first_slot), [0, 2]);
+    }
+
+    #[test]
+    fn connection_ids_are_left_to_the_slow_path() {
+        for hosts in [&[1][..], &[1, 2]] {
+            let place = ServerIdPlace { offset: 1, length: 2 };
+            let strategy = Strategy::QuicCid;
+            let quic = Rule { strategy, server_id: Some(place), ..rule("quic", 443, 443, hosts) };
+            assert_eq!(tables(vec![quic]).keys[0].1, types::entry::ENTRY_RULE.0, "{hosts:?}");
+        }
     }
 
     #[test]

@@ -18,8 +18,8 @@ use proptest::collection::vec;
 use proptest::prelude::{Just, Strategy, prop_oneof};
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
 use udplb::config::{
-    self, Action, Admission, Family, Fragments, Hash, Key, KeyAddress, Mode, Ports, Reply, Source,
-    StrategyPart, Templates, Via,
+    self, Action, Admission, Family, Fragments, Hash, Key, KeyAddress, Mode, Ports, Reply,
+    ServerId, ServerIdPlace, Source, StrategyPart, Templates, Via,
 };
 use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
 
@@ -612,6 +612,9 @@ fn any_scenario(target: Target) -> impl Strategy<Value = Scenario> {
         Shape::Direct(via) if !group => direct(simple(rule), via),
         _ => rule,
     });
+    let place = (0..12_u8, 1..=8_u8).prop_map(|(offset, length)| ServerIdPlace { offset, length });
+    let rule = (rule, usually(None, place.prop_map(Some)))
+        .prop_map(|(rule, place)| place.map_or(rule.clone(), |place| by_server(rule, place)));
     (rule, usually(false, Just(true))).prop_map(|(rule, held)| Scenario { rule, held })
 }
 
@@ -621,6 +624,17 @@ enum Shape {
     Any,
     Simple,
     Direct(Via),
+}
+
+/// Makes connections of QUIC follow the server whose id they have at a place.
+fn by_server(mut rule: Rule, place: ServerIdPlace) -> Rule {
+    if rule.mode == Mode::Balance {
+        (rule.strategy, rule.server_id) = (config::Strategy::QuicCid, Some(place));
+        for (id, upstream) in (1..).zip(&mut rule.upstreams) {
+            upstream.server_id = Some(ServerId::from(&vec![id; place.length.into()][..]));
+        }
+    }
+    rule
 }
 
 /// Makes a rule send each packet itself to one upstream.

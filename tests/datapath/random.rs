@@ -286,6 +286,7 @@ fn any_udp(first_port: u16) -> impl Strategy<Value = Udp> {
         // whole, or cut off
         1 => (any_export(), usually(usize::MAX, 0..100_usize))
             .prop_map(|(message, most)| (message.len().min(most), 0, message)),
+        1 => any_quic().prop_map(|message| (message.len(), 0, message)),
     ];
     (source, port, any_length(), checksum, payload, trailer, cut).prop_map(
         |(source, destination, length, checksum, (payload, first, message), trailer, cut)| Udp {
@@ -300,6 +301,16 @@ fn any_udp(first_port: u16) -> impl Strategy<Value = Udp> {
             cut,
         },
     )
+}
+
+/// Generates beginnings of QUIC packets with long and short headers; the bytes of a connection id are all the same.
+fn any_quic() -> impl Strategy<Value = Vec<u8>> {
+    let first = one_of([0x40, 0xc0, 0xff, 0]);
+    (first, 0..22_usize, 0..5_u8, 0..20_usize).prop_map(|(first, length, byte, rest)| {
+        let long = [0, 0, 0, 1, length as u8];
+        let version: &[u8] = if first & 0x80 == 0 { &[] } else { &long };
+        [&[first], version, &vec![byte; length], &vec![0x33; rest]].concat()
+    })
 }
 
 /// Generates messages of NetFlow 9 and IPFIX, and some of other versions; they end in up to three bytes of

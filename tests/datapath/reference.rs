@@ -13,8 +13,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 
 use udplb::config::{
-    Action, Admission, Fragments, Hash, KeyAddress, Mode, Network, Reply, Source, Strategy,
-    Templates, Via,
+    Action, Admission, Fragments, Hash, KeyAddress, Mode, Network, Reply, ServerId, Source,
+    Strategy, Templates, Via,
 };
 use udplb::desired::{Rule, RuleIds, Upstream};
 
@@ -598,6 +598,10 @@ impl Host {
 
     /// Selects the upstream; `None` if all are drained.
     fn choose(&self, rule: &Rule, ids: &RuleIds, packet: &Packet) -> Option<usize> {
+        // a connection stays at its server
+        if let Some(named) = packet.named(rule) {
+            return Some(named);
+        }
         let key = self.key(rule, packet);
         let active: Vec<bool> = ids.upstreams.iter().map(|id| !self.drained.contains(id)).collect();
         match (rule.hash, key as usize % active.len()) {
@@ -755,6 +759,26 @@ impl Packet {
 
     fn udp_field(&self, at: usize) -> u16 {
         word(&self.bytes, self.body + at).unwrap_or_default()
+    }
+
+    /// Returns the upstream that a QUIC packet's destination connection id names in plaintext: RFC 8999 section 5,
+    /// draft-ietf-quic-load-balancers. Shorter datagrams than ids of the greatest length are no packets of QUIC.
+    fn named(&self, rule: &Rule) -> Option<usize> {
+        let place = rule.server_id?;
+        let payload = self.bytes.get(self.body + 8..)?;
+        let (offset, length) = (usize::from(place.offset), usize::from(place.length));
+        let connection_id = match payload.get(..6)? {
+            [first, .., known] if first & 0x80 != 0 => {
+                (usize::from(*known) >= offset + length).then_some(6)?
+            }
+            _ => 1,
+        };
+        let id = connection_id + offset..connection_id + offset + ServerId::MAX;
+        if usize::from(self.udp_field(4)) < 8 + id.end {
+            return None;
+        }
+        let server = ServerId::from(&payload.get(id)?[..length]);
+        rule.upstreams.iter().position(|upstream| upstream.server_id.as_ref() == Some(&server))
     }
 
     /// Parses the options of the IPv4 header for a source route, RFC 791 section 3.1.
