@@ -196,11 +196,11 @@ static __always_inline bool is_plain_answer(struct __sk_buff *skb, const struct 
 static __always_inline const struct return_line *
 valid_return_line(struct __sk_buff *skb, const struct pkt *pkt, const struct rewrite *rw, const bool ipv6)
 {
-	__u32 index = return_index(rw->destination, rw->source, ipv6);
-	const struct return_line *line = return_line_at(index);
+	__u64 hash = return_hash(rw->destination, rw->source, ipv6);
+	const struct return_line *line = return_line_at(return_index(hash, false));
 
 	if (line && !is_return_line_of(line, skb, pkt, rw, ipv6)) {
-		line = return_line_at(index ^ 1);
+		line = return_line_at(return_index(hash, true));
 		if (line && !is_return_line_of(line, skb, pkt, rw, ipv6))
 			return NULL;
 	}

@@ -52,18 +52,25 @@ static __always_inline bool routes_by_port(struct __sk_buff *skb, bool ipv6)
 	       NET_WORD(net, ipv4.sysctl_fib_multipath_hash_policy) & 1;
 }
 
-/* Returns the index of the first of two lines for packets from a VIP to a client; the other is its neighbour.
- */
-static __always_inline __u32 return_index(const __be32 *client, const __be32 *vip, const bool ipv6)
+/* Returns a hash for the lines of packets from a VIP to a client. */
+static __always_inline __u64 return_hash(const __be32 *client, const __be32 *vip, const bool ipv6)
 {
 	const struct sequences *sequences = get_sequences();
 	__u64 hash = (__u64)client[0] << 32 | (ipv6 ? client[1] : vip[0]);
-	__u64 secret = sequences ? sequences->secret[1] | 1 : 1;
 
-	hash *= secret;
-	if (ipv6)
-		hash = (hash ^ ((__u64)client[2] << 32 | client[3]) ^ vip[3]) * secret;
-	return hash >> (64 - RETURN_BITS);
+	hash = mix(hash ^ (sequences ? sequences->secret[1] : 0));
+	return ipv6 ? mix(hash ^ ((__u64)client[2] << 32 | client[3]) ^ vip[3]) : hash;
+}
+
+/*
+ * Returns the index of the first or the second line of a hash. They are no neighbours: three clients would
+ * often have the same two, and take them from each other with each packet.
+ */
+static __always_inline __u32 return_index(__u64 hash, const bool second)
+{
+	__u32 index = hash >> (64 - RETURN_BITS);
+
+	return second ? index ^ (hash >> (64 - 2 * RETURN_BITS) | 1) % (1 << RETURN_BITS) : index;
 }
 
 static __always_inline struct return_line *return_line_at(__u32 index)
@@ -89,18 +96,29 @@ static __always_inline bool is_return_line_of(const struct return_line *line, st
 	       is_end(line->client, rw->destination, ipv6) && is_end(line->vip, rw->source, ipv6);
 }
 
-/* Remembers a next hop in the line that is the packet's, or else in the older one. */
+/*
+ * Returns true if a line is in use, and the other one is the better to be replaced. Of two in use it is
+ * either: clients find lines of their own after a few packets, wherever that is possible.
+ */
+static __always_inline bool is_taken(const struct return_line *line, const struct return_line *other)
+{
+	return is_fresh(line->epoch, line->until) &&
+	       (!is_fresh(other->epoch, other->until) || bpf_get_prandom_u32() & 1);
+}
+
+/* Remembers a next hop in the line that is the packet's, or else in another. */
 static __always_inline struct return_line *write_return_line(struct __sk_buff *skb, const struct pkt *pkt,
 							     const struct xmit *xmit, const bool ipv6)
 {
 	const struct rewrite *rw = &xmit->rewrite;
-	__u32 index = return_index(rw->destination, rw->source, ipv6);
-	struct return_line *line = return_line_at(index), *other = return_line_at(index ^ 1);
+	__u64 hash = return_hash(rw->destination, rw->source, ipv6);
+	struct return_line *line = return_line_at(return_index(hash, false));
+	struct return_line *other = return_line_at(return_index(hash, true));
 
 	if (!line || !other)
 		return NULL;
 	if (!is_return_line_of(line, skb, pkt, rw, ipv6) &&
-	    (is_return_line_of(other, skb, pkt, rw, ipv6) || (__s32)(other->until - line->until) < 0))
+	    (is_return_line_of(other, skb, pkt, rw, ipv6) || is_taken(line, other)))
 		line = other;
 	line->ifindex = xmit->hop.ifindex;
 	copy_macs(line->macs, xmit->hop.macs);

@@ -1,7 +1,7 @@
 //! The fast path of flows: what it sends is what the slow path sends, and it sees every change.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use udplb::bpf::types;
@@ -170,5 +170,44 @@ fn fast_path_sees_changes_of_flows_and_ways() {
         let other = others.into_iter().find(|it| *it != server.0).expect("two of them");
         configure(testbed, vec![nat::rule(0, &[other])]);
         assert_eq!(send(testbed, &question(0))[1].0, other, "the upstream was removed");
+    });
+}
+
+/// Many clients do not take the lines of their answers from each other, packet by packet.
+#[test]
+fn many_clients_keep_their_return_lines() {
+    const COUNT: u16 = 700;
+    const NETWORKS: [IpAddr; 2] = [
+        IpAddr::V4(Ipv4Addr::new(10, 0, 32, 0)),
+        IpAddr::V6(Ipv6Addr::new(0xfd00, 3, 0, 0, 0, 0, 0, 0)),
+    ];
+    Testbed::with(|testbed| {
+        run_command("ip", "route replace 10.0.32.0/22 via 10.0.2.254".split(' '));
+        for family in 0..2 {
+            configure(testbed, both());
+            let context = Context { ifindex: testbed.routing, ..Context::default() };
+            let clients = (1..=COUNT).map(|number| match NETWORKS[family] {
+                IpAddr::V4(net) => IpAddr::from((u32::from(net) + u32::from(number)).to_be_bytes()),
+                IpAddr::V6(net) => {
+                    IpAddr::from((u128::from(net) + u128::from(number)).to_be_bytes())
+                }
+            });
+            let answers: Vec<_> = clients
+                .map(|client| {
+                    let [from, server] =
+                        send(testbed, &between((client, FROM), (VIPS[family], 53)));
+                    between(server, from).frame()
+                })
+                .collect();
+            // a line is remembered for a tenth of a second: a busy machine may take longer for a round
+            let all_fast = (0..100).any(|_| {
+                testbed.program.take_counted();
+                for answer in &answers {
+                    testbed.program.run(answer, context);
+                }
+                !testbed.program.took_slow_path()
+            });
+            assert!(all_fast, "{family}");
+        }
     });
 }
