@@ -154,9 +154,48 @@ static __always_inline __u64 hash_ends(const __be32 *one, const __be32 *other, _
 	return mix(hash ^ ports);
 }
 
+/* Returns a word of which the first byte in memory is the lowest one. */
+static __always_inline __u64 le64(__u64 word)
+{
+	return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? word : __builtin_bswap64(word);
+}
+
 static __always_inline bool is_end(const __be32 *one, const __be32 *other, const bool ipv6)
 {
 	return ipv6 ? is_same_address(one, other) : one[0] == other[0];
+}
+
+/* Bits of tags and states, all of a bucket at once. */
+#define EACH_TAG 0x0001000100010001ULL
+#define EACH_STATE 0x0101010101010101ULL
+
+static __always_inline __u16 tag_of(__u64 hash)
+{
+	return hash >> 16;
+}
+
+/* Returns the tag of a hash in all places of a word. */
+static __always_inline __u64 each_tag(__u64 hash)
+{
+	return tag_of(hash) * EACH_TAG;
+}
+
+/*
+ * Returns the way that a new flow gets if it is free: a CPU that guesses it reads the flow while the bucket's
+ * tags are on their way.
+ */
+static __always_inline __u32 way_of_hash(__u64 hash)
+{
+	return hash % FLOW_WAYS;
+}
+
+/* Returns true if a flow in the bucket has the tag of a hash. */
+static __always_inline bool has_tag(const struct flow_bucket *bucket, __u64 hash)
+{
+	const __u64 *tags = (const void *)bucket->tags, tag = each_tag(hash);
+	__u64 one = tags[0] ^ tag, other = tags[1] ^ tag;
+
+	return (((one - EACH_TAG) & ~one) | ((other - EACH_TAG) & ~other)) & EACH_TAG << 15;
 }
 
 /* Maps 32 bits of a hash to a number below `count`. */
@@ -187,7 +226,7 @@ static __always_inline __u32 find_in_bucket(__u32 index, const bool ipv6)
 		return 0;
 	for (way = 0; way < FLOW_WAYS; way++) {
 		flow = flow_in(bucket, way, ipv6);
-		if (bucket->tags[way] == (__u16)(packet->hash >> 16) &&
+		if (bucket->tags[way] == tag_of(packet->hash) &&
 		    is_alive(bucket->states[way], bucket->touched[way], now, 0) &&
 		    flow->ports[FLOW_CLIENT] == packet->from_port &&
 		    flow->ports[FLOW_VIP] == packet->to_port &&
@@ -220,18 +259,24 @@ static __always_inline __u32 second_bucket(const struct flow_scratch *packet)
 	return scale(mix(packet->hash), flow_settings.buckets);
 }
 
+static __always_inline __u32 find_in(__u32 index, __u64 hash, const bool ipv6)
+{
+	const struct flow_bucket *bucket = bucket_at(index, ipv6);
+
+	if (!bucket || !has_tag(bucket, hash))
+		return 0;
+	return ipv6 ? find_in_bucket6(index) : find_in_bucket4(index);
+}
+
 static __always_inline __u32 find_flow(struct flow_scratch *packet, const bool ipv6)
 {
-	__u32 number, index;
-
-	packet->hash =
+	__u64 hash =
 		hash_ends(packet->from, packet->to, (__u32)packet->from_port << 16 | packet->to_port, ipv6);
-	index = first_bucket(packet);
-	number = ipv6 ? find_in_bucket6(index) : find_in_bucket4(index);
-	if (number)
-		return number;
-	index = second_bucket(packet);
-	return ipv6 ? find_in_bucket6(index) : find_in_bucket4(index);
+	__u32 number;
+
+	packet->hash = hash;
+	number = find_in(first_bucket(packet), hash, ipv6);
+	return number ?: find_in(second_bucket(packet), hash, ipv6);
 }
 
 /* Writes that a packet of a flow has come, seldom: all flows of a bucket share a cache line. */
@@ -356,7 +401,7 @@ static __always_inline __u32 flow_of_client(__u32 first, __u32 count, __u32 flag
 }
 
 /* Describes a packet behind an Ethernet header without tags. Returns false if it has no UDP header. */
-__noinline __u32 describe_pkt(struct __sk_buff *skb, __u32 packed)
+static __always_inline bool describe_pkt(struct __sk_buff *skb, __u32 packed)
 {
 	struct flow_scratch *packet = get_flow_scratch();
 	struct pkt pkt = pkt_of(packed);
@@ -567,12 +612,9 @@ static __always_inline __u64 silent_flow(__u32 number, __u32 now, const bool ipv
 	return flow_handle(number, version);
 }
 
-/* Stores an egress address of the new flow: one of several, or that of the next hop, which is there already.
- */
+/* Stores one of several egress addresses as that of the new flow. */
 static __always_inline void choose_egress(struct flow_scratch *draft, __u32 index, const bool ipv6)
 {
-	if (!flow_egresses.count[ipv6])
-		return;
 	barrier_var(index); /* else the compiler knows the bound, and leaves the mask out */
 	index &= MAX_EGRESSES - 1;
 	draft->egress[0] = flow_egresses.addresses[ipv6][index][0];
@@ -597,8 +639,11 @@ static __always_inline bool take_port(struct __sk_buff *skb, __u32 try, const bo
 	step = (__u32)(draft->hash >> 8) | 1;
 	offset = ((__u32)draft->hash + try % PORT_TRIES * step) %
 		 (flow_settings.ports * (flow_egresses.count[ipv6] ?: 1));
-	choose_egress(draft, offset / flow_settings.ports, ipv6);
-	port = bpf_htons(flow_settings.first_port + offset % flow_settings.ports);
+	if (flow_egresses.count[ipv6]) {
+		choose_egress(draft, offset / flow_settings.ports, ipv6);
+		offset %= flow_settings.ports;
+	}
+	port = bpf_htons(flow_settings.first_port + offset);
 	place = port_place(draft->server, draft->egress, draft->server_port, port, ipv6);
 	line = port_line_at(place, ipv6);
 	if (!line)
@@ -659,20 +704,18 @@ static __always_inline __u64 rank_bucket(__u32 index, const bool ipv6)
 {
 	const struct flow_bucket *bucket = bucket_at(index, ipv6);
 	struct flow_scratch *draft = get_flow_scratch();
-	__u32 now = beats(), way, free = 0;
+	__u32 now = beats(), way;
 	__u64 rank;
 
 	if (!bucket || !draft)
 		return 0;
 	draft->best = 0;
 	for (way = 0; way < FLOW_WAYS; way++) {
-		free += is_equal(bucket->states[way], FLOW_FREE);
 		rank = (__u64)rank_of(bucket->states[way], bucket->touched[way], now) << 8 | way;
 		if (rank > draft->best)
 			draft->best = rank;
 	}
-	rank = draft->best;
-	return rank >> 8 ? rank + ((__u64)free << 8) : 0; /* of two, the emptier bucket */
+	return draft->best >> 8 ? draft->best : 0;
 }
 
 /* Returns the rank of the flow in a bucket that can be spared best, above its way in 8 bits; 0: none can. */
@@ -686,13 +729,21 @@ static __always_inline void copy_end(const __be32 *to, const __be32 *from, const
 	copy_address((__be32 *)to, from, ipv6);
 }
 
-/* Writes the new flow into a claimed one. */
+/* Writes a version in its turn, as version_of() reads it. */
+static __always_inline void set_version(struct flow *flow, __u32 version)
+{
+	barrier();
+	*(volatile __u32 *)&flow->version = version;
+	barrier();
+}
+
+/* Writes the new flow into a locked one. */
 static __always_inline void write_flow(struct flow *flow, const struct flow_scratch *draft, __u32 upstream,
-				       __u32 index, __u32 answers, const bool ipv6)
+				       __u32 index, __u32 answers, __u32 now, const bool ipv6)
 {
 	flow->upstream = upstream;
 	flow->index = index;
-	flow->created = flow->touched = flow->chosen = beats();
+	flow->created = flow->touched = flow->chosen = now;
 	flow->packets = 1;
 	flow->answers = 0;
 	flow->answers_left = answers;
@@ -704,6 +755,28 @@ static __always_inline void write_flow(struct flow *flow, const struct flow_scra
 	copy_end(end_address(flow, FLOW_VIP, ipv6), draft->to, ipv6);
 	copy_end(end_address(flow, FLOW_SERVER, ipv6), draft->server, ipv6);
 	copy_end(end_address(flow, FLOW_EGRESS, ipv6), draft->egress, ipv6);
+	flow->state = FLOW_NEW;
+}
+
+/*
+ * Returns as spare_way() a free way of a bucket, rather that of the hash, ranked by the number of free ones;
+ * 0: none is free.
+ */
+static __always_inline __u64 free_way(__u32 index, __u64 hash, const bool ipv6)
+{
+	const struct flow_bucket *bucket = bucket_at(index, ipv6);
+	__u64 states, free, way = way_of_hash(hash);
+
+	if (!bucket)
+		return 0;
+	states = le64(*(const __u64 *)bucket->states);
+	/* the lowest bit of each byte that is zero */
+	free = ~(((states & 0x7f * EACH_STATE) + 0x7f * EACH_STATE) | states) >> 7 & EACH_STATE;
+	if (!free)
+		return 0;
+	if (!(free >> 8 * way & 1)) /* the number of bytes before the first one */
+		way = (((free & -free) - 1) & EACH_STATE) * EACH_STATE >> 56;
+	return ((1ULL << 31) + (free * EACH_STATE >> 56)) << 8 | way;
 }
 
 static __always_inline bool choose_in_buckets(const bool ipv6)
@@ -717,8 +790,12 @@ static __always_inline bool choose_in_buckets(const bool ipv6)
 		return false;
 	at = first_bucket(draft);
 	second = second_bucket(draft);
-	one = spare_way(at, ipv6);
-	other = spare_way(second, ipv6);
+	one = free_way(at, draft->hash, ipv6);
+	other = free_way(second, draft->hash, ipv6);
+	if (!one && !other) {
+		one = spare_way(at, ipv6);
+		other = spare_way(second, ipv6);
+	}
 	/* packets look into the first one first: it may fill by half before they have to look further */
 	if (other >> 8 > one >> 8 && one >> 8 < (1U << 31) + FLOW_WAYS / 2) {
 		at = second;
@@ -739,14 +816,28 @@ __noinline __u32 choose_flow(__u32 ipv6)
 	return features.ipv6 && ipv6 ? choose_in_buckets(true) : choose_in_buckets(false);
 }
 
+/* Ends the flow that the new one replaces, whose port rests. Returns false if another CPU was faster. */
+static __always_inline bool evict_flow(struct flow_bucket *bucket, __u32 way, struct flow *flow,
+				       const struct flow_scratch *draft, const bool ipv6)
+{
+	__u32 place;
+
+	if (!claim_flow(bucket, way, flow, draft->version))
+		return false;
+	place = place_of_flow(flow, ipv6);
+	if (place != draft->place)
+		rest_port(place, draft->number, ipv6);
+	return true;
+}
+
 static __always_inline bool store_flow(__u32 index, __u32 answers, const bool ipv6)
 {
 	const struct upstream *upstream = bpf_map_lookup_elem(&upstreams, &index);
 	struct flow_scratch *draft = get_flow_scratch();
+	__u32 way, rank, upstream_id, version, now = beats();
 	struct flow_bucket *bucket;
+	bool was_used, stored;
 	struct flow *flow;
-	bool was_used;
-	__u32 way, old, rank;
 
 	if (!draft || !upstream || !(bucket = bucket_at(bucket_of(draft->number), ipv6)))
 		return false;
@@ -754,17 +845,26 @@ static __always_inline bool store_flow(__u32 index, __u32 answers, const bool ip
 	flow = flow_in(bucket, way, ipv6);
 	was_used = is_flow_state(bucket->states[way]);
 	/* between its choice and the look at its version another CPU may have made a flow there */
-	rank = rank_of(bucket->states[way], bucket->touched[way], beats());
-	if (!rank || rank + FLOW_WAYS < draft->rank || !claim_flow(bucket, way, flow, draft->version))
+	rank = rank_of(bucket->states[way], bucket->touched[way], now);
+	if (!rank || rank + FLOW_WAYS < draft->rank ||
+	    (was_used && !evict_flow(bucket, way, flow, draft, ipv6)))
 		return false;
-	old = place_of_flow(flow, ipv6);
-	if (was_used && old != draft->place)
-		rest_port(old, draft->number, ipv6);
-	write_flow(flow, draft, upstream->id, index, answers, ipv6);
-	bucket->tags[way] = draft->hash >> 16;
-	release_flow(bucket, way, flow, FLOW_NEW);
-	draft->handle = flow_handle(draft->number, draft->version + 2);
-	return true;
+	upstream_id = upstream->id;
+	version = draft->version;
+	bpf_spin_lock(&bucket->lock);
+	stored = flow->version == version + was_used && !(version & 1);
+	if (stored) {
+		set_version(flow, version + 1);
+		write_flow(flow, draft, upstream_id, index, answers, now, ipv6);
+		set_version(flow, version + 2);
+		bucket->tags[way] = tag_of(draft->hash);
+		bucket->touched[way] = now;
+		bucket->states[way] = FLOW_NEW;
+	}
+	bpf_spin_unlock(&bucket->lock);
+	if (stored)
+		draft->handle = flow_handle(draft->number, version + 2);
+	return stored;
 }
 
 /* Writes the new flow in place of the chosen one. Returns false if another CPU was faster. */

@@ -47,21 +47,26 @@ static __always_inline bool has_ends(const struct flow *flow, const struct pkt *
 	       is_end(end_address(flow, to, ipv6), destination_of(pkt, ipv6), ipv6);
 }
 
-/*
- * Returns the only way of a bucket that has the tag of a hash; FLOW_WAYS if none or several have. Without
- * branches: the verifier would explore what follows for each way.
- */
+/* Returns the lowest bit of each tag in a word that is zero. */
+static __always_inline __u64 zero_tags(__u64 word)
+{
+	return ~(((word & 0x7fff * EACH_TAG) + 0x7fff * EACH_TAG) | word) >> 15 & EACH_TAG;
+}
+
+/* Returns the only way of a bucket that has the tag of a hash; FLOW_WAYS if none or several have. */
 static __always_inline __u32 tagged_way(const struct flow_bucket *bucket, __u64 hash)
 {
-	__u64 way, same, ways = 0, found = 0;
+	const __u64 *tags = (const void *)bucket->tags, tag = each_tag(hash);
+	__u64 one = zero_tags(tags[0] ^ tag), other = zero_tags(tags[1] ^ tag);
+	__u64 found = one | other << 1, way;
 
-#pragma unroll
-	for (way = 0; way < FLOW_WAYS; way++) {
-		same = less_than(bucket->tags[way] ^ (__u16)(hash >> 16), 1);
-		ways += way * same;
-		found += same;
-	}
-	return found == 1 ? ways % FLOW_WAYS : FLOW_WAYS;
+	if (!found || found & (found - 1))
+		return FLOW_WAYS;
+	/* the number of tags before it in its word */
+	way = (((one | other) - 1) & EACH_TAG) * EACH_TAG >> 48;
+	if (__BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__)
+		way = 3 - way;
+	return (way + (other ? 4 : 0)) % FLOW_WAYS;
 }
 
 static __always_inline bool find_question(__u32 index, __u64 hash, const struct pkt *pkt, __u32 now,
@@ -72,7 +77,9 @@ static __always_inline bool find_question(__u32 index, __u64 hash, const struct 
 
 	if (!bucket)
 		return false;
-	way = tagged_way(bucket, hash);
+	way = way_of_hash(hash);
+	if (bucket->tags[way] != tag_of(hash))
+		way = tagged_way(bucket, hash);
 	return way < FLOW_WAYS && look_at_flow(bucket, way, known, ipv6) &&
 	       is_alive(bucket->states[way], bucket->touched[way], now, 0) &&
 	       has_ends(known->flow, pkt, FLOW_CLIENT, FLOW_VIP, ipv6);

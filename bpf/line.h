@@ -53,6 +53,15 @@ static __always_inline bool takes_frames(__u32 ifindex)
 	return device && device->takes_frames;
 }
 
+/* Returns true while the upstream of a packet has a line for an IP packet of `length` bytes. */
+static __always_inline bool is_remembered(const struct xmit *xmit, __u32 length)
+{
+	__u32 index = xmit->index;
+	const struct line *line = bpf_map_lookup_elem(&lines, &index);
+
+	return line && is_line_valid(line) && length <= line->mtu;
+}
+
 /*
  * Remembers the next hop in xmit->hop of an upstream, for packets like the current one: an IP packet of
  * `length` bytes. Not while anybody traces, so that the slow path sees all packets.

@@ -247,7 +247,7 @@ static __always_inline enum verdict prepare_nexthop(struct __sk_buff *skb, struc
 	if (verdict == VERDICT_FORWARDED && !xmit->fragments && !pkt_has(pkt, PKT_F_LATER_FRAGMENT)) {
 		if (features.flows && upstream->source == SOURCE_FLOW_VIP)
 			fill_return_line(skb, pkt->packed, ip_length(skb, pkt));
-		else
+		else if (!is_remembered(xmit, ip_length(skb, pkt)))
 			fill_line(ip_length(skb, pkt), pkt->is_ipv6);
 	}
 	return verdict;
