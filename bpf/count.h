@@ -83,6 +83,15 @@ __noinline __u32 count_verdict(struct __sk_buff *skb, __u32 packed, __u32 tags, 
 	return 0;
 }
 
+/* Returns the line that this CPU has of the upstream at an index; NULL if there is none. */
+static __always_inline struct line *get_line(__u32 index)
+{
+	const __u32 of_cpu = features.lines;
+	__u32 at = bpf_get_smp_processor_id() * of_cpu + index;
+
+	return index < of_cpu ? bpf_map_lookup_elem(&lines, &at) : NULL;
+}
+
 /* Counts packets that this CPU has forwarded to the upstream of a line. */
 static __always_inline void count_sent(struct line *line, __u64 packets, __u64 bytes)
 {
@@ -98,7 +107,7 @@ __noinline __u32 count_forwarded(struct __sk_buff *skb, __u32 packed, __u32 inde
 {
 	struct counter size = counted_size(skb, packed, skb->len);
 	struct counters *counters = get_counters(id);
-	struct line *line = bpf_map_lookup_elem(&lines, &index);
+	struct line *line = get_line(index);
 
 	if (!line || !counters || features.dry_run)
 		return 0;

@@ -89,7 +89,7 @@ static __always_inline bool leave_direct(struct __sk_buff *skb, const struct pkt
 static __always_inline int direct_fast(struct __sk_buff *skb, __u32 index, __u32 sender_table,
 				       const bool ipv6)
 {
-	struct line *line = bpf_map_lookup_elem(&lines, &index);
+	struct line *line = get_line(index);
 	const __be32 *address;
 	struct pkt pkt;
 

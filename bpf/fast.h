@@ -51,7 +51,7 @@ static __always_inline __u32 clone_plain(struct __sk_buff *skb, struct pkt *pkt,
 /* Sends a clone to an upstream whose line has just been valid. Returns as clone_plain(). */
 static __always_inline __u32 copy_plain(struct __sk_buff *skb, __u32 index, const bool ipv6)
 {
-	struct line *line = bpf_map_lookup_elem(&lines, &index);
+	struct line *line = get_line(index);
 	const __be32 *destination;
 	struct rewrite rw;
 	struct pkt pkt;
@@ -75,7 +75,7 @@ __noinline __u32 copy_plain6(struct __sk_buff *skb, __u32 index)
 
 static __always_inline bool can_copy(const struct pkt *pkt, __u32 index, const bool ipv6)
 {
-	const struct line *line = bpf_map_lookup_elem(&lines, &index);
+	const struct line *line = get_line(index);
 	struct rewrite rw;
 
 	return line && serves(line, pkt) && fill_plain_rewrite(pkt, line, index, ipv6, &rw);
@@ -133,7 +133,7 @@ static __always_inline __u32 have_valid_lines(struct __sk_buff *skb, __u32 first
  */
 static __always_inline int pass_plain(struct __sk_buff *skb, __u32 index, const bool ipv6)
 {
-	struct line *line = bpf_map_lookup_elem(&lines, &index);
+	struct line *line = get_line(index);
 	const __be32 *destination;
 	struct rewrite rw;
 	struct pkt pkt;
@@ -160,7 +160,7 @@ __noinline int pass_plain6(struct __sk_buff *skb, __u32 index)
 
 static __always_inline int send_itself(struct __sk_buff *skb, __u32 index, const bool ipv6)
 {
-	struct line *line = bpf_map_lookup_elem(&lines, &index);
+	struct line *line = get_line(index);
 	struct pkt pkt;
 
 	if (!line || !locate_plain(skb, &pkt, ipv6))
@@ -326,7 +326,7 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 	}
 	if (unlikely(kind == ENTRY_PASS))
 		return deliver_pass(skb, index, sender_table, ipv6);
-	line = bpf_map_lookup_elem(&lines, &index);
+	line = get_line(index);
 	if (unlikely(!line || !serves(line, pkt)))
 		return ACTION_SLOW;
 	if (unlikely(line->via && features.direct))

@@ -135,7 +135,7 @@ static __always_inline struct line *line_of_flow(const struct flow *flow, const 
 	if (!known_upstream_of(flow, &index, ipv6) || index - rule->first_upstream >= rule->upstreams ||
 	    beats_since(flow->chosen, now) > flow_settings.timeouts[FLOW_NEW] || is_assured_now(flow, now))
 		return NULL;
-	line = bpf_map_lookup_elem(&lines, &index);
+	line = get_line(index);
 	return line && !(line->down && rule->flags & RULE_SKIPS_DOWN) ? line : NULL;
 }
 
@@ -152,7 +152,7 @@ static __always_inline struct line *line_of_answers(const struct flow *flow, con
 	if (!upstream || !upstream->linked)
 		return NULL;
 	index = upstream->linked;
-	return bpf_map_lookup_elem(&lines, &index);
+	return get_line(index);
 }
 
 /* Stores the new headers of a packet between two ends of a flow. Returns false if the slow path decides. */

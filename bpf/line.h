@@ -78,7 +78,7 @@ __noinline __u32 fill_line(__u32 length, __u32 ipv6)
 	if (!xmit || !xmit->hop.resolved || features.dry_run || is_tracing())
 		return 0;
 	index = xmit->index;
-	line = bpf_map_lookup_elem(&lines, &index);
+	line = get_line(index);
 	upstream = bpf_map_lookup_elem(&upstreams, &index);
 	until = line_expiry(xmit);
 	if (!line || !upstream || !until)

@@ -63,7 +63,7 @@ static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry,
 	default:
 		return NULL;
 	}
-	line = bpf_map_lookup_elem(&lines, index);
+	line = get_line(*index);
 	if (!line || !serves(line, pkt) || !(device->generic || line->takes_frames) ||
 	    (line->via > VIA_LINK && features.direct))
 		return NULL;

@@ -6,13 +6,13 @@ pub mod tcx;
 pub mod xdp;
 
 use std::ffi::{CStr, c_void};
-use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::{fs, io};
 
 use anyhow::{Context, bail};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapType, OpenMap, OpenMapMut};
@@ -173,6 +173,22 @@ pub fn pinned_alike(path: &Path, definition: &OpenMapMut<'_>) -> Option<MapHandl
         && pinned.value_size() == definition.value_size()
         && pinned.map_type() == definition.map_type();
     alike.then_some(pinned)
+}
+
+/// Returns the number of CPUs that the kernel may ever use: one more than the highest number of one.
+///
+/// # Errors
+/// The kernel's list cannot be read.
+pub fn possible_cpus() -> anyhow::Result<u32> {
+    const LIST: &str = "/sys/devices/system/cpu/possible";
+    let list = fs::read_to_string(LIST).context(LIST)?;
+    cpus_of(&list).with_context(|| format!("{LIST}: {list:?} is no list of CPUs"))
+}
+
+/// Returns one more than the highest number of a list such as `0-3,8-11`.
+fn cpus_of(list: &str) -> Option<u32> {
+    let last = list.trim_end().rsplit([',', '-']).next()?;
+    last.parse::<u32>().ok()?.checked_add(1)
 }
 
 /// Bytes that one system call reads at most.
@@ -519,4 +535,20 @@ pub fn create(
         bail!("{}: the kernel kept no name for it; try again", context());
     }
     Ok(map)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::cpus_of;
+
+    #[test]
+    fn possible_cpus_end_at_the_highest() {
+        assert_eq!(cpus_of("0\n"), Some(1));
+        assert_eq!(cpus_of("0-127\n"), Some(128));
+        assert_eq!(cpus_of("0-3,8-11\n"), Some(12));
+        assert_eq!(cpus_of("0,2\n"), Some(3));
+        for bad in ["", "\n", "0-", "x", "4294967295"] {
+            assert_eq!(cpus_of(bad), None, "{bad:?}");
+        }
+    }
 }

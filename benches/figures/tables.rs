@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
+use udplb::bpf::possible_cpus;
 use udplb::maglev::{Member, size, table};
 
 use crate::common::{Bpffs, Namespace};
@@ -58,8 +59,8 @@ fn memory(report: &mut Report) {
     report.at_most("slots", "", slots, " MB", 25.0);
     let chunks = |name| megabytes(inner(&open_state(&bpffs, name)));
     let lines = MapHandle::from_pinned_path(bpffs.pins().join("generations/1/lines"));
-    let cpus = libbpf_rs::num_possible_cpus().expect("CPUs");
-    let lines = megabytes([lines.expect("lines")]) / cpus as f64;
+    let cpus = possible_cpus().expect("CPUs");
+    let lines = megabytes([lines.expect("lines")]) / f64::from(cpus);
     report.note("counters of all but forwarded packets", &format!("{:.1} MB", chunks("counters")));
     report.note(&format!("lines, for each of {cpus} CPUs"), &format!("{lines:.1} MB"));
     report.note("next hops", &format!("{:.1} MB", chunks("nexthops")));

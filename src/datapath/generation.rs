@@ -249,7 +249,8 @@ fn set_constants(
 ) -> anyhow::Result<()> {
     let ticks = lease::ticks_per_second()?;
     let rodata = skeleton.maps.rodata_data.as_deref_mut().context("the object has no constants")?;
-    rodata.features = types::features { ticks_per_second: ticks, ..features };
+    let lines = lines::number(tables)?;
+    rodata.features = types::features { ticks_per_second: ticks, lines, ..features };
     rodata.tuning = keys.tuning();
     rodata.decap_settings = tables.decap;
     rodata.flow_settings = flow_settings(desired, tables, ticks);
@@ -287,7 +288,10 @@ fn size(
         (&mut skeleton.maps.upstreams, tables.upstreams.len()),
         (&mut skeleton.maps.destinations, tables.destinations.len()),
         (&mut skeleton.maps.spares, tables.upstreams.len()),
-        (&mut skeleton.maps.lines, tables.upstreams.len()),
+        (
+            &mut skeleton.maps.lines,
+            lines::number(tables)? as usize * bpf::possible_cpus()? as usize,
+        ),
         (&mut skeleton.maps.description, chunks),
     ] {
         map.set_max_entries(u32::try_from(entries.max(1))?)?;

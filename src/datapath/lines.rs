@@ -3,13 +3,14 @@
 use std::os::fd::AsFd;
 
 use anyhow::Context;
-use libbpf_rs::{MapCore, MapHandle};
+use libbpf_rs::{MapCore, MapHandle, MapType};
 
-use crate::bpf::{from_bytes, program_info, read_array, types};
+use crate::bpf::{from_bytes, possible_cpus, program_info, read_array, types};
 use crate::datapath::counters::Count;
 use crate::datapath::description::Generation;
 use crate::datapath::generation;
 use crate::datapath::pins::ReadGuard;
+use crate::desired::tables::Tables;
 use crate::net::link::Layer;
 
 /// Name of the map's pin in a generation's directory.
@@ -19,12 +20,25 @@ pub const PIN: &str = "lines";
 /// may occur twice. Empty if the map is gone.
 pub fn read(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Vec<(u32, Count)>> {
     let Some(map) = open(guard, generation)? else { return Ok(Vec::new()) };
-    let ids: Vec<u32> = generation.destinations().collect();
-    let mut sums = Vec::with_capacity(ids.len());
-    let entries = map.max_entries().min(ids.len() as u32);
-    read_array(&map, entries, |values| sums.push(sum(values)))
-        .with_context(|| format!("lines of generation {}", generation.number))?;
-    Ok(ids.into_iter().zip(sums).collect())
+    let mut sums: Vec<_> = generation.destinations().map(|id| (id, Count::default())).collect();
+    let of_cpu = match map.map_type() {
+        // of an earlier udplb: an entry has the lines of all CPUs
+        MapType::PercpuArray => map.max_entries(),
+        _ => map.max_entries() / possible_cpus()?,
+    };
+    let mut indices = (0..of_cpu as usize).cycle();
+    read_array(&map, map.max_entries(), |values| {
+        if let Some((_, sum)) = indices.next().and_then(|index| sums.get_mut(index)) {
+            *sum += count(values);
+        }
+    })
+    .with_context(|| format!("lines of generation {}", generation.number))?;
+    Ok(sums)
+}
+
+/// Returns the number of lines that each CPU has in a generation with these tables.
+pub fn number(tables: &Tables) -> anyhow::Result<u32> {
+    Ok(u32::try_from(tables.upstreams.len().max(1))?)
 }
 
 /// Opens the map by its pin, or else by its number, which needs CAP_SYS_ADMIN; `None` if neither leads to it.
@@ -42,8 +56,8 @@ fn open(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Option<Map
     Ok(maps.find(|map| map.name() == PIN))
 }
 
-/// Adds up the lines of all CPUs.
-fn sum(values: &[u8]) -> Count {
+/// Adds up what lines have counted.
+fn count(values: &[u8]) -> Count {
     let mut sum = Count::default();
     for line in values.chunks_exact(size_of::<types::line>()).filter_map(from_bytes) {
         let types::line { packets, bytes, .. } = line;

@@ -12,7 +12,8 @@ use libbpf_rs::{
     TcHookBuilder,
 };
 use udplb::bpf::{
-    NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, create, from_bytes, types, wire,
+    NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, create, from_bytes, possible_cpus,
+    types, wire,
 };
 use udplb::config::{
     Action, Address, Decap, Flows, Hash, Key, Mode, Ports, Source, State, Strategy, Via,
@@ -127,6 +128,7 @@ impl<'object> Program<'object> {
         let constants = maps.rodata_data.as_deref_mut().expect("constants");
         constants.features.ticks_per_second = second;
         constants.features.xdp = 1;
+        constants.features.lines = ENTRIES;
         constants.flow_settings = settings(&flows, second, ORPHANS);
         constants.decap_settings = all_tunnels().decap;
         constants.sender_settings = sender_tables::settings(second);
@@ -153,7 +155,7 @@ impl<'object> Program<'object> {
             (&mut maps.destinations, ENTRIES),
             (&mut maps.spares, ENTRIES),
             (&mut maps.samples, ENTRIES),
-            (&mut maps.lines, ENTRIES),
+            (&mut maps.lines, ENTRIES * possible_cpus().expect("CPUs")),
             (&mut maps.slots, SLOT_LINES),
         ] {
             map.set_max_entries(entries).expect("the size of a map");
@@ -622,8 +624,8 @@ impl<'object> Program<'object> {
         let is_valid =
             |line: &[u8]| from_bytes(line).is_some_and(|it: types::line| it.epoch == epoch);
         lines.keys().any(|key| {
-            let values = lines.lookup_percpu(&key, MapFlags::ANY).expect("a lookup");
-            values.into_iter().flatten().any(|line| is_valid(&line))
+            let line = lines.lookup(&key, MapFlags::ANY).expect("a lookup");
+            is_valid(&line.expect("a line"))
         })
     }
 
@@ -721,17 +723,17 @@ impl<'object> Program<'object> {
         let (_, ids) = &*self.configured.borrow();
         let answers = ids.iter().flat_map(|ids| ids.answers.iter().copied());
         let all = ids.iter().flat_map(RuleIds::destinations).chain(answers);
+        let map = &self.skeleton.maps.lines;
         for (index, id) in (0_u32..).zip(all) {
-            let (map, key) = (&self.skeleton.maps.lines, index.to_ne_bytes());
-            let mut values = map.lookup_percpu(&key, MapFlags::ANY).expect("a lookup");
-            for value in values.as_mut().expect("lines") {
-                let mut line: types::line = from_bytes(value).expect("the contract's layout");
+            for at in (index..map.max_entries()).step_by(ENTRIES as usize) {
+                let key = at.to_ne_bytes();
+                let value = map.lookup(&key, MapFlags::ANY).expect("a lookup").expect("a line");
+                let mut line: types::line = from_bytes(&value).expect("the contract's layout");
                 let sum = counted.entry((id, "forwarded")).or_default();
                 *sum = (sum.0 + line.packets, sum.1 + line.bytes);
                 (line.packets, line.bytes) = (0, 0);
-                value.copy_from_slice(bytes_of(&line));
+                write(map, at, bytes_of(&line));
             }
-            map.update_percpu(&key, &values.expect("lines"), MapFlags::ANY).expect("an update");
         }
     }
 

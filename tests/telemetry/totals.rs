@@ -8,7 +8,9 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 use serde_json::{Value, json};
+use udplb::bpf::{bytes_of, types};
 use udplb::config::Config;
 use udplb::datapath::description::{Generation, Origin};
 use udplb::datapath::generation;
@@ -376,6 +378,31 @@ fn lost_pin_of_lines_loses_no_packet() {
     assert_eq!(flows.forwarded()["u0"], before);
     flows.apply(&balance(&[3]));
     flows.send(1);
+}
+
+#[test]
+fn lines_of_an_earlier_udplb_are_counted() {
+    let lab = Lab::new();
+    lab.apply(&balance(&[0, 1]));
+    let pin = lab.bpffs.pins().join("generations/1/lines");
+    fs::remove_file(&pin).expect("a pin");
+    // its map was a per-CPU array
+    let (kind, width) = (MapType::PercpuArray, size_of::<types::line>() as u32);
+    let options = libbpf_sys::bpf_map_create_opts {
+        sz: size_of::<libbpf_sys::bpf_map_create_opts>() as libbpf_sys::size_t,
+        ..Default::default()
+    };
+    let mut lines = MapHandle::create(kind, Some("lines"), 4, width, 2, &options).expect("a map");
+    for (index, packets) in [(0_u32, 3), (1, 4)] {
+        let line = types::line { packets, bytes: packets * BYTES, ..types::line::default() };
+        let cpus = libbpf_rs::num_possible_cpus().expect("CPUs");
+        let values = vec![bytes_of(&line).to_vec(); cpus];
+        lines.update_percpu(&index.to_ne_bytes(), &values, MapFlags::ANY).expect("an update");
+    }
+    lines.pin(&pin).expect("a pin");
+    let cpus = libbpf_rs::num_possible_cpus().expect("CPUs") as u64;
+    let forwarded = Flows::new(&lab).forwarded();
+    assert_eq!([forwarded["u0"], forwarded["u1"]], [3 * cpus, 4 * cpus]);
 }
 
 #[test]
