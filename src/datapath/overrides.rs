@@ -1,9 +1,10 @@
 //! Override states of upstreams, set by `drain` and `enable`: two bits by id. They take precedence over
 //! the configuration.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 use anyhow::Context;
+use foldhash::HashSet;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::bpf::read_array;

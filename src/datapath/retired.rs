@@ -8,10 +8,11 @@
 //! which generation it includes the lines. After a crash such a generation is left behind: it is neither
 //! counted, nor added again, nor attached, but removed.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use anyhow::Context;
+use foldhash::HashSet;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 
 use crate::bpf::{bytes_of, from_bytes, read_array, types};

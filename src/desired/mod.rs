@@ -16,9 +16,11 @@ pub mod sender_tables;
 pub mod senders;
 pub mod tables;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{
@@ -352,13 +354,37 @@ impl Desired {
 
     /// Returns the configuration as [`Desired::written`] made it, including what is not applied.
     pub fn as_written(&self) -> Desired {
-        let mut desired = self.clone();
-        (desired.addresses, desired.broadcasts, desired.local_ports) = (vec![], vec![], None);
-        desired.incomplete = Incomplete::default();
-        if !self.incomplete.rules.is_empty() {
-            desired.rules.clone_from(&self.incomplete.rules);
+        let rules = self.written_rules().into_owned();
+        Desired { rules, ..self.without_rules() }
+    }
+
+    /// Returns what was written besides the rules.
+    pub fn without_rules(&self) -> Desired {
+        let Desired { interfaces, announce, flows, decap, xdp, .. } = self;
+        Desired {
+            interfaces: interfaces.clone(),
+            announce: announce.clone(),
+            flows: flows.clone(),
+            decap: decap.clone(),
+            xdp: xdp.clone(),
+            ..Desired::default()
         }
-        for rule in &mut desired.rules {
+    }
+
+    /// Returns the rules as written. Those of 10,000 rules without host names are not worth copies.
+    fn written_rules(&self) -> Cow<'_, [Rule]> {
+        let rules = match self.incomplete.rules.is_empty() {
+            true => &self.rules,
+            false => &self.incomplete.rules,
+        };
+        let is_plain = |host: &Upstream| {
+            !matches!(host.host, Host::Name(_)) && host.addresses != Addresses::All
+        };
+        if rules.iter().flat_map(Rule::destinations).all(is_plain) {
+            return Cow::Borrowed(rules);
+        }
+        let mut rules = rules.clone();
+        for rule in &mut rules {
             for hosts in [&mut rule.upstreams, &mut rule.mirrors] {
                 for upstream in &mut *hosts {
                     if let Host::Name(_) = upstream.host {
@@ -368,18 +394,20 @@ impl Desired {
                 hosts.dedup_by(|next, host| host.addresses == Addresses::All && next == host);
             }
         }
-        desired
+        Cow::Owned(rules)
     }
 
     /// Returns true if both are the same as [`Desired::as_written`].
     pub fn is_written_as(&self, other: &Desired) -> bool {
-        std::ptr::eq(self, other) || self == other || self.as_written() == other.as_written()
+        std::ptr::eq(self, other)
+            || (self.without_rules() == other.without_rules()
+                && self.written_rules() == other.written_rules())
     }
 
     /// Records the rules as written, unless [`Desired::as_written`] can derive them.
     pub fn keep_written(&mut self, written: &[Rule]) {
         self.incomplete.rules.clear();
-        if self.as_written().rules != written {
+        if *self.written_rules() != *written {
             self.incomplete.rules = written.to_vec();
         }
     }

@@ -132,8 +132,7 @@ pub struct Known<'a> {
 /// all are. A name without addresses keeps the active ones.
 pub fn resolve(written: &Desired, known: &Known<'_>) -> Resolved {
     let resolver = RuleResolver::new(written, known);
-    let mut resolved = Resolved { desired: written.clone(), ..Resolved::default() };
-    resolved.desired.rules.clear();
+    let mut resolved = Resolved { desired: written.without_rules(), ..Resolved::default() };
     for number in 0..written.rules.len() {
         let part = resolver.rule(number);
         let desired = &mut resolved.desired;

@@ -1,7 +1,9 @@
 //! The contents of a generation's maps, and the share of flows that a change moves. Pure.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+
+use foldhash::{HashMap, HashMapExt};
 
 use crate::bpf::types::{self, rule_flags as flags};
 use crate::bpf::wire;
