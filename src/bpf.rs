@@ -481,6 +481,23 @@ pub fn fill_mapped(map: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Sets values of a mapped array of `values` values to zero; nobody else writes them. `T` as for [`read_mapped`].
+///
+/// # Errors
+/// The array cannot be mapped, or a place is beyond its end.
+pub fn zero_mapped<T: Pod>(map: BorrowedFd<'_>, values: usize, places: &[usize]) -> io::Result<()> {
+    if places.iter().any(|place| *place >= values) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mapped = Mapped::new(map, values * size_of::<T>(), ProtFlags::READ | ProtFlags::WRITE)?;
+    let first: *mut T = mapped.memory().as_ptr().cast();
+    for place in places {
+        // SAFETY: the mapping holds `values` values, all zeroes are one, and nobody else accesses this one.
+        unsafe { first.add(*place).write_unaligned(T::default()) };
+    }
+    Ok(())
+}
+
 /// Passes the first values of a mapped array to `each`, in order, while programs may write them: each word of
 /// eight bytes is whole. The size of `T` is that of a value, a multiple of 8.
 pub fn read_mapped<T: Pod>(

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::bpf::{
     NOTES, OpenUdplbSkel, VERDICTS, bytes_of, from_bytes, is_forwarded, read_entry, read_mapped,
-    types,
+    types, zero_mapped,
 };
 use crate::datapath::chunked_map::Chunks;
 
@@ -268,8 +268,12 @@ impl Counters {
 
     /// Returns the maximum number of ids.
     pub fn max_ids(&self) -> u32 {
-        let width = self.0.iter().next().map_or(0, |(_, chunk)| chunk.max_entries());
-        self.0.outer().max_entries() * width
+        self.0.outer().max_entries() * self.width()
+    }
+
+    /// Returns the number of ids in each chunk.
+    fn width(&self) -> u32 {
+        self.0.iter().next().map_or(0, |(_, chunk)| chunk.max_entries())
     }
 
     /// Returns the number of ids that have counters.
@@ -287,10 +291,15 @@ impl Counters {
     ) -> anyhow::Result<()> {
         let used = self.0.room();
         self.0.grow(&skeleton.maps.counters_chunk, ids.max().unwrap_or(0))?;
+        let mut places: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
         for id in new.filter(|id| *id < used) {
-            let (chunk, key) = self.0.place(id).context("an id without counters")?;
-            let zero = types::counters::default();
-            chunk.update(&key.to_ne_bytes(), bytes_of(&zero), MapFlags::ANY)?;
+            let (chunk, place) = (id / self.width(), id % self.width());
+            places.entry(chunk).or_default().push(place as usize);
+        }
+        for ((first, chunk), number) in self.0.iter().zip(0_u32..) {
+            let Some(places) = places.get(&number) else { continue };
+            zero_mapped::<types::counters>(chunk.as_fd(), chunk.max_entries() as usize, places)
+                .with_context(|| format!("counters from id {first}"))?;
         }
         Ok(())
     }
