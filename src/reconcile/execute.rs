@@ -1,5 +1,6 @@
 //! Executes plans: the only place where udplb changes the kernel.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,7 +15,7 @@ use crate::datapath::hook::{self, Attachment, Slot};
 use crate::datapath::marks::Mark;
 use crate::datapath::pins::WriteGuard;
 use crate::datapath::spares::{self, Situation};
-use crate::datapath::state_maps::{self, INCOMPLETE};
+use crate::datapath::state_maps::{self, INCOMPLETE, StateMaps};
 use crate::datapath::{announcements, generation, handover, nexthops, retired, tc, tcx, xdp};
 use crate::net::Netlink;
 use crate::net::nexthop::NextHop;
@@ -103,6 +104,7 @@ pub struct Executor<'a> {
     built: Option<Generation>,
     dropped: BTreeSet<u32>,
     ways: &'a BTreeMap<Target, NextHop>,
+    maps: OnceCell<StateMaps>,
     /// Counters start at zero: there were none, or their map had gone.
     pub counters_reset: bool,
 }
@@ -115,8 +117,19 @@ impl<'a> Executor<'a> {
         before: &'a Observed,
         ways: &'a BTreeMap<Target, NextHop>,
     ) -> Executor<'a> {
-        let (built, dropped) = (None, BTreeSet::new());
-        Executor { guard, netlink, before, built, dropped, ways, counters_reset: false }
+        let (built, dropped, maps) = (None, BTreeSet::new(), OnceCell::new());
+        Executor { guard, netlink, before, built, dropped, ways, maps, counters_reset: false }
+    }
+
+    /// Returns the maps that outlive generations; `None` if one of them is missing. They are opened once, since
+    /// nobody else changes them under the guard.
+    fn maps(&self) -> anyhow::Result<Option<&StateMaps>> {
+        if self.maps.get().is_none()
+            && let Some(maps) = state_maps::open(self.guard)?
+        {
+            self.maps.get_or_init(|| maps);
+        }
+        Ok(self.maps.get())
     }
 
     fn generation(&self, number: u32) -> Option<&Generation> {
@@ -170,6 +183,7 @@ impl<'a> Executor<'a> {
                 let built = generation::build(self.guard, draft, others)?;
                 self.counters_reset = built.counters_reset && !others.0.is_empty();
                 self.built = Some(built.generation);
+                self.maps = OnceCell::new();
                 if let Err(error) = tcx::sweep(self.guard) {
                     log::warn!("{error:#}");
                 }
@@ -216,12 +230,12 @@ impl<'a> Executor<'a> {
                 Ok(Some(Undo::RestoreMark(interface.clone())))
             }
             Action::SetHeld(held) => {
-                let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
+                let maps = self.maps()?.context(INCOMPLETE)?;
                 maps.set_held(*held)?;
                 Ok(Some(Undo::SetHeld))
             }
             Action::SetPending(pending) => {
-                let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
+                let maps = self.maps()?.context(INCOMPLETE)?;
                 maps.set_pending(*pending)?;
                 Ok(Some(Undo::SetPending))
             }
@@ -234,7 +248,7 @@ impl<'a> Executor<'a> {
                 Ok(Some(Undo::Override(*id)))
             }
             Action::TakeAddress(place @ (address, ifindex)) => {
-                let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
+                let maps = self.maps()?.context(INCOMPLETE)?;
                 self.netlink.remove_address(*ifindex, *address).await?;
                 maps.announcements.forget(self.guard, *place)?;
                 // arpd puts it back
@@ -336,7 +350,7 @@ impl<'a> Executor<'a> {
     }
 
     fn set_withdrawn(&self, address: IpAddr, withdrawn: bool) -> anyhow::Result<()> {
-        let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
+        let maps = self.maps()?.context(INCOMPLETE)?;
         match withdrawn {
             true => maps.announcements.withdraw(self.guard, address),
             false => maps.announcements.restore(self.guard, address),
@@ -393,7 +407,7 @@ impl<'a> Executor<'a> {
 
     /// Changes the mark of an interface; does nothing if the state maps are missing.
     fn mark(&self, interface: &str, change: impl FnOnce(&mut Mark)) -> anyhow::Result<()> {
-        let Some(maps) = state_maps::open(self.guard)? else { return Ok(()) };
+        let Some(maps) = self.maps()? else { return Ok(()) };
         let before = self.before.marks.get(interface).copied();
         let mut mark = before.unwrap_or_default();
         change(&mut mark);
@@ -404,7 +418,7 @@ impl<'a> Executor<'a> {
     }
 
     fn restore_mark(&self, interface: &str) -> anyhow::Result<()> {
-        let Some(maps) = state_maps::open(self.guard)? else { return Ok(()) };
+        let Some(maps) = self.maps()? else { return Ok(()) };
         maps.marks.set(self.guard, interface, self.before.marks.get(interface).copied())
     }
 
@@ -427,10 +441,10 @@ impl<'a> Executor<'a> {
     /// be selected, and this host's addresses and VLANs.
     async fn refresh(&self, number: u32) -> anyhow::Result<()> {
         let generation = self.generation(number).context("no such generation")?;
-        let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
+        let maps = self.maps()?.context(INCOMPLETE)?;
         let (desired, ids) = generation.hosts();
         nexthops::write(&maps.nexthops, desired, ids, self.ways).context("next hops")?;
-        let situation = Situation::read(&maps, generation.ids().max().unwrap_or(0))?;
+        let situation = Situation::read(maps, generation.ids().max().unwrap_or(0))?;
         spares::write(self.guard, number, (desired, ids), &[&situation], None, &maps.gate)?;
         if !desired.xdp.is_empty() {
             let links = self.netlink.links().await.context("interfaces")?;
@@ -438,15 +452,15 @@ impl<'a> Executor<'a> {
             xdp::write_devices(&directory, &desired.xdp, &links, &maps.gate)?;
         }
         let environment = Environment::read(self.netlink).await.context("addresses")?;
-        environment.write(&maps, self.generations().map(|it| it.hosts().0), false)
+        environment.write(maps, self.generations().map(|it| it.hosts().0), false)
     }
 
     /// Overrides the state of an upstream. Its replacements are written before the state changes, and again
     /// after it.
     fn set_override(&self, id: u32, state: Option<State>) -> anyhow::Result<()> {
-        let maps = state_maps::open(self.guard)?.context(INCOMPLETE)?;
+        let maps = self.maps()?.context(INCOMPLETE)?;
         let max = self.generations().flat_map(Generation::ids).max().unwrap_or(0);
-        let before = Situation::read(&maps, max)?;
+        let before = Situation::read(maps, max)?;
         let mut after = before.clone();
         match state {
             Some(state) => after.overrides.insert(id, state),
@@ -476,7 +490,7 @@ impl<'a> Executor<'a> {
     fn drop(&self, number: u32) -> anyhow::Result<()> {
         let (gone, others): (Vec<_>, Vec<_>) =
             self.generations().partition(|it| it.number == number);
-        if let (Some(maps), [gone]) = (state_maps::open(self.guard)?, &gone[..]) {
+        if let (Some(maps), [gone]) = (self.maps()?, &gone[..]) {
             // a packet may still be on its way through the program of a filter that was just replaced
             if self.before.is_attached(number) || !self.before.generations.contains_key(&number) {
                 maps.counters.settle()?;
@@ -527,13 +541,12 @@ impl<'a> Executor<'a> {
                 }
             }
             Undo::SetHeld => {
-                let maps =
-                    state_maps::open(self.guard)?.ok_or_else(|| anyhow!("state/ is gone"))?;
+                let maps = self.maps()?.ok_or_else(|| anyhow!("state/ is gone"))?;
                 maps.set_held(self.before.held)
             }
             Undo::RestoreMark(interface) => self.restore_mark(interface),
             Undo::SetPending => {
-                let maps = state_maps::open(self.guard)?.context("state/ is gone")?;
+                let maps = self.maps()?.context("state/ is gone")?;
                 maps.set_pending(self.before.pending)
             }
             Undo::SetCurrent => self.guard.set_current(self.before.current),
