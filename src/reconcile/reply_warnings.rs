@@ -63,11 +63,11 @@ impl Candidate<'_> {
     /// Warns of upstreams with `via: link` behind a router, which would route the packets back.
     fn not_on_the_link(self) -> Vec<Message> {
         let mut findings = Vec::new();
-        for (at, rule, upstream) in self.upstreams() {
+        let is_by_link = |rule: &Rule, upstream| rule.via_of(upstream) == Some(Via::Link);
+        for (at, rule, upstream) in self.upstreams().filter(|(_, rule, it)| is_by_link(rule, it)) {
             let address = &upstream.address;
             let hop = self.hops(rule, upstream).iter().find(|hop| hop.gateway != address.ip);
-            let by_link = rule.via_of(upstream) == Some(Via::Link);
-            if let Some(hop) = hop.filter(|_| by_link) {
+            if let Some(hop) = hop {
                 let message = format!(
                     "{address} is behind {}, which does not send packets on that keep their destination",
                     hop.gateway

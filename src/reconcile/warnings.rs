@@ -1,6 +1,6 @@
 //! Warnings about configurations that are valid but probably not intended. Pure, but for reading /proc.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::sockets::{Listener, listeners, memberships};
@@ -30,10 +30,9 @@ impl<'a> Candidate<'a> {
     /// Returns the upstreams with their rules and their places in the file. Both lists have the same order,
     /// but `desired` may lack some.
     pub(super) fn upstreams(self) -> impl Iterator<Item = (&'a Path, &'a Rule, &'a Upstream)> {
-        let by_name = self.config.rules.iter().map(|rule| (rule.name.as_str(), rule));
-        let by_name: HashMap<&str, &RuleConfig> = by_name.collect();
+        let mut rules = self.config.rules.iter();
         self.desired.rules.iter().flat_map(move |rule| {
-            let written = by_name.get(rule.name.as_str()).copied();
+            let written = rules.find(|it| it.name == rule.name);
             let mut written = written.into_iter().flat_map(RuleConfig::destinations).peekable();
             rule.destinations().filter_map(move |upstream| {
                 let is_other = |it: &&config::UpstreamConfig| {
@@ -43,6 +42,11 @@ impl<'a> Candidate<'a> {
                 Some((&written.peek()?.at, rule, upstream))
             })
         })
+    }
+
+    /// Returns true if some upstream has such a next hop. Mostly none has, and nothing is to be looked for.
+    fn has(self, is_such: impl Fn(&NextHop) -> bool) -> bool {
+        self.next_hops.values().any(is_such)
     }
 
     /// Returns the targets of the upstreams with their places in the file and their next hops.
@@ -61,6 +65,9 @@ impl<'a> Candidate<'a> {
 
     /// Returns errors for upstreams that are this host itself: their packets would loop.
     pub fn own_upstreams(self) -> Vec<Message> {
+        if !self.has(|next_hop| *next_hop == NextHop::Local) {
+            return Vec::new();
+        }
         let own = self.targets().filter(|(.., next_hop)| *next_hop == Some(&NextHop::Local));
         own.map(|(at, Target { address, .. }, _)| {
             let message = format!("{address} is an address of this host, which is no upstream");
@@ -182,6 +189,9 @@ impl<'a> Candidate<'a> {
     /// Returns warnings about upstreams without a route, whose packets are dropped and counted, and about
     /// next hops that have not answered, each once, at its first upstream.
     pub fn missing_hops(self) -> Vec<Message> {
+        if !self.has(NextHop::is_wanting) {
+            return Vec::new();
+        }
         let no_route = self.targets().filter_map(|(at, target, next_hop)| match next_hop {
             Some(NextHop::None(reason)) => {
                 Some(Message::about(at, format!("no route to {}: {reason}", target.address)))
@@ -205,6 +215,9 @@ impl<'a> Candidate<'a> {
     /// Returns warnings about upstreams that IPsec policies apply to: packets to them leave in clear.
     pub fn in_clear(self, policies: &[SecurityPolicy]) -> Vec<Message> {
         let mut findings = Vec::new();
+        if policies.is_empty() {
+            return findings;
+        }
         for (at, rule, upstream) in self.upstreams() {
             let target = self.desired.target(rule, upstream);
             let hops = self.next_hops.get(&target).map_or(&[][..], NextHop::hops);
@@ -240,6 +253,9 @@ impl<'a> Candidate<'a> {
 
     /// Returns warnings about upstreams with several paths, one for each set of paths.
     pub fn several(self) -> Vec<Message> {
+        if !self.has(|next_hop| matches!(next_hop, NextHop::Several { .. })) {
+            return Vec::new();
+        }
         let mut seen = BTreeSet::new();
         let mut findings = Vec::new();
         for (at, target, next_hop) in self.targets() {
