@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::process::Stdio;
 
 use serde_json::{Value, json};
-use udplb::config::{Action, Decap, Key, Ports, Via};
+use udplb::config::{Action, Decap, Key, Network, Ports, Via};
 use udplb::desired::{Desired, Rule, Upstream};
 
 use crate::answers::{VIPS, ip6};
@@ -32,34 +32,34 @@ const fn ip4(octets: [u8; 4]) -> IpAddr {
 }
 
 /// A balancer of each family, another host, and this host.
-const BALANCERS: [IpAddr; 2] = [ip4([10, 0, 2, 7]), ip6([0xfd00, 2, 0, 0, 0, 0, 0, 7])];
-const STRANGERS: [IpAddr; 2] = [ip4([10, 0, 2, 8]), ip6([0xfd00, 2, 0, 0, 0, 0, 1, 7])];
-const HERE: [IpAddr; 2] = [IpAddr::V4(OWN), IpAddr::V6(OWN6)];
+pub const BALANCERS: [IpAddr; 2] = [ip4([10, 0, 2, 7]), ip6([0xfd00, 2, 0, 0, 0, 0, 0, 7])];
+pub const STRANGERS: [IpAddr; 2] = [ip4([10, 0, 2, 8]), ip6([0xfd00, 2, 0, 0, 0, 0, 1, 7])];
+pub const HERE: [IpAddr; 2] = [IpAddr::V4(OWN), IpAddr::V6(OWN6)];
 const CLIENTS: [IpAddr; 2] = [ip4([198, 51, 100, 7]), ip6([0x2001, 0xdb8, 0, 0, 0, 0, 0, 7])];
 
 /// An outer header, and that of GUE.
-#[derive(Clone)]
-struct Outer {
-    family: usize,
-    via: Via,
-    from: IpAddr,
-    to: IpAddr,
+#[derive(Clone, Debug)]
+pub struct Outer {
+    pub family: usize,
+    pub via: Via,
+    pub from: IpAddr,
+    pub to: IpAddr,
     /// The two lower bits of the TOS or traffic class.
-    ecn: u8,
-    port: u16,
-    udp_checksum: u16,
+    pub ecn: u8,
+    pub port: u16,
+    pub udp_checksum: u16,
     /// Added to the UDP length.
-    udp_length: i16,
+    pub udp_length: i16,
     /// Added to the length of the outer IP packet.
-    length: i16,
+    pub length: i16,
     /// IPv4: flags and offset of a fragment.
-    fragment: u16,
+    pub fragment: u16,
     /// IPv4: added to the checksum.
-    checksum_error: u16,
+    pub checksum_error: u16,
 }
 
 impl Outer {
-    fn new(family: usize, via: Via) -> Outer {
+    pub fn new(family: usize, via: Via) -> Outer {
         Outer {
             family,
             via,
@@ -76,7 +76,7 @@ impl Outer {
     }
 
     /// Puts the IP packet of a frame into outer headers.
-    fn around(&self, frame: &[u8]) -> Vec<u8> {
+    pub fn around(&self, frame: &[u8]) -> Vec<u8> {
         let inner = &frame[ETHERNET..];
         let mut body = Vec::new();
         if self.via == Via::Gue {
@@ -129,11 +129,14 @@ fn inner(family: usize) -> Forged {
     Forged::between(RELAY_MAC, CLIENTS[family], VIPS[family], 53)
 }
 
+/// Takes outer headers of both kinds off packets of the balancers.
+pub fn from_balancers() -> Decap {
+    let from = BALANCERS.map(Network::from);
+    Decap { from: from.to_vec(), via: vec![Via::Ipip, Via::Gue] }
+}
+
 /// Configures `decap`, and rules that match what is in the outer headers, and GUE itself.
 fn configure(testbed: &Testbed<'_>) {
-    let prefix =
-        |address: IpAddr| format!("{address}/{}", if address.is_ipv4() { 32 } else { 128 });
-    let from = BALANCERS.map(|address| prefix(address).parse().expect("a network"));
     let rule = |name: &str, address: IpAddr, port: u16, upstream: IpAddr| {
         let key = Key::new(address, vec![Ports { first: port, last: port }]);
         let rule = Rule::new(name, key, vec![Upstream::new(upstream, None)]);
@@ -143,8 +146,7 @@ fn configure(testbed: &Testbed<'_>) {
         rule("dns4", VIPS[0], 53, ip4([10, 0, 2, 2])),
         rule("dns6", VIPS[1], 53, ip6([0xfd00, 2, 0, 0, 0, 0, 0, 2])),
     ];
-    let decap = Some(Decap { from: from.to_vec(), via: vec![Via::Ipip, Via::Gue] });
-    let desired = Desired { decap, rules, ..Desired::default() };
+    let desired = Desired { decap: Some(from_balancers()), rules, ..Desired::default() };
     testbed.program.configure_all(&desired, &BTreeMap::new(), 0);
 }
 

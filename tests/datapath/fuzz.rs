@@ -24,6 +24,7 @@ use udplb::config::{
 use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
 
 use crate::common::wire::Tag;
+use crate::decap::{self, BALANCERS, HERE, Outer, STRANGERS};
 use crate::flow;
 use crate::forge::{Forged, V4};
 use crate::packet::Mac;
@@ -98,6 +99,8 @@ struct Scenario {
 #[derive(Clone, Debug)]
 struct Step {
     before: Option<Event>,
+    /// Outer headers around the packet.
+    outer: Option<Outer>,
     packet: Forged,
 }
 
@@ -115,7 +118,7 @@ enum Event {
 
 impl From<Forged> for Step {
     fn from(packet: Forged) -> Step {
-        Step { before: None, packet }
+        Step { before: None, outer: None, packet }
     }
 }
 
@@ -166,6 +169,7 @@ impl Scenario {
             // MTU, Ethernet header and room for one tag, with or without a tag
             longest: 1500 + 14 + 4,
             ways: ways(self.held),
+            decap: decap::from_balancers().from,
             drained: HashSet::new(),
             hashing: Hashing {
                 key: flow::header_key,
@@ -188,6 +192,7 @@ fn fate(outcome: &Outcome) -> String {
         End::Up => "up",
         End::Dropped => "drop",
         End::Here(_) => "here",
+        End::Taken(_) => "taken",
         End::Away(_) => "away",
         End::Answered(_) => "answer",
     });
@@ -347,7 +352,8 @@ fn check(
         ((*address).into(), testbed.hop_to(*address, *mtu as u32, Some(HELD_MAC)))
     });
     let broadcasts = vec![BROADCAST.into()];
-    let desired = Desired { rules: vec![scenario.rule.clone()], broadcasts, ..Desired::default() };
+    let (rules, decap) = (vec![scenario.rule.clone()], Some(decap::from_balancers()));
+    let desired = Desired { rules, broadcasts, decap, ..Desired::default() };
     let ids = testbed.program.configure_all(&desired, &ways.collect(), 0).remove(0);
     testbed.program.lease(scenario.held);
     let wanted = check_each(testbed, scenario.host(ids), steps);
@@ -379,11 +385,14 @@ fn check_each(
     let has_local = rule.destinations().any(Upstream::is_local);
     let mut table = Table::default();
     let (mut counted, mut by_xdp) = (Counted::new(), 0);
-    for (number, Step { before, packet }) in steps.iter().enumerate() {
+    for (number, Step { before, outer, packet }) in steps.iter().enumerate() {
         if let Some(event) = before {
             event.happen(testbed, &mut host);
         }
         let mut frame = packet.frame();
+        if let Some(outer) = outer {
+            frame = outer.around(&frame);
+        }
         let came = packet.cut.unwrap_or(frame.len()).min(frame.len());
         // the kernel runs no program on shorter frames
         frame.resize(frame.len().max(SHORTEST), 0);
@@ -391,7 +400,8 @@ fn check_each(
         // the kernel neither truncates nor clones GSO packets of a test run
         // they have no GSO type either, without which it puts no second tag back
         let retagged = has_local && packet.tags.len() + usize::from(packet.tag.is_some()) > 1;
-        let plain = length.is_some() || copied || retagged || rule.reply == Reply::Direct;
+        let tunnelled = outer.is_some() || rule.reply == Reply::Direct;
+        let plain = length.is_some() || copied || retagged || tunnelled;
         let (gso_size, gso_segs) = if plain { (0, 0) } else { packet.gso };
         let arrival = Arrival {
             frame: &frame[..came],
@@ -447,6 +457,7 @@ fn is_as(
             let frame = [&bytes[..12], &came.frame[tags], &bytes[12..]].concat();
             run.action == UNSPEC && run.tag == came.tag && run.frame == frame
         }
+        End::Taken(frame) => run.action == UNSPEC && run.tag == came.tag && run.frame == *frame,
         End::Away(gone) => {
             run.action == REDIRECT && run.tag.is_none() && table.admit(gone, &run.frame)
         }
@@ -466,6 +477,7 @@ fn difference(wanted: &Outcome, run: &Run, copies: &[Vec<u8>]) -> String {
         End::Up => "up the stack".into(),
         End::Dropped => "dropped".into(),
         End::Here(bytes) => format!("here as {}", hex(bytes)),
+        End::Taken(frame) => format!("up the stack as {}", hex(frame)),
         End::Away(gone) => format!("away as {}", hex(&gone.frame)),
         End::Answered(answer) => format!("dropped or answered: {answer:?}"),
     };
@@ -514,6 +526,7 @@ fn program_follows_the_specification() {
 /// Verdicts that must occur among this many packets, and the way that some must take.
 const VERDICTS: &[Verdict] = &[
     "by XDP",
+    "decapsulated",
     "forwarded",
     "fragment",
     "fragment-early",
@@ -539,8 +552,13 @@ fn fuzz(
     // a sequence that misses a copy waits for it
     let max_shrink_time = 120_000;
     let config = Config { cases, max_shrink_time, failure_persistence: None, ..Config::default() };
-    let step = (usually(None, any_event().prop_map(Some)), any_packet(target))
-        .prop_map(|(before, packet)| Step { before, packet });
+    let event = usually(None, any_event().prop_map(Some));
+    let outer = usually(None, any_outer(target).prop_map(Some));
+    let step = (event, outer, any_packet(target)).prop_map(|(before, outer, packet)| Step {
+        before,
+        outer,
+        packet,
+    });
     let sequences = (any_scenario(target), vec(step, 1..=SEQUENCE as usize));
     let result = TestRunner::new(config).run(&sequences, |(scenario, steps)| {
         let result = check(testbed, &scenario, &steps, &mut tally.borrow_mut());
@@ -554,6 +572,25 @@ fn fuzz(
         Err(TestError::Abort(reason)) => panic!("{reason}"),
         Ok(()) => {}
     }
+}
+
+/// Generates outer headers of the target's family, most of which are right.
+fn any_outer(target: Target) -> impl Strategy<Value = Outer> {
+    let family = usize::from(target.address.is_ipv6());
+    let ends = (
+        usually(BALANCERS[family], Just(STRANGERS[family])),
+        usually(HERE[family], one_of([target.address, BALANCERS[family]])),
+    );
+    let lengths = (usually(0, -9..=9_i16), usually(0, -9..=9_i16));
+    let gue = (usually(6080, Just(2055)), one_of([0, 0x1234]));
+    let ipv4 = (usually(0x4000, one_of([0, 0x2000, 1, 0x8000])), usually(0, one_of([1, 0xffff])));
+    (one_of([Via::Ipip, Via::Gue]), ends, 0..4_u8, lengths, gue, ipv4).prop_map(
+        move |(via, (from, to), ecn, (udp_length, length), (port, udp_checksum), ipv4)| {
+            let (fragment, checksum_error) = ipv4;
+            let outer = Outer { from, to, ecn, port, udp_checksum, ..Outer::new(family, via) };
+            Outer { udp_length, length, fragment, checksum_error, ..outer }
+        },
+    )
 }
 
 fn any_event() -> impl Strategy<Value = Event> {

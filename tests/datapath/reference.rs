@@ -44,6 +44,8 @@ pub struct Host {
     pub longest: usize,
     /// Paths by upstream address; no other address has a route.
     pub ways: BTreeMap<IpAddr, NextHop>,
+    /// Senders whose outer headers are taken off.
+    pub decap: Vec<Network>,
     /// Ids of upstreams and mirrors that are drained.
     pub drained: HashSet<u32>,
     pub hashing: Hashing,
@@ -116,6 +118,8 @@ pub enum End {
     Dropped,
     /// Delivered to a receiver on this host, and the packet without its tags.
     Here(Vec<u8>),
+    /// Delivered to the local stack without its outer headers.
+    Taken(Vec<u8>),
     /// Redirected out of an interface, untagged.
     Away(Gone),
     /// Dropped; an ICMP error may be sent to the sender.
@@ -211,6 +215,12 @@ const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const DESTINATION: u8 = 60;
 
+/// The port of GUE.
+const GUE: u16 = 6080;
+
+/// "Congestion experienced", RFC 3168 section 5.
+const CONGESTED: u8 = 3;
+
 /// Result of parsing a frame.
 enum Parsed {
     /// Neither UDP nor a fragment that may be UDP.
@@ -259,6 +269,68 @@ struct Fragment {
 impl Host {
     /// Computes a packet's outcome. `table` holds the state left by earlier packets.
     pub fn judge(&self, table: &mut Table, arrival: Arrival<'_>) -> Outcome {
+        let bytes = arrival.frame.len() as u64;
+        match self.outer(arrival).map(|outer| outer.take_off(arrival.frame)) {
+            None => self.judge_inner(table, arrival),
+            Some(None) => self.judge_inner(table, arrival).counted(0, "malformed", (1, bytes)),
+            Some(Some(frame)) => {
+                let count = (1, frame.len() as u64);
+                let outcome = Outcome { end: End::Taken(frame), ..Outcome::default() };
+                outcome.counted(0, "decapsulated", count)
+            }
+        }
+    }
+
+    /// Returns the outer headers of a packet that a balancer has put into them for this host: one IP header without
+    /// options of an unfragmented packet, and the UDP header of GUE.
+    fn outer(&self, arrival: Arrival<'_>) -> Option<Outer> {
+        let frame = arrival.frame;
+        let to: Mac = frame.get(..6)?.try_into().expect("six bytes");
+        let header = &frame[ETHERNET..];
+        let at = |place: usize| word(header, place);
+        let outer = match word(frame, ETHERNET - 2)? {
+            IPV4 if header.len() >= 20 && header[0] == 0x45 && at(6)? & 0x3fff == 0 => {
+                let address =
+                    |at: usize| -> [u8; 4] { header[at..at + 4].try_into().expect("four") };
+                Outer {
+                    ends: (address(12).into(), address(16).into()),
+                    protocol: header[9],
+                    length: 20,
+                    end: at(2)?.into(),
+                    ecn: header[1] & 3,
+                    is_valid: sum(&header[..20]) == u16::MAX,
+                }
+            }
+            IPV6 if header.len() >= 40 && header[0] >> 4 == 6 => {
+                let address =
+                    |at: usize| -> [u8; 16] { header[at..at + 16].try_into().expect("16") };
+                Outer {
+                    ends: (address(8).into(), address(24).into()),
+                    protocol: header[6],
+                    length: 40,
+                    end: 40 + usize::from(at(4)?),
+                    ecn: header[1] >> 4 & 3,
+                    is_valid: true,
+                }
+            }
+            _ => return None,
+        };
+        let outer = match (outer.protocol, outer.ends.0) {
+            (4, IpAddr::V4(_)) | (41, IpAddr::V6(_)) => outer,
+            (UDP, _) if at(outer.length + 2)? == GUE && at(outer.length + 6).is_some() => {
+                let room = outer.end.checked_sub(outer.length);
+                let is_valid = outer.is_valid && room == at(outer.length + 4).map(usize::from);
+                Outer { length: outer.length + 8, is_valid, ..outer }
+            }
+            _ => return None,
+        };
+        let (from, destination) = outer.ends;
+        let trusted = self.decap.iter().any(|network| network.contains(from));
+        let is_for_us = self.is_to_us(to, arrival) && self.addresses.contains(&destination);
+        (trusted && is_for_us).then_some(outer)
+    }
+
+    fn judge_inner(&self, table: &mut Table, arrival: Arrival<'_>) -> Outcome {
         let packet = match self.parse(arrival) {
             Parsed::Other => return Outcome::default(),
             Parsed::Unreadable { destination, bytes } => {
@@ -627,7 +699,10 @@ impl Host {
     /// interface's, a group's or the VLAN interface's) and tags. An 802.1Q tag with VLAN id 0 carries
     /// only a priority.
     fn is_for_us(&self, packet: &Packet, arrival: Arrival<'_>) -> bool {
-        let (to, _) = packet.macs();
+        self.is_to_us(packet.macs().0, arrival)
+    }
+
+    fn is_to_us(&self, to: Mac, arrival: Arrival<'_>) -> bool {
         let mut path = Vec::new();
         let beside = arrival.tag.map(|tag| (tag.protocol, tag.control));
         for (protocol, control) in beside.into_iter().chain(tags(arrival.frame)) {
@@ -1089,6 +1164,49 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
     let came = packet.fragment.is_some() || bytes.len() >= packet.body + 8;
     let came = packet.is_later() || next == UDP && came;
     if came { Parsed::Packet(Packet { bytes, ..packet }) } else { Parsed::Other }
+}
+
+/// Outer headers of a packet.
+struct Outer {
+    ends: (IpAddr, IpAddr),
+    protocol: u8,
+    /// Bytes of all outer headers.
+    length: usize,
+    /// End of the IP packet, from the beginning of its header.
+    end: usize,
+    ecn: u8,
+    is_valid: bool,
+}
+
+impl Outer {
+    /// Returns the frame of the inner packet; `None` if it is not whole. A mark of congestion goes into it: RFC 6040.
+    fn take_off(&self, frame: &[u8]) -> Option<Vec<u8>> {
+        let room = self.end.checked_sub(self.length)?;
+        if !self.is_valid || ETHERNET + self.end > frame.len() {
+            return None;
+        }
+        let inner = &frame[ETHERNET + self.length..];
+        let is_ipv4 = self.ends.0.is_ipv4();
+        inner.get(..if is_ipv4 { 20 } else { 40 })?;
+        let (length, header, ecn) = match is_ipv4 {
+            true => (word(inner, 2)?.into(), usize::from(inner[0] & 15) * 4, inner[1] & 3),
+            false => (40 + usize::from(word(inner, 4)?), 40, inner[1] >> 4 & 3),
+        };
+        let version = if is_ipv4 { 4 } else { 6 };
+        let is_whole = header >= 20 && length >= header && length <= room;
+        if inner[0] >> 4 != version || !is_whole || self.ecn == CONGESTED && ecn == 0 {
+            return None;
+        }
+        let bare = [&frame[..ETHERNET], inner].concat();
+        let mut marked = bare.clone();
+        if self.ecn == CONGESTED && ecn != CONGESTED {
+            marked[ETHERNET + 1] |= if is_ipv4 { CONGESTED } else { CONGESTED << 4 };
+            if is_ipv4 {
+                update_ipv4_checksum(&bare, &mut marked);
+            }
+        }
+        Some(marked)
+    }
 }
 
 impl Outcome {
