@@ -69,7 +69,9 @@ fn checksums_stay_valid_or_invalid() {
             let gone = gone(judge(&host, &mut Table::default(), &frame));
             // only the first fragment has a UDP header
             for gone in gone.iter().filter(|gone| !gone.is_piece) {
-                prop_assert_eq!(checksums(&frame), checksums(&gone.frame));
+                let outer = gone.frame.len().saturating_sub(frame.len());
+                let inner = [&gone.frame[..14], &gone.frame[14 + outer..]].concat();
+                prop_assert_eq!(checksums(&frame), checksums(&inner));
             }
             Ok(())
         });
