@@ -56,8 +56,7 @@ static __always_inline bool takes_frames(__u32 ifindex)
 /* Returns true while the upstream of a packet has a line for an IP packet of `length` bytes. */
 static __always_inline bool is_remembered(const struct xmit *xmit, __u32 length)
 {
-	__u32 index = xmit->index;
-	const struct line *line = bpf_map_lookup_elem(&lines, &index);
+	const struct line *line = get_line(xmit->index);
 
 	return line && is_line_valid(line) && length <= line->mtu;
 }

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use udplb::config::{Action, Mode, Source};
 use udplb::desired::Rule;
 
-use crate::common::wire::Tag;
+use crate::common::wire::{Tag, run_on_cpu};
 use crate::packet::{Datagram, Mac};
 use crate::testbed::{
     Case, FAR, Fate, GATEWAY_MAC, NEAR, NEAR_MAC, REDIRECT, SHOT, Testbed, datagram, rule, to,
@@ -38,6 +38,27 @@ fn line_is_used_until_the_epoch_moves_on() {
         testbed.program.advance();
         assert_eq!(leaves(testbed, &case), Some(GATEWAY_MAC), "by the slow path");
         assert_eq!(leaves(testbed, &case), Some(GATEWAY_MAC), "by the new line");
+    });
+}
+
+/// Each CPU fills lines of its own, whatever another one remembers.
+#[test]
+fn each_cpu_fills_its_own_lines() {
+    Testbed::with(|testbed| {
+        let case = Case { known: Some(testbed.hop(1500, Some(OTHER_MAC))), ..block(FAR) };
+        let (ids, _) = testbed.run(&case);
+        testbed.program.lease(true);
+        for cpu in [0, 1] {
+            run_on_cpu(cpu);
+            assert_eq!(leaves(testbed, &case), Some(OTHER_MAC));
+        }
+        testbed
+            .program
+            .change_nexthop_quietly(ids.upstreams[0], |hop| hop.destination = GATEWAY_MAC);
+        for cpu in [0, 1] {
+            run_on_cpu(cpu);
+            assert_eq!(leaves(testbed, &case), Some(OTHER_MAC), "by the line of CPU {cpu}");
+        }
     });
 }
 
