@@ -19,7 +19,7 @@ use crate::relay::{apply, grant_lease, load_nftables, networks, open_program};
 pub const PACKETS: u64 = 2_000;
 pub const PORT: u16 = floors::PORT;
 
-/// How a program is attached to the ingress of an interface.
+/// Attachment of a program to the ingress of an interface.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Hook {
     /// By a filter of cls_bpf.

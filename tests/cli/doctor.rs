@@ -164,7 +164,7 @@ fn earlier_programs_are_found() {
     assert!(!examine(&lab, 0).contains("other_xdp"));
 }
 
-/// Where the program belongs follows from the filters of others.
+/// The program belongs where the filters of others leave room.
 #[test]
 fn program_in_another_place_is_found() {
     let mut lab = Lab::new();

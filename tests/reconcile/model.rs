@@ -25,7 +25,7 @@ pub enum Owner {
 pub struct Kernel {
     pub observed: Observed,
     pub clsacts: BTreeMap<String, Owner>,
-    /// How a program is attached where no foreign filter comes first.
+    /// Attachment of a program where no foreign filter comes first.
     attachment: Attachment,
 }
 
