@@ -76,12 +76,15 @@ static __always_inline bool read_outer6(struct __sk_buff *skb, __u32 at, struct 
  * Adds the UDP header of GUE to the outer headers, if there is one. Its checksum is not verified: that of the
  * inner packet is, and over IPv6 there may be none (RFC 6935). Returns false for another tunnel or none.
  */
-static __always_inline bool read_outer_udp(struct __sk_buff *skb, __u32 at, struct outer *outer)
+static __always_inline bool read_outer_udp(struct __sk_buff *skb, __u32 at, struct outer *outer, bool ipv6)
 {
 	struct udphdr udp;
 
-	if (outer->protocol != IPPROTO_UDP)
+	if (outer->protocol == (ipv6 ? IPPROTO_IPV6 : IPPROTO_IPIP))
 		return decap_settings.ipip;
+	/* may_have_outer() has not seen the protocol of a header that was not linear */
+	if (outer->protocol != IPPROTO_UDP)
+		return false;
 	if (!decap_settings.gue || bpf_skb_load_bytes(skb, at + outer->length, &udp, sizeof(udp)) ||
 	    udp.dest != bpf_htons(GUE_PORT))
 		return false;
@@ -156,7 +159,7 @@ __noinline __u32 decap(struct __sk_buff *skb, __u32 l2)
 
 	if (!features.decap || !is_for_us_tagged(skb, 0) ||
 	    !(ipv6 ? read_outer6(skb, l2, &outer) : read_outer4(skb, l2, &outer)) ||
-	    !read_outer_udp(skb, l2, &outer) || !is_trusted(&outer))
+	    !read_outer_udp(skb, l2, &outer, ipv6) || !is_trusted(&outer))
 		return false;
 	at = l2 + outer.length;
 	if (!outer.is_valid || outer.room < outer.length || l2 + outer.room > skb->len) {

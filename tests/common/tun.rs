@@ -44,6 +44,14 @@ impl Tun {
         (&self.0).write_all(packet).expect("the device takes it");
     }
 
+    /// Delivers a frame to a tap device of which only the Ethernet header is in the linear part; it must be longer
+    /// than a page.
+    pub fn send_paged(&self, frame: &[u8]) {
+        // struct virtio_net_hdr: the length of the headers is the third field
+        let header = [0, 0, 14, 0, 0, 0, 0, 0, 0, 0];
+        self.send(&[&header, frame].concat());
+    }
+
     /// Delivers a frame of a guest that leaves to the host the UDP checksum, over the bytes from
     /// `start` on, and the segmentation of payloads longer than `segment`.
     pub fn send_unfinished(&self, frame: &[u8], start: u16, segment: u16) {

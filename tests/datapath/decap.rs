@@ -514,6 +514,28 @@ fn tunnels_end_at_tun_devices_too() {
     assert_eq!(lab.status()["decap"]["packets"], 4);
 }
 
+/// The protocol counts wherever the header lies.
+#[test]
+fn other_protocols_behind_a_short_head_stay() {
+    let lab = Lab::new();
+    let tap = Tun::tap(&lab.relay, "tap0");
+    lab.relay.ip("addr add 10.0.2.1/24 dev tap0");
+    let mut config = decap_config(&["10.0.2.7"], &["ipip"]);
+    config["interfaces"] = json!(["tap0"]);
+    lab.apply(&config);
+    let mut packet = Forged::between(lab.relay.mac("tap0"), CLIENTS[0], HERE[0], 53);
+    packet.udp.payload = 4500;
+    let ipip = Outer::new(0, Via::Ipip);
+    // the checksum makes up for the protocol
+    let tcp = Outer { checksum_error: 4_u16.wrapping_sub(6), ..ipip.clone() };
+    let mut frame = tcp.around(&packet.frame());
+    frame[ETHERNET + 9] = 6;
+    tap.send_paged(&frame);
+    assert_eq!(lab.status()["decap"]["packets"], 0);
+    tap.send_paged(&ipip.around(&packet.frame()));
+    assert_eq!(lab.status()["decap"]["packets"], 1);
+}
+
 #[test]
 fn decap_is_planned_listed_and_shown() {
     let lab = tunnel_lab(true);
