@@ -88,38 +88,28 @@ impl<'a> Candidate<'a> {
         findings.extend(self.answers_taken(kernel));
         findings.extend(self.unseen(links, kernel));
         findings.extend(self.unannounced(links));
-        findings.extend(self.not_owned(addresses));
-        findings.extend(self.foreign_sources(addresses));
+        findings.extend(self.foreign_addresses(addresses));
         findings
     }
 
-    /// Returns warnings about sources that are no addresses of this host, each once.
-    fn foreign_sources(self, addresses: &[OwnAddress]) -> Vec<Message> {
-        let mut seen: BTreeSet<IpAddr> = addresses.iter().map(|own| own.address).collect();
-        let sources = self.config.rules.iter().flat_map(RuleConfig::sources);
-        let foreign = sources.filter(|(_, address)| seen.insert(*address));
-        foreign
-            .map(|(at, address)| {
-                let message = format!(
-                    "{address} is no address of this host: routers that check the way back (uRPF) drop packets \
-                     from it, and ICMP errors about them go elsewhere"
-                );
-                Message::about(&at, message).help(format!("ip addr add {address} dev IFACE"))
-            })
-            .collect()
-    }
-
-    /// Returns warnings about addresses of flows that this host does not have.
-    fn not_owned(self, own: &[OwnAddress]) -> Vec<Message> {
+    /// Returns warnings about addresses of flows and sources that this host does not have, each address once.
+    fn foreign_addresses(self, own: &[OwnAddress]) -> Vec<Message> {
         let at = Path::default().field("flows").field("addresses");
-        let missing = self.desired.flows.addresses.iter().enumerate();
-        let missing = missing.filter(|(_, address)| own.iter().all(|own| own.address != **address));
-        let message = |(index, address): (usize, &IpAddr)| {
-            let message =
-                format!("{address} is no address of this host: answers to its flows are lost");
-            Message::about(&at.index(index), message).help(format!("ip addr add {address} dev IF"))
+        let flows = self.desired.flows.addresses.iter().enumerate();
+        let flows = flows
+            .map(|(index, address)| (at.index(index), *address, "answers to its flows are lost"));
+        let sources = self.config.rules.iter().flat_map(RuleConfig::sources).map(|(at, address)| {
+            let why = "routers that check the way back (uRPF) drop packets from it, and ICMP errors \
+                       about them go elsewhere";
+            (at, address, why)
+        });
+        let mut seen: BTreeSet<IpAddr> = own.iter().map(|own| own.address).collect();
+        let foreign = flows.chain(sources).filter(|(_, address, _)| seen.insert(*address));
+        let message = |(at, address, why): (_, IpAddr, &str)| {
+            Message::about(&at, format!("{address} is no address of this host: {why}"))
+                .help(format!("ip addr add {address} dev IFACE"))
         };
-        missing.map(message).collect()
+        foreign.map(message).collect()
     }
 
     /// Returns warnings about interfaces of `announce` that are missing or down, and about an announcement
