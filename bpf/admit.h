@@ -186,7 +186,8 @@ __noinline __u32 check_suspect(struct __sk_buff *skb, __u32 packed, __u32 rule_i
 	if (kind && skb->ifindex != LOOPBACK_IFINDEX)
 		return *kind == OWN_ADDRESS ? VERDICT_LOOP : VERDICT_MARTIAN;
 	answer.port = pkt.udp->source;
-	if (bpf_map_lookup_elem(&answers, &answer))
+	/* entries of port 0 are of upstreams at any port of the key */
+	if (answer.port && bpf_map_lookup_elem(&answers, &answer))
 		return VERDICT_LOOP;
 	answer.port = 0;
 	if (!bpf_map_lookup_elem(&answers, &answer))

@@ -495,6 +495,7 @@ fn sources() -> Vec<Case> {
         case("an answer by the key's port", answer(2057), "drop loop").by(NEAR),
         case("an upstream as sender, by another port", answer(2059), "away forwarded").by(NEAR),
         case("an answer of the port before", answer(2057), "away forwarded").by(NEAR).under(elsewhere),
+        case("no answer, from port 0", answer(0), "away forwarded").by(NEAR),
         case("an answer by any port", answer(7), "drop loop").under(any_port),
         case("an IPv6 answer", answer6(9995), "drop loop"),
         case("an IPv6 answer, copied", answer6(9995), "up loop").under(copy),
