@@ -10,6 +10,7 @@ mod e2e;
 mod floors;
 mod flows;
 mod fragments;
+mod from;
 mod healing;
 mod host;
 mod load;
@@ -34,9 +35,10 @@ use crate::turns::Cost;
 /// A group of figures: its name and the function that measures it.
 type Part = (&'static str, fn(&mut Report));
 
-const PARTS: [Part; 13] = [
+const PARTS: [Part; 14] = [
     ("packets", packets::measure),
     ("senders", senders::measure),
+    ("from", from::measure),
     ("e2e", e2e::measure),
     ("xdp", xdp::measure),
     ("flows", flows::measure),
