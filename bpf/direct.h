@@ -100,9 +100,7 @@ static __always_inline int direct_fast(struct __sk_buff *skb, __u32 index, __u32
 		return ACTION_SLOW;
 	if (features.sender_tables && sender_table)
 		count_rule_sender(skb, pkt.packed, sender_table);
-	if (!locate_plain(skb, &pkt, ipv6))
-		return TC_ACT_SHOT;
-	if (!leave_direct(skb, &pkt, line, address, ipv6)) {
+	if (!locate_plain(skb, &pkt, ipv6) || !leave_direct(skb, &pkt, line, address, ipv6)) {
 		count_not_copied(skb, index);
 		return TC_ACT_SHOT;
 	}
