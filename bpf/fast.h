@@ -398,8 +398,10 @@ static __always_inline int fast_ipv6(struct __sk_buff *skb, struct pkt *pkt)
 	return likely(entry) ? deliver_plain(skb, pkt, entry, true) : leave_stranger(pkt, true);
 }
 
-/* Processes a packet behind an Ethernet header. Returns the action of the program, ACTION_COPY or
- * ACTION_SLOW. */
+/*
+ * Processes a packet behind an Ethernet header. Returns the action of the program, ACTION_COPY or
+ * ACTION_SLOW.
+ */
 static __always_inline int fast(struct __sk_buff *skb)
 {
 	struct pkt pkt;

@@ -189,13 +189,18 @@ static __always_inline __u32 way_of_hash(__u64 hash)
 	return hash % FLOW_WAYS;
 }
 
+/* Returns the lowest bit of each tag in a word that is zero. */
+static __always_inline __u64 zero_tags(__u64 word)
+{
+	return ~(((word & 0x7fff * EACH_TAG) + 0x7fff * EACH_TAG) | word) >> 15 & EACH_TAG;
+}
+
 /* Returns true if a flow in the bucket has the tag of a hash. */
 static __always_inline bool has_tag(const struct flow_bucket *bucket, __u64 hash)
 {
 	const __u64 *tags = (const void *)bucket->tags, tag = each_tag(hash);
-	__u64 one = tags[0] ^ tag, other = tags[1] ^ tag;
 
-	return (((one - EACH_TAG) & ~one) | ((other - EACH_TAG) & ~other)) & EACH_TAG << 15;
+	return zero_tags(tags[0] ^ tag) | zero_tags(tags[1] ^ tag);
 }
 
 /* Maps 32 bits of a hash to a number below `count`. */

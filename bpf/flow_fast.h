@@ -47,12 +47,6 @@ static __always_inline bool has_ends(const struct flow *flow, const struct pkt *
 	       is_end(end_address(flow, to, ipv6), destination_of(pkt, ipv6), ipv6);
 }
 
-/* Returns the lowest bit of each tag in a word that is zero. */
-static __always_inline __u64 zero_tags(__u64 word)
-{
-	return ~(((word & 0x7fff * EACH_TAG) + 0x7fff * EACH_TAG) | word) >> 15 & EACH_TAG;
-}
-
 /* Returns the only way of a bucket that has the tag of a hash; FLOW_WAYS if none or several have. */
 static __always_inline __u32 tagged_way(const struct flow_bucket *bucket, __u64 hash)
 {

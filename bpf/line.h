@@ -8,10 +8,10 @@
 
 #define LINES_PER_SECOND 10 /* how often a next hop is asked for without the lease */
 
-/* Returns true while a line may be used. */
-static __always_inline bool is_line_valid(const struct line *line)
+/* Returns true while a line may be used for an IP packet of `length` bytes. */
+static __always_inline bool is_line_valid(const struct line *line, __u32 length)
 {
-	return is_fresh(line->epoch, line->until);
+	return is_fresh(line->epoch, line->until) && length <= line->mtu;
 }
 
 /*
@@ -58,7 +58,7 @@ static __always_inline bool is_remembered(const struct xmit *xmit, __u32 length)
 {
 	const struct line *line = get_line(xmit->index);
 
-	return line && is_line_valid(line) && length <= line->mtu;
+	return line && is_line_valid(line, length);
 }
 
 /*

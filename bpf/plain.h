@@ -140,7 +140,7 @@ static __always_inline const __be32 *fill_plain_rewrite(const struct pkt *pkt, c
 /* Returns true if the line of an upstream is valid for the packet. */
 static __always_inline bool serves(const struct line *line, const struct pkt *pkt)
 {
-	return is_line_valid(line) && total_length(pkt) <= line->mtu;
+	return is_line_valid(line, total_length(pkt));
 }
 
 /*
