@@ -268,12 +268,8 @@ impl Counters {
 
     /// Returns the maximum number of ids.
     pub fn max_ids(&self) -> u32 {
-        self.0.outer().max_entries() * self.width()
-    }
-
-    /// Returns the number of ids in each chunk.
-    fn width(&self) -> u32 {
-        self.0.iter().next().map_or(0, |(_, chunk)| chunk.max_entries())
+        let width = self.0.iter().next().map_or(0, |(_, chunk)| chunk.max_entries());
+        self.0.outer().max_entries() * width
     }
 
     /// Returns the number of ids that have counters.
@@ -291,13 +287,14 @@ impl Counters {
     ) -> anyhow::Result<()> {
         let used = self.0.room();
         self.0.grow(&skeleton.maps.counters_chunk, ids.max().unwrap_or(0))?;
+        // by the first id of their chunk
         let mut places: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
         for id in new.filter(|id| *id < used) {
-            let (chunk, place) = (id / self.width(), id % self.width());
-            places.entry(chunk).or_default().push(place as usize);
+            let (_, place) = self.0.place(id).context("an id without counters")?;
+            places.entry(id - place).or_default().push(place as usize);
         }
-        for ((first, chunk), number) in self.0.iter().zip(0_u32..) {
-            let Some(places) = places.get(&number) else { continue };
+        for (first, chunk) in self.0.iter() {
+            let Some(places) = places.get(&first) else { continue };
             zero_mapped::<types::counters>(chunk.as_fd(), chunk.max_entries() as usize, places)
                 .with_context(|| format!("counters from id {first}"))?;
         }
