@@ -17,7 +17,7 @@ use tokio::net::unix::pipe::Receiver;
 use tokio::time::{sleep, timeout};
 
 use crate::datapath::pins::{self, ReadGuard, Store, WriteGuard};
-use crate::datapath::state_maps::{self, Pending, StateMaps};
+use crate::datapath::state_maps::{self, Pending};
 use crate::error::{Failure, Result};
 use crate::net::Netlink;
 use crate::reconcile::observe::{Observed, observe};
@@ -32,10 +32,8 @@ pub const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// Returns the pending change.
 fn pending(guard: &ReadGuard) -> anyhow::Result<Option<Pending>> {
     // mostly there is none, and one map is opened faster than all
-    if state_maps::pending(guard)?.is_none() {
-        return Ok(None);
-    }
-    state_maps::open(guard)?.as_ref().map(StateMaps::pending).transpose().map(Option::flatten)
+    let Some(pending) = state_maps::pending(guard)? else { return Ok(None) };
+    Ok(state_maps::open(guard)?.map(|_| pending))
 }
 
 /// Rolls back the pending change if its deadline has passed; returns what was done, in words.
