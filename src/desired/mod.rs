@@ -360,7 +360,19 @@ impl Desired {
 
     /// Returns what was written besides the rules.
     pub fn without_rules(&self) -> Desired {
-        let Desired { interfaces, announce, flows, decap, xdp, .. } = self;
+        // each field by its name: whether a new one is written has to be said here
+        let Desired {
+            interfaces,
+            announce,
+            flows,
+            decap,
+            xdp,
+            rules: _,
+            addresses: _,
+            broadcasts: _,
+            local_ports: _,
+            incomplete: _,
+        } = self;
         Desired {
             interfaces: interfaces.clone(),
             announce: announce.clone(),

@@ -361,11 +361,11 @@ impl Tables {
         };
         let (kind, index) = match (rule.receivers, rule.upstreams) {
             _ if rule.senders != 0 || rule.flags.0 & slow != 0 => (entries::ENTRY_RULE, index),
-            // the fast path of flows has no stack left to count senders
             // a connection id comes before the flow, and leads to an upstream that is drained for others
             _ if rule.strategy == types::strategy::STRATEGY_QUIC_CID => {
                 (entries::ENTRY_RULE, index)
             }
+            // the fast path of flows has no stack left to count senders
             (0, _) if has_flows && rule.sender_table == NO_TABLE => (entries::ENTRY_FLOW, index),
             _ if has_flows => (entries::ENTRY_RULE, index),
             (1.., _) if rule.flags.0 & flags::RULE_REPLICATES.0 != 0 && !has_slow() => {
