@@ -1,7 +1,7 @@
 //! Nanoseconds per packet of rules that look at senders: `from` of a key and of upstreams.
 
 use crate::Report;
-use crate::floors::{self, FloorsSkel, Packet};
+use crate::floors::{self, Packet};
 use crate::relay::{Case, Programs, REDIRECT, Relay};
 use crate::turns::Turns;
 
@@ -34,13 +34,9 @@ fn rules(look: bool) -> String {
     )
 }
 
-fn relay(floors: &FloorsSkel<'_>, look: bool) -> Relay {
-    Relay::new(floors, &rules(look)).leased()
-}
-
 pub fn measure(report: &mut Report) {
     let floors = floors::load();
-    let relays = [false, true].map(|look| relay(&floors, look));
+    let relays = [false, true].map(|look| Relay::new(&floors, &rules(look)).leased());
     let mut programs = Programs::new(&floors);
     let loaded = relays.each_ref().map(|relay| programs.add(relay.program()));
     let programs = &programs;

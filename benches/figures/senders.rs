@@ -1,7 +1,7 @@
 //! Nanoseconds per packet that `senders` adds to a rule, and to the rules beside it.
 
 use crate::Report;
-use crate::floors::{self, FloorsSkel, Packet, Part};
+use crate::floors::{self, Packet, Part};
 use crate::packets::SENDER;
 use crate::relay::{Case, Programs, REDIRECT, Relay};
 use crate::turns::Turns;
@@ -28,13 +28,9 @@ fn rules(counts: bool) -> String {
     format!("version: 1\ninterfaces: [in0]\nrules:\n{}", rules.collect::<String>())
 }
 
-fn relay(floors: &FloorsSkel<'_>, counts: bool) -> Relay {
-    Relay::new(floors, &rules(counts)).leased()
-}
-
 pub fn measure(report: &mut Report) {
     let floors = floors::load();
-    let relays = [false, true].map(|counts| relay(&floors, counts));
+    let relays = [false, true].map(|counts| Relay::new(&floors, &rules(counts)).leased());
     let mut programs = Programs::new(&floors);
     let loaded = relays.each_ref().map(|relay| programs.add(relay.program()));
     let programs = &programs;

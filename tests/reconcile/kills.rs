@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::hash::{BuildHasher, RandomState};
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher, RandomState};
 use std::net::{SocketAddr, UdpSocket};
 use std::process::Stdio;
 use std::sync::Mutex;
@@ -36,13 +36,10 @@ fn config(entries: u32, shown: u16) -> Value {
     })
 }
 
-/// Returns the next of a sequence of random numbers, SplitMix64.
+/// Returns the next of a sequence of random numbers.
 fn random(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut number = *state;
-    number = (number ^ number >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    number = (number ^ number >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    number ^ number >> 31
+    *state = state.wrapping_add(1);
+    BuildHasherDefault::<DefaultHasher>::default().hash_one(*state)
 }
 
 /// Clients that ask one question after the other, and their upstream.
