@@ -11,3 +11,4 @@ mod ipv6;
 mod names;
 mod neighbours;
 mod probes;
+mod stale;

@@ -6,6 +6,7 @@ pub mod daemon;
 pub mod kinds;
 pub mod lab;
 pub mod net;
+pub mod numbered;
 pub mod service;
 pub mod tun;
 pub mod verifier;
