@@ -14,8 +14,7 @@ static __always_inline bool is_ipv4_checksum_valid(const struct iphdr *ip, __u64
 {
 	const __u32 *words = (const void *)ip;
 
-	/* below 2^17 and not zero: only 0xffff is congruent to zero */
-	return fold21(fold21(sum + words[0] + words[1] + words[2] + words[3] + words[4])) == 0xffff;
+	return fold16(sum + words[0] + words[1] + words[2] + words[3] + words[4]) == 0xffff;
 }
 
 /* Returns the length in bytes of the options of an IPv4 header. */

@@ -25,7 +25,7 @@ static __always_inline bool is_partial(const struct pkt *pkt, const bool ipv6)
 #pragma unroll
 	for (word = 0; word < (ipv6 ? 8 : 2); word++)
 		sum += addresses[word];
-	return fold16_short(fold21(sum)) == pkt->udp->check;
+	return fold16(sum) == pkt->udp->check;
 }
 
 static __always_inline void count_xdp_sent(void)
