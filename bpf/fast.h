@@ -303,14 +303,19 @@ static __always_inline int deliver_direct(struct __sk_buff *skb, __u32 index, __
 static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt, __u32 entry, const bool ipv6)
 {
 	__u32 index = entry & ENTRY_INDEX, kind = entry & ~ENTRY_INDEX, sender_table = 0;
+	const __u32 length = total_length(pkt);
 	const struct rule *rule;
 	struct line *line;
 
-	if (unlikely(kind == ENTRY_FLOW && features.flows))
-		return ipv6 ? send_question6(skb, index) : send_question4(skb, index);
-	if (kind == ENTRY_RULE || kind == ENTRY_FLOW || unlikely(!is_plain_in_vlan(skb, pkt, ipv6)))
+	if (unlikely(kind != ENTRY_BLOCK)) {
+		if (kind == ENTRY_FLOW && features.flows)
+			return ipv6 ? send_question6(skb, index) : send_question4(skb, index);
+		if (kind == ENTRY_RULE || kind == ENTRY_FLOW)
+			return ACTION_SLOW;
+	}
+	if (unlikely(!is_plain_in_vlan(skb, pkt, ipv6)))
 		return ACTION_SLOW;
-	if (unlikely(kind == ENTRY_BALANCE || kind == ENTRY_REPLICATE)) {
+	if (unlikely(kind != ENTRY_BLOCK && kind != ENTRY_PASS)) {
 		rule = bpf_map_lookup_elem(&rules, &index);
 		if (!rule)
 			return ACTION_SLOW;
@@ -327,7 +332,7 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 	if (unlikely(kind == ENTRY_PASS))
 		return deliver_pass(skb, index, sender_table, ipv6);
 	line = get_line(index);
-	if (unlikely(!line || !serves(line, pkt)))
+	if (unlikely(!line || !is_line_valid(line, length)))
 		return ACTION_SLOW;
 	if (unlikely(line->via && features.direct))
 		return deliver_direct(skb, index, sender_table, ipv6);

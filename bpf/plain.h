@@ -29,8 +29,11 @@ static __always_inline __u32 plain_packed(bool ipv6)
  */
 static __always_inline bool locate_headers(void *frame, const void *end, struct pkt *pkt, const bool ipv6)
 {
-	pkt->eth = frame;
-	pkt->ip = (void *)(pkt->eth + 1);
+	void *ip = frame + sizeof(struct ethhdr);
+
+	barrier_var(ip); /* one base for all headers, which takes one register */
+	pkt->ip = ip;
+	pkt->eth = ip - sizeof(struct ethhdr);
 	pkt->is_ipv6 = ipv6;
 	pkt->has_udp = true;
 	pkt->packed = plain_packed(ipv6);
@@ -123,6 +126,7 @@ static __always_inline const __be32 *fill_plain_rewrite(const struct pkt *pkt, c
 			rw->source[0] = pkt->ip->saddr;
 		else if (line->source == SOURCE_VIP)
 			rw->source[0] = pkt->ip->daddr;
+		barrier_var(rw->source[0]);
 		return rw->source[0] != line->destination ? &line->destination : NULL;
 	}
 	upstream = bpf_map_lookup_elem(&upstreams, &index);

@@ -194,7 +194,7 @@ static __always_inline void count_address(__u32 table, const __be32 *words, __u6
 /* Counts a packet of the sender in its headers; without a table (0) it is not counted. */
 static __always_inline void count_sender_of(const struct pkt *pkt, __u32 table, __u64 size)
 {
-	if (!features.sender_tables || !table)
+	if (likely(!table) || !features.sender_tables)
 		return;
 	if (pkt->is_ipv6)
 		count_address(table, pkt->ip6->saddr.in6_u.u6_addr32, size, true);
