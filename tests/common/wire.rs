@@ -118,10 +118,12 @@ impl Wire {
     }
 }
 
-/// Pins the thread to its current CPU.
-pub fn stay_on_this_cpu() {
+/// Pins the thread to its current CPU, and returns that.
+pub fn stay_on_this_cpu() -> usize {
     // SAFETY: takes and returns plain numbers.
-    run_on_cpu(unsafe { libc::sched_getcpu() } as usize);
+    let cpu = unsafe { libc::sched_getcpu() } as usize;
+    run_on_cpu(cpu);
+    cpu
 }
 
 /// Pins the thread to a CPU, or to the last one if there are fewer.

@@ -154,7 +154,10 @@ fn local_upstream_is_this_host() {
             {
                 let rule = Rule { upstreams: local(port), ..rule(action, Source::Vip, NEAR) };
                 let case = Case::new(name, rule, packet.clone(), fate);
-                cases.push(Case { tags: tags.clone(), ..case });
+                // before 5.11 a copy with a tag inside is too long to arrive again
+                if name != "a long one" || tags.len() < 2 || kernel::version() >= (5, 11) {
+                    cases.push(Case { tags: tags.clone(), ..case });
+                }
             }
         }
     }

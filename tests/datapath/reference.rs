@@ -42,6 +42,9 @@ pub struct Host {
     pub vlan_mac: Mac,
     /// Maximum frame length of the interfaces. A frame may have bytes behind the IP packet.
     pub longest: usize,
+    /// Maximum length of a frame that arrives again, in fragments, as a copy for this host or to wait for a
+    /// neighbour: before 5.11 the kernel checks the MTU of the interface.
+    pub longest_again: usize,
     /// Paths by upstream address; no other address has a route.
     pub ways: BTreeMap<IpAddr, NextHop>,
     /// Senders whose outer headers are taken off.
@@ -237,6 +240,8 @@ enum Parsed {
 struct Packet {
     /// The frame without its tags.
     bytes: Vec<u8>,
+    /// Length of the frame with the tags in it.
+    came: usize,
     source: IpAddr,
     destination: IpAddr,
     /// TTL or hop limit.
@@ -523,7 +528,10 @@ impl Host {
     ) -> Result<(Vec<Gone>, Verdict), Verdict> {
         // a copy arrives again, and leaves by no interface
         if to.upstream.is_local() {
-            return Ok((Vec::new(), "forwarded"));
+            return match copy && packet.came > self.longest_again {
+                true => Err("clone-failed"),
+                false => Ok((Vec::new(), "forwarded")),
+            };
         }
         // RFC 791 section 3.2, RFC 8200 section 3: the decremented TTL would be zero
         if packet.ttl <= 1 {
@@ -553,6 +561,9 @@ impl Host {
         let is_cut = packet.length() + outer_length(to.via, receiver) > way.mtu;
         if is_cut && (to.via.is_some() || !packet.may_be_cut()) {
             return Err("mtu");
+        }
+        if (is_cut || copy && way.macs.is_none()) && packet.bytes.len() > self.longest_again {
+            return Err("clone-failed");
         }
         let verdict = if way.macs.is_some() { way.verdict } else { "unresolved" };
         if (copy || is_cut) && way.macs.is_none() {
@@ -632,8 +643,8 @@ impl Host {
         };
         match parsed {
             Parsed::Packet(packet) => {
-                let Arrival { gso_size, gso_segs, .. } = arrival;
-                Parsed::Packet(Packet { gso_size, gso_segs, ..packet })
+                let Arrival { frame, gso_size, gso_segs, .. } = arrival;
+                Parsed::Packet(Packet { came: frame.len(), gso_size, gso_segs, ..packet })
             }
             parsed => parsed,
         }
@@ -1081,6 +1092,7 @@ fn parse_ipv4(bytes: Vec<u8>) -> Parsed {
         body: ETHERNET + length,
         offset: usize::from(offset) * 8,
         dont_fragment: field(6) & 0x4000 != 0,
+        came: 0,
         gso_size: 0,
         gso_segs: 0,
         number: 0,
@@ -1110,6 +1122,7 @@ fn parse_ipv6(bytes: Vec<u8>) -> Parsed {
         body: ETHERNET + 40,
         offset: 0,
         dont_fragment: true,
+        came: 0,
         gso_size: 0,
         gso_segs: 0,
         number: 0,
@@ -1282,8 +1295,11 @@ impl Table {
         if word(&frame, ETHERNET - 2) == Some(IPV4) {
             update_ipv4_checksum(&wanted.frame, &mut frame);
         }
-        self.fresh.insert(key, (*host, chosen));
-        frame == got
+        let is_same = frame == got;
+        if is_same {
+            self.fresh.insert(key, (*host, chosen));
+        }
+        is_same
     }
 }
 

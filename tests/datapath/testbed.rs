@@ -10,6 +10,7 @@ use std::os::fd::AsFd;
 use libbpf_rs::{TC_INGRESS, TcHookBuilder};
 use udplb::bpf::types;
 use udplb::config::{Action, Address, Flows, Hash, Key, Ports, Source};
+use udplb::datapath::kernel;
 use udplb::desired::{Rule, RuleIds, Upstream};
 use udplb::net::nexthop::{Hop, Macs, NextHop};
 
@@ -375,6 +376,18 @@ pub struct Testbed<'object> {
     pub out: u32,
 }
 
+/// Has another CPU process what arrives at an interface. Before 5.18 BPF_PROG_TEST_RUN lets an interrupt process
+/// copies that arrive again while the program runs, which overwrites the program's memory for this CPU: with
+/// packets that arrive by the network the kernel never does.
+fn receive_on_another_cpu(relay: &Namespace, interface: &str, cpu: usize) {
+    let others = 1 << usize::from(cpu == 0);
+    let rule = format!("/sys/class/net/{interface}/queues/rx-0/rps_cpus");
+    let script = format!("mount -t sysfs sysfs /sys && echo {others:x} >{rule}");
+    let mut command = relay.command("unshare");
+    let status = command.args(["--mount", "sh", "-c", &script]).status().expect("unshare runs");
+    assert!(status.success(), "{script}");
+}
+
 impl Testbed<'_> {
     /// Creates a testbed, runs the test in it and removes it.
     pub fn with(test: impl FnOnce(&Testbed<'_>) + Send) {
@@ -393,9 +406,14 @@ impl Testbed<'_> {
         relay.sysctl("net.ipv6.conf.in0.forwarding", "1");
         let wire = Wire::new((&relay, "out0"), (&upstreams, "relay0"));
         let [routing, closed, out] = ["in0", "in1", "out0"].map(|name| relay.index(name));
+        let relay = &relay;
         relay.enter(move || {
             // `Wire::drain` relies on frames of one CPU staying in order
-            stay_on_this_cpu();
+            let cpu = stay_on_this_cpu();
+            if kernel::version() < (5, 18) {
+                receive_on_another_cpu(relay, "in0", cpu);
+                receive_on_another_cpu(relay, "in1", cpu);
+            }
             let mut object = MaybeUninit::uninit();
             let program = Program::load(&mut object, flows, seconds);
             // copies pass the program again at ingress
