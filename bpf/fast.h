@@ -373,7 +373,7 @@ static __always_inline int fast_ipv4(struct __sk_buff *skb, struct pkt *pkt)
 			return ACTION_SLOW;
 		ip = pkt->ip;
 	}
-	entry = find_entry(bpf_ntohl(ip->daddr), bpf_ntohs(pkt->udp->dest));
+	entry = find_entry(ip->daddr, pkt->udp->dest);
 	return likely(entry) ? deliver_plain(skb, pkt, entry, false) : leave_stranger(pkt, false);
 }
 

@@ -127,7 +127,7 @@ static __always_inline int xdp_ipv4(struct xdp_md *xdp, struct pkt *pkt)
 	if (ip->protocol != IPPROTO_UDP || *(const __u8 *)ip != 0x45 ||
 	    ip->frag_off & bpf_htons(IP_OFFSET | IP_MF) || is_for_tc(pkt->udp->dest))
 		return XDP_PASS;
-	return xdp_deliver(xdp, pkt, find_entry(bpf_ntohl(ip->daddr), bpf_ntohs(pkt->udp->dest)), false);
+	return xdp_deliver(xdp, pkt, find_entry(ip->daddr, pkt->udp->dest), false);
 }
 
 static __always_inline int xdp_ipv6(struct xdp_md *xdp, struct pkt *pkt)

@@ -85,8 +85,8 @@ macro_rules! pod {
 
 pod!(
     rule,
-    table_line,
-    table_line6,
+    table_place,
+    table_place6,
     sender_key,
     key_address,
     sender,

@@ -276,8 +276,8 @@ fn size(
     let chunks = description.div_ceil(size_of::<types::config_chunk>());
     for (map, entries) in [
         (&mut skeleton.maps.rules, tables.rules.len()),
-        (&mut skeleton.maps.table, keys.table.lines.len()),
-        (&mut skeleton.maps.table6, keys.table6.lines.len()),
+        (&mut skeleton.maps.table, keys.table.places.len()),
+        (&mut skeleton.maps.table6, keys.table6.places.len()),
         (&mut skeleton.maps.senders, tables.senders.len()),
         (&mut skeleton.maps.addresses, tables.addresses.len()),
         (&mut skeleton.maps.answers, tables.answers.len()),
@@ -403,8 +403,8 @@ fn fill(
     mut description: Vec<u8>,
 ) -> anyhow::Result<()> {
     write_array(&skeleton.maps.rules, bytes_of_all(&tables.rules))?;
-    write_mapped(&skeleton.maps.table, bytes_of_all(&keys.table.lines))?;
-    write_mapped(&skeleton.maps.table6, bytes_of_all(&keys.table6.lines))?;
+    write_mapped(&skeleton.maps.table, bytes_of_all(&keys.table.places))?;
+    write_mapped(&skeleton.maps.table6, bytes_of_all(&keys.table6.places))?;
     write_pairs(&skeleton.maps.senders, &tables.senders)?;
     write_pairs(&skeleton.maps.addresses, &tables.addresses)?;
     write_pairs(&skeleton.maps.destinations, &tables.destinations)?;

@@ -1,9 +1,9 @@
-//! The tables that the program looks up keys in: cache lines of four IPv4 or two IPv6 keys, each key in one of
-//! two lines. Built once, never changed. Pure.
+//! The tables that the program looks up keys in: cache lines of four IPv4 or two IPv6 places, each key in one of
+//! two lines, and where possible in the place that its hash names. Built once, never changed. Pure.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use crate::bpf::types::{entry, table_line, table_line6, tuning};
+use crate::bpf::types::{entry, table_place, table_place6, tuning};
 use crate::bpf::{Pod, wire};
 
 /// Most keys per place on average: more would lengthen look-ups.
@@ -20,22 +20,23 @@ const MOVES: usize = 256;
 
 /// A key of a table: an address and a port; port 0 is any port.
 pub trait Key: Copy {
-    type Line: Pod;
+    type Place: Pod;
     /// Seeds of [`Key::hash`].
     type Seeds: Copy;
+    /// Number of places in a line.
     const PER_LINE: usize;
 
     /// Returns seeds made of random numbers.
     fn seeds(random: impl FnMut() -> u64) -> Self::Seeds;
 
-    /// Returns a hash whose upper bits choose the first line.
+    /// Returns a hash whose upper bits name the key's own place.
     fn hash(self, seeds: &Self::Seeds) -> u64;
 
-    /// Writes the key and its value, an entry of the program, into a place of a line.
-    fn write(self, line: &mut Self::Line, place: usize, value: u32);
+    /// Writes the key and its value, an entry of the program, into a place.
+    fn write(self, place: &mut Self::Place, value: u32);
 
-    /// Marks the first line of a key that stands in its second.
-    fn mark(line: &mut Self::Line);
+    /// Marks the own place of a key that stands elsewhere.
+    fn mark(place: &mut Self::Place);
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,14 +46,14 @@ pub struct Key4 {
 }
 
 impl Key4 {
-    /// Returns the key as the program compares it; never 0.
+    /// Returns the key as the program compares it.
     fn word(self) -> u64 {
-        u64::from(u32::from(self.address)) << 32 | u64::from(self.port) << 16 | 1
+        u64::from(self.port.to_be()) << 32 | u64::from(u32::from(self.address).to_be())
     }
 }
 
 impl Key for Key4 {
-    type Line = table_line;
+    type Place = table_place;
     type Seeds = u64;
     const PER_LINE: usize = 4;
 
@@ -64,13 +65,13 @@ impl Key for Key4 {
         self.word().wrapping_mul(*seed)
     }
 
-    fn write(self, line: &mut table_line, place: usize, value: u32) {
-        line.key[place] = self.word();
-        line.entry[place] = entry(value);
+    fn write(self, place: &mut table_place, value: u32) {
+        place.key = self.word();
+        place.entry = entry(value);
     }
 
-    fn mark(line: &mut table_line) {
-        line.more = 1;
+    fn mark(place: &mut table_place) {
+        place.more = 1;
     }
 }
 
@@ -81,7 +82,7 @@ pub struct Key6 {
 }
 
 impl Key for Key6 {
-    type Line = table_line6;
+    type Place = table_place6;
     type Seeds = [u64; 5];
     const PER_LINE: usize = 2;
 
@@ -96,24 +97,24 @@ impl Key for Key6 {
         address.wrapping_add(e.wrapping_mul(self.port.to_be().into()))
     }
 
-    fn write(self, line: &mut table_line6, place: usize, value: u32) {
-        line.address[place] = wire(self.address.into());
-        line.port[place] = self.port.to_be();
-        line.entry[place] = entry(value);
+    fn write(self, place: &mut table_place6, value: u32) {
+        place.address = wire(self.address.into());
+        place.port = self.port.to_be();
+        place.entry = entry(value);
     }
 
-    fn mark(line: &mut table_line6) {
-        line.more = 1;
+    fn mark(place: &mut table_place6) {
+        place.more = 1;
     }
 }
 
-/// The two lines of each key.
+/// The own place of each key, and its two lines.
 #[derive(Clone, Copy)]
 pub struct Hashing<K: Key> {
     pub first: K::Seeds,
     /// Odd factor of the hash for the second line.
     pub second: u64,
-    /// 64 less the bits of a line's index.
+    /// 64 less the bits of a place's index.
     pub shift: u32,
 }
 
@@ -121,33 +122,57 @@ impl<K: Key> Hashing<K> {
     /// Returns a hashing for this number of lines, at least 2 and a power of two.
     pub fn new(lines: usize, mut random: impl FnMut() -> u64) -> Hashing<K> {
         let first = K::seeds(&mut random);
-        Hashing { first, second: random() | 1, shift: u64::BITS - lines.ilog2() }
+        let shift = u64::BITS - (lines * K::PER_LINE).ilog2();
+        Hashing { first, second: random() | 1, shift }
     }
 
-    fn size(&self) -> usize {
+    /// Returns the number of places.
+    pub fn size(&self) -> usize {
         1 << (u64::BITS - self.shift)
     }
 
-    /// Returns the first and the second line of a key.
-    fn lines(&self, key: K) -> [usize; 2] {
+    /// Returns a key's own place, and one in its second line.
+    fn named(&self, key: K) -> [usize; 2] {
         let hash = key.hash(&self.first);
         [hash, hash.wrapping_mul(self.second)].map(|hash| (hash >> self.shift) as usize)
     }
 
-    /// Returns the lines of a table with these keys, which are distinct; `None` if they do not fit.
-    pub fn fill(&self, keys: &[(K, u32)]) -> Option<Vec<K::Line>> {
-        let places = self.places(keys)?;
-        let mut lines = vec![K::Line::default(); self.size()];
-        for (place, index) in places.iter().enumerate().filter(|(_, index)| **index != FREE) {
+    /// Returns the first and the second line of a key.
+    fn lines(&self, key: K) -> [usize; 2] {
+        self.named(key).map(|place| place / K::PER_LINE)
+    }
+
+    /// Returns the places of a table with these keys, which are distinct; `None` if they do not fit.
+    pub fn fill(&self, keys: &[(K, u32)]) -> Option<Vec<K::Place>> {
+        let mut indices = self.places(keys)?;
+        for line in 0..indices.len() / K::PER_LINE {
+            self.move_to_own(keys, &mut indices, line);
+        }
+        let mut places = vec![K::Place::default(); self.size()];
+        for (at, index) in indices.iter().enumerate().filter(|(_, index)| **index != FREE) {
             let (key, value) = keys[*index as usize];
-            let line = place / K::PER_LINE;
-            key.write(&mut lines[line], place % K::PER_LINE, value);
-            let [first, _] = self.lines(key);
-            if first != line {
-                K::mark(&mut lines[first]);
+            key.write(&mut places[at], value);
+            let [own, _] = self.named(key);
+            if own != at {
+                K::mark(&mut places[own]);
             }
         }
-        Some(lines)
+        Some(places)
+    }
+
+    /// Moves keys within a line to their own places, as many as there are different ones.
+    fn move_to_own(&self, keys: &[(K, u32)], indices: &mut [u32], line: usize) {
+        let places = line * K::PER_LINE..(line + 1) * K::PER_LINE;
+        let own = |index: u32| (index != FREE).then(|| self.named(keys[index as usize].0)[0]);
+        for at in places.clone() {
+            // each move takes a key to its own place
+            while let Some(to) = own(indices[at])
+                && places.contains(&to)
+                && own(indices[to]) != Some(to)
+            {
+                indices.swap(at, to);
+            }
+        }
     }
 
     /// Returns the index of the key in each place, or [`FREE`].
@@ -194,7 +219,7 @@ fn put<K: Key>(places: &mut [u32], line: usize, index: u32) -> bool {
 /// A table and its hashing.
 pub struct KeyTable<K: Key> {
     pub hashing: Hashing<K>,
-    pub lines: Vec<K::Line>,
+    pub places: Vec<K::Place>,
 }
 
 impl<K: Key> KeyTable<K> {
@@ -207,8 +232,8 @@ impl<K: Key> KeyTable<K> {
         let sizes = (0..=DOUBLINGS).flat_map(|doubling| [least << doubling; TRIES as usize]);
         sizes.into_iter().find_map(|size| {
             let hashing = Hashing::new(size, || split_mix(&mut state));
-            let lines = hashing.fill(keys)?;
-            Some(KeyTable { hashing, lines })
+            let places = hashing.fill(keys)?;
+            Some(KeyTable { hashing, places })
         })
     }
 }
@@ -262,43 +287,54 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{Hashing, Key, Key4, Key6, KeyTable};
-    use crate::bpf::types::{table_line, table_line6};
+    use crate::bpf::types::{table_place, table_place6};
     use crate::bpf::wire;
 
     /// Looks a key up as the program does.
     trait LookUp: Key {
-        fn in_line(self, line: &Self::Line) -> u32;
-        fn more(line: &Self::Line) -> bool;
+        fn is_at(self, place: &Self::Place) -> bool;
+        fn entry(place: &Self::Place) -> u32;
+        fn more(place: &Self::Place) -> bool;
 
         fn find(self, table: &KeyTable<Self>) -> u32 {
-            let [first, second] = table.hashing.lines(self).map(|line| &table.lines[line]);
-            match self.in_line(first) {
-                0 if Self::more(first) => self.in_line(second),
-                entry => entry,
+            let [own, second] = table.hashing.named(self);
+            if self.is_at(&table.places[own]) {
+                return Self::entry(&table.places[own]);
             }
+            if !Self::more(&table.places[own]) {
+                return 0;
+            }
+            let line = |place: usize| (0..Self::PER_LINE).map(move |offset| place ^ offset);
+            let mut places = line(own).chain(line(second)).map(|at| &table.places[at]);
+            places.find(|place| self.is_at(place)).map_or(0, Self::entry)
         }
     }
 
     impl LookUp for Key4 {
-        fn in_line(self, line: &table_line) -> u32 {
-            let at = line.key.iter().position(|key| *key == self.word());
-            at.map_or(0, |at| line.entry[at].0)
+        fn is_at(self, place: &table_place) -> bool {
+            place.key == self.word()
         }
 
-        fn more(line: &table_line) -> bool {
-            line.more != 0
+        fn entry(place: &table_place) -> u32 {
+            place.entry.0
+        }
+
+        fn more(place: &table_place) -> bool {
+            place.more != 0
         }
     }
 
     impl LookUp for Key6 {
-        fn in_line(self, line: &table_line6) -> u32 {
-            let key = (wire(self.address.into()), self.port.to_be());
-            let at = line.address.iter().zip(line.port).position(|(ip, port)| (*ip, port) == key);
-            at.map_or(0, |at| line.entry[at].0)
+        fn is_at(self, place: &table_place6) -> bool {
+            (place.address, place.port) == (wire(self.address.into()), self.port.to_be())
         }
 
-        fn more(line: &table_line6) -> bool {
-            line.more != 0
+        fn entry(place: &table_place6) -> u32 {
+            place.entry.0
+        }
+
+        fn more(place: &table_place6) -> bool {
+            place.more != 0
         }
     }
 
@@ -315,11 +351,11 @@ mod tests {
         let keys: Vec<(K, u32)> = keys.into_iter().zip(1..).collect();
         let table = KeyTable::new(&keys, seed).expect("a table");
         assert!(keys.iter().all(|(key, entry)| key.find(&table) == *entry));
-        let places = (table.lines.len() * K::PER_LINE) as f64 / keys.len().max(1) as f64;
+        let places = table.places.len() as f64 / keys.len().max(1) as f64;
         (table, places)
     }
 
-    /// Numbers whose bits are within a mask of a few bits.
+    /// Numbers whose bits are within a mask of a few bits, from 0 on, which is no rule's address.
     fn within(mask: u128) -> impl Iterator<Item = u128> {
         std::iter::successors(Some(0_u128), move |number| {
             Some((number | !mask).wrapping_add(1) & mask).filter(|next| *next != 0)
@@ -364,7 +400,7 @@ mod tests {
             prop_assert!(places <= 4.0, "{mask:x}: {places} places per key");
             let bits: BTreeSet<u32> = bits.iter().map(|bit| bit % 48).collect();
             let mask = bits.iter().fold(0, |mask, bit| mask | 1_u128 << bit);
-            let (_, places) = build(within(mask).map(|key| key4(key as u64)), seed);
+            let (_, places) = build(within(mask).skip(1).map(|key| key4(key as u64)), seed);
             prop_assert!(places <= 8.0, "{mask:x}: {places} places per key");
         }
     }
@@ -375,7 +411,7 @@ mod tests {
     fn upper_bits_of_both_halves_need_no_larger_table() {
         let halves = 0x3f << 58 | 0x3f << 122;
         for seed in 0..10 {
-            let (_, places) = build(within(halves).map(|address| key6((address, 0))), seed);
+            let (_, places) = build(within(halves).skip(1).map(|address| key6((address, 0))), seed);
             assert!(places <= 4.0, "{places} places per key");
         }
     }
@@ -383,7 +419,7 @@ mod tests {
     #[test]
     fn ranges_of_addresses_and_ports_need_no_larger_table() {
         let grid = |addresses: u64, ports: u64| {
-            (0..addresses).flat_map(move |address| (0..ports).map(move |port| (address, port)))
+            (1..=addresses).flat_map(move |address| (0..ports).map(move |port| (address, port)))
         };
         for (addresses, ports) in [(1, 65_536), (65_536, 1), (256, 256), (16, 4096)] {
             let v4 = grid(addresses, ports).map(|(address, port)| key4(address << 16 | port));
@@ -405,13 +441,22 @@ mod tests {
     fn a_million_keys_fit_into_half_as_many_lines() {
         let random = |number: u64| number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 16;
         let (table, _) = build((0..1_000_000).map(|number| key4(random(number))), 1);
-        assert_eq!(table.lines.len(), 1 << 19);
+        assert_eq!(table.places.len(), 1 << 21);
+        let own = |place: &&table_place| {
+            place.entry.0 != 0 && {
+                let address = (place.key as u32).to_ne_bytes();
+                let port = u16::from_be((place.key >> 32) as u16);
+                let [own, _] = table.hashing.named(Key4 { address: address.into(), port });
+                std::ptr::eq(*place, &table.places[own])
+            }
+        };
+        assert!(table.places.iter().filter(own).count() >= 750_000);
     }
 
     #[test]
     fn no_keys() {
         let (table, _) = build::<Key6>([], 1);
-        assert_eq!(table.lines.len(), 2);
+        assert_eq!(table.places.len(), 4);
         assert_eq!(key6((0, 0)).find(&table), 0);
     }
 }

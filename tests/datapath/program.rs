@@ -139,8 +139,8 @@ impl<'object> Program<'object> {
         constants.tuning = tuning_of(&hashing, &hashing6);
         for (map, entries) in [
             (&mut maps.rules, ENTRIES),
-            (&mut maps.table, LINES),
-            (&mut maps.table6, LINES),
+            (&mut maps.table, hashing.size() as u32),
+            (&mut maps.table6, hashing6.size() as u32),
             (&mut maps.senders, ENTRIES),
             (&mut maps.addresses, ENTRIES),
             (&mut maps.answers, ENTRIES),
