@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use anyhow::Context;
 use libbpf_rs::{MapCore, MapHandle, MapType};
 
-use crate::bpf::{from_bytes, possible_cpus, program_info, read_array, types};
+use crate::bpf::{from_bytes, possible_cpus, program_info, read_array, read_mapped, types};
 use crate::datapath::counters::Count;
 use crate::datapath::description::Generation;
 use crate::datapath::generation;
@@ -21,18 +21,28 @@ pub const PIN: &str = "lines";
 pub fn read(guard: &ReadGuard, generation: &Generation) -> anyhow::Result<Vec<(u32, Count)>> {
     let Some(map) = open(guard, generation)? else { return Ok(Vec::new()) };
     let mut sums: Vec<_> = generation.destinations().map(|id| (id, Count::default())).collect();
-    let of_cpu = match map.map_type() {
+    let entries = map.max_entries();
+    let read = match map.map_type() {
         // of an earlier udplb: an entry has the lines of all CPUs
-        MapType::PercpuArray => map.max_entries(),
-        _ => map.max_entries() / possible_cpus()?,
-    };
-    let mut indices = (0..of_cpu as usize).cycle();
-    read_array(&map, map.max_entries(), |values| {
-        if let Some((_, sum)) = indices.next().and_then(|index| sums.get_mut(index)) {
-            *sum += count(values);
+        MapType::PercpuArray => {
+            let mut sums = sums.iter_mut();
+            let add = |values: &[u8]| {
+                sums.next().into_iter().for_each(|(_, sum)| *sum += count(values));
+            };
+            read_array(&map, entries, add).map_err(anyhow::Error::from)
         }
-    })
-    .with_context(|| format!("lines of generation {}", generation.number))?;
+        _ => {
+            let of_cpu = entries / possible_cpus()?;
+            let mut indices = (0..of_cpu as usize).cycle();
+            let add = |line: &types::line| {
+                if let Some((_, sum)) = indices.next().and_then(|index| sums.get_mut(index)) {
+                    *sum += Count { packets: line.packets, bytes: line.bytes };
+                }
+            };
+            read_mapped(map.as_fd(), entries as usize, add).map_err(anyhow::Error::from)
+        }
+    };
+    read.with_context(|| format!("lines of generation {}", generation.number))?;
     Ok(sums)
 }
 
