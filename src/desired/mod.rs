@@ -235,6 +235,8 @@ impl Rule {
     /// Returns the destinations with their ids, each once even if listed twice.
     pub fn with_ids<'a>(&'a self, ids: &'a RuleIds) -> Vec<Destination<'a>> {
         let mut destinations = Vec::with_capacity(self.upstreams.len() + self.mirrors.len());
+        // most rules have one, which is unique
+        let are_several = self.upstreams.len() + self.mirrors.len() > 1;
         let (mut seen, mut labels) = (HashSet::new(), HashSet::new());
         let answers = &ids.answers;
         for (role, list, ids) in [
@@ -244,11 +246,11 @@ impl Rule {
             let mut answers = answers.iter().copied().filter(|_| role == Role::Upstream);
             for (upstream, id) in list.iter().zip(ids) {
                 let answers = answers.next();
-                if !seen.insert(*id) {
+                if are_several && !seen.insert(*id) {
                     continue;
                 }
                 let mut label = upstream.label();
-                while !labels.insert(label.clone()) {
+                while are_several && !labels.insert(label.clone()) {
                     label.push('\'');
                 }
                 destinations.push(Destination { id: *id, answers, role, upstream, label });
