@@ -44,15 +44,21 @@ impl Sub for Count {
     }
 }
 
-/// Counters of one id, or their sum over several, in the order of [`VERDICTS`] and [`NOTES`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+/// Counters of one id, or their sum over several.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(into = "Tally")]
 pub struct Counts {
-    verdicts: [Count; VERDICTS.len()],
-    notes: [Count; NOTES.len()],
+    /// By place in the kernel's array, sorted, without those that are zero: of 24 most ids have none or one.
+    counts: Vec<(u8, Count)>,
     forwarded: Moment,
     lost: Moment,
 }
+
+/// Counters of an id that has counted nothing.
+pub static NONE: Counts = {
+    let never = Moment { time: 0, verdict: 0 };
+    Counts { counts: Vec::new(), forwarded: never, lost: never }
+};
 
 /// Time and verdict of a packet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, JsonSchema)]
@@ -71,7 +77,7 @@ impl From<types::moment> for Moment {
 impl Counts {
     /// Each verdict's name and count.
     pub fn by_verdict(&self) -> impl Iterator<Item = (&'static str, Count)> {
-        VERDICTS.iter().zip(self.verdicts).map(|((_, name), count)| (*name, count))
+        VERDICTS.iter().map(|(verdict, name)| (*name, self.at(*verdict)))
     }
 
     /// All packets that matched.
@@ -86,14 +92,14 @@ impl Counts {
 
     /// Returns the packets that were dropped, by reason, without reasons that are zero.
     pub fn drops(&self) -> impl Iterator<Item = (&'static str, Count)> {
-        let drops =
-            VERDICTS.iter().zip(self.verdicts).filter(|((verdict, _), _)| !is_forwarded(*verdict));
-        drops.map(|((_, name), count)| (*name, count)).filter(|(_, count)| count.packets > 0)
+        let drops = VERDICTS.iter().filter(|(verdict, _)| !is_forwarded(*verdict));
+        let drops = drops.map(|(verdict, name)| (*name, self.at(*verdict)));
+        drops.filter(|(_, count)| count.packets > 0)
     }
 
     /// Returns the counters of [`NOTES`] that are not zero.
     pub fn notes(&self) -> impl Iterator<Item = (&'static str, Count)> {
-        let notes = NOTES.iter().zip(self.notes).map(|((_, name), count)| (*name, count));
+        let notes = NOTES.iter().map(|(note, name)| (*name, self.at(*note)));
         notes.filter(|(_, count)| count.packets > 0)
     }
 
@@ -115,15 +121,27 @@ impl Counts {
         (self.lost.time != 0).then(|| (Duration::from_nanos(self.lost.time), name))
     }
 
-    fn all_mut(&mut self) -> impl Iterator<Item = &mut Count> {
-        self.verdicts.iter_mut().chain(&mut self.notes)
+    fn at(&self, verdict: types::verdict) -> Count {
+        let found = self.counts.iter().find(|(place, _)| u32::from(*place) == verdict.0);
+        found.map_or_else(Count::default, |(_, count)| *count)
+    }
+
+    fn add(&mut self, place: u8, count: Count) {
+        if count == Count::default() {
+            return;
+        }
+        match self.counts.binary_search_by_key(&place, |(place, _)| *place) {
+            Ok(index) => self.counts[index].1 += count,
+            Err(index) => self.counts.insert(index, (place, count)),
+        }
     }
 
     fn sum(&self, wanted: impl Fn(types::verdict) -> bool) -> Count {
         let mut sum = Count::default();
-        for ((verdict, _), count) in VERDICTS.iter().zip(self.verdicts) {
-            if wanted(*verdict) {
-                sum += count;
+        for (place, count) in &self.counts {
+            let is_note = usize::from(*place) >= VERDICTS.len();
+            if !is_note && wanted(types::verdict(u32::from(*place))) {
+                sum += *count;
             }
         }
         sum
@@ -131,15 +149,15 @@ impl Counts {
 }
 
 /// The places of the counts in the kernel's array.
-fn places() -> impl Iterator<Item = usize> {
-    VERDICTS.into_iter().chain(NOTES).map(|(what, _)| what.0 as usize)
+fn places() -> impl Iterator<Item = u8> {
+    VERDICTS.into_iter().chain(NOTES).map(|(what, _)| what.0 as u8)
 }
 
 impl AddAssign<&types::counters> for Counts {
     fn add_assign(&mut self, counters: &types::counters) {
-        for (count, place) in self.all_mut().zip(places()) {
-            let types::counter { packets, bytes } = counters.of[place];
-            *count += Count { packets, bytes };
+        for place in places() {
+            let types::counter { packets, bytes } = counters.of[usize::from(place)];
+            self.add(place, Count { packets, bytes });
         }
         self.forwarded = self.forwarded.max(counters.forwarded.into());
         self.lost = self.lost.max(counters.lost.into());
@@ -166,10 +184,10 @@ impl Counts {
     }
 
     /// Returns everything that is not zero.
-    pub fn parts(mut self) -> Vec<Part> {
-        let mut parts: Vec<Part> = places()
-            .zip(self.all_mut())
-            .map(|(place, count)| (place as u32, [count.packets, count.bytes]))
+    pub fn parts(&self) -> Vec<Part> {
+        let counts = self.counts.iter();
+        let mut parts: Vec<Part> = counts
+            .map(|(place, count)| (u32::from(*place), [count.packets, count.bytes]))
             .collect();
         for (place, moment) in [(FORWARDED, self.forwarded), (LOST, self.lost)] {
             parts.push((place, [moment.time, moment.verdict.into()]));
@@ -185,20 +203,18 @@ impl Counts {
             FORWARDED => self.forwarded = self.forwarded.max(moment),
             LOST => self.lost = self.lost.max(moment),
             _ => {
-                let found = self.all_mut().zip(places()).find(|(_, it)| *it == place as usize);
-                if let Some((count, _)) = found {
-                    *count += Count { packets: first, bytes: second };
+                if let Some(place) = places().find(|it| u32::from(*it) == place) {
+                    self.add(place, Count { packets: first, bytes: second });
                 }
             }
         }
     }
 }
 
-impl AddAssign for Counts {
-    fn add_assign(&mut self, other: Counts) {
-        let others = other.verdicts.into_iter().chain(other.notes);
-        for (mine, others) in self.all_mut().zip(others) {
-            *mine += others;
+impl AddAssign<&Counts> for Counts {
+    fn add_assign(&mut self, other: &Counts) {
+        for (place, count) in &other.counts {
+            self.add(*place, *count);
         }
         self.forwarded = self.forwarded.max(other.forwarded);
         self.lost = self.lost.max(other.lost);
@@ -206,15 +222,15 @@ impl AddAssign for Counts {
 }
 
 /// Difference of two readings.
-impl Sub for Counts {
+impl Sub for &Counts {
     type Output = Counts;
 
-    fn sub(mut self, earlier: Counts) -> Counts {
-        let earlier = earlier.verdicts.into_iter().chain(earlier.notes);
-        for (mine, earlier) in self.all_mut().zip(earlier) {
-            *mine = *mine - earlier;
+    fn sub(self, earlier: &Counts) -> Counts {
+        let mut grown = Counts { counts: Vec::new(), ..*self };
+        for (place, count) in &self.counts {
+            grown.add(*place, *count - earlier.at(types::verdict(u32::from(*place))));
         }
-        self
+        grown
     }
 }
 
@@ -234,14 +250,14 @@ struct Tally {
 
 impl From<Counts> for Tally {
     fn from(counts: Counts) -> Tally {
-        let parts = VERDICTS.iter().zip(counts.verdicts).filter(|((verdict, _), count)| {
-            let whole = *verdict == types::verdict::VERDICT_FORWARDED;
-            is_forwarded(*verdict) && !whole && count.packets > 0
+        let parts = VERDICTS.iter().filter(|(verdict, _)| {
+            is_forwarded(*verdict) && *verdict != types::verdict::VERDICT_FORWARDED
         });
+        let parts = parts.map(|(verdict, name)| (*name, counts.at(*verdict)));
         Tally {
             matched: counts.matched(),
             forwarded: counts.forwarded(),
-            parts: parts.map(|((_, name), count)| (*name, count)).collect(),
+            parts: parts.filter(|(_, count)| count.packets > 0).collect(),
             not_forwarded: counts.drops().collect(),
         }
     }
@@ -308,7 +324,7 @@ impl Counters {
             let ids = (most - first + 1).min(chunk.max_entries());
             let mut id = first;
             read_mapped(chunk.as_fd(), ids as usize, |value: &types::counters| {
-                if bytes_of(value).iter().any(|byte| *byte != 0) {
+                if bytes_of(value).chunks_exact(8).any(|word| word != [0; 8]) {
                     let mut counts = Counts::default();
                     counts += value;
                     all.push((id, counts));

@@ -16,7 +16,7 @@ use foldhash::HashSet;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 
 use crate::bpf::{bytes_of, from_bytes, read_array, types};
-use crate::datapath::counters::{Count, Counters, Counts, Part};
+use crate::datapath::counters::{Count, Counters, Counts, NONE, Part};
 use crate::datapath::description::Generation;
 use crate::datapath::lines;
 use crate::datapath::pins::{ReadGuard, WriteGuard};
@@ -84,13 +84,13 @@ pub fn retain(guard: &WriteGuard, held: &HashSet<u32>) -> anyhow::Result<()> {
 
 impl Retired {
     /// Returns the sums by id.
-    pub fn sums(&self) -> impl Iterator<Item = (u32, Counts)> {
-        self.sums.iter().map(|(id, counts)| (*id, *counts))
+    pub fn sums(&self) -> impl Iterator<Item = (u32, &Counts)> {
+        self.sums.iter().map(|(id, counts)| (*id, counts))
     }
 
     /// Returns the sum of an id.
-    pub fn of(&self, id: u32) -> Counts {
-        self.sums.get(&id).copied().unwrap_or_default()
+    pub fn of(&self, id: u32) -> &Counts {
+        self.sums.get(&id).unwrap_or(&NONE)
     }
 
     /// Returns true if the lines of a generation are in the sums.
@@ -123,7 +123,7 @@ impl Retired {
                 let mut counts = counters.of(id)?;
                 counts += self.of(id);
                 if counts != Counts::default() {
-                    *self.sums.entry(rule).or_default() += counts;
+                    *self.sums.entry(rule).or_default() += &counts;
                 }
             }
         }

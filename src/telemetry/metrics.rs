@@ -312,7 +312,8 @@ impl Metrics {
     }
 
     fn encode_probes(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let probed = || self.upstreams().filter_map(|(labels, it)| Some((labels, it.probe?)));
+        let probed =
+            || self.upstreams().filter_map(|(labels, it)| Some((labels, it.probe.as_deref()?)));
         let help = "Time from a probe of the upstream's service to its answer";
         let name = "upstream_probe_latency_seconds";
         let mut latency = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;

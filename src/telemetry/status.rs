@@ -200,7 +200,7 @@ pub struct UpstreamStatus {
     pub evidence: Option<String>,
     /// Record of the probes of the service.
     #[serde(skip)]
-    pub probe: Option<types::probe>,
+    pub probe: Option<Box<types::probe>>,
     pub counters: Counts,
     /// Counters besides verdicts, unless 0.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
@@ -427,7 +427,7 @@ impl Status {
                 .map(|neighbour| ((neighbour.ifindex, neighbour.address), neighbour))
                 .collect(),
         };
-        status.unmatched = view.total.of(0);
+        status.unmatched = view.total.of(0).clone();
         let decap = description.desired.decap.as_ref();
         status.decap = decap.map(|decap| DecapStatus::new(decap, &status.unmatched));
         if rule.is_none() {
@@ -591,7 +591,6 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
     };
     let upstreams = rows(Role::Upstream, shared);
     let mirrors = rows(Role::Mirror, matched);
-    let own = view.total.of(ids.rule);
     RuleStatus {
         name: rule.name.clone(),
         key: diff::key(rule),
@@ -601,9 +600,9 @@ fn rule_status(rule: &Rule, ids: &RuleIds, view: &View<'_>) -> RuleStatus {
         mirrors,
         flows: None,
         senders: None,
-        counters,
-        own,
-        notes: view.total.of_rule(ids.rule).notes().collect(),
+        counters: counters.clone(),
+        own: view.total.of(ids.rule).clone(),
+        notes: counters.notes().collect(),
         rate: grown.and_then(|(grown, counts)| grown.rate(counts.matched())),
         losses: grown.map_or_else(BTreeMap::new, |(grown, counts)| losses(grown, counts)),
         own_losses: grown
@@ -636,11 +635,11 @@ fn upstream_status(
         health,
         since: health.map(|_| entry.since),
         evidence: view.vouched.then(|| evidence(rule, id, &entry, view)).flatten(),
-        probe: view.probes.get(&id).copied(),
+        probe: view.probes.get(&id).copied().map(Box::new),
         silence: silence(&entry, health, view),
-        counters: view.total.of(id),
+        counters: view.total.of(id).clone(),
         notes: view.total.of(id).notes().collect(),
-        answers: answers.map(|id| view.total.of(id)),
+        answers: answers.map(|id| view.total.of(id).clone()),
         flows: None,
         rate: grown.and_then(|grown| grown.rate(forwarded)),
         losses: grown.map_or_else(BTreeMap::new, |grown| losses(grown, grown.of(id))),
@@ -650,7 +649,7 @@ fn upstream_status(
 }
 
 /// Returns the packets per second that were not forwarded, by reason.
-fn losses(grown: &Traffic, counts: Counts) -> BTreeMap<&'static str, f64> {
+fn losses(grown: &Traffic, counts: &Counts) -> BTreeMap<&'static str, f64> {
     let drops = counts.drops();
     drops.filter_map(|(name, count)| Some((name, grown.rate(count)?.packets_per_second))).collect()
 }

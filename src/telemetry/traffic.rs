@@ -6,7 +6,7 @@ use std::time::Instant;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::datapath::counters::{Count, Counts};
+use crate::datapath::counters::{self, Count, Counts};
 use crate::datapath::description::Generation;
 use crate::datapath::pins::ReadGuard;
 use crate::datapath::state_maps::StateMaps;
@@ -62,28 +62,28 @@ impl Traffic {
             *if is_rule { &mut rules } else { &mut by_id }.entry(id).or_default() += sum;
         }
         for (id, counts) in by_id.iter().filter(|(id, _)| owners[**id as usize] != 0) {
-            *rules.entry(owners[*id as usize]).or_default() += *counts;
+            *rules.entry(owners[*id as usize]).or_default() += counts;
         }
         Ok(Traffic { by_id, rules, taken: Instant::now(), over: None })
     }
 
     /// Returns the growth since an earlier reading. Rules and upstreams keep their ids over an apply.
     pub fn since(&self, earlier: &Traffic) -> Traffic {
-        let by_id = self.by_id.iter().map(|(id, now)| (*id, *now - earlier.of(*id))).collect();
+        let by_id = self.by_id.iter().map(|(id, now)| (*id, now - earlier.of(*id))).collect();
         // from the totals: after an apply a rule may have other upstreams
-        let rules = self.rules.iter().map(|(id, now)| (*id, *now - earlier.of_rule(*id))).collect();
+        let rules = self.rules.iter().map(|(id, now)| (*id, now - earlier.of_rule(*id))).collect();
         let over = self.taken.duration_since(earlier.taken).as_secs_f64();
         Traffic { by_id, rules, taken: self.taken, over: Some(over.max(1e-3)) }
     }
 
     /// Returns the counters of one id: an upstream, a mirror, or 0 for packets of no rule.
-    pub fn of(&self, id: u32) -> Counts {
-        self.by_id.get(&id).copied().unwrap_or_default()
+    pub fn of(&self, id: u32) -> &Counts {
+        self.by_id.get(&id).unwrap_or(&counters::NONE)
     }
 
     /// Returns the counters of a rule by its id: each packet once, also those of upstreams that it has lost.
-    pub fn of_rule(&self, rule: u32) -> Counts {
-        self.rules.get(&rule).copied().unwrap_or_default()
+    pub fn of_rule(&self, rule: u32) -> &Counts {
+        self.rules.get(&rule).unwrap_or(&counters::NONE)
     }
 
     /// Returns the rate of a count; `None` if this is a total.

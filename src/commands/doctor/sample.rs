@@ -21,7 +21,7 @@ pub struct Growth {
 
 /// Returns the verdicts of packets that were not sent between two readings.
 pub fn growth(before: &Status, after: &Status) -> Vec<Growth> {
-    let mut all = drops("", after.unmatched, before.unmatched);
+    let mut all = drops("", &after.unmatched, &before.unmatched);
     let known: HashMap<&str, &RuleStatus> =
         before.rules.iter().map(|rule| (rule.name.as_str(), rule)).collect();
     for rule in &after.rules {
@@ -30,20 +30,20 @@ pub fn growth(before: &Status, after: &Status) -> Vec<Growth> {
         let same = pairs.filter(|((now, _), (then, _))| now.id == then.id);
         let mut found: Vec<Growth> = same
             .flat_map(|((now, _), (then, _))| {
-                drops(&format!("{}/{}", rule.name, now.label), now.counters, then.counters)
+                drops(&format!("{}/{}", rule.name, now.label), &now.counters, &then.counters)
             })
             .collect();
         // if no copy was sent, the rule's own counter repeats the verdict
         let is_new = |own: &Growth| found.iter().all(|other| other.verdict != own.verdict);
         let own: Vec<Growth> =
-            drops(&rule.name, rule.own, earlier.own).into_iter().filter(is_new).collect();
+            drops(&rule.name, &rule.own, &earlier.own).into_iter().filter(is_new).collect();
         found.extend(own);
         all.append(&mut found);
     }
     all
 }
 
-fn drops(place: &str, now: Counts, then: Counts) -> Vec<Growth> {
+fn drops(place: &str, now: &Counts, then: &Counts) -> Vec<Growth> {
     let grown = now - then;
     let growth = |verdict, packets| Growth { place: place.into(), verdict, packets };
     grown.drops().map(|(verdict, count)| growth(verdict, count.packets)).collect()
