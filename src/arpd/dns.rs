@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use crate::desired::Name;
 use crate::desired::dns::{self, Answers};
 use crate::desired::partial::Unresolved;
-use crate::desired::{Desired, Name};
 
 /// The longest interval while a host of the configuration has no address.
 const RETRY_INTERVAL: Duration = Duration::from_secs(10);
@@ -49,9 +49,9 @@ impl HostNames {
         self.now = true;
     }
 
-    /// Starts to resolve all names of the configuration, if it is time.
-    pub fn ask(&mut self, desired: &Desired, timeout: Duration) {
-        let interval = match desired.incomplete.hosts.is_empty() {
+    /// Starts to resolve all names, if it is time; sooner unless the configuration `is_complete`.
+    pub fn ask(&mut self, names: &BTreeSet<Name>, is_complete: bool, timeout: Duration) {
+        let interval = match is_complete {
             true => self.interval,
             false => self.interval.min(RETRY_INTERVAL),
         };
@@ -60,12 +60,11 @@ impl HostNames {
             return;
         }
         (self.asked, self.now) = (Instant::now(), false);
-        let names = dns::names(&desired.as_written());
         if names.is_empty() {
             return;
         }
         self.asking = true;
-        let sender = self.sender.clone();
+        let (names, sender) = (names.clone(), self.sender.clone());
         tokio::spawn(async move {
             // fails only at exit, when the receiver is gone
             let _ = sender.send(dns::ask(names, timeout).await);

@@ -8,7 +8,6 @@ use std::net::IpAddr;
 use anyhow::anyhow;
 use socket2::{Domain, InterfaceIndexOrAddress, Socket, Type};
 
-use crate::desired::Desired;
 use crate::net::link::Link;
 
 /// A group and the index of an interface.
@@ -19,16 +18,16 @@ type Membership = (IpAddr, u32);
 pub struct Groups(BTreeMap<Membership, Socket>);
 
 impl Groups {
-    /// Joins the groups among the keys of a configuration on these interfaces, and leaves all others.
+    /// Joins groups on these interfaces, and leaves all others.
     ///
     /// # Errors
     /// Groups that could not be joined; the next call tries again.
     pub fn follow<'a>(
         &mut self,
-        desired: Option<&Desired>,
+        groups: Option<&BTreeSet<IpAddr>>,
         links: impl Iterator<Item = &'a Link>,
     ) -> anyhow::Result<()> {
-        let wanted = desired.map(|desired| memberships(desired, links)).unwrap_or_default();
+        let wanted = groups.map(|groups| memberships(groups, links)).unwrap_or_default();
         self.0.retain(|membership, _| wanted.contains_key(membership));
         let mut errors = Vec::new();
         for ((group, ifindex), name) in wanted {
@@ -44,12 +43,11 @@ impl Groups {
     }
 }
 
-/// Returns the memberships of a configuration on these interfaces, with the interfaces' names.
+/// Returns the memberships in groups on these interfaces, with the interfaces' names.
 fn memberships<'a>(
-    desired: &Desired,
+    groups: &BTreeSet<IpAddr>,
     links: impl Iterator<Item = &'a Link>,
 ) -> BTreeMap<Membership, &'a str> {
-    let groups: BTreeSet<IpAddr> = desired.groups().collect();
     links
         .flat_map(|link| groups.iter().map(|group| ((*group, link.index), link.name.as_str())))
         .collect()
@@ -74,7 +72,7 @@ fn join(group: IpAddr, ifindex: u32) -> io::Result<Socket> {
 mod tests {
     use super::*;
     use crate::config::{Key, KeyAddress};
-    use crate::desired::Rule;
+    use crate::desired::{Desired, Rule};
 
     #[test]
     fn memberships_are_of_the_groups_on_the_interfaces() {
@@ -88,7 +86,7 @@ mod tests {
         };
         let link = |index, name: &str| Link { index, name: name.into(), ..Link::default() };
         let links = [link(2, "eth0"), link(3, "eth1")];
-        let found: Vec<String> = memberships(&desired, links.iter())
+        let found: Vec<String> = memberships(&desired.groups().collect(), links.iter())
             .into_iter()
             .map(|((group, index), name)| format!("{group} {index} {name}"))
             .collect();

@@ -120,10 +120,11 @@ impl NeighbourTracker {
 
     /// Replaces the upstreams; each comes with its next hop as it is written now. Their routes must be set next.
     pub fn set_upstreams(&mut self, upstreams: Vec<(TrackedUpstream, types::nexthop)>) {
-        for (upstream, known) in &upstreams {
-            self.written.insert(upstream.id, NextHopEntry(*known));
+        self.upstreams = Vec::with_capacity(upstreams.len());
+        for (upstream, known) in upstreams {
+            self.written.insert(upstream.id, NextHopEntry(known));
+            self.upstreams.push(upstream);
         }
-        self.upstreams = upstreams.into_iter().map(|(upstream, _)| upstream).collect();
         let ids: BTreeSet<u32> = self.upstreams.iter().map(|upstream| upstream.id).collect();
         self.written.retain(|id, _| ids.contains(id));
         self.failed.retain(|id, _| ids.contains(id));

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use sd_notify::NotifyState;
-use serving::{Filter, Serving, filters_of, tcx_programs};
+use serving::{Filter, Serving, tcx_programs};
 
 use super::Options;
 use super::announcer::Announcer;
@@ -26,9 +26,8 @@ use super::prober::Prober;
 use super::probes::ProbeTracker;
 use super::quotes::Quotes;
 use crate::bpf::types;
-use crate::datapath::lease::Heartbeat;
 use crate::datapath::pins::{self, Store, WriteGuard};
-use crate::datapath::{lock, state_maps};
+use crate::datapath::{generation, lock, state_maps};
 use crate::error::{Failure, Result};
 use crate::heap;
 use crate::net::Netlink;
@@ -189,7 +188,7 @@ impl Service {
         if let Some(serving) = &self.serving {
             log::info!(
                 "generation {}: {} next hops of {} upstreams",
-                serving.generation.number,
+                serving.number,
                 self.tracker.neighbours(),
                 self.tracker.targets().len()
             );
@@ -210,7 +209,7 @@ impl Service {
             }
             Some(serving) => format!(
                 "generation {}: {} next hops, {down} upstreams down",
-                serving.generation.number,
+                serving.number,
                 self.tracker.neighbours()
             ),
         };
@@ -360,7 +359,8 @@ impl Service {
     fn ask_names(&mut self) {
         if let Some(serving) = &self.serving {
             let timeout = self.options.resolve_timeout;
-            self.names.ask(&serving.generation.description.desired, timeout);
+            let is_complete = serving.outline.incomplete.hosts.is_empty();
+            self.names.ask(&serving.names, is_complete, timeout);
         }
     }
 
@@ -450,6 +450,7 @@ impl Service {
             let result = self.announce().await;
             self.report("announcing", result);
         }
+        generation::forget_descriptions();
         if reads_much {
             heap::trim();
         }
@@ -473,14 +474,10 @@ impl Service {
             _ => None,
         };
         let found = found.filter(|_| unusable.is_none());
-        self.serving = match (found, maps) {
-            (Some(generation), Some(maps)) => Some(Serving {
-                interfaces: filters_of(generation, &observed),
-                tcx: BTreeMap::new(),
-                generation: generation.clone(),
-                heartbeat: Heartbeat::load(&maps.heartbeat, self.options.lease)?,
-                maps,
-            }),
+        self.serving = match (found, maps, &guard) {
+            (Some(generation), Some(maps), Some(guard)) => {
+                Some(Serving::new(guard, generation, &observed, maps, self.options.lease)?)
+            }
             _ => None,
         };
         if let (Some(serving), Some(guard)) = (&self.serving, &guard) {
@@ -502,7 +499,7 @@ impl Service {
         let mut upstreams = Vec::new();
         let mut ids = HashSet::new();
         if let Some(serving) = self.serving.as_ref().filter(|serving| serving.is_attached()) {
-            let description = &serving.generation.description;
+            let description = serving.description()?;
             for (rule, ids_of) in description.desired.rules.iter().zip(&description.ids) {
                 for (upstream, id) in rule.destinations().zip(ids_of.destinations()) {
                     if !upstream.is_local() && ids.insert(id) {
@@ -520,13 +517,13 @@ impl Service {
     /// Joins the multicast groups of the active configuration on its attached interfaces.
     fn follow_groups(&mut self) -> anyhow::Result<()> {
         let serving = self.serving.as_ref();
-        let desired = serving.map(|serving| serving.generation.description.desired.as_ref());
+        let groups = serving.map(|serving| &serving.groups);
         let links = self.tracker.links();
         let is_here = |(_, filter): &(&String, &Filter)| !matches!(filter, Filter::Detached(_));
         let here =
             serving.into_iter().flat_map(|serving| serving.interfaces.iter().filter(is_here));
         let here = here.filter_map(|(name, _)| find_link(links.values(), name));
-        self.groups.follow(desired, here)
+        self.groups.follow(groups, here)
     }
 
     /// Releases the neighbours to the kernel as ordinary entries. The lease is left to expire, so that a

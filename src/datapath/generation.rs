@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow, bail};
 use foldhash::HashSet;
@@ -505,7 +505,7 @@ pub fn read(
     number: u32,
 ) -> anyhow::Result<Option<Generation>> {
     let directory = guard.generation(number);
-    let damage = match read_description(&directory) {
+    let damage = match DescriptionMap::open(&directory).and_then(|map| map.read()) {
         Ok(description) => {
             let intact = unless_damaged(check(maps, &directory, &description))?;
             if let Err(error) = &intact {
@@ -551,23 +551,41 @@ static DESCRIPTIONS: Mutex<BTreeMap<u32, Arc<Description>>> = Mutex::new(BTreeMa
 /// Number of descriptions that are kept: of the active generation, and of the one before it.
 const KEPT: usize = 2;
 
-fn read_description(directory: &Path) -> anyhow::Result<Arc<Description>> {
-    let config = directory.join("config");
-    let map = MapHandle::from_pinned_path(&config).with_context(|| config.display().to_string())?;
-    let id = map_id(&map)?;
-    let known = || DESCRIPTIONS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(description) = known().get(&id) {
-        return Ok(description.clone());
+fn known() -> MutexGuard<'static, BTreeMap<u32, Arc<Description>>> {
+    DESCRIPTIONS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Frees the descriptions that are kept. Of 10,000 rules each has 6 MB.
+pub fn forget_descriptions() {
+    known().clear();
+}
+
+/// The map of a generation's description, which lasts while this is open.
+pub struct DescriptionMap(MapHandle);
+
+impl DescriptionMap {
+    pub fn open(directory: &Path) -> anyhow::Result<DescriptionMap> {
+        let path = directory.join("config");
+        let map = MapHandle::from_pinned_path(&path);
+        map.map(DescriptionMap).with_context(|| path.display().to_string())
     }
-    let mut bytes = Vec::new();
-    bpf::read_array(&map, map.max_entries(), |chunk| bytes.extend_from_slice(chunk))?;
-    let description = Arc::new(Description::read(&bytes).context("its description")?);
-    let mut known = known();
-    known.insert(id, description.clone());
-    while known.len() > KEPT {
-        known.pop_first();
+
+    pub fn read(&self) -> anyhow::Result<Arc<Description>> {
+        let DescriptionMap(map) = self;
+        let id = map_id(map)?;
+        if let Some(description) = known().get(&id) {
+            return Ok(description.clone());
+        }
+        let mut bytes = Vec::new();
+        bpf::read_array(map, map.max_entries(), |chunk| bytes.extend_from_slice(chunk))?;
+        let description = Arc::new(Description::read(&bytes).context("its description")?);
+        let mut known = known();
+        known.insert(id, description.clone());
+        while known.len() > KEPT {
+            known.pop_first();
+        }
+        Ok(description)
     }
-    Ok(description)
 }
 
 /// Returns the programs of a generation, by their pins.

@@ -12,6 +12,7 @@ use super::{Service, current, unless_locked};
 use crate::arpd::announcer::{Fitness, Interfaces, Step};
 use crate::config::Announce;
 use crate::datapath::announcements::{Place, Records};
+use crate::datapath::description::Description;
 use crate::datapath::pins;
 use crate::net::link::{OwnAddress, find_link};
 use crate::reconcile::readiness::{Readiness, owner};
@@ -29,8 +30,7 @@ impl Service {
         self.announce_due = Instant::now() + ANNOUNCE_INTERVAL;
         let Some(serving) = &self.serving else { return Ok(()) };
         let records = serving.maps.announcements.read()?;
-        let desired = &serving.generation.description.desired;
-        if desired.announce.is_none() && records.placed.is_empty() {
+        if serving.outline.announce.is_none() && records.placed.is_empty() {
             return Ok(());
         }
         let is_new = records.placed.is_empty();
@@ -52,7 +52,7 @@ impl Service {
         let interfaces = self.announcing();
         let fitness = self.fitness(records, own, interfaces)?;
         let Some(serving) = &self.serving else { return Ok(Vec::new()) };
-        let announce = &serving.generation.description.desired.announce;
+        let announce = &serving.outline.announce;
         let hold_down = announce.as_ref().map_or(Duration::ZERO, |it| it.hold_down.into());
         let there: BTreeSet<Place> = own.iter().map(|own| (own.address, own.ifindex)).collect();
         let placed: BTreeSet<Place> = records.placed.keys().copied().collect();
@@ -75,7 +75,7 @@ impl Service {
     }
 
     fn announcement(&self) -> Option<&Announce> {
-        self.serving.as_ref()?.generation.description.desired.announce.as_ref()
+        self.serving.as_ref()?.outline.announce.as_ref()
     }
 
     fn fitness(
@@ -86,7 +86,7 @@ impl Service {
     ) -> anyhow::Result<BTreeMap<IpAddr, Fitness>> {
         let Some(serving) = &self.serving else { return Ok(BTreeMap::new()) };
         let situation = serving.situation()?;
-        let (desired, ids) = serving.generation.hosts();
+        let Description { desired, ids, .. } = &*serving.description()?;
         let is_lost = self.errors.contains_key("attaching again");
         let unattached =
             serving.interfaces.iter().filter(|(_, seen)| is_lost || !is_attached(seen));
@@ -161,7 +161,7 @@ impl Service {
     /// configuration has no `expire` any more.
     async fn renew_lifetimes(&mut self) -> anyhow::Result<()> {
         let Some(serving) = &self.serving else { return Ok(()) };
-        let generation = serving.generation.number;
+        let generation = serving.number;
         let lifetime = self.lifetime();
         if lifetime.is_none() && self.renewed_in == Some(generation) {
             return Ok(());

@@ -22,7 +22,7 @@ impl Service {
     pub(super) fn track_services(&mut self) -> anyhow::Result<()> {
         let mut services = Vec::new();
         if let Some(serving) = self.serving.as_ref().filter(|serving| serving.is_attached()) {
-            let description = &serving.generation.description;
+            let description = serving.description()?;
             let mut records = serving.maps.probes.read()?;
             let mut seen = HashSet::new();
             for (rule, ids) in description.desired.rules.iter().zip(&description.ids) {

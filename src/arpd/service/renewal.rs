@@ -28,13 +28,12 @@ impl Service {
         self.stale.interfaces = false;
         let Some(serving) = &mut self.serving else { return Ok(()) };
         let found = filters(&self.netlink, serving).await?;
-        let desired = &serving.generation.description.desired;
-        let lacked = |name: &String| desired.incomplete.interfaces.contains(name);
+        let lacked = |name: &String| serving.outline.incomplete.interfaces.contains(name);
         let lost = found.iter().filter(|(_, seen)| matches!(seen, Filter::Lost(_)));
         let (appeared, lost): (Vec<String>, Vec<String>) =
             lost.map(|(name, _)| name.clone()).partition(lacked);
         if !appeared.is_empty() {
-            let mut desired = Desired::clone(desired);
+            let mut desired = Desired::clone(&serving.description()?.desired);
             desired.incomplete.interfaces.retain(|name| !appeared.contains(name));
             return self.attach_new(desired, &appeared).await;
         }
@@ -56,7 +55,7 @@ impl Service {
         let Some(guard) = self.lock_for_writing()? else { return Ok(()) };
         let observed = observe(Some(&guard), &self.netlink).await?;
         self.stale.generation = true;
-        let number = self.serving.as_ref().map(|serving| serving.generation.number);
+        let number = self.serving.as_ref().map(|serving| serving.number);
         if observed.serving() != number {
             return Ok(());
         }
@@ -98,7 +97,7 @@ impl Service {
             desired = renewed;
         }
         let Some(serving) = &self.serving else { return Ok(()) };
-        let number = serving.generation.number;
+        let number = serving.number;
         match self.renew(number, &desired).await? {
             Some(renewed) => {
                 let names = appeared.join(", ");
@@ -114,14 +113,14 @@ impl Service {
     pub(super) async fn read_addresses(&mut self) -> anyhow::Result<()> {
         self.stale.addresses = false;
         let Some(serving) = &self.serving else { return Ok(()) };
-        let desired = &serving.generation.description.desired;
+        let desired = &serving.description()?.desired;
         Environment::read(&self.netlink).await?.write(
             &serving.maps,
             [desired.as_ref()].into_iter(),
             true,
         )?;
         if !desired.xdp.is_empty() {
-            let directory = self.pin_dir.join(ReadGuard::name_of(serving.generation.number));
+            let directory = self.pin_dir.join(ReadGuard::name_of(serving.number));
             let links = self.netlink.links().await?;
             xdp::write_devices(&directory, &desired.xdp, &links, &serving.maps.gate)?;
         }
@@ -135,7 +134,7 @@ impl Service {
         let Some(desired) = addresses::renewed(&self.netlink, desired).await? else {
             return Ok(());
         };
-        let number = serving.generation.number;
+        let number = serving.number;
         match self.renew(number, &desired).await? {
             Some(renewed) => {
                 let all: Vec<String> = desired.addresses.iter().map(IpAddr::to_string).collect();
@@ -156,14 +155,17 @@ impl Service {
         if !serving.interfaces.values().any(is_attached) {
             return;
         }
-        let before = &serving.generation.description.desired;
+        let before = &match serving.description() {
+            Ok(description) => description.desired.clone(),
+            Err(error) => return self.report("names", Err(error)),
+        };
         let (desired, unresolved) = partial::renew(before, &answers, &own, &mut self.names.shrunk);
         self.names.log(&unresolved);
         if desired.serves(before) {
             self.errors.remove("names");
             return;
         }
-        let number = serving.generation.number;
+        let number = serving.number;
         let text = partial::moved(before, &desired);
         let result = self.renew(number, &desired).await;
         if let Ok(Some(renewed)) = &result {

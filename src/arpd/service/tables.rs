@@ -20,10 +20,8 @@ impl Service {
     pub(super) async fn read_routes(&mut self) -> anyhow::Result<()> {
         let started = Instant::now();
         let targets = self.tracker.targets();
-        let interfaces = self
-            .serving
-            .as_ref()
-            .map_or(&[][..], |serving| &serving.generation.description.desired.interfaces);
+        let interfaces =
+            self.serving.as_ref().map_or(&[][..], |serving| &serving.outline.interfaces);
         let links = self.tracker.links();
         let paths = routing::paths(&self.netlink, &targets, interfaces, links).await?;
         self.tracker.set_paths(targets.into_iter().zip(paths).collect(), now());
