@@ -1,8 +1,9 @@
 //! Checks across values: names, keys, endpoints, and limits of their numbers.
 
-use std::collections::{HashMap, HashSet};
 use std::hash;
 use std::net::{Ipv4Addr, Ipv6Addr};
+
+use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 
 use super::decode::Decoded;
 use super::diagnostic::{Diagnostics, Message};
@@ -75,7 +76,7 @@ pub(super) fn check(decoded: &mut Decoded) {
 
 /// Returns pairs of indices with equal values: the first index and each later one.
 fn repeated<K: hash::Hash + Eq>(values: impl Iterator<Item = (usize, K)>) -> Vec<(usize, usize)> {
-    let mut first = HashMap::new();
+    let mut first = HashMap::with_capacity(values.size_hint().0);
     let mut pairs = Vec::new();
     for (index, value) in values {
         let before = *first.entry(value).or_insert(index);

@@ -397,6 +397,7 @@ impl Decoder {
     }
 
     fn rules(&mut self, nodes: &[Node<'_>], defaults: &Options, at: &Trail<'_>) {
+        self.decoded.rules.reserve(nodes.len());
         for (index, node) in nodes.iter().enumerate() {
             let rule = self.rule(node, defaults, &at.index(index));
             self.decoded.rules.extend(rule);
@@ -899,7 +900,10 @@ impl Decoder {
         table: &'static Table,
         at: &Trail<'_>,
     ) -> Option<Vec<UpstreamConfig>> {
-        let nodes = self.list(node, &format!("a list, each {} (a map)", table.what), at)?;
+        let Content::List(nodes) = &node.content else {
+            let what = format!("a list, each {} (a map)", table.what);
+            return self.ok(at, scalar::list(&what, node));
+        };
         if nodes.is_empty() && std::ptr::eq(table, &words::UPSTREAM_MAP) {
             self.error(at, Message::new("no upstreams: a rule needs at least one"));
             return None;

@@ -3,17 +3,20 @@
 use super::super::diagnostic::{Diagnostics, Message};
 use super::super::path::Path;
 use super::super::vocabulary as words;
-use super::super::{Mode, Network, RuleConfig};
+use super::super::{Mode, Network, RuleConfig, UpstreamConfig};
 use super::twice;
 
-/// Returns all lists of a rule with their places, in the order of [`RuleConfig::addresses`].
+/// Returns the lists of a rule with their places, in the order of [`RuleConfig::addresses`]. Pairs of empty lists are
+/// left out: most rules have no others.
 pub(super) fn lists(rule: &RuleConfig) -> Vec<(Path, &[Network])> {
-    let key = rule.at.field(words::KEY.name);
-    let mut lists = vec![
-        (key.field(words::KEY_FROM.name), &rule.key.from[..]),
-        (key.field(words::KEY_NOT_FROM.name), &rule.key.not_from[..]),
-    ];
-    for upstream in rule.destinations() {
+    let mut lists = Vec::new();
+    if !(rule.key.from.is_empty() && rule.key.not_from.is_empty()) {
+        let key = rule.at.field(words::KEY.name);
+        lists.push((key.field(words::KEY_FROM.name), &rule.key.from[..]));
+        lists.push((key.field(words::KEY_NOT_FROM.name), &rule.key.not_from));
+    }
+    let limited = |it: &&UpstreamConfig| !(it.from.is_empty() && it.not_from.is_empty());
+    for upstream in rule.destinations().filter(limited) {
         lists.push((upstream.at.field(words::UPSTREAM_FROM.name), &upstream.from));
         lists.push((upstream.at.field(words::UPSTREAM_NOT_FROM.name), &upstream.not_from));
     }
