@@ -7,8 +7,10 @@ mod messages;
 mod state;
 mod tracked;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
+
+use foldhash::{HashMap, HashMapExt};
 
 use state::{LinkState, State};
 use tracked::{Pacing, Step, Tracked};

@@ -1,12 +1,12 @@
 //! `udplb apply`: applies a configuration file.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
 use clap_complete::engine::ArgValueCandidates;
+use foldhash::HashMap;
 use schemars::JsonSchema;
 use serde::Serialize;
 
@@ -115,6 +115,8 @@ async fn apply(global: &Global, options: &Options, target: &ConfigFile) -> Resul
     let next_hops = resolve_next_hops(&netlink, &loaded.desired).await?;
     let (advice, hops) = advise(global, &text, &loaded, &next_hops, &netlink).await?;
     loaded.warnings.extend(advice);
+    // the generation is built in its memory
+    loaded.config = None;
     let guard = lock(global, &netlink).await?;
     let observed = observe(Some(&guard), &netlink).await?;
     let deadline = options.confirm.map(|confirm| time::since_boot() + confirm);
@@ -216,7 +218,7 @@ async fn advise(
     global: &Global,
     text: &Text,
     loaded: &Loaded,
-    next_hops: &BTreeMap<routing::Target, NextHop>,
+    next_hops: &HashMap<routing::Target, NextHop>,
     netlink: &Netlink,
 ) -> Result<(Vec<Diagnostic>, Vec<Diagnostic>)> {
     let desired = &loaded.desired;

@@ -28,10 +28,9 @@ pub mod top;
 pub mod trace;
 pub mod withdraw;
 
-use std::collections::BTreeMap;
-
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use foldhash::HashMap;
 
 use crate::cli::Global;
 use crate::datapath::pins::{self, WriteGuard};
@@ -200,7 +199,7 @@ async fn carry_out(
     observed: &Observed,
     actions: &[Action],
 ) -> Result<()> {
-    let next_hops = BTreeMap::new();
+    let next_hops = HashMap::default();
     let mut executor = Executor::new(guard, netlink, observed, &next_hops);
     Ok(executor.run(actions, &mut execute::log).await?)
 }

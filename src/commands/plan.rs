@@ -1,9 +1,8 @@
 //! `udplb plan`: shows what applying a file would change.
 
-use std::collections::BTreeMap;
-
 use anyhow::Context;
 use clap::Args;
+use foldhash::HashMap;
 use schemars::JsonSchema;
 use serde::Serialize;
 
@@ -98,7 +97,7 @@ async fn of_this_host(wanted: &Loaded, netlink: &Netlink) -> Result<Vec<Diagnost
     let Some(config) = &wanted.config else { return Ok(Vec::new()) };
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
-    let candidate = Candidate { config, desired: &wanted.desired, next_hops: &BTreeMap::new() };
+    let candidate = Candidate { config, desired: &wanted.desired, next_hops: &HashMap::default() };
     Ok(config.warnings(candidate.of_this_host(&links, &addresses)))
 }
 

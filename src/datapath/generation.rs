@@ -9,7 +9,6 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow, bail};
-use foldhash::HashSet;
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, PrintLevel, Program, ProgramMut};
 
@@ -26,6 +25,7 @@ use crate::datapath::{
     flows, handover, kernel, lease, lines, packed, retired, senders, spares, xdp,
 };
 use crate::desired::flows::{egresses, settings};
+use crate::desired::id_set::IdSet;
 use crate::desired::key_table::KeyTables;
 use crate::desired::sender_tables;
 use crate::desired::tables::Tables;
@@ -154,8 +154,8 @@ fn build_in(
     let seed = random()?;
     let keys = key_tables(&tables, seed)?;
     let (mut state, counters_reset) = state_maps::ensure(guard, &skeleton)?;
-    let held: HashSet<u32> = others.iter().flat_map(|other| other.ids()).collect();
-    let fresh = all(&ids).filter(|id| !held.contains(id));
+    let held: IdSet = others.iter().flat_map(|other| other.ids()).collect();
+    let fresh = all(&ids).filter(|id| !held.contains(*id));
     state.counters.prepare(&skeleton, all(&ids), fresh)?;
     retired::retain(guard, &held)?;
     state.overrides.retain(guard, &held, state.counters.room())?;

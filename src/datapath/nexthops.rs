@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
+use foldhash::HashMap;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::bpf::{OpenUdplbSkel, bytes_of, from_bytes, read_array, types, unwire, wire};
@@ -139,7 +140,7 @@ pub fn write(
     nexthops: &NextHops,
     desired: &Desired,
     ids: &[RuleIds],
-    ways: &BTreeMap<Target, NextHop>,
+    ways: &HashMap<Target, NextHop>,
 ) -> anyhow::Result<()> {
     nexthops.write_all(&entries(desired, ids, |target| ways.get(target)))
 }

@@ -4,13 +4,13 @@
 use std::collections::BTreeMap;
 
 use anyhow::Context;
-use foldhash::HashSet;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::bpf::read_array;
 use crate::config::State;
 use crate::datapath::gate::Gate;
 use crate::datapath::pins::WriteGuard;
+use crate::desired::id_set::IdSet;
 
 /// `enum override` of udplb.h. No map or function has that type, so that the skeleton lacks it.
 const DRAINED: u64 = 1;
@@ -63,9 +63,9 @@ impl Overrides {
 
     /// Removes the overrides of ids up to `most` that are not `held`: such an id may be assigned to another
     /// upstream.
-    pub fn retain(&self, guard: &WriteGuard, held: &HashSet<u32>, most: u32) -> anyhow::Result<()> {
+    pub fn retain(&self, guard: &WriteGuard, held: &IdSet, most: u32) -> anyhow::Result<()> {
         let mut all = self.read(most)?.into_keys();
-        all.try_for_each(|id| if held.contains(&id) { Ok(()) } else { self.set(guard, id, None) })
+        all.try_for_each(|id| if held.contains(id) { Ok(()) } else { self.set(guard, id, None) })
     }
 }
 

@@ -12,7 +12,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use anyhow::Context;
-use foldhash::HashSet;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 
 use crate::bpf::{bytes_of, from_bytes, read_array, types};
@@ -20,6 +19,7 @@ use crate::datapath::counters::{Count, Counters, Counts, NONE, Part};
 use crate::datapath::description::Generation;
 use crate::datapath::lines;
 use crate::datapath::pins::{ReadGuard, WriteGuard};
+use crate::desired::id_set::IdSet;
 
 /// Name of the map's pin, and of the next map's before it takes that place.
 pub const PIN: &str = "retired";
@@ -75,10 +75,10 @@ pub fn keep(
 }
 
 /// Removes the sums of ids that are not `held`: such an id may be assigned to another rule or upstream.
-pub fn retain(guard: &WriteGuard, held: &HashSet<u32>) -> anyhow::Result<()> {
+pub fn retain(guard: &WriteGuard, held: &IdSet) -> anyhow::Result<()> {
     let mut retired = read(guard)?;
     let before = retired.sums.len();
-    retired.sums.retain(|id, _| held.contains(id));
+    retired.sums.retain(|id, _| held.contains(*id));
     if retired.sums.len() == before { Ok(()) } else { retired.write(guard) }
 }
 
@@ -115,9 +115,9 @@ impl Retired {
         for (id, count) in lines.iter().filter(|(_, count)| count.packets > 0) {
             self.sums.entry(*id).or_default().add_sent(*count);
         }
-        let held: HashSet<u32> = others.iter().flat_map(|other| other.ids()).collect();
-        for (rule, upstreams) in gone.counting().filter(|(rule, _)| held.contains(rule)) {
-            let lost = upstreams.iter().copied().filter(|id| !held.contains(id));
+        let held: IdSet = others.iter().flat_map(|other| other.ids()).collect();
+        for (rule, upstreams) in gone.counting().filter(|(rule, _)| held.contains(*rule)) {
+            let lost = upstreams.iter().copied().filter(|id| !held.contains(*id));
             // an id may be listed twice
             for id in lost.collect::<BTreeSet<u32>>() {
                 let mut counts = counters.of(id)?;
@@ -127,7 +127,7 @@ impl Retired {
                 }
             }
         }
-        self.sums.retain(|id, _| held.contains(id));
+        self.sums.retain(|id, _| held.contains(*id));
         Ok(())
     }
 

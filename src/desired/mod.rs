@@ -8,6 +8,7 @@ pub mod export;
 pub mod flow;
 pub mod flow_copy;
 pub mod flows;
+pub mod id_set;
 pub mod key_table;
 pub mod miss;
 pub mod partial;
@@ -28,6 +29,7 @@ use crate::config::{
     Fragments, Hash, Health, Host, Key, KeyAddress, Mode, Network, Payload, Ports, Reply, ServerId,
     ServerIdPlace, Source, State, Strategy, Templates, Via, Xdp, with_port,
 };
+use crate::desired::id_set::IdSet;
 use crate::desired::partial::Incomplete;
 use crate::net::routing::{Senders, Target};
 
@@ -491,7 +493,7 @@ impl Desired {
     }
 
     /// Returns the targets of all upstreams and mirrors on other hosts, each once.
-    pub fn targets(&self) -> BTreeSet<Target> {
+    pub fn targets(&self) -> HashSet<Target> {
         let rules = self.rules.iter();
         rules
             .flat_map(|rule| {
@@ -625,9 +627,9 @@ pub fn assign_ids(
         all.iter().map(move |it| (name, Some((packets, rule.mode, &it.address, it.port))))
     }
     let (to_upstream, to_mirror) = (Packets::To(Role::Upstream), Packets::To(Role::Mirror));
-    let held: HashSet<u32> =
-        known.iter().flat_map(|(_, given)| *given).flat_map(RuleIds::all).collect();
-    let mut ids: HashMap<Holder<'_>, u32> = HashMap::with_capacity(held.len());
+    let all = || known.iter().flat_map(|(_, given)| *given).flat_map(RuleIds::all);
+    let held: IdSet = all().collect();
+    let mut ids: HashMap<Holder<'_>, u32> = HashMap::with_capacity(all().count());
     for (desired, given) in known {
         for (rule, given) in desired.rules.iter().zip(*given) {
             let upstreams = holders(rule, to_upstream).zip(&given.upstreams);
@@ -640,7 +642,7 @@ pub fn assign_ids(
             }
         }
     }
-    let mut free = (1..limit).filter(|id| !held.contains(id));
+    let mut free = (1..limit).filter(|id| !held.contains(*id));
     let mut id_of = |holder| match ids.get(&holder) {
         Some(id) => Ok(*id),
         None => {

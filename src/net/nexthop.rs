@@ -1,8 +1,9 @@
 //! The next hop of each upstream: route, gateway and the gateway's MAC address.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
+
+use foldhash::{HashMap, HashSet, HashSetExt};
 
 use crate::net::Netlink;
 use crate::net::link::{Layer, Link, OwnAddress};
@@ -107,11 +108,11 @@ impl Hop {
 /// [`NEIGHBOUR_TIMEOUT`].
 pub async fn resolve(
     netlink: &Netlink,
-    targets: &BTreeSet<Target>,
+    targets: impl IntoIterator<Item = Target>,
     interfaces: &[String],
-) -> anyhow::Result<BTreeMap<Target, NextHop>> {
+) -> anyhow::Result<HashMap<Target, NextHop>> {
     let links = links(netlink).await?;
-    let asked: Vec<Target> = targets.iter().cloned().collect();
+    let asked: Vec<Target> = targets.into_iter().collect();
     let paths = settled_paths(netlink, &asked, interfaces, &links).await?;
     let mut found = Found::all(&asked, paths, &links);
     let end = Instant::now() + NEIGHBOUR_TIMEOUT;
@@ -137,11 +138,11 @@ pub async fn resolve(
 /// Finds the next hops with the neighbours that the kernel knows now, without resolving others.
 pub async fn look(
     netlink: &Netlink,
-    targets: &BTreeSet<Target>,
+    targets: impl IntoIterator<Item = Target>,
     interfaces: &[String],
-) -> anyhow::Result<BTreeMap<Target, NextHop>> {
+) -> anyhow::Result<HashMap<Target, NextHop>> {
     let links = links(netlink).await?;
-    let asked: Vec<Target> = targets.iter().cloned().collect();
+    let asked: Vec<Target> = targets.into_iter().collect();
     let paths = routing::paths(netlink, &asked, interfaces, &links).await?;
     let mut found = Found::all(&asked, paths, &links);
     let hops = found.iter_mut().flat_map(Found::hops);
@@ -205,9 +206,12 @@ impl Found {
         paths.map(|(target, paths)| Found::new(target, paths, links)).collect()
     }
 
-    fn next_hops(found: Vec<Found>, targets: Vec<Target>) -> BTreeMap<Target, NextHop> {
-        let found = found.into_iter().zip(targets);
-        found.map(|(found, target)| (target.clone(), found.next_hop(&target))).collect()
+    fn next_hops(found: Vec<Found>, targets: Vec<Target>) -> HashMap<Target, NextHop> {
+        let found = found.into_iter().zip(targets).map(|(found, target)| {
+            let next_hop = found.next_hop(&target);
+            (target, next_hop)
+        });
+        found.collect()
     }
 
     fn new(target: &Target, paths: Result<Paths, String>, links: &HashMap<u32, Link>) -> Found {

@@ -1,8 +1,9 @@
 //! Policy routing: rules of `ip rule`, routing tables, VRFs, and their outcome for a flow. Pure.
 
 use std::cmp::Reverse;
-use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use foldhash::HashMap;
 
 use crate::config::Network;
 use crate::net::link::Link;
@@ -432,7 +433,7 @@ mod tests {
         policy.rules[0].action = PolicyAction::Refuse("a rule forbids it");
         let senders = [network("10.1.0.5")];
         let named = [&eth0[0]];
-        let refused = policy.paths_from(ip("192.0.2.1"), &senders, &named, &HashMap::new());
+        let refused = policy.paths_from(ip("192.0.2.1"), &senders, &named, &HashMap::default());
         assert_eq!(refused, Err("a rule forbids it".into()));
     }
 

@@ -1,9 +1,10 @@
 //! Routes and policy rules.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 pub(super) use netlink_packet_route::route::RouteFlags;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteNextHopFlags, RouteType, RouteVia,

@@ -2,9 +2,11 @@
 //! the source address. An `RTM_GETROUTE` request cannot tell: with an input interface the kernel refuses
 //! it while forwarding is off, and it refuses this host's own source addresses.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
+
+use foldhash::{HashMap, HashSet};
 
 use crate::config::{Address, Network};
 use crate::net::Netlink;
@@ -78,9 +80,9 @@ pub async fn paths(
         Some(_) => None,
         None => policies[usize::from(address.ip.is_ipv6())].as_ref(),
     };
-    let plain: BTreeSet<&Address> = targets.iter().map(|target| &target.address).collect();
-    let plain: Vec<Address> =
-        plain.into_iter().filter(|address| policy_of(address).is_none()).cloned().collect();
+    let addresses = targets.iter().map(|target| &target.address);
+    let plain: HashSet<&Address> = addresses.filter(|it| policy_of(it).is_none()).collect();
+    let plain: Vec<Address> = plain.into_iter().cloned().collect();
     let found = netlink.paths(&plain, links)?;
     let found: HashMap<&Address, RouteOutcome> = plain.iter().zip(found).collect();
     let mut all = Vec::with_capacity(targets.len());
@@ -117,18 +119,14 @@ pub async fn paths(
 
 /// Reads rules and routes of a family; `None` if it has no targets, or only the kernel's default rules.
 async fn policy(netlink: &Netlink, targets: &[Target], ipv6: bool) -> io::Result<Option<Policy>> {
-    let asked: BTreeSet<IpAddr> = targets
-        .iter()
-        .filter(|target| target.address.scope.is_none() && target.address.ip.is_ipv6() == ipv6)
-        .map(|target| target.address.ip)
-        .collect();
-    if asked.is_empty() {
-        return Ok(None);
-    }
+    let routed = targets.iter().filter(|target| target.address.scope.is_none());
+    let mut asked = routed.map(|target| target.address.ip).filter(|ip| ip.is_ipv6() == ipv6);
+    let Some(first) = asked.next() else { return Ok(None) };
     let rules = netlink.rules(ipv6).await?;
     if rules.iter().all(PolicyRule::is_default) {
         return Ok(None);
     }
+    let asked = [first].into_iter().chain(asked).collect();
     let routes = netlink.routes_to(&asked, ipv6).await?;
     Ok(Some(Policy { rules, routes }))
 }

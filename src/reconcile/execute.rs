@@ -1,11 +1,12 @@
 //! Executes plans: the only place where udplb changes the kernel.
 
 use std::cell::OnceCell;
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, anyhow};
+use foldhash::HashMap;
 
 use crate::config::{State, Xdp};
 use crate::datapath::description::{Generation, Origin};
@@ -44,7 +45,7 @@ pub async fn reconcile(
     netlink: &Netlink,
     observed: &Observed,
     plan: &Plan,
-    ways: &BTreeMap<Target, NextHop>,
+    ways: &HashMap<Target, NextHop>,
 ) -> anyhow::Result<Outcome> {
     let mut executor = Executor::new(guard, netlink, observed, ways);
     executor.run(&plan.actions, &mut log).await?;
@@ -103,7 +104,7 @@ pub struct Executor<'a> {
     before: &'a Observed,
     built: Option<Generation>,
     dropped: BTreeSet<u32>,
-    ways: &'a BTreeMap<Target, NextHop>,
+    ways: &'a HashMap<Target, NextHop>,
     maps: OnceCell<StateMaps>,
     /// Counters start at zero: there were none, or their map had gone.
     pub counters_reset: bool,
@@ -115,7 +116,7 @@ impl<'a> Executor<'a> {
         guard: &'a WriteGuard,
         netlink: &'a Netlink,
         before: &'a Observed,
-        ways: &'a BTreeMap<Target, NextHop>,
+        ways: &'a HashMap<Target, NextHop>,
     ) -> Executor<'a> {
         let (built, dropped, maps) = (None, BTreeSet::new(), OnceCell::new());
         Executor { guard, netlink, before, built, dropped, ways, maps, counters_reset: false }

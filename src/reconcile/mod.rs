@@ -16,9 +16,8 @@ pub mod sockets;
 pub mod source;
 pub mod warnings;
 
-use std::collections::BTreeMap;
-
 use anyhow::Context;
+use foldhash::HashMap;
 
 use crate::desired::Desired;
 use crate::net::Netlink;
@@ -29,7 +28,6 @@ use crate::net::routing::Target;
 pub async fn resolve_next_hops(
     netlink: &Netlink,
     desired: &Desired,
-) -> anyhow::Result<BTreeMap<Target, NextHop>> {
-    let targets = desired.targets();
-    nexthop::resolve(netlink, &targets, &desired.interfaces).await.context("next hops")
+) -> anyhow::Result<HashMap<Target, NextHop>> {
+    nexthop::resolve(netlink, desired.targets(), &desired.interfaces).await.context("next hops")
 }

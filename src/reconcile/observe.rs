@@ -1,6 +1,6 @@
 //! The observed state: generations under the pin directory, filters on interfaces. Reads only.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use crate::datapath::pin_search::{self, Place};
 use crate::datapath::pins::ReadGuard;
 use crate::datapath::state_maps::{self, Held, Pending, StateMaps};
 use crate::datapath::{generation, retired, xdp};
+use crate::desired::id_set::IdSet;
 use crate::net::Netlink;
 use crate::net::link::{Layer, Link, is_called};
 
@@ -196,10 +197,10 @@ pub async fn observe(guard: Option<&ReadGuard>, netlink: &Netlink) -> anyhow::Re
             Arc::make_mut(&mut generation.description).origin = origin;
         }
         let held = observed.generations.values().flat_map(Generation::ids);
-        let held: HashSet<u32> = held.collect();
-        if let (Some(maps), Some(most)) = (&maps, held.iter().max()) {
-            observed.overrides = maps.overrides.read(*most)?;
-            observed.overrides.retain(|id, _| held.contains(id));
+        let held: IdSet = held.collect();
+        if let (Some(maps), Some(most)) = (&maps, held.max()) {
+            observed.overrides = maps.overrides.read(most)?;
+            observed.overrides.retain(|id, _| held.contains(*id));
         }
     }
     let programs = observed.generations.values().filter_map(|generation| {

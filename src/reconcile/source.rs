@@ -134,7 +134,11 @@ impl<'a> Request<'a> {
         let serving = observed.serving().and_then(|number| observed.generations.get(&number));
         let serving = serving.map(|generation| generation.description.desired.as_ref());
         let written = Desired::written(&self.config, &self.interfaces);
-        let answers = dns::ask(dns::names(&written), self.timeout).await;
+        let names = dns::names(&written);
+        if names.is_empty() {
+            return Ok(Resolved { desired: written, ..Resolved::default() });
+        }
+        let answers = dns::ask(names, self.timeout).await;
         let own = addresses::own(netlink).await?;
         let shrunk = serving.map(|serving| serving.incomplete.shrunk.clone()).unwrap_or_default();
         let known = Known { answers: &answers, own: &own, serving, shrunk: &shrunk };

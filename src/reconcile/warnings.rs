@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
+use foldhash::HashMap;
+
 use super::sockets::{Listener, listeners, memberships};
 use crate::bpf::xdp;
 use crate::config::{
@@ -23,7 +25,7 @@ pub struct Candidate<'a> {
     pub config: &'a Config,
     pub desired: &'a Desired,
     /// Next hops of all upstreams; empty where none of the warnings depends on them.
-    pub next_hops: &'a BTreeMap<Target, NextHop>,
+    pub next_hops: &'a HashMap<Target, NextHop>,
 }
 
 impl<'a> Candidate<'a> {
@@ -549,7 +551,7 @@ mod tests {
         let config = Config::parse("test.yaml", text).expect("a good configuration");
         let mut desired = Desired::written(&config, &config.interfaces);
         let warned = |desired: &Desired, kernel| {
-            let next_hops = BTreeMap::new();
+            let next_hops = HashMap::default();
             let candidate = Candidate { config: &config, desired, next_hops: &next_hops };
             candidate.answers_taken(kernel).is_some()
         };

@@ -1,12 +1,13 @@
 //! Reads the active configuration and its counters from the kernel.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::Context;
+use foldhash::HashMap;
 use schemars::JsonSchema;
 use serde::Serialize;
 

@@ -1,6 +1,7 @@
 //! A model of the kernel that applies actions in memory and panics on forbidden ones.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use udplb::bpf::OBJECT_SHA256;
@@ -94,7 +95,13 @@ impl Kernel {
         steps: usize,
     ) -> Result<Plan, Refusal> {
         let (origin, deadline) = (Origin::default(), Some(Duration::from_secs(1)));
-        let plan = plan::apply_until(&self.observed, desired, &origin, force, deadline)?;
+        let plan = plan::apply_until(
+            &self.observed,
+            &Arc::new(desired.clone()),
+            &origin,
+            force,
+            deadline,
+        )?;
         self.carry_out(&plan.actions, steps);
         Ok(plan)
     }

@@ -1,7 +1,6 @@
 //! Next hops resolved from the kernel's tables, in network namespaces: both families, link-local
 //! addresses, devices without MAC addresses, and egress addresses.
 
-use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use udplb::config::Address;
@@ -64,8 +63,7 @@ impl Pair {
         let address: Address = address.parse().expect("an address");
         let target = Target { address, senders: Senders::Own };
         let ways = self.ask(async |netlink| {
-            let asked = BTreeSet::from([target.clone()]);
-            nexthop::resolve(&netlink, &asked, &["eth0".into()]).await.expect("ways")
+            nexthop::resolve(&netlink, [target.clone()], &["eth0".into()]).await.expect("ways")
         });
         ways[&target].clone()
     }

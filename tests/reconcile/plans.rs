@@ -519,7 +519,7 @@ pub fn carry_out(
         for generation in observed.generations.values() {
             targets.extend(generation.description.desired.targets());
         }
-        let ways = nexthop::resolve(&netlink, &targets, &["eth0".into()]).await?;
+        let ways = nexthop::resolve(&netlink, targets, &["eth0".into()]).await?;
         let mut steps = 0;
         let mut observer = |_: &Action| {
             steps += 1;
@@ -662,7 +662,7 @@ fn failing_rollback_keeps_the_new_generation() {
 fn failing_apply_with_confirm_leaves_nothing_pending() {
     let lab = Lab::new();
     lab.apply(&with_interfaces(to_port(7001), &["eth0", "up0"]));
-    let desired = wanted(&to_port(7002));
+    let desired = std::sync::Arc::new(wanted(&to_port(7002)));
     let deadline = udplb::time::since_boot() + std::time::Duration::from_secs(3000);
     fail_everywhere(&lab, Some(7001), &|observed| {
         plan::apply_until(observed, &desired, &Origin::default(), false, Some(deadline))

@@ -348,7 +348,7 @@ fn failed_apply_keeps_the_total() {
             }
             Ok(())
         };
-        let ways = BTreeMap::new();
+        let ways = foldhash::HashMap::default();
         Executor::new(&guard, &netlink, &observed, &ways).run(&plan.actions, &mut observer).await
     };
     let failed: anyhow::Result<()> = lab.relay.enter(|| {

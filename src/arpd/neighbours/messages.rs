@@ -1,6 +1,8 @@
 //! Log lines about neighbours and routes.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
+
+use foldhash::HashMap;
 
 use super::{Effect, NeighbourTracker};
 use crate::config::Address;

@@ -1,10 +1,10 @@
 //! Attaches filters again, and renews the generation when addresses, names or interfaces have changed.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
+use foldhash::HashMap;
 
 use super::Service;
 use super::serving::{Filter, filters, is_attached};
@@ -63,7 +63,7 @@ impl Service {
         let lost: Vec<String> =
             lost.iter().filter(|name| !observed.is_detached(name)).cloned().collect();
         let plan = plan::attach_again(&observed, &lost)?;
-        let next_hops = BTreeMap::new();
+        let next_hops = HashMap::default();
         let mut executor = execute::Executor::new(&guard, &self.netlink, &observed, &next_hops);
         executor.run(&plan.actions, &mut execute::log).await?;
         let before = self.serving.as_ref().map(|serving| &serving.interfaces);

@@ -1,12 +1,13 @@
 //! Facts about the host and what serves. Nothing is changed.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
+use foldhash::{HashMap, HashMapExt, HashSet};
 
 use super::before::{self, Before};
 use super::sample::{self, Growth};
@@ -356,7 +357,7 @@ async fn look(
     let links = netlink.links().await.context("interfaces")?;
     let addresses = netlink.addresses().await.context("addresses")?;
     facts.inputs = inputs(netlink, observed, &links, serving, desired).await?;
-    let next_hops = nexthop::look(netlink, &desired.targets(), &desired.interfaces).await?;
+    let next_hops = nexthop::look(netlink, desired.targets(), &desired.interfaces).await?;
     facts.upstreams = upstreams(&next_hops, &links, status, desired);
     let hops: HashSet<(&str, IpAddr)> = facts
         .upstreams
@@ -390,7 +391,7 @@ async fn look(
 /// Returns the warnings of `apply` for the active configuration.
 fn warnings(
     desired: &Desired,
-    next_hops: &BTreeMap<routing::Target, nexthop::NextHop>,
+    next_hops: &HashMap<routing::Target, nexthop::NextHop>,
     links: &[Link],
     addresses: &[OwnAddress],
 ) -> Vec<String> {
@@ -509,7 +510,7 @@ fn tcp_segments() -> u64 {
 }
 
 fn upstreams(
-    next_hops: &BTreeMap<routing::Target, nexthop::NextHop>,
+    next_hops: &HashMap<routing::Target, nexthop::NextHop>,
     links: &[Link],
     status: Option<&Status>,
     desired: &Desired,

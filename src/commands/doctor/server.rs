@@ -1,7 +1,6 @@
 //! Facts about this host as an upstream of rules with `reply: direct` elsewhere, which has the addresses of their
 //! keys.
 
-use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use anyhow::Context;
@@ -153,8 +152,7 @@ async fn served(
 ) -> Result<Vec<ServedAddress>> {
     let target =
         |address: IpAddr| Target { address: Address::from(address), senders: Senders::Own };
-    let targets: BTreeSet<Target> = named.iter().copied().map(target).collect();
-    let next_hops = nexthop::look(netlink, &targets, &[]).await?;
+    let next_hops = nexthop::look(netlink, named.iter().copied().map(target), &[]).await?;
     let place = |address: IpAddr| {
         let found = own.iter().find(|own| own.address == address);
         let link = found.and_then(|own| links.iter().find(|link| link.index == own.ifindex));

@@ -155,13 +155,13 @@ pub fn apply(
     origin: &Origin,
     force: bool,
 ) -> Result<Plan, Refusal> {
-    apply_until(observed, desired, origin, force, None)
+    apply_until(observed, &Arc::new(desired.clone()), origin, force, None)
 }
 
 /// Like [`apply`]; with a deadline (time since boot) the change is pending until it is confirmed.
 pub fn apply_until(
     observed: &Observed,
-    desired: &Desired,
+    desired: &Arc<Desired>,
     origin: &Origin,
     force: bool,
     deadline: Option<Duration>,
@@ -172,7 +172,8 @@ pub fn apply_until(
 /// Plans the renewal after a host name or `any` got other addresses: replaces the active
 /// generation, and keeps those that a rollback returns to or holds.
 pub fn renew(observed: &Observed, desired: &Desired, origin: &Origin) -> Result<Plan, Refusal> {
-    replace(observed, desired, origin, &Replacement { force: false, deadline: None, moved: true })
+    let desired = Arc::new(desired.clone());
+    replace(observed, &desired, origin, &Replacement { force: false, deadline: None, moved: true })
 }
 
 /// Plans to attach the active generation to interfaces that have lost it. Interfaces that are missing or
@@ -207,7 +208,7 @@ struct Replacement {
 
 fn replace(
     observed: &Observed,
-    desired: &Desired,
+    desired: &Arc<Desired>,
     origin: &Origin,
     request: &Replacement,
 ) -> Result<Plan, Refusal> {
@@ -235,7 +236,7 @@ fn replace(
             namespace: observed.namespace,
             clsact,
             l3,
-            desired: Arc::new(desired.clone()),
+            desired: desired.clone(),
         })));
     }
     if !request.moved {
