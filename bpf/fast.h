@@ -31,11 +31,15 @@ static __always_inline int send_plain(struct __sk_buff *skb, struct pkt *pkt, st
 static __always_inline __u32 clone_plain(struct __sk_buff *skb, struct pkt *pkt, struct line *line,
 					 const struct rewrite *rw, const __be32 *destination, const bool ipv6)
 {
-	struct headers saved;
+	struct headers saved6;
+	struct saved4 saved;
 	bool failed;
 	__u32 delta;
 
-	save_headers(skb, pkt, &saved);
+	if (ipv6)
+		save_headers(skb, pkt, &saved6);
+	else
+		save_plain4(pkt, &saved);
 	delta = rewrite_plain(skb, pkt, rw, destination, line->macs);
 	failed = bpf_clone_redirect(skb, line->ifindex, 0);
 	if (!failed)
@@ -44,7 +48,10 @@ static __always_inline __u32 clone_plain(struct __sk_buff *skb, struct pkt *pkt,
 		bpf_csum_update(skb, ~delta);
 	if (!locate_plain(skb, pkt, ipv6))
 		return COPIED_BROKEN;
-	restore_headers(skb, pkt, &saved);
+	if (ipv6)
+		restore_headers(skb, pkt, &saved6);
+	else
+		restore_plain4(pkt, &saved);
 	return failed ? COPIED_NOT : COPIED_SENT;
 }
 
@@ -131,31 +138,29 @@ static __always_inline __u32 have_valid_lines(struct __sk_buff *skb, __u32 first
  * Sends a clone of a plain packet without a tag to an upstream. Returns the action of the program, or
  * ACTION_SLOW.
  */
-static __always_inline int pass_plain(struct __sk_buff *skb, __u32 index, const bool ipv6)
+static __always_inline int pass_plain(struct __sk_buff *skb, struct pkt *pkt, __u32 index, const bool ipv6)
 {
 	struct line *line = get_line(index);
 	const __be32 *destination;
 	struct rewrite rw;
-	struct pkt pkt;
 	__u32 copied;
 
-	if (!line || !locate_plain(skb, &pkt, ipv6) || !serves(line, &pkt) ||
-	    !(destination = fill_plain_rewrite(&pkt, line, index, ipv6, &rw)))
+	if (!line || !serves(line, pkt) || !(destination = fill_plain_rewrite(pkt, line, index, ipv6, &rw)))
 		return ACTION_SLOW;
-	copied = clone_plain(skb, &pkt, line, &rw, destination, ipv6);
+	copied = clone_plain(skb, pkt, line, &rw, destination, ipv6);
 	if (copied == COPIED_NOT)
 		count_not_copied(skb, index);
 	return copied == COPIED_BROKEN ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
-__noinline int pass_plain4(struct __sk_buff *skb, __u32 index)
-{
-	return features.copies ? pass_plain(skb, index, false) : ACTION_SLOW;
-}
-
+/* A global function, for the stack of the fast path. */
 __noinline int pass_plain6(struct __sk_buff *skb, __u32 index)
 {
-	return features.copies && features.ipv6 ? pass_plain(skb, index, true) : ACTION_SLOW;
+	struct pkt pkt;
+
+	if (!features.copies || !features.ipv6 || !locate_plain(skb, &pkt, true))
+		return ACTION_SLOW;
+	return pass_plain(skb, &pkt, index, true);
 }
 
 static __always_inline int send_itself(struct __sk_buff *skb, __u32 index, const bool ipv6)
@@ -275,8 +280,8 @@ static __always_inline int leave_replication(const struct rule *rule, const bool
 }
 
 /* Sends a clone of a plain packet to an upstream. */
-static __always_inline int deliver_pass(struct __sk_buff *skb, __u32 index, __u32 sender_table,
-					const bool ipv6)
+static __always_inline int deliver_pass(struct __sk_buff *skb, struct pkt *pkt, __u32 index,
+					__u32 sender_table, const bool ipv6)
 {
 	struct copies copies = {
 		.first = index,
@@ -287,7 +292,7 @@ static __always_inline int deliver_pass(struct __sk_buff *skb, __u32 index, __u3
 
 	if (skb->vlan_present || sender_table)
 		return leave_copies(copies);
-	return ipv6 ? pass_plain6(skb, index) : pass_plain4(skb, index);
+	return ipv6 ? pass_plain6(skb, index) : pass_plain(skb, pkt, index, false);
 }
 
 /* Sends a plain packet to an upstream that gets it by its MAC address or in a tunnel. */
@@ -330,7 +335,7 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 		kind = rule->action == ACTION_BLOCK ? ENTRY_BLOCK : ENTRY_PASS;
 	}
 	if (unlikely(kind == ENTRY_PASS))
-		return deliver_pass(skb, index, sender_table, ipv6);
+		return features.copies ? deliver_pass(skb, pkt, index, sender_table, ipv6) : ACTION_SLOW;
 	line = get_line(index);
 	if (unlikely(!line || !is_line_valid(line, length)))
 		return ACTION_SLOW;
