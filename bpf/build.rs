@@ -1,6 +1,6 @@
-//! Compiles bpf/udplb.bpf.c and generates its skeleton.
+//! Compiles bpf/udplb.bpf.c to the full and the small object, and generates their skeleton.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
@@ -11,7 +11,8 @@ const SOURCE: &str = "bpf/udplb.bpf.c";
 
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let object = out.join("udplb.bpf.o");
+    let [object, small] = ["udplb.bpf.o", "small.bpf.o"].map(|name| out.join(name));
+    let skeleton = out.join("udplb.skel.rs");
     // Debian has asm/types.h in a directory that clang searches for the native target only; BPF
     // can use the same file
     let host = env::var("HOST").expect("cargo sets the host");
@@ -22,13 +23,39 @@ fn main() {
         .source(SOURCE)
         .obj(&object)
         .clang_args(arguments)
-        .build_and_generate(out.join("udplb.skel.rs"))
+        .build_and_generate(&skeleton)
         .unwrap_or_else(|error| panic!("{SOURCE} does not build: {error:#}"));
-    let bytes = fs::read(&object).expect("the object was just built");
-    let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    SkeletonBuilder::new()
+        .source(SOURCE)
+        .obj(&small)
+        .clang_args(arguments.into_iter().chain(["-DSMALL_OBJECT"]))
+        .build()
+        .unwrap_or_else(|error| panic!("{SOURCE} does not build without extras: {error:#}"));
+    add_choice(&skeleton);
+    let digest = [&object, &small].into_iter().fold(Sha256::new(), |digest, object| {
+        digest.chain_update(fs::read(object).expect("the object was just built"))
+    });
+    let digest: String = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     println!("cargo::rustc-env=UDPLB_OBJECT_SHA256={digest}");
     println!("cargo::rustc-env=UDPLB_COMMIT={}", commit());
     println!("cargo::rerun-if-changed=bpf");
+}
+
+/// Lets the skeleton open another object than the one that it was generated from. libbpf-cargo has no option
+/// for this, and two skeletons would have two sets of types.
+fn add_choice(skeleton: &Path) {
+    const CHANGES: [(&str, &str); 4] = [
+        ("pub obj_builder: ", "pub object: Option<&'static [u8]>,\n        pub obj_builder: "),
+        ("build_skel_config()?", "build_skel_config(self.object.unwrap_or(&DATA))?"),
+        ("fn build_skel_config(\n", "fn build_skel_config(object: &'static [u8],\n"),
+        ("ObjectSkeletonConfigBuilder::new(&DATA)", "ObjectSkeletonConfigBuilder::new(object)"),
+    ];
+    let text = fs::read_to_string(skeleton).expect("the skeleton was just generated");
+    let text = CHANGES.iter().fold(text, |text, (before, after)| {
+        assert_eq!(text.matches(before).count(), 1, "{before:?} in the skeleton of libbpf-cargo");
+        text.replace(before, after)
+    });
+    fs::write(skeleton, text).expect("the skeleton is written again");
 }
 
 /// Returns the commit: from UDPLB_COMMIT (set by package builds), the crate's file, or git. A debug

@@ -130,7 +130,7 @@ static __always_inline void count_pkt(struct __sk_buff *skb, const struct pkt *p
 static __always_inline void count_xmit(struct __sk_buff *skb, const struct pkt *pkt,
 				       const struct upstream *upstream, enum verdict verdict)
 {
-	if (features.templates && pkt_has(pkt, PKT_F_BESIDES) && is_sent(verdict))
+	if (EXTRA(templates) && pkt_has(pkt, PKT_F_BESIDES) && is_sent(verdict))
 		count_pkt(skb, pkt, upstream->id, NOTE_TEMPLATES);
 	else if (verdict == VERDICT_FORWARDED)
 		count_forwarded(skb, pkt->packed, upstream->line, upstream->id);

@@ -157,7 +157,7 @@ __noinline __u32 decap(struct __sk_buff *skb, __u32 l2)
 	bool ipv6 = skb->protocol == bpf_htons(ETH_P_IPV6);
 	__u32 verdict = NOTE_DECAPSULATED, at;
 
-	if (!features.decap || !is_for_us_tagged(skb, 0) ||
+	if (!EXTRA(decap) || !is_for_us_tagged(skb, 0) ||
 	    !(ipv6 ? read_outer6(skb, l2, &outer) : read_outer4(skb, l2, &outer)) ||
 	    !read_outer_udp(skb, l2, &outer, ipv6) || !is_trusted(&outer))
 		return false;

@@ -78,9 +78,9 @@ static __always_inline void leave_by_link(struct __sk_buff *skb, const struct pk
 static __always_inline bool leave_direct(struct __sk_buff *skb, const struct pkt *pkt,
 					 const struct line *line, const __be32 *address, const bool ipv6)
 {
-	if (features.tunnels && line->via == VIA_GUE)
+	if (EXTRA(tunnels) && line->via == VIA_GUE)
 		return enter_tunnel(skb, pkt, line, address, true, ipv6);
-	if (features.tunnels && line->via == VIA_IPIP)
+	if (EXTRA(tunnels) && line->via == VIA_IPIP)
 		return enter_tunnel(skb, pkt, line, address, false, ipv6);
 	leave_by_link(skb, pkt, line, ipv6);
 	return true;
@@ -98,7 +98,7 @@ static __always_inline int direct_fast(struct __sk_buff *skb, __u32 index, __u32
 	address = line_address(line, index, ipv6);
 	if (!is_from_another(&pkt, address, ipv6) || (skb->vlan_present && bpf_skb_vlan_pop(skb)))
 		return ACTION_SLOW;
-	if (features.sender_tables && sender_table)
+	if (EXTRA(sender_tables) && sender_table)
 		count_rule_sender(skb, pkt.packed, sender_table);
 	if (!locate_plain(skb, &pkt, ipv6) || !leave_direct(skb, &pkt, line, address, ipv6)) {
 		count_not_copied(skb, index);
@@ -115,12 +115,12 @@ static __always_inline int direct_fast(struct __sk_buff *skb, __u32 index, __u32
  */
 __noinline int send_direct4(struct __sk_buff *skb, __u32 index, __u32 sender_table)
 {
-	return features.direct ? direct_fast(skb, index, sender_table, false) : ACTION_SLOW;
+	return EXTRA(direct) ? direct_fast(skb, index, sender_table, false) : ACTION_SLOW;
 }
 
 __noinline int send_direct6(struct __sk_buff *skb, __u32 index, __u32 sender_table)
 {
-	return features.direct && features.ipv6 ? direct_fast(skb, index, sender_table, true) : ACTION_SLOW;
+	return EXTRA(direct) && features.ipv6 ? direct_fast(skb, index, sender_table, true) : ACTION_SLOW;
 }
 
 #endif

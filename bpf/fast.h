@@ -192,9 +192,10 @@ __noinline int send_tagged(struct __sk_buff *skb, __u32 index, __u32 sender_tabl
 {
 	int action;
 
+	barrier_var(sender_table); /* else callers in the small object leave a pointer in its register */
 	if (!have_valid_lines(skb, index, 1, ipv6) || !pop_own_tag(skb))
 		return ACTION_SLOW;
-	if (sender_table && features.sender_tables)
+	if (sender_table && EXTRA(sender_tables))
 		count_rule_sender(skb, plain_packed(ipv6), sender_table);
 	action = send_last(skb, index, ipv6);
 	if (action == TC_ACT_SHOT)
@@ -222,7 +223,7 @@ __noinline int copy_to_all(struct __sk_buff *skb)
 	if (!have_valid_lines(skb, copies.first, copies.receivers, copies.ipv6) ||
 	    (tagged && !pop_own_tag(skb)))
 		return ACTION_SLOW;
-	if (features.sender_tables && copies.sender_table)
+	if (EXTRA(sender_tables) && copies.sender_table)
 		count_rule_sender(skb, plain_packed(copies.ipv6), copies.sender_table);
 	if (copies.rule)
 		count_verdict(skb, PKT_UNKNOWN, 0, copies.rule, VERDICT_FORWARDED);
@@ -313,7 +314,7 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 	struct line *line;
 
 	if (unlikely(kind != ENTRY_BLOCK)) {
-		if (kind == ENTRY_FLOW && features.flows)
+		if (kind == ENTRY_FLOW && EXTRA(flows))
 			return ipv6 ? send_question6(skb, index) : send_question4(skb, index);
 		if (kind == ENTRY_RULE || kind == ENTRY_FLOW)
 			return ACTION_SLOW;
@@ -326,7 +327,7 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 			return ACTION_SLOW;
 		if (kind == ENTRY_REPLICATE)
 			return leave_replication(rule, ipv6);
-		if (features.templates && rule->flags & RULE_TEMPLATES &&
+		if (EXTRA(templates) && rule->flags & RULE_TEMPLATES &&
 		    has_template_set(skb, pkt_l4_offset(pkt) + sizeof(struct udphdr),
 				     bpf_ntohs(pkt->udp->len) - sizeof(struct udphdr)))
 			return ACTION_SLOW;
@@ -339,7 +340,7 @@ static __always_inline int deliver_plain(struct __sk_buff *skb, struct pkt *pkt,
 	line = get_line(index);
 	if (unlikely(!line || !is_line_valid(line, length)))
 		return ACTION_SLOW;
-	if (unlikely(line->via && features.direct))
+	if (unlikely(line->via && EXTRA(direct)))
 		return deliver_direct(skb, index, sender_table, ipv6);
 	if (unlikely(skb->vlan_present))
 		return send_tagged(skb, index, sender_table, ipv6);
@@ -354,9 +355,9 @@ static __always_inline int leave_stranger(const struct pkt *pkt, const bool ipv6
 {
 	const void *source = ipv6 ? (void *)&pkt->ip6->saddr : (void *)&pkt->ip->saddr;
 
-	if (features.any_port || tracing.until)
+	if (EXTRA(any_port) || tracing.until)
 		return ACTION_SLOW;
-	return features.origins && find_origin(source, pkt->udp->source, ipv6) ? ACTION_SLOW : TC_ACT_UNSPEC;
+	return EXTRA(origins) && find_origin(source, pkt->udp->source, ipv6) ? ACTION_SLOW : TC_ACT_UNSPEC;
 }
 
 static __always_inline int fast_ipv4(struct __sk_buff *skb, struct pkt *pkt)
@@ -370,7 +371,7 @@ static __always_inline int fast_ipv4(struct __sk_buff *skb, struct pkt *pkt)
 	if (unlikely(*(const __u8 *)ip != 0x45 || ip->frag_off & bpf_htons(IP_OFFSET | IP_MF) ||
 		     skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC))
 		return ACTION_SLOW;
-	if (features.flows && is_flow_port(pkt->udp->dest)) {
+	if (EXTRA(flows) && is_flow_port(pkt->udp->dest)) {
 		action = send_answer4(skb);
 		if (action != ACTION_NO_ANSWER)
 			return action;
@@ -396,7 +397,7 @@ static __always_inline int fast_ipv6(struct __sk_buff *skb, struct pkt *pkt)
 											   : TC_ACT_UNSPEC;
 	if (ip6->version != 6 || skb->cb[CB_MAGIC] == RECIRCULATE_MAGIC)
 		return ACTION_SLOW;
-	if (features.flows && is_flow_port(pkt->udp->dest)) {
+	if (EXTRA(flows) && is_flow_port(pkt->udp->dest)) {
 		action = send_answer6(skb);
 		if (action != ACTION_NO_ANSWER)
 			return action;

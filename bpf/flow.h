@@ -54,7 +54,7 @@ static __always_inline struct flow_scratch *get_flow_scratch(void)
 {
 	const __u32 only = 0;
 
-	return features.flows ? bpf_map_lookup_elem(&flow_scratch, &only) : NULL;
+	return EXTRA(flows) ? bpf_map_lookup_elem(&flow_scratch, &only) : NULL;
 }
 
 /* Returns the time in beats. They go round after years. */
@@ -91,7 +91,7 @@ static __always_inline bool is_alive(__u32 state, __u32 touched, __u32 now, __u3
 
 static __always_inline struct flow_bucket *bucket_at(__u32 index, const bool ipv6)
 {
-	if (!features.flows)
+	if (!EXTRA(flows))
 		return NULL;
 	return ipv6 ? bpf_map_lookup_elem(&flows6, &index) : bpf_map_lookup_elem(&flows, &index);
 }
@@ -453,7 +453,7 @@ static __always_inline struct port_line *port_line_at(__u32 place, const bool ip
 {
 	__u32 index = place / HINTS_PER_LINE;
 
-	if (!features.flows)
+	if (!EXTRA(flows))
 		return NULL;
 	return ipv6 ? bpf_map_lookup_elem(&ports6, &index) : bpf_map_lookup_elem(&ports, &index);
 }
@@ -1108,7 +1108,7 @@ static __always_inline const struct rule *rule_of_upstream(__u32 index)
 /* Returns true if a rule keeps flows. */
 static __always_inline bool has_flows(const struct rule *rule)
 {
-	return features.flows && rule->flags & (RULE_FLOWS | RULE_STICKY);
+	return EXTRA(flows) && rule->flags & (RULE_FLOWS | RULE_STICKY);
 }
 
 /* Fills in the source that the packet's new flow would get, after a dry run of assign_flow(). */

@@ -242,23 +242,23 @@ static __always_inline int answer_fast(struct __sk_buff *skb, const bool ipv6)
  */
 __noinline int send_question4(struct __sk_buff *skb, __u32 index)
 {
-	return features.flows ? question_fast(skb, index, false) : ACTION_SLOW;
+	return EXTRA(flows) ? question_fast(skb, index, false) : ACTION_SLOW;
 }
 
 __noinline int send_question6(struct __sk_buff *skb, __u32 index)
 {
-	return features.flows && features.ipv6 ? question_fast(skb, index, true) : ACTION_SLOW;
+	return EXTRA(flows) && features.ipv6 ? question_fast(skb, index, true) : ACTION_SLOW;
 }
 
 /* Sends an upstream's plain datagram on to its client. Returns as above, or ACTION_NO_ANSWER. */
 __noinline int send_answer4(struct __sk_buff *skb)
 {
-	return features.flows ? answer_fast(skb, false) : ACTION_SLOW;
+	return EXTRA(flows) ? answer_fast(skb, false) : ACTION_SLOW;
 }
 
 __noinline int send_answer6(struct __sk_buff *skb)
 {
-	return features.flows && features.ipv6 ? answer_fast(skb, true) : ACTION_SLOW;
+	return EXTRA(flows) && features.ipv6 ? answer_fast(skb, true) : ACTION_SLOW;
 }
 
 #endif

@@ -20,7 +20,7 @@ __noinline __u32 is_upstream_here(__u32 index)
 
 static __always_inline bool is_here(__u32 index)
 {
-	return features.here && is_upstream_here(index);
+	return EXTRA(here) && is_upstream_here(index);
 }
 
 /* Rewrites the identification of a fragment (0: unchanged). Returns what this adds to the sum of the packet.

@@ -17,7 +17,7 @@
 /* Returns true if ICMP errors may be about answers of upstreams, or about flows. */
 static __always_inline bool forwards_errors(void)
 {
-	return features.origins || features.direct || features.flows;
+	return EXTRA(origins) || EXTRA(direct) || EXTRA(flows);
 }
 
 /*
@@ -173,7 +173,7 @@ static __always_inline bool aim_at_client(struct error *error, bool ipv6)
 {
 	const struct upstream *answers;
 
-	if (!features.origins || !match_answer(error->to, error->from, error->to_port, ipv6, &error->index))
+	if (!EXTRA(origins) || !match_answer(error->to, error->from, error->to_port, ipv6, &error->index))
 		return false;
 	answers = bpf_map_lookup_elem(&upstreams, &error->index);
 	if (!answers)
@@ -271,7 +271,7 @@ __noinline __u32 aim_at_flow(__u32 ipv6)
 {
 	struct error *error = get_error();
 
-	if (!features.flows || !error)
+	if (!EXTRA(flows) || !error)
 		return false;
 	return features.ipv6 && ipv6 ? is_about_flow(error, true) : is_about_flow(error, false);
 }
@@ -405,7 +405,7 @@ static __always_inline bool address_error(const struct error *error, struct xmit
 	if (!upstream)
 		return false;
 	xmit->upstream = upstream->id;
-	xmit->egress_source = features.flows && upstream->source == SOURCE_FLOW;
+	xmit->egress_source = EXTRA(flows) && upstream->source == SOURCE_FLOW;
 	xmit->via = upstream->via;
 	xmit->rewrite.port = 0;
 	xmit->rewrite.source_port = 0;

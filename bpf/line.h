@@ -93,7 +93,7 @@ __noinline __u32 fill_line(__u32 length, __u32 ipv6)
 	line->source = upstream->source;
 	line->takes_frames = takes_frames(line->ifindex);
 	line->via = upstream->via;
-	line->down = features.flows && is_down(upstream);
+	line->down = EXTRA(flows) && is_down(upstream);
 	copy_macs(line->macs, xmit->hop.macs);
 	source = outer ? xmit->egress : xmit->rewrite.source;
 	if (features.ipv6 && ipv6) {

@@ -77,13 +77,13 @@ static __always_inline struct xmit *get_xmit(void)
 /* Returns true for a packet that keeps its destination. */
 static __always_inline bool is_direct(const struct xmit *xmit)
 {
-	return features.direct && xmit->via != VIA_ADDRESS;
+	return EXTRA(direct) && xmit->via != VIA_ADDRESS;
 }
 
 /* Returns true for a packet that is sent in outer headers. */
 static __always_inline bool is_tunnel(const struct xmit *xmit)
 {
-	return features.tunnels && xmit->via >= VIA_IPIP;
+	return EXTRA(tunnels) && xmit->via >= VIA_IPIP;
 }
 
 #include "neighbour.h"

@@ -122,7 +122,7 @@ static __always_inline bool is_forwarded_flow(struct icmp_report *report, bool i
 		return false;
 	if (destination->sources & 1 << SOURCE_VIP && is_vip)
 		return true;
-	if (features.sources && destination->sources & 1 << SOURCE_FIXED && is_own_address(report->source))
+	if (EXTRA(sources) && destination->sources & 1 << SOURCE_FIXED && is_own_address(report->source))
 		return true;
 	upstream.id = destination->upstream;
 	__builtin_memcpy(upstream.address, report->destination.address, sizeof(upstream.address));

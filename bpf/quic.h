@@ -39,7 +39,7 @@ __noinline __u32 find_server(struct __sk_buff *skb, __u32 packed, __u32 rule, __
 	const __u32 *index;
 	__be64 id;
 
-	if (!features.quic || bpf_skb_load_bytes(skb, at, &start, sizeof(start)))
+	if (!EXTRA(quic) || bpf_skb_load_bytes(skb, at, &start, sizeof(start)))
 		return 0;
 	cid = connection_id(&start, offset + length);
 	offset += sizeof(start.udp) + cid;

@@ -75,7 +75,7 @@ static __always_inline __u32 return_index(__u64 hash, const bool second)
 
 static __always_inline struct return_line *return_line_at(__u32 index)
 {
-	return features.flows ? bpf_map_lookup_elem(&returns, &index) : NULL;
+	return EXTRA(flows) ? bpf_map_lookup_elem(&returns, &index) : NULL;
 }
 
 /*
@@ -139,7 +139,7 @@ __noinline __u32 fill_return_line(struct __sk_buff *skb, __u32 packed, __u32 len
 	struct xmit *xmit = get_xmit();
 	struct return_line *line;
 
-	if (!features.flows || features.dry_run || !xmit || !xmit->hop.resolved || is_tracing() ||
+	if (!EXTRA(flows) || features.dry_run || !xmit || !xmit->hop.resolved || is_tracing() ||
 	    skb->ifindex > 0xffff || !pkt_locate(skb, &pkt) || routes_by_port(skb, pkt.is_ipv6))
 		return 0;
 	line = features.ipv6 && pkt.is_ipv6 ? write_return_line(skb, &pkt, xmit, true)

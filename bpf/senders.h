@@ -53,7 +53,7 @@ static __always_inline struct sender_bucket *sender_bucket_at(__u32 table, __u32
 	__u32 index = (table & TABLE_INDEX) - 1;
 	void *buckets;
 
-	if (!features.sender_tables)
+	if (!EXTRA(sender_tables))
 		return NULL;
 	buckets = bpf_map_lookup_elem(&sender_tables, &index);
 	return buckets ? bpf_map_lookup_elem(buckets, &bucket) : NULL;
@@ -169,7 +169,7 @@ __noinline __u32 count_sender(__u32 table, __u64 high, __u64 low, __u64 size)
 	__u64 hash;
 	__u32 tag;
 
-	if (!features.sender_tables || !sequences)
+	if (!EXTRA(sender_tables) || !sequences)
 		return 0;
 	hash = mix(mix(sequences->secret[1] ^ high) ^ low);
 	tag = sender_tag(table, hash);
@@ -194,7 +194,7 @@ static __always_inline void count_address(__u32 table, const __be32 *words, __u6
 /* Counts a packet of the sender in its headers; without a table (0) it is not counted. */
 static __always_inline void count_sender_of(const struct pkt *pkt, __u32 table, __u64 size)
 {
-	if (likely(!table) || !features.sender_tables)
+	if (likely(!table) || !EXTRA(sender_tables))
 		return;
 	if (pkt->is_ipv6)
 		count_address(table, pkt->ip6->saddr.in6_u.u6_addr32, size, true);
@@ -215,7 +215,7 @@ __noinline __u32 count_rule_sender(struct __sk_buff *skb, __u32 packed, __u32 ta
 {
 	struct pkt pkt = pkt_of(packed);
 
-	if (features.sender_tables && pkt_locate(skb, &pkt))
+	if (EXTRA(sender_tables) && pkt_locate(skb, &pkt))
 		count_sender_of(&pkt, table, sender_size(counted_size(skb, packed, skb->len)));
 	return 0;
 }
@@ -245,7 +245,7 @@ static __always_inline void count_refused_by(struct __sk_buff *skb, __u32 ip, __
  */
 __noinline __u32 count_refused(struct __sk_buff *skb, __u32 ip, __u32 udp, __u32 ipv6)
 {
-	if (!features.sender_tables || !features.senders)
+	if (!EXTRA(sender_tables) || !EXTRA(senders))
 		return 0;
 	if (features.ipv6 && ipv6)
 		count_refused_by(skb, ip, udp, true);

@@ -38,7 +38,7 @@ __noinline __u32 keep_destination(struct __sk_buff *skb, __u32 packed, __u32 ind
 	struct xmit *xmit = get_xmit();
 	const struct upstream *upstream;
 
-	if (!features.direct || !xmit || !pkt_locate(skb, &pkt))
+	if (!EXTRA(direct) || !xmit || !pkt_locate(skb, &pkt))
 		return false;
 	if (pkt.is_ipv6)
 		copy_address(xmit->kept, &pkt.ip6->daddr, true);
@@ -101,7 +101,7 @@ __noinline __u32 fill_outer(struct __sk_buff *skb, __u32 packed)
 	struct xmit *xmit = get_xmit();
 	bool gue;
 
-	if (!features.tunnels || !xmit || !pkt_locate(skb, &pkt))
+	if (!EXTRA(tunnels) || !xmit || !pkt_locate(skb, &pkt))
 		return false;
 	gue = xmit->via == VIA_GUE;
 	if (features.ipv6 && pkt.is_ipv6)
@@ -134,7 +134,7 @@ __noinline __u32 push_outer(struct __sk_buff *skb, __u32 ipv6)
 	struct xmit *xmit = get_xmit();
 	bool gue;
 
-	if (!features.tunnels || !xmit)
+	if (!EXTRA(tunnels) || !xmit)
 		return false;
 	gue = xmit->via == VIA_GUE;
 	if (!make_room(skb, gue, features.ipv6 && ipv6))

@@ -48,7 +48,7 @@ static __always_inline int process(struct __sk_buff *skb, struct pkt *pkt, const
 
 	trace(skb, rule->id, pkt);
 	verdict = admit(skb, pkt->packed, rule->id, rule->flags);
-	if (verdict == VERDICT_FORWARDED && features.sender_tables && rule->sender_table)
+	if (verdict == VERDICT_FORWARDED && EXTRA(sender_tables) && rule->sender_table)
 		count_rule_sender(skb, pkt->packed, rule->sender_table);
 	if (verdict == VERDICT_FORWARDED)
 		verdict = select_targets(skb, pkt, rule, &selection);
@@ -113,7 +113,7 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 	default:
 		return TC_ACT_UNSPEC;
 	}
-	if (features.flows && is_flow_port(pkt.udp->dest)) {
+	if (EXTRA(flows) && is_flow_port(pkt.udp->dest)) {
 		if (!l2 || skb->vlan_present)
 			return ACTION_RARE;
 		answers = is_for_us(skb) ? find_answered_pkt(skb, pkt.packed) : 0;
@@ -122,7 +122,7 @@ static __always_inline int run(struct __sk_buff *skb, const __u32 l2)
 			is_answer = true;
 		}
 	}
-	if (features.origins && !rule) {
+	if (EXTRA(origins) && !rule) {
 		rule = answered_rule(&pkt, &answers);
 		is_answer = true;
 	}
@@ -153,7 +153,7 @@ int udplb(struct __sk_buff *skb)
 {
 	int action;
 
-	if (features.decap && may_have_outer(skb, sizeof(struct ethhdr)) && decap(skb, sizeof(struct ethhdr)))
+	if (EXTRA(decap) && may_have_outer(skb, sizeof(struct ethhdr)) && decap(skb, sizeof(struct ethhdr)))
 		return TC_ACT_UNSPEC;
 	action = fast(skb);
 	/* all actions of the kernel are smaller */
@@ -174,7 +174,7 @@ int udplb_l3(struct __sk_buff *skb)
 {
 	int action;
 
-	if (features.decap && may_have_outer(skb, 0) && decap(skb, 0))
+	if (EXTRA(decap) && may_have_outer(skb, 0) && decap(skb, 0))
 		return TC_ACT_UNSPEC;
 	action = run(skb, 0);
 	return action == ACTION_RARE ? slowpath_l3(skb) : action;

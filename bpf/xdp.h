@@ -55,7 +55,7 @@ static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry,
 	case ENTRY_BALANCE:
 		rule = bpf_map_lookup_elem(&rules, index);
 		if (!rule || rule->action != ACTION_BLOCK ||
-		    (features.templates && rule->flags & RULE_TEMPLATES))
+		    (EXTRA(templates) && rule->flags & RULE_TEMPLATES))
 			return NULL;
 		*index = balance_plain(pkt, rule);
 		*sender_table = rule->sender_table;
@@ -65,7 +65,7 @@ static __always_inline struct line *xdp_line(const struct pkt *pkt, __u32 entry,
 	}
 	line = get_line(*index);
 	if (!line || !serves(line, pkt) || !(device->generic || line->takes_frames) ||
-	    (line->via > VIA_LINK && features.direct))
+	    (line->via > VIA_LINK && EXTRA(direct)))
 		return NULL;
 	return line;
 }
@@ -78,7 +78,7 @@ static __always_inline bool rewrite_frame(struct pkt *pkt, const struct line *li
 	const __be32 *destination;
 	struct rewrite rw;
 
-	if (unlikely(line->via && features.direct)) {
+	if (unlikely(line->via && EXTRA(direct))) {
 		if (!is_from_another(pkt, line_address(line, index, ipv6), ipv6))
 			return false;
 		count_plain_sender(pkt, sender_table, bytes);
@@ -116,8 +116,8 @@ static __always_inline int xdp_deliver(struct xdp_md *xdp, struct pkt *pkt, __u3
 /* Returns true for packets to a port that the program at tc has to look at before rules. */
 static __always_inline bool is_for_tc(__be16 port)
 {
-	return (features.flows && is_flow_port(port)) ||
-	       (port == bpf_htons(GUE_PORT) && features.decap && decap_settings.gue);
+	return (EXTRA(flows) && is_flow_port(port)) ||
+	       (port == bpf_htons(GUE_PORT) && EXTRA(decap) && decap_settings.gue);
 }
 
 static __always_inline int xdp_ipv4(struct xdp_md *xdp, struct pkt *pkt)

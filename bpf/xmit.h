@@ -175,8 +175,7 @@ static __always_inline bool uses_flow(const struct upstream *upstream)
 {
 	const struct xmit *xmit = get_xmit();
 
-	return features.flows && upstream->source >= SOURCE_FLOW &&
-	       !(features.dry_run && xmit && !xmit->flow);
+	return EXTRA(flows) && upstream->source >= SOURCE_FLOW && !(features.dry_run && xmit && !xmit->flow);
 }
 
 /*
@@ -190,7 +189,7 @@ static __always_inline bool fill_rewrite(struct __sk_buff *skb, const struct pkt
 	const bool from_vip = upstream->source == SOURCE_VIP;
 
 	rw->identification = new_identification(skb, pkt, upstream, identification);
-	if (features.origins && upstream->source == SOURCE_ORIGIN) {
+	if (EXTRA(origins) && upstream->source == SOURCE_ORIGIN) {
 		fill_answer(pkt, upstream, rw);
 		return true;
 	}
@@ -199,11 +198,11 @@ static __always_inline bool fill_rewrite(struct __sk_buff *skb, const struct pkt
 	__builtin_memcpy(rw->destination, upstream->address, sizeof(rw->destination));
 	rw->port = upstream->port;
 	rw->source_port = 0;
-	if (features.sources && upstream->source == SOURCE_FIXED)
+	if (EXTRA(sources) && upstream->source == SOURCE_FIXED)
 		return fill_fixed_source(upstream, rw);
-	if (features.flows && features.dry_run && upstream->source == SOURCE_FLOW)
+	if (EXTRA(flows) && features.dry_run && upstream->source == SOURCE_FLOW)
 		return fill_drafted_source(rw);
-	if (upstream->source == SOURCE_EGRESS || (features.flows && upstream->source == SOURCE_FLOW))
+	if (upstream->source == SOURCE_EGRESS || (EXTRA(flows) && upstream->source == SOURCE_FLOW))
 		return egress_address(upstream, rw->source);
 	if (pkt->is_ipv6)
 		__builtin_memcpy(rw->source, from_vip ? &pkt->ip6->daddr : &pkt->ip6->saddr,
@@ -245,7 +244,7 @@ static __always_inline enum verdict prepare_nexthop(struct __sk_buff *skb, struc
 	}
 	/* a later fragment follows the first one, though the upstream has been drained since */
 	if (verdict == VERDICT_FORWARDED && !xmit->fragments && !pkt_has(pkt, PKT_F_LATER_FRAGMENT)) {
-		if (features.flows && upstream->source == SOURCE_FLOW_VIP)
+		if (EXTRA(flows) && upstream->source == SOURCE_FLOW_VIP)
 			fill_return_line(skb, pkt->packed, ip_length(skb, pkt));
 		else if (!is_remembered(xmit, ip_length(skb, pkt)))
 			fill_line(ip_length(skb, pkt), pkt->is_ipv6);

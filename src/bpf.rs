@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::{fs, io};
 
 use anyhow::{Context, bail};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapType, OpenMap, OpenMapMut};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapType, OpenMap, OpenMapMut, OpenObject};
 use rustix::mm::{self, MapFlags as MmapFlags, ProtFlags};
 
 #[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, dead_code)]
@@ -27,8 +27,14 @@ pub use skeleton::{OpenUdplbSkel, UdplbSkel, UdplbSkelBuilder, types};
 
 use types::verdict as Verdict;
 
-/// SHA-256 of the compiled object, in hexadecimal.
+/// SHA-256 of the full and the small object, one after the other, in hexadecimal.
 pub const OBJECT_SHA256: &str = env!("UDPLB_OBJECT_SHA256");
+
+/// The object without the code of extras.
+static SMALL_OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/small.bpf.o"));
+
+/// One more than the highest id of a rule or upstream: entries of `counters` in udplb.h.
+pub const ID_LIMIT: u32 = 2048 * 1024;
 
 /// The verdicts and their names in output, in the order in which they are shown.
 pub const VERDICTS: [(Verdict, &str); Verdict::VERDICTS.0 as usize] = [
@@ -84,6 +90,7 @@ macro_rules! pod {
 }
 
 pod!(
+    extras,
     rule,
     table_place,
     table_place6,
@@ -144,6 +151,34 @@ pub fn from_bytes<T: Pod>(bytes: &[u8]) -> Option<T> {
     // SAFETY: the length is right, any bytes are a value, and the read may be unaligned.
     (bytes.len() == size_of::<T>())
         .then(|| unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) })
+}
+
+/// Opens the small object if these features have no extras, otherwise the full one.
+///
+/// # Errors
+/// libbpf cannot read the object.
+pub fn open_for<'object>(
+    features: &types::features,
+    object: &'object mut MaybeUninit<OpenObject>,
+) -> libbpf_rs::Result<OpenUdplbSkel<'object>> {
+    use libbpf_rs::skel::SkelBuilder;
+    let small = (!features.extras.any()).then_some(SMALL_OBJECT);
+    UdplbSkelBuilder { object: small, ..UdplbSkelBuilder::default() }.open(object)
+}
+
+impl types::extras {
+    /// Returns true if a feature is in use that the small object lacks.
+    pub fn any(&self) -> bool {
+        bytes_of(self).iter().any(|extra| *extra != 0)
+    }
+}
+
+/// Keeps a map for as long as a program, also if the program does not use it.
+pub fn bind_map(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: takes descriptors, and no options.
+    let result =
+        unsafe { libbpf_sys::bpf_prog_bind_map(program.as_raw_fd(), map.as_raw_fd(), ptr::null()) };
+    if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) }
 }
 
 /// Restricts the programs that are loaded to these.

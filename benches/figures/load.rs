@@ -4,8 +4,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use udplb::bpf::{UdplbSkelBuilder, types};
+use libbpf_rs::skel::OpenSkel;
+use udplb::bpf::{open_for, types};
 
 use crate::common::verifier::walked;
 use crate::{Report, least};
@@ -14,8 +14,8 @@ const ROUNDS: usize = 10;
 
 pub fn measure(report: &mut Report) {
     let plain = types::features { fragments: 1, errors: 1, ..Default::default() };
-    let all =
-        types::features { ipv6: 1, any_port: 1, senders: 1, payload: 1, receivers: 1, ..plain };
+    let extras = types::extras { any_port: 1, senders: 1, payload: 1, ..Default::default() };
+    let all = types::features { ipv6: 1, receivers: 1, extras, ..plain };
     let sets = [plain, types::features { ipv6: 1, ..plain }, all];
     let mut walked = [0; 3];
     let times: [f64; 3] = least(ROUNDS, |index| {
@@ -33,7 +33,7 @@ pub fn measure(report: &mut Report) {
 /// Returns the time in milliseconds, and the number of instructions that the verifier processed.
 fn load(features: types::features) -> (f64, u32) {
     let mut object = MaybeUninit::uninit();
-    let mut skeleton = UdplbSkelBuilder::default().open(&mut object).expect("the object opens");
+    let mut skeleton = open_for(&features, &mut object).expect("the object opens");
     skeleton.progs.udplb_l3.set_autoload(false);
     skeleton.progs.udplb_heartbeat.set_autoload(false);
     let rodata = skeleton.maps.rodata_data.as_deref_mut().expect("the object has constants");

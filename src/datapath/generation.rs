@@ -9,12 +9,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow, bail};
-use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::skel::OpenSkel;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, PrintLevel, Program, ProgramMut};
 
 use crate::bpf::{
-    self, OBJECT_SHA256, OpenUdplbSkel, Pod, UdplbSkel, UdplbSkelBuilder, bytes_of, bytes_of_all,
-    map_id, types,
+    self, ID_LIMIT, OBJECT_SHA256, OpenUdplbSkel, Pod, UdplbSkel, bytes_of, bytes_of_all, map_id,
+    types,
 };
 use crate::config::Reply;
 use crate::datapath::description::{Description, Generation, Origin, ProgramName, all};
@@ -138,19 +138,19 @@ fn build_in(
     draft: &Draft,
     (others, active): (&[&Generation], Option<u32>),
 ) -> anyhow::Result<Built> {
-    let mut object = MaybeUninit::uninit();
-    let mut skeleton = open(&mut object)?;
-    skeleton.progs.udplb_l3.set_autoload(draft.l3);
+    let known: Vec<(&Desired, &[RuleIds])> = others.iter().map(|other| other.hosts()).collect();
+    let ids = assign_ids(&draft.desired, &known, ID_LIMIT).map_err(|_| {
+        anyhow!("more than {ID_LIMIT} rules and upstreams, the kept generations' included")
+    })?;
+    let tables = Tables::new(&draft.desired, &ids);
     let xdp = !draft.desired.xdp.is_empty();
+    let features = types::features { generation: draft.number, xdp: xdp.into(), ..tables.features };
+    let mut object = MaybeUninit::uninit();
+    let mut skeleton = open(&features, &mut object)?;
+    skeleton.progs.udplb_l3.set_autoload(draft.l3);
     skeleton.progs.udplb_xdp.set_autoload(xdp);
     skeleton.maps.devices.set_autocreate(xdp)?;
     skeleton.maps.xdp_sent.set_autocreate(xdp)?;
-    let limit = skeleton.maps.counters.max_entries() * skeleton.maps.counters_chunk.max_entries();
-    let known: Vec<(&Desired, &[RuleIds])> = others.iter().map(|other| other.hosts()).collect();
-    let ids = assign_ids(&draft.desired, &known, limit).map_err(|_| {
-        anyhow!("more than {limit} rules and upstreams, the kept generations' included")
-    })?;
-    let tables = Tables::new(&draft.desired, &ids);
     let seed = random()?;
     let keys = key_tables(&tables, seed)?;
     let (mut state, counters_reset) = state_maps::ensure(guard, &skeleton)?;
@@ -181,7 +181,6 @@ fn build_in(
     flows::size(&mut skeleton, &draft.desired)?;
     flows::take_over(guard, &mut skeleton, &draft.desired, (others, active))?;
     senders::prepare(guard, &mut skeleton, directory, &tables.sender_tables, others)?;
-    let features = types::features { generation: draft.number, xdp: xdp.into(), ..tables.features };
     set_constants(&mut skeleton, &draft.desired, &tables, &keys, features)?;
     share(&mut skeleton, &state)?;
     skeleton.maps.bss_tracing.reuse_fd(state.tracing.as_fd())?;
@@ -214,9 +213,12 @@ fn keep_log(_: PrintLevel, line: String) {
     }
 }
 
-fn open(object: &mut MaybeUninit<libbpf_rs::OpenObject>) -> anyhow::Result<OpenUdplbSkel<'_>> {
+fn open<'object>(
+    features: &types::features,
+    object: &'object mut MaybeUninit<libbpf_rs::OpenObject>,
+) -> anyhow::Result<OpenUdplbSkel<'object>> {
     libbpf_rs::set_print(Some((PrintLevel::Warn, keep_log)));
-    let mut skeleton = catch(|| UdplbSkelBuilder::default().open(object))??;
+    let mut skeleton = catch(|| bpf::open_for(features, object))??;
     bpf::load_only(&mut skeleton, &["udplb", "udplb_l3"]);
     skeleton.maps.counters_chunk.set_autocreate(false)?;
     skeleton.maps.nexthops_chunk.set_autocreate(false)?;
@@ -297,7 +299,7 @@ fn size(
     ] {
         map.set_max_entries(u32::try_from(entries.max(1))?)?;
     }
-    if tables.features.flows == 0 {
+    if tables.features.extras.flows == 0 {
         skeleton.maps.returns.set_max_entries(1)?;
     }
     Ok(())
@@ -329,20 +331,17 @@ pub fn dry_run_program(
             description.version
         );
     }
+    let tables = Tables::new(&description.desired, &description.ids);
+    let extras = types::extras { sender_tables: 0, ..tables.features.extras };
+    let features =
+        types::features { dry_run: 1, generation: generation.number, extras, ..tables.features };
     let mut object = MaybeUninit::uninit();
-    let mut skeleton = open(&mut object)?;
+    let mut skeleton = open(&features, &mut object)?;
     skeleton.progs.udplb_l3.set_autoload(false);
     skeleton.maps.sender_tables.set_autocreate(false)?;
-    let tables = Tables::new(&description.desired, &description.ids);
     let keys = key_tables(&tables, description.seed)?;
     size(&mut skeleton, &tables, &keys, 1)?;
     flows::size(&mut skeleton, &description.desired)?;
-    let features = types::features {
-        dry_run: 1,
-        sender_tables: 0,
-        generation: generation.number,
-        ..tables.features
-    };
     set_constants(&mut skeleton, &description.desired, &tables, &keys, features)?;
     let state = state_maps::open(guard)?.context(INCOMPLETE)?;
     let directory = guard.generation(generation.number);
@@ -467,6 +466,10 @@ fn write_all(map: &MapMut<'_>, keys: &[u8], values: &[u8], count: u32) -> libbpf
 
 fn pin(skeleton: &mut UdplbSkel<'_>, directory: &Path, l3: bool) -> anyhow::Result<()> {
     let maps = &mut skeleton.maps;
+    for map in own_maps!(maps) {
+        // the small object has no code that uses some of them
+        bpf::bind_map(skeleton.progs.udplb.as_fd(), map.as_fd())?;
+    }
     let all = own_maps!(maps).into_iter().chain([&mut maps.description]);
     for (map, name) in all.zip(MAPS) {
         let path = directory.join(name);

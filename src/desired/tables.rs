@@ -654,27 +654,30 @@ impl Slots {
 
 fn features(desired: &Desired, tables: &Tables) -> types::features {
     let any = |is: &dyn Fn(&Rule) -> bool| desired.rules.iter().any(is).into();
-    types::features {
-        ipv6: (!tables.keys6.is_empty()).into(),
+    let extras = types::extras {
         any_port: any(&|rule| rule.key.ports.is_empty()),
         senders: (!tables.senders.is_empty()).into(),
-        fragments: any(&|rule| rule.fragments != Fragments::Pass),
         payload: any(&|rule| rule.strategy.reads_payload()),
+        origins: (!tables.origins.is_empty()).into(),
+        flows: any(&Rule::has_flows),
+        direct: any(&|rule| rule.reply == Reply::Direct),
+        tunnels: any(&|rule| rule.upstreams.iter().any(|it| is_tunnel(rule.via_of(it)))),
         parts: any(&|rule| strategy(rule) == types::strategy::STRATEGY_PARTS),
+        sources: any(&|rule| rule.destinations().any(|it| rule.source_of(it).fixed().is_some())),
+        decap: desired.decap.is_some().into(),
+        sender_tables: (!tables.sender_tables.is_empty()).into(),
+        here: any(&|rule| rule.destinations().any(Upstream::is_local)),
+        quic: (!tables.servers.is_empty()).into(),
+        templates: any(&copies_templates),
+    };
+    types::features {
+        extras,
+        ipv6: (!tables.keys6.is_empty()).into(),
+        fragments: any(&|rule| rule.fragments != Fragments::Pass),
         receivers: tables.rules_with_receivers().into(),
         copies: any(&|rule| rule.action == Action::Pass || rule.mode == Mode::Replicate),
         errors: any(&|rule| rule.action == Action::Block && rule.mode == Mode::Balance),
         sockets: any(&|rule| takes_answers(rule, desired.local_ports)),
-        origins: (!tables.origins.is_empty()).into(),
-        direct: any(&|rule| rule.reply == Reply::Direct),
-        tunnels: any(&|rule| rule.upstreams.iter().any(|it| is_tunnel(rule.via_of(it)))),
-        here: any(&|rule| rule.destinations().any(Upstream::is_local)),
-        sources: any(&|rule| rule.destinations().any(|it| rule.source_of(it).fixed().is_some())),
-        flows: any(&Rule::has_flows),
-        quic: (!tables.servers.is_empty()).into(),
-        decap: desired.decap.is_some().into(),
-        sender_tables: (!tables.sender_tables.is_empty()).into(),
-        templates: any(&copies_templates),
         ..Default::default()
     }
 }

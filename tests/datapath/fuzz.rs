@@ -22,6 +22,7 @@ use udplb::config::{
     ServerId, ServerIdPlace, Source, StrategyPart, Templates, Via,
 };
 use udplb::datapath::kernel;
+use udplb::desired::tables::Tables;
 use udplb::desired::{Desired, Rule, RuleIds, Upstream, assign_ids};
 
 use crate::common::wire::Tag;
@@ -48,7 +49,9 @@ const BROADCAST: Ipv4Addr = Ipv4Addr::new(10, 0, 1, 255);
 
 const UNICAST: Target = target(RELAY_MAC, IpAddr::V4(VIP));
 const UNICAST6: Target = target(RELAY_MAC, IpAddr::V6(VIP6));
-const GROUPS: [Target; 3] = [
+const TARGETS: [Target; 5] = [
+    UNICAST,
+    UNICAST6,
     target([1, 0, 0x5e, 1, 2, 3], IpAddr::V4(Ipv4Addr::new(239, 1, 2, 3))),
     target([0x33, 0x33, 0, 1, 2, 3], IpAddr::V6(Ipv6Addr::new(0xff05, 0, 0, 0, 0, 0, 1, 0x203))),
     target([0xff; 6], IpAddr::V4(BROADCAST)),
@@ -296,6 +299,27 @@ fn program_passes_the_cases() {
     });
 }
 
+#[test]
+fn small_object_passes_the_cases() {
+    Testbed::with_small_object(|testbed| {
+        let mut cases = cases::all();
+        cases.retain(|case| !needs_extras(&case.rule));
+        assert!(cases.len() > 20, "{} cases need none", cases.len());
+        for Case { name, rule, packets, .. } in cases {
+            let scenario = Scenario { rule, held: false };
+            let steps: Vec<Step> = packets.into_iter().map(Step::from).collect();
+            let result = check(testbed, &scenario, &steps, &mut BTreeMap::new());
+            result.unwrap_or_else(|wrong| panic!("{name}: {wrong}"));
+        }
+    });
+}
+
+/// Returns true if the small object has no code for a rule.
+fn needs_extras(rule: &Rule) -> bool {
+    let desired = Desired { rules: vec![rule.clone()], ..Desired::default() };
+    Tables::new(&desired, &[ids(rule)]).features.extras.any()
+}
+
 /// Checks the maximum number of receivers, each with its own source and some unreachable; with
 /// fragments, so that each receiver gets new identifications.
 #[test]
@@ -512,17 +536,11 @@ fn hex(frame: &[u8]) -> String {
 
 #[test]
 fn program_follows_the_specification() {
-    let packets = match std::env::var("UDPLB_FUZZ_PACKETS") {
-        Ok(number) => number.parse().expect("UDPLB_FUZZ_PACKETS is a number"),
-        Err(_) => PACKETS,
-    };
-    let targets = [&[UNICAST, UNICAST6][..], &GROUPS].concat();
     Testbed::with(|testbed| {
         let tally = RefCell::new(BTreeMap::new());
-        for target in &targets {
-            // the mean length of a sequence is half the maximum
-            let cases = packets.div_ceil(targets.len() as u32 * SEQUENCE / 2);
-            fuzz(testbed, *target, cases, &tally);
+        for target in TARGETS {
+            let outer = usually(None, any_outer(target).prop_map(Some));
+            fuzz(testbed, target, any_scenario(target), outer, &tally);
         }
         let tally = tally.into_inner();
         println!("{tally:?}");
@@ -530,6 +548,18 @@ fn program_follows_the_specification() {
         let seen: BTreeSet<_> = seen.map(|(verdict, _)| verdict).collect();
         let missing: Vec<_> = VERDICTS.iter().filter(|verdict| !seen.contains(*verdict)).collect();
         assert!(missing.is_empty(), "never seen: {missing:?}");
+    });
+}
+
+/// Checks the object without extras with rules that need none.
+#[test]
+fn small_object_follows_the_specification() {
+    Testbed::with_small_object(|testbed| {
+        for target in TARGETS {
+            let rules = any_scenario(target)
+                .prop_filter("it has no extras", |scenario| !needs_extras(&scenario.rule));
+            fuzz(testbed, target, rules, Just(None), &RefCell::default());
+        }
     });
 }
 
@@ -556,20 +586,26 @@ const VERDICTS: &[Verdict] = &[
 fn fuzz(
     testbed: &Testbed<'_>,
     target: Target,
-    cases: u32,
+    scenarios: impl Strategy<Value = Scenario>,
+    outer: impl Strategy<Value = Option<Outer>>,
     tally: &RefCell<BTreeMap<Verdict, u64>>,
 ) {
+    let packets = match std::env::var("UDPLB_FUZZ_PACKETS") {
+        Ok(number) => number.parse().expect("UDPLB_FUZZ_PACKETS is a number"),
+        Err(_) => PACKETS,
+    };
+    // the mean length of a sequence is half the maximum
+    let cases = packets.div_ceil(TARGETS.len() as u32 * SEQUENCE / 2);
     // a sequence that misses a copy waits for it
     let max_shrink_time = 120_000;
     let config = Config { cases, max_shrink_time, failure_persistence: None, ..Config::default() };
     let event = usually(None, any_event().prop_map(Some));
-    let outer = usually(None, any_outer(target).prop_map(Some));
     let step = (event, outer, any_packet(target)).prop_map(|(before, outer, packet)| Step {
         before,
         outer,
         packet,
     });
-    let sequences = (any_scenario(target), vec(step, 1..=SEQUENCE as usize));
+    let sequences = (scenarios, vec(step, 1..=SEQUENCE as usize));
     let result = TestRunner::new(config).run(&sequences, |(scenario, steps)| {
         let result = check(testbed, &scenario, &steps, &mut tally.borrow_mut());
         result.map_err(TestCaseError::fail)

@@ -1191,38 +1191,48 @@ fn program_loads_with_any_features() {
     use udplb::datapath::kernel;
     const SWITCHES: [fn(&mut features) -> &mut u8; 21] = [
         |it| &mut it.ipv6,
-        |it| &mut it.any_port,
-        |it| &mut it.senders,
         |it| &mut it.fragments,
-        |it| &mut it.payload,
         |it| &mut it.receivers,
         |it| &mut it.copies,
         |it| &mut it.errors,
         |it| &mut it.sockets,
         |it| &mut it.dry_run,
-        |it| &mut it.origins,
-        |it| &mut it.direct,
-        |it| &mut it.tunnels,
-        |it| &mut it.decap,
-        |it| &mut it.flows,
-        |it| &mut it.quic,
-        |it| &mut it.parts,
-        |it| &mut it.sources,
-        |it| &mut it.sender_tables,
-        |it| &mut it.here,
-        |it| &mut it.templates,
+        |it| &mut it.extras.any_port,
+        |it| &mut it.extras.senders,
+        |it| &mut it.extras.payload,
+        |it| &mut it.extras.origins,
+        |it| &mut it.extras.flows,
+        |it| &mut it.extras.direct,
+        |it| &mut it.extras.tunnels,
+        |it| &mut it.extras.parts,
+        |it| &mut it.extras.sources,
+        |it| &mut it.extras.decap,
+        |it| &mut it.extras.sender_tables,
+        |it| &mut it.extras.here,
+        |it| &mut it.extras.quic,
+        |it| &mut it.extras.templates,
     ];
+    /// Number of those that both objects have.
+    const COMMON: usize = 7;
     let load = |name: &str, limit, on: &dyn Fn(usize) -> bool| {
-        let mut object = std::mem::MaybeUninit::uninit();
-        let mut skeleton =
-            udplb::bpf::UdplbSkelBuilder::default().open(&mut object).expect("the object opens");
-        let constants = skeleton.maps.rodata_data.as_deref_mut().expect("constants");
+        let mut features = features { ticks_per_second: 250, lines: 1, ..features::default() };
         for (index, switch) in SWITCHES.iter().enumerate() {
-            *switch(&mut constants.features) = on(index).into();
+            *switch(&mut features) = on(index).into();
         }
-        let loaded = skeleton.load().unwrap_or_else(|error| panic!("{name}: {error}"));
-        let walked = walked(loaded.progs.udplb.as_fd());
-        assert!(walked < limit || kernel::version() < (6, 8), "{name}: {walked}");
+        let mut object = std::mem::MaybeUninit::uninit();
+        let mut open = vec![udplb::bpf::UdplbSkelBuilder::default().open(&mut object)];
+        let mut object = std::mem::MaybeUninit::uninit();
+        if !features.extras.any() {
+            open.push(udplb::bpf::open_for(&features, &mut object));
+        }
+        for skeleton in open {
+            let mut skeleton = skeleton.expect("the object opens");
+            let constants = skeleton.maps.rodata_data.as_deref_mut().expect("constants");
+            constants.features = features;
+            let loaded = skeleton.load().unwrap_or_else(|error| panic!("{name}: {error}"));
+            let walked = walked(loaded.progs.udplb.as_fd());
+            assert!(walked < limit || kernel::version() < (6, 8), "{name}: {walked}");
+        }
     };
     load("none", 70_000, &|_| false);
     load("all", 320_000, &|_| true);
@@ -1230,6 +1240,32 @@ fn program_loads_with_any_features() {
         load(&format!("only {index}"), 320_000, &|other| other == index);
         load(&format!("all but {index}"), 320_000, &|other| other != index);
     }
+    load("no extras", 320_000, &|index| index < COMMON);
+}
+
+/// The skeleton is that of the full object, so the small one must have the same maps and constants.
+#[test]
+fn objects_have_the_same_maps() {
+    use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+    let mut objects = [const { std::mem::MaybeUninit::uninit() }; 2];
+    let [full, small] = &mut objects;
+    let full = udplb::bpf::UdplbSkelBuilder::default().open(full).expect("the full object");
+    let small = udplb::bpf::open_for(&types::features::default(), small).expect("the small object");
+    let maps = |skeleton: &udplb::bpf::OpenUdplbSkel<'_>| {
+        let maps = skeleton.open_object().maps().map(|map| {
+            let name = map.name().to_string_lossy().into_owned();
+            // behind the constants are the compiler's own
+            let is_constants = name.ends_with(".rodata");
+            let size =
+                if is_constants { size_of::<types::rodata>() } else { map.value_size() as usize };
+            let value = map.initial_value().map(|value| value[..size].to_vec());
+            (name, (map.map_type(), map.key_size(), size, map.max_entries(), value))
+        });
+        std::collections::BTreeMap::from_iter(maps)
+    };
+    assert_eq!(maps(&full), maps(&small));
+    let counters = full.maps.counters.max_entries() * full.maps.counters_chunk.max_entries();
+    assert_eq!(counters, udplb::bpf::ID_LIMIT);
 }
 
 /// Under lockdown (confidentiality) programs may not read kernel memory by helpers; from 6.2 on the

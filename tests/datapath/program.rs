@@ -6,13 +6,12 @@ use std::mem::{MaybeUninit, size_of};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::skel::OpenSkel;
 use libbpf_rs::{
-    MapCore, MapFlags, MapHandle, MapMut, MapType, OpenMap, OpenObject, ProgramInput, TC_INGRESS,
-    TcHookBuilder,
+    MapCore, MapFlags, MapHandle, MapMut, MapType, OpenMap, ProgramInput, TC_INGRESS, TcHookBuilder,
 };
 use udplb::bpf::{
-    NOTES, Pod, UdplbSkel, UdplbSkelBuilder, VERDICTS, bytes_of, create, from_bytes, possible_cpus,
+    NOTES, OpenUdplbSkel, Pod, UdplbSkel, VERDICTS, bytes_of, create, from_bytes, possible_cpus,
     types, wire,
 };
 use udplb::config::{
@@ -118,11 +117,10 @@ pub struct Program<'object> {
 impl<'object> Program<'object> {
     /// Loads the program with settings of the flows; a second of its clock takes so many seconds.
     pub fn load(
-        object: &'object mut MaybeUninit<OpenObject>,
+        mut skeleton: OpenUdplbSkel<'object>,
         flows: Flows,
         seconds: u32,
     ) -> Program<'object> {
-        let mut skeleton = UdplbSkelBuilder::default().open(object).expect("the object opens");
         let second = seconds * ticks_per_second().expect("the kernel's clock");
         let maps = &mut skeleton.maps;
         let constants = maps.rodata_data.as_deref_mut().expect("constants");

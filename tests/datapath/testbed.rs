@@ -7,8 +7,9 @@ use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 
-use libbpf_rs::{TC_INGRESS, TcHookBuilder};
-use udplb::bpf::types;
+use libbpf_rs::skel::SkelBuilder;
+use libbpf_rs::{OpenObject, TC_INGRESS, TcHookBuilder};
+use udplb::bpf::{OpenUdplbSkel, UdplbSkelBuilder, open_for, types};
 use udplb::config::{Action, Address, Flows, Hash, Key, Ports, Source};
 use udplb::datapath::kernel;
 use udplb::desired::{Rule, RuleIds, Upstream};
@@ -394,8 +395,24 @@ impl Testbed<'_> {
         Testbed::with_flows(flows(), SECONDS, test);
     }
 
+    /// Does the same with the small object.
+    pub fn with_small_object(test: impl FnOnce(&Testbed<'_>) + Send) {
+        let features = types::features::default();
+        Testbed::with_object(|object| open_for(&features, object), flows(), SECONDS, test);
+    }
+
     /// Does the same with other settings of the flows, and a clock whose seconds take so many.
     pub fn with_flows(flows: Flows, seconds: u32, test: impl FnOnce(&Testbed<'_>) + Send) {
+        let builder = UdplbSkelBuilder::default;
+        Testbed::with_object(|object| builder().open(object), flows, seconds, test);
+    }
+
+    fn with_object(
+        open: impl FnOnce(&mut MaybeUninit<OpenObject>) -> libbpf_rs::Result<OpenUdplbSkel<'_>> + Send,
+        flows: Flows,
+        seconds: u32,
+        test: impl FnOnce(&Testbed<'_>) + Send,
+    ) {
         let (relay, upstreams) = (Namespace::new(), Namespace::new());
         relay.link("out0", &upstreams, "relay0", true);
         for command in ADDRESSES {
@@ -415,7 +432,8 @@ impl Testbed<'_> {
                 receive_on_another_cpu(relay, "in1", cpu);
             }
             let mut object = MaybeUninit::uninit();
-            let program = Program::load(&mut object, flows, seconds);
+            let skeleton = open(&mut object).expect("the object opens");
+            let program = Program::load(skeleton, flows, seconds);
             // copies pass the program again at ingress
             // the kernel would answer those to this host
             let drop = returning(libbpf_sys::BPF_PROG_TYPE_SCHED_CLS, c"drop", SHOT);
