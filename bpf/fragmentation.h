@@ -74,22 +74,27 @@ __noinline __u32 store_options(struct __sk_buff *skb, __u32 headers)
 __noinline __u32 blank_options(__u32 length)
 {
 	struct xmit *xmit = get_xmit();
+	__u64 starts, is_none, is_end;
+	__u32 i, end, blank;
 	__u8 *options;
-	__u32 i;
 
 	if (!xmit)
 		return 0;
 	options = (__u8 *)xmit->options;
 	xmit->option_end = 0;
 	for (i = 0; i < MAX_OPTION_WORDS * 4 - 1 && i < length; i++) {
-		if (i >= *(volatile __u32 *)&xmit->option_end) {
-			if (options[i] == OPTION_END)
-				break;
-			xmit->option_end = i + (options[i] == OPTION_NONE ? 1 : options[i + 1]);
-			xmit->option_blank = !(options[i] & OPTION_COPIED);
-		}
-		if (*(volatile __u32 *)&xmit->option_blank)
-			options[i] = OPTION_NONE;
+		end = *(volatile __u32 *)&xmit->option_end;
+		blank = *(volatile __u32 *)&xmit->option_blank;
+		/* no branches: the verifier would explore each of them 39 times */
+		starts = 1 - less_than(i, end);
+		is_none = is_equal(options[i], OPTION_NONE);
+		is_end = starts & is_equal(options[i], OPTION_END);
+		end += starts * (i + is_none + (1 - is_none) * options[i + 1] - end);
+		blank += starts * (1 - options[i] / OPTION_COPIED - blank);
+		/* nothing starts behind the end */
+		xmit->option_end = end + is_end * sizeof(xmit->options);
+		xmit->option_blank = blank & (1 - is_end);
+		options[i] += xmit->option_blank * (OPTION_NONE - options[i]);
 	}
 	return 0;
 }

@@ -176,9 +176,7 @@ static __always_inline const struct nexthop *cached_nexthop(const struct nexthop
 {
 	const struct nexthop *cached = &slot->copies[sequence & 1];
 
-	if (features.ipv6 ? !is_same_address(cached->address, address) : cached->address[0] != address[0])
-		return NULL;
-	return cached;
+	return is_same_address(cached->address, address) ? cached : NULL;
 }
 
 /* Returns true if arpd reports an upstream as down. */
@@ -451,17 +449,31 @@ __noinline __u32 learn_fib_mtu(__u32 result, __u32 length)
 	return 0;
 }
 
+/*
+ * Looks up xmit->fib for an IP packet of that length. Returns BPF_FIB_LKUP_RET_*. A global function, else the
+ * verifier would explore it for each state of the lease.
+ */
+__noinline int lookup_fib(struct __sk_buff *skb, __u32 packed, __u32 length)
+{
+	struct pkt pkt = pkt_of(packed);
+	struct xmit *xmit = get_xmit();
+
+	if (!xmit || !pkt_locate(skb, &pkt))
+		return BPF_FIB_LKUP_RET_FWD_DISABLED;
+	fill_fib_query(skb, &pkt, &xmit->rewrite, length, &xmit->fib);
+	/* only the configuration knows the link of a link-local address */
+	if (pkt.is_ipv6 && is_link_local(xmit->fib.ipv6_dst))
+		return BPF_FIB_LKUP_RET_FWD_DISABLED;
+	return bpf_fib_lookup(skb, &xmit->fib, sizeof(xmit->fib), 0);
+}
+
 /* Resolves the next hop by the kernel's FIB, or else by what user space resolved; as resolve_nexthop(). */
 static __always_inline enum verdict nexthop_from_fib(struct __sk_buff *skb, const struct pkt *pkt,
 						     __u32 length, bool is_leased, struct xmit *xmit)
 {
-	struct bpf_fib_lookup *fib = &xmit->fib;
-	int result = BPF_FIB_LKUP_RET_FWD_DISABLED;
+	const struct bpf_fib_lookup *fib = &xmit->fib;
+	int result = lookup_fib(skb, pkt->packed, length);
 
-	fill_fib_query(skb, pkt, &xmit->rewrite, length, fib);
-	/* only the configuration knows the link of a link-local address */
-	if (!pkt->is_ipv6 || !is_link_local(fib->ipv6_dst))
-		result = bpf_fib_lookup(skb, fib, sizeof(*fib), 0);
 	if (is_leased) {
 		learn_fib_mtu(result, length);
 		return VERDICT_FORWARDED;
