@@ -219,14 +219,12 @@ struct sock {
 #define SOCK_BINDPORT_LOCK 8
 #define UDP_CONNECTED 1 /* TCP_ESTABLISHED, the state after connect() */
 
-extern void *bpf_rdonly_cast(const void *object, __u32 btf_id) __ksym __weak;
-
 /* Returns true if bind() named the port, as servers do. Before 6.2 this cannot be read, and is assumed. */
 static __always_inline bool is_port_bound(struct bpf_sock *socket)
 {
 	const struct sock *sock;
 
-	if (!bpf_rdonly_cast)
+	if (!HAS_CAST(bpf_rdonly_cast))
 		return true;
 	sock = bpf_rdonly_cast(socket, bpf_core_type_id_kernel(struct sock));
 	return BPF_CORE_READ_BITFIELD(sock, sk_userlocks) & SOCK_BINDPORT_LOCK;

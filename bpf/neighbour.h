@@ -93,7 +93,7 @@ static __always_inline __u64 read_pointer(const void *address)
 {
 	__u64 word = 0;
 
-	if (bpf_rdonly_cast)
+	if (HAS_CAST(bpf_rdonly_cast))
 		return ((struct rb_node *)bpf_rdonly_cast(address, bpf_core_type_id_kernel(struct rb_node)))
 			->__rb_parent_color;
 	bpf_probe_read_kernel(&word, sizeof(word), address);
@@ -105,7 +105,7 @@ static __always_inline __u32 read_word(const void *address)
 {
 	__u32 word = 0;
 
-	if (bpf_rdonly_cast)
+	if (HAS_CAST(bpf_rdonly_cast))
 		return ((struct in_addr *)bpf_rdonly_cast(address, bpf_core_type_id_kernel(struct in_addr)))
 			->s_addr;
 	bpf_probe_read_kernel(&word, sizeof(word), address);
@@ -118,7 +118,7 @@ static __always_inline __u32 read_word(const void *address)
 /* Returns the address of the net_device with an index, in the packet's network namespace; 0: none. */
 static __always_inline __u64 lookup_device(struct __sk_buff *skb, __u32 ifindex)
 {
-	const void *packet = bpf_cast_to_kern_ctx ? bpf_cast_to_kern_ctx(skb) : (void *)skb;
+	const void *packet = HAS_CAST(bpf_cast_to_kern_ctx) ? bpf_cast_to_kern_ctx(skb) : (void *)skb;
 	__u64 device = read_pointer(FIELD_AT(packet, sk_buff, dev)), node;
 	int i;
 

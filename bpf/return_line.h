@@ -38,7 +38,7 @@ struct net___routing {
  */
 static __always_inline bool routes_by_port(struct __sk_buff *skb, bool ipv6)
 {
-	const void *packet = bpf_cast_to_kern_ctx ? bpf_cast_to_kern_ctx(skb) : (void *)skb;
+	const void *packet = HAS_CAST(bpf_cast_to_kern_ctx) ? bpf_cast_to_kern_ctx(skb) : (void *)skb;
 	__u64 device = read_pointer(FIELD_AT(packet, sk_buff, dev));
 	__u64 net = read_pointer(FIELD_AT(device, net_device, nd_net));
 

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::{fs, io};
 
 use anyhow::{Context, bail};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapType, OpenMap, OpenMapMut, OpenObject};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapInfo, MapType, OpenMap, OpenMapMut};
 use rustix::mm::{self, MapFlags as MmapFlags, ProtFlags};
 
 #[allow(clippy::all, clippy::pedantic, clippy::undocumented_unsafe_blocks, dead_code)]
@@ -30,8 +30,8 @@ use types::verdict as Verdict;
 /// SHA-256 of the full and the small object, one after the other, in hexadecimal.
 pub const OBJECT_SHA256: &str = env!("UDPLB_OBJECT_SHA256");
 
-/// The object without the code of extras.
-static SMALL_OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/small.bpf.o"));
+/// The object without the code of extras, for kernels from 6.2 on.
+pub static SMALL_OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/small.bpf.o"));
 
 /// One more than the highest id of a rule or upstream: entries of `counters` in udplb.h.
 pub const ID_LIMIT: u32 = 2048 * 1024;
@@ -151,19 +151,6 @@ pub fn from_bytes<T: Pod>(bytes: &[u8]) -> Option<T> {
     // SAFETY: the length is right, any bytes are a value, and the read may be unaligned.
     (bytes.len() == size_of::<T>())
         .then(|| unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) })
-}
-
-/// Opens the small object if these features have no extras, otherwise the full one.
-///
-/// # Errors
-/// libbpf cannot read the object.
-pub fn open_for<'object>(
-    features: &types::features,
-    object: &'object mut MaybeUninit<OpenObject>,
-) -> libbpf_rs::Result<OpenUdplbSkel<'object>> {
-    use libbpf_rs::skel::SkelBuilder;
-    let small = (!features.extras.any()).then_some(SMALL_OBJECT);
-    UdplbSkelBuilder { object: small, ..UdplbSkelBuilder::default() }.open(object)
 }
 
 impl types::extras {

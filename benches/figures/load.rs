@@ -5,7 +5,8 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use libbpf_rs::skel::OpenSkel;
-use udplb::bpf::{open_for, types};
+use udplb::bpf::types;
+use udplb::datapath::generation::open_for;
 
 use crate::common::verifier::walked;
 use crate::{Report, least};

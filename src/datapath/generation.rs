@@ -9,12 +9,14 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow, bail};
-use libbpf_rs::skel::OpenSkel;
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapMut, PrintLevel, Program, ProgramMut};
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{
+    MapCore, MapFlags, MapHandle, MapMut, OpenObject, PrintLevel, Program, ProgramMut,
+};
 
 use crate::bpf::{
-    self, ID_LIMIT, OBJECT_SHA256, OpenUdplbSkel, Pod, UdplbSkel, bytes_of, bytes_of_all, map_id,
-    types,
+    self, ID_LIMIT, OBJECT_SHA256, OpenUdplbSkel, Pod, UdplbSkel, UdplbSkelBuilder, bytes_of,
+    bytes_of_all, map_id, types,
 };
 use crate::config::Reply;
 use crate::datapath::description::{Description, Generation, Origin, ProgramName, all};
@@ -213,12 +215,25 @@ fn keep_log(_: PrintLevel, line: String) {
     }
 }
 
+/// Opens the small object where it suffices for these features and the kernel, otherwise the full one.
+///
+/// # Errors
+/// libbpf cannot read the object.
+pub fn open_for<'object>(
+    features: &types::features,
+    object: &'object mut MaybeUninit<OpenObject>,
+) -> libbpf_rs::Result<OpenUdplbSkel<'object>> {
+    let suffices = !features.extras.any() && kernel::version() >= kernel::CASTS;
+    let object_bytes = suffices.then_some(bpf::SMALL_OBJECT);
+    UdplbSkelBuilder { object: object_bytes, ..UdplbSkelBuilder::default() }.open(object)
+}
+
 fn open<'object>(
     features: &types::features,
-    object: &'object mut MaybeUninit<libbpf_rs::OpenObject>,
+    object: &'object mut MaybeUninit<OpenObject>,
 ) -> anyhow::Result<OpenUdplbSkel<'object>> {
     libbpf_rs::set_print(Some((PrintLevel::Warn, keep_log)));
-    let mut skeleton = catch(|| bpf::open_for(features, object))??;
+    let mut skeleton = catch(|| open_for(features, object))??;
     bpf::load_only(&mut skeleton, &["udplb", "udplb_l3"]);
     skeleton.maps.counters_chunk.set_autocreate(false)?;
     skeleton.maps.nexthops_chunk.set_autocreate(false)?;

@@ -27,15 +27,15 @@ pub fn has_btf() -> bool {
     Path::new(BTF).exists()
 }
 
-/// First kernel on which the program reads kernel memory without the helpers that lockdown disables.
-const READS_WITHOUT_HELPERS: (u32, u32) = (6, 2);
+/// First kernel that casts pointers for programs, so that they read its memory without the helpers that lockdown
+/// disables.
+pub const CASTS: (u32, u32) = (6, 2);
 
 /// Returns true if lockdown keeps the program from being loaded; false also where securityfs is not
 /// mounted.
 pub fn is_locked_down() -> bool {
     let lockdown = fs::read_to_string("/sys/kernel/security/lockdown");
-    version() < READS_WITHOUT_HELPERS
-        && lockdown.is_ok_and(|modes| modes.contains("[confidentiality]"))
+    version() < CASTS && lockdown.is_ok_and(|modes| modes.contains("[confidentiality]"))
 }
 
 /// Reason why a kernel in lockdown (confidentiality) refuses the program.

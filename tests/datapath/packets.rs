@@ -1223,7 +1223,7 @@ fn program_loads_with_any_features() {
         let mut open = vec![udplb::bpf::UdplbSkelBuilder::default().open(&mut object)];
         let mut object = std::mem::MaybeUninit::uninit();
         if !features.extras.any() {
-            open.push(udplb::bpf::open_for(&features, &mut object));
+            open.push(udplb::datapath::generation::open_for(&features, &mut object));
         }
         for skeleton in open {
             let mut skeleton = skeleton.expect("the object opens");
@@ -1250,7 +1250,8 @@ fn objects_have_the_same_maps() {
     let mut objects = [const { std::mem::MaybeUninit::uninit() }; 2];
     let [full, small] = &mut objects;
     let full = udplb::bpf::UdplbSkelBuilder::default().open(full).expect("the full object");
-    let small = udplb::bpf::open_for(&types::features::default(), small).expect("the small object");
+    let small = udplb::datapath::generation::open_for(&types::features::default(), small)
+        .expect("the small object");
     let maps = |skeleton: &udplb::bpf::OpenUdplbSkel<'_>| {
         let maps = skeleton.open_object().maps().map(|map| {
             let name = map.name().to_string_lossy().into_owned();

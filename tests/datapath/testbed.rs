@@ -9,8 +9,9 @@ use std::os::fd::AsFd;
 
 use libbpf_rs::skel::SkelBuilder;
 use libbpf_rs::{OpenObject, TC_INGRESS, TcHookBuilder};
-use udplb::bpf::{OpenUdplbSkel, UdplbSkelBuilder, open_for, types};
+use udplb::bpf::{OpenUdplbSkel, UdplbSkelBuilder, types};
 use udplb::config::{Action, Address, Flows, Hash, Key, Ports, Source};
+use udplb::datapath::generation::open_for;
 use udplb::datapath::kernel;
 use udplb::desired::{Rule, RuleIds, Upstream};
 use udplb::net::nexthop::{Hop, Macs, NextHop};
