@@ -74,9 +74,9 @@ pub struct NeighbourTracker {
     upstreams: Vec<TrackedUpstream>,
     links: HashMap<u32, Link>,
     /// Empty before the first routes are read.
-    paths: HashMap<Target, Result<Paths, String>>,
+    paths: BTreeMap<Target, Result<Paths, String>>,
     tracked: BTreeMap<NeighbourKey, Tracked>,
-    written: HashMap<u32, NextHopEntry>,
+    written: BTreeMap<u32, NextHopEntry>,
     /// Upstreams whose service does not answer, and since when, in seconds since 1970.
     failed: HashMap<u32, u32>,
     /// Indexes of upstreams whose entry may have changed.
@@ -100,9 +100,9 @@ impl NeighbourTracker {
             probe_interval,
             upstreams: Vec::new(),
             links: HashMap::new(),
-            paths: HashMap::new(),
+            paths: BTreeMap::new(),
             tracked: BTreeMap::new(),
-            written: HashMap::new(),
+            written: BTreeMap::new(),
             failed: HashMap::new(),
             dirty: BTreeSet::new(),
             effects: Vec::new(),
@@ -122,14 +122,11 @@ impl NeighbourTracker {
 
     /// Replaces the upstreams; each comes with its next hop as it is written now. Their routes must be set next.
     pub fn set_upstreams(&mut self, upstreams: Vec<(TrackedUpstream, types::nexthop)>) {
+        let written = upstreams.iter().map(|(upstream, known)| (upstream.id, NextHopEntry(*known)));
+        self.written = written.collect();
+        self.failed.retain(|id, _| self.written.contains_key(id));
         self.upstreams = Vec::with_capacity(upstreams.len());
-        for (upstream, known) in upstreams {
-            self.written.insert(upstream.id, NextHopEntry(known));
-            self.upstreams.push(upstream);
-        }
-        let ids: BTreeSet<u32> = self.upstreams.iter().map(|upstream| upstream.id).collect();
-        self.written.retain(|id, _| ids.contains(id));
-        self.failed.retain(|id, _| ids.contains(id));
+        self.upstreams.extend(upstreams.into_iter().map(|(upstream, _)| upstream));
     }
 
     /// Sets since when the service of an upstream does not answer; `None`: it does, or nobody asks.
@@ -214,7 +211,7 @@ impl NeighbourTracker {
 
     /// Replaces the paths to each of [`NeighbourTracker::targets`].
     pub fn set_paths(&mut self, paths: Vec<(Target, Result<Paths, String>)>, now: Now) {
-        let paths: HashMap<_, _> = paths.into_iter().collect();
+        let paths: BTreeMap<_, _> = paths.into_iter().collect();
         self.log_moves(&paths);
         self.paths = paths;
         self.track(now);

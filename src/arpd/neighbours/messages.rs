@@ -2,8 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use foldhash::HashMap;
-
 use super::{Effect, NeighbourTracker};
 use crate::config::Address;
 use crate::net::neighbour::NeighbourKey;
@@ -11,7 +9,7 @@ use crate::net::routing::{Paths, Target};
 
 impl NeighbourTracker {
     /// Logs routes that differ from the present ones, one line for those that changed alike.
-    pub(super) fn log_moves(&mut self, paths: &HashMap<Target, Result<Paths, String>>) {
+    pub(super) fn log_moves(&mut self, paths: &BTreeMap<Target, Result<Paths, String>>) {
         let mut moves: BTreeMap<(String, String), BTreeSet<&Address>> = BTreeMap::new();
         for (target, new) in paths {
             let Some(old) = self.paths.get(target) else { continue };

@@ -129,7 +129,8 @@ impl Service {
             serving.write(guard, &self.unwritten)?;
         }
         drop(guard);
-        self.unwritten.clear();
+        // frees the room too: arpd writes all next hops when it starts
+        self.unwritten = Vec::new();
         Ok(())
     }
 }
