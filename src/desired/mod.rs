@@ -492,15 +492,18 @@ impl Desired {
         Target { address: upstream.address.clone(), senders }
     }
 
-    /// Returns the targets of all upstreams and mirrors on other hosts, each once.
-    pub fn targets(&self) -> HashSet<Target> {
-        let rules = self.rules.iter();
-        rules
-            .flat_map(|rule| {
-                let remote = rule.destinations().filter(|upstream| !upstream.is_local());
-                remote.map(move |upstream| self.target(rule, upstream))
-            })
-            .collect()
+    /// Returns the targets of all upstreams and mirrors on other hosts, each once, in the order of the rules.
+    pub fn targets(&self) -> Vec<Target> {
+        let targets = self.rules.iter().flat_map(|rule| {
+            let remote = rule.destinations().filter(|upstream| !upstream.is_local());
+            remote.map(move |upstream| self.target(rule, upstream))
+        });
+        let mut targets: Vec<Target> = targets.collect();
+        let mut seen = HashSet::with_capacity(targets.len());
+        let is_new: Vec<bool> = targets.iter().map(|target| seen.insert(target)).collect();
+        let mut is_new = is_new.into_iter();
+        targets.retain(|_| is_new.next() == Some(true));
+        targets
     }
 
     /// Returns the upstreams and mirrors of all rules.

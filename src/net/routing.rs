@@ -2,11 +2,10 @@
 //! the source address. An `RTM_GETROUTE` request cannot tell: with an input interface the kernel refuses
 //! it while forwarding is off, and it refuses this host's own source addresses.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 
-use foldhash::{HashMap, HashSet};
+use foldhash::{HashMap, HashMapExt};
 
 use crate::config::{Address, Network};
 use crate::net::Netlink;
@@ -80,16 +79,22 @@ pub async fn paths(
         Some(_) => None,
         None => policies[usize::from(address.ip.is_ipv6())].as_ref(),
     };
-    let addresses = targets.iter().map(|target| &target.address);
-    let plain: HashSet<&Address> = addresses.filter(|it| policy_of(it).is_none()).collect();
-    let plain: Vec<Address> = plain.into_iter().cloned().collect();
-    let found = netlink.paths(&plain, links)?;
-    let found: HashMap<&Address, RouteOutcome> = plain.iter().zip(found).collect();
+    let mut plain = Vec::new();
+    let mut numbers = HashMap::with_capacity(targets.len());
+    for address in targets.iter().map(|target| &target.address) {
+        if policy_of(address).is_none() {
+            numbers.entry(address).or_insert_with(|| {
+                plain.push(address.clone());
+                plain.len() - 1
+            });
+        }
+    }
+    let found: Vec<RouteOutcome> = netlink.paths(&plain, links)?;
     let mut all = Vec::with_capacity(targets.len());
     for target in targets {
         let paths = match policy_of(&target.address) {
             None => {
-                let found = found[&target.address].clone();
+                let found = found[numbers[&target.address]].clone();
                 found.map(|routes| Paths::of(target.address.ip, routes, &inputs))
             }
             Some(policy) => policy.paths(target, &inputs, links),
@@ -134,8 +139,9 @@ async fn policy(netlink: &Netlink, targets: &[Target], ipv6: bool) -> io::Result
 impl Paths {
     /// Returns the paths of one route.
     pub fn of(address: IpAddr, routes: Vec<Route>, inputs: &[&Link]) -> Paths {
-        let hops: BTreeSet<_> = routes.iter().map(Route::neighbour).collect();
-        let by = if hops.len() > 1 { Choice::Flow } else { Choice::Only };
+        let mut hops = routes.iter().map(Route::neighbour);
+        let first = hops.next();
+        let by = if hops.any(|hop| Some(hop) != first) { Choice::Flow } else { Choice::Only };
         let routed = inputs.iter().all(|link| link.forwards[usize::from(address.is_ipv6())]);
         Paths { routes, by, routed }
     }

@@ -24,7 +24,7 @@ use crate::error::Result;
 use crate::net::Netlink;
 use crate::net::link::{Layer, Link, OwnAddress};
 use crate::net::neighbour::{Neighbour, NeighbourKey, NudState};
-use crate::net::routing::{self, Target};
+use crate::net::routing;
 use crate::reconcile::drain;
 use crate::reconcile::observe::{Observed, observe};
 use crate::telemetry::announcement::{AnnouncedAddress, Announcement};
@@ -356,7 +356,7 @@ async fn routes(netlink: &Netlink, rules: &[RuleStatus], observed: &Observed) ->
     let name = |index: u32| links.get(&index).map_or_else(String::new, |link| link.name.clone());
     let serving = observed.serving().and_then(|number| observed.generations.get(&number));
     let desired = serving.map(|serving| serving.description.desired.clone()).unwrap_or_default();
-    let mut targets: Vec<Target> = desired.targets().into_iter().collect();
+    let mut targets = desired.targets();
     targets.retain(|target| suspects.contains(&target.address));
     let paths = routing::paths(netlink, &targets, &desired.interfaces, &links).await;
     let paths = paths.context("routes")?.into_iter();
