@@ -80,6 +80,18 @@ pub fn shares(rules: &[Rule], nearest: &[Vec<usize>], everybody: Network) -> Sha
     shares.filter(|(network, share)| share.is_some() || network.prefix > 0).collect()
 }
 
+/// Returns the share of all senders where it is the only one of [`shares`]: one rule matches, and neither it nor its
+/// receivers have networks of senders.
+pub fn only_share(rules: &[Rule], nearest: &[Vec<usize>], everybody: Network) -> Option<Share> {
+    let [level] = nearest else { return None };
+    let [number] = level[..] else { return None };
+    let rule = &rules[number];
+    let mut of_receivers = receivers(rule).iter().flat_map(|it| [&it.from, &it.not_from]);
+    let is_plain =
+        rule.key.from.is_empty() && rule.key.not_from.is_empty() && of_receivers.all(Vec::is_empty);
+    is_plain.then(|| Share { rule: number, receivers: mask(rule, &everybody) })
+}
+
 /// Rules whose keys are equally near to a packet.
 struct Level<'a> {
     /// The networks of the rules; true for senders that match the rule.
@@ -128,7 +140,7 @@ impl<'a> Level<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Share, shares};
+    use super::{Share, only_share, shares};
     use crate::config::{Key, Mode, Network, Ports};
     use crate::desired::{Rule, Upstream};
 
@@ -162,6 +174,26 @@ mod tests {
             share.map(|Share { rule, receivers }| (rule, receivers))
         };
         senders.iter().map(find).collect()
+    }
+
+    #[test]
+    fn share_of_all_senders_is_the_only_one() {
+        let everybody = networks("0.0.0.0/0")[0];
+        let only = |rules: &[Rule]| only_share(rules, &[(0..rules.len()).collect()], everybody);
+        let plain = [rule("", "", &[("", ""), ("", "")])];
+        let share = only(&plain);
+        assert_eq!(share, Some(Share { rule: 0, receivers: 3 }));
+        assert_eq!(shares(&plain, &[vec![0]], everybody), [(everybody, share)]);
+        let [plain] = plain;
+        assert_eq!(only(&[plain.clone(), plain]), None);
+        for other in [
+            rule("10.0.0.0/8", "", &[("", "")]),
+            rule("", "10.0.0.0/8", &[("", "")]),
+            rule("", "", &[("", ""), ("10.0.0.0/8", "")]),
+            rule("", "", &[("", "10.0.0.0/8")]),
+        ] {
+            assert_eq!(only(&[other]), None);
+        }
     }
 
     #[test]

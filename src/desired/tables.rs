@@ -1,6 +1,6 @@
 //! The contents of a generation's maps, and the share of flows that a change moves. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use foldhash::{HashMap, HashMapExt};
@@ -279,12 +279,19 @@ impl Tables {
         let mut groups: HashMap<(Shares, bool), u32> = HashMap::new();
         for (address, port) in keys.places() {
             let nearest = keys.nearest(address, port);
+            let group = is_group(desired, address);
+            let everybody = Network::new(address, 0);
+            // as most keys have it, and nothing of it is worth remembering
+            if let Some(share) = senders::only_share(&desired.rules, &nearest, everybody) {
+                let index = variants.index(self, share, group, 0);
+                self.key(address, port, index);
+                continue;
+            }
             let shares = known.entry((nearest, address.is_ipv4()));
             let shares: &Shares = shares.or_insert_with_key(|(nearest, _)| {
-                senders::shares(&desired.rules, nearest, Network::new(address, 0))
+                senders::shares(&desired.rules, nearest, everybody)
             });
             let Some(first) = shares.iter().find_map(|(_, share)| *share) else { continue };
-            let group = is_group(desired, address);
             let senders = match shares[..] {
                 [(network, Some(_))] if network.prefix == 0 => 0,
                 _ => {
@@ -303,17 +310,22 @@ impl Tables {
             if senders != 0 {
                 self.rules[index as usize].refused_table = self.refused_table(shares);
             }
-            let entry = self.entry(index);
-            match address {
-                IpAddr::V4(address) => self.keys.push((Key4 { address, port }, entry)),
-                IpAddr::V6(address) => self.keys6.push((Key6 { address, port }, entry)),
-            }
+            self.key(address, port, index);
         }
         self.addresses = keys
             .claims
             .keys()
             .map(|address| (types::key_address { words: wire(*address) }, 1))
             .collect();
+    }
+
+    /// Appends a key that leads to a rule.
+    fn key(&mut self, address: IpAddr, port: u16, index: u32) {
+        let entry = self.entry(index);
+        match address {
+            IpAddr::V4(address) => self.keys.push((Key4 { address, port }, entry)),
+            IpAddr::V6(address) => self.keys6.push((Key6 { address, port }, entry)),
+        }
     }
 
     /// Appends the upstreams of a rule's receivers in `chosen` once more, and returns the index of the first.
@@ -539,15 +551,17 @@ fn servers(desired: &Desired, ids: &[RuleIds]) -> Vec<(types::server_key, u32)> 
 
 /// Returns the sources of upstreams' answers. A host that is no sender of a rule never looks them up.
 fn answers(desired: &Desired, ids: &[RuleIds]) -> Vec<(types::answer_key, u32)> {
-    let mut answers = BTreeSet::new();
+    let mut answers = Vec::new();
     for (rule, ids) in desired.rules.iter().zip(ids) {
         for upstream in rule.destinations() {
             let address = upstream.address.ip;
             if rule.key.admits(address) && !upstream.is_local() {
-                answers.insert((wire(address), ids.rule, upstream.port.unwrap_or(0).to_be()));
+                answers.push((wire(address), ids.rule, upstream.port.unwrap_or(0).to_be()));
             }
         }
     }
+    answers.sort_unstable();
+    answers.dedup();
     let key = |(address, rule, port)| types::answer_key { address, rule, port, unused: 0 };
     answers.into_iter().map(|answer| (key(answer), 1)).collect()
 }
