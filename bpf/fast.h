@@ -135,10 +135,11 @@ static __always_inline __u32 have_valid_lines(struct __sk_buff *skb, __u32 first
 }
 
 /*
- * Sends a clone of a plain packet without a tag to an upstream. Returns the action of the program, or
- * ACTION_SLOW.
+ * Sends a clone of a plain packet without a tag to an upstream, and counts the packet under the id of a rule
+ * that replicates (0: none). Returns the action of the program, or ACTION_SLOW.
  */
-static __always_inline int pass_plain(struct __sk_buff *skb, struct pkt *pkt, __u32 index, const bool ipv6)
+static __always_inline int pass_plain(struct __sk_buff *skb, struct pkt *pkt, __u32 index, __u32 rule,
+				      const bool ipv6)
 {
 	struct line *line = get_line(index);
 	const __be32 *destination;
@@ -150,6 +151,9 @@ static __always_inline int pass_plain(struct __sk_buff *skb, struct pkt *pkt, __
 	copied = clone_plain(skb, pkt, line, &rw, destination, ipv6);
 	if (copied == COPIED_NOT)
 		count_not_copied(skb, index);
+	if (rule)
+		count_verdict(skb, PKT_UNKNOWN, 0, rule,
+			      copied == COPIED_NOT ? VERDICT_CLONE_FAILED : VERDICT_FORWARDED);
 	return copied == COPIED_BROKEN ? TC_ACT_SHOT : TC_ACT_UNSPEC;
 }
 
@@ -160,24 +164,17 @@ __noinline int pass_plain6(struct __sk_buff *skb, __u32 index)
 
 	if (!features.copies || !features.ipv6 || !locate_plain(skb, &pkt, true))
 		return ACTION_SLOW;
-	return pass_plain(skb, &pkt, index, true);
+	return pass_plain(skb, &pkt, index, 0, true);
 }
 
-/*
- * Sends a clone of a plain IPv4 packet to the only receiver of a rule, and counts the packet under the rule's
- * id. Returns as pass_plain(). A global function, for the stack of the fast path.
- */
+/* As pass_plain() for IPv4, a global function, for the stack of the fast path. */
 __noinline int pass_to_receiver4(struct __sk_buff *skb, __u32 index, __u32 rule)
 {
 	struct pkt pkt;
-	int action;
 
 	if (!features.copies || !locate_plain(skb, &pkt, false))
 		return ACTION_SLOW;
-	action = pass_plain(skb, &pkt, index, false);
-	if (action != ACTION_SLOW)
-		count_verdict(skb, PKT_UNKNOWN, 0, rule, VERDICT_FORWARDED);
-	return action;
+	return pass_plain(skb, &pkt, index, rule, false);
 }
 
 static __always_inline int send_itself(struct __sk_buff *skb, __u32 index, const bool ipv6)
@@ -226,11 +223,12 @@ __noinline int send_tagged(struct __sk_buff *skb, __u32 index, __u32 sender_tabl
  */
 __noinline int copy_to_all(struct __sk_buff *skb)
 {
-	__u32 tagged = skb->vlan_present, i, copied;
+	__u32 tagged = skb->vlan_present, i, copied = COPIED_SENT;
 	const struct xmit *xmit = get_xmit();
 	__be16 protocol = skb->vlan_proto;
 	__u16 control = skb->vlan_tci;
 	struct copies copies;
+	__u32 sent;
 	int action;
 
 	if (!xmit)
@@ -242,18 +240,23 @@ __noinline int copy_to_all(struct __sk_buff *skb)
 		return ACTION_SLOW;
 	if (EXTRA(sender_tables) && copies.sender_table)
 		count_rule_sender(skb, plain_packed(copies.ipv6), copies.sender_table);
-	if (copies.rule)
-		count_verdict(skb, PKT_UNKNOWN, 0, copies.rule, VERDICT_FORWARDED);
+	sent = copies.block;
 	for (i = 0; i < MAX_RECEIVERS && i + copies.block < copies.receivers; i++) {
 		copied =
 			copies.ipv6 ? copy_plain6(skb, copies.first + i) : copy_plain4(skb, copies.first + i);
 		if (copied == COPIED_BROKEN)
-			return TC_ACT_SHOT;
+			break;
 		if (copied == COPIED_NOT)
 			count_not_copied(skb, copies.first + i);
+		sent |= copied & COPIED_SENT; /* without a branch, whose ways the verifier would follow */
 		if (!features.receivers)
 			break;
 	}
+	if (copies.rule)
+		count_verdict(skb, PKT_UNKNOWN, 0, copies.rule,
+			      sent ? VERDICT_FORWARDED : VERDICT_CLONE_FAILED);
+	if (copied == COPIED_BROKEN)
+		return TC_ACT_SHOT;
 	if (copies.block) {
 		action = send_last(skb, copies.first + copies.receivers - 1, copies.ipv6);
 		if (action == TC_ACT_SHOT)
@@ -313,7 +316,7 @@ static __always_inline int deliver_pass(struct __sk_buff *skb, struct pkt *pkt, 
 
 	if (skb->vlan_present || sender_table)
 		return leave_copies(copies);
-	return ipv6 ? pass_plain6(skb, index) : pass_plain(skb, pkt, index, false);
+	return ipv6 ? pass_plain6(skb, index) : pass_plain(skb, pkt, index, 0, false);
 }
 
 /* Sends a plain packet to an upstream that gets it by its MAC address or in a tunnel. */

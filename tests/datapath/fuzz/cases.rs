@@ -430,6 +430,13 @@ fn copies() -> Vec<Case> {
     let here = move |rule: &mut Rule| rule.upstreams = vec![local()];
     let both = move |rule: &mut Rule| (rule.mode, rule.upstreams) = (Mode::Replicate, vec![local(), to(NEAR)]);
     let few = move |rule: &mut Rule| (rule.mode, rule.upstreams) = (Mode::Replicate, vec![some()]);
+    // the first one fills the line for packets of this size
+    let padded4 = || vec![v4(|_, udp| udp.payload = 1400), Forged { padding: 5, ..v4(|_, udp| udp.payload = 1472) }];
+    let padded6 = || vec![v6(|_, udp| udp.payload = 1400), Forged { padding: 5, ..v6(|_, udp| udp.payload = 1452) }];
+    let passed = move |addresses: &[IpAddr]| {
+        let upstreams = addresses.iter().zip(1..).map(|(address, port)| Upstream::new(*address, Some(port))).collect();
+        move |rule: &mut Rule| (rule.action, rule.mode, rule.upstreams) = (Action::Pass, Mode::Replicate, upstreams)
+    };
     let mirrored_some = move |rule: &mut Rule| rule.mirrors = vec![some()];
     let refusing = move |rule: &mut Rule| rule.key.not_from = networks("198.51.0.0/16");
     vec![
@@ -447,6 +454,16 @@ fn copies() -> Vec<Case> {
         case("mirrored alone", v4(|_, _| {}), "drop +1 no-route forwarded no-route").by(NO_ROUTE).under(mirrored),
         cases("fragments to three", vec![first4(), later4()],
             "away +1 forwarded forwarded unresolved forwarded, away +1 forwarded forwarded unresolved forwarded").under(three),
+        // a device refuses frames with too many bytes behind the packet
+        cases("padded too long, to one", padded4(), "up +1 forwarded forwarded, up clone-failed clone-failed")
+            .under(passed(&[NEAR.into()])),
+        cases("padded too long, to two", padded4(), "up +2 forwarded forwarded forwarded, up clone-failed clone-failed clone-failed")
+            .under(passed(&[NEAR.into(), NEAR.into()])),
+        cases("IPv6, padded too long, to one", padded6(), "up +1 forwarded forwarded, up clone-failed clone-failed")
+            .under(passed(&[NEAR6.into()])),
+        cases("padded too long, to the last one itself", padded4(),
+            "away +1 forwarded forwarded forwarded, away forwarded clone-failed forwarded")
+            .under(passed(&[NEAR.into(), NEAR.into()])).under(|rule| rule.action = Action::Block),
         case("from this host", v4(|_, _| {}), "away forwarded").under(|rule| rule.source = Source::Egress),
         case("IPv6 from this host", v6(|_, _| {}), "away forwarded").under(|rule| rule.source = Source::Egress),
         cases("fragments to a receiver here", vec![first4(), later4()], "here forwarded, here forwarded").under(here),
