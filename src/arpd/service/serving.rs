@@ -82,7 +82,7 @@ impl Serving {
         })
     }
 
-    /// Reads the whole description, which takes 4 ms for 10,000 rules.
+    /// Reads the whole description, which takes milliseconds for thousands of rules.
     pub(super) fn description(&self) -> anyhow::Result<Arc<Description>> {
         self.description.read()
     }
