@@ -176,7 +176,11 @@ static __always_inline const struct nexthop *cached_nexthop(const struct nexthop
 {
 	const struct nexthop *cached = &slot->copies[sequence & 1];
 
-	return is_same_address(cached->address, address) ? cached : NULL;
+	if (!is_same_address(cached->address, address))
+		cached = NULL;
+	/* else clang tests the words again, and the verifier of 6.1 does not know the pointer by them */
+	barrier_var(cached);
+	return cached;
 }
 
 /* Returns true if arpd reports an upstream as down. */
