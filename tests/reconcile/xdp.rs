@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use udplb::bpf::xdp;
 
 use crate::common::lab::{Lab, to_port};
+use crate::common::service::until;
 use crate::expect_way;
 
 /// Returns the configuration of [`to_port`] with XDP of a mode on the relay's eth0.
@@ -60,7 +61,8 @@ fn lost_program_is_noticed_and_attached_again() {
     lab.apply(&config(7001, "generic"));
     let link = lab.bpffs.pins().join(format!("links/xdp-{}", lab.relay.index("eth0")));
     std::fs::remove_file(link).expect("a link");
-    assert_eq!(shown(&lab), None, "a link goes with its pin");
+    // the kernel frees it a moment later
+    until("the link goes with its pin", || shown(&lab).is_none());
     expect_way(&lab, 7001);
     let status = lab.status();
     assert!(status["problems"].to_string().contains("XDP program is not attached"), "{status:#}");
