@@ -58,6 +58,10 @@ INSTALLED = [
 ]
 
 
+# the objects for the kernel that the program contains
+PRODUCT = {"udplb.bpf.o", "small.bpf.o"}
+
+
 class Wrong(Exception):
     pass
 
@@ -119,9 +123,9 @@ def foreign_objects(messages: str) -> list[str]:
     lines = (json.loads(line) for line in messages.splitlines() if line.startswith("{"))
     folders = [Path(line["out_dir"]) for line in lines if line["reason"] == "build-script-executed"]
     objects = [file.name for folder in folders for file in folder.glob("*.bpf.o")]
-    if "udplb.bpf.o" not in objects:
-        raise Wrong("the build has no udplb.bpf.o")
-    return [name for name in objects if name != "udplb.bpf.o"]
+    if missing := PRODUCT.difference(objects):
+        raise Wrong(f"the build has no {', '.join(sorted(missing))}")
+    return [name for name in objects if name not in PRODUCT]
 
 
 def build() -> None:
