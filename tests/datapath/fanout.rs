@@ -48,11 +48,21 @@ fn send_segmented(
 ) -> Vec<Vec<u8>> {
     set(sender, libc::SOL_UDP, UDP_SEGMENT, segment);
     let payload = payload(length);
-    sender.send_to(&payload, to).expect("sent");
-    match segment {
-        0 => vec![payload],
+    let datagrams: Vec<Vec<u8>> = match segment {
+        0 => vec![payload.clone()],
         _ => payload.chunks(segment as usize).map(<[u8]>::to_vec).collect(),
+    };
+    match sender.send_to(&payload, to) {
+        // before 6.11 the kernel segments for devices that compute checksums alone
+        Err(error) if error.raw_os_error() == Some(libc::EIO) => {
+            set(sender, libc::SOL_UDP, UDP_SEGMENT, 0);
+            for datagram in &datagrams {
+                sender.send_to(datagram, to).expect("sent");
+            }
+        }
+        sent => _ = sent.expect("sent"),
     }
+    datagrams
 }
 
 #[test]
