@@ -183,8 +183,7 @@ static __always_inline __u32 rewrite_plain(struct __sk_buff *skb, const struct p
 	return delta;
 }
 
-/* The rewritten fields of a plain IPv4 packet as they arrived, in few words: each has a place on the stack.
- */
+/* The rewritten fields of a plain IPv4 packet as they arrived, in few words, each of which takes stack. */
 struct saved4 {
 	__u64 macs;
 	__u64 ttl_to_source;
