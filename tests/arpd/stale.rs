@@ -1,7 +1,7 @@
 //! Decisions that a CPU remembers under arpd's lease, under traffic: none is used for a packet that was sent after
 //! arpd has told of a change, or, where arpd tells nothing more, after its lease has run out.
 
-use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, TcpListener};
 use std::thread;
 
 use serde_json::{Value, json};
@@ -42,8 +42,15 @@ impl Fork {
         Fork { lab, other }
     }
 
-    fn receivers(&self) -> [UdpSocket; 2] {
-        [&self.lab.upstream, &self.other].map(|host| bind(host, FAR, 7001))
+    /// Checks that datagrams go by the lab's upstream, and after a change only by the other host.
+    #[track_caller]
+    fn expect_move(&self, change: impl FnOnce()) {
+        let receivers = [&self.lab.upstream, &self.other].map(|host| bind(host, FAR, 7001));
+        under_traffic(&self.lab, receivers, |flow| {
+            flow.expect_only([true, false]);
+            change();
+            flow.expect_only([false, true]);
+        });
     }
 
     fn await_gateway(&self, gateway: &str) {
@@ -57,11 +64,9 @@ fn changed_route_is_followed() {
     let fork = Fork::new();
     let _arpd = Arpd::start(&fork.lab, "");
     fork.await_gateway("10.2.0.20");
-    under_traffic(&fork.lab, fork.receivers(), |flow| {
-        flow.expect_only([true, false]);
+    fork.expect_move(|| {
         fork.lab.relay.ip(&format!("route replace {FAR} via 10.3.0.20 metric 1"));
         fork.await_gateway("10.3.0.20");
-        flow.expect_only([false, true]);
     });
 }
 
@@ -71,11 +76,9 @@ fn link_that_goes_down_is_left() {
     fork.lab.relay.ip(&format!("route add {FAR} via 10.3.0.20 metric 2"));
     let _arpd = Arpd::start(&fork.lab, "");
     fork.await_gateway("10.2.0.20");
-    under_traffic(&fork.lab, fork.receivers(), |flow| {
-        flow.expect_only([true, false]);
+    fork.expect_move(|| {
         fork.lab.relay.ip("link set up0 down");
         fork.await_gateway("10.3.0.20");
-        flow.expect_only([false, true]);
     });
 }
 
@@ -85,13 +88,11 @@ fn lost_lease_is_noticed() {
     let fork = Fork::new();
     let arpd = Arpd::start(&fork.lab, "--lease 1");
     fork.await_gateway("10.2.0.20");
-    under_traffic(&fork.lab, fork.receivers(), |flow| {
-        flow.expect_only([true, false]);
+    fork.expect_move(|| {
         arpd.signal(libc::SIGSTOP);
         fork.lab.relay.ip(&format!("route replace {FAR} via 10.3.0.20 metric 1"));
         until("the lease runs out", || fork.lab.status()["arpd"] == false);
         thread::sleep(AGED);
-        flow.expect_only([false, true]);
     });
     arpd.end(libc::SIGKILL);
 }

@@ -287,15 +287,7 @@ fn specification_takes_the_nearest_key() {
 #[test]
 fn program_passes_the_cases() {
     Testbed::with(|testbed| {
-        let results =
-            cases::all().into_iter().filter_map(|Case { name, rule, packets, .. }| {
-                let scenario = Scenario { rule, held: false };
-                let steps: Vec<Step> = packets.into_iter().map(Step::from).collect();
-                let result = check(testbed, &scenario, &steps, &mut BTreeMap::new());
-                Some(format!("{name}: {}", result.err()?))
-            });
-        let wrong: Vec<_> = results.collect();
-        assert!(wrong.is_empty(), "{} cases went wrong:\n{}", wrong.len(), wrong.join("\n"));
+        check_cases(testbed, cases::all());
     });
 }
 
@@ -305,13 +297,20 @@ fn small_object_passes_the_cases() {
         let mut cases = cases::all();
         cases.retain(|case| !needs_extras(&case.rule));
         assert!(cases.len() > 20, "{} cases need none", cases.len());
-        for Case { name, rule, packets, .. } in cases {
-            let scenario = Scenario { rule, held: false };
-            let steps: Vec<Step> = packets.into_iter().map(Step::from).collect();
-            let result = check(testbed, &scenario, &steps, &mut BTreeMap::new());
-            result.unwrap_or_else(|wrong| panic!("{name}: {wrong}"));
-        }
+        check_cases(testbed, cases);
     });
+}
+
+#[track_caller]
+fn check_cases(testbed: &Testbed<'_>, cases: Vec<Case>) {
+    let results = cases.into_iter().filter_map(|Case { name, rule, packets, .. }| {
+        let scenario = Scenario { rule, held: false };
+        let steps: Vec<Step> = packets.into_iter().map(Step::from).collect();
+        let result = check(testbed, &scenario, &steps, &mut BTreeMap::new());
+        Some(format!("{name}: {}", result.err()?))
+    });
+    let wrong: Vec<_> = results.collect();
+    assert!(wrong.is_empty(), "{} cases went wrong:\n{}", wrong.len(), wrong.join("\n"));
 }
 
 /// Returns true if the small object has no code for a rule.

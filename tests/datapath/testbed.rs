@@ -383,8 +383,8 @@ pub struct Testbed<'object> {
 /// packets that arrive by the network the kernel never does.
 fn receive_on_another_cpu(relay: &Namespace, interface: &str, cpu: usize) {
     let others = 1 << usize::from(cpu == 0);
-    let rule = format!("/sys/class/net/{interface}/queues/rx-0/rps_cpus");
-    let script = format!("mount -t sysfs sysfs /sys && echo {others:x} >{rule}");
+    let path = format!("/sys/class/net/{interface}/queues/rx-0/rps_cpus");
+    let script = format!("mount -t sysfs sysfs /sys && echo {others:x} >{path}");
     let mut command = relay.command("unshare");
     let status = command.args(["--mount", "sh", "-c", &script]).status().expect("unshare runs");
     assert!(status.success(), "{script}");
